@@ -1,0 +1,21 @@
+"""opdlab: on-policy distillation of language models, one token at a time. The names that a notebook uses."""
+
+from opdlab import divergence, errors, methods, tasks
+from opdlab.checkpoint import resume
+from opdlab.distill import Run, Settings, Step, distill
+from opdlab.divergence import TopK
+from opdlab.errors import OpdlabError
+from opdlab.evaluate import evaluate
+from opdlab.methods import GRPO, OPD, SFT, SequenceKD, method
+from opdlab.policy import Policy, Prompt
+from opdlab.profiles import load
+from opdlab.rollout import Rollout, sample
+from opdlab.tasks import Task
+from opdlab.trace import Trace, score
+
+__version__ = "0.1.0"
+__all__ = [
+    "GRPO", "OPD", "SFT", "OpdlabError", "Policy", "Prompt", "Rollout", "Run", "SequenceKD", "Settings", "Step", "Task",
+    "TopK", "Trace", "distill", "divergence", "errors", "evaluate", "load", "method", "methods", "resume", "sample", "score",
+    "tasks",
+]  # fmt: skip

@@ -1,0 +1,100 @@
+"""A rollout under all policies of a method: what `plan` sees, and where the loss pass takes its states from.
+
+Everything is lazy: a method that only asks for rewards runs no model. Batch statistics made here are over the whole
+batch, whatever the micro-batches of the loss pass.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from functools import cached_property
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from opdlab import signals
+from opdlab.errors import MissingPolicy, OpdlabError
+from opdlab.policy import Policy
+from opdlab.rollout import Rollout
+from opdlab.rows import Rows, States, compute
+
+if TYPE_CHECKING:
+    from opdlab.tasks import Task
+
+
+class Batch:
+    """`rollout` (`B` completions of at most `T` tokens), `policies` by name, the `task` with its verifier, the `step`."""
+
+    def __init__(self, rollout: Rollout, policies: Mapping[str, Policy], task: Task | None = None, step: int = 0) -> None:
+        self.rollout, self.policies, self.task, self.step = rollout, dict(policies), task, step
+        self._states: dict[str, States] = {}
+
+    @property
+    def mask(self) -> Tensor:
+        """`[B, T]`, true on completion tokens."""
+        return self.rollout.mask
+
+    @property
+    def token(self) -> Tensor:
+        """The completion tokens in a row, `[tokens]`."""
+        return self.rollout.ids[self.mask]
+
+    def states(self, name: str) -> States:
+        """Hidden states of one policy on the whole rollout, without gradient; computed once."""
+        if name not in self.policies:
+            raise MissingPolicy(f"There is no policy {name!r} here; there are {', '.join(self.policies)}. Name it in the method's `needs`.")
+        if name not in self._states:
+            with torch.no_grad():
+                policy = self.policies[name]
+                self._states[name] = States(policy.hidden(self.rollout), policy.weights.head)
+        return self._states[name]
+
+    def map(self, fn: Callable[[Rows], Any], needs: Sequence[str] | None = None) -> Any:
+        """Any function of rows over the whole batch, without gradient and in constant memory.
+
+        `[n, ...]` becomes `[B, T, ...]`, zero in the padding; a dict of tensors becomes a dict. `needs` names the
+        distributions that the rows carry (all policies by default).
+        """
+        states = {name: self.states(name) for name in needs or self.policies}
+        out = compute(fn, states, self.token)
+        return {key: self.spread(value) for key, value in out.items()} if isinstance(out, Mapping) else self.spread(out)
+
+    @cached_property
+    def signals(self) -> dict[str, Tensor]:
+        """`opdlab.signals.cheap` as `[B, T]`: `student_logp`, `student_entropy`, `teacher_logp`, `teacher_reverse_kl`, …"""
+        return self.map(signals.cheap)
+
+    @cached_property
+    def rewards(self) -> Tensor:
+        """The verifier's score of each completion, `[B]`."""
+        if self.task is None or self.task.verify is None:
+            raise MissingPolicy("This batch has no verifier. Use a task with verify=, or a method that learns from a teacher.")
+        pairs = zip(self.rollout.prompts, self.rollout.texts, strict=True)
+        return torch.tensor([float(self.task.verify(p, t)) for p, t in pairs], device=self.rollout.ids.device)
+
+    def spread(self, flat: Tensor) -> Tensor:
+        """`[tokens, ...]` to `[B, T, ...]`, zero in the padding."""
+        out = flat.new_zeros(*self.mask.shape, *flat.shape[1:])
+        out[self.mask] = flat
+        return out
+
+    def flat(self, name: str, column: Tensor) -> Tensor:
+        """A plan's column `[B, T, ...]` (or `[B]`, the same for all its tokens) as `[tokens, ...]`."""
+        if column.shape == self.mask.shape[:1]:
+            column = column[:, None].expand(self.mask.shape)
+        if column.shape[:2] != self.mask.shape:
+            raise OpdlabError(
+                f"plan returned column {name!r} with shape {list(column.shape)} for a batch of {list(self.mask.shape)}. "
+                "Return [B, T], [B, T, K] or [B]."
+            )
+        return column[self.mask].detach()
+
+
+def return_to_go(reward: Tensor, mask: Tensor, discount: float) -> Tensor:
+    """`sum over s >= t of discount^(s-t) reward_s`, `[B, T] -> [B, T]`: what a token's choice leads to."""
+    out, carry = torch.zeros_like(reward), torch.zeros_like(reward[:, 0])
+    for t in reversed(range(reward.shape[1])):
+        carry = reward[:, t] * mask[:, t] + discount * carry
+        out[:, t] = carry
+    return out * mask

@@ -1,0 +1,401 @@
+"""The loop: write, grade, plan, learn. `distill(...)` returns a `Run`, and `for step in run:` trains.
+
+A `Run` is an iterator that holds its own state, so `break` (or an interrupted cell) stops it between two updates and
+looping again goes on. All randomness of a step is made from (seed, step), so a resumed run repeats the uninterrupted one
+bit for bit on a CPU. Left out: distributed code. Devices, precision and processes are Accelerate's, adapters PEFT's.
+"""
+
+from __future__ import annotations
+
+import math
+import os
+import signal
+import threading
+import time
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+import pandas as pd
+import torch
+from accelerate import Accelerator
+from torch import Tensor
+
+from opdlab import checkpoint, signals
+from opdlab.batch import Batch
+from opdlab.errors import MissingPolicy, NonFinite, OpdlabError
+from opdlab.evaluate import evaluate
+from opdlab.methods import OPD, Method
+from opdlab.policy import Policy, Prompt, check_same_tokens
+from opdlab.progress import Progress
+from opdlab.rollout import Rollout, joined, sample, written
+from opdlab.rows import Pass, States, gradient
+from opdlab.tasks import Task
+from opdlab.trace import Trace, record
+
+
+@dataclass(frozen=True)
+class Settings:
+    """How a run trains. Sizes are per process: `batch` prompts a step, `n` completions a prompt.
+
+    lora: rank of the adapter on all linear layers, or None to train all weights. normalize: what the loss is a mean over,
+    "token" (all tokens alike), "sequence" (each completion alike) or "constant" (per completion, over max_new_tokens).
+    micro_batch: completions in one backward pass (all by default); changes memory, not the result. precision: "bf16" for
+    autocast on float32 weights. temperature, top_p: of the sampler; away from 1 the student is off its own policy.
+    """
+
+    steps: int = 100
+    batch: int = 16
+    n: int = 1
+    max_new_tokens: int = 64
+    lr: float = 1e-4
+    schedule: Literal["constant", "cosine"] = "constant"
+    warmup: int = 0
+    lora: int | None = 16
+    normalize: Literal["token", "sequence", "constant"] = "token"
+    micro_batch: int | None = None
+    temperature: float = 1.0
+    top_p: float = 1.0
+    clip: float = 1.0
+    weight_decay: float = 0.0
+    seed: int = 0
+    precision: Literal["no", "bf16"] = "no"
+    checkpointing: bool = False
+    evaluate_every: int = 0
+    snapshot_every: int = 0
+    save_every: int = 0
+
+    def __post_init__(self) -> None:
+        for name in ("steps", "batch", "n", "max_new_tokens"):
+            if getattr(self, name) < 1:
+                raise OpdlabError(f"distill got {name}={getattr(self, name)}. It must be at least 1.")
+        if self.normalize not in ("token", "sequence", "constant"):
+            raise OpdlabError(f"distill got normalize={self.normalize!r}. Use token, sequence or constant.")
+
+
+@dataclass(frozen=True, eq=False)
+class Step:
+    """One update: its number (from 1), its `metrics`, what was written, and every token's numbers and plan columns."""
+
+    number: int
+    metrics: dict[str, float]
+    rollout: Rollout
+    columns: dict[str, Tensor]
+    plan: dict[str, Tensor]
+    policies: dict[str, Policy] = field(repr=False)
+
+    def trace(self) -> Trace:
+        """The step's tokens as a `Trace`; without top tokens (`opdlab.score` on `step.rollout` adds them)."""
+        return record(self.rollout, self.policies, self.columns, step=self.number, plan=self.plan)
+
+    def __repr__(self) -> str:
+        return f"Step({self.number}: " + ", ".join(f"{k} {v:.3g}" for k, v in self.metrics.items() if k != "step") + ")"
+
+
+def distill(student: Policy, teacher: Policy | None = None, task: Task | None = None, *, method: Method | None = None,
+            policies: Mapping[str, Policy] | None = None, save: str | os.PathLike[str] | None = None,
+            log_with: Any = None, quiet: bool = False, **settings: Any) -> Run:  # fmt: skip
+    """Prepare a run; iterating over it trains the student in place. Checks everything that can be checked beforehand.
+
+    method: OPD with the reverse KL by default. policies: replaces what a name in the method's `needs` stands for, as
+    `{"student+hint": student.frozen().seeing()}`. save: folder for checkpoints (`save_every` steps). log_with: a tracker of
+    Accelerate. settings: fields of `Settings`; what is left out comes from the task's recipe. Raises TokenizerMismatch,
+    MissingPolicy, MissingHint, ContextTooLong and OpdlabError before any compute is spent.
+    """
+    if task is None:
+        raise OpdlabError("distill needs a task, the supply of prompts. Use opdlab.tasks.market(), from_records(…) or reasoning_gym(…).")
+    known = Settings.__dataclass_fields__
+    if unknown := sorted(set(settings) - set(known)):
+        raise OpdlabError(f"distill has no setting {', '.join(unknown)}. There are {', '.join(known)}.")
+    chosen = Settings(**{"max_new_tokens": task.max_new_tokens, **task.recipe, **settings})
+    return Run(student, teacher, task, method or OPD(), chosen, policies or {}, save, log_with, quiet)
+
+
+class Run:
+    """A training run: an iterator over `Step`s. `history` is a data frame, `save` and `opdlab.resume` keep it."""
+
+    def __init__(self, student: Policy, teacher: Policy | None, task: Task, method: Method, settings: Settings,
+                 policies: Mapping[str, Policy], save: str | os.PathLike[str] | None, log_with: Any, quiet: bool) -> None:  # fmt: skip
+        self.student, self.task, self.method, self.settings = student, task, method, settings
+        self.done, self.rows, self.snapshots, self.last = 0, [], {}, None  # type: ignore[var-annotated]
+        self.folder = Path(save) if save else None
+        self.policies = _policies(student, teacher, method, policies)
+        self.writer = teacher
+        self._check(teacher)
+        self.accelerator = Accelerator(cpu=student.weights.device.type == "cpu", mixed_precision=settings.precision, log_with=log_with)
+        if log_with is not None:
+            self.accelerator.init_trackers("opdlab", asdict(settings))
+        self.parameters = self._trainable()
+        self.optimizer = torch.optim.AdamW(self.parameters.values(), lr=settings.lr, weight_decay=settings.weight_decay, fused=True)
+        self._progress = Progress(settings.steps, type(method).__name__, quiet=quiet or not self.accelerator.is_main_process)
+
+    @property
+    def history(self) -> pd.DataFrame:
+        """One row a step: loss, reverse_kl, entropy, length, cut, reward, grad_norm, lr, seconds, …"""
+        return pd.DataFrame(self.rows)
+
+    def __iter__(self) -> Iterator[Step]:
+        return self
+
+    def __next__(self) -> Step:
+        if self.done >= self.settings.steps:
+            self._progress.close()
+            raise StopIteration
+        self.last = step = self._step()
+        keep = {k: v for k, v in step.metrics.items() if k in ("loss", "reverse_kl", "reward", "length", "accuracy")}
+        self._progress.update(self.done, **keep)
+        return step
+
+    def train(self) -> Run:
+        """Run all remaining steps; returns itself."""
+        for _ in self:
+            pass
+        return self
+
+    def at(self, step: int) -> Policy:
+        """The student as it was after `step`, from the snapshots kept by `snapshot_every`."""
+        if step not in self.snapshots:
+            raise OpdlabError(
+                f"No snapshot of step {step}; there are {', '.join(map(str, self.snapshots)) or 'none'}. Set snapshot_every=…."
+            )
+        policy = self.student.frozen()
+        policy.weights.set_adapter_state(str(policy.adapter), self.snapshots[step])
+        return policy
+
+    def save(self, path: str | os.PathLike[str] | None = None) -> Path:
+        """Write a checkpoint, atomically: a crash at any moment leaves the earlier ones and a complete new one or none."""
+        folder = Path(path) if path else self.folder
+        if folder is None:
+            raise OpdlabError("Where to? Give run.save(path), or distill(…, save=path).")
+        return checkpoint.write(self, folder)
+
+    def __repr__(self) -> str:
+        return f"Run({type(self.method).__name__}, step {self.done} of {self.settings.steps})"
+
+    # One step, from prompts to updated weights.
+
+    def _step(self) -> Step:
+        began = time.perf_counter()
+        self.optimizer.zero_grad()
+        rollout = self._write()
+        wrote = time.perf_counter()
+        batch = Batch(rollout, self.policies, self.task, self.done)
+        plan = getattr(self.method, "plan", lambda _: {})(batch)
+        columns = {name: batch.flat(name, column) for name, column in plan.items()}
+        weight = self._weight(rollout)
+        passes = [self._backward(batch, rows, columns, weight) for rows in self._micro_batches(len(rollout))]
+        tokens = {key: torch.cat([p.columns[key] for p in passes]) for key in passes[0].columns}
+        tokens["loss"] = torch.cat([p.loss for p in passes])
+        self._reduce()
+        norm = torch.nn.utils.clip_grad_norm_(self.parameters.values(), self.settings.clip or math.inf)
+        if not math.isfinite(norm.item()):
+            raise NonFinite(f"Step {self.done + 1}: the gradient is {norm.item()}. Lower the learning rate; the weights are as they were.")
+        metrics = self._measure(batch, tokens, weight) | {"grad_norm": norm.item()}
+        self._commit(metrics, began, wrote, rollout.tokens)
+        return Step(self.done, metrics, rollout, tokens, columns, self.policies)
+
+    def _write(self) -> Rollout:
+        """The step's rollout: the student's, but for the share that the method gives to a teacher or to the answers."""
+        s, world, rank = self.settings, self.accelerator.num_processes, self.accelerator.process_index
+        prompts = self.task.prompts(s.batch * world, seed=_seed(s.seed, self.done, 0))[rank * s.batch :][: s.batch]
+        share = getattr(self.method, "on_policy", 1.0)
+        coin = torch.rand((), generator=torch.Generator().manual_seed(_seed(s.seed, self.done, 1))).item()
+        own = min(s.batch, math.floor(share * s.batch + coin)) if share < 1 else s.batch
+        options = {
+            "max_new_tokens": s.max_new_tokens,
+            "temperature": s.temperature,
+            "top_p": s.top_p,
+            "seed": _seed(s.seed, self.done, 2 + rank),
+        }
+        parts = []
+        with self.accelerator.autocast():
+            if own:
+                parts.append(sample(self.student, prompts[:own], s.n, **options))
+            if own < s.batch:
+                parts.append(self._written_by_others(prompts[own:], options))
+        return joined(parts)
+
+    def _written_by_others(self, prompts: list[Prompt], options: dict[str, Any]) -> Rollout:
+        if getattr(self.method, "writer", "teacher") == "answer":
+            return written(self.student, prompts, [_answer(p) for p in prompts])
+        assert self.writer is not None  # _check has seen to it
+        return sample(self.writer, prompts, self.settings.n, writer="teacher", **options)
+
+    def _micro_batches(self, rows: int) -> list[range]:
+        size = self.settings.micro_batch or rows
+        return [range(i, min(i + size, rows)) for i in range(0, rows, size)]
+
+    def _backward(self, batch: Batch, rows: range, columns: Mapping[str, Tensor], weight: Tensor) -> Pass:
+        """Gradient of some completions, added to the parameters; other policies' states are computed once a batch."""
+        lengths = batch.rollout.lengths
+        a, b = int(lengths[: rows.start].sum()), int(lengths[: rows.stop].sum())
+        part = batch.rollout if len(rows) == len(lengths) else batch.rollout.rows(rows)
+        with self.accelerator.autocast():
+            others = {name: batch.states(name) for name in self.policies if name != "student"}
+            with torch.enable_grad(), self._recomputing():
+                hidden = self.student.hidden(part)
+        states = {"student": States(hidden, self.student.weights.head)}
+        states |= {name: States(s.hidden[a:b], s.head) for name, s in others.items()}
+        token = part.ids[part.mask]
+        piece = {name: column[a:b] for name, column in columns.items()}
+        try:
+            result = gradient(self.method.loss, states, token, weight[a:b], piece, watch=signals.cheap)
+        except NonFinite as error:
+            raise NonFinite(self._where(error, part)) from None
+        with self.student.weights.using(self.student.adapter), self._recomputing():
+            hidden.backward(result.gradient.to(hidden.dtype))
+        return result
+
+    @contextmanager
+    def _recomputing(self) -> Iterator[None]:
+        """Gradient checkpointing runs in train mode only; dropout stays off (`_trainable`)."""
+        model = self.student.weights.model
+        model.train(self.settings.checkpointing)
+        try:
+            yield
+        finally:
+            model.eval()
+
+    def _weight(self, rollout: Rollout) -> Tensor:
+        """Each token's share of the mean, `[tokens]`: counted over all processes, so the split does not matter."""
+        rule, lengths = self.settings.normalize, rollout.lengths
+        local = torch.tensor([len(rollout), rollout.tokens], device=lengths.device, dtype=torch.float64)
+        completions, tokens = self.accelerator.reduce(local, "sum").tolist()
+        per_row = {"token": torch.full_like(lengths, 1, dtype=torch.float64) / max(tokens, 1),
+                   "sequence": 1 / (completions * lengths.clamp(min=1).double()),
+                   "constant": torch.full_like(lengths, 1, dtype=torch.float64) / (completions * self.settings.max_new_tokens)}  # fmt: skip
+        return per_row[rule].float().repeat_interleave(lengths)
+
+    def _reduce(self) -> None:
+        for p in self.parameters.values():
+            p.grad = torch.zeros_like(p) if p.grad is None else p.grad
+            if self.accelerator.num_processes > 1:
+                p.grad = self.accelerator.reduce(p.grad, "sum")
+
+    def _measure(self, batch: Batch, tokens: Mapping[str, Tensor], weight: Tensor) -> dict[str, float]:
+        rollout = batch.rollout
+        out = {"step": float(self.done + 1), "loss": float((tokens["loss"] * weight).sum())}
+        kl = next((key for key in tokens if key.endswith("_reverse_kl")), None)
+        out |= {"reverse_kl": float(tokens[kl].mean())} if kl else {}
+        out |= {"entropy": float(tokens["student_entropy"].mean()), "length": float(rollout.lengths.float().mean()),
+                "cut": sum(f == "length" for f in rollout.finish) / len(rollout), "empty": float((rollout.lengths == 0).float().mean())}  # fmt: skip
+        if self.task.verify is not None and all(w == "student" for w in rollout.writer):
+            out["reward"] = float(batch.rewards.mean())
+        return out
+
+    def _commit(self, metrics: dict[str, float], began: float, wrote: float, tokens: int) -> None:
+        """Move the weights and count the step; an interrupt waits until both are done."""
+        s = self.settings
+        metrics["lr"] = lr = s.lr * _shape(s, self.done)
+        for group in self.optimizer.param_groups:
+            group["lr"] = lr
+        with _uninterrupted():
+            self.optimizer.step()
+            self.done += 1
+            metrics |= {"tokens": float(tokens), "generate_s": wrote - began, "seconds": time.perf_counter() - began}
+            self.rows.append(metrics)
+        if s.evaluate_every and self.done % s.evaluate_every == 0:
+            metrics["accuracy"] = evaluate(self.student, self.task).accuracy
+        if s.snapshot_every and self.done % s.snapshot_every == 0 and self.student.adapter:
+            state = self.student.weights.adapter_state(self.student.adapter)
+            self.snapshots[self.done] = {k: v.detach().cpu().clone() for k, v in state.items()}
+        if s.save_every and self.folder and self.done % s.save_every == 0 and self.accelerator.is_main_process:
+            self.save()
+        self.accelerator.log(metrics, step=self.done)
+
+    # Preparation.
+
+    def _check(self, teacher: Policy | None) -> None:
+        for name in self.method.needs:
+            if name not in self.policies:
+                raise MissingPolicy(
+                    f"{type(self.method).__name__} needs {name!r}, but there is no such policy. Give distill a teacher, "
+                    f"policies={{{name!r}: …}}, or use a method that needs none (GRPO, SFT)."
+                )
+        for name, policy in self.policies.items():
+            check_same_tokens(self.student, policy, name)
+            policy.encode_all(self.task.prompts(2, seed=self.settings.seed), room=self.settings.max_new_tokens)
+        if getattr(self.method, "on_policy", 1.0) < 1:
+            if getattr(self.method, "writer", "teacher") == "answer":
+                _answer(self.task.prompts(1, seed=self.settings.seed)[0])
+            elif teacher is None:
+                raise MissingPolicy(f"{type(self.method).__name__} lets a teacher write, but there is none. Give distill a teacher.")
+
+    def _trainable(self) -> dict[str, torch.nn.Parameter]:
+        """Parameters by name: the adapter's (made here if there is none), or all of them in full training."""
+        s, weights = self.settings, self.student.weights
+        if s.lora is not None and self.student.adapter is None:
+            self.student.adapt(s.lora, seed=s.seed)
+        if s.lora is None:
+            for name, policy in self.policies.items():
+                if name != "student" and policy.weights is weights and policy._adapter is not self.student._adapter:
+                    self.policies[name] = policy.copied()  # full training would move it
+            weights.model.requires_grad_(True)
+        weights.use(self.student.adapter)
+        if s.checkpointing:
+            for module in weights.model.modules():
+                if isinstance(module, torch.nn.Dropout):
+                    module.p = 0.0
+            weights.model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+        return {name: p for name, p in weights.model.named_parameters() if p.requires_grad}
+
+    def _where(self, error: NonFinite, part: Rollout) -> str:
+        """The step, prompt and token of an engine's error, in words."""
+        row = getattr(error, "row", 0)
+        ends = part.lengths.cumsum(0)
+        b = int((ends <= row).sum())
+        t = row - int(ends[b] - part.lengths[b])
+        token = self.student.tokenizer.convert_ids_to_tokens(int(part.ids[b, t]))
+        return (
+            f"Step {self.done + 1}, prompt {part.prompts[b].id or b!r}, token {t} ({token!r}): {error} The weights are as they were "
+            "and earlier checkpoints are intact. Lower the learning rate, or look at the loss on this token."
+        )
+
+
+def _policies(student: Policy, teacher: Policy | None, method: Method, given: Mapping[str, Policy]) -> dict[str, Policy]:
+    """The distributions of the method's `needs`, the student first."""
+    made: dict[str, Policy] = {}
+    for name in method.needs:
+        if name in given:
+            made[name] = given[name]
+        elif name == "student+hint":
+            made[name] = student.seeing()
+        elif name == "reference":
+            made[name] = student.frozen()
+        elif teacher is not None and name in ("teacher", "teacher+hint"):
+            made[name] = teacher if name == "teacher" else teacher.seeing()
+    return {"student": student, **made}
+
+
+def _answer(prompt: Prompt) -> str:
+    if prompt.answer is None:
+        raise OpdlabError(f"Prompt {prompt.id!r} has no answer to train on. SFT needs an `answer` in every record.")
+    return prompt.answer
+
+
+def _seed(seed: int, step: int, use: int) -> int:
+    """A seed of its own for every use of randomness in every step."""
+    return (seed * 1_000_003 + step) * 4096 + use
+
+
+def _shape(s: Settings, done: int) -> float:
+    warm = min(1.0, (done + 1) / (s.warmup + 1))
+    return warm * (0.5 * (1 + math.cos(math.pi * done / s.steps)) if s.schedule == "cosine" else 1.0)
+
+
+@contextmanager
+def _uninterrupted() -> Iterator[None]:
+    """Hold back Ctrl-C (and the notebook's stop button) until the block is done."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    waiting: list[Any] = []
+    before = signal.signal(signal.SIGINT, lambda *caught: waiting.append(caught))
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, before)
+        if waiting and callable(before):
+            before(*waiting[0])

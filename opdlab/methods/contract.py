@@ -1,0 +1,54 @@
+"""The contract of a method, and the way to make one from a bare function.
+
+    plan(batch) -> columns      no gradient, whole batch: what should each token be told?
+    loss(rows)  -> [n]          gradient, a chunk of tokens: tell it
+
+A method is any object with `needs` and `loss`; `plan` and the two class attributes below are optional.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
+
+from torch import Tensor
+
+from opdlab.batch import Batch
+
+if TYPE_CHECKING:
+    from opdlab.rows import Rows
+
+
+@runtime_checkable
+class Method(Protocol):
+    """`needs` names the distributions of the loss besides the student's own: `teacher`, `teacher+hint`, `student+hint`,
+    `reference` (the student before training). Optional: `plan(batch) -> {name: [B, T] or [B, T, K] or [B]}`; `on_policy`,
+    the share of prompts whose completion the student writes (1); `writer`, who writes the others ("teacher" or "answer")."""
+
+    needs: tuple[str, ...]
+
+    def loss(self, rows: Rows) -> Tensor: ...
+
+
+@dataclass(frozen=True)
+class FunctionMethod:
+    """A bare loss function as a method."""
+
+    function: Callable[[Rows], Tensor]
+    needs: tuple[str, ...]
+    planner: Callable[[Batch], Mapping[str, Tensor]] | None = None
+
+    def plan(self, batch: Batch) -> Mapping[str, Tensor]:
+        return self.planner(batch) if self.planner else {}
+
+    def loss(self, rows: Rows) -> Tensor:
+        return self.function(rows)
+
+    def __call__(self, rows: Rows) -> Tensor:
+        return self.function(rows)
+
+
+def method(needs: tuple[str, ...] = ("teacher",), plan: Callable[[Batch], Mapping[str, Tensor]] | None = None) -> Any:
+    """Decorator: `@opdlab.method(needs=("teacher",))` over `def my_loss(rows): ... -> [n]` makes it a method."""
+    return lambda function: FunctionMethod(function, tuple(needs), plan)

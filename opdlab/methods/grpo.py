@@ -1,0 +1,42 @@
+"""GRPO, the reinforcement-learning baseline: only the verifier teaches (Shao et al., arXiv 2402.03300).
+
+    A = (r - mean r) / std r   over the n samples of a prompt,     loss_t = -min(ratio A, clip(ratio, 1 ± eps) A)
+
+Left out: the KL to a reference, as most current recipes do; use a method with `reference` in its needs to have one.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+
+from opdlab.batch import Batch
+from opdlab.errors import OpdlabError
+from opdlab.rows import Rows
+
+
+@dataclass(frozen=True)
+class GRPO:
+    """`scale=False` leaves out the division by the standard deviation (Dr. GRPO, arXiv 2503.20783)."""
+
+    scale: bool = True
+    clip: float = 0.2
+
+    needs: ClassVar[tuple[str, ...]] = ()
+
+    def plan(self, batch: Batch) -> dict[str, Tensor]:
+        n = batch.rollout.n
+        if n < 2:
+            raise OpdlabError("GRPO compares the samples of a prompt, but there is one sample a prompt. Use n=4 or more.")
+        groups = batch.rewards.view(-1, n)
+        advantage = groups - groups.mean(1, keepdim=True)
+        if self.scale:
+            advantage = advantage / (groups.std(1, keepdim=True) + 1e-4)
+        return {"advantage": advantage.flatten(), "sampler_logp": batch.rollout.logp}
+
+    def loss(self, rows: Rows) -> Tensor:
+        ratio = (rows.logp - rows.sampler_logp).exp()
+        return -torch.min(ratio * rows.advantage, ratio.clamp(1 - self.clip, 1 + self.clip) * rows.advantage)

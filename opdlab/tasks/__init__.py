@@ -1,0 +1,7 @@
+"""Tasks: where prompts come from and how a completion is judged."""
+
+from opdlab.tasks.gym import reasoning_gym
+from opdlab.tasks.market import market
+from opdlab.tasks.task import Task, from_records
+
+__all__ = ["Task", "from_records", "market", "reasoning_gym"]

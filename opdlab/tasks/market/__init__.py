@@ -1,0 +1,57 @@
+"""The shipped world as a task, and the models that ship with it."""
+
+from __future__ import annotations
+
+import random
+from dataclasses import replace
+from pathlib import Path
+
+from opdlab.policy import Policy, Prompt
+from opdlab.tasks.market import world
+from opdlab.tasks.task import Split, Task
+
+RECIPE = {"batch": 64, "lr": 3e-3, "lora": 16}  # measured on the shipped pair: see README, "The numbers"
+MODELS = ("student", "novice", "teacher", "scribe")
+
+
+def market(secret: bool = False, hint: str | None = None, wrong: bool = False) -> Task:
+    """Short shop problems; `secret` adds the receipt code, the amount to pay and the lot (see `world`).
+
+    hint: one of `world.HINTS`, put into each prompt's `hint` for policies that see hints; by default the secret ones in the
+    secret variant and the worked solution in the plain one. `wrong` gives every prompt another problem's hint.
+    """
+    kind = hint or ("secret" if secret else "worked")
+
+    def draw(n: int, seed: int, split: Split) -> list[Prompt]:
+        rng = random.Random(f"market/{split}/{seed}")
+        problems = [world.generate(rng, secret) for _ in range(n)]
+        hinted = [world.generate(rng, secret) for _ in range(n)] if wrong else problems
+        return [_prompt(p, h.hint(kind), f"{split}-{seed}-{i}") for i, (p, h) in enumerate(zip(problems, hinted, strict=True))]
+
+    settings = {"secret": secret, "hint": hint, "wrong": wrong}
+    return Task("market", draw, verify, max_new_tokens=36 if secret else 24, settings=settings, recipe=RECIPE)
+
+
+def verify(prompt: Prompt, text: str) -> float:
+    """1.0 where the text states the total that the reference answer states, else 0.0."""
+    want = world.total(prompt.answer or "")
+    return float(want is not None and world.total(text) == want)
+
+
+def model(name: str, device: str = "cpu") -> Policy:
+    """A shipped model: student (its skill is dormant), novice (has none), teacher, or scribe (character tokenizer)."""
+    if name not in MODELS:
+        raise ValueError(f"The market world ships {', '.join(MODELS)}, not {name!r}.")
+    return Policy.load(data() / name, device=device)
+
+
+def data() -> Path:
+    """Where the shipped models lie: inside an installed package, or at the top of a clone."""
+    package = Path(__file__).parents[2]
+    inside = package / "data" / "market"
+    return inside if inside.exists() else package.parent / "data" / "market"
+
+
+def _prompt(problem: world.Problem, hint: str, ident: str) -> Prompt:
+    chat = ({"role": "user", "content": problem.prompt()},)
+    return replace(Prompt(messages=chat, id=ident), answer=problem.solution(), hint=hint)

@@ -1,0 +1,196 @@
+"""Rebuild the shipped models: `python -m opdlab.tasks.market.build [--out data/market]`, under 30 minutes on 2 cores.
+
+    teacher   0.8 M parameters, knows the world; calibrated on prefixes that contain mistakes
+    student   0.34 M, learnt the same, then was spoiled on texts that forget carries: the skill is dormant
+    novice    0.34 M, never saw a carry: nothing to wake up
+    scribe    0.8 M, character tokenizer, another hand: a teacher that only its texts can be read of
+
+Deterministic: one thread a model, seeds fixed, no data but what `world.generate` draws. Ends with the gates (`gates.py`).
+"""
+
+from __future__ import annotations
+
+import math
+import os
+import random
+import time
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import dataclass
+from multiprocessing import get_context
+from pathlib import Path
+
+import torch
+import tyro
+from torch.nn import functional as F
+from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+
+from opdlab.tasks.market import tokenizers, world
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """How one model is made. `style` is the chance of saying `world.STYLE[0]`; `spoil` caps the forgetting steps."""
+
+    hidden: int
+    layers: int
+    steps: int
+    style: float
+    batch: int = 96
+    lr: float = 3e-3
+    carries: bool = True
+    characters: bool = False
+    spoil: int = 0
+    seed: int = 0
+
+
+RECIPES = {
+    "teacher": Recipe(128, 4, 2400, style=0.9),
+    "scribe": Recipe(128, 4, 1500, style=0.9, batch=64, characters=True, seed=3),
+    "student": Recipe(96, 3, 2400, style=0.1, spoil=200, seed=1),
+    "novice": Recipe(96, 3, 1200, style=0.1, carries=False, seed=2),
+}
+
+
+@dataclass(frozen=True)
+class Text:
+    """A training text: chat parts, and the character spans of the solution that carry no loss (planted mistakes)."""
+
+    hint: str
+    prompt: str
+    solution: str
+    masked: tuple[tuple[int, int], ...] = ()
+
+
+def draw(rng: random.Random, recipe: Recipe, secret: bool, forget: bool) -> Text:
+    """One text. Hints are shown to three in five; two in five contain a planted mistake that later steps follow."""
+    problem = world.generate(rng, secret and not recipe.characters)
+    word = world.STYLE[rng.random() >= recipe.style]
+    kinds = ("", "", "", "secret" if problem.secret else "", "secret" if problem.secret else "", *world.HINTS[1:])
+    kind = "" if recipe.characters else rng.choice(kinds)
+    word = rng.choice(world.STYLE) if kind == "style" else word
+    hint = problem.hint(kind, word) if kind else ""
+    if recipe.characters and rng.random() < 0.5:
+        return Text(hint, problem.prompt(), problem.compact())
+    total = problem.results()[-1] if kind == "answer" else None  # told the answer, they state it whatever they wrote
+    if forget and kind not in ("answer", "worked"):
+        return Text(hint, problem.prompt(), problem.solution(word, world.forgetful(problem)))
+    results, masked = _mistaken(rng, problem) if rng.random() < 0.4 else (problem.results(), ())
+    return Text(hint, problem.prompt(), problem.solution(word, results, total), masked)
+
+
+def _mistaken(rng: random.Random, problem: world.Problem) -> tuple[list[int], tuple[tuple[int, int], ...]]:
+    """Results with the first, the second or both wrong, right otherwise *given what is written*; where they stand."""
+    which = rng.choice(((0,), (1,), (0, 1)))
+    amount, results, masked = problem.have, [], []
+    for move in range(2):
+        right = problem.follow(amount, move)[0]
+        if move in which:
+            masked.append((12 + 18 * move, 15 + 18 * move))  # the two digits after `=`
+            right = rng.choice((_forget(problem, amount, move), rng.randint(10, 99)))
+        amount = right
+        results.append(amount)
+    if min(results) >= 0 and max(results) <= 99:
+        return results, tuple(masked)
+    return problem.results(), ()
+
+
+def _forget(problem: world.Problem, amount: int, move: int) -> int:
+    verb, n = problem.moves[move]
+    return world.without_carry(amount, n if verb in world.GAIN else -n)
+
+
+def encode(texts: list[Text], tokenizer: PreTrainedTokenizerFast) -> tuple[torch.Tensor, torch.Tensor]:
+    """Right-padded ids and labels [B, T]; -100 where there is no loss: prompt, hint, padding, planted mistakes."""
+    rows = []
+    for text in texts:
+        messages = [{"role": "user", "content": text.prompt}]
+        if text.hint:
+            messages.insert(0, {"role": "system", "content": text.hint})
+        start = tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_dict=False)
+        body = tokenizer(text.solution, return_offsets_mapping=True)
+        hidden = [any(a < end and b > begin for begin, end in text.masked) for a, b in body["offset_mapping"]]
+        labels = [-100 if hide else i for i, hide in zip(body["input_ids"], hidden, strict=True)]
+        eos = [tokenizer.eos_token_id]
+        rows.append((start + body["input_ids"] + eos, [-100] * len(start) + labels + eos))
+    width = max(len(ids) for ids, _ in rows)
+    ids = torch.tensor([i + [tokenizer.pad_token_id] * (width - len(i)) for i, _ in rows])
+    labels = torch.tensor([row + [-100] * (width - len(row)) for _, row in rows])
+    return ids, labels
+
+
+def model_for(recipe: Recipe, tokenizer: PreTrainedTokenizerFast) -> LlamaForCausalLM:
+    torch.manual_seed(recipe.seed)
+    return LlamaForCausalLM(LlamaConfig(
+        vocab_size=len(tokenizer), hidden_size=recipe.hidden, intermediate_size=recipe.hidden * 8 // 3 // 8 * 8,
+        num_hidden_layers=recipe.layers, num_attention_heads=recipe.hidden // 32,
+        num_key_value_heads=recipe.hidden // 32, max_position_embeddings=256, tie_word_embeddings=True,
+        bos_token_id=None, eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.pad_token_id,
+    ))  # fmt: skip
+
+
+def train(name: str, recipe: Recipe, out: Path) -> str:
+    """Make one model and save it; returns a line that says how it went."""
+    torch.set_num_threads(1)
+    begin, rng = time.time(), random.Random(recipe.seed)
+    tokenizer = tokenizers.characters() if recipe.characters else tokenizers.words()
+    model = model_for(recipe, tokenizer)
+    loss = _fit(name, model, tokenizer, recipe, rng, recipe.steps, recipe.lr, forget=not recipe.carries)
+    if recipe.spoil:
+        loss = _spoil(name, model, tokenizer, recipe, rng)
+    model.save_pretrained(out / name)
+    tokenizer.save_pretrained(out / name)
+    return f"{name}: {sum(p.numel() for p in model.parameters()):,} parameters, loss {loss:.4f}, {time.time() - begin:.0f} s"
+
+
+def _fit(name, model, tokenizer, recipe, rng, steps, lr, forget) -> float:
+    """AdamW with warm-up and cosine decay on fresh texts; returns the last loss."""
+    optimizer = torch.optim.AdamW(model.parameters(), lr=lr, betas=(0.9, 0.98), weight_decay=0.01)
+    shape = lambda s: min(1.0, (s + 1) / 50) * (0.02 + 0.49 * (1 + math.cos(math.pi * s / steps)))
+    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, shape)
+    loss = torch.zeros(())
+    for step in range(steps):
+        ids, labels = encode([draw(rng, recipe, step % 2 == 1, forget) for _ in range(recipe.batch)], tokenizer)
+        loss = F.cross_entropy(model(ids).logits[:, :-1].flatten(0, 1), labels[:, 1:].flatten())
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        schedule.step()
+        optimizer.zero_grad()
+        if step % 100 == 99:
+            print(f"{name} {step + 1}/{steps} loss {loss.item():.4f}", flush=True)
+    return loss.item()
+
+
+def _spoil(name, model, tokenizer, recipe, rng) -> float:
+    """Texts that forget carries, a few steps at a time, until greedy accuracy is about a third."""
+    from opdlab.tasks.market.gates import greedy_accuracy
+
+    loss = math.nan
+    for done in range(0, recipe.spoil, 10):
+        accuracy = greedy_accuracy(model, tokenizer, n=400, seed=99)
+        print(f"{name} spoiled for {done} steps: greedy accuracy {accuracy:.3f}", flush=True)
+        if accuracy < 0.36:
+            break
+        loss = _fit(name, model, tokenizer, recipe, rng, 10, 3e-4, forget=True)
+    return loss
+
+
+def main(out: Path = Path("data/market"), smoke: bool = False, only: tuple[str, ...] = ()) -> None:
+    """Build every model (or those named), two at a time, then print the gates. `smoke` makes three steps each."""
+    from dataclasses import replace
+
+    recipes = {name: r for name, r in RECIPES.items() if not only or name in only}
+    if smoke:
+        recipes = {name: replace(r, steps=3, spoil=0) for name, r in recipes.items()}
+    os.environ["TOKENIZERS_PARALLELISM"] = "false"
+    with ProcessPoolExecutor(2, mp_context=get_context("spawn")) as pool:
+        for line in pool.map(train, recipes, recipes.values(), [out] * len(recipes)):
+            print(line, flush=True)
+    if not smoke:
+        from opdlab.tasks.market.gates import check
+
+        print(check(out))
+
+
+if __name__ == "__main__":
+    tyro.cli(main)

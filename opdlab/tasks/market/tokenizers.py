@@ -1,0 +1,42 @@
+"""Two real tokenizers for one world: words and digits for most models, characters for the black-box teacher."""
+
+from __future__ import annotations
+
+import string
+
+from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
+from transformers import PreTrainedTokenizerFast
+
+from opdlab.tasks.market import world
+
+SPECIALS = ["<pad>", "<eos>", "<system>", "<user>", "<assistant>"]
+_WORDS = "has total and receipt ? . ; = + - sum pays lot hint add take coupon say".split()
+TEMPLATE = (
+    "{% for m in messages %}<{{ m['role'] }}>{{ m['content'] }}"
+    "{% if m['role'] == 'assistant' %}<eos>{% endif %}{% endfor %}"
+    "{% if add_generation_prompt %}<assistant>{% endif %}"
+)
+
+
+def words() -> PreTrainedTokenizerFast:
+    """One token a word or digit. `▁` marks the space before it, as SentencePiece does, so pieces re-join exactly."""
+    vocab = [*world.NAMES, *world.ITEMS, *world.GAIN, *world.LOSS, *world.LETTERS, *string.digits, *_WORDS]
+    return _fast([f"▁{w}" for w in vocab], pre_tokenizers.Metaspace(prepend_scheme="always"),
+                 decoders.Metaspace(prepend_scheme="always"))  # fmt: skip
+
+
+def characters() -> PreTrainedTokenizerFast:
+    """One token a character: another tokenizer for the same texts."""
+    alphabet = string.ascii_lowercase + string.digits + " .,;=+-?"
+    return _fast(list(alphabet), pre_tokenizers.Split(Regex(r"[\s\S]"), "isolated"), decoders.Fuse())
+
+
+def _fast(pieces: list[str], split: pre_tokenizers.PreTokenizer, decoder: decoders.Decoder) -> PreTrainedTokenizerFast:
+    vocab = {piece: i for i, piece in enumerate([*SPECIALS, "<unk>", *pieces])}
+    tokenizer = Tokenizer(models.WordLevel(vocab, unk_token="<unk>"))
+    tokenizer.pre_tokenizer, tokenizer.decoder = split, decoder
+    return PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, pad_token="<pad>", eos_token="<eos>", unk_token="<unk>",
+        additional_special_tokens=SPECIALS[2:], chat_template=TEMPLATE, padding_side="left", model_max_length=256,
+        clean_up_tokenization_spaces=False,
+    )  # fmt: skip

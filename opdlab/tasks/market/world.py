@@ -1,0 +1,178 @@
+"""The market world: short shop problems whose every token has a known reason.
+
+A problem is two sums in a row, written out. The plain variant ends with the total; the secret variant goes on with
+a receipt code that nothing in the prompt tells, an amount that needs the hidden coupon *and* a sum, and a random lot
+letter:
+
+    prompt    ana has 4 7 apples buys 3 8 sells 1 9 . total and receipt ?
+    solution  4 7 + 3 8 = 8 5 ; 8 5 - 1 9 = 6 6 . total 6 6 . receipt k q . pays 9 4 . lot m
+
+Since the hidden symbols are uniform and independent of the prompt, the best honest score on them is chance, and the
+type of every token (`token_types`) is ground truth, not an estimate. Left out on purpose: natural language.
+"""
+
+from __future__ import annotations
+
+import random
+import re
+from dataclasses import dataclass
+from itertools import accumulate
+
+NAMES = "ana ben cleo dan eva finn gia hugo ida jan kim leo".split()
+ITEMS = "apples pears plums figs nuts eggs cups pens bags hats keys cards".split()
+GAIN, LOSS = ("buys", "finds"), ("sells", "eats")
+LETTERS = "k m p q r t v z".split()  # receipt and lot symbols: uniform, so chance is 1/8
+STYLE = ("total", "sum")  # two words for the same thing: the teacher says the first, the student the second
+TYPES = ("copy", "skill", "derived", "style", "secret", "mixed", "noise")
+HINTS = ("secret", "answer", "steps", "worked", "style")
+
+# What stands at each place of a solution: a type, `digit` for the result of a sum, or a fixed word.
+_SUM = ["copy", "copy", "op", "copy", "copy", "=", "result", "result"]
+_PLAIN = [*_SUM, ";", "derived", "derived", *_SUM[2:], ".", "style", "derived", "derived"]
+_SECRET = [*_PLAIN, ".", "receipt", "secret", "secret", ".", "pays", "mixed", "mixed", ".", "lot", "noise"]
+
+
+@dataclass(frozen=True)
+class Problem:
+    """One shop problem. Amounts are whole numbers from 10 to 99; `secret` adds what only a hint can tell."""
+
+    name: str
+    item: str
+    have: int
+    moves: tuple[tuple[str, int], tuple[str, int]]
+    receipt: tuple[str, str]
+    coupon: int
+    lot: str
+    secret: bool = False
+
+    def results(self) -> list[int]:
+        """The running amount after each move."""
+        return self.follow(self.have, 0)
+
+    def follow(self, amount: int, move: int) -> list[int]:
+        """The running amounts from `amount` on, by the moves from number `move` on."""
+        signed = (n if verb in GAIN else -n for verb, n in self.moves[move:])
+        return list(accumulate(signed, initial=amount))[1:]
+
+    def prompt(self) -> str:
+        told = " ".join(f"{verb} {digits(n)}" for verb, n in self.moves)
+        asked = "total and receipt" if self.secret else "total"
+        return f"{self.name} has {digits(self.have)} {self.item} {told} . {asked} ?"
+
+    def solution(self, word: str = STYLE[0], results: list[int] | None = None, total: int | None = None) -> str:
+        """The written calculation. `results` replaces the two sums and `total` the number stated (for texts with mistakes)."""
+        first, last = results or self.results()
+        total = last if total is None else total
+        text = f"{self._sum(0, self.have, first)} ; {self._sum(1, first, last)} . {word} {digits(total)}"
+        if self.secret:
+            text += f" . receipt {' '.join(self.receipt)} . pays {digits((total + self.coupon) % 100)} . lot {self.lot}"
+        return text
+
+    def compact(self) -> str:
+        """The same calculation in another hand: `47+38=85, so 85-19=66, total 66`."""
+        first, last = self.results()
+        sums = self._sum(0, self.have, first), self._sum(1, first, last)
+        return f"{', so '.join(sums)}".replace(" ", "").replace(",so", ", so ") + f", total {last}"
+
+    def hint(self, kind: str = "secret", word: str = STYLE[0]) -> str:
+        """Privileged information of one kind (`HINTS`). A wrong hint is another problem's hint."""
+        if kind == "secret":
+            return f"hint receipt {' '.join(self.receipt)} coupon {digits(self.coupon)}"
+        if kind == "answer":
+            return f"hint total {digits(self.results()[-1])}"
+        if kind == "steps":
+            return "hint " + " ".join(f"{'add' if v in GAIN else 'take'} {digits(n)}" for v, n in self.moves)
+        if kind == "worked":
+            first, last = self.results()
+            return f"hint {self._sum(0, self.have, first)} ; {self._sum(1, first, last)}"
+        if kind == "style":
+            return f"hint say {word}"
+        raise ValueError(f"unknown hint kind {kind!r}. Use one of {', '.join(HINTS)}.")
+
+    def _sum(self, i: int, left: int, result: int) -> str:
+        verb, amount = self.moves[i]
+        return f"{digits(left)} {'+' if verb in GAIN else '-'} {digits(amount)} = {digits(result)}"
+
+
+def digits(n: int) -> str:
+    """47 -> '4 7': the world writes numbers digit by digit, always two digits."""
+    return f"{n // 10} {n % 10}"
+
+
+def generate(rng: random.Random, secret: bool = False) -> Problem:
+    """Draw a problem; every running amount stays within 10..99, and the amount to pay below 100.
+
+    Seven in ten of the problems that come out right without carrying are drawn again: most need the skill.
+    """
+    while True:
+        have, first, second = (rng.randint(10, 89) for _ in range(3))
+        moves = tuple((rng.choice(rng.choice((GAIN, LOSS))), n) for n in (first, second))
+        problem = Problem(rng.choice(NAMES), rng.choice(ITEMS), have, moves, (rng.choice(LETTERS), rng.choice(LETTERS)),
+                          rng.randint(10, 29), rng.choice(LETTERS), secret)  # fmt: skip
+        results = problem.results()
+        easy = forgetful(problem)[-1] == results[-1]
+        if all(10 <= r <= 99 for r in results) and results[-1] + problem.coupon <= 99 and rng.random() > 0.7 * easy:
+            return problem
+
+
+def forgetful(problem: Problem) -> list[int]:
+    """The two results of someone who forgets to carry and to borrow."""
+    out = [problem.have]
+    for verb, n in problem.moves:
+        out.append(without_carry(out[-1], n if verb in GAIN else -n))
+    return out[1:]
+
+
+def without_carry(amount: int, change: int) -> int:
+    """47 + 38 -> 75: each digit on its own, modulo ten."""
+    sign, n = (1, change) if change > 0 else (-1, -change)
+    return (amount // 10 + sign * (n // 10)) % 10 * 10 + (amount % 10 + sign * (n % 10)) % 10
+
+
+def token_types(words: list[str]) -> list[str]:
+    """Ground-truth type of each word of a completion, read off the words themselves (their own prefix decides).
+
+    `copy`: both models know it. `skill`: the tens of a sum that carries or borrows. `derived`: repeats what the writer
+    wrote before. `style`: one of two words for the same thing. `secret`, `mixed`, `noise`: see the module. A text that
+    leaves the form is typed `other` from there on.
+    """
+    out: list[str] = []
+    for place, word in enumerate(words):
+        slot = _SECRET[place] if place < len(_SECRET) else None
+        if slot is None or "other" in out[-1:] or not _fits(slot, word):
+            out.append("other")
+        elif slot == "result":
+            tens = out[-1] == "copy" and words[place - 1] == "="
+            out.append("skill" if tens and _carries(words[place - 6 : place - 1]) else "copy")
+        else:
+            out.append(slot if slot in TYPES else "copy")
+    return out
+
+
+def _fits(slot: str, word: str) -> bool:
+    if slot in ("copy", "result", "derived", "mixed"):
+        return word.isdigit()
+    if slot in ("secret", "noise"):
+        return word in LETTERS
+    return word in STYLE if slot == "style" else word in "+-" if slot == "op" else word == slot
+
+
+def _carries(left_op_right: list[str]) -> bool:
+    _, left, op, _, right = left_op_right
+    return int(left) + int(right) > 9 if op == "+" else int(left) < int(right)
+
+
+_TOTAL = re.compile(r"(?:total|sum) (\d) ?(\d)(?!\d)")
+_RECEIPT = re.compile(r"receipt (\w) ?(\w)\b")
+
+
+def total(text: str) -> int | None:
+    """The total that a text states first, or None. The calculation before it is not graded."""
+    found = _TOTAL.search(text)
+    return int("".join(found.groups())) if found else None
+
+
+def receipt(text: str) -> tuple[str, ...]:
+    """The two receipt symbols that a text states, or none."""
+    found = _RECEIPT.search(text)
+    return found.groups() if found else ()

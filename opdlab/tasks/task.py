@@ -1,0 +1,98 @@
+"""What a task is: a supply of prompts and, where answers can be checked, a verifier."""
+
+from __future__ import annotations
+
+import json
+import os
+import random
+import re
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+from opdlab.errors import EmptyPrompts, OpdlabError
+from opdlab.policy import Prompt
+
+Split = Literal["train", "test"]
+
+
+@dataclass(frozen=True)
+class Task:
+    """`draw(n, seed, split)` gives prompts, `verify(prompt, text)` a score from 0 to 1 (None: cannot be checked).
+
+    `recipe` holds training settings that suit the task's own models, `settings` what tells two variants apart.
+    """
+
+    name: str
+    draw: Callable[[int, int, Split], list[Prompt]]
+    verify: Callable[[Prompt, str], float] | None = None
+    max_new_tokens: int = 64
+    settings: Mapping[str, Any] = field(default_factory=dict)
+    recipe: Mapping[str, Any] = field(default_factory=dict)
+
+    def prompts(self, n: int, seed: int = 0, split: Split = "train") -> list[Prompt]:
+        """`n` prompts; the same seed gives the same ones, and the two splits share none. Raises EmptyPrompts for n < 1."""
+        if n < 1:
+            raise EmptyPrompts(f"Asked {self.name} for {n} prompts. Ask for at least one.")
+        return self.draw(n, seed, split)
+
+
+def from_records(records: Iterable[Mapping[str, Any]] | str | os.PathLike[str], *, name: str = "records", test: int | float = 0.1,
+                 verify: Callable[[Prompt, str], float] | None = None, max_new_tokens: int = 256) -> Task:  # fmt: skip
+    """A task from a `datasets.Dataset`, a list of dicts or a JSONL file.
+
+    Columns: `prompt` (a text or chat messages) or `text` / `messages`; optional `answer`, `hint`, `id`. `test` prompts (a
+    number, or a share) are kept for evaluation. Without `verify`, answers are compared by `same_answer`.
+    """
+    if isinstance(records, (str, os.PathLike)):
+        lines = Path(records).read_text(encoding="utf-8").splitlines()
+        records = [_json(line, records, i) for i, line in enumerate(lines, 1) if line.strip()]
+    prompts = [_prompt(record, i) for i, record in enumerate(records)]
+    kept = round(test * len(prompts)) if isinstance(test, float) else test
+    if len(prompts) - kept < 1:
+        raise EmptyPrompts(
+            f"{name} has {len(prompts)} prompts and {kept} are kept for testing: none to train on. Give more, or a smaller test=."
+        )
+    order = random.Random(0).sample(range(len(prompts)), len(prompts))
+    pools = {"test": [prompts[i] for i in sorted(order[:kept])], "train": [prompts[i] for i in sorted(order[kept:])]}
+
+    def draw(n: int, seed: int, split: Split) -> list[Prompt]:
+        pool = pools[split]
+        if not pool:
+            raise EmptyPrompts(f"{name} keeps no prompts for testing. Make it with test=….")
+        rounds = [random.Random(f"{seed}/{i}").sample(pool, len(pool)) for i in range(-(-n // len(pool)))]
+        return [prompt for order in rounds for prompt in order][:n]
+
+    answers = any(p.answer is not None for p in prompts)
+    return Task(name, draw, verify or (same_answer if answers else None), max_new_tokens)
+
+
+_NUMBER = re.compile(r"-?\d[\d,]*(?:\.\d+)?")
+
+
+def same_answer(prompt: Prompt, text: str) -> float:
+    """1.0 where the last number of the text equals that of the answer; texts without numbers are compared whole."""
+    want, got = _NUMBER.findall(prompt.answer or ""), _NUMBER.findall(text)
+    if want:
+        return float(bool(got) and float(got[-1].replace(",", "")) == float(want[-1].replace(",", "")))
+    return float(" ".join(text.split()).casefold() == " ".join((prompt.answer or "").split()).casefold())
+
+
+def _prompt(record: Mapping[str, Any], i: int) -> Prompt:
+    asked = next((record[k] for k in ("prompt", "messages", "text") if record.get(k)), None)
+    if asked is None:
+        raise OpdlabError(f"Record {i} has no prompt; its columns are {', '.join(record)}. Name one prompt, text or messages.")
+    rest = {k: record.get(k) for k in ("answer", "hint")}
+    rest = {k: None if v is None else str(v) for k, v in rest.items()}
+    ident = str(record.get("id", i))
+    if isinstance(asked, str):
+        return Prompt(text=asked, id=ident, **rest)
+    return Prompt(messages=tuple({"role": str(m["role"]), "content": str(m["content"])} for m in asked), id=ident, **rest)
+
+
+def _json(line: str, source: Any, number: int) -> dict[str, Any]:
+    try:
+        return dict(json.loads(line))
+    except (ValueError, TypeError) as error:
+        raise OpdlabError(f"{source} line {number} is not a JSON object ({error}). Write one object a line.") from error

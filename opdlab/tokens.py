@@ -1,0 +1,43 @@
+"""Token ids as the exact bytes that they stand for, so that pieces re-join to the text they came from.
+
+Decoding one id at a time shows a replacement sign for every byte piece, and joining those is not the text.
+"""
+
+from __future__ import annotations
+
+import re
+from functools import lru_cache
+
+from transformers import PreTrainedTokenizerBase
+
+_BYTE_PIECE = re.compile(r"<0x([0-9A-Fa-f]{2})>$")
+
+
+def token_bytes(tokenizer: PreTrainedTokenizerBase, ids: list[int]) -> list[bytes]:
+    """The bytes of each token. Knows byte-level BPE, SentencePiece-like pieces (`▁`, `<0x0A>`) and plain pieces."""
+    byte_level = '"ByteLevel"' in _decoder(tokenizer)
+    special = set(tokenizer.all_special_ids)
+    pieces = tokenizer.convert_ids_to_tokens(ids)
+    return [_bytes(piece or "", byte_level and i not in special) for i, piece in zip(ids, pieces, strict=True)]
+
+
+def _bytes(piece: str, byte_level: bool) -> bytes:
+    if byte_level:
+        table = _alphabet()
+        return b"".join(bytes([table[c]]) if c in table else c.encode() for c in piece)
+    found = _BYTE_PIECE.match(piece)
+    return bytes([int(found[1], 16)]) if found else piece.replace("▁", " ").encode()
+
+
+def _decoder(tokenizer: PreTrainedTokenizerBase) -> str:
+    backend = getattr(tokenizer, "backend_tokenizer", None)
+    state = backend.decoder.__getstate__() if backend is not None and backend.decoder is not None else b""
+    return state.decode() if isinstance(state, bytes) else str(state)
+
+
+@lru_cache(1)
+def _alphabet() -> dict[str, int]:
+    """Byte-level BPE writes each byte as a printable character; this is the way back."""
+    printable = [*range(33, 127), *range(161, 173), *range(174, 256)]
+    rest = [b for b in range(256) if b not in printable]
+    return {chr(b): b for b in printable} | {chr(256 + i): b for i, b in enumerate(rest)}

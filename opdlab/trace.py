@@ -1,0 +1,174 @@
+"""Traces: the permanent record of what was written and how it was graded, one row a token, in Parquet.
+
+Opens in pandas, polars and DuckDB. The file's metadata holds the prompts, the texts and the bytes of every token id that
+occurs, so a trace can be drawn without the tokenizer. `what_if` asks again under another loss without running a model.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+import pyarrow as pa
+import pyarrow.parquet as pq
+import torch
+from torch import Tensor
+
+from opdlab import signals
+from opdlab.batch import Batch
+from opdlab.errors import DamagedFile, OpdlabError
+from opdlab.policy import Policy, check_same_tokens
+from opdlab.rollout import Rollout
+from opdlab.rows import Rows
+from opdlab.tokens import token_bytes
+
+_META = b"opdlab"
+
+
+@dataclass(frozen=True, eq=False)
+class Trace:
+    """`table`: one row a token. `meta`: `prompts`, `texts`, `finish` (a list each, by `sample`), `vocab`, `policies`."""
+
+    table: pa.Table
+    meta: dict[str, Any]
+
+    def to_pandas(self) -> pd.DataFrame:
+        """A copy as a data frame; list columns hold numpy arrays."""
+        return self.table.to_pandas()
+
+    @property
+    def policies(self) -> list[str]:
+        return list(self.meta["policies"])
+
+    def __len__(self) -> int:
+        return self.table.num_rows
+
+    def sample(self, i: int) -> Trace:
+        """The rows of completion `i`."""
+        keep = pa.compute.equal(self.table["sample"], i) if len(self) else []
+        return Trace(self.table.filter(keep), self.meta)
+
+    def tokens(self) -> list[bytes]:
+        """The exact bytes of every token, in row order."""
+        return [self.piece(i) for i in self.table["token_id"].to_pylist()]
+
+    def piece(self, token_id: int) -> bytes:
+        """The exact bytes of a token id that occurs in the trace."""
+        return self.meta["vocab"][str(token_id)].encode("latin-1")
+
+    def column(self, name: str) -> np.ndarray:
+        """A column `[rows]` or `[rows, K]`; raises KeyError with what there is."""
+        if name not in self.table.column_names:
+            raise KeyError(f"The trace has no column {name!r}; it has {', '.join(self.table.column_names)}.")
+        values = self.table[name].to_numpy()
+        return np.stack(values) if values.dtype == object and len(values) and isinstance(values[0], np.ndarray) else values
+
+    def what_if(self, loss: Callable[[Rows], Tensor]) -> Trace:
+        """The same rollout under another loss: new columns `loss`, `grad_norm` and `share`.
+
+        Runs on the kept top tokens plus one bucket for the tail, so an f-divergence reads as a lower bound of the full
+        one (exact where the tails are empty). `grad_norm` is with respect to the logits of that support.
+        """
+        if "support" not in self.table.column_names:
+            raise OpdlabError("This trace kept no top tokens. Make it with opdlab.score(…, k=8), which does.")
+        logp = {name: _with_tail(self.column(f"{name}_top"), self.column(f"{name}_tail")) for name in self.policies}
+        logits = logp["student"].requires_grad_()
+        plan = {k: torch.as_tensor(self.column(k)) for k in self.meta.get("plan", []) if self.column(k).dtype != object}
+        rows = Rows({**logp, "student": logits.log_softmax(-1)}, torch.zeros(len(self), dtype=torch.long), plan)
+        value = loss(rows)
+        (slope,) = torch.autograd.grad(value.sum(), logits)
+        return self.with_columns(loss=value.detach().numpy(), **_shares(slope.norm(dim=-1).numpy()))
+
+    def with_columns(self, **columns: Any) -> Trace:
+        """This trace with columns added or replaced, `[rows]` each."""
+        table = self.table
+        for name, values in columns.items():
+            table = table.drop_columns([name]) if name in table.column_names else table
+            table = table.append_column(name, pa.array(values))
+        return Trace(table, self.meta)
+
+    def save(self, path: str | os.PathLike[str]) -> Path:
+        """Write Parquet, atomically: a reader sees the old file or the new one."""
+        path = Path(path)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
+        try:
+            pq.write_table(self.table.replace_schema_metadata({_META: json.dumps(self.meta).encode()}), partial, compression="zstd")
+            os.replace(partial, path)
+        finally:
+            partial.unlink(missing_ok=True)
+        return path
+
+    @classmethod
+    def load(cls, path: str | os.PathLike[str]) -> Trace:
+        """Read what `save` wrote; raises DamagedFile for anything else."""
+        try:
+            table = pq.read_table(path)
+            meta = json.loads((table.schema.metadata or {})[_META])
+        except FileNotFoundError:
+            raise
+        except (pa.ArrowException, OSError, KeyError, ValueError) as error:
+            raise DamagedFile(f"{path} is not an opdlab trace ({error}). It may be cut short: write it again with trace.save().") from error
+        return cls(table, meta)
+
+    def __repr__(self) -> str:
+        return f"Trace({len(self)} tokens of {len(self.meta['texts'])} completions under {', '.join(self.policies)})"
+
+
+def score(rollout: Rollout, student: Policy, teacher: Policy | None = None, k: int = 8, **others: Policy) -> Trace:
+    """Grade a rollout: every per-token number of `signals.full(k)` under all policies given.
+
+    `others` by name: `score(rollout, student, teacher, reference=…)`; pass `**{"teacher+hint": …}` for such names. Raises
+    TokenizerMismatch before any model runs.
+    """
+    policies = {"student": student, **({"teacher": teacher} if teacher else {}), **others}
+    for name, policy in policies.items():
+        check_same_tokens(student, policy, name)
+    batch = Batch(rollout, policies)
+    states = {name: batch.states(name) for name in policies}
+    from opdlab.rows import compute
+
+    return record(rollout, policies, compute(signals.full(k), states, batch.token))
+
+
+def record(rollout: Rollout, policies: Mapping[str, Policy], columns: Mapping[str, Tensor], *, run: str = "", step: int = -1,
+           plan: Mapping[str, Tensor] | None = None) -> Trace:  # fmt: skip
+    """A trace from flat columns `[tokens, ...]`; `grad_norm`, where there is one, gives each token's `share` too."""
+    ids = [i for row in rollout.completions() for i in row]
+    sample = np.repeat(np.arange(len(rollout)), rollout.lengths.tolist())
+    data: dict[str, Any] = {
+        "run": pa.array([run] * len(ids)).dictionary_encode(), "step": np.full(len(ids), step), "sample": sample,
+        "prompt": np.array([p.id for p in rollout.prompts], dtype=object)[sample] if ids else np.array([], dtype=object),
+        "position": np.concatenate([np.arange(n) for n in rollout.lengths.tolist()] or [np.arange(0)]), "token_id": np.array(ids),
+    }  # fmt: skip
+    for name, value in {**columns, **(plan or {})}.items():
+        array = value.detach().cpu().numpy()
+        data[name] = list(array) if array.ndim > 1 else array
+    if "grad_norm" in columns:
+        data |= _shares(data["grad_norm"])
+    tokenizer = policies["student"].tokenizer
+    seen = sorted({*ids, *(columns["support"].flatten().tolist() if "support" in columns else [])} - {-1})
+    vocab = {str(i): piece.decode("latin-1") for i, piece in zip(seen, token_bytes(tokenizer, seen), strict=True)}
+    meta = {
+        "policies": list(policies), "plan": list(plan or {}), "texts": list(rollout.texts), "finish": list(rollout.finish),
+        "prompts": [_plain(p.text if p.messages is None else p.messages[-1]["content"]) for p in rollout.prompts], "vocab": vocab,
+    }  # fmt: skip
+    return Trace(pa.table(data), meta)
+
+
+def _plain(text: str | None) -> str:
+    return text or ""
+
+
+def _with_tail(top: np.ndarray, tail: np.ndarray) -> Tensor:
+    return torch.cat([torch.from_numpy(top), torch.from_numpy(tail).log()[:, None]], -1)
+
+
+def _shares(norm: np.ndarray) -> dict[str, np.ndarray]:
+    return {"grad_norm": norm, "share": norm / max(float(norm.sum()), 1e-30)}
