@@ -81,6 +81,8 @@ class Batch:
 
     def flat(self, name: str, column: Tensor) -> Tensor:
         """A plan's column `[B, T, ...]` (or `[B]`, the same for all its tokens) as `[tokens, ...]`."""
+        if hasattr(Rows, name) or name in ("token", "columns", "distributions", *self.policies):
+            raise OpdlabError(f"plan returned a column named {name!r}, which means something else in a loss. Give it another name.")
         if column.shape == self.mask.shape[:1]:
             column = column[:, None].expand(self.mask.shape)
         if column.shape[:2] != self.mask.shape:

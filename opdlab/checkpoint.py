@@ -13,7 +13,7 @@ import json
 import os
 import shutil
 from collections.abc import Mapping
-from dataclasses import asdict, fields, is_dataclass
+from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -132,9 +132,8 @@ def _set_optimizer_state(run: Run, flat: Mapping[str, Tensor]) -> None:
 def _description(run: Run) -> dict[str, Any]:
     import opdlab
 
-    method = run.method
-    options = {f.name: getattr(method, f.name) for f in fields(method)} if is_dataclass(method) else {}  # type: ignore[arg-type]
-    options = {k: asdict(v) if is_dataclass(v) and not isinstance(v, type) else v for k, v in options.items() if not callable(v)}
+    method: Any = run.method
+    options = asdict(method) if type(method).__name__ in methods.__all__ else {}
     return {
         "step": run.done, "settings": asdict(run.settings), "student": run.student.weights.source, "task": run.task.name,
         "tokenizer": _fingerprint(run.student), "method": {"name": type(method).__name__, "options": options},

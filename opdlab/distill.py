@@ -2,7 +2,7 @@
 
 A `Run` is an iterator that holds its own state, so `break` (or an interrupted cell) stops it between two updates and
 looping again goes on. All randomness of a step is made from (seed, step), so a resumed run repeats the uninterrupted one
-bit for bit on a CPU. Left out: distributed code. Devices, precision and processes are Accelerate's, adapters PEFT's.
+bit for bit on a CPU. Left out: distributed code. Processes and trackers are Accelerate's, adapters PEFT's.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import pandas as pd
 import torch
@@ -32,47 +32,9 @@ from opdlab.policy import Policy, Prompt, check_same_tokens
 from opdlab.progress import Progress
 from opdlab.rollout import Rollout, joined, sample, written
 from opdlab.rows import Pass, States, gradient
+from opdlab.settings import Settings, seed_of
 from opdlab.tasks import Task
 from opdlab.trace import Trace, record
-
-
-@dataclass(frozen=True)
-class Settings:
-    """How a run trains. Sizes are per process: `batch` prompts a step, `n` completions a prompt.
-
-    lora: rank of the adapter on all linear layers, or None to train all weights. normalize: what the loss is a mean over,
-    "token" (all tokens alike), "sequence" (each completion alike) or "constant" (per completion, over max_new_tokens).
-    micro_batch: completions in one backward pass (all by default); changes memory, not the result. precision: "bf16" for
-    autocast on float32 weights. temperature, top_p: of the sampler; away from 1 the student is off its own policy.
-    """
-
-    steps: int = 100
-    batch: int = 16
-    n: int = 1
-    max_new_tokens: int = 64
-    lr: float = 1e-4
-    schedule: Literal["constant", "cosine"] = "constant"
-    warmup: int = 0
-    lora: int | None = 16
-    normalize: Literal["token", "sequence", "constant"] = "token"
-    micro_batch: int | None = None
-    temperature: float = 1.0
-    top_p: float = 1.0
-    clip: float = 1.0
-    weight_decay: float = 0.0
-    seed: int = 0
-    precision: Literal["no", "bf16"] = "no"
-    checkpointing: bool = False
-    evaluate_every: int = 0
-    snapshot_every: int = 0
-    save_every: int = 0
-
-    def __post_init__(self) -> None:
-        for name in ("steps", "batch", "n", "max_new_tokens"):
-            if getattr(self, name) < 1:
-                raise OpdlabError(f"distill got {name}={getattr(self, name)}. It must be at least 1.")
-        if self.normalize not in ("token", "sequence", "constant"):
-            raise OpdlabError(f"distill got normalize={self.normalize!r}. Use token, sequence or constant.")
 
 
 @dataclass(frozen=True, eq=False)
@@ -119,12 +81,15 @@ class Run:
     def __init__(self, student: Policy, teacher: Policy | None, task: Task, method: Method, settings: Settings,
                  policies: Mapping[str, Policy], save: str | os.PathLike[str] | None, log_with: Any, quiet: bool) -> None:  # fmt: skip
         self.student, self.task, self.method, self.settings = student, task, method, settings
-        self.done, self.rows, self.snapshots, self.last = 0, [], {}, None  # type: ignore[var-annotated]
+        self.done = 0
+        self.rows: list[dict[str, float]] = []
+        self.snapshots: dict[int, dict[str, Tensor]] = {}
+        self.last: Step | None = None
         self.folder = Path(save) if save else None
         self.policies = _policies(student, teacher, method, policies)
         self.writer = teacher
         self._check(teacher)
-        self.accelerator = Accelerator(cpu=student.weights.device.type == "cpu", mixed_precision=settings.precision, log_with=log_with)
+        self.accelerator = Accelerator(log_with=log_with)
         if log_with is not None:
             self.accelerator.init_trackers("opdlab", asdict(settings))
         self.parameters = self._trainable()
@@ -182,7 +147,7 @@ class Run:
         rollout = self._write()
         wrote = time.perf_counter()
         batch = Batch(rollout, self.policies, self.task, self.done)
-        plan = getattr(self.method, "plan", lambda _: {})(batch)
+        plan: Mapping[str, Tensor] = self.method.plan(batch) if hasattr(self.method, "plan") else {}
         columns = {name: batch.flat(name, column) for name, column in plan.items()}
         weight = self._weight(rollout)
         passes = [self._backward(batch, rows, columns, weight) for rows in self._micro_batches(len(rollout))]
@@ -199,18 +164,14 @@ class Run:
     def _write(self) -> Rollout:
         """The step's rollout: the student's, but for the share that the method gives to a teacher or to the answers."""
         s, world, rank = self.settings, self.accelerator.num_processes, self.accelerator.process_index
-        prompts = self.task.prompts(s.batch * world, seed=_seed(s.seed, self.done, 0))[rank * s.batch :][: s.batch]
+        prompts = self.task.prompts(s.batch * world, seed=seed_of(s.seed, self.done, 0))[rank * s.batch :][: s.batch]
         share = getattr(self.method, "on_policy", 1.0)
-        coin = torch.rand((), generator=torch.Generator().manual_seed(_seed(s.seed, self.done, 1))).item()
+        coin = torch.rand((), generator=torch.Generator().manual_seed(seed_of(s.seed, self.done, 1))).item()
         own = min(s.batch, math.floor(share * s.batch + coin)) if share < 1 else s.batch
-        options = {
-            "max_new_tokens": s.max_new_tokens,
-            "temperature": s.temperature,
-            "top_p": s.top_p,
-            "seed": _seed(s.seed, self.done, 2 + rank),
-        }
+        options: dict[str, Any] = {"max_new_tokens": s.max_new_tokens, "temperature": s.temperature, "top_p": s.top_p,
+                                   "seed": seed_of(s.seed, self.done, 2 + rank)}  # fmt: skip
         parts = []
-        with self.accelerator.autocast():
+        with self._autocast():
             if own:
                 parts.append(sample(self.student, prompts[:own], s.n, **options))
             if own < s.batch:
@@ -232,7 +193,7 @@ class Run:
         lengths = batch.rollout.lengths
         a, b = int(lengths[: rows.start].sum()), int(lengths[: rows.stop].sum())
         part = batch.rollout if len(rows) == len(lengths) else batch.rollout.rows(rows)
-        with self.accelerator.autocast():
+        with self._autocast():
             others = {name: batch.states(name) for name in self.policies if name != "student"}
             with torch.enable_grad(), self._recomputing():
                 hidden = self.student.hidden(part)
@@ -247,6 +208,10 @@ class Run:
         with self.student.weights.using(self.student.adapter), self._recomputing():
             hidden.backward(result.gradient.to(hidden.dtype))
         return result
+
+    def _autocast(self) -> torch.autocast:
+        """Not Accelerate's: that is one for the life of a process, and a notebook may hold runs of both precisions."""
+        return torch.autocast(self.student.weights.device.type, torch.bfloat16, enabled=self.settings.precision == "bf16")
 
     @contextmanager
     def _recomputing(self) -> Iterator[None]:
@@ -279,8 +244,10 @@ class Run:
         out = {"step": float(self.done + 1), "loss": float((tokens["loss"] * weight).sum())}
         kl = next((key for key in tokens if key.endswith("_reverse_kl")), None)
         out |= {"reverse_kl": float(tokens[kl].mean())} if kl else {}
-        out |= {"entropy": float(tokens["student_entropy"].mean()), "length": float(rollout.lengths.float().mean()),
-                "cut": sum(f == "length" for f in rollout.finish) / len(rollout), "empty": float((rollout.lengths == 0).float().mean())}  # fmt: skip
+        out["entropy"] = float(tokens["student_entropy"].mean())
+        out["length"] = float(rollout.lengths.float().mean())
+        out["cut"] = sum(f == "length" for f in rollout.finish) / len(rollout)
+        out["empty"] = float((rollout.lengths == 0).float().mean())
         if self.task.verify is not None and all(w == "student" for w in rollout.writer):
             out["reward"] = float(batch.rewards.mean())
         return out
@@ -288,7 +255,7 @@ class Run:
     def _commit(self, metrics: dict[str, float], began: float, wrote: float, tokens: int) -> None:
         """Move the weights and count the step; an interrupt waits until both are done."""
         s = self.settings
-        metrics["lr"] = lr = s.lr * _shape(s, self.done)
+        metrics["lr"] = lr = s.rate(self.done)
         for group in self.optimizer.param_groups:
             group["lr"] = lr
         with _uninterrupted():
@@ -338,7 +305,7 @@ class Run:
             for module in weights.model.modules():
                 if isinstance(module, torch.nn.Dropout):
                     module.p = 0.0
-            weights.model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+            weights.model.activation_checkpointing_enable()
         return {name: p for name, p in weights.model.named_parameters() if p.requires_grad}
 
     def _where(self, error: NonFinite, part: Rollout) -> str:
@@ -373,16 +340,6 @@ def _answer(prompt: Prompt) -> str:
     if prompt.answer is None:
         raise OpdlabError(f"Prompt {prompt.id!r} has no answer to train on. SFT needs an `answer` in every record.")
     return prompt.answer
-
-
-def _seed(seed: int, step: int, use: int) -> int:
-    """A seed of its own for every use of randomness in every step."""
-    return (seed * 1_000_003 + step) * 4096 + use
-
-
-def _shape(s: Settings, done: int) -> float:
-    warm = min(1.0, (done + 1) / (s.warmup + 1))
-    return warm * (0.5 * (1 + math.cos(math.pi * done / s.steps)) if s.schedule == "cosine" else 1.0)
 
 
 @contextmanager

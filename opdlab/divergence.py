@@ -125,8 +125,9 @@ class TopK:
             return top.log_softmax(-1)
         if self.tail == "drop" or ids.shape[-1] == logp.shape[-1]:
             return top
-        rest = logp.scatter(-1, ids, -math.inf).logsumexp(-1, keepdim=True)
-        return torch.cat([top, rest], -1)
+        least = torch.finfo(logp.dtype).min  # not -inf, of which a logsumexp has the gradient nan
+        rest = logp.scatter(-1, ids, least).clamp(min=least).logsumexp(-1, keepdim=True)
+        return torch.cat([top, rest.masked_fill(rest < 0.5 * least, -math.inf)], -1)
 
 
 class _KL(torch.autograd.Function):
@@ -157,7 +158,9 @@ def _mix(first: Tensor, second: Tensor, share: float) -> Tensor:
     """log(share * first + (1 - share) * second)."""
     if share == 0:
         return _float(second)
-    return torch.logaddexp(_float(first) + math.log(share), _float(second) + math.log1p(-share))
+    second = _float(second)
+    second = second.clamp(min=torch.finfo(second.dtype).min)  # -inf with -inf would have the gradient nan
+    return torch.logaddexp(_float(first) + math.log(share), second + math.log1p(-share))
 
 
 def _share(alpha: float) -> float:

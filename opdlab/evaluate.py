@@ -5,6 +5,7 @@ Every policy answers the same prompts with the same random numbers, so `after - 
 
 from __future__ import annotations
 
+import hashlib
 from dataclasses import dataclass
 from typing import Any
 
@@ -75,7 +76,8 @@ class Evaluation:
         """Paired difference of greedy accuracy; raises OpdlabError where the prompts differ."""
         if self.key != before.key:
             raise OpdlabError(
-                f"These evaluations are on different prompts ({self.key} and {before.key}), so they do not pair. Use the same task, n and seed."
+                f"These evaluations are on different prompts ({self.key} and {before.key}), so they do not pair. "
+                "Use the same task, n and seed."
             )
         return paired(self.greedy, before.greedy)
 
@@ -114,7 +116,8 @@ def evaluate(policy: Policy, task: Task, n: int = 200, k: int = 0, seed: int = 0
     if task.verify is None:
         raise MissingPolicy(f"{task.name} has no verifier, so nothing can be scored. Make the task with verify=….")
     prompts = task.prompts(n, seed, "test")
-    width, rows = max_new_tokens or task.max_new_tokens, {"greedy": [], "sampled": [], "length": [], "cut": []}
+    width = max_new_tokens or task.max_new_tokens
+    rows: dict[str, list[Any]] = {"greedy": [], "sampled": [], "length": [], "cut": []}
     bar = Progress(len(prompts), f"evaluate {name or policy}", "prompt", quiet)
     for i in range(0, len(prompts), batch_size):
         part = prompts[i : i + batch_size]
@@ -131,4 +134,5 @@ def evaluate(policy: Policy, task: Task, n: int = 200, k: int = 0, seed: int = 0
     arrays = {key: np.asarray(value, float) for key, value in rows.items()}
     arrays["sampled"] = arrays["sampled"].reshape(len(prompts), k)
     settings = tuple(sorted((key, str(value)) for key, value in task.settings.items()))
-    return Evaluation(name or repr(policy), key=(task.name, settings, len(prompts), seed), **arrays)
+    asked = hashlib.sha256(repr([(p.text, p.messages) for p in prompts]).encode()).hexdigest()[:8]
+    return Evaluation(name or repr(policy), key=(task.name, settings, len(prompts), seed, asked), **arrays)

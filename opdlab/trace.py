@@ -51,8 +51,7 @@ class Trace:
 
     def sample(self, i: int) -> Trace:
         """The rows of completion `i`."""
-        keep = pa.compute.equal(self.table["sample"], i) if len(self) else []
-        return Trace(self.table.filter(keep), self.meta)
+        return Trace(self.table.filter(pa.compute.equal(self.table["sample"], i)), self.meta)
 
     def tokens(self) -> list[bytes]:
         """The exact bytes of every token, in row order."""
@@ -66,8 +65,10 @@ class Trace:
         """A column `[rows]` or `[rows, K]`; raises KeyError with what there is."""
         if name not in self.table.column_names:
             raise KeyError(f"The trace has no column {name!r}; it has {', '.join(self.table.column_names)}.")
-        values = self.table[name].to_numpy()
-        return np.stack(values) if values.dtype == object and len(values) and isinstance(values[0], np.ndarray) else values
+        values = self.table[name]
+        if not pa.types.is_list(values.type):
+            return values.to_numpy()
+        return np.stack(values.to_numpy()) if len(values) else np.zeros((0, 0), np.float32)
 
     def what_if(self, loss: Callable[[Rows], Tensor]) -> Trace:
         """The same rollout under another loss: new columns `loss`, `grad_norm` and `share`.
@@ -79,7 +80,7 @@ class Trace:
             raise OpdlabError("This trace kept no top tokens. Make it with opdlab.score(…, k=8), which does.")
         logp = {name: _with_tail(self.column(f"{name}_top"), self.column(f"{name}_tail")) for name in self.policies}
         logits = logp["student"].requires_grad_()
-        plan = {k: torch.as_tensor(self.column(k)) for k in self.meta.get("plan", []) if self.column(k).dtype != object}
+        plan = {k: torch.tensor(self.column(k)) for k in self.meta.get("plan", []) if self.column(k).dtype != object}
         rows = Rows({**logp, "student": logits.log_softmax(-1)}, torch.zeros(len(self), dtype=torch.long), plan)
         value = loss(rows)
         (slope,) = torch.autograd.grad(value.sum(), logits)
@@ -99,7 +100,8 @@ class Trace:
         path.parent.mkdir(parents=True, exist_ok=True)
         partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
         try:
-            pq.write_table(self.table.replace_schema_metadata({_META: json.dumps(self.meta).encode()}), partial, compression="zstd")
+            table = self.table.replace_schema_metadata({_META: json.dumps(self.meta).encode()})
+            pq.write_table(table, partial, compression="zstd", write_page_checksum=True)
             os.replace(partial, path)
         finally:
             partial.unlink(missing_ok=True)
@@ -109,7 +111,7 @@ class Trace:
     def load(cls, path: str | os.PathLike[str]) -> Trace:
         """Read what `save` wrote; raises DamagedFile for anything else."""
         try:
-            table = pq.read_table(path)
+            table = pq.read_table(path, page_checksum_verification=True)
             meta = json.loads((table.schema.metadata or {})[_META])
         except FileNotFoundError:
             raise
@@ -144,12 +146,12 @@ def record(rollout: Rollout, policies: Mapping[str, Policy], columns: Mapping[st
     sample = np.repeat(np.arange(len(rollout)), rollout.lengths.tolist())
     data: dict[str, Any] = {
         "run": pa.array([run] * len(ids)).dictionary_encode(), "step": np.full(len(ids), step), "sample": sample,
-        "prompt": np.array([p.id for p in rollout.prompts], dtype=object)[sample] if ids else np.array([], dtype=object),
-        "position": np.concatenate([np.arange(n) for n in rollout.lengths.tolist()] or [np.arange(0)]), "token_id": np.array(ids),
+        "prompt": pa.array([rollout.prompts[i].id for i in sample], pa.string()),
+        "position": np.concatenate([np.arange(n) for n in rollout.lengths.tolist()]), "token_id": np.array(ids, np.int64),
     }  # fmt: skip
     for name, value in {**columns, **(plan or {})}.items():
         array = value.detach().cpu().numpy()
-        data[name] = list(array) if array.ndim > 1 else array
+        data[name] = pa.array(list(array), pa.list_(pa.from_numpy_dtype(array.dtype))) if array.ndim > 1 else array
     if "grad_norm" in columns:
         data |= _shares(data["grad_norm"])
     tokenizer = policies["student"].tokenizer
@@ -167,7 +169,7 @@ def _plain(text: str | None) -> str:
 
 
 def _with_tail(top: np.ndarray, tail: np.ndarray) -> Tensor:
-    return torch.cat([torch.from_numpy(top), torch.from_numpy(tail).log()[:, None]], -1)
+    return torch.cat([torch.tensor(top), torch.tensor(tail).log()[:, None]], -1)
 
 
 def _shares(norm: np.ndarray) -> dict[str, np.ndarray]:

@@ -26,7 +26,8 @@ class Method(Protocol):
     `reference` (the student before training). Optional: `plan(batch) -> {name: [B, T] or [B, T, K] or [B]}`; `on_policy`,
     the share of prompts whose completion the student writes (1); `writer`, who writes the others ("teacher" or "answer")."""
 
-    needs: tuple[str, ...]
+    @property
+    def needs(self) -> tuple[str, ...]: ...
 
     def loss(self, rows: Rows) -> Tensor: ...
 

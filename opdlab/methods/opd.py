@@ -14,6 +14,7 @@ from dataclasses import dataclass, field
 from functools import partial
 from typing import Any, ClassVar, Literal
 
+import torch
 from torch import Tensor
 
 from opdlab import divergence as d
@@ -36,7 +37,8 @@ class OPD:
     estimator: "full", or "sampled" for the policy gradient (reverse KL only). With it, `discount` > 0 credits a token with
     what follows (arXiv 2306.08543), and baseline="value" replaces what the state alone decides by its expectation: it adds
     KL(p || q) at the token (vOPD, arXiv 2605.07865) and counts -KL(p || q) instead of the sampled log-ratio at later ones
-    (arXiv 2504.10637). Neither moves the expected gradient; both cut its variance.
+    (arXiv 2504.10637). Neither moves the expected gradient; both cut its variance (the first may not, where the student is
+    nearly sure of a token).
     on_policy: share of prompts that the student answers; the teacher writes the others (GKD's lambda).
     """
 
@@ -56,6 +58,10 @@ class OPD:
             raise ValueError(f"OPD has no divergence {self.divergence!r}. Use one of {', '.join(DIVERGENCES)}.")
         if not 0 <= self.on_policy <= 1 or not 0 <= self.discount <= 1:
             raise ValueError(f"OPD got on_policy={self.on_policy}, discount={self.discount}. Both are shares from 0 to 1.")
+        if self.estimator not in ("full", "sampled") or self.baseline not in (None, "value"):
+            raise ValueError(
+                f"OPD got estimator={self.estimator!r}, baseline={self.baseline!r}. Use 'full' or 'sampled', and None or 'value'."
+            )
         sampled = self.estimator == "sampled"
         if sampled and (self.divergence != "reverse_kl" or self.top_k or self.options or self.on_policy < 1):
             raise ValueError(
@@ -64,6 +70,8 @@ class OPD:
             )
         if not sampled and (self.baseline or self.discount):
             raise ValueError("OPD's baseline and discount belong to the policy gradient. Use them with estimator='sampled'.")
+        probe = torch.zeros(1, 2).log_softmax(-1)
+        DIVERGENCES[self.divergence](probe, probe, **self.options)  # bad options raise here, not after the first rollout
 
     def plan(self, batch: Batch) -> dict[str, Tensor]:
         if self.estimator == "full":

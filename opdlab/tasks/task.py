@@ -46,16 +46,16 @@ def from_records(records: Iterable[Mapping[str, Any]] | str | os.PathLike[str], 
     number, or a share) are kept for evaluation. Without `verify`, answers are compared by `same_answer`.
     """
     if isinstance(records, (str, os.PathLike)):
-        lines = Path(records).read_text(encoding="utf-8").splitlines()
+        lines = Path(records).read_text(encoding="utf-8").split("\n")  # not splitlines: JSON may hold U+2028
         records = [_json(line, records, i) for i, line in enumerate(lines, 1) if line.strip()]
     prompts = [_prompt(record, i) for i, record in enumerate(records)]
     kept = round(test * len(prompts)) if isinstance(test, float) else test
-    if len(prompts) - kept < 1:
-        raise EmptyPrompts(
-            f"{name} has {len(prompts)} prompts and {kept} are kept for testing: none to train on. Give more, or a smaller test=."
-        )
     order = random.Random(0).sample(range(len(prompts)), len(prompts))
     pools = {"test": [prompts[i] for i in sorted(order[:kept])], "train": [prompts[i] for i in sorted(order[kept:])]}
+    held = {_asked(p) for p in pools["test"]}
+    pools["train"] = [p for p in pools["train"] if _asked(p) not in held]  # a repeated prompt is not trained on
+    if not pools["train"]:
+        raise EmptyPrompts(f"{name} has {len(prompts)} prompts and {kept} are kept for testing. Give more, or a smaller test=.")
 
     def draw(n: int, seed: int, split: Split) -> list[Prompt]:
         pool = pools[split]
@@ -89,6 +89,10 @@ def _prompt(record: Mapping[str, Any], i: int) -> Prompt:
     if isinstance(asked, str):
         return Prompt(text=asked, id=ident, **rest)
     return Prompt(messages=tuple({"role": str(m["role"]), "content": str(m["content"])} for m in asked), id=ident, **rest)
+
+
+def _asked(prompt: Prompt) -> str:
+    return repr(prompt.text or prompt.messages)
 
 
 def _json(line: str, source: Any, number: int) -> dict[str, Any]:

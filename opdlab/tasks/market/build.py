@@ -15,7 +15,7 @@ import os
 import random
 import time
 from concurrent.futures import ProcessPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from multiprocessing import get_context
 from pathlib import Path
 
@@ -24,12 +24,12 @@ import tyro
 from torch.nn import functional as F
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
-from opdlab.tasks.market import tokenizers, world
+from opdlab.tasks.market import gates, tokenizers, world
 
 
 @dataclass(frozen=True)
 class Recipe:
-    """How one model is made. `style` is the chance of saying `world.STYLE[0]`; `spoil` caps the forgetting steps."""
+    """How one model is made. `style` is the chance of saying `world.STYLE[0]`; `spoil` counts steps of forgetting."""
 
     hidden: int
     layers: int
@@ -44,10 +44,10 @@ class Recipe:
 
 
 RECIPES = {
-    "teacher": Recipe(128, 4, 2400, style=0.9),
+    "teacher": Recipe(128, 4, 2000, style=0.9),
     "scribe": Recipe(128, 4, 1500, style=0.9, batch=64, characters=True, seed=3),
-    "student": Recipe(96, 3, 2400, style=0.1, spoil=200, seed=1),
-    "novice": Recipe(96, 3, 1200, style=0.1, carries=False, seed=2),
+    "student": Recipe(96, 3, 1900, style=0.1, spoil=300, seed=1),
+    "novice": Recipe(96, 3, 1700, style=0.1, carries=False, seed=2),
 }
 
 
@@ -62,10 +62,10 @@ class Text:
 
 
 def draw(rng: random.Random, recipe: Recipe, secret: bool, forget: bool) -> Text:
-    """One text. Hints are shown to three in five; two in five contain a planted mistake that later steps follow."""
+    """One text. Most secret ones come with a hint, half of the plain ones too; two in five contain planted mistakes."""
     problem = world.generate(rng, secret and not recipe.characters)
     word = world.STYLE[rng.random() >= recipe.style]
-    kinds = ("", "", "", "secret" if problem.secret else "", "secret" if problem.secret else "", *world.HINTS[1:])
+    kinds = ["", "", "", *world.HINTS[1:], *(["secret"] * 5 if problem.secret else [""])]
     kind = "" if recipe.characters else rng.choice(kinds)
     word = rng.choice(world.STYLE) if kind == "style" else word
     hint = problem.hint(kind, word) if kind else ""
@@ -114,8 +114,7 @@ def encode(texts: list[Text], tokenizer: PreTrainedTokenizerFast) -> tuple[torch
         rows.append((start + body["input_ids"] + eos, [-100] * len(start) + labels + eos))
     width = max(len(ids) for ids, _ in rows)
     ids = torch.tensor([i + [tokenizer.pad_token_id] * (width - len(i)) for i, _ in rows])
-    labels = torch.tensor([row + [-100] * (width - len(row)) for _, row in rows])
-    return ids, labels
+    return ids, torch.tensor([row + [-100] * (width - len(row)) for _, row in rows])
 
 
 def model_for(recipe: Recipe, tokenizer: PreTrainedTokenizerFast) -> LlamaForCausalLM:
@@ -131,15 +130,15 @@ def model_for(recipe: Recipe, tokenizer: PreTrainedTokenizerFast) -> LlamaForCau
 def train(name: str, recipe: Recipe, out: Path) -> str:
     """Make one model and save it; returns a line that says how it went."""
     torch.set_num_threads(1)
-    begin, rng = time.time(), random.Random(recipe.seed)
+    rng = random.Random(recipe.seed)
     tokenizer = tokenizers.characters() if recipe.characters else tokenizers.words()
     model = model_for(recipe, tokenizer)
     loss = _fit(name, model, tokenizer, recipe, rng, recipe.steps, recipe.lr, forget=not recipe.carries)
     if recipe.spoil:
-        loss = _spoil(name, model, tokenizer, recipe, rng)
+        loss = _fit(f"{name}, spoiling", model, tokenizer, recipe, rng, recipe.spoil, 1e-3, forget=True)
     model.save_pretrained(out / name)
     tokenizer.save_pretrained(out / name)
-    return f"{name}: {sum(p.numel() for p in model.parameters()):,} parameters, loss {loss:.4f}, {time.time() - begin:.0f} s"
+    return f"{name}: {sum(p.numel() for p in model.parameters()):,} parameters, loss {loss:.4f}, {time.process_time():.0f} CPU s"
 
 
 def _fit(name, model, tokenizer, recipe, rng, steps, lr, forget) -> float:
@@ -161,24 +160,9 @@ def _fit(name, model, tokenizer, recipe, rng, steps, lr, forget) -> float:
     return loss.item()
 
 
-def _spoil(name, model, tokenizer, recipe, rng) -> float:
-    """Texts that forget carries, a few steps at a time, until greedy accuracy is about a third."""
-    from opdlab.tasks.market.gates import greedy_accuracy
-
-    loss = math.nan
-    for done in range(0, recipe.spoil, 10):
-        accuracy = greedy_accuracy(model, tokenizer, n=400, seed=99)
-        print(f"{name} spoiled for {done} steps: greedy accuracy {accuracy:.3f}", flush=True)
-        if accuracy < 0.36:
-            break
-        loss = _fit(name, model, tokenizer, recipe, rng, 10, 3e-4, forget=True)
-    return loss
-
-
 def main(out: Path = Path("data/market"), smoke: bool = False, only: tuple[str, ...] = ()) -> None:
     """Build every model (or those named), two at a time, then print the gates. `smoke` makes three steps each."""
-    from dataclasses import replace
-
+    began = time.time()
     recipes = {name: r for name, r in RECIPES.items() if not only or name in only}
     if smoke:
         recipes = {name: replace(r, steps=3, spoil=0) for name, r in recipes.items()}
@@ -187,9 +171,8 @@ def main(out: Path = Path("data/market"), smoke: bool = False, only: tuple[str, 
         for line in pool.map(train, recipes, recipes.values(), [out] * len(recipes)):
             print(line, flush=True)
     if not smoke:
-        from opdlab.tasks.market.gates import check
-
-        print(check(out))
+        print(gates.check(out))
+    print(f"built {', '.join(recipes)} in {(time.time() - began) / 60:.1f} minutes")
 
 
 if __name__ == "__main__":

@@ -34,11 +34,11 @@ def greedy_accuracy(model, tokenizer, n: int, seed: int) -> float:
 def measure(folder: Path, n: int = 400, seed: int = 12345) -> dict[str, float]:
     """Every gate's value on fresh problems (training draws none of them on purpose, and the space has millions)."""
     models = {name: load(folder / name) for name in ("teacher", "student", "novice", "scribe")}
-    out = {f"{name} greedy accuracy": greedy_accuracy(*pair, n, seed) for name, pair in models.items()}
+    out = {f"{name} greedy accuracy": greedy_accuracy(pair[0], pair[1], n, seed) for name, pair in models.items()}
     problems = _problems(n, seed + 1, secret=True)
     student, tokenizer = models["student"]
     texts = _greedy(student, tokenizer, [_chat(tokenizer, p) for p in problems])
-    hinted = [_logp(*models["teacher"], p, t, p.hint("secret")) for p, t in zip(problems, texts, strict=True)]
+    hinted = [_logp(models["teacher"], p, t, p.hint("secret")) for p, t in zip(problems, texts, strict=True)]
     letters = tokenizer.convert_tokens_to_ids([f"▁{w}" for w in world.LETTERS])
     right = []
     for problem, text, logp in zip(problems, texts, hinted, strict=True):
@@ -46,7 +46,7 @@ def measure(folder: Path, n: int = 400, seed: int = 12345) -> dict[str, float]:
             right.append(logp[place].argmax().item() == letters[world.LETTERS.index(symbol)])
     out["teacher + hint on secret tokens of the student's prefixes"] = sum(right) / max(len(right), 1)
     for name in ("teacher", "student"):
-        plain = [_logp(*models[name], p, t, "") for p, t in zip(problems, texts, strict=True)]
+        plain = [_logp(models[name], p, t, "") for p, t in zip(problems, texts, strict=True)]
         for kind, label in (("secret", "secret tokens, no hint"), ("noise", "noise tokens")):
             rows = torch.stack([row[i] for row, t in zip(plain, texts, strict=True) for i in _places(t, kind)])
             entropy = -(rows.exp() * rows).sum(-1).mean().item()
@@ -94,8 +94,9 @@ def _greedy(model, tokenizer, prompts: list[list[int]]) -> list[str]:
 
 
 @torch.no_grad()
-def _logp(model, tokenizer, problem: world.Problem, text: str, hint: str) -> torch.Tensor:
+def _logp(pair, problem: world.Problem, text: str, hint: str) -> torch.Tensor:
     """Log-probs [T, V] at the places of the completion `text`."""
+    model, tokenizer = pair
     start = _chat(tokenizer, problem, hint)
     ids = torch.tensor([start + tokenizer(text)["input_ids"]])
     return model(ids).logits[0, len(start) - 1 : -1].log_softmax(-1)

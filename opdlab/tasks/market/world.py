@@ -106,7 +106,8 @@ def generate(rng: random.Random, secret: bool = False) -> Problem:
     """
     while True:
         have, first, second = (rng.randint(10, 89) for _ in range(3))
-        moves = tuple((rng.choice(rng.choice((GAIN, LOSS))), n) for n in (first, second))
+        buy, sell = (rng.choice(rng.choice((GAIN, LOSS))) for _ in range(2))
+        moves = (buy, first), (sell, second)
         problem = Problem(rng.choice(NAMES), rng.choice(ITEMS), have, moves, (rng.choice(LETTERS), rng.choice(LETTERS)),
                           rng.randint(10, 29), rng.choice(LETTERS), secret)  # fmt: skip
         results = problem.results()

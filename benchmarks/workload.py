@@ -1,0 +1,119 @@
+"""The workload that both sides get, built on the spot without any hub, and the gauges that they are measured with.
+
+A byte-level BPE tokenizer of 32,000 tokens trained on the standard library's own source, and two random models of Llama's
+shape: speed does not depend on what the weights say. Completions are forced to full length, so all sides do equal work.
+"""
+
+from __future__ import annotations
+
+import os
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+
+VOCAB, BATCH, PROMPT, COMPLETION, RANK = 32_000, 8, 64, 128, 16
+STUDENT = {"hidden_size": 384, "intermediate_size": 1024, "num_hidden_layers": 5, "num_attention_heads": 6}  # 21 M
+TEACHER = {"hidden_size": 640, "intermediate_size": 1664, "num_hidden_layers": 8, "num_attention_heads": 10}  # 59 M
+STATUS = Path("/proc/self/status")
+
+
+def device() -> torch.device:
+    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+
+
+def source_text(characters: int = 6_000_000) -> str:
+    """Text that every Python brings along: its standard library."""
+    text = ""
+    for path in sorted(Path(os.__file__).parent.glob("[a-z]*/*.py")):
+        if path.parent.name not in ("site-packages", "dist-packages"):
+            text += path.read_text(encoding="utf-8", errors="ignore")
+        if len(text) >= characters:
+            break
+    return text[:characters]
+
+
+def build_tokenizer() -> PreTrainedTokenizerFast:
+    """Trains the tokenizer (seconds); `save_pretrained` and `load_tokenizer` carry it to other processes."""
+    bpe = Tokenizer(models.BPE())
+    bpe.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    bpe.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(vocab_size=VOCAB, special_tokens=["<pad>", "<bos>", "<eos>"], show_progress=False,
+                                  initial_alphabet=pre_tokenizers.ByteLevel.alphabet())  # fmt: skip
+    bpe.train_from_iterator(source_text().splitlines(keepends=True), trainer)
+    assert bpe.get_vocab_size() == VOCAB, f"the standard library gave {bpe.get_vocab_size()} tokens only"
+    return PreTrainedTokenizerFast(tokenizer_object=bpe, pad_token="<pad>", bos_token="<bos>", eos_token="<eos>", padding_side="left")
+
+
+def load_tokenizer(folder: str | os.PathLike[str]) -> PreTrainedTokenizerFast:
+    return PreTrainedTokenizerFast.from_pretrained(folder)
+
+
+def build_model(shape: dict[str, int], tokenizer: PreTrainedTokenizerFast, seed: int) -> LlamaForCausalLM:
+    """Random float32 weights, with the head tied to the embedding."""
+    torch.manual_seed(seed)
+    config = LlamaConfig(vocab_size=VOCAB, max_position_embeddings=2048, tie_word_embeddings=True, **shape,
+                         num_key_value_heads=shape["num_attention_heads"], pad_token_id=tokenizer.pad_token_id,
+                         bos_token_id=tokenizer.bos_token_id, eos_token_id=tokenizer.eos_token_id)  # fmt: skip
+    return LlamaForCausalLM(config).to(device())  # type: ignore[arg-type]
+
+
+def prompts(tokenizer: PreTrainedTokenizerFast, n: int) -> list[str]:
+    """`n` texts of exactly `PROMPT` tokens: windows of the source that survive decoding and encoding again."""
+    ids = tokenizer(source_text(PROMPT * n * 40))["input_ids"]
+    windows = (tokenizer.decode(ids[i : i + PROMPT]) for i in range(0, len(ids) - PROMPT, PROMPT))
+    fitting = [text for text in windows if len(tokenizer(text)["input_ids"]) == PROMPT]
+    assert len(fitting) >= n, f"{len(fitting)} prompts of {PROMPT} tokens, {n} needed"
+    return fitting[:n]
+
+
+@dataclass
+class Cost:
+    """`seconds`: CPU seconds of this process, or synchronised wall seconds on a GPU. `peak_mib`: memory above the start."""
+
+    seconds: float = float("nan")
+    peak_mib: float = float("nan")
+
+
+@contextmanager
+def measured() -> Iterator[Cost]:
+    """Fills in what the block costs once it is over. Memory on a CPU needs Linux with /proc: elsewhere it stays NaN."""
+    cost, before, began = Cost(), _reset_peak(), clock()
+    yield cost
+    cost.seconds = clock() - began
+    cost.peak_mib = _peak() - before
+
+
+def clock() -> float:
+    """Seconds to take differences of: wall on a GPU, CPU time of the process otherwise (other processes do not count)."""
+    if device().type == "cpu":
+        return time.process_time()
+    torch.cuda.synchronize()
+    return time.perf_counter()
+
+
+def _reset_peak() -> float:
+    """Set the high-water mark back to what is in use now, and return that, in MiB."""
+    if device().type == "cuda":
+        torch.cuda.reset_peak_memory_stats()
+        return torch.cuda.memory_allocated() / 2**20
+    if not STATUS.exists():
+        return float("nan")
+    Path("/proc/self/clear_refs").write_text("5")  # Linux: VmHWM becomes VmRSS
+    return _resident("VmRSS")
+
+
+def _peak() -> float:
+    if device().type == "cuda":
+        return torch.cuda.max_memory_allocated() / 2**20
+    return _resident("VmHWM") if STATUS.exists() else float("nan")
+
+
+def _resident(key: str) -> float:
+    line = next(line for line in STATUS.read_text().splitlines() if line.startswith(key + ":"))
+    return int(line.split()[1]) / 1024

@@ -1,0 +1,7 @@
+"""Pictures of traces and runs. They draw what is recorded and never run a model."""
+
+from opdlab.viz.curves import curves
+from opdlab.viz.page import page
+from opdlab.viz.token_lens import TokenLens
+
+__all__ = ["TokenLens", "curves", "page"]

@@ -1,0 +1,70 @@
+"""What goes into one HTML file with it: styles, module and data, so that nothing is fetched and no text becomes markup."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import re
+from functools import lru_cache
+from pathlib import Path
+from typing import Any
+
+_UNSAFE = {"<": "\\u003c", ">": "\\u003e", "&": "\\u0026"}
+POLICY = "default-src 'none'; script-src 'unsafe-inline'; style-src 'unsafe-inline'; img-src data: blob:; font-src data:"
+
+
+@lru_cache
+def asset(name: str) -> str:
+    """A file of `opdlab/viz/static`, as text."""
+    return (Path(__file__).parent / "static" / name).read_text(encoding="utf-8")
+
+
+def style(*names: str) -> str:
+    return f"<style>\n{''.join(asset(name) for name in names)}</style>"
+
+
+def module(*names: str) -> str:
+    """An inline ES module of the named files."""
+    text = re.sub("</(?=script)", r"<\\/", "\n".join(asset(name) for name in names), flags=re.IGNORECASE)
+    return f'<script type="module">\n{text}</script>'
+
+
+def script_json(data: Any, css_class: str) -> str:
+    """Data as an inert block. Numbers that JSON does not know are written as strings: "NaN", "Infinity", "-Infinity"."""
+    text = json.dumps(_plain(data), ensure_ascii=True, allow_nan=False, separators=(",", ":"))
+    text = re.sub("[<>&]", lambda found: _UNSAFE[found[0]], text)
+    return f'<script type="application/json" class="{css_class}">{text}</script>'
+
+
+def document(title: str, head: str, body: str) -> str:
+    """A whole page; `title` is markup already escaped. Its content policy forbids every request to the outside."""
+    return (
+        '<!doctype html>\n<html lang="en">\n<head>\n<meta charset="utf-8">\n'
+        f'<meta http-equiv="Content-Security-Policy" content="{POLICY}">\n'
+        '<meta name="viewport" content="width=device-width, initial-scale=1">\n<meta name="color-scheme" content="light dark">\n'
+        f"<title>{title}</title>\n{head}\n</head>\n<body>\n{body}\n</body>\n</html>\n"
+    )
+
+
+def write(path: str | os.PathLike[str], text: str) -> Path:
+    """Write UTF-8, atomically: a reader sees the old file or the new one."""
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
+    try:
+        partial.write_text(text, encoding="utf-8", newline="\n")
+        os.replace(partial, path)
+    finally:
+        partial.unlink(missing_ok=True)
+    return path
+
+
+def _plain(data: Any) -> Any:
+    if isinstance(data, dict):
+        return {key: _plain(value) for key, value in data.items()}
+    if isinstance(data, (list, tuple)):
+        return [_plain(value) for value in data]
+    if isinstance(data, float) and not math.isfinite(data):
+        return "NaN" if math.isnan(data) else "Infinity" if data > 0 else "-Infinity"
+    return data

@@ -1,0 +1,109 @@
+"""Tokens as they are drawn: byte-exact groups that decode, with what cannot be seen made visible.
+
+A piece of UTF-8 is no text, so tokens are joined until their bytes decode; the group is one glyph and its tokens lie under
+it. Nothing is stripped or replaced: a mark (`⏎`) stands beside the text that it shows, so the parts always re-join.
+"""
+
+from __future__ import annotations
+
+import codecs
+import re
+import unicodedata
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+_NAMED = {"\n": "⏎", "\t": "⇥"}
+_JOINERS = "\u200c\u200d"  # they shape what they stand between, so they are drawn only where they stand alone
+_SPECIAL = re.compile(
+    r"<\|[^<>|\s]+\|>|</?s>|<(?:bos|eos|pad|unk|system|user|assistant|start_of_turn|end_of_turn)>|\[(?:CLS|SEP|PAD|UNK|EOS|BOS)\]"
+)
+Part = tuple[str, str]  # what is seen, the text it stands for
+
+
+@dataclass(frozen=True)
+class Group:
+    """`tokens` neighbouring tokens whose bytes decode together: leading spaces `lead`, then `parts`; `special` like `<eos>`."""
+
+    lead: str
+    parts: tuple[Part, ...]
+    tokens: int
+    special: bool = False
+
+    @property
+    def text(self) -> str:
+        """The text itself, without any mark."""
+        return self.lead + "".join(raw for _, raw in self.parts)
+
+
+def groups(pieces: Iterable[bytes]) -> list[Group]:
+    """The pieces of a text as groups; their texts re-join to the whole, decoded (bytes that are no UTF-8 give U+FFFD)."""
+    decoder = codecs.getincrementaldecoder("utf-8")("replace")
+    out: list[Group] = []
+    raw, text, count = b"", "", 0
+    for piece in [*pieces, None]:
+        if count and (piece is None or (piece[:1] and piece[0] & 0xC0 != 0x80)):  # no continuation comes: close what is open
+            out.append(_group(raw, text + decoder.decode(b"", final=True), count))
+            raw, text, count = b"", "", 0
+        if piece is None:
+            break
+        raw, text, count = raw + piece, text + decoder.decode(piece), count + 1
+        if not decoder.getstate()[0]:
+            out.append(_group(raw, text, count))
+            raw, text, count = b"", "", 0
+    return out
+
+
+def visible(piece: bytes) -> str:
+    """One token in a list: spaces as `·`, controls by name, stray bytes as `\\xf0`, and `∅` for nothing."""
+    text = _decoded(piece)
+    return "".join("·" if c == " " else seen for seen, c in _parts(text)) or "∅"
+
+
+def clean(text: str) -> str:
+    """Any string as one that UTF-8 can hold."""
+    return text.encode("utf-8", "replace").decode()
+
+
+def _group(raw: bytes, text: str, tokens: int) -> Group:
+    if not text or _SPECIAL.fullmatch(text):
+        return Group("", ((text or "∅", text),), tokens, special=bool(text))
+    if "\ufffd" in text and _decoded(raw) != text:  # not UTF-8 at all: show the bytes
+        return Group("", ((_decoded(raw), text),), tokens)
+    body = text.lstrip(" ")
+    lead = text[: len(text) - len(body)] if body else ""
+    return Group(lead, tuple(_joined(_parts(text[len(lead) :]))), tokens)
+
+
+def _decoded(piece: bytes) -> str:
+    return piece.decode("utf-8", "backslashreplace")
+
+
+def _parts(text: str) -> list[Part]:
+    """Character by character: (what is seen, the character)."""
+    trailing = len(text.rstrip(" "))
+    return [(_seen(c, i in (0, len(text) - 1), i >= trailing), c) for i, c in enumerate(text)]
+
+
+def _seen(c: str, edge: bool, trailing: bool) -> str:
+    if c == " ":
+        return "·" if trailing else c
+    kind = unicodedata.category(c)
+    hidden = kind[0] in "CZ" and kind != "Co"
+    if c in _NAMED or not hidden or (c in _JOINERS and not edge):
+        return "◌" + c if edge and kind[0] == "M" else _NAMED.get(c, c)
+    return f"‹{ord(c):02x}›"
+
+
+def _joined(parts: Iterable[Part]) -> Iterable[Part]:
+    """Neighbours that are seen as they are become one part."""
+    plain = ""
+    for seen, raw in parts:
+        if seen == raw:
+            plain += raw
+            continue
+        if plain:
+            yield plain, plain
+            plain = ""
+        yield seen, raw
+    if plain:
+        yield plain, plain

@@ -1,0 +1,85 @@
+"""The static half of a lens: coloured tokens, legend and peaks as plain HTML, for where no script runs."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Sequence
+from html import escape
+
+import numpy as np
+
+from opdlab.viz.channels import Channel
+from opdlab.viz.glyphs import Group, clean
+
+# Colour and strongest alpha by side. One set for light and dark pages: black or white text on it keeps 4.5 to 1.
+INK = {
+    "teacher": ((0, 114, 178), 0.70),  # #0072B2
+    "student": ((213, 94, 0), 0.62),  # #D55E00
+    "amount": ((138, 111, 192), 0.62),  # #8A6FC0
+    "minus": ((128, 128, 128), 0.45),
+}
+_STEPS = 12  # cells of the legend on each side of zero
+
+
+def side(kind: str, value: float) -> str:
+    """Whose colour a value has."""
+    negative, positive = {"ratio": ("student", "teacher"), "signed": ("minus", "amount")}.get(kind, ("amount", "amount"))
+    return positive if value > 0 else negative
+
+
+def weight(value: float, limit: float) -> float:
+    """How strong the colour is, 0 to 1: the square root of the size, so that middling values show."""
+    return 0.0 if math.isnan(value) else min(1.0, math.sqrt(abs(value) / limit))
+
+
+def strip(groups: Sequence[Group], channel: Channel, limit: float) -> str:
+    """All tokens, coloured; their text content is the text itself (NUL, which HTML cannot hold, apart)."""
+    return "".join(_glyph(group, channel.kind, value, limit) for group, value in zip(groups, _strongest(groups, channel), strict=True))
+
+
+def legend(channel: Channel, limit: float) -> str:
+    """The colour scale from its least to its most, with the unit."""
+    ends = range(-_STEPS, _STEPS + 1) if channel.kind != "amount" else range(_STEPS + 1)
+    cells = "".join(f'<span class="opd-cell" style="{_tint(channel.kind, i * limit / _STEPS, limit)}">&nbsp;</span>' for i in ends)
+    ticks = [f"−{number(limit)}"] * (channel.kind != "amount") + ["0", f"{number(limit)} {channel.unit}"]
+    meaning = f"{channel.less} ↔ {channel.more}" if channel.less else ""
+    return (
+        f'<div class="opd-legend"><span>{escape(channel.label)}</span> <span class="opd-scale">{cells}</span> '
+        f"<span>{' … '.join(map(escape, ticks))}</span> <span>{escape(meaning)}</span></div>"
+    )
+
+
+def number(value: float, sign: bool = False) -> str:
+    """Three significant digits, with a real minus."""
+    if not math.isfinite(value):
+        return "–" if math.isnan(value) else "∞" if value > 0 else "−∞"
+    text = np.format_float_positional(value, 3, fractional=False, trim="-")
+    if abs(value) < 0.0005 and value:
+        return "<0.001" if value > 0 else ">−0.001"
+    return ("+" if sign and value > 0 else "") + text.replace("-", "−")
+
+
+def safe(text: str) -> str:
+    """Text as HTML that reads back as that text: markup escaped, CR kept, NUL (which HTML cannot hold) dropped."""
+    return escape(clean(text)).replace("\r", "&#13;").replace("\0", "")
+
+
+def _strongest(groups: Sequence[Group], channel: Channel) -> Iterator[float]:
+    at = 0
+    for group in groups:
+        yield max(channel.values[at : at + group.tokens].tolist(), key=lambda v: -1.0 if math.isnan(v) else abs(v))
+        at += group.tokens
+
+
+def _glyph(group: Group, kind: str, value: float, limit: float) -> str:
+    look = "opd-ink opd-special" if group.special else "opd-ink"
+    parts = "".join(
+        safe(raw) if seen == raw else f'<span class="opd-mark" data-mark="{safe(seen)}">{safe(raw)}</span>' for seen, raw in group.parts
+    )
+    return f'<span class="opd-token">{group.lead}<span class="{look}" style="{_tint(kind, value, limit)}">{parts}</span></span>'
+
+
+def _tint(kind: str, value: float, limit: float) -> str:
+    (r, g, b), strongest = INK[side(kind, value)]
+    alpha = weight(value, limit) * strongest
+    return f"background-color:rgba({r},{g},{b},{alpha:.3f})" if alpha >= 0.02 else ""

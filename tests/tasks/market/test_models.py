@@ -1,0 +1,77 @@
+"""The shipped models pass their gates, are small, and are what the build script makes."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+import opdlab as opd
+from opdlab.tasks.market import MODELS, build, data, gates
+
+
+@pytest.fixture(scope="module")
+def measured():
+    return gates.measure(data(), n=300)
+
+
+@pytest.mark.parametrize("name", gates.BANDS)
+def test_gates(measured, name):
+    least, most = gates.BANDS[name]
+    assert least <= measured[name] <= most + 1e-2, name
+
+
+def test_sizes_and_formats():
+    for name in MODELS:
+        files = list((data() / name).iterdir())
+        assert sum(f.stat().st_size for f in files) < 4e6
+        assert {f.suffix for f in files} <= {".json", ".safetensors", ".jinja"}
+
+
+def test_the_build_is_deterministic(tmp_path):
+    """Three steps of each model, twice, in processes of their own: the same bytes."""
+    sums = []
+    for run in ("a", "b"):
+        command = [sys.executable, "-m", "opdlab.tasks.market.build", "--out", str(tmp_path / run), "--smoke"]
+        subprocess.run(command, check=True, capture_output=True, timeout=200, env={**os.environ, "OMP_NUM_THREADS": "1"})
+        sums.append({n: hashlib.sha256((tmp_path / run / n / "model.safetensors").read_bytes()).hexdigest() for n in MODELS})
+    assert sums[0] == sums[1]
+    assert len(set(sums[0].values())) == 4
+
+
+def test_planted_mistakes_carry_no_loss():
+    import random
+
+    from opdlab.tasks.market import tokenizers
+
+    tokenizer, rng, seen = tokenizers.words(), random.Random(1), 0
+    for _ in range(200):
+        text = build.draw(rng, build.RECIPES["teacher"], secret=True, forget=False)
+        _, labels = build.encode([text], tokenizer)
+        trained = tokenizer.decode([i for i in labels[0].tolist() if i >= 0], skip_special_tokens=True).split()
+        whole = text.solution.split()
+        assert len(whole) - len(trained) == 2 * len(text.masked)
+        seen += bool(text.masked)
+    assert 40 < seen < 110
+
+
+def test_the_wheel_carries_the_models(tmp_path):
+    root = Path(__file__).parents[3]
+    subprocess.run([sys.executable, "-m", "build", "--wheel", "--no-isolation", "--outdir", str(tmp_path), str(root)],
+                   check=True, capture_output=True, timeout=200)  # fmt: skip
+    import zipfile
+
+    names = set(zipfile.ZipFile(next(tmp_path.glob("*.whl"))).namelist())
+    assert {f"opdlab/data/market/{name}/model.safetensors" for name in MODELS} <= names
+    assert "opdlab/viz/static/token_lens.js" in names or any(n.startswith("opdlab/viz/static/") for n in names)
+
+
+def test_load_says_what_there_is():
+    with pytest.raises(ValueError, match="ships student, novice, teacher, scribe, not 'pupil'"):
+        opd.load("market", student="pupil")
+    with pytest.raises(opd.OpdlabError, match="no profile 'huge'"):
+        opd.load("huge")

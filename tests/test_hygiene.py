@@ -1,0 +1,94 @@
+"""The rules of the house that a machine can check: floors, sizes, safety, notebooks, links."""
+
+from __future__ import annotations
+
+import ast
+import json
+import re
+from pathlib import Path
+
+import pytest
+
+from opdlab import notebook
+
+ROOT = Path(__file__).parents[1]
+SOURCES = sorted((ROOT / "opdlab").rglob("*.py"))
+NOTEBOOKS = sorted((ROOT / "notebooks").glob("*.ipynb"))
+
+# Each module imports only from its own floor and those below (imports inside functions and for typing aside).
+FLOORS = [
+    {"errors", "divergence", "progress"},
+    {"head", "policy", "rollout"},
+    {"rows", "signals", "tokens", "batch", "settings"},
+    {"trace"},
+    {"tasks", "methods"},
+    {"evaluate", "checkpoint", "distill"},
+    {"profiles"},
+    {"viz", "notebook"},
+    {"demo", "cli"},
+]
+
+
+def floor(module: str) -> int:
+    return next(i for i, names in enumerate(FLOORS) if module in names)
+
+
+def imports(tree: ast.Module) -> set[str]:
+    """First-level opdlab modules that a file imports when it is loaded."""
+    out = set()
+    for node in tree.body:
+        if isinstance(node, ast.ImportFrom) and (node.module or "").split(".")[0] == "opdlab":
+            rest = node.module.split(".")[1:]
+            out |= {rest[0]} if rest else {alias.name for alias in node.names}
+    return out
+
+
+@pytest.mark.parametrize("path", SOURCES, ids=lambda p: str(p.relative_to(ROOT)))
+def test_floors_and_sizes(path):
+    text = path.read_text(encoding="utf-8")
+    tree = ast.parse(text)
+    assert text.count("\n") <= 400
+    for node in ast.walk(tree):
+        if isinstance(node, ast.FunctionDef):
+            assert node.end_lineno - node.lineno < 60, node.name
+    module = path.relative_to(ROOT / "opdlab").parts[0].removesuffix(".py")
+    if module != "__init__":
+        above = {name for name in imports(tree) if floor(name) > floor(module)}
+        assert not above, f"{module} imports {above} from above"
+    if module == "viz":
+        assert not imports(tree) & {"policy", "rollout", "head", "distill"}, "viz draws traces and never imports a model"
+
+
+def test_nothing_unpickles_or_runs_text():
+    banned = re.compile(r"\bpickle\b|torch\.load\(|torch\.save\(|\beval\(|\bexec\(|trust_remote_code|yaml\.load\(|innerHTML|document\.write")
+    for path in [*SOURCES, *(ROOT / "opdlab").rglob("*.js")]:
+        found = [line for line in path.read_text(encoding="utf-8").splitlines() if banned.search(line) and "No pickle" not in line]
+        assert not found, (path.name, found)
+
+
+@pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda p: p.name)
+def test_notebooks_are_frozen_and_fresh(path):
+    text = path.read_text(encoding="utf-8")
+    book = json.loads(text)
+    assert len(text.encode()) <= notebook.LIMIT
+    assert book["metadata"]["kernelspec"]["name"] == "python3"
+    assert book["metadata"]["opdlab"]["source"] == notebook.source_hash(book), "stale outputs: run make notebooks"
+    assert "widgets" not in book["metadata"]
+    code = [cell for cell in book["cells"] if cell["cell_type"] == "code"]
+    assert all(cell["execution_count"] for cell in code)
+    assert "application/vnd.jupyter.widget-view+json" not in text
+    assert not re.search(r"/(?:home|root|work|Users)/", text)
+
+
+def test_links_of_the_docs_lead_somewhere():
+    for page in [*ROOT.glob("*.md"), *(ROOT / "notebooks").glob("*.md"), *(ROOT / "benchmarks").glob("*.md")]:
+        for link in re.findall(r"\]\(([^)#]+)\)", page.read_text(encoding="utf-8")):
+            assert link.startswith("http") or (page.parent / link).exists(), f"{page.name} -> {link}"
+
+
+def test_the_readme_names_methods_that_exist():
+    import opdlab
+
+    named = set(re.findall(r"`(\w+)\(", (ROOT / "README.md").read_text(encoding="utf-8")))
+    assert {"OPD", "SFT", "SequenceKD", "GRPO"} <= named
+    assert all(hasattr(opdlab, name) for name in named if name[0].isupper())

@@ -1,0 +1,215 @@
+"""The lens without a browser: tokens re-join, nothing becomes markup, numbers are those of the trace."""
+
+from __future__ import annotations
+
+import json
+from html.parser import HTMLParser
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from viz.traces import NASTY, byte_pieces, made
+
+import opdlab
+from opdlab.errors import OpdlabError, UnknownColumn
+from opdlab.rollout import sample
+from opdlab.viz import TokenLens
+from opdlab.viz.channels import channels
+from opdlab.viz.duel import LEAST, duel
+from opdlab.viz.glyphs import groups, visible
+from opdlab.viz.markup import INK, number, weight
+
+pieces = st.lists(st.sampled_from(NASTY).map(str.encode) | st.binary(max_size=4) | st.text(max_size=6).map(str.encode), max_size=12)
+
+
+class Read(HTMLParser):
+    """What a parser makes of a fragment: tags, attributes, the strip's text and the data block."""
+
+    def __init__(self, html: str) -> None:
+        super().__init__()
+        self.tags: list[str] = []
+        self.names: set[str] = set()
+        self.text, self.data, self.depth, self.inside = "", "", 0, ""
+        self.feed(html)
+        self.close()
+
+    def handle_starttag(self, tag, attrs):
+        self.tags.append(tag)
+        self.names |= {name for name, _ in attrs}
+        look = dict(attrs).get("class", "")
+        self.inside = look if tag in ("script", "style") else self.inside
+        self.depth += self.depth > 0 or look == "opd-strip"
+
+    def handle_endtag(self, tag):
+        self.inside = "" if tag in ("script", "style") else self.inside
+        self.depth -= self.depth > 0
+
+    def handle_data(self, text):
+        self.text += text if self.depth else ""
+        self.data += text if self.inside == "opd-data" else ""
+
+
+@given(pieces)
+def test_groups_rejoin_to_the_decoded_bytes(tokens):
+    made_groups = groups(tokens)
+    assert "".join(g.text for g in made_groups) == b"".join(tokens).decode("utf-8", "replace")
+    assert sum(g.tokens for g in made_groups) == len(tokens)
+
+
+def test_a_character_cut_into_bytes_is_one_glyph_over_its_tokens():
+    found = groups([b"a", *byte_pieces("🤗", 1), b"b"])
+    assert [(g.text, g.tokens) for g in found] == [("a", 1), ("🤗", 4), ("b", 1)]
+
+
+def test_a_character_that_never_ends_leaves_the_next_token_alone():
+    found = groups([b"a", b"\xf0\x9f", b"<|im_end|>"])
+    assert [(g.text, g.tokens, g.special) for g in found] == [("a", 1, False), ("\ufffd", 1, False), ("<|im_end|>", 1, True)]
+    assert found[1].parts == (("\\xf0\\x9f", "\ufffd"),)
+
+
+@pytest.mark.parametrize(
+    ("piece", "seen"),
+    [
+        (b" the", "·the"), (b"", "∅"), (b"\n", "⏎"), (b"\t", "⇥"), ("\u200b".encode(), "‹200b›"), (b"\x00", "‹00›"),
+        (b"\xf0\x9f", "\\xf0\\x9f"),
+        ("👩\u200d💻".encode(), "👩\u200d💻"), ("\u0301".encode(), "◌\u0301"), ("\u202e".encode(), "‹202e›"), ("\u00a0x".encode(), "‹a0›x"),
+    ],
+)  # fmt: skip
+def test_a_listed_token_shows_what_cannot_be_seen(piece, seen):
+    assert visible(piece) == seen
+
+
+@given(pieces, st.sampled_from(NASTY))
+def test_tokens_reach_the_page_as_data_only(tokens, text):
+    lens = TokenLens(made(tokens, prompt=text), title=text)
+    read = Read(lens.html(assets=False))
+    data = json.loads(read.data)
+    joined = "".join(lead + "".join(raw for _, raw in parts) for lead, parts, _, _ in data["groups"])
+    assert joined == lens.text == b"".join(tokens).decode("utf-8", "replace")
+    assert data["prompt"] == data["title"] == text if text else data["prompt"] == text
+    assert set(read.tags) <= {"div", "span", "script"}
+    assert read.tags.count("script") == 1
+    assert read.names <= {"class", "style", "dir", "data-mark", "data-finish", "data-lm-suppress-shortcuts", "type"}
+    assert read.text == joined.replace("\0", "")
+
+
+def test_module_and_styles_are_inlined_and_cannot_be_closed_by_data():
+    html = TokenLens(made([b"</script>", b"<!--<script>"])).html()
+    read = Read(html)
+    assert read.tags.count("script") == 2
+    assert read.tags.count("style") == 1
+    assert html.count("</script") == 2
+    assert "import " not in html
+    assert 'data-lm-suppress-shortcuts="true"' in html
+
+
+def test_channels_are_the_columns_of_the_trace():
+    plan = {"advantage": np.array([1.0, -2.0, 0.5]), "route": np.array([0, 1, 2]), "words": np.array(["a", "b", "c"])}
+    trace = made([b"x", b" y", b"z"], ("student", "teacher", "teacher+hint"), plan=plan).with_columns(
+        loss=[0.1, 0.2, 0.3], share=[0.5, 0.25, 0.25]
+    )
+    found = channels(trace)
+    assert list(found) == [
+        "log_ratio", "reverse_kl", "student_entropy", "teacher_entropy", "teacher+hint_entropy", "teacher+hint_log_ratio",
+        "teacher+hint_reverse_kl", "loss", "share", "advantage", "route",
+    ]  # fmt: skip
+    np.testing.assert_allclose(found["log_ratio"].values, trace.column("teacher_logp") - trace.column("student_logp"))
+    np.testing.assert_allclose(found["share"].values, [50, 25, 25])
+    assert (found["advantage"].kind, found["route"].kind, found["log_ratio"].kind) == ("signed", "amount", "ratio")
+    assert found["teacher+hint_log_ratio"].against == "teacher+hint"
+
+
+@pytest.mark.parametrize("policies", [("student",), ("student", "teacher"), ("student", "teacher+hint", "reference")])
+def test_duel_keeps_all_mass_and_the_sampled_token(policies):
+    trace = made([f"t{i}".encode() for i in range(30)], policies, top=8)
+    shown = duel(trace)
+    assert shown is not None
+    p = {name: np.exp(trace.column(f"{name}_top")) for name in policies}
+    for i, ids in enumerate(shown["rows"]):
+        assert trace.column("token_id")[i] in ids
+        assert len(ids) == len(set(ids)) <= 9
+        for name in policies:
+            assert sum(shown["p"][name][i]) + shown["other"][name][i] == pytest.approx(1, abs=2e-3)
+            at = {int(t): p[name][i, j] for j, t in enumerate(trace.column("support")[i]) if t >= 0}
+            assert shown["p"][name][i] == pytest.approx([at[t] for t in ids], rel=1e-3)
+        best = [max(shown["p"][name][i][j] for name in policies) for j in range(len(ids))]
+        assert best == sorted(best, reverse=True)
+        assert all(b >= LEAST or t == trace.column("token_id")[i] for b, t in zip(best, ids, strict=True))
+
+
+def test_colour_says_side_and_size():
+    trace = made([b"a", b"b", b"c"]).with_columns(student_logp=[-1.0, -5.0, -1.0], teacher_logp=[-5.0, -4.0, -1.0])
+    html = TokenLens(trace).html({"log_ratio": 4.0})
+    strip = html.split('class="opd-strip"')[1].split('class="opd-peaks"')[0]
+    assert weight(1.0, 4.0) == 0.5
+    assert strip.count("rgba") == 2  # the third token is neutral, so it has no colour at all
+    assert f"rgba(213,94,0,{INK['student'][1]:.3f})" in strip
+    assert f"rgba(0,114,178,{INK['teacher'][1] / 2:.3f})" in strip
+
+
+def test_full_colour_ignores_one_outlier_and_keeps_quiet_strips_pale():
+    trace = made([f"t{i}".encode() for i in range(200)])
+    gap = np.where(np.arange(200) == 7, 50.0, 0.004)
+    lens = TokenLens(trace.with_columns(student_logp=np.zeros(200), teacher_logp=-gap))
+    assert lens.limits["log_ratio"] == pytest.approx(0.1)
+    assert lens.channels["log_ratio"].peaks() == [7]
+
+
+def test_numbers_that_json_does_not_know_survive():
+    trace = made([b"a", b"b", b"c"]).with_columns(student_logp=[0.0, 0.0, np.nan], teacher_logp=[-np.inf, -1.0, 0.0])
+    lens = TokenLens(trace)
+    data = json.loads(Read(lens.html(assets=False)).data)
+    assert data["channels"][0]["values"] == ["-Infinity", -1.0, "NaN"]
+    assert "−∞" in repr(lens)
+
+
+def test_plain_text_is_a_sparkline_and_the_largest_tokens():
+    trace = made([b"a", b" b", b"c"]).with_columns(student_logp=[0.0, 0.0, 0.0], teacher_logp=[0.0, -4.0, 1.0])
+    bundle = TokenLens(trace, title="One")._repr_mimebundle_()
+    assert set(bundle) == {"text/html", "text/plain"}
+    assert bundle["text/plain"] == (
+        "TokenLens: One, 3 tokens, log ratio in nats (− student over-confident, + teacher prefers)\n▁█▅\n"
+        "Largest log ratio: ·b −4 (position 1), c +1 (position 2)"
+    )
+
+
+def test_a_student_alone_and_a_training_trace_are_drawn():
+    alone = TokenLens(made([b"a", b"b"], ("student",)))
+    assert alone.channel == "student_entropy"
+    training = TokenLens(made([b"a", b"b"], top=0), channel="reverse_kl")
+    data = json.loads(Read(training.html()).data)
+    assert data["duel"] is None
+    assert data["channel"] == "reverse_kl"
+
+
+def test_an_empty_completion_is_drawn():
+    lens = TokenLens(made([]))
+    assert "0 tokens" in repr(lens)
+    assert Read(lens.html()).text == ""
+
+
+def test_a_scored_rollout_is_drawn(student, teacher, prompts):
+    trace = opdlab.score(sample(student, prompts, seed=0, max_new_tokens=6), student, teacher, k=4)
+    for i in range(len(prompts)):
+        lens = TokenLens(trace, i)
+        assert lens.text == b"".join(trace.sample(i).tokens()).decode()
+        assert json.loads(Read(lens.html()).data)["prompt"] == trace.meta["prompts"][i]
+
+
+def test_what_is_not_there_is_named():
+    trace = made([b"a"])
+    with pytest.raises(UnknownColumn, match=r"no channel 'loss'. It has log_ratio, reverse_kl"):
+        TokenLens(trace, channel="loss")
+    with pytest.raises(OpdlabError, match=r"completions 0 to 0, not 3. Give sample=0"):
+        TokenLens(trace, 3)
+    trace.meta["texts"].append("more")
+    with pytest.raises(OpdlabError, match=r"no row of completion 1, only of 0"):
+        TokenLens(trace, 1)
+
+
+@pytest.mark.parametrize(
+    ("value", "text"), [(0.0, "0"), (-17.62, "−17.6"), (1e-6, "<0.001"), (-1e-6, ">−0.001"), (float("nan"), "–"), (123456.0, "123000")]
+)
+def test_numbers_read_the_same_everywhere(value, text):
+    assert number(value) == text
