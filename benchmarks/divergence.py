@@ -77,7 +77,7 @@ class Problem:
         """The mean divergence; its gradients are left in `.grad`."""
         self.student.grad = self.student_head.grad = None
         solvers = {"opdlab": self._opdlab, "trl": self._trl, "full logits": self._full, "products": self._products}
-        return float(solvers[case.side](case))
+        return solvers[case.side](case).item()
 
     def _opdlab(self, case: Case) -> Tensor:
         states = {"student": States(self.student, Head(self.student_head, None, VOCAB)),

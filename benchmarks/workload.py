@@ -6,20 +6,22 @@ shape: speed does not depend on what the weights say. Completions are forced to 
 
 from __future__ import annotations
 
+import ctypes
 import os
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 VOCAB, BATCH, PROMPT, COMPLETION, RANK = 32_000, 8, 64, 128, 16
-STUDENT = {"hidden_size": 384, "intermediate_size": 1024, "num_hidden_layers": 5, "num_attention_heads": 6}  # 21 M
-TEACHER = {"hidden_size": 640, "intermediate_size": 1664, "num_hidden_layers": 8, "num_attention_heads": 10}  # 59 M
+STUDENT: dict[str, Any] = {"hidden_size": 384, "intermediate_size": 1024, "num_hidden_layers": 5, "num_attention_heads": 6}  # 21 M
+TEACHER: dict[str, Any] = {"hidden_size": 640, "intermediate_size": 1664, "num_hidden_layers": 8, "num_attention_heads": 10}  # 59 M
 STATUS = Path("/proc/self/status")
 
 
@@ -54,7 +56,7 @@ def load_tokenizer(folder: str | os.PathLike[str]) -> PreTrainedTokenizerFast:
     return PreTrainedTokenizerFast.from_pretrained(folder)
 
 
-def build_model(shape: dict[str, int], tokenizer: PreTrainedTokenizerFast, seed: int) -> LlamaForCausalLM:
+def build_model(shape: dict[str, Any], tokenizer: PreTrainedTokenizerFast, seed: int) -> LlamaForCausalLM:
     """Random float32 weights, with the head tied to the embedding."""
     torch.manual_seed(seed)
     config = LlamaConfig(vocab_size=VOCAB, max_position_embeddings=2048, tie_word_embeddings=True, **shape,
@@ -66,7 +68,7 @@ def build_model(shape: dict[str, int], tokenizer: PreTrainedTokenizerFast, seed:
 def prompts(tokenizer: PreTrainedTokenizerFast, n: int) -> list[str]:
     """`n` texts of exactly `PROMPT` tokens: windows of the source that survive decoding and encoding again."""
     ids = tokenizer(source_text(PROMPT * n * 40))["input_ids"]
-    windows = (tokenizer.decode(ids[i : i + PROMPT]) for i in range(0, len(ids) - PROMPT, PROMPT))
+    windows = (str(tokenizer.decode(ids[i : i + PROMPT])) for i in range(0, len(ids) - PROMPT, PROMPT))
     fitting = [text for text in windows if len(tokenizer(text)["input_ids"]) == PROMPT]
     assert len(fitting) >= n, f"{len(fitting)} prompts of {PROMPT} tokens, {n} needed"
     return fitting[:n]
@@ -104,16 +106,19 @@ def _reset_peak() -> float:
         return torch.cuda.memory_allocated() / 2**20
     if not STATUS.exists():
         return float("nan")
+    if hasattr(libc := ctypes.CDLL(None), "malloc_trim"):
+        libc.malloc_trim(0)  # glibc: what was freed earlier goes back to the system and does not count as in use
     Path("/proc/self/clear_refs").write_text("5")  # Linux: VmHWM becomes VmRSS
-    return _resident("VmRSS")
+    return _status("VmRSS") - _status("RssFile")
 
 
 def _peak() -> float:
     if device().type == "cuda":
         return torch.cuda.max_memory_allocated() / 2**20
-    return _resident("VmHWM") if STATUS.exists() else float("nan")
+    return _status("VmHWM") - _status("RssFile") if STATUS.exists() else float("nan")
 
 
-def _resident(key: str) -> float:
+def _status(key: str) -> float:
+    """A line of the process's status in MiB. RssFile is program code read in from libraries: it is left out of memory."""
     line = next(line for line in STATUS.read_text().splitlines() if line.startswith(key + ":"))
     return int(line.split()[1]) / 1024

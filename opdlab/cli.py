@@ -82,6 +82,9 @@ def freeze(notebooks: Annotated[tuple[Path, ...], tyro.conf.Positional], execute
 
 def main() -> None:
     """Entry point: what the user can mend is one line on stderr and exit code 1, not a traceback."""
+    from transformers.utils import logging
+
+    logging.disable_progress_bar()  # of loading weights; opdlab's own stay
     try:
         app.cli(prog="opdlab", description="On-policy distillation of language models, one token at a time.")
     except OpdlabError as error:

@@ -118,5 +118,5 @@ def _page(out: Path, profile: tuple[str, dict[str, Any]], run: Run, seen: tuple[
         ("After: what the distilled student writes now for the same prompt", viz.TokenLens(fresh, worst)),
     ]
     note = f"{name}: {plan['score']} on {plan['prompts']} held-out prompts; {len(run.rows)} updates of {type(run.method).__name__}."
-    return viz.page(out / "index.html", title="opdlab demo", summary=_summary(*seen), figures=[viz.curves(run.history)],
-                    lenses=lenses, note=note)  # fmt: skip
+    curves = viz.curves(run.history, keys=["reverse_kl", "reward", "entropy", "length"])
+    return viz.page(out / "index.html", title="opdlab demo", summary=_summary(*seen), figures=[curves], lenses=lenses, note=note)

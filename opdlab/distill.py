@@ -180,7 +180,7 @@ class Run:
 
     def _written_by_others(self, prompts: list[Prompt], options: dict[str, Any]) -> Rollout:
         if getattr(self.method, "writer", "teacher") == "answer":
-            return written(self.student, prompts, [_answer(p) for p in prompts])
+            return written(self.student, prompts, _answers(prompts))
         assert self.writer is not None  # _check has seen to it
         return sample(self.writer, prompts, self.settings.n, writer="teacher", **options)
 
@@ -275,6 +275,7 @@ class Run:
     # Preparation.
 
     def _check(self, teacher: Policy | None) -> None:
+        first = self.task.prompts(self.settings.batch, seed=seed_of(self.settings.seed, 0, 0))
         for name in self.method.needs:
             if name not in self.policies:
                 raise MissingPolicy(
@@ -283,10 +284,10 @@ class Run:
                 )
         for name, policy in self.policies.items():
             check_same_tokens(self.student, policy, name)
-            policy.encode_all(self.task.prompts(2, seed=self.settings.seed), room=self.settings.max_new_tokens)
+            policy.encode_all(first, room=self.settings.max_new_tokens)
         if getattr(self.method, "on_policy", 1.0) < 1:
             if getattr(self.method, "writer", "teacher") == "answer":
-                _answer(self.task.prompts(1, seed=self.settings.seed)[0])
+                _answers(first)
             elif teacher is None:
                 raise MissingPolicy(f"{type(self.method).__name__} lets a teacher write, but there is none. Give distill a teacher.")
 
@@ -336,10 +337,11 @@ def _policies(student: Policy, teacher: Policy | None, method: Method, given: Ma
     return {"student": student, **made}
 
 
-def _answer(prompt: Prompt) -> str:
-    if prompt.answer is None:
-        raise OpdlabError(f"Prompt {prompt.id!r} has no answer to train on. SFT needs an `answer` in every record.")
-    return prompt.answer
+def _answers(prompts: list[Prompt]) -> list[str]:
+    for prompt in prompts:
+        if prompt.answer is None:
+            raise OpdlabError(f"Prompt {prompt.id!r} has no answer to train on. SFT needs an `answer` in every record.")
+    return [prompt.answer or "" for prompt in prompts]
 
 
 @contextmanager

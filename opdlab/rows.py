@@ -20,7 +20,7 @@ from opdlab.divergence import TopK
 from opdlab.errors import BadLoss, MissingPolicy, NonFinite, UnknownColumn
 from opdlab.head import Head
 
-CHUNK_BYTES = {"cpu": 16 << 20, "cuda": 256 << 20}  # one [chunk, V] float32 buffer: fits the cache, fills the card
+CHUNK_BYTES = {"cpu": 8 << 20, "cuda": 256 << 20}  # one [chunk, V] float32 buffer: fits the cache, fills the card
 
 
 class Rows:
@@ -92,7 +92,7 @@ class Pass:
 
 def chunks(tokens: int, vocab: int, device: torch.device, chunk: int | None = None) -> list[slice]:
     """Slices of tokens such that one `[chunk, V]` buffer keeps to the memory budget; no tokens give one empty slice."""
-    size = chunk or max(16, CHUNK_BYTES.get(device.type, CHUNK_BYTES["cuda"]) // (4 * vocab))
+    size = chunk or max(32, CHUNK_BYTES.get(device.type, CHUNK_BYTES["cuda"]) // (4 * vocab))
     return [slice(i, min(i + size, tokens)) for i in range(0, max(tokens, 1), size)]
 
 
@@ -121,34 +121,37 @@ def gradient(loss: Callable[[Rows], Tensor], states: Mapping[str, States], token
     """
     if "student" not in states:
         raise MissingPolicy("gradient needs the student's states. Pass states={'student': …}.")
-    student, done = states["student"], []
+    student = states["student"]
+    noted: dict[str, Tensor] = {}
     out = torch.empty_like(student.hidden, dtype=torch.float32)
     for piece in chunks(len(token), student.head.rows, token.device, chunk):
         part = {name: States(s.hidden[piece].detach(), s.head) for name, s in states.items()}
         rest = {k: v[piece] for k, v in (columns or {}).items()}
-        out[piece], noted = _one_chunk(loss, part, token[piece], weight[piece], rest, watch)
-        done.append(noted)
-    columns_out = {key: torch.cat([d[key] for d in done]) for key in done[0]}
-    result = Pass(columns_out.pop("loss"), out, columns_out)
+        out[piece], numbers = _one_chunk(loss, part, token[piece], weight[piece], rest, watch)
+        for key, value in numbers.items():  # copied: small tensors kept between the large ones would keep holes in the heap
+            noted.setdefault(key, value.new_empty(len(token), *value.shape[1:]))[piece] = value
+    result = Pass(noted.pop("loss"), out, noted)
     _check_finite(result)
     return result
 
 
 def _one_chunk(loss: Callable[[Rows], Tensor], states: Mapping[str, States], token: Tensor, weight: Tensor,
-               columns: Mapping[str, Tensor], watch: Callable[[Rows], dict[str, Tensor]] | None) -> tuple[Tensor, dict[str, Tensor]]:  # fmt: skip
+               columns: Mapping[str, Tensor], watch: Callable[[Rows], Mapping[str, Tensor]] | None,
+               ) -> tuple[Tensor, dict[str, Tensor]]:  # fmt: skip
     """Gradient `[n, H]` and columns of one chunk. A function of its own, so that its `[n, V]` buffers die before the next."""
     student = states["student"]
     with torch.no_grad():
         fixed = {name: s.head(s.hidden).log_softmax(-1) for name, s in states.items() if name != "student"}
         logits = student.head(student.hidden)
-        leaf = logits.log_softmax(-1).requires_grad_()
+        leaf = logits.log_softmax(-1)
+        seen = watch(Rows({"student": leaf, **fixed}, token, columns)) if watch else {}
+    leaf = leaf.detach().requires_grad_()
     with torch.enable_grad():
         value = _checked(loss(Rows({"student": leaf, **fixed}, token, columns)), len(token))
         (slope,) = torch.autograd.grad((value * weight).sum(), leaf, allow_unused=True)
     if slope is None:
         raise BadLoss("The loss does not depend on rows.student, so there is nothing to train. Use rows.student or rows.logp.")
     with torch.no_grad():
-        seen = watch(Rows({"student": leaf.detach(), **fixed}, token, columns)) if watch else {}
         p = leaf.exp().mul_(slope.sum(-1, keepdim=True))
         slope = torch.sub(slope, p, out=p)  # through the softmax; the loss's own tensor is not ours to write to
         out = student.head.backward(slope, logits, student.hidden)

@@ -1,4 +1,4 @@
-"""Several processes by `accelerate launch`: the update is that of one process with the whole batch."""
+"""Several processes, as `accelerate launch` and torchrun start them: the update is that of one process with the whole batch."""
 
 from __future__ import annotations
 
@@ -24,9 +24,9 @@ assert run.accelerator.num_processes == 2
 def test_two_processes_make_the_update_of_one(tmp_path):
     script = tmp_path / "train.py"
     script.write_text(SCRIPT)
-    command = [sys.executable, "-m", "accelerate.commands.launch", "--cpu", "--num_processes=2", "--num_machines=1", "--mixed_precision=no",
-               "--dynamo_backend=no", "--main_process_port=0", str(script), str(tmp_path / "two")]  # fmt: skip
-    done = subprocess.run(command, capture_output=True, text=True, timeout=200, env={**os.environ, "OMP_NUM_THREADS": "1"}, check=False)
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", str(script), str(tmp_path / "two")]
+    env = {**os.environ, "OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true"}
+    done = subprocess.run(command, capture_output=True, text=True, timeout=200, env=env, check=False)
     assert done.returncode == 0, done.stderr[-2000:]
     opd.distill(*opd.load("market"), method=opd.SFT(), steps=2, batch=8, seed=3, quiet=True, save=tmp_path / "one", save_every=2).train()
     one, two = (load_file(tmp_path / n / "step-000002" / "adapter_model.safetensors") for n in ("one", "two"))

@@ -28,6 +28,7 @@ LOSSES = {
     "top-k by teacher": lambda rows: reverse_kl(*rows.on("teacher", TopK(4, by="teacher"))),
     "policy gradient": lambda rows: -(rows.logp - rows.sampler_logp).exp() * rows.advantage,
     "user-written": focal,
+    "uniform": lambda rows: -rows.student.sum(-1),  # its slope is one number, expanded: not to be written to
 }
 HEADS = {
     "plain": {},

@@ -28,27 +28,40 @@ from opdlab.tasks.market import gates, tokenizers, world
 
 
 @dataclass(frozen=True)
+class Phase:
+    """Some steps on one mixture of texts. `forget`: they forget carries. `hints`: nearly all are secret ones with their hint,
+    which in the usual mixture are too rare for reading them to be learnt in time. `seed`: a new stream of texts; without
+    one the phase goes on with that of the phase before."""
+
+    steps: int
+    lr: float = 3e-3
+    forget: bool = False
+    hints: bool = False
+    seed: int | None = None
+
+
+@dataclass(frozen=True)
 class Recipe:
-    """How one model is made. `style` is the chance of saying `world.STYLE[0]`; `spoil` counts steps of forgetting."""
+    """How one model is made. `style` is the chance of saying `world.STYLE[0]`."""
 
     hidden: int
     layers: int
-    steps: int
     style: float
+    seed: int
+    phases: tuple[Phase, ...]
     batch: int = 96
-    lr: float = 3e-3
-    carries: bool = True
     characters: bool = False
-    spoil: int = 0
-    seed: int = 0
 
 
 RECIPES = {
-    "teacher": Recipe(128, 4, 2000, style=0.9),
-    "scribe": Recipe(128, 4, 1500, style=0.9, batch=64, characters=True, seed=3),
-    "student": Recipe(96, 3, 1900, style=0.1, spoil=300, seed=1),
-    "novice": Recipe(96, 3, 1700, style=0.1, carries=False, seed=2),
-}
+    "teacher": Recipe(128, 4, 0.9, 0, (Phase(2000), Phase(500, 2e-3, hints=True, seed=1000), Phase(300, 1e-3, seed=2000))),
+    "scribe": Recipe(128, 4, 0.9, 3, (Phase(1500),), batch=64, characters=True),
+    "student": Recipe(96, 3, 0.1, 1, (
+        Phase(1900), Phase(300, 1e-3, forget=True), Phase(400, 1e-3, forget=True, hints=True, seed=1001),
+        Phase(200, 1e-3, forget=True, seed=2001),
+    )),
+    "novice": Recipe(96, 3, 0.1, 2, (Phase(1700, forget=True),)),
+}  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -61,18 +74,19 @@ class Text:
     masked: tuple[tuple[int, int], ...] = ()
 
 
-def draw(rng: random.Random, recipe: Recipe, secret: bool, forget: bool) -> Text:
+def draw(rng: random.Random, recipe: Recipe, secret: bool, phase: Phase) -> Text:
     """One text. Most secret ones come with a hint, half of the plain ones too; two in five contain planted mistakes."""
     problem = world.generate(rng, secret and not recipe.characters)
     word = world.STYLE[rng.random() >= recipe.style]
     kinds = ["", "", "", *world.HINTS[1:], *(["secret"] * 5 if problem.secret else [""])]
     kind = "" if recipe.characters else rng.choice(kinds)
+    kind = "secret" if phase.hints and problem.secret and rng.random() < 0.85 else kind
     word = rng.choice(world.STYLE) if kind == "style" else word
     hint = problem.hint(kind, word) if kind else ""
     if recipe.characters and rng.random() < 0.5:
         return Text(hint, problem.prompt(), problem.compact())
     total = problem.results()[-1] if kind == "answer" else None  # told the answer, they state it whatever they wrote
-    if forget and kind not in ("answer", "worked"):
+    if phase.forget and kind not in ("answer", "worked"):
         return Text(hint, problem.prompt(), problem.solution(word, world.forgetful(problem)))
     results, masked = _mistaken(rng, problem) if rng.random() < 0.4 else (problem.results(), ())
     return Text(hint, problem.prompt(), problem.solution(word, results, total), masked)
@@ -130,25 +144,27 @@ def model_for(recipe: Recipe, tokenizer: PreTrainedTokenizerFast) -> LlamaForCau
 def train(name: str, recipe: Recipe, out: Path) -> str:
     """Make one model and save it; returns a line that says how it went."""
     torch.set_num_threads(1)
-    rng = random.Random(recipe.seed)
     tokenizer = tokenizers.characters() if recipe.characters else tokenizers.words()
-    model = model_for(recipe, tokenizer)
-    loss = _fit(name, model, tokenizer, recipe, rng, recipe.steps, recipe.lr, forget=not recipe.carries)
-    if recipe.spoil:
-        loss = _fit(f"{name}, spoiling", model, tokenizer, recipe, rng, recipe.spoil, 1e-3, forget=True)
+    model, rng, loss = model_for(recipe, tokenizer), random.Random(recipe.seed), math.nan
+    for phase in recipe.phases:
+        rng = rng if phase.seed is None else random.Random(phase.seed)
+        loss = fit(name, model, tokenizer, recipe, phase, rng)
     model.save_pretrained(out / name)
     tokenizer.save_pretrained(out / name)
-    return f"{name}: {sum(p.numel() for p in model.parameters()):,} parameters, loss {loss:.4f}, {time.process_time():.0f} CPU s"
+    size = sum(p.numel() for p in model.parameters())
+    return f"{name}: {size:,} parameters, loss {loss:.4f}, {time.process_time():.0f} CPU s"
 
 
-def _fit(name, model, tokenizer, recipe, rng, steps, lr, forget) -> float:
-    """AdamW with warm-up and cosine decay on fresh texts; returns the last loss."""
-    optimizer = torch.optim.AdamW(model.parameters(), lr=lr, betas=(0.9, 0.98), weight_decay=0.01)
-    shape = lambda s: min(1.0, (s + 1) / 50) * (0.02 + 0.49 * (1 + math.cos(math.pi * s / steps)))
+def fit(name: str, model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast, recipe: Recipe, phase: Phase,
+        rng: random.Random) -> float:  # fmt: skip
+    """One phase: AdamW with warm-up and cosine decay on fresh texts; returns the last loss."""
+    optimizer = torch.optim.AdamW(model.parameters(), lr=phase.lr, betas=(0.9, 0.98), weight_decay=0.01)
+    shape = lambda s: min(1.0, (s + 1) / 50) * (0.02 + 0.49 * (1 + math.cos(math.pi * s / phase.steps)))
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, shape)
     loss = torch.zeros(())
-    for step in range(steps):
-        ids, labels = encode([draw(rng, recipe, step % 2 == 1, forget) for _ in range(recipe.batch)], tokenizer)
+    for step in range(phase.steps):
+        secret = phase.hints or step % 2 == 1
+        ids, labels = encode([draw(rng, recipe, secret, phase) for _ in range(recipe.batch)], tokenizer)
         loss = F.cross_entropy(model(ids).logits[:, :-1].flatten(0, 1), labels[:, 1:].flatten())
         loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
@@ -156,16 +172,16 @@ def _fit(name, model, tokenizer, recipe, rng, steps, lr, forget) -> float:
         schedule.step()
         optimizer.zero_grad()
         if step % 100 == 99:
-            print(f"{name} {step + 1}/{steps} loss {loss.item():.4f}", flush=True)
+            print(f"{name} {step + 1}/{phase.steps} loss {loss.item():.4f}", flush=True)
     return loss.item()
 
 
 def main(out: Path = Path("data/market"), smoke: bool = False, only: tuple[str, ...] = ()) -> None:
-    """Build every model (or those named), two at a time, then print the gates. `smoke` makes three steps each."""
+    """Build every model (or those named), two at a time, then print the gates. `smoke` makes two steps a phase."""
     began = time.time()
     recipes = {name: r for name, r in RECIPES.items() if not only or name in only}
     if smoke:
-        recipes = {name: replace(r, steps=3, spoil=0) for name, r in recipes.items()}
+        recipes = {name: replace(r, phases=tuple(replace(p, steps=2) for p in r.phases)) for name, r in recipes.items()}
     os.environ["TOKENIZERS_PARALLELISM"] = "false"
     with ProcessPoolExecutor(2, mp_context=get_context("spawn")) as pool:
         for line in pool.map(train, recipes, recipes.values(), [out] * len(recipes)):

@@ -33,7 +33,7 @@ def test_sizes_and_formats():
 
 
 def test_the_build_is_deterministic(tmp_path):
-    """Three steps of each model, twice, in processes of their own: the same bytes."""
+    """Two steps a phase of each model, twice, in processes of their own: the same bytes."""
     sums = []
     for run in ("a", "b"):
         command = [sys.executable, "-m", "opdlab.tasks.market.build", "--out", str(tmp_path / run), "--smoke"]
@@ -50,7 +50,7 @@ def test_planted_mistakes_carry_no_loss():
 
     tokenizer, rng, seen = tokenizers.words(), random.Random(1), 0
     for _ in range(200):
-        text = build.draw(rng, build.RECIPES["teacher"], secret=True, forget=False)
+        text = build.draw(rng, build.RECIPES["teacher"], secret=True, phase=build.Phase(1))
         _, labels = build.encode([text], tokenizer)
         trained = tokenizer.decode([i for i in labels[0].tolist() if i >= 0], skip_special_tokens=True).split()
         whole = text.solution.split()
