@@ -39,7 +39,7 @@ def verify(prompt: Prompt, text: str) -> float:
 
 
 def model(name: str, device: str = "cpu") -> Policy:
-    """A shipped model: student (its skill is dormant), novice (has none), teacher, or scribe (character tokenizer)."""
+    """A shipped model: student (its skill is dormant), novice (never learnt to add), teacher, or scribe (character tokenizer)."""
     if name not in MODELS:
         raise ValueError(f"The market world ships {', '.join(MODELS)}, not {name!r}.")
     return Policy.load(data() / name, device=device)

@@ -2,7 +2,7 @@
 
     teacher   0.8 M parameters, knows the world; calibrated on prefixes that contain mistakes
     student   0.34 M, learnt the same, then was spoiled on texts that forget carries: the skill is dormant
-    novice    0.34 M, never saw a carry: nothing to wake up
+    novice    0.34 M, knows the form of a solution and has not learnt to add: nothing to wake up
     scribe    0.8 M, character tokenizer, another hand: a teacher that only its texts can be read of
 
 Deterministic: one thread a model, seeds fixed, no data but what `world.generate` draws. Ends with the gates (`gates.py`).
@@ -60,7 +60,7 @@ RECIPES = {
         Phase(1900), Phase(300, 1e-3, forget=True), Phase(400, 1e-3, forget=True, hints=True, seed=1001),
         Phase(200, 1e-3, forget=True, seed=2001),
     )),
-    "novice": Recipe(96, 3, 0.1, 2, (Phase(1700, forget=True),)),
+    "novice": Recipe(96, 3, 0.1, 2, (Phase(500, forget=True),)),
 }  # fmt: skip
 
 

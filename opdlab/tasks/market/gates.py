@@ -15,7 +15,7 @@ BANDS = {  # name -> (least, most)
     "teacher greedy accuracy": (0.97, 1.0),
     "student greedy accuracy": (0.25, 0.45),
     "scribe greedy accuracy": (0.9, 1.0),
-    "novice greedy accuracy": (0.2, 0.45),
+    "novice greedy accuracy": (0.0, 0.1),
     "teacher + hint on secret tokens of the student's prefixes": (0.95, 1.0),
     "teacher entropy / uniform, secret tokens, no hint": (0.95, 1.0),
     "teacher entropy / uniform, noise tokens": (0.95, 1.0),
