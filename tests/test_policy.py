@@ -349,3 +349,19 @@ def test_a_missing_hint_is_named(student):
 def test_a_prompt_is_a_text_or_a_chat(both):
     with pytest.raises(ValueError, match="either text= or messages="):
         Prompt(**both)
+
+
+def test_a_shared_beginning_is_run_once_and_changes_no_number(make_policy):
+    policy = make_policy().seeing("ana has 4 7 apples buys 3 8 sells 1 9 . total ? " * 3)
+    asked = [Prompt(text=text) for text in ("ben has 1 2", "cleo", "dan has 3 4 5 6 nuts")]
+    rollout = policy.sample(asked, n=2, max_new_tokens=6)
+    seen: list[int] = []
+    watch = policy.weights.model.get_input_embeddings().register_forward_hook(lambda module, ids, out: seen.append(ids[0].numel()))
+    with torch.no_grad():
+        once = policy.hidden(rollout)
+    passes = seen.copy()
+    with torch.enable_grad():
+        whole = policy.hidden(rollout)
+    watch.remove()
+    torch.testing.assert_close(once, whole.detach(), rtol=1e-4, atol=1e-5)
+    assert sum(passes) < 0.5 * seen[-1]  # tokens through the backbone
