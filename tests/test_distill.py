@@ -210,7 +210,15 @@ def test_snapshots_give_back_the_student_of_that_step(market):
         run.at(7)
 
 
-def test_an_interrupt_waits_until_the_step_is_whole(market):
+@pytest.fixture
+def heard():
+    """SIGINT as a terminal sets it: a test run in the background ignores it."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
+def test_an_interrupt_waits_until_the_step_is_whole(market, heard):
     run = small(*market, steps=3)
     step = run.optimizer.step
     run.optimizer.step = lambda: (os.kill(os.getpid(), signal.SIGINT), step())[1]
