@@ -24,12 +24,13 @@ class TokenLens:
     """A heat strip of one completion with, under it, the duel of the policies at the token looked at.
 
     channel: what colours the tokens at first, a key of `channels` (`log_ratio`, `reverse_kl`, `student_entropy`, `loss`, a
-    plan column, …). Under a student alone there is no `log_ratio`, and the first that there is takes its place. Raises
-    OpdlabError for a completion that the trace does not hold and UnknownColumn for a channel it does not have.
+    plan column, …). Under a student alone there is no `log_ratio`, and the first that there is takes its place. like: another
+    lens whose colour scale this one keeps to, so that the two compare. Raises OpdlabError for a completion that the trace
+    does not hold and UnknownColumn for a channel it does not have.
     """
 
-    def __init__(self, trace: Trace, sample: int = 0, channel: str = "log_ratio", title: str = "") -> None:
-        self.sample, self.title = sample, title
+    def __init__(self, trace: Trace, sample: int = 0, channel: str = "log_ratio", title: str = "", like: TokenLens | None = None) -> None:
+        self.sample, self.title, self.like = sample, title, like
         self.trace = _rows(trace, sample)
         self.channels = channels(self.trace)
         if channel not in self.channels and channel != "log_ratio":
@@ -42,8 +43,9 @@ class TokenLens:
 
     @property
     def limits(self) -> dict[str, float]:
-        """The value that gets full colour, by channel; give the larger of two lenses' to both to compare them."""
-        return {key: c.limit for key, c in self.channels.items()}
+        """The value that gets full colour, by channel: its own, or that of `like` where that is larger."""
+        other = self.like.limits if self.like else {}
+        return {key: max(c.limit, other.get(key, 0.0)) for key, c in self.channels.items()}
 
     @property
     def text(self) -> str:

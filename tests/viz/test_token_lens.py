@@ -213,3 +213,12 @@ def test_what_is_not_there_is_named():
 )
 def test_numbers_read_the_same_everywhere(value, text):
     assert number(value) == text
+
+
+def test_a_lens_like_another_keeps_its_scale():
+    student, teacher, task = opdlab.load("market")
+    rollout = student.sample(task.prompts(2, split="test"), max_new_tokens=task.max_new_tokens)
+    loud, calm = opdlab.score(rollout, student, teacher), opdlab.score(rollout, teacher, teacher.frozen())
+    first = opdlab.viz.TokenLens(loud)
+    assert opdlab.viz.TokenLens(calm).limits["log_ratio"] < first.limits["log_ratio"]
+    assert opdlab.viz.TokenLens(calm, like=first).limits["log_ratio"] == first.limits["log_ratio"]
