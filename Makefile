@@ -25,7 +25,7 @@ test: $(ENV)/test.done $(ENV)/small.done  ## style, types, unit tests, browser t
 notebooks: $(ENV)/test.done  ## run the notebooks again and freeze their outputs
 	@OPDLAB_PROFILE=cpu $(BIN)/opdlab freeze notebooks/*.ipynb --execute
 
-models: $(ENV)/base.done  ## rebuild the shipped models (25 minutes on 2 cores)
+models: $(ENV)/base.done  ## rebuild the shipped models (about 25 minutes on 2 idle cores, by summed CPU seconds)
 	@$(BIN)/python -m opdlab.tasks.market.build
 
 bench: $(ENV)/trl.done  ## measure against TRL; writes benchmarks/results/
