@@ -41,7 +41,7 @@ $(ENV)/bin/python:
 
 define install
 	@echo "opdlab: installing $(1) (the first time this downloads about 1 GB and takes some minutes)"
-	@$(BIN)/python -m pip install --disable-pip-version-check --progress-bar on -q -c constraints.txt -e "$(2)"
+	@$(BIN)/python -m pip install --disable-pip-version-check --progress-bar on -c constraints.txt -e "$(2)"
 	@touch $@
 endef
 

@@ -25,7 +25,7 @@ from opdlab.batch import Batch
 from opdlab.errors import DamagedFile, OpdlabError
 from opdlab.policy import Policy, check_same_tokens
 from opdlab.rollout import Rollout
-from opdlab.rows import Rows
+from opdlab.rows import Rows, compute
 from opdlab.tokens import token_bytes
 
 _META = b"opdlab"
@@ -134,8 +134,6 @@ def score(rollout: Rollout, student: Policy, teacher: Policy | None = None, k: i
         check_same_tokens(student, policy, name)
     batch = Batch(rollout, policies)
     states = {name: batch.states(name) for name in policies}
-    from opdlab.rows import compute
-
     return record(rollout, policies, compute(signals.full(k), states, batch.token))
 
 

@@ -26,7 +26,7 @@ STYLE = ("total", "sum")  # two words for the same thing: the teacher says the f
 TYPES = ("copy", "skill", "derived", "style", "secret", "mixed", "noise")
 HINTS = ("secret", "answer", "steps", "worked", "style")
 
-# What stands at each place of a solution: a type, `digit` for the result of a sum, or a fixed word.
+# What stands at each place of a solution: a type, `result` for a digit after `=`, `op`, or a fixed word.
 _SUM = ["copy", "copy", "op", "copy", "copy", "=", "result", "result"]
 _PLAIN = [*_SUM, ";", "derived", "derived", *_SUM[2:], ".", "style", "derived", "derived"]
 _SECRET = [*_PLAIN, ".", "receipt", "secret", "secret", ".", "pays", "mixed", "mixed", ".", "lot", "noise"]
