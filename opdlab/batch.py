@@ -24,11 +24,20 @@ if TYPE_CHECKING:
 
 
 class Batch:
-    """`rollout` (`B` completions of at most `T` tokens), `policies` by name, the `task` with its verifier, the `step`."""
+    """`rollout` (`B` completions of at most `T` tokens), `policies` by name, the `task` with its verifier, the `step`.
 
-    def __init__(self, rollout: Rollout, policies: Mapping[str, Policy], task: Task | None = None, step: int = 0) -> None:
+    `notes`: what a plan wants remembered beside its columns (texts, say); plain JSON data, kept in the step's trace.
+    """
+
+    def __init__(self, rollout: Rollout, policies: Mapping[str, Any], task: Task | None = None, step: int = 0) -> None:
         self.rollout, self.policies, self.task, self.step = rollout, dict(policies), task, step
+        self.notes: dict[str, Any] = {}
         self._states: dict[str, States] = {}
+
+    @property
+    def distributions(self) -> list[str]:
+        """Names of the policies that grade the student's own tokens (so without `.text` and `.spans`)."""
+        return [name for name in self.policies if not name.endswith((".text", ".spans"))]
 
     @property
     def mask(self) -> Tensor:
@@ -41,13 +50,15 @@ class Batch:
         return self.rollout.ids[self.mask]
 
     def states(self, name: str) -> States:
-        """Hidden states of one policy on the whole rollout, without gradient; computed once."""
+        """Hidden states of one policy on the whole rollout, without gradient; computed once. A teacher that is no local
+        model gives what its `grade(rollout)` returns."""
         if name not in self.policies:
             raise MissingPolicy(f"There is no policy {name!r} here; there are {', '.join(self.policies)}. Name it in the method's `needs`.")
         if name not in self._states:
             with torch.no_grad():
-                policy = self.policies[name]
-                self._states[name] = States(policy.hidden(self.rollout), policy.weights.head)
+                policy: Any = self.policies[name]
+                local = isinstance(policy, Policy)
+                self._states[name] = States(policy.hidden(self.rollout), policy.weights.head) if local else policy.grade(self.rollout)
         return self._states[name]
 
     def map(self, fn: Callable[[Rows], Any], needs: Sequence[str] | None = None) -> Any:
@@ -56,7 +67,7 @@ class Batch:
         `[n, ...]` becomes `[B, T, ...]`, zero in the padding; a dict of tensors becomes a dict. `needs` names the
         distributions that the rows carry (all policies by default).
         """
-        states = {name: self.states(name) for name in needs or self.policies}
+        states = {name: self.states(name) for name in needs or self.distributions}
         out = compute(fn, states, self.token)
         return {key: self.spread(value) for key, value in out.items()} if isinstance(out, Mapping) else self.spread(out)
 

@@ -1,7 +1,8 @@
 """Checkpoints: complete or absent, checked on reading, and exact.
 
     run/step-000020/   adapter_model.safetensors, adapter_config.json (what PEFT reads; or model.safetensors in full training)
-                       optimizer.safetensors, run.json, history.json, manifest.json (a checksum of every file)
+                       optimizer.safetensors, ema.safetensors (where a method needs `ema`), run.json, history.json,
+                       manifest.json (a checksum of every file)
 
 Written beside its final name and renamed. Nothing is pickled. No random state is needed: every step makes its own.
 """
@@ -22,7 +23,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from opdlab import divergence, methods
+from opdlab import divergence, methods, roles
 from opdlab.errors import DamagedFile, OpdlabError
 from opdlab.policy import Policy
 from opdlab.tasks import Task
@@ -42,6 +43,8 @@ def write(run: Run, folder: Path) -> Path:
     try:
         _weights(run, partial)
         save_file(_optimizer_state(run), partial / "optimizer.safetensors")
+        for average in run.averages:
+            save_file({k: v.detach().contiguous() for k, v in roles.state(average).items()}, partial / "ema.safetensors")
         _json(partial / "run.json", _description(run))
         _json(partial / "history.json", run.rows)
         _json(partial / "manifest.json", {p.name: _checksum(p) for p in sorted(partial.iterdir())})
@@ -72,8 +75,9 @@ def resume(path: str | os.PathLike[str], student: Policy, teacher: Policy | None
             f"{folder} was trained with another tokenizer than {student!r} has. Load the student it began with: {said['student']!r}."
         )
     load_weights(run.student, folder)
-    state = _tensors(folder / "optimizer.safetensors")
-    _set_optimizer_state(run, state)
+    _set_optimizer_state(run, _tensors(folder / "optimizer.safetensors"))
+    for average in run.averages:
+        _copy_into(roles.state(average), _tensors(folder / "ema.safetensors"))
     run.done, run.rows = said["step"], _read_json(folder / "history.json")
     return run
 
@@ -97,10 +101,13 @@ def load_weights(student: Policy, folder: Path) -> None:
         state = {k.removeprefix(_PEFT): v for k, v in _tensors(folder / "adapter_model.safetensors").items()}
         student.weights.set_adapter_state(str(student.adapter), state)
     else:
-        names = dict(student.weights.model.named_parameters())
-        with torch.no_grad():
-            for name, value in _tensors(folder / "model.safetensors").items():
-                names[name].copy_(value)
+        _copy_into(dict(student.weights.model.named_parameters()), _tensors(folder / "model.safetensors"))
+
+
+def _copy_into(there: Mapping[str, Tensor], values: Mapping[str, Tensor]) -> None:
+    with torch.no_grad():
+        for name, value in values.items():
+            there[name].copy_(value)
 
 
 def _weights(run: Run, folder: Path) -> None:

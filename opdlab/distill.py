@@ -23,7 +23,7 @@ import torch
 from accelerate import Accelerator
 from torch import Tensor
 
-from opdlab import checkpoint, signals
+from opdlab import checkpoint, roles, signals
 from opdlab.batch import Batch
 from opdlab.errors import MissingPolicy, NonFinite, OpdlabError
 from opdlab.evaluate import evaluate
@@ -46,24 +46,27 @@ class Step:
     rollout: Rollout
     columns: dict[str, Tensor]
     plan: dict[str, Tensor]
-    policies: dict[str, Policy] = field(repr=False)
+    policies: dict[str, Any] = field(repr=False)
+    notes: dict[str, Any] = field(default_factory=dict, repr=False)
 
     def trace(self) -> Trace:
         """The step's tokens as a `Trace`; without top tokens (`opdlab.score` on `step.rollout` adds them)."""
-        return record(self.rollout, self.policies, self.columns, step=self.number, plan=self.plan)
+        graded = {name: self.policies[name] for name in roles.graded(self.policies)}
+        return record(self.rollout, graded, self.columns, step=self.number, plan=self.plan, notes=self.notes)
 
     def __repr__(self) -> str:
         return f"Step({self.number}: " + ", ".join(f"{k} {v:.3g}" for k, v in self.metrics.items() if k != "step") + ")"
 
 
-def distill(student: Policy, teacher: Policy | None = None, task: Task | None = None, *, method: Method | None = None,
-            policies: Mapping[str, Policy] | None = None, save: str | os.PathLike[str] | None = None,
+def distill(student: Policy, teacher: Any = None, task: Task | None = None, *, method: Method | None = None,
+            policies: Mapping[str, Any] | None = None, save: str | os.PathLike[str] | None = None,
             log_with: Any = None, quiet: bool = False, **settings: Any) -> Run:  # fmt: skip
     """Prepare a run; iterating over it trains the student in place. Checks everything that can be checked beforehand.
 
+    teacher: a Policy, or one of `opdlab.teachers` (a server, a model that only writes), or None for methods that need none.
     method: OPD with the reverse KL by default. policies: replaces what a name in the method's `needs` stands for, as
     `{"student+hint": student.frozen().seeing()}`. save: folder for checkpoints (`save_every` steps). log_with: a tracker of
-    Accelerate. settings: fields of `Settings`; what is left out comes from the task's recipe. Raises TokenizerMismatch,
+    Accelerate. settings: fields of `Settings`; what is left out comes from the method's recipe, then the task's. Raises TokenizerMismatch,
     MissingPolicy, MissingHint, ContextTooLong and OpdlabError before any compute is spent.
     """
     if task is None:
@@ -71,28 +74,30 @@ def distill(student: Policy, teacher: Policy | None = None, task: Task | None = 
     known = Settings.__dataclass_fields__
     if unknown := sorted(set(settings) - set(known)):
         raise OpdlabError(f"distill has no setting {', '.join(unknown)}. There are {', '.join(known)}.")
-    chosen = Settings(**{"max_new_tokens": task.max_new_tokens, **task.recipe, **settings})
-    return Run(student, teacher, task, method or OPD(), chosen, policies or {}, save, log_with, quiet)
+    method = method or OPD()
+    recipe = {"max_new_tokens": task.max_new_tokens, **task.recipe, **getattr(method, "recipe", {})}
+    return Run(student, teacher, task, method, Settings(**{**recipe, **settings}), policies or {}, save, log_with, quiet)
 
 
 class Run:
     """A training run: an iterator over `Step`s. `history` is a data frame, `save` and `opdlab.resume` keep it."""
 
-    def __init__(self, student: Policy, teacher: Policy | None, task: Task, method: Method, settings: Settings,
-                 policies: Mapping[str, Policy], save: str | os.PathLike[str] | None, log_with: Any, quiet: bool) -> None:  # fmt: skip
+    def __init__(self, student: Policy, teacher: Any, task: Task, method: Method, settings: Settings,
+                 policies: Mapping[str, Any], save: str | os.PathLike[str] | None, log_with: Any, quiet: bool) -> None:  # fmt: skip
         self.student, self.task, self.method, self.settings = student, task, method, settings
         self.done = 0
         self.rows: list[dict[str, float]] = []
         self.snapshots: dict[int, dict[str, Tensor]] = {}
         self.last: Step | None = None
         self.folder = Path(save) if save else None
-        self.policies = _policies(student, teacher, method, policies)
+        self.policies = roles.cast(student, teacher, method.needs, policies)
         self.writer = teacher
         self._check(teacher)
         self.accelerator = Accelerator(log_with=log_with)
         if log_with is not None:
             self.accelerator.init_trackers("opdlab", asdict(settings))
         self.parameters = self._trainable()
+        self.averages = roles.start_average(student, self.policies)
         self.optimizer = torch.optim.AdamW(self.parameters.values(), lr=settings.lr, weight_decay=settings.weight_decay, fused=True)
         self._progress = Progress(settings.steps, type(method).__name__, quiet=quiet or not self.accelerator.is_main_process)
 
@@ -159,7 +164,7 @@ class Run:
             raise NonFinite(f"Step {self.done + 1}: the gradient is {norm.item()}. Lower the learning rate; the weights are as they were.")
         metrics = self._measure(batch, tokens, weight) | {"grad_norm": norm.item()}
         self._commit(metrics, began, wrote, rollout.tokens)
-        return Step(self.done, metrics, rollout, tokens, columns, self.policies)
+        return Step(self.done, metrics, rollout, tokens, columns, self.policies, batch.notes)
 
     def _write(self) -> Rollout:
         """The step's rollout: the student's, but for the share that the method gives to a teacher or to the answers."""
@@ -181,7 +186,11 @@ class Run:
     def _written_by_others(self, prompts: list[Prompt], options: dict[str, Any]) -> Rollout:
         if getattr(self.method, "writer", "teacher") == "answer":
             return written(self.student, prompts, _answers(prompts))
-        assert self.writer is not None  # _check has seen to it
+        if not isinstance(self.writer, Policy):
+            options.pop("top_p")
+            texts = self.writer.write(prompts, self.settings.n, **options)
+            repeated = [prompt for prompt in prompts for _ in range(self.settings.n)]
+            return written(self.student, repeated, [text for row in texts for text in row], writer="teacher")
         return sample(self.writer, prompts, self.settings.n, writer="teacher", **options)
 
     def _micro_batches(self, rows: int) -> list[range]:
@@ -194,7 +203,7 @@ class Run:
         a, b = int(lengths[: rows.start].sum()), int(lengths[: rows.stop].sum())
         part = batch.rollout if len(rows) == len(lengths) else batch.rollout.rows(rows)
         with self._autocast():
-            others = {name: batch.states(name) for name in self.policies if name != "student"}
+            others = {name: batch.states(name) for name in batch.distributions if name != "student"}
             with torch.enable_grad(), self._recomputing():
                 hidden = self.student.hidden(part)
         states = {"student": States(hidden, self.student.weights.head)}
@@ -260,6 +269,8 @@ class Run:
             group["lr"] = lr
         with _uninterrupted():
             self.optimizer.step()
+            for policy in self.averages:
+                roles.average(policy, self.student, s.ema_rate)
             self.done += 1
             metrics |= {"tokens": float(tokens), "generate_s": wrote - began, "seconds": time.perf_counter() - began}
             self.rows.append(metrics)
@@ -274,22 +285,24 @@ class Run:
 
     # Preparation.
 
-    def _check(self, teacher: Policy | None) -> None:
+    def _check(self, teacher: Any) -> None:
         first = self.task.prompts(self.settings.batch, seed=seed_of(self.settings.seed, 0, 0))
         for name in self.method.needs:
             if name not in self.policies:
-                raise MissingPolicy(
-                    f"{type(self.method).__name__} needs {name!r}, but there is no such policy. Give distill a teacher, "
-                    f"policies={{{name!r}: …}}, or use a method that needs none (GRPO, SFT)."
-                )
-        for name, policy in self.policies.items():
-            check_same_tokens(self.student, policy, name)
+                raise roles.missing(self.method, name)
+        writes = getattr(self.method, "on_policy", 1.0) < 1
+        if writes and getattr(self.method, "writer", "teacher") == "answer":
+            _answers(first)
+        elif writes and teacher is None:
+            raise MissingPolicy(f"{type(self.method).__name__} lets a teacher write, but there is none. Give distill a teacher.")
+        everyone = self.policies | ({"writer": teacher} if writes and teacher is not None else {})
+        for name, policy in everyone.items():
+            if not isinstance(policy, Policy):  # a teacher of another kind knows best what it can take
+                getattr(policy, "check", lambda *_: None)(self.student, first, self.settings.max_new_tokens)
+                continue
+            if not name.endswith(".spans"):
+                check_same_tokens(self.student, policy, name)
             policy.encode_all(first, room=self.settings.max_new_tokens)
-        if getattr(self.method, "on_policy", 1.0) < 1:
-            if getattr(self.method, "writer", "teacher") == "answer":
-                _answers(first)
-            elif teacher is None:
-                raise MissingPolicy(f"{type(self.method).__name__} lets a teacher write, but there is none. Give distill a teacher.")
 
     def _trainable(self) -> dict[str, torch.nn.Parameter]:
         """Parameters by name: the adapter's (made here if there is none), or all of them in full training."""
@@ -297,9 +310,12 @@ class Run:
         if s.lora is not None and self.student.adapter is None:
             self.student.adapt(s.lora, seed=s.seed)
         if s.lora is None:
+            copies: dict[int, Policy] = {}  # full training would move what shares the weights; one copy serves all views of one policy
             for name, policy in self.policies.items():
-                if name != "student" and policy.weights is weights and policy._adapter is not self.student._adapter:
-                    self.policies[name] = policy.copied()  # full training would move it
+                if isinstance(policy, Policy) and policy.weights is weights and policy._adapter is not self.student._adapter:
+                    key = id(policy._adapter)
+                    copy = copies[key] = copies.get(key) or policy.copied()
+                    self.policies[name] = Policy(copy.weights, policy.context, copy._adapter)
             weights.model.requires_grad_(True)
         weights.use(self.student.adapter)
         if s.checkpointing:
@@ -320,21 +336,6 @@ class Run:
             f"Step {self.done + 1}, prompt {part.prompts[b].id or b!r}, token {t} ({token!r}): {error} The weights are as they were "
             "and earlier checkpoints are intact. Lower the learning rate, or look at the loss on this token."
         )
-
-
-def _policies(student: Policy, teacher: Policy | None, method: Method, given: Mapping[str, Policy]) -> dict[str, Policy]:
-    """The distributions of the method's `needs`, the student first."""
-    made: dict[str, Policy] = {}
-    for name in method.needs:
-        if name in given:
-            made[name] = given[name]
-        elif name == "student+hint":
-            made[name] = student.seeing()
-        elif name == "reference":
-            made[name] = student.frozen()
-        elif teacher is not None and name in ("teacher", "teacher+hint"):
-            made[name] = teacher if name == "teacher" else teacher.seeing()
-    return {"student": student, **made}
 
 
 def _answers(prompts: list[Prompt]) -> list[str]:

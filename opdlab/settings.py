@@ -16,7 +16,8 @@ class Settings:
     lora: rank of the adapter on all linear layers, or None to train all weights. normalize: what the loss is a mean over,
     "token" (all tokens alike), "sequence" (each completion alike) or "constant" (per completion, over max_new_tokens).
     micro_batch: completions in one backward pass (all by default); changes memory, not the result. precision: "bf16" for
-    autocast on float32 weights. temperature, top_p: of the sampler; away from 1 the student is off its own policy.
+    autocast on float32 weights. temperature, top_p: of the sampler; away from 1 the student is off its own policy. ema_rate: how
+    far the policy `ema` moves towards the student after each update (0.05 as in SDPO, arXiv 2601.20802).
     """
 
     steps: int = 100
@@ -33,6 +34,7 @@ class Settings:
     top_p: float = 1.0
     clip: float = 1.0
     weight_decay: float = 0.0
+    ema_rate: float = 0.05
     seed: int = 0
     precision: Literal["no", "bf16"] = "no"
     checkpointing: bool = False

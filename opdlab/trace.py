@@ -138,8 +138,11 @@ def score(rollout: Rollout, student: Policy, teacher: Policy | None = None, k: i
 
 
 def record(rollout: Rollout, policies: Mapping[str, Policy], columns: Mapping[str, Tensor], *, run: str = "", step: int = -1,
-           plan: Mapping[str, Tensor] | None = None) -> Trace:  # fmt: skip
-    """A trace from flat columns `[tokens, ...]`; `grad_norm`, where there is one, gives each token's `share` too."""
+           plan: Mapping[str, Tensor] | None = None, notes: Mapping[str, Any] | None = None) -> Trace:  # fmt: skip
+    """A trace from flat columns `[tokens, ...]`; `grad_norm`, where there is one, gives each token's `share` too.
+
+    notes: plain data that a plan left in `batch.notes`; kept in `meta`.
+    """
     ids = [i for row in rollout.completions() for i in row]
     sample = np.repeat(np.arange(len(rollout)), rollout.lengths.tolist())
     data: dict[str, Any] = {
@@ -158,6 +161,7 @@ def record(rollout: Rollout, policies: Mapping[str, Policy], columns: Mapping[st
     meta = {
         "policies": list(policies), "plan": list(plan or {}), "texts": list(rollout.texts), "finish": list(rollout.finish),
         "prompts": [_plain(p.text if p.messages is None else p.messages[-1]["content"]) for p in rollout.prompts], "vocab": vocab,
+        "notes": dict(notes or {}),
     }  # fmt: skip
     return Trace(pa.table(data), meta)
 

@@ -17,14 +17,15 @@ NOTEBOOKS = sorted((ROOT / "notebooks").glob("*.ipynb"))
 
 # Each module imports only from its own floor and those below (imports inside functions and for typing aside).
 FLOORS = [
-    {"errors", "divergence", "progress"},
+    {"errors", "generator", "divergence", "progress"},
     {"head", "policy", "rollout"},
     {"rows", "signals", "tokens", "batch", "settings"},
     {"trace"},
-    {"tasks", "methods"},
+    {"exact", "estimator", "teachers", "tasks"},
+    {"methods", "roles"},
     {"evaluate", "checkpoint", "distill"},
-    {"profiles"},
-    {"viz", "notebook"},
+    {"profiles", "diagnose"},
+    {"viz", "notebook", "bridges"},
     {"demo", "cli"},
 ]
 

@@ -223,7 +223,7 @@ def test_cross_entropy(method, student, teacher, rollout):
 
 def test_who_writes():
     assert (SFT.writer, SequenceKD.writer, OPD.writer) == ("answer", "teacher", "teacher")
-    assert (SFT.needs, SequenceKD.needs, OPD.needs, GRPO.needs) == ((), ("teacher",), ("teacher",), ())
+    assert (SFT.needs, SequenceKD.needs, OPD.needs, GRPO.needs) == ((), (), ("teacher",), ())
 
 
 # The contract.

@@ -3,7 +3,7 @@
     plan(batch) -> columns      no gradient, whole batch: what should each token be told?
     loss(rows)  -> [n]          gradient, a chunk of tokens: tell it
 
-A method is any object with `needs` and `loss`; `plan` and the two class attributes below are optional.
+A method is any object with `needs` and `loss`; the rest is optional.
 """
 
 from __future__ import annotations
@@ -22,9 +22,12 @@ if TYPE_CHECKING:
 
 @runtime_checkable
 class Method(Protocol):
-    """`needs` names the distributions of the loss besides the student's own: `teacher`, `teacher+hint`, `student+hint`,
-    `reference` (the student before training). Optional: `plan(batch) -> {name: [B, T] or [B, T, K] or [B]}`; `on_policy`,
-    the share of prompts whose completion the student writes (1); `writer`, who writes the others ("teacher" or "answer")."""
+    """`needs` names what the method looks at besides the student's own distribution (`opdlab.roles`): `teacher`, `reference`
+    (the student before training), `ema`, any of them told hints (`teacher+hint`), or `teacher.text` (a teacher that only writes).
+
+    Optional: `plan(batch) -> {name: [B, T] or [B, T, K] or [B]}`; `on_policy`, the share of prompts whose completion the
+    student writes (1); `writer`, who writes the others ("teacher" or "answer"); `recipe`, the settings of `distill` that the
+    method's paper trains with, as `{"normalize": "sequence"}` (they go before the task's own)."""
 
     @property
     def needs(self) -> tuple[str, ...]: ...

@@ -15,9 +15,9 @@ from opdlab.rows import Rows
 
 @dataclass(frozen=True)
 class SequenceKD:
-    """`-log p(y_t)` on completions that the teacher writes."""
+    """`-log p(y_t)` on completions that the teacher writes. Looks at no distribution, so any teacher that writes will do."""
 
-    needs: ClassVar[tuple[str, ...]] = ("teacher",)
+    needs: ClassVar[tuple[str, ...]] = ()
     on_policy: ClassVar[float] = 0.0
     writer: ClassVar[str] = "teacher"
 

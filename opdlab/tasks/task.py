@@ -6,13 +6,17 @@ import json
 import os
 import random
 import re
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
+from transformers import PreTrainedTokenizerBase
+
 from opdlab.errors import EmptyPrompts, OpdlabError
 from opdlab.policy import Prompt
+from opdlab.rollout import Rollout
+from opdlab.tokens import token_bytes
 
 Split = Literal["train", "test"]
 
@@ -21,7 +25,8 @@ Split = Literal["train", "test"]
 class Task:
     """`draw(n, seed, split)` gives prompts, `verify(prompt, text)` a score from 0 to 1 (None: cannot be checked).
 
-    `recipe` holds training settings that suit the task's own models, `settings` what tells two variants apart.
+    `recipe` holds training settings that suit the task's own models, `settings` what tells two variants apart. `types` names the
+    ground-truth type of every token of a completion (pieces without their spaces), for worlds in which it is known.
     """
 
     name: str
@@ -30,12 +35,20 @@ class Task:
     max_new_tokens: int = 64
     settings: Mapping[str, Any] = field(default_factory=dict)
     recipe: Mapping[str, Any] = field(default_factory=dict)
+    types: Callable[[Sequence[str]], list[str]] | None = None
 
     def prompts(self, n: int, seed: int = 0, split: Split = "train") -> list[Prompt]:
         """`n` prompts; the same seed gives the same ones, and the two splits share none. Raises EmptyPrompts for n < 1."""
         if n < 1:
             raise EmptyPrompts(f"Asked {self.name} for {n} prompts. Ask for at least one.")
         return self.draw(n, seed, split)
+
+    def token_types(self, rollout: Rollout, tokenizer: PreTrainedTokenizerBase) -> list[list[str]]:
+        """The ground-truth type of every completion token, a list a row; raises OpdlabError where the task knows none."""
+        if self.types is None:
+            raise OpdlabError(f"{self.name} knows no token types. The market world does: opdlab.tasks.market(secret=True).")
+        pieces = ([p.decode(errors="replace").strip() for p in token_bytes(tokenizer, row)] for row in rollout.completions())
+        return [self.types(row) for row in pieces]
 
 
 def from_records(records: Iterable[Mapping[str, Any]] | str | os.PathLike[str], *, name: str = "records", test: int | float = 0.1,

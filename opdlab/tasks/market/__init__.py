@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -29,7 +30,15 @@ def market(secret: bool = False, hint: str | None = None, wrong: bool = False) -
         return [_prompt(p, h.hint(kind), f"{split}-{seed}-{i}") for i, (p, h) in enumerate(zip(problems, hinted, strict=True))]
 
     settings = {"secret": secret, "hint": hint, "wrong": wrong}
-    return Task("market", draw, verify, max_new_tokens=36 if secret else 24, settings=settings, recipe=RECIPE)
+    return Task("market", draw, verify, max_new_tokens=36 if secret else 24, settings=settings, recipe=RECIPE,
+                types=types)  # fmt: skip
+
+
+def types(pieces: Sequence[str]) -> list[str]:
+    """`world.token_types`, with "end" for the end of the text."""
+    words = list(pieces)
+    ended = words[-1:] == ["<eos>"]
+    return world.token_types(words[: len(words) - ended]) + ["end"] * ended
 
 
 def verify(prompt: Prompt, text: str) -> float:

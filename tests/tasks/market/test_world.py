@@ -8,8 +8,10 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from opdlab.tasks import market
-from opdlab.tasks.market import tokenizers, world
+from opdlab.errors import OpdlabError
+from opdlab.rollout import written
+from opdlab.tasks import from_records, market
+from opdlab.tasks.market import model, tokenizers, world
 
 seeds = st.integers(0, 2**32 - 1)
 
@@ -117,3 +119,20 @@ def test_the_chat_template():
     chat = [{"role": "system", "content": "hint say sum"}, {"role": "user", "content": "ana has 4 7"}]
     text = tokenizers.words().apply_chat_template(chat, tokenize=False, add_generation_prompt=True)
     assert text == "<system>hint say sum<user>ana has 4 7<assistant>"
+
+
+def test_the_task_types_every_token_of_a_rollout():
+    policy = model("student")
+    problems = market(secret=True).prompts(4, seed=3)
+    rollout = written(policy, problems, [p.answer for p in problems])
+    kinds = market(secret=True).token_types(rollout, policy.tokenizer)
+    assert [len(row) for row in kinds] == rollout.lengths.tolist()
+    assert {row[-1] for row in kinds} == {"end"}
+    assert [row[:-1] for row in kinds] == [world.token_types(p.answer.split()) for p in problems]
+
+
+def test_a_task_without_types_says_so():
+    policy = model("student")
+    problems = market().prompts(1)
+    with pytest.raises(OpdlabError, match="knows no token types"):
+        from_records([{"prompt": "a"}]).token_types(written(policy, problems, ["total 1 2"]), policy.tokenizer)
