@@ -1,0 +1,9 @@
+"""Teachers that are no local `Policy`: a model that only writes, services that write, servers that grade.
+
+All of them `write(prompts, n, prefixes=…)` and `check(student, prompts, max_new_tokens)`; those with log-probs also
+`grade(rollout)`. `distill` takes any of them as its `teacher`.
+"""
+
+from opdlab.teachers.text_only import TextOnly
+
+__all__ = ["TextOnly"]
