@@ -50,9 +50,10 @@ class Head:
 
     @torch.no_grad()
     def backward(self, slope: Tensor, logits: Tensor, hidden: Tensor) -> Tensor:
-        """Gradient `[n, H]` float32 for the hidden states, given d/d(logits) `slope [n, rows]`, which is used up.
+        """Gradient `[n, H]` for the hidden states, given d/d(logits) `slope [n, rows]`, which is used up.
 
-        A trainable head gets its own gradient added on the way: straight into `.grad`, without a copy the size of the head.
+        Float32, or float64 where the states and the head are. A trainable head gets its own gradient added on the way: straight
+        into `.grad`, without a copy the size of the head.
         """
         if self.cap is not None:
             slope *= 1 - (logits / self.cap) ** 2
@@ -61,7 +62,11 @@ class Head:
             _grad(self.weight)[: self.rows].addmm_(slope.T, hidden.to(slope.dtype))
         if self.bias is not None and self.bias.requires_grad:
             _grad(self.bias)[: self.rows].add_(slope.sum(0))
-        return (slope @ self.weight[: self.rows]).float()
+        return (slope @ self.weight[: self.rows]).to(self.precision(hidden))
+
+    def precision(self, hidden: Tensor) -> torch.dtype:
+        """What gradients for `hidden` come in: float64 where the states and the head are, as for proofs, else float32."""
+        return torch.float64 if hidden.dtype == self.weight.dtype == torch.float64 else torch.float32
 
     @torch.no_grad()
     def _check(self, model: PreTrainedModel) -> None:

@@ -123,7 +123,7 @@ def gradient(loss: Callable[[Rows], Tensor], states: Mapping[str, States], token
         raise MissingPolicy("gradient needs the student's states. Pass states={'student': …}.")
     student = states["student"]
     noted: dict[str, Tensor] = {}
-    out = torch.empty_like(student.hidden, dtype=torch.float32)
+    out = torch.empty_like(student.hidden, dtype=student.head.precision(student.hidden))
     for piece in chunks(len(token), student.head.rows, token.device, chunk):
         part = {name: States(s.hidden[piece].detach(), s.head) for name, s in states.items()}
         rest = {k: v[piece] for k, v in (columns or {}).items()}

@@ -66,5 +66,14 @@ def test_backward_is_that_of_autograd(options):
     logits = head(hidden)
     want = torch.autograd.grad((logits * slope).sum(), (hidden, weight, bias))
     got = head.backward(slope.clone(), logits.detach(), hidden.detach())
-    torch.testing.assert_close(got, want[0].float())
+    torch.testing.assert_close(got, want[0])
     torch.testing.assert_close((weight.grad, bias.grad), want[1:])
+
+
+@pytest.mark.parametrize(
+    "kinds", [(torch.bfloat16,) * 2, (torch.float32,) * 2, (torch.float32, torch.float64), (torch.float64, torch.float32)]
+)
+def test_gradients_are_float32_unless_all_is_float64(kinds):
+    hidden, weight = torch.ones(2, 3, dtype=kinds[0]), torch.ones(5, 3, dtype=kinds[1])
+    head = Head(weight, None, rows=5)
+    assert head.backward(torch.ones(2, 5, dtype=kinds[1]), head(hidden), hidden).dtype == torch.float32

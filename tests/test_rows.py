@@ -89,7 +89,7 @@ def test_equals_autograd_on_full_logits(loss, head, chunk):
             p.requires_grad_()
     got = gradient(LOSSES[loss], states, token, weight, columns, chunk=chunk)
     torch.testing.assert_close(got.loss, value)
-    close = lambda a, b: torch.testing.assert_close(a, b, check_dtype=False, rtol=1e-5, atol=1e-7)
+    close = lambda a, b: torch.testing.assert_close(a, b, rtol=1e-10, atol=1e-12)
     close(got.gradient, want[0])
     close(got.columns["grad_norm"], alone.norm(dim=-1))
     close(own.weight.grad, want[1])
