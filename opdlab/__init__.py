@@ -1,6 +1,6 @@
 """opdlab: on-policy distillation of language models, one token at a time. The names that a notebook uses."""
 
-from opdlab import divergence, errors, methods, notebook, tasks, viz
+from opdlab import divergence, errors, exact, methods, notebook, tasks, viz
 from opdlab.checkpoint import resume
 from opdlab.distill import Run, Settings, Step, distill
 from opdlab.divergence import TopK
@@ -16,6 +16,6 @@ from opdlab.trace import Trace, score
 __version__ = "0.1.0"
 __all__ = [
     "GRPO", "OPD", "SFT", "OpdlabError", "Policy", "Prompt", "Rollout", "Run", "SequenceKD", "Settings", "Step", "Task",
-    "TopK", "Trace", "distill", "divergence", "errors", "evaluate", "load", "method", "methods", "notebook", "resume", "sample", "score",
-    "tasks", "viz",
+    "TopK", "Trace", "distill", "divergence", "errors", "evaluate", "exact", "load", "method", "methods", "notebook", "resume", "sample",
+    "score", "tasks", "viz",
 ]  # fmt: skip

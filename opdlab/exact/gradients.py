@@ -1,0 +1,60 @@
+"""What a method really does to a student, exactly: its own plan and loss, through the engine, over every completion.
+
+Nothing here knows a formula of any method. The expected gradient is the sum over all completions of their probability
+times what a training step would do with them; no gradient runs through the sampling, as in training. Central differences
+of any objective are the other side of the comparison.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from opdlab.batch import Batch
+from opdlab.exact.laws import law
+from opdlab.exact.table import Table, everything
+from opdlab.rollout import Rollout
+from opdlab.rows import gradient as engine
+
+if TYPE_CHECKING:
+    from opdlab.tasks import Task
+
+
+def gradient(method: Any, policies: Mapping[str, Any], *, writer: str = "student", task: Task | None = None) -> Tensor:
+    """The expected gradient `[X, S, V]` for the student's logits of `sum_t loss_t`, a completion being written by `writer`.
+
+    policies: tables by name (`student`, and what the method needs). Each prompt counts once. The plan sees all completions
+    in one batch, so it must give a row what it would give that row alone: for a plan that compares rows (group means,
+    quantiles), sum `gradient_on` over the batches that may occur.
+    """
+    by: Table = policies[writer]
+    rollout = everything(by.prompts, by.vocab, by.length, eos=by.eos, by=by)
+    return gradient_on(method, policies, rollout, law(by, rollout).detach(), task=task)
+
+
+def gradient_on(method: Any, policies: Mapping[str, Any], rollout: Rollout, weight: Tensor, *, task: Task | None = None) -> Tensor:
+    """Gradient `[X, S, V]` of `sum_b weight_b sum_t loss_bt` on a given rollout: one training step's plan and loss pass.
+
+    weight: `[N]`, one a completion. A bare loss function is taken as a method without a plan.
+    """
+    student: Table = policies["student"]
+    batch = Batch(rollout, policies, task)
+    plan = method.plan(batch) if hasattr(method, "plan") else {}
+    columns = {name: batch.flat(name, column) for name, column in plan.items()}
+    states = {name: batch.states(name) for name in batch.distributions}
+    loss = method.loss if hasattr(method, "loss") else method
+    result = engine(loss, states, batch.token, weight.repeat_interleave(rollout.lengths), columns)
+    return torch.zeros_like(student.logits).index_put_(student.where(rollout), result.gradient, accumulate=True)
+
+
+def differences(objective: Callable[[Table], Tensor], table: Table, step: float = 1e-5) -> Tensor:
+    """Central differences of a number in every logit, `[X, S, V]`; the error is about step² (and 1e-16 / step)."""
+    out = torch.zeros_like(table.logits).flatten()
+    with torch.no_grad():
+        for i in range(out.numel()):
+            nudge = torch.zeros_like(out).index_fill(0, torch.tensor([i]), step).view_as(table.logits)
+            out[i] = (objective(table.moved(nudge)) - objective(table.moved(-nudge))) / (2 * step)
+    return out.view_as(table.logits)

@@ -1,0 +1,40 @@
+"""Exact probabilities of what a table writes, and the expectations that follow. All differentiable in `table.logits`."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from opdlab.exact.table import Table, everything
+from opdlab.rollout import Rollout
+
+
+def law(table: Table, rollout: Rollout) -> Tensor:
+    """The probability of each completion, `[N]`. Over `everything` of a prompt they sum to one."""
+    own = table.logp[table.where(rollout)].gather(-1, rollout.ids[rollout.mask][:, None])[:, 0]
+    spread = torch.zeros(rollout.ids.shape, dtype=torch.float64).masked_scatter(rollout.mask, own)
+    return spread.sum(1).exp()
+
+
+def visits(table: Table) -> Tensor:
+    """The probability that a text of the table passes through each prefix, `[X, S]`. The prefixes of one length sum to one,
+    less what has ended before."""
+    p, level, out, first = table.logp.exp(), table.logits.new_ones(len(table.prompts), 1), [], 0
+    for _ in range(table.length):
+        out.append(level)
+        going = level[..., None] * p[:, first : first + level.shape[1]]
+        if table.eos is not None:
+            going = going.index_fill(-1, torch.tensor([table.eos]), 0.0)
+        first += level.shape[1]
+        level = going.flatten(1)
+    return torch.cat(out, 1)
+
+
+def expectation(table: Table, value: Callable[[Rollout], Tensor]) -> Tensor:
+    """`E_{y ~ table(.|x)} value(y)` for every prompt, `[X, ...]`: `value` maps all completions to `[N, ...]`."""
+    rollout = everything(table.prompts, table.vocab, table.length, eos=table.eos, by=table)
+    values = value(rollout)
+    weighted = law(table, rollout).view(-1, *[1] * (values.dim() - 1)) * values
+    return weighted.view(len(table.prompts), -1, *values.shape[1:]).sum(1)

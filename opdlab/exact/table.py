@@ -1,0 +1,186 @@
+"""A language model small enough to be written down: one row of logits for every prompt and every text begun.
+
+A `Table` stands wherever a method's plan or loss meets a policy: the batch takes its states (an identity head, so the
+hidden states are the logits), a plan can have it write on from any tokens. All in float64. Left out: training; the
+gradients of `opdlab.exact` are for `table.logits`, and a step is a new table.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from opdlab.errors import OpdlabError
+from opdlab.exact.letters import Letters
+from opdlab.head import Head
+from opdlab.policy import Prompt
+from opdlab.rollout import Rollout, draw
+from opdlab.rows import States
+
+LARGEST = 200_000  # completions that are listed at once
+
+
+@dataclass(frozen=True, eq=False)
+class Table:
+    """A next-token distribution for each of `S` beginnings: all texts of fewer than `length` of `V` tokens.
+
+    `logits [X, S, V]`, float64: row `start(prefix)` of prompt `x` is what follows `prefix`. A text ends after `length` tokens,
+    or with `eos` where that is a token.
+    """
+
+    logits: Tensor
+    prompts: tuple[Prompt, ...]
+    length: int
+    eos: int | None = None
+
+    def __post_init__(self) -> None:
+        want = (len(self.prompts), starts(self.vocab, self.length), self.vocab)
+        if tuple(self.logits.shape) != want or self.logits.dtype != torch.float64:
+            raise OpdlabError(
+                f"A table's logits are {list(self.logits.shape)} in {self.logits.dtype} for {want[0]} prompts and texts of "
+                f"{self.length} tokens. Give float64 [prompts, prefixes, tokens], here {list(want)}."
+            )
+
+    @classmethod
+    def random(cls, vocab: int = 3, length: int = 3, prompts: int | Sequence[Prompt] = 1, *, seed: int = 0, scale: float = 1.0,
+               eos: int | None = None) -> Table:  # fmt: skip
+        """Normal logits with standard deviation `scale`. `prompts`: how many, or which."""
+        asked = (
+            tuple(Prompt(f"prompt {i}", id=str(i), hint=f"hint {i}") for i in range(prompts))
+            if isinstance(prompts, int)
+            else tuple(prompts)
+        )
+        shape = (len(asked), starts(vocab, length), vocab)
+        noise = torch.randn(shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+        return cls(scale * noise, asked, length, eos)
+
+    @property
+    def vocab(self) -> int:
+        return self.logits.shape[-1]
+
+    @property
+    def logp(self) -> Tensor:
+        """Log-probs `[X, S, V]`."""
+        return self.logits.log_softmax(-1)
+
+    @property
+    def tokenizer(self) -> Letters:
+        return Letters(self.vocab, self.eos)
+
+    def moved(self, change: Tensor) -> Table:
+        """The table with `change [X, S, V]` added to its logits."""
+        return replace(self, logits=self.logits + change)
+
+    def start(self, prefix: Sequence[int]) -> int:
+        """Index of the row that follows `prefix`: shorter ones first, then in the order of counting."""
+        number = 0
+        for token in prefix:
+            number = number * self.vocab + token
+        return starts(self.vocab, len(prefix)) + number
+
+    def place(self, prompt: Prompt) -> int:
+        """Index of a prompt; raises OpdlabError for one that the table was not made for."""
+        if prompt not in self.prompts:
+            raise OpdlabError(f"The table has no row for prompt {prompt.id or prompt.text!r}. Use the prompts that it was made with.")
+        return self.prompts.index(prompt)
+
+    def where(self, rollout: Rollout) -> tuple[Tensor, Tensor]:
+        """Prompt and prefix of every completion token, `[tokens]` each: `logits[where]` is what it was drawn from."""
+        known = {id(prompt): self.place(prompt) for prompt in {id(p): p for p in rollout.prompts}.values()}
+        x = [known[id(prompt)] for prompt in rollout.prompts]
+        s = [self.start(row[:t]) for row in rollout.completions() for t in range(len(row))]
+        return torch.tensor(x, dtype=torch.long).repeat_interleave(rollout.lengths), torch.tensor(s, dtype=torch.long)
+
+    def grade(self, rollout: Rollout) -> States:
+        """What a batch asks of a policy: hidden states `[tokens, V]` that are the logits, and the head that leaves them so."""
+        return States(self.logits[self.where(rollout)], Head(torch.eye(self.vocab, dtype=torch.float64), None, self.vocab))
+
+    def own(self, rollout: Rollout) -> Rollout:
+        """The same completions with this table's log-probs and entropies, as if it had written them."""
+        logp = self.logp.detach()[self.where(rollout)]
+        logp, entropy = logp.gather(-1, rollout.ids[rollout.mask][:, None])[:, 0], -(logp.exp() * logp).sum(-1)
+        none = torch.zeros(rollout.ids.shape, dtype=torch.float64)
+        return replace(rollout, logp=none.masked_scatter(rollout.mask, logp), entropy=none.masked_scatter(rollout.mask, entropy))
+
+    def sample(self, prompts: Sequence[Prompt], n: int = 1, *, max_new_tokens: int | None = None, temperature: float = 1.0,
+               top_p: float = 1.0, seed: int = 0, prefixes: Sequence[Sequence[int]] | None = None,
+               batch_size: int | None = None, writer: str = "student") -> Rollout:  # fmt: skip
+        """As `Policy.sample`, by the same draws. A text ends where the table does, however many tokens were asked for."""
+        begun = [list(prefix) for prefix in (prefixes if prefixes is not None else [[]] * len(prompts)) for _ in range(n)]
+        asked = [prompt for prompt in prompts for _ in range(n)]
+        most = self.length if max_new_tokens is None else max_new_tokens
+        uniform = torch.rand(len(prompts), n, most, generator=torch.Generator().manual_seed(seed), dtype=torch.float64).flatten(0, 1)
+        bodies: list[list[int]] = [[] for _ in asked]
+        places = [self.place(prompt) for prompt in asked]
+        for t in range(most):
+            done = [len(start) + t >= self.length or body[-1:] == [self.eos] for start, body in zip(begun, bodies, strict=True)]
+            going = [i for i, over in enumerate(done) if not over]
+            if not going:
+                break
+            logits = self.logits.detach()[[places[i] for i in going], [self.start(begun[i] + bodies[i]) for i in going]]
+            tokens = draw(logits, uniform[going, t], temperature, top_p)[0]
+            for i, token in zip(going, tokens.tolist(), strict=True):
+                bodies[i].append(token)
+        whole = listed(asked, [start + body for start, body in zip(begun, bodies, strict=True)], self.tokenizer, n, writer)
+        return _continued(listed(asked, bodies, self.tokenizer, n, writer), self.own(whole))
+
+    def write(self, prompts: Sequence[Prompt], n: int = 1, *, prefixes: Sequence[str] | None = None, max_new_tokens: int | None = None,
+              temperature: float = 1.0, seed: int = 0) -> list[list[str]]:  # fmt: skip
+        """As a teacher that only writes: `n` texts a prompt, which go on from `prefixes` and do not repeat them."""
+        begun = None if prefixes is None else [self.tokenizer(text)["input_ids"] for text in prefixes]
+        texts = self.sample(prompts, n, max_new_tokens=max_new_tokens, temperature=temperature, seed=seed, prefixes=begun).texts
+        return [list(texts[i : i + n]) for i in range(0, len(texts), n)]
+
+    def check(self, *_: object) -> None:
+        """Nothing to prepare."""
+
+    def __repr__(self) -> str:
+        return f"Table({len(self.prompts)} prompts, {self.vocab} tokens, texts of {self.length})"
+
+
+def starts(vocab: int, length: int) -> int:
+    """How many texts have fewer than `length` tokens: sum of V^t."""
+    return sum(vocab**t for t in range(length))
+
+
+def everything(prompts: Sequence[Prompt], vocab: int, length: int, *, eos: int | None = None, by: Table | None = None) -> Rollout:
+    """Every completion of every prompt: all `V^length` sequences, or with `eos` those that end with it or are that long.
+
+    `by`: whose log-probs and entropies the rollout carries (zero otherwise). Raises OpdlabError for more than LARGEST.
+    """
+    if len(prompts) * vocab**length > LARGEST:
+        raise OpdlabError(
+            f"{len(prompts)} prompts and {vocab} tokens at {length} places make {len(prompts) * vocab**length} completions; at most "
+            f"{LARGEST} are listed. Use fewer tokens or shorter texts, as vocab=4, length=3."
+        )
+    bodies: list[list[int]] = [[]]
+    for _ in range(length):
+        done = lambda body: bool(body) and body[-1] == eos
+        bodies = [longer for body in bodies for longer in ([body] if done(body) else [[*body, i] for i in range(vocab)])]
+    asked = [prompt for prompt in prompts for _ in bodies]
+    rollout = listed(asked, bodies * len(prompts), Letters(vocab, eos), len(bodies), "student")
+    return by.own(rollout) if by is not None else rollout
+
+
+def listed(prompts: Sequence[Prompt], bodies: Sequence[list[int]], tokenizer: Letters, n: int, writer: str) -> Rollout:
+    """Given completions as a rollout, without log-probs."""
+    width = max(1, *map(len, bodies))
+    ids = torch.tensor([body + [0] * (width - len(body)) for body in bodies])
+    none = torch.zeros(ids.shape, dtype=torch.float64)
+    finish = tuple("stop" if body and body[-1] == tokenizer.eos_token_id else "length" for body in bodies)
+    texts = tuple(tokenizer.batch_decode(bodies, skip_special_tokens=True))
+    lengths = torch.tensor([len(body) for body in bodies])
+    return Rollout(tuple(prompts), ids, lengths, none, none.clone(), finish, texts, (writer,) * len(bodies), n)
+
+
+def _continued(rollout: Rollout, whole: Rollout) -> Rollout:
+    """The numbers of `whole` for the end of each text that `rollout` is."""
+    values: dict[str, Any] = {}
+    for name in ("logp", "entropy"):
+        ends = [row[:b][b - a :] for row, a, b in zip(getattr(whole, name), rollout.lengths.tolist(), whole.lengths.tolist(), strict=True)]
+        values[name] = torch.zeros(rollout.ids.shape, dtype=torch.float64).masked_scatter(rollout.mask, torch.cat(ends))
+    return replace(rollout, **values)
