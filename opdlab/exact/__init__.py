@@ -6,10 +6,11 @@
 The methods that run here are those that train models: their plan and loss, the batch and the engine, no second copies.
 """
 
+from opdlab.exact import privilege
 from opdlab.exact.chain import Chain
 from opdlab.exact.gradients import differences, gradient, gradient_on
 from opdlab.exact.laws import expectation, law, visits
 from opdlab.exact.letters import Letters
 from opdlab.exact.table import Table, everything
 
-__all__ = ["Chain", "Letters", "Table", "differences", "everything", "expectation", "gradient", "gradient_on", "law", "visits"]
+__all__ = ["Chain", "Letters", "Table", "differences", "everything", "expectation", "gradient", "gradient_on", "law", "privilege", "visits"]

@@ -1,8 +1,13 @@
 """Methods: what each token is told (`plan`) and how (`loss`). One file a technique, each readable beside its paper."""
 
 from opdlab.methods.contract import Method, method
+from opdlab.methods.dopd import DOPD
+from opdlab.methods.eopd import EOPD
+from opdlab.methods.gopd import GOPD
 from opdlab.methods.grpo import GRPO
+from opdlab.methods.omniopd import OmniOPD
 from opdlab.methods.opd import OPD
+from opdlab.methods.self_distillation import SelfDistillation
 from opdlab.methods.supervised import SFT, SequenceKD
 
-__all__ = ["GRPO", "OPD", "SFT", "Method", "SequenceKD", "method"]
+__all__ = ["DOPD", "EOPD", "GOPD", "GRPO", "OPD", "SFT", "Method", "OmniOPD", "SelfDistillation", "SequenceKD", "method"]

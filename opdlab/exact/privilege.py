@@ -1,0 +1,190 @@
+"""A world of single tokens in which it is known what a hint tells and what it takes skill to do.
+
+Every token has a type; the hint p is a symbol z, uniform and independent of the prompt x. Each policy is a table of
+probabilities [type, hint, token], so that every expectation is a sum over all tokens y, weighted as the bare student S(y|x)
+would write them: nothing is sampled. The total gap of a token splits in two exact ways (both sums are telescopes):
+
+    G = log T(y|x,p) - log S(y|x)
+      = [log T(x,p) - log S(x,p)] + [log S(x,p) - log S(x)]      capability with the hint    + the student's information
+      = [log T(x,p) - log T(x)]   + [log T(x)   - log S(x)]      the teacher's information   + capability without the hint
+
+Half of both is the Shapley split; their difference, the interaction, is what needs the hint *and* the skill.
+Left out: everything that depends on earlier tokens (`opdlab.exact` has tables over prefixes).
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from opdlab.errors import OpdlabError
+
+TYPES = {
+    "E": "easy: everybody knows it",
+    "C": "capability: the teacher knows it, the student is weak",
+    "I": "information: the hint itself, known to whoever is told",
+    "B": "both: follows from the hint, by a skill that the student lacks",
+    "D": "derived: as C, from the student's own prefix (which a single token does not show)",
+    "X": "noise: nobody knows, nothing to learn",
+    "R": "two right answers: teacher and student prefer different ones",
+}
+POLICIES = ("teacher", "teacher+hint", "student", "student+hint")
+
+
+@dataclass(frozen=True)
+class Split:
+    """The total gap of sampled tokens and its parts, in nats; any shape."""
+
+    gap: Tensor
+    capability_with_hint: Tensor
+    information_of_student: Tensor
+    information_of_teacher: Tensor
+    capability_without_hint: Tensor
+
+    @property
+    def interaction(self) -> Tensor:
+        """What only hint and skill together explain: the difference of the two capabilities (and of the two informations)."""
+        return self.capability_with_hint - self.capability_without_hint
+
+    @property
+    def capability(self) -> Tensor:
+        """Shapley's share of the skill."""
+        return (self.capability_with_hint + self.capability_without_hint) / 2
+
+    @property
+    def information(self) -> Tensor:
+        """Shapley's share of the hint; with `capability` it makes the whole gap."""
+        return (self.information_of_student + self.information_of_teacher) / 2
+
+
+def split(logp: Mapping[str, Any]) -> Split:
+    """Both telescopes of sampled tokens, from their log-probs under the four `POLICIES`."""
+    teacher, told_teacher, student, told_student = (torch.as_tensor(logp[name]) for name in POLICIES)
+    return Split(told_teacher - student, told_teacher - told_student, told_student - student, told_teacher - teacher, teacher - student)
+
+
+@dataclass(frozen=True)
+class World:
+    """error: what "knows" leaves to the other tokens, together. weak: what the student puts on the right token where it is weak.
+    second: what either side puts on the other right answer of type R. shares: how many of the tokens are of each type."""
+
+    vocab: int = 16
+    error: float = 0.05
+    weak: float = 0.4
+    second: float = 0.1
+    shares: tuple[int, ...] = (8, 2, 3, 1, 2, 2, 2)
+
+    def __post_init__(self) -> None:
+        if self.vocab < 3 or len(self.shares) != len(TYPES) or min(self.shares) < 0 or not sum(self.shares):
+            raise OpdlabError(
+                f"World got vocab={self.vocab}, shares={self.shares}. Use at least 3 tokens and one share for each of {', '.join(TYPES)}."
+            )
+        if not (0 < self.error < 1 and 0 < self.weak < 1 and 0 < self.second < 1 - self.error):
+            raise OpdlabError(
+                f"World got error={self.error}, weak={self.weak}, second={self.second}. Use probabilities between 0 and 1, "
+                "second below 1 - error."
+            )
+
+    def logp(self, policy: str) -> Tensor:
+        """`[types, hints, V]` float64; `policy` is one of `POLICIES`. Without a hint it is the same for all hints."""
+        place = POLICIES.index(policy)
+        return torch.stack([row[place] for row in self._rows()]).log()
+
+    def law(self) -> Tensor:
+        """`[types, hints, V]`: how likely a token of the bare student is of this type, this hint and this y. Sums to one."""
+        shares = torch.tensor(self.shares, dtype=torch.float64) / sum(self.shares)
+        return shares[:, None, None] / self.vocab * self.logp("student").exp()
+
+    def split(self) -> Split:
+        """Both telescopes of every token, `[types, hints, V]` each."""
+        return split({name: self.logp(name) for name in POLICIES})
+
+    def mean(self, value: Tensor) -> dict[str, float]:
+        """The exact mean of `[types, hints, V]` over the tokens of each type."""
+        weight = self.logp("student").exp() / self.vocab
+        return dict(zip(TYPES, (weight * value).sum((1, 2)).tolist(), strict=True))
+
+    def tokens(self, size: int = 1200) -> tuple[Tensor, Tensor, Tensor]:
+        """Type, hint and token ids of a batch in which every y occurs exactly as often as it is likely: `[n]` each.
+
+        size: tokens a hint and share. What holds on it holds in expectation. Raises OpdlabError where `size` is no such number.
+        """
+        want = self.law() * size * self.vocab * sum(self.shares)
+        count = want.round()
+        if (want - count).abs().max() > 1e-6:
+            raise OpdlabError(f"In {size} tokens the probabilities of this world are no whole numbers. Use a common multiple of them.")
+        kind, hint, token = torch.unravel_index(torch.arange(count.numel()).repeat_interleave(count.flatten().long()), count.shape)
+        return kind, hint, token
+
+    def _rows(self) -> list[tuple[Tensor, ...]]:
+        """Probabilities `[hints, V]` of the four policies, type by type, in the order of `TYPES`."""
+        fixed = torch.zeros(self.vocab, dtype=torch.long)
+        z = torch.arange(self.vocab)
+        other = (z + 1) % self.vocab  # what follows from the hint by a skill
+        sure, weak = lambda right: self._peak(right, 1 - self.error), lambda right: self._peak(right, self.weak)
+        flat = torch.full((self.vocab, self.vocab), 1 / self.vocab, dtype=torch.float64)
+        first, second = self._two(0, 1), self._two(1, 0)
+        skill = (sure(fixed), sure(fixed), weak(fixed), weak(fixed))
+        return [
+            (sure(fixed), sure(fixed), sure(fixed), sure(fixed)),
+            skill,
+            (flat, sure(z), flat, sure(z)),
+            (flat, sure(other), flat, weak(other)),
+            skill,
+            (flat, flat, flat, flat),
+            (first, first, second, second),
+        ]
+
+    def _peak(self, right: Tensor, p: float) -> Tensor:
+        """`p` on the right token of each hint, the rest spread evenly."""
+        out = torch.full((self.vocab, self.vocab), (1 - p) / (self.vocab - 1), dtype=torch.float64)
+        return out.scatter(1, right[:, None], p)
+
+    def _two(self, liked: int, accepted: int) -> Tensor:
+        """Two right answers; the wrong ones get as little as elsewhere."""
+        wrong = self.error / (self.vocab - 1)
+        row = torch.full((self.vocab,), wrong, dtype=torch.float64)
+        row[accepted] = self.second
+        row[liked] = 1 - self.second - (self.vocab - 2) * wrong
+        return row.expand(self.vocab, -1)
+
+
+@dataclass(frozen=True)
+class Floor:
+    """The least mean divergence from a hinted teacher that a student without the hint can reach, in nats."""
+
+    forward_kl: float
+    reverse_kl: float
+    jensen_shannon: float
+
+
+def floor(vocab: int = 16, error: float = 0.05) -> Floor:
+    """Closed forms for a token that only the hint tells (type I): the uniform student is best for all three.
+
+    The teacher puts 1 - error on z and spreads the rest over the other tokens. Whoever goes lower on given prompts has memorised
+    their hints.
+    """
+    right, wrong, flat = 1 - error, error / (vocab - 1), 1 / vocab
+    kl = lambda a, b: sum(n * x * math.log(x / y) for n, x, y in zip((1, vocab - 1), a, b, strict=True))
+    teacher, student = (right, wrong), (flat, flat)
+    middle = ((right + flat) / 2, (wrong + flat) / 2)
+    return Floor(kl(teacher, student), kl(student, teacher), (kl(teacher, middle) + kl(student, middle)) / 2)
+
+
+def information(logp: Tensor) -> Tensor:
+    """I(Y; P) in nats of `[..., hints, V]` log-probs under equally likely hints: the floor of the mean forward KL, `[...]`.
+
+    It is reached at the mean of the hinted teachers: E_p KL(T_p || S) = I(Y; P) + KL(mean || S).
+    """
+    mean = logp.logsumexp(-2, keepdim=True) - math.log(logp.shape[-2])
+    return torch.linalg.vecdot(logp.exp(), logp - mean).mean(-1)
+
+
+def geometric_floor(logp: Tensor) -> Tensor:
+    """-log Z, Z = sum_y exp(E_p log T_p(y)): the floor of the mean reverse KL, reached at the geometric mean, `[...]`."""
+    return -logp.mean(-2).logsumexp(-1)
