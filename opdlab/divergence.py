@@ -17,8 +17,10 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from opdlab.generator import Generator
+
 __all__ = [
-    "TopK", "alpha_divergence", "entropy", "forward_kl", "generalized_jsd", "jensen_shannon", "reverse_kl",
+    "Generator", "TopK", "alpha_divergence", "entropy", "forward_kl", "generalized_jsd", "jensen_shannon", "reverse_kl",
     "skew_forward_kl", "skew_reverse_kl", "total_variation",
 ]  # fmt: skip
 
