@@ -140,16 +140,17 @@ class _KL(torch.autograd.Function):
         p = a.exp()
         # -inf and nan occur only where a token has no mass under `a`: it adds nothing there. +inf is a true value.
         gap = (a - b).nan_to_num_(nan=0.0, posinf=math.inf, neginf=0.0)
-        ctx.save_for_backward(p, gap)
-        return torch.linalg.vecdot(p, gap)
+        value = torch.linalg.vecdot(p, gap)
+        slope = torch.addcmul(p, p, gap, out=gap) if ctx.needs_input_grad[0] else None  # p (gap + 1), in gap's own memory
+        ctx.save_for_backward(slope, p if ctx.needs_input_grad[1] else None)
+        return value
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, Tensor | None]:
-        p, gap = ctx.saved_tensors
-        scaled = p * grad.unsqueeze(-1)
-        first = (gap + 1).mul_(scaled) if ctx.needs_input_grad[0] else None
-        return first, scaled.neg_() if ctx.needs_input_grad[1] else None
+        slope, p = ctx.saved_tensors
+        grad = grad.unsqueeze(-1)
+        return None if slope is None else slope * grad, None if p is None else p * -grad
 
 
 def _kl(a: Tensor, b: Tensor) -> Tensor:

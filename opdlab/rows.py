@@ -19,8 +19,9 @@ from torch import Tensor
 from opdlab.divergence import TopK
 from opdlab.errors import BadLoss, MissingPolicy, NonFinite, UnknownColumn
 from opdlab.head import Head
+from opdlab.partial import Partial, whole
 
-CHUNK_BYTES = {"cpu": 8 << 20, "cuda": 256 << 20}  # one [chunk, V] float32 buffer: fits the cache, fills the card
+CHUNK_BYTES = {"cpu": 16 << 20, "cuda": 256 << 20}  # one [chunk, V] float32 buffer: rows enough for a fast product, few enough for a laptop
 
 
 class Rows:
@@ -31,7 +32,7 @@ class Rows:
     method's plan returned. An unknown name raises UnknownColumn and lists what there is.
     """
 
-    def __init__(self, logp: Mapping[str, Tensor], token: Tensor, columns: Mapping[str, Tensor] | None = None) -> None:
+    def __init__(self, logp: Mapping[str, Any], token: Tensor, columns: Mapping[str, Tensor] | None = None) -> None:
         self.distributions, self.token, self.columns = dict(logp), token, dict(columns or {})
 
     @property
@@ -41,17 +42,20 @@ class Rows:
 
     def logp_of(self, policy: str) -> Tensor:
         """A policy's log-prob of the sampled token, `[n]`."""
-        return self[policy].gather(-1, self.token[:, None])[:, 0]
+        some = self.distributions.get(policy)
+        return some.sampled if isinstance(some, Partial) else self[policy].gather(-1, self.token[:, None])[:, 0]
 
     def on(self, policy: str, support: TopK) -> tuple[Tensor, Tensor]:
         """Student and `policy` on a coarse support, `[n, k + 1]` each: `reverse_kl(*rows.on("teacher", TopK(64)))`."""
-        ids = support.support(self[support.by])
-        return support.coarse(self["student"], ids), support.coarse(self[policy], ids)
+        by, theirs = self.distributions.get(support.by), self.distributions.get(policy)
+        ids = by.support(support) if isinstance(by, Partial) else support.support(self[support.by])
+        coarse = theirs.coarse(support) if theirs is by and isinstance(theirs, Partial) else support.coarse(self[policy], ids)
+        return support.coarse(self["student"], ids), coarse
 
     def __getitem__(self, name: str) -> Tensor:
         for place in (self.distributions, self.columns):
             if name in place:
-                return place[name]
+                return _all_of(name, place[name])
         known = ", ".join([*self.distributions, "token", "logp", *self.columns])
         raise UnknownColumn(f"rows has no {name!r}; there are {known}. Name the policy in `needs`, or return the column from plan.")
 
@@ -70,6 +74,12 @@ class Rows:
         return len(self.token)
 
 
+def _all_of(name: str, logp: Any) -> Tensor:
+    if isinstance(logp, Partial):
+        raise whole(name, logp)
+    return logp
+
+
 @dataclass(frozen=True)
 class States:
     """A policy's hidden states `[tokens, H]` on some rollout, with the head that reads them."""
@@ -77,8 +87,18 @@ class States:
     hidden: Tensor
     head: Head
 
-    def logits(self, piece: slice) -> Tensor:
-        return self.head(self.hidden[piece])
+    @property
+    def rows(self) -> int:
+        """How many tokens the distribution is over."""
+        return self.head.rows
+
+    def part(self, piece: slice) -> States:
+        """The same for some tokens, without gradient."""
+        return States(self.hidden[piece].detach(), self.head)
+
+    def logp(self) -> Tensor:
+        """Log-probs `[n, V]`."""
+        return _log_softmax(self.head(self.hidden))
 
 
 @dataclass
@@ -102,8 +122,8 @@ def compute(fn: Callable[[Rows], Any], states: Mapping[str, States], token: Tens
     first = next(iter(states.values()))
     results = []
     with torch.no_grad():
-        for piece in chunks(len(token), first.head.rows, token.device, chunk):
-            logp = {name: s.logits(piece).log_softmax(-1) for name, s in states.items()}
+        for piece in chunks(len(token), first.rows, token.device, chunk):
+            logp = {name: s.part(piece).logp() for name, s in states.items()}
             results.append(fn(Rows(logp, token[piece], {k: v[piece] for k, v in (columns or {}).items()})))
     if isinstance(results[0], Mapping):
         return {key: torch.cat([r[key] for r in results]) for key in results[0]}
@@ -125,7 +145,7 @@ def gradient(loss: Callable[[Rows], Tensor], states: Mapping[str, States], token
     noted: dict[str, Tensor] = {}
     out = torch.empty_like(student.hidden, dtype=student.head.precision(student.hidden))
     for piece in chunks(len(token), student.head.rows, token.device, chunk):
-        part = {name: States(s.hidden[piece].detach(), s.head) for name, s in states.items()}
+        part = {name: s.part(piece) for name, s in states.items()}
         rest = {k: v[piece] for k, v in (columns or {}).items()}
         out[piece], numbers = _one_chunk(loss, part, token[piece], weight[piece], rest, watch)
         for key, value in numbers.items():  # copied: small tensors kept between the large ones would keep holes in the heap
@@ -141,9 +161,9 @@ def _one_chunk(loss: Callable[[Rows], Tensor], states: Mapping[str, States], tok
     """Gradient `[n, H]` and columns of one chunk. A function of its own, so that its `[n, V]` buffers die before the next."""
     student = states["student"]
     with torch.no_grad():
-        fixed = {name: s.head(s.hidden).log_softmax(-1) for name, s in states.items() if name != "student"}
+        fixed = {name: s.logp() for name, s in states.items() if name != "student"}
         logits = student.head(student.hidden)
-        leaf = logits.log_softmax(-1)
+        leaf = _log_softmax(logits) if student.head.cap is None else logits.log_softmax(-1)  # backward reads capped logits only
         seen = watch(Rows({"student": leaf, **fixed}, token, columns)) if watch else {}
     leaf = leaf.detach().requires_grad_()
     with torch.enable_grad():
@@ -152,11 +172,16 @@ def _one_chunk(loss: Callable[[Rows], Tensor], states: Mapping[str, States], tok
     if slope is None:
         raise BadLoss("The loss does not depend on rows.student, so there is nothing to train. Use rows.student or rows.logp.")
     with torch.no_grad():
-        p = leaf.exp().mul_(slope.sum(-1, keepdim=True))
-        slope = torch.sub(slope, p, out=p)  # through the softmax; the loss's own tensor is not ours to write to
+        p = leaf.exp()  # through the softmax, in memory of our own: the loss's tensors are not ours to write to
+        slope = torch.addcmul(slope, p, -slope.sum(-1, keepdim=True), out=p)
         out = student.head.backward(slope, logits, student.hidden)
         share = out.norm(dim=-1) / weight.abs().clamp(min=1e-30)
     return out, {"loss": value.detach(), "grad_norm": torch.where(weight == 0, 0.0, share), **seen}
+
+
+def _log_softmax(logits: Tensor) -> Tensor:
+    """In the logits' own memory, which a head makes anew at every call."""
+    return torch.log_softmax(logits, -1, out=logits)
 
 
 def _checked(value: Any, n: int) -> Tensor:

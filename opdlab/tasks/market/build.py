@@ -161,19 +161,31 @@ def fit(name: str, model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast, 
     optimizer = torch.optim.AdamW(model.parameters(), lr=phase.lr, betas=(0.9, 0.98), weight_decay=0.01)
     shape = lambda s: min(1.0, (s + 1) / 50) * (0.02 + 0.49 * (1 + math.cos(math.pi * s / phase.steps)))
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, shape)
-    loss = torch.zeros(())
+    loss = math.nan
     for step in range(phase.steps):
         secret = phase.hints or step % 2 == 1
         ids, labels = encode([draw(rng, recipe, secret, phase) for _ in range(recipe.batch)], tokenizer)
-        loss = F.cross_entropy(model(ids).logits[:, :-1].flatten(0, 1), labels[:, 1:].flatten())
-        loss.backward()
+        loss = backward(model, ids, labels, (ids != tokenizer.pad_token_id).sum(1))
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
         schedule.step()
         optimizer.zero_grad()
         if step % 100 == 99:
-            print(f"{name} {step + 1}/{phase.steps} loss {loss.item():.4f}", flush=True)
-    return loss.item()
+            print(f"{name} {step + 1}/{phase.steps} loss {loss:.4f}", flush=True)
+    return loss
+
+
+def backward(model: LlamaForCausalLM, ids: torch.Tensor, labels: torch.Tensor, lengths: torch.Tensor, parts: int = 4) -> float:
+    """Add the gradient of the batch's mean cross-entropy and return it. Rows of like length share a part, which is padded
+    to its own longest row: a quarter less work, the same sum."""
+    total = 0.0
+    for rows in lengths.argsort(stable=True).chunk(parts):
+        width = int(lengths[rows].max())
+        logits = model(ids[rows, :width]).logits[:, :-1]
+        loss = F.cross_entropy(logits.flatten(0, 1), labels[rows, 1:width].flatten(), reduction="sum") / (labels[:, 1:] != -100).sum()
+        loss.backward()
+        total += loss.item()
+    return total
 
 
 def main(out: Path = Path("data/market"), smoke: bool = False, only: tuple[str, ...] = ()) -> None:

@@ -4,14 +4,17 @@ from __future__ import annotations
 
 import hashlib
 import os
+import random
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+import torch
+from torch.nn import functional as F
 
 import opdlab as opd
-from opdlab.tasks.market import MODELS, build, data, gates
+from opdlab.tasks.market import MODELS, build, data, gates, tokenizers
 
 
 @pytest.fixture(scope="module")
@@ -44,10 +47,6 @@ def test_the_build_is_deterministic(tmp_path):
 
 
 def test_planted_mistakes_carry_no_loss():
-    import random
-
-    from opdlab.tasks.market import tokenizers
-
     tokenizer, rng, seen = tokenizers.words(), random.Random(1), 0
     for _ in range(200):
         text = build.draw(rng, build.RECIPES["teacher"], secret=True, phase=build.Phase(1))
@@ -75,3 +74,18 @@ def test_load_says_what_there_is():
         opd.load("market", student="pupil")
     with pytest.raises(opd.OpdlabError, match="no profile 'huge'"):
         opd.load("huge")
+
+
+def test_the_parts_of_a_batch_give_its_gradient():
+    tokenizer, rng = tokenizers.words(), random.Random(0)
+    texts = [build.draw(rng, build.RECIPES["teacher"], secret=True, phase=build.Phase(1)) for _ in range(9)]
+    ids, labels = build.encode(texts, tokenizer)
+    lengths = (ids != tokenizer.pad_token_id).sum(1)
+    assert len(set(lengths.tolist())) > 3
+    model = build.model_for(build.RECIPES["novice"], tokenizer)
+    whole = F.cross_entropy(model(ids).logits[:, :-1].flatten(0, 1), labels[:, 1:].flatten())
+    want = torch.autograd.grad(whole, list(model.parameters()))
+    for parts in (1, 4, 9):
+        model.zero_grad()
+        assert build.backward(model, ids, labels, lengths, parts) == pytest.approx(whole.item(), rel=1e-5)
+        torch.testing.assert_close([p.grad for p in model.parameters()], list(want), rtol=1e-3, atol=1e-6)
