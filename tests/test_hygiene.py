@@ -19,7 +19,7 @@ NOTEBOOKS = sorted((ROOT / "notebooks").glob("*.ipynb"))
 FLOORS = [
     {"errors", "generator", "divergence", "progress"},
     {"head", "policy", "rollout"},
-    {"rows", "signals", "tokens", "batch", "settings"},
+    {"rows", "partial", "signals", "tokens", "alignment", "batch", "settings"},
     {"trace"},
     {"exact", "estimator", "teachers", "tasks"},
     {"methods", "roles"},

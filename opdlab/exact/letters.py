@@ -23,6 +23,9 @@ class Letters:
     def get_vocab(self) -> dict[str, int]:
         return {piece: i for i, piece in enumerate(self.convert_ids_to_tokens(list(range(self.vocab))))}
 
+    def get_added_vocab(self) -> dict[str, int]:
+        return {}
+
     def convert_ids_to_tokens(self, ids: Sequence[int]) -> list[str]:
         return ["." if i == self.eos_token_id else string.ascii_letters[i] for i in ids]
 
