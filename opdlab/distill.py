@@ -97,7 +97,7 @@ class Run:
         if log_with is not None:
             self.accelerator.init_trackers("opdlab", asdict(settings))
         self.parameters = self._trainable()
-        self.averages = roles.start_average(student, self.policies)
+        self.averages = roles.start_average(student, self.policies, policies)
         self.optimizer = torch.optim.AdamW(self.parameters.values(), lr=settings.lr, weight_decay=settings.weight_decay, fused=True)
         self._progress = Progress(settings.steps, type(method).__name__, quiet=quiet or not self.accelerator.is_main_process)
 
@@ -310,6 +310,11 @@ class Run:
         if s.lora is not None and self.student.adapter is None:
             self.student.adapt(s.lora, seed=s.seed)
         if s.lora is None:
+            if self.student.adapter is not None:
+                raise OpdlabError(
+                    f"The student looks through the adapter {self.student.adapter!r}, which lora=None would leave beside the weights that "
+                    "it trains. Leave lora as it is to train the adapter on, or load a student without one."
+                )
             copies: dict[int, Policy] = {}  # full training would move what shares the weights; one copy serves all views of one policy
             for name, policy in self.policies.items():
                 if isinstance(policy, Policy) and policy.weights is weights and policy._adapter is not self.student._adapter:

@@ -2,7 +2,7 @@
 
     student, teacher   as given to `distill`
     reference          the student before training
-    ema                the moving average of the student's weights (`Settings.ema_rate`)
+    ema                the moving average of the student's weights (`Settings.ema_rate`); one that is given does not move
     …+hint             the same policy, told each prompt's hint
     teacher.text       the teacher reduced to what it writes: any tokenizer, any server
     teacher.spans      the teacher graded by the bytes that its tokens and the student's share: any tokenizer
@@ -54,11 +54,14 @@ def graded(policies: Mapping[str, Any]) -> list[str]:
     return [name for name in policies if not name.endswith((".text", ".spans"))]
 
 
-def start_average(student: Policy, policies: Mapping[str, Any]) -> list[Policy]:
-    """Give every `ema` policy weights of its own, equal to the student's; returns them, one for each set of weights."""
-    views = [policy for name, policy in policies.items() if name in ("ema", "ema+hint")][:1]
+def start_average(student: Policy, policies: Mapping[str, Any], given: Mapping[str, Any]) -> list[Policy]:
+    """Give the policy `ema` weights of its own, equal to the student's; returns it, or nothing where no method needs it.
+
+    Its views share one adapter object, so one of them stands for all. One that was `given` stays what it is.
+    """
+    views = [policies[name] for name in ("ema", "ema+hint") if name in policies and not {name, "ema"} & given.keys()][:1]
     for view in views:
-        if student.adapter is not None and view.adapter is None:  # in full training `distill` has copied the whole model
+        if student.adapter is not None:  # in full training `distill` has copied the whole model
             view._adapter.name = student.frozen().adapter
     return views
 
