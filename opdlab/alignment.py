@@ -1,8 +1,8 @@
 """Tokens of different tokenizers matched by the bytes of the text that they spell, never by index.
 
-    ours    `4 7` = `85`                4 · space7 · space= · space85
-    theirs  one a character             4 · space · 7 · space · = · space · 8 · 5
-    spans   4 | space7 | space= | space85        each the same bytes on both sides, and as short as can be
+    ours      4 | _7 | _= | _85 |             tokens of `4 7 = 85`, a space shown as _
+    theirs    4 | _ | 7_ | = | _8 | 5 |
+    spans     4 | _7_=        | _85 |         the same bytes on both sides, each as short as can be
 
 Works on exact bytes, so half a character in a token is no problem. Left out: what either model thinks of the text.
 """
@@ -45,7 +45,7 @@ def spoken(tokenizer: PreTrainedTokenizerBase, ids: Sequence[int]) -> list[bytes
     said = [b"" if i in silent else piece for i, piece in zip(ids, token_bytes(tokenizer, list(ids)), strict=True)]
     first = next((t for t, piece in enumerate(said) if piece), None)
     if first is not None and said[first].startswith(b" "):
-        alone = tokenizer.decode([ids[first]], clean_up_tokenization_spaces=False)
+        alone = str(tokenizer.decode([ids[first]], clean_up_tokenization_spaces=False))
         said[first] = said[first] if alone.startswith(" ") else said[first][1:]
     return said
 
@@ -65,8 +65,8 @@ def spans(ours: Sequence[bytes], theirs: Sequence[bytes]) -> list[Span]:
         )
     ends = [list(accumulate(map(len, pieces))) for pieces in (ours, theirs)]
     cuts = [0, *sorted(set(ends[0]) & set(ends[1]) - {0})]
-    at = [[0] + [bisect_right(side, cut) for cut in cuts[1:]] for side in ends]
-    whole = zip(pairwise(at[0]), pairwise(at[1]), pairwise(cuts), strict=True)
+    places = [[0, *(bisect_right(side, cut) for cut in cuts[1:])] for side in ends]
+    whole = zip(pairwise(places[0]), pairwise(places[1]), pairwise(cuts), strict=True)
     return [Span(range(*a), range(*b), end - start) for a, b, (start, end) in whole]
 
 

@@ -7,7 +7,11 @@ from opdlab.methods.gopd import GOPD
 from opdlab.methods.grpo import GRPO
 from opdlab.methods.omniopd import OmniOPD
 from opdlab.methods.opd import OPD
+from opdlab.methods.opd_plus import OPDPlus
 from opdlab.methods.self_distillation import SelfDistillation
+from opdlab.methods.spans import SpanOPD
 from opdlab.methods.supervised import SFT, SequenceKD
 
-__all__ = ["DOPD", "EOPD", "GOPD", "GRPO", "OPD", "SFT", "Method", "OmniOPD", "SelfDistillation", "SequenceKD", "method"]
+__all__ = [
+    "DOPD", "EOPD", "GOPD", "GRPO", "OPD", "SFT", "Method", "OPDPlus", "OmniOPD", "SelfDistillation", "SequenceKD", "SpanOPD", "method",
+]  # fmt: skip

@@ -91,7 +91,7 @@ class OmniOPD:
     def plan(self, batch: Batch) -> dict[str, Tensor]:
         audits = self.schedule(batch)
         texts = self.ask(batch, audits)
-        similarity = SIMILARITIES.get(self.similarity, self.similarity) if isinstance(self.similarity, str) else self.similarity
+        similarity = SIMILARITIES[self.similarity] if isinstance(self.similarity, str) else self.similarity
         columns = {name: torch.zeros_like(batch.rollout.logp) for name in ("audited", "weight", "similarity")}
         batch.notes["audits"] = []
         for audit, written in zip(audits, texts, strict=True):
