@@ -91,9 +91,12 @@ class Table:
     def where(self, rollout: Rollout) -> tuple[Tensor, Tensor]:
         """Prompt and prefix of every completion token, `[tokens]` each: `logits[where]` is what it was drawn from."""
         known = {id(prompt): self.place(prompt) for prompt in {id(p): p for p in rollout.prompts}.values()}
-        x = [known[id(prompt)] for prompt in rollout.prompts]
-        s = [self.start(row[:t]) for row in rollout.completions() for t in range(len(row))]
-        return torch.tensor(x, dtype=torch.long).repeat_interleave(rollout.lengths), torch.tensor(s, dtype=torch.long)
+        x = torch.tensor([known[id(prompt)] for prompt in rollout.prompts], dtype=torch.long)
+        number, at = torch.zeros_like(x), []
+        for t in range(rollout.ids.shape[1]):
+            at.append(starts(self.vocab, t) + number)
+            number = number * self.vocab + rollout.ids[:, t]
+        return x.repeat_interleave(rollout.lengths), torch.stack(at, 1)[rollout.mask]
 
     def grade(self, rollout: Rollout) -> States:
         """What a batch asks of a policy: hidden states `[tokens, V]` that are the logits, and the head that leaves them so."""
