@@ -6,6 +6,7 @@ batch, whatever the micro-batches of the loss pass.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from functools import cached_property
 from typing import TYPE_CHECKING, Any
@@ -14,9 +15,10 @@ import torch
 from torch import Tensor
 
 from opdlab import signals
-from opdlab.errors import MissingPolicy, OpdlabError
-from opdlab.policy import Policy
-from opdlab.rollout import Rollout
+from opdlab.errors import MissingPolicy, OpdlabError, PartialDistribution
+from opdlab.partial import Partial
+from opdlab.policy import Policy, Prompt
+from opdlab.rollout import Rollout, sample
 from opdlab.rows import Rows, States, compute
 
 if TYPE_CHECKING:
@@ -111,3 +113,48 @@ def return_to_go(reward: Tensor, mask: Tensor, discount: float) -> Tensor:
         carry = reward[:, t] * mask[:, t] + discount * carry
         out[:, t] = carry
     return out * mask
+
+
+def rehearse(method: Any, policies: Mapping[str, Any], task: Task, prompt: Prompt) -> None:
+    """Plan and loss once on two tokens, with made-up log-probs of the teachers that give only some (they have a `k`).
+
+    So a loss that they cannot feed is refused before anything is written. Raises PartialDistribution; what else goes wrong on
+    made-up data is left to the first step.
+    """
+    if not any(hasattr(policy, "k") for policy in policies.values()):
+        return
+    student = policies["student"]
+    made = {name: policy if isinstance(policy, Policy) else _Made(policy, student) for name, policy in policies.items()}
+    try:
+        batch = Batch(sample(student, [prompt], max_new_tokens=2), made, task)
+        plan = method.plan(batch) if hasattr(method, "plan") else {}
+        columns = {name: batch.flat(name, column) for name, column in plan.items()}
+        states = {name: batch.states(name) for name in batch.distributions}
+        compute(lambda rows: method.loss(rows).detach(), states, batch.token, columns)
+    except PartialDistribution:
+        raise
+    except KeyError as error:  # a plan that reads a signal which needs the whole distribution
+        names = [name for name, policy in policies.items() if hasattr(policy, "k") and str(error.args[0]).startswith(f"{name}_")]
+        if names:
+            raise PartialDistribution(
+                f"{type(method).__name__} wants the signal {error.args[0]!r}, but the server of {names[0]!r} gives only some log-probs. "
+                f"Use OPD(top_k=TopK({policies[names[0]].k}, by={names[0]!r})) or OPD(estimator='sampled')."
+            ) from None
+    except Exception:
+        return
+
+
+class _Made:
+    """Stands for a served teacher in a rehearsal: uniform log-probs, no texts, no requests."""
+
+    def __init__(self, teacher: Any, student: Policy) -> None:
+        self.vocab = student.weights.vocab_size
+        self.k = min(getattr(teacher, "k", self.vocab), self.vocab)
+
+    def grade(self, rollout: Rollout) -> Partial:
+        n, logp = rollout.tokens, -math.log(self.vocab)
+        token = rollout.ids[rollout.mask]
+        ids = torch.arange(self.k, device=token.device).expand(n, self.k)
+        return Partial(
+            ids, torch.full_like(ids, logp, dtype=torch.float32), torch.full_like(token, logp, dtype=torch.float32), token, self.vocab
+        )

@@ -24,7 +24,7 @@ from accelerate import Accelerator
 from torch import Tensor
 
 from opdlab import checkpoint, roles, signals
-from opdlab.batch import Batch
+from opdlab.batch import Batch, rehearse
 from opdlab.errors import MissingPolicy, NonFinite, OpdlabError
 from opdlab.evaluate import evaluate
 from opdlab.methods import OPD, Method
@@ -184,14 +184,19 @@ class Run:
         return joined(parts)
 
     def _written_by_others(self, prompts: list[Prompt], options: dict[str, Any]) -> Rollout:
-        if getattr(self.method, "writer", "teacher") == "answer":
+        """What each of the method's writers answers to all the prompts, one writer after the other."""
+        return joined([self._written_by(name, prompts, dict(options)) for name in _writers(self.method)])
+
+    def _written_by(self, name: str, prompts: list[Prompt], options: dict[str, Any]) -> Rollout:
+        if name == "answer":
             return written(self.student, prompts, _answers(prompts))
-        if not isinstance(self.writer, Policy):
+        writer = self.writer if name == "teacher" else self.policies[name]
+        if not isinstance(writer, Policy):
             options.pop("top_p")
-            texts = self.writer.write(prompts, self.settings.n, **options)
+            texts = writer.write(prompts, self.settings.n, **options)
             repeated = [prompt for prompt in prompts for _ in range(self.settings.n)]
-            return written(self.student, repeated, [text for row in texts for text in row], writer="teacher")
-        return sample(self.writer, prompts, self.settings.n, writer="teacher", **options)
+            return written(self.student, repeated, [text for row in texts for text in row], writer=name)
+        return sample(writer, prompts, self.settings.n, writer=name, **options)
 
     def _micro_batches(self, rows: int) -> list[range]:
         size = self.settings.micro_batch or rows
@@ -207,7 +212,7 @@ class Run:
             with torch.enable_grad(), self._recomputing():
                 hidden = self.student.hidden(part)
         states = {"student": States(hidden, self.student.weights.head)}
-        states |= {name: States(s.hidden[a:b], s.head) for name, s in others.items()}
+        states |= {name: s.part(slice(a, b)) for name, s in others.items()}
         token = part.ids[part.mask]
         piece = {name: column[a:b] for name, column in columns.items()}
         try:
@@ -291,10 +296,11 @@ class Run:
             if name not in self.policies:
                 raise roles.missing(self.method, name)
         writes = getattr(self.method, "on_policy", 1.0) < 1
-        if writes and getattr(self.method, "writer", "teacher") == "answer":
+        if writes and "answer" in _writers(self.method):
             _answers(first)
-        elif writes and teacher is None:
+        if writes and "teacher" in _writers(self.method) and teacher is None:
             raise MissingPolicy(f"{type(self.method).__name__} lets a teacher write, but there is none. Give distill a teacher.")
+        rehearse(self.method, self.policies, self.task, first[0])
         everyone = self.policies | ({"writer": teacher} if writes and teacher is not None else {})
         for name, policy in everyone.items():
             if not isinstance(policy, Policy):  # a teacher of another kind knows best what it can take
@@ -341,6 +347,11 @@ class Run:
             f"Step {self.done + 1}, prompt {part.prompts[b].id or b!r}, token {t} ({token!r}): {error} The weights are as they were "
             "and earlier checkpoints are intact. Lower the learning rate, or look at the loss on this token."
         )
+
+
+def _writers(method: Method) -> tuple[str, ...]:
+    writer = getattr(method, "writer", "teacher")
+    return (writer,) if isinstance(writer, str) else tuple(writer)
 
 
 def _answers(prompts: list[Prompt]) -> list[str]:

@@ -39,3 +39,17 @@ class NonFinite(OpdlabError):
 
 class DamagedFile(OpdlabError):
     """A checkpoint or trace that is not what was written."""
+
+
+class TeacherError(OpdlabError):
+    """A server that teaches is not there, or answers something else than it was asked."""
+
+    status: int | None = None  # the HTTP status, where the server refused
+
+
+class BudgetSpent(OpdlabError):
+    """The next request to a server could cost more than was allowed."""
+
+
+class PartialDistribution(OpdlabError):
+    """A loss wants the whole distribution of a teacher that gives some of its log-probs."""

@@ -19,10 +19,10 @@ def in_notebook() -> bool:
 
 
 class Progress:
-    """`update(done, loss=…, …)` redraws the line; `close()` leaves its last state standing."""
+    """`update(done, loss=…, …)` redraws the line; `close()` leaves its last state standing, or nothing (`leave=False`)."""
 
-    def __init__(self, total: int, name: str, unit: str = "step", quiet: bool = False) -> None:
-        self.total, self.name, self.unit, self.quiet = total, name, unit, quiet
+    def __init__(self, total: int, name: str, unit: str = "step", quiet: bool = False, leave: bool = True) -> None:
+        self.total, self.name, self.unit, self.quiet, self.leave = total, name, unit, quiet, leave
         self._bar: Any = None
 
     def update(self, done: int, **numbers: float | str) -> None:
@@ -33,7 +33,7 @@ class Progress:
             self._draw(done, shown)
             return
         if self._bar is None:
-            self._bar = tqdm(total=self.total, desc=self.name, unit=self.unit, initial=0, dynamic_ncols=True)
+            self._bar = tqdm(total=self.total, desc=self.name, unit=self.unit, leave=self.leave, dynamic_ncols=True)
         self._bar.set_postfix(shown, refresh=False)
         self._bar.update(done - self._bar.n)
 

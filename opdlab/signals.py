@@ -10,16 +10,24 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from opdlab.divergence import entropy, forward_kl, generalized_jsd, reverse_kl
+from opdlab.divergence import TopK, entropy, forward_kl, generalized_jsd, reverse_kl
+from opdlab.partial import Partial
 from opdlab.rows import Rows
 
 
 def cheap(rows: Rows) -> dict[str, Tensor]:
-    """What training notes at every step: log-probs of the sampled token, the student's entropy, reverse KLs. `[n]` each."""
+    """What training notes at every step: log-probs of the sampled token, the student's entropy, reverse KLs. `[n]` each.
+
+    `<policy>_coarse_reverse_kl` for one of which only some log-probs are known: a lower bound, its tail being one bucket.
+    """
     out = {f"{name}_logp": rows.logp_of(name) for name in rows.distributions}
     out["student_entropy"] = entropy(rows["student"])
     for name in _others(rows):
-        out[f"{name}_reverse_kl"] = reverse_kl(rows["student"], rows[name])
+        some = rows.distributions[name]
+        if isinstance(some, Partial):
+            out[f"{name}_coarse_reverse_kl"] = reverse_kl(*rows.on(name, TopK(some.k, by=name)))
+        else:
+            out[f"{name}_reverse_kl"] = reverse_kl(rows["student"], rows[name])
     return out
 
 
@@ -34,10 +42,11 @@ def full(k: int = 8) -> Callable[[Rows], dict[str, Tensor]]:
     def measure(rows: Rows) -> dict[str, Tensor]:
         out = cheap(rows)
         width = min(k, rows["student"].shape[-1])
-        tops = {name: logp.topk(width, -1).indices for name, logp in rows.distributions.items()}
+        everyone = {name: rows[name] for name in rows.distributions}  # raises where only some log-probs are known
+        tops = {name: logp.topk(width, -1).indices for name, logp in everyone.items()}
         out["support"] = _unique(torch.cat([rows.token[:, None], *tops.values()], -1))
         absent = out["support"] < 0
-        for name, logp in rows.distributions.items():
+        for name, logp in everyone.items():
             out[f"{name}_entropy"] = entropy(logp)
             out[f"{name}_rank"] = (logp > rows.logp_of(name)[:, None]).sum(-1) + 1
             top = logp.gather(-1, out["support"].clamp(min=0)).masked_fill(absent, -torch.inf)

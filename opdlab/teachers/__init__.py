@@ -4,6 +4,10 @@ All of them `write(prompts, n, prefixes=…)` and `check(student, prompts, max_n
 `grade(rollout)`. `distill` takes any of them as its `teacher`.
 """
 
+from opdlab.teachers.budget import Budget, Usage
+from opdlab.teachers.cache import Cache
+from opdlab.teachers.logprob_server import LogprobServer
 from opdlab.teachers.text_only import TextOnly
+from opdlab.teachers.text_server import TextServer
 
-__all__ = ["TextOnly"]
+__all__ = ["Budget", "Cache", "LogprobServer", "TextOnly", "TextServer", "Usage"]

@@ -39,9 +39,8 @@ class TextOnly:
         it is read as text, not as the token. Raises ContextTooLong and EmptyPrompts.
         """
         if n < 1 or (prefixes is not None and len(prefixes) != len(prompts)):
-            raise OpdlabError(
-                f"write got n={n} and {len(prefixes or prompts)} prefixes for {len(prompts)} prompts. Use n >= 1 and one each."
-            )
+            many = len(prompts if prefixes is None else prefixes)
+            raise OpdlabError(f"write got n={n} and {many} prefixes for {len(prompts)} prompts. Use n of 1 or more and one each.")
         policy = _MODELS[self]
         begun = [_plain(policy, text) for text in prefixes] if prefixes is not None else None
         rollout = sample(policy, prompts, n, max_new_tokens=max_new_tokens, temperature=temperature, seed=seed, prefixes=begun,
@@ -59,5 +58,5 @@ def _plain(policy: Policy, text: str) -> list[int]:
 
 def _after(policy: Policy, begun: list[int], more: list[int]) -> str:
     """What `more` adds to the text of `begun`: decoded together, since a decoder drops the space before a first piece."""
-    start, whole = (policy.tokenizer.decode(ids, skip_special_tokens=True) for ids in (begun, begun + more))
-    return whole[len(start) :] if whole.startswith(start) else policy.tokenizer.decode(more, skip_special_tokens=True)
+    start, whole, bare = policy.tokenizer.batch_decode([begun, begun + more, more], skip_special_tokens=True)
+    return whole[len(start) :] if whole.startswith(start) else bare

@@ -1,0 +1,106 @@
+"""How a server is asked for text: the request for a prompt, and for going on with an answer that somebody else began.
+
+completion   the chat rendered to text, with the unfinished answer at its end (/completions)
+prefill      the unfinished answer as last message, to be continued: vLLM's and SGLang's fields (/chat/completions)
+prefix       the same as DeepSeek and Mistral spell it: `"prefix": true` in the message
+instruct     the unfinished answer as a message of the assistant, then a plain request to go on; what it repeats is cut
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from transformers import PreTrainedTokenizerBase
+
+from opdlab.errors import OpdlabError
+from opdlab.policy import Prompt
+from opdlab.teachers.service import Fault, plain
+
+WAYS = ("completion", "prefill", "prefix", "instruct")
+GO_ON = (
+    "Your last message was cut off. Go on from exactly where it stops, with the very next character, in the same style. "
+    "Write only what comes next: do not repeat anything, do not start over, do not comment."
+)
+SHORTEST_ECHO = 12  # characters: a shorter repetition may be what the text says next
+
+
+def request(prompt: Prompt, prefix: str, way: str, template: PreTrainedTokenizerBase | None) -> tuple[str, dict[str, Any]]:
+    """Path and body (without model and sampling) that ask for an answer to `prompt`, going on from `prefix` where there is one."""
+    if prompt.messages is None:
+        return "/completions", {"prompt": f"{prompt.text}{prefix}"}
+    if way == "completion":
+        return "/completions", {"prompt": rendered(prompt, template) + _harmless(prefix, template)}
+    messages = [dict(message) for message in prompt.messages]
+    if not prefix:
+        return "/chat/completions", {"messages": messages}
+    begun: dict[str, Any] = {"role": "assistant", "content": prefix}
+    if way == "prefill":
+        fields = {"continue_final_message": True, "add_generation_prompt": False}
+        return "/chat/completions", {"messages": [*messages, begun], **fields}
+    if way == "prefix":
+        return "/chat/completions", {"messages": [*messages, begun | {"prefix": True}]}
+    return "/chat/completions", {"messages": [*messages, begun, {"role": "user", "content": GO_ON}]}
+
+
+def rendered(prompt: Prompt, template: PreTrainedTokenizerBase | None) -> str:
+    """The chat as the text that the teacher's model reads, ready for its answer. A server adds the token of the beginning itself."""
+    if template is None or not template.chat_template:
+        raise OpdlabError(
+            "To go on by completion, the chat must be written as the teacher's model reads it, and no template is known. "
+            "Give TextServer(…, template=AutoTokenizer.from_pretrained(…)), or another continue_by=."
+        )
+    text = str(template.apply_chat_template([dict(m) for m in prompt.messages or ()], tokenize=False, add_generation_prompt=True))
+    return text.removeprefix(template.bos_token or "")
+
+
+def _harmless(text: str, template: PreTrainedTokenizerBase | None) -> str:
+    """The text without what the server would read as special tokens: a student may write `<eos>` letter by letter."""
+    for special in template.all_special_tokens if template is not None else ():
+        text = text.replace(special, "")
+    return text
+
+
+def continuation(text: str, prefix: str, way: str) -> str:
+    """What a reply adds to `prefix`."""
+    return without_echo(text, prefix) if way == "instruct" else text
+
+
+def without_echo(text: str, prefix: str) -> str:
+    """Cut from the start of `text` what repeats the end of `prefix` (or all of it): the longest match of 12 characters or more."""
+    begun, said = prefix.rstrip(), text.lstrip()
+    if begun and said.startswith(begun):
+        return said[len(begun) :]
+    longest = next((k for k in range(min(len(begun), len(said)), SHORTEST_ECHO - 1, -1) if begun.endswith(said[:k])), 0)
+    return said[longest:] if longest else text
+
+
+def choices(reply: Mapping[str, Any], limit: int) -> list[dict[str, Any]]:
+    """The texts of a reply, `{"text": …, "finish": …}` each; raises Fault for what is no answer.
+
+    limit: the tokens that were asked for. An empty text is an answer only where the model stopped at once, which the count of
+    tokens must bear out where there is one text.
+    """
+    listed = reply.get("choices")
+    if not isinstance(listed, list) or not listed:
+        raise Fault("the reply has no choices")
+    return [_choice(choice, reply.get("usage"), len(listed), limit) for choice in listed]
+
+
+def _choice(choice: Any, usage: Any, n: int, limit: int) -> dict[str, Any]:
+    said = choice.get("message", choice) if isinstance(choice, dict) else None
+    text = (said.get("content") if "message" in choice else said.get("text")) if isinstance(said, dict) else None
+    finish = choice.get("finish_reason") if isinstance(choice, dict) else None
+    written = usage.get("completion_tokens") if isinstance(usage, dict) else None
+    if finish == "content_filter":
+        raise Fault("the server withheld the text (content_filter)")
+    if not isinstance(text, str):
+        raise Fault(
+            f"a text is missing (finish_reason {plain(finish)}). Where the model thinks first, switch that off or allow more tokens"
+        )
+    if isinstance(written, int) and written > n * limit:
+        raise Fault(f"the server wrote {written} tokens where {n * limit} were asked for")
+    stopped = finish == "stop" and (n > 1 or (isinstance(written, int) and written <= 2))  # the end of a turn may take two tokens
+    if not text and not stopped:
+        raise Fault(f"a text is empty (finish_reason {plain(finish)}). Where the model thinks first, switch that off or allow more tokens")
+    return {"text": text.encode("utf-8", "replace").decode(), "finish": "length" if finish == "length" else "stop"}

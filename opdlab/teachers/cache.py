@@ -1,0 +1,77 @@
+"""Answers of a served teacher on disk, so that what was paid for once is never paid for again: SQLite rows of JSON.
+
+A row's key is a hash of all that was asked (server, model, messages, prefix, sampling, seed) and of which sample it is.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import sqlite3
+import threading
+from pathlib import Path
+from typing import Any
+
+from opdlab.errors import DamagedFile, OpdlabError
+
+
+def key_of(asked: Any) -> str:
+    """A hash of JSON data, the same in every process."""
+    return hashlib.sha256(json.dumps(asked, sort_keys=True, ensure_ascii=True).encode()).hexdigest()
+
+
+class Cache:
+    """`get(key)`, `put(key, answer)`: JSON objects, each written at once or not at all. None as path keeps them in memory.
+
+    Threads share it, and so may processes. Raises DamagedFile for a file that is not what was written.
+    """
+
+    def __init__(self, path: str | os.PathLike[str] | None = None) -> None:
+        self.path = None if path is None else Path(path)
+        self._lock = threading.Lock()
+        self._rows: sqlite3.Connection | None = None
+
+    def get(self, key: str) -> dict[str, Any] | None:
+        """The answer stored under `key`, or None."""
+        with self._lock:
+            found = self._run("SELECT answer, checksum FROM answers WHERE key = ?", key)
+        if not found:
+            return None
+        answer, checksum = found[0]
+        if not isinstance(answer, str) or checksum != key_of([key, answer]):
+            raise self._damaged("a row is not what was written")
+        return json.loads(answer)
+
+    def put(self, key: str, answer: dict[str, Any]) -> None:
+        """Store `answer`; what was there under `key` is replaced."""
+        text = json.dumps(answer)
+        with self._lock:
+            self._run("INSERT OR REPLACE INTO answers VALUES (?, ?, ?)", key, text, key_of([key, text]))
+
+    def _run(self, statement: str, *values: str) -> list[Any]:
+        try:
+            if self._rows is None:
+                self._rows = self._open()
+            with self._rows:  # one transaction
+                return self._rows.execute(statement, values).fetchall()
+        except (sqlite3.OperationalError, OSError) as error:  # a full disk, a folder that may not be written to
+            raise OpdlabError(f"The cache {self.path} cannot be used ({error}). Make room, or give the teacher another cache=….") from None
+        except sqlite3.DatabaseError as error:
+            raise self._damaged(str(error)) from None
+
+    def _open(self) -> sqlite3.Connection:
+        if self.path is not None:
+            self.path.parent.mkdir(parents=True, exist_ok=True)
+        rows = sqlite3.connect(self.path or ":memory:", timeout=60, check_same_thread=False)
+        rows.execute("PRAGMA journal_mode=WAL")  # a commit then waits for no disk, and a crash of the process loses nothing
+        rows.execute("PRAGMA synchronous=NORMAL")
+        with rows:
+            rows.execute("CREATE TABLE IF NOT EXISTS answers (key TEXT PRIMARY KEY, answer TEXT NOT NULL, checksum TEXT NOT NULL)")
+        return rows
+
+    def _damaged(self, why: str) -> DamagedFile:
+        return DamagedFile(f"{self.path} is not a cache of teachers' answers ({why}). Delete it, or give the teacher another cache=….")
+
+    def __repr__(self) -> str:
+        return f"Cache({self.path or 'in memory'})"

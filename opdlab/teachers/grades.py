@@ -1,0 +1,131 @@
+"""Reading a server's log-probs of a prompt, in the two forms that servers give them. All of it is checked, none is believed.
+
+prompt_logprobs   vLLM: a list of {token id: {"logprob": …, "rank": …, "decoded_token": …}}, one a prompt token, null first
+echo              legacy completions with `echo` and `logprobs`: tokens, token_logprobs, top_logprobs; names are strings,
+                  or "token_id:17" where the server can (vLLM)
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedTokenizerBase
+
+from opdlab.teachers.service import Fault, plain
+
+SLACK = 1e-3  # what rounding on a server may add to a log-prob or to a sum of probabilities
+
+
+@dataclass(frozen=True)
+class Names:
+    """A tokenizer's strings, to read servers that name tokens by them: `ids[s]` are the ids that decode to `s`."""
+
+    strings: tuple[str, ...]
+    ids: Mapping[str, tuple[int, ...]]
+
+    @classmethod
+    def of(cls, tokenizer: PreTrainedTokenizerBase, vocab: int) -> Names:
+        strings = tuple(tokenizer.batch_decode([[i] for i in range(vocab)]))
+        ids: dict[str, tuple[int, ...]] = {}
+        for i, string in enumerate(strings):
+            ids[string] = (*ids.get(string, ()), i)
+        return cls(strings, ids)
+
+    def find(self, name: str) -> int:
+        """The id that a server means by `name`; raises Fault where it is none or several."""
+        if name.startswith("token_id:"):
+            return _id(name[len("token_id:") :])
+        found = self.ids.get(name, ())
+        if len(found) != 1:
+            raise Fault(
+                f"the server names a token {plain(name)!r}, which is {len(found)} of the student's tokens. Serve the teacher with vLLM, "
+                "which names tokens by id",
+                final=True,
+            )
+        return found[0]
+
+
+def tops(choice: Mapping[str, Any], ids: Sequence[int], way: str, names: Names) -> list[dict[int, float]]:
+    """Of each token of `ids` but the first: log-probs by id, of the likeliest tokens and the token itself. Raises Fault."""
+    if way == "prompt_logprobs":
+        listed = choice.get("prompt_logprobs")
+        if not isinstance(listed, list) or len(listed) != len(ids):
+            raise Fault(f"prompt_logprobs has {len(listed) if isinstance(listed, list) else 'no'} entries for {len(ids)} tokens")
+        seen = choice.get("prompt_token_ids")
+        if isinstance(seen, list) and seen != list(ids):
+            raise Fault("the server graded other token ids than were sent")
+        return [_by_id(entry) for entry in listed[1:]]
+    listed = choice.get("logprobs")
+    said = [listed.get(name) if isinstance(listed, dict) else None for name in ("tokens", "token_logprobs", "top_logprobs")]
+    columns = [column if isinstance(column, list) else [] for column in said]
+    if any(len(column) < len(ids) for column in columns):
+        raise Fault(f"the echo has {[len(column) for column in columns]} tokens, log-probs and top log-probs for {len(ids)} tokens")
+    rows = list(zip(*columns, ids, strict=False))
+    return [_by_name(name, logp, top, token, names) for name, logp, top, token in rows[1:]]
+
+
+def table(entries: Sequence[Mapping[int, float]], ids: Sequence[int], k: int, vocab: int) -> tuple[Tensor, Tensor, Tensor]:
+    """`ids [n, k]`, `top [n, k]`, `sampled [n]` (float32) of the tokens `ids`; raises Fault for what is no grade of them."""
+    k = min(k, vocab)
+    order = [sorted(entry, key=lambda i: (-entry[i], i)) for entry in entries]
+    for entry, ranked, token in zip(entries, order, ids, strict=True):
+        if token not in entry:
+            raise Fault(f"the server graded other tokens than were sent: id {token} has no log-prob")
+        if len(ranked) < k:
+            raise Fault(f"the server gives {len(ranked)} log-probs a token where {k} were asked for: ask for k={len(ranked)}", final=True)
+        if len(ranked) > k + 1 or (len(ranked) == k + 1 and entry[token] > entry[ranked[k]] + SLACK):
+            raise Fault(f"the server gives {len(ranked)} log-probs for a token, and they are not the {k} likeliest and its own", final=True)
+        if not all(0 <= i < vocab for i in ranked):
+            raise Fault(f"the server names token {max(ranked)}, and the student has {vocab}: these are other tokenizers", final=True)
+        if sum(map(math.exp, entry.values())) > 1 + SLACK:
+            raise Fault("the server's probabilities sum to more than one")
+    kept = [ranked[:k] for ranked in order]
+    top = [[entry[i] for i in row] for entry, row in zip(entries, kept, strict=True)]
+    sampled = [entry[token] for entry, token in zip(entries, ids, strict=True)]
+    return torch.tensor(kept).view(-1, k), torch.tensor(top, dtype=torch.float32).view(-1, k), torch.tensor(sampled, dtype=torch.float32)
+
+
+def strings(choice: Mapping[str, Any], ids: Sequence[int], way: str) -> list[str | None]:
+    """What the server calls each token of `ids` but the first, where it says so."""
+    if way != "prompt_logprobs":
+        return [
+            name if isinstance(name, str) and not name.startswith("token_id:") else None
+            for name in choice["logprobs"]["tokens"][1 : len(ids)]
+        ]
+    entries = [entry.get(str(i)) for entry, i in zip(choice["prompt_logprobs"][1:], ids[1:], strict=True)]
+    found = [entry.get("decoded_token") if isinstance(entry, dict) else None for entry in entries]
+    return [name if isinstance(name, str) else None for name in found]
+
+
+def _by_id(entry: Any) -> dict[int, float]:
+    if not isinstance(entry, dict):
+        raise Fault("a token of the prompt has no log-probs")
+    return {_id(name): _logp(value.get("logprob") if isinstance(value, dict) else value) for name, value in entry.items()}
+
+
+def _by_name(name: Any, logp: Any, top: Any, token: int, names: Names) -> dict[int, float]:
+    """Of an echoed token, which must be the one that was sent; strings that several ids share are no names."""
+    if not isinstance(name, str) or not isinstance(top, dict):
+        raise Fault("a token of the echo has no log-probs")
+    same = _id(name[len("token_id:") :]) == token if name.startswith("token_id:") else name == names.strings[token]
+    if not same:
+        raise Fault(f"the server graded other tokens than were sent: {plain(name)!r} and not {names.strings[token]!r}")
+    rest = {names.find(other): _logp(value) for other, value in top.items() if other != name}
+    return {**rest, token: _logp(logp)}
+
+
+def _id(text: str) -> int:
+    if not text.isdecimal() or len(text) > 9:
+        raise Fault(f"{plain(text)!r} is not a token id")
+    return int(text)
+
+
+def _logp(value: Any) -> float:
+    if isinstance(value, bool) or not isinstance(value, (int, float)) or not math.isfinite(value) or value > SLACK:
+        raise Fault(f"a log-prob is {plain(value)}")
+    return min(0.0, float(value))

@@ -1,0 +1,66 @@
+"""Real servers for the whole session: one in vLLM's wire format on a shipped model, with faults on demand."""
+
+from __future__ import annotations
+
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+import urllib.request
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from wire import Faults, Wire, served
+
+from opdlab.tasks.market import data, model
+from opdlab.teachers import service
+
+
+@pytest.fixture(scope="session")
+def _wire() -> Iterator[tuple[Wire, Faults, str]]:
+    wire = Wire(model("teacher"))
+    faults = Faults(wire.app())
+    with served(faults) as port:
+        yield wire, faults, f"http://127.0.0.1:{port}/v1"
+
+
+@pytest.fixture
+def wire(_wire, monkeypatch) -> tuple[Wire, Faults, str]:
+    """Server, its faults and its url; waits between tries are cut short."""
+    monkeypatch.setattr(service, "_pause", lambda i: 0.01)
+    server, faults, url = _wire
+    server.requests.clear()
+    faults.clear()
+    return server, faults, url
+
+
+@pytest.fixture(scope="session")
+def scribe_url(tmp_path_factory) -> Iterator[str]:
+    """`transformers serve` on the shipped scribe, as a user would start it."""
+    with socket.create_server(("127.0.0.1", 0)) as free:
+        port = free.getsockname()[1]
+    log = tmp_path_factory.mktemp("serve") / "log"
+    command = [str(Path(sys.executable).with_name("transformers")), "serve", str(data() / "scribe"), "--port", str(port)]
+    with log.open("wb") as out:
+        process = subprocess.Popen(command, stdout=out, stderr=out, env=os.environ | {"HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"},
+                                   start_new_session=True)  # fmt: skip
+    try:
+        for _ in range(240):
+            try:
+                urllib.request.urlopen(f"http://127.0.0.1:{port}/health", timeout=5).read()
+                break
+            except OSError:
+                assert process.poll() is None, log.read_text()
+                time.sleep(0.5)
+        else:
+            raise AssertionError(log.read_text())
+        yield f"http://127.0.0.1:{port}/v1"
+    finally:
+        os.killpg(process.pid, signal.SIGTERM)
+        try:
+            process.wait(20)
+        except subprocess.TimeoutExpired:
+            os.killpg(process.pid, signal.SIGKILL)
