@@ -258,6 +258,9 @@ def test_the_surrogate_is_the_plain_loss_at_ratio_one_and_only_there():
     want = exact.differences(total(plus("jensen_shannon"), stale, live=False), stale["student"])
     near(exact.gradient(straight, stale, writer="sampler"), want)
     off = exact.gradient(plus("jensen_shannon"), stale, writer="sampler")
+    p, old, q = (stale[name].logp for name in ("student", "sampler", "teacher"))
+    weight = Generator("jensen_shannon").weight(q - old)  # corrected for who wrote, but told what held when it was written
+    near(off, -p.exp() * (weight - (p.exp() * weight).sum(-1, keepdim=True)))
     assert (off - want).norm() > 0.01 * want.norm()
     assert torch.cosine_similarity(off.flatten(), want.flatten(), dim=0) > 0.8
 
