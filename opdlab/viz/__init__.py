@@ -3,5 +3,6 @@
 from opdlab.viz.curves import curves
 from opdlab.viz.page import page
 from opdlab.viz.token_lens import TokenLens
+from opdlab.viz.view import View, set_renderer
 
-__all__ = ["TokenLens", "curves", "page"]
+__all__ = ["TokenLens", "View", "curves", "page", "set_renderer"]

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 
 from opdlab.trace import Trace
+from opdlab.viz.payload import numbers
 
 _FLOOR = {"nats": 0.1}  # a strip where nothing happens stays pale
 
@@ -38,6 +40,12 @@ class Channel:
         """The tokens of largest size, largest first; NaN and what is pale do not count."""
         size = np.nan_to_num(np.abs(self.values), nan=0.0, posinf=np.inf)
         return [int(i) for i in np.argsort(-size, kind="stable")[:n] if size[i] > 0.05 * self.limit]
+
+
+def described(channel: Channel, limit: float) -> dict[str, Any]:
+    """A channel as the page reads it (`payload`): its words, the value that gets full colour, its values and peaks."""
+    keys = ("key", "label", "unit", "kind", "less", "more", "against")
+    return {k: getattr(channel, k) for k in keys} | {"limit": limit, "values": numbers(channel.values), "peaks": channel.peaks()}
 
 
 def rivals(trace: Trace) -> list[str]:

@@ -7,42 +7,72 @@ from typing import Any
 import numpy as np
 
 from opdlab.trace import Trace
+from opdlab.viz import payload
 from opdlab.viz.glyphs import visible
 
 ROWS = 9  # the sampled token and eight more: what the panel has room for
 LEAST = 1e-3  # a token that no policy gives as much is not shown by itself
+ENTRIES, FEWER = 9000, 4000  # rows of all tokens together that a page carries; fewer where the text itself is long
 
 
 def duel(trace: Trace) -> dict[str, Any] | None:
-    """`rows`: token ids, likeliest (under any policy) first. `p`, `other`: probabilities by policy; `rank` where known.
+    """Who wanted what. None for a trace that kept no top tokens.
 
-    None for a trace that kept no top tokens. The sampled token is always among the rows; what is not shown is in `other`.
+    `count [n]`: rows of each token, 0 where there was no room (the tokens on which the policies differ most come first).
+    Then, row after row: `row`, an index into `names` and `ids`, likeliest under any policy first, with the sampled token
+    always among them; `p[policy]`; and for each token that has rows `other[policy]`, the mass not shown. `rank[policy] [n]`.
     """
     have = set(trace.table.column_names)
-    names = [name for name in trace.policies if f"{name}_top" in have]
-    if "support" not in have or not names or not len(trace):
+    policies = [name for name in trace.policies if f"{name}_top" in have]
+    if "support" not in have or not policies or not len(trace):
         return None
-    ids = trace.column("support")  # [n, S]; -1 is a repeat, [:, 0] the sampled token
-    p = {name: np.where(ids < 0, 0.0, np.exp(trace.column(f"{name}_top").astype(float))) for name in names}
+    ids, p = _wanted(trace, policies)
+    rows, shown, real = _best(ids, p)
+    real &= _fits(trace, real)[:, None]
+    kept = real.any(1)
+    pick = lambda x: np.take_along_axis(x, shown, 1)
+    seen, index = np.unique(rows[real], return_inverse=True)
+    other = {name: trace.column(f"{name}_tail") + x.sum(1) - (pick(x) * real).sum(1) for name, x in p.items()}
+    return {
+        "count": real.sum(1), "row": index, "ids": seen, "names": [payload.word(visible(trace.piece(int(i)))) for i in seen],
+        "p": {name: _share(pick(x)[real]) for name, x in p.items()}, "other": {name: _share(x[kept]) for name, x in other.items()},
+        "rank": {name: trace.column(f"{name}_rank") for name in policies if f"{name}_rank" in have},
+    }  # fmt: skip
+
+
+def _wanted(trace: Trace, policies: list[str]) -> tuple[np.ndarray, dict[str, np.ndarray]]:
+    """`[n, S]` token ids (-1: a repeat; the first is the sampled token) and their probabilities under each policy."""
+    ids = trace.column("support")
+    return ids, {name: np.where(ids < 0, 0.0, np.exp(trace.column(f"{name}_top").astype(float))) for name in policies}
+
+
+def _best(ids: np.ndarray, p: dict[str, np.ndarray]) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Ids of the rows to show `[n, ROWS]`, where they stand in the support, and which of them are real."""
     best = np.where(ids < 0, -1.0, np.max(list(p.values()), axis=0))
     first = np.where(np.arange(ids.shape[1]) == 0, np.inf, best)
     shown = np.argsort(-first, axis=1, kind="stable")[:, :ROWS]
-    pick = lambda x, order: np.take_along_axis(x, order, 1)
-    shown = pick(shown, np.argsort(-pick(best, shown), axis=1, kind="stable"))
-    rows = pick(ids, shown)
-    real = (rows >= 0) & ((pick(best, shown) >= LEAST) | (shown == 0))
-    return {
-        "rows": [row[keep].tolist() for row, keep in zip(rows, real, strict=True)],
-        "p": {name: [_short(row[keep]) for row, keep in zip(pick(x, shown), real, strict=True)] for name, x in p.items()},
-        "other": {name: _short(_left(trace, name) + x.sum(1) - (pick(x, shown) * real).sum(1)) for name, x in p.items()},
-        "rank": {name: trace.column(f"{name}_rank").tolist() for name in names if f"{name}_rank" in have},
-        "words": {str(i): visible(trace.piece(i)) for i in sorted({*rows[real].tolist()})},
-    }
+    shown = np.take_along_axis(shown, np.argsort(-np.take_along_axis(best, shown, 1), axis=1, kind="stable"), 1)
+    rows = np.take_along_axis(ids, shown, 1)
+    return rows, shown, (rows >= 0) & ((np.take_along_axis(best, shown, 1) >= LEAST) | (shown == 0))
 
 
-def _left(trace: Trace, name: str) -> np.ndarray:
-    return trace.column(f"{name}_tail").astype(float)
+def _fits(trace: Trace, real: np.ndarray) -> np.ndarray:
+    """Which tokens have room for their rows, in the order of how much the policies differ on them."""
+    order = np.argsort(-_differ(trace), kind="stable")
+    room = np.cumsum(real.sum(1)[order]) <= (FEWER if len(trace) > payload.LONG else ENTRIES)
+    out = np.zeros(len(trace), bool)
+    out[order[room]] = True
+    return out
 
 
-def _short(p: np.ndarray) -> list[float]:
-    return [float(f"{x:.4g}") for x in p.clip(0, 1)]
+def _differ(trace: Trace) -> np.ndarray:
+    rivals = [name for name in trace.policies if name != "student"]
+    if not rivals:
+        return trace.column("student_entropy").astype(float)
+    with np.errstate(invalid="ignore"):
+        gaps = [np.abs(trace.column(f"{name}_logp").astype(float) - trace.column("student_logp")) for name in rivals]
+    return np.nan_to_num(np.max(gaps, axis=0), nan=0.0, posinf=1e9)
+
+
+def _share(p: np.ndarray) -> np.ndarray:
+    return np.clip(p, 0, 1).astype(np.float16)

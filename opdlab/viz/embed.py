@@ -6,10 +6,13 @@ import json
 import math
 import os
 import re
+from collections.abc import Iterable
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
+STYLES = ("opd.css",)  # of every view; its own come after
+BEFORE, AFTER = ("core.js", "payload.js", "state.js", "strip.js", "duel.js"), ("mount.js",)  # of the module of every view
 _UNSAFE = {"<": "\\u003c", ">": "\\u003e", "&": "\\u0026"}
 POLICY = "default-src 'none'; script-src 'unsafe-inline'; style-src 'unsafe-inline'; img-src data: blob:; font-src data:"
 
@@ -20,14 +23,31 @@ def asset(name: str) -> str:
     return (Path(__file__).parent / "static" / name).read_text(encoding="utf-8")
 
 
+def style_text(*names: str) -> str:
+    return "\n".join(asset(name) for name in names)
+
+
 def style(*names: str) -> str:
-    return f"<style>\n{''.join(asset(name) for name in names)}</style>"
+    return f"<style>\n{style_text(*names)}</style>"
 
 
-def module(*names: str) -> str:
-    """An inline ES module of the named files."""
-    text = re.sub("</(?=script)", r"<\\/", "\n".join(asset(name) for name in names), flags=re.IGNORECASE)
-    return f'<script type="module">\n{text}</script>'
+def script_text(scripts: Iterable[str]) -> str:
+    """One ES module: the base, each view's file in a scope of its own, and what mounts them; comments and indents left out."""
+    own = "".join(f"{{\n{asset(name)}}}\n" for name in dict.fromkeys(scripts))
+    text = "\n".join([*map(asset, BEFORE), own, *map(asset, AFTER)])
+    lines = [line.strip() for line in text.splitlines()]
+    text = "\n".join(line for line in lines if line and not line.startswith("//"))
+    return re.sub("</(?=script)", r"<\\/", text, flags=re.IGNORECASE)
+
+
+def module(scripts: Iterable[str]) -> str:
+    """`script_text` inline."""
+    return f'<script type="module">\n{script_text(scripts)}</script>'
+
+
+def plain_module(name: str) -> str:
+    """One file of `static` alone, inline."""
+    return f'<script type="module">\n{asset(name)}</script>'
 
 
 def script_json(data: Any, css_class: str) -> str:

@@ -11,6 +11,7 @@ import re
 import unicodedata
 from collections.abc import Iterable
 from dataclasses import dataclass
+from functools import lru_cache
 
 _NAMED = {"\n": "⏎", "\t": "⇥"}
 _JOINERS = "\u200c\u200d"  # they shape what they stand between, so they are drawn only where they stand alone
@@ -46,6 +47,9 @@ def groups(pieces: Iterable[bytes]) -> list[Group]:
             raw, text, count = b"", "", 0
         if piece is None:
             break
+        if not count and (alone := _alone(piece)):
+            out.append(alone)
+            continue
         raw, text, count = raw + piece, text + decoder.decode(piece), count + 1
         if not decoder.getstate()[0]:
             out.append(_group(raw, text, count))
@@ -53,6 +57,7 @@ def groups(pieces: Iterable[bytes]) -> list[Group]:
     return out
 
 
+@lru_cache(maxsize=65_536)
 def visible(piece: bytes) -> str:
     """One token in a list: spaces as `·`, controls by name, stray bytes as `\\xf0`, and `∅` for nothing."""
     text = _decoded(piece)
@@ -62,6 +67,14 @@ def visible(piece: bytes) -> str:
 def clean(text: str) -> str:
     """Any string as one that UTF-8 can hold."""
     return text.encode("utf-8", "replace").decode()
+
+
+@lru_cache(maxsize=65_536)
+def _alone(piece: bytes) -> Group | None:
+    """The group of a piece that ends no character of others and leaves none open; None where it leaves one open."""
+    decoder = codecs.getincrementaldecoder("utf-8")("replace")
+    text = decoder.decode(piece)
+    return None if decoder.getstate()[0] else _group(piece, text, 1)
 
 
 def _group(raw: bytes, text: str, tokens: int) -> Group:

@@ -18,6 +18,7 @@ INK = {
     "amount": ((138, 111, 192), 0.62),  # #8A6FC0
     "minus": ((128, 128, 128), 0.45),
 }
+WHOLE = 1200  # groups that the static strip holds whole
 _STEPS = 12  # cells of the legend on each side of zero
 
 
@@ -33,8 +34,19 @@ def weight(value: float, limit: float) -> float:
 
 
 def strip(groups: Sequence[Group], channel: Channel, limit: float) -> str:
-    """All tokens, coloured; their text content is the text itself (NUL, which HTML cannot hold, apart)."""
-    return "".join(_glyph(group, channel.kind, value, limit) for group, value in zip(groups, _strongest(groups, channel), strict=True))
+    """The tokens, coloured; their text content is the text itself (NUL, which HTML cannot hold, apart).
+
+    Of texts longer than `WHOLE` groups the beginning and what surrounds the peaks, with the rest counted.
+    """
+    values, out, at = list(_strongest(groups, channel)), [], 0
+    shown = _shown(values)
+    for i in [*shown, len(groups)]:
+        if i > at:
+            out.append(f'<span class="opd-soft"> … {i - at:,} more … </span>')
+        if i < len(groups):
+            out.append(_glyph(groups[i], channel.kind, values[i], limit))
+        at = i + 1
+    return "".join(out)
 
 
 def legend(channel: Channel, limit: float) -> str:
@@ -47,6 +59,13 @@ def legend(channel: Channel, limit: float) -> str:
         f'<div class="opd-legend"><span>{escape(channel.label)}</span> <span class="opd-scale">{cells}</span> '
         f"<span>{' … '.join(map(escape, ticks))}</span> <span>{escape(meaning)}</span></div>"
     )
+
+
+def sparkline(channel: Channel, width: int = 64) -> str:
+    """The size of the channel along the text; where many tokens share a character it shows the largest."""
+    size = np.nan_to_num(np.abs(channel.values), nan=0.0, posinf=np.inf)
+    bins = np.array_split(size, min(width, len(size))) if len(size) else []
+    return "".join("▁▂▃▄▅▆▇█"[min(7, int(8 * weight(float(b.max()), channel.limit)))] for b in bins)
 
 
 def number(value: float, sign: bool = False) -> str:
@@ -64,6 +83,15 @@ def safe(text: str) -> str:
     return escape(clean(text)).replace("\r", "&#13;").replace("\0", "")
 
 
+def _shown(values: Sequence[float]) -> Sequence[int]:
+    """Which groups the static strip holds."""
+    if len(values) <= WHOLE:
+        return range(len(values))
+    size = np.nan_to_num(np.abs(values), nan=0.0)
+    near = {j for i in np.argsort(-size, kind="stable")[:12].tolist() for j in range(i - 12, i + 13)}
+    return sorted((near & set(range(len(values)))) | set(range(WHOLE // 2)))
+
+
 def _strongest(groups: Sequence[Group], channel: Channel) -> Iterator[float]:
     at = 0
     for group in groups:
@@ -76,7 +104,10 @@ def _glyph(group: Group, kind: str, value: float, limit: float) -> str:
     parts = "".join(
         safe(raw) if seen == raw else f'<span class="opd-mark" data-mark="{safe(seen)}">{safe(raw)}</span>' for seen, raw in group.parts
     )
-    return f'<span class="opd-token">{group.lead}<span class="{look}" style="{_tint(kind, value, limit)}">{parts}</span></span>'
+    tint = _tint(kind, value, limit)
+    if not tint and not group.special:
+        return group.lead + parts
+    return f'{group.lead}<span class="{look}" style="{tint}">{parts}</span>'
 
 
 def _tint(kind: str, value: float, limit: float) -> str:

@@ -13,32 +13,41 @@ from plotly.offline import get_plotlyjs
 from opdlab.viz import embed
 from opdlab.viz.markup import number, safe
 from opdlab.viz.token_lens import TokenLens
+from opdlab.viz.view import View
 
 COLUMNS = ("", "before", "after", "teacher")
 
 
 def page(path: str | os.PathLike[str], *, title: str, summary: Sequence[Sequence[object]] = (), figures: Sequence[go.Figure] = (),
-         lenses: Sequence[tuple[str, TokenLens]] = (), note: str = "", columns: Sequence[str] = COLUMNS) -> Path:  # fmt: skip
+         lenses: Sequence[tuple[str, View]] = (), note: str = "", columns: Sequence[str] = COLUMNS) -> Path:  # fmt: skip
     """Write one HTML file that fetches nothing and follows the system's light or dark theme; returns its path.
 
     summary: rows (label, before, after, teacher), or as `columns` names them; numbers get three digits. lenses: (caption,
-    lens), which share one colour scale a channel, so that before and after compare.
+    view); TokenLenses share one colour scale a channel, so that before and after compare.
     """
-    limits: dict[str, float] = {}
-    for _, lens in lenses:
-        limits |= {key: max(limit, limits.get(key, 0.0)) for key, limit in lens.limits.items()}
+    views = [(caption, view.scaled(_limits(lenses)) if isinstance(view, TokenLens) else view) for caption, view in lenses]
     body = [f"<header><h1>{safe(title)}</h1>{_paragraphs(note)}</header>"]
     body += [_table(summary, columns)] if summary else []
     body += [f'<figure class="opd-chart"><div></div>{embed.script_json(_drawn(f), "opd-figure")}</figure>' for f in figures]
-    for caption, lens in lenses:
+    for caption, view in views:
         heading = f"<h2>{safe(caption)}</h2>" if caption else ""
-        body.append(f"<section>{heading}{lens.html(limits, assets=False)}</section>")
-    head = embed.style("lens.css", "page.css")
-    scripts = embed.module("lens.js", "boot.js") if lenses else ""
+        body.append(f"<section>{heading}{view.html(assets=False)}</section>")
+    kinds = list(dict.fromkeys(type(view) for _, view in views))
+    head = embed.style(*embed.STYLES, *dict.fromkeys(name for kind in kinds for name in kind.styles), "page.css")
+    scripts = embed.module([name for kind in kinds for name in kind.scripts]) if views else ""
     if figures:
         head += f"\n<script>{get_plotlyjs()}</script>"
-        scripts += embed.module("charts.js")
+        scripts += embed.plain_module("charts.js")
     return embed.write(path, embed.document(safe(title), head, f"<main>\n{chr(10).join(body)}\n</main>\n{scripts}"))
+
+
+def _limits(lenses: Sequence[tuple[str, View]]) -> dict[str, float]:
+    """The largest value that gets full colour in any of the lenses, by channel."""
+    limits: dict[str, float] = {}
+    for _, view in lenses:
+        if isinstance(view, TokenLens):
+            limits |= {key: max(limit, limits.get(key, 0.0)) for key, limit in view.limits.items()}
+    return limits
 
 
 def _table(rows: Sequence[Sequence[object]], columns: Sequence[str]) -> str:

@@ -1,12 +1,14 @@
-"""The machine's own Chromium, started once. In CI it must be there."""
+"""The machine's own Chromium and a JupyterLab, started once each. In CI they must be there."""
 
 from __future__ import annotations
 
 import os
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 
 import pytest
+from axe_playwright_python.sync_playwright import Axe
+from browser.jupyter import Lab
 from playwright.sync_api import Browser, Page, sync_playwright
 
 FLAGS = (
@@ -29,11 +31,13 @@ def browser() -> Iterator[Browser]:
 
 @pytest.fixture
 def open_page(browser) -> Iterator[Callable[..., Page]]:
-    """Opens a file; afterwards, no page may have thrown, complained, asked for a dialog or fetched anything."""
+    """Opens a file; afterwards, no page may have thrown, complained, asked for a dialog or fetched anything, but those foreseen."""
     troubles: list[str] = []
+    foreseen: list[str] = []
     contexts = []
 
-    def show(path, **options) -> Page:
+    def show(path, troubles_foreseen: Sequence[str] = (), **options) -> Page:
+        foreseen.extend(troubles_foreseen)
         context = browser.new_context(**{"viewport": {"width": 900, "height": 800}, **options})
         contexts.append(context)
         page = context.new_page()
@@ -48,4 +52,27 @@ def open_page(browser) -> Iterator[Callable[..., Page]]:
     yield show
     for context in contexts:
         context.close()
-    assert not troubles
+    assert troubles == foreseen
+
+
+@pytest.fixture(scope="session")
+def axe() -> Callable[..., None]:
+    """Asserts that axe finds nothing serious or critical in the views of a page; `only` some of its rules, where many nodes take long."""
+    checker = Axe()
+
+    def check(page: Page, within: str = ".opd", only: Sequence[str] = ()) -> None:
+        options = {"resultTypes": ["violations"], **({"runOnly": list(only)} if only else {})}
+        found = checker.run(page, context=within, options=options).response["violations"]
+        grave = [(v["id"], v["nodes"][0]["html"][:160], len(v["nodes"])) for v in found if v["impact"] in ("serious", "critical")]
+        assert not grave
+
+    return check
+
+
+@pytest.fixture(scope="session")
+def lab(browser, tmp_path_factory) -> Iterator[Lab]:
+    """One real JupyterLab for all tests; afterwards, no page may have asked for anything outside of it."""
+    server = Lab(tmp_path_factory.mktemp("lab"), browser)
+    yield server
+    server.close()
+    assert not server.foreign()

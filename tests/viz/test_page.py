@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import base64
 import json
 import re
 
@@ -13,7 +14,7 @@ import pytest
 from viz.traces import NASTY, made
 
 from opdlab.errors import OpdlabError
-from opdlab.viz import TokenLens, curves, embed, page
+from opdlab.viz import TokenLens, curves, embed, page, payload
 
 
 def history(steps: int = 40) -> pd.DataFrame:
@@ -64,7 +65,7 @@ def test_page_stands_alone(tmp_path):
     assert '<th scope="row">accuracy</th><td>0.35</td><td>85 %</td><td></td>' in text
     assert "default-src 'none'" in text
     assert text.count("plotly.js v") == 1
-    assert text.count("export function mount") == 1
+    assert text.count("export default") == 1
     assert "</script><script>x()" not in text
     assert not re.search(r"<(?:script|img|link|iframe)[^>]+(?:src|href)=", re.sub(r"<script>.*?</script>", "", text, flags=re.DOTALL))
 
@@ -76,8 +77,8 @@ def test_page_without_figures_is_small(tmp_path):
 def test_lenses_of_a_page_share_their_scale(tmp_path):
     small, large = (made([b"a", b"b"]).with_columns(student_logp=[0.0, 0.0], teacher_logp=[-gap, -gap]) for gap in (1.0, 4.0))
     text = page(tmp_path / "p.html", title="t", lenses=[("", TokenLens(small)), ("", TokenLens(large))]).read_text("utf-8")
-    blocks = re.findall(r'class="opd-data">(.*?)</script>', text)
-    assert [json.loads(b)["channels"][0]["limit"] for b in blocks] == [4.0, 4.0]
+    blocks = [json.loads(b)["packed"] for b in re.findall(r'class="opd-data">(.*?)</script>', text)]
+    assert [payload.unpack(base64.b64decode(b))["channels"][0]["limit"] for b in blocks] == [4.0, 4.0]
 
 
 @pytest.mark.parametrize("text", NASTY)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import base64
 import json
 from html.parser import HTMLParser
 
@@ -14,9 +15,9 @@ from viz.traces import NASTY, byte_pieces, made
 import opdlab
 from opdlab.errors import OpdlabError, UnknownColumn
 from opdlab.rollout import sample
-from opdlab.viz import TokenLens
+from opdlab.viz import TokenLens, payload
 from opdlab.viz.channels import channels
-from opdlab.viz.duel import LEAST, duel
+from opdlab.viz.duel import FEWER, LEAST, duel
 from opdlab.viz.glyphs import groups, visible
 from opdlab.viz.markup import INK, number, weight
 
@@ -30,7 +31,7 @@ class Read(HTMLParser):
         super().__init__()
         self.tags: list[str] = []
         self.names: set[str] = set()
-        self.text, self.data, self.depth, self.inside = "", "", 0, ""
+        self.text, self.block, self.depth, self.inside = "", "", 0, ""
         self.feed(html)
         self.close()
 
@@ -47,7 +48,24 @@ class Read(HTMLParser):
 
     def handle_data(self, text):
         self.text += text if self.depth else ""
-        self.data += text if self.inside == "opd-data" else ""
+        self.block += text if self.inside == "opd-data" else ""
+
+    @property
+    def data(self) -> dict:
+        return payload.unpack(base64.b64decode(json.loads(self.block)["packed"]))
+
+
+def raw(glyph) -> str:
+    return glyph if isinstance(glyph, str) else glyph[0] + "".join(part for _, part in glyph[1])
+
+
+def rejoined(text: dict) -> str:
+    """What the page's script reads: single tokens from the vocabulary, groups of several where `joined` says so."""
+    joined, out, i = {at: (n, glyph) for at, n, glyph in text["joined"]}, "", 0
+    while i < len(text["index"]):
+        n, glyph = joined.get(i, (1, text["glyph"][int(text["index"][i])]))
+        out, i = out + raw(glyph), i + n
+    return out
 
 
 @given(pieces)
@@ -84,14 +102,13 @@ def test_a_listed_token_shows_what_cannot_be_seen(piece, seen):
 def test_tokens_reach_the_page_as_data_only(tokens, text):
     lens = TokenLens(made(tokens, prompt=text), title=text)
     read = Read(lens.html(assets=False))
-    data = json.loads(read.data)
-    joined = "".join(lead + "".join(raw for _, raw in parts) for lead, parts, _, _ in data["groups"])
-    assert joined == lens.text == b"".join(tokens).decode("utf-8", "replace")
+    data = read.data
+    assert rejoined(data["text"]) == lens.text == b"".join(tokens).decode("utf-8", "replace")
     assert data["prompt"] == data["title"] == text if text else data["prompt"] == text
     assert set(read.tags) <= {"div", "span", "script"}
     assert read.tags.count("script") == 1
-    assert read.names <= {"class", "style", "dir", "data-mark", "data-finish", "data-lm-suppress-shortcuts", "type"}
-    assert read.text == joined.replace("\0", "")
+    assert read.names <= {"class", "style", "dir", "data-mark", "data-finish", "type"}
+    assert read.text == lens.text.replace("\0", "")
 
 
 def test_module_and_styles_are_inlined_and_cannot_be_closed_by_data():
@@ -101,7 +118,6 @@ def test_module_and_styles_are_inlined_and_cannot_be_closed_by_data():
     assert read.tags.count("style") == 1
     assert html.count("</script") == 2
     assert "import " not in html
-    assert 'data-lm-suppress-shortcuts="true"' in html
 
 
 def test_channels_are_the_columns_of_the_trace():
@@ -126,21 +142,34 @@ def test_duel_keeps_all_mass_and_the_sampled_token(policies):
     shown = duel(trace)
     assert shown is not None
     p = {name: np.exp(trace.column(f"{name}_top")) for name in policies}
-    for i, ids in enumerate(shown["rows"]):
+    ends = np.cumsum(shown["count"])
+    for i, (start, end) in enumerate(zip(ends - shown["count"], ends, strict=True)):
+        ids = shown["ids"][shown["row"][start:end]]
         assert trace.column("token_id")[i] in ids
         assert len(ids) == len(set(ids)) <= 9
+        assert [shown["names"][j] for j in shown["row"][start:end]] == [visible(trace.piece(int(t))) for t in ids]
         for name in policies:
-            assert sum(shown["p"][name][i]) + shown["other"][name][i] == pytest.approx(1, abs=2e-3)
+            assert shown["p"][name][start:end].astype(float).sum() + shown["other"][name][i] == pytest.approx(1, abs=4e-3)
             at = {int(t): p[name][i, j] for j, t in enumerate(trace.column("support")[i]) if t >= 0}
-            assert shown["p"][name][i] == pytest.approx([at[t] for t in ids], rel=1e-3)
-        best = [max(shown["p"][name][i][j] for name in policies) for j in range(len(ids))]
-        assert best == sorted(best, reverse=True)
-        assert all(b >= LEAST or t == trace.column("token_id")[i] for b, t in zip(best, ids, strict=True))
+            assert shown["p"][name][start:end] == pytest.approx([at[t] for t in ids], rel=1e-3, abs=1e-7)
+        best = np.max([shown["p"][name][start:end] for name in policies], axis=0)
+        assert all(best[:-1] >= best[1:])
+        assert all(b >= LEAST * 0.999 or t == trace.column("token_id")[i] for b, t in zip(best, ids, strict=True))
+
+
+def test_a_duel_without_room_for_all_keeps_the_tokens_that_differ_most():
+    trace = made([f"t{i % 40}".encode() for i in range(3000)], top=8)
+    shown, gap = duel(trace), np.abs(trace.column("teacher_logp") - trace.column("student_logp"))
+    assert shown is not None
+    kept = shown["count"] > 0
+    assert FEWER - 9 < shown["count"].sum() <= FEWER
+    assert gap[kept].min() >= gap[~kept].max()
+    assert len(shown["other"]["teacher"]) == kept.sum()
 
 
 def test_colour_says_side_and_size():
     trace = made([b"a", b"b", b"c"]).with_columns(student_logp=[-1.0, -5.0, -1.0], teacher_logp=[-5.0, -4.0, -1.0])
-    html = TokenLens(trace).html({"log_ratio": 4.0})
+    html = TokenLens(trace).scaled({"log_ratio": 4.0}).html()
     strip = html.split('class="opd-strip"')[1].split('class="opd-peaks"')[0]
     assert weight(1.0, 4.0) == 0.5
     assert strip.count("rgba") == 2  # the third token is neutral, so it has no colour at all
@@ -159,8 +188,8 @@ def test_full_colour_ignores_one_outlier_and_keeps_quiet_strips_pale():
 def test_numbers_that_json_does_not_know_survive():
     trace = made([b"a", b"b", b"c"]).with_columns(student_logp=[0.0, 0.0, np.nan], teacher_logp=[-np.inf, -1.0, 0.0])
     lens = TokenLens(trace)
-    data = json.loads(Read(lens.html(assets=False)).data)
-    assert data["channels"][0]["values"] == ["-Infinity", -1.0, "NaN"]
+    data = Read(lens.html(assets=False)).data
+    np.testing.assert_array_equal(data["channels"][0]["values"], [-np.inf, -1.0, np.nan])
     assert "−∞" in repr(lens)
 
 
@@ -178,9 +207,9 @@ def test_a_student_alone_and_a_training_trace_are_drawn():
     alone = TokenLens(made([b"a", b"b"], ("student",)))
     assert alone.channel == "student_entropy"
     training = TokenLens(made([b"a", b"b"], top=0), channel="reverse_kl")
-    data = json.loads(Read(training.html()).data)
-    assert data["duel"] is None
-    assert data["channel"] == "reverse_kl"
+    read = Read(training.html())
+    assert read.data["duel"] is None
+    assert json.loads(read.block)["traits"]["channel"] == "reverse_kl"
 
 
 def test_an_empty_completion_is_drawn():
@@ -194,7 +223,7 @@ def test_a_scored_rollout_is_drawn(student, teacher, prompts):
     for i in range(len(prompts)):
         lens = TokenLens(trace, i)
         assert lens.text == b"".join(trace.sample(i).tokens()).decode()
-        assert json.loads(Read(lens.html()).data)["prompt"] == trace.meta["prompts"][i]
+        assert Read(lens.html()).data["prompt"] == trace.meta["prompts"][i]
 
 
 def test_what_is_not_there_is_named():

@@ -1,0 +1,190 @@
+"""What a view carries into the page: plain data and arrays in one deflated block, read back by `static/payload.js`.
+
+The block, before deflating: the length of the JSON (4 bytes, little-endian), the JSON, then each array from a multiple of 8
+on. The JSON is `{"tree": …, "arrays": [[path, kind, start, length, top], …]}`: the arrays lie outside the tree, so no key
+of foreign data can pose as one. `text` and `numbers` are the same for every view of a trace.
+"""
+
+from __future__ import annotations
+
+import base64
+import hashlib
+import json
+import math
+import zlib
+from collections.abc import Iterator, Mapping
+from itertools import pairwise
+from typing import Any
+
+import numpy as np
+
+from opdlab.trace import Trace
+from opdlab.viz.glyphs import Group, clean, groups, visible
+
+LONG = 2500  # tokens from which numbers travel in 8 bits
+WORD = 60  # characters of a token's name in lists; the text itself is never cut
+_LEVELS = 126
+
+
+class Coarse(np.ndarray):
+    """Floats that may travel in 8 bits: `sign · (level / 126)² · top`. Marked by `numbers`; nothing else is special."""
+
+
+def numbers(values: Any) -> np.ndarray:
+    """Numbers for drawing: half precision (three digits), or 126 levels a sign in texts of more than `LONG` tokens.
+
+    The levels are squares, so that what the colour shows (square roots) has even steps. NaN and infinities survive.
+    """
+    values = np.asarray(values, np.float64)
+    if len(values) > LONG:
+        return values.view(Coarse)
+    finite = np.abs(values[np.isfinite(values)])
+    return values.astype(np.float16 if not len(finite) or 1e-4 < finite.max() < 60_000 else np.float32)
+
+
+def text(trace: Trace) -> dict[str, Any]:
+    """The tokens of a trace, every distinct one once, and where each of its completions begins.
+
+    `index [n]` points into the vocabulary `id`, `word` (what lists show), `glyph` (what the strip shows). `joined` names the
+    groups of several tokens. `texts`: `key` (equal for the same sample, prompt and tokens: what links views), `sample`,
+    `first`, `size`, `prompt`, `finish`.
+    """
+    ids, where = trace.column("token_id"), list(spans(trace))
+    seen, first, index = np.unique(ids, return_index=True, return_inverse=True)
+    order = np.argsort(first)  # numbered as they come, which deflates better
+    back = np.empty_like(order)
+    back[order] = np.arange(len(order))
+    pieces = {int(i): trace.piece(int(i)) for i in seen}
+    glyphs = [_glyph(groups([pieces[int(i)]])[0]) for i in seen[order]]
+    words = [visible(pieces[int(i)]) for i in seen[order]]
+    return {
+        "index": back[index].astype(int), "id": seen[order],
+        "word": [None if w == _plain_word(g) else word(w) for w, g in zip(words, glyphs, strict=True)], "glyph": glyphs,
+        "joined": [j for _, start, size in where for j in _joined([pieces[int(i)] for i in ids[start : start + size]], start)],
+        "texts": [_described(trace, *span) for span in where],
+    }  # fmt: skip
+
+
+def spans(trace: Trace) -> Iterator[tuple[int, int, int]]:
+    """(sample, first row, rows) of each completion that has rows, in row order."""
+    samples = trace.column("sample")
+    starts = [0, *(np.flatnonzero(np.diff(samples)) + 1).tolist(), len(samples)]
+    for start, end in pairwise(starts):
+        if end > start:
+            yield int(samples[start]), start, end - start
+
+
+def word(seen: str) -> str:
+    """A token's name, cut where it is endless."""
+    return clean(seen) if len(seen) <= WORD else f"{clean(seen[: WORD - 12])}… ({len(seen):,})"
+
+
+def key(ids: np.ndarray, prompt: str, sample: int) -> str:
+    """What links the views of one completion, also of traces that graded it again."""
+    return hashlib.sha256(repr((sample, prompt, ids.tolist())).encode("utf-8", "replace")).hexdigest()[:12]
+
+
+def pack(tree: Mapping[str, Any]) -> bytes:
+    """Plain data with numpy arrays in it (1-d; 2-d ones flat), deflated. Non-finite floats outside arrays become strings."""
+    arrays: list[tuple[list[Any], str, np.ndarray, float]] = []
+    plain = _split(tree, [], arrays)
+    start, listed, body = 0, [], b""
+    for path, kind, array, top in arrays:
+        body += b"\0" * (-len(body) % 8)
+        start = len(body)
+        body += array.tobytes()
+        listed.append([path, kind, start, array.size, top])
+    head = json.dumps({"tree": plain, "arrays": listed}, ensure_ascii=False, allow_nan=False, separators=(",", ":")).encode()
+    raw = len(head).to_bytes(4, "little") + head
+    packer = zlib.compressobj(9, zlib.DEFLATED, -15)
+    return packer.compress(raw + b"\0" * (-len(raw) % 8) + body) + packer.flush()
+
+
+def base64_of(block: bytes) -> str:
+    return base64.b64encode(block).decode("ascii")
+
+
+def unpack(block: bytes) -> dict[str, Any]:
+    """The way back in Python, arrays as float64 or integers: the reference that `payload.js` is tested against."""
+    raw = zlib.decompress(block, -15)
+    size = int.from_bytes(raw[:4], "little")
+    head, base = json.loads(raw[4 : 4 + size]), -(-(4 + size) // 8) * 8
+    for path, kind, start, length, top in head["arrays"]:
+        array = np.frombuffer(raw, "i1" if kind == "levels" else f"<{kind}", length, base + start)
+        node = head["tree"]
+        for step in path[:-1]:
+            node = node[step]
+        node[path[-1]] = _from_levels(array, top) if kind == "levels" else array.astype(float) if kind[0] == "f" else array
+    return head["tree"]
+
+
+def _split(data: Any, path: list[Any], arrays: list[Any]) -> Any:
+    if isinstance(data, np.ndarray):
+        arrays.append((path, *_stored(data)))
+        return None
+    if isinstance(data, Mapping):
+        return {clean(str(k)): _split(v, [*path, clean(str(k))], arrays) for k, v in data.items()}
+    if isinstance(data, (list, tuple)):
+        return [_split(v, [*path, i], arrays) for i, v in enumerate(data)]
+    if isinstance(data, str):
+        return clean(data)
+    if isinstance(data, np.generic):
+        data = data.item()
+    if isinstance(data, float) and not math.isfinite(data):
+        return "NaN" if math.isnan(data) else "Infinity" if data > 0 else "-Infinity"
+    return data
+
+
+def _stored(array: np.ndarray) -> tuple[str, np.ndarray, float]:
+    """Kind, little-endian values, and the largest size for levels. Integers take the fewest bytes that hold them."""
+    array = array.ravel()
+    if isinstance(array, Coarse):
+        levels, top = _to_levels(np.asarray(array))
+        return "levels", levels, top
+    if array.dtype.kind == "f":
+        kind = "f2" if array.dtype == np.float16 else "f4"
+    else:
+        low, high = (int(array.min()), int(array.max())) if array.size else (0, 0)
+        fits = [k for k in ("u1", "i1", "u2", "i2", "u4", "i4") if np.iinfo(k).min <= low and high <= np.iinfo(k).max]
+        kind = fits[0] if fits else "f8"
+    return kind, array.astype(f"<{kind}"), 0.0
+
+
+def _to_levels(values: np.ndarray) -> tuple[np.ndarray, float]:
+    finite = np.abs(values[np.isfinite(values)])
+    top = float(finite.max()) if finite.size else 0.0
+    level = np.rint(_LEVELS * np.sqrt(np.minimum(np.abs(np.nan_to_num(values, posinf=top, neginf=top)) / (top or 1.0), 1.0)))
+    level = np.where(np.isinf(values), _LEVELS + 1, level) * np.sign(np.nan_to_num(values))
+    return np.where(np.isnan(values), -128, level).astype(np.int8), top
+
+
+def _from_levels(level: np.ndarray, top: float) -> np.ndarray:
+    level = level.astype(float)
+    value = np.sign(level) * (level / _LEVELS) ** 2 * top
+    value = np.where(np.abs(level) > _LEVELS, np.copysign(np.inf, level), value)
+    return np.where(level == -128, np.nan, value)
+
+
+def _glyph(group: Group) -> Any:
+    """The text itself where it is seen as it is, else `[lead, parts, special]`."""
+    plain = not group.special and all(seen == raw for seen, raw in group.parts)
+    return group.text if plain else [group.lead, [list(part) for part in group.parts], int(group.special)]
+
+
+def _plain_word(glyph: Any) -> str | None:
+    """The name that the page derives by itself."""
+    return glyph.replace(" ", "·") if isinstance(glyph, str) and len(glyph) <= WORD else None
+
+
+def _joined(pieces: list[bytes], at: int) -> Iterator[list[Any]]:
+    """`[first row, tokens, glyph]` of the groups that several tokens make."""
+    for group in groups(pieces):
+        if group.tokens > 1:
+            yield [at, group.tokens, _glyph(group)]
+        at += group.tokens
+
+
+def _described(trace: Trace, sample: int, first: int, size: int) -> dict[str, Any]:
+    prompt, ids = str(trace.meta["prompts"][sample]), trace.column("token_id")[first : first + size]
+    return {"key": key(ids, prompt, sample), "sample": sample, "first": first, "size": size, "prompt": prompt,
+            "finish": str(trace.meta["finish"][sample])}  # fmt: skip
