@@ -1,0 +1,178 @@
+"""Exposure bias: does the student get worse on its own text, and can the teacher still help there?
+
+Three readings. The excess accumulated error (Arora et al., arXiv 2204.01171; MiniLLM's appendix, arXiv 2306.08543): with p
+the teacher, q the student,
+
+    R(l)       = sum_{t<=l} E_{y_<t ~ q, y_t ~ p} log p(y_t|y_<t) / q(y_t|y_<t)      on the student's prefixes
+    l eps(l)   = sum_{t<=l} E_{y_<t ~ p, y_t ~ p} log p(y_t|y_<t) / q(y_t|y_<t)      on the teacher's
+    ExAccErr   = 100 (R(l) - l eps(l)) / (l eps(l))  %
+
+so 0 means that errors do not pile up. The next token is taken in expectation over the teacher's whole distribution, not
+sampled: each term is the forward KL at a prefix. A text that has ended adds nothing to either sum (ours: the definition has
+texts of one length), and l eps(l) is then the KL between the two laws of the first l tokens. Then the KLs by position, and
+the teacher-continuation probe: how often the teacher still gets it right when it goes on from the student's first L tokens.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import pandas as pd
+import torch
+from torch import Tensor
+
+from opdlab.diagnose.probe import ask, grade, render, write
+from opdlab.divergence import forward_kl, reverse_kl
+from opdlab.errors import MissingPolicy, OpdlabError
+from opdlab.policy import Policy, Prompt
+from opdlab.rollout import Rollout, sample
+from opdlab.tasks import Task
+
+LEAST = 1e-6  # nats: below this an accumulated KL is rounding
+
+
+@dataclass(frozen=True, eq=False)
+class Exposure:
+    """`table`, one row a position (tokens written so far): `tokens` (student texts still open), `reverse_kl` and `forward_kl` there,
+    `teacher_tokens` and `on_teacher` (the forward KL on the teacher's own prefixes), `excess` (ExAccErr up to and including
+    it, %) with a 95 % bootstrap interval over prompts `low`, `high`. `probe`: see `continuation`; None where nothing can be checked.
+    """
+
+    table: pd.DataFrame
+    probe: pd.DataFrame | None
+
+    @property
+    def excess(self) -> float:
+        """ExAccErr over the whole length, %."""
+        return float(self.table["excess"].iloc[-1])
+
+    @property
+    def sentence(self) -> str:
+        low, high = self.table[["low", "high"]].iloc[-1]
+        text = (
+            f"ExAccErr over {len(self.table)} tokens is {self.excess:+.1f} % [{low:+.1f}, {high:+.1f}]: so much more the student errs on "
+            "its own prefixes than on the teacher's (0: errors do not pile up)."
+        )
+        if np.isnan(self.excess):
+            text = "On the teacher's prefixes student and teacher agree, so there is no error that could pile up (ExAccErr is undefined)."
+        if self.probe is not None and len(self.probe):
+            first, last = self.probe.iloc[0], self.probe.iloc[-1]
+            text += (
+                f" The teacher scores {first['teacher']:.2f} from the student's first {int(first['length'])} tokens and "
+                f"{last['teacher']:.2f} from its first {int(last['length'])}."
+            )
+        return text
+
+    def __str__(self) -> str:
+        return self.sentence
+
+    def __repr__(self) -> str:
+        return f"Exposure(ExAccErr {self.excess:+.3g} %, {len(self.table)} positions)"
+
+    def _repr_html_(self) -> str:
+        return render(self.sentence, self.table)
+
+
+def exposure(student: Policy, teacher: Policy, task: Task | None = None, *, prompts: int | Sequence[Prompt] = 64, n: int = 1,
+             at: Sequence[int] | None = None, seed: int = 0, max_new_tokens: int | None = None) -> Exposure:  # fmt: skip
+    """All three readings, on `n` answers of each side to each prompt at temperature 1.
+
+    at: lengths L of the probe; by default five from 0 to the student's usual length. Raises TokenizerMismatch.
+    """
+    asked = ask(task, prompts, seed)
+    own, other = (write(policy, task, asked, n, seed, max_new_tokens=max_new_tokens) for policy in (student, teacher))
+    mine, theirs = (kls(student, teacher, rollout) for rollout in (own, other))
+    table = excess_error(mine["forward_kl"], theirs["forward_kl"], group=n)
+    width = len(table)
+    for name, value, rollout in (("reverse_kl", mine["reverse_kl"], own), ("forward_kl", mine["forward_kl"], own),
+                                 ("on_teacher", theirs["forward_kl"], other)):  # fmt: skip
+        count = rollout.mask.sum(0).cpu().numpy()
+        mean = value.sum(0).numpy() / np.where(count, count, 1)
+        table[name] = _padded(np.where(count > 0, mean, np.nan), width, np.nan)
+        table["teacher_tokens" if name == "on_teacher" else "tokens"] = _padded(count, width, 0)
+    table = table[["tokens", "reverse_kl", "forward_kl", "teacher_tokens", "on_teacher", "excess", "low", "high"]]
+    probe = continuation(own, student, teacher, task, at) if task is not None and task.verify is not None else None
+    return Exposure(table, probe)
+
+
+def excess_error(on_student: Tensor, on_teacher: Tensor, weight: Tensor | None = None, teacher_weight: Tensor | None = None,
+                 group: int = 1, resamples: int = 1000) -> pd.DataFrame:  # fmt: skip
+    """ExAccErr up to each position, %, from forward KLs `[B, T]` (0 in the padding) on the student's and on the teacher's texts.
+
+    weight, teacher_weight: probability of each text `[B]`, for laws that are enumerated and not sampled (equal by default; no
+    interval then). group: texts a prompt, resampled together. Columns `excess`, `low`, `high`; nan where the teacher's own
+    prefixes show no error (`LEAST`).
+    """
+    width = max(on_student.shape[1], on_teacher.shape[1])
+    sums = [torch.nn.functional.pad(x.double(), (0, width - x.shape[1])).cumsum(1) for x in (on_student, on_teacher)]
+    law = [w.double() if w is not None else x.new_full((len(x),), 1 / len(x)) for w, x in ((weight, sums[0]), (teacher_weight, sums[1]))]
+    accumulated, expected = (w @ x for w, x in zip(law, sums, strict=True))
+    out = pd.DataFrame({"excess": _percent(accumulated, expected).numpy()})
+    out["low"] = out["high"] = np.nan
+    paired = weight is None and teacher_weight is None and len(sums[0]) == len(sums[1])
+    if paired and (prompts := len(sums[0]) // group) > 1:
+        own, other = (x.view(prompts, group, width).mean(1) for x in sums)
+        pick = torch.randint(prompts, (resamples, prompts), generator=torch.Generator().manual_seed(0))
+        share = torch.zeros(resamples, prompts, dtype=torch.double).scatter_add_(1, pick, torch.ones(pick.shape, dtype=torch.double))
+        drawn = _percent(share @ own / prompts, share @ other / prompts).numpy()
+        out["low"], out["high"] = np.quantile(drawn, [0.025, 0.975], axis=0)
+    return out
+
+
+def continuation(rollout: Rollout, student: Policy, teacher: Any, task: Task, at: Sequence[int] | None = None,
+                 room: float = 1.0) -> pd.DataFrame:  # fmt: skip
+    """The teacher goes on, greedily, from the first L tokens of each student text that is longer than L.
+
+    One row a length: `texts` (how many are that long), `teacher` (the verifier's mean score of prefix and continuation) and
+    `student` (of the whole text as the student wrote it). With other tokens, or a teacher that only writes, prefixes are
+    handed over as text. room: the teacher's tokens a token of the task's.
+    """
+    if task.verify is None:
+        raise MissingPolicy(f"{task.name} has no verifier, so nothing can be scored. Make the task with verify=….")
+    usual = int(rollout.lengths.float().median())
+    bodies, rows = rollout.completions(), []
+    for length in sorted({round(usual * i / 5) for i in range(5)} if at is None else set(at)):
+        if length < 0:
+            raise OpdlabError(f"continuation got a prefix of {length} tokens. Use lengths of 0 and more.")
+        which = [i for i, body in enumerate(bodies) if len(body) > length]
+        if not which:
+            continue
+        left = max(1, round(room * (task.max_new_tokens - length)))
+        prompts = [rollout.prompts[i] for i in which]
+        texts = _continued(student, teacher, prompts, [bodies[i][:length] for i in which], left)
+        scores = [[float(task.verify(p, t)) for p, t in zip(prompts, ts, strict=True)] for ts in (texts, [rollout.texts[i] for i in which])]
+        rows.append({"length": length, "texts": len(which), "teacher": np.mean(scores[0]), "student": np.mean(scores[1])})
+    return pd.DataFrame(rows, columns=["length", "texts", "teacher", "student"])
+
+
+def _continued(student: Policy, teacher: Any, prompts: list[Prompt], begun: list[list[int]], left: int) -> list[str]:
+    """Whole texts: what was begun and what the teacher adds."""
+    if isinstance(teacher, Policy) and teacher.tokenizer.get_vocab() == student.tokenizer.get_vocab():
+        more = sample(teacher, prompts, temperature=0, max_new_tokens=left, prefixes=begun).completions()
+        return student.tokenizer.batch_decode([a + b for a, b in zip(begun, more, strict=True)], skip_special_tokens=True)
+    from opdlab.teachers import TextOnly
+
+    writer = TextOnly(teacher) if isinstance(teacher, Policy) else teacher
+    starts = student.tokenizer.batch_decode(begun, skip_special_tokens=True)
+    added = writer.write(prompts, 1, prefixes=starts, max_new_tokens=left, temperature=0.0)
+    return [start + text for start, (text,) in zip(starts, added, strict=True)]
+
+
+def kls(student: Policy, teacher: Policy, rollout: Rollout) -> dict[str, Tensor]:
+    """Forward and reverse KL on a rollout, `[B, T]` each, zero in the padding."""
+    both = lambda rows: {f.__name__: f(rows["student"], rows["teacher"]) for f in (forward_kl, reverse_kl)}
+    flat = grade(rollout, both, {"student": student, "teacher": teacher})
+    mask = rollout.mask.cpu()
+    none = torch.zeros(mask.shape, dtype=torch.float64)
+    return {name: none.masked_scatter(mask, torch.tensor(value).double()) for name, value in flat.items()}
+
+
+def _percent(accumulated: Tensor, expected: Tensor) -> Tensor:
+    return torch.where(expected > LEAST, 100 * (accumulated - expected) / expected.clamp(min=LEAST), torch.nan)
+
+
+def _padded(values: np.ndarray, width: int, fill: float) -> np.ndarray:
+    return np.concatenate([values, np.full(width - len(values), fill, values.dtype)])

@@ -1,0 +1,106 @@
+"""Do student and teacher live in the same place? Agreement of two policies on the student's own prefixes.
+
+On-policy distillation only grades what the student writes: where the teacher's tokens hold no mass of the student's, there
+is nothing to pull on. The numbers are those that users of this method watch ("Rethinking OPD", code thunlp/OPD: in runs that
+work the shared tokens carry 97-99 % of the mass), with DistillSpec's acceptance (arXiv 2310.08461). Small vocabularies make
+`overlap` look worse than it is, since most of the top k then have no mass: read the masses and the acceptance there.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import pandas as pd
+import torch
+from torch import Tensor
+
+from opdlab.diagnose.probe import frame, grade, render, write
+from opdlab.divergence import entropy, total_variation
+from opdlab.policy import Policy, Prompt
+from opdlab.rollout import Rollout
+from opdlab.rows import Rows
+from opdlab.tasks import Task
+
+NUMBERS = ("overlap", "advantage", "acceptance", "student_mass", "teacher_mass", "entropy_gap")
+
+
+@dataclass(frozen=True, eq=False)
+class Overlap:
+    """`tokens`: one row a token with the numbers of `agreement(k)`. `table`: their means by position, with counts."""
+
+    k: int
+    tokens: pd.DataFrame
+
+    @property
+    def table(self) -> pd.DataFrame:
+        by = self.tokens.groupby("position")
+        return pd.concat([by.size().rename("tokens"), by[list(NUMBERS)].mean()], axis=1)
+
+    @property
+    def mean(self) -> dict[str, float]:
+        """Means over all tokens (the advantage over those whose top tokens meet at all)."""
+        return {name: float(self.tokens[name].mean()) for name in NUMBERS}
+
+    @property
+    def sentence(self) -> str:
+        m = self.mean
+        return (
+            f"On the student's own prefixes the two share {m['overlap']:.0%} of their top {self.k} tokens; the teacher's hold "
+            f"{m['student_mass']:.1%} of the student's mass and the student's {m['teacher_mass']:.1%} of the teacher's. "
+            f"A token of the student's would be accepted with probability {m['acceptance']:.3f}."
+        )
+
+    def __str__(self) -> str:
+        return self.sentence
+
+    def __repr__(self) -> str:
+        return f"Overlap(k={self.k}, {', '.join(f'{name} {value:.3g}' for name, value in self.mean.items())}, {len(self.tokens)} tokens)"
+
+    def _repr_html_(self) -> str:
+        return render(self.sentence, self.table)
+
+
+def overlap(student: Policy, teacher: Any, task: Task | None = None, *, k: int = 16, rollout: Rollout | None = None,
+            prompts: int | Sequence[Prompt] = 32, n: int = 1, seed: int = 0) -> Overlap:  # fmt: skip
+    """Agreement on a `rollout` of the student's, written here if there is none (`n` answers to each of the `prompts`).
+
+    k: how many top tokens of each side are compared (cut to the vocabulary). Raises TokenizerMismatch.
+    """
+    rollout = rollout or write(student, task, prompts, n, seed)
+    columns = grade(rollout, agreement(k), {"student": student, "teacher": teacher})
+    return Overlap(
+        min(k, student.weights.vocab_size) if isinstance(student, Policy) else k, frame(rollout, columns, task, student.tokenizer)
+    )
+
+
+def agreement(k: int) -> Any:
+    """A function of rows: with p the student, q the teacher and the top k tokens K_p, K_q of each, `[n]` each,
+
+    overlap        |K_p & K_q| / k
+    advantage      sum p' (log q' - log p') over K_p & K_q, both renormalised there: minus a KL, so 0 at best; nan for none
+    acceptance     sum min(p, q) = 1 - TV, the chance that speculative checking keeps a token
+    student_mass   p(K_q);   teacher_mass   q(K_p)
+    entropy_gap    |H(q) - H(p)|, nats
+    """
+
+    def measure(rows: Rows) -> dict[str, Tensor]:
+        p, q = rows["student"], rows["teacher"]
+        tops = [logp.topk(min(k, p.shape[-1]), -1).indices for logp in (p, q)]
+        common = (tops[0][:, :, None] == tops[1][:, None, :]).any(-1)  # [n, k], of the student's top tokens
+        return {
+            "overlap": common.float().mean(-1), "advantage": _shared_advantage(p.gather(-1, tops[0]), q.gather(-1, tops[0]), common),
+            "acceptance": 1 - total_variation(p, q), "student_mass": p.gather(-1, tops[1]).exp().sum(-1),
+            "teacher_mass": q.gather(-1, tops[0]).exp().sum(-1), "entropy_gap": (entropy(q) - entropy(p)).abs(),
+        }  # fmt: skip
+
+    return measure
+
+
+def _shared_advantage(p: Tensor, q: Tensor, common: Tensor) -> Tensor:
+    """`[n, k]` log-probs and which of them count; `[n]`."""
+    p, q = (x.masked_fill(~common, -torch.inf).log_softmax(-1) for x in (p, q))
+    gap = (q - p).masked_fill(~common, 0.0)
+    value = (p.exp() * gap).nan_to_num(nan=0.0, neginf=-torch.inf).sum(-1)  # nan: a token without mass adds nothing
+    return value.masked_fill(~common.any(-1), torch.nan)
