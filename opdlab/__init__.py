@@ -6,7 +6,24 @@ from opdlab.distill import Run, Settings, Step, distill
 from opdlab.divergence import TopK
 from opdlab.errors import OpdlabError
 from opdlab.evaluate import evaluate
-from opdlab.methods import DOPD, EOPD, GOPD, GRPO, OPD, SFT, OmniOPD, OPDPlus, SelfDistillation, SequenceKD, SpanOPD, dopd, method, omniopd
+from opdlab.methods import (
+    DOPD,
+    EOPD,
+    GOPD,
+    GRPO,
+    OPD,
+    OVD,
+    SFT,
+    SODA,
+    OmniOPD,
+    OPDPlus,
+    SelfDistillation,
+    SequenceKD,
+    SpanOPD,
+    dopd,
+    method,
+    omniopd,
+)
 from opdlab.policy import Policy, Prompt
 from opdlab.profiles import load
 from opdlab.rollout import Rollout, sample
@@ -15,7 +32,7 @@ from opdlab.trace import Trace, score
 
 __version__ = "0.1.0"
 __all__ = [
-    "DOPD", "EOPD", "GOPD", "GRPO", "OPD", "SFT", "OPDPlus", "OmniOPD", "OpdlabError", "Policy", "Prompt", "Rollout", "Run",
-    "SelfDistillation", "SequenceKD", "Settings", "SpanOPD", "Step", "Task", "TopK", "Trace", "distill", "divergence", "dopd", "errors",
-    "evaluate", "exact", "load", "method", "methods", "notebook", "omniopd", "resume", "sample", "score", "tasks", "viz",
+    "DOPD", "EOPD", "GOPD", "GRPO", "OPD", "OVD", "SFT", "SODA", "OPDPlus", "OmniOPD", "OpdlabError", "Policy", "Prompt", "Rollout",
+    "Run", "SelfDistillation", "SequenceKD", "Settings", "SpanOPD", "Step", "Task", "TopK", "Trace", "distill", "divergence", "dopd",
+    "errors", "evaluate", "exact", "load", "method", "methods", "notebook", "omniopd", "resume", "sample", "score", "tasks", "viz",
 ]  # fmt: skip

@@ -8,10 +8,13 @@ from opdlab.methods.grpo import GRPO
 from opdlab.methods.omniopd import OmniOPD
 from opdlab.methods.opd import OPD
 from opdlab.methods.opd_plus import OPDPlus
+from opdlab.methods.ovd import OVD
 from opdlab.methods.self_distillation import SelfDistillation
+from opdlab.methods.soda import SODA
 from opdlab.methods.spans import SpanOPD
 from opdlab.methods.supervised import SFT, SequenceKD
 
 __all__ = [
-    "DOPD", "EOPD", "GOPD", "GRPO", "OPD", "SFT", "Method", "OPDPlus", "OmniOPD", "SelfDistillation", "SequenceKD", "SpanOPD", "method",
+    "DOPD", "EOPD", "GOPD", "GRPO", "OPD", "OVD", "SFT", "SODA", "Method", "OPDPlus", "OmniOPD", "SelfDistillation", "SequenceKD",
+    "SpanOPD", "method",
 ]  # fmt: skip

@@ -26,7 +26,8 @@ class Method(Protocol):
     (the student before training), `ema`, any of them told hints (`teacher+hint`), or `teacher.text` (a teacher that only writes).
 
     Optional: `plan(batch) -> {name: [B, T] or [B, T, K] or [B]}`; `on_policy`, the share of prompts whose completion the
-    student writes (1); `writer`, who writes the others ("teacher" or "answer"); `recipe`, the settings of `distill` that the
+    student writes (1); `writer`, who writes the others ("teacher", "answer", a policy of `needs`, or several of them, each of
+    whom writes all, in that order); `recipe`, the settings of `distill` that the
     method's paper trains with, as `{"normalize": "sequence"}` (they go before the task's own)."""
 
     @property
