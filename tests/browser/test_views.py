@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 from viz.traces import NASTY, byte_pieces, made
 
 from opdlab.viz import TokenLens, curves, page
+from opdlab.viz.duel import duel
 from opdlab.viz.glyphs import visible
 
 pytestmark = pytest.mark.browser
@@ -56,8 +57,6 @@ def shown(view) -> dict[str, tuple[str, str]]:
 
 
 def expected(lens: TokenLens, i: int, rival: str) -> dict[str, list[float]]:
-    from opdlab.viz.duel import duel
-
     found = duel(lens.trace)
     end = int(found["count"][: i + 1].sum())
     rows = range(end - int(found["count"][i]), end)
@@ -76,6 +75,9 @@ def test_hovering_a_token_shows_both_distributions(open_page, tmp_path, lens, i)
     rows, want = shown(view), expected(lens, i, "teacher")
     assert list(rows) == [*want, "all others"]
     assert all(close(rows[w][0], s) and close(rows[w][1], t) for w, (s, t) in want.items())
+    other = duel(lens.trace)["other"]
+    assert close(rows["all others"][0], other["student"][i])
+    assert close(rows["all others"][1], other["teacher"][i])
     assert view.locator(".opd-row[data-sampled] .opd-word").all_text_contents() == [visible(WORDS[i])]
     assert f"{lens.channels['student_entropy'].values[i]:.3g}" in view.locator(".opd-side.opd-of-student").text_content()
     assert view.locator(".opd-side.opd-of-teacher b").text_content() == "teacher"
