@@ -90,10 +90,11 @@ def test_ties_go_to_high_to_confident_and_to_the_teacher():
 
 @pytest.mark.parametrize("equal", [0.1, 0.3, 1.1, 2.7])
 def test_equal_gaps_are_all_high_whatever_the_rounding(equal):
-    above = 0
+    above = 0  # how often a bare mean would exceed its equal values
     for n in range(1, 60):
-        sure, unsure, mask = torch.zeros(n).double(), torch.full((n,), -equal).double(), torch.ones(n, dtype=torch.bool)
-        above += unsure.abs().mean().item() > equal  # what a bare mean would do
+        unsure, mask = torch.full((n,), -equal, dtype=torch.float64), torch.ones(n, dtype=torch.bool)
+        sure = torch.zeros_like(unsure)
+        above += unsure.abs().mean().item() > equal
         assert route(sure, unsure, mask).tolist() == [HT] * n
         assert route(unsure, sure, mask).tolist() == [HS] * n
     assert above
