@@ -103,7 +103,8 @@ class Health:
     def sentence(self) -> str:
         if not self.alarms:
             return f"No alarms in {len(self.rows)} steps."
-        return f"{len(self.alarms)} alarms in {len(self.rows)} steps: " + "; ".join(f"{a.signature} at {a.step}" for a in self.alarms) + "."
+        what = "; ".join(f"{alarm.signature} (step {alarm.step})" for alarm in self.alarms)
+        return f"{len(self.alarms)} alarm{'s' * (len(self.alarms) > 1)} in {len(self.rows)} steps: {what}."
 
     def __str__(self) -> str:
         return "\n".join([self.sentence, *map(str, self.alarms)])
@@ -144,7 +145,7 @@ def vitals(step: Step) -> Vitals:
     teacher = _teacher(step)
     if teacher:
         flat = (columns[f"{teacher}_logp"] - columns["student_logp"]).clamp(max=0).exp()
-        kept = torch.zeros(rollout.ids.shape, device=flat.device).masked_scatter(rollout.mask, flat)
+        kept = torch.zeros(rollout.ids.shape, device=flat.device, dtype=flat.dtype).masked_scatter(rollout.mask, flat)
         out |= _acceptances(kept, rollout, mine, told=getattr(step.policies[teacher], "context", None) is not None)
     return out
 
