@@ -8,9 +8,12 @@ The methods that run here are those that train models: their plan and loss, the 
 
 from opdlab.exact import privilege
 from opdlab.exact.chain import Chain
-from opdlab.exact.gradients import differences, gradient, gradient_on
+from opdlab.exact.gradients import differences, gradient, gradient_on, loss_pass
 from opdlab.exact.laws import expectation, law, visits
 from opdlab.exact.letters import Letters
 from opdlab.exact.table import Table, everything
 
-__all__ = ["Chain", "Letters", "Table", "differences", "everything", "expectation", "gradient", "gradient_on", "law", "privilege", "visits"]
+__all__ = [
+    "Chain", "Letters", "Table", "differences", "everything", "expectation", "gradient", "gradient_on", "law", "loss_pass", "privilege",
+    "visits",
+]  # fmt: skip

@@ -17,6 +17,7 @@ from opdlab.batch import Batch
 from opdlab.exact.laws import law
 from opdlab.exact.table import Table, everything
 from opdlab.rollout import Rollout
+from opdlab.rows import Pass
 from opdlab.rows import gradient as engine
 
 if TYPE_CHECKING:
@@ -41,13 +42,18 @@ def gradient_on(method: Any, policies: Mapping[str, Any], rollout: Rollout, weig
     weight: `[N]`, one a completion. A bare loss function is taken as a method without a plan.
     """
     student: Table = policies["student"]
+    flat = loss_pass(method, policies, rollout, weight, task=task).gradient
+    return torch.zeros_like(student.logits).index_put_(student.where(rollout), flat, accumulate=True)
+
+
+def loss_pass(method: Any, policies: Mapping[str, Any], rollout: Rollout, weight: Tensor, *, task: Task | None = None) -> Pass:
+    """The engine's own numbers for `gradient_on`, token by token: `loss`, weighted `gradient [tokens, V]`, `grad_norm`."""
     batch = Batch(rollout, policies, task)
     plan = method.plan(batch) if hasattr(method, "plan") else {}
     columns = {name: batch.flat(name, column) for name, column in plan.items()}
     states = {name: batch.states(name) for name in batch.distributions}
     loss = method.loss if hasattr(method, "loss") else method
-    result = engine(loss, states, batch.token, weight.repeat_interleave(rollout.lengths), columns)
-    return torch.zeros_like(student.logits).index_put_(student.where(rollout), result.gradient, accumulate=True)
+    return engine(loss, states, batch.token, weight.repeat_interleave(rollout.lengths), columns)
 
 
 def differences(objective: Callable[[Table], Tensor], table: Table, step: float = 1e-5) -> Tensor:

@@ -16,7 +16,7 @@ Ours: the other generators, the discount, the centre and the value baseline; the
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, ClassVar, Literal
 
 import torch
@@ -64,6 +64,10 @@ class OPDPlus:
     @property
     def generator(self) -> Generator:
         return Generator(self.divergence, **self.options)
+
+    def form(self, c: float) -> OPDPlus:
+        """The same method from `f + c (u - 1)`, another form of the same divergence: the stop-gradient trains something else."""
+        return replace(self, options={**self.options, "shift": self.options.get("shift", 0.0) + c})
 
     def plan(self, batch: Batch) -> dict[str, Tensor]:
         """`advantage`, `clipped` (1 where log u was outside ±clip) and `sampler_logp`, `[B, T]` each."""
