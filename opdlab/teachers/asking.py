@@ -75,19 +75,19 @@ def without_echo(text: str, prefix: str) -> str:
     return said[longest:] if longest else text
 
 
-def choices(reply: Mapping[str, Any], limit: int) -> list[dict[str, Any]]:
+def choices(reply: Mapping[str, Any], most: int) -> list[dict[str, Any]]:
     """The texts of a reply, `{"text": …, "finish": …}` each; raises Fault for what is no answer.
 
-    limit: the tokens that were asked for. An empty text is an answer only where the model stopped at once, which the count of
-    tokens must bear out where there is one text.
+    most: the tokens that were asked for, over all texts. An empty text is an answer only where the model stopped at once, which
+    the count of tokens must bear out where there is one text.
     """
     listed = reply.get("choices")
     if not isinstance(listed, list) or not listed:
         raise Fault("the reply has no choices")
-    return [_choice(choice, reply.get("usage"), len(listed), limit) for choice in listed]
+    return [_choice(choice, reply.get("usage"), len(listed), most) for choice in listed]
 
 
-def _choice(choice: Any, usage: Any, n: int, limit: int) -> dict[str, Any]:
+def _choice(choice: Any, usage: Any, n: int, most: int) -> dict[str, Any]:
     said = choice.get("message", choice) if isinstance(choice, dict) else None
     text = (said.get("content") if "message" in choice else said.get("text")) if isinstance(said, dict) else None
     finish = choice.get("finish_reason") if isinstance(choice, dict) else None
@@ -98,8 +98,8 @@ def _choice(choice: Any, usage: Any, n: int, limit: int) -> dict[str, Any]:
         raise Fault(
             f"a text is missing (finish_reason {plain(finish)}). Where the model thinks first, switch that off or allow more tokens"
         )
-    if isinstance(written, int) and written > n * limit:
-        raise Fault(f"the server wrote {written} tokens where {n * limit} were asked for")
+    if isinstance(written, int) and written > most:
+        raise Fault(f"the server wrote {written} tokens where {most} were asked for")
     stopped = finish == "stop" and (n > 1 or (isinstance(written, int) and written <= 2))  # the end of a turn may take two tokens
     if not text and not stopped:
         raise Fault(f"a text is empty (finish_reason {plain(finish)}). Where the model thinks first, switch that off or allow more tokens")

@@ -56,7 +56,7 @@ class LogprobServer:
         bare.encode_all(prompts, room=max_new_tokens)
         self.text.check(student, prompts, max_new_tokens)
         self._student, self._names = bare, grades.Names.of(student.tokenizer, student.weights.vocab_size)
-        ids = _spread(student.tokenizer, student.weights.vocab_size, (student.weights.context_length or PROBE) - 1)
+        ids = _spread(student.tokenizer, student.weights.vocab_size, (student.weights.context_length or PROBE) - 2)
         self._way, said = self._found(ids)
         for i, name in zip(ids[1:], said, strict=True):
             if name is not None and "\ufffd" not in name and name.strip() != self._names.strings[i].strip():
@@ -147,10 +147,11 @@ def _tokens(reply: dict[str, Any]) -> list[int]:
 
 
 def _spread(tokenizer: PreTrainedTokenizerBase, vocab: int, most: int) -> list[int]:
-    """Ids from all over the vocabulary that are no special tokens, at most `most`."""
+    """Ids from all over the vocabulary that are no special tokens, about `most`; one more before them, since a first has no grade."""
     special = set(tokenizer.all_special_ids)
     ids = [i for i in range(vocab) if i not in special]
-    return ids[:: -(-len(ids) // max(2, min(most, PROBE)))]
+    ids = ids[:: -(-len(ids) // max(1, min(most, PROBE)))]
+    return [ids[-1], *ids]
 
 
 def _mismatch(what: str) -> TokenizerMismatch:

@@ -129,7 +129,7 @@ class TextServer:
     def _checked(self, reply: Mapping[str, Any], n: int, limit: int, short: list[int]) -> list[dict[str, Any]]:
         """The texts of a reply. Fewer than asked for may be an accident: taken only when it happens again (`short`)."""
         self.named(reply)
-        texts = asking.choices(reply, limit)
+        texts = asking.choices(reply, n * limit)
         if len(texts) < n and not short:
             short.append(len(texts))
             raise Fault(f"{len(texts)} texts came where {n} were asked for")

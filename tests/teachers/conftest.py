@@ -9,19 +9,27 @@ import subprocess
 import sys
 import time
 import urllib.request
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack
 from pathlib import Path
+from typing import Any
 
 import pytest
 from wire import Faults, Wire, served
 
+from opdlab import Policy
 from opdlab.tasks.market import data, model
 from opdlab.teachers import service
 
 
 @pytest.fixture(scope="session")
-def _wire() -> Iterator[tuple[Wire, Faults, str]]:
-    wire = Wire(model("teacher"))
+def market_teacher() -> Policy:
+    return model("teacher")
+
+
+@pytest.fixture(scope="session")
+def _wire(market_teacher) -> Iterator[tuple[Wire, Faults, str]]:
+    wire = Wire(market_teacher)
     faults = Faults(wire.app())
     with served(faults) as port:
         yield wire, faults, f"http://127.0.0.1:{port}/v1"
@@ -33,8 +41,22 @@ def wire(_wire, monkeypatch) -> tuple[Wire, Faults, str]:
     monkeypatch.setattr(service, "_pause", lambda i: 0.01)
     server, faults, url = _wire
     server.requests.clear()
+    server.used.clear()
     faults.clear()
     return server, faults, url
+
+
+@pytest.fixture
+def serve(market_teacher, monkeypatch) -> Iterator[Callable[..., tuple[Wire, str]]]:
+    """Start other servers on the same model: `serve(dialect="chat", …)`."""
+    monkeypatch.setattr(service, "_pause", lambda i: 0.01)
+    with ExitStack() as running:
+
+        def start(**options: Any) -> tuple[Wire, str]:
+            wire = Wire(market_teacher, **options)
+            return wire, f"http://127.0.0.1:{running.enter_context(served(wire.app()))}/v1"
+
+        yield start
 
 
 @pytest.fixture(scope="session")

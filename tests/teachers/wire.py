@@ -32,6 +32,7 @@ class Wire:
         self.name, self.dialect, self.most, self.choices = name, dialect, most, choices
         self.vocab = policy.weights.vocab_size
         self.requests: list[tuple[str, dict[str, Any], dict[str, str]]] = []
+        self.used: list[int] = []  # tokens of each reply
         self.lock = threading.Lock()
 
     def answer(self, path: str, body: dict[str, Any]) -> tuple[int, dict[str, Any]]:
@@ -85,6 +86,7 @@ class Wire:
         return 200, self.reply(choices, ids)
 
     def reply(self, choices: list[dict[str, Any]], ids: list[int]) -> dict[str, Any]:
+        self.used.append(len(ids) + self.written)
         return {"id": "x", "object": "y", "created": 0, "model": self.name, "choices": choices,
                 "usage": {"prompt_tokens": len(ids), "completion_tokens": self.written}}  # fmt: skip
 
@@ -171,7 +173,7 @@ class Faults:
         if isinstance(fault, tuple):  # a status with headers, without asking the server
             return await self.say(send, fault[0], b'{"error": {"message": "made to fail"}}', fault[1])
         if fault == "slow":
-            await asyncio.sleep(1.5)
+            await asyncio.sleep(6)
             return await self.app(scope, receive, send)
         body = await self.body_of(scope, receive)
         if fault == "cut":  # fewer bytes than announced, then the end of the connection
@@ -186,7 +188,8 @@ class Faults:
             raise ConnectionError("cut on purpose")
         if callable(fault):
             reply = json.loads(body)
-            body = json.dumps(fault(reply) or reply).encode()
+            fault(reply)
+            body = json.dumps(reply).encode()
         else:
             body = {"broken": body[: len(body) // 2], "html": b"<html>busy</html>", "list": b"[]", "nothing": b""}[fault]
         await self.say(send, 200, body, {})
