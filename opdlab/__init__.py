@@ -15,6 +15,7 @@ from opdlab.methods import (
     OVD,
     SFT,
     SODA,
+    TOPD,
     OmniOPD,
     OPDPlus,
     SelfDistillation,
@@ -23,6 +24,7 @@ from opdlab.methods import (
     dopd,
     method,
     omniopd,
+    topd,
 )
 from opdlab.policy import Policy, Prompt
 from opdlab.profiles import load
@@ -32,7 +34,7 @@ from opdlab.trace import Trace, score
 
 __version__ = "0.1.0"
 __all__ = [
-    "DOPD", "EOPD", "GOPD", "GRPO", "OPD", "OVD", "SFT", "SODA", "OPDPlus", "OmniOPD", "OpdlabError", "Policy", "Prompt", "Rollout",
+    "DOPD", "EOPD", "GOPD", "GRPO", "OPD", "OVD", "SFT", "SODA", "TOPD", "OPDPlus", "OmniOPD", "OpdlabError", "Policy", "Prompt", "Rollout",
     "Run", "SelfDistillation", "SequenceKD", "Settings", "SpanOPD", "Step", "Task", "TopK", "Trace", "distill", "divergence", "dopd",
-    "errors", "evaluate", "exact", "load", "method", "methods", "notebook", "omniopd", "resume", "sample", "score", "tasks", "viz",
+    "errors", "evaluate", "exact", "load", "method", "methods", "notebook", "omniopd", "resume", "sample", "score", "tasks", "topd", "viz",
 ]  # fmt: skip

@@ -13,8 +13,9 @@ from opdlab.methods.self_distillation import SelfDistillation
 from opdlab.methods.soda import SODA
 from opdlab.methods.spans import SpanOPD
 from opdlab.methods.supervised import SFT, SequenceKD
+from opdlab.methods.topd import TOPD
 
 __all__ = [
-    "DOPD", "EOPD", "GOPD", "GRPO", "OPD", "OVD", "SFT", "SODA", "Method", "OPDPlus", "OmniOPD", "SelfDistillation", "SequenceKD",
+    "DOPD", "EOPD", "GOPD", "GRPO", "OPD", "OVD", "SFT", "SODA", "TOPD", "Method", "OPDPlus", "OmniOPD", "SelfDistillation", "SequenceKD",
     "SpanOPD", "method",
 ]  # fmt: skip

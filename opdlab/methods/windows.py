@@ -1,0 +1,213 @@
+"""Near-future windows: what two policies write next from one prefix, and the transport distance between the two texts.
+
+For a position t of a rollout x, with K tokens in a window (arXiv 2606.00305, sections 2.1, 2.2 and 3):
+
+    T = the teacher's continuation of (q, x_<t)        S = (x_t, …, x_{t+K-1}), or the student's own continuation
+    C_ij = 1 - cos(e(S_i), e(T_j)),     D_OT = min_{γ ∈ Π(1/K, 1/K)} Σ_ij γ_ij C_ij
+
+Confirmed by the paper: K = 50, the same prefix for both, windows that start at t itself, optimal transport between embedded
+tokens. Not reported there, and ours: static token embeddings, the cosine cost, uniform marginals, greedy continuations. The
+distance compares bags of tokens: it does not see their order. Rows are the student's window, columns the teacher's, everywhere.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from opdlab.batch import Batch
+from opdlab.errors import MissingPolicy
+from opdlab.policy import TOKENS_PER_PASS, Policy
+from opdlab.rollout import Rollout
+
+Point = tuple[int, int]  # completion, position
+EMBEDDINGS = ("student", "teacher", "onehot")
+SCORES = ("teacher_nll", "log_ratio", "reverse_kl")
+SWEEPS, TOLERANCE = 1000, 1e-6  # of Sinkhorn's iteration; what is left of the marginals' error is rounded away
+
+
+def transport(student_vectors: Tensor, teacher_vectors: Tensor, epsilon: float | None = None) -> tuple[float, Tensor]:
+    """Transport distance between two windows of vectors `[K, H]` and `[K', H]`, and the plan `[K, K']`, float64 on the CPU.
+
+    Uniform marginals (rows of the plan sum to 1/K, columns to 1/K'), cost 1 - cosine. epsilon: None is exact; otherwise the
+    entropic plan, whose cost is then the distance. Raises ValueError for an epsilon of 0 or less.
+    """
+    distances, plans = solve([cost(student_vectors, teacher_vectors)], epsilon)
+    return float(distances[0]), plans[0]
+
+
+def cost(student_vectors: Tensor, teacher_vectors: Tensor) -> Tensor:
+    """1 - cosine, `[K, H]`, `[K', H]` -> `[K, K']`, as half the squared distance of unit vectors: exactly 0 for equal ones.
+
+    A zero vector is at 1/2 from all others.
+    """
+    s, t = (F.normalize(x.detach().double(), dim=-1) for x in (student_vectors, teacher_vectors))
+    return (torch.cdist(s, t, compute_mode="donot_use_mm_for_euclid_dist") ** 2 / 2).cpu()
+
+
+def solve(costs: Sequence[Tensor], epsilon: float | None = None) -> tuple[Tensor, list[Tensor]]:
+    """Transport for many cost matrices: distances `[P]` and plans. Those of one shape are solved side by side."""
+    if epsilon is not None and not epsilon > 0:
+        raise ValueError(f"The transport's epsilon is {epsilon}. Use a number above 0, or None for the exact plan.")
+    plans: list[Tensor] = [torch.empty(0)] * len(costs)
+    for shape in sorted({tuple(c.shape) for c in costs}):
+        which = [i for i, c in enumerate(costs) if tuple(c.shape) == shape]
+        stack = torch.stack([costs[i] for i in which])
+        for i, plan in zip(which, _exact(stack) if epsilon is None else _entropic(stack, epsilon), strict=True):
+            plans[i] = plan
+    distances = [float((p * c).sum()) for p, c in zip(plans, costs, strict=True)]
+    return torch.tensor(distances, dtype=torch.float64), plans
+
+
+def _exact(costs: Tensor) -> Tensor:
+    import ot  # slow to import
+
+    return torch.stack([torch.from_numpy(ot.emd([], [], c.numpy())) for c in costs])
+
+
+def _entropic(costs: Tensor, epsilon: float) -> Tensor:
+    """Sinkhorn in the log domain on `[P, K, K']`, then rounded to exact marginals (Altschuler et al., arXiv 1705.09634, alg. 2).
+
+    Where windows share some tokens and not others the iteration converges slowly, whatever the solver; rounding moves no
+    more mass than the marginals are off, so it may stop early.
+    """
+    from ot.batch import bregman_log_projection_batch
+
+    a, b = (torch.full((len(costs), k), 1 / k, dtype=torch.float64) for k in costs.shape[1:])
+    plan = bregman_log_projection_batch(-costs / epsilon, a, b, max_iter=SWEEPS, tol=TOLERANCE)["T"]
+    plan = plan * (a / plan.sum(2)).clamp(max=1)[:, :, None]
+    plan = plan * (b / plan.sum(1)).clamp(max=1)[:, None, :]
+    rows, columns = (a - plan.sum(2)).clamp(min=0), (b - plan.sum(1)).clamp(min=0)
+    return plan + rows[:, :, None] * columns[:, None, :] / rows.sum(1).clamp(min=1e-300)[:, None, None]
+
+
+def diagonal(student: Sequence[int], teacher: Sequence[int]) -> Tensor:
+    """The plan that matches token i with token i, `[K, K']` with mass 1: the control that ignores the embeddings."""
+    both = min(len(student), len(teacher))
+    return torch.eye(len(student), len(teacher), dtype=torch.float64) / both
+
+
+def costs(students: Sequence[Sequence[int]], teachers: Sequence[Sequence[int]], embedding: str,
+          policies: Mapping[str, Any]) -> list[Tensor]:  # fmt: skip
+    """Cost matrices of pairs of windows, by the token embeddings of a policy, or "onehot": any two tokens are at distance 1."""
+    pairs = [(torch.tensor(list(s)), torch.tensor(list(t))) for s, t in zip(students, teachers, strict=True)]
+    if embedding == "onehot":
+        return [(s[:, None] != t[None]).double() for s, t in pairs]
+    policy = policies[embedding]
+    if not isinstance(policy, Policy):
+        raise MissingPolicy(f"The {embedding}, a {type(policy).__name__}, has no token embeddings. Use embedding='onehot'.")
+    table = policy.weights.model.get_input_embeddings().weight
+    return [cost(table[s.to(table.device)], table[t.to(table.device)]) for s, t in pairs]
+
+
+def room(policy: Any, rollout: Rollout, window: int) -> Tensor:
+    """`[B, T]`, true where a window fits into the completion and the token is not a special one."""
+    special = {*getattr(policy.tokenizer, "all_special_ids", []), *(policy.weights.eos if isinstance(policy, Policy) else [])}
+    last = rollout.lengths[:, None] - window
+    fits = torch.arange(rollout.ids.shape[1], device=rollout.ids.device) <= last
+    return fits & ~torch.isin(rollout.ids, torch.tensor(sorted(special), device=rollout.ids.device))
+
+
+def quota(lengths: Tensor, share: float) -> list[int]:
+    """ceil(share N) for completions of N tokens."""
+    return [math.ceil(share * n - 1e-9) for n in lengths.tolist()]
+
+
+def top(score: Tensor, where: Tensor, counts: Sequence[int], least: float | None = None, most: int | None = None) -> list[Point]:
+    """The `counts[b]` positions of highest score `[B, T]` in each completion, among those that `where` allows, in order.
+
+    least: lower scores do not count. most: how many in all, the highest first.
+    """
+    score = score.double().cpu()
+    allowed = where.cpu() if least is None else where.cpu() & (score >= least)
+    found: list[Point] = []
+    for b, count in enumerate(counts):
+        order = score[b].masked_fill(~allowed[b], -math.inf).argsort(descending=True, stable=True).tolist()
+        found += [(b, t) for t in order[:count] if allowed[b, t]]
+    if most is not None:
+        found = sorted(found, key=lambda p: -float(score[p]))[:most]
+    return sorted(found)
+
+
+def scores(batch: Batch, name: str) -> Tensor:
+    """How much a token looks like an error, `[B, T]`, nats: `teacher_nll`, `log_ratio` (student over teacher) or `reverse_kl`."""
+    if name == "reverse_kl":
+        return batch.signals["teacher_reverse_kl"]
+    theirs = batch.map(lambda rows: rows.logp_of("teacher"), needs=("teacher",))
+    return -theirs if name == "teacher_nll" else batch.rollout.logp - theirs
+
+
+def slices(rollout: Rollout, points: Sequence[Point], window: int) -> list[list[int]]:
+    """The rollout's own tokens from each point on."""
+    return [rollout.ids[b, t : t + window].tolist() for b, t in points]
+
+
+def write(policy: Any, rollout: Rollout, points: Sequence[Point], window: int) -> list[list[int]]:
+    """What `policy` writes greedily, at most `window` tokens, after the prompt and exactly the tokens before each point.
+
+    Points with the same prompt and prefix are written once; the others side by side, as many as fit a pass, those of like
+    length together. Draws no random numbers.
+    """
+    begun = [(id(rollout.prompts[b]), tuple(rollout.ids[b, :t].tolist())) for b, t in points]
+    jobs = {key: rollout.prompts[b] for key, (b, _) in zip(begun, points, strict=True)}
+    size = {key: _length(policy, prompt) + len(key[1]) for key, prompt in jobs.items()}
+    done: dict[tuple[int, tuple[int, ...]], list[int]] = {}
+    for group in _groups(sorted(jobs, key=lambda key: size[key]), lambda key: size[key] + window):
+        text = policy.sample([jobs[key] for key in group], prefixes=[key[1] for key in group], temperature=0, max_new_tokens=window)
+        done |= dict(zip(group, text.completions(), strict=True))
+    return [done[key] for key in begun]
+
+
+def _length(policy: Any, prompt: Any) -> int:
+    return len(policy.encode(prompt)) if isinstance(policy, Policy) else 0
+
+
+def _groups(jobs: list[Any], size: Callable[[Any], int]) -> list[list[Any]]:
+    """Jobs in ascending size, cut so that a group, padded to its longest, keeps to what a scoring pass may hold."""
+    groups: list[list[Any]] = []
+    for job in jobs:
+        if groups and (len(groups[-1]) + 1) * size(job) <= TOKENS_PER_PASS:
+            groups[-1].append(job)
+        else:
+            groups.append([job])
+    return groups
+
+
+def scatter(rollout: Rollout, points: Sequence[Point], texts: Sequence[Sequence[int]], plans: Sequence[Tensor]) -> dict[str, Tensor]:
+    """Soft targets as columns: `target [B, T, M]` token ids and `target_weight [B, T, M]`, zero where a place is not used.
+
+    The mean over all tokens of `-sum(weight * logp[target])` is the mean over points of `-Σ_ij γ_ij log p(text_j | x_<t+i)`, γ
+    having mass 1. Windows that overlap add up; equal tokens at one place are one target.
+    """
+    b_t, token, mass = [], [], []
+    for (b, t), text, plan in zip(points, texts, plans, strict=True):
+        i, j = plan.nonzero(as_tuple=True)
+        b_t.append(b * rollout.ids.shape[1] + t + i)
+        token.append(torch.tensor(list(text))[j])
+        mass.append(plan[i, j] * rollout.tokens / len(points))
+    none = torch.zeros(0, dtype=torch.long)
+    place, slot, ids, weight = _merged(torch.cat([none, *b_t]), torch.cat([none, *token]), torch.cat([none.double(), *mass]))
+    shape = (rollout.ids.numel(), 1 + int(slot.max()) if len(slot) else 0)
+    target, share = torch.zeros(shape, dtype=torch.long), torch.zeros(shape, dtype=rollout.logp.dtype)
+    target[place, slot], share[place, slot] = ids, weight.to(share.dtype)
+    wide = lambda x: x.view(*rollout.ids.shape, -1).to(rollout.ids.device)
+    return {"target": wide(target), "target_weight": wide(share)} if shape[1] else _no_targets(rollout)
+
+
+def _merged(place: Tensor, token: Tensor, mass: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Entries with equal place and token as one: places, their running numbers within a place, tokens, masses."""
+    vocab = 1 + int(token.max()) if len(token) else 1
+    key, back = torch.unique(place * vocab + token, return_inverse=True)
+    place = key // vocab
+    first = torch.searchsorted(place, place)
+    return place, torch.arange(len(key)) - first, key % vocab, torch.zeros(len(key), dtype=mass.dtype).index_add_(0, back, mass)
+
+
+def _no_targets(rollout: Rollout) -> dict[str, Tensor]:
+    empty = rollout.ids.new_zeros(*rollout.ids.shape, 0)
+    return {"target": empty, "target_weight": empty.to(rollout.logp.dtype)}
