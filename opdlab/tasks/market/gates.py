@@ -17,10 +17,10 @@ BANDS = {  # name -> (least, most)
     "scribe greedy accuracy": (0.9, 1.0),
     "novice greedy accuracy": (0.0, 0.1),
     "teacher + hint on secret tokens of the student's prefixes": (0.95, 1.0),
-    "teacher entropy / uniform, secret tokens, no hint": (0.95, 1.0),
-    "teacher entropy / uniform, noise tokens": (0.95, 1.0),
-    "student entropy / uniform, secret tokens, no hint": (0.95, 1.0),
-    "student entropy / uniform, noise tokens": (0.95, 1.0),
+    "teacher entropy / uniform, secret tokens, no hint": (0.95, 1.05),
+    "teacher entropy / uniform, noise tokens": (0.95, 1.05),
+    "student entropy / uniform, secret tokens, no hint": (0.95, 1.05),
+    "student entropy / uniform, noise tokens": (0.95, 1.05),
 }
 
 

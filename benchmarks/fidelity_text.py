@@ -1,0 +1,49 @@
+"""A teacher that only writes: the scribe, with a tokenizer of characters and another handwriting, through `TextOnly`."""
+
+from __future__ import annotations
+
+from functools import partial
+from typing import Any
+
+import opdlab as opd
+from opdlab.errors import OpdlabError
+from opdlab.tasks.market import model
+from opdlab.teachers import TextOnly
+
+STEPS = 60
+SIZES: dict[str, Any] = {"length": 1, "chunks": 4, "continuations": 4, "similarity": "rouge1", "match_length": True}
+
+
+def omniopd(seed: int, **changes: Any) -> dict[str, float]:
+    """Train on the scribe's texts; mean similarity in the first and last tenth of the steps; what the teacher wrote."""
+    student, _, task = opd.load("market")
+    teacher = TextOnly(model("scribe"))
+    before = opd.evaluate(student, task)
+    method = opd.OmniOPD(**{**SIZES, **changes}, seed=seed)
+    run = opd.distill(student, teacher, task, method=method, steps=STEPS, seed=seed, quiet=True)
+    alike, written = [], 0
+    for step in run:
+        audits = step.notes["audits"]
+        alike.append(float(step.plan["similarity"][step.plan["audited"] > 0].mean()))
+        written += sum(len(text) for audit in audits for text in audit["continuations"])
+    after = opd.evaluate(student, task)
+    gain, tenth = after - before, STEPS // 10
+    return {"before": before.accuracy, "accuracy": after.accuracy, "gain, low": gain.low, "gain, high": gain.high,
+            "similarity, first": sum(alike[:tenth]) / tenth, "similarity, last": sum(alike[-tenth:]) / tenth,
+            "teacher characters, k": written / 1000, "entropy": run.history["entropy"].tail(tenth).mean()}  # fmt: skip
+
+
+def refused(seed: int) -> dict[str, float]:
+    """OPD asks for log-probs that this teacher has not: 1 where the message names OmniOPD."""
+    student, _, task = opd.load("market")
+    try:
+        opd.distill(student, TextOnly(model("scribe")), task, method=opd.OPD(), seed=seed)
+    except OpdlabError as error:
+        return {"refused, naming OmniOPD": float("OmniOPD" in str(error))}
+    return {"refused, naming OmniOPD": 0.0}
+
+
+ARMS = {"OmniOPD (rouge1, C=1, M=4, N=4)": omniopd} | {name: partial(omniopd, **changes) for name, changes in {
+    "edit distance": {"similarity": "edit"}, "no anchor (beta 0)": {"beta": 0.0}, "no prior (alpha 0)": {"alpha": 0.0},
+    "alpha 4": {"alpha": 4.0}, "random chunks": {"select": "random"}, "C=2, M=2": {"length": 2, "chunks": 2}, "N=1": {"continuations": 1},
+}.items()} | {"OPD": refused}  # fmt: skip
