@@ -12,7 +12,6 @@ import math
 import os
 from collections.abc import Callable, Mapping
 from concurrent.futures import ProcessPoolExecutor, as_completed
-from dataclasses import replace
 from functools import partial
 from multiprocessing import get_context
 from pathlib import Path

@@ -56,7 +56,11 @@ def train(seed: int, arm: str) -> dict[str, float]:
     if arm == "OPSD (frozen self, told)":
         method, told = opd.SelfDistillation.opsd(), None
     if arm.startswith("DOPD"):
-        options: dict[str, dict[str, Any]] = {"DOPD": {}, "DOPD, frozen anchor": {"anchor": "frozen"}, "DOPD, HS to teacher": {"hs": "teacher"}}
+        options: dict[str, dict[str, Any]] = {
+            "DOPD": {},
+            "DOPD, frozen anchor": {"anchor": "frozen"},
+            "DOPD, HS to teacher": {"hs": "teacher"},
+        }
         method = opd.DOPD(**options[arm])
     before = looked_up(student, task, task.prompts(300, seed=5, split="test"))
     run = opd.distill(learner, told, few, method=method, policies=policies, steps=STEPS, batch=BATCH, seed=seed, quiet=True)
