@@ -1,10 +1,11 @@
 """opdlab: on-policy distillation of language models, one token at a time. The names that a notebook uses."""
 
-from opdlab import divergence, errors, exact, methods, notebook, tasks, viz
+from opdlab import divergence, errors, estimator, exact, methods, notebook, tasks, viz
 from opdlab.checkpoint import resume
 from opdlab.distill import Run, Settings, Step, distill
 from opdlab.divergence import TopK
 from opdlab.errors import OpdlabError
+from opdlab.estimator import audit
 from opdlab.evaluate import evaluate
 from opdlab.methods import (
     DOPD,
@@ -34,7 +35,8 @@ from opdlab.trace import Trace, score
 
 __version__ = "0.1.0"
 __all__ = [
-    "DOPD", "EOPD", "GOPD", "GRPO", "OPD", "OVD", "SFT", "SODA", "TOPD", "OPDPlus", "OmniOPD", "OpdlabError", "Policy", "Prompt", "Rollout",
-    "Run", "SelfDistillation", "SequenceKD", "Settings", "SpanOPD", "Step", "Task", "TopK", "Trace", "distill", "divergence", "dopd",
-    "errors", "evaluate", "exact", "load", "method", "methods", "notebook", "omniopd", "resume", "sample", "score", "tasks", "topd", "viz",
+    "DOPD", "EOPD", "GOPD", "GRPO", "OPD", "OVD", "SFT", "SODA", "TOPD", "OPDPlus", "OmniOPD", "OpdlabError", "Policy", "Prompt",
+    "Rollout", "Run", "SelfDistillation", "SequenceKD", "Settings", "SpanOPD", "Step", "Task", "TopK", "Trace", "audit", "distill",
+    "divergence", "dopd", "errors", "estimator", "evaluate", "exact", "load", "method", "methods", "notebook", "omniopd", "resume",
+    "sample", "score", "tasks", "topd", "viz",
 ]  # fmt: skip
