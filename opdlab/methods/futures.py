@@ -38,6 +38,7 @@ def forks(student: Policy, teacher: Policy, rollout: Rollout, *, window: int = 8
     group too), `sample`, `position`, `token_id`, `score` (nats), and the exact transport distance of the teacher's greedy
     window to the student's `rollout` text and to its `greedy` one.
     """
+    check_same_tokens(student, teacher)
     policies = {"student": student, "teacher": teacher}
     value, room = windows.scores(Batch(rollout, policies), score), windows.room(student, rollout, window)
     noise = torch.rand(value.shape, generator=torch.Generator().manual_seed(seed))
@@ -88,6 +89,8 @@ def local_correction(student: Policy, teacher: Policy, rollout: Rollout, points:
     """
     if strange := sorted(set(arms) - set(ARMS)):
         raise ValueError(f"local_correction has no arm {strange[0]!r}. There are {', '.join(ARMS)}.")
+    if student_window not in ("greedy", "rollout"):
+        raise ValueError(f"local_correction got student_window={student_window!r}. Use greedy or rollout.")
     check_same_tokens(student, teacher)
     policies, rows = {"student": student, "teacher": teacher}, []
     targets, before = (windows.write(policy, rollout, points, window) for policy in (teacher, student))
@@ -108,6 +111,7 @@ def local_correction(student: Policy, teacher: Policy, rollout: Rollout, points:
 
 
 def loss_of(student: Policy, pair: Pair, plan: Tensor | None, arm: str, weight: float) -> Tensor:
+    """What one update of an arm lowers: means over the window, in nats."""
     logp = _log_probs(student, pair.prompt, pair.prefix, pair.student)
     loss = reverse_kl(logp, pair.logp).mean()
     if arm == "teacher_context":

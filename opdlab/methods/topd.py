@@ -109,12 +109,13 @@ class TOPD:
         teacher = windows.write(policies["teacher"], rollout, points, self.window)
         student = self._student_windows(batch, points)
         distance, exact = windows.solve(windows.costs(student, teacher, self.embedding, policies))
-        limit = self._limit(batch, score, room, points, distance)
-        kept, plans = distance > limit, self._plans(batch, points, teacher)
+        limit, more = self._limit(batch, score, room, points, distance)
+        kept = distance > limit + 1e-9  # equal up to rounding is not above
+        plans = self._plans(batch, points, teacher)
         drawn = plans if self.student_window == "rollout" else exact
         batch.notes["windows"] = _notes(points, student, teacher, distance, kept, drawn)
         batch.notes["topd"] = {"candidates": len(points), "divergent": int(kept.sum()), "threshold": limit,
-                               "teacher_tokens": sum(map(len, teacher)), "seconds": time.perf_counter() - began}  # fmt: skip
+                               "teacher_tokens": sum(map(len, teacher)) + more, "seconds": time.perf_counter() - began}  # fmt: skip
         real = [i for i in range(len(points)) if kept[i]]
         columns = windows.scatter(rollout, [points[i] for i in real], [teacher[i] for i in real], [plans[i] for i in real])
         columns["divergent"] = _placed(batch, points, kept.long(), 0)
@@ -144,18 +145,17 @@ class TOPD:
             return [windows.diagonal(s, t) for s, t in zip(student, teacher, strict=True)]
         return windows.solve(windows.costs(student, teacher, self.embedding, batch.policies), self.epsilon)[1]
 
-    def _limit(self, batch: Batch, score: Tensor, room: Tensor, points: list[Point], distance: Tensor) -> float:
-        """τ: only distances above it are real divergences."""
+    def _limit(self, batch: Batch, score: Tensor, room: Tensor, points: list[Point], distance: Tensor) -> tuple[float, int]:
+        """τ, and the tokens that the teacher wrote to find it. Only distances above τ are real divergences."""
         if not points:
-            return 0.0
+            return 0.0, 0
         if self.threshold == "quantile":
-            return float(distance.quantile(self.quantile))
+            return float(distance.quantile(self.quantile)), 0
         counts = torch.tensor([b for b, _ in points]).bincount(minlength=len(batch.rollout))
         low = windows.top(-score, room, counts.tolist())
         texts = windows.write(batch.policies["teacher"], batch.rollout, low, self.window)
-        return float(
-            windows.solve(windows.costs(self._student_windows(batch, low), texts, self.embedding, batch.policies))[0].quantile(0.75)
-        )
+        costs = windows.costs(self._student_windows(batch, low), texts, self.embedding, batch.policies)
+        return float(windows.solve(costs)[0].quantile(0.75)), sum(map(len, texts))
 
     def _downweights(self, batch: Batch, points: list[Point], distance: Tensor) -> Tensor:
         """min(1, median / ℓ_t) at the selected points, 1 elsewhere: such a token's loss counts as the median of its completion."""

@@ -143,8 +143,8 @@ def scores(batch: Batch, name: str) -> Tensor:
 
 
 def slices(rollout: Rollout, points: Sequence[Point], window: int) -> list[list[int]]:
-    """The rollout's own tokens from each point on."""
-    return [rollout.ids[b, t : t + window].tolist() for b, t in points]
+    """The rollout's own tokens from each point on, fewer at the end of a completion."""
+    return [rollout.ids[b, t : min(t + window, int(rollout.lengths[b]))].tolist() for b, t in points]
 
 
 def write(policy: Any, rollout: Rollout, points: Sequence[Point], window: int) -> list[list[int]]:

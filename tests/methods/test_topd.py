@@ -131,7 +131,7 @@ def test_kept_points_are_candidates_above_the_threshold(batch):
     columns, notes = planned(DIAGONAL, batch)
     distances = [n["distance"] for n in notes]
     limit = np.quantile(distances, 0.3)
-    assert [n["kept"] for n in notes] == [d > limit for d in distances]
+    assert [n["kept"] for n in notes] == [d > limit + 1e-9 for d in distances]
     assert 0 < sum(n["kept"] for n in notes) < len(notes)
     probed = ~columns["window_distance"].isnan()
     assert probed.nonzero().tolist() == [[n["sample"], n["position"]] for n in notes]
@@ -150,6 +150,7 @@ def test_the_threshold_of_low_loss_positions(tables, batch):
     own = windows.slices(batch.rollout, low, 3)
     overlap = [sum(min(a.count(i), b.count(i)) for i in range(4)) / 3 for a, b in zip(own, theirs, strict=True)]
     assert fresh.notes["topd"]["threshold"] == pytest.approx(np.quantile([1 - x for x in overlap], 0.75))
+    assert fresh.notes["topd"]["teacher_tokens"] == (len(fresh.notes["windows"]) + len(low)) * 3
 
 
 def test_least_loss_and_most_points(batch):

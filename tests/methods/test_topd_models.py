@@ -184,3 +184,13 @@ def test_a_run_on_the_market_keeps_its_columns_and_notes():
         (r["sample"], r["position"]) for r in frame[frame["divergent"] == 1].to_dict("records")
     }
     assert frame["target_weight"].map(np.sum).sum() == pytest.approx(len(frame) * (frame["divergent"].sum() > 0), rel=1e-4)
+
+
+def test_a_step_without_divergence_is_kept_too(make_policy, prompts, tmp_path):
+    task = opd.tasks.from_records([{"prompt": p.text} for p in prompts if p.text], test=0)
+    run = opd.distill(make_policy(0), make_policy(1), task, method=TOPD(window=3, quantile=1.0), batch=3, max_new_tokens=8, quiet=True)
+    trace = next(run).trace()
+    again = opd.Trace.load(trace.save(tmp_path / "step.parquet"))
+    assert again.column("target").shape == (len(trace), 0)
+    assert again.column("divergent").sum() == 0
+    assert np.isfinite(again.column("window_distance")).sum() == again.meta["notes"]["topd"]["candidates"] == 3

@@ -200,6 +200,8 @@ def test_windows_go_on_from_exactly_the_prefix(pair, written, points):
     own = windows.slices(written, points, 4)
     assert all(w[0] == int(written.ids[p]) and len(w) == 4 for w, p in zip(own, points, strict=True))
     assert windows.write(pair["teacher"], written, [], 4) == []
+    short = int(written.lengths.argmin())
+    assert windows.slices(written, [(short, 1)], 50) == [written.completions()[short][1:]]  # never padding
 
 
 def test_like_prefixes_are_written_once_and_in_passes_of_bounded_size(pair, written, points, monkeypatch):
