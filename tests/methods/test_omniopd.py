@@ -297,12 +297,12 @@ def test_only_the_similarities_count(student, teacher, rollout):
 @given(st.permutations([0.1, 0.7, 0.3, 0.2, 0.6]))
 def test_the_order_of_the_continuations_does_not_count(student, rollout, order):
     """Exactly: the sum is rounded once."""
-    some = rollout.rows([0])
-    table = dict(zip("abcde", order, strict=True))
-    method = replace(OmniOPD(**SMALL), continuations=5, similarity=lambda ours, theirs: table[theirs])
-    weights = planned(method, student, some, Says(*"abcde"))[1]["weight"]
-    table = dict(zip("abcde", sorted(order), strict=True))
-    assert torch.equal(weights, planned(method, student, some, Says(*"abcde"))[1]["weight"])
+    audits = []
+    for values in (order, sorted(order)):
+        table = dict(zip("abcde", values, strict=True))
+        method = replace(OmniOPD(**SMALL), continuations=5, similarity=lambda ours, theirs, table=table: table[theirs])
+        audits.append(planned(method, student, rollout.rows([0]), Says(*"abcde"))[0].notes["audits"])
+    assert [a["weight"] for a in audits[0]] == [a["weight"] for a in audits[1]]
 
 
 # 12. What the update really is.
@@ -517,6 +517,21 @@ def test_a_trace_keeps_the_audits(make_policy, prompts, tmp_path):
     assert weight[row] == pytest.approx(first["weight"], rel=1e-6)
     assert similarity[row] == pytest.approx(sum(first["similarity"]) / 3, rel=1e-6)
     assert first["weight"] == pytest.approx((sum(first["similarity"]) + first["prior"]) / 4)
+
+
+def test_a_resumed_run_repeats_the_uninterrupted_one(make_policy, prompts, tmp_path):
+    """Places, seeds and questions follow from the step; the settings of the method come back from the checkpoint."""
+    method = OmniOPD(**SMALL, select="random", similarity="rouge1")
+    options = {"method": method, "steps": 3, "batch": 2, "quiet": True}
+    whole = opdlab.distill(make_policy(0), TextOnly(make_policy(1)), tiny_task(prompts), **options).train()
+    part = opdlab.distill(make_policy(0), TextOnly(make_policy(1)), tiny_task(prompts), save=tmp_path, **options)
+    next(part), next(part)
+    part.save()
+    again = opdlab.resume(tmp_path, make_policy(0), TextOnly(make_policy(1)), tiny_task(prompts), quiet=True)
+    assert again.method == method
+    next(again)
+    states = [run.student.weights.adapter_state(run.student.adapter) for run in (whole, again)]
+    assert all(torch.equal(states[0][k], states[1][k]) for k in states[0])
 
 
 def test_weights_are_recomputed_from_the_current_student(make_policy, perturb, rollout):

@@ -182,6 +182,15 @@ def test_with_one_tokenizer_it_is_sampled_opd(credit, discount, student, teacher
     assert columns["one_to_one"][rollout.mask].all()
 
 
+def test_nats_per_byte_is_that_of_opd_where_both_can_be_measured(student, teacher, rollout):
+    trace = opdlab.score(rollout, student, teacher)
+    sampled = trace.column("student_logp") - trace.column("teacher_logp")
+    batch, _ = planned(student, teacher, rollout)
+    want = nats_per_byte(sampled, trace.meta["texts"])
+    assert batch.notes["alignment"]["nats_per_byte"] == pytest.approx(want, rel=1e-3)
+    assert abs(want) > 0.01
+
+
 def test_nothing_to_learn_from_oneself(student, rollout):
     _, columns = planned(student, student.frozen(), rollout)
     assert columns["advantage"].abs().max() < 1e-4
