@@ -1,7 +1,8 @@
 """opdlab: on-policy distillation of language models, one token at a time. The names that a notebook uses."""
 
-from opdlab import divergence, errors, estimator, exact, methods, notebook, tasks, viz
+from opdlab import diagnose, divergence, errors, estimator, exact, methods, notebook, tasks, viz
 from opdlab.checkpoint import resume
+from opdlab.diagnose import doctor
 from opdlab.distill import Run, Settings, Step, distill
 from opdlab.divergence import TopK
 from opdlab.errors import OpdlabError
@@ -36,7 +37,7 @@ from opdlab.trace import Trace, score
 __version__ = "0.1.0"
 __all__ = [
     "DOPD", "EOPD", "GOPD", "GRPO", "OPD", "OVD", "SFT", "SODA", "TOPD", "OPDPlus", "OmniOPD", "OpdlabError", "Policy", "Prompt",
-    "Rollout", "Run", "SelfDistillation", "SequenceKD", "Settings", "SpanOPD", "Step", "Task", "TopK", "Trace", "audit", "distill",
-    "divergence", "dopd", "errors", "estimator", "evaluate", "exact", "load", "method", "methods", "notebook", "omniopd", "resume",
-    "sample", "score", "tasks", "topd", "viz",
+    "Rollout", "Run", "SelfDistillation", "SequenceKD", "Settings", "SpanOPD", "Step", "Task", "TopK", "Trace", "audit", "diagnose",
+    "distill", "divergence", "doctor", "dopd", "errors", "estimator", "evaluate", "exact", "load", "method", "methods", "notebook",
+    "omniopd", "resume", "sample", "score", "tasks", "topd", "viz",
 ]  # fmt: skip

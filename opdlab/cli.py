@@ -1,4 +1,4 @@
-"""The command line: `opdlab demo`, `opdlab show`, `opdlab lab`, `opdlab freeze`."""
+"""The command line: `opdlab demo`, `opdlab doctor`, `opdlab show`, `opdlab lab`, `opdlab freeze`."""
 
 from __future__ import annotations
 
@@ -16,7 +16,8 @@ app = tyro.extras.SubcommandApp()
 
 @app.command
 def demo(profile: str = "market", student: str | None = None, teacher: str | None = None, steps: int | None = None, seed: int = 0,
-         out: Path = Path("runs/demo")) -> None:  # fmt: skip
+         out: Path = Path("runs/demo"), method: str | None = None, teacher_url: str | None = None,
+         teacher_model: str | None = None) -> None:  # fmt: skip
     """Distil a student and show what changed: a table here, a page to open.
 
     Args:
@@ -26,10 +27,13 @@ def demo(profile: str = "market", student: str | None = None, teacher: str | Non
         steps: updates; the profile's own number by default.
         seed: of prompts, samples and the adapter.
         out: folder for the page and the traces.
+        method: a name of opdlab.methods, as opd, opd-plus, topd, omniopd, grpo; opd by default, omniopd with a server.
+        teacher_url: an OpenAI-compatible server that teaches, as http://127.0.0.1:8000/v1; its key is read from OPDLAB_API_KEY.
+        teacher_model: the model's name there; by default what the server says it is.
     """
     from opdlab import demo as job
 
-    print(job.demo(profile, student, teacher, steps, seed, out))
+    print(job.demo(profile, student, teacher, steps, seed, out, method=method, teacher_url=teacher_url, teacher_model=teacher_model))
 
 
 @app.command
@@ -49,6 +53,34 @@ def show(trace: Annotated[Path, tyro.conf.Positional], sample: int = 0, out: Pat
     print(f"page: {path}")
     if open:
         webbrowser.open(Path(path).resolve().as_uri())
+
+
+@app.command
+def doctor(student: Annotated[str, tyro.conf.Positional], teacher: Annotated[str, tyro.conf.Positional], task: str | None = None,
+           prompts: int = 32, k: int = 8, seed: int = 0) -> None:  # fmt: skip
+    """Before any training: can on-policy distillation work between these two, and if not, why not? Exit code 1 if it cannot.
+
+    Args:
+        student: student, novice, teacher or scribe (shipped), small (SmolLM2), a folder or a Hub name.
+        teacher: likewise; "small small" is SmolLM2 with itself, told a rule.
+        task: market, market-secret, rule, gym:NAME or a JSONL file; by default the shipped models' own, else plain questions.
+        prompts: how many held-out prompts to ask.
+        k: the student's samples of each, for pass@k.
+        seed: of prompts and samples.
+    """
+    from rich.console import Console
+
+    from opdlab import diagnose
+    from opdlab.diagnose import named, report
+
+    console = Console()
+    with console.status("loading …") as status:
+        first, second, world = named.pair(student, teacher, task)
+        status.update("the student writes, the teacher grades …")
+        found = diagnose.doctor(first, second, world, prompts=prompts, k=k, seed=seed)
+    console.print(report.report(found))
+    if found.verdict == "stop":
+        sys.exit(1)
 
 
 @app.command

@@ -49,6 +49,17 @@ def test_errors_are_one_line_and_say_what_to_do(tmp_path):
     assert done.stderr.strip().splitlines()[-1] == "opdlab: There is no profile 'huge'. Use market, small or gpu."
 
 
+def test_doctor_says_whether_it_can_work_by_words_and_exit_code():
+    done = opdlab("doctor", "student", "teacher", "--prompts", "16", "--k", "4")
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.startswith("GO student <- teacher")
+    assert re.search(r"ok +stop tokens +both end with '<eos>'", done.stdout)
+    done = opdlab("doctor", "student", "scribe", "--prompts", "4", "--k", "2")
+    assert done.returncode == 1
+    assert done.stdout.startswith("STOP student <- scribe")
+    assert "'▁ana' in the student and 'a' in the teacher" in done.stdout
+
+
 @pytest.mark.small
 def test_two_steps_of_the_small_demo(tmp_path):
     """SmolLM2 on the CPU: one set of weights, a real vocabulary, the rule that only the teacher is told."""

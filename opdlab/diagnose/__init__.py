@@ -1,5 +1,7 @@
 """Diagnoses: what a number alone does not say about a distillation. Each result has a `table` and a plain `sentence`."""
 
+from opdlab.diagnose.cost import Cost, cost
+from opdlab.diagnose.doctor import Diagnosis, doctor
 from opdlab.diagnose.exposure import Exposure, exposure
 from opdlab.diagnose.health import Alarm, Health, Limits, health
 from opdlab.diagnose.illusion import Illusion, illusion
@@ -7,6 +9,6 @@ from opdlab.diagnose.overlap import Overlap, overlap
 from opdlab.diagnose.privilege import Privilege, information_floor, privilege
 
 __all__ = [
-    "Alarm", "Exposure", "Health", "Illusion", "Limits", "Overlap", "Privilege", "exposure", "health", "illusion", "information_floor",
-    "overlap", "privilege",
+    "Alarm", "Cost", "Diagnosis", "Exposure", "Health", "Illusion", "Limits", "Overlap", "Privilege", "cost", "doctor", "exposure",
+    "health", "illusion", "information_floor", "overlap", "privilege",
 ]  # fmt: skip

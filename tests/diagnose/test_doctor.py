@@ -1,0 +1,200 @@
+"""The pre-flight check on pairs whose fate is known: the shipped models, and pairs with one thing wrong."""
+
+from __future__ import annotations
+
+import os
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+
+import opdlab as opd
+from opdlab import Policy, Prompt, Task, tasks
+from opdlab.diagnose import Diagnosis, doctor
+from opdlab.diagnose.doctor import affordable, auroc
+from opdlab.diagnose.identity import Check, Sides
+from opdlab.diagnose.named import pair, task_named
+from opdlab.diagnose.report import side_by_side, text
+from opdlab.errors import OpdlabError
+from opdlab.tasks.market import data, model
+from opdlab.teachers import TextOnly
+
+MARKET = tasks.market()
+QUICK = {"prompts": 16, "k": 8, "batch": 16}
+
+
+def check(found: Diagnosis, name: str) -> Check:
+    return next(c for c in found.checks if c.name == name)
+
+
+@pytest.fixture(scope="module")
+def shipped() -> dict[str, Diagnosis]:
+    pairs = {"go": ("student", "teacher"), "prepare": ("novice", "teacher"), "stop": ("student", "scribe")}
+    return {want: doctor(model(a), model(b), MARKET, **QUICK) for want, (a, b) in pairs.items()}
+
+
+@pytest.mark.parametrize("want", ["go", "prepare", "stop"])
+def test_the_verdict_on_the_shipped_pairs(want, shipped):
+    """The student's skill is dormant and 60 steps bring it back; the novice learns nothing in 60; the scribe has other tokens."""
+    assert shipped[want].verdict == want
+    assert str(shipped[want]).startswith(want.upper())
+
+
+def test_a_good_pair_is_described_by_what_was_measured(shipped):
+    found = shipped["go"]
+    student, teacher = model("student"), model("teacher")
+    rollout = student.sample(MARKET.prompts(16, split="test"), 8, max_new_tokens=24, seed=0)
+    right = np.array([MARKET.verify(p, t) for p, t in zip(rollout.prompts, rollout.texts, strict=True)]).reshape(-1, 8)
+    assert check(found, "student").finding == f"right {right.mean():.2f} of the time, pass@8 {right.max(1).mean():.2f}"
+    agreed = opd.diagnose.overlap(student, teacher, rollout=rollout).mean
+    assert f"accepted with probability {agreed['acceptance']:.2f}" in check(found, "overlap").finding
+    alone = opd.evaluate(teacher, MARKET, n=16).accuracy
+    assert f"right {alone:.2f} of the time alone" in check(found, "teacher").finding
+    own = (teacher.log_probs(rollout) - student.log_probs(rollout)).gather(-1, rollout.ids[rollout.mask][:, None])[:, 0]
+    reward = torch.stack([part.sum() for part in own.split(rollout.lengths.tolist())]).numpy()
+    area = auroc(reward[right.flatten() > 0.5], reward[right.flatten() <= 0.5])
+    assert f"with probability {area:.2f} ({int(right.sum())} right" in check(found, "grades").finding
+    assert found.cost.memory["weights"] > 0
+    assert [row["length"] for _, row in found.probe.iterrows()] == [0, 11]
+
+
+def test_a_student_that_never_had_the_skill_is_sent_to_sft(shipped):
+    assert [c.name for c in shipped["prepare"].checks if c.state == "warn"] == ["student"]
+    assert shipped["prepare"].sentence.startswith("prepare: student: right 0.0")
+    assert "short SFT on the teacher's texts first" in shipped["prepare"].sentence
+    assert repr(shipped["prepare"]) == "Diagnosis(prepare: student warn)"
+
+
+def test_other_tokens_are_reported_and_the_rest_is_still_measured(shipped):
+    found = shipped["stop"]
+    assert "id 6 is '▁ana' in the student and 'a' in the teacher" in check(found, "tokens").finding
+    assert "OmniOPD, SequenceKD" in found.sentence
+    assert check(found, "overlap").state == "none"
+    assert found.overlap is None
+    assert found.cost is None
+    assert "right 1.00 of the time alone" in check(found, "teacher").finding  # it can still write, if it gets the room
+    with pytest.raises(opd.errors.TokenizerMismatch):
+        opd.distill(model("student"), model("scribe"), MARKET)
+
+
+def test_no_teacher_is_better_than_the_student(shipped):
+    found = doctor(model("teacher"), model("student"), MARKET, **QUICK)
+    assert check(found, "teacher").state == "warn"
+    assert found.verdict == "prepare"
+    assert "take a better teacher, or tell it a hint" in found.sentence
+
+
+def test_a_student_told_more_needs_no_skill_of_its_own():
+    """Self-distillation of hints: pass@k is 0 without them, and that is what is to be learnt."""
+    student = model("novice")
+    task = Task("say sum", MARKET.draw, lambda prompt, text: float("carry" in text), 8)
+    plain = doctor(student, student.frozen().seeing("hint say sum"), task, prompts=4, k=2, batch=4)
+    assert "pass@2 0.00 (its own teacher, told more)" in check(plain, "student").finding
+    assert check(plain, "student").state == "ok"
+
+
+def test_a_teacher_that_stops_elsewhere_or_reads_another_form_is_seen():
+    teacher = model("teacher")
+    weight, (eos,) = teacher.weights.head.weight, teacher.weights.eos
+    with torch.no_grad():
+        weight[[eos, 0]] = weight[[0, eos]].clone()
+    found = doctor(model("student"), teacher, MARKET, **QUICK)
+    assert check(found, "stopping").state == "warn"
+    assert "accept it with probability 0.00" in check(found, "stopping").finding
+
+    class Elsewhere(Policy):
+        def encode(self, prompt):
+            return super().encode(prompt)[:-1]
+
+    found = doctor(model("student"), Elsewhere(model("teacher").weights), MARKET, **QUICK)
+    assert check(found, "first token").state == "warn"
+    assert found.verdict == "prepare"
+
+
+@pytest.fixture(scope="module")
+def strangers(make_policy, make_tokenizer) -> tuple[Policy, Policy]:
+    """Random models: nothing of the one's is likely to the other."""
+    return tuple(make_policy(seed, make_tokenizer(), initializer_range=0.8) for seed in (0, 1))
+
+
+def test_strangers_are_sent_to_sft_and_plain_questions_need_no_task(strangers):
+    found = doctor(*strangers, k=2, max_new_tokens=6, batch=4)
+    assert check(found, "overlap").state == "warn"
+    assert "SequenceKD" in check(found, "overlap").remedy
+    assert check(found, "student").state == "none"
+    assert "has no verifier" in check(found, "student").finding
+    assert found.verdict == "prepare"
+
+
+def test_what_cannot_fit_is_said_before_anything_runs(strangers):
+    task = Task("long", lambda n, seed, split: [Prompt("a b c d " * 64, id="0")] * n)
+    found = doctor(*strangers, task, prompts=1)
+    assert found.verdict == "stop"
+    assert "up to 256 tokens and 64 to come, in a context of 256" in found.sentence
+    assert [c.name for c in found.checks][-1] == "room"
+
+
+def test_too_little_memory_is_a_warning(shipped):
+    predicted = shipped["go"].cost
+    assert affordable(predicted).state == "ok"
+    tight = affordable(replace(predicted, available=predicted.peak - 1))
+    assert tight.state == "warn"
+    assert "lower micro_batch" in tight.remedy
+
+
+def test_a_teacher_that_only_writes_is_not_asked_to_grade(strangers):
+    student, teacher = strangers
+    found = doctor(student, TextOnly(teacher), prompts=[Prompt("a b")], max_new_tokens=4)
+    assert found.verdict == "go"
+    assert "only writes, so its tokens do not matter" in check(found, "tokens").finding
+    found = doctor(student, TextOnly(teacher), prompts=[Prompt("a " * 255)], max_new_tokens=64)
+    assert found.verdict == "stop"
+    assert "context" in check(found, "teacher").finding
+
+
+def test_auroc_counts_pairs():
+    good, bad = np.array([3.0, 1.0, 2.0]), np.array([0.0, 2.0, 1.5, 1.0])
+    assert auroc(good, bad) == pytest.approx(sum((a > b) + 0.5 * (a == b) for a in good for b in bad) / 12)
+
+
+def test_nothing_of_a_models_becomes_markup_or_controls(make_policy, make_tokenizer):
+    evil = make_tokenizer("a b c d e [red]x[/red]\x1b[31m<script>", template="{{ '\x1b[2J[bold]<script>' }}")
+    found = doctor(make_policy(0, make_tokenizer()), make_policy(1, evil), prompts=[Prompt("a b")], k=1, max_new_tokens=3)
+    assert "\x1b" not in str(found)
+    assert "[red]x[/red]" in str(found)
+    assert "[bold]<script>" in str(found)
+    assert "<script>" not in found._repr_html_()
+
+
+def test_two_templates_side_by_side():
+    table = side_by_side(Sides("same <a>", "same (b)", 5))
+    cells = [next(iter(column.cells)) for column in table.columns]
+    assert [cell.plain for cell in cells] == ["same <a>", "same (b)"]
+    assert [str(span.style) for span in cells[0].spans] == ["bold reverse", "dim"]
+    lines = text(Diagnosis((), Sides("ab\n", "ab", 2), names=("s", "t"))).splitlines()
+    assert any("ab\u23ce" in line and "ab(ends)" in line for line in lines)
+    assert lines[0].startswith("GO s <- t")
+
+
+def test_names_of_models_and_tasks(tmp_path):
+    student, teacher, task = pair("student", "teacher")
+    assert (student.weights.source, task.name) == (str(data() / "student"), "market")
+    twice, frozen, _ = pair("novice", "novice")
+    assert twice.weights is frozen.weights
+    folder, _, task = pair(os.path.relpath(data() / "student"), "teacher", "market-secret")
+    assert folder.weights.vocab_size == teacher.weights.vocab_size
+    assert task.settings["secret"]
+    (tmp_path / "t.jsonl").write_text("".join(f'{{"text": "{i}", "answer": "b"}}\n' for i in range(20)))
+    assert task_named(str(tmp_path / "t.jsonl")).verify is not None
+    assert task_named("gym:chain_sum").name == "chain_sum"
+    assert task_named("rule").name == "rule"
+    with pytest.raises(OpdlabError, match=r"There is no task 'x'\. Use market, market-secret, rule, gym:NAME or a JSONL file"):
+        pair("student", "teacher", "x")
+    with pytest.raises(OpdlabError, match=r"no shipped model .* and could not be loaded as a folder or from the Hub"):
+        pair(str(tmp_path), "teacher")
+
+
+def test_unknown_settings_are_refused(strangers):
+    with pytest.raises(OpdlabError, match=r"doctor has no setting bach. It takes those of distill: steps, batch"):
+        doctor(*strangers, bach=3)

@@ -1,0 +1,99 @@
+"""What can be told of a pair without running it: the same judgement as the check that distill makes, but all of it at once."""
+
+from __future__ import annotations
+
+import pytest
+
+from opdlab import Prompt
+from opdlab.diagnose.identity import contexts, heads, identity, sides, stops, templates, tokens
+from opdlab.errors import TokenizerMismatch
+from opdlab.policy import check_same_tokens
+
+OTHER = "{% for m in messages %}({{ m['role'] }}) {{ m['content'] }} {% endfor %}"
+CHATS = [Prompt(messages=({"role": "user", "content": "a b"},))]
+
+
+@pytest.fixture(scope="module")
+def pairs(make_policy, make_tokenizer) -> dict:
+    """A student, and teachers that differ from it in one thing each."""
+    same = make_tokenizer()
+    return {
+        "student": make_policy(0, same), "same": make_policy(1, make_tokenizer()), "padded": make_policy(1, make_tokenizer(), vocab=32),
+        "letters": make_policy(1, make_tokenizer("a b c d e g")), "longer": make_policy(1, make_tokenizer("a b c d e f g")),
+        "eos": make_policy(1, make_tokenizer(), eos=[0]), "more eos": make_policy(1, make_tokenizer(), eos=[0, 1]),
+        "template": make_policy(1, make_tokenizer(template=OTHER)), "words": make_policy(1),
+    }  # fmt: skip
+
+
+@pytest.mark.parametrize("name", ["same", "padded", "letters", "longer", "eos", "more eos", "template", "words"])
+def test_it_stops_exactly_what_distill_refuses(name, pairs):
+    checks = identity(pairs["student"], pairs[name], CHATS, 4)
+    stopped = any(check.state == "stop" for check in checks)
+    try:
+        check_same_tokens(pairs["student"], pairs[name])
+    except TokenizerMismatch:
+        assert stopped
+    else:
+        assert not stopped
+        assert name in ("same", "padded")
+    assert all(check.remedy for check in checks if check.state == "stop")
+
+
+def test_the_first_different_id_is_named(pairs):
+    check = tokens(pairs["student"], pairs["letters"])
+    assert "id 11 is 'f' in the student and 'g' in the teacher; 1 of 12 ids differ, 11 strings are in both" in check.finding
+    assert "OmniOPD, SequenceKD" in check.remedy
+    assert "id 12 is None in the student and 'g' in the teacher" in tokens(pairs["student"], pairs["longer"]).finding
+
+
+def test_stop_tokens_are_compared_as_sets(pairs):
+    check = stops(pairs["student"], pairs["more eos"])
+    assert check.state == "stop"
+    assert "the student ends with '[eos]', the teacher with '[pad]', '[eos]'" in check.finding
+    assert stops(pairs["student"], pairs["words"]).state == "note"  # another vocabulary: said once, by the tokens
+
+
+def test_a_student_without_a_stop_token_is_warned_about(make_policy, make_tokenizer):
+    endless = make_policy(0, make_tokenizer(), eos=[])
+    assert stops(endless, endless).state == "warn"
+    assert "every text runs to the limit" in stops(endless, endless).finding
+
+
+def test_templates_side_by_side_with_the_first_difference(pairs, make_policy, make_tokenizer):
+    both = sides(pairs["student"], pairs["template"])
+    assert both.at == 0
+    assert both.student.startswith("[user] a")
+    assert both.teacher.startswith("(user) a")
+    late = make_tokenizer(template="{% for m in messages %}[{{ m['role'] }}] {{ m['content'] }} {% endfor %}[assistant]!")
+    check = templates(pairs["student"], make_policy(1, late), CHATS)
+    both = sides(pairs["student"], make_policy(1, late))
+    assert both.student[: both.at] == both.teacher[: both.at]
+    assert both.student[both.at :] == ""
+    assert both.teacher[both.at :] == "!"
+    assert check.state == "stop"
+    assert "tokenizer=student.tokenizer" in check.remedy
+    assert sides(pairs["student"], pairs["same"]).at is None
+
+
+def test_chats_need_a_template(make_policy, make_tokenizer):
+    plain = make_policy(0, make_tokenizer(template=None))
+    assert templates(plain, plain, CHATS).state == "stop"
+    assert "has no chat template" in templates(plain, plain, CHATS).finding
+    assert templates(plain, plain, [Prompt("a")]).state == "ok"
+
+
+def test_padding_rows_are_noted_and_cut(pairs):
+    assert heads(pairs["student"], pairs["same"]).state == "ok"
+    check = heads(pairs["student"], pairs["padded"])
+    assert check.state == "note"
+    assert "12 and 32, of which 0 and 20 stand for no token" in check.finding
+
+
+def test_room_counts_the_teachers_own_prompt(pairs):
+    fits = contexts(pairs["student"], pairs["same"], CHATS, 252)
+    assert fits.state == "ok"
+    assert "prompts of up to 4 tokens and 252 to come, in a context of 256" in fits.finding
+    assert contexts(pairs["student"], pairs["same"], CHATS, 253).state == "stop"
+    told = contexts(pairs["student"], pairs["same"].seeing("a b c d e f"), CHATS, 251)
+    assert told.state == "stop"
+    assert "up to 4 (11 for the teacher) tokens" in told.finding
