@@ -222,6 +222,22 @@ def test_words_and_characters(student, scribe):
     assert summary["nats_per_byte"] == pytest.approx(nats_per_byte(columns["span_kl"].flatten().tolist(), [text]), rel=1e-4)
 
 
+def test_characters_and_words(student, scribe):
+    """The other way round a span has several of the student's tokens: they share its nats, and each answers for all of them."""
+    text = "4 7 + 3"
+    body = written(scribe, [Prompt("ana has")], [text])
+    batch, columns = planned(scribe, student, body)
+    own = written(student, [Prompt("ana has")], [text])
+    q = student.log_probs(own).gather(-1, own.ids[0][:, None])[:, 0]
+    p = batch.signals["student_logp"][0]
+    gap = torch.stack([p[list(cut)].sum() for cut in [range(1), *[range(i, i + 2) for i in range(1, 7, 2)], range(7, 8)]]) - q
+    parts = torch.tensor([1, 2, 2, 2, 1])
+    torch.testing.assert_close(columns["span_kl"][0], (gap / parts).repeat_interleave(parts), rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(columns["advantage"][0], -gap.repeat_interleave(parts), rtol=1e-4, atol=1e-4)
+    assert columns["span_kl"].sum().item() == pytest.approx((p.sum() - q.sum()).item(), rel=1e-4)
+    assert columns["one_to_one"][0].tolist() == [1, 0, 0, 0, 0, 0, 0, 1]
+
+
 def test_a_text_that_was_cut_off_has_no_end(student, scribe):
     body = replace(written(student, [Prompt("ana")], ["4 7 +"]), finish=("length",))
     short = replace(body, ids=body.ids[:, :3], lengths=body.lengths - 1, logp=body.logp[:, :3], entropy=body.entropy[:, :3])
