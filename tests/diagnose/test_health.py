@@ -32,13 +32,13 @@ def signatures(watch: Health) -> list[str]:
 
 @pytest.fixture(scope="module")
 def healthy() -> Health:
-    return watched("student", model("teacher"), steps=16, evaluate_every=4)
+    return watched("student", model("teacher"), steps=12, evaluate_every=4)
 
 
 def test_a_healthy_run_sets_nothing_off(healthy):
     assert healthy.alarms == []
     assert healthy.vitals["accuracy"].dropna().iloc[-1] > 0.6  # from 0.35: it did learn
-    assert str(healthy) == "No alarms in 16 steps."
+    assert str(healthy) == "No alarms in 12 steps."
     assert healthy.table.empty
     assert not healthy.vitals[["length_p95", "cut", "repetition", "acceptance", "stop_acceptance", "first_acceptance"]].isna().any().any()
 
@@ -46,7 +46,7 @@ def test_a_healthy_run_sets_nothing_off(healthy):
 def test_the_acceptance_is_that_of_full_distributions():
     """E min(1, q/p) over the sampled tokens against 1 - TV; the bound is four standard errors of a sample of this size."""
     student, teacher = model("novice"), model("teacher")
-    step = next(distill(student, teacher, MARKET, batch=64, n=2, lora=4, lr=0.0, quiet=True))
+    step = next(distill(student, teacher, MARKET, batch=32, n=2, lora=4, lr=0.0, quiet=True))
     p, q = (policy.log_probs(step.rollout).exp() for policy in (student, teacher))
     kept = torch.minimum(p, q).sum(-1)
     assert vitals(step)["acceptance"] == pytest.approx(kept.mean().item(), abs=4 * 0.5 / step.rollout.tokens**0.5)
@@ -59,7 +59,7 @@ def test_the_acceptance_is_that_of_full_distributions():
 
 def test_minimising_entropy_is_seen_as_its_collapse():
     surer = method(needs=("teacher",))(lambda rows: entropy(rows.student))
-    watch = watched("novice", model("teacher"), surer, steps=14)
+    watch = watched("novice", model("teacher"), surer, steps=12)
     assert signatures(watch) == ["entropy collapse"]
     assert "The student's entropy fell from" in watch.alarms[0].sentence
 
@@ -70,12 +70,12 @@ def test_a_teacher_that_stops_elsewhere_is_seen_before_lengths_run_away():
     weight, (eos,) = teacher.weights.head.weight, teacher.weights.eos
     with torch.no_grad():
         weight[[eos, 0]] = weight[[0, eos]].clone()
-    watch = watched("student", teacher, OPD("forward_kl"), steps=14)
+    watch = watched("student", teacher, OPD("forward_kl"), steps=12)
     found = {alarm.signature: alarm for alarm in watch.alarms}
     assert list(found) == ["EOS or template mismatch", "length run-away"]
     assert found["EOS or template mismatch"].step == 2
     assert "Where the student stops, the teacher accepts it with probability 0.00" in found["EOS or template mismatch"].sentence
-    assert found["length run-away"].step < 14
+    assert found["length run-away"].step <= 12
     assert "cut off at the length limit, 0% were at the beginning" in found["length run-away"].sentence
 
 
@@ -111,7 +111,7 @@ def babbling() -> Health:
         return {"reward": same - same[batch.mask].mean()}
 
     loop = method(needs=("teacher",), plan=again)(lambda rows: -rows.reward * rows.logp)
-    return watched("novice", model("teacher"), loop, steps=10, batch=32, n=2, lr=3e-3)
+    return watched("novice", model("teacher"), loop, steps=10, n=2, lr=3e-3)
 
 
 @pytest.mark.parametrize("signature", ["repetition", "length run-away", "falling overlap"])
@@ -126,7 +126,7 @@ def test_a_reward_for_loops_is_seen_as_such(babbling, signature):
 def test_training_too_long_on_eight_prompts_is_seen_on_others():
     few = MARKET.prompts(8)
     task = Task("few", lambda n, seed, split: (few * n)[:n] if split == "train" else MARKET.prompts(n, seed, split), MARKET.verify, 24)
-    watch = watched("student", None, SFT(), task, steps=20, batch=8, lr=1e-3, lora=None, evaluate_every=5)
+    watch = watched("student", None, SFT(), task, steps=15, batch=8, lr=1e-3, lora=None, evaluate_every=5)
     late = [alarm for alarm in watch.alarms if alarm.signature == "late over-training"]
     assert [alarm.step for alarm in late] == [15]
     accuracy = watch.vitals.set_index("step")["accuracy"].dropna()
