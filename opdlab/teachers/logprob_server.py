@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from functools import partial
-from typing import Any, TypeVar
+from typing import Any, ClassVar, TypeVar
 
 import torch
 from torch import Tensor
@@ -41,7 +41,9 @@ class LogprobServer:
     `TextServer`. The chat template is the student's, since the teacher grades the very ids that the student read.
     """
 
-    def __init__(self, url: str, model: str | None = None, *, k: int = 20, **options: Any) -> None:
+    K: ClassVar[int] = 20  # what vLLM allows by default
+
+    def __init__(self, url: str, model: str | None = None, *, k: int = K, **options: Any) -> None:
         if k < 1:
             raise OpdlabError(f"LogprobServer got k={k}. Ask for at least one log-prob a token.")
         # the teacher reads what the student reads, so its prompts are those of the student, rendered

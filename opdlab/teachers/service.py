@@ -99,7 +99,7 @@ class Service:
         if not jobs:
             return []
         self._stop.clear()
-        self._progress.total += unit * len(jobs)
+        self._progress.total, self._done = unit * len(jobs), 0
         pool = ThreadPoolExecutor(min(self.concurrency, len(jobs)), thread_name_prefix="teacher")
         futures: list[Future[T]] = [pool.submit(job) for job in jobs]
         try:
