@@ -84,7 +84,8 @@ class DOPD:
     support, tail: whose top K, and what becomes of the rest (see `TopK`). Switches of ours:
     anchor: the privileged student of gap and targets: live (the paper's), frozen before training, or a moving average. A live
         one drifts where no token is sent to the teacher.
-    hs: what the fourth regime does: "self" (the paper's), "teacher" (as HT), or "none" (no loss).
+    hs: what the fourth regime does: "self" (the paper's), "teacher" (as HT), or "none" (no loss). "self" leaves a student that is
+        confidently wrong to itself, since it never samples what the teacher would say.
     gap_student: "bare" takes the gap from the student without the hint, a known error of implementations: it counts missing
         information as missing capability.
     adaptive: False gives every token the top-K reverse KL to the privileged teacher at weight 1; routes are still recorded.

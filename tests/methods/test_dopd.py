@@ -590,6 +590,21 @@ def test_two_steps_on_the_market_with_secrets(method):
     assert len(set(steps[0].plan["route"].tolist())) == 4
 
 
+def test_the_markets_confident_mistakes_are_left_to_the_student():
+    """Blind spots on shipped models: where the student forgets to carry, it is sure; the teacher has no say there."""
+    student, teacher, task = opd.load("market", secret=True)
+    rollout = student.sample(task.prompts(64, split="test"), max_new_tokens=task.max_new_tokens, seed=1)
+    batch = Batch(rollout, {"student": student, T: teacher.seeing(), S: student.seeing()})
+    routes = DOPD().plan(batch)["route"][batch.mask]
+    kinds = np.array([kind for row in task.token_types(rollout, student.tokenizer) for kind in row])
+    share = {kind: [(routes[kinds == kind] == r).double().mean().item() for r in Route] for kind in ("skill", "copy", "derived", "noise")}
+    assert share["skill"][HS] > 0.95
+    assert 0.6 * share["skill"][LH] + share["skill"][HT] < 0.05  # the teacher's pull, 1 in plain OPD
+    assert share["copy"][LH] > 0.95
+    assert share["derived"][LH] > 0.95
+    assert share["noise"][LL] > 0.95
+
+
 def test_micro_batches_change_neither_routes_nor_update(make_policy, prompts):
     found = []
     for size in (None, 3, 1):
