@@ -61,13 +61,14 @@ class Privilege:
     @property
     def sentence(self) -> str:
         m = self.tokens[[*SHOWN]].mean()
+        under = " (it is under that floor: a sign of memorised hints)" if m["forward_kl"] < m["floor"] - 1e-6 else ""
         leak = "The deployed student does not see the hints." if not self.leak else (
             f"LEAK: for {self.leak:.0%} of the prompts the deployed student reads the hint."
         )  # fmt: skip
         return (
             f"The gap log T(y|x,p) - log S(y|x) is {m['gap']:+.3f} nats a token: capability {m['capability']:+.3f}, information "
             f"{m['information']:+.3f} (interaction {m['interaction']:+.3f}). KL(T_xp || S_x) is {m['forward_kl']:.3f}; what the hint "
-            f"tells the teacher, {m['floor']:.3f}. DOPD would give the teacher a weight of {m['teacher_weight']:.2f}. {leak}"
+            f"tells the teacher, {m['floor']:.3f}{under}. DOPD would give the teacher a weight of {m['teacher_weight']:.2f}. {leak}"
         )
 
     def __str__(self) -> str:

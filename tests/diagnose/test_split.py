@@ -180,6 +180,16 @@ def test_the_information_floor_is_the_mutual_information(pair, prompts):
         information_floor(teacher, rollout, ["1"])
 
 
+def test_a_student_under_the_floor_has_memorised_hints(pair, prompts):
+    """No student without the hint can be there, unless it knows the hints of these prompts: here, since it is told them."""
+    student, teacher = pair
+    honest = privilege(student, teacher, prompts=prompts, controls=False)
+    assert "under that floor" not in str(honest)
+    knowing = privilege(teacher.seeing(), teacher, hint=lambda prompt: prompt.told(prompt.hint or ""), prompts=prompts, controls=False)
+    assert knowing.tokens["forward_kl"].mean() < knowing.tokens["floor"].mean()
+    assert "it is under that floor: a sign of memorised hints" in str(knowing)
+
+
 def test_types_of_the_market_come_from_the_task(student, teacher):
     task = tasks.market(secret=True)
     rollout = student.sample(task.prompts(2), max_new_tokens=4)
