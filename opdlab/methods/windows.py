@@ -80,8 +80,7 @@ def _entropic(costs: Tensor, epsilon: float) -> Tensor:
 
     a, b = (torch.full((len(costs), k), 1 / k, dtype=torch.float64) for k in costs.shape[1:])
     plan = bregman_log_projection_batch(-costs / epsilon, a, b, max_iter=SWEEPS, tol=TOLERANCE)["T"]
-    plan = plan * (a / plan.sum(2)).clamp(max=1)[:, :, None]
-    plan = plan * (b / plan.sum(1)).clamp(max=1)[:, None, :]
+    plan = plan * (a / plan.sum(2)).clamp(max=1)[:, :, None]  # the iteration ends on exact columns: only rows can be too heavy
     rows, columns = (a - plan.sum(2)).clamp(min=0), (b - plan.sum(1)).clamp(min=0)
     return plan + rows[:, :, None] * columns[:, None, :] / rows.sum(1).clamp(min=1e-300)[:, None, None]
 

@@ -52,6 +52,9 @@ def test_forks_are_the_windows_of_three_groups(pair, written):
             assert row[name] == pytest.approx(program(cosine_cost(table[own], table[theirs])), abs=1e-9)
         assert row["score"] == pytest.approx(float(nll[b, t]))
         assert row["token_id"] == int(written.ids[b, t])
+    again, other = (topd.forks(pair["student"], pair["teacher"], written, window=4, share=0.2, seed=seed) for seed in (0, 1))
+    assert again.equals(frame)
+    assert not other[other["group"] == "random"].equals(frame[frame["group"] == "random"])
     same = topd.forks(pair["student"], pair["student"].frozen(), written, window=4, share=0.2)
     assert (same["greedy"] == 0).all()
     assert (same["rollout"] > 0).any()
@@ -104,6 +107,7 @@ def test_a_trained_student_is_copied(make_policy, prompts, perturb):
     tables = [
         topd.local_correction(student, teacher, rollout, [(0, 1), (1, 2)], student_window=w, **options) for w in ("greedy", "rollout")
     ]
+    assert not tables[0].equals(tables[1])  # trained on different texts
     assert torch.equal(student.log_probs(rollout), before)
     assert student.weights.model.peft_config == adapters
     for table in tables:
@@ -126,8 +130,11 @@ def test_the_losses_of_the_arms(pair, written):
     kl = (p.exp() * (p - q)).sum(-1).mean()
     table = student.weights.model.get_input_embeddings().weight.detach()
     soft = torch.from_numpy(sinkhorn(cosine_cost(table[own], table[text]), 0.5))
-    want = {"opd": 0.0, "topd": (soft * p[:, text]).sum(), "diagonal": sum(p[i, x] for i, x in enumerate(text)) / len(text),
-            "teacher_context": sum(ahead[i, x] for i, x in enumerate(text)) / len(text)}  # fmt: skip
+    hard = windows.solve(windows.costs([own], [text], "student", pair))[1][0]
+    straight = sum(p[i, x] for i, x in enumerate(text)) / len(text)
+    along = sum(ahead[i, x] for i, x in enumerate(text)) / len(text)
+    want = {"opd": 0.0, "topd": (soft * p[:, text]).sum(), "exact": (hard * p[:, text]).sum(), "diagonal": straight,
+            "teacher_context": along}  # fmt: skip
     for arm, term in want.items():
         got = futures.loss_of(student, made, plans.get(arm), arm, 0.7)
         assert got.item() == pytest.approx((kl - 0.7 * term).item(), rel=1e-4), arm

@@ -149,10 +149,22 @@ def test_notes_are_plain_and_only_so_many_hold_plans(pair, written, monkeypatch)
     notes = json.loads(json.dumps(batch.notes, allow_nan=False))["windows"]
     assert len(notes) > 5
     assert ["plan" in note for note in notes] == [True] * 3 + [False] * (len(notes) - 3)
-    for note in notes[:3]:
-        shape = np.array(note["plan"]).shape
-        assert shape == (len(note["student"]), len(note["teacher"]))
-        assert np.sum(note["plan"]) == pytest.approx(1, abs=2e-3)
+    greedy_batch = Batch(written, pair)
+    TOPD(window=4, share=0.5, student_window="greedy").plan(greedy_batch)
+    for made, epsilon in ((batch, 0.05), (greedy_batch, None)):  # the targets' plan, or that of the distance
+        for note in made.notes["windows"][:3]:
+            cost = windows.costs([note["student"]], [note["teacher"]], "student", pair)
+            np.testing.assert_allclose(note["plan"], windows.solve(cost, epsilon)[1][0], atol=1e-4)
+
+
+def test_the_median_is_of_the_own_tokens_and_not_of_padding(pair, written):
+    batch = Batch(written, pair)
+    weight = TOPD(window=2, share=1.0, quantile=1.0, downweight="low_ot", embedding="onehot").plan(batch)["downweight"]
+    loss = batch.signals["teacher_reverse_kl"]
+    for b, n in enumerate(written.lengths.tolist()):
+        for t in (weight[b] < 1).nonzero()[:, 0].tolist():
+            assert (loss[b, t] * weight[b, t]).item() == pytest.approx(loss[b, :n].quantile(0.5).item(), rel=1e-5)
+    assert (weight < 1).any(1).sum() > 6
 
 
 def test_micro_batches_change_nothing(make_policy, prompts):

@@ -227,4 +227,6 @@ def test_no_window_at_special_tokens_or_past_the_end(pair, written):
 
 def test_a_share_is_rounded_up_and_not_by_rounding_errors():
     assert windows.quota(torch.tensor([0, 1, 30, 31, 9688]), 0.1) == [0, 1, 3, 4, 969]
+    assert 0.07 * 100 > 7
+    assert windows.quota(torch.tensor([100]), 0.07) == [7]
     assert windows.quota(torch.tensor([9688]), 0.0225) == [218]  # the paper's 218 points
