@@ -110,8 +110,8 @@ class Weights:
         return name
 
     def adapter_state(self, name: str) -> dict[str, Tensor]:
-        """The adapter's tensors, as PEFT names them."""
-        return get_peft_model_state_dict(self.model, adapter_name=name)
+        """The adapter's tensors, as PEFT names them. Not copies."""
+        return get_peft_model_state_dict(self.model, adapter_name=name, save_embedding_layers=False)  # "auto" asks the Hub each time
 
     def set_adapter_state(self, name: str, state: dict[str, Tensor]) -> None:
         set_peft_model_state_dict(self.model, dict(state), adapter_name=name)

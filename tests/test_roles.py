@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import warnings
 
 import pytest
 import torch
@@ -201,6 +202,18 @@ def test_full_training_of_a_student_with_an_adapter_is_refused(make_policy, prom
     with pytest.raises(OpdlabError, match=r"looks through the adapter 'lora\d', which lora=None would leave beside.*Leave lora as it is"):
         opd.distill(student, make_policy(1), hinted(prompts), batch=4, lora=None)
     assert not any(p.requires_grad and "lora_" not in name for name, p in student.weights.model.named_parameters())
+
+
+def test_an_average_asks_nobody(make_model, words, prompts):
+    """It reads the adapter at every step: no file, no network and no warning may be part of that."""
+    model = make_model(len(words))
+    model.name_or_path = "nobody/nothing"
+    student = opd.Policy.of(model, words)
+    run = opd.distill(student, None, hinted(prompts), method=SelfDistillation.sdft(), batch=4, steps=2, quiet=True)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        run.train()
+    assert all("lora_" in name for name in roles.state(student))
 
 
 # Checkpoints.
