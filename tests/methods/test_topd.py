@@ -140,19 +140,6 @@ def test_kept_points_are_candidates_above_the_threshold(batch):
     assert (~columns["divergent"].bool() | probed).all()
 
 
-def test_the_threshold_of_low_loss_positions(tables, batch):
-    method = replace(DIAGONAL, threshold="low_loss_q3", share=0.15)
-    fresh = Batch(batch.rollout, tables)
-    method.plan(fresh)
-    nll = -batch.spread(tables["teacher"].logp[tables["teacher"].where(batch.rollout)].gather(-1, batch.token[:, None])[:, 0])
-    low = [(b, t) for b in range(12) for t in nll[b, :4].topk(1, largest=False).indices.tolist()]
-    theirs = windows.write(tables["teacher"], batch.rollout, low, 3)
-    own = windows.slices(batch.rollout, low, 3)
-    overlap = [sum(min(a.count(i), b.count(i)) for i in range(4)) / 3 for a, b in zip(own, theirs, strict=True)]
-    assert fresh.notes["topd"]["threshold"] == pytest.approx(np.quantile([1 - x for x in overlap], 0.75))
-    assert fresh.notes["topd"]["teacher_tokens"] == (len(fresh.notes["windows"]) + len(low)) * 3
-
-
 def test_least_loss_and_most_points(batch):
     every = planned(replace(DIAGONAL, share=1.0), batch)[1]
     assert len(every) == 12 * 4

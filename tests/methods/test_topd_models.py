@@ -91,6 +91,22 @@ def test_the_whole_loss_is_that_of_full_logits(method, normalize, pair, written)
     assert all(p.grad is None for p in pair["teacher"].weights.model.parameters())
 
 
+def test_the_threshold_of_low_loss_positions(pair, written):
+    batch = Batch(written, pair)
+    TOPD(window=4, share=0.1, threshold="low_loss_q3").plan(batch)
+    said, notes = batch.notes["topd"], batch.notes["windows"]
+    room, nll = windows.room(pair["student"], written, 4), -batch.map(lambda rows: rows.logp_of("teacher"), needs=("teacher",))
+    low = []
+    for b in range(len(written)):
+        count, allowed = sum(n["sample"] == b for n in notes), room[b].nonzero()[:, 0].tolist()
+        low += [(b, t) for t in sorted(allowed, key=lambda t: float(nll[b, t]))[:count]]
+    table = pair["student"].weights.model.get_input_embeddings().weight.detach()
+    texts = [greedy(pair["teacher"], written.prompts[b], written.ids[b, :t].tolist(), 4) for b, t in low]
+    distances = [program(cosine_cost(table[written.ids[b, t : t + 4]], table[x])) for (b, t), x in zip(low, texts, strict=True)]
+    assert said["threshold"] == pytest.approx(np.quantile(distances, 0.75), abs=1e-9)
+    assert said["teacher_tokens"] == sum(len(n["teacher"]) for n in notes) + sum(map(len, texts))
+
+
 def test_an_unused_place_may_hold_a_token_that_the_student_rules_out():
     """One token has two targets, the other one; the student gives the id that fills the gap, 0, no probability."""
     columns = windows.scatter(text([1, 2]), [(0, 0)], [[3, 4]], [torch.tensor([[0.3, 0.2], [0.5, 0.0]])])
