@@ -60,6 +60,10 @@ class OmniOPD:
     less text; where the chunk holds the end of the completion they stay whole. teacher_tokens: how long they may be in the
     teacher's tokens; by default `length`, and with match_length as many as the longest chunk has bytes. temperature: the
     teacher's; 0 makes all N the same. The paper's sizes suit 4000-token answers: keep chunks * length at or below a quarter of yours.
+
+    All weights are positive and only their differences teach, so what similarity gives to unlike texts is noise in the gradient:
+    where a wrong chunk still scores 0.8, lower the learning rate or shorten the chunks. Answers of twenty tokens, measured on
+    the market: OmniOPD(chunks=4, continuations=4, length=1, similarity="rouge1", match_length=True).
     """
 
     chunks: int = 10
