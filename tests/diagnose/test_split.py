@@ -135,8 +135,10 @@ def test_what_the_teacher_already_sees_is_the_hint(pair, prompts):
     np.testing.assert_array_equal(implied.tokens["capability_bare"], given.tokens["capability_bare"])
 
 
-def test_controls_try_another_prompts_hint_and_none(pair, prompts):
+def test_controls_try_another_prompts_hint_and_none(pair):
     student, teacher = pair
+    prompts = [Prompt(text, hint=hint) for text, hint in (("ana has 4", "x ana 4"), ("ben", "x ben 7 2"), ("dan has 1 2 eggs", "x 3"))]
+    assert len({tuple(teacher.seeing(p.hint).encode(prompts[0])) for p in prompts}) == 3
     rollout = student.sample(prompts, max_new_tokens=4, seed=0)
     result = privilege(student, teacher, rollout=rollout)
     kinds = result.controls.xs("all", level="type")
