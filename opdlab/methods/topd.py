@@ -50,7 +50,8 @@ class TOPD:
 
     window: K. The paper's 50 suits texts of thousands of tokens; 8 to 16 suit hundreds. No point is taken closer to the end.
     share: ρ, the part of a completion's tokens that are candidates, by highest `score` ("teacher_nll" = -log p_T(x_t),
-        "log_ratio" = log p_S - log p_T of it, "reverse_kl"); min_loss: least score; max_points: most candidates in a step.
+        "log_ratio" = log p_S - log p_T of it, "reverse_kl"), rounded up: in short texts that is one token each, an error or not,
+        unless min_loss asks for a least score (1 nat, say). max_points: most candidates in a step.
     threshold: τ, the `quantile` of the candidates' distances in the step, or "low_loss_q3": the upper quartile of distances
         at as many positions of lowest score (twice the teacher's writing).
     weight: λ. epsilon: of the entropic plan that makes the targets; None takes the exact plan. The distance is always exact.
