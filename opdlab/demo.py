@@ -70,9 +70,10 @@ def demo(profile: str = "market", student: str | None = None, teacher: str | Non
         kind: Any = LogprobServer if any(name.split("+")[0] == "teacher" for name in way.needs) else TextServer
         grader = kind(teacher_url, teacher_model, cache=out / "teacher.sqlite")
     given = {"steps": plan["steps"], **sizes, **({"steps": steps} if steps else {}), **(settings or {})}
+    start = pupil.frozen()  # without the adapter that the run gives it
     run = distill(pupil, grader, task, method=way, seed=seed, **given)  # first: it checks all that can be checked
-    before, best = _look(pupil, task, plan, "student"), _look_at_teacher(grader, pupil, task, plan)
-    fixed = _traced(before, pupil, grader)
+    before, best = _look(start, task, plan, "student"), _look_at_teacher(grader, pupil, task, plan)
+    fixed = _traced(before, start, grader)
     console.print(f"student {before.accuracy:.2f}, teacher {best.accuracy:.2f} ({plan['score']}); distilling with {type(way).__name__} …")
     began = time.perf_counter()
     run.train()
