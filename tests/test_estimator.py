@@ -401,7 +401,8 @@ def test_the_card_holds_no_code_whatever_a_loss_is_called():
         return -d.forward_kl(rows.student, rows.teacher)
 
     loss.__name__ = '<img src=x onerror="alert(1)"><script>alert(2)</script>'
-    found = audit(loss)
+    name = "<svg onload=alert(3)>"
+    found = audit(loss, sweep={name: lambda x: loss if x in (0, 1) else lambda rows: 2 * loss(rows)})
     html = found._repr_html_()
     tags = Tags()
     tags.feed(html)
@@ -411,10 +412,18 @@ def test_the_card_holds_no_code_whatever_a_loss_is_called():
     assert "&lt;script&gt;" in html
     assert "<script" not in html
     assert "currentColor" in html
-    assert "#D55E00" in html  # negative cosines
-    assert "#0072B2" in audit(OPD())._repr_html_()
+    assert "&lt;svg onload" in html
     assert found.flags["ascends"] in html
     assert len(html) < 8000
+
+
+@pytest.mark.parametrize("loss", [OPD(), in_reward("k3"), lambda rows: -d.forward_kl(rows.student, rows.teacher)])
+def test_bars_go_right_in_blue_and_left_in_orange(loss):
+    found = audit(loss)
+    shown = found.table["cosine"].head(6)
+    for some, side, colour in ((shown > 0, "left", "#0072B2"), (shown < 0, "right", "#D55E00")):
+        assert found._repr_html_().count(f"em;{side}:3em;background:{colour}") == some.sum()
+    assert len(set(shown > 0)) == (2 if loss == in_reward("k3") else 1)
 
 
 def test_it_prints_what_it_found():
