@@ -1,15 +1,19 @@
 # Two commands that work in a fresh clone with Python 3.11 and nothing else: `make demo` and `make test`.
 PYTHON ?= python3
 PROFILE ?= market
+PORT ?= 8000
 ENV := .venv
 BIN := $(ENV)/bin
 SOURCES := pyproject.toml constraints.txt
 
-.PHONY: demo lab test notebooks models bench clean
+.PHONY: demo serve lab test notebooks models bench clean
 .DEFAULT_GOAL := demo
 
 demo: $(ENV)/$(if $(filter small,$(PROFILE)),small,base).done  ## distil a student and write runs/demo/index.html
 	@$(BIN)/opdlab demo --profile $(PROFILE) $(ARGS)
+
+serve: $(ENV)/servers.done  ## a teacher that only writes: the shipped scribe behind an OpenAI-compatible server on this machine
+	@HF_HUB_OFFLINE=1 $(BIN)/transformers serve data/market/scribe --port $(PORT)
 
 lab: $(ENV)/notebooks.done  ## JupyterLab on the notebook series
 	@$(BIN)/opdlab lab
@@ -53,6 +57,9 @@ $(ENV)/notebooks.done: $(SOURCES) | $(ENV)/bin/python
 
 $(ENV)/test.done: $(SOURCES) | $(ENV)/bin/python
 	$(call install,the package with its tests,.[test])
+
+$(ENV)/servers.done: $(SOURCES) | $(ENV)/bin/python
+	$(call install,the package with what talks to servers,.[servers])
 
 $(ENV)/trl.done: $(SOURCES) | $(ENV)/bin/python
 	$(call install,the package with TRL,.[trl])
