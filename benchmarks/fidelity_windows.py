@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from functools import partial
+
 import opdlab as opd
 from opdlab.methods import topd
 from opdlab.methods.futures import ARMS as LOSSES
@@ -9,19 +11,27 @@ from opdlab.methods.futures import ARMS as LOSSES
 WINDOW, POINTS = 8, 30
 
 
-def alarms(seed: int) -> dict[str, float]:
-    """Window distances (medians) at tokens of high, random and low loss, and the false-alarm rate, for both window choices."""
-    student, teacher, task = opd.load("market")
+def alarms(seed: int, secret: bool) -> dict[str, float]:
+    """Window distances after tokens of high, random and low loss (medians), and false-alarm rates, for both window choices.
+
+    high: the two tokens of highest loss in each completion; above 1 nat: those of them that have any loss to speak of. The
+    last numbers say what kind of token the false alarms above 1 nat are.
+    """
+    student, teacher, task = opd.load("market", secret=secret)
     rollout = student.sample(task.prompts(256, seed=seed), max_new_tokens=task.max_new_tokens, seed=seed)
     found = topd.forks(student, teacher, rollout, window=WINDOW, share=0.05, seed=seed)
-    out = {}
+    kinds = task.token_types(rollout, student.tokenizer)
+    found["type"] = [kinds[b][t] for b, t in zip(found["sample"], found["position"], strict=True)]
+    groups = {name: found[found.group == name] for name in ("high", "random", "low")}
+    real = groups["high"][groups["high"].score > 1]
+    out = {"above 1 nat": len(real) / len(groups["high"])}
     for choice in ("rollout", "greedy"):
-        groups = {name: found[found.group == name][choice] for name in ("high", "random", "low")}
-        out |= {f"{choice}: {name}": float(values.median()) for name, values in groups.items()}
-        out[f"{choice}: false alarms"] = topd.false_alarm_rate(groups["high"], groups["low"])
-        both = found.drop_duplicates(["sample", "position"])
-        out[f"{choice}: Spearman, loss"] = float(both["score"].corr(both[choice], method="spearman"))
-    return out
+        out |= {f"{choice}: {name}": float(rows[choice].median()) for name, rows in groups.items()}
+        out |= {f"{choice}: above 1 nat": float(real[choice].median())}
+        out[f"{choice}: false alarms"] = topd.false_alarm_rate(groups["high"][choice], groups["low"][choice])
+        out[f"{choice}: false alarms above 1 nat"] = topd.false_alarm_rate(real[choice], groups["low"][choice])
+    false = real[real.greedy <= groups["low"].greedy.quantile(0.75)]
+    return out | {f"false alarms that are {kind}": float((false.type == kind).mean()) for kind in ("skill", "style", "noise") if len(false)}
 
 
 def correction(seed: int) -> dict[str, float]:
@@ -37,4 +47,8 @@ def correction(seed: int) -> dict[str, float]:
     return {arm: float(means[arm]) for arm in ("origin", *LOSSES)} | {f"first token: {arm}": float(first[arm]) for arm in ("opd", "topd")}
 
 
-ARMS = {"false alarms": alarms, "five updates on one window": correction}
+ARMS = {
+    "false alarms, plain": partial(alarms, secret=False),
+    "false alarms, with style and secrets": partial(alarms, secret=True),
+    "five updates on one window": correction,
+}
