@@ -1,6 +1,6 @@
 """opdlab: on-policy distillation of language models, one token at a time. The names that a notebook uses."""
 
-from opdlab import diagnose, divergence, errors, estimator, exact, methods, notebook, tasks, viz
+from opdlab import diagnose, divergence, errors, estimator, exact, methods, notebook, snapshots, tasks, viz
 from opdlab.checkpoint import resume
 from opdlab.diagnose import doctor
 from opdlab.distill import Run, Settings, Step, distill
@@ -39,5 +39,5 @@ __all__ = [
     "DOPD", "EOPD", "GOPD", "GRPO", "OPD", "OVD", "SFT", "SODA", "TOPD", "OPDPlus", "OmniOPD", "OpdlabError", "Policy", "Prompt",
     "Rollout", "Run", "SelfDistillation", "SequenceKD", "Settings", "SpanOPD", "Step", "Task", "TopK", "Trace", "audit", "diagnose",
     "distill", "divergence", "doctor", "dopd", "errors", "estimator", "evaluate", "exact", "load", "method", "methods", "notebook",
-    "omniopd", "resume", "sample", "score", "tasks", "topd", "viz",
+    "omniopd", "resume", "sample", "score", "snapshots", "tasks", "topd", "viz",
 ]  # fmt: skip

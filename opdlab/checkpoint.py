@@ -98,10 +98,14 @@ def find(path: Path, step: int | None = None) -> Path:
 def load_weights(student: Policy, folder: Path) -> None:
     """Put a checkpoint's weights into a policy that has the same adapter (or the same model, in full training)."""
     if (folder / "adapter_model.safetensors").exists():
-        state = {k.removeprefix(_PEFT): v for k, v in _tensors(folder / "adapter_model.safetensors").items()}
-        student.weights.set_adapter_state(str(student.adapter), state)
+        student.weights.set_adapter_state(str(student.adapter), adapter(folder))
     else:
         _copy_into(dict(student.weights.model.named_parameters()), _tensors(folder / "model.safetensors"))
+
+
+def adapter(folder: Path) -> dict[str, Tensor]:
+    """The tensors of a checkpoint's adapter, as `Weights.set_adapter_state` takes them."""
+    return {k.removeprefix(_PEFT): v for k, v in _tensors(folder / "adapter_model.safetensors").items()}
 
 
 def _copy_into(there: Mapping[str, Tensor], values: Mapping[str, Tensor]) -> None:

@@ -99,6 +99,8 @@ class Run:
         self.parameters = self._trainable()
         self.averages = roles.start_average(student, self.policies, policies)
         self.optimizer = torch.optim.AdamW(self.parameters.values(), lr=settings.lr, weight_decay=settings.weight_decay, fused=True)
+        if settings.snapshot_every:
+            self._keep()  # step 0, the student before any update
         self._progress = Progress(settings.steps, type(method).__name__, quiet=quiet or not self.accelerator.is_main_process)
 
     @property
@@ -281,12 +283,17 @@ class Run:
             self.rows.append(metrics)
         if s.evaluate_every and self.done % s.evaluate_every == 0:
             metrics["accuracy"] = evaluate(self.student, self.task).accuracy
-        if s.snapshot_every and self.done % s.snapshot_every == 0 and self.student.adapter:
-            state = self.student.weights.adapter_state(self.student.adapter)
-            self.snapshots[self.done] = {k: v.detach().cpu().clone() for k, v in state.items()}
+        if s.snapshot_every and self.done % s.snapshot_every == 0:
+            self._keep()
         if s.save_every and self.folder and self.done % s.save_every == 0 and self.accelerator.is_main_process:
             self.save()
         self.accelerator.log(metrics, step=self.done)
+
+    def _keep(self) -> None:
+        """Remember the adapter as it is now; full training keeps none, since every copy would be a whole model."""
+        if self.student.adapter:
+            state = self.student.weights.adapter_state(self.student.adapter)
+            self.snapshots[self.done] = {k: v.detach().cpu().clone() for k, v in state.items()}
 
     # Preparation.
 

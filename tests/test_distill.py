@@ -203,10 +203,11 @@ def test_snapshots_give_back_the_student_of_that_step(market):
     student, teacher, task = market
     run = small(student, teacher, task, steps=2, snapshot_every=1, lr=0.02)
     rollout = student.sample(task.prompts(2), seed=0, max_new_tokens=8)
-    seen = {step.number: student.log_probs(rollout) for step in run}
+    seen = {0: student.log_probs(rollout)} | {step.number: student.log_probs(rollout) for step in run}
+    assert list(run.snapshots) == [0, 1, 2]
     for number, logp in seen.items():
         assert torch.equal(run.at(number).log_probs(rollout), logp)
-    with pytest.raises(errors.OpdlabError, match="No snapshot of step 7; there are 1, 2"):
+    with pytest.raises(errors.OpdlabError, match="No snapshot of step 7; there are 0, 1, 2"):
         run.at(7)
 
 

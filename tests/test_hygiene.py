@@ -23,7 +23,7 @@ FLOORS = [
     {"trace"},
     {"exact", "estimator", "teachers", "tasks"},
     {"methods", "roles"},
-    {"evaluate", "checkpoint", "distill"},
+    {"evaluate", "checkpoint", "distill", "snapshots"},
     {"profiles", "diagnose"},
     {"viz", "notebook", "bridges"},
     {"demo", "cli"},
