@@ -1,12 +1,23 @@
-"""Freezing, profiles and the checks of exercises."""
+"""Freezing, profiles and exercises."""
 
 from __future__ import annotations
 
+import base64
+import io
+import runpy
+import shutil
+from pathlib import Path
+
 import nbformat
 import pytest
+import torch
 
 import opdlab as opd
 from opdlab import notebook
+from opdlab.notebook import cases, checking
+from opdlab.notebook.checking import compared, find
+
+ROOT = Path(__file__).parents[1]
 
 
 def book(tmp_path, *sources):
@@ -27,7 +38,9 @@ def test_freeze_keeps_what_tells_and_drops_what_changes(tmp_path):
     assert nb.cells[2].outputs[0]["data"]["text/plain"] == "2"
     assert nb.metadata["opdlab"]["source"] == notebook.source_hash(nb)
     assert notebook.freeze(path) == first  # twice is once
-    nb.cells[2].source = "1 + 2"
+    nb.cells.insert(0, nbformat.v4.new_markdown_cell("# New words"))
+    assert nb.metadata["opdlab"]["source"] == notebook.source_hash(nb)  # which no output depends on
+    nb.cells[3].source = "1 + 2"
     assert nb.metadata["opdlab"]["source"] != notebook.source_hash(nb)
 
 
@@ -43,6 +56,25 @@ def test_freeze_refuses_errors_and_too_much(tmp_path):
         notebook.freeze(path)
 
 
+@pytest.mark.browser
+@pytest.mark.skipif(not shutil.which("chromium"), reason="needs Chromium")
+def test_freeze_adds_a_picture_to_charts(tmp_path):
+    from PIL import Image
+
+    layout = {"height": 200, "margin": {"l": 40, "r": 0, "t": 0, "b": 20}}
+    figure = {"data": [{"type": "bar", "x": [1], "y": [1], "marker": {"color": "#0072B2"}}], "layout": layout}
+    path = book(tmp_path, f"from IPython.display import display\ndisplay({{{notebook.freezing.CHART!r}: {figure!r}}}, raw=True)")
+    notebook.execute(path)
+    first = notebook.freeze(path)
+    data = nbformat.read(path, as_version=4).cells[0].outputs[0]["data"]
+    picture = Image.open(io.BytesIO(base64.b64decode(data["image/png"]))).convert("RGB")
+    assert picture.size == (1140, 300)
+    blue = sum(count for count, colour in picture.getcolors(1 << 20) if colour == (0x00, 0x72, 0xB2))
+    assert blue > 0.5 * 1140 * 300
+    assert dict(data[notebook.freezing.CHART]) == figure
+    assert notebook.freeze(path) == first
+
+
 def test_profiles(monkeypatch, capsys):
     monkeypatch.setenv("OPDLAB_PROFILE", "ci")
     ctx = notebook.setup({"ci": 0.5})
@@ -55,18 +87,100 @@ def test_profiles(monkeypatch, capsys):
         notebook.setup()
 
 
-def stub(rows):
+# The exercises of all notebooks.
+
+EVERY = {key: task for number in checking.numbers() for key, task in checking.of(number).items()}
+
+
+def stub(*_):
     raise NotImplementedError
 
 
-@pytest.mark.parametrize(("fn", "says", "passes"), [
-    (lambda r: (r.student.exp() * (r.student - r.teacher)).sum(-1), "✓ that is the reverse_kl", True),
-    (lambda r: (r.teacher.exp() * (r.teacher - r.student)).sum(-1), "✗ that is the forward_kl", False),
-    (lambda r: (r.student.exp() * (r.teacher - r.student)).sum(-1), "the sign is wrong", False),
-    (lambda r: (r.student.exp() * (r.student - r.teacher)).sum(), "one number a token", False),
-    (lambda r: r.student.sum(-1), "the values differ", False),
-    (stub, "not written yet", False),
+def test_keys_say_where_they_belong():
+    for number in checking.numbers():
+        assert number.isdigit()
+        assert list(checking.of(number)) == [f"{number}.{i + 1}" for i in range(len(checking.of(number)))]
+        assert len(list((ROOT / "notebooks").glob(f"{number}_*.ipynb"))) == 1
+
+
+@pytest.mark.parametrize("key", EVERY)
+def test_solutions_agree_with_the_library_and_stubs_go_on(key, capsys):
+    task = EVERY[key]
+    assert task.judge(task.solution) is None
+    assert notebook.exercise(key)(stub) is task.solution
+    said = capsys.readouterr().out
+    assert said == f"… {key} is not written yet: {task.asks}. Until then the notebook goes on with the library's.\n"
+    assert notebook.exercise(key)(task.solution) is task.solution
+    assert capsys.readouterr().out == f"✓ {key}: {task.says}.\n"
+
+
+@pytest.mark.parametrize(("key", "sentence"), [(key, sentence) for key, task in EVERY.items() for sentence in task.mistakes])
+def test_mistakes_are_named(key, sentence, capsys):
+    task = EVERY[key]
+    assert sentence.endswith(".")
+    assert notebook.exercise(key)(task.mistakes[sentence]) is task.solution
+    assert capsys.readouterr().out.startswith(f"✗ {key}: {sentence} Until")
+
+
+def test_every_exercise_knows_a_mistake():
+    assert [key for key, task in EVERY.items() if not task.mistakes] == []
+
+
+@pytest.mark.parametrize(("written", "says"), [
+    (lambda r: (r.student.exp() * (r.teacher - r.student)).sum(-1), "value: the sign is wrong."),
+    (lambda r: 2 * (r.student.exp() * (r.student - r.teacher)).sum(-1), "value: it is 2 times what is wanted."),
+    (lambda r: (r.student.exp() * (r.student - r.teacher)).sum(-1).detach(), "gradient: it is zero everywhere."),
+    (lambda r: (r.student.exp() * (r.student - r.teacher)), "value: shape [5] is wanted; you returned shape [5, 7]."),
+    (lambda r: r.student.sum(-1), "value: the values differ: "),
+    (lambda r: None, "value: it returned None. Is there a return?"),
+    (lambda r: "kl", "value: shape [5] is wanted; you returned a str."),
+    (lambda r: r.pupil, "it stopped with UnknownColumn: rows has no 'pupil'; there are student, teacher"),
 ])  # fmt: skip
-def test_the_check_says_what_was_written_instead(capsys, fn, says, passes):
-    assert notebook.check_loss(fn, "reverse_kl") is passes
-    assert says in capsys.readouterr().out
+def test_what_is_wrong_is_said(written, says):
+    assert says in find("00.1").judge(written)
+
+
+def test_the_line_that_stopped_is_shown(tmp_path):
+    source = tmp_path / "cell.py"
+    source.write_text("def loss(rows):\n    gap = rows.student - 1\n    return gap / rows.token.foo\n")
+    made = runpy.run_path(str(source))
+    assert "AttributeError: 'Tensor' object has no attribute 'foo' (in the line `return gap / rows.token.foo`)" in find("00.1").judge(
+        made["loss"]
+    )
+
+
+def test_methods_are_judged_as_functions():
+    assert find("00.1").judge(opd.method(needs=("teacher",))(find("00.1").solution)) is None
+
+
+@pytest.mark.parametrize(("got", "want", "says"), [
+    (0.1 + 0.2, 0.3, None),
+    (1.0, 2.0, "the values differ: 1, wanted 2."),
+    (torch.tensor([1.0, torch.nan]), [1.0, torch.nan], None),
+    ((1.0, "a"), (1.0, "a"), None),
+    ((1.0, "b"), (1.0, "a"), "result 2: it returned 'b', wanted 'a'."),
+    (1.0, (1.0, "a"), "2 results are wanted; you returned a float."),
+    ({"x": 1.0}, {"x": 1.0, "y": 2.0}, "results by name are wanted: x, y; you returned x."),
+    (1, True, "it returned 1, wanted True."),
+    (torch.zeros(2, 3), torch.zeros(3, 2), "shape [3, 2] is wanted; you returned shape [2, 3]."),
+    ([0.0, 1.0, 5.0], [0.0, 1.0, 2.0], "the values differ: 5 at [2], wanted 2."),
+])  # fmt: skip
+def test_results_are_compared(got, want, says):
+    assert compared(got, want, 1e-6) == says
+
+
+@pytest.mark.parametrize(("key", "says"), [
+    ("99.1", r"There is no exercise '99\.1'\. There are exercises for the notebooks 00"),
+    ("00.9", r"There is no exercise '00\.9'\. Notebook 00 has 00\.1, 00\.2\."),
+    ("../x", "There is no exercise"),
+])  # fmt: skip
+def test_unknown_keys_list_what_there_is(key, says):
+    with pytest.raises(opd.OpdlabError, match=says):
+        notebook.exercise(key)
+
+
+def test_what_a_loss_trains_is_its_slope_in_the_logits():
+    given = cases.rows(4, 6)
+    p, q = given.student.detach(), given.teacher
+    reverse_kl = cases.trains(lambda r: (r.student.exp() * (r.student - r.teacher)).sum(-1), given)
+    assert torch.allclose(reverse_kl["gradient"], p.exp() * (p - q - reverse_kl["value"][:, None]))

@@ -42,8 +42,9 @@ def browser() -> str:
     raise OpdlabError(f"No browser to draw with: looked for {looked}. Install Chromium (apt-get install chromium) or Chrome.")
 
 
-def shoot(document: str, path: str | os.PathLike[str], *, dark: bool = False, width: int = 1200, density: float = 2.0) -> Path:
-    """Write a PNG of a whole HTML document, as high as it is; `width` in CSS pixels."""
+def shoot(document: str, path: str | os.PathLike[str], *, dark: bool = False, width: int = 1200, density: float = 2.0,
+          least: int = 600) -> Path:  # fmt: skip
+    """Write a PNG of a whole HTML document, as high as it is and at least `least`; `width` in CSS pixels."""
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(prefix="opdlab-") as folder, _running(Path(folder)) as ask:
@@ -53,7 +54,7 @@ def shoot(document: str, path: str | os.PathLike[str], *, dark: bool = False, wi
         tab = lambda method, **values: ask(method, session, **values)
         theme = {"name": "prefers-color-scheme", "value": "dark" if dark else "light"}
         tab("Emulation.setEmulatedMedia", features=[theme, {"name": "prefers-reduced-motion", "value": "reduce"}])
-        tab("Emulation.setDeviceMetricsOverride", width=width, height=600, deviceScaleFactor=density, mobile=False)
+        tab("Emulation.setDeviceMetricsOverride", width=width, height=least, deviceScaleFactor=density, mobile=False)
         tab("Page.enable")
         tab("Page.navigate", url=page.as_uri())
         ask.wait("Page.loadEventFired")

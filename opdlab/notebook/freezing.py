@@ -1,0 +1,95 @@
+"""Running notebooks, and making what they show fit for committing: small, stable, and readable where no script runs."""
+
+from __future__ import annotations
+
+import base64
+import hashlib
+import json
+import os
+import re
+import tempfile
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from opdlab.errors import OpdlabError
+
+LIMIT = 1_000_000  # bytes of a committed notebook
+CHART = "application/vnd.plotly.v1+json"
+_KEPT = ("text/html", "text/plain", "image/png", CHART)
+_WIDTH, _DENSITY = 760, 1.5  # of a chart's picture: CSS pixels, and pixels for each
+
+
+def source_hash(notebook: Mapping[str, Any]) -> str:
+    """A checksum of the code, which tells whether stored outputs are stale."""
+    sources = ["".join(cell["source"]) for cell in notebook["cells"] if cell["cell_type"] == "code"]
+    return hashlib.sha256(json.dumps(sources).encode()).hexdigest()[:16]
+
+
+def execute(path: str | os.PathLike[str], timeout: int = 600) -> None:
+    """Run a notebook in place, in its own folder."""
+    import nbformat
+    from nbclient import NotebookClient
+
+    path = Path(path)
+    book = nbformat.read(path, as_version=4)
+    NotebookClient(book, timeout=timeout, kernel_name="python3", resources={"metadata": {"path": str(path.parent)}}).execute()
+    nbformat.write(book, path)
+
+
+def freeze(path: str | os.PathLike[str]) -> int:
+    """Make an executed notebook fit for committing, in place; returns its size in bytes.
+
+    Drops widgets and their state, timings and stderr, replaces the home and working folders in outputs, adds a picture to charts
+    (which GitHub and nbconvert cannot draw), and notes the checksum of the code. Raises OpdlabError for an error output, more
+    than 1 MB, or charts where there is no Chromium.
+    """
+    path = Path(path)
+    book = json.loads(path.read_text(encoding="utf-8"))
+    book["metadata"] = {"kernelspec": {"display_name": "Python 3", "language": "python", "name": "python3"},
+                        "language_info": {"name": "python"}, "opdlab": {"source": source_hash(book)}}  # fmt: skip
+    count = 0
+    for cell in book["cells"]:
+        cell["metadata"] = {k: v for k, v in cell["metadata"].items() if k in ("tags", "jupyter")}
+        if cell["cell_type"] == "code":
+            count += 1
+            cell["execution_count"], cell["outputs"] = count, [o for o in map(_frozen, cell["outputs"]) if o]
+            for output in cell["outputs"]:
+                if "execution_count" in output:
+                    output["execution_count"] = count
+    text = json.dumps(book, indent=1, ensure_ascii=False) + "\n"
+    for folder in (str(path.resolve().parents[1]), str(Path.home())):
+        text = text.replace(folder + os.sep, "")
+    if len(text.encode()) > LIMIT:
+        raise OpdlabError(f"{path} would be {len(text.encode()):,} bytes, more than {LIMIT:,}. Show less in it.")
+    partial = path.with_name(f".{path.name}.partial")
+    partial.write_text(text, encoding="utf-8")
+    os.replace(partial, path)
+    return len(text.encode())
+
+
+def _frozen(output: dict[str, Any]) -> dict[str, Any] | None:
+    if output["output_type"] == "error":
+        raise OpdlabError(f"The notebook holds an error ({output['ename']}: {output['evalue']}). Run it to the end first.")
+    if output["output_type"] == "stream":
+        return output if output["name"] == "stdout" else None
+    data = {kind: value for kind, value in output["data"].items() if kind in _KEPT}
+    html = "".join(data.get("text/html", ""))
+    if re.fullmatch(r"\s*<code>.*?</code> <progress.*", html):  # a finished progress line says nothing later
+        return None
+    if CHART in data and "image/png" not in data:
+        data["image/png"] = _picture(data[CHART])
+    return {**output, "data": data, "metadata": {}} if data else None
+
+
+def _picture(figure: Mapping[str, Any]) -> str:
+    """A plotly chart as a PNG in base64, on white."""
+    from plotly.offline import get_plotlyjs
+
+    from opdlab.viz import camera, embed
+
+    head = f"<style>body{{margin:0;background:Canvas;--opd-chart-text:#555}}figure{{margin:0}}</style><script>{get_plotlyjs()}</script>"
+    body = f'<figure class="opd-chart"><div></div>{embed.script_json(figure, "opd-figure")}</figure>{embed.plain_module("charts.js")}'
+    with tempfile.TemporaryDirectory(prefix="opdlab-") as folder:
+        picture = camera.shoot(embed.document("chart", head, body), Path(folder) / "chart.png", width=_WIDTH, density=_DENSITY, least=1)
+        return base64.b64encode(picture.read_bytes()).decode()
