@@ -2,7 +2,9 @@
 
 from opdlab.viz.curves import curves
 from opdlab.viz.page import page
+from opdlab.viz.regimes import Regimes
+from opdlab.viz.scrubber import Scrubber
 from opdlab.viz.token_lens import TokenLens
 from opdlab.viz.view import View, set_renderer
 
-__all__ = ["TokenLens", "View", "curves", "page", "set_renderer"]
+__all__ = ["Regimes", "Scrubber", "TokenLens", "View", "curves", "page", "set_renderer"]

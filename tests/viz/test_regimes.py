@@ -1,0 +1,127 @@
+"""The regimes map without a browser: axes, groups and quadrants are those of the trace and of the methods."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+from viz.traces import NASTY, made
+
+import opdlab
+from opdlab.errors import OpdlabError, UnknownColumn
+from opdlab.methods.dopd import Route
+from opdlab.viz import Regimes
+from opdlab.viz.axes import Axis, axes
+from opdlab.viz.regimes import QUADRANTS
+from opdlab.viz.sorts import sorts
+
+
+def trace(n=40, **columns):
+    found = made([f"t{i % 9}".encode() for i in range(n)], plan={k: v for k, v in columns.items() if k not in ("share", "type")})
+    return found.with_columns(**{k: v for k, v in columns.items() if k in ("share", "type")})
+
+
+@pytest.fixture(scope="module")
+def dopd():
+    student, teacher, task = opdlab.load("market")
+    run = opdlab.distill(student, teacher, task, method=opdlab.DOPD(), steps=1, batch=8, quiet=True).train()
+    return run.last.trace()
+
+
+def test_the_quadrants_of_gap_and_confidence_are_the_routes_of_dopd(dopd):
+    view = Regimes(dopd, x="gap")
+    route, found = dopd.column("route"), view.quadrants["tokens"]
+    assert (view.by, view.thresholds["gap"]) == ("route", dopd.meta["notes"]["thresholds"]["gap"])
+    assert found["low x, high y"] == (route == Route.LH).sum() > 0
+    assert found["low x, low y"] == (route == Route.LL).sum()
+    assert found["high x, high y"] + found["high x, low y"] == (route >= Route.HT).sum() > 0
+    np.testing.assert_allclose(axes(dopd)["gap"].values, dopd.column("gap"), atol=1e-6)
+    assert set(view.df.loc[view.df.quadrant == "low x, high y", "kind"]) == {"LH agree, sure"}
+
+
+def test_axes_are_the_numbers_of_the_trace():
+    scored = trace(advantage=np.linspace(-1, 1, 40))
+    found, p = axes(scored), {name: np.exp(scored.column(f"{name}_logp")) for name in scored.policies}
+    np.testing.assert_allclose(found["log_ratio"].values, np.log(p["teacher"] / p["student"]))
+    np.testing.assert_allclose(found["gap"].values, abs(np.log(p["teacher"] / p["student"])))
+    np.testing.assert_allclose(found["confidence"].values, p["student"] + p["teacher"])
+    np.testing.assert_allclose(found["max_p"].values, np.exp(scored.column("teacher_top").max(1)))
+    np.testing.assert_array_equal(found["rank"].values, scored.column("teacher_rank"))
+    assert {"reverse_kl", "student_entropy", "teacher_entropy", "advantage"} <= set(found)
+    assert found["confidence"].start == pytest.approx(float(np.mean(p["student"] + p["teacher"])))
+    assert (found["advantage"].start, found["max_p"].start, found["rank"].scale) == (0, 0.5, "log")
+
+
+def test_a_column_that_is_only_called_gap_stays_what_it_is():
+    np.testing.assert_array_equal(axes(trace(gap=np.arange(40.0)))["gap"].values, np.arange(40.0))
+
+
+@pytest.mark.parametrize("scale", ["linear", "log", "asinh"])
+def test_places_keep_order_and_ends(scale):
+    values = np.array([1.0, 2.0, 5.0, 100.0])
+    places = Axis("a", "a", values, scale=scale, start=3.0).spread([*values, np.inf, -np.inf])
+    assert (np.diff(places[:4]) > 0).all()
+    assert (places[0], places[3], places[4], places[5]) == (0, 1, 1, 0)
+
+
+def test_shares_add_up_and_what_has_no_value_counts_nowhere():
+    share = np.arange(40.0) / np.arange(40).sum()
+    distance = np.where(np.arange(40) % 4 == 0, np.arange(40) / 40, np.nan)
+    view = Regimes(trace(window_distance=distance, share=share), x="window_distance", thresholds={"window_distance": 0.5, "confidence": 0})
+    table, have = view.quadrants, ~np.isnan(distance)
+    kl = view.trace.column("teacher_reverse_kl")
+    assert table["tokens"].tolist() == [5, 5, 0, 0]  # 20 of 40 is 0.5, which is high
+    assert table["of kl"]["high x, high y"] == pytest.approx(100 * kl[have & (distance >= 0.5)].sum() / kl[have].sum())
+    assert table["of gradient"]["low x, high y"] == pytest.approx(100 * share[have & (distance < 0.5)].sum() / share[have].sum())
+    assert (view.df["quadrant"] == "").sum() == 30
+
+
+def test_infinite_gaps_are_high_or_low():
+    view = Regimes(made([b"a", b"b"]).with_columns(student_logp=[0.0, -1.0], teacher_logp=[-np.inf, 0.0]))
+    assert view.df["quadrant"].str.split(",").str[0].tolist() == ["low x", "high x"]
+
+
+def test_lines_regions_and_hidden_groups_pick_rows():
+    view = Regimes(trace(route=np.arange(40) % 3), by="route")
+    df = view.df
+    view.region = [-1.0, 1.0, 0.0, 2.0]
+    assert view.picked.index.tolist() == df.index[df.x.between(-1, 1)].tolist() != []
+    view.hidden = ["1"]
+    assert set(view.picked["kind"]) == {"0", "2"}
+    assert view.quadrants["tokens"].sum() == (np.arange(40) % 3 != 1).sum()
+    view.thresholds = {**view.thresholds, "log_ratio": 1e9}
+    assert view.quadrants["tokens"].filter(like="high x").sum() == 0
+
+
+def test_groups_are_named_as_the_methods_mean_them():
+    found = sorts(trace(
+        gated=np.arange(40) % 2, audited=(np.arange(40) % 3 == 0).astype(float), divergent=np.arange(40) % 4 // 3,
+        window_distance=np.where(np.arange(40) % 2, 0.5, np.nan), mine=np.arange(40) % 5 - 1,
+        type=["skill"] * 30 + ["copy"] * 8 + [None] * 2,
+    ))  # fmt: skip
+    assert list(found) == ["divergent", "audited", "gated", "type", "mine"]  # window_distance is an amount
+    assert found["divergent"].names == ["no candidate", "false alarm", "real fork"]
+    assert np.bincount(found["divergent"].index).tolist() == [20, 10, 10]
+    assert found["gated"].names == ["reverse KL alone", "gated: forward KL too"]
+    assert found["type"].names == ["skill", "copy", "none"]
+    assert found["mine"].names == ["-1", "0", "1", "2", "3"]
+
+
+def test_plain_text_and_markup_carry_the_message():
+    view = Regimes(made(list(map(str.encode, NASTY)), prompt=NASTY[0]), title=NASTY[2])
+    text, html = repr(view), view.static()
+    assert text.splitlines()[0].endswith(f"by log_ratio and confidence, lines at 0 and {view.thresholds['confidence']:.3g}")
+    assert [line[:14].strip() for line in text.splitlines()[1:]] == list(QUADRANTS)
+    assert f"{view.quadrants['of kl'].iloc[0]:.3g} % of KL" in html
+    assert "<img" not in html
+    assert "<script" not in html
+
+
+def test_what_is_not_there_is_named():
+    with pytest.raises(UnknownColumn, match=r"no axis 'what'. It has log_ratio"):
+        Regimes(trace(), x="what")
+    with pytest.raises(UnknownColumn, match=r"no axis 'typo'"):
+        Regimes(trace(), thresholds={"typo": 1})
+    with pytest.raises(UnknownColumn, match=r"by 'type'. There is nothing"):
+        Regimes(trace(), by="type")
+    with pytest.raises(OpdlabError, match="no numbers to draw"):
+        Regimes(opdlab.Trace(trace().table.select(["sample", "position", "token_id"]), trace().meta | {"policies": ["student"]}))
