@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 STYLES = ("opd.css",)  # of every view; its own come after
-BEFORE, AFTER = ("core.js", "payload.js", "state.js", "strip.js", "duel.js"), ("mount.js",)  # of the module of every view
+BEFORE, AFTER = ("core.js", "payload.js", "state.js",  "strip.js", "duel.js", "lines.js"), ("mount.js",)  # of the module of every view
 _UNSAFE = {"<": "\\u003c", ">": "\\u003e", "&": "\\u0026"}
 POLICY = "default-src 'none'; script-src 'unsafe-inline'; style-src 'unsafe-inline'; img-src data: blob:; font-src data:"
 

@@ -1,0 +1,107 @@
+"""Lines over steps as SVG that stretches with its box: the still half of `static/lines.js`, with the same look."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+
+from opdlab.viz.markup import number, safe
+
+POINTS = 300  # a line is thinned to about as many
+HUES = ("teacher", "student", "amount", "green", "pink", "grey")  # of lines, in order; each has a dash of its own too
+
+
+@dataclass(frozen=True, eq=False)
+class Line:
+    """`y` over `x`. look: one of `HUES`. kind: "line", "faint" (raw values under a mean), "dots" (few values) or "dash"."""
+
+    name: str
+    x: np.ndarray
+    y: np.ndarray
+    look: str = "amount"
+    kind: str = "line"
+
+
+@dataclass(frozen=True, eq=False)
+class Plot:
+    """Lines on one scale, with a heading in words. marks: (x, sign) of vertical marks, as of alarms."""
+
+    key: str
+    label: str
+    lines: Sequence[Line]
+    unit: str = ""
+    told: str = ""
+    x: tuple[float, float] = (0.0, 1.0)
+    y: tuple[float, float] = (0.0, 1.0)
+    marks: Sequence[tuple[float, str]] = field(default_factory=list)
+
+    def data(self) -> dict[str, Any]:
+        """As `static/lines.js` reads it."""
+        lines = [
+            {"name": s.name, "x": s.x.astype(np.float32), "y": s.y.astype(np.float32), "look": s.look, "kind": s.kind} for s in self.lines
+        ]
+        return {"key": self.key, "label": self.label, "unit": self.unit, "told": self.told, "x": list(self.x), "y": list(self.y),
+                "marks": [list(m) for m in self.marks], "lines": lines}  # fmt: skip
+
+    def html(self) -> str:
+        """The plot as markup; nothing in it but numbers and escaped words."""
+        top, low = number(self.y[1]), number(self.y[0])
+        first, last = (f"{x:g}" for x in self.x)
+        drawn = "".join(f'<path class="opd-l opd-l-{s.look} opd-l-{s.kind}" d="{path(s, self.x, self.y)}"/>' for s in self.lines)
+        flags = "".join(f'<span class="opd-lp-flag" style="left:{_at(x, self.x):.2f}%">{safe(sign)}</span>' for x, sign in self.marks)
+        rules = "".join(f'<path class="opd-lp-mark" d="M{_at(x, self.x):.2f} 0V100"/>' for x, _ in self.marks)
+        return (
+            f'<figure class="opd-plot"><figcaption><b>{safe(self.label)}</b> <span class="opd-soft">{safe(self.told)}</span></figcaption>'
+            f'<div class="opd-lp-box"><span class="opd-lp-y">{top}</span><span class="opd-lp-y opd-lp-low">{low}</span>'
+            f'<div class="opd-lp-area"><svg viewBox="0 0 100 100" preserveAspectRatio="none" role="img" aria-label="{safe(self.label)}">'
+            f'<path class="opd-lp-grid" d="{GRID}"/>{rules}{drawn}</svg>{flags}</div>'
+            f'<span class="opd-lp-x">{first}</span><span class="opd-lp-x opd-lp-last">{last}</span></div></figure>'
+        )
+
+
+GRID = "M0 0H100M0 50H100M0 100H100"
+
+
+def path(line: Line, x: tuple[float, float], y: tuple[float, float]) -> str:
+    """The way of the pen, in hundredths of the box; gaps where a value is not finite, a dot where it stands alone."""
+    out, pen = [], False
+    for a, b in zip(line.x.tolist(), line.y.tolist(), strict=True):
+        if not math.isfinite(b):
+            pen = False
+            continue
+        point = f"{_at(a, x):.2f} {100 - _at(b, y):.2f}"
+        out.append(f"L{point}" if pen and line.kind != "dots" else f"M{point}h0")
+        pen = True
+    return "".join(out)
+
+
+def span(arrays: Sequence[np.ndarray], zero: bool = False) -> tuple[float, float]:
+    """The range that holds all finite values, a little wider where they are all the same; from zero on if `zero`."""
+    finite = np.concatenate([a[np.isfinite(a)] for a in arrays]) if arrays else np.zeros(0)
+    if not finite.size:
+        return 0.0, 1.0
+    low, high = float(finite.min()), float(finite.max())
+    low = min(low, 0.0) if zero else low
+    return (low, high) if high > low else (low - 0.5 * (abs(low) or 1), high + 0.5 * (abs(high) or 1))
+
+
+def thinned(x: np.ndarray, y: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """At most `POINTS` points: of each stretch the least and the largest value, so that peaks survive."""
+    if len(x) <= POINTS:
+        return x, y
+    keep = {0, len(x) - 1}
+    for piece in np.array_split(np.arange(len(x)), POINTS // 2):
+        values = y[piece]
+        if np.isfinite(values).any():
+            keep |= {int(piece[np.nanargmin(values)]), int(piece[np.nanargmax(values)])}
+    rows = np.array(sorted(keep))
+    return x[rows], y[rows]
+
+
+def _at(value: float, ends: tuple[float, float]) -> float:
+    """Where a value lies between the ends, in percent."""
+    return 100.0 * min(1.0, max(0.0, (value - ends[0]) / ((ends[1] - ends[0]) or 1.0)))

@@ -1,0 +1,274 @@
+"""Scrubber: one text, or the answers to one prompt, at every step of a run that was kept."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+import pandas as pd
+import pyarrow as pa
+from rapidfuzz.distance import LCSseq
+
+from opdlab.errors import OpdlabError, UnknownColumn
+from opdlab.trace import Trace
+from opdlab.viz import markup, payload
+from opdlab.viz.channels import Channel, channels, described
+from opdlab.viz.glyphs import groups, visible
+from opdlab.viz.lines import Line, Plot, span
+from opdlab.viz.view import Trait, View
+
+FINE = 30_000  # numbers of all steps together that travel in half precision
+KPIS = {"reverse_kl": ("KL in training", "nats"), "length": ("length in training", "tokens"), "reward": ("reward in training", ""),
+        "accuracy": ("accuracy, held out", "")}  # fmt: skip
+
+
+class Scrubber(View):
+    """How did this token's fate change? The same tokens graded at every step, or what was written at every step.
+
+    traces: a trace a step, as `opdlab.snapshots.rescored` (the same tokens: only the colours move, and a token's panel shows
+    its path) or `rewritten` (the text moves, with the words that changed) make them. history: `run.history`, for the small
+    curves above. sample: which completion. channel: what colours at first. Raises OpdlabError for no traces or for answers to
+    different prompts, UnknownColumn for a channel that not all of them have.
+
+    `step` is the step shown, at first the last; `delta` shows the change since the first step; `against` is what the words are
+    compared with, "previous" or "first".
+    """
+
+    name, scripts, styles = "scrubber", ("scrubber.js",), ("lines.css", "scrubber.css")
+    step = Trait(0)
+    delta = Trait(False)
+    against = Trait("previous")
+    channel = Trait("log_ratio")
+
+    def __init__(self, traces: Mapping[int, Trace], history: pd.DataFrame | None = None, sample: int = 0,
+                 channel: str = "log_ratio", title: str = "") -> None:  # fmt: skip
+        super().__init__()
+        if not traces:
+            raise OpdlabError("A Scrubber needs a trace of at least one step, and there is none. Give those of snapshots.rescored(…).")
+        self.sample, self.title, self.history = sample, title, history
+        self.steps = sorted(int(step) for step in traces)
+        self.traces = [_completion(traces[step], sample, step) for step in self.steps]
+        ids = [trace.column("token_id").tolist() for trace in self.traces]
+        self.probe = all(other == ids[0] for other in ids)
+        self._same_prompt()
+        found = [channels(trace) for trace in self.traces]
+        kept = [key for key, c in found[0].items() if (not c.minor or key == channel) and not c.names and all(key in f for f in found)]
+        self.channels = {key: [f[key] for f in found] for key in kept}
+        if channel not in self.channels and channel != "log_ratio":
+            raise UnknownColumn(f"The traces have no channel {channel!r} in common. They have {', '.join(self.channels)}.")
+        self.channel = channel if channel in self.channels else next(iter(self.channels))
+        self.step = self.steps[-1]
+        self.selected = next(iter(self._most_moved()), -1) if self.probe else -1
+
+    @property
+    def df(self) -> pd.DataFrame:
+        """One row a token: of the step shown where all steps have the same tokens, else of all steps."""
+        at = self.steps.index(self.step) if self.step in self.steps else -1
+        pairs = [(self.steps[at], self.traces[at])] if self.probe else list(zip(self.steps, self.traces, strict=True))
+        frames = [t.to_pandas().assign(step=step, token=[visible(piece) for piece in t.tokens()]) for step, t in pairs]
+        return pd.concat(frames, ignore_index=True)
+
+    @property
+    def table(self) -> pd.DataFrame:
+        """One row a step: tokens, and the mean of every channel over them."""
+        means = {key: [_mean(c.values) for c in found] for key, found in self.channels.items()}
+        return pd.DataFrame({"step": self.steps, "length": [len(t) for t in self.traces], **means})
+
+    def data(self) -> dict[str, Any]:
+        text = payload.text(self.traces[0]) if self.probe else payload.text(_joined(self.traces, self.sample))
+        if not self.probe:  # the same texts as in other views of the page
+            for one, trace in zip(text["texts"], self.traces, strict=True):
+                one["key"] = payload.key(trace.column("token_id"), one["prompt"], self.sample)
+        return {
+            "title": self.title, "prompt": self._prompt, "finish": [str(t.meta["finish"][self.sample]) for t in self.traces],
+            "probe": self.probe, "steps": self.steps, "text": text, "sizes": [len(t) for t in self.traces],
+            "channels": [self._channel(found) for found in self.channels.values()],
+            "facts": [plot.data() for plot in self._facts()],
+            "fate": self._fate() if self.probe else None,
+            "words": None if self.probe else self._words(),
+        }  # fmt: skip
+
+    def static(self) -> str:
+        """The first and the last step, coloured on one scale, under the curve of what is between them."""
+        found, title = self.channels[self.channel], f'<div class="opd-title">{markup.safe(self.title)}</div>' if self.title else ""
+        limit, out = _limit(found), []
+        for at in dict.fromkeys((0, len(self.steps) - 1)):
+            out.append(
+                f'<div class="opd-soft">step {self.steps[at]}</div><div class="opd-strip" dir="auto" '
+                'style="white-space:pre-wrap;font-family:monospace;line-height:1.9">'
+                f"{markup.strip(groups(self.traces[at].tokens()), found[at], limit)}</div>"
+            )
+        return (
+            f'{title}<div class="opd-prompt" style="white-space:pre-wrap" dir="auto">{markup.safe(self._prompt)}</div>'
+            f'<div class="opd-bar">{markup.legend(found[0], limit)}</div>{"".join(out)}'
+            f'<div class="opd-peaks">{markup.safe(self._course())}</div>'
+        )
+
+    def __repr__(self) -> str:
+        kind = "the same tokens, graded" if self.probe else "what was written"
+        means = np.array([_mean(np.abs(c.values)) for c in self.channels[self.channel]])
+        bars = markup.sparkline(Channel("", "", means))
+        return f"Scrubber: {self.title or f'completion {self.sample}'}, {kind} at {len(self.steps)} steps\n{bars}\n{self._course()}"
+
+    @property
+    def _prompt(self) -> str:
+        return str(self.traces[0].meta["prompts"][self.sample])
+
+    def _same_prompt(self) -> None:
+        for step, trace in zip(self.steps, self.traces, strict=True):
+            if trace.meta["prompts"][self.sample] != self._prompt:
+                raise OpdlabError(
+                    f"Completion {self.sample} answers {self._prompt[:60]!r} at step {self.steps[0]} and another prompt at step {step}. "
+                    "Give traces of one prompt."
+                )
+
+    def _course(self) -> str:
+        """From what to what, in words."""
+        found = self.channels[self.channel]
+        first, last = (markup.number(_mean(np.abs(c.values))) for c in (found[0], found[-1]))
+        said = f"Mean size of the {found[0].label}: {first} at step {self.steps[0]}, {last} at step {self.steps[-1]}"
+        if not self.probe:
+            return said
+        tokens = self.traces[0].tokens()
+        moved = [f"{visible(tokens[i])} {markup.number(found[0].values[i], True)} → {markup.number(found[-1].values[i], True)}"
+                 for i in self._most_moved()]  # fmt: skip
+        return f"{said}. Moved most: {', '.join(moved) or 'none'}"
+
+    def _most_moved(self) -> list[int]:
+        found = self.channels[self.channel]
+        return _largest(found[-1].values - found[0].values)
+
+    def _channel(self, found: Sequence[Channel]) -> dict[str, Any]:
+        """All steps of a channel, one after the other, on one scale; and how the change since the first step is drawn."""
+        values, starts = np.concatenate([c.values for c in found]), np.cumsum([0, *(len(c.values) for c in found)])
+        first, limit = found[0], _limit(found)
+        out = described(first, limit) | {"values": _packed(values)}
+        if not self.probe:
+            return out | {"peaks": [[int(a) + i for i in c.peaks()] for a, c in zip(starts, found, strict=False)]}
+        changes = [change(first, c) for c in found]
+        near = _measures_distance(first)
+        return out | {"peaks": [c.peaks() for c in found], "delta": {
+            "kind": "ratio" if near else "signed", "limit": _limit([Channel("", "", d, first.unit) for d in changes]), "near": near,
+            "less": "farther from the teacher" if near else "fell", "more": "nearer to the teacher" if near else "rose",
+            "peaks": [_largest(d) for d in changes]}}  # fmt: skip
+
+    def _facts(self) -> list[Plot]:
+        """The small curves above: the distance on these texts, then what the run's history knows."""
+        steps = np.array(self.steps, float)
+        lines = []
+        key = next((k for k in ("reverse_kl", "log_ratio", *self.channels) if k in self.channels), "")
+        means = np.array([_mean(np.abs(c.values) if c.kind == "ratio" else c.values) for c in self.channels[key]])
+        lines.append((f"{self.channels[key][0].label} of this text", self.channels[key][0].unit, steps, means))
+        if not self.probe:
+            lines.append(("length of this text", "tokens", steps, np.array([len(t) for t in self.traces], float)))
+        if self.history is not None and len(self.history):
+            x = np.asarray(self.history["step"] if "step" in self.history else np.arange(1, len(self.history) + 1), float)
+            lines += [(label, unit, x, np.asarray(self.history[k], float)) for k, (label, unit) in KPIS.items()
+                      if k in self.history and self.history[k].notna().any()]  # fmt: skip
+        ends = span([x for _, _, x, _ in lines])
+        return [Plot(label, label, [_line(label, x, y)], unit, x=ends, y=span([y], zero=True)) for label, unit, x, y in lines]
+
+    def _fate(self) -> dict[str, Any] | None:
+        """Probabilities of the sampled tokens at every step, in 255ths, and what each policy wanted most instead."""
+        have = set(self.traces[0].table.column_names)
+        if "student_logp" not in have:
+            return None
+        rival = next((name for name in self.traces[0].policies if name != "student" and f"{name}_logp" in have), None)
+        names = ["student", *([rival] if rival else [])]
+        p = {name: np.stack([_p(trace, name) for trace in self.traces]) for name in names}
+        out = {"rival": rival, "p": {name: np.rint(255 * x).astype(np.uint8) for name, x in p.items()}, "wanted": None}
+        if all({"support", *(f"{name}_top" for name in names)} <= set(trace.table.column_names) for trace in self.traces):
+            wanted = {name: np.stack([_wanted(trace, name) for trace in self.traces]) for name in names}
+            ids = np.unique(np.concatenate([w.ravel() for w in wanted.values()]))
+            pieces = {i: piece for trace in self.traces for i in ids.tolist() if (piece := trace.meta["vocab"].get(str(i))) is not None}
+            words = [payload.word(visible(pieces[i].encode("latin-1"))) for i in ids.tolist()]
+            out["wanted"] = {"names": words, "at": {name: np.searchsorted(ids, w) for name, w in wanted.items()}}
+        return out
+
+    def _words(self) -> dict[str, list[Any]]:
+        """Of each step, its text against that of the step before and of the first: [[kind, words], …]."""
+        texts = [b"".join(trace.tokens()).decode("utf-8", "replace") for trace in self.traces]
+        return {"previous": [word_diff(a, b) for a, b in zip([texts[0], *texts], texts, strict=False)],
+                "first": [word_diff(texts[0], b) for b in texts]}  # fmt: skip
+
+
+def word_diff(before: str, after: str) -> list[list[str]]:
+    """What stayed, went and came, word by word: `[["same" | "gone" | "new", text], …]`. Spaces belong to the word after them."""
+    a, b = (re.findall(r"\s*\S+|\s+", text) for text in (before, after))
+    out: list[list[str]] = []
+    gone, new = "", ""
+    for op in [*LCSseq.opcodes(a, b), None]:
+        if op is not None and op.tag != "equal":
+            gone, new = gone + "".join(a[op.src_start : op.src_end]), new + "".join(b[op.dest_start : op.dest_end])
+            continue
+        same = "" if op is None else "".join(b[op.dest_start : op.dest_end])
+        out += [[kind, words] for kind, words in (("gone", gone), ("new", new), ("same", same)) if words]
+        gone, new = "", ""
+    return out
+
+
+def change(first: Channel, now: Channel) -> np.ndarray:
+    """How a channel moved since the first step: by how much nearer to the teacher where it is a distance, else the difference."""
+    with np.errstate(invalid="ignore"):
+        if _measures_distance(first):
+            return np.asarray(np.abs(first.values) - np.abs(now.values))
+        return np.asarray(now.values - first.values)
+
+
+def _measures_distance(channel: Channel) -> bool:
+    return channel.kind == "ratio" or channel.key.endswith("reverse_kl")
+
+
+def _completion(trace: Trace, sample: int, step: int) -> Trace:
+    held = len(trace.meta["texts"])
+    if not 0 <= sample < held:
+        raise OpdlabError(f"The trace of step {step} has completions 0 to {held - 1}, not {sample}. Give sample=0 up to {held - 1}.")
+    return trace.sample(sample)
+
+
+def _joined(traces: Sequence[Trace], sample: int) -> Trace:
+    """The completions of all steps as one trace, the step's place as the sample's number."""
+    rows = [t.table.select(["token_id"]).append_column("sample", pa.array(np.full(len(t), i))) for i, t in enumerate(traces)]
+    meta = {key: [t.meta[key][sample] for t in traces] for key in ("prompts", "texts", "finish")}
+    vocab = {k: v for t in traces for k, v in t.meta["vocab"].items()}
+    return Trace(pa.concat_tables(rows), {**traces[0].meta, **meta, "vocab": vocab})
+
+
+def _packed(values: np.ndarray) -> np.ndarray:
+    """Half precision while that is small, then the coarse numbers of long texts."""
+    return payload.numbers(values) if len(values) > FINE else payload.numbers(values[None])[0]
+
+
+def _limit(found: Sequence[Channel]) -> float:
+    """The value that gets full colour, over all steps: the steps compare."""
+    return Channel("", "", np.concatenate([c.values for c in found]), found[0].unit).limit
+
+
+def _largest(values: np.ndarray, n: int = 5) -> list[int]:
+    size = np.nan_to_num(np.abs(values), nan=0.0, posinf=np.inf)
+    return [int(i) for i in np.argsort(-size, kind="stable")[:n] if size[i] > 0]
+
+
+def _mean(values: np.ndarray) -> float:
+    finite = values[np.isfinite(values)]
+    return float(finite.mean()) if len(finite) else float("nan")
+
+
+def _line(label: str, x: np.ndarray, y: np.ndarray) -> Line:
+    there = np.isfinite(y)
+    look = "teacher" if "accuracy" in label or "reward" in label else "student" if "KL" in label else "amount"
+    return Line(label, x[there], y[there], look)
+
+
+def _p(trace: Trace, name: str) -> np.ndarray:
+    return np.clip(np.exp(trace.column(f"{name}_logp").astype(float)), 0, 1)
+
+
+def _wanted(trace: Trace, name: str) -> np.ndarray:
+    """The token that a policy held likeliest, `[n]`."""
+    ids, logp = trace.column("support"), trace.column(f"{name}_top").astype(float)
+    if not len(ids):
+        return np.zeros(0, int)
+    return np.take_along_axis(ids, np.where(ids < 0, -np.inf, logp).argmax(1)[:, None], 1)[:, 0]
