@@ -2,9 +2,11 @@
 
 from opdlab.viz.curves import curves
 from opdlab.viz.page import page
+from opdlab.viz.privilege_lens import PrivilegeLens
 from opdlab.viz.regimes import Regimes
+from opdlab.viz.run_board import RunBoard
 from opdlab.viz.scrubber import Scrubber
 from opdlab.viz.token_lens import TokenLens
 from opdlab.viz.view import View, set_renderer
 
-__all__ = ["Regimes", "Scrubber", "TokenLens", "View", "curves", "page", "set_renderer"]
+__all__ = ["PrivilegeLens", "Regimes", "RunBoard", "Scrubber", "TokenLens", "View", "curves", "page", "set_renderer"]
