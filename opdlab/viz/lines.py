@@ -12,7 +12,7 @@ import numpy as np
 from opdlab.viz.markup import number, safe
 
 POINTS = 300  # a line is thinned to about as many
-HUES = ("teacher", "student", "amount", "green", "pink", "grey")  # of lines, in order; each has a dash of its own too
+HUES = ("teacher", "student", "amount", "green", "pink", "grey")  # of lines; the last three are dashed, each in its own way
 
 
 @dataclass(frozen=True, eq=False)

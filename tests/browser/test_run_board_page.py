@@ -1,0 +1,79 @@
+"""The board in a real browser, and in a JupyterLab whose cell trains and is interrupted."""
+
+from __future__ import annotations
+
+import pandas as pd
+import pytest
+from browser.jupyter import KERNEL
+from viz.test_run_board import troubled
+
+from opdlab.viz import RunBoard, page
+
+pytestmark = pytest.mark.browser
+
+PATHS = "nodes => nodes.map((n) => n.getAttribute('d'))"
+TRAIN = """import opdlab as opd
+from opdlab import viz
+student, teacher, task = opd.load('market')
+run = opd.distill(student, teacher, task, batch=2, steps=5000, max_new_tokens=6, quiet=True)
+board = viz.RunBoard(run)"""
+
+
+def boards() -> tuple[RunBoard, RunBoard]:
+    return RunBoard(troubled(), title="<i>x</i>"), RunBoard({"<b>one</b>": troubled(), "two": troubled(30).assign(loss=5.0)})
+
+
+def test_the_page_draws_what_python_draws_and_reads_it_at_any_step(open_page, tmp_path, axe):
+    one, two = boards()
+    view = open_page(page(tmp_path / "p.html", title="t", lenses=[("", one), ("", two)]))
+    still = open_page(one.to_html(tmp_path / "q.html"), java_script_enabled=False)
+    first, second = view.locator(".opd-board").all()
+    drawn, want = (p.locator(".opd-board >> nth=0 >> .opd-l").evaluate_all(PATHS) for p in (view, still))
+    assert len(drawn) == len(want)
+    for a, b in zip(drawn, want, strict=True):  # the page has single precision, so the last digit may differ
+        numbers = [[float(x) for x in d.replace("M", " ").replace("L", " ").replace("h0", "").split()] for d in (a, b)]
+        assert numbers[0] == pytest.approx(numbers[1], abs=0.02)
+    assert first.locator(".opd-lp-flag").all_text_contents() == ["1", "3", "2"]
+    assert "entropy collapse" in first.locator(".opd-alarms li").first.text_content()
+    first.get_by_role("slider").fill("20")
+    told = dict(
+        zip(first.locator("figcaption b").all_text_contents(), first.locator("figcaption .opd-soft").all_text_contents(), strict=True)
+    )
+    assert told["accuracy, held out"] == "0.9"
+    assert told["student entropy, nats"] == "1"
+    first.locator("figure:has-text('length') .opd-lp-area").hover(position={"x": 2, "y": 10})
+    assert first.locator(".opd-at").text_content() in ("step 1", "step 2")
+    assert second.get_by_role("button").all_text_contents() == ["<b>one</b>", "two"]
+    lines = second.locator(".opd-l").count()
+    second.get_by_role("button", name="two").click()
+    assert second.get_by_role("button", name="two").get_attribute("aria-pressed") == "false"
+    assert 0 < second.locator(".opd-l").count() < lines
+    axe(view)
+
+
+def test_dark_and_narrow_it_fits(open_page, tmp_path, axe):
+    lenses = [("", board) for board in (*boards(), RunBoard(pd.DataFrame()))]
+    view = open_page(page(tmp_path / "p.html", title="t", lenses=lenses), color_scheme="dark", viewport={"width": 480, "height": 900})
+    assert view.evaluate("document.documentElement.scrollWidth") <= 480
+    axe(view)
+
+
+def test_a_cell_that_trains_is_followed_interrupted_and_reopened(lab):
+    lab.write("board.ipynb", TRAIN, "board.train()")
+    page = lab.open("board.ipynb")
+    lab.command(page, "notebook:run-all-cells")
+    page.locator(".jp-OutputArea-output .opd-board .opd-l").first.wait_for(timeout=60_000)  # while it trains
+    assert page.locator(".opd-board[data-mounted]").count() == 0
+    lab.command(page, "notebook:interrupt-kernel")
+    page.locator(".opd-board[data-mounted]").wait_for(timeout=20_000)
+    assert page.locator(".jp-OutputArea-output .opd-board").count() == 1  # one picture, redrawn
+    page.wait_for_function(KERNEL)
+    done = int(lab.python(page, "print(run.done)"))
+    assert 0 < done < 5000
+    assert f"OPD {done} of 5000 steps" in page.locator(".opd-said").text_content()
+    assert lab.python(page, "step = next(run); print(step.number)") == str(done + 1)
+    lab.save(page)
+    again = lab.open("board.ipynb", kernel=False)
+    again.locator(".opd-board[data-mounted] input").wait_for(timeout=20_000)
+    again.locator(".opd-board input").fill("1")
+    assert again.locator(".opd-board .opd-at").text_content() == "step 1"

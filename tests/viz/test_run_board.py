@@ -1,0 +1,124 @@
+"""The board without a browser: it trains the run it shows, draws what the history says, and puts alarms where they belong."""
+
+from __future__ import annotations
+
+import numpy as np
+import pandas as pd
+import pytest
+from viz.test_token_lens import Read
+
+import opdlab as opd
+from opdlab.diagnose.health import Limits, health
+from opdlab.errors import OpdlabError
+from opdlab.viz import RunBoard, payload
+from opdlab.viz.lines import POINTS, Line, path, span, thinned
+
+
+def troubled(n: int = 60) -> pd.DataFrame:
+    """Entropy collapses at step 30, texts grow from 40 on, accuracy peaks at 20."""
+    step = np.arange(1, n + 1)
+    accuracy = np.where(step % 10 == 0, np.where(step <= 20, 0.9, 0.5), np.nan)
+    return pd.DataFrame({"step": step, "loss": 1 / step, "reverse_kl": 1 / step, "entropy": np.where(step < 30, 1.0, 0.1),
+                         "length": np.full(n, 20.0), "cut": np.where(step < 40, 0.0, 0.5), "accuracy": accuracy})  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def run() -> opd.Run:
+    student, teacher, task = opd.load("market")
+    return opd.distill(student, teacher, task, batch=4, steps=5, max_new_tokens=6, evaluate_every=0, quiet=True, seed=1)
+
+
+def test_a_board_trains_its_run_and_watches_it(run):
+    board, seen = RunBoard(run), []
+    for step in board:
+        seen.append(step.number)
+        if step.number == 2:
+            break
+    assert (seen, run.done, len(board.df)) == ([1, 2], 2, 2)
+    board.train()  # goes on where it was left
+    assert run.done == 5
+    pd.testing.assert_frame_equal(board.df[run.history.columns], run.history)
+    assert board.df["acceptance"].between(0, 1).all()
+    assert [plot.key for plot in board.plots] == ["loss", "reverse_kl", "entropy", "length", "reward", "acceptance"]
+    assert "OPD 5 of 5 steps · no alarms" in repr(board)
+
+
+def test_an_interrupt_leaves_picture_and_run(run):
+    student, teacher, task = opd.load("market")
+    again = opd.distill(student, teacher, task, batch=4, steps=5, max_new_tokens=6, quiet=True, seed=1)
+    board = RunBoard(again)
+    steps = iter(board)
+    assert [next(steps).number, next(steps).number] == [1, 2]
+    with pytest.raises(KeyboardInterrupt):
+        steps.throw(KeyboardInterrupt)
+    assert "OPD 2 of 5 steps" in board.html()
+    board.train()
+    np.testing.assert_array_equal(again.history["loss"], run.history["loss"])  # as if nothing had happened
+
+
+def test_the_live_widget_follows(run):
+    student, teacher, task = opd.load("market")
+    board = RunBoard(opd.distill(student, teacher, task, batch=2, steps=1, max_new_tokens=4, quiet=True))
+    widget = board.live()
+    assert payload.unpack(widget.packed)["plots"] == []
+    board.train()
+    assert [p["key"] for p in payload.unpack(widget.packed)["plots"]][:2] == ["loss", "reverse_kl"]
+
+
+def test_alarms_stand_on_their_curves():
+    board = RunBoard(troubled())
+    marks = {plot.key: plot.marks for plot in board.plots if plot.marks}
+    found = [(alarm.signature, float(alarm.step)) for _, alarm in board.alarms]
+    assert [name for name, _ in found] == ["entropy collapse", "late over-training", "length run-away"]
+    assert marks == {"entropy": [(found[0][1], "1")], "accuracy": [(found[1][1], "2")], "length": [(found[2][1], "3")]}
+    assert [row[3] for row in board.data()["alarms"]] == [name for name, _ in found]
+    assert all(alarm.remedy in Read(board.html()).data["alarms"][i][5] for i, (_, alarm) in enumerate(board.alarms))
+    calm = RunBoard(troubled(), watch=health(limits=Limits(entropy=0.01)))
+    assert calm.alarms == []
+
+
+def test_runs_are_overlaid_by_name_on_one_scale():
+    board = RunBoard({"<b>one</b>": troubled(), "two": troubled(30).assign(loss=5.0)}, title="Both")
+    loss = board.plots[0]
+    assert {line.name for line in loss.lines} == {"<b>one</b>", "two"}
+    assert (loss.x, loss.y) == ((1, 60), (0, 5))
+    assert len({line.look for line in loss.lines}) == 2
+    assert not {line.look for line in loss.lines} & {"teacher", "student"}
+    board.hidden = ["two"]
+    assert {line.name for line in board.plots[0].lines} == {"<b>one</b>"}
+    html = board.html(script=False)
+    assert "<b>one" not in html
+    assert html.count("<svg") == len(board.plots)
+    assert "<b>one</b>, step" in repr(board)
+
+
+def test_many_steps_get_a_mean_and_keep_their_peaks():
+    x, y = np.arange(5000.0), np.zeros(5000)
+    y[1234], y[4321] = 7.0, -3.0
+    few_x, few = thinned(x, y)
+    assert len(few) <= POINTS + 2
+    assert (few.max(), few.min()) == (7, -3)
+    assert (few_x[0], few_x[-1]) == (0, 4999)
+    kinds = [line.kind for line in RunBoard(troubled()).plots[0].lines]
+    assert kinds == ["faint", "line"]
+    assert [line.kind for line in RunBoard(troubled(10)).plots[0].lines] == ["line"]
+    assert [line.kind for line in RunBoard(troubled()).plots[-1].lines] == ["line", "dots"]  # accuracy: one step in ten
+
+
+def test_a_pen_draws_in_percent_and_lifts_at_gaps():
+    line = Line("", np.array([0.0, 5, 10, 10]), np.array([0.0, 1, np.nan, 2]))
+    assert path(line, (0, 10), (0, 2)) == "M0.00 100.00h0L50.00 50.00M100.00 0.00h0"
+    assert span([np.array([np.nan])]) == (0, 1)
+    assert span([np.array([3.0, 3.0])]) == (1.5, 4.5)
+
+
+def test_what_is_no_run_is_refused():
+    with pytest.raises(OpdlabError, match=r"RunBoard got int for 'a'\. Give a run, or"):
+        RunBoard({"a": 3})
+    with pytest.raises(OpdlabError, match=r"needs a run, and there is none"):
+        RunBoard({})
+    with pytest.raises(OpdlabError, match=r"shows a history, so there is nothing to train"):
+        RunBoard(troubled()).train()
+    with pytest.raises(OpdlabError, match=r"shows 2 runs"):
+        RunBoard({"a": troubled(), "b": troubled()}).train()
+    assert "0 steps" in repr(RunBoard(pd.DataFrame()))
