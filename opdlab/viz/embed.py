@@ -12,7 +12,10 @@ from pathlib import Path
 from typing import Any
 
 STYLES = ("opd.css",)  # of every view; its own come after
-BEFORE, AFTER = ("core.js", "payload.js", "state.js",  "strip.js", "duel.js", "lines.js"), ("mount.js",)  # of the module of every view
+# Of the module of every view: what lies before and after its own files.
+BEFORE = ("core.js", "payload.js", "state.js", "strip.js", "duel.js", "lines.js")
+SHARED = ("tracks.js", "minimap.js", "tools.js")  # known to all files of a module, where a view lists them
+AFTER = ("mount.js",)
 _UNSAFE = {"<": "\\u003c", ">": "\\u003e", "&": "\\u0026"}
 POLICY = "default-src 'none'; script-src 'unsafe-inline'; style-src 'unsafe-inline'; img-src data: blob:; font-src data:"
 
@@ -24,17 +27,20 @@ def asset(name: str) -> str:
 
 
 def style_text(*names: str) -> str:
-    return "\n".join(asset(name) for name in names)
+    """Style sheets as one, comments and indents left out."""
+    text = re.sub(r"/\*.*?\*/", "", "\n".join(asset(name) for name in names), flags=re.DOTALL)
+    return "\n".join(line for line in map(str.strip, text.splitlines()) if line)
 
 
 def style(*names: str) -> str:
-    return f"<style>\n{style_text(*names)}</style>"
+    return f"<style>\n{style_text(*names)}\n</style>"
 
 
 def script_text(scripts: Iterable[str]) -> str:
     """One ES module: the base, each view's file in a scope of its own, and what mounts them; comments and indents left out."""
-    own = "".join(f"{{\n{asset(name)}}}\n" for name in dict.fromkeys(scripts))
-    text = "\n".join([*map(asset, BEFORE), own, *map(asset, AFTER)])
+    names = dict.fromkeys(scripts)
+    own = "".join(f"{{\n{asset(name)}}}\n" for name in names if name not in SHARED)
+    text = "\n".join([*map(asset, BEFORE), *(asset(name) for name in SHARED if name in names), own, *map(asset, AFTER)])
     lines = [line.strip() for line in text.splitlines()]
     text = "\n".join(line for line in lines if line and not line.startswith("//"))
     return re.sub("</(?=script)", r"<\\/", text, flags=re.IGNORECASE)

@@ -18,19 +18,29 @@ INK = {
     "amount": ((138, 111, 192), 0.62),  # #8A6FC0
     "minus": ((128, 128, 128), 0.45),
 }
+# Kinds: neither blue nor orange, which mean teacher and student, and a kind of underline each.
+KINDS = ((0, 158, 115), (204, 121, 167), (176, 160, 0), (110, 125, 150), (150, 90, 60), (120, 180, 60), (220, 80, 90), (60, 190, 200))
+INK |= {f"k{i}": (rgb, 0.5) for i, rgb in enumerate(KINDS)}
+LINES = ("solid", "dotted", "dashed", "double", "wavy")
 WHOLE = 1200  # groups that the static strip holds whole
 _STEPS = 12  # cells of the legend on each side of zero
 
 
 def side(kind: str, value: float) -> str:
     """Whose colour a value has."""
+    if kind == "category":
+        return f"k{int(value) % len(KINDS)}" if value >= 0 else "minus"
     negative, positive = {"ratio": ("student", "teacher"), "signed": ("minus", "amount")}.get(kind, ("amount", "amount"))
     return positive if value > 0 else negative
 
 
-def weight(value: float, limit: float) -> float:
-    """How strong the colour is, 0 to 1: the square root of the size, so that middling values show."""
-    return 0.0 if math.isnan(value) else min(1.0, math.sqrt(abs(value) / limit))
+def weight(value: float, limit: float, kind: str = "amount") -> float:
+    """How strong the colour is, 0 to 1: the square root of the size, so that middling values show; of bins, their place."""
+    if math.isnan(value):
+        return 0.0
+    if kind == "category":
+        return 1.0
+    return min(1.0, abs(value) / limit if kind == "ordinal" else math.sqrt(abs(value) / limit))
 
 
 def strip(groups: Sequence[Group], channel: Channel, limit: float) -> str:
@@ -50,7 +60,9 @@ def strip(groups: Sequence[Group], channel: Channel, limit: float) -> str:
 
 
 def legend(channel: Channel, limit: float) -> str:
-    """The colour scale from its least to its most, with the unit."""
+    """The colour scale from its least to its most, with the unit; of kinds, the mark and name of each."""
+    if channel.names:
+        return _key(channel, limit)
     ends = range(-_STEPS, _STEPS + 1) if channel.kind != "amount" else range(_STEPS + 1)
     cells = "".join(f'<span class="opd-cell" style="{_tint(channel.kind, i * limit / _STEPS, limit)}">&nbsp;</span>' for i in ends)
     ticks = [f"−{number(limit)}"] * (channel.kind != "amount") + ["0", f"{number(limit)} {channel.unit}"]
@@ -62,10 +74,17 @@ def legend(channel: Channel, limit: float) -> str:
 
 
 def sparkline(channel: Channel, width: int = 64) -> str:
-    """The size of the channel along the text; where many tokens share a character it shows the largest."""
+    """The size of the channel along the text; where many tokens share a character it shows the largest.
+
+    Of kinds it shows numbers, from 1 in the order of their names; the commonest where many tokens share one.
+    """
+    if channel.kind == "category":
+        parts = np.array_split(np.nan_to_num(channel.values, nan=-1).astype(int), min(width, len(channel.values) or 1))
+        commonest = [int(np.bincount(part[part >= 0]).argmax()) if (part >= 0).any() else -1 for part in parts]
+        return "".join("·" if c < 0 else str(c + 1) for c in commonest)
     size = np.nan_to_num(np.abs(channel.values), nan=0.0, posinf=np.inf)
     bins = np.array_split(size, min(width, len(size))) if len(size) else []
-    return "".join("▁▂▃▄▅▆▇█"[min(7, int(8 * weight(float(b.max()), channel.limit)))] for b in bins)
+    return "".join("▁▂▃▄▅▆▇█"[min(7, int(8 * weight(float(b.max()), channel.limit, channel.kind)))] for b in bins)
 
 
 def number(value: float, sign: bool = False) -> str:
@@ -78,9 +97,25 @@ def number(value: float, sign: bool = False) -> str:
     return ("+" if sign and value > 0 else "") + text.replace("-", "−")
 
 
+def said(value: float, channel: Channel) -> str:
+    """A value of a channel, without its unit: signed where it has two sides, its name where it has names."""
+    if channel.names:
+        return channel.names[int(value)] if value >= 0 else "–"
+    return number(value, channel.kind in ("ratio", "signed"))
+
+
 def safe(text: str) -> str:
     """Text as HTML that reads back as that text: markup escaped, CR kept, NUL (which HTML cannot hold) dropped."""
     return escape(clean(text)).replace("\r", "&#13;").replace("\0", "")
+
+
+def _key(channel: Channel, limit: float) -> str:
+    cells = [
+        f'<span class="opd-kind" style="{_tint(channel.kind, i, limit)}">&nbsp;{safe(mark)}&nbsp;</span>'
+        + ("" if mark == name else f" <span>{safe(name)}</span>")
+        for i, (mark, name) in enumerate(zip(channel.marks, channel.names, strict=True))
+    ]
+    return f'<div class="opd-legend"><span>{safe(channel.label)}</span> {" ".join(cells)}</div>'
 
 
 def _shown(values: Sequence[float]) -> Sequence[int]:
@@ -112,5 +147,6 @@ def _glyph(group: Group, kind: str, value: float, limit: float) -> str:
 
 def _tint(kind: str, value: float, limit: float) -> str:
     (r, g, b), strongest = INK[side(kind, value)]
-    alpha = weight(value, limit) * strongest
-    return f"background-color:rgba({r},{g},{b},{alpha:.3f})" if alpha >= 0.02 else ""
+    alpha = weight(value, limit, kind) * strongest
+    line = f";text-decoration:underline {LINES[int(value) % len(LINES)]}" if kind == "category" and value >= 0 else ""
+    return f"background-color:rgba({r},{g},{b},{alpha:.3f}){line}" if alpha >= 0.02 else ""

@@ -42,6 +42,19 @@ def numbers(values: Any) -> np.ndarray:
     return values.astype(np.float16 if not len(finite) or 1e-4 < finite.max() < 60_000 else np.float32)
 
 
+def coarser(values: np.ndarray, limit: float) -> np.ndarray:
+    """`numbers`, in long texts rounded to the 16 steps up to `limit` that colours have (and as many beyond as there are)."""
+    values = np.asarray(values, np.float64)
+    if len(values) > LONG:
+        values = np.sign(values) * (np.rint(16 * np.sqrt(np.abs(values) / limit)) / 16) ** 2 * limit
+    return numbers(values)
+
+
+def cost(values: np.ndarray) -> int:
+    """Bytes that an array takes in the block, about."""
+    return len(zlib.compress(_stored(values)[1].tobytes(), 6))
+
+
 def text(trace: Trace) -> dict[str, Any]:
     """The tokens of a trace, every distinct one once, and where each of its completions begins.
 

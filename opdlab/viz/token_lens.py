@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import pandas as pd
@@ -11,38 +11,50 @@ import pandas as pd
 from opdlab.errors import OpdlabError, UnknownColumn
 from opdlab.trace import Trace
 from opdlab.viz import markup, payload
-from opdlab.viz.channels import channels, described
+from opdlab.viz.channels import channels, fitting
 from opdlab.viz.duel import duel
 from opdlab.viz.glyphs import groups, visible
 from opdlab.viz.view import Trait, View
+
+TRACKS = 4  # that fit under a line
 
 
 class TokenLens(View):
     """A heat strip of one completion with, under it, the duel of the policies at the token looked at.
 
     channel: what colours the tokens at first, a key of `channels` (`log_ratio`, `reverse_kl`, `student_entropy`, `loss`, a
-    plan column, …). Under a student alone there is no `log_ratio`, and the first that there is takes its place. like: another
-    lens whose colour scale this one keeps to, so that the two compare. Raises OpdlabError for a completion that the trace
-    does not hold and UnknownColumn for a channel it does not have.
+    plan column, a column of names such as `type`, …). Under a student alone there is no `log_ratio`, and the first that there
+    is takes its place. tracks: up to four further channels, as thin bars under each line. like: another lens whose colour
+    scale this one keeps to, so that the two compare. Raises OpdlabError for a completion that the trace does not hold and
+    UnknownColumn for a channel it does not have.
 
-    `selected` is the position looked at, at first the channel's largest; `channel` the key of what colours.
+    `selected` is the position looked at, at first the channel's largest; `channel` the key of what colours; `pins` up to three
+    positions that stay in view side by side. Of a text of more than 2,500 tokens the page carries as many channels as
+    120 kB hold: the one asked for and the tracks, then those that `channels` lists first; the page says what is left out.
     """
 
-    name, scripts = "lens", ("lens.js",)
+    name, scripts = "lens", ("tracks.js", "minimap.js", "tools.js", "lens.js")
     channel = Trait("log_ratio")
+    tracks = Trait([])
+    pins = Trait([])
 
-    def __init__(self, trace: Trace, sample: int = 0, channel: str = "log_ratio", title: str = "", like: TokenLens | None = None) -> None:
+    def __init__(self, trace: Trace, sample: int = 0, channel: str = "log_ratio", title: str = "", like: TokenLens | None = None,
+                 tracks: Sequence[str] = ()) -> None:  # fmt: skip
         super().__init__()
         self.sample, self.title, self._least = sample, title, like.limits if like else {}
         self.trace = _rows(trace, sample)
         self.channels = channels(self.trace)
-        if channel not in self.channels and channel != "log_ratio":
-            raise UnknownColumn(f"The trace has no channel {channel!r}. It has {', '.join(self.channels)}.")
+        for key in (*([] if channel == "log_ratio" else [channel]), *tracks):
+            if key not in self.channels:
+                raise UnknownColumn(f"The trace has no channel {key!r}. It has {', '.join(self.channels)}.")
         if not self.channels:
             raise OpdlabError(
                 f"The trace has no numbers to draw, only {', '.join(trace.table.column_names)}. Make it with opdlab.score(…)."
             )
+        if len(tracks) > TRACKS:
+            raise OpdlabError(f"There is room for {TRACKS} tracks under a line, not {len(tracks)}. Leave some out.")
         self.channel = channel if channel in self.channels else next(iter(self.channels))
+        self.tracks = list(tracks)
         self.selected = next(iter(self.channels[self.channel].peaks()), 0)
 
     @property
@@ -78,16 +90,19 @@ class TokenLens(View):
         )
 
     def data(self) -> dict[str, Any]:
+        fixed = {"text": payload.text(self.trace), "duel": duel(self.trace)}
+        spent = len(payload.pack(fixed)) if len(self.trace) > payload.LONG else 0
+        carried = fitting(self.channels, self.limits, keep=(self.channel, *self.tracks), spent=spent)
+        have = {c["key"] for c in carried}
         return {
-            "title": self.title, "prompt": self._prompt, "finish": self._finish, "policies": self.trace.policies,
-            "text": payload.text(self.trace), "channels": [described(c, self.limits[key]) for key, c in self.channels.items()],
-            "duel": duel(self.trace),
+            "title": self.title, "prompt": self._prompt, "finish": self._finish, "policies": self.trace.policies, **fixed,
+            "channels": carried, "left": [c.label for key, c in self.channels.items() if key not in have],
         }  # fmt: skip
 
     def __repr__(self) -> str:
         chosen = self.channels[self.channel]
         head = f"TokenLens: {self.title or f'completion {self.sample}'}, {len(self.trace)} tokens, {chosen.label}"
-        meaning = f" (− {chosen.less}, + {chosen.more})" if chosen.kind != "amount" else ""
+        meaning = f" (− {chosen.less}, + {chosen.more})" if chosen.kind in ("ratio", "signed") else ""
         return f"{head}{f' in {chosen.unit}' if chosen.unit else ''}{meaning}\n{markup.sparkline(chosen)}\n{self._peaks()}"
 
     @property
@@ -99,9 +114,12 @@ class TokenLens(View):
         return str(self.trace.meta["finish"][self.sample])
 
     def _peaks(self) -> str:
-        """The tokens of largest size, in words."""
+        """The tokens of largest size, in words; of kinds, how common each is."""
         chosen, tokens = self.channels[self.channel], self.trace.tokens()
-        peaks = [f"{visible(tokens[i])} {markup.number(chosen.values[i], chosen.kind != 'amount')} (position {i})" for i in chosen.peaks()]
+        if chosen.kind == "category":
+            parts = [f"{i + 1} {name} {100 * (chosen.values == i).mean():.0f} %" for i, name in enumerate(chosen.names)]
+            return f"{chosen.label}: {', '.join(parts)} of {len(tokens)} tokens"
+        peaks = [f"{visible(tokens[i])} {markup.said(chosen.values[i], chosen)} (position {i})" for i in chosen.peaks()]
         return f"Largest {chosen.label}: {', '.join(peaks) or 'none'}"
 
 

@@ -129,13 +129,13 @@ def test_buttons_recolour_and_set_the_rival(open_page, tmp_path, lens):
     view = open_page(lens.to_html(tmp_path / "lens.html"))
     colours = lambda: view.locator(".opd-token .opd-ink").evaluate_all("nodes => nodes.map((n) => getComputedStyle(n).backgroundColor)")
     before = colours()
-    view.get_by_role("button", name="log ratio · teacher+hint").click()
+    view.get_by_role("button", name="log ratio · teacher+hint", exact=True).click()
     assert colours() != before
     assert view.locator(".opd-side.opd-of-teacher b").text_content() == "teacher+hint"
     view.locator("[data-i='1']").hover()
     want = expected(lens, 1, "teacher+hint")
     assert all(close(shown(view)[w][1], t) for w, (_, t) in want.items())
-    view.get_by_role("button", name="advantage").click()
+    view.get_by_role("button", name="advantage", exact=True).click()
     legend = view.locator(".opd-legend").text_content()
     assert "negative" in legend
     assert "positive" in legend
@@ -157,7 +157,7 @@ def test_the_legend_is_the_scale(open_page, tmp_path, lens):
 def test_any_tokens_rejoin_and_none_runs(open_page, tmp_path):
     view = open_page(TokenLens(made(list(map(str.encode, NASTY)), prompt=NASTY[0]), title=NASTY[2]).to_html(tmp_path / "nasty.html"))
     whole = set(view.evaluate("[...document.querySelectorAll('.opd-lens *')].map((n) => n.localName)"))
-    assert whole <= {"div", "span", "button", "b", "script"}
+    assert whole <= {"div", "span", "button", "b", "script", "input"}
 
     @settings(max_examples=25, deadline=None, suppress_health_check=list(HealthCheck))
     @given(st.lists(nasty, max_size=10), st.sampled_from(NASTY))
@@ -181,12 +181,13 @@ def test_text_can_be_read_on_every_colour(open_page, tmp_path, scheme):
     n = 60
     gap = np.linspace(-3, 3, n)
     trace = made([f" t{i}".encode() for i in range(n)], plan={"signed": gap})
-    trace = trace.with_columns(student_logp=np.zeros(n), teacher_logp=gap, teacher_reverse_kl=abs(gap))
+    trace = trace.with_columns(student_logp=np.zeros(n), teacher_logp=gap, teacher_reverse_kl=abs(gap),
+                               kind=[f"kind {i % 8}" for i in range(n)])  # fmt: skip
     view = open_page(TokenLens(trace).to_html(tmp_path / "lens.html"), color_scheme=scheme)
-    for name in ("log ratio", "signed", "reverse KL"):
-        view.get_by_role("button", name=name).click()
+    for name, colours in (("log ratio", 14), ("signed", 14), ("reverse KL", 14), ("kind", 8)):
+        view.get_by_role("button", name=name, exact=True).click()
         found = view.evaluate(CONTRAST)
-        assert len({colour for _, _, colour in found}) >= 14
+        assert len({colour for _, _, colour in found}) >= colours
         assert min(ratio for _, ratio, _ in found) >= 4.5, (name, min(found, key=lambda f: f[1]))
 
 

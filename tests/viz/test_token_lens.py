@@ -128,11 +128,13 @@ def test_channels_are_the_columns_of_the_trace():
     found = channels(trace)
     assert list(found) == [
         "log_ratio", "reverse_kl", "student_entropy", "teacher_entropy", "teacher+hint_entropy", "teacher+hint_log_ratio",
-        "teacher+hint_reverse_kl", "loss", "share", "advantage", "route",
+        "teacher+hint_reverse_kl", "loss", "share", "advantage", "route", "words",
+        "forward_kl", "jsd", "entropy_gap", "rank", "overlap", "student_tail", "teacher_tail", "teacher+hint_tail",
+        "teacher+hint_forward_kl", "teacher+hint_jsd", "teacher+hint_entropy_gap", "teacher+hint_rank", "teacher+hint_overlap",
     ]  # fmt: skip
     np.testing.assert_allclose(found["log_ratio"].values, trace.column("teacher_logp") - trace.column("student_logp"))
     np.testing.assert_allclose(found["share"].values, [50, 25, 25])
-    assert (found["advantage"].kind, found["route"].kind, found["log_ratio"].kind) == ("signed", "amount", "ratio")
+    assert (found["advantage"].kind, found["route"].kind, found["log_ratio"].kind) == ("signed", "category", "ratio")
     assert found["teacher+hint_log_ratio"].against == "teacher+hint"
 
 

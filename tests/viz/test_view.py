@@ -30,7 +30,7 @@ def test_traits_are_attributes_that_can_be_watched(lens):
     lens.selected = 1
     lens.brush = (0, 1)
     assert seen == [1]
-    assert lens.traits == {"selected": 1, "hovered": -1, "brush": [0, 1], "channel": "log_ratio"}
+    assert lens.traits == {"selected": 1, "hovered": -1, "brush": [0, 1], "channel": "log_ratio", "tracks": [], "pins": []}
     assert lens.df.iloc[lens.selected]["token"] == "·b"
     with pytest.raises(TypeError, match=r"selected is of type int, not str \('x'\)\. Give a int"):
         lens.selected = "x"

@@ -44,28 +44,56 @@ const percent = (p) => {
   return `${(100 * p).toFixed(p < 0.01 ? 2 : 1)} %`;
 };
 
-const measure = (value, channel) => [number(value, twoSided(channel)), channel.unit].filter(Boolean).join(" ");
+// A value of a channel in words: the name of a kind, or the number with its unit.
+const nameOf = (value, channel) => channel.names?.[value] ?? "–";
+const isNamed = (channel) => Boolean(channel.names?.length);
+const figureOf = (value, channel) => (isNamed(channel) ? nameOf(value, channel) : number(value, twoSided(channel)));
+const measure = (value, channel) => (isNamed(channel) ? nameOf(value, channel) : [number(value, twoSided(channel)), channel.unit].filter(Boolean).join(" "));
 
 // ── Colours: a side (whose hue) and a weight from 0 to 1, the square root of the size, so that middling values show ──
 
 const SIDES = { ratio: ["student", "teacher"], signed: ["minus", "amount"] };
 const twoSided = (channel) => channel.kind in SIDES;
 const sideOf = (value, channel) => (SIDES[channel.kind] ?? ["amount", "amount"])[value > 0 ? 1 : 0];
-const weightOf = (value, channel) => (Number.isNaN(value) ? 0 : Math.min(1, Math.sqrt(Math.abs(value) / channel.limit)));
+const weightOf = (value, channel) => {
+  if (Number.isNaN(value) || (isNamed(channel) && value < 0)) return 0;
+  const share = Math.abs(value) / channel.limit;
+  return channel.kind === "category" ? 1 : Math.min(1, channel.kind === "ordinal" ? share : Math.sqrt(share));
+};
 
 // 16 steps a side as classes: a browser recolours 10,000 nodes faster by class than by style.
 const STEPS = 16;
+const KINDS_SHOWN = 8; // colours of kinds
 const tintOf = (value, channel) => {
+  if (channel.kind === "category") return value >= 0 ? `opd-k opd-k${value % KINDS_SHOWN}` : "";
   const step = Math.round(STEPS * weightOf(value, channel));
   return step ? `opd-${sideOf(value, channel)} opd-w${step}` : "";
 };
 
-// The same colours for canvas, as [r, g, b, alpha].
+// The same colours for canvas, as [r, g, b].
 const HUES = { teacher: [0, 114, 178], student: [213, 94, 0], amount: [138, 111, 192], minus: [128, 128, 128] };
+const KIND_HUES = [[0, 158, 115], [204, 121, 167], [176, 160, 0], [110, 125, 150], [150, 90, 60], [120, 180, 60], [220, 80, 90], [60, 190, 200]];
+const hueOf = (value, channel) => (channel.kind === "category" ? KIND_HUES[value % KINDS_SHOWN] ?? HUES.minus : HUES[sideOf(value, channel)]);
+const css = ([r, g, b], alpha = 1) => `rgba(${r},${g},${b},${alpha})`;
 
 // ── Legend: the scale from least to most with unit, clip marks and a cursor at the value looked at ────────────────
 
+// The key of kinds: letter and name of each.
+const drawKey = (legend, channel) => {
+  legend.classList.add("opd-key");
+  legend.replaceChildren(...channel.names.map((name, i) => {
+    const item = put(make("span", "opd-item"), { "data-kind": i });
+    item.append(make("span", `opd-kind ${tintOf(i, channel)}`, channel.marks?.[i] ?? name));
+    if (channel.marks?.[i] !== name) item.append(make("span", "", name));
+    return item;
+  }));
+};
+
 const drawLegend = (legend, channel) => {
+  legend.classList.add("opd-legend");
+  legend.title = channel.formula ? `${channel.label}: ${channel.formula}` : "";
+  if (isNamed(channel)) return drawKey(legend, channel);
+  legend.classList.remove("opd-key");
   const scale = make("span", "opd-scale"), signed = twoSided(channel), least = signed ? -STEPS : 0;
   for (let i = least; i <= STEPS; i++) {
     scale.append(make("span", `opd-cell ${tintOf(Math.sign(i) * (i / STEPS) ** 2 * channel.limit, channel)}`));
@@ -77,11 +105,14 @@ const drawLegend = (legend, channel) => {
   ticks.append(make("span", "", "0"), make("span", "", `${clipped(1) ? "≥" : ""}${number(channel.limit)}`));
   const unit = make("span", "opd-unit", [channel.unit, "√ scale"].filter(Boolean).join(", "));
   unit.title = "The colour grows as the square root of the size, so that middling values show.";
-  legend.classList.add("opd-legend");
   legend.replaceChildren(make("span", "opd-less", channel.less), scale, make("span", "opd-more", channel.more), ticks, unit);
 };
 
 const moveCursor = (legend, channel, value) => {
+  if (isNamed(channel)) {
+    for (const item of legend.children) item.toggleAttribute("data-on", Number(item.dataset.kind) === value);
+    return;
+  }
   const cursor = legend.querySelector(".opd-cursor"), size = Math.min(1, Math.sqrt(Math.abs(value) / channel.limit));
   const at = twoSided(channel) ? 0.5 + (Math.sign(value) * size) / 2 : size;
   cursor.hidden = Number.isNaN(at);

@@ -37,7 +37,7 @@ const duelPanel = (data) => {
   head.append(left, now, right);
   for (let k = 0; k < most; k++) rows.append(duelRow());
   for (const channel of channels) {
-    const fact = put(make("span", "opd-fact"), { "data-channel": channel.key });
+    const fact = put(make("span", channel.minor ? "opd-fact opd-minor" : "opd-fact"), { "data-channel": channel.key });
     fact.append(make("span", "opd-name", channel.label), make("span", "opd-value"));
     facts.append(fact);
   }
@@ -71,7 +71,7 @@ const duelPanel = (data) => {
     if (duel) showRows(i, rival);
     [...facts.children].forEach((fact, k) => {
       const c = channels[k], arrow = c.kind === "ratio" ? (c.values[i] > 0 ? " ▲" : c.values[i] < 0 ? " ▼" : "") : "";
-      fact.lastChild.textContent = number(c.values[i], twoSided(c)) + arrow;
+      fact.lastChild.textContent = figureOf(c.values[i], c) + arrow;
       fact.toggleAttribute("data-on", c === chosen);
     });
   };

@@ -10,6 +10,9 @@ const strongest = (values, from, to) => {
   return best;
 };
 
+// What a glyph of rows from … to - 1 shows: of numbers the largest size, so that peaks survive; of kinds the first.
+const shownOf = (channel, from, to) => (isNamed(channel) ? channel.values[from] : strongest(channel.values, from, to));
+
 // Draws rows first … first + size of `text`. Several tokens that are one glyph (bytes of an emoji) lie as cells under it.
 const drawTokens = (text, first, size, strip) => {
   const nodes = [], glyphs = [], option = put(make("span", "opd-token"), { role: "option", "aria-selected": "false" });
@@ -57,18 +60,25 @@ const nextPeak = (peaks, from, way) => {
   return sorted.find((i) => way * (i - from) > 0) ?? sorted[0] ?? from;
 };
 
-// { node, paint(channel), channel() }. Clicks and keys set state.selected (rows of the data), pointing sets state.hovered;
+// { node, paint(channel), channel(), nodes, glyphs, reveal() }. Clicks and keys set state.selected (rows of the data), pointing sets state.hovered;
 // both, and state.brush, are marked here whoever set them. `keys(event)` may take what the strip does not: return true.
-const tokenStrip = ({ text, first = 0, size = text.index.length, finish = "", label = "Tokens of the completion", state, keys }) => {
+// `escape()` is what Esc does where nothing is brushed.
+const tokenStrip = ({ text, first = 0, size = text.index.length, finish = "", label = "Tokens of the completion", state, keys,
+  escape }) => {
   const node = put(make("div", "opd-strip"), { role: "listbox", tabindex: "0", dir: "auto", "aria-label": label, "data-finish": finish });
   const { nodes, glyphs } = drawTokens(text, first, size, node), here = () => clamp(state.get("selected") - first, 0, size - 1);
   let channel = null, chosen = null, pointed = null, brushed = [];
 
   const paint = (next) => {
+    const kinds = next.kind === "category", lettered = kinds || channel?.kind === "category", peaks = new Set(next.peaks);
+    let before = -1;
     channel = next;
-    const peaks = new Set(channel.peaks);
     for (const g of glyphs) {
-      g.ink.className = `${g.base} ${tintOf(strongest(channel.values, first + g.first, first + g.first + g.size), channel)}`;
+      const value = shownOf(channel, first + g.first, first + g.first + g.size), look = `${g.base} ${tintOf(value, channel)}`;
+      if (look !== g.look) g.ink.className = g.look = look;
+      if (lettered && kinds && value >= 0 && value !== before) g.ink.setAttribute("data-run", channel.marks?.[value] ?? value);
+      else if (lettered) g.ink.removeAttribute("data-run");
+      before = value;
       if (g.size > 1) for (let k = g.first; k < g.first + g.size; k++) nodes[k].className = `opd-byte ${tintOf(channel.values[first + k], channel)}`;
     }
     for (const old of node.querySelectorAll(".opd-peak")) old.classList.remove("opd-peak");
@@ -105,30 +115,69 @@ const tokenStrip = ({ text, first = 0, size = text.index.length, finish = "", la
     const from = here(), to = moves[event.key]?.(from);
     if (to === undefined && event.key !== "Escape") return keys?.(event) && event.preventDefault();
     event.preventDefault();
-    if (event.key === "Escape") return state.set("brush", []);
+    if (event.key === "Escape") return state.get("brush").length ? state.set("brush", []) : escape?.();
     if (event.shiftKey) state.set("brush", [state.get("brush")[0] ?? from + first, to + first]);
     state.set("selected", to + first);
     reveal();
   };
   const rowAt = (event) => event.target.closest?.("[data-i]")?.dataset.i;
-  node.addEventListener("pointerover", (event) => rowAt(event) !== undefined && state.set("hovered", Number(rowAt(event))));
+  const over = (event) => {
+    if (rowAt(event) === undefined) return;
+    const row = Number(rowAt(event));
+    state.set("hovered", row);
+    if (!(event.buttons & 1)) from = null;
+    if (from !== null && row !== from) dragged = true;
+    if (from !== null && dragged) state.set("brush", [Math.min(from, row), Math.max(from, row)]);
+  };
+  // A drag brushes, and selects the text too, so that what is brushed can be copied; a click lets go of both.
+  let from = null, dragged = false;
+  node.addEventListener("pointerdown", (event) => {
+    [from, dragged] = [event.button === 0 && rowAt(event) !== undefined ? Number(rowAt(event)) : null, false];
+  });
+  node.addEventListener("pointerover", over);
   node.addEventListener("pointerleave", () => state.set("hovered", -1));
-  node.addEventListener("click", (event) => rowAt(event) !== undefined && state.set("selected", Number(rowAt(event))));
+  node.addEventListener("click", (event) => {
+    if (!dragged && from !== null && !event.shiftKey) state.set("brush", []);
+    if (rowAt(event) !== undefined && event.shiftKey) state.set("brush", [here() + first, Number(rowAt(event))]);
+    if (rowAt(event) !== undefined && !dragged) state.set("selected", Number(rowAt(event)));
+    [from, dragged] = [null, false];
+  });
   node.addEventListener("keydown", press);
   for (const [name, act] of [["selected", select], ["hovered", point], ["brush", mark]]) {
     state.on(name, act);
     act(state.get(name));
   }
-  return { node, paint, nodes, channel: () => channel };
+  return { node, paint, nodes, glyphs, reveal, first, size, channel: () => channel };
 };
 
-// Buttons that choose a channel; `press(i)` marks the chosen one.
-const channelButtons = (channels, choose) => {
+// Buttons that choose a channel; `press(i, tracks)` marks the chosen one, and those whose "+" added a track. Minor channels
+// wait behind "more". `add(i)`, where it is given, is what "+" and a click with shift do.
+const channelButtons = (channels, choose, add = null) => {
   const node = put(make("div", "opd-buttons"), { role: "group", "aria-label": "What the colour shows" });
-  channels.forEach((channel, i) => {
-    const button = put(make("button", "opd-button", channel.label), { type: "button", "data-channel": channel.key });
-    button.addEventListener("click", () => choose(i));
-    node.append(button);
+  const more = put(make("button", "opd-button opd-more-button", "more"), { type: "button", "aria-expanded": "false" });
+  const open = (yes) => put(more, { "aria-expanded": yes }) && node.toggleAttribute("data-all", yes);
+  const items = channels.map((channel, i) => {
+    const item = make("span", channel.minor ? "opd-choice opd-minor" : "opd-choice"), digit = i < 9 ? ` (key ${i + 1})` : "";
+    const button = put(make("button", "opd-button", channel.label), { type: "button", "data-channel": channel.key, "aria-pressed": "false" });
+    button.title = `${channel.formula ? `${channel.formula}${digit}` : `${channel.label}${digit}`}`;
+    button.addEventListener("click", (event) => (event.shiftKey && add ? add(i) : choose(i)));
+    item.append(button);
+    if (add) {
+      const plus = put(make("button", "opd-plus", "+"), { type: "button", "aria-label": `${channel.label} as a track`, "aria-pressed": "false" });
+      plus.addEventListener("click", () => add(i));
+      item.append(plus);
+    }
+    return item;
   });
-  return { node, press: (i) => [...node.children].forEach((button, k) => button.setAttribute("aria-pressed", k === i)) };
+  more.addEventListener("click", () => open(more.getAttribute("aria-expanded") === "false"));
+  node.append(...items, ...(channels.some((c) => c.minor) ? [more] : []));
+  const press = (i, tracks = []) => {
+    if (channels[i]?.minor) open(true);
+    items.forEach((item, k) => {
+      item.firstChild.setAttribute("aria-pressed", k === i);
+      const plus = item.querySelector(".opd-plus"), on = tracks.includes(channels[k].key);
+      if (plus) put(plus, { "aria-pressed": on }).textContent = on ? "−" : "+";
+    });
+  };
+  return { node, press };
 };

@@ -1,0 +1,163 @@
+"""TokenLens beyond one strip: tracks, kinds, search, pins, brush, help, and the map of long texts."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+from viz.traces import byte_pieces, made
+
+from opdlab.viz import TokenLens
+
+pytestmark = pytest.mark.browser
+WORDS = [b"The", b" cat", b" sat", *byte_pieces(" 🤗", 2), b" on", b"\n", b" the", b" Cat", b"."]
+TYPES = ["word", "noun", "verb", "face", "face", "face", "word", "break", "word", "noun", "end"]
+HEIGHTS = "nodes => nodes.map((n) => parseFloat(n.style.getPropertyValue('--h0')) || 0)"
+
+
+@pytest.fixture
+def lens() -> TokenLens:
+    assert len(WORDS) == len(TYPES)
+    return TokenLens(made(WORDS).with_columns(type=TYPES), title="A lens")
+
+
+@pytest.mark.parametrize("scheme", ["light", "dark"])
+def test_tracks_kinds_search_brush_and_pins(open_page, tmp_path, lens, axe, scheme):
+    view = open_page(lens.to_html(tmp_path / "lens.html"), color_scheme=scheme)
+    strip = view.locator(".opd-strip")
+    tracks(view, strip, lens)
+    kinds(view, strip, lens)
+    axe(view)
+    search(view, strip)
+    brush(view, strip, lens)
+    pins(view, strip)
+    axe(view)
+    strip.press("Escape")
+    assert (strip.locator(".opd-brushed").count(), view.locator(".opd-pin:visible").count()) == (0, 2)
+    strip.press("Escape")
+    assert view.locator(".opd-pin:visible").count() == 0
+
+
+def tracks(view, strip, lens):
+    """As high as the square root of the value; at most four."""
+    inks = strip.locator(".opd-ink")
+    view.get_by_role("button", name="reverse KL as a track").click()
+    high, kl = inks.evaluate_all(HEIGHTS), lens.channels["reverse_kl"]
+    singles = [i for i in range(len(WORDS)) if i not in (3, 4, 5)]
+    wanted = np.maximum(1, 8 * np.minimum(1, np.sqrt(kl.values[singles] / kl.limit)))
+    np.testing.assert_allclose([h for k, h in enumerate(high) if k != 3], wanted, atol=0.06)
+    view.get_by_role("button", name="student entropy", exact=True).click(modifiers=["Shift"])
+    assert view.locator(".opd-track-name b").all_text_contents() == ["reverse KL", "student entropy"]
+    view.get_by_role("button", name="more").click()
+    for name in ("JSD", "ΔH", "teacher rank"):
+        view.get_by_role("button", name=f"{name} as a track").click()
+    assert view.locator(".opd-track-name b").all_text_contents() == ["student entropy", "JSD", "ΔH", "teacher rank"]
+    assert view.locator(".opd-fact", has_text="ΔH").is_visible()
+    for name in ("student entropy", "JSD", "ΔH", "teacher rank"):
+        view.get_by_role("button", name=f"Take away the track {name}").click()
+    assert strip.get_attribute("data-tracks") is None
+    assert set(inks.evaluate_all(HEIGHTS)) == {0}
+
+
+def kinds(view, strip, lens):
+    """A letter where a run begins, a name in the key and in the facts."""
+    view.get_by_role("button", name="type", exact=True).click()
+    runs = strip.locator("[data-run]").evaluate_all("nodes => nodes.map((n) => n.dataset.run)")
+    assert runs == [lens.channels["type"].marks[lens.channels["type"].names.index(t)] for t in
+                    ("word", "noun", "verb", "face", "word", "break", "word", "noun", "end")]  # fmt: skip
+    assert view.locator(".opd-legend").text_content().count("noun") == 1
+    strip.locator("[data-i='9']").hover()
+    assert view.locator(".opd-fact[data-on] .opd-value").text_content() == "noun"
+    assert view.locator(".opd-item[data-on]").text_content().endswith("noun")
+    assert strip.evaluate("node => node.textContent") == lens.text
+
+
+def search(view, strip):
+    """Plain text, any case, across tokens; Enter goes on and around, Shift back."""
+    strip.press("1")
+    assert strip.locator("[data-run]").count() == 0
+    strip.press("/")
+    field = view.get_by_role("searchbox")
+    assert field.evaluate("node => node === document.activeElement")
+    field.fill("CAT")
+    assert strip.locator(".opd-found").evaluate_all("nodes => nodes.map((n) => n.dataset.i)") == ["1", "9"]
+    at = lambda: strip.locator("[aria-selected='true']").get_attribute("data-i")
+    strip.locator("[data-i='2']").click()
+    walk = []
+    for key in ("Enter", "Enter", "Shift+Enter"):
+        field.press(key)
+        walk.append(at())
+    assert walk == ["9", "1", "9"]
+    assert view.locator(".opd-search").text_content() == "2 of 2"
+    field.fill("t 🤗 o")
+    assert strip.locator(".opd-found").evaluate_all("nodes => nodes.map((n) => n.dataset.i)") == ["2", "3", "4", "5", "6"]
+    field.fill(".*")
+    assert view.locator(".opd-search").text_content() == "0 found"
+    field.press("Escape")
+    assert strip.evaluate("node => node === document.activeElement")
+
+
+def brush(view, strip, lens):
+    """By dragging, with what it sums up to."""
+    strip.locator("[data-i='1']").hover()
+    view.mouse.down()
+    strip.locator("[data-i='2']").hover()
+    strip.locator("[data-i='9']").hover()
+    view.mouse.up()
+    assert strip.locator(".opd-brushed").count() == 9
+    total = lens.channels["log_ratio"].values[1:10].sum()
+    assert f"9 tokens: log ratio sum {total:+.3g}".replace("-", "−") in view.locator(".opd-status").text_content()
+
+
+def pins(view, strip):
+    """Up to three side by side; the oldest gives way."""
+    for key in ("Home", "ArrowRight", "ArrowRight", "End"):
+        strip.press(key)
+        strip.press("Enter")
+    cards = view.locator(".opd-pin:visible")
+    assert cards.locator(".opd-now .opd-word").all_text_contents() == ["·cat", "·sat", "."]
+    assert strip.locator("[data-pin]").evaluate_all("nodes => nodes.map((n) => n.dataset.i)") == ["1", "2", str(len(WORDS) - 1)]
+    view.get_by_role("button", name="Take away pin 2").click()
+    assert cards.locator(".opd-now .opd-word").all_text_contents() == ["·cat", "."]
+    strip.focus()
+    strip.press("?")
+    assert view.locator(".opd-help").is_visible()
+
+
+def test_a_map_of_a_long_text_keeps_peaks_and_scrolls(open_page, tmp_path, axe):
+    n = 3000
+    gap = np.full(n, 0.01)
+    gap[2222] = -9.0
+    trace = made([f" w{i % 50}".encode() for i in range(n)], ("student", "teacher", "other"), top=2)
+    trace = trace.with_columns(student_logp=np.zeros(n), teacher_logp=gap, other_logp=np.where(np.arange(n) == 2222, -5.0, -0.01))
+    view = open_page(TokenLens(trace).to_html(tmp_path / "long.html"))
+    strip, rows = view.locator(".opd-strip"), view.get_by_role("slider")
+    assert view.locator(".opd-map-name").all_text_contents() == ["log ratio", "log ratio · other", "all agree"]
+    # The one peak, a third of a pixel wide, is drawn in full height in the student's colour, in each row.
+    column = """(canvas, part) => {
+      const { width, height } = canvas, x = Math.floor(part * width), pen = canvas.getContext("2d");
+      const orange = (dx) => {
+        const pixels = pen.getImageData(x + dx, 0, 1, height).data;
+        return [...Array(height).keys()].filter((y) => pixels[4 * y] > 200 && pixels[4 * y + 2] < 30).length / height;
+      };
+      return Math.max(...[-1, 0, 1].map(orange));
+    }"""
+    for k in range(3):
+        canvas = view.locator(".opd-map-row").nth(k)
+        assert canvas.evaluate(column, 2222 / n) > 0.3
+        assert canvas.evaluate(column, 0.2) < 0.15
+    seen = lambda: [int(w) for w in rows.get_attribute("aria-valuetext").split() if w.isdigit()][:2]
+    assert seen()[0] == 0
+    box = rows.bounding_box()
+    view.mouse.click(box["x"] + box["width"] * 2222 / n, box["y"] + 6)
+    view.wait_for_function("Number(document.querySelector('[role=slider]').getAttribute('aria-valuenow')) > 1900")
+    first, last = seen()
+    assert first < 2222 < last < 2700
+    assert strip.locator("[data-i='2222']").is_visible()
+    rows.focus()
+    rows.press("Home")
+    view.wait_for_function("document.querySelector('[role=slider]').getAttribute('aria-valuenow') === '0'")
+    strip.focus()
+    strip.press("p")
+    strip.press("n")
+    assert strip.locator("[aria-selected='true']").get_attribute("data-i") == "2222"
+    axe(view, only=["aria-required-attr", "aria-input-field-name", "label", "nested-interactive", "scrollable-region-focusable"])

@@ -1,0 +1,130 @@
+"""Channels beyond the columns: what the kept top tokens say, kinds and their marks, what a page of a long text carries."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from viz.traces import NASTY, made
+
+import opdlab
+from opdlab.errors import OpdlabError, UnknownColumn
+from opdlab.rollout import sample
+from opdlab.viz import TokenLens, categories, kept, payload
+from opdlab.viz.channels import ROOM, Channel, channels
+
+WORDS = [f" t{i}".encode() for i in range(30)]
+
+
+@pytest.fixture(scope="module")
+def scored(student, teacher, prompts):
+    return opdlab.score(sample(student, prompts, seed=0, max_new_tokens=8), student, teacher, k=4)
+
+
+def without(trace, *names):
+    return type(trace)(trace.table.drop_columns(list(names)), trace.meta)
+
+
+@pytest.mark.parametrize("key", ["reverse_kl", "forward_kl", "jsd"])
+def test_the_kept_tokens_bound_a_divergence_from_below(scored, key):
+    exact, found = channels(scored)[key], channels(without(scored, f"teacher_{key}"))[key]
+    assert np.all(found.values <= exact.values + 1e-5)
+    assert found.values.sum() > 0.2 * exact.values.sum()
+    assert "lower bound" in found.formula
+    assert "lower bound" not in exact.formula
+
+
+def test_the_kept_tokens_are_exact_where_they_are_all():
+    trace = made(WORDS, top=100)  # no tail
+    found = channels(without(trace, "teacher_reverse_kl"))["reverse_kl"]
+    np.testing.assert_allclose(found.values, trace.column("teacher_reverse_kl"), rtol=1e-9)
+    student, teacher = kept.coarse(trace, "student"), kept.coarse(trace, "teacher")
+    assert np.isneginf(student[:, -1]).all()
+    p, q = np.exp(student), np.exp(teacher)
+    log = lambda x: np.log(np.where(x > 0, x, 1))
+    wanted = 0.5 * sum((x * (log(x) - log((p + q) / 2))).sum(1) for x in (p, q))
+    np.testing.assert_allclose(channels(trace)["jsd"].values, wanted, rtol=1e-6)
+
+
+def test_overlap_counts_shared_favourites(scored):
+    np.testing.assert_allclose(kept.overlap(scored, "teacher"), scored.column("teacher_overlap"))
+    assert kept.width(scored) == 4
+    assert channels(scored)["overlap"].limit == 100
+
+
+def test_an_impossible_token_gives_an_infinite_divergence():
+    half, none = np.log(0.5), -np.inf
+    p, q = np.array([[half, half], [0.0, none]]), np.array([[0.0, none], [half, half]])
+    assert kept.kl(p, q)[0] == np.inf
+    assert kept.kl(p, q)[1] == pytest.approx(np.log(2))
+
+
+def test_ranks_fall_into_four_bins():
+    trace = made([b"a", b"b", b"c", b"d", b"e"]).with_columns(teacher_rank=[1, 2, 10, 11, 101])
+    rank = channels(trace)["rank"]
+    assert [rank.names[int(v)] for v in rank.values] == ["1", "2–10", "2–10", "11–100", "over 100"]
+    assert (rank.kind, rank.limit) == ("ordinal", 3)
+
+
+def test_a_column_of_names_is_a_kind_with_a_mark_each():
+    kinds = ["number", "word", "number", None, "none"]
+    trace = made([b"a", b"b", b"c", b"d", b"e"]).with_columns(type=kinds)
+    found = channels(trace)["type"]
+    assert found.names == ("number", "word", "none")
+    assert found.marks == ("N", "W", "no")
+    np.testing.assert_array_equal(found.values, [0, 1, 0, np.nan, 2])
+    lens = TokenLens(trace, channel="type")
+    assert "1 number 40 %, 2 word 20 %, 3 none 20 % of 5 tokens" in repr(lens)
+    assert "121·3" in repr(lens)
+    assert lens.html().count("text-decoration:underline solid") >= 2
+    sent = payload.unpack(payload.pack(lens.data()))["channels"]
+    assert list(next(c["values"] for c in sent if c["key"] == "type")) == [0, 1, 0, -1, 2]
+
+
+def test_rare_kinds_become_one():
+    found = categories.of_names(Channel, "type", [f"k{i}" for i in range(20) for _ in range(20 - i)])
+    assert found is not None
+    assert len(found.names) == categories.MOST
+    assert found.names[-1] == "other"
+    assert found.values.max() == categories.MOST - 1
+
+
+def test_codes_are_kinds_and_counts_are_not():
+    as_kind = lambda key, values: categories.of_codes(Channel, key, np.array(values))
+    assert as_kind("route", [0, 3, -1]).names == ("LH", "LL", "HT", "HS")
+    assert as_kind("gated", [0, 1]).names == ("no", "yes")
+    assert as_kind("clipped", [True, False]).names == ("no", "yes")
+    assert as_kind("count", [0, 2]) is None
+    assert as_kind("amount", [0.0, 1.0]) is None
+
+
+@given(st.lists(st.sampled_from(NASTY) | st.text(max_size=4), max_size=30, unique=True))
+def test_marks_tell_any_names_apart(names):
+    found = categories.marks(names)
+    assert len(set(found)) == len(names)
+    assert all(1 <= len(mark) <= 3 and mark.isprintable() for mark in found)
+
+
+def test_a_long_text_carries_what_its_page_has_room_for():
+    rng, n = np.random.default_rng(0), 10_000
+    trace = made([f" w{i}".encode() for i in rng.integers(0, 60, n)], top=4).with_columns(share=rng.random(n))
+    assert len(payload.pack(TokenLens(trace).data())) <= ROOM + 4000 <= 90_000  # 120 kB as base64
+    lens = TokenLens(trace, tracks=["jsd"])
+    data = lens.data()
+    have = [c["key"] for c in data["channels"]]
+    assert have[:2] == ["log_ratio", "reverse_kl"]
+    assert "jsd" in have
+    assert len(payload.pack(data)) <= ROOM + 12_000  # a channel asked for may go beyond
+    assert set(data["left"]) == {c.label for key, c in lens.channels.items() if key not in have} != set()
+    jsd = next(c for c in payload.unpack(payload.pack(data))["channels"] if c["key"] == "jsd")
+    assert np.abs(np.sqrt(jsd["values"]) - np.sqrt(lens.channels["jsd"].values)).max() < np.sqrt(jsd["limit"]) / 16
+
+
+def test_tracks_are_channels_and_there_are_four():
+    trace = made(WORDS)
+    assert TokenLens(trace, tracks=["jsd"]).tracks == ["jsd"]
+    with pytest.raises(UnknownColumn, match="no channel 'nothing'"):
+        TokenLens(trace, tracks=["nothing"])
+    with pytest.raises(OpdlabError, match="room for 4 tracks under a line, not 5"):
+        TokenLens(trace, tracks=["jsd"] * 5)
