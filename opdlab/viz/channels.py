@@ -156,7 +156,7 @@ def _alone(trace: Trace, name: str) -> list[Channel]:
                            against=against, formula=f"H of {name} over the vocabulary"))  # fmt: skip
     if f"{name}_tail" in trace.table.column_names:
         out.append(Channel(f"{name}_tail", f"{name} tail mass", 100 * _numbers(trace, f"{name}_tail"), "%", less="all kept",
-                           more="much not kept", against=against, formula="probability outside of the kept tokens", minor=True))  # fmt: skip
+                           more="much not kept", against=against, formula="mass outside of the kept tokens", minor=True))  # fmt: skip
     return out
 
 

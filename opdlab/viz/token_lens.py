@@ -42,7 +42,7 @@ class TokenLens(View):
                  tracks: Sequence[str] = ()) -> None:  # fmt: skip
         super().__init__()
         self.sample, self.title, self._least = sample, title, like.limits if like else {}
-        self.trace = _rows(trace, sample)
+        self.trace = rows_of(trace, sample)
         self.channels = channels(self.trace)
         for key in (*([] if channel == "log_ratio" else [channel]), *tracks):
             if key not in self.channels:
@@ -123,7 +123,8 @@ class TokenLens(View):
         return f"Largest {chosen.label}: {', '.join(peaks) or 'none'}"
 
 
-def _rows(trace: Trace, sample: int) -> Trace:
+def rows_of(trace: Trace, sample: int) -> Trace:
+    """The rows of one completion; raises OpdlabError for one that is not there."""
     texts = trace.meta["texts"]
     if not 0 <= sample < len(texts):
         raise OpdlabError(f"The trace has completions 0 to {len(texts) - 1}, not {sample}. Give sample=0 up to {len(texts) - 1}.")
