@@ -1,7 +1,10 @@
 """Pictures of traces and runs. They draw what is recorded and never run a model."""
 
+from opdlab.viz.compare import Compare
 from opdlab.viz.curves import curves
+from opdlab.viz.forks import Forks
 from opdlab.viz.page import page
+from opdlab.viz.playground import Playground
 from opdlab.viz.privilege_lens import PrivilegeLens
 from opdlab.viz.regimes import Regimes
 from opdlab.viz.run_board import RunBoard
@@ -9,4 +12,4 @@ from opdlab.viz.scrubber import Scrubber
 from opdlab.viz.token_lens import TokenLens
 from opdlab.viz.view import View, set_renderer
 
-__all__ = ["PrivilegeLens", "Regimes", "RunBoard", "Scrubber", "TokenLens", "View", "curves", "page", "set_renderer"]
+__all__ = ["Compare", "Forks", "Playground", "PrivilegeLens", "Regimes", "RunBoard", "Scrubber", "TokenLens", "View", "curves", "page", "set_renderer"]

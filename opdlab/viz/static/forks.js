@@ -1,0 +1,215 @@
+// Forks: tokens of high loss, the windows that student and teacher write from the same prefix, the transport plan between them.
+// `data` has { text, channel, windows, asks, size } as `forks.Forks.data` makes it.
+
+const DOTS = 58, DOT = 9, EDGE = 12; // height of the row of distances, px of a dot, room at its ends
+const SAME = 1e-9;
+
+const mark = (real) => (real ? "◆" : "◇");
+const verdictOf = (real) => (real ? "real fork" : "false alarm");
+const within = (text, row) => text.texts.find(({ first, size }) => row >= first && row < first + size);
+
+// A row of dots by distance with the threshold as a handle; `choose(row)` and `move(value)` are told.
+const distanceLine = (choose, move) => {
+  const node = make("div", "opd-distances"), svg = put(shape("svg"), { "aria-hidden": "true" });
+  const handle = put(make("div", "opd-handle opd-handle-x"), { role: "slider", tabindex: "0", "aria-label": "Distance above which a fork is real" });
+  let top = 1, width = 0, held = false;
+  node.append(svg, handle);
+  const toX = (v) => EDGE + (v / top) * (width - 2 * EDGE), ofX = (x) => clamp((x - EDGE) / (width - 2 * EDGE), 0, 1) * top;
+  const draw = (windows, limit, selected) => {
+    width = Math.max(220, node.clientWidth);
+    top = Math.max(...windows.map((w) => w.distance), limit, 0.01) * 1.04;
+    const stacks = new Map(), nodes = [shape("line", { x1: EDGE, x2: width - EDGE, y1: DOTS + 0.5, y2: DOTS + 0.5 })];
+    for (const w of [...windows].sort((a, b) => a.distance - b.distance)) {
+      const column = Math.round((toX(w.distance) - EDGE) / DOT), level = stacks.get(column) ?? 0;
+      stacks.set(column, level + 1);
+      const real = w.distance > limit + SAME, y = DOTS - 7 - Math.min(level, 4) * DOT;
+      nodes.push(put(shape("path", { d: "M0 -4.5 L4.5 0 L0 4.5 L-4.5 0 Z", transform: `translate(${EDGE + column * DOT} ${y})` }), {
+        "data-row": w.row, class: `opd-fork${real ? " opd-real" : ""}${w.row === selected ? " opd-on" : ""}`,
+      }));
+    }
+    const rough = top / 4, power = 10 ** Math.floor(Math.log10(rough)), step = power * [1, 2, 5, 10].find((by) => by * power >= rough);
+    for (let v = 0; v <= top; v += step) {
+      const label = shape("text", { x: toX(v), y: DOTS + 13, "text-anchor": "middle" });
+      label.textContent = number(v);
+      nodes.push(label);
+    }
+    put(svg, { width, height: DOTS + 16 }).replaceChildren(...nodes);
+    handle.style.left = `${toX(limit)}px`;
+    put(handle, { "aria-valuemin": 0, "aria-valuemax": top.toPrecision(3), "aria-valuenow": limit, "aria-valuetext": `distance ${number(limit)}`, "data-value": `τ ${number(limit)}` });
+  };
+  svg.addEventListener("click", (event) => event.target.dataset.row !== undefined && choose(Number(event.target.dataset.row)));
+  handle.addEventListener("pointerdown", (event) => ((held = true), handle.setPointerCapture(event.pointerId), event.preventDefault(), handle.focus()));
+  handle.addEventListener("pointermove", (event) => held && move(ofX(event.clientX - node.getBoundingClientRect().left)));
+  handle.addEventListener("pointerup", () => (held = false));
+  handle.addEventListener("keydown", (event) => {
+    const way = { ArrowRight: 1, ArrowUp: 1, ArrowLeft: -1, ArrowDown: -1, PageUp: 10, PageDown: -10 }[event.key];
+    if (way === undefined || event.ctrlKey || event.metaKey || event.altKey) return;
+    event.preventDefault();
+    move(clamp(Number(handle.getAttribute("aria-valuenow")) + (way * top) / 100, 0, top));
+  });
+  return { node, draw, width: () => width };
+};
+
+// The plan between two windows: the student's tokens down, the teacher's across, the mass as colour; same tokens are outlined.
+const planMap = ({ student, teacher, same, plan }) => {
+  const rows = student.length, columns = teacher.length, cell = clamp(Math.floor(232 / Math.max(rows, columns, 1)), 4, 24), named = cell >= 11;
+  const left = named ? 68 : 16, top = named ? 54 : 16, svg = shape("svg", { width: left + columns * cell + 34, height: top + rows * cell + 2, class: "opd-plan" });
+  const write = (words, look, where) => {
+    const node = put(shape("text", where), { class: look });
+    node.textContent = words.length > 8 ? `${words.slice(0, 7)}…` : words;
+    svg.append(node);
+  };
+  put(svg, { role: "img", "aria-label": `Transport plan, ${rows} of the student's tokens to ${columns} of the teacher's` });
+  if (named) student.forEach((w, i) => write(w, "opd-plan-student", { x: left - 5, y: top + (i + 0.5) * cell + 4, "text-anchor": "end" }));
+  if (named) teacher.forEach((w, j) => write(w, "opd-plan-teacher", { transform: `translate(${left + (j + 0.5) * cell + 3} ${top - 5}) rotate(-50)` }));
+  svg.append(shape("rect", { x: left, y: top, width: columns * cell, height: rows * cell, class: "opd-plan-frame" }));
+  plan.forEach((line, i) => line.forEach((mass, j) => {
+    const share = Math.min(1, Math.sqrt(mass * Math.max(rows, columns)));
+    if (share < 0.03) return;
+    const box = shape("rect", { x: left + j * cell + 0.5, y: top + i * cell + 0.5, width: cell - 1, height: cell - 1, "fill-opacity": share.toFixed(2), class: same[i][j] ? "opd-mass opd-same" : "opd-mass" });
+    const told = shape("title");
+    told.textContent = `${student[i]} to ${teacher[j]}: ${percent(mass)}`;
+    box.append(told);
+    svg.append(box);
+  }));
+  return svg;
+};
+
+define("forks", ({ box, data, state }) => {
+  const { text, channel } = data, size = text.index.length, found = new Map(data.windows.map((w) => [w.row, w]));
+  const isReal = (w) => w.distance > state.get("threshold") + SAME;
+  const spoken = put(make("div", "opd-live"), { "aria-live": "polite" });
+  const bar = make("div", "opd-bar opd-forks-bar"), key = make("div", "opd-fork-key"), walk = put(make("div", "opd-buttons"), { role: "group", "aria-label": "Go through the forks" });
+  const line = distanceLine((row) => state.set("selected", row), (value) => state.set("threshold", value));
+  const prompt = put(make("div", "opd-prompt"), { dir: "auto" }), place = make("div", "opd-place");
+  const panel = make("div", "opd-panel opd-fork-panel"), head = make("div", "opd-fork-head"), both = make("div", "opd-fork-both");
+  const texts = make("div", "opd-window-texts"), drawing = make("div", "opd-plan-box"), tail = make("div", "opd-goes-on");
+  both.append(texts, drawing);
+  panel.append(head, both);
+
+  // ── One strip a completion, made when it is first looked at ──
+  const strips = new Map();
+  let shown = null;
+  const stripOf = (whole) => {
+    if (!strips.has(whole.first)) {
+      const strip = tokenStrip({ text, first: whole.first, size: whole.size, finish: whole.finish, state });
+      strip.paint(channel);
+      strips.set(whole.first, strip);
+    }
+    return strips.get(whole.first);
+  };
+  const markForks = () => {
+    for (const [first, strip] of strips) {
+      for (const w of found.values()) strip.nodes[w.row - first]?.setAttribute("data-fork", mark(isReal(w)));
+    }
+  };
+  const open = (row) => {
+    const whole = within(text, row);
+    if (!whole) return;
+    if (shown?.first !== whole.first) {
+      shown = whole;
+      prompt.textContent = whole.prompt;
+      place.replaceChildren(stripOf(whole).node);
+      markForks();
+    }
+    const strip = stripOf(whole), w = found.get(row);
+    for (const old of place.querySelectorAll(".opd-window")) old.classList.remove("opd-window");
+    if (w && !w.asked) strip.nodes.slice(row - whole.first, row - whole.first + w.student.length).forEach((node) => node.classList.add("opd-window"));
+  };
+
+  // ── The panel ──
+  const chips = (side, words, other) => {
+    const node = make("div", `opd-window-row opd-of-${side}`), list = make("div", "opd-chips-line");
+    words.forEach((word, i) => list.append(put(make("span", `opd-chip-word${word === other[i] ? "" : " opd-differs"}`, word), { dir: "auto" })));
+    node.append(make("b", "opd-side-name", side), list);
+    return node;
+  };
+  const show = (row) => {
+    if (row < 0 || row >= size) return;
+    const w = found.get(row), whole = within(text, row), name = wordOf(text, text.index[row]);
+    head.replaceChildren(make("span", "opd-word", name), make("span", "opd-soft", `sampled at position ${row - whole.first} of completion ${whole.sample}`));
+    if (!w) {
+      head.append(make("b", "opd-verdict", "no windows from here"));
+      const how = data.asks ? (state.live ? "Ask for them below." : "Show the view with .live() to ask for them.") : "Underlined tokens have windows; n and p go to them.";
+      texts.replaceChildren(make("div", "opd-soft", how));
+      return drawing.replaceChildren();
+    }
+    const real = isReal(w), limit = state.get("threshold");
+    head.append(make("b", "opd-verdict", `${mark(real)} ${verdictOf(real)}: distance ${number(w.distance)} ${real ? ">" : "≤"} ${number(limit)}`));
+    const told = real ? "The teacher goes elsewhere from here." : "The teacher goes on as the student does: the loss is high, the future alike.";
+    texts.replaceChildren(make("div", "opd-soft", `${told} From the same prefix${w.asked ? ", both greedy" : ""}:`), chips("student", w.student, w.teacher), chips("teacher", w.teacher, w.student));
+    if (w.plan) drawing.replaceChildren(planMap(w), make("div", "opd-soft", "Transport plan: the student’s tokens down, the teacher’s across; outlined where they are the same."));
+    else drawing.replaceChildren(make("div", "opd-soft", "The notes of the step kept no plan for this window."));
+  };
+  const speak = (row) => {
+    const w = found.get(row);
+    spoken.textContent = `${wordOf(text, text.index[row])}${w ? `, ${verdictOf(isReal(w))}, distance ${number(w.distance)}` : ""}`;
+  };
+
+  // ── Asking the kernel ──
+  const asking = make("div", "opd-asking"), answered = put(make("div", "opd-answered"), { "aria-live": "polite" });
+  const request = async (button, question, act) => {
+    const row = state.get("selected");
+    button.disabled = true;
+    try {
+      act(row, await state.ask({ ...question, row }));
+    } catch (error) {
+      answered.replaceChildren(make("span", "", error.message));
+    }
+    button.disabled = false;
+  };
+  const offer = (words, question, act) => {
+    const button = put(make("button", "opd-button opd-ask", words), { type: "button" });
+    button.addEventListener("click", () => request(button, question, act));
+    asking.append(button);
+  };
+  if (state.live && data.asks) {
+    offer("Write new windows here", { do: "windows" }, (row, w) => (found.set(row, w), (channel.peaks = [...found.keys()]), restate(), open(row)));
+    for (const side of ["student", "teacher"]) {
+      offer(`The ${side} goes on`, { do: "go", side }, (row, { text: more }) => {
+        const line = make("div", `opd-window-row opd-of-${side}`);
+        line.append(make("b", "opd-side-name", side), put(make("span", "opd-more", more), { dir: "auto" }));
+        answered.querySelector(`.opd-of-${side}`)?.remove();
+        answered.append(line);
+      });
+    }
+    tail.append(asking, answered);
+    panel.append(tail);
+  }
+
+  // ── In step with the state ──
+  const sorted = () => [...found.values()].sort((a, b) => b.distance - a.distance || a.row - b.row);
+  const step = (way) => {
+    const list = sorted(), at = list.findIndex((w) => w.row === state.get("selected"));
+    if (list.length) state.set("selected", list[(at + way + list.length) % list.length].row);
+  };
+  for (const [words, way, label] of [["‹", -1, "The fork of next larger distance"], ["›", 1, "The fork of next smaller distance"]]) {
+    const button = put(make("button", "opd-button", words), { type: "button", "aria-label": label });
+    button.addEventListener("click", () => step(way));
+    walk.append(button);
+  }
+  const restate = () => {
+    const all = sorted(), real = all.filter(isReal).length;
+    key.replaceChildren(make("span", "", `◆ ${real} real fork${real === 1 ? "" : "s"}`), make("span", "", `◇ ${all.length - real} false alarm${all.length - real === 1 ? "" : "s"}`), make("span", "opd-soft", "by transport distance of the two windows"), walk);
+    line.draw(all, state.get("threshold"), state.get("selected"));
+    markForks();
+    show(state.get("selected"));
+  };
+  bar.append(key, line.node);
+  box.append(...(data.title ? [make("div", "opd-title", data.title)] : []), bar, prompt, place, panel, spoken);
+  const choose = (row) => {
+    if (row < 0 || row >= size) return;
+    answered.replaceChildren();
+    open(row);
+    restate();
+    speak(row);
+  };
+  state.on("selected", choose);
+  state.on("threshold", restate);
+  const watch = new ResizeObserver(() => line.node.clientWidth && Math.abs(line.node.clientWidth - line.width()) > 1 && restate());
+  watch.observe(line.node);
+  if (state.get("selected") < 0) state.set("selected", sorted()[0]?.row ?? 0);
+  open(state.get("selected"));
+  restate();
+  return () => watch.disconnect();
+});

@@ -1,0 +1,84 @@
+"""The fork explorer in a real browser: what is shown at a token, what the threshold says, and that nothing foreign runs."""
+
+from __future__ import annotations
+
+import pytest
+from viz.traces import NASTY, made
+
+from opdlab.viz import Forks, TokenLens, page
+from opdlab.viz.glyphs import visible
+
+pytestmark = pytest.mark.browser
+WORDS = [*map(str.encode, NASTY), *(f" w{i}".encode() for i in range(20))]
+
+
+@pytest.fixture(scope="module")
+def forks() -> Forks:
+    trace = made(WORDS, prompt=NASTY[0])
+    note = lambda at, other, distance: {
+        "sample": 0, "position": at, "student": [at, at + 1, at + 2], "teacher": [at, other, at + 2], "distance": distance,
+        "kept": distance > 0.2, "plan": [[0.3333, 0, 0], [0, 0.3333, 0], [0, 0, 0.3333]],
+    }  # fmt: skip
+    found = [note(0, 3, 0.4), note(5, 6, 0.0), note(9, 2, 0.15), note(30, 31, 0.8)]
+    del found[3]["plan"]
+    trace.meta["notes"] = {"windows": found, "topd": {"threshold": 0.2}}
+    return Forks(trace, title=NASTY[2])
+
+
+def test_windows_plan_and_threshold(open_page, tmp_path, forks, axe):
+    path = page(tmp_path / "p.html", title="p", lenses=[("", forks), ("", TokenLens(forks.trace))])
+    view = open_page(path, viewport={"width": 1000, "height": 1200})
+    verdict, root = view.locator(".opd-verdict"), view.locator(".opd-forks")
+    assert verdict.text_content() == "◆ real fork: distance 0.8 > 0.2"
+    assert "kept no plan" in view.locator(".opd-plan-box").text_content()
+    marks = root.locator("[data-fork]").evaluate_all("nodes => nodes.map((n) => [Number(n.dataset.i), n.dataset.fork])")
+    assert marks == [[0, "◆"], [5, "◇"], [9, "◇"], [30, "◆"]]
+    strip = root.locator(".opd-strip")
+    assert strip.evaluate("node => [...node.children].map((n) => n.textContent).join('')") == b"".join(WORDS).decode()
+
+    view.locator(".opd-lens [data-i='9']").click()  # a linked view chooses
+    chips = [row.locator(".opd-chip-word").all_text_contents() for row in root.locator(".opd-window-row").all()]
+    names = {i: visible(WORDS[i]) for i in (2, 9, 10, 11)}
+    assert chips == [[names[9], names[10], names[11]], [names[9], names[2], names[11]]]
+    assert root.locator(".opd-differs").all_text_contents() == [names[10], names[2]]
+    assert root.locator(".opd-mass").count() == 3
+    assert root.locator(".opd-mass.opd-same").count() == 2
+    assert root.locator(".opd-mass title").first.text_content() == f"{names[9]} to {names[9]}: 33.3 %"
+    assert verdict.text_content() == "◇ false alarm: distance 0.15 ≤ 0.2"
+
+    handle = root.locator(".opd-handle")
+    handle.focus()
+    for _ in range(10):
+        handle.press("ArrowLeft")
+    assert verdict.text_content().startswith("◆ real fork: distance 0.15 > 0.1")
+    assert root.locator(".opd-fork.opd-real").count() == 3
+    assert "3 real forks" in root.locator(".opd-fork-key").text_content()
+    box = handle.bounding_box()
+    view.mouse.move(box["x"] + 6, box["y"] + 30)
+    view.mouse.down()
+    view.mouse.move(box["x"] + 700, box["y"] + 30, steps=4)
+    view.mouse.up()
+    assert verdict.text_content().startswith("◇ false alarm")
+    assert root.locator(".opd-fork.opd-real").count() == 1
+
+    strip.press("n")
+    assert root.locator("[aria-selected='true']").get_attribute("data-i") == "30"
+    strip.press("ArrowLeft")
+    assert verdict.text_content() == "no windows from here"
+    root.get_by_role("button", name="The fork of next smaller distance").click()
+    assert root.locator("[aria-selected='true']").get_attribute("data-i") == "30"
+    root.locator(".opd-fork[data-row='5']").dispatch_event("click")
+    assert root.locator("[aria-selected='true']").get_attribute("data-i") == "5"
+    assert view.evaluate("window.broken") is None
+    axe(view, ".opd-forks")
+
+
+def test_it_fits_and_reads_in_the_dark(open_page, tmp_path, forks, axe):
+    path = forks.to_html(tmp_path / "d.html")
+    view = open_page(path, viewport={"width": 480, "height": 900}, color_scheme="dark")
+    view.locator("[data-i='0']").click()
+    assert view.locator(".opd-mass").count() == 3
+    assert view.evaluate("document.documentElement.scrollWidth") <= 480
+    axe(view)
+    still = open_page(path, java_script_enabled=False)
+    assert "2 real forks, 2 false alarms" in still.locator(".opd-bar").text_content()
