@@ -138,9 +138,7 @@ def _named(traces: Mapping[str, Trace] | Sequence[TokenLens], sample: int) -> di
         titles = [lens.title or chr(65 + i) for i, lens in enumerate(traces)]
         out = {t if titles.count(t) == 1 else f"{t} {i + 1}": lens.trace for i, (t, lens) in enumerate(zip(titles, traces, strict=True))}
     if not 2 <= len(out) <= MOST:
-        raise OpdlabError(
-            f"Compare got {len(out)} traces; it shows two to {MOST}. Give them by name: Compare({{'before': a, 'after': b}})."
-        )
+        raise OpdlabError(f"Compare got {len(out)} traces; it shows two to {MOST}. Give them by name: Compare({{'old': a, 'new': b}}).")
     return out
 
 

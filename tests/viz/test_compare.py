@@ -72,7 +72,7 @@ def test_other_tokens_are_refused():
 def test_what_cannot_be_compared_is_named():
     with pytest.raises(OpdlabError, match="got 1 traces; it shows two to 8"):
         Compare({"p": made(WORDS)})
-    with pytest.raises(UnknownColumn, match="Not all of the traces have 'loss'. They share log_ratio, reverse_kl"):
+    with pytest.raises(UnknownColumn, match=r"Not all of the traces have 'loss'. They share log_ratio, reverse_kl"):
         Compare({"p": made(WORDS), "q": made(WORDS).with_columns(loss=np.ones(5))}, channel="loss")
     alone = made(WORDS, ("student",), top=0)
     bare = Trace(alone.table.drop_columns(["student_entropy"]), alone.meta)

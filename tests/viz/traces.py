@@ -52,3 +52,14 @@ def _tops(ids: np.ndarray, logp: Mapping[str, np.ndarray], k: int) -> dict[str, 
         rank = (x > x[np.arange(len(ids)), ids][:, None]).sum(1) + 1
         out |= {f"{name}_top": list(top), f"{name}_tail": 1 - np.exp(top).sum(1), f"{name}_rank": rank}
     return out
+
+
+def several(*traces: Trace) -> Trace:
+    """Completions of their own as one trace; their vocabularies must agree where they use the same ids."""
+    tables = [t.table.set_column(t.table.column_names.index("sample"), "sample", pa.array([i] * len(t))) for i, t in enumerate(traces)]
+    meta = {key: [v for t in traces for v in t.meta[key]] for key in ("texts", "finish", "prompts")}
+    vocab: dict[str, str] = {}
+    for t in traces:
+        assert all(vocab.get(i, word) == word for i, word in t.meta["vocab"].items())
+        vocab |= t.meta["vocab"]
+    return Trace(pa.concat_tables(tables, promote_options="default"), {**traces[0].meta, **meta, "vocab": vocab})

@@ -1,0 +1,163 @@
+"""Timeline: when rollouts leave the teacher's road. Cumulative log ratio and cumulative KL along the tokens, one line a rollout."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from functools import cached_property
+from typing import Any
+
+import numpy as np
+import pandas as pd
+import pyarrow as pa
+import pyarrow.compute as pc
+
+from opdlab.errors import OpdlabError, UnknownColumn
+from opdlab.trace import Trace
+from opdlab.viz import markup, payload
+from opdlab.viz.channels import channels
+from opdlab.viz.glyphs import visible
+from opdlab.viz.lines import HUES, Line, Plot, span, thinned
+from opdlab.viz.view import Trait, View
+
+MOST = 16  # rollouts whose lines can be told apart
+
+
+class Timeline(View):
+    """When did a rollout leave the teacher's road? Sums along its tokens, and the first token beyond a threshold, its fork.
+
+    The upper plot sums log T(y) − log S(y): at −3 the path so far is e³ = 20 times less likely under the teacher than under the
+    student. There the rollout forks, if `threshold` is 3. The lower one sums the KL of the student to the teacher.
+
+    samples: which completions; by default those of the first one's prompt, 16 at most. rewards: by completion, a list or a dict;
+    by default the trace's column `reward`, if it has one. against: the policy compared with, by default the first. Raises
+    OpdlabError for a student alone and for completions that are not there, UnknownColumn for an unknown policy.
+
+    `selected` and `brush` are rows of `df`; `threshold`, in nats, can be moved. `forks` has a row for each rollout.
+    """
+
+    name, scripts, styles = "timeline", ("timeline.js",), ("lines.css", "timeline.css")
+    threshold = Trait(3.0)
+
+    def __init__(self, trace: Trace, samples: Sequence[int] | None = None, rewards: Sequence[float] | Mapping[int, float] | None = None,
+                 threshold: float = 3.0, against: str = "", title: str = "") -> None:  # fmt: skip
+        super().__init__(threshold=float(threshold))
+        self.samples, self.title = _chosen(trace, samples), title
+        self.trace = Trace(trace.table.filter(pc.is_in(trace.table["sample"], pa.array(self.samples))), trace.meta)
+        rivals = [name for name in trace.policies if name != "student"]
+        if not rivals or (against and against not in rivals):
+            raise (UnknownColumn if rivals else OpdlabError)(
+                f"There is no policy {against!r} to compare with, only {', '.join(rivals)}. Name one of these." if rivals
+                else "The trace has the student alone, so nothing to depart from. Score it under a teacher too: opdlab.score(…)."
+            )  # fmt: skip
+        self.against, self._prefix = against or rivals[0], "" if against in ("", rivals[0]) else f"{against}_"
+        self.rewards = _rewards(trace, rewards, self.samples)
+        fork = self.forks["row"].dropna()
+        self.selected = int(fork.iloc[0]) if len(fork) else 0
+
+    @cached_property
+    def _paths(self) -> dict[str, np.ndarray]:
+        """Per token: `log_ratio`, and the sums `cumulative_log_ratio` and `cumulative_kl`, in the precision of the page."""
+        found = channels(self.trace)
+        ratio = found[f"{self._prefix}log_ratio"].values
+        kl = found[f"{self._prefix}reverse_kl"].values if f"{self._prefix}reverse_kl" in found else np.full(len(ratio), np.nan)
+        sums: dict[str, list[np.ndarray]] = {"cumulative_log_ratio": [], "cumulative_kl": []}
+        for _, first, size in payload.spans(self.trace):
+            for key, values in zip(sums, (ratio, kl), strict=True):
+                sums[key].append(np.cumsum(np.nan_to_num(values[first : first + size], nan=0.0, posinf=1e4, neginf=-1e4)))
+        total = {key: np.concatenate([*parts, np.zeros(0)]).clip(-6e4, 6e4).astype(np.float16) for key, parts in sums.items()}
+        return {"log_ratio": ratio, **({} if np.isnan(kl).all() else {"kl": kl}), **total}
+
+    @property
+    def df(self) -> pd.DataFrame:
+        """One row a token of the rollouts: `sample`, `position`, `token`, `log_ratio`, `kl`, and the two sums up to it."""
+        base = {"sample": self.trace.column("sample"), "position": self.trace.column("position"),
+                "token": [visible(piece) for piece in self.trace.tokens()]}  # fmt: skip
+        return pd.DataFrame({**base, **{k: v.astype(float) for k, v in self._paths.items()}})
+
+    @property
+    def forks(self) -> pd.DataFrame:
+        """One row a rollout: `fork`, the first position beyond the threshold (NaN for none), with its `token` and `row` of `df`."""
+        rows = []
+        for sample, first, size in payload.spans(self.trace):
+            path = self._paths["cumulative_log_ratio"][first : first + size].astype(float)
+            beyond = np.flatnonzero(path <= -self.threshold)
+            at = int(beyond[0]) if len(beyond) else None
+            token = "" if at is None else visible(self.trace.piece(int(self.trace.column("token_id")[first + at])))
+            rows.append({"sample": sample, "fork": at, "token": token, "row": None if at is None else first + at, "tokens": size,
+                         "log_ratio": path[-1], "reward": self.rewards.get(sample, np.nan)})  # fmt: skip
+        table = pd.DataFrame(rows, columns=["sample", "fork", "token", "row", "tokens", "log_ratio", "reward"])
+        return table.astype({"fork": float, "row": float}).set_index("sample")
+
+    def static(self) -> str:
+        title = f'<div class="opd-title">{markup.safe(self.title)}</div>' if self.title else ""
+        plots = "".join(plot.html() for plot in self._plots())
+        return f'{title}<div class="opd-timeline">{plots}</div><div class="opd-peaks">{markup.safe(self._summary())}</div>'
+
+    def data(self) -> dict[str, Any]:
+        paths = {key: v if key.startswith("cumulative") else payload.numbers(v) for key, v in self._paths.items()}
+        limit = channels(self.trace)[f"{self._prefix}log_ratio"].limit
+        return {"title": self.title, "against": self.against, "text": payload.text(self.trace), "paths": paths, "limit": limit,
+                "looks": [self._look(s) for s in self.samples], "plots": [p.data() for p in self._plots()],
+                "rewards": [self.rewards.get(s, np.nan) for s in self.samples] if self.rewards else None}  # fmt: skip
+
+    def __repr__(self) -> str:
+        lost, lines = -self._paths["cumulative_log_ratio"].astype(float).clip(max=0), []
+        most = max(float(lost.max(initial=0.0)), 0.1)
+        for sample, first, size in payload.spans(self.trace):
+            bins = np.array_split(lost[first : first + size], min(48, size))
+            lines.append(f"{''.join('▁▂▃▄▅▆▇█'[min(7, int(8 * b.max() / most))] for b in bins)}  rollout {sample}")
+        head = f"Timeline: {self.title or f'{len(self.samples)} rollouts'}, nats lost against {self.against} so far"
+        return "\n".join([head, *lines, self._summary()])
+
+    def _look(self, sample: int) -> str:
+        """Rewards at or above the middle are violet and whole, those below grey and dashed; without rewards each has its own."""
+        if not self.rewards:
+            return HUES[self.samples.index(sample) % len(HUES)]
+        known = [r for r in self.rewards.values() if np.isfinite(r)]
+        middle = (min(known) + max(known)) / 2 if known else 0.0
+        return "amount" if self.rewards.get(sample, np.nan) >= middle else "grey"
+
+    def _plots(self) -> list[Plot]:
+        """Both plots, thinned; the page marks forks and threshold itself."""
+        out, longest = [], max([size for *_, size in payload.spans(self.trace)], default=1)
+        for key, label, told in (("cumulative_log_ratio", "cumulative log ratio", f"nats, log {self.against} − log student"),
+                                 ("cumulative_kl", "cumulative KL", "nats, student to " + self.against)):  # fmt: skip
+            if key == "cumulative_kl" and "kl" not in self._paths:
+                continue
+            values, lines = self._paths[key].astype(float), []
+            for sample, first, size in payload.spans(self.trace):
+                x, y = thinned(np.arange(size), values[first : first + size])
+                lines.append(Line(f"rollout {sample}", x, y, self._look(sample)))
+            zero = np.array([0.0, -self.threshold * 1.1] if key == "cumulative_log_ratio" else [0.0])
+            out.append(Plot(key, label, lines, "nats", told, (0.0, float(max(1, longest - 1))), span([values, zero])))
+        return out
+
+    def _summary(self) -> str:
+        told = [f"rollout {i} at position {r.fork:.0f} ({r.token})" for i, r in self.forks.iterrows() if np.isfinite(r.fork)]
+        return f"Forks beyond {markup.number(self.threshold)} nats: {', '.join(told) or 'none'}"
+
+
+def _chosen(trace: Trace, samples: Sequence[int] | None) -> list[int]:
+    held = [sample for sample, *_ in payload.spans(trace)]
+    if samples is None:
+        prompts = trace.meta["prompts"]
+        return [s for s in held if prompts[s] == prompts[held[0]]][:MOST]
+    if missing := [s for s in samples if s not in held]:
+        raise OpdlabError(f"The trace holds no row of completion {missing[0]}, only of {', '.join(map(str, held)) or 'none'}. Name these.")
+    if len(samples) > MOST:
+        raise OpdlabError(f"{len(samples)} lines in one picture cannot be told apart. Name {MOST} completions at most.")
+    return sorted(int(s) for s in samples)
+
+
+def _rewards(trace: Trace, rewards: Sequence[float] | Mapping[int, float] | None, samples: Sequence[int]) -> dict[int, float]:
+    """Rewards by completion, of those shown; empty where there are none."""
+    if isinstance(rewards, Mapping):
+        return {s: float(rewards[s]) for s in samples if s in rewards}
+    if rewards is not None:
+        if len(rewards) != len(trace.meta["texts"]):
+            raise OpdlabError(f"There are {len(rewards)} rewards for {len(trace.meta['texts'])} completions. Give one for each, or a dict.")
+        return {s: float(rewards[s]) for s in samples}
+    if "reward" not in trace.table.column_names:
+        return {}
+    column = trace.column("reward")
+    return {s: float(column[first]) for s, first, _ in payload.spans(trace) if s in samples}
