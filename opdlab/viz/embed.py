@@ -14,7 +14,7 @@ from typing import Any
 STYLES = ("opd.css",)  # of every view; its own come after
 # Of the module of every view: what lies before and after its own files.
 BEFORE = ("core.js", "payload.js", "state.js", "strip.js", "duel.js", "lines.js")
-SHARED = ("tracks.js", "minimap.js", "tools.js")  # known to all files of a module, where a view lists them
+SHARED = ("tracks.js", "minimap.js", "tools.js", "dots.js")  # known to all files of a module, where a view lists them
 AFTER = ("mount.js",)
 _UNSAFE = {"<": "\\u003c", ">": "\\u003e", "&": "\\u0026"}
 POLICY = "default-src 'none'; script-src 'unsafe-inline'; style-src 'unsafe-inline'; img-src data: blob:; font-src data:"

@@ -36,7 +36,7 @@ class Forks(View):
     row of `df`; `table` has the windows.
     """
 
-    name, scripts, styles = "forks", ("forks.js",), ("forks.css",)
+    name, scripts, styles = "forks", ("dots.js", "forks.js"), ("dots.css", "forks.css")
     threshold = Trait(0.0)
 
     def __init__(self, trace: Trace, policies: Mapping[str, Any] | None = None, prompts: Sequence[Any] | None = None,

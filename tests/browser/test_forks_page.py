@@ -46,28 +46,28 @@ def test_windows_plan_and_threshold(open_page, tmp_path, forks, axe):
     assert root.locator(".opd-mass title").first.text_content() == f"{names[9]} to {names[9]}: 33.3 %"
     assert verdict.text_content() == "◇ false alarm: distance 0.15 ≤ 0.2"
 
-    handle = root.locator(".opd-handle")
+    handle = root.locator(".opd-line-handle")
     handle.focus()
     for _ in range(10):
         handle.press("ArrowLeft")
     assert verdict.text_content().startswith("◆ real fork: distance 0.15 > 0.1")
-    assert root.locator(".opd-fork.opd-real").count() == 3
-    assert "3 real forks" in root.locator(".opd-fork-key").text_content()
+    assert root.locator(".opd-dot-mark.opd-solid").count() == 3
+    assert "3 real forks" in root.locator(".opd-key-line").text_content()
     box = handle.bounding_box()
     view.mouse.move(box["x"] + 6, box["y"] + 30)
     view.mouse.down()
     view.mouse.move(box["x"] + 700, box["y"] + 30, steps=4)
     view.mouse.up()
     assert verdict.text_content().startswith("◇ false alarm")
-    assert root.locator(".opd-fork.opd-real").count() == 1
+    assert root.locator(".opd-dot-mark.opd-solid").count() == 1
 
     strip.press("n")
     assert root.locator("[aria-selected='true']").get_attribute("data-i") == "30"
     strip.press("ArrowLeft")
     assert verdict.text_content() == "no windows from here"
-    root.get_by_role("button", name="The fork of next smaller distance").click()
+    root.get_by_role("button", name="Next fork").click()
     assert root.locator("[aria-selected='true']").get_attribute("data-i") == "30"
-    root.locator(".opd-fork[data-row='5']").dispatch_event("click")
+    root.locator(".opd-dot-mark[data-row='5']").dispatch_event("click")
     assert root.locator("[aria-selected='true']").get_attribute("data-i") == "5"
     assert view.evaluate("window.broken") is None
     axe(view, ".opd-forks")

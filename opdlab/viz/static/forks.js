@@ -1,54 +1,10 @@
 // Forks: tokens of high loss, the windows that student and teacher write from the same prefix, the transport plan between them.
 // `data` has { text, channel, windows, asks, size } as `forks.Forks.data` makes it.
 
-const DOTS = 58, DOT = 9, EDGE = 12; // height of the row of distances, px of a dot, room at its ends
 const SAME = 1e-9;
 
 const mark = (real) => (real ? "◆" : "◇");
 const verdictOf = (real) => (real ? "real fork" : "false alarm");
-const within = (text, row) => text.texts.find(({ first, size }) => row >= first && row < first + size);
-
-// A row of dots by distance with the threshold as a handle; `choose(row)` and `move(value)` are told.
-const distanceLine = (choose, move) => {
-  const node = make("div", "opd-distances"), svg = put(shape("svg"), { "aria-hidden": "true" });
-  const handle = put(make("div", "opd-handle opd-handle-x"), { role: "slider", tabindex: "0", "aria-label": "Distance above which a fork is real" });
-  let top = 1, width = 0, held = false;
-  node.append(svg, handle);
-  const toX = (v) => EDGE + (v / top) * (width - 2 * EDGE), ofX = (x) => clamp((x - EDGE) / (width - 2 * EDGE), 0, 1) * top;
-  const draw = (windows, limit, selected) => {
-    width = Math.max(220, node.clientWidth);
-    top = Math.max(...windows.map((w) => w.distance), limit, 0.01) * 1.04;
-    const stacks = new Map(), nodes = [shape("line", { x1: EDGE, x2: width - EDGE, y1: DOTS + 0.5, y2: DOTS + 0.5 })];
-    for (const w of [...windows].sort((a, b) => a.distance - b.distance)) {
-      const column = Math.round((toX(w.distance) - EDGE) / DOT), level = stacks.get(column) ?? 0;
-      stacks.set(column, level + 1);
-      const real = w.distance > limit + SAME, y = DOTS - 7 - Math.min(level, 4) * DOT;
-      nodes.push(put(shape("path", { d: "M0 -4.5 L4.5 0 L0 4.5 L-4.5 0 Z", transform: `translate(${EDGE + column * DOT} ${y})` }), {
-        "data-row": w.row, class: `opd-fork${real ? " opd-real" : ""}${w.row === selected ? " opd-on" : ""}`,
-      }));
-    }
-    const rough = top / 4, power = 10 ** Math.floor(Math.log10(rough)), step = power * [1, 2, 5, 10].find((by) => by * power >= rough);
-    for (let v = 0; v <= top; v += step) {
-      const label = shape("text", { x: toX(v), y: DOTS + 13, "text-anchor": "middle" });
-      label.textContent = number(v);
-      nodes.push(label);
-    }
-    put(svg, { width, height: DOTS + 16 }).replaceChildren(...nodes);
-    handle.style.left = `${toX(limit)}px`;
-    put(handle, { "aria-valuemin": 0, "aria-valuemax": top.toPrecision(3), "aria-valuenow": limit, "aria-valuetext": `distance ${number(limit)}`, "data-value": `τ ${number(limit)}` });
-  };
-  svg.addEventListener("click", (event) => event.target.dataset.row !== undefined && choose(Number(event.target.dataset.row)));
-  handle.addEventListener("pointerdown", (event) => ((held = true), handle.setPointerCapture(event.pointerId), event.preventDefault(), handle.focus()));
-  handle.addEventListener("pointermove", (event) => held && move(ofX(event.clientX - node.getBoundingClientRect().left)));
-  handle.addEventListener("pointerup", () => (held = false));
-  handle.addEventListener("keydown", (event) => {
-    const way = { ArrowRight: 1, ArrowUp: 1, ArrowLeft: -1, ArrowDown: -1, PageUp: 10, PageDown: -10 }[event.key];
-    if (way === undefined || event.ctrlKey || event.metaKey || event.altKey) return;
-    event.preventDefault();
-    move(clamp(Number(handle.getAttribute("aria-valuenow")) + (way * top) / 100, 0, top));
-  });
-  return { node, draw, width: () => width };
-};
 
 // The plan between two windows: the student's tokens down, the teacher's across, the mass as colour; same tokens are outlined.
 const planMap = ({ student, teacher, same, plan }) => {
@@ -79,42 +35,27 @@ define("forks", ({ box, data, state }) => {
   const { text, channel } = data, size = text.index.length, found = new Map(data.windows.map((w) => [w.row, w]));
   const isReal = (w) => w.distance > state.get("threshold") + SAME;
   const spoken = put(make("div", "opd-live"), { "aria-live": "polite" });
-  const bar = make("div", "opd-bar opd-forks-bar"), key = make("div", "opd-fork-key"), walk = put(make("div", "opd-buttons"), { role: "group", "aria-label": "Go through the forks" });
-  const line = distanceLine((row) => state.set("selected", row), (value) => state.set("threshold", value));
-  const prompt = put(make("div", "opd-prompt"), { dir: "auto" }), place = make("div", "opd-place");
+  const bar = make("div", "opd-bar opd-dots-bar"), key = make("div", "opd-key-line");
+  const line = dotLine({
+    choose: (row) => state.set("selected", row), move: (value) => state.set("threshold", value), name: "Distance above which a fork is real", sign: "τ",
+  });
+  const place = stripPlace({ text, state, fill: (strip) => strip.paint(channel) });
   const panel = make("div", "opd-panel opd-fork-panel"), head = make("div", "opd-fork-head"), both = make("div", "opd-fork-both");
   const texts = make("div", "opd-window-texts"), drawing = make("div", "opd-plan-box"), tail = make("div", "opd-goes-on");
   both.append(texts, drawing);
   panel.append(head, both);
 
-  // ── One strip a completion, made when it is first looked at ──
-  const strips = new Map();
-  let shown = null;
-  const stripOf = (whole) => {
-    if (!strips.has(whole.first)) {
-      const strip = tokenStrip({ text, first: whole.first, size: whole.size, finish: whole.finish, state });
-      strip.paint(channel);
-      strips.set(whole.first, strip);
-    }
-    return strips.get(whole.first);
-  };
   const markForks = () => {
-    for (const [first, strip] of strips) {
+    for (const [first, strip] of place.all()) {
       for (const w of found.values()) strip.nodes[w.row - first]?.setAttribute("data-fork", mark(isReal(w)));
     }
   };
   const open = (row) => {
-    const whole = within(text, row);
+    const { whole, strip } = place.open(row) ?? {}, w = found.get(row);
     if (!whole) return;
-    if (shown?.first !== whole.first) {
-      shown = whole;
-      prompt.textContent = whole.prompt;
-      place.replaceChildren(stripOf(whole).node);
-      markForks();
-    }
-    const strip = stripOf(whole), w = found.get(row);
-    for (const old of place.querySelectorAll(".opd-window")) old.classList.remove("opd-window");
+    for (const old of place.node.querySelectorAll(".opd-window")) old.classList.remove("opd-window");
     if (w && !w.asked) strip.nodes.slice(row - whole.first, row - whole.first + w.student.length).forEach((node) => node.classList.add("opd-window"));
+    markForks();
   };
 
   // ── The panel ──
@@ -126,7 +67,7 @@ define("forks", ({ box, data, state }) => {
   };
   const show = (row) => {
     if (row < 0 || row >= size) return;
-    const w = found.get(row), whole = within(text, row), name = wordOf(text, text.index[row]);
+    const w = found.get(row), { whole } = place.open(row), name = wordOf(text, text.index[row]);
     head.replaceChildren(make("span", "opd-word", name), make("span", "opd-soft", `sampled at position ${row - whole.first} of completion ${whole.sample}`));
     if (!w) {
       head.append(make("b", "opd-verdict", "no windows from here"));
@@ -183,20 +124,16 @@ define("forks", ({ box, data, state }) => {
     const list = sorted(), at = list.findIndex((w) => w.row === state.get("selected"));
     if (list.length) state.set("selected", list[(at + way + list.length) % list.length].row);
   };
-  for (const [words, way, label] of [["‹", -1, "The fork of next larger distance"], ["›", 1, "The fork of next smaller distance"]]) {
-    const button = put(make("button", "opd-button", words), { type: "button", "aria-label": label });
-    button.addEventListener("click", () => step(way));
-    walk.append(button);
-  }
+  const walk = walkButtons("fork", step);
   const restate = () => {
     const all = sorted(), real = all.filter(isReal).length;
     key.replaceChildren(make("span", "", `◆ ${real} real fork${real === 1 ? "" : "s"}`), make("span", "", `◇ ${all.length - real} false alarm${all.length - real === 1 ? "" : "s"}`), make("span", "opd-soft", "by transport distance of the two windows"), walk);
-    line.draw(all, state.get("threshold"), state.get("selected"));
+    line.draw(all.map((w) => ({ row: w.row, value: w.distance, solid: isReal(w) })), state.get("selected"), state.get("threshold"));
     markForks();
     show(state.get("selected"));
   };
   bar.append(key, line.node);
-  box.append(...(data.title ? [make("div", "opd-title", data.title)] : []), bar, prompt, place, panel, spoken);
+  box.append(...(data.title ? [make("div", "opd-title", data.title)] : []), bar, place.node, panel, spoken);
   const choose = (row) => {
     if (row < 0 || row >= size) return;
     answered.replaceChildren();
