@@ -50,7 +50,7 @@ class Timeline(View):
                 else "The trace has the student alone, so nothing to depart from. Score it under a teacher too: opdlab.score(…)."
             )  # fmt: skip
         self.against, self._prefix = against or rivals[0], "" if against in ("", rivals[0]) else f"{against}_"
-        self.rewards = _rewards(trace, rewards, self.samples)
+        self.rewards = rewards_of(trace, rewards, self.samples)
         fork = self.forks["row"].dropna()
         self.selected = int(fork.iloc[0]) if len(fork) else 0
 
@@ -149,7 +149,7 @@ def _chosen(trace: Trace, samples: Sequence[int] | None) -> list[int]:
     return sorted(int(s) for s in samples)
 
 
-def _rewards(trace: Trace, rewards: Sequence[float] | Mapping[int, float] | None, samples: Sequence[int]) -> dict[int, float]:
+def rewards_of(trace: Trace, rewards: Sequence[float] | Mapping[int, float] | None, samples: Sequence[int]) -> dict[int, float]:
     """Rewards by completion, of those shown; empty where there are none."""
     if isinstance(rewards, Mapping):
         return {s: float(rewards[s]) for s in samples if s in rewards}

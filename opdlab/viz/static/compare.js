@@ -2,25 +2,13 @@
 
 const CHANGED = 8;
 
-// The rows of largest size, largest first, without sorting all of them.
-const largest = (values, n) => {
-  const best = [];
-  values.forEach((value, i) => {
-    const size = Math.abs(value);
-    if (!(size > 0) || (best.length === n && size <= Math.abs(values[best[n - 1]]))) return;
-    best.splice(best.findIndex((j) => Math.abs(values[j]) < size) >>> 0, 0, i);
-    if (best.length > n) best.pop();
-  });
-  return best;
-};
-
 // The second minus the first of a pair, as a channel of its own scale.
 const differenceOf = (channel, names, [a, b]) => {
   const values = Float32Array.from(channel.values[a], (v, i) => v - channel.values[b][i]);
   const sizes = [...values].map(Math.abs).filter(Number.isFinite).sort((x, y) => x - y);
   const limit = sizes[Math.min(sizes.length - 1, Math.floor(0.98 * sizes.length))] || sizes.at(-1) || 1;
   return { key: "difference", label: "difference", unit: channel.unit, kind: "signed", less: `${names[b]} higher`, more: `${names[a]} higher`,
-    limit, values, peaks: largest(values, 5), names: [] };
+    limit, values, peaks: peaksIn({ values, limit }, 0, values.length), names: [] };
 };
 
 const pickList = (names, label, chosen, choose) => {
@@ -118,7 +106,7 @@ define("compare", ({ box, data, state }) => {
     picks.forEach((pick, k) => (pick.value = String(pair()[k])));
     last.strip.paint(change);
     drawLegend(difference, change);
-    list.replaceChildren(...largest(change.values, CHANGED).map(listed));
+    list.replaceChildren(...peaksIn({ values: change.values, limit: 1e-30 }, 0, size, CHANGED).map(listed));
     if (!list.children.length) list.append(make("li", "opd-soft", "nothing differs"));
     look(state.get("selected"));
   };

@@ -55,6 +55,19 @@ const acrossLines = (nodes, from, down) => {
   return best;
 };
 
+// The rows of largest size among first … first + size, largest first, as `Channel.peaks` finds them.
+const peaksIn = ({ values, limit }, first, size, most = 5) => {
+  const best = [];
+  for (let i = first; i < first + size; i++) {
+    const value = Math.abs(values[i]);
+    if (!(value > 0.05 * limit) || (best.length === most && value <= Math.abs(values[best[most - 1]]))) continue;
+    const at = best.findIndex((j) => Math.abs(values[j]) < value);
+    best.splice(at < 0 ? best.length : at, 0, i);
+    if (best.length > most) best.pop();
+  }
+  return best;
+};
+
 const nextPeak = (peaks, from, way) => {
   const sorted = [...peaks].sort((a, b) => way * (a - b));
   return sorted.find((i) => way * (i - from) > 0) ?? sorted[0] ?? from;

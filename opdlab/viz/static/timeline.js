@@ -76,16 +76,12 @@ define("timeline", ({ box, data, state }) => {
     if (!strips.has(k)) {
       const strip = tokenStrip({ text, first: texts[k].first, size: texts[k].size, finish: texts[k].finish, state, label: `Tokens of ${nameOfText(k)}` });
       strip.node.classList.toggle("opd-tall", texts[k].size > 400);
-      strip.paint({ ...channel, peaks: largestOf(k) });
+      strip.paint({ ...channel, peaks: peaksIn(channel, texts[k].first, texts[k].size) });
       strips.set(k, strip);
     }
     if (held.firstChild !== strips.get(k).node) held.replaceChildren(strips.get(k).node);
     entries.forEach(({ button }, j) => button.setAttribute("aria-pressed", j === k));
     plots.forEach(({ drawn }) => drawn.canvas.querySelectorAll(".opd-l").forEach((line, j) => line.classList.toggle("opd-timeline-on", j === k)));
-  };
-  const largestOf = (k) => {
-    const rows = Array.from({ length: texts[k].size }, (_, i) => texts[k].first + i), size = (i) => Math.abs(paths.log_ratio[i]) || 0;
-    return rows.sort((a, b) => size(b) - size(a)).slice(0, 5).filter((i) => size(i) > 0.05 * data.limit);
   };
   const band = ([from, to = from]) => {
     const k = from === undefined ? -1 : textOf(from);
