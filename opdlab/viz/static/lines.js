@@ -34,7 +34,7 @@ const linePlot = (plot) => {
     canvas.append(flag);
   }
   frame.append(make("span", "opd-lp-y", number(plot.y[1])), make("span", "opd-lp-y opd-lp-low", number(plot.y[0])), canvas);
-  frame.append(make("span", "opd-lp-x", String(plot.x[0])), make("span", "opd-lp-x opd-lp-last", String(plot.x[1])));
+  frame.append(...plot.x.map((x, i) => make("span", i ? "opd-lp-x opd-lp-last" : "opd-lp-x", String(x).replace("-", "−"))));
   node.append(caption, frame);
   const mark = (x) => now.setAttribute("d", Number.isNaN(x) ? "" : `M${partOf(x, plot.x).toFixed(2)} 0V100`);
   return { node, canvas, told, mark };

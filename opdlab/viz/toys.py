@@ -1,0 +1,176 @@
+"""Small worlds in which a loss shows what it does: 121 log ratios, two tokens, three tokens, a Gaussian under two hills.
+
+Everything follows from one function, `Push.gradient`: -dE[L]/dlogits of students `[n, V]` against teachers `[n, V]`, in
+float64, where E is over the tokens that the student samples, as in training. `static/toys.js` does the same for the
+built-in divergences; the tests hold the two together.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from opdlab.divergence import Generator
+from opdlab.estimator.subject import subject_of
+from opdlab.rows import Rows
+
+X = torch.arange(-60, 61, dtype=torch.float64) / 10  # log ratios, log q - log p
+SPACE = X.clone()  # where the hills stand
+HILLS = ((0.6, -2.5, 0.6), (0.4, 2.5, 0.8))  # share, centre, width
+FAR = 50.0  # log ratios are kept within
+START = (0.6, 1.0)  # centre and width of the Gaussian before any step
+RATE = 0.5
+CELLS = 10  # of a side of the triangle
+Gradient = Callable[[Tensor, Tensor], Tensor]
+
+
+@dataclass(frozen=True)
+class Push:
+    """A loss by what it does. curvature: sets the step, so that different units compare (1 where it is not known)."""
+
+    name: str
+    gradient: Gradient
+    curvature: float = 1.0
+    own: Any = None  # the user's loss, where it is one
+
+    @property
+    def rate(self) -> float:
+        return RATE / self.curvature if math.isfinite(self.curvature) and self.curvature > 0 else RATE
+
+
+def of_generator(generator: Generator, clip: float = 0.0, name: str = "") -> Push:
+    """A built-in divergence: p_k (w_k - mean w), with weights within `clip` of that of a token on which both agree (0: all)."""
+
+    def gradient(logits: Tensor, teacher: Tensor) -> Tensor:
+        student = logits.log_softmax(-1)
+        w = generator.weight((teacher - student).clamp(-FAR, FAR)) - generator.centre
+        w = w.clamp(-clip, clip) if clip else w
+        p = student.exp()
+        return p * (w - (p * w).sum(-1, keepdim=True))
+
+    return Push(name or generator.name, gradient, generator.curvature)
+
+
+def of_loss(loss: Any, name: str = "") -> Push:
+    """A loss of one's own: a function of rows, or of student and teacher log-probs, or a method without a plan."""
+    subject = subject_of(loss)
+    function = getattr(subject.method, "loss", subject.method)
+    return Push(name or subject.name, lambda logits, teacher: -slope(function, logits, teacher), own=loss)
+
+
+def losses(function: Callable[[Rows], Tensor], student: Tensor, teacher: Tensor) -> Tensor:
+    """The loss of every token that each student `[n, V]` may sample, `[n, V]`."""
+    n, v = student.shape
+    spread = lambda x: x[:, None, :].expand(n, v, v).reshape(n * v, v)
+    rows = Rows({"student": spread(student), "teacher": spread(teacher)}, torch.arange(v).repeat(n))
+    return function(rows).reshape(n, v)
+
+
+def slope(function: Callable[[Rows], Tensor], logits: Tensor, teacher: Tensor) -> Tensor:
+    """d/dlogits of the mean loss, the sampling held still: what the engine follows. `[n, V]`."""
+    leaf = logits.detach().clone().requires_grad_()
+    with torch.enable_grad():
+        student = leaf.log_softmax(-1)
+        mean = (student.detach().exp() * losses(function, student, teacher)).sum()
+        (out,) = torch.autograd.grad(mean, leaf)
+    return out
+
+
+def finite_difference(loss: Any, seed: int = 0, step: float = 1e-5) -> tuple[float, float]:
+    """How far autograd is from central differences of the mean loss with the sampling held still: (largest gap, largest slope).
+
+    They differ where a loss holds part of itself back (`detach`), as estimates in the reward do on purpose.
+    """
+    function = getattr(subject_of(loss).method, "loss", subject_of(loss).method)
+    generator = torch.Generator().manual_seed(seed)
+    logits, teacher = (1.2 * torch.randn(4, 5, generator=generator, dtype=torch.float64) for _ in range(2))
+    teacher = teacher.log_softmax(-1)
+    p, want, gap = logits.log_softmax(-1).exp(), slope(function, logits, teacher), 0.0
+    for k in range(5):
+        moved = torch.zeros(5, dtype=torch.float64)
+        moved[k] = step
+        up, down = ((p * losses(function, (logits + s * moved).log_softmax(-1), teacher)).sum(-1) for s in (1, -1))
+        gap = max(gap, float(((up - down).detach() / (2 * step) - want[:, k]).abs().max()))
+    return gap, float(want.abs().max())
+
+
+def weights(push: Push) -> np.ndarray:
+    """How hard a token is pushed per unit of the student's probability, by its log ratio `X`; 0 where both agree.
+
+    Read off one world that has every ratio at once: p ~ e^(-x/2), q ~ e^(x/2).
+    """
+    student, teacher = (-X / 2).log_softmax(-1)[None], (X / 2).log_softmax(-1)[None]
+    w = push.gradient(student, teacher)[0] / student[0].exp()
+    return (w - w[len(X) // 2]).numpy()
+
+
+def pulls(push: Push, mass: float = 0.5) -> np.ndarray:
+    """The push on the logit of a token that the teacher gives `mass`, by log ratio; nan where the student would give it more than 1."""
+    p = mass * (-X).exp()
+    there = p < 1 - 1e-9
+    student = torch.stack([p[there], 1 - p[there]], -1).log()
+    teacher = torch.tensor([mass, 1 - mass], dtype=torch.float64).log().expand_as(student)
+    out = torch.full_like(X, math.nan)
+    out[there] = push.gradient(student, teacher)[:, 0]
+    return out.numpy()
+
+
+def students() -> Tensor:
+    """The points of the triangle that get an arrow, `[n, 3]`."""
+    points = [(i, j, CELLS - i - j) for i in range(CELLS + 1) for j in range(CELLS + 1 - i)]
+    p = torch.tensor(points, dtype=torch.float64) * 0.94 / CELLS + 0.02
+    return p / p.sum(-1, keepdim=True)
+
+
+def tempered(teacher: Tensor, temperature: float) -> Tensor:
+    """log q^(1/T), normalised."""
+    return (teacher / temperature).log_softmax(-1)
+
+
+def field(push: Push, teacher: Tensor, temperature: float = 1.0) -> np.ndarray:
+    """Where each student of `students` moves: dp/dt of a gradient step on the logits, `[n, 3]`."""
+    p = students()
+    g = push.gradient(p.log(), tempered(teacher.log(), temperature).expand_as(p))
+    return (p * (g - (p * g).sum(-1, keepdim=True))).numpy()
+
+
+def path(push: Push, student: Tensor, teacher: Tensor, steps: int, temperature: float = 1.0) -> np.ndarray:
+    """The student after each of `steps` gradient steps on its logits, `[steps + 1, 3]`."""
+    z, q, out = student.log()[None], tempered(teacher.log(), temperature)[None], [student]
+    for _ in range(steps):
+        z = z + push.rate * push.gradient(z, q)
+        out.append(z.softmax(-1)[0])
+    return torch.stack(out).numpy()
+
+
+def hills(temperature: float = 1.0) -> Tensor:
+    """The log-probs of the teacher with two hills, over `SPACE`."""
+    q = sum(share * (-(((SPACE - at) / width) ** 2) / 2).exp() / width for share, at, width in HILLS)
+    return tempered(torch.as_tensor(q).log(), temperature)
+
+
+def fit(push: Push, steps: int, temperature: float = 1.0) -> tuple[float, float]:
+    """Centre and width of a Gaussian after `steps` natural gradient steps under the two hills."""
+    (at, width), teacher = START, hills(temperature)[None]
+    spread = math.log(width)
+    for _ in range(steps):
+        width = math.exp(spread)
+        z = (SPACE - at) / width
+        g = push.gradient(-(z**2)[None] / 2, teacher)[0]
+        at += max(-0.3, min(0.3, push.rate * 0.2 * width * float((g * z).sum())))
+        spread += max(-0.2, min(0.2, push.rate * 0.1 * float((g * z**2).sum())))
+        spread = max(math.log(0.15), min(math.log(6.0), spread))
+    return at, math.exp(spread)
+
+
+def shares(at: float, width: float) -> tuple[float, float]:
+    """The student's mass left and right of the valley between the hills."""
+    p = (-(((SPACE - at) / width) ** 2) / 2).softmax(-1)
+    left = float(p[SPACE < 0.1].sum())
+    return left, 1 - left
