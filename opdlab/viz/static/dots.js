@@ -1,6 +1,6 @@
 // A row of marks along one number, such as the distance of a window or the weight of a chunk, with a line to drag or without.
 
-const DOTS_HIGH = 58, DOT = 9, DOTS_EDGE = 12; // height of the row, px of a mark, room at its ends
+const DOTS_HIGH = 64, DOT = 9, DOTS_EDGE = 12; // height of the row, px of a mark, room at its ends
 
 // { node, draw(points, selected, limit), width() }. A point is { row, value, solid, told }; `choose(row)` hears clicks. With
 // `move(value)` there is a line at `limit`, named `name` and marked with the sign `sign`.
@@ -30,8 +30,14 @@ const dotLine = ({ choose, move = null, name = "", sign = "", most = 0 }) => {
         d: "M0 -4.5 L4.5 0 L0 4.5 L-4.5 0 Z", transform: `translate(${DOTS_EDGE + column * DOT} ${DOTS_HIGH - 7 - Math.min(level, 4) * DOT})`,
         "data-row": row, class: `opd-dot-mark${solid ? " opd-solid" : ""}${row === selected ? " opd-on" : ""}`,
       });
-      if (told) mark.append(shape("title")).textContent = told;
+      if (told) mark.appendChild(shape("title")).textContent = told;
       nodes.push(mark);
+    }
+    for (const [column, n] of stacks) {
+      if (n <= 5) continue;
+      const more = shape("text", { x: DOTS_EDGE + column * DOT, y: DOTS_HIGH - 6 - 5 * DOT, "text-anchor": "middle" });
+      more.textContent = `+${n - 5}`;
+      nodes.push(more);
     }
     put(svg, { width, height: DOTS_HIGH + 16 }).replaceChildren(...nodes, ...ticks());
     handle.style.left = `${toX(limit)}px`;
