@@ -111,7 +111,8 @@ class Rollouts(View):
             "table": {"sample": table.index.to_numpy(), "prompt": np.array([at[p] for p in table["prompt"]]),
                       "end": [_end(t) for t in table["text"]], "finish": [str(f) for f in table["finish"]],
                       **{k: table[k].to_numpy(np.float32) for k in COLUMNS if k in table}},
-            "prompts": [_start(p) for p in prompts], "spark": {"kind": ratio.kind, "limit": ratio.limit, "bins": payload.numbers(bins.ravel())},
+            "prompts": [_start(p) for p in prompts],
+            "spark": {"kind": ratio.kind, "limit": ratio.limit, "bins": payload.numbers(bins.ravel())},
         }  # fmt: skip
 
     def __repr__(self) -> str:

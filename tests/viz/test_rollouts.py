@@ -38,7 +38,7 @@ def test_the_table_holds_means_and_the_largest(view):
 def test_it_can_be_sorted_by_any_column(view):
     assert Rollouts(view.whole, sort="log_ratio").rollout == 1
     assert Rollouts(view.whole, rewards={0: 0.5, 1: 2.0}, sort="-reward").rollout == 1
-    with pytest.raises(OpdlabError, match="no column 'grade' to sort by. There is prompt, text, tokens"):
+    with pytest.raises(OpdlabError, match=r"no column 'grade' to sort by\. There is prompt, text, tokens"):
         Rollouts(view.whole, sort="grade")
     with pytest.raises(OpdlabError, match="no tokens, so there is no rollout"):
         Rollouts(made([]))
