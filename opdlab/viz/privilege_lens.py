@@ -34,7 +34,7 @@ class PrivilegeLens(View):
     the one of largest gap.
     """
 
-    name, scripts, styles = "privilege", ("tracks.js", "privilege.js"), ("privilege.css",)
+    name, scripts, styles = "privilege", ("tracks.js", "minimap.js", "privilege.js"), ("privilege.css",)
     undecided = Trait(0.69)
 
     def __init__(self, trace: Trace, student: str = "student", informed: str = "teacher+hint", plain: str = "teacher",

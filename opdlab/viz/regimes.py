@@ -48,8 +48,9 @@ class Regimes(View):
         self.trace, self.title = trace, title
         if not self.axes:
             raise OpdlabError("The trace has no numbers to draw. Make it with opdlab.score(…), or take one of training: step.trace().")
-        first = next(iter(self.axes))
-        wanted = {"x": x if x != "log_ratio" or x in self.axes else first, "y": y if y != "confidence" or y in self.axes else first}
+        spare = [key for key in self.axes if key not in (x, y)] or list(self.axes)  # what stands in for a default that is not there
+        wanted = {"x": x if x in self.axes or x != "log_ratio" else spare.pop(0)}
+        wanted["y"] = y if y in self.axes or y != "confidence" else (spare or list(self.axes))[0]
         lines = {key: axis.start for key, axis in self.axes.items()}
         for name in [*wanted.values(), *(thresholds or {})]:
             if name not in self.axes:
@@ -88,9 +89,12 @@ class Regimes(View):
         """The rows of `df` inside the brushed region."""
         if not self.region:
             return self.df.iloc[:0]
-        left, right, low, high = self.region
         df = self._shown()
-        return df[df.x.between(left, right) & df.y.between(low, high)]
+        inside = [
+            df[name].clip(*self.axes[key].ends).between(*ends)
+            for name, key, ends in (("x", self.x, self.region[:2]), ("y", self.y, self.region[2:]))
+        ]
+        return df[inside[0] & inside[1]]
 
     def data(self) -> dict[str, Any]:
         drawn = np.float32 if len(self.trace) <= EXACT else np.float16
@@ -132,7 +136,9 @@ class Regimes(View):
         out, have = {}, self.trace.table.column_names
         sides = gap_sides(self.trace)
         if sides and f"{sides[0]}_reverse_kl" in have:
-            out["kl"] = np.clip(np.nan_to_num(self.trace.column(f"{sides[0]}_reverse_kl").astype(float)), 0, None)
+            kl = self.trace.column(f"{sides[0]}_reverse_kl").astype(float)
+            finite = kl[np.isfinite(kl)]
+            out["kl"] = np.clip(np.nan_to_num(kl, posinf=finite.max(initial=1.0)), 0, None)  # an infinite one must not be all there is
         if "share" in have:
             out["gradient"] = self.trace.column("share").astype(float)
         return out

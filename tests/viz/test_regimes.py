@@ -125,3 +125,17 @@ def test_what_is_not_there_is_named():
         Regimes(trace(), by="type")
     with pytest.raises(OpdlabError, match="no numbers to draw"):
         Regimes(opdlab.Trace(trace().table.select(["sample", "position", "token_id"]), trace().meta | {"policies": ["student"]}))
+
+
+def test_a_student_alone_has_two_axes_and_infinities_lie_at_the_ends():
+    alone = Regimes(made([b"a", b"b"], ("student",)).with_columns(loss=[1.0, 2.0]))
+    assert {alone.x, alone.y} == {"student_entropy", "loss"}
+    view = Regimes(made([b"a", b"b", b"c"]).with_columns(
+        student_logp=[0.0, -1.0, -1.0], teacher_logp=[-np.inf, 0.0, -1.5], teacher_reverse_kl=[np.inf, 1.0, 2.0],
+    ))  # fmt: skip
+    low, high = view.axes["log_ratio"].ends
+    view.region = [low, 0.0, 0.0, 2.0]
+    assert view.picked.index.tolist() == [0, 2]
+    assert sorted(view.quadrants["of kl"]) == pytest.approx([0, 20, 40, 40])  # an infinite one counts as the largest finite
+    view.region = [low + 0.1, high, 0.0, 2.0]
+    assert view.picked.index.tolist() == [1]

@@ -67,6 +67,14 @@ const walkButtons = (what, step) => {
   return node;
 };
 
+const TALL_STRIP = 400; // tokens from which a strip scrolls in its own box
+
+// Scrolls a strip, not the page, to a row of its.
+const keepInSight = (strip, row) => {
+  const token = strip.nodes[row - strip.first]?.getClientRects()[0], frame = strip.node.getBoundingClientRect();
+  if (token && (token.top < frame.top + 20 || token.bottom > frame.bottom - 20)) strip.node.scrollTop += token.top - frame.top - frame.height / 3;
+};
+
 // A place for the strip of whichever completion a row lies in: { node, open(row), all() }. Each strip is made once, when it is
 // first looked at, by `fill(strip, whole)`.
 const stripPlace = ({ text, state, fill }) => {
@@ -79,12 +87,14 @@ const stripPlace = ({ text, state, fill }) => {
     if (!strips.has(whole.first)) {
       strips.set(whole.first, tokenStrip({ text, first: whole.first, size: whole.size, finish: whole.finish, state }));
       fill(strips.get(whole.first), whole);
+      strips.get(whole.first).node.classList.toggle("opd-tall", whole.size > TALL_STRIP);
     }
     if (shown !== whole) {
       shown = whole;
       prompt.textContent = whole.prompt;
       holder.replaceChildren(strips.get(whole.first).node);
     }
+    if (whole.size > TALL_STRIP) keepInSight(strips.get(whole.first), row);
     return { whole, strip: strips.get(whole.first) };
   };
   return { node, open, all: () => [...strips] };

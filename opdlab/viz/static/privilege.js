@@ -4,7 +4,7 @@
 const arrow = (v) => (v > 0 ? " ▲" : v < 0 ? " ▼" : "");
 const signed = (v) => number(v, true) + arrow(v);
 const sum = (values) => values.reduce((a, v) => a + (Number.isNaN(v) ? 0 : v), 0);
-const short = (v) => (Math.abs(v) < 0.005 ? "0" : `${v > 0 ? "+" : "−"}${Math.abs(v).toFixed(2)}`); // of a table, two decimals
+const short = (v) => (!Number.isFinite(v) ? number(v) : Math.abs(v) < 0.005 ? "0" : `${v > 0 ? "+" : "−"}${Math.abs(v).toFixed(2)}`); // of a table, two decimals
 const sideOfSign = (v) => (v > 0 ? "opd-of-teacher" : "opd-of-student");
 
 // A bar between two places of a track, 0 to 1.
@@ -24,7 +24,7 @@ const columnsOf = (node, cells) => {
 // From the log-prob of the whole text under the student to that under the hinted teacher.
 const waterfall = ({ sides, logp, channels }) => {
   const node = make("div", "opd-fall"), totals = Object.fromEntries(Object.entries(logp).map(([key, values]) => [key, sum(values)]));
-  const low = Math.min(...Object.values(totals)), scale = (v) => (low ? clamp(1 - v / low, 0, 1) : 1);
+  const low = Math.min(-1e-9, ...Object.values(totals).filter(Number.isFinite)), scale = (v) => clamp(1 - v / low, 0, 1);
   const step = (name, from, to, look, value) => node.append(columnsOf(make("div", `opd-fall-row ${look}`), [
     ["opd-name", name], ["", spanBar(scale(from), scale(to), look)], ["opd-value", value],
   ]));
@@ -47,10 +47,11 @@ const typeTable = ({ all }) => {
   const node = make("div", "opd-types"), keys = ["information", "capability", ...(all.wrong ? ["wrong"] : [])];
   const kinds = [["all", () => true], ...all.names.map((name, k) => [name, (i) => all.type[i] === k])];
   const rows = kinds.map(([name, holds]) => {
-    const which = [...all.gap.keys()].filter(holds), mean = (values) => sum(which.map((i) => (Number.isFinite(values[i]) ? values[i] : 0))) / (which.length || 1);
-    return { name, which, means: keys.map((key) => mean(all[key])) };
+    const which = [...all.gap.keys()].filter(holds), real = (values) => which.map((i) => values[i]).filter((v) => !Number.isNaN(v));
+    return { name, which, means: keys.map((key) => sum(real(all[key])) / real(all[key]).length) };
   });
-  const top = Math.max(...rows.flatMap(({ means }) => means.map(Math.abs)), 0.1), half = (v) => 0.5 + (Math.sign(v) * Math.sqrt(Math.abs(v) / top)) / 2;
+  const top = Math.max(...rows.flatMap(({ means }) => means.map(Math.abs).filter(Number.isFinite)), 0.1);
+  const half = (v) => clamp(0.5 + (Math.sign(v) * Math.sqrt(Math.abs(v) / top)) / 2, 0, 1);
   node.style.setProperty("--parts", keys.length);
   node.append(make("div", "opd-heading", "mean by type of token, all completions, nats"));
   node.append(columnsOf(make("div", "opd-type opd-soft"), [["", "type"], ["opd-count", "tokens"], ...keys.map((key) => ["", key === "wrong" ? "wrong hint" : key]), ["opd-count", "flagged"]]));
@@ -83,6 +84,8 @@ define("privilege", ({ box, data, state }) => {
   const strip = tokenStrip({ text, finish: data.finish, state });
   // What is too small to have a height has no bar, or every token would have one.
   const lanes = channels.filter(({ key }) => key !== "gap").map((c) => ({ ...c, values: c.values.map((v) => (Math.abs(v) < c.limit / 64 ? 0 : v)) }));
+  const map = size > LONG_STRIP ? miniMap(strip) : null, drawMap = () => map?.draw([channel.gap, ...lanes], { peaks: channel.gap.peaks, found: [], chosen: state.get("selected") });
+  strip.node.classList.toggle("opd-tall", Boolean(map));
   const lanesKey = make("div", "opd-lanes opd-soft");
   lanesKey.append(make("span", "", "under the text, up is for the token and down against it:"));
   lanes.forEach((c, i) => {
@@ -150,10 +153,12 @@ define("privilege", ({ box, data, state }) => {
   strip.paint(channel.gap);
   paintTracks(strip, lanes);
   box.append(...(data.title ? [make("div", "opd-title", data.title)] : []), put(make("div", "opd-prompt", data.prompt), { dir: "auto" }));
-  box.append(bar, strip.node, panel, sums, ...(entropy.plain ? [knob] : []), spoken);
-  state.on("selected", (row) => (show(row), row >= 0 && row < size && speak(row)));
+  box.append(bar, ...(map ? [map.node] : []), strip.node, panel, sums, ...(entropy.plain ? [knob] : []), spoken);
+  state.on("selected", (row) => (show(row), map?.mark(row), row >= 0 && row < size && speak(row)));
   state.on("hovered", (row) => show(row < 0 ? state.get("selected") : row));
   state.on("undecided", flag);
   if (size && state.get("selected") < 0) state.set("selected", channel.gap.peaks[0] ?? 0);
   flag();
+  drawMap();
+  return () => map?.close();
 });

@@ -235,7 +235,8 @@ define("regimes", ({ box, data, state }) => {
   const rowsIn = ([left, right, low, high]) => {
     const rows = [];
     for (let i = 0; i < size; i++) {
-      if (shown[i] && x.values[i] >= left && x.values[i] <= right && y.values[i] >= low && y.values[i] <= high) rows.push(i);
+      const atX = clamp(x.values[i], ...x.ends), atY = clamp(y.values[i], ...y.ends); // infinities lie at the ends
+      if (shown[i] && atX >= left && atX <= right && atY >= low && atY <= high) rows.push(i);
     }
     return rows;
   };
