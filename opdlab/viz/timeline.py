@@ -139,6 +139,8 @@ class Timeline(View):
 
 def _chosen(trace: Trace, samples: Sequence[int] | None) -> list[int]:
     held = [sample for sample, *_ in payload.spans(trace)]
+    if not held:
+        raise OpdlabError("The trace has no tokens, so there is no road to follow. Sample with max_new_tokens above 0.")
     if samples is None:
         prompts = trace.meta["prompts"]
         return [s for s in held if prompts[s] == prompts[held[0]]][:MOST]

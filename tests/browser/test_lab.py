@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
+import json
+
+import nbformat
 import pytest
+from nbconvert import HTMLExporter
 
 pytestmark = pytest.mark.browser
 
 MADE = """from viz.traces import made
 from opdlab import viz
 lens = viz.TokenLens(made([b'The', b' cat', b' sat', b' down']), channel='log_ratio')"""
+DARKNESS = "node => getComputedStyle(node).backgroundColor.match(/[\\d.]+/g).slice(0, 3).every((v) => Number(v) < 60)"
 CHOSEN = ".jp-OutputArea-output .opd-lens [aria-selected='true']"
 
 
@@ -42,3 +47,62 @@ def test_an_output_is_interactive_beside_the_live_widget_and_linked_to_it(lab):
     first.locator("[data-i='1']").click()
     assert second.locator("[aria-selected='true']").get_attribute("data-i") == "1"
     lab.until(page, "lens.selected", "1")  # an HTML output reaches Python through the live view that follows it
+
+
+def test_a_restarted_kernel_leaves_a_badge_and_a_view_that_still_moves(lab):
+    lab.write("restart.ipynb", MADE, "lens.live()")
+    page = lab.open("restart.ipynb")
+    lab.run(page)
+    page.wait_for_selector(CHOSEN)
+    strip, badge = page.locator(".opd-lens .opd-strip"), page.locator(".opd-detached")
+    strip.locator("[data-i='1']").click()
+    lab.until(page, "lens.selected", "1")
+    assert not badge.is_visible()
+    lab.restart(page)
+    strip.locator("[data-i='3']").click()
+    badge.wait_for(state="visible", timeout=10_000)
+    assert badge.text_content().startswith("detached: run the cell again")
+    assert page.locator(CHOSEN).get_attribute("data-i") == "3"
+    lab.run(page)
+    page.wait_for_function(
+        "!document.querySelector('.opd-detached') || [...document.querySelectorAll('.opd-detached')].every((n) => n.hidden)"
+    )
+    page.locator(".opd-lens .opd-strip [data-i='0']").click()
+    lab.until(page, "lens.selected", "0")
+
+
+def test_an_executed_notebook_survives_reopening_distrust_and_export(lab, browser, tmp_path):
+    lab.write("kept.ipynb", MADE, "lens")
+    page = lab.open("kept.ipynb")
+    lab.run(page)
+    page.wait_for_selector(CHOSEN)
+    lab.save(page)
+    page.context.close()
+
+    page = lab.open("kept.ipynb", dark=True, kernel=False)  # by the same person: trusted, so the script runs
+    page.wait_for_selector(CHOSEN)
+    page.locator(".opd-lens .opd-strip [data-i='0']").click()
+    assert page.locator(CHOSEN).get_attribute("data-i") == "0"
+    assert page.locator(".opd-lens").evaluate(DARKNESS)
+    page.context.close()
+
+    book = json.loads((lab.root / "kept.ipynb").read_text())
+    book["cells"].append({"cell_type": "markdown", "id": "more", "metadata": {}, "source": "changed by somebody else"})
+    (lab.root / "foreign.ipynb").write_text(json.dumps(book))
+    page = lab.open("foreign.ipynb", kernel=False)  # not trusted: no script, but colours and message
+    still = page.locator(".jp-OutputArea-output .opd-strip")
+    still.wait_for()
+    assert still.text_content() == "The cat sat down"
+    assert "rgba(" in still.inner_html()
+    assert "Largest log ratio" in page.locator(".jp-OutputArea-output .opd-peaks").text_content()
+    assert page.locator("[data-mounted]").count() == 0
+
+    html, _ = HTMLExporter().from_notebook_node(nbformat.reads(json.dumps(book), as_version=4))
+    (tmp_path / "kept.html").write_text(html, encoding="utf-8")
+    context = browser.new_context(offline=True)
+    page = context.new_page()
+    page.goto((tmp_path / "kept.html").as_uri(), wait_until="domcontentloaded")
+    page.wait_for_selector(".opd-lens[data-mounted]")
+    page.locator(".opd-lens .opd-strip [data-i='2']").click()
+    assert page.locator(".opd-lens [aria-selected='true']").get_attribute("data-i") == "2"
+    context.close()

@@ -74,6 +74,8 @@ def test_text_tells_the_same(view):
 def test_what_is_not_there_is_named():
     with pytest.raises(OpdlabError, match=r"no row of completion 7, only of 0\. Name these"):
         Timeline(path([0] * 4), samples=[7])
+    with pytest.raises(OpdlabError, match="no tokens, so there is no road"):
+        Timeline(made([]))
     with pytest.raises(OpdlabError, match="student alone, so nothing to depart from"):
         Timeline(made(WORDS, ("student",)))
     with pytest.raises(UnknownColumn, match="no policy 'other' to compare with, only teacher"):

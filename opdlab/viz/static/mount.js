@@ -11,7 +11,8 @@ const mount = (model, el) => {
   // Or JupyterLab takes `x` for cutting the cell. It looks from the focused node upwards, so the mark must be on that node.
   const guard = ({ target }) => target.setAttribute("data-lm-suppress-shortcuts", "true");
   host.addEventListener("focusin", guard);
-  const note = make("div", "opd-detached", "No answer from Python: busy, or detached. If the kernel was restarted, run the cell again.");
+  const note = make("div", "opd-detached", "detached: run the cell again (or wait, if Python is busy)");
+  note.title = "Python does not answer. After a restart of the kernel the view goes on by itself, but Python does not hear of it.";
   note.hidden = true;
   note.setAttribute("role", "status");
   let undo = () => {};

@@ -38,7 +38,17 @@ const connect = (model, texts, badge) => {
     waiting.set(id, { done, fail, late });
     model.send({ id, ask: content });
   });
-  const save = () => (clearTimeout(timer), (timer = 0), model.save_changes(), live && ask());
+  // After a restart of the kernel the channel may be closed, which throws, or lead nowhere, which only an echo would tell.
+  const save = () => {
+    clearTimeout(timer);
+    timer = 0;
+    try {
+      model.save_changes();
+    } catch {
+      badge(true);
+    }
+    if (live) ask().catch(() => badge(true));
+  };
   const set = (name, value) => {
     if (equal(model.get(name), value)) return;
     model.set(name, value);

@@ -1,0 +1,61 @@
+"""Tokens, prompts, titles and names are data: in every view nothing of them runs, becomes markup or gets lost."""
+
+from __future__ import annotations
+
+import pytest
+from browser.any_pieces import VIEWS
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from viz.traces import NASTY, byte_pieces
+
+from opdlab.viz.glyphs import groups
+
+pytestmark = pytest.mark.browser
+nasty = st.sampled_from(NASTY).map(str.encode) | st.text(max_size=5).map(str.encode) | st.binary(max_size=3)
+HUGE = [b"a", b"<img src=x onerror=window.broken=1> " * 30_000, *byte_pieces(" \U0001f917", 2), b" z"]  # the second has 1 MB
+
+# What a view may be made of; scripts are the data and the module, styles and titles are its own.
+TAGS = {"div", "span", "b", "button", "input", "select", "option", "label", "output", "canvas", "svg", "path", "circle", "rect", "line",
+        "g", "text", "figure", "figcaption", "table", "caption", "thead", "tbody", "tr", "th", "td", "ol", "ul", "li", "script", "style", "i",
+        "small", "p", "dl", "dt", "dd", "details", "summary", "textarea", "code", "h3", "h4", "polyline", "polygon"}  # fmt: skip
+LOOK = """(wanted) => {
+  const all = [...document.querySelectorAll(".opd, .opd *")], strips = [...document.querySelectorAll(".opd-strip")];
+  const text = (node) => [...node.children].map((child) => child.textContent).join("");
+  return {
+    tags: [...new Set(all.map((node) => node.localName))],
+    handlers: all.flatMap((node) => node.getAttributeNames().filter((name) => name.startsWith("on") || name === "href" || name === "src")),
+    scripts: document.querySelectorAll("script").length,
+    broken: window.broken ?? null,
+    strips: strips.length,
+    lost: strips.filter((node) => text(node) !== wanted).map((node) => text(node).slice(0, 200)),
+  };
+}"""
+
+
+def check(view, make, least, pieces, text) -> None:
+    drawn = make(pieces, text)
+    view.set_content(drawn.html())
+    view.wait_for_selector("[data-mounted]")
+    found = view.evaluate(LOOK, "".join(group.text for group in groups(pieces)))
+    assert set(found["tags"]) <= TAGS
+    assert (found["handlers"], found["broken"], found["lost"], found["scripts"]) == ([], None, [], 2)
+    assert found["strips"] >= least
+    for words in (repr(drawn), drawn.static()):
+        assert words
+
+
+@pytest.mark.parametrize("name", VIEWS)
+def test_any_text_is_shown_as_it_is_and_nothing_runs(open_page, tmp_path, name):
+    make, least = VIEWS[name]
+    path = tmp_path / "empty.html"
+    path.write_text("<!doctype html><meta charset=utf-8>", encoding="utf-8")
+    view = open_page(path)
+    check(view, make, least, [text.encode() for text in NASTY], NASTY[0])
+    check(view, make, least, HUGE, NASTY[2])
+
+    @settings(max_examples=4, deadline=None, suppress_health_check=list(HealthCheck))
+    @given(st.lists(nasty, min_size=1, max_size=10), st.sampled_from(NASTY))
+    def any_text(pieces, text):
+        check(view, make, least, pieces, text)
+
+    any_text()
