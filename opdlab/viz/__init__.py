@@ -1,5 +1,6 @@
 """Pictures of traces and runs. They draw what is recorded and never run a model."""
 
+from opdlab.viz.alignment import Alignment
 from opdlab.viz.audits import Audits
 from opdlab.viz.compare import Compare
 from opdlab.viz.curves import curves
@@ -10,12 +11,13 @@ from opdlab.viz.privilege_lens import PrivilegeLens
 from opdlab.viz.regimes import Regimes
 from opdlab.viz.rollouts import Rollouts
 from opdlab.viz.run_board import RunBoard
+from opdlab.viz.run_card import RunCard
 from opdlab.viz.scrubber import Scrubber
 from opdlab.viz.timeline import Timeline
 from opdlab.viz.token_lens import TokenLens
 from opdlab.viz.view import View, set_renderer
 
 __all__ = [
-    "Audits", "Compare", "Forks", "Playground", "PrivilegeLens", "Regimes", "Rollouts", "RunBoard", "Scrubber", "Timeline",
-    "TokenLens", "View", "curves", "page", "set_renderer",
+    "Alignment", "Audits", "Compare", "Forks", "Playground", "PrivilegeLens", "Regimes", "Rollouts", "RunBoard", "RunCard", "Scrubber",
+    "Timeline", "TokenLens", "View", "curves", "page", "set_renderer",
 ]  # fmt: skip
