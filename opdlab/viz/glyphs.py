@@ -61,6 +61,8 @@ def groups(pieces: Iterable[bytes]) -> list[Group]:
 def visible(piece: bytes) -> str:
     """One token in a list: spaces as `·`, controls by name, stray bytes as `\\xf0`, and `∅` for nothing."""
     text = _decoded(piece)
+    if _plain(text):
+        return text.replace(" ", "·") or "∅"
     return "".join("·" if c == " " else seen for seen, c in _parts(text)) or "∅"
 
 
@@ -91,8 +93,15 @@ def _decoded(piece: bytes) -> str:
     return piece.decode("utf-8", "backslashreplace")
 
 
+def _plain(text: str) -> bool:
+    """Whether all of a text is seen as it is, spaces within it apart: the quick way through long ones."""
+    return text.isprintable() and not any(unicodedata.category(c)[0] == "M" for c in (*text[:1], *text[-1:]))
+
+
 def _parts(text: str) -> list[Part]:
     """Character by character: (what is seen, the character)."""
+    if text and text[-1] != " " and _plain(text):
+        return [(text, text)]
     trailing = len(text.rstrip(" "))
     return [(_seen(c, i in (0, len(text) - 1), i >= trailing), c) for i, c in enumerate(text)]
 
