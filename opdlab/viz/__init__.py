@@ -13,11 +13,12 @@ from opdlab.viz.rollouts import Rollouts
 from opdlab.viz.run_board import RunBoard
 from opdlab.viz.run_card import RunCard
 from opdlab.viz.scrubber import Scrubber
+from opdlab.viz.tail_audit import TailAudit
 from opdlab.viz.timeline import Timeline
 from opdlab.viz.token_lens import TokenLens
 from opdlab.viz.view import View, set_renderer
 
 __all__ = [
     "Alignment", "Audits", "Compare", "Forks", "Playground", "PrivilegeLens", "Regimes", "Rollouts", "RunBoard", "RunCard", "Scrubber",
-    "Timeline", "TokenLens", "View", "curves", "page", "set_renderer",
+    "TailAudit", "Timeline", "TokenLens", "View", "curves", "page", "set_renderer",
 ]  # fmt: skip
