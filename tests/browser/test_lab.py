@@ -13,6 +13,13 @@ pytestmark = pytest.mark.browser
 MADE = """from viz.traces import made
 from opdlab import viz
 lens = viz.TokenLens(made([b'The', b' cat', b' sat', b' down']), channel='log_ratio')"""
+ROLLOUTS = """import numpy as np
+from viz.traces import made, several
+from opdlab import viz
+viz.rollouts.ROOM = 3
+texts = [made([b'The', b' cat', b' sat'], seed=i, prompt=f'Question {i}?') for i in range(3)]
+trace = several(*texts).with_columns(teacher_reverse_kl=np.repeat([1.0, 2.0, 3.0], 3))
+view = viz.Rollouts(trace)"""
 DARKNESS = "node => getComputedStyle(node).backgroundColor.match(/[\\d.]+/g).slice(0, 3).every((v) => Number(v) < 60)"
 CHOSEN = ".jp-OutputArea-output .opd-lens [aria-selected='true']"
 
@@ -106,3 +113,22 @@ def test_an_executed_notebook_survives_reopening_distrust_and_export(lab, browse
     page.locator(".opd-lens .opd-strip [data-i='2']").click()
     assert page.locator(".opd-lens [aria-selected='true']").get_attribute("data-i") == "2"
     context.close()
+
+
+def test_a_live_table_fetches_the_tokens_that_its_page_lacks(lab):
+    lab.write("table.ipynb", ROLLOUTS, "view.live()")
+    page = lab.open("table.ipynb")
+    lab.run(page)
+    strip, text = page.locator(".opd-rollouts-text .opd-strip"), page.locator(".opd-rollouts-text .opd-prompt")
+    strip.wait_for()
+    assert lab.python(page, "print(view.rollout, sorted(set(view.df['sample'])))") == "2 [2]"
+    page.locator(".opd-grid").press("ArrowDown")
+    page.wait_for_function("document.querySelector('.opd-rollouts-text .opd-prompt')?.textContent !== 'Question 2?'")
+    chosen = lab.python(page, "print(view.rollout)")
+    assert text.text_content() == f"Question {chosen}?"
+    assert strip.text_content() == "The cat sat"
+    strip.locator("[data-i='1']").hover()
+    shown = lab.python(
+        page, "print(viz.markup.number(viz.channels.channels(view.whole.sample(view.rollout))['log_ratio'].values[1], True))"
+    )
+    assert f"log ratio {shown} nats" in page.locator(".opd-rollouts .opd-timeline-told").text_content()
