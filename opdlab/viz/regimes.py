@@ -31,7 +31,8 @@ class Regimes(View):
     `audited`, `divergent`, `type`); the first there is by default, "" for none. Raises UnknownColumn for a key that is not there.
 
     Traits: `x`, `y`, `by`, `thresholds` {axis: value}, `hidden` (names of groups), and `region` [x low, x high, y low, y high],
-    what is brushed ([]: nothing). `quadrants` is the table, `picked` the brushed rows of `df`.
+    what is brushed ([]: nothing). `quadrants` is the table, `picked` the brushed rows of `df`. In the text that is looked at,
+    `brush` becomes the runs of picked rows, [first, last, first, last, …].
     """
 
     name, scripts, styles = "regimes", ("regimes.js",), ("regimes.css",)

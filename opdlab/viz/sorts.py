@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from dataclasses import dataclass
 
 import numpy as np
@@ -44,7 +45,7 @@ def _of(trace: Trace, name: str) -> Sort | None:
         return None
     words = _forks(trace, values) if name == "divergent" else [_word(trace, name, value) for value in values.tolist()]
     if name == "type":  # the commonest first, else as the values go
-        names = sorted(set(words), key=lambda word: (-words.count(word), word))
+        names = [word for word, _ in Counter(words).most_common()]
     else:
         order = np.argsort([_FORKS.index(word) for word in words] if name == "divergent" else values, kind="stable")
         names = list(dict.fromkeys(words[i] for i in order))

@@ -36,5 +36,5 @@ def test_lines_reach_python_and_policies_write_at_a_click(lab):
     lab.until(page, "round(regimes.thresholds['confidence'], 6)", str(round(at, 6)))
     lab.python(page, "regimes.thresholds = {**regimes.thresholds, 'confidence': 1.5}")
     page.wait_for_selector(".opd-regimes .opd-handle-y[aria-valuenow='1.5']")
-    page.locator(".opd-regimes .opd-plot").press("4")
+    page.locator(".opd-regimes .opd-points").press("4")
     lab.until(page, "len(regimes.region), len(regimes.picked) == regimes.quadrants['tokens']['high x, low y']", "4 True")

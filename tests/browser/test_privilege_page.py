@@ -46,7 +46,7 @@ def test_flags_bars_and_sums(open_page, tmp_path, lens, axe):
     assert ends[1][0] == pytest.approx(min(ends[0][0], ends[2][0]), abs=0.1)  # a step lies between the two totals
     assert ends[1][1] == pytest.approx(abs(ends[0][0] - ends[2][0]), abs=0.1)
 
-    knob = view.locator(".opd-knob input")
+    knob = view.locator(".opd-undecided input")
     knob.fill("2.2")
     knob.press("ArrowRight")
     moved = PrivilegeLens(lens.trace, wrong="teacher+wrong")

@@ -78,8 +78,8 @@ def test_lines_and_groups_change_the_shares(open_page, tmp_path, regimes, axe):
 def test_a_region_lists_its_tokens_and_marks_them_in_other_views(open_page, tmp_path, regimes):
     path = page(tmp_path / "p.html", title="p", lenses=[("", regimes), ("", TokenLens(regimes.trace))])
     view = open_page(path, viewport={"width": 1200, "height": 1400})
-    plot, lens = view.locator(".opd-plot"), view.locator(".opd-lens")
-    lines = view.locator(".opd-line")
+    plot, lens = view.locator(".opd-points"), view.locator(".opd-lens")
+    lines = view.locator(".opd-kwic-line")
     assert lines.count() == 0
     frame = plot.bounding_box()
     view.mouse.move(frame["x"] + 2, frame["y"] + 2)
@@ -103,7 +103,7 @@ def test_a_region_lists_its_tokens_and_marks_them_in_other_views(open_page, tmp_
     assert int(chosen.get_attribute("data-i")) == rows[1]
     lines.nth(2).click()
     assert int(chosen.get_attribute("data-i")) == rows[2]
-    here = lines.nth(2).locator(".opd-here")
+    here = lines.nth(2).locator(".opd-kwic-here")
     assert here.text_content().strip() == WORDS[rows[2]].decode().strip()
     for look, part in ((".opd-before", WORDS[max(0, rows[2] - 8) : rows[2]]), (".opd-after", WORDS[rows[2] + 1 : rows[2] + 9])):
         assert lines.nth(2).locator(look).text_content().replace("∅", "") == b"".join(part).decode()
@@ -116,7 +116,7 @@ def test_a_region_lists_its_tokens_and_marks_them_in_other_views(open_page, tmp_
 def test_it_fits_and_reads_in_the_dark(open_page, tmp_path, regimes, axe):
     regimes.region = [-50.0, 50.0, 0.0, 2.0]
     view = open_page(regimes.to_html(tmp_path / "d.html"), viewport={"width": 480, "height": 900}, color_scheme="dark")
-    assert view.locator(".opd-line").count() == 60
+    assert view.locator(".opd-kwic-line").count() == 60
     assert view.evaluate("document.documentElement.scrollWidth") <= 480
     axe(view, ".opd-regimes")
     still = open_page(regimes.to_html(tmp_path / "d.html"), java_script_enabled=False)

@@ -58,7 +58,7 @@ const dotLine = ({ choose, move = null, name = "", sign = "", most = 0 }) => {
 
 // ‹ and › that go through things in an order; `step(way)` is told.
 const walkButtons = (what, step) => {
-  const node = put(make("div", "opd-buttons opd-walk"), { role: "group", "aria-label": `Go through the ${what}s` });
+  const node = put(make("div", "opd-buttons opd-steps"), { role: "group", "aria-label": `Go through the ${what}s` });
   for (const [words, way, label] of [["‹", -1, `Previous ${what}`], ["›", 1, `Next ${what}`]]) {
     const button = put(make("button", "opd-button", words), { type: "button", "aria-label": label });
     button.addEventListener("click", () => step(way));

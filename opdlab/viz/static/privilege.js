@@ -122,13 +122,13 @@ define("privilege", ({ box, data, state }) => {
       node.append(make("span", "opd-name", c.label), make("span", "opd-value", signed(c.values[row])));
       return node;
     };
-    split.replaceChildren(fact(channel.gap), make("span", "opd-sign", "="), fact(channel.information), make("span", "opd-sign", "+"), fact(channel.capability), ...(channel.wrong ? [fact(channel.wrong)] : []));
+    split.replaceChildren(fact(channel.gap), make("span", "opd-equation-sign", "="), fact(channel.information), make("span", "opd-equation-sign", "+"), fact(channel.capability), ...(channel.wrong ? [fact(channel.wrong)] : []));
     moveCursor(legend, channel.gap, channel.gap.values[row]);
   };
   const speak = (row) => (spoken.textContent = `position ${row}, ${wordOf(text, text.index[row])}, information ${number(own.information[row], true)}, capability ${number(own.capability[row], true)}, ${verdict(row)}`);
 
   // What counts as undecided.
-  const types = typeTable(data), knob = make("label", "opd-knob"), range = make("input"), told = make("output");
+  const types = typeTable(data), knob = make("label", "opd-undecided"), range = make("input"), told = make("output");
   put(range, { type: "range", min: 0, max: Math.max(2, ...all.entropy.filter(Number.isFinite)).toFixed(2), step: 0.01, "aria-label": "Entropy from which the teacher without the hint counts as undecided, nats" });
   range.addEventListener("input", () => state.set("undecided", Number(range.value)));
   knob.append(make("span", "", `⚑ where information outweighs capability and the entropy of ${sides.plain} is above`), range, told);

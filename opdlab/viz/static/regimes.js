@@ -4,7 +4,6 @@
 const LEFT = 46, RIGHT = 64, TOP = 62, BOTTOM = 30, PAD = 8; // room around the points for ticks and histograms, and within, px
 const BINS = 60, NEAR = 9, LISTED = 60, CONTEXT = 8;
 const NAMES = ["low x, high y", "high x, high y", "low x, low y", "high x, low y"];
-const OWN_HUES = [[138, 111, 192], [0, 158, 115], [204, 121, 167], [184, 134, 11], [86, 180, 233], [128, 128, 128]];
 const SHAPES = [
   (c) => c.arc(6, 6, 3, 0, 7), (c) => c.rect(3.2, 3.2, 5.6, 5.6), (c) => (c.moveTo(6, 2), c.lineTo(10, 9.5), c.lineTo(2, 9.5)),
   (c) => (c.moveTo(6, 1.8), c.lineTo(10.2, 6), c.lineTo(6, 10.2), c.lineTo(1.8, 6)),
@@ -48,7 +47,7 @@ const nameOf = (axis) => (axis.unit ? `${axis.label}, ${axis.unit}` : axis.label
 
 const groupLooks = (kind) => {
   let own = 0;
-  return (kind?.names ?? ["tokens"]).map((name, i) => ({ hue: HUES[kind?.hues[i]]?.slice(0, 3) ?? OWN_HUES[own++ % OWN_HUES.length], shape: i % SHAPES.length }));
+  return (kind?.names ?? ["tokens"]).map((name, i) => ({ hue: HUES[kind ? kind.hues[i] : "amount"]?.slice(0, 3) ?? KIND_HUES[own++ % KIND_HUES.length], shape: i % SHAPES.length }));
 };
 
 const sprite = ({ hue, shape: form }, ratio) => {
@@ -87,10 +86,10 @@ define("regimes", ({ box, data, state }) => {
 
   // ── What stands on the page ──
   const stage = make("div", "opd-stage"), canvas = make("canvas"), frame = put(shape("svg"), { "aria-hidden": "true" });
-  const plot = put(make("div", "opd-plot"), {
+  const plot = put(make("div", "opd-points"), {
     role: "group", tabindex: "0", "aria-label": "Points. 1 to 4 take a quadrant, arrows move the region, with shift its size, Escape clears",
   });
-  const region = make("div", "opd-region"), dots = { selected: make("div", "opd-dot"), hovered: make("div", "opd-dot opd-faint-dot") };
+  const region = make("div", "opd-region"), dots = { selected: make("div", "opd-ring"), hovered: make("div", "opd-ring opd-faint-ring") };
   const handle = (which) => put(make("div", `opd-handle opd-handle-${which}`), { role: "slider", tabindex: "0", "data-axis": which });
   const handles = { x: handle("x"), y: handle("y") }, note = make("div", "opd-soft opd-note");
   plot.append(region, dots.hovered, dots.selected);
@@ -196,7 +195,7 @@ define("regimes", ({ box, data, state }) => {
     c.fillStyle = "rgba(128,128,128,0.55)";
     histogram(c, sx, x.values, true);
     histogram(c, sy, y.values, false);
-    c.globalAlpha = clamp(18 / Math.sqrt(size), 0.1, 0.9);
+    c.globalAlpha = clamp(30 / Math.sqrt(size), 0.13, 0.9);
     [px, py, cells] = [new Float32Array(size), new Float32Array(size), new Map()];
     for (let i = 0; i < size; i++) {
       if (!shown[i]) continue;
@@ -243,7 +242,7 @@ define("regimes", ({ box, data, state }) => {
   const runsOf = (rows) => rows.reduce((runs, row) => (row === runs.at(-1) + 1 ? (runs[runs.length - 1] = row) : runs.push(row, row), runs), []);
   const sizeOf = (row) => (amounts.kl ? amounts.kl[row] : Math.abs(x.values[row]));
   const line = (row) => {
-    const { whole, before, here, after } = inContext(row), node = put(make("div", "opd-line"), { role: "option", "aria-selected": "false", "data-row": row });
+    const { whole, before, here, after } = inContext(row), node = put(make("div", "opd-kwic-line"), { role: "option", "aria-selected": "false", "data-row": row });
     const part = (look, groups) => {
       const cell = put(make("span", look), { dir: "auto" }), holder = make("span");
       for (const { glyph } of groups) drawGlyph(glyph, holder);
@@ -251,7 +250,7 @@ define("regimes", ({ box, data, state }) => {
       return cell;
     };
     const name = kind ? kind.names[kind.index[row]] : "";
-    node.append(make("span", "opd-soft", `${whole.sample}:${row - whole.first}`), part("opd-before", before), part("opd-here", [here]), part("opd-after", after));
+    node.append(make("span", "opd-soft", `${whole.sample}:${row - whole.first}`), part("opd-before", before), part("opd-kwic-here", [here]), part("opd-after", after));
     node.append(make("span", "opd-soft opd-which", name), make("span", "opd-number", `${number(x.values[row], x.ends[0] < 0)}, ${number(y.values[row], y.ends[0] < 0)}`));
     node.id = unique();
     return node;
