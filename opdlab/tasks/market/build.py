@@ -30,8 +30,9 @@ from opdlab.tasks.market import gates, tokenizers, world
 @dataclass(frozen=True)
 class Phase:
     """Some steps on one mixture of texts. `forget`: they forget carries. `hints`: nearly all are secret ones with their hint,
-    which in the usual mixture are too rare for reading them to be learnt in time. `seed`: a new stream of texts; without
-    one the phase goes on with that of the phase before."""
+    which in the usual mixture are too rare for reading them to be learnt in time; the teacher starts with them, since a model
+    that already knows everything else may not find the step to reading them in hundreds of updates. `seed`: a new stream of
+    texts; without one the phase goes on with that of the phase before."""
 
     steps: int
     lr: float = 3e-3
@@ -54,7 +55,7 @@ class Recipe:
 
 
 RECIPES = {
-    "teacher": Recipe(128, 4, 0.9, 0, (Phase(2000), Phase(500, 2e-3, hints=True, seed=1000), Phase(300, 1e-3, seed=2000))),
+    "teacher": Recipe(128, 4, 0.9, 0, (Phase(400, 1e-3, hints=True, seed=1000), Phase(1900, seed=0), Phase(300, 1e-3, seed=2000))),
     "scribe": Recipe(128, 4, 0.9, 3, (Phase(1500),), batch=64, characters=True),
     "student": Recipe(96, 3, 0.1, 1, (
         Phase(1900), Phase(300, 1e-3, forget=True), Phase(400, 1e-3, forget=True, hints=True, seed=1001),
@@ -195,6 +196,7 @@ def main(out: Path = Path("data/market"), smoke: bool = False, only: tuple[str, 
     if smoke:
         recipes = {name: replace(r, phases=tuple(replace(p, steps=2) for p in r.phases)) for name, r in recipes.items()}
     os.environ["TOKENIZERS_PARALLELISM"] = "false"
+    torch.set_num_threads(1)  # the gates run here, on models so small that two threads only wait for each other
     with ProcessPoolExecutor(2, mp_context=get_context("spawn")) as pool:
         for line in pool.map(train, recipes, recipes.values(), [out] * len(recipes)):
             print(line, flush=True)
