@@ -23,7 +23,7 @@ test: $(ENV)/test.done $(ENV)/small.done  ## style, types, unit tests, browser t
 	@$(BIN)/ruff check .
 	@$(BIN)/ruff format --check .
 	@$(BIN)/mypy
-	@$(BIN)/python -m pytest
+	@OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile
 	@OPDLAB_PROFILE=ci $(BIN)/python -m pytest --nbmake --nbmake-timeout=120 notebooks
 
 notebooks: $(ENV)/test.done  ## run the notebooks again and freeze their outputs

@@ -78,7 +78,10 @@ _NUMBER_ONLY = re.compile(r"\s*-?\$?\d[\d,]*(\.\d+)?\s*\.?\s*")
 
 
 def rule_task() -> Task:
-    """Small sums. The verifier checks the *rule* (a bare number), not the arithmetic, which 135 M parameters get wrong."""
+    """Small sums. The verifier checks the *rule* (a bare number), not the arithmetic, which 135 M parameters get wrong.
+
+    The rule is each prompt's hint too, for methods whose teacher is the student that is told something.
+    """
 
     def draw(n: int, seed: int, split: Split) -> list[Prompt]:
         rng = random.Random(f"rule/{split}/{seed}")
@@ -86,7 +89,7 @@ def rule_task() -> Task:
         for i in range(n):
             a, b = rng.randint(10, 60), rng.randint(2, 20)
             question = rng.choice((f"What is {a} + {b}?", f"What is {a + b} - {b}?"))
-            out.append(Prompt(messages=({"role": "user", "content": question},), id=f"{split}-{seed}-{i}"))
+            out.append(Prompt(messages=({"role": "user", "content": question},), hint=RULE, id=f"{split}-{seed}-{i}"))
         return out
 
     return Task("rule", draw, lambda prompt, text: float(bool(_NUMBER_ONLY.fullmatch(text))), max_new_tokens=24,

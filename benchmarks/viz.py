@@ -1,0 +1,172 @@
+"""How fast the views are in a browser, beside CircuitsVis: `python -m benchmarks.viz [--repeats 5] [--sizes 300 1000 10000 30000]`.
+
+Opens pages from files in the Chromium of this machine. `paint` is from the start of the navigation until every token is in
+the page and two frames have passed. Sides alternate; the tables give the best and the median. CircuitsVis is measured where it is
+installed (`pip install --no-deps circuitsvis importlib-metadata zipp`), with its bundle in the page, as it
+is without a network. Writes every repetition to `results/viz.json`.
+"""
+
+from __future__ import annotations
+
+import json
+import statistics
+import tempfile
+from collections.abc import Callable
+from datetime import date
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import tyro
+from playwright.sync_api import Browser, Page, sync_playwright
+from rich.console import Console
+from rich.table import Table
+
+from opdlab import viz
+from opdlab.trace import Trace
+from opdlab.viz import camera, page, payload
+
+RESULTS = Path(__file__).parent / "results" / "viz.json"
+FLAGS = ["--no-sandbox", "--disable-gpu", "--no-first-run", "--disable-background-networking", "--disable-component-update"]
+WORDS = [
+    f" {a}{b}" for a in ("so", "the", "carry", "ten", "un", "re", "over", "add") for b in ("", "s", "ing", "er", "\n", ".", "ed", "42")
+]
+TOP = 8
+
+# Runs before the page: notes the time when `count` nodes match and two frames have passed.
+WATCH = """([selector, count]) => {
+  const look = () => {
+    if (document.querySelectorAll(selector).length < count) return requestAnimationFrame(look);
+    requestAnimationFrame(() => requestAnimationFrame(() => { window.painted = performance.now(); }));
+  };
+  requestAnimationFrame(look);
+}"""
+SWITCH = """() => new Promise((done) => {
+  const from = performance.now();
+  document.querySelectorAll(".opd-button[data-channel]")[1].click();
+  requestAnimationFrame(() => requestAnimationFrame(() => done(performance.now() - from)));
+})"""
+HOVER = """() => {
+  const nodes = [...document.querySelectorAll(".opd-strip [data-i]")], costs = [];
+  for (let k = 0; k < 50; k++) {
+    const node = nodes[(k * 7919) % Math.min(nodes.length, 1000)], from = performance.now();
+    node.dispatchEvent(new PointerEvent("pointerover", { bubbles: true }));
+    document.querySelector(".opd-panel").getBoundingClientRect();
+    costs.push(performance.now() - from);
+  }
+  return costs.sort((a, b) => a - b);
+}"""
+LINK = """() => {
+  const [one, two] = document.querySelectorAll(".opd-strip"), nodes = [...one.querySelectorAll("[data-i]")], costs = [];
+  for (let k = 0; k < 50; k++) {
+    const from = performance.now();
+    nodes[(k * 7919) % nodes.length].click();
+    two.getBoundingClientRect();
+    costs.push(performance.now() - from);
+  }
+  return costs.sort((a, b) => a - b);
+}"""
+
+
+def trace_of(n: int) -> Trace:
+    """One completion of `n` tokens under two policies, each with its own top tokens; seeded, with the shape of a scored text."""
+    rng, rows = np.random.default_rng(0), np.arange(n)
+    support = np.argsort(rng.random((n, len(WORDS))), 1)[:, : 2 * TOP]
+    data: dict[str, Any] = {"sample": 0 * rows, "position": rows, "token_id": support[:, 0], "support": list(support)}
+    for name in ("student", "teacher"):
+        logits = rng.normal(scale=2.0, size=(n, 2 * TOP + 1))  # the last is the tail
+        logp = logits - np.log(np.exp(logits).sum(1, keepdims=True))
+        data |= {f"{name}_logp": logp[:, 0], f"{name}_entropy": -(np.exp(logp) * logp).sum(1), f"{name}_top": list(logp[:, :-1]),
+                 f"{name}_tail": np.exp(logp[:, -1]), f"{name}_rank": (logp[:, :-1] > logp[:, :1]).sum(1) + 1}  # fmt: skip
+    data["teacher_reverse_kl"] = np.abs(rng.normal(size=n)) ** 3
+    text = "".join(WORDS[i] for i in support[:, 0])
+    meta = {"policies": ["student", "teacher"], "plan": [], "texts": [text], "finish": ["stop"], "prompts": ["Go on."],
+            "vocab": {str(i): w for i, w in enumerate(WORDS)}}  # fmt: skip
+    return Trace(pa.table(data), meta)
+
+
+def ours(trace: Trace, path: Path) -> dict[str, float]:
+    """Write a lens and say how large its data is."""
+    lens = viz.TokenLens(trace)
+    lens.to_html(path)
+    return {"payload KB": len(payload.base64_of(payload.pack(lens.data()))) / 1000, "page KB": path.stat().st_size / 1000}
+
+
+def theirs(trace: Trace, path: Path) -> dict[str, float]:
+    from circuitsvis.tokens import colored_tokens
+
+    values = trace.column("teacher_logp") - trace.column("student_logp")
+    path.write_text(colored_tokens([t.decode() for t in trace.tokens()], values.tolist()).local_src, encoding="utf-8")
+    return {"page KB": path.stat().st_size / 1000}
+
+
+SIDES: dict[str, tuple[Callable[[Trace, Path], dict[str, float]], str]] = {
+    "opdlab TokenLens": (ours, ".opd-strip [data-i]"),
+    "CircuitsVis ColoredTokens": (theirs, "[id^=circuits-vis] span"),
+}
+
+
+def painted(browser: Browser, path: Path, selector: str, n: int) -> tuple[Page, float]:
+    """Open a page; milliseconds until all of it is there and two frames have passed."""
+    tab = browser.new_page(viewport={"width": 900, "height": 800})
+    tab.add_init_script(f"({WATCH})({json.dumps([selector, n])})")
+    tab.goto(path.as_uri())
+    tab.wait_for_function("window.painted", timeout=60_000)
+    return tab, float(tab.evaluate("window.painted"))
+
+
+def measure(browser: Browser, side: str, trace: Trace, folder: Path) -> dict[str, float]:
+    write, selector = SIDES[side]
+    path = folder / "page.html"
+    sizes = write(trace, path)
+    tab, ms = painted(browser, path, selector, len(trace))
+    out = {"paint ms": ms, **sizes}
+    if side.startswith("opdlab"):
+        hover = tab.evaluate(HOVER)
+        out |= {"switch ms": tab.evaluate(SWITCH), "hover ms, median": hover[len(hover) // 2], "hover ms, 95 %": hover[-3]}
+    tab.close()
+    return out
+
+
+def linked(browser: Browser, trace: Trace, folder: Path) -> dict[str, float]:
+    """Two lenses of one text on a page: a click in one until the other has moved, without any kernel."""
+    path = page(folder / "two.html", title="two", lenses=[("one", viz.TokenLens(trace)), ("two", viz.TokenLens(trace))])
+    tab, ms = painted(browser, path, ".opd-strip [data-i]", 2 * len(trace))
+    costs = tab.evaluate(LINK)
+    tab.close()
+    return {"paint ms": ms, "link ms, median": costs[len(costs) // 2], "link ms, 95 %": costs[int(0.95 * len(costs))]}
+
+
+def main(repeats: int = 5, sizes: tuple[int, ...] = (300, 1000, 10_000, 30_000)) -> None:
+    """Measure, print, and write `results/viz.json`."""
+    sides = [side for side in SIDES if side.startswith("opdlab") or find_spec("circuitsvis")]
+    results: dict[str, list[dict[str, float]]] = {}
+    with sync_playwright() as playwright, tempfile.TemporaryDirectory() as folder:
+        browser = playwright.chromium.launch(executable_path=camera.browser(), args=FLAGS)
+        for _ in range(repeats):
+            for n in sizes:
+                trace = trace_of(n)
+                for side in sides:
+                    if side.startswith("opdlab") or n <= 10_000:
+                        results.setdefault(f"{side}, {n:,}", []).append(measure(browser, side, trace, Path(folder)))
+            results.setdefault("two linked lenses, 1,000", []).append(linked(browser, trace_of(1000), Path(folder)))
+        version = browser.version
+        browser.close()
+    RESULTS.write_text(json.dumps({"date": str(date.today()), "chromium": version, "results": results}, indent=1) + "\n")
+    Console(width=160).print(table(results))
+
+
+def table(results: dict[str, list[dict[str, float]]]) -> Table:
+    """Best / median over the repetitions."""
+    columns = list(dict.fromkeys(key for rows in results.values() for row in rows for key in row))
+    out = Table("case, tokens", *columns)
+    for case, rows in results.items():
+        cells = [[row[c] for row in rows if c in row] for c in columns]
+        out.add_row(case, *(f"{min(v):.0f} / {statistics.median(v):.0f}" if v else "" for v in cells))
+    return out
+
+
+if __name__ == "__main__":
+    tyro.cli(main)
