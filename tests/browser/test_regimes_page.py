@@ -122,3 +122,8 @@ def test_it_fits_and_reads_in_the_dark(open_page, tmp_path, regimes, axe):
     still = open_page(regimes.to_html(tmp_path / "d.html"), java_script_enabled=False)
     assert "% of KL" in still.locator(".opd-still").text_content()
     assert still.locator(".opd-stage rect").count() > 5
+
+
+def test_nothing_at_all_is_drawn(open_page, tmp_path):
+    view = open_page(Regimes(made([])).to_html(tmp_path / "p.html"))
+    assert "0 of 0 tokens" in view.locator(".opd-note").text_content()

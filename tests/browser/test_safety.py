@@ -15,9 +15,10 @@ nasty = st.sampled_from(NASTY).map(str.encode) | st.text(max_size=5).map(str.enc
 HUGE = [b"a", b"<img src=x onerror=window.broken=1> " * 30_000, *byte_pieces(" \U0001f917", 2), b" z"]  # the second has 1 MB
 
 # What a view may be made of; scripts are the data and the module, styles and titles are its own.
-TAGS = {"div", "span", "b", "button", "input", "select", "option", "label", "output", "canvas", "svg", "path", "circle", "rect", "line",
-        "g", "text", "figure", "figcaption", "table", "caption", "thead", "tbody", "tr", "th", "td", "ol", "ul", "li", "script", "style",
-        "i", "small", "p", "dl", "dt", "dd", "details", "summary", "textarea", "code", "h3", "h4", "polyline", "polygon", "ins", "del"}  # fmt: skip
+TAGS = {"div", "span", "b", "button", "input", "select", "option", "label", "output", "canvas", "svg", "path", "circle", "rect",
+        "line", "g", "text", "title", "figure", "figcaption", "table", "caption", "thead", "tbody", "tr", "th", "td", "ol", "ul", "li",
+        "script", "style", "i", "small", "p", "dl", "dt", "dd", "details", "summary", "textarea", "code", "h3", "h4", "polyline",
+        "polygon", "ins", "del"}  # fmt: skip
 LOOK = """(wanted) => {
   const all = [...document.querySelectorAll(".opd, .opd *")], strips = [...document.querySelectorAll(".opd-strip")];
   const text = (node) => [...node.children].map((child) => child.textContent).join("");
