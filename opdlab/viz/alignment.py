@@ -5,6 +5,7 @@ from __future__ import annotations
 import unicodedata
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import Any
 
 import numpy as np
@@ -19,6 +20,7 @@ from opdlab.viz.glyphs import visible
 from opdlab.viz.view import View
 
 LONG = 72  # columns from which a span's tokens wrap, and are not joined one by one
+FULL = 60  # tokens of a side that a cell shows; of more, the first and last halves of these
 STILL = 400  # spans that the picture without script holds
 
 
@@ -98,7 +100,7 @@ class Alignment(View):
             "title": self.title, "names": list(self.names), "said": self._said(),
             "ours": _drawn(self.ours), "theirs": _drawn(self.theirs),
             "cuts": np.array([_ends(p) for p in self.pieces], int).ravel(),
-            "kl": None if self.kl is None else payload.numbers(-self._kl()), "limit": self._limit(), "long": LONG,
+            "kl": None if self.kl is None else payload.numbers(-self._kl()), "limit": self._limit(), "long": LONG, "full": FULL,
         }  # fmt: skip
 
     def static(self) -> str:
@@ -114,14 +116,16 @@ class Alignment(View):
         lines = [f"Alignment: {self.title + ', ' if self.title else ''}{self._said()}"]
         for i, name in enumerate(self.names):
             side, parts = (self.ours, self.theirs)[i], ((p.ours, p.theirs)[i] for p in self.pieces[:24])
-            lines.append(f"{name:>10} | {' | '.join(' '.join(visible(side[t]) for t in part) or '∅' for part in parts)}")
+            lines.append(f"{name:>10} | {' | '.join(' '.join(_seen(side[part.start : part.stop])) or '∅' for part in parts)}")
         return "\n".join(lines)
 
     def _cell(self, i: int, piece: Piece) -> str:
         sides = [self.ours[piece.ours.start : piece.ours.stop], self.theirs[piece.theirs.start : piece.theirs.stop]]
         wide = [[width(token) for token in side] for side in sides]
-        rows = ["".join(f"<span>{markup.safe(payload.word(visible(token)))}</span>" for token in side) for side in sides]
-        columns = [f"grid-template-columns:{' '.join(f'minmax(0, {w}fr)' for w in side) or '1fr'}" for side in wide]
+        rows = ["".join(_word(token) for token in _seen(side)) for side in sides]
+        columns = [
+            f"grid-template-columns:{' '.join(f'minmax(0, {w}fr)' for w in side) if 0 < len(side) <= FULL else '1fr'}" for side in wide
+        ]
         wide_cell = max(map(sum, wide))
         loose = not piece.matched or wide_cell > LONG
         look = f"opd-pair{'' if piece.matched else ' opd-unmatched'}{'' if piece.kind == '1:1' else ' opd-several'}{' opd-loose' * loose}"
@@ -171,6 +175,7 @@ def pieces(ours: Sequence[bytes], theirs: Sequence[bytes]) -> Iterator[Piece]:
             yield Piece(_moved(span.ours, i), _moved(span.theirs, j), span.size)
 
 
+@lru_cache(maxsize=65_536)
 def width(piece: bytes) -> int:
     """Columns that a token takes in a monospaced row, with a little air."""
     return 1 + sum(2 if unicodedata.east_asian_width(c) in "WF" else 1 for c in payload.word(visible(piece)))
@@ -212,9 +217,27 @@ def _moved(places: range, by: int) -> range:
     return range(places.start + by, places.stop + by)
 
 
+def _some(side: Sequence[bytes]) -> list[bytes | int]:
+    """The tokens that a cell shows, and how many it leaves out, where it does."""
+    if len(side) <= FULL:
+        return list(side)
+    return [*side[: FULL // 2], len(side) - FULL, *side[len(side) - FULL // 2 :]]
+
+
+def _seen(side: Sequence[bytes]) -> list[str]:
+    return [f"… {token:,} more …" if isinstance(token, int) else payload.word(visible(token)) for token in _some(side)]
+
+
+def _word(token: str) -> str:
+    return f"<span>{markup.safe(token)}</span>"
+
+
 def _drawn(side: Sequence[bytes]) -> dict[str, Any]:
-    return {"word": [payload.word(visible(piece)) for piece in side], "wide": np.array([width(piece) for piece in side], int),
-            "size": np.array([len(piece) for piece in side], int)}  # fmt: skip
+    """Every distinct token once; which each is; its columns and its bytes."""
+    known = {piece: i for i, piece in enumerate(dict.fromkeys(side))}
+    at = np.array([known[piece] for piece in side], int)
+    wide, size = (np.array([measure(piece) for piece in known], int)[at] if known else at for measure in (width, len))
+    return {"word": [payload.word(visible(piece)) for piece in known], "at": at, "wide": wide, "size": size}
 
 
 def _shade(value: float, limit: float) -> str:

@@ -77,8 +77,16 @@ def test_any_tokens_reach_the_page_as_data_only():
     view = Alignment(tokens, byte_pieces(b"".join(tokens).decode(), 3), title=NASTY[0], names=(NASTY[2], "t"))
     read = Read(view.html(assets=False))
     assert set(read.tags) <= {"div", "span", "script", "svg", "path"}
-    assert read.data["ours"]["word"] == [payload.word(visible(t)) for t in tokens]
+    assert [read.data["ours"]["word"][i] for i in read.data["ours"]["at"]] == [payload.word(visible(t)) for t in tokens]
     assert "0 student tokens" in repr(Alignment([], []))
+
+
+def test_a_span_without_end_is_cut_and_counted():
+    view = Alignment([b"a" * 3000], byte_pieces("a" * 3000, 3))
+    assert view.df["kind"].tolist() == ["1:1000"]
+    assert view.html(script=False).count("<span>aaa</span>") == 60
+    assert "… 940 more …" in view.html(script=False)
+    assert len(view.html(assets=False)) < 20_000
 
 
 def test_what_does_not_fit_is_said():

@@ -15,10 +15,15 @@ define("alignment", ({ box, data, state }) => {
   const joints = (above, below) =>
     above.flatMap(([x, a, b]) => below.filter(([, c, d]) => Math.min(b, d) - Math.max(a, c) > 1e-9).map(([y]) => `M${x.toFixed(1)} 0L${y.toFixed(1)} 20`)).join("");
   const kindOf = ([a, b, c, d, , matched]) => (matched ? `${b - a}:${d - c}` : "unmatched");
-  const side = ({ word, wide }, from, to, tint) => {
-    const node = make("span", `opd-toks ${tint}`), widths = [...wide.subarray(from, to)];
-    node.style.gridTemplateColumns = widths.map((w) => `minmax(0, ${w}fr)`).join(" ") || "1fr";
-    for (let t = from; t < to; t++) node.append(make("span", word[t] === "∅" ? "opd-silent" : "", word[t]));
+  // The words of some tokens; of more than a cell shows, the first and the last, with the rest counted.
+  const wordsOf = ({ word, at }, from, to, most = data.full) => {
+    const all = (a, b) => Array.from(at.subarray(a, b), (i) => word[i]), half = Math.floor(most / 2);
+    return to - from <= most ? all(from, to) : [...all(from, from + half), `… ${(to - from - 2 * half).toLocaleString("en")} more …`, ...all(to - half, to)];
+  };
+  const side = (tokens, from, to, tint) => {
+    const node = make("span", `opd-toks ${tint}`), widths = [...tokens.wide.subarray(from, to)];
+    node.style.gridTemplateColumns = widths.length > data.full ? "1fr" : widths.map((w) => `minmax(0, ${w}fr)`).join(" ") || "1fr";
+    for (const word of wordsOf(tokens, from, to)) node.append(make("span", word === "∅" ? "opd-silent" : "", word));
     return { node, widths };
   };
   const cell = (i) => {
@@ -29,7 +34,7 @@ define("alignment", ({ box, data, state }) => {
     node.classList.toggle("opd-loose", loose);
     node.style.minWidth = `min(${wide}ch, 100%)`;
     node.append(top.node, svg, foot.node);
-    put(node, { "aria-label": `span ${i}, ${kind}: ${data.ours.word.slice(a, b).join(" ")} is ${data.theirs.word.slice(c, d).join(" ")}` });
+    put(node, { "aria-label": `span ${i}, ${kind}: ${wordsOf(data.ours, a, b, 12).join(" ")} is ${wordsOf(data.theirs, c, d, 12).join(" ")}` });
     return node;
   };
   for (let i = 0; i < count; i++) cells.push(rows.appendChild(cell(i)));
@@ -44,7 +49,7 @@ define("alignment", ({ box, data, state }) => {
       return node;
     };
     const told = [`span ${i}`, kindOf(at), `${size} byte${size === 1 ? "" : "s"}`, ...(Number.isNaN(kl) ? [] : [`log q − log p ${number(kl, true)} nats ${kl > 0 ? "▲" : kl < 0 ? "▼" : ""}`])];
-    panel.replaceChildren(make("div", "", told.join(" · ")), line(mine, data.ours.word.slice(a, b)), line(other, data.theirs.word.slice(c, d)));
+    panel.replaceChildren(make("div", "", told.join(" · ")), line(mine, wordsOf(data.ours, a, b, 12)), line(other, wordsOf(data.theirs, c, d, 12)));
   };
   let chosen = null, pointed = null;
   const select = (i) => {
