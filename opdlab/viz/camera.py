@@ -47,7 +47,7 @@ def shoot(document: str, path: str | os.PathLike[str], *, dark: bool = False, wi
     """Write a PNG of a whole HTML document, as high as it is and at least `least`; `width` in CSS pixels."""
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(prefix="opdlab-") as folder, _running(Path(folder)) as ask:
+    with tempfile.TemporaryDirectory(prefix="opdlab-", ignore_cleanup_errors=True) as folder, _running(Path(folder)) as ask:
         page = embed.write(Path(folder) / "page.html", document)
         target = ask("Target.createTarget", url="about:blank")["targetId"]
         session = ask("Target.attachToTarget", targetId=target, flatten=True)["sessionId"]

@@ -26,8 +26,8 @@ ROOM = 60_000  # deflated bytes of channels in pages of long texts
 class Compare(View):
     """What do several losses, teachers, checkpoints or runs make of the same tokens? A strip each on one scale, and a difference.
 
-    traces: by name, or a list of TokenLenses, named by their titles. channel: a key that all of them have. Raises OpdlabError
-    for fewer than two, or where tokens differ, and UnknownColumn for a channel that one lacks.
+    traces: traces or TokenLenses by name, or a list of TokenLenses, named by their titles. channel: a key that all of them have.
+    Raises OpdlabError for fewer than two, or where tokens differ, and UnknownColumn for a channel that one lacks.
 
     Traits: `channel`, and `pair` [minuend, subtrahend] by place: at first the second minus the first. `correlation` is
     Spearman's, of the sizes of the channel's values: whether two put their weight on the same tokens. `changed` lists the tokens
@@ -38,7 +38,7 @@ class Compare(View):
     channel = Trait("log_ratio")
     pair = Trait([1, 0])
 
-    def __init__(self, traces: Mapping[str, Trace] | Sequence[TokenLens], sample: int = 0, channel: str = "log_ratio",
+    def __init__(self, traces: Mapping[str, Trace | TokenLens] | Sequence[TokenLens], sample: int = 0, channel: str = "log_ratio",
                  title: str = "") -> None:  # fmt: skip
         super().__init__()
         self.sample, self.title, self.traces = sample, title, _named(traces, sample)
@@ -131,9 +131,9 @@ class Compare(View):
         return f"{a} minus {b}, {chosen.label}: rank correlation {markup.number(rho)}; changed most: {', '.join(words) or 'none'}"
 
 
-def _named(traces: Mapping[str, Trace] | Sequence[TokenLens], sample: int) -> dict[str, Trace]:
+def _named(traces: Mapping[str, Trace | TokenLens] | Sequence[TokenLens], sample: int) -> dict[str, Trace]:
     if isinstance(traces, Mapping):
-        out = {str(name): rows_of(getattr(trace, "trace", trace), sample) for name, trace in traces.items()}
+        out = {str(name): some.trace if isinstance(some, TokenLens) else rows_of(some, sample) for name, some in traces.items()}
     else:
         titles = [lens.title or chr(65 + i) for i, lens in enumerate(traces)]
         out = {t if titles.count(t) == 1 else f"{t} {i + 1}": lens.trace for i, (t, lens) in enumerate(zip(titles, traces, strict=True))}

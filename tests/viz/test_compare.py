@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
-from viz.traces import made
+from viz.traces import made, several
 
 from opdlab.errors import OpdlabError, UnknownColumn
 from opdlab.trace import Trace
@@ -59,6 +59,9 @@ def test_text_tells_the_same(compared):
 def test_lenses_are_compared_under_their_titles():
     lenses = [TokenLens(with_gap([0, 1, 0, 0, 0], seed), title=t) for seed, t in enumerate(("", "late", "late"))]
     assert Compare(lenses).names == ["A", "late 2", "late 3"]
+    both = several(with_gap([0] * 5), with_gap([0, 1, 0, 0, 0]))
+    by_name = Compare({"lens": TokenLens(both, 1), "trace": both}, sample=1)
+    np.testing.assert_allclose(by_name.df["difference"], 0)
 
 
 def test_other_tokens_are_refused():

@@ -131,5 +131,6 @@ define("lens", ({ box, data, state }) => {
   state.on("hovered", (row) => look(row < 0 ? state.get("selected") : row));
   recolour();
   retrack();
+  if (map) requestAnimationFrame(() => scrollStrip(strip, clamp(state.get("selected"), 0, size - 1))); // once the box has its place
   return () => map?.close();
 });
