@@ -63,9 +63,8 @@ class Playground(View):
             elif isinstance(loss, str):
                 names.append(_known(loss))
             else:
-                push = toys.of_loss(loss, name)
-                self.own[push.name] = loss
-                names.append(push.name)
+                names.append(_free(toys.of_loss(loss, name).name, names))
+                self.own[names[-1]] = loss
         if len(names) > len(HUES):
             raise OpdlabError(f"A Playground compares up to {len(HUES)} losses at a time, and got {len(names)}. Give {len(HUES)} of them.")
         self.shown = list(dict.fromkeys(names))
@@ -187,6 +186,12 @@ def _listed(losses: Any) -> list[tuple[str, Any]]:
     if isinstance(losses, Sequence) and not isinstance(losses, str):
         return [("", loss) for loss in losses]
     return [("", losses), *(("", name) for name in FIRST[:2])]
+
+
+def _free(name: str, taken: Sequence[str]) -> str:
+    """A name that no built-in divergence and no other loss has."""
+    name = f"my {name}" if name in FORMS else name
+    return next(n for i in range(1, len(taken) + 2) if (n := name if i == 1 else f"{name} {i}") not in taken)
 
 
 def _known(name: str) -> str:

@@ -65,8 +65,7 @@ class Scrubber(View):
     @property
     def df(self) -> pd.DataFrame:
         """One row a token: of the step shown where all steps have the same tokens, else of all steps."""
-        at = self.steps.index(self.step) if self.step in self.steps else -1
-        pairs = [(self.steps[at], self.traces[at])] if self.probe else list(zip(self.steps, self.traces, strict=True))
+        pairs = [(self.step, self.traces[self.steps.index(self.step)])] if self.probe else list(zip(self.steps, self.traces, strict=True))
         frames = [t.to_pandas().assign(step=step, token=[visible(piece) for piece in t.tokens()]) for step, t in pairs]
         return pd.concat(frames, ignore_index=True)
 
@@ -111,6 +110,11 @@ class Scrubber(View):
         means = np.array([_mean(np.abs(c.values)) for c in self.channels[self.channel]])
         bars = markup.sparkline(Channel("", "", means))
         return f"Scrubber: {self.title or f'completion {self.sample}'}, {kind} at {len(self.steps)} steps\n{bars}\n{self._course()}"
+
+    def _set(self, name: str, value: Any) -> None:
+        if name == "step" and value not in self.steps:
+            raise OpdlabError(f"There is no step {value} here, only {', '.join(map(str, self.steps))}. Set step to one of these.")
+        super()._set(name, value)
 
     @property
     def _prompt(self) -> str:

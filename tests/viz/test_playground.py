@@ -102,6 +102,13 @@ def test_settings_reach_the_page_and_the_text():
     np.testing.assert_allclose(view.df["pearson"], toys.weights(toys.of_generator(Generator("pearson"))))
 
 
+def test_own_losses_keep_names_of_their_own():
+    view = Playground([divergence.reverse_kl, "reverse_kl", lambda rows: rows.logp, lambda rows: -rows.logp])
+    assert view.shown == ["my reverse_kl", "reverse_kl", "<lambda>", "<lambda> 2"]
+    assert list(view.own) == ["my reverse_kl", "<lambda>", "<lambda> 2"]
+    assert Playground(divergence.reverse_kl).shown == ["my reverse_kl", "forward_kl", "reverse_kl"]
+
+
 def test_a_text_brings_its_tokens():
     view = Playground(trace=made([b"a", b" b"]))
     data = payload.unpack(payload.pack(view.data()))

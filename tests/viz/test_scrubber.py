@@ -128,6 +128,17 @@ def test_static_html_and_text_carry_the_message():
     assert view.df["step"].tolist() == [0] * 4
 
 
+def test_the_live_widget_moves_with_the_steps():
+    view = Scrubber(probe())
+    widget = view.live()
+    widget.step, widget.delta = 10, True
+    assert (view.step, view.delta) == (10, True)
+    view.step = 0
+    assert widget.step == 0
+    with pytest.raises(OpdlabError, match=r"no step 7 here, only 0, 10, 20\. Set step"):
+        view.step = 7
+
+
 def test_what_cannot_be_shown_is_said():
     with pytest.raises(OpdlabError, match=r"at least one step, and there is none\. Give"):
         Scrubber({})

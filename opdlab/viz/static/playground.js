@@ -11,13 +11,20 @@ define("playground", ({ box, data, state }) => {
 
   const three = (flat) => Array.from({ length: flat.length / 3 }, (_, i) => [...flat.slice(3 * i, 3 * i + 3)]);
   const numbersOf = (values) => Float64Array.from(values, (v) => v ?? NaN);
+  // The longest sum: kept, since dragging in the triangle does not move it.
+  const kept = new Map();
+  const fitOf = (push, steps, temperature) => {
+    const key = JSON.stringify([push.name, state.get("parameter"), state.get("clip"), steps, temperature]);
+    if (!kept.has(key)) kept.set(key, T.fitOf(push, steps, temperature));
+    return kept.get(key);
+  };
   // Everything that is drawn of one loss, whoever computed it.
   const found = (name) => {
     const o = own.get(name), s = settings();
     if (o) return { weights: numbersOf(o.weights), pulls: numbersOf(o.pulls), field: three(o.field), walk: three(o.walk), fit: o.fit };
     const push = T.pushOf(name, state.get("parameter"), state.get("clip"));
     return { weights: T.RATIOS.map((x) => push.weight(x)), pulls: T.pullsOf(push, s.mass), field: T.fieldOf(push, s.teacher, s.temperature),
-             walk: T.walkOf(push, s.student, s.teacher, s.steps, s.temperature), fit: T.fitOf(push, s.steps, s.temperature) };
+             walk: T.walkOf(push, s.student, s.teacher, s.steps, s.temperature), fit: fitOf(push, s.steps, s.temperature) };
   };
 
   // ── Which losses, and the knobs ──
