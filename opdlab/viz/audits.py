@@ -19,6 +19,7 @@ from opdlab.viz.glyphs import groups, visible
 from opdlab.viz.view import View
 
 SHOWN = 8  # audits that the plain text lists
+READ = 4000  # characters of a text that the page shows
 
 
 class Audits(View):
@@ -135,6 +136,7 @@ def _said(answers: Sequence[tuple[str, int]]) -> str:
 
 
 def _glyph(text: str) -> list[Any]:
-    """A text as the page draws it: what is seen beside what it stands for."""
-    (group,) = groups([text.encode("utf-8", "replace")])
+    """A text as the page draws it, cut where it is endless: what is seen beside what it stands for."""
+    shown = text if len(text) <= READ else f"{text[:READ]} … ({len(text):,} characters)"
+    (group,) = groups([shown.encode("utf-8", "replace")])
     return [group.lead, [list(part) for part in group.parts], int(group.special)]
