@@ -77,7 +77,8 @@ def test_texts_of_each_step_are_shown_with_the_words_that_changed(open_page, tmp
     assert text.replace("\0", "") == b"".join(live.traces[2].tokens()).decode().replace("\0", "")
     assert words()[0] == ("span", "a x")
     second.get_by_role("slider").press("[")
-    assert words() == [("span", "a"), ("del", " b"), ("ins", " x"), ("span", " c")]
+    assert words() == [("span", "a"), ("del", "b"), ("ins", "x"), ("span", " c")]
+    assert second.locator(".opd-diff").text_content() == "a b x c"
     second.locator("[data-i='4']").click()  # the second token of the second text
     assert second.locator("[aria-selected='true']").count() == 1
     second.get_by_role("button", name="first step").click()

@@ -119,9 +119,9 @@ define("playground", ({ box, data, state }) => {
   // ── Two hills and one Gaussian ──
   const fitted = ({ fit: [at, width] }) => {
     const density = (logits) => T.logSoftmax(logits).map(Math.exp), hills = density(T.hillsOf(state.get("temperature")));
-    const x = T.SPACE, p = density(T.bell(at, width)), left = p.reduce((sum, v, k) => sum + (x[k] < 0.1 ? v : 0), 0), top = Math.max(...hills, ...p) * 1.05;
+    const x = T.SPACE, p = density(T.bell(at, width)), left = p.reduce((sum, v, k) => sum + (x[k] < 0.1 ? v : 0), 0), start = density(T.bell(...T.START)), top = Math.max(...hills, ...p, ...start) * 1.05;
     const line = (look, kind, y) => ({ name: look, look, kind, x, y: Float64Array.from(y) });
-    const lines = [line("student", "faint", density(T.bell(...T.START))), line("teacher", "line", hills), line("student", "line", p)];
+    const lines = [line("student", "faint", start), line("teacher", "line", hills), line("student", "line", p)];
     const seen = Math.min(left, 1 - left) > data.alone ? "covers both hills" : `sits on the ${left > 0.5 ? "left" : "right"} hill`;
     const plot = linePlot({ label: seen, told: `centre ${number(at)}, width ${number(width)}`, x: [-6, 6], y: [0, top], marks: [], lines });
     plot.node.classList.add("opd-hills");
@@ -179,18 +179,18 @@ define("playground", ({ box, data, state }) => {
       node.append(...cells);
       return node;
     };
-    const swing = (value, full) => {
+    const swing = (value) => {
       const track = put(make("span", "opd-swing"), { title: number(value, true) }), bar = put(make("i"), { [value > 0 ? "data-up" : "data-down"]: "" });
-      bar.style.width = `${(50 * Math.abs(value)) / full}%`;
+      bar.style.width = `${50 * Math.sqrt(Math.min(1, Math.abs(value)))}%`;
       track.append(bar);
       return track;
     };
     const rows = listed.map(([word, s, t], k) => line("", [make("span", "opd-word", word), make("span", "opd-p", percent(s)), make("span", "opd-p", percent(t)),
-                                                            ...moves.map((m) => swing(m[k], Math.max(...m.map(Math.abs)) || 1))]));
-    const head = line("opd-token-head", [make("span", "", `position ${row}`), make("span", "", "student"), make("span", "", rival), ...built.map((name) => make("span", "", `${label(name)}: push`))]);
+                                                            ...moves.map((m) => swing(m[k]))]));
+    const head = line("opd-token-head", [make("span", "", `position ${row}`), make("span", "", "student"), make("span", "", rival), ...built.map((name) => make("span", "", label(name)))]);
     if (!n) rows.push(line("", [make("span", "opd-soft", "no room")]));
     while (rows.length < most) rows.push(line("", [])); // as high as ever, or the page would jump under the pointer
-    panel.replaceChildren(head, ...rows);
+    panel.replaceChildren(head, ...rows, make("div", "opd-soft", "Push on each token's logit: bars on a √ scale, full at 1; blue up, orange down."));
   };
 
   // ── Drawing ──

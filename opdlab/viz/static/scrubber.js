@@ -83,7 +83,11 @@ define("scrubber", ({ box, data, state }) => {
     const k = place(), first = state.get("against") === "first", parts = data.words[first ? "first" : "previous"][k];
     const since = k ? steps[first ? 0 : k - 1] : null, moved = parts.filter(([kind]) => kind !== "same").length;
     told.textContent = since === null ? "the first step" : moved ? `against step ${since}: new words underlined, gone ones struck out` : `the same words as at step ${since}`;
-    words.replaceChildren(...parts.map(([kind, part]) => make({ same: "span", gone: "del", new: "ins" }[kind], "", part)));
+    // The space before a word stays out of its mark, so that no line runs through it.
+    words.replaceChildren(...parts.flatMap(([kind, part]) => {
+      const lead = kind === "same" ? "" : part.match(/^\s*/)[0];
+      return [lead, make({ same: "span", gone: "del", new: "ins" }[kind], "", part.slice(lead.length))];
+    }));
     [...against.children].forEach((b, i) => b.setAttribute("aria-pressed", first === (i === 1)));
   };
   if (data.words) {
