@@ -6,7 +6,7 @@ ENV := .venv
 BIN := $(ENV)/bin
 SOURCES := pyproject.toml constraints.txt
 
-.PHONY: demo serve lab test notebooks models bench clean
+.PHONY: demo serve gallery lab test notebooks models bench clean
 .DEFAULT_GOAL := demo
 
 demo: $(ENV)/$(if $(filter small,$(PROFILE)),small,base).done  ## distil a student and write runs/demo/index.html
@@ -14,6 +14,10 @@ demo: $(ENV)/$(if $(filter small,$(PROFILE)),small,base).done  ## distil a stude
 
 serve: $(ENV)/servers.done  ## a teacher that only writes: the shipped scribe behind an OpenAI-compatible server on this machine
 	@HF_HUB_OFFLINE=1 $(BIN)/transformers serve data/market/scribe --port $(PORT)
+
+gallery: $(ENV)/small.done  ## every view, on the market and on SmolLM2: runs/gallery/
+	@$(BIN)/opdlab gallery market $(ARGS)
+	@$(BIN)/opdlab gallery small $(ARGS)
 
 lab: $(ENV)/notebooks.done  ## JupyterLab on the notebook series
 	@$(BIN)/opdlab lab

@@ -1,4 +1,4 @@
-"""The command line: `opdlab demo`, `opdlab doctor`, `opdlab show`, `opdlab lab`, `opdlab freeze`."""
+"""The command line: `opdlab demo`, `opdlab doctor`, `opdlab show`, `opdlab gallery`, `opdlab lab`, `opdlab freeze`."""
 
 from __future__ import annotations
 
@@ -38,21 +38,36 @@ def demo(profile: str = "market", student: str | None = None, teacher: str | Non
 
 @app.command
 def show(trace: Annotated[Path, tyro.conf.Positional], sample: int = 0, out: Path | None = None, open: bool = True) -> None:
-    """Draw a completion of a saved trace as a page and open it.
+    """Draw a saved trace as a page, with every view that it has something for, and open it.
 
     Args:
         trace: a Parquet file written by `trace.save`.
-        sample: which completion.
+        sample: which completion the close views show.
         out: where the page goes; beside the trace by default.
         open: whether to open it in a browser.
     """
     from opdlab import viz
     from opdlab.trace import Trace
+    from opdlab.viz.overview import overview
 
-    path = viz.TokenLens(Trace.load(trace), sample).to_html(out or trace.with_suffix(".html"))
+    path = viz.page(out or trace.with_suffix(".html"), title=trace.name, lenses=overview(Trace.load(trace), sample))
     print(f"page: {path}")
     if open:
         webbrowser.open(Path(path).resolve().as_uri())
+
+
+@app.command
+def gallery(world: Annotated[str, tyro.conf.Positional] = "market", out: Path = Path("runs/gallery"), pictures: bool = False) -> None:
+    """Write a page with every view, on models that run here: a minute on the market, some on SmolLM2.
+
+    Args:
+        world: market (shipped models) or small (SmolLM2-135M).
+        out: folder for the page.
+        pictures: draw each view as a PNG as well, light and dark, 480 and 1200 pixels wide.
+    """
+    from opdlab.gallery import gallery as draw
+
+    print(f"page: {draw(out, world, pictures)}")
 
 
 @app.command

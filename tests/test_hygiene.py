@@ -22,7 +22,7 @@ FLOORS = [
     {"evaluate", "checkpoint", "distill", "snapshots"},
     {"profiles", "diagnose"},
     {"viz", "notebook", "bridges"},
-    {"demo", "cli"},
+    {"demo", "gallery", "cli"},
 ]
 
 

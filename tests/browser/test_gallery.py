@@ -1,0 +1,35 @@
+"""The gallery of the shipped world: every view on one page, in a real browser, and what `opdlab show` makes of any trace."""
+
+from __future__ import annotations
+
+import pytest
+from viz.traces import made
+
+from opdlab import viz
+from opdlab.errors import OpdlabError
+from opdlab.gallery import gallery
+from opdlab.viz.overview import overview
+
+pytestmark = pytest.mark.browser
+
+
+def test_every_view_on_one_page(tmp_path, open_page, axe):
+    path = gallery(tmp_path, quick=True)
+    tab = open_page(path)
+    names = tab.eval_on_selector_all(".opd[class*=opd-]", "nodes => nodes.map((n) => n.className)")
+    shown = {name.split("opd-")[-1] for name in names}
+    every = {getattr(viz, name).name for name in viz.__all__ if isinstance(getattr(viz, name), type) and name != "View"}
+    assert shown == every
+    assert all(tab.eval_on_selector_all(".opd-box", "boxes => boxes.map((b) => b.children.length > 0)"))
+    with pytest.raises(OpdlabError, match="no gallery of 'moon'"):
+        gallery(tmp_path, "moon")
+
+
+def test_show_draws_what_a_trace_has(tmp_path, open_page):
+    alone = overview(made([b"a", b" b"], ("student",)))
+    assert [type(view) for _, view in alone] == [viz.TokenLens]
+    hinted = overview(made([b"a", b" b", b"c"], ("student", "teacher", "teacher+hint")))
+    kinds = [type(view) for _, view in hinted]
+    assert kinds == [viz.TokenLens, viz.Timeline, viz.Regimes, viz.PrivilegeLens, viz.TailAudit]
+    tab = open_page(viz.page(tmp_path / "all.html", title="all", lenses=hinted))
+    assert tab.locator(".opd").count() == len(kinds)
