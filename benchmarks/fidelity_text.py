@@ -10,7 +10,7 @@ from opdlab.errors import OpdlabError
 from opdlab.tasks.market import model
 from opdlab.teachers import TextOnly
 
-STEPS = 60
+STEPS, BATCH = 60, 16  # the scribe writes up to 16 continuations of each of 16 texts a step
 SIZES: dict[str, Any] = {"length": 1, "chunks": 4, "continuations": 4, "similarity": "rouge1", "match_length": True}
 
 
@@ -20,7 +20,7 @@ def omniopd(seed: int, **changes: Any) -> dict[str, float]:
     teacher = TextOnly(model("scribe"))
     before = opd.evaluate(student, task)
     method = opd.OmniOPD(**{**SIZES, **changes}, seed=seed)
-    run = opd.distill(student, teacher, task, method=method, steps=STEPS, seed=seed, quiet=True)
+    run = opd.distill(student, teacher, task, method=method, steps=STEPS, batch=BATCH, seed=seed, quiet=True)
     alike, written = [], 0
     for step in run:
         audits = step.notes["audits"]
