@@ -156,7 +156,9 @@ def record(rollout: Rollout, policies: Mapping[str, Policy], columns: Mapping[st
     if "grad_norm" in columns:
         data |= _shares(data["grad_norm"])
     tokenizer = policies["student"].tokenizer
-    seen = sorted({*ids, *(columns["support"].flatten().tolist() if "support" in columns else [])} - {-1})
+    support = columns["support"].flatten().tolist() if "support" in columns else []
+    noted = [i for window in (notes or {}).get("windows", []) for name in ("student", "teacher") for i in window[name]]
+    seen = sorted({*ids, *support, *noted} - {-1})
     vocab = {str(i): piece.decode("latin-1") for i, piece in zip(seen, token_bytes(tokenizer, seen), strict=True)}
     meta = {
         "policies": list(policies), "plan": list(plan or {}), "texts": list(rollout.texts), "finish": list(rollout.finish),

@@ -55,6 +55,16 @@ def test_pieces_rejoin_to_the_texts(trace, rollout, student):
         assert i == -1 or trace.piece(int(i)).decode().strip() == student.tokenizer.convert_ids_to_tokens(int(i)).replace("▁", "")
 
 
+def test_tokens_of_noted_windows_can_be_read(rollout, student):
+    written_ids = {i for body in rollout.completions() for i in body}
+    unseen = next(i for i in range(student.weights.vocab_size) if i not in written_ids)
+    notes = {"windows": [{"student": [unseen], "teacher": []}, {"student": [], "teacher": [next(iter(written_ids))]}]}
+    trace = record(rollout, {"student": student}, {}, notes=notes)
+    assert trace.piece(unseen) == record(rollout, {"student": student}, {"support": torch.tensor([[unseen]] * rollout.tokens)}).piece(
+        unseen
+    )
+
+
 def test_byte_pieces_survive_the_file(bytes_bpe, make_model, tmp_path):
     policy = Policy.of(make_model(len(bytes_bpe)), bytes_bpe)
     text = "naïve 🙂 世界 the fox"

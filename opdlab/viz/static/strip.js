@@ -111,9 +111,13 @@ const tokenStrip = ({ text, first = 0, size = text.index.length, finish = "", la
     pointed = nodes[row - first] ?? null;
     pointed?.classList.add("opd-pointed");
   };
-  const mark = ([from, to = from]) => {
+  const mark = (runs) => { // [first, last], or several runs one after the other
     for (const old of brushed) old.classList.remove("opd-brushed");
-    brushed = from === undefined ? [] : nodes.slice(Math.max(0, Math.min(from, to) - first), Math.max(from, to) - first + 1);
+    brushed = [];
+    for (let k = 0; k < runs.length; k += 2) {
+      const [from, to = from] = runs.slice(k, k + 2);
+      for (let row = Math.min(from, to); row <= Math.max(from, to); row++) if (nodes[row - first]) brushed.push(nodes[row - first]);
+    }
     for (const one of brushed) one.classList.add("opd-brushed");
   };
   const reveal = () => chosen?.scrollIntoView({ block: "nearest", behavior: "instant" });
