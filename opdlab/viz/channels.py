@@ -13,7 +13,7 @@ from opdlab.trace import Trace
 from opdlab.viz import categories, kept, payload
 
 _FLOOR = {"nats": 0.1}  # a strip where nothing happens stays pale
-ROOM = 85_000  # deflated bytes that a page of a long text carries, about: 115 kB as base64
+ROOM = 85_000  # deflated bytes that a page of a text of 10,000 tokens carries, about: 115 kB as base64; of longer ones more
 
 
 @dataclass(frozen=True, eq=False)
@@ -74,7 +74,7 @@ def fitting(found: Mapping[str, Channel], limits: Mapping[str, float], keep: Seq
     for key, channel in found.items():
         made = described(channel, limits[key])
         cost = payload.cost(made["values"]) if len(channel.values) > payload.LONG else 0
-        if spent + cost <= ROOM or key in keep:
+        if spent + cost <= ROOM * max(1.0, len(channel.values) / 10_000) or key in keep:
             out.append(made)
             spent += cost
     return out

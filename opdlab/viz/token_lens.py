@@ -30,7 +30,7 @@ class TokenLens(View):
 
     `selected` is the position looked at, at first the channel's largest; `channel` the key of what colours; `pins` up to three
     positions that stay in view side by side. Of a text of more than 2,500 tokens the page carries as many channels as
-    120 kB hold: the one asked for and the tracks, then those that `channels` lists first; the page says what is left out.
+    120 kB for 10,000 tokens hold: the one asked for and the tracks, then those that `channels` lists first; the page says what is left out.
     """
 
     name, scripts = "lens", ("tracks.js", "minimap.js", "tools.js", "lens.js")

@@ -12,7 +12,7 @@ import opdlab
 from opdlab.errors import OpdlabError, UnknownColumn
 from opdlab.rollout import sample
 from opdlab.viz import TokenLens, categories, kept, payload
-from opdlab.viz.channels import ROOM, Channel, channels
+from opdlab.viz.channels import ROOM, Channel, channels, fitting
 
 WORDS = [f" t{i}".encode() for i in range(30)]
 
@@ -119,6 +119,16 @@ def test_a_long_text_carries_what_its_page_has_room_for():
     assert set(data["left"]) == {c.label for key, c in lens.channels.items() if key not in have} != set()
     jsd = next(c for c in payload.unpack(payload.pack(data))["channels"] if c["key"] == "jsd")
     assert np.abs(np.sqrt(jsd["values"]) - np.sqrt(lens.channels["jsd"].values)).max() < np.sqrt(jsd["limit"]) / 16
+
+
+def test_a_longer_text_has_more_room():
+    rng = np.random.default_rng(0)
+    long = {key: Channel(key, key, rng.normal(size=30_000)) for key in "ab"}
+    limits = {key: c.limit for key, c in long.items()}
+    cost = payload.cost(payload.numbers(long["a"].values))
+    assert [c["key"] for c in fitting(long, limits, spent=ROOM)] == ["a", "b"]
+    assert [c["key"] for c in fitting(long, limits, spent=3 * ROOM - cost - 1000)] == ["a"]
+    assert [c["key"] for c in fitting(long, limits, keep=["b"], spent=3 * ROOM)] == ["b"]
 
 
 def test_tracks_are_channels_and_there_are_four():
