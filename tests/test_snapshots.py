@@ -12,7 +12,7 @@ from opdlab import errors, snapshots
 
 def market_run(tmp_path=None, **settings) -> tuple[opd.Run, opd.Policy, opd.Task]:
     student, teacher, task = opd.load("market")
-    options = {"batch": 4, "steps": 4, "seed": 3, "lr": 0.02, "save": tmp_path, **settings}
+    options = {"batch": 2, "steps": 4, "seed": 3, "lr": 0.02, "save": tmp_path, **settings}
     return opd.distill(student, teacher, task, quiet=True, **options), teacher, task
 
 
@@ -71,7 +71,7 @@ def test_what_was_not_kept_is_said():
     run, teacher, task = market_run()
     run.train()
     rollout = run.student.sample(task.prompts(1), max_new_tokens=4)
-    with pytest.raises(errors.OpdlabError, match=r"kept no student but the last\. Train with snapshot_every"):
+    with pytest.raises(errors.OpdlabError, match=r"kept no student but the last\. Train a LoRA with snapshot_every"):
         snapshots.rescored(run, rollout, teacher)
     run, teacher, task = market_run(snapshot_every=2)
     with pytest.raises(errors.OpdlabError, match=r"kept no step 3; it kept 0\. Give at="):
