@@ -75,6 +75,16 @@ def test_freeze_adds_a_picture_to_charts(tmp_path):
     assert notebook.freeze(path) == first
 
 
+def test_freeze_refuses_charts_that_need_webgl(tmp_path):
+    figure = {"data": [{"type": "scattergl", "x": [1], "y": [1]}], "layout": {}}
+    path = book(tmp_path, "1")
+    nb = nbformat.read(path, as_version=4)
+    nb.cells[0].outputs = [nbformat.v4.new_output("display_data", {notebook.freezing.CHART: figure})]
+    nbformat.write(nb, path)
+    with pytest.raises(opd.OpdlabError, match=r"needs WebGL.*Give it render_mode='svg'"):
+        notebook.freeze(path)
+
+
 def test_profiles(monkeypatch, capsys):
     monkeypatch.setenv("OPDLAB_PROFILE", "ci")
     ctx = notebook.setup({"ci": 0.5})

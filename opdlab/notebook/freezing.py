@@ -83,10 +83,13 @@ def _frozen(output: dict[str, Any]) -> dict[str, Any] | None:
 
 
 def _picture(figure: Mapping[str, Any]) -> str:
-    """A plotly chart as a PNG in base64, on white."""
+    """A plotly chart as a PNG in base64, on white. Raises OpdlabError for one that needs WebGL, which many browsers lack."""
     from plotly.offline import get_plotlyjs
 
     from opdlab.viz import camera, embed
+
+    if any(str(trace.get("type", "")).endswith("gl") for trace in figure["data"]):
+        raise OpdlabError("A chart needs WebGL, which plotly.express uses from 1000 points on. Give it render_mode='svg', or fewer points.")
 
     head = f"<style>body{{margin:0;background:Canvas;--opd-chart-text:#555}}figure{{margin:0}}</style><script>{get_plotlyjs()}</script>"
     body = f'<figure class="opd-chart"><div></div>{embed.script_json(figure, "opd-figure")}</figure>{embed.plain_module("charts.js")}'
