@@ -201,7 +201,8 @@ def _repetition(watch: Health) -> str | None:
 def _entropy(watch: Health) -> str | None:
     """The student grows sure without coming nearer to the teacher: a student that learns from a sure teacher may."""
     (start, now), (before, acceptance) = watch.pair("entropy"), watch.pair("acceptance")
-    nearer = 1 - acceptance < 0.9 * (1 - before)  # false where there is no teacher
+    far, near = (1 - before, 1 - acceptance) if not math.isnan(acceptance) else watch.pair("reverse_kl")  # a history has no acceptance
+    nearer = near < 0.9 * far  # false where there is no teacher
     if now < watch.limits.entropy * start and not nearer:
         beside = "" if math.isnan(acceptance) else f", while acceptance by the teacher went from {before:.2f} to {acceptance:.2f}"
         return f"The student's entropy fell from {start:.3g} to {now:.3g} nats a token{beside}."

@@ -153,6 +153,9 @@ def test_each_threshold_from_both_sides():
     assert note(Health(short), entropy=[1.0, 0.49]) == ["entropy collapse"]
     assert note(Health(short), entropy=[1.0, 0.1], acceptance=[0.5, 0.6]) == []  # sure, and nearer to the teacher
     assert note(Health(short), entropy=[1.0, 0.1], acceptance=[0.5, 0.52]) == ["entropy collapse"]
+    assert note(Health(short), entropy=[1.0, 0.1], reverse_kl=[0.5, 0.4]) == []  # as a history tells it
+    assert note(Health(short), entropy=[1.0, 0.1], reverse_kl=[0.5, 0.46]) == ["entropy collapse"]
+    assert note(Health(short), entropy=[1.0, 0.1], reverse_kl=[0.5, 0.1], acceptance=[0.5, 0.5]) == ["entropy collapse"]
     assert note(Health(short), acceptance=[0.8, 0.71]) == []
     assert note(Health(short), acceptance=[0.8, 0.69]) == ["falling overlap"]
     assert note(Health(short), acceptance=[0.8] * 3, stop_acceptance=[0.21] * 3) == []
