@@ -71,8 +71,8 @@ def test_a_teacher_that_stops_elsewhere_is_seen_before_lengths_run_away():
     with torch.no_grad():
         weight[[eos, 0]] = weight[[0, eos]].clone()
     watch = watched("student", teacher, OPD("forward_kl"), steps=12)
-    found = {alarm.signature: alarm for alarm in watch.alarms}
-    assert list(found) == ["EOS or template mismatch", "length run-away"]
+    found = {alarm.signature: alarm for alarm in reversed(watch.alarms)}  # the first of each
+    assert set(found) == {"EOS or template mismatch", "length run-away"}
     assert found["EOS or template mismatch"].step == 2
     assert "Where the student stops, the teacher accepts it with probability 0.00" in found["EOS or template mismatch"].sentence
     assert found["length run-away"].step <= 12
@@ -88,7 +88,7 @@ def test_a_teacher_that_reads_another_template_is_seen_at_the_first_token():
 
     watch = watched("student", Elsewhere(model("teacher").weights), steps=3)
     assert signatures(watch) == ["EOS or template mismatch"]
-    assert "first token with probability 0.00" in watch.alarms[0].sentence
+    assert "first token with probability 0.0" in watch.alarms[0].sentence
 
 
 def test_a_teacher_that_is_told_more_may_begin_otherwise():
