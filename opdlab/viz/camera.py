@@ -26,6 +26,7 @@ FLAGS = (
 ).split()
 PATIENCE = 60  # seconds without a word from the browser
 _SILENT = "The browser stopped or fell silent before the picture was made. See what it says: chromium --headless=new about:blank."
+_HEIGHT = "Math.ceil(document.documentElement.getBoundingClientRect().height)"  # of what there is, in however high a window
 _SETTLED = "new Promise((done) => requestAnimationFrame(() => requestAnimationFrame(() => setTimeout(done, 150))))"
 # The browser reads commands from descriptor 3 and writes to 4: this child puts the pipes there and becomes the browser.
 _BECOME = "import os, sys; os.dup2(int(sys.argv[1]), 3); os.dup2(int(sys.argv[2]), 4); os.execv(sys.argv[3], sys.argv[3:])"
@@ -44,7 +45,7 @@ def browser() -> str:
 
 def shoot(document: str, path: str | os.PathLike[str], *, dark: bool = False, width: int = 1200, density: float = 2.0,
           least: int = 600) -> Path:  # fmt: skip
-    """Write a PNG of a whole HTML document, as high as it is and at least `least`; `width` in CSS pixels."""
+    """Write a PNG of a whole HTML document, as high as it is; `width`, and `least`, the height of the window, in CSS pixels."""
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(prefix="opdlab-", ignore_cleanup_errors=True) as folder, _running(Path(folder)) as ask:
@@ -59,8 +60,8 @@ def shoot(document: str, path: str | os.PathLike[str], *, dark: bool = False, wi
         tab("Page.navigate", url=page.as_uri())
         ask.wait("Page.loadEventFired")
         tab("Runtime.evaluate", expression=_SETTLED, awaitPromise=True)
-        size = tab("Page.getLayoutMetrics")["cssContentSize"]
-        clip = {"x": 0, "y": 0, "width": width, "height": size["height"], "scale": 1}
+        height = tab("Runtime.evaluate", expression=_HEIGHT)["result"]["value"]
+        clip = {"x": 0, "y": 0, "width": width, "height": height, "scale": 1}
         shot = tab("Page.captureScreenshot", format="png", captureBeyondViewport=True, clip=clip)["data"]
     partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
     partial.write_bytes(base64.b64decode(shot))
