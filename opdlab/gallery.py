@@ -50,7 +50,7 @@ def market(quick: bool = False) -> Scene:
     start = student.frozen()
     rollout = student.sample(task.prompts(24, split="test"), max_new_tokens=task.max_new_tokens, seed=0)
     trace = typed(score(rollout, start, teacher), task, rollout, student)
-    rewards = [task.verify(p, text) for p, text in zip(rollout.prompts, rollout.texts, strict=True)]
+    rewards = judged(task, rollout)
     wrong = rewards.index(0.0) if 0.0 in rewards else 0
     before = evaluate(start, task, n=held, name="before")
     run = distill(student, teacher, task, steps=steps, snapshot_every=max(1, steps // 6), quiet=True).train()
@@ -81,7 +81,7 @@ def told() -> Trace:
     prompts = task.prompts(24, split="test")
     other = {p.id: p.hint for p in load("market", secret=True, wrong=True)[2].prompts(24, split="test")}
     rollout = student.sample(prompts, max_new_tokens=task.max_new_tokens, seed=0)
-    seen = {"teacher+hint": teacher.seeing(), "teacher+wrong": teacher.seeing(lambda p: p.told(str(other[p.id])))}
+    seen: dict[str, Any] = {"teacher+hint": teacher.seeing(), "teacher+wrong": teacher.seeing(lambda p: p.told(str(other[p.id])))}
     batch = Batch(rollout, {"student": student, "teacher+hint": seen["teacher+hint"], "student+hint": student.seeing()}, task)
     plan = {name: values[rollout.mask].numpy() for name, values in DOPD().plan(batch).items() if name in ("route", "gap")}
     trace = typed(score(rollout, student, teacher, **seen), task, rollout, student).with_columns(**plan)
@@ -96,7 +96,7 @@ def small(quick: bool = False) -> Scene:
     trace = score(rollout, start, teacher)
     run = distill(student, teacher, task, steps=steps, batch=2 if quick else 8, snapshot_every=max(1, steps // 3), quiet=True).train()
     again = score(rollout, student, teacher)
-    rewards = [task.verify(p, text) for p, text in zip(rollout.prompts, rollout.texts, strict=True)]
+    rewards = judged(task, rollout)
     yield from overview(trace)
     yield "The same text before and after", Compare({"before": trace, "after": again})
     yield "The fate of each token over training", Scrubber(snapshots.rescored(run, rollout, teacher), history=run.history)
@@ -108,6 +108,13 @@ def small(quick: bool = False) -> Scene:
 def first_step(student: Policy, teacher: Any, task: Task, method: Any, batch: int) -> Trace:
     """What a method saw in one step of training."""
     return next(distill(student.frozen(), teacher, task, method=method, steps=1, batch=batch, quiet=True)).trace()
+
+
+def judged(task: Task, rollout: Rollout) -> list[float]:
+    """The verifier's word on every text."""
+    if task.verify is None:
+        raise OpdlabError(f"The task {task.name!r} has no verifier, so its texts have no rewards. Give it verify=.")
+    return [task.verify(p, text) for p, text in zip(rollout.prompts, rollout.texts, strict=True)]
 
 
 def typed(trace: Trace, task: Task, rollout: Rollout, student: Policy) -> Trace:
