@@ -85,7 +85,7 @@ def test_local_updates_bring_the_windows_together(corrected):
     assert mean["diagonal"] < mean["origin"]
     assert mean["teacher_context"] < mean["origin"]
     first = table.groupby("arm")["first_token"].mean()
-    assert first["opd"] > first["origin"]
+    assert first["opd"] >= first["origin"]
 
 
 def test_local_updates_leave_the_student_alone(corrected):

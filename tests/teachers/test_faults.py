@@ -98,7 +98,7 @@ GRADES = {
     "a token missing": (lambda r: r["choices"][0]["prompt_logprobs"].pop(), r"prompt_logprobs has \d+ entries for \d+ tokens") ,
     "a token null": (lambda r: r["choices"][0]["prompt_logprobs"].__setitem__(-1, None), "a token of the prompt has no log-probs"),
     "no grades": (lambda r: r["choices"][0].pop("prompt_logprobs"), "prompt_logprobs has no entries"),
-    "other ids": (graded(lambda e: {str((int(i) + 11) % 70): v for i, v in e.items()}), "graded other tokens than were sent: id"),
+    "other ids": (graded(lambda e: {str((int(i) + 11) % 70): v for i, v in e.items()}), "graded other tokens|and its own"),
     "other tokens said": (lambda r: r["choices"][0].update(prompt_token_ids=[1, 2]), "graded other token ids than were sent"),
     "shifted": (lambda r: r["choices"][0]["prompt_logprobs"].insert(1, r["choices"][0]["prompt_logprobs"].pop()), "graded other tokens"),
     "ids of a larger model": (graded(lambda e: {**dict(list(e.items())[:-1]), "70": {"logprob": -9}}), "token 70, and the student has 70"),

@@ -18,7 +18,7 @@ def troubled(n: int = 60) -> pd.DataFrame:
     """Entropy collapses at step 30, texts grow from 40 on, accuracy peaks at 20."""
     step = np.arange(1, n + 1)
     accuracy = np.where(step % 10 == 0, np.where(step <= 20, 0.9, 0.5), np.nan)
-    return pd.DataFrame({"step": step, "loss": 1 / step, "reverse_kl": 1 / step, "entropy": np.where(step < 30, 1.0, 0.1),
+    return pd.DataFrame({"step": step, "loss": 1 / step, "reverse_kl": np.ones(n), "entropy": np.where(step < 30, 1.0, 0.1),
                          "length": np.full(n, 20.0), "cut": np.where(step < 40, 0.0, 0.5), "accuracy": accuracy})  # fmt: skip
 
 

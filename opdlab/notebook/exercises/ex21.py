@@ -7,8 +7,8 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from opdlab import OPDPlus
 from opdlab.divergence import Generator
+from opdlab.methods import OPDPlus
 from opdlab.notebook.cases import rows, trains
 from opdlab.notebook.checking import Exercise
 from opdlab.rows import Rows

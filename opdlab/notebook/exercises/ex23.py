@@ -9,8 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from opdlab import OmniOPD
 from opdlab.divergence import forward_kl, reverse_kl
+from opdlab.methods import OmniOPD
 from opdlab.methods.omniopd import posterior, select_chunks
 from opdlab.methods.similarity import edit, rouge1
 from opdlab.notebook.cases import laws, trains

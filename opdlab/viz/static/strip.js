@@ -111,12 +111,12 @@ const tokenStrip = ({ text, first = 0, size = text.index.length, finish = "", la
     pointed = nodes[row - first] ?? null;
     pointed?.classList.add("opd-pointed");
   };
-  const mark = (runs) => { // [first, last], or several runs one after the other
+  const mark = (runs) => {
     for (const old of brushed) old.classList.remove("opd-brushed");
     brushed = [];
     for (let k = 0; k < runs.length; k += 2) {
-      const [from, to = from] = runs.slice(k, k + 2);
-      for (let row = Math.min(from, to); row <= Math.max(from, to); row++) if (nodes[row - first]) brushed.push(nodes[row - first]);
+      const [low, high] = [runs[k], runs[k + 1] ?? runs[k]].sort((a, b) => a - b);
+      brushed.push(...nodes.slice(Math.max(0, low - first), Math.max(0, high - first + 1)));
     }
     for (const one of brushed) one.classList.add("opd-brushed");
   };
