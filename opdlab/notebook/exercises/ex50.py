@@ -1,0 +1,143 @@
+"""Notebook 50: a gated loss, a selection of tokens, and the check by differences that any loss must pass."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from opdlab import divergence as d
+from opdlab.notebook.cases import laws, rows, trains
+from opdlab.notebook.checking import Exercise
+from opdlab.rows import Rows
+
+Pair = Callable[[Tensor, Tensor], Tensor]
+
+
+def gated(student: Tensor, teacher: Tensor) -> Tensor:
+    entropy = -(teacher.exp() * teacher).sum(-1)
+    gate = 1 - torch.exp(-entropy)
+    reverse = (student.exp() * (student - teacher)).sum(-1)
+    forward = (teacher.exp() * (teacher - student)).sum(-1)
+    return (1 - gate) * reverse + gate * forward
+
+
+def library(student: Tensor, teacher: Tensor) -> Tensor:
+    gate = 1 - (-d.entropy(teacher)).exp()
+    return (1 - gate) * d.reverse_kl(student, teacher) + gate * d.forward_kl(student, teacher)
+
+
+def swapped(student: Tensor, teacher: Tensor) -> Tensor:
+    return d.reverse_kl(student, teacher) + d.forward_kl(student, teacher) - library(student, teacher)
+
+
+def by_student(student: Tensor, teacher: Tensor) -> Tensor:
+    gate = 1 - (-d.entropy(student)).exp()
+    return (1 - gate) * d.reverse_kl(student, teacher) + gate * d.forward_kl(student, teacher)
+
+
+def added(student: Tensor, teacher: Tensor) -> Tensor:
+    return d.reverse_kl(student, teacher) + (1 - (-d.entropy(teacher)).exp()) * d.forward_kl(student, teacher)
+
+
+def look(function: Pair, given: Rows) -> dict[str, Any]:
+    return trains(lambda r: function(r.student, r.teacher), given)
+
+
+def keep(entropy: Tensor, kl: Tensor, mask: Tensor, vocab: int, share: float) -> Tensor:
+    h = entropy / math.log(vocab)
+    delta = 1 - torch.exp(-kl)
+    u = (h + delta - h * delta).masked_fill(~mask, -1.0)
+    n = math.ceil(share * int(mask.sum()))
+    kept = torch.zeros(mask.numel(), dtype=torch.long)
+    kept[u.flatten().topk(n).indices] = 1
+    return kept.view(mask.shape)
+
+
+def by_rank(entropy: Tensor, kl: Tensor, mask: Tensor, vocab: int, share: float) -> Tensor:
+    """The same by counting, for each token, how many others come before it."""
+    u = 1 - (1 - entropy / math.log(vocab)) * (-kl).exp()  # the soft "or" in its other form
+    before = (u[mask][None] > u[..., None]).sum(-1)
+    return ((before < math.ceil(share * int(mask.sum()))) & mask).long()
+
+
+def padded(entropy: Tensor, kl: Tensor, mask: Tensor, vocab: int, share: float) -> Tensor:
+    return keep(entropy, kl, torch.ones_like(mask), vocab, share)
+
+
+def by_row(entropy: Tensor, kl: Tensor, mask: Tensor, vocab: int, share: float) -> Tensor:
+    return torch.cat([keep(*(x[i : i + 1] for x in (entropy, kl, mask)), vocab, share) for i in range(len(mask))])
+
+
+def batches() -> list[tuple[Tensor, Tensor, Tensor, int, float]]:
+    made, vocab, out = torch.Generator().manual_seed(0), 16, []
+    for b, t, share in ((3, 8, 0.25), (4, 12, 0.3), (2, 20, 0.5)):
+        lengths = torch.randint(3, t + 1, (b, 1), generator=made)
+        mask = torch.arange(t) < lengths
+        entropy = math.log(vocab) * torch.rand(b, t, generator=made, dtype=torch.float64)
+        kl = 3 * torch.rand(b, t, generator=made, dtype=torch.float64) ** 2
+        kl = torch.where(mask, kl, 9.0)  # what stands in the padding must not matter
+        out.append((entropy, kl, mask, vocab, share))
+    return out
+
+
+def slope(loss: Pair, logits: Tensor, teacher: Tensor, step: float = 1e-5) -> Tensor:
+    out = torch.zeros_like(logits)
+    for v in range(logits.shape[-1]):
+        nudge = torch.zeros_like(logits)
+        nudge[:, v] = step
+        up = loss((logits + nudge).log_softmax(-1), teacher)
+        down = loss((logits - nudge).log_softmax(-1), teacher)
+        out[:, v] = (up - down) / (2 * step)
+    return out
+
+
+def autograd(loss: Pair, logits: Tensor, teacher: Tensor) -> Tensor:
+    leaf = logits.clone().requires_grad_()
+    return torch.autograd.grad(loss(leaf.log_softmax(-1), teacher).sum(), leaf)[0]
+
+
+def without_softmax(loss: Pair, logits: Tensor, teacher: Tensor) -> Tensor:
+    logp = logits.log_softmax(-1)
+    ends = lambda v, e: loss(logp + e * torch.eye(logits.shape[-1], dtype=logp.dtype)[v], teacher)
+    return torch.stack([(ends(v, 1e-5) - ends(v, -1e-5)) / 2e-5 for v in range(logits.shape[-1])], -1)
+
+
+EXERCISES = (
+    Exercise(
+        "50.1", asks="return (1 - g) KL(p || q) + g KL(q || p) of every row, [n], with g = 1 - exp(-H(q))",
+        says="it seeks where the teacher is sure, and covers where it is not", truth=library, solution=gated, look=look,
+        cases=lambda: [(rows(),), (rows(6, 9, seed=2),)],
+        mistakes={
+            "the gate is the wrong way round: g, near 1 where the teacher is undecided, belongs to the forward KL.": swapped,
+            "that is the student's entropy. The gate asks whether the teacher is undecided.": by_student,
+            "the reverse KL is to give way: weigh it with 1 - g.": added,
+        },
+    ),
+    Exercise(
+        "50.2", asks="return 1 for the ceil(share · tokens) largest u of the batch and 0 for the others, [B, T]",
+        says="that is the choice over the whole batch", truth=by_rank, solution=keep, cases=batches,
+        mistakes={
+            "padding is chosen, or counted: only places where mask is true are tokens.": padded,
+            "that chooses in each row. The choice is over the whole batch, so that texts without trouble give way.": by_row,
+            "that is the sum h + delta. The soft or takes off what both say: - h · delta.":
+                lambda h, kl, mask, vocab, share:
+                    keep(torch.zeros_like(h), -torch.log1p(-(h / math.log(vocab) + 1 - (-kl).exp()) / 3), mask, vocab, share),
+            "that is by entropy alone.": lambda h, kl, mask, vocab, share: keep(h, torch.zeros_like(kl), mask, vocab, share),
+            "that is by divergence alone.": lambda h, kl, mask, vocab, share: keep(torch.zeros_like(h), kl, mask, vocab, share),
+        },
+    ),
+    Exercise(
+        "50.3", asks="return the slope of each row's loss in its logits, [n, V], by central differences",
+        says="that needs no autograd, so it can judge one", truth=autograd, solution=slope, close=1e-6,
+        cases=lambda: [(pair, student, teacher) for pair in (library, d.jensen_shannon) for student, teacher in [laws(4, 6, seed=1)]],
+        mistakes={
+            "the log-probs are nudged and not the logits: they must sum to one again, so take the log-softmax after the nudge.":
+                without_softmax,
+            "the distance between the two ends is 2 · step.": lambda *a: 2 * slope(*a),
+        },
+    ),
+)  # fmt: skip
