@@ -69,7 +69,8 @@ def padded(entropy: Tensor, kl: Tensor, mask: Tensor, vocab: int, share: float) 
 
 
 def by_row(entropy: Tensor, kl: Tensor, mask: Tensor, vocab: int, share: float) -> Tensor:
-    return torch.cat([keep(*(x[i : i + 1] for x in (entropy, kl, mask)), vocab, share) for i in range(len(mask))])
+    rows = [slice(i, i + 1) for i in range(len(mask))]
+    return torch.cat([keep(entropy[row], kl[row], mask[row], vocab, share) for row in rows])
 
 
 def batches() -> list[tuple[Tensor, Tensor, Tensor, int, float]]:
