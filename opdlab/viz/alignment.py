@@ -104,7 +104,7 @@ class Alignment(View):
         }  # fmt: skip
 
     def static(self) -> str:
-        title = f'<div class="opd-title">{markup.safe(self.title)}</div>' if self.title else ""
+        title = markup.title(self.title)
         cells = "".join(self._cell(i, p) for i, p in enumerate(self.pieces[:STILL]))
         more = f'<span class="opd-soft">… {len(self.pieces) - STILL:,} more spans</span>' if len(self.pieces) > STILL else ""
         return (

@@ -79,7 +79,7 @@ class Audits(View):
         }  # fmt: skip
 
     def static(self) -> str:
-        title = f'<div class="opd-title">{markup.safe(self.title)}</div>' if self.title else ""
+        title = markup.title(self.title)
         rows = "".join(
             f"<tr><td>{a['sample']}:{a['start']}</td><td>{markup.number(a['weight'])}</td><td>{markup.number(a['prior'])}</td>"
             f"<td>{markup.number(a['similarity'])}</td><td>{markup.safe(a['text'])}</td><td>{markup.safe(_said(a['answers']))}</td></tr>"

@@ -94,7 +94,7 @@ class Compare(View):
             f"{markup.strip(tokens, channel, self.limit)}</div>"
             for name, channel in zip(self.names, chosen, strict=True)
         ]
-        title = f'<div class="opd-title">{markup.safe(self.title)}</div>' if self.title else ""
+        title = markup.title(self.title)
         return (
             f'{title}<div class="opd-bar">{markup.legend(chosen[0], self.limit)}</div>{"".join(strips)}'
             f'<div class="opd-peaks">{markup.safe(self._summary())}</div>'

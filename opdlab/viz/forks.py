@@ -108,7 +108,7 @@ class Forks(View):
         }  # fmt: skip
 
     def static(self) -> str:
-        title = f'<div class="opd-title">{markup.safe(self.title)}</div>' if self.title else ""
+        title = markup.title(self.title)
         rows = "".join(
             f"<tr><td>{w['sample']}:{w['position']}</td><td>{markup.number(w['distance'])}</td><td>{w['verdict']}</td>"
             f"<td>{markup.safe(w['student'])}</td><td>{markup.safe(w['teacher'])}</td></tr>"

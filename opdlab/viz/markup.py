@@ -109,6 +109,11 @@ def safe(text: str) -> str:
     return escape(clean(text)).replace("\r", "&#13;").replace("\0", "")
 
 
+def title(text: str) -> str:
+    """The title of a view, where it has one."""
+    return f'<div class="opd-title">{safe(text)}</div>' if text else ""
+
+
 def _key(channel: Channel, limit: float) -> str:
     cells = [
         f'<span class="opd-kind" style="{_tint(channel.kind, i, limit)}">&nbsp;{safe(mark)}&nbsp;</span>'

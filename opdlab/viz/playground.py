@@ -114,7 +114,7 @@ class Playground(View):
         return [_plain(self._own(name, at)) for name in self.own]
 
     def static(self) -> str:
-        title = f'<div class="opd-title">{markup.safe(self.title)}</div>' if self.title else ""
+        title = markup.title(self.title)
         keys = "".join(
             f'<span class="opd-lp-key opd-l-{hue}">{markup.safe(_said(name))}</span>' for name, hue in zip(self.shown, HUES, strict=False)
         )

@@ -115,7 +115,7 @@ class PrivilegeLens(View):
         }  # fmt: skip
 
     def static(self) -> str:
-        title = f'<div class="opd-title">{markup.safe(self.title)}</div>' if self.title else ""
+        title = markup.title(self.title)
         gap, tokens = self.channels["gap"], self.trace.tokens()
         rows = "".join(
             f"<tr><th>{markup.safe(kind)}</th><td>{int(row['tokens'])}</td>"

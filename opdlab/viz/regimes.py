@@ -109,7 +109,7 @@ class Regimes(View):
         return {"title": self.title, "text": payload.text(self.trace), "axes": described, "sorts": sorted_by, "amounts": amounts}
 
     def static(self) -> str:
-        title = f'<div class="opd-title">{markup.safe(self.title)}</div>' if self.title else ""
+        title = markup.title(self.title)
         x, y = self.axes[self.x], self.axes[self.y]
         head = markup.safe(f"{_named(y)} over {_named(x)}, {len(self.trace):,} tokens")
         return (

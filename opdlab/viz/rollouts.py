@@ -97,7 +97,7 @@ class Rollouts(View):
             for i, r in table.head(20).iterrows()
         )
         more = f" (the first 20 of {len(table)})" if len(table) > 20 else ""
-        title = f'<div class="opd-title">{markup.safe(self.title)}</div>' if self.title else ""
+        title = markup.title(self.title)
         return f'{title}<table class="opd-rollouts-still"><thead><tr>{head}</tr></thead><tbody>{lines}</tbody></table>' \
                f'<div class="opd-peaks">{markup.safe(self._summary() + more)}</div>'  # fmt: skip
 

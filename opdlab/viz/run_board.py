@@ -98,7 +98,7 @@ class RunBoard(View):
                 "plots": [plot.data() for plot in self.plots], "alarms": listed}  # fmt: skip
 
     def static(self) -> str:
-        title = f'<div class="opd-title">{markup.safe(self.title)}</div>' if self.title else ""
+        title = markup.title(self.title)
         keys = "".join(f'<span class="opd-lp-key opd-l-{hue}">{markup.safe(name)}</span>' for name, hue in self._hues().items())
         alarms = "".join(
             f'<li><b>{i}</b> {markup.safe(self._place(name, alarm))}: {markup.safe(alarm.sentence)} '

@@ -67,7 +67,7 @@ class RunCard(View):
         plots = "".join(plot.html() for plot in self.board.plots if plot.key in CURVES)
         note = f'<div class="opd-soft">{markup.safe(self.note)}</div>' if self.note else ""
         return (
-            f'<div class="opd-title">{markup.safe(self.title or self._name())}</div>'
+            f"{markup.title(self.title or self._name())}"
             f'<div class="opd-card-facts"><span>{markup.safe(self._facts())}</span>{note}</div>'
             f'{self._accuracy()}<div class="opd-card-plots">{plots}</div>{self._texts()}'
             f'<div class="opd-peaks">{markup.safe(self._alarms())}</div>'

@@ -91,7 +91,7 @@ class Scrubber(View):
 
     def static(self) -> str:
         """The first and the last step, coloured on one scale, under the curve of what is between them."""
-        found, title = self.channels[self.channel], f'<div class="opd-title">{markup.safe(self.title)}</div>' if self.title else ""
+        found, title = self.channels[self.channel], markup.title(self.title)
         limit, out = _limit(found), []
         for at in dict.fromkeys((0, len(self.steps) - 1)):
             out.append(

@@ -75,7 +75,7 @@ class TailAudit(View):
 
     def static(self) -> str:
         missed = self._missed(self.k)
-        title = f'<div class="opd-title">{markup.safe(self.title)}</div>' if self.title else ""
+        title = markup.title(self.title)
         return (
             f'{title}<div class="opd-tail-plots">{"".join(plot.html() for plot in self._plots())}</div>'
             f'<div class="opd-bar">{markup.legend(missed, missed.limit)}</div>'

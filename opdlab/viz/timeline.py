@@ -89,7 +89,7 @@ class Timeline(View):
         return table.astype({"fork": float, "row": float}).set_index("sample")
 
     def static(self) -> str:
-        title = f'<div class="opd-title">{markup.safe(self.title)}</div>' if self.title else ""
+        title = markup.title(self.title)
         plots = "".join(plot.html() for plot in self._plots())
         return f'{title}<div class="opd-timeline">{plots}</div><div class="opd-peaks">{markup.safe(self._summary())}</div>'
 

@@ -80,7 +80,7 @@ class TokenLens(View):
 
     def static(self) -> str:
         chosen, limit, tokens = self.channels[self.channel], self.limits[self.channel], self.trace.tokens()
-        title = f'<div class="opd-title">{markup.safe(self.title)}</div>' if self.title else ""
+        title = markup.title(self.title)
         return (
             f'{title}<div class="opd-prompt" style="white-space:pre-wrap" dir="auto">{markup.safe(self._prompt)}</div>'
             f'<div class="opd-bar">{markup.legend(chosen, limit)}</div>'
