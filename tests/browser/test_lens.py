@@ -164,3 +164,10 @@ def test_a_map_of_a_long_text_keeps_peaks_and_scrolls(open_page, tmp_path, axe):
     strip.press("n")
     assert strip.locator("[aria-selected='true']").get_attribute("data-i") == "2222"
     axe(view, only=["aria-required-attr", "aria-input-field-name", "label", "nested-interactive", "scrollable-region-focusable"])
+
+
+def test_several_runs_of_tokens_are_marked_at_once(tmp_path, open_page):
+    lens = TokenLens(made([b"a", b" b", b" c", b" d", b" e", b" f"]))
+    lens.brush = [0, 1, 4, 3]  # runs from end to end, as the regimes map sends them; the second the wrong way round
+    tab = open_page(lens.to_html(tmp_path / "runs.html"))
+    assert tab.eval_on_selector_all(".opd-strip .opd-brushed", "nodes => nodes.map((n) => Number(n.dataset.i))") == [0, 1, 3, 4]
