@@ -171,6 +171,18 @@ def _to_levels(values: np.ndarray) -> tuple[np.ndarray, float]:
     return np.where(np.isnan(values), -128, level).astype(np.int8), top
 
 
+def plain(data: Any) -> Any:
+    """What an `answer` sends in a message: arrays as lists, and what JSON does not know as None."""
+    if isinstance(data, Mapping):
+        return {k: plain(v) for k, v in data.items()}
+    if isinstance(data, np.ndarray):
+        return [plain(v) for v in data.tolist()]
+    if isinstance(data, (list, tuple)):
+        return [plain(v) for v in data]
+    value = data.item() if isinstance(data, np.generic) else data
+    return None if isinstance(value, float) and not np.isfinite(value) else value
+
+
 def _from_levels(level: np.ndarray, top: float) -> np.ndarray:
     level = level.astype(float)
     value = np.sign(level) * (level / _LEVELS) ** 2 * top

@@ -111,7 +111,7 @@ class Playground(View):
         q, p = (np.clip(np.asarray(question[name], float), 1e-6, 1) for name in ("teacher", "student"))
         at = {"mass": float(np.clip(question["mass"], 0.01, 0.99)), "temperature": float(np.clip(question["temperature"], 0.1, 10)),
               "steps": int(np.clip(question["steps"], 0, 1000)), "teacher": list(q / q.sum()), "student": list(p / p.sum())}  # fmt: skip
-        return [_plain(self._own(name, at)) for name in self.own]
+        return payload.plain([self._own(name, at) for name in self.own])
 
     def static(self) -> str:
         title = markup.title(self.title)
@@ -202,8 +202,3 @@ def _known(name: str) -> str:
 
 def _said(name: str) -> str:
     return name.replace("_", " ").replace("kl", "KL").replace("jsd", "JSD") if name in FORMS else name
-
-
-def _plain(found: Mapping[str, Any]) -> dict[str, Any]:
-    """For a message: lists, with None for what is not finite."""
-    return {k: [x if np.isfinite(x) else None for x in v.tolist()] if isinstance(v, np.ndarray) else v for k, v in found.items()}

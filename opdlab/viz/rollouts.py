@@ -85,7 +85,7 @@ class Rollouts(View):
     def answer(self, question: Mapping[str, Any]) -> Any:
         """The tokens of a rollout that the page does not carry: `{"sample": 7}`."""
         rows = self.whole.sample(int(question["sample"]))
-        return _plain({"text": payload.text(rows), "channels": self._described(channels(rows))})
+        return payload.plain({"text": payload.text(rows), "channels": self._described(channels(rows))})
 
     def static(self) -> str:
         table = self._sorted()
@@ -174,12 +174,3 @@ def _pooled(values: np.ndarray) -> np.ndarray:
         known = part[~np.isnan(part)]
         out[i] = known[np.abs(known).argmax()] if len(known) else np.nan
     return out
-
-
-def _plain(data: Any) -> Any:
-    """Arrays as lists, and what JSON does not know as None."""
-    if isinstance(data, Mapping):
-        return {k: _plain(v) for k, v in data.items()}
-    if isinstance(data, np.ndarray):
-        return [None if isinstance(v, float) and not np.isfinite(v) else v for v in data.tolist()]
-    return [_plain(v) for v in data] if isinstance(data, (list, tuple)) else data.item() if isinstance(data, np.generic) else data
