@@ -19,14 +19,16 @@ from opdlab.viz.glyphs import visible
 from opdlab.viz.lines import HUES, Line, Plot, span, thinned
 from opdlab.viz.view import Trait, View
 
-MOST = 16  # rollouts whose lines can be told apart
+MOST = 16  # rollouts that one picture holds
+TOGETHER = 6  # rollouts whose lines can be told apart in one plot; more get a plot each
 
 
 class Timeline(View):
     """When did a rollout leave the teacher's road? Sums along its tokens, and the first token beyond a threshold, its fork.
 
     The upper plot sums log T(y) − log S(y): at −3 the path so far is e³ = 20 times less likely under the teacher than under the
-    student. There the rollout forks, if `threshold` is 3. The lower one sums the KL of the student to the teacher.
+    student. There the rollout forks, if `threshold` is 3. The lower one sums the KL of the student to the teacher. More than six
+    rollouts get an upper plot each, all on one scale.
 
     samples: which completions; by default those of the first one's prompt, 16 at most. rewards: by completion, a list or a dict;
     by default the trace's column `reward`, if it has one. against: the policy compared with, by default the first. Raises
@@ -90,14 +92,19 @@ class Timeline(View):
 
     def static(self) -> str:
         title = markup.title(self.title)
-        plots = "".join(plot.html() for plot in self._plots())
-        return f'{title}<div class="opd-timeline">{plots}</div><div class="opd-peaks">{markup.safe(self._summary())}</div>'
+        own, shared = ("".join(plot.html() for plot in plots) for plots in self._plots())
+        if own:
+            label, told = self._names["cumulative_log_ratio"]
+            head = f'<div class="opd-timeline-head"><b>{label}</b> <span class="opd-soft">{markup.safe(told)}</span></div>'
+            own = f'{head}<div class="opd-timeline-own">{own}</div>'
+        return f'{title}<div class="opd-timeline">{own}{shared}</div><div class="opd-peaks">{markup.safe(self._summary())}</div>'
 
     def data(self) -> dict[str, Any]:
         paths = {key: v if key.startswith("cumulative") else payload.numbers(v) for key, v in self._paths.items()}
-        limit = channels(self.trace)[f"{self._prefix}log_ratio"].limit
+        limit, (own, shared) = channels(self.trace)[f"{self._prefix}log_ratio"].limit, self._plots()
         return {"title": self.title, "against": self.against, "text": payload.text(self.trace), "paths": paths, "limit": limit,
-                "looks": [self._look(s) for s in self.samples], "plots": [p.data() for p in self._plots()],
+                "looks": [self._look(s) for s in self.samples], "own": [p.data() for p in own], "plots": [p.data() for p in shared],
+                "head": self._names["cumulative_log_ratio"],
                 "rewards": [self.rewards.get(s, np.nan) for s in self.samples] if self.rewards else None}  # fmt: skip
 
     def __repr__(self) -> str:
@@ -110,27 +117,47 @@ class Timeline(View):
         return "\n".join([head, *lines, self._summary()])
 
     def _look(self, sample: int) -> str:
-        """Rewards at or above the middle are violet and whole, those below grey and dashed; without rewards each has its own."""
+        """Rewards at or above the middle are violet and whole, those below grey and dashed; without rewards each has its own.
+
+        Where each has a plot of its own, no rewards are violet too.
+        """
         if not self.rewards:
-            return HUES[self.samples.index(sample) % len(HUES)]
+            return "amount" if self._many else HUES[self.samples.index(sample) % len(HUES)]
         known = [r for r in self.rewards.values() if np.isfinite(r)]
         middle = (min(known) + max(known)) / 2 if known else 0.0
         return "amount" if self.rewards.get(sample, np.nan) >= middle else "grey"
 
-    def _plots(self) -> list[Plot]:
-        """Both plots, thinned; the page marks forks and threshold itself."""
-        out, longest = [], max([size for *_, size in payload.spans(self.trace)], default=1)
-        for key, label, told in (("cumulative_log_ratio", "cumulative log ratio", f"nats, log {self.against} − log student"),
-                                 ("cumulative_kl", "cumulative KL", "nats, student to " + self.against)):  # fmt: skip
-            if key == "cumulative_kl" and "kl" not in self._paths:
-                continue
-            values, lines = self._paths[key].astype(float), []
-            for sample, first, size in payload.spans(self.trace):
-                x, y = thinned(np.arange(size), values[first : first + size])
-                lines.append(Line(f"rollout {sample}", x, y, self._look(sample)))
-            zero = np.array([0.0, -self.threshold * 1.1] if key == "cumulative_log_ratio" else [0.0])
-            out.append(Plot(key, label, lines, "nats", told, (0.0, float(max(1, longest - 1))), span([values, zero])))
-        return out
+    @property
+    def _many(self) -> bool:
+        return len(self.samples) > TOGETHER
+
+    @property
+    def _names(self) -> dict[str, tuple[str, str]]:
+        """Heading and unit of the sums that are drawn."""
+        names = {"cumulative_log_ratio": ("cumulative log ratio", f"nats, log {self.against} − log student"),
+                 "cumulative_kl": ("cumulative KL", f"nats, student to {self.against}")}  # fmt: skip
+        return {key: names[key] for key in names if key != "cumulative_kl" or "kl" in self._paths}
+
+    def _plots(self) -> tuple[list[Plot], list[Plot]]:
+        """Plots of one rollout each, if there are many, and those of all; thinned. The page marks forks and threshold itself."""
+        own, shared, spans, forks = [], [], list(payload.spans(self.trace)), self.forks
+        x = (0.0, float(max(1, *(size - 1 for *_, size in spans))))
+        for key, (label, told) in self._names.items():
+            values, ratio = self._paths[key].astype(float), key == "cumulative_log_ratio"
+            y = span([values, np.array([0.0, -self.threshold * 1.1] if ratio else [0.0])])
+            lines = [Line(f"rollout {s}", *thinned(np.arange(n), values[i : i + n]), self._look(s)) for s, i, n in spans]
+            if ratio and self._many:
+                own = [
+                    Plot(key, line.name, [line], "nats", self._told(forks.loc[s]), x, y) for line, (s, *_) in zip(lines, spans, strict=True)
+                ]
+            else:
+                shared.append(Plot(key, label, lines, "nats", told, x, y))
+        return own, shared
+
+    def _told(self, row: pd.Series) -> str:
+        """What stands over a plot of one rollout where no script runs; `row` of `forks`."""
+        fork = f"fork at {row.fork:.0f} {row.token}" if np.isfinite(row.fork) else "no fork"
+        return f"reward {markup.number(row.reward)}, {fork}" if self.rewards else fork
 
     def _summary(self) -> str:
         told = [f"rollout {i} at position {r.fork:.0f} ({r.token})" for i, r in self.forks.iterrows() if np.isfinite(r.fork)]
@@ -147,7 +174,7 @@ def _chosen(trace: Trace, samples: Sequence[int] | None) -> list[int]:
     if missing := [s for s in samples if s not in held]:
         raise OpdlabError(f"The trace holds no row of completion {missing[0]}, only of {', '.join(map(str, held)) or 'none'}. Name these.")
     if len(samples) > MOST:
-        raise OpdlabError(f"{len(samples)} lines in one picture cannot be told apart. Name {MOST} completions at most.")
+        raise OpdlabError(f"{len(samples)} rollouts are too many for one picture. Name {MOST} completions at most.")
     return sorted(int(s) for s in samples)
 
 

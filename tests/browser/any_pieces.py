@@ -6,7 +6,7 @@ from collections.abc import Callable, Sequence
 
 import numpy as np
 import pandas as pd
-from viz.traces import byte_pieces, made
+from viz.traces import byte_pieces, made, several
 
 from opdlab import viz
 from opdlab.trace import Trace
@@ -40,6 +40,7 @@ VIEWS: dict[str, tuple[Make, int]] = {
     "TokenLens": (lambda p, t: viz.TokenLens(trace(p, t, "student", t or "teacher"), title=t, channel="type", tracks=["jsd"]), 1),
     "Compare": (lambda p, t: viz.Compare({t: trace(p, t), f"{t}2": trace(p, t, seed=1)}, title=t), 3),
     "Timeline": (lambda p, t: viz.Timeline(trace(p, t), rewards=[1], title=t), 1),
+    "Timeline of many": (lambda p, t: viz.Timeline(several(*[trace(p, t)] * 7), title=t), 1),
     "Rollouts": (lambda p, t: viz.Rollouts(trace(p, t), title=t), 1),
     "TailAudit": (lambda p, t: viz.TailAudit(trace(p, t), title=t), 1),
     "Regimes": (lambda p, t: viz.Regimes(trace(p, t), title=t), 0),

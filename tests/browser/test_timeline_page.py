@@ -53,3 +53,54 @@ def test_lines_forks_and_strips(open_page, tmp_path, axe, scheme):
     area.press("Escape")
     assert brushed.count() == 0
     axe(view)
+
+
+@pytest.mark.parametrize(("scheme", "width"), [("light", 1200), ("dark", 480)])
+def test_many_rollouts_have_a_plot_each(open_page, tmp_path, axe, scheme, width):
+    falls = [made(WORDS).with_columns(student_logp=np.zeros(6), teacher_logp=np.full(6, -0.25 * i)) for i in range(8)]
+    path = page(tmp_path / "t.html", title="t", lenses=[("", Timeline(several(*falls), rewards=[0, 1] * 4))])
+    view = open_page(path, color_scheme=scheme, viewport={"width": width, "height": 900})
+    own, told = view.locator(".opd-timeline-own > .opd-plot"), view.locator(".opd-timeline-told")
+    captions = [[*map(str.strip, text.split("6 tokens"))] for text in own.locator("figcaption").all_text_contents()]
+    assert captions[4:7] == [
+        ["rollout 4reward 0", "fork at 2 ·c"],
+        ["rollout 5reward 1", "fork at 2 ·c"],
+        ["rollout 6reward 0", "fork at 1 ·b"],
+    ]
+    assert "rollout 2" in told.text_content()  # the first one that forks, at its last token: 6 · 0.5 = 3 nats
+    assert [plot.locator(".opd-l").count() for plot in own.all()] == [1] * 8
+    assert view.locator(".opd-plot").count() == 9  # and that of the KL, of all
+    assert own.locator(".opd-timeline-fork:visible").count() == 6
+    assert own.locator(".opd-timeline-dot:visible").count() == own.locator(".opd-lp-now[d^=M]").count() == 1
+    ends = [
+        (y, plot.locator(".opd-lp-x").all_text_contents()) for plot in own.all() for y in [plot.locator(".opd-lp-y").all_text_contents()]
+    ]
+    assert ends == [(["0", "−10.5"], ["0", "5"])] * 8  # one scale
+    lines = {plot.bounding_box()["x"] for plot in own.all()}
+    assert len(lines) == (2 if width == 480 else 4)
+    assert view.evaluate("document.documentElement.scrollWidth") <= width
+
+    own.nth(5).get_by_role("button").click()
+    assert told.text_content().startswith("rollout 5·cposition 2")
+    reached = own.get_by_role("slider").and_(view.locator("[tabindex='0']"))
+    assert reached.count() == 1  # of eight plots Tab goes to one
+    view.keyboard.press("Tab")
+    view.keyboard.press("ArrowDown")
+    view.keyboard.press("ArrowRight")
+    focused = view.evaluate(
+        "[...document.querySelectorAll('.opd-timeline-own > .opd-plot')].findIndex((p) => p.contains(document.activeElement) )"
+    )
+    assert focused == 6
+    assert reached.get_attribute("aria-valuetext").startswith("rollout 6, position 3, ·d")
+    box = own.nth(7).get_by_role("slider").bounding_box()
+    at = lambda i: (box["x"] + box["width"] * i / 5, box["y"] + 1)
+    view.mouse.move(*at(1))  # above the line, in the plot of its own
+    assert told.text_content().startswith("rollout 7·bposition 1")
+    view.mouse.down()
+    view.mouse.move(*at(3))
+    view.mouse.up()
+    assert own.locator(".opd-timeline-band:visible").count() == 1
+    assert view.locator(".opd-timeline-text .opd-brushed").count() == 0  # of rollout 7, while rollout 6 is looked at
+    own.nth(7).get_by_role("button").click()
+    assert view.locator(".opd-timeline-text .opd-brushed").all_text_contents() == [" b", " c", " d"]
+    axe(view)

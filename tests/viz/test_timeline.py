@@ -64,6 +64,20 @@ def test_the_page_gets_what_python_sums(view):
     assert view.static().count("opd-l-teacher") == 2  # one line a plot
 
 
+def test_more_than_six_have_a_plot_each_on_one_scale():
+    falls = [path([-i] * 4) for i in range(8)]
+    few, many = Timeline(several(*falls[:6])), Timeline(several(*falls), rewards=[0.0] * 7 + [1.0])
+    assert (few.data()["own"], len(few.data()["plots"]), few.static().count("<figure")) == ([], 2, 2)
+    sent = many.data()
+    assert [plot["label"] for plot in sent["own"]] == [f"rollout {i}" for i in range(8)]
+    assert {(*plot["x"], *plot["y"]) for plot in sent["own"]} == {(0.0, 3.0, -28.0, 0.0)}
+    assert [len(plot["lines"]) for plot in [*sent["own"], *sent["plots"]]] == [1] * 8 + [8]
+    assert many.static().count("<figure") == 9
+    for told in ("cumulative log ratio", "reward 0, no fork", "reward 0, fork at 2 ·c", "reward 1, fork at 0 a"):
+        assert told in many.static()
+    assert set(Timeline(several(*falls)).data()["looks"]) == {"amount"}
+
+
 def test_text_tells_the_same(view):
     assert repr(view) == (
         "Timeline: 3 rollouts, nats lost against teacher so far\n▃▆██  rollout 0\n▁▁▁▁  rollout 1\n▁▁█▁  rollout 2\n"
@@ -80,7 +94,7 @@ def test_what_is_not_there_is_named():
         Timeline(made(WORDS, ("student",)))
     with pytest.raises(UnknownColumn, match="no policy 'other' to compare with, only teacher"):
         Timeline(path([0] * 4), against="other")
-    with pytest.raises(OpdlabError, match="17 lines in one picture"):
+    with pytest.raises(OpdlabError, match="17 rollouts are too many for one picture"):
         Timeline(several(*[path([0] * 4)] * 17), samples=range(17))
     other = Timeline(path([0, 0, 0, 1], policies=("student", "teacher", "other")), against="other")
     assert other.against == "other"

@@ -1,19 +1,22 @@
 // Timeline: sums along the tokens, a line for each rollout, the fork of each, and under them the tokens of the one looked at.
+// Of many rollouts each has a plot of its own for the log ratio.
 
 define("timeline", ({ box, data, state }) => {
-  const { text, paths, looks, rewards } = data, { texts } = text, plots = data.plots.map((plot) => ({ plot, drawn: linePlot(plot) }));
-  const longest = plots[0].plot.x[1], pictures = make("div", "opd-timeline"), spoken = put(make("div", "opd-live"), { "aria-live": "polite" });
+  const { text, paths, looks, rewards } = data, { texts } = text, many = data.own.length > 0;
+  const plots = [...data.own.map((plot, k) => [plot, [k]]), ...data.plots.map((plot) => [plot, [...texts.keys()]])]
+    .map(([plot, shown]) => ({ plot, shown, drawn: linePlot(plot) }));
+  const longest = plots[0].plot.x[1], pictures = make("div", "opd-timeline"), own = make("div", "opd-timeline-own"), spoken = put(make("div", "opd-live"), { "aria-live": "polite" });
   const channel = { key: "log_ratio", label: "log ratio", unit: "nats", kind: "ratio", less: "student over-confident", more: `${data.against} prefers`,
     limit: data.limit, values: paths.log_ratio, peaks: [], names: [] };
   const textOf = (row) => texts.findIndex(({ first, size }) => row >= first && row < first + size);
   const nameOfText = (k) => `rollout ${texts[k].sample}`;
 
   // A plot's own marks: line of the threshold, fork of each rollout, band of the brush.
-  const marks = plots.map(({ drawn }) => {
+  const marks = plots.map(({ drawn, shown }) => {
     const layer = make("div", "opd-timeline-layer"), line = make("div", "opd-timeline-threshold"), band = make("div", "opd-timeline-band"), dot = make("div", "opd-timeline-dot");
     layer.append(band, line);
     drawn.canvas.append(layer);
-    return { layer, line, band, dot, forks: texts.map(() => layer.insertBefore(make("div", "opd-timeline-fork"), layer.appendChild(dot))) };
+    return { layer, line, band, dot, forks: shown.map((k) => [k, layer.insertBefore(make("div", "opd-timeline-fork"), layer.appendChild(dot))]) };
   });
   const forkOf = ({ first, size }) => {
     for (let i = first; i < first + size; i++) if (paths.cumulative_log_ratio[i] <= -state.get("threshold")) return i;
@@ -48,11 +51,11 @@ define("timeline", ({ box, data, state }) => {
       const { plot } = plots[m];
       line.hidden = plot.key !== "cumulative_log_ratio";
       line.style.top = `${100 - partOf(-state.get("threshold"), plot.y)}%`;
-      texts.forEach((one, k) => {
-        const row = forkOf(one);
-        forks[k].hidden = row < 0;
-        if (row >= 0) place(forks[k], row, plots[m]);
-      });
+      for (const [k, fork] of forks) {
+        const row = forkOf(texts[k]);
+        fork.hidden = row < 0;
+        if (row >= 0) place(fork, row, plots[m]);
+      }
     });
     texts.forEach((one, k) => {
       const row = forkOf(one);
@@ -63,8 +66,11 @@ define("timeline", ({ box, data, state }) => {
     const k = textOf(row);
     if (k < 0) return;
     const at = row - texts[k].first;
-    marks.forEach(({ dot }, m) => place(dot, row, plots[m]));
-    for (const { drawn } of plots) drawn.mark(at);
+    marks.forEach(({ dot }, m) => {
+      dot.hidden = !plots[m].shown.includes(k);
+      if (!dot.hidden) place(dot, row, plots[m]);
+    });
+    for (const { drawn, shown } of plots) drawn.mark(shown.includes(k) ? at : NaN);
     const said = [["log ratio", paths.log_ratio[row]], ["log ratio so far", paths.cumulative_log_ratio[row]], ...(paths.kl ? [["KL so far", paths.cumulative_kl[row]]] : [])];
     told.replaceChildren(make("b", "", nameOfText(k)), make("span", "opd-word", wordOf(text, text.index[row])), make("span", "opd-soft", `position ${at}`),
       ...said.map(([name, value]) => make("span", "", `${name} ${number(value, name !== "KL so far")}`)));
@@ -81,13 +87,16 @@ define("timeline", ({ box, data, state }) => {
     }
     if (held.firstChild !== strips.get(k).node) held.replaceChildren(strips.get(k).node);
     entries.forEach(({ button }, j) => button.setAttribute("aria-pressed", j === k));
-    plots.forEach(({ drawn }) => drawn.canvas.querySelectorAll(".opd-l").forEach((line, j) => line.classList.toggle("opd-timeline-on", j === k)));
+    for (const { drawn, shown } of plots) {
+      drawn.canvas.querySelectorAll(".opd-l").forEach((line, j) => line.classList.toggle("opd-timeline-on", shown[j] === k));
+      drawn.canvas.tabIndex = shown.includes(k) ? 0 : -1; // Tab goes to one of many plots, up and down to the others
+    }
   };
   const band = ([from, to = from]) => {
     const k = from === undefined ? -1 : textOf(from);
     marks.forEach((mark, m) => {
-      mark.band.hidden = k < 0;
-      if (k < 0) return;
+      mark.band.hidden = !plots[m].shown.includes(k);
+      if (mark.band.hidden) return;
       const [a, b] = [from, to].map((row) => partOf(row - texts[k].first, plots[m].plot.x)).sort((x, y) => x - y);
       Object.assign(mark.band.style, { left: `${a}%`, width: `${b - a}%` });
     });
@@ -95,11 +104,12 @@ define("timeline", ({ box, data, state }) => {
 
   // The pointer takes the line nearest to it; a drag brushes along that line.
   const rowAt = (event, m, kept = -1) => {
-    const area = plots[m].drawn.canvas.getBoundingClientRect(), { plot } = plots[m];
+    const { plot, drawn, shown } = plots[m], area = drawn.canvas.getBoundingClientRect();
     const at = Math.round(clamp((event.clientX - area.left) / area.width, 0, 1) * longest), y = 100 * clamp((event.clientY - area.top) / area.height, 0, 1);
-    const inside = texts.map((one, k) => [k, one.first + clamp(at, 0, one.size - 1)]).filter(([k]) => (kept < 0 ? at < texts[k].size : k === kept));
+    const all = shown.map((k) => [k, texts[k].first + clamp(at, 0, texts[k].size - 1)]);
+    const inside = all.filter(([k]) => (kept < 0 ? at < texts[k].size : k === kept));
     const gap = ([, row]) => Math.abs(100 - partOf(paths[plot.key][row], plot.y) - y);
-    return (inside.length ? inside : texts.map((one, k) => [k, one.first + clamp(at, 0, one.size - 1)])).reduce((a, b) => (gap(b) < gap(a) ? b : a))[1];
+    return (inside.length ? inside : all).reduce((a, b) => (gap(b) < gap(a) ? b : a))[1];
   };
   plots.forEach(({ drawn, plot }, m) => {
     const area = drawn.canvas;
@@ -125,8 +135,10 @@ define("timeline", ({ box, data, state }) => {
       if (to === undefined) return;
       event.preventDefault();
       state.set("selected", to);
+      plots.find((other) => other.plot.key === plot.key && other.shown.includes(textOf(to))).drawn.canvas.focus();
     });
-    pictures.append(drawn.node);
+    if (m < data.own.length) drawn.node.firstChild.replaceChildren(entries[m].button);
+    (m < data.own.length ? own : pictures).append(drawn.node);
   });
   const choose = (row) => {
     open(row);
@@ -141,7 +153,12 @@ define("timeline", ({ box, data, state }) => {
   drawLegend(legend, channel);
   box.append(...(data.title ? [make("div", "opd-title", data.title)] : []));
   if (texts.length) box.append(put(make("div", "opd-prompt", texts[0].prompt), { dir: "auto" }));
-  box.append(bar, list, pictures, told, held, spoken);
+  if (many) {
+    const head = make("div", "opd-timeline-head");
+    head.append(make("b", "", data.head[0]), " ", make("span", "opd-soft", `${data.head[1]}; orange: the threshold`));
+    pictures.prepend(head, own);
+  }
+  box.append(bar, ...(many ? [] : [list]), pictures, told, held, spoken);
   if (!texts.length) return void held.append(make("span", "opd-soft", "(no tokens)"));
   if (state.get("selected") < 0) state.set("selected", texts[0].first);
   state.on("threshold", refork);
