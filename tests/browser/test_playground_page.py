@@ -120,9 +120,9 @@ def test_an_own_loss_is_evaluated_where_it_lives(lab):
     before = arrows.get_attribute("d")
     lab.python(page, "play.teacher = [0.1, 0.1, 0.8]")
     page.wait_for_function("before => document.querySelector('.opd-arrows').getAttribute('d') !== before", arg=before)
+    up = arrows.get_attribute("d")
     lab.python(page, "scale[0] = -1.0")  # the function lives there: the next question is answered by what it is now
     page.get_by_label("steps taken").fill("100")
     lab.until(page, "play.steps", "100")
     page.locator(".opd-world .opd-hills figcaption").first.wait_for()
-    up = arrows.get_attribute("d")
     page.wait_for_function("up => document.querySelector('.opd-arrows').getAttribute('d') !== up", arg=up)
