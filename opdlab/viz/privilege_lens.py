@@ -13,6 +13,7 @@ from opdlab.trace import Trace
 from opdlab.viz import markup, payload
 from opdlab.viz.channels import Channel, described
 from opdlab.viz.glyphs import groups, visible
+from opdlab.viz.segments import segments
 from opdlab.viz.view import Trait, View
 
 LEAST = 0.1  # nats of information below which nothing is flagged
@@ -112,6 +113,7 @@ class PrivilegeLens(View):
             "title": self.title, "prompt": self._prompt, "finish": str(self.trace.meta["finish"][self.sample]), "sides": self.sides,
             "text": payload.text(self.trace), "channels": [described(c, self.limit) for c in self.channels.values()],
             "logp": logp, "entropy": entropy, "least": LEAST, "all": self._everywhere(), "start": self._start,
+            "segments": segments(self.trace),
         }  # fmt: skip
 
     def static(self) -> str:

@@ -14,6 +14,7 @@ from opdlab.viz import markup, payload
 from opdlab.viz.channels import channels, fitting
 from opdlab.viz.duel import duel
 from opdlab.viz.glyphs import groups, visible
+from opdlab.viz.segments import segments
 from opdlab.viz.view import Trait, View
 
 TRACKS = 4  # that fit under a line
@@ -28,9 +29,11 @@ class TokenLens(View):
     scale this one keeps to, so that the two compare. Raises OpdlabError for a completion that the trace does not hold and
     UnknownColumn for a channel it does not have.
 
-    `selected` is the position looked at, at first the channel's largest; `channel` the key of what colours; `pins` up to three
-    positions that stay in view side by side. Of a text of more than 2,500 tokens the page carries as many channels as
-    120 kB for 10,000 tokens hold: the one asked for and the tracks, then those that `channels` lists first; the page says what is left out.
+    Texts of more than 400 tokens have a map, with bands of their segments: think and answer by `<think>` and `</think>` in the
+    text, or a column `segment` of names. `selected` is the position looked at, at first the channel's largest; `channel` the key
+    of what colours; `pins` up to three positions that stay in view side by side. Of a text of more than 2,500 tokens the page
+    carries as many channels as 120 kB for 10,000 tokens hold: the one asked for and the tracks, then those that `channels` lists
+    first; the page says what is left out.
     """
 
     name, scripts = "lens", ("tracks.js", "minimap.js", "tools.js", "lens.js")
@@ -96,7 +99,7 @@ class TokenLens(View):
         have = {c["key"] for c in carried}
         return {
             "title": self.title, "prompt": self._prompt, "finish": self._finish, "policies": self.trace.policies, **fixed,
-            "channels": carried, "left": [c.label for key, c in self.channels.items() if key not in have],
+            "channels": carried, "left": [c.label for key, c in self.channels.items() if key not in have], "segments": segments(self.trace),
         }  # fmt: skip
 
     def __repr__(self) -> str:

@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+import re
+
 import numpy as np
 import pytest
+from playwright.sync_api import expect
 from viz.traces import byte_pieces, made
 
-from opdlab.viz import TokenLens
+from opdlab.viz import TokenLens, page
 
 pytestmark = pytest.mark.browser
 WORDS = [b"The", b" cat", b" sat", *byte_pieces(" 🤗", 2), b" on", b"\n", b" the", b" Cat", b"."]
 TYPES = ["word", "noun", "verb", "face", "face", "face", "word", "break", "word", "noun", "end"]
+PAST_1900 = re.compile(r"^(19|2\d)\d\d$")
 HEIGHTS = "nodes => nodes.map((n) => parseFloat(n.style.getPropertyValue('--h0')) || 0)"
 
 
@@ -146,24 +150,54 @@ def test_a_map_of_a_long_text_keeps_peaks_and_scrolls(open_page, tmp_path, axe):
         assert canvas.evaluate(column, 2222 / n) > 0.3
         assert canvas.evaluate(column, 0.2) < 0.15
     seen = lambda: [int(w) for w in rows.get_attribute("aria-valuetext").split() if w.isdigit()][:2]
-    view.wait_for_function("Number(document.querySelector('[role=slider]').getAttribute('aria-valuenow')) > 1900")
+    expect(rows).to_have_attribute("aria-valuenow", PAST_1900)
     assert seen()[0] < 2222 < seen()[1]  # at first the largest is in sight
     strip.evaluate("node => (node.scrollTop = 0)")
-    view.wait_for_function("document.querySelector('[role=slider]').getAttribute('aria-valuenow') === '0'")
+    expect(rows).to_have_attribute("aria-valuenow", "0")
     box = rows.bounding_box()
     view.mouse.click(box["x"] + box["width"] * 2222 / n, box["y"] + 6)
-    view.wait_for_function("Number(document.querySelector('[role=slider]').getAttribute('aria-valuenow')) > 1900")
+    expect(rows).to_have_attribute("aria-valuenow", PAST_1900)
     first, last = seen()
     assert first < 2222 < last < 2700
     assert strip.locator("[data-i='2222']").is_visible()
     rows.focus()
     rows.press("Home")
-    view.wait_for_function("document.querySelector('[role=slider]').getAttribute('aria-valuenow') === '0'")
+    expect(rows).to_have_attribute("aria-valuenow", "0")
     strip.focus()
     strip.press("p")
     strip.press("n")
     assert strip.locator("[aria-selected='true']").get_attribute("data-i") == "2222"
     axe(view, only=["aria-required-attr", "aria-input-field-name", "label", "nested-interactive", "scrollable-region-focusable"])
+
+
+@pytest.mark.parametrize(("scheme", "width"), [("light", 1200), ("dark", 480)])
+def test_the_map_has_bands_of_segments(open_page, tmp_path, axe, scheme, width):
+    foreign = "<img src=x onerror=window.broken=1>"
+    trace = made([b"a", b"</think>", *[b" b"] * 798])
+    named = trace.with_columns(segment=[foreign] * 200 + ["code"] * 400 + [foreign] * 200)
+    path = page(tmp_path / "p.html", title="t", lenses=[("", TokenLens(named)), ("", TokenLens(trace))])
+    view = open_page(path, color_scheme=scheme, viewport={"width": width, "height": 900})
+    one, two = view.locator(".opd-lens").all()
+    assert one.locator(".opd-band").all_text_contents() == [foreign, "code", foreign]
+    assert two.locator(".opd-band").all_text_contents() == ["think", "answer"]
+    whole, bands = one.locator(".opd-map-rows").bounding_box(), [band.bounding_box() for band in one.locator(".opd-band").all()]
+    assert [b["x"] - whole["x"] for b in bands] == pytest.approx([part * whole["width"] for part in (0, 0.25, 0.75)], abs=1)
+    assert [b["width"] for b in bands] == pytest.approx([part * whole["width"] for part in (0.25, 0.5, 0.25)], abs=1)
+    shades = one.locator(".opd-band").evaluate_all("bands => bands.map((b) => getComputedStyle(b).backgroundColor)")
+    assert shades[0] == shades[2] != shades[1]
+    rows = one.get_by_role("slider")
+    rows.press("Home")
+    expect(rows).to_have_attribute("aria-valuenow", "0")
+    told = rows.get_attribute("aria-valuetext")
+    last = int(told.split()[3])
+    assert told.endswith(f" of 800, {foreign}, code" if last >= 200 else f" of 800, {foreign}")
+    rows.press("End")
+    expect(rows).to_have_attribute("aria-valuetext", re.compile(r"to 7\d\d of 800, (code, )?<img src=x onerror=window.broken=1>$"))
+    names, drawn = one.locator(".opd-map-name").all(), [one.locator(".opd-map-bands"), *one.locator(".opd-map-row").all()]
+    tops = [[box.bounding_box()["y"] for box in boxes] for boxes in (names, drawn)]
+    assert tops[0] == pytest.approx(tops[1], abs=1)
+    assert view.evaluate("window.broken") is None
+    axe(view)
 
 
 def test_several_runs_of_tokens_are_marked_at_once(tmp_path, open_page):

@@ -110,7 +110,7 @@ define("lens", ({ box, data, state }) => {
   };
 
   const strip = tokenStrip({ text, finish: data.finish, state, keys, escape: () => state.set("pins", []) });
-  const map = size > LONG_STRIP ? miniMap(strip) : null;
+  const map = size > LONG_STRIP ? miniMap(strip, data.segments) : null;
   const buttons = channelButtons(channels, (i) => state.set("channel", channels[i].key), (i) => track(channels[i].key));
   const prompt = put(make("div", "opd-prompt", data.prompt), { dir: "auto" }), chrome = make("div", "opd-bar");
   const search = searchField(strip, text, state, (rows) => ((found = rows), redraw())), help = helpList(KEYS), tools = make("div", "opd-tools");

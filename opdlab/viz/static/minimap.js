@@ -73,8 +73,20 @@ const scrollStrip = ({ node, nodes }, at) => {
   }
 };
 
-// { node, draw(rows, { peaks, found, chosen }), close } of a strip: `rows` are channels, one row each.
-const miniMap = (strip) => {
+// The bands of [[name, first, size], …]: two shades in turn by name, and the name itself where it fits.
+const segmentBands = (segments, size) => {
+  const node = make("div", "opd-map-bands"), names = [...new Set(segments.map(([name]) => name))];
+  for (const [name, first, n] of segments) {
+    const band = make("span", names.indexOf(name) % 2 ? "opd-band opd-odd" : "opd-band", name);
+    Object.assign(band.style, { left: `${(100 * first) / size}%`, width: `${(100 * n) / size}%` });
+    band.title = name;
+    node.append(band);
+  }
+  return node;
+};
+
+// { node, draw(rows, { peaks, found, chosen }), close } of a strip: `rows` are channels, one row each, under the bands of `segments`.
+const miniMap = (strip, segments) => {
   const { first, size } = strip, node = make("div", "opd-map"), names = make("div", "opd-map-names"), rows = make("div", "opd-map-rows");
   const frame = make("div", "opd-frame"), here = make("div", "opd-here");
   let drawn = { channels: [], peaks: [], found: [], chosen: -1 };
@@ -84,7 +96,8 @@ const miniMap = (strip) => {
   const follow = () => {
     const [from, to] = inSight(strip), part = (i) => `${(100 * i) / size}%`;
     Object.assign(frame.style, { left: part(from), width: part(Math.max(1, to - from + 1)) });
-    put(rows, { "aria-valuenow": String(from), "aria-valuetext": `tokens ${from} to ${to} of ${size}` });
+    const within = segments.filter(([, at, n]) => at <= to && at + n > from).map(([name]) => name);
+    put(rows, { "aria-valuenow": String(from), "aria-valuetext": [`tokens ${from} to ${to} of ${size}`, ...new Set(within)].join(", ") });
   };
   const mark = (row) => {
     here.hidden = row < first || row >= first + size;
@@ -98,8 +111,8 @@ const miniMap = (strip) => {
   };
   const draw = (channels, marks) => {
     drawn = { channels, peaks: [], found: [], chosen: -1, ...marks };
-    names.replaceChildren(...channels.map((c) => make("div", "opd-map-name", c.label)));
-    rows.replaceChildren(...channels.map(() => make("canvas", "opd-map-row")), frame, here);
+    names.replaceChildren(...(segments.length ? [make("div", "opd-map-name opd-map-segment", "segment")] : []), ...channels.map((c) => make("div", "opd-map-name", c.label)));
+    rows.replaceChildren(...(segments.length ? [segmentBands(segments, size)] : []), ...channels.map(() => make("canvas", "opd-map-row")), frame, here);
     paint();
   };
 

@@ -84,7 +84,7 @@ define("privilege", ({ box, data, state }) => {
   const strip = tokenStrip({ text, finish: data.finish, state });
   // What is too small to have a height has no bar, or every token would have one.
   const lanes = channels.filter(({ key }) => key !== "gap").map((c) => ({ ...c, values: c.values.map((v) => (Math.abs(v) < c.limit / 64 ? 0 : v)) }));
-  const map = size > LONG_STRIP ? miniMap(strip) : null, drawMap = () => map?.draw([channel.gap, ...lanes], { peaks: channel.gap.peaks, found: [], chosen: state.get("selected") });
+  const map = size > LONG_STRIP ? miniMap(strip, data.segments) : null, drawMap = () => map?.draw([channel.gap, ...lanes], { peaks: channel.gap.peaks, found: [], chosen: state.get("selected") });
   strip.node.classList.toggle("opd-tall", Boolean(map));
   const lanesKey = make("div", "opd-lanes opd-soft");
   lanesKey.append(make("span", "", "under the text, up is for the token and down against it:"));

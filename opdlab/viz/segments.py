@@ -1,0 +1,55 @@
+"""Segments: which stretches of a completion are thought and which are its answer, as the trace or the text itself tells."""
+
+from __future__ import annotations
+
+import re
+from bisect import bisect_left
+from collections.abc import Iterator
+from itertools import accumulate, groupby
+
+from opdlab.trace import Trace
+from opdlab.viz import categories
+
+THINK = re.compile(rb"<think>|</think>")  # across tokens; of some templates the first stands in the prompt, so the text begins inside
+
+
+def segments(trace: Trace) -> list[tuple[str, int, int]]:
+    """`(name, first row, rows)` of each stretch of a completion, in order; none where nothing tells.
+
+    A column `segment` of names decides, else `<think>` and `</think>` in the text: "think" with both marks, "answer" besides.
+    There is none for the prompt, which has no rows in a trace.
+    """
+    if "segment" in trace.table.column_names and categories.is_text(trace.table["segment"].type):
+        names = [name or "" for name in trace.table["segment"].to_pylist()]
+    else:
+        names = _told(trace.tokens())
+    out, at = [], 0
+    for name, run in groupby(names):
+        size = len(list(run))
+        out.append((name, at, size))
+        at += size
+    return out
+
+
+def _told(pieces: list[bytes]) -> list[str]:
+    """think or answer for each token; nothing for a text without marks. A token belongs where its last byte does."""
+    thoughts = list(_thoughts(b"".join(pieces)))
+    starts, names = [start for start, _ in thoughts], []
+    for end in accumulate(map(len, pieces)) if thoughts else ():
+        last = bisect_left(starts, end) - 1  # the last one that begins before this token ends
+        names.append("think" if last >= 0 and end <= thoughts[last][1] else "answer")
+    return names
+
+
+def _thoughts(text: bytes) -> Iterator[tuple[int, int]]:
+    """Byte ranges from a mark to the one that ends it, or to the end of a text that was cut off."""
+    marks = list(THINK.finditer(text))
+    start = 0 if marks and marks[0][0] == b"</think>" else None
+    for mark in marks:
+        if mark[0] == b"<think>":
+            start = mark.start() if start is None else start
+        elif start is not None:
+            yield start, mark.end()
+            start = None
+    if start is not None:
+        yield start, len(text)
