@@ -133,9 +133,8 @@ class View:
         """A picture of the view, `width` pixels wide at double density, by the Chromium or Chrome on this machine."""
         from opdlab.viz import camera
 
-        page = embed.document(
-            safe(self.title or self.name), "<style>body{margin:0;background:Canvas}.opd{max-width:none!important}</style>", self.html()
-        )
+        look = "body{margin:0;background:Canvas}.opd{max-width:none!important}.opd-block{content-visibility:visible!important}"
+        page = embed.document(safe(self.title or self.name), f"<style>{look}</style>", self.html())
         return camera.shoot(page, path, dark=dark, width=width)
 
     def live(self) -> LiveView:

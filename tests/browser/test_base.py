@@ -139,9 +139,21 @@ def test_a_picture_is_as_wide_as_asked_and_of_the_theme(tmp_path, dark, width):
     assert list(tmp_path.iterdir()) == [path]
 
 
+def test_a_picture_holds_what_lies_below_the_window(tmp_path):
+    long = made([f" w{i % 50}".encode() for i in range(2500)], top=2, prompt="\n".join(map(str, range(30))))
+    raw = TokenLens(long, title="A long title. " * 200).to_png(tmp_path / "x.png", width=480).read_bytes()
+    rows = "".join("x" if row.min() < 100 else "-" for row in _grey(raw))
+    assert max(map(len, rows.split("x"))) < 200  # pixels, two for each of CSS; the strip alone has 800
+
+
 def _darkness(raw: bytes) -> bool:
+    return float(_grey(raw).mean()) < 128
+
+
+def _grey(raw: bytes) -> np.ndarray:
+    """A picture's pixels by row, 0 black to 255 white."""
     from io import BytesIO
 
     from PIL import Image
 
-    return float(np.asarray(Image.open(BytesIO(raw)).convert("L")).mean()) < 128
+    return np.asarray(Image.open(BytesIO(raw)).convert("L"))
