@@ -12,7 +12,7 @@ import hashlib
 import json
 import math
 import zlib
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from itertools import pairwise
 from typing import Any
 
@@ -52,7 +52,7 @@ def coarser(values: np.ndarray, limit: float) -> np.ndarray:
 
 def cost(values: np.ndarray) -> int:
     """Bytes that an array takes in the block, about."""
-    return len(zlib.compress(_stored(values)[1].tobytes(), 6))
+    return len(_deflated([_stored(values)[1].tobytes()]))
 
 
 def text(trace: Trace) -> dict[str, Any]:
@@ -101,16 +101,14 @@ def pack(tree: Mapping[str, Any]) -> bytes:
     """Plain data with numpy arrays in it (1-d; 2-d ones flat), deflated. Non-finite floats outside arrays become strings."""
     arrays: list[tuple[list[Any], str, np.ndarray, float]] = []
     plain = _split(tree, [], arrays)
-    start, listed, body = 0, [], b""
+    start, listed, parts = 0, [], [b""]
     for path, kind, array, top in arrays:
-        body += b"\0" * (-len(body) % 8)
-        start = len(body)
-        body += array.tobytes()
         listed.append([path, kind, start, array.size, top])
+        parts.append(_padded(array.tobytes()))
+        start += len(parts[-1])
     head = json.dumps({"tree": plain, "arrays": listed}, ensure_ascii=False, allow_nan=False, separators=(",", ":")).encode()
-    raw = len(head).to_bytes(4, "little") + head
-    packer = zlib.compressobj(9, zlib.DEFLATED, -15)
-    return packer.compress(raw + b"\0" * (-len(raw) % 8) + body) + packer.flush()
+    parts[0] = _padded(len(head).to_bytes(4, "little") + head)
+    return min(_deflated(parts), _deflated([b"".join(parts)]), key=len)
 
 
 def base64_of(block: bytes) -> str:
@@ -129,6 +127,22 @@ def unpack(block: bytes) -> dict[str, Any]:
             node = node[step]
         node[path[-1]] = _from_levels(array, top) if kind == "levels" else array.astype(float) if kind[0] == "f" else array
     return head["tree"]
+
+
+def _padded(raw: bytes) -> bytes:
+    return raw + b"\0" * (-len(raw) % 8)
+
+
+def _deflated(parts: Sequence[bytes]) -> bytes:
+    """One stream, each part with codes of its own and in the shorter way: repetitions pay in text, in noise they only cost."""
+    out = b""
+    for i, part in enumerate(parts):
+        end, ways = zlib.Z_FINISH if i == len(parts) - 1 else zlib.Z_FULL_FLUSH, []
+        for strategy in (zlib.Z_DEFAULT_STRATEGY, zlib.Z_HUFFMAN_ONLY):
+            packer = zlib.compressobj(9, zlib.DEFLATED, -15, zlib.DEF_MEM_LEVEL, strategy)
+            ways.append(packer.compress(part) + packer.flush(end))
+        out += min(ways, key=len)
+    return out
 
 
 def _split(data: Any, path: list[Any], arrays: list[Any]) -> Any:

@@ -49,11 +49,22 @@ def test_inflate_is_zlib(probe, level, strategy):
     ):
         packer = zlib.compressobj(level, zlib.DEFLATED, -15, 8, strategy)
         block = packer.compress(raw) + packer.flush()
-        got = probe.evaluate(HASHED, payload.base64_of(block))
-        want = 0
-        for x in raw:
-            want = (want * 31 + x) & 0xFFFFFFFF
-        assert got == [len(raw), want]
+        assert probe.evaluate(HASHED, payload.base64_of(block)) == hashed(raw)
+
+
+def test_inflate_reads_parts_packed_each_in_its_own_way(probe):
+    rng = np.random.default_rng(0)
+    noise = [rng.integers(0, high, 9_000, np.uint8).tobytes() for high in (7, 256)]
+    parts = [b"abc" * 3_000, noise[0], b"", noise[1], b"tail"]
+    assert probe.evaluate(HASHED, payload.base64_of(payload._deflated(parts))) == hashed(b"".join(parts))
+
+
+def hashed(raw: bytes) -> list[int]:
+    """What `HASHED` makes of it."""
+    out = 0
+    for x in raw:
+        out = (out * 31 + x) & 0xFFFFFFFF
+    return [len(raw), out]
 
 
 def test_the_page_reads_what_python_packs(probe):
