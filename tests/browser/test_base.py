@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import struct
 import zlib
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -57,6 +58,18 @@ def test_inflate_reads_parts_packed_each_in_its_own_way(probe):
     noise = [rng.integers(0, high, 9_000, np.uint8).tobytes() for high in (7, 256)]
     parts = [b"abc" * 3_000, noise[0], b"", noise[1], b"tail"]
     assert probe.evaluate(HASHED, payload.base64_of(payload._deflated(parts))) == hashed(b"".join(parts))
+
+
+def test_style_sheets_mean_the_same_without_their_spaces(probe):
+    """The rules as the browser reads them, of each style sheet as it is written and as it is sent. It keeps spaces in values with var()."""
+    read = """(text) => {
+      const sheet = new CSSStyleSheet();
+      sheet.replaceSync(text);
+      return [...sheet.cssRules].map((rule) => rule.cssText.replace(/([,:])\\s+/g, "$1"));
+    }"""
+    names = sorted(path.name for path in Path(embed.__file__).with_name("static").glob("*.css"))
+    for name in names:
+        assert probe.evaluate(read, embed.style_text(name)) == probe.evaluate(read, embed.asset(name)) != []
 
 
 def hashed(raw: bytes) -> list[int]:
