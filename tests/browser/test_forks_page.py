@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from itertools import pairwise
+
 import pytest
 from viz.traces import NASTY, made
 
@@ -71,6 +73,32 @@ def test_windows_plan_and_threshold(open_page, tmp_path, forks, axe):
     assert root.locator("[aria-selected='true']").get_attribute("data-i") == "5"
     assert view.evaluate("window.broken") is None
     axe(view, ".opd-forks")
+
+
+@pytest.mark.parametrize("width", [480, 1000])
+def test_counts_of_crowded_distances_keep_clear_of_the_line_and_of_each_other(open_page, tmp_path, width):
+    trace, places = made(WORDS), range(len(WORDS))
+    distances = [0.0] * 12 + [0.4] * 8 + [0.404] * 9 + [0.8] * (len(WORDS) - 29)
+    trace.meta["notes"] = {
+        "windows": [{"sample": 0, "position": i, "student": [i], "teacher": [i], "distance": distances[i]} for i in places]
+    }
+    view = open_page(Forks(trace).to_html(tmp_path / "f.html"), viewport={"width": width, "height": 900})
+    counts = view.locator(".opd-dots-more")
+    assert sum(int(n) for n in counts.all_text_contents()) == len(WORDS) - view.locator(".opd-dot-mark").evaluate_all(
+        "nodes => new Set(nodes.map((n) => n.getAttribute('transform'))).size"
+    )
+    handle = view.locator(".opd-line-handle")
+    for _ in range(2):  # at 0, and on the crowd in the middle
+        boxes = counts.evaluate_all(
+            "nodes => nodes.map((n) => n.getBoundingClientRect()).map(({ left, right, top }) => [left, right, top])"
+        )
+        line = handle.bounding_box()
+        middle, low = line["x"] + line["width"] / 2, line["y"] - 12 + 17  # where the sign over the line ends
+        assert all(top >= low for _, _, top in boxes)
+        assert not [1 for left, right, _ in boxes if left < middle < right]
+        assert all(a[1] < b[0] for a, b in pairwise(sorted(boxes)))
+        while float(handle.get_attribute("aria-valuenow")) < 0.4:
+            handle.press("PageUp")
 
 
 def test_it_fits_and_reads_in_the_dark(open_page, tmp_path, forks, axe):

@@ -2,6 +2,18 @@
 
 const DOTS_HIGH = 64, DOT = 9, DOTS_EDGE = 12; // height of the row, px of a mark, room at its ends
 
+// Columns with more marks than are shown, neighbours as one, so that their counts do not collide: [{ from, to, hidden }].
+const crowded = (stacks) => {
+  const out = [];
+  for (const [column, n] of [...stacks].sort(([a], [b]) => a - b)) {
+    if (n <= 5) continue;
+    const last = out.at(-1);
+    if (last && column - last.to < 3) Object.assign(last, { to: column, hidden: last.hidden + n - 5 });
+    else out.push({ from: column, to: column, hidden: n - 5 });
+  }
+  return out;
+};
+
 // { node, draw(points, selected, limit), width() }. A point is { row, value, solid, told }; `choose(row)` hears clicks. With
 // `move(value)` there is a line at `limit`, named `name` and marked with the sign `sign`.
 const dotLine = ({ choose, move = null, name = "", sign = "", most = 0 }) => {
@@ -33,10 +45,10 @@ const dotLine = ({ choose, move = null, name = "", sign = "", most = 0 }) => {
       if (told) mark.appendChild(shape("title")).textContent = told;
       nodes.push(mark);
     }
-    for (const [column, n] of stacks) {
-      if (n <= 5) continue;
-      const more = shape("text", { x: DOTS_EDGE + column * DOT, y: DOTS_HIGH - 6 - 5 * DOT, "text-anchor": "middle" });
-      more.textContent = `+${n - 5}`;
+    for (const { from, to, hidden } of crowded(stacks)) {
+      const x = DOTS_EDGE + ((from + to) / 2) * DOT, lined = move && Math.abs(x - toX(limit)) < 16; // the line would strike through it
+      const more = shape("text", { x: lined ? toX(limit) + 4 : x, y: DOTS_HIGH - 6 - 5 * DOT, class: "opd-dots-more", "text-anchor": lined ? "start" : "middle" });
+      more.textContent = `+${hidden}`;
       nodes.push(more);
     }
     put(svg, { width, height: DOTS_HIGH + 16 }).replaceChildren(...nodes, ...ticks());
