@@ -56,3 +56,24 @@ def test_sort_filter_choose(open_page, tmp_path, axe, scheme):
     assert view.locator(".opd-rollouts-text .opd-prompt").text_content() == "Question 7?"
     assert view.locator(".opd-rollouts-text [aria-selected='true']").text_content() == " d"
     axe(view, ".opd-rollouts")
+
+
+@pytest.mark.parametrize("width", [480, 900])
+def test_no_heading_is_cut_and_nothing_scrolls_sideways(open_page, tmp_path, width):
+    text = [b"It begins like this", b" and goes on for quite a while", b" until it ends with", b" forty-two."]
+    view = Rollouts(several(*[made(text, prompt=f"How long is text {i}?") for i in range(3)]), rewards=[1, 0, 1])
+    tab = open_page(view.to_html(tmp_path / "r.html"), viewport={"width": width, "height": 900})
+    heads = tab.locator(".opd-grid-head > .opd-grid-cell:visible")
+    names = [name.strip() for name in heads.all_text_contents()]
+    assert {"prompt", "…text", "reward", "mean KL", "log ratio"} <= set(names)
+    assert ("mean log ratio" in names) == (width == 900)
+    for each in tab.locator(".opd-grid-head button:visible").all():  # sorted by each, so that each has its arrow
+        each.click()
+        assert heads.evaluate_all("nodes => nodes.filter((n) => n.scrollWidth > n.clientWidth).map((n) => n.textContent)") == []
+    assert tab.locator(".opd-grid").evaluate("node => node.scrollWidth <= node.clientWidth")
+    assert tab.locator(".opd-grid-body").evaluate("node => node.clientHeight") == 3 * 30
+    end = tab.locator(".opd-grid-end").first  # cut at its beginning, not at its end
+    assert end.evaluate("""(node) => {
+      const cell = node.getBoundingClientRect(), text = node.firstChild.getBoundingClientRect();
+      return text.left < cell.left && Math.abs(text.right - cell.right) < 2;
+    }""")

@@ -2,6 +2,8 @@
 
 const LINE = 30; // px of a row, as in rollouts.css
 const SHOWN = 9; // rows in sight
+const WIDE = { tokens: 62, finish: 54, reward: 64, reverse_kl: 75, log_ratio: 115, peak: 64 }; // px of a column with its heading
+const NARROW = ["reward", "reverse_kl", "peak"]; // columns that a narrow page has room for; of these the first two
 const HEADS = { tokens: "tokens", finish: "finish", reward: "reward", reverse_kl: "mean KL", log_ratio: "mean log ratio", peak: "largest" };
 
 // What a live page asked for arrives as lists; none stands for what JSON does not know.
@@ -36,17 +38,21 @@ define("rollouts", ({ box, data, state }) => {
   // The table.
   const grid = put(make("div", "opd-grid"), { role: "grid", tabindex: "0", "aria-label": "Rollouts", "aria-rowcount": String(count + 1) });
   const head = put(make("div", "opd-grid-row opd-grid-head"), { role: "row", "aria-rowindex": "1" }), body = put(make("div", "opd-grid-body"), { role: "rowgroup" }), room = put(make("div", "opd-grid-room"), { role: "none" });
-  grid.style.setProperty("--columns", columns.map((key) => (key === "finish" ? "64px" : "minmax(56px, 100px)")).join(" "));
+  const narrow = NARROW.filter((key) => columns.includes(key)).slice(0, 2), look = (key) => (columns.includes(key) && !narrow.includes(key) ? "opd-grid-wide" : "");
+  const widths = (keys) => keys.map((key) => `${WIDE[key]}px`).join(" ");
+  grid.style.setProperty("--columns", widths(columns));
+  grid.style.setProperty("--narrow", widths(narrow));
   const heading = (label, key) => {
-    const cell = put(make("div", "opd-grid-cell"), { role: "columnheader" });
+    const cell = put(make("div", `opd-grid-cell ${look(key)}`), { role: "columnheader" });
     if (!key) return cell.append(label), cell;
     const button = put(make("button", "opd-button", label), { type: "button", "data-key": key });
     button.addEventListener("click", () => state.set("sort", state.get("sort") === `-${key}` ? key : `-${key}`));
     cell.append(button);
     return cell;
   };
-  head.append(heading("#", "sample"), heading("prompt"), heading("end of the text"), ...columns.map((key) => heading(HEADS[key], key)), heading("log ratio"));
+  head.append(heading("#", "sample"), heading("prompt"), heading("…text"), ...columns.map((key) => heading(HEADS[key], key)), heading("log ratio"));
   if (spark.kind !== "ratio") head.lastChild.textContent = data.channels[0]?.label ?? "";
+  body.style.height = `${clamp(count, 1, SHOWN) * LINE}px`;
   body.append(room);
   grid.append(head, body);
 
@@ -56,7 +62,7 @@ define("rollouts", ({ box, data, state }) => {
     const cell = (content, look = "") => put(make("div", `opd-grid-cell ${look}`, content), { role: "gridcell" });
     node.append(cell(String(table.sample[k])), cell(prompts[table.prompt[k]], "opd-grid-text"), cell("", "opd-grid-text opd-grid-end"));
     node.lastChild.append(make("span", "", table.end[k]));
-    node.append(...columns.map((key) => cell(value(key, k), "opd-grid-number")));
+    node.append(...columns.map((key) => cell(value(key, k), `opd-grid-number ${look(key)}`)));
     const last = cell("");
     last.append(sparkOf(spark, k));
     node.append(last);
@@ -118,7 +124,7 @@ define("rollouts", ({ box, data, state }) => {
   const fact = (row) => {
     if (!open || row < open.first || row >= open.first + open.size) return;
     const shown = open.channels.map((c) => make("span", "", `${c.label} ${measure(c.values[row], c)}`));
-    facts.replaceChildren(make("b", "", `rollout ${open.sample}`), make("span", "opd-word", wordOf(open.text, open.text.index[row])), make("span", "opd-soft", `position ${row - open.first}`), ...shown);
+    facts.replaceChildren(make("b", "", `rollout ${open.sample}`), make("span", "opd-soft", `${open.size} tokens, ${open.finish}`), make("span", "opd-word", wordOf(open.text, open.text.index[row])), make("span", "opd-soft", `position ${row - open.first}`), ...shown);
     moveCursor(legend, open.channels[channel], open.channels[channel].values[row]);
   };
   // The state of a strip whose tokens only this view has: as `state`, but nobody else hears.
@@ -134,7 +140,7 @@ define("rollouts", ({ box, data, state }) => {
     own.on("hovered", (at) => fact(at < 0 ? own.get("selected") : at));
     own.on("selected", fact);
     const drawn = some.map((c) => ({ ...c, peaks: peaksIn(c, first, size) }));
-    return { sample, first, size, prompt, text: from, channels: drawn, strip, own };
+    return { sample, first, size, prompt, finish: end, text: from, channels: drawn, strip, own };
   };
   const show = (one) => {
     open = one;
