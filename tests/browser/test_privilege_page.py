@@ -74,6 +74,13 @@ def test_it_fits_and_reads_in_the_dark(open_page, tmp_path, lens, axe):
     view = open_page(path, viewport={"width": 480, "height": 900}, color_scheme="dark")
     assert view.locator("[data-leak]").count()
     assert view.evaluate("document.documentElement.scrollWidth") <= 480
+    cells = view.locator(".opd-mean").evaluate_all("""nodes => nodes.map((node) => {
+      const of = (part) => part.getBoundingClientRect(), row = of(node.parentNode);
+      const bar = of(node.querySelector(".opd-track")), words = of(node.querySelector(".opd-value"));
+      return [row.top, words.top, words.bottom, bar.top, bar.bottom, row.bottom];
+    })""")
+    assert cells
+    assert all(cell == sorted(cell) for cell in cells)  # each number over its bar, both within their row
     axe(view)
     still = open_page(path, java_script_enabled=False)
     assert lens.sentence in still.locator(".opd-peaks").text_content()

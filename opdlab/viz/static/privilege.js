@@ -54,7 +54,7 @@ const typeTable = ({ all }) => {
   const half = (v) => clamp(0.5 + (Math.sign(v) * Math.sqrt(Math.abs(v) / top)) / 2, 0, 1);
   node.style.setProperty("--parts", keys.length);
   node.append(make("div", "opd-heading", "mean by type of token, all completions, nats"));
-  node.append(columnsOf(make("div", "opd-type opd-soft"), [["", "type"], ["opd-count", "tokens"], ...keys.map((key) => ["", key === "wrong" ? "wrong hint" : key]), ["opd-count", "flagged"]]));
+  node.append(columnsOf(make("div", "opd-type opd-soft"), [["", "type"], ["opd-count", "tokens"], ...keys.map((key) => ["opd-part-name", key === "wrong" ? "wrong hint" : key]), ["opd-count", "flagged"]]));
   const shares = rows.map(({ name, which, means }) => {
     const row = put(make("div", "opd-type"), { "data-type": name }), flagged = make("span", "opd-count");
     columnsOf(row, [["opd-type-name", name], ["opd-count", which.length.toLocaleString("en")]]);
