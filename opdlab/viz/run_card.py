@@ -29,8 +29,8 @@ class RunCard(View):
 
     run: a run or its `history`. before, after: `opdlab.evaluate(…)` of the same prompts; without them the first and last accuracy
     that the history knows. samples: a scored trace (its first three completions), or traces by caption (the first completion of
-    each). note: a line of your own. A still picture: it has no script, and `live()` is the same as showing it. Raises OpdlabError
-    for a run without steps, and for evaluations of different prompts.
+    each). note: a line of your own. A still picture without a script: `live()` says to use a RunBoard. Raises OpdlabError for a
+    run without steps, and for evaluations of different prompts.
     """
 
     name, scripts, styles = "run-card", (), ("lines.css", "run_card.css")

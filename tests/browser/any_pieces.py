@@ -32,10 +32,15 @@ def noted(pieces: Sequence[bytes], text: str) -> Trace:
     return made_of
 
 
+def card(pieces: Sequence[bytes], text: str) -> viz.View:
+    return viz.RunCard({text: HISTORY}, samples={text: trace(pieces, text)}, title=text, note=text)
+
+
 HISTORY = pd.DataFrame({"step": range(1, 31), "loss": 1.0, "entropy": np.linspace(2, 0, 30), "reward": 0.5})
 
 # A view made of (tokens, any other text), and how many strips of those tokens it shows at least.
 Make = Callable[[Sequence[bytes], str], viz.View]
+STILL: dict[str, tuple[Make, int]] = {"RunCard": (card, 1)}  # views without a script
 VIEWS: dict[str, tuple[Make, int]] = {
     "TokenLens": (lambda p, t: viz.TokenLens(trace(p, t, "student", t or "teacher"), title=t, channel="type", tracks=["jsd"]), 1),
     "Compare": (lambda p, t: viz.Compare({t: trace(p, t), f"{t}2": trace(p, t, seed=1)}, title=t), 3),
