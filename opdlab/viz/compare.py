@@ -82,9 +82,9 @@ class Compare(View):
 
     @property
     def changed(self) -> pd.DataFrame:
-        """The rows of `df` with the largest differences, largest first."""
+        """The rows of `df` with the largest differences, largest first; those of less than a hundredth of it are left out."""
         size = self.df["difference"].abs()
-        return self.df.loc[size[size > 0].nlargest(CHANGED).index]
+        return self.df.loc[size[(size > 0) & (size >= size.max() / 100)].nlargest(CHANGED).index]
 
     def static(self) -> str:
         chosen, tokens = self.channels[self.channel], groups(next(iter(self.traces.values())).tokens())

@@ -7,6 +7,7 @@ import pytest
 from viz.traces import made
 
 from opdlab.viz import Compare
+from opdlab.viz.markup import number
 
 pytestmark = pytest.mark.browser
 WORDS = [b"The", b" cat", b" sat", b" on", b" the", b" mat"]
@@ -29,6 +30,9 @@ def test_strips_pairs_and_changes(open_page, tmp_path, axe, scheme):
 
     changed = view.locator(".opd-changed .opd-word")
     assert changed.all_text_contents() == list(compared.changed["token"])
+    rest = compared.df["difference"].abs().drop(compared.changed.index).max()
+    last = view.locator(".opd-changed > li").last.text_content()
+    assert last == f"all others by at most {number(float(rest))}" if len(compared.changed) < len(WORDS) else "→" in last
     view.get_by_label("minuend").select_option("2")
     compared.pair = [2, 0]
     assert changed.all_text_contents() == list(compared.changed["token"])

@@ -33,6 +33,10 @@ def test_values_and_differences_are_those_of_the_traces(compared):
     np.testing.assert_allclose(compared.df["difference"], [0, 3, 0, -1, 0])
 
 
+def test_what_hardly_changed_is_not_listed():
+    assert list(Compare({"one": with_gap([0] * 5), "two": with_gap([0.09, -9, 0, 0.0899, 1])}).changed.index) == [1, 4, 0]
+
+
 def test_rank_correlation_is_of_sizes():
     same_sizes = Compare({"x": with_gap([0.1, 0.2, 0.3, 0.4, 0.5]), "y": with_gap([-1, -2, -3, -4, -5])})
     turned = Compare({"x": with_gap([0.1, 0.2, 0.3, 0.4, 0.5]), "y": with_gap([5, 4, 3, 2, 1])})

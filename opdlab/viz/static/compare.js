@@ -106,8 +106,11 @@ define("compare", ({ box, data, state }) => {
     picks.forEach((pick, k) => (pick.value = String(pair()[k])));
     last.strip.paint(change);
     drawLegend(difference, change);
-    list.replaceChildren(...peaksIn({ values: change.values, limit: 1e-30 }, 0, size, CHANGED).map(listed));
-    if (!list.children.length) list.append(make("li", "opd-soft", "nothing differs"));
+    const rows = peaksIn({ values: change.values, limit: 1e-30 }, 0, size, CHANGED), sizeOf = (row) => Math.abs(change.values[row]);
+    const shown = rows.filter((row) => sizeOf(row) >= sizeOf(rows[0]) / 100), next = rows[shown.length];
+    list.replaceChildren(...shown.map(listed));
+    if (!shown.length) list.append(make("li", "opd-soft", "nothing differs"));
+    if (next !== undefined) list.append(make("li", "opd-soft", `all others by at most ${number(sizeOf(next))}`));
     look(state.get("selected"));
   };
   const recolour = () => {
