@@ -40,7 +40,8 @@ def test_every_step_is_shown_and_reached_by_slider_keys_and_buttons(open_page, t
         steps.append((at.text_content(), tints()))
         assert sides() == ["teacher", "student", "teacher", ""]
         p = np.round(255 * np.exp(-0.5 + 2 / (1 + k))) / 255
-        assert f"student{100 * min(p, 1):.0f} %" in first.locator(".opd-wish").text_content().replace(".", "")
+        shown = ">99.8" if p >= 1 else f"{100 * p:.0f}"  # the page knows probabilities in 255ths
+        assert f"student{shown} %" in first.locator(".opd-wish").text_content()
         told = first.locator(".opd-kpis figcaption .opd-soft").all_text_contents()
         want = float(probe.table["reverse_kl"][k])
         assert abs(float(told[0].split()[0]) - want) < 2e-3 * want
@@ -66,6 +67,20 @@ def test_every_step_is_shown_and_reached_by_slider_keys_and_buttons(open_page, t
     first.get_by_role("button", name="▶ play").click()
     first.locator(".opd-at", has_text="step 20 of 20").wait_for(timeout=10_000)
     first.get_by_role("button", name="▶ play").wait_for()  # it stops by itself
+
+
+def test_small_probabilities_are_seen_and_not_called_nothing(open_page, tmp_path):
+    base = made(TOKENS)
+    move = lambda k: base.with_columns(teacher_logp=np.log([0.05] * 4), student_logp=np.log([0.08 / 10**k] * 4))
+    view = open_page(Scrubber({k: move(k) for k in range(3)}).to_html(tmp_path / "p.html"))
+    view.locator("[data-i='1']").click()
+    said = []
+    for k in range(3):
+        view.get_by_role("slider").fill(str(k))
+        said.append(view.locator(".opd-wish .opd-value").all_text_contents())
+    assert [student for student, _ in said] == ["7.8 %", "0.8 %", "<0.2 %"]
+    assert {teacher for _, teacher in said} == {"5.1 %"}
+    assert view.locator(".opd-fate .opd-lp-y").all_text_contents() == ["0.1", "0"]
 
 
 def test_texts_of_each_step_are_shown_with_the_words_that_changed(open_page, tmp_path, axe):

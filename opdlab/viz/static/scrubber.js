@@ -57,14 +57,16 @@ define("scrubber", ({ box, data, state }) => {
   const pathOfToken = (row) => {
     const of = (name) => Float32Array.from(steps, (_, k) => fate.p[name][k * rows + row] / 255), x = Float32Array.from(steps);
     const lines = [["student", "student"], ...(fate.rival ? [[fate.rival, "teacher"]] : [])].map(([name, look]) => ({ name, look, kind: "line", x, y: of(name) }));
-    return linePlot({ label: wordOf(text, text.index[row]), told: `probability at position ${row}`, x: [steps[0], steps[count - 1]], y: [0, 1], marks: [], lines: lines.reverse() });
+    const most = Math.max(...lines.flatMap((line) => [...line.y])), top = [0.1, 0.25, 0.5].find((t) => most <= t) ?? 1;
+    return linePlot({ label: wordOf(text, text.index[row]), told: `probability at position ${row}`, x: [steps[0], steps[count - 1]], y: [0, top], marks: [], lines: lines.reverse() });
   };
+  const coarse = (p) => (p === 0 ? "<0.2 %" : p === 1 ? ">99.8 %" : `${(100 * p).toFixed(p < 0.1 ? 1 : 0)} %`); // as fine as the page knows it
   const wish = (row, k) => {
     const line = make("div", "opd-wish");
     for (const [name, look] of [["student", "student"], [fate.rival, "teacher"]]) {
       if (!name) continue;
       const one = line.appendChild(make("div")), key = make("span", `opd-lp-key opd-l-${look}`, name), p = fate.p[name][k * rows + row] / 255, want = fate.wanted?.at[name][k * rows + row];
-      one.append(key, make("span", "opd-value", percent(p).replace(/\.\d+/, "")));
+      one.append(key, make("span", "opd-value", coarse(p)));
       if (want !== undefined) one.append(make("span", "opd-soft", "wants most"), make("span", "opd-name-of", fate.wanted.names[want]));
     }
     return line;
