@@ -15,7 +15,7 @@ from opdlab.estimator import audit
 from opdlab.generator import FORMS, PARAMETERS
 from opdlab.trace import Trace
 from opdlab.viz import markup, payload, toys
-from opdlab.viz.channels import Channel
+from opdlab.viz.channels import Channel, channels
 from opdlab.viz.duel import duel
 from opdlab.viz.lines import Line, Plot
 from opdlab.viz.toys import Push
@@ -36,8 +36,8 @@ class Playground(View):
     without Python. losses: what is shown, names of generators, `Generator`s, and your own by name or as they are: functions of
     rows, of (student, teacher) log-probs, or methods without a plan; they are audited, and checked by finite differences. Own
     losses are evaluated by Python, so the sliders move them in `.live()` only. trace: one scored text, `sample` of it, to see
-    the push of the built-in losses on the tokens wanted at a position. Raises OpdlabError for names that are none, for more
-    than four losses, and what an own loss raises.
+    the push of the built-in losses on the tokens wanted at a position, at first where the two sides differ most. Raises
+    OpdlabError for names that are none, for more than four losses, and what an own loss raises.
 
     `parameter` is the beta or alpha of those that have one, `clip` the largest push (0: all), `temperature` the teacher's,
     `steps` how many are taken; `teacher` and `student` the probabilities of three outcomes.
@@ -72,7 +72,8 @@ class Playground(View):
         self.audits = {name: audit(loss) for name, loss in self.own.items()}
         self.checks = {name: toys.finite_difference(loss) for name, loss in self.own.items()}
         if self.trace is not None:
-            self.selected = 0
+            found = channels(self.trace)
+            self.selected = next(iter(found["log_ratio"].peaks()), 0) if "log_ratio" in found else 0
 
     def push(self, name: str) -> Push:
         """A loss by its name, at the settings of the view."""

@@ -52,7 +52,7 @@ class TailAudit(View):
         if not 0 <= k <= self.width:
             raise OpdlabError(f"The trace kept the {self.width} likeliest tokens, not {k}. Give k from 1 to {self.width}.")
         self.k = k or self.width
-        self.selected = next(iter(self._missed(self.k).peaks()), 0)
+        self.selected = next(iter(self._missed(self.k).peaks()), self._widest)
 
     @cached_property
     def curve(self) -> pd.DataFrame:
@@ -72,6 +72,11 @@ class TailAudit(View):
         full = self._full(self.trace, self._at(self.trace, self.width)["bucket"])
         tokens = [visible(piece) for piece in self.trace.tokens()]
         return pd.DataFrame({"token": tokens, **row, "exact": full, "missed": np.maximum(full - row["bucket"], 0.0)})
+
+    @property
+    def _widest(self) -> int:
+        """The token of the largest KL."""
+        return int(np.nan_to_num(self.df["exact"].to_numpy(float)).argmax()) if len(self.trace) else 0
 
     def static(self) -> str:
         missed = self._missed(self.k)

@@ -123,3 +123,9 @@ def test_what_cannot_be_played_with_is_said():
         Playground(list(FORMS)[:5])
     with pytest.raises(UnknownColumn, match="rows has no 'advantage'"):
         Playground(lambda rows: rows.advantage * rows.logp)
+
+
+def test_it_begins_at_the_token_where_the_two_sides_differ_most():
+    trace = made([b"a", b" b", b" c"]).with_columns(student_logp=[-1.0, -1.0, -1.0], teacher_logp=[-1.5, -0.9, -4.0])
+    assert Playground(trace=trace).selected == 2
+    assert Playground(trace=made([b"a", b" b"], ("student",))).selected == 0

@@ -53,6 +53,16 @@ def test_more_tokens_read_more_and_never_more_than_there_is(student, teacher, pr
     assert (np.diff(curve["student_mass"]) > 0).all()
 
 
+def test_it_begins_where_most_is_missed_else_where_most_is_to_be_seen():
+    trace = made(WORDS, top=4)
+    missed = TailAudit(trace, k=1)
+    assert missed.selected == missed.df["missed"].argmax()
+    wide = made(WORDS, top=100)
+    seen = TailAudit(wide)
+    assert seen.df["missed"].max() < 1e-6
+    assert seen.selected == wide.column("teacher_reverse_kl").argmax() > 0
+
+
 def test_the_page_has_each_tokens_numbers_for_each_k():
     audit = TailAudit(made(WORDS, top=4), k=2)
     sent = payload.unpack(payload.pack(audit.data()))
