@@ -49,7 +49,7 @@ class Plot:
 
     def html(self) -> str:
         """The plot as markup; nothing in it but numbers and escaped words."""
-        top, low = number(self.y[1]), number(self.y[0])
+        low, top = (number(0.0 if abs(end) < (self.y[1] - self.y[0]) / 1000 else end) for end in self.y)
         first, last = (f"{x:g}".replace("-", "−") for x in self.x)
         drawn = "".join(f'<path class="opd-l opd-l-{s.look} opd-l-{s.kind}" d="{path(s, self.x, self.y)}"/>' for s in self.lines)
         flags = "".join(f'<span class="opd-lp-flag" style="left:{_at(x, self.x):.2f}%">{safe(sign)}</span>' for x, sign in self.marks)

@@ -17,6 +17,9 @@ const penOf = ({ x, y, kind }, plot) => {
   return d;
 };
 
+// A number at an end of the scale; what is nothing beside the other end is 0.
+const endOf = (value, [low, high]) => number(Math.abs(value) < (high - low) / 1000 ? 0 : value);
+
 const linePlot = (plot) => {
   const node = make("figure", "opd-plot"), caption = make("figcaption"), told = make("span", "opd-soft", plot.told);
   const frame = make("div", "opd-lp-box"), canvas = make("div", "opd-lp-area");
@@ -33,7 +36,7 @@ const linePlot = (plot) => {
     flag.style.left = `${partOf(x, plot.x)}%`;
     canvas.append(flag);
   }
-  frame.append(make("span", "opd-lp-y", number(plot.y[1])), make("span", "opd-lp-y opd-lp-low", number(plot.y[0])), canvas);
+  frame.append(make("span", "opd-lp-y", endOf(plot.y[1], plot.y)), make("span", "opd-lp-y opd-lp-low", endOf(plot.y[0], plot.y)), canvas);
   frame.append(...plot.x.map((x, i) => make("span", i ? "opd-lp-x opd-lp-last" : "opd-lp-x", String(x).replace("-", "−"))));
   node.append(caption, frame);
   const mark = (x) => now.setAttribute("d", Number.isNaN(x) ? "" : `M${partOf(x, plot.x).toFixed(2)} 0V100`);

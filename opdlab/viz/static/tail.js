@@ -20,7 +20,7 @@ define("tail", ({ box, data, state }) => {
   bar.append(label, told);
   plots.forEach((plot, k) => {
     const keys = make("div", "opd-tail-keys");
-    keys.append(...data.plots[k].lines.map((line) => make("span", `opd-lp-key opd-l-${line.look}`, line.name)));
+    keys.append(...data.plots[k].lines.map((line) => make("span", `opd-lp-key opd-l-${line.look} opd-l-${line.kind}`, line.name)));
     plot.node.append(keys);
     pictures.append(plot.node);
   });
