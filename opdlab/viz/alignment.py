@@ -153,7 +153,7 @@ class Alignment(View):
     def _said(self) -> str:
         matched = [p for p in self.pieces if p.matched]
         single, unmatched = sum(p.kind == "1:1" for p in matched), sum(p.size for p in self.pieces if not p.matched)
-        said = f"{self.share:.0%} of the {'matched ' * bool(unmatched)}bytes in 1:1 spans ({single} of {len(matched)})"
+        said = f"{100 * self.share:.0f} % of the {'matched ' * bool(unmatched)}bytes in 1:1 spans ({single} of {len(matched)})"
         counts = f"{len(self.ours)} {self.names[0]} tokens, {len(self.theirs)} {self.names[1]} tokens"
         return f"{said} · {counts}{f' · {unmatched} bytes unmatched' if unmatched else ''}"
 

@@ -41,7 +41,7 @@ def test_what_differs_in_the_middle_is_unmatched():
     assert view.df["kind"].tolist() == ["1:1", "1:2", "unmatched", "1:1"]
     assert view.df["ours"].tolist()[2] == ["·=", "·85"]
     assert view.share == pytest.approx(4 / 6)
-    assert "67% of the matched bytes in 1:1 spans (2 of 3) · 5 student tokens, 6 teacher tokens · 5 bytes unmatched" in repr(view)
+    assert "67 % of the matched bytes in 1:1 spans (2 of 3) · 5 student tokens, 6 teacher tokens · 5 bytes unmatched" in repr(view)
     assert view.html().count("opd-unmatched") > 1
 
 
