@@ -51,6 +51,8 @@ def market(quick: bool = False) -> Scene:
     rollout = student.sample(task.prompts(24, split="test"), max_new_tokens=task.max_new_tokens, seed=0)
     trace = typed(score(rollout, start, teacher), task, rollout, student)
     rewards = judged(task, rollout)
+    several = start.sample(rollout.prompts[:1], n=8, max_new_tokens=task.max_new_tokens, temperature=2.0, seed=1)
+    roads = Timeline(score(several, start, teacher), rewards=judged(task, several))
     wrong = rewards.index(0.0) if 0.0 in rewards else 0
     before = evaluate(start, task, n=held, name="before")
     run = distill(student, teacher, task, steps=steps, snapshot_every=max(1, steps // 6), quiet=True).train()
@@ -59,7 +61,7 @@ def market(quick: bool = False) -> Scene:
     yield "What each token was told", TokenLens(trace, wrong, title="Written by the student, graded by the teacher")
     yield "The same text before and after", Compare({"before": trace, "after": again}, sample=wrong)
     yield "All completions", Rollouts(trace, rewards=rewards)
-    yield "Where texts leave the teacher's road", Timeline(trace, rewards=rewards)
+    yield "Where texts leave the teacher's road", roads
     secret = told()
     yield "Which tokens a rule touches", Regimes(secret)
     yield "What a hint adds", PrivilegeLens(secret, wrong="teacher+wrong", title="A skill, or a leaked answer?")
