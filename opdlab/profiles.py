@@ -64,12 +64,12 @@ def smollm2() -> Policy:
     import gguf
 
     folder, name = str(files[0].parent), files[0].name
-    once = {f.__name__: cache(f) for f in (gguf.GGUFReader, gguf.get_tensor_name_map)}
-    with patch.multiple(gguf, **once):  # transformers parses the file three times, and the table of names for every module: 8 of 17 s
+    # without this transformers parses the file three times, and makes a table of names for every module: 8 of 17 s
+    with patch.multiple(gguf, GGUFReader=cache(gguf.GGUFReader), get_tensor_name_map=cache(gguf.get_tensor_name_map)):
         packed = AutoModelForCausalLM.from_pretrained(folder, gguf_file=name, dtype=torch.float32)
         tokenizer = AutoTokenizer.from_pretrained(folder, gguf_file=name)
-    model = type(packed)(packed.config)  # a GGUF model cannot be saved or adapted: rebuild it from its tensors
-    model.load_state_dict(packed.state_dict())
+    del packed.config.quantization_config  # a GGUF model cannot be saved or adapted: make a plain one of its tensors
+    model = type(packed).from_pretrained(None, config=packed.config, state_dict=packed.state_dict())
     model.config._name_or_path = "SmolLM2-135M-Instruct"
     return Policy.of(model, tokenizer)
 
