@@ -68,9 +68,9 @@ def test_freeze_adds_a_picture_to_charts(tmp_path):
     first = notebook.freeze(path)
     data = nbformat.read(path, as_version=4).cells[0].outputs[0]["data"]
     picture = Image.open(io.BytesIO(base64.b64decode(data["image/png"]))).convert("RGB")
-    assert picture.size == (1140, 300)
+    assert picture.size == (760, 200)
     blue = sum(count for count, colour in picture.getcolors(1 << 20) if colour == (0x00, 0x72, 0xB2))
-    assert blue > 0.5 * 1140 * 300
+    assert blue > 0.5 * 760 * 200
     assert dict(data[notebook.freezing.CHART]) == figure
     assert notebook.freeze(path) == first
 

@@ -17,7 +17,7 @@ from opdlab.errors import OpdlabError
 LIMIT = 1_000_000  # bytes of a committed notebook
 CHART = "application/vnd.plotly.v1+json"
 _KEPT = ("text/html", "text/plain", "image/png", CHART)
-_WIDTH, _DENSITY = 760, 1.5  # of a chart's picture: CSS pixels, and pixels for each
+_WIDTH = 760  # pixels of a chart's picture: JupyterLab shows it unscaled until the mouse is over it, and would cut off a wider one
 
 
 def source_hash(notebook: Mapping[str, Any]) -> str:
@@ -94,5 +94,5 @@ def _picture(figure: Mapping[str, Any]) -> str:
     head = f"<style>body{{margin:0;background:Canvas;--opd-chart-text:#555}}figure{{margin:0}}</style><script>{get_plotlyjs()}</script>"
     body = f'<figure class="opd-chart"><div></div>{embed.script_json(figure, "opd-figure")}</figure>{embed.plain_module("charts.js")}'
     with tempfile.TemporaryDirectory(prefix="opdlab-") as folder:
-        picture = camera.shoot(embed.document("chart", head, body), Path(folder) / "chart.png", width=_WIDTH, density=_DENSITY, least=1)
+        picture = camera.shoot(embed.document("chart", head, body), Path(folder) / "chart.png", width=_WIDTH, density=1, least=1)
         return base64.b64encode(picture.read_bytes()).decode()
