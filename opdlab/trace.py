@@ -173,7 +173,8 @@ def _plain(text: str | None) -> str:
 
 
 def _with_tail(top: np.ndarray, tail: np.ndarray) -> Tensor:
-    return torch.cat([torch.tensor(top), torch.tensor(tail).log()[:, None]], -1)
+    """Log-probs on the kept tokens and the tail, `[n, S + 1]`. Finite, as a policy's are: a repeat or an empty tail has e^-200."""
+    return torch.cat([torch.tensor(top), torch.tensor(tail).log()[:, None]], -1).clamp_min(-200.0)
 
 
 def _shares(norm: np.ndarray) -> dict[str, np.ndarray]:

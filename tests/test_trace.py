@@ -162,6 +162,13 @@ def test_what_if_is_exact_where_the_support_is_everything(rollout, student, teac
     np.testing.assert_allclose(asked.column("grad_norm"), want.numpy(), rtol=1e-3, atol=1e-5)
 
 
+def test_what_if_takes_a_loss_written_by_hand(trace):
+    by_hand = trace.what_if(lambda rows: (rows.student.exp() * (rows.student - rows.teacher)).sum(-1))
+    librarys = trace.what_if(lambda rows: reverse_kl(rows.student, rows.teacher))
+    for name in ("loss", "grad_norm"):
+        np.testing.assert_allclose(by_hand.column(name), librarys.column(name), rtol=1e-4, atol=1e-6)
+
+
 def test_what_if_sees_the_sampled_token_and_the_plan(rollout, student, teacher):
     trace = score(rollout, student, teacher)
     advantage = torch.randn(rollout.tokens)
