@@ -44,6 +44,15 @@ def test_freeze_keeps_what_tells_and_drops_what_changes(tmp_path):
     assert nb.metadata["opdlab"]["source"] != notebook.source_hash(nb)
 
 
+def test_freeze_drops_the_progress_of_others(tmp_path):
+    path = book(tmp_path, "from tqdm.notebook import tqdm\nfor x in tqdm(range(3), desc='Loading'):\n    pass\nprint('kept')")
+    notebook.execute(path)
+    shown = [o.get("data", {}).get("text/plain", "") for o in nbformat.read(path, as_version=4).cells[0].outputs]
+    assert any("Loading" in text for text in shown)
+    notebook.freeze(path)
+    assert [o.get("text") for o in nbformat.read(path, as_version=4).cells[0].outputs] == ["kept\n"]
+
+
 def test_freeze_refuses_errors_and_too_much(tmp_path):
     path = book(tmp_path, "print('x' * 1_100_000)")
     notebook.execute(path)

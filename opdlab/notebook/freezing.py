@@ -75,8 +75,9 @@ def _frozen(output: dict[str, Any]) -> dict[str, Any] | None:
         return output if output["name"] == "stdout" else None
     data = {kind: value for kind, value in output["data"].items() if kind in _KEPT}
     html = "".join(data.get("text/html", ""))
-    if re.fullmatch(r"\s*<code>.*?</code> <progress.*", html):  # a finished progress line says nothing later
-        return None
+    line = "".join(data.get("text/plain", "")) if set(data) == {"text/plain"} else ""
+    if re.fullmatch(r"\s*<code>.*?</code> <progress.*", html) or re.fullmatch(r".*\d+%\|.*\| \d+/\d+ \[.*\]\s*", line):
+        return None  # a finished progress line, ours or tqdm's, says nothing later
     if CHART in data and "image/png" not in data:
         data["image/png"] = _picture(data[CHART])
     return {**output, "data": data, "metadata": {}} if data else None
