@@ -12,7 +12,7 @@ from torch import Tensor
 
 from opdlab import exact
 from opdlab.estimator.references import FIXED, Match
-from opdlab.estimator.subject import Seen, Subject, see
+from opdlab.estimator.subject import ROUNDING, Seen, Subject, see
 
 Tables = Mapping[str, exact.Table]
 Flags = dict[str, str]
@@ -20,6 +20,8 @@ Flags = dict[str, str]
 
 def direction(seen: Seen, best: Match, reads_as: str | None, trains: str | None) -> Flags:
     """Whether the expected gradient is there, points to the target, and belongs to the value."""
+    if seen.rms <= ROUNDING:
+        return {"zero_gradient": "No token's loss has a gradient."}
     if seen.zero:
         return {"zero_gradient": "Its pushes on the tokens of a prefix undo each other in the mean: all of it is noise."}
     flags = {}
@@ -33,7 +35,7 @@ def direction(seen: Seen, best: Match, reads_as: str | None, trains: str | None)
 def equality(subject: Subject, seen: Seen) -> Flags:
     """Whether it moves a student that equals everybody, and where to."""
     arrived = see(subject.method, subject, subject.world(same=True))
-    if arrived.length <= 1e-7 * max(seen.rms, arrived.rms):
+    if arrived.length <= max(1e-7 * max(seen.rms, arrived.rms), ROUNDING):
         return {}
     q, p = descended(subject)
     gap = (p * (p / q).log()).sum().item()

@@ -17,6 +17,7 @@ from opdlab.errors import OpdlabError
 
 PAIRS, TOKENS = 8, 5  # students beside their targets, and tokens of the vocabulary
 ZERO = 1e-8  # of a length, relative to the lengths that it is a mean of
+ROUNDING = 1e-13  # a float64 slope of log-probs no longer than this is none
 
 
 @dataclass(frozen=True)
@@ -62,7 +63,7 @@ class Seen:
 
     @property
     def zero(self) -> bool:
-        return self.length <= ZERO * self.rms
+        return self.length <= max(ZERO * self.rms, ROUNDING)
 
 
 def see(method: Any, subject: Subject, world: Mapping[str, exact.Table]) -> Seen:

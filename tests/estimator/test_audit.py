@@ -113,6 +113,17 @@ def test_verdicts_in_words():
     assert said(GOPD()).startswith("This is the gradient of no divergence known here; the closest is the ")
 
 
+@pytest.mark.parametrize("loss", [lambda s, t: s.logsumexp(-1), lambda s, t: 5 * s.exp().sum(-1), lambda s, t: (0 * s).sum(-1)])
+def test_a_gradient_of_rounding_is_none(loss):
+    found = audit(loss)
+    assert found.verdict == "Its expected gradient is zero, so it trains nothing."
+    assert found.flags == {"zero_gradient": "No token's loss has a gradient."}
+
+
+def test_a_small_gradient_is_one():
+    assert audit(lambda s, t: 1e-9 * d.reverse_kl(s, t)).trains == "reverse_kl"
+
+
 def test_what_the_value_reads_as():
     assert audit(as_loss("k3")).reads_as == audit(OPD()).reads_as == "reverse_kl"
     assert audit(as_loss("k3")).estimate == "k3 as a loss"
