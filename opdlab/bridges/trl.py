@@ -33,7 +33,7 @@ except ImportError as error:
     raise ImportError("opdlab.bridges.trl needs TRL, which cannot be imported here. Install it: pip install 'opdlab[trl]'.") from error
 
 
-class MethodTrainer(DistillationTrainer):  # type: ignore[misc,unused-ignore]
+class MethodTrainer(DistillationTrainer):
     """`trl.DistillationTrainer` with the plan and loss of an opdlab method in place of its divergence (`beta` is not looked at).
 
     A plan sees one micro-batch on one device, so what compares texts compares `per_device_train_batch_size` of them. Raises
