@@ -8,6 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from viz.traces import NASTY, made
 
+import opdlab
 from opdlab.viz import TokenLens, payload
 
 plain = st.recursive(
@@ -89,6 +90,17 @@ def test_noise_takes_hardly_more_than_its_entropy_and_text_less():
 def test_ten_thousand_tokens_fit_the_budget():
     trace = made([f" w{i % 997}".encode() for i in range(3)] * 3333 + [b"."])
     assert len(payload.base64_of(payload.pack(TokenLens(trace).data()))) <= 120_000
+
+
+def test_ten_thousand_real_tokens_fit_the_budget_with_every_channel():
+    student, teacher, task = opdlab.load("market")
+    rollout = student.sample(task.prompts(470), max_new_tokens=task.max_new_tokens, seed=0)
+    trace = opdlab.score(rollout, student, teacher)
+    n = len(trace)
+    data = TokenLens(trace.with_columns(sample=np.zeros(n, int), position=np.arange(n))).data()  # as one completion
+    assert n >= 10_000
+    assert data["left"] == []
+    assert len(payload.base64_of(payload.pack(data))) <= 120_000
 
 
 def test_an_endless_token_has_a_short_name_and_its_whole_text():
