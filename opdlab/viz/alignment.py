@@ -114,6 +114,9 @@ class Alignment(View):
 
     def __repr__(self) -> str:
         lines = [f"Alignment: {self.title + ', ' if self.title else ''}{self._said()}"]
+        if self.pieces:
+            size = [max(len(p.ours), len(p.theirs)) for p in self.pieces] if self.kl is None else self._kl()
+            lines.append(f"{markup.sparkline(Channel('', '', np.array(size, float)))} {'tokens' if self.kl is None else 'KL'} by span")
         for i, name in enumerate(self.names):
             side, parts = (self.ours, self.theirs)[i], ((p.ours, p.theirs)[i] for p in self.pieces[:24])
             lines.append(f"{name:>10} | {' | '.join(' '.join(_seen(side[part.start : part.stop])) or '∅' for part in parts)}")

@@ -69,7 +69,7 @@ class Audits(View):
 
     def data(self) -> dict[str, Any]:
         inside = lambda name: np.where(self._audit >= 0, self._column(name), np.nan)
-        entropy = Channel("entropy", "student entropy", self._column("student_entropy"), less="certain", more="undecided")
+        entropy = self._entropy
         lanes = [Channel(name, name, inside(name), "", fixed=1.0) for name in ("weight", "similarity")]
         drawn = [described(c, c.limit) for c in (entropy, *lanes)]
         drawn[0]["peaks"] = sorted(self.audits)
@@ -95,7 +95,12 @@ class Audits(View):
                  f"{markup.number(a['similarity'])}  {a['text']!r} | {_said(a['answers'])}"
                  for a in self.table.head(SHOWN).to_dict("records")]  # fmt: skip
         more = [f"… {len(self.audits) - SHOWN} more"] if len(self.audits) > SHOWN else []
-        return "\n".join([f"Audits: {self.title + ', ' if self.title else ''}{self._count}", *lines, *more])
+        head = f"Audits: {self.title + ', ' if self.title else ''}{self._count}"
+        return "\n".join([head, *markup.sparkline_of(self.trace, self._entropy, self.selected), *lines, *more])
+
+    @property
+    def _entropy(self) -> Channel:
+        return Channel("entropy", "student entropy", self._column("student_entropy"), less="certain", more="undecided")
 
     @cached_property
     def _audit(self) -> np.ndarray:

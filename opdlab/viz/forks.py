@@ -122,7 +122,8 @@ class Forks(View):
         lines = [f"{w['sample']}:{w['position']}  {markup.number(w['distance'])}  {w['verdict']}  {w['student']!r} | {w['teacher']!r}"
                  for w in self.table.head(SHOWN).to_dict("records")]  # fmt: skip
         more = [f"… {len(self.windows) - SHOWN} more"] if len(self.windows) > SHOWN else []
-        return "\n".join([f"Forks: {self.title + ', ' if self.title else ''}{self._count}", *lines, *more])
+        head = f"Forks: {self.title + ', ' if self.title else ''}{self._count}"
+        return "\n".join([head, *markup.sparkline_of(self.trace, self._channel, self.selected), *lines, *more])
 
     @cached_property
     def _samples(self) -> np.ndarray:

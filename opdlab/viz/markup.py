@@ -8,6 +8,7 @@ from html import escape
 
 import numpy as np
 
+from opdlab.trace import Trace
 from opdlab.viz.channels import Channel
 from opdlab.viz.glyphs import Group, clean
 
@@ -85,6 +86,15 @@ def sparkline(channel: Channel, width: int = 64) -> str:
     size = np.nan_to_num(np.abs(channel.values), nan=0.0, posinf=np.inf)
     bins = np.array_split(size, min(width, len(size))) if len(size) else []
     return "".join("▁▂▃▄▅▆▇█"[min(7, int(8 * weight(float(b.max()), channel.limit, channel.kind)))] for b in bins)
+
+
+def sparkline_of(trace: Trace, channel: Channel, row: int) -> list[str]:
+    """The sparkline of the completion that a row lies in, as a line of its own; none where there is no such row."""
+    samples = trace.column("sample")
+    if not 0 <= row < len(samples):
+        return []
+    values = channel.values[samples == samples[row]]
+    return [f"{sparkline(Channel('', '', values, fixed=channel.limit))} {channel.label} along completion {samples[row]}"]
 
 
 def number(value: float, sign: bool = False) -> str:

@@ -13,6 +13,7 @@ from opdlab.errors import OpdlabError, UnknownColumn
 from opdlab.trace import Trace
 from opdlab.viz import markup, payload
 from opdlab.viz.axes import Axis, axes, gap_sides
+from opdlab.viz.channels import Channel
 from opdlab.viz.glyphs import visible
 from opdlab.viz.sorts import Sort, sorts
 from opdlab.viz.view import Trait, View
@@ -121,7 +122,8 @@ class Regimes(View):
         head = f"Regimes: {self.title + ', ' if self.title else ''}{len(self.trace)} tokens by {self.x} and {self.y}"
         lines = f"lines at {markup.number(self.thresholds[self.x])} and {markup.number(self.thresholds[self.y])}"
         rows = [f"{name:<14} {', '.join(_shares(row))}" for name, row in self.quadrants.iterrows()]
-        return "\n".join([f"{head}, {lines}", *rows])
+        bars = markup.sparkline(Channel("", "", self._values(self.x)))
+        return "\n".join([f"{head}, {lines}", f"{bars} {self.axes[self.x].label} along the tokens", *rows])
 
     def _values(self, key: str) -> np.ndarray:
         if key not in self.axes:

@@ -8,6 +8,7 @@ from viz.traces import NASTY
 
 from opdlab.viz import payload
 
+BARS = "▁▂▃▄▅▆▇█"
 PIECES = [text.encode() for text in NASTY]
 
 
@@ -17,6 +18,7 @@ def test_a_view_keeps_its_promises(name):
     kind = name.split()[0]
     assert type(view).__name__ == kind
     assert kind in repr(view).splitlines()[0]
+    assert set(repr(view)) & set(BARS if name != "TokenLens" else "1")  # a sparkline; of kinds, which that lens shows, in numbers
     bundle = view._repr_mimebundle_()
     assert set(bundle) == {"text/html", "text/plain"}
     assert "<script>" not in view.static()

@@ -110,7 +110,8 @@ def test_plain_text_and_markup_carry_the_message():
     view = Regimes(made(list(map(str.encode, NASTY)), prompt=NASTY[0]), title=NASTY[2])
     text, html = repr(view), view.static()
     assert text.splitlines()[0].endswith(f"by log_ratio and confidence, lines at 0 and {view.thresholds['confidence']:.3g}")
-    assert [line[:14].strip() for line in text.splitlines()[1:]] == list(QUADRANTS)
+    assert text.splitlines()[1].endswith(" log ratio along the tokens")
+    assert [line[:14].strip() for line in text.splitlines()[2:]] == list(QUADRANTS)
     assert f"{view.quadrants['of kl'].iloc[0]:.3g} % of KL" in html
     assert "<img" not in html
     assert "<script" not in html
