@@ -51,7 +51,7 @@ def market(quick: bool = False) -> Scene:
     rollout = student.sample(task.prompts(24, split="test"), max_new_tokens=task.max_new_tokens, seed=0)
     trace = typed(score(rollout, start, teacher), task, rollout, student)
     rewards = judged(task, rollout)
-    several = start.sample(rollout.prompts[:1], n=8, max_new_tokens=task.max_new_tokens, temperature=2.0, seed=1)
+    several = start.sample(rollout.prompts[:1], n=8, max_new_tokens=task.max_new_tokens, temperature=1.5, seed=1)
     roads = Timeline(score(several, start, teacher), rewards=judged(task, several))
     wrong = rewards.index(0.0) if 0.0 in rewards else 0
     before = evaluate(start, task, n=held, name="before")
