@@ -15,7 +15,9 @@ pytestmark = pytest.mark.browser
 
 def test_every_view_on_one_page(tmp_path, open_page, axe):
     path = gallery(tmp_path, quick=True)
-    tab = open_page(path)
+    tab = open_page(path, viewport={"width": 480, "height": 900}, color_scheme="dark")
+    assert tab.evaluate("document.documentElement.scrollWidth") <= 480
+    axe(tab, only=["color-contrast"])
     names = tab.eval_on_selector_all(".opd[class*=opd-]", "nodes => nodes.map((n) => n.className)")
     shown = {name.split("opd-")[-1] for name in names}
     every = {getattr(viz, name).name for name in viz.__all__ if isinstance(getattr(viz, name), type) and name != "View"}
