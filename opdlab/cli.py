@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 import webbrowser
 from pathlib import Path
@@ -100,15 +101,18 @@ def doctor(student: Annotated[str, tyro.conf.Positional], teacher: Annotated[str
 
 @app.command
 def lab(port: int = 8888) -> None:
-    """Open JupyterLab on the notebook series.
+    """Open JupyterLab at the index of the notebooks, or in this folder where they are not.
 
     Args:
-        port: where to serve it, on this machine only.
+        port: where to serve it, on this machine only; the next free one if it is taken.
     """
     from jupyterlab.labapp import LabApp
 
-    root = Path(__file__).parents[1] / "notebooks"
-    LabApp.launch_instance([f"--ServerApp.root_dir={root if root.exists() else Path.cwd()}", f"--port={port}", "--ip=127.0.0.1"])
+    series = Path(__file__).parents[1] / "notebooks"
+    options = [f"--ServerApp.root_dir={series}", "--LabApp.default_url=/lab/tree/README.md"] if series.exists() else []
+    settings = Path(__file__).parent / "notebook" / "lab"  # Markdown opens rendered; no question about news
+    options += ["--allow-root"] if os.name == "posix" and os.geteuid() == 0 else []  # as on rented machines: the token still guards
+    LabApp.launch_instance([*options, f"--LabApp.app_settings_dir={settings}", f"--port={port}", "--ip=127.0.0.1"])
 
 
 @app.command
