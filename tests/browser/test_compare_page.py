@@ -51,3 +51,11 @@ def test_strips_pairs_and_changes(open_page, tmp_path, axe, scheme):
     np.testing.assert_allclose(shown(), row(chosen), rtol=6e-3, atol=6e-4)
     assert view.locator("[aria-pressed='true']").text_content() == "reverse KL"
     axe(view)
+
+
+def test_many_traces_fit_a_narrow_page(open_page, tmp_path):
+    compared = Compare({f"told something long, number {i}": made(WORDS, seed=i) for i in range(6)})
+    view = open_page(compared.to_html(tmp_path / "c.html"), viewport={"width": 480, "height": 900})
+    right = "(node) => node.getBoundingClientRect().right"
+    assert view.locator(".opd-rho").evaluate(right) <= view.locator(".opd-box").first.evaluate(right)
+    assert view.get_by_role("columnheader", name="told something long, number 5").text_content() == "6"

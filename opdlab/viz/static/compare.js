@@ -42,10 +42,11 @@ const valueLines = (names) => {
 
 const rhoTable = (names) => {
   const node = make("table", "opd-rho"), head = make("tr");
-  head.append(make("td"), ...names.map((name) => put(make("th", "", name), { scope: "col" })));
-  const cells = names.map((name) => {
+  // numbers as heads: names of many columns would not fit
+  head.append(make("td"), ...names.map((name, k) => put(make("th", "", String(k + 1)), { scope: "col", "aria-label": name, title: name })));
+  const cells = names.map((name, k) => {
     const line = make("tr"), own = names.map(() => make("td"));
-    line.append(put(make("th", "", name), { scope: "row" }), ...own);
+    line.append(put(make("th", "", `${k + 1} ${name}`), { scope: "row", "aria-label": name, title: name }), ...own);
     node.append(line);
     return own;
   });
