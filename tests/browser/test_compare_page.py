@@ -57,5 +57,5 @@ def test_many_traces_fit_a_narrow_page(open_page, tmp_path):
     compared = Compare({f"told something long, number {i}": made(WORDS, seed=i) for i in range(6)})
     view = open_page(compared.to_html(tmp_path / "c.html"), viewport={"width": 480, "height": 900})
     right = "(node) => node.getBoundingClientRect().right"
-    assert view.locator(".opd-rho").evaluate(right) <= view.locator(".opd-box").first.evaluate(right)
+    assert view.locator(".opd-rho").evaluate(right) <= view.locator(".opd-versus-panel").evaluate(right)
     assert view.get_by_role("columnheader", name="told something long, number 5").text_content() == "6"
