@@ -26,8 +26,8 @@ def source_hash(notebook: Mapping[str, Any]) -> str:
     return hashlib.sha256(json.dumps(sources).encode()).hexdigest()[:16]
 
 
-def execute(path: str | os.PathLike[str], timeout: int = 600) -> None:
-    """Run a notebook in place, in its own folder."""
+def execute(path: str | os.PathLike[str], timeout: int | None = None) -> None:
+    """Run a notebook in place, in its own folder. timeout: seconds a cell may take; a GPU run may take hours, so none."""
     import nbformat
     from nbclient import NotebookClient
 
