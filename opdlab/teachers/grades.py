@@ -74,14 +74,14 @@ def table(entries: Sequence[Mapping[int, float]], ids: Sequence[int], k: int, vo
     k = min(k, vocab)
     order = [sorted(entry, key=lambda i: (-entry[i], i)) for entry in entries]
     for entry, ranked, token in zip(entries, order, ids, strict=True):
+        if not all(0 <= i < vocab for i in ranked):
+            raise Fault(f"the server names token {max(ranked)}, and the student has {vocab}: these are other tokenizers", final=True)
         if token not in entry:
             raise Fault(f"the server graded other tokens than were sent: id {token} has no log-prob")
         if len(ranked) < k:
             raise Fault(f"the server gives {len(ranked)} log-probs a token where {k} were asked for: ask for k={len(ranked)}", final=True)
         if len(ranked) > k + 1 or (len(ranked) == k + 1 and entry[token] > entry[ranked[k]] + SLACK):
             raise Fault(f"the server gives {len(ranked)} log-probs for a token, and they are not the {k} likeliest and its own", final=True)
-        if not all(0 <= i < vocab for i in ranked):
-            raise Fault(f"the server names token {max(ranked)}, and the student has {vocab}: these are other tokenizers", final=True)
         if sum(map(math.exp, entry.values())) > 1 + SLACK:
             raise Fault("the server's probabilities sum to more than one")
     kept = [ranked[:k] for ranked in order]
