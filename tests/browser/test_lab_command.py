@@ -36,7 +36,11 @@ def address(tmp_path):
         assert "lab/tree/README.md" in (tmp_path / "log").read_text()  # what it sends the browser to
     finally:
         server.terminate()
-        server.wait(20)
+        try:
+            server.wait(10)
+        except subprocess.TimeoutExpired:  # it waits for the kernel of the notebook
+            server.kill()
+            server.wait()
 
 
 def test_it_opens_at_the_index(address, browser):
