@@ -10,15 +10,34 @@ import json
 import os
 import sqlite3
 import threading
+import time
 from pathlib import Path
 from typing import Any
 
 from opdlab.errors import DamagedFile, OpdlabError
 
+WAIT = 60.0  # seconds for another process to finish its write
+
 
 def key_of(asked: Any) -> str:
     """A hash of JSON data, the same in every process."""
     return hashlib.sha256(json.dumps(asked, sort_keys=True, ensure_ascii=True).encode()).hexdigest()
+
+
+def _log_ahead(rows: sqlite3.Connection) -> None:
+    """A commit then waits for no disk, and a crash of the process loses nothing.
+
+    SQLite itself does not wait where two change the journal of a new file at once, so we do.
+    """
+    end = time.monotonic() + WAIT
+    while True:
+        try:
+            rows.execute("PRAGMA journal_mode=WAL")
+            return
+        except sqlite3.OperationalError as error:
+            if error.sqlite_errorcode & 0xFF != sqlite3.SQLITE_BUSY or time.monotonic() > end:
+                raise
+            time.sleep(0.01)
 
 
 class Cache:
@@ -63,8 +82,8 @@ class Cache:
     def _open(self) -> sqlite3.Connection:
         if self.path is not None:
             self.path.parent.mkdir(parents=True, exist_ok=True)
-        rows = sqlite3.connect(self.path or ":memory:", timeout=60, check_same_thread=False)
-        rows.execute("PRAGMA journal_mode=WAL")  # a commit then waits for no disk, and a crash of the process loses nothing
+        rows = sqlite3.connect(self.path or ":memory:", timeout=WAIT, check_same_thread=False)
+        _log_ahead(rows)
         rows.execute("PRAGMA synchronous=NORMAL")
         with rows:
             rows.execute("CREATE TABLE IF NOT EXISTS answers (key TEXT PRIMARY KEY, answer TEXT NOT NULL, checksum TEXT NOT NULL)")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sqlite3
 from concurrent.futures import ThreadPoolExecutor
+from threading import Barrier
 
 import pytest
 from hypothesis import given
@@ -34,6 +35,19 @@ def test_threads_and_objects_share_a_file(tmp_path):
     with ThreadPoolExecutor(8) as pool:
         list(pool.map(lambda i: caches[i % 2].put(str(i), {"i": i}), range(60)))
     assert [caches[1 - i % 2].get(str(i)) for i in range(60)] == [{"i": i} for i in range(60)]
+
+
+def test_many_make_the_same_file_at_once(tmp_path):
+    for n in range(60):  # without the wait of our own, about one file in forty is "locked"
+        caches, gate = [Cache(tmp_path / f"{n}.sqlite") for _ in range(8)], Barrier(8)
+
+        def first(i, caches=caches, gate=gate):
+            gate.wait()
+            caches[i].put(str(i), {"i": i})
+
+        with ThreadPoolExecutor(8) as pool:
+            list(pool.map(first, range(8)))
+        assert [caches[0].get(str(i)) for i in range(8)] == [{"i": i} for i in range(8)]
 
 
 def test_nothing_is_made_before_it_is_needed(tmp_path):
