@@ -14,7 +14,8 @@ from pathlib import Path
 
 from playwright.sync_api import Browser, Page, Request
 
-KERNEL = "window.jupyterapp?.shell.currentWidget?.sessionContext?.session?.kernel?.status === 'idle'"
+KERNEL = "window.jupyterapp?.shell.currentWidget?.sessionContext?.session?.kernel"
+IDLE = f"{KERNEL}?.status === 'idle'"
 RAN = "[...document.querySelectorAll('.jp-CodeCell .jp-InputArea-prompt')].every((n) => /\\[\\d+\\]/.test(n.textContent))"
 SAY = """(source) => {
   window.said = null;
@@ -34,11 +35,22 @@ FOLDERS = (
 SPEC = {"kernelspec": {"display_name": "Python 3", "language": "python", "name": "python3"}, "language_info": {"name": "python"}}
 
 
+ALONE = """async ([name, kernel]) => {
+  const { commands, shell } = window.jupyterapp;
+  for (const old of [...shell.widgets("main")]) old.dispose();  // without the question whether to save
+  await commands.execute("docmanager:open", { path: name, factory: "Notebook", kernel: { id: kernel } });
+}"""
+
+
 class Lab:
-    """A running server. `write` a notebook, `open` it, `run` it, `python` in it, `save` and `restart` it."""
+    """A running server. `write` a notebook, `open` it, `run` it, `python` in it, `save` and `restart` it.
+
+    A window of JupyterLab takes four seconds and a kernel that knows opdlab six, so tests share one of each.
+    """
 
     def __init__(self, root: Path, browser: Browser) -> None:
         self.root, self.browser, self.contexts = root / "work", browser, []
+        self.window: Page | None = None
         self.root.mkdir()
         self.requests: list[str] = []
         with socket.socket() as free:
@@ -64,18 +76,26 @@ class Lab:
                 for i, source in enumerate(cells)]  # fmt: skip
         (self.root / name).write_text(json.dumps({"cells": book, "metadata": SPEC, "nbformat": 4, "nbformat_minor": 5}))
 
-    def open(self, name: str, *, dark: bool = False, kernel: bool = True) -> Page:
-        """The notebook in a fresh window, its kernel ready."""
+    def open(self, name: str) -> Page:
+        """The notebook alone in the window that all tests share, on the kernel that they share."""
+        if self.window is None:
+            self.window = self.open_afresh(name)
+            self.window.wait_for_function(IDLE, timeout=60_000)
+            self.kernel = self.window.evaluate(f"{KERNEL}.id")
+        else:
+            self.window.evaluate(ALONE, [name, self.kernel])
+            self.window.wait_for_function(IDLE, timeout=60_000)
+        return self.window
+
+    def open_afresh(self, name: str, *, dark: bool = False) -> Page:
+        """The notebook in a window of its own, as one finds it that opens JupyterLab at it; its kernel may not be ready."""
         self.theme.write_text(json.dumps({"theme": "JupyterLab Dark" if dark else "JupyterLab Light"}))
         context = self.browser.new_context(viewport={"width": 1200, "height": 1000})
         self.contexts.append(context)
         page = context.new_page()
         page.on("request", self._note)
         page.goto(f"http://127.0.0.1:{self.port}/lab/tree/{name}?reset")
-        if kernel:
-            page.wait_for_function(KERNEL, timeout=60_000)
-        else:
-            page.wait_for_selector(".jp-Notebook .jp-Cell", timeout=60_000)
+        page.wait_for_selector(".jp-Notebook .jp-Cell", timeout=60_000)
         return page
 
     def run(self, page: Page) -> None:
@@ -105,7 +125,7 @@ class Lab:
         page.evaluate("void (window.restarted = false, window.jupyterapp.shell.currentWidget.sessionContext.session.kernel.restart()"
                       ".then(() => (window.restarted = true)))")  # fmt: skip
         page.wait_for_function("window.restarted", timeout=60_000)
-        page.wait_for_function(KERNEL, timeout=60_000)
+        page.wait_for_function(IDLE, timeout=60_000)
 
     def command(self, page: Page, name: str) -> None:
         page.evaluate(f"void window.jupyterapp.commands.execute({json.dumps(name)})")  # without void a hanging command hangs the test

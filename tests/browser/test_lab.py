@@ -1,4 +1,4 @@
-"""Views in a real JupyterLab: values go to Python and back, outputs survive, keys are safe."""
+"""Views in a real JupyterLab: values go to Python and back, outputs survive, keys are safe, cells train and are interrupted."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import json
 
 import nbformat
 import pytest
+from browser.jupyter import IDLE
 from nbconvert import HTMLExporter
 
 pytestmark = pytest.mark.browser
@@ -20,6 +21,22 @@ viz.rollouts.ROOM = 3
 texts = [made([b'The', b' cat', b' sat'], seed=i, prompt=f'Question {i}?') for i in range(3)]
 trace = several(*texts).with_columns(teacher_reverse_kl=np.repeat([1.0, 2.0, 3.0], 3))
 view = viz.Rollouts(trace)"""
+TRAIN = """import opdlab as opd
+from opdlab import viz
+student, teacher, task = opd.load('market')
+run = opd.distill(student, teacher, task, batch=2, steps=5000, max_new_tokens=6, quiet=True)
+board = viz.RunBoard(run)"""
+METHODS = """import opdlab
+from opdlab import viz
+student, teacher, task = opdlab.load('market')
+step = opdlab.distill(student, teacher, task, method=opdlab.TOPD(window=6), steps=1, batch=4, lr=0, quiet=True).train().last
+forks = viz.Forks(step.trace(), policies=step.policies, prompts=step.rollout.prompts)
+regimes = viz.Regimes(step.trace())"""
+OWN_LOSS = """from opdlab import viz
+scale = [1.0]
+def mine(rows):
+    return scale[0] * (rows.student.exp() * (rows.student - rows.teacher)).sum(-1)
+play = viz.Playground({'mine': mine})"""
 DARKNESS = "node => getComputedStyle(node).backgroundColor.match(/[\\d.]+/g).slice(0, 3).every((v) => Number(v) < 60)"
 CHOSEN = ".jp-OutputArea-output .opd-lens [aria-selected='true']"
 
@@ -84,9 +101,8 @@ def test_an_executed_notebook_survives_reopening_distrust_and_export(lab, browse
     lab.run(page)
     page.wait_for_selector(CHOSEN)
     lab.save(page)
-    page.context.close()
 
-    page = lab.open("kept.ipynb", dark=True, kernel=False)  # by the same person: trusted, so the script runs
+    page = lab.open_afresh("kept.ipynb", dark=True)  # by the same person: trusted, so the script runs
     page.wait_for_selector(CHOSEN)
     page.locator(".opd-lens .opd-strip [data-i='0']").click()
     assert page.locator(CHOSEN).get_attribute("data-i") == "0"
@@ -96,7 +112,7 @@ def test_an_executed_notebook_survives_reopening_distrust_and_export(lab, browse
     book = json.loads((lab.root / "kept.ipynb").read_text())
     book["cells"].append({"cell_type": "markdown", "id": "more", "metadata": {}, "source": "changed by somebody else"})
     (lab.root / "foreign.ipynb").write_text(json.dumps(book))
-    page = lab.open("foreign.ipynb", kernel=False)  # not trusted: no script, but colours and message
+    page = lab.open_afresh("foreign.ipynb")  # not trusted: no script, but colours and message
     still = page.locator(".jp-OutputArea-output .opd-strip")
     still.wait_for()
     assert still.text_content() == "The cat sat down"
@@ -132,3 +148,67 @@ def test_a_live_table_fetches_the_tokens_that_its_page_lacks(lab):
         page, "print(viz.markup.number(viz.channels.channels(view.whole.sample(view.rollout))['log_ratio'].values[1], True))"
     )
     assert f"log ratio {shown} nats" in page.locator(".opd-rollouts .opd-timeline-told").text_content()
+
+
+def test_a_cell_that_trains_is_followed_interrupted_and_reopened(lab):
+    lab.write("board.ipynb", TRAIN, "board.train()")
+    page = lab.open("board.ipynb")
+    lab.command(page, "notebook:run-all-cells")
+    page.locator(".jp-OutputArea-output .opd-board .opd-l").first.wait_for(timeout=60_000)  # while it trains
+    assert page.locator(".opd-board[data-mounted]").count() == 0
+    lab.command(page, "notebook:interrupt-kernel")
+    page.locator(".opd-board[data-mounted]").wait_for(timeout=20_000)
+    assert page.locator(".jp-OutputArea-output .opd-board").count() == 1  # one picture, redrawn
+    page.wait_for_function(IDLE)
+    done = int(lab.python(page, "print(run.done)"))
+    assert 0 < done < 5000
+    assert f"OPD {done} of 5000 steps" in page.locator(".opd-said").text_content()
+    assert lab.python(page, "step = next(run); print(step.number)") == str(done + 1)
+    lab.save(page)
+    again = lab.open_afresh("board.ipynb")
+    again.locator(".opd-board[data-mounted] input").wait_for(timeout=20_000)
+    again.locator(".opd-board input").fill("1")
+    assert again.locator(".opd-board .opd-at").text_content() == "step 1"
+
+
+def test_an_own_loss_is_evaluated_where_it_lives(lab):
+    lab.write("play.ipynb", OWN_LOSS, "play.live()")
+    page = lab.open("play.ipynb")
+    lab.run(page)
+    arrows = page.locator(".opd-playground .opd-arrows").first
+    arrows.wait_for(state="attached")
+    before = arrows.get_attribute("d")
+    lab.python(page, "play.teacher = [0.1, 0.1, 0.8]")
+    page.wait_for_function("before => document.querySelector('.opd-arrows').getAttribute('d') !== before", arg=before)
+    up = arrows.get_attribute("d")
+    lab.python(page, "scale[0] = -1.0")  # the function lives there: the next question is answered by what it is now
+    page.get_by_label("steps taken").fill("100")
+    lab.until(page, "play.steps", "100")
+    page.locator(".opd-world .opd-hills figcaption").first.wait_for()
+    page.wait_for_function("up => document.querySelector('.opd-arrows').getAttribute('d') !== up", arg=up)
+
+
+def test_lines_reach_python_and_policies_write_at_a_click(lab):
+    lab.write("methods.ipynb", METHODS, "forks.live()", "regimes.live()")
+    page = lab.open("methods.ipynb")
+    lab.run(page)
+    root = page.locator(".jp-OutputArea-output .opd-forks")
+    root.locator(".opd-strip [data-i]:not([data-fork])").first.click()
+    assert root.locator(".opd-verdict").text_content() == "no windows from here"
+    root.get_by_role("button", name="Write new windows here").click()
+    page.wait_for_function("!document.querySelector('.opd-forks .opd-verdict').textContent.startsWith('no windows')")
+    lab.until(page, "len(forks.windows), forks.windows[forks.selected]['asked']", "5 True")
+    root.get_by_role("button", name="The teacher goes on").click()
+    page.wait_for_selector(".opd-forks .opd-more")
+    said = root.locator(".opd-more").text_content()
+    assert said.strip() == lab.python(page, "print(forks.goes_on(forks.selected, 'teacher'))") != ""
+
+    handle = page.locator(".jp-OutputArea-output .opd-regimes .opd-handle-y")
+    handle.focus()
+    handle.press("ArrowDown")
+    at = float(handle.get_attribute("aria-valuenow"))
+    lab.until(page, "round(regimes.thresholds['confidence'], 6)", str(round(at, 6)))
+    lab.python(page, "regimes.thresholds = {**regimes.thresholds, 'confidence': 1.5}")
+    page.wait_for_selector(".opd-regimes .opd-handle-y[aria-valuenow='1.5']")
+    page.locator(".opd-regimes .opd-points").press("4")
+    lab.until(page, "len(regimes.region), len(regimes.picked) == regimes.quadrants['tokens']['high x, low y']", "4 True")

@@ -1,10 +1,9 @@
-"""The board in a real browser, and in a JupyterLab whose cell trains and is interrupted."""
+"""The board in a real browser."""
 
 from __future__ import annotations
 
 import pandas as pd
 import pytest
-from browser.jupyter import KERNEL
 from viz.test_run_board import troubled
 
 from opdlab.viz import RunBoard, page
@@ -12,11 +11,6 @@ from opdlab.viz import RunBoard, page
 pytestmark = pytest.mark.browser
 
 PATHS = "nodes => nodes.map((n) => n.getAttribute('d'))"
-TRAIN = """import opdlab as opd
-from opdlab import viz
-student, teacher, task = opd.load('market')
-run = opd.distill(student, teacher, task, batch=2, steps=5000, max_new_tokens=6, quiet=True)
-board = viz.RunBoard(run)"""
 
 
 def boards() -> tuple[RunBoard, RunBoard]:
@@ -56,24 +50,3 @@ def test_dark_and_narrow_it_fits(open_page, tmp_path, axe):
     view = open_page(page(tmp_path / "p.html", title="t", lenses=lenses), color_scheme="dark", viewport={"width": 480, "height": 900})
     assert view.evaluate("document.documentElement.scrollWidth") <= 480
     axe(view)
-
-
-def test_a_cell_that_trains_is_followed_interrupted_and_reopened(lab):
-    lab.write("board.ipynb", TRAIN, "board.train()")
-    page = lab.open("board.ipynb")
-    lab.command(page, "notebook:run-all-cells")
-    page.locator(".jp-OutputArea-output .opd-board .opd-l").first.wait_for(timeout=60_000)  # while it trains
-    assert page.locator(".opd-board[data-mounted]").count() == 0
-    lab.command(page, "notebook:interrupt-kernel")
-    page.locator(".opd-board[data-mounted]").wait_for(timeout=20_000)
-    assert page.locator(".jp-OutputArea-output .opd-board").count() == 1  # one picture, redrawn
-    page.wait_for_function(KERNEL)
-    done = int(lab.python(page, "print(run.done)"))
-    assert 0 < done < 5000
-    assert f"OPD {done} of 5000 steps" in page.locator(".opd-said").text_content()
-    assert lab.python(page, "step = next(run); print(step.number)") == str(done + 1)
-    lab.save(page)
-    again = lab.open("board.ipynb", kernel=False)
-    again.locator(".opd-board[data-mounted] input").wait_for(timeout=20_000)
-    again.locator(".opd-board input").fill("1")
-    assert again.locator(".opd-board .opd-at").text_content() == "step 1"
