@@ -100,10 +100,10 @@ def _plain(text: str) -> bool:
 
 def _parts(text: str) -> list[Part]:
     """Character by character: (what is seen, the character)."""
-    if text and text[-1] != " " and _plain(text):
-        return [(text, text)]
-    trailing = len(text.rstrip(" "))
-    return [(_seen(c, i in (0, len(text) - 1), i >= trailing), c) for i, c in enumerate(text)]
+    body = text.rstrip(" ")
+    if body and _plain(body):
+        return [(body, body), *[("·", " ")] * (len(text) - len(body))]
+    return [(_seen(c, i in (0, len(text) - 1), i >= len(body)), c) for i, c in enumerate(text)]
 
 
 def _seen(c: str, edge: bool, trailing: bool) -> str:
