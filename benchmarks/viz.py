@@ -2,7 +2,7 @@
 
 Opens pages from files in the Chromium of this machine. `paint` is from the start of the navigation until every token is in
 the page and two frames have passed. Sides alternate; the tables give the best and the median. CircuitsVis is measured where it is
-installed (`pip install --no-deps circuitsvis importlib-metadata zipp`), with its bundle in the page, as it
+installed (`pip install --no-deps circuitsvis "importlib-metadata<9" zipp`), with its bundle in the page, as it
 is without a network. Writes every repetition to `results/viz.json`.
 """
 
