@@ -15,6 +15,13 @@ from opdlab.errors import OpdlabError
 app = tyro.extras.SubcommandApp()
 
 
+def _quiet() -> None:
+    """No bars for loading weights; opdlab's own stay."""
+    from transformers.utils import logging
+
+    logging.disable_progress_bar()
+
+
 @app.command
 def demo(profile: str = "market", student: str | None = None, teacher: str | None = None, steps: int | None = None, seed: int = 0,
          out: Path = Path("runs/demo"), method: str | None = None, teacher_url: str | None = None,
@@ -34,6 +41,7 @@ def demo(profile: str = "market", student: str | None = None, teacher: str | Non
     """
     from opdlab import demo as job
 
+    _quiet()
     print(job.demo(profile, student, teacher, steps, seed, out, method=method, teacher_url=teacher_url, teacher_model=teacher_model))
 
 
@@ -68,6 +76,7 @@ def gallery(world: Annotated[str, tyro.conf.Positional] = "market", out: Path = 
     """
     from opdlab.gallery import gallery as draw
 
+    _quiet()
     print(f"page: {draw(out, world, pictures)}")
 
 
@@ -89,6 +98,7 @@ def doctor(student: Annotated[str, tyro.conf.Positional], teacher: Annotated[str
     from opdlab import diagnose
     from opdlab.diagnose import named, report
 
+    _quiet()
     console = Console()
     with console.status("loading …") as status:
         first, second, world = named.pair(student, teacher, task)
@@ -133,9 +143,6 @@ def freeze(notebooks: Annotated[tuple[Path, ...], tyro.conf.Positional], execute
 
 def main() -> None:
     """Entry point: what the user can mend is one line on stderr and exit code 1, not a traceback."""
-    from transformers.utils import logging
-
-    logging.disable_progress_bar()  # of loading weights; opdlab's own stay
     try:
         app.cli(prog="opdlab", description="On-policy distillation of language models, one token at a time.")
     except OpdlabError as error:

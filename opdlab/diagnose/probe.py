@@ -72,4 +72,11 @@ def by_type(tokens: pd.DataFrame, columns: Sequence[str]) -> pd.DataFrame:
 
 def render(sentence: str, table: pd.DataFrame) -> str:
     """A result for a notebook: everything that came from a model or a file is escaped."""
-    return f"<p>{html.escape(sentence)}</p>{table.to_html(escape=True, float_format=lambda x: f'{x:.3g}', max_rows=40)}"
+    return f"<p>{html.escape(sentence)}</p>{table.to_html(escape=True, float_format=_number, max_rows=40)}"
+
+
+def _number(x: float) -> str:
+    """Three digits, without powers of ten."""
+    if abs(x) < 5e-4:
+        return "0"
+    return f"{x:.3g}" if abs(x) < 1000 else f"{x:,.0f}"

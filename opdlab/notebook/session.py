@@ -39,7 +39,7 @@ def setup(minutes: Mapping[str, float] | None = None) -> Context:
     """Print versions, device, profile and the time to expect; quieten progress bars of loading. Returns the `Context`."""
     import transformers
 
-    import opdlab
+    import opdlab.viz.curves  # registers the Plotly template "opdlab"
 
     profile = os.environ.get("OPDLAB_PROFILE", "gpu" if torch.cuda.is_available() else "cpu")
     if profile not in PROFILES:

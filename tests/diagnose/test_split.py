@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import math
+import re
 from dataclasses import replace
 
 import numpy as np
+import pandas as pd
 import pytest
 import torch
 
 from opdlab import DOPD, Policy, Prompt, exact, tasks
 from opdlab.diagnose import information_floor, privilege
 from opdlab.diagnose.privilege import split_gap
+from opdlab.diagnose.probe import render
 from opdlab.divergence import forward_kl
 from opdlab.errors import MissingHint, MissingPolicy
 from opdlab.methods import dopd
@@ -208,3 +211,9 @@ def test_missing_hints_and_teachers_that_take_none_are_errors(pair):
         privilege(student, teacher, prompts=[Prompt("ana has 2", id="bare")])
     with pytest.raises(MissingPolicy, match="TextOnly takes none"):
         privilege(student, TextOnly(teacher), prompts=[Prompt("ana", hint="1")])
+
+
+def test_numbers_are_shown_without_powers_of_ten():
+    shown = render("<b>", pd.DataFrame({"a": [-8.9e-6, 0.01234, 12345.6, float("nan"), -2.5]}))
+    assert shown.startswith("<p>&lt;b&gt;</p>")
+    assert re.findall(r"<td>(.*?)</td>", shown) == ["0", "0.0123", "12,346", "NaN", "-2.5"]
