@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import base64
 import io
+import re
 import runpy
 import shutil
 from pathlib import Path
@@ -42,6 +43,27 @@ def test_freeze_keeps_what_tells_and_drops_what_changes(tmp_path):
     assert nb.metadata["opdlab"]["source"] == notebook.source_hash(nb)  # which no output depends on
     nb.cells[3].source = "1 + 2"
     assert nb.metadata["opdlab"]["source"] != notebook.source_hash(nb)
+
+
+def test_the_same_results_are_the_same_file(tmp_path):
+    sources = ("import pandas as pd\ntable = lambda n: pd.DataFrame({'T_abcde': [n]}).style.highlight_max()\ntable(1)", "table(2)",
+               "object()", "import sys, time\nprint('a')\nsys.stdout.flush()\ntime.sleep(0.5)\nprint('b')")  # fmt: skip
+    texts = []
+    for name in "ab":
+        (tmp_path / name).mkdir()
+        path = book(tmp_path / name, *sources)
+        notebook.execute(path)
+        notebook.freeze(path)
+        texts.append(re.sub(r'"id": "\w+"', "", path.read_text()))  # nbformat's own names of the cells
+    assert texts[0] == texts[1]
+    cells = nbformat.read(path, as_version=4).cells
+    first, second = (cell.outputs[0]["data"]["text/html"] for cell in cells[:2])
+    assert '<table id="T_00000">' in first
+    assert "#T_00000_row0_col0" in first
+    assert '<table id="T_00001">' in second
+    assert "T_abcde" in second  # a name of ours
+    assert cells[2].outputs[0]["data"]["text/plain"] == "<object>"
+    assert [o["text"] for o in cells[3].outputs] == ["a\nb\n"]
 
 
 def test_freeze_drops_the_progress_of_others(tmp_path):

@@ -40,9 +40,9 @@ def execute(path: str | os.PathLike[str], timeout: int | None = None) -> None:
 def freeze(path: str | os.PathLike[str]) -> int:
     """Make an executed notebook fit for committing, in place; returns its size in bytes.
 
-    Drops widgets and their state, timings and stderr, replaces the home and working folders in outputs, adds a picture to charts
-    (which GitHub and nbconvert cannot draw), and notes the checksum of the code. Raises OpdlabError for an error output, more
-    than 1 MB, or charts where there is no Chromium.
+    Drops widgets and their state, timings, addresses and stderr, numbers pandas' tables (it names them at random), replaces the
+    home and working folders in outputs, adds a picture to charts (which GitHub and nbconvert cannot draw), and notes the checksum
+    of the code. Raises OpdlabError for an error output, more than 1 MB, or charts where there is no Chromium.
     """
     path = Path(path)
     book = json.loads(path.read_text(encoding="utf-8"))
@@ -53,11 +53,11 @@ def freeze(path: str | os.PathLike[str]) -> int:
         cell["metadata"] = {k: v for k, v in cell["metadata"].items() if k in ("tags", "jupyter")}
         if cell["cell_type"] == "code":
             count += 1
-            cell["execution_count"], cell["outputs"] = count, [o for o in map(_frozen, cell["outputs"]) if o]
+            cell["execution_count"], cell["outputs"] = count, _joined([o for o in map(_frozen, cell["outputs"]) if o])
             for output in cell["outputs"]:
                 if "execution_count" in output:
                     output["execution_count"] = count
-    text = json.dumps(book, indent=1, ensure_ascii=False) + "\n"
+    text = _numbered(json.dumps(book, indent=1, ensure_ascii=False) + "\n")
     for folder in (str(path.resolve().parents[1]), str(Path.home())):
         text = text.replace(folder + os.sep, "")
     if len(text.encode()) > LIMIT:
@@ -78,9 +78,28 @@ def _frozen(output: dict[str, Any]) -> dict[str, Any] | None:
     line = "".join(data.get("text/plain", "")) if set(data) == {"text/plain"} else ""
     if re.fullmatch(r"\s*<code>.*?</code> <progress.*", html) or re.fullmatch(r".*\d+%\|.*\| \d+/\d+ \[.*\]\s*", line):
         return None  # a finished progress line, ours or tqdm's, says nothing later
+    if "text/plain" in data:
+        data["text/plain"] = re.sub(r" at 0x[0-9a-f]+>", ">", "".join(data["text/plain"])).splitlines(keepends=True)
     if CHART in data and "image/png" not in data:
         data["image/png"] = _picture(data[CHART])
     return {**output, "data": data, "metadata": {}} if data else None
+
+
+def _joined(outputs: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Neighbouring printed lines as one output: how a kernel splits them hangs on the clock."""
+    out: list[dict[str, Any]] = []
+    for output in outputs:
+        if out and output["output_type"] == out[-1]["output_type"] == "stream":
+            out[-1] = {**out[-1], "text": "".join([*out[-1]["text"], *output["text"]]).splitlines(keepends=True)}
+        else:
+            out.append(output)
+    return out
+
+
+def _numbered(text: str) -> str:
+    """A notebook whose styled tables are called by their order, so that the same results are the same file."""
+    order = {name: f"T_{i:05d}" for i, name in enumerate(dict.fromkeys(re.findall(r'<table id=\\"(T_[0-9a-f]{5})\\"', text)))}
+    return re.sub(r"\bT_[0-9a-f]{5}(?![0-9a-zA-Z])", lambda found: order.get(found[0], found[0]), text)
 
 
 def _picture(figure: Mapping[str, Any]) -> str:
