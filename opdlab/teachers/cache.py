@@ -35,7 +35,7 @@ def _log_ahead(rows: sqlite3.Connection) -> None:
             rows.execute("PRAGMA journal_mode=WAL")
             return
         except sqlite3.OperationalError as error:
-            if error.sqlite_errorcode & 0xFF != sqlite3.SQLITE_BUSY or time.monotonic() > end:
+            if "locked" not in str(error) or time.monotonic() > end:
                 raise
             time.sleep(0.01)
 
