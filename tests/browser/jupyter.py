@@ -45,12 +45,14 @@ ALONE = """async ([name, kernel]) => {
 class Lab:
     """A running server. `write` a notebook, `open` it, `run` it, `python` in it, `save` and `restart` it.
 
-    A window of JupyterLab takes four seconds and a kernel that knows opdlab six, so tests share one of each.
+    A window of JupyterLab takes four seconds and a kernel that knows opdlab six, so tests share one of each: names and settings
+    that a cell leaves behind are there in the next test.
     """
 
     def __init__(self, root: Path, browser: Browser) -> None:
         self.root, self.browser, self.contexts = root / "work", browser, []
         self.window: Page | None = None
+        self.kernel = ""
         self.root.mkdir()
         self.requests: list[str] = []
         with socket.socket() as free:
