@@ -5,6 +5,10 @@ class OpdlabError(Exception):
     """Base of all of them: `except opdlab.OpdlabError` catches what the user can mend."""
 
 
+class InvalidValue(OpdlabError, ValueError):
+    """A setting or an argument has a value that cannot be right."""
+
+
 class TokenizerMismatch(OpdlabError):
     """Teacher and student do not speak the same tokens."""
 

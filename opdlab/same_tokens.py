@@ -1,0 +1,50 @@
+"""Do two policies speak the same tokens? Compares whole vocabularies, EOS sets and rendered chats, before compute is spent."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from transformers import PreTrainedTokenizerBase
+
+from opdlab.errors import TokenizerMismatch
+
+if TYPE_CHECKING:
+    from opdlab.policy import Policy
+
+
+def check_same_tokens(student: Policy, teacher: Policy, name: str = "teacher") -> None:
+    """Raise TokenizerMismatch unless both speak the same tokens; the message shows the first difference.
+
+    Compares id -> string over the whole vocabulary, EOS sets and a rendered chat. Padding rows of the head do not matter.
+    """
+    if student.weights is teacher.weights:
+        return
+    ours, theirs = student.tokenizer, teacher.tokenizer
+    mine, other = ({i: piece for piece, i in t.get_vocab().items()} for t in (ours, theirs))
+    for i in sorted(mine.keys() | other.keys()):
+        if mine.get(i) != other.get(i):
+            raise TokenizerMismatch(
+                f"The {name}'s tokenizer differs from the student's: id {i} is {other.get(i)!r} there and {mine.get(i)!r} here. "
+                "A token-level loss would compare unrelated tokens. Use a teacher of the same family, or one that only writes."
+            )
+    if student.weights.eos != teacher.weights.eos:
+        raise TokenizerMismatch(
+            f"The {name} stops at tokens {_named(theirs, teacher.weights.eos)}, the student at {_named(ours, student.weights.eos)}: "
+            "trained like this, lengths run away. Load one of them with the other's set: Policy.load(…, eos=[…])."
+        )
+    _check_same_template(ours, theirs, name)
+
+
+def _check_same_template(ours: PreTrainedTokenizerBase, theirs: PreTrainedTokenizerBase, name: str) -> None:
+    probe = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}, {"role": "user", "content": "c"}]
+    texts = [t.apply_chat_template(probe, tokenize=False, add_generation_prompt=True) if t.chat_template else "" for t in (ours, theirs)]
+    if texts[0] != texts[1]:
+        at = next((i for i, (a, b) in enumerate(zip(*texts, strict=False)) if a != b), min(map(len, texts)))
+        raise TokenizerMismatch(
+            f"The {name}'s chat template differs from the student's from character {at} on: {texts[1][at : at + 40]!r} there, "
+            f"{texts[0][at : at + 40]!r} here. Load the {name} with tokenizer=student.tokenizer to score the student's form."
+        )
+
+
+def _named(tokenizer: PreTrainedTokenizerBase, ids: frozenset[int]) -> str:
+    return ", ".join(f"{i} {tokenizer.convert_ids_to_tokens(i)!r}" for i in sorted(ids)) or "none"
