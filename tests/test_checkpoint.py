@@ -74,7 +74,7 @@ for step in run:
 
 @pytest.mark.parametrize("where", ["in the middle of a step", "before the rename", "after the rename"])
 def test_killed_and_resumed_is_bit_identical(whole, tmp_path, where):
-    done = subprocess.run([sys.executable, "-c", CHILD, str(tmp_path), where], capture_output=True, text=True, timeout=200, check=False)
+    done = subprocess.run([sys.executable, "-c", CHILD, str(tmp_path), where], capture_output=True, text=True, timeout=2000, check=False)
     assert done.returncode == -signal.SIGKILL, done.stderr
     complete = sorted(p.name for p in tmp_path.glob("step-*"))
     assert complete[-1] == ("step-000003" if where == "after the rename" else "step-000002")

@@ -12,7 +12,7 @@ import opdlab as opd
 from opdlab.demo import demo
 
 
-def opdlab(*words: str, timeout: int = 250) -> subprocess.CompletedProcess[str]:
+def opdlab(*words: str, timeout: int = 2500) -> subprocess.CompletedProcess[str]:
     return subprocess.run([sys.executable, "-m", "opdlab.cli", *words], capture_output=True, text=True, timeout=timeout, check=False)
 
 

@@ -163,6 +163,44 @@ def test_mistakes_are_named(key, sentence, capsys):
     assert capsys.readouterr().out.startswith(f"✗ {key}: {sentence} Until")
 
 
+@pytest.mark.parametrize("step", [1e-2, 1e-3, 1e-4, 1e-6])
+@pytest.mark.parametrize("side", [1, -1])
+def test_a_one_sided_difference_is_named_at_any_step(step, side):
+    def slope(loss, logits, teacher):
+        here = loss(logits.log_softmax(-1), teacher)
+        nudges = side * step * torch.eye(logits.shape[-1], dtype=logits.dtype)
+        return torch.stack([side * (loss((logits + nudge).log_softmax(-1), teacher) - here) / step for nudge in nudges], -1)
+
+    assert "one-sided" in find("50.3").judge(slope)
+
+
+def test_autograd_is_told_from_differences():
+    def slope(loss, logits, teacher):
+        logits = logits.clone().requires_grad_()
+        loss(logits.log_softmax(-1), teacher).sum().backward()
+        return logits.grad
+
+    assert "autograd" in find("50.3").judge(slope)
+
+
+def test_a_gradient_that_cancels_up_to_rounding_is_zero():
+    assert compared(torch.tensor([1e-17, -2e-17]), torch.tensor([0.3, -0.3]), 1e-5) == "it is zero everywhere."
+    assert compared(0.563612, 0.563614, 1e-9) == "the values differ: 0.563612, wanted 0.563614."
+
+
+def test_the_author_of_what_the_notebook_goes_on_with_is_known(capsys):
+    task = find("20.1")
+    checking._authors.pop("31.3", None)
+    with pytest.raises(opd.OpdlabError, match=r"Exercise 31\.3 has not run yet"):
+        notebook.author("31.3")
+    notebook.exercise("20.1")(stub)
+    assert notebook.author("20.1") == "the reference solution's"
+    notebook.exercise("20.1")(task.solution)
+    assert notebook.author("20.1") == "yours"
+    notebook.exercise("20.1")(next(iter(task.mistakes.values())))
+    assert notebook.author("20.1") == "the reference solution's"
+
+
 def test_every_exercise_knows_a_mistake():
     assert [key for key, task in EVERY.items() if not task.mistakes] == []
 
@@ -170,7 +208,8 @@ def test_every_exercise_knows_a_mistake():
 @pytest.mark.parametrize(("written", "says"), [
     (lambda r: (r.student.exp() * (r.teacher - r.student)).sum(-1), "value: the sign is wrong."),
     (lambda r: 2 * (r.student.exp() * (r.student - r.teacher)).sum(-1), "value: it is 2 times what is wanted."),
-    (lambda r: (r.student.exp() * (r.student - r.teacher)).sum(-1).detach(), "gradient: it is zero everywhere."),
+    (lambda r: (r.student.exp() * (r.student - r.teacher)).sum(-1).detach(), "it carries no gradient, so it trains nothing."),
+    (lambda r: (r.student - r.student.detach()).sum(-1) * 0, "value: it is zero everywhere."),
     (lambda r: (r.student.exp() * (r.student - r.teacher)), "value: shape [5] is wanted; you returned shape [5, 7]."),
     (lambda r: r.student.sum(-1), "value: the values differ: "),
     (lambda r: None, "value: it returned None. Is there a return?"),

@@ -9,7 +9,7 @@ import opdlab
 
 
 def python(source: str) -> str:
-    return subprocess.run([sys.executable, "-c", source], capture_output=True, text=True, timeout=120, check=True).stdout.strip()
+    return subprocess.run([sys.executable, "-c", source], capture_output=True, text=True, timeout=1200, check=True).stdout.strip()
 
 
 def test_every_name_is_there():

@@ -8,7 +8,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from opdlab.notebook.checking import WrongAnswer
 from opdlab.rows import Rows
+
+NO_GRADIENT = "it carries no gradient, so it trains nothing. Leave out .detach() and torch.no_grad()."
 
 
 def laws(n: int = 5, vocab: int = 7, seed: int = 0, scale: float = 1.0) -> tuple[Tensor, Tensor]:
@@ -26,8 +29,14 @@ def rows(n: int = 5, vocab: int = 7, seed: int = 0, **columns: Tensor) -> Rows:
 
 
 def trains(loss: Callable[[Rows], Any], given: Rows) -> dict[str, Any]:
-    """What a loss says and does: its value `[n]` and the slope of its sum in the student's logits, `[n, V]`."""
+    """What a loss says and does: its value `[n]` and the slope of its sum in the student's logits, `[n, V]`.
+
+    Raises:
+        WrongAnswer: The loss is a tensor without gradient, which no comparison tells from a gradient that cancels.
+    """
     value = loss(given)
+    if isinstance(value, Tensor) and value.is_floating_point() and not value.requires_grad:
+        raise WrongAnswer(NO_GRADIENT)
     if not isinstance(value, Tensor) or not value.requires_grad:
         return {"value": value, "gradient": None if value is None else torch.zeros_like(given.student)}
     (slope,) = torch.autograd.grad(value.sum(), given.student, allow_unused=True)

@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterator, Sequence
 import pytest
 from axe_playwright_python.sync_playwright import Axe
 from browser.jupyter import Lab
-from playwright.sync_api import Browser, Page, sync_playwright
+from playwright.sync_api import Browser, BrowserContext, Page, expect, sync_playwright
 
 FLAGS = (
     "--no-sandbox --disable-gpu --disable-quic --no-first-run --disable-background-networking --disable-component-update --disable-sync "
@@ -17,15 +17,36 @@ FLAGS = (
 ).split()
 
 
+PATIENCE = 300_000  # milliseconds; a busy machine is no fault of the page
+expect.set_options(timeout=PATIENCE)
+
+
+class PatientBrowser:
+    """Chromium, every window of which waits long enough for a slow and busy machine."""
+
+    def __init__(self, chromium: Browser) -> None:
+        self.chromium = chromium
+
+    def new_context(self, **options: object) -> BrowserContext:
+        context = self.chromium.new_context(**options)
+        context.set_default_timeout(PATIENCE)
+        return context
+
+    def new_page(self, **options: object) -> Page:
+        page = self.chromium.new_page(**options)
+        page.set_default_timeout(PATIENCE)
+        return page
+
+
 @pytest.fixture(scope="session")
-def browser() -> Iterator[Browser]:
+def browser() -> Iterator[PatientBrowser]:
     """Chromium as found on the machine; nothing is downloaded."""
     path = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
     if path is None:
         (pytest.fail if os.environ.get("CI") else pytest.skip)("There is no Chromium. Install it: apt-get install chromium.")
     with sync_playwright() as playwright:
         chromium = playwright.chromium.launch(executable_path=path, args=FLAGS)
-        yield chromium
+        yield PatientBrowser(chromium)
         chromium.close()
 
 

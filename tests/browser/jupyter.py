@@ -82,11 +82,11 @@ class Lab:
         """The notebook alone in the window that all tests share, on the kernel that they share."""
         if self.window is None:
             self.window = self.open_afresh(name)
-            self.window.wait_for_function(IDLE, timeout=60_000)
+            self.window.wait_for_function(IDLE, timeout=600_000)
             self.kernel = self.window.evaluate(f"{KERNEL}.id")
         else:
             self.window.evaluate(ALONE, [name, self.kernel])
-            self.window.wait_for_function(IDLE, timeout=60_000)
+            self.window.wait_for_function(IDLE, timeout=600_000)
         return self.window
 
     def open_afresh(self, name: str, *, dark: bool = False) -> Page:
@@ -97,21 +97,21 @@ class Lab:
         page = context.new_page()
         page.on("request", self._note)
         page.goto(f"http://127.0.0.1:{self.port}/lab/tree/{name}?reset")
-        page.wait_for_selector(".jp-Notebook .jp-Cell", timeout=60_000)
+        page.wait_for_selector(".jp-Notebook .jp-Cell", timeout=600_000)
         return page
 
     def run(self, page: Page) -> None:
         """All cells, to the end."""
         self.command(page, "notebook:run-all-cells")
-        page.wait_for_function(RAN, timeout=90_000)
+        page.wait_for_function(RAN, timeout=900_000)
 
     def python(self, page: Page, source: str) -> str:
         """What a statement prints, run in the notebook's kernel as a new last cell would."""
         page.evaluate(SAY, source)
-        page.wait_for_function("window.said !== null", timeout=60_000)
+        page.wait_for_function("window.said !== null", timeout=600_000)
         return str(page.evaluate("window.said")).strip()
 
-    def until(self, page: Page, source: str, wanted: str, seconds: float = 5) -> None:
+    def until(self, page: Page, source: str, wanted: str, seconds: float = 120) -> None:
         """Waits until a Python expression prints what is wanted; asserts that it did."""
         end, said = time.monotonic() + seconds, ""
         while time.monotonic() < end and (said := self.python(page, f"print({source})")) != wanted:
@@ -120,14 +120,14 @@ class Lab:
 
     def save(self, page: Page) -> None:
         self.command(page, "docmanager:save")
-        page.wait_for_function("!window.jupyterapp.shell.currentWidget.context.model.dirty", timeout=20_000)
+        page.wait_for_function("!window.jupyterapp.shell.currentWidget.context.model.dirty", timeout=240_000)
 
     def restart(self, page: Page) -> None:
         """The kernel, without the question."""
         page.evaluate("void (window.restarted = false, window.jupyterapp.shell.currentWidget.sessionContext.session.kernel.restart()"
                       ".then(() => (window.restarted = true)))")  # fmt: skip
-        page.wait_for_function("window.restarted", timeout=60_000)
-        page.wait_for_function(IDLE, timeout=60_000)
+        page.wait_for_function("window.restarted", timeout=600_000)
+        page.wait_for_function(IDLE, timeout=600_000)
 
     def command(self, page: Page, name: str) -> None:
         page.evaluate(f"void window.jupyterapp.commands.execute({json.dumps(name)})")  # without void a hanging command hangs the test
@@ -151,9 +151,9 @@ class Lab:
         self.requests.append(request.url)
 
     def _wait(self, log: Path) -> None:
-        for _ in range(300):
+        for _ in range(3000):
             try:
-                urllib.request.urlopen(f"http://127.0.0.1:{self.port}/api", timeout=2).close()
+                urllib.request.urlopen(f"http://127.0.0.1:{self.port}/api", timeout=20).close()
                 return
             except OSError:
                 assert self.server.poll() is None, log.read_text()[-2000:]

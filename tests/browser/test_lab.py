@@ -84,7 +84,7 @@ def test_a_restarted_kernel_leaves_a_badge_and_a_view_that_still_moves(lab):
     assert not badge.is_visible()
     lab.restart(page)
     strip.locator("[data-i='3']").click()
-    badge.wait_for(state="visible", timeout=10_000)
+    badge.wait_for(state="visible", timeout=120_000)
     assert badge.text_content().startswith("detached: run the cell again")
     assert page.locator(CHOSEN).get_attribute("data-i") == "3"
     lab.run(page)
@@ -154,10 +154,10 @@ def test_a_cell_that_trains_is_followed_interrupted_and_reopened(lab):
     lab.write("board.ipynb", TRAIN, "board.train()")
     page = lab.open("board.ipynb")
     lab.command(page, "notebook:run-all-cells")
-    page.locator(".jp-OutputArea-output .opd-board .opd-l").first.wait_for(timeout=60_000)  # while it trains
+    page.locator(".jp-OutputArea-output .opd-board .opd-l").first.wait_for(timeout=600_000)  # while it trains
     assert page.locator(".opd-board[data-mounted]").count() == 0
     lab.command(page, "notebook:interrupt-kernel")
-    page.locator(".opd-board[data-mounted]").wait_for(timeout=20_000)
+    page.locator(".opd-board[data-mounted]").wait_for(timeout=240_000)
     assert page.locator(".jp-OutputArea-output .opd-board").count() == 1  # one picture, redrawn
     page.wait_for_function(IDLE)
     done = int(lab.python(page, "print(run.done)"))
@@ -166,7 +166,7 @@ def test_a_cell_that_trains_is_followed_interrupted_and_reopened(lab):
     assert lab.python(page, "step = next(run); print(step.number)") == str(done + 1)
     lab.save(page)
     again = lab.open_afresh("board.ipynb")
-    again.locator(".opd-board[data-mounted] input").wait_for(timeout=20_000)
+    again.locator(".opd-board[data-mounted] input").wait_for(timeout=240_000)
     again.locator(".opd-board input").fill("1")
     assert again.locator(".opd-board .opd-at").text_content() == "step 1"
 

@@ -23,7 +23,7 @@ def address(tmp_path):
     with open(tmp_path / "log", "w") as log:
         server = subprocess.Popen([sys.executable, "-m", "opdlab.cli", "lab", "--port", "18888"], env=env, stdout=log, stderr=log)
     try:
-        for _ in range(300):
+        for _ in range(3000):
             assert server.poll() is None, (tmp_path / "log").read_text()[-2000:]
             if "is running at" in (tmp_path / "log").read_text():
                 break
@@ -46,7 +46,7 @@ def address(tmp_path):
 def test_it_opens_at_the_index(address, browser):
     page = browser.new_page()
     page.goto(address)
-    page.wait_for_selector(".jp-MarkdownViewer h1 >> text=The notebooks", timeout=60_000)  # rendered, not its source
+    page.wait_for_selector(".jp-MarkdownViewer h1 >> text=The notebooks", timeout=600_000)  # rendered, not its source
     assert page.locator(".jp-MarkdownViewer a >> text=30_privileged").first.is_visible()
     assert page.locator(".jp-MarkdownViewer img").count() == len(list(NOTEBOOKS.glob("*.ipynb")))
     link = page.locator(".jp-MarkdownViewer a >> text=00_start").first

@@ -65,7 +65,7 @@ def test_every_step_is_shown_and_reached_by_slider_keys_and_buttons(open_page, t
     first.get_by_role("slider").fill("0")
     assert sides() == ["", "", "", ""]
     first.get_by_role("button", name="▶ play").click()
-    first.locator(".opd-at", has_text="step 20 of 20").wait_for(timeout=10_000)
+    first.locator(".opd-at", has_text="step 20 of 20").wait_for(timeout=120_000)
     first.get_by_role("button", name="▶ play").wait_for()  # it stops by itself
 
 

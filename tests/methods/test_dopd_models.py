@@ -184,7 +184,7 @@ def test_two_processes_route_by_the_means_of_both(tmp_path):
     for worker in workers:
         worker.start()
     for worker in workers:
-        worker.join(timeout=100)
+        worker.join(timeout=1000)
         assert worker.exitcode == 0
     one, two = (load_file(tmp_path / f"{rank}.safetensors") for rank in (0, 1))
     assert len(one["route"]) != len(two["route"])

@@ -70,9 +70,9 @@ def scribe_url(tmp_path_factory) -> Iterator[str]:
         process = subprocess.Popen(command, stdout=out, stderr=out, env=os.environ | {"HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"},
                                    start_new_session=True)  # fmt: skip
     try:
-        for _ in range(240):
+        for _ in range(2400):
             try:
-                urllib.request.urlopen(f"http://127.0.0.1:{port}/health", timeout=5).read()
+                urllib.request.urlopen(f"http://127.0.0.1:{port}/health", timeout=50).read()
                 break
             except OSError:
                 assert process.poll() is None, log.read_text()

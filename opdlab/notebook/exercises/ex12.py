@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from opdlab import exact
-from opdlab.divergence import TopK, reverse_kl
+from opdlab.divergence import TopK, forward_kl, reverse_kl
 from opdlab.estimator import as_loss, in_reward, k1, k2, k3
 from opdlab.notebook.cases import laws
 from opdlab.notebook.checking import Exercise
@@ -44,6 +44,31 @@ def both(k: Estimate, logits: Tensor, teacher: Tensor) -> tuple[Tensor, Tensor]:
     return reward, reward + loss
 
 
+def never_detached(k: Estimate, logits: Tensor, teacher: Tensor) -> tuple[Tensor, Tensor]:
+    """With p left in the graph, the weight of each token is differentiated in both uses."""
+    logits = logits.clone().requires_grad_()
+    logp = logits.log_softmax(-1)
+    p, value = logp.exp(), k(teacher - logp)
+    (reward,) = torch.autograd.grad((p * value.detach() * logp).sum(), logits, retain_graph=True)
+    (loss,) = torch.autograd.grad((p * value).sum(), logits)
+    return reward, loss
+
+
+def undetached_reward(k: Estimate, logits: Tensor, teacher: Tensor) -> tuple[Tensor, Tensor]:
+    """The weight is detached in the loss only."""
+    return never_detached(k, logits, teacher)[0], two_gradients(k, logits, teacher)[1]
+
+
+def undetached_value(k: Estimate, logits: Tensor, teacher: Tensor) -> tuple[Tensor, Tensor]:
+    """Differentiating the reward itself: what k as a reward must not do."""
+    logits = logits.clone().requires_grad_()
+    logp = logits.log_softmax(-1)
+    p, value = logp.exp().detach(), k(teacher - logp)
+    (reward,) = torch.autograd.grad((p * value * logp).sum(), logits, retain_graph=True)
+    (loss,) = torch.autograd.grad((p * value).sum(), logits)
+    return reward, loss
+
+
 def single() -> list[tuple[Estimate, Tensor, Tensor]]:
     return [(k, student[0], teacher[0]) for i, k in enumerate((k1, k2, k3)) for student, teacher in [laws(1, 6, seed=i)]]
 
@@ -56,10 +81,14 @@ def coarse(student: Tensor, teacher: Tensor, k: int) -> Tensor:
     return (p * (p / q).log()).sum(-1)
 
 
-def bucket(student: Tensor, teacher: Tensor, k: int) -> Tensor:
+def bucket_of(kl: Callable[[Tensor, Tensor], Tensor], student: Tensor, teacher: Tensor, k: int) -> Tensor:
     support = TopK(k, by="teacher")
     ids = support.support(teacher)
-    return reverse_kl(support.coarse(student, ids), support.coarse(teacher, ids))
+    return kl(support.coarse(student, ids), support.coarse(teacher, ids))
+
+
+def bucket(student: Tensor, teacher: Tensor, k: int) -> Tensor:
+    return bucket_of(reverse_kl, student, teacher, k)
 
 
 def dropped(student: Tensor, teacher: Tensor, k: int) -> Tensor:
@@ -103,6 +132,10 @@ EXERCISES = (
         mistakes={
             "the two are swapped: the reward is held fixed, the loss is differentiated.": swapped,
             "the second lets a gradient through the token's probability as well. Detach p: a token is drawn, not differentiated.": both,
+            "both let a gradient through the token's probability. Detach p: a token is drawn, not differentiated.": never_detached,
+            "the first lets a gradient through the token's probability as well. Detach p: a token is drawn, not differentiated.":
+                undetached_reward,
+            "the reward is differentiated. Detach k: a reward is a number that does not depend on the student.": undetached_value,
         },
     ),
     Exercise(
@@ -113,6 +146,7 @@ EXERCISES = (
             "the rest is left out: add one more outcome, of mass 1 - sum, on both sides.": dropped,
             "the top k are renormalised, which is blind to how much mass they have.": renormalised,
             "the support is the student's; the teacher's is wanted here.": by_student,
+            "that is the forward KL. Weigh by the student's probabilities.": lambda s, t, k: bucket_of(forward_kl, s, t, k),
         },
     ),
     Exercise(

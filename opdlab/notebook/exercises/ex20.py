@@ -13,7 +13,8 @@ from torch import Tensor
 from opdlab.batch import Batch
 from opdlab.divergence import forward_kl, reverse_kl
 from opdlab.methods.grpo import GRPO
-from opdlab.notebook.checking import Exercise
+from opdlab.notebook.cases import NO_GRADIENT
+from opdlab.notebook.checking import Exercise, WrongAnswer
 
 
 def loss(logits: Tensor, teacher: Tensor, mask: Tensor) -> Tensor:
@@ -31,8 +32,15 @@ def by_text(logits: Tensor, teacher: Tensor, mask: Tensor) -> Tensor:
     return (kl.sum(1) / mask.sum(1)).mean()
 
 
+def detached(logits: Tensor, teacher: Tensor, mask: Tensor) -> Tensor:
+    student = logits.log_softmax(-1)
+    return (student.exp().detach() * (student - teacher)).sum(-1)[mask].mean()
+
+
 def learnt(function: Callable[..., Tensor], logits: Tensor, teacher: Tensor, mask: Tensor) -> dict[str, Any]:
     value = function(logits, teacher, mask)
+    if isinstance(value, Tensor) and not value.requires_grad:
+        raise WrongAnswer(NO_GRADIENT)
     if not isinstance(value, Tensor) or not value.requires_grad:
         return {"loss": value, "gradient": None if value is None else torch.zeros_like(logits)}
     return {"loss": value, "gradient": torch.autograd.grad(value, logits)[0] if value.dim() == 0 else None}
@@ -95,6 +103,7 @@ EXERCISES = (
         truth=library, solution=loss, cases=rollouts, look=learnt,
         mistakes={
             "that is a mean over texts of means over their tokens. Count all tokens alike.": by_text,
+            "the weight is detached, so the gradients of all tokens cancel. Let the student's probabilities carry gradient.": detached,
             "padding is counted: take the tokens of the mask only.": lambda x, q, mask: reverse_kl(x.log_softmax(-1), q).mean(),
             "that is the forward KL. Weigh by the student's probabilities.":
                 lambda x, q, mask: forward_kl(x.log_softmax(-1), q)[mask].mean(),

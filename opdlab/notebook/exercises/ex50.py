@@ -11,7 +11,7 @@ from torch import Tensor
 
 from opdlab import divergence as d
 from opdlab.notebook.cases import laws, rows, trains
-from opdlab.notebook.checking import Exercise
+from opdlab.notebook.checking import Exercise, WrongAnswer
 from opdlab.rows import Rows
 
 Pair = Callable[[Tensor, Tensor], Tensor]
@@ -43,6 +43,12 @@ def added(student: Tensor, teacher: Tensor) -> Tensor:
     return d.reverse_kl(student, teacher) + (1 - (-d.entropy(teacher)).exp()) * d.forward_kl(student, teacher)
 
 
+def by_certainty(student: Tensor, teacher: Tensor) -> Tensor:
+    """The entropy with the wrong sign, as `(q.exp() * q).sum(-1)` without the minus."""
+    gate = 1 - d.entropy(teacher).exp()
+    return (1 - gate) * d.reverse_kl(student, teacher) + gate * d.forward_kl(student, teacher)
+
+
 def look(function: Pair, given: Rows) -> dict[str, Any]:
     return trains(lambda r: function(r.student, r.teacher), given)
 
@@ -68,9 +74,24 @@ def padded(entropy: Tensor, kl: Tensor, mask: Tensor, vocab: int, share: float) 
     return keep(entropy, kl, torch.ones_like(mask), vocab, share)
 
 
+def counting_padding(entropy: Tensor, kl: Tensor, mask: Tensor, vocab: int, share: float) -> Tensor:
+    """The right order, cut at a share of all places."""
+    u = 1 - (1 - entropy / math.log(vocab)) * (-kl).exp()
+    before = (u[mask][None] > u[..., None]).sum(-1)
+    return ((before < math.ceil(share * mask.numel())) & mask).long()
+
+
 def by_row(entropy: Tensor, kl: Tensor, mask: Tensor, vocab: int, share: float) -> Tensor:
     rows = [slice(i, i + 1) for i in range(len(mask))]
     return torch.cat([keep(entropy[row], kl[row], mask[row], vocab, share) for row in rows])
+
+
+def look_at_choice(function: Callable[..., Tensor], *batch: Any) -> Tensor:
+    """The choice of a batch; a choice in the padding is named at once, whatever else is wrong."""
+    chosen, mask = function(*batch), batch[2]
+    if isinstance(chosen, Tensor) and chosen.shape == mask.shape and bool((chosen[~mask] != 0).any()):
+        raise WrongAnswer("padding is chosen: only places where mask is true are tokens.")
+    return chosen
 
 
 def batches() -> list[tuple[Tensor, Tensor, Tensor, int, float]]:
@@ -101,6 +122,54 @@ def autograd(loss: Pair, logits: Tensor, teacher: Tensor) -> Tensor:
     return torch.autograd.grad(loss(leaf.log_softmax(-1), teacher).sum(), leaf)[0]
 
 
+def by_backward(loss: Pair, logits: Tensor, teacher: Tensor) -> Tensor:
+    leaf = logits.clone().requires_grad_()
+    loss(leaf.log_softmax(-1), teacher).sum().backward()
+    assert leaf.grad is not None
+    return leaf.grad
+
+
+AUTOGRAD = "that is autograd, which cannot judge itself. Move each logit up and down by a step and take the difference."
+ONE_SIDED = "that is a one-sided difference. Take (loss above - loss below) / (2 · step), which is far more exact."
+
+
+def one_sided(loss: Pair, logits: Tensor, teacher: Tensor, step: float = 1e-5) -> Tensor:
+    here = loss(logits.log_softmax(-1), teacher)
+    nudges = step * torch.eye(logits.shape[-1], dtype=logits.dtype)
+    return torch.stack([(loss((logits + nudge).log_softmax(-1), teacher) - here) / step for nudge in nudges], -1)
+
+
+def look_at_slope(function: Callable[..., Tensor], loss: Pair, logits: Tensor, teacher: Tensor) -> Tensor:
+    """The slope of a loss, after two probes that tell how it was made.
+
+    A loss without gradient stops autograd. A loss with a kink where the logits stand has the central difference 0 there, at
+    any step, and a one-sided difference far from 0.
+    """
+
+    if function is autograd:  # the truth that answers are held against
+        return autograd(loss, logits, teacher)
+
+    @torch.no_grad()
+    def without_gradient(student: Tensor, teacher: Tensor) -> Tensor:
+        return loss(student.detach(), teacher)
+
+    here = logits.log_softmax(-1)
+
+    def kinked(student: Tensor, teacher: Tensor) -> Tensor:
+        return (student - here).abs().sum(-1)
+
+    try:
+        slopes = function(without_gradient, logits.clone(), teacher)
+    except RuntimeError as error:
+        if "grad" in str(error):
+            raise WrongAnswer(AUTOGRAD) from error
+        raise
+    at_kink = function(kinked, logits.clone(), teacher)
+    if isinstance(at_kink, Tensor) and at_kink.shape == logits.shape and float(at_kink.abs().max()) > 0.1:
+        raise WrongAnswer(ONE_SIDED)
+    return slopes
+
+
 def without_softmax(loss: Pair, logits: Tensor, teacher: Tensor) -> Tensor:
     logp = logits.log_softmax(-1)
     ends = lambda v, e: loss(logp + e * torch.eye(logits.shape[-1], dtype=logp.dtype)[v], teacher)
@@ -115,14 +184,16 @@ EXERCISES = (
         mistakes={
             "the gate is the wrong way round: g, near 1 where the teacher is undecided, belongs to the forward KL.": swapped,
             "that is the student's entropy. The gate asks whether the teacher is undecided.": by_student,
+            "the entropy has the wrong sign: H = -(q.exp() * q).sum(-1), which is never below 0.": by_certainty,
             "the reverse KL is to give way: weigh it with 1 - g.": added,
         },
     ),
     Exercise(
         "50.2", asks="return 1 for the ceil(share · tokens) largest u of the batch and 0 for the others, [B, T]",
-        says="that is the choice over the whole batch", truth=by_rank, solution=keep, cases=batches,
+        says="that is the choice over the whole batch", truth=by_rank, solution=keep, cases=batches, look=look_at_choice,
         mistakes={
-            "padding is chosen, or counted: only places where mask is true are tokens.": padded,
+            "padding is chosen: only places where mask is true are tokens.": padded,
+            "padding is counted in the number of tokens: it is ceil(share · mask.sum()).": counting_padding,
             "that chooses in each row. The choice is over the whole batch, so that texts without trouble give way.": by_row,
             "that is the sum h + delta. The soft or takes off what both say: - h · delta.":
                 lambda h, kl, mask, vocab, share:
@@ -133,12 +204,14 @@ EXERCISES = (
     ),
     Exercise(
         "50.3", asks="return the slope of each row's loss in its logits, [n, V], by central differences",
-        says="that needs no autograd, so it can judge one", truth=autograd, solution=slope, close=1e-6,
+        says="that needs no autograd, so it can judge one", truth=autograd, solution=slope, close=1e-6, look=look_at_slope,
         cases=lambda: [(pair, student, teacher) for pair in (library, d.jensen_shannon) for student, teacher in [laws(4, 6, seed=1)]],
         mistakes={
             "the log-probs are nudged and not the logits: they must sum to one again, so take the log-softmax after the nudge.":
                 without_softmax,
             "the distance between the two ends is 2 · step.": lambda *a: 2 * slope(*a),
+            AUTOGRAD: by_backward,
+            ONE_SIDED: one_sided,
         },
     ),
 )  # fmt: skip
