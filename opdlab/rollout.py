@@ -19,6 +19,9 @@ from transformers import DynamicCache, PreTrainedModel
 from opdlab.errors import OpdlabError
 from opdlab.head import Head
 from opdlab.policy import Policy, Prompt
+from opdlab.templates import end_token
+from opdlab.tokens import completion_texts
+from opdlab.written_text import finish_of
 
 
 @dataclass(frozen=True, eq=False)
@@ -101,19 +104,45 @@ def sample(policy: Policy, prompts: Sequence[Prompt], n: int = 1, *, max_new_tok
     return Rollout(
         prompts=tuple(p for p in prompts for _ in range(n)), ids=ids, lengths=written["lengths"], logp=logp, entropy=entropy,
         finish=tuple("stop" if s else "length" for s in stopped.tolist()),
-        texts=tuple(policy.tokenizer.batch_decode(bodies, skip_special_tokens=True)), writer=(writer,) * len(bodies), n=n,
+        texts=tuple(completion_texts(policy.tokenizer, bodies, policy.weights.eos)), writer=(writer,) * len(bodies), n=n,
     )  # fmt: skip
 
 
 def written(policy: Policy, prompts: Sequence[Prompt], texts: Sequence[str], writer: str = "answer") -> Rollout:
-    """Given texts as a rollout, for supervised training and for looking: tokenized, with the EOS token added."""
-    eos = policy.tokenizer.eos_token_id
-    ids = [list(policy.tokenizer(t, add_special_tokens=False)["input_ids"]) + [eos] * (eos is not None) for t in texts]
+    """Make a rollout of given texts, for supervised training and for looking.
+
+    A finished text ends with a token of the policy's own EOS set. A text that its writer had to cut (a `WrittenText` with
+    finish "length") is left open, and counts as cut. Where a text itself spells a token of the EOS set, it ends there.
+
+    Args:
+        policy: Its tokenizer makes the tokens.
+        prompts: The prompt of each text.
+        texts: One text a prompt; plain strings count as finished.
+        writer: Who wrote them, for the trace.
+    """
+    tokenizer, eos = policy.tokenizer, policy.weights.eos
+    ends = [end_token(policy, chat=prompt.messages is not None) for prompt in prompts]
+    ids, finish = [], []
+    for text, end in zip(texts, ends, strict=True):
+        row = list(tokenizer(str(text), add_special_tokens=False)["input_ids"])
+        first = next((t for t, token in enumerate(row) if token in eos), None)
+        is_cut = first is None and finish_of(text) == "length"
+        ids.append(row[:first] + ([] if is_cut or end is None else [end]))
+        finish.append("length" if is_cut else "stop")
     lengths = torch.tensor([len(row) for row in ids], device=policy.weights.device)
     width = max(1, int(lengths.max()))
     padded = torch.tensor([row + [0] * (width - len(row)) for row in ids], device=policy.weights.device)
     none = torch.zeros(padded.shape, device=policy.weights.device)
-    return Rollout(tuple(prompts), padded, lengths, none, none.clone(), ("stop",) * len(ids), tuple(texts), (writer,) * len(ids))
+    return Rollout(
+        prompts=tuple(prompts),
+        ids=padded,
+        lengths=lengths,
+        logp=none,
+        entropy=none.clone(),
+        finish=tuple(finish),
+        texts=tuple(str(text) for text in texts),
+        writer=(writer,) * len(ids),
+    )
 
 
 def joined(parts: Sequence[Rollout]) -> Rollout:

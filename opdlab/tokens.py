@@ -6,6 +6,7 @@ Decoding one id at a time shows a replacement sign for every byte piece, and joi
 from __future__ import annotations
 
 import re
+from collections.abc import Collection, Sequence
 from functools import lru_cache
 
 from transformers import PreTrainedTokenizerBase
@@ -19,6 +20,22 @@ def token_bytes(tokenizer: PreTrainedTokenizerBase, ids: list[int]) -> list[byte
     added = {*tokenizer.all_special_ids, *tokenizer.get_added_vocab().values()}  # stand as themselves
     pieces = tokenizer.convert_ids_to_tokens(ids)
     return [_bytes(piece or "", byte_level and i not in added) for i, piece in zip(ids, pieces, strict=True)]
+
+
+def completion_texts(tokenizer: PreTrainedTokenizerBase, rows: Sequence[Sequence[int]], eos: Collection[int]) -> list[str]:
+    """Decode completions to the texts that verifiers and pictures see.
+
+    Only the token that ends a completion is left out. Special tokens within it stay, since tags such as `<answer>` or
+    `<think>` are often added as special tokens, and a verifier looks for them.
+
+    Args:
+        tokenizer: The tokenizer of the policy that wrote the completions.
+        rows: Token ids of each completion, without padding.
+        eos: The tokens that end that policy's texts.
+    """
+    ended = [bool(row) and row[-1] in eos for row in rows]
+    bodies = [list(row[:-1] if stops else row) for row, stops in zip(rows, ended, strict=True)]
+    return [str(text) for text in tokenizer.batch_decode(bodies, skip_special_tokens=False)]
 
 
 def _bytes(piece: str, byte_level: bool) -> bytes:

@@ -13,8 +13,9 @@ from scipy.stats import chisquare
 
 from opdlab import Policy, Prompt
 from opdlab.divergence import entropy
-from opdlab.errors import OpdlabError
+from opdlab.errors import InvalidValue, OpdlabError
 from opdlab.rollout import draw, joined, written
+from opdlab.written_text import WrittenText
 
 FAMILIES = {
     "llama": {},
@@ -184,8 +185,9 @@ def test_every_eos_stops_and_is_counted(make_policy, prompts):
         assert finish == "stop" or len(body) == 12
         last.add(body[-1])
     assert len(policy.weights.eos & last) >= 2
-    assert rollout.texts == tuple(policy.tokenizer.batch_decode(rollout.completions(), skip_special_tokens=True))
-    assert not any("<" in text for text in rollout.texts)
+    bodies = [body[:-1] if end == "stop" else body for body, end in zip(rollout.completions(), rollout.finish, strict=True)]
+    assert rollout.texts == tuple(policy.tokenizer.batch_decode(bodies))  # the end alone is left out, other special tokens stay
+    assert not any("<eos>" in text for text in rollout.texts)
     assert rollout.tokens == rollout.mask.sum() == sum(map(len, rollout.completions()))
 
 
@@ -244,6 +246,60 @@ def test_written_texts(student, prompts):
     assert (rollout.logp == 0).all()
 
 
+def test_a_cut_text_is_left_open_and_counts_as_cut(student, prompts):
+    texts = [WrittenText("total 4 7", "length"), WrittenText("sum", "stop"), "sum"]
+    rollout = written(student, prompts[:3], texts, writer="teacher")
+    assert [student.tokenizer.decode(body) for body in rollout.completions()] == ["total 4 7", "sum<eos>", "sum<eos>"]
+    assert rollout.finish == ("length", "stop", "stop")
+    assert rollout.texts == ("total 4 7", "sum", "sum")
+
+
+def test_a_finished_text_ends_with_a_token_of_the_policys_own_set(make_policy, prompts, words):
+    end = words.convert_tokens_to_ids("lot")
+    for eos in ([end], [end, words.convert_tokens_to_ids("sum")]):
+        policy = make_policy(0, eos=eos)
+        assert [body[-1] for body in written(policy, prompts[:2], ["total 4 7", ""]).completions()] == [min(eos)] * 2
+    assert written(make_policy(0, eos=[]), prompts[:1], ["total"]).lengths.tolist() == [1]
+
+
+def test_an_answer_to_a_chat_ends_as_the_template_ends_a_turn(make_policy, words):
+    """As in Gemma, whose texts end with `<eos>` and whose turns end with `<end_of_turn>`."""
+    tokenizer = copy.deepcopy(words)
+    tokenizer.chat_template = words.chat_template.replace("{% endfor %}", " lot{% endfor %}")
+    end = words.convert_tokens_to_ids("lot")
+    policy = make_policy(0, tokenizer, eos=[words.eos_token_id, end])
+    chat = Prompt(messages=({"role": "user", "content": "ana has"},))
+    assert [body[-1] for body in written(policy, [Prompt("ana"), chat], ["sum", "sum"]).completions()] == [words.eos_token_id, end]
+
+
+def test_a_text_ends_at_the_first_end_that_it_spells(student, prompts):
+    assert written(student, prompts[:1], ["total 4<eos> 7 7"]).completions() == written(student, prompts[:1], ["total 4"]).completions()
+    assert written(student, prompts[:1], [WrittenText("total 4<eos>", "length")]).finish == ("stop",)
+
+
+def test_texts_keep_the_special_tokens_that_a_user_added(make_model, bytes_bpe):
+    tokenizer = copy.deepcopy(bytes_bpe)
+    tokenizer.add_special_tokens({"additional_special_tokens": ["<answer>", "</answer>"]})
+    model, tag = make_model(len(tokenizer), eos_token_id=0), tokenizer.convert_tokens_to_ids("<answer>")
+    with torch.no_grad():
+        model.get_output_embeddings().weight[tag] *= 6
+    policy = Policy.of(model, tokenizer)
+    rollout = policy.sample([Prompt("the fox")], n=6, max_new_tokens=12, seed=1)
+    wrote = [body.count(tag) for body in rollout.completions()]
+    assert max(wrote) > 0
+    assert [text.count("<answer>") for text in rollout.texts] == wrote
+    again = written(policy, rollout.prompts, [WrittenText(*pair) for pair in zip(rollout.texts, rollout.finish, strict=True)])
+    assert [body.count(tag) for body in again.completions()] == wrote  # and are tokens again when they are trained on
+
+
+def test_a_text_knows_why_it_ends():
+    text = WrittenText("a b", "length")
+    assert (text, text.finish, text.upper()) == ("a b", "length", "A B")
+    assert copy.deepcopy(text).finish == "length"
+    with pytest.raises(InvalidValue, match=r"WrittenText got finish='abort'\. Use 'stop' or 'length'"):
+        WrittenText("a", "abort")
+
+
 def test_rows_and_joined_are_inverse(student, prompts):
     whole = student.sample(prompts, n=3, max_new_tokens=15, seed=6, writer="teacher")
     again = joined([whole.rows(range(5)), whole.rows([5]), whole.rows(range(6, 12))])
@@ -259,7 +315,7 @@ def test_rows_and_joined_are_inverse(student, prompts):
 def test_an_empty_completion_is_handled(make_model, make_tokenizer):
     tokenizer = make_tokenizer()
     tokenizer.eos_token = None
-    policy = Policy.of(make_model(12), tokenizer)
+    policy = Policy.of(make_model(12), tokenizer, eos=[])
     rollout = written(policy, [Prompt("a b"), Prompt("c"), Prompt("d")], ["a", "", "b c"])
     assert rollout.lengths.tolist() == [1, 0, 2]
     assert policy.log_probs(rollout).shape == (3, 12)

@@ -26,6 +26,7 @@ from opdlab.methods import Method
 from opdlab.policy import Prompt
 from opdlab.rollout import Rollout
 from opdlab.rows import Pass, States, compute, gradient
+from opdlab.tokens import completion_texts
 
 try:
     from trl import DistillationTrainer
@@ -83,12 +84,13 @@ class MethodTrainer(DistillationTrainer):
     def _rollout(self, inputs: Mapping[str, Tensor]) -> Rollout:
         ids, mask = inputs["completion_ids"], inputs["completion_mask"].bool()
         lengths = mask.sum(-1)
-        decode = lambda rows: self.processing_class.batch_decode(rows, skip_special_tokens=True)
+        prompts = self.processing_class.batch_decode(inputs["prompt_ids"], skip_special_tokens=True)
         pieces = [row[:n] for row, n in zip(ids, lengths.tolist(), strict=True)]
         finish = tuple("stop" if n and int(row[-1]) in self.eos_token_ids else "length" for row, n in zip(pieces, lengths, strict=True))
         none = torch.zeros(ids.shape, device=ids.device)
-        return Rollout(tuple(Prompt(text) for text in decode(inputs["prompt_ids"])), ids, lengths, none, none.clone(), finish,
-                       tuple(decode(pieces)), ("student",) * len(ids))  # fmt: skip
+        texts = completion_texts(self.processing_class, [row.tolist() for row in pieces], self.eos_token_ids)
+        return Rollout(tuple(Prompt(text) for text in prompts), ids, lengths, none, none.clone(), finish, tuple(texts),
+                       ("student",) * len(ids))  # fmt: skip
 
     def _plan(self, rollout: Rollout, states: Mapping[str, States]) -> dict[str, Tensor]:
         if not hasattr(self.method, "plan"):

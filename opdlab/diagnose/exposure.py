@@ -30,6 +30,7 @@ from opdlab.errors import MissingPolicy, OpdlabError
 from opdlab.policy import Policy, Prompt
 from opdlab.rollout import Rollout, sample
 from opdlab.tasks import Task
+from opdlab.tokens import completion_texts
 
 LEAST = 1e-6  # nats: below this an accumulated KL is rounding
 
@@ -152,11 +153,11 @@ def _continued(student: Policy, teacher: Any, prompts: list[Prompt], begun: list
     """Whole texts: what was begun and what the teacher adds."""
     if isinstance(teacher, Policy) and teacher.tokenizer.get_vocab() == student.tokenizer.get_vocab():
         more = sample(teacher, prompts, temperature=0, max_new_tokens=left, prefixes=begun).completions()
-        return student.tokenizer.batch_decode([a + b for a, b in zip(begun, more, strict=True)], skip_special_tokens=True)
+        return completion_texts(student.tokenizer, [a + b for a, b in zip(begun, more, strict=True)], teacher.weights.eos)
     from opdlab.teachers import TextOnly
 
     writer = TextOnly(teacher) if isinstance(teacher, Policy) else teacher
-    starts = student.tokenizer.batch_decode(begun, skip_special_tokens=True)
+    starts = completion_texts(student.tokenizer, begun, student.weights.eos)
     added = writer.write(prompts, 1, prefixes=starts, max_new_tokens=left, temperature=0.0)
     return [start + text for start, (text,) in zip(starts, added, strict=True)]
 

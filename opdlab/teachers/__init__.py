@@ -1,7 +1,8 @@
 """Teachers that are no local `Policy`: a model that only writes, services that write, servers that grade.
 
 All of them `write(prompts, n, prefixes=…)` and `check(student, prompts, max_new_tokens)`; those with log-probs also
-`grade(rollout)`. `distill` takes any of them as its `teacher`.
+`grade(rollout)`. `distill` takes any of them as its `teacher`. What they write is a `WrittenText`, which says whether the
+text was finished or cut.
 """
 
 from opdlab.teachers.budget import Budget, Usage
@@ -9,5 +10,6 @@ from opdlab.teachers.cache import Cache
 from opdlab.teachers.logprob_server import LogprobServer
 from opdlab.teachers.text_only import TextOnly
 from opdlab.teachers.text_server import TextServer
+from opdlab.written_text import WrittenText
 
-__all__ = ["Budget", "Cache", "LogprobServer", "TextOnly", "TextServer", "Usage"]
+__all__ = ["Budget", "Cache", "LogprobServer", "TextOnly", "TextServer", "Usage", "WrittenText"]

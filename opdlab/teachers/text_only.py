@@ -13,6 +13,8 @@ from weakref import WeakKeyDictionary
 from opdlab.errors import OpdlabError
 from opdlab.policy import Policy, Prompt
 from opdlab.rollout import sample
+from opdlab.tokens import completion_texts
+from opdlab.written_text import WrittenText
 
 ROWS_AT_ONCE = 1024  # texts that are written side by side; changes memory and not the texts
 
@@ -32,8 +34,8 @@ class TextOnly:
         _MODELS[self].encode_all(prompts, room=max_new_tokens)
 
     def write(self, prompts: Sequence[Prompt], n: int = 1, *, prefixes: Sequence[str] | None = None, max_new_tokens: int = 64,
-              temperature: float = 1.0, seed: int = 0) -> list[list[str]]:  # fmt: skip
-        """`n` texts a prompt, of at most `max_new_tokens` of the teacher's tokens each.
+              temperature: float = 1.0, seed: int = 0) -> list[list[WrittenText]]:  # fmt: skip
+        """`n` texts a prompt, of at most `max_new_tokens` of the teacher's tokens each; each says whether it was cut there.
 
         prefixes: one unfinished answer a prompt, which the texts continue and do not repeat. The text of a special token in
         it is read as text, not as the token. Raises ContextTooLong and EmptyPrompts.
@@ -45,8 +47,14 @@ class TextOnly:
         begun = [_plain(policy, text) for text in prefixes] if prefixes is not None else None
         rollout = sample(policy, prompts, n, max_new_tokens=max_new_tokens, temperature=temperature, seed=seed, prefixes=begun,
                          batch_size=max(1, ROWS_AT_ONCE // n), writer="teacher")  # fmt: skip
-        texts = [_after(policy, begun[i // n], ids) if begun else rollout.texts[i] for i, ids in enumerate(rollout.completions())]
-        return [texts[i : i + n] for i in range(0, len(texts), n)]
+        if begun is None:
+            texts = list(rollout.texts)
+        else:
+            texts = [_after(policy, begun[i // n], ids) for i, ids in enumerate(rollout.completions())]
+        written: list[WrittenText] = []
+        for text, finish in zip(texts, rollout.finish, strict=True):
+            written.append(WrittenText(text, "stop" if finish == "stop" else "length"))
+        return [written[i : i + n] for i in range(0, len(written), n)]
 
     def __repr__(self) -> str:
         return f"TextOnly({_MODELS[self].weights.source or 'a local model'})"
@@ -58,5 +66,5 @@ def _plain(policy: Policy, text: str) -> list[int]:
 
 def _after(policy: Policy, begun: list[int], more: list[int]) -> str:
     """What `more` adds to the text of `begun`: decoded together, since a decoder drops the space before a first piece."""
-    start, whole, bare = policy.tokenizer.batch_decode([begun, begun + more, more], skip_special_tokens=True)
+    start, whole, bare = completion_texts(policy.tokenizer, [begun, begun + more, more], policy.weights.eos)
     return whole[len(start) :] if whole.startswith(start) else bare

@@ -108,7 +108,7 @@ def test_the_probe_lets_the_teacher_go_on_from_the_students_prefix(world):
     assert probe.index.tolist() == [0, 3]  # nothing is longer than 8
     begun = [row[:3] for row in rollout.completions()]
     more = teacher.sample(PROMPTS, temperature=0, max_new_tokens=5, prefixes=begun).completions()
-    texts = [student.tokenizer.decode(a + b, skip_special_tokens=True) for a, b in zip(begun, more, strict=True)]
+    texts = [student.tokenizer.decode(a + b) for a, b in zip(begun, more, strict=True)]
     assert probe.loc[3, "teacher"] == pytest.approx(np.mean([task.verify(None, text) for text in texts]))
     alone = teacher.sample(PROMPTS, temperature=0, max_new_tokens=8).texts
     assert probe.loc[0, "teacher"] == pytest.approx(np.mean([task.verify(None, text) for text in alone]))

@@ -128,3 +128,17 @@ def test_it_teaches_by_text_and_by_text_alone(scribe, market):
         opd.distill(model("student"), TextOnly(scribe), market, method=OPD())
     with pytest.raises(errors.MissingPolicy, match="only writes"):
         opd.distill(model("student"), TextOnly(scribe), market, method=OPD(estimator="sampled"))
+
+
+def test_a_text_that_was_cut_is_left_open(scribe, market):
+    """As a local teacher's: an end behind it would teach the student to stop there."""
+    student = model("student")
+    options = {"method": SequenceKD(), "batch": 8, "steps": 1, "quiet": True}
+    for length, finish in ((6, {"length"}), (48, {"stop"})):
+        local, by_text = (
+            next(opd.distill(student, teacher, market, max_new_tokens=length, **options)).rollout
+            for teacher in (model("teacher"), TextOnly(model("teacher")))
+        )
+        assert set(by_text.finish) == finish
+        assert by_text.finish == local.finish
+        assert by_text.completions() == local.completions()
