@@ -9,8 +9,12 @@ class InvalidValue(OpdlabError, ValueError):
     """A setting or an argument has a value that cannot be right."""
 
 
+class UnsupportedModel(OpdlabError, ValueError):
+    """A model whose numbers opdlab cannot compute rightly."""
+
+
 class TokenizerMismatch(OpdlabError):
-    """Teacher and student do not speak the same tokens."""
+    """Teacher and student do not speak the same tokens, or a tokenizer has tokens that its model lacks."""
 
 
 class ContextTooLong(OpdlabError):

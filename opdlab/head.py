@@ -11,7 +11,14 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 from torch.nn import functional as F
-from transformers import PreTrainedModel
+from transformers import PreTrainedConfig, PreTrainedModel
+
+from opdlab.errors import UnsupportedModel
+from opdlab.forward import run_backbone
+
+_FACTORS = ("logit_scale", "lm_head_multiplier", "output_multiplier")
+_DIVISORS = ("logits_scaling", "logits_mup_width_multiplier")
+_CAPS = ("final_logit_softcapping", "logits_soft_cap", "output_logit_soft_cap")
 
 
 @dataclass(frozen=True)
@@ -26,10 +33,17 @@ class Head:
 
     @classmethod
     def of(cls, model: PreTrainedModel, rows: int) -> Head:
-        """The head of `model`; raises ValueError for a model whose logits it does not reproduce."""
+        """The head of `model`.
+
+        Raises:
+            UnsupportedModel: The model's logits are something else than these steps give. The message says how far off.
+        """
         layer, config = model.get_output_embeddings(), model.config.get_text_config()
-        scale = getattr(config, "logit_scale", None) or 1 / (getattr(config, "logits_scaling", None) or 1)
-        cap = getattr(config, "final_logit_softcapping", None)
+        if getattr(layer, "weight", None) is None:
+            raise UnsupportedModel(
+                f"{type(model).__name__} has no linear output head over its vocabulary. Use a causal language model."
+            )
+        scale, cap = _scale(config), next((cap for name in _CAPS if (cap := getattr(config, name, None))), None)
         head = cls(layer.weight, getattr(layer, "bias", None), min(rows, layer.weight.shape[0]), scale, cap)
         head._check(model)
         return head
@@ -71,13 +85,46 @@ class Head:
     @torch.no_grad()
     def _check(self, model: PreTrainedModel) -> None:
         ids = torch.arange(4, device=model.device)[None] % self.rows
-        want = model(ids).logits[0].float()[:, : self.rows]
-        got = self(model.base_model(input_ids=ids, use_cache=False).last_hidden_state[0])
-        if not torch.allclose(got.float(), want, rtol=1e-2, atol=1e-2 * want.abs().max().item()):
-            raise ValueError(
-                f"{type(model).__name__} computes its logits in a way that opdlab does not know (largest difference "
-                f"{(got - want).abs().max():.3g}). Please report the model; until then use one with a plain linear head."
-            )
+        try:
+            want = model(input_ids=ids, use_cache=False).logits[0].float()[:, : self.rows]
+        except Exception as error:
+            raise cannot_run(model, error) from error
+        try:
+            got = self(run_backbone(model, ids)[0]).float()
+            far = (got - want).abs().max().item()
+        except Exception as error:  # other shapes, no hidden states: the model is built in another way
+            raise self._unsupported(model, f"applying it to the last hidden states: {error}") from error
+        if not torch.allclose(got, want, rtol=1e-2, atol=1e-2 * want.abs().max().item()):
+            raise self._unsupported(model, f"largest difference {far:.3g}")
+
+    def _unsupported(self, model: PreTrainedModel, reason: str) -> UnsupportedModel:
+        return UnsupportedModel(
+            f"{type(model).__name__} computes its logits in a way that opdlab does not know ({_line(reason)}). opdlab knows one "
+            "linear layer on the last hidden states, times a constant, with a tanh cap. Please report the model; until "
+            "then use one with a plain linear head."
+        )
+
+
+def cannot_run(model: PreTrainedModel, error: Exception) -> UnsupportedModel:
+    """The error for a model that fails on plain token ids."""
+    return UnsupportedModel(
+        f"{type(model).__name__} cannot be run on plain token ids ({type(error).__name__}: {_line(str(error))}). Use a causal "
+        "language model that needs nothing else."
+    )
+
+
+def _line(text: str) -> str:
+    return " ".join(text.split())[:200]
+
+
+def _scale(config: PreTrainedConfig) -> float:
+    """The constant that a family multiplies its logits with, in the words of its configuration."""
+    scale = 1.0
+    for name in _FACTORS:
+        scale *= getattr(config, name, None) or 1.0
+    for name in _DIVISORS:
+        scale /= getattr(config, name, None) or 1.0
+    return scale
 
 
 def _grad(tensor: Tensor) -> Tensor:

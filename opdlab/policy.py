@@ -46,19 +46,38 @@ class Policy:
         self.weights, self.context, self._adapter = weights, context, adapter or _Adapter()
 
     @classmethod
-    def load(cls, source: str | os.PathLike[str], *, dtype: torch.dtype | None = None, device: str | None = None,
-             tokenizer: PreTrainedTokenizerBase | None = None, eos: Sequence[int] | None = None) -> Policy:  # fmt: skip
-        """A causal language model from a folder or the Hub. bf16 on a GPU and float32 on a CPU unless told otherwise."""
+    def load(
+        cls,
+        source: str | os.PathLike[str],
+        *,
+        dtype: torch.dtype | None = None,
+        device: str | None = None,
+        tokenizer: PreTrainedTokenizerBase | None = None,
+        eos: Sequence[int] | None = None,
+        context_length: int | None = None,
+    ) -> Policy:
+        """A causal language model from a folder or the Hub. bf16 on a GPU and float32 on a CPU unless told otherwise.
+
+        context_length: tokens that a prompt and its completion may have together, if fewer than the model allows.
+        Raises UnsupportedModel and TokenizerMismatch for a model whose numbers would not be right.
+        """
         device = device or ("cuda" if torch.cuda.is_available() else "cpu")
         dtype = dtype or (torch.bfloat16 if device.startswith("cuda") else torch.float32)
         model: PreTrainedModel = AutoModelForCausalLM.from_pretrained(source, dtype=dtype)
         model.to(torch.device(device))  # type: ignore[arg-type]
-        return cls(Weights(model, tokenizer or AutoTokenizer.from_pretrained(source), eos, str(source)))
+        tokenizer = tokenizer or AutoTokenizer.from_pretrained(source)
+        return cls(Weights(model, tokenizer, eos, str(source), context_length))
 
     @classmethod
-    def of(cls, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, eos: Sequence[int] | None = None) -> Policy:
-        """A policy on a model that is already in memory; its parameters are frozen until something trains it."""
-        return cls(Weights(model, tokenizer, eos, getattr(model.config, "_name_or_path", "")))
+    def of(
+        cls,
+        model: PreTrainedModel,
+        tokenizer: PreTrainedTokenizerBase,
+        eos: Sequence[int] | None = None,
+        context_length: int | None = None,
+    ) -> Policy:
+        """A policy on a model that is already in memory; its parameters are frozen until something trains it. See `load`."""
+        return cls(Weights(model, tokenizer, eos, getattr(model.config, "_name_or_path", ""), context_length))
 
     @property
     def tokenizer(self) -> PreTrainedTokenizerBase:
@@ -91,7 +110,8 @@ class Policy:
 
     def copied(self) -> Policy:
         """This policy on weights of its own: what full training needs, since it moves the shared ones."""
-        fresh = Weights(copy.deepcopy(self.weights.model), self.tokenizer, tuple(self.weights.eos), self.weights.source)
+        old = self.weights
+        fresh = Weights(copy.deepcopy(old.model), old.tokenizer, tuple(old.eos), old.source, old.own_context_length)
         fresh.active = self.weights.active
         fresh.use(None)  # its adapter becomes trainable again when next in force
         return Policy(fresh, self.context, _Adapter(self.adapter))
@@ -148,7 +168,10 @@ class Policy:
             )
         rows = max(1, len(bodies) if torch.is_grad_enabled() else TOKENS_PER_PASS // longest)
         with self.weights.using(self.adapter) as model:
-            parts = [last_hidden(model, starts[i : i + rows], bodies[i : i + rows]) for i in range(0, len(bodies), rows)]
+            parts = [
+                last_hidden(model, starts[i : i + rows], bodies[i : i + rows], self.weights.abilities)
+                for i in range(0, len(bodies), rows)
+            ]
         return torch.cat(parts)
 
     def log_probs(self, rollout: Rollout) -> Tensor:

@@ -14,14 +14,16 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import DynamicCache, PreTrainedModel
+from transformers import PreTrainedModel
 
+from opdlab.continuation import begin
 from opdlab.errors import OpdlabError
-from opdlab.head import Head
+from opdlab.forward import group_rows
 from opdlab.policy import Policy, Prompt
 from opdlab.templates import end_token
 from opdlab.tokens import completion_texts
 from opdlab.written_text import finish_of
+from opdlab.weights import Weights
 
 
 @dataclass(frozen=True, eq=False)
@@ -93,7 +95,7 @@ def sample(policy: Policy, prompts: Sequence[Prompt], n: int = 1, *, max_new_tok
     with torch.no_grad(), policy.weights.using(policy.adapter) as model:
         for i in range(0, len(starts), step):
             u = uniform[i : i + step].flatten(0, 1)
-            parts.append(_write(model, policy.weights.head, policy.weights.eos, starts[i : i + step], n, u, temperature, top_p))
+            parts.append(_write(model, policy.weights, starts[i : i + step], n, u, temperature, top_p))
     written = {key: torch.cat([part[key] for part in parts]) for key in parts[0]}
     width = max(1, int(written["lengths"].max()))
     stops = torch.tensor(sorted(policy.weights.eos), device=written["ids"].device)
@@ -154,19 +156,56 @@ def joined(parts: Sequence[Rollout]) -> Rollout:
     return Rollout(**whole, lengths=torch.cat([part.lengths for part in parts]), n=parts[0].n)
 
 
-def _write(model: PreTrainedModel, head: Head, eos: frozenset[int], starts: list[list[int]], n: int, uniform: Tensor,
-           temperature: float, top_p: float) -> dict[str, Tensor]:  # fmt: skip
-    """The loop. `uniform [B, T]` decides every token; returns ids, logp, entropy `[B, T]` and lengths `[B]`."""
+def _write(
+    model: PreTrainedModel,
+    weights: Weights,
+    starts: list[list[int]],
+    n: int,
+    uniform: Tensor,
+    temperature: float,
+    top_p: float,
+) -> dict[str, Tensor]:
+    """Write `n` texts after each prompt: ids, logp, entropy `[B, T]` and lengths `[B]`. `uniform [B, T]` decides every token.
+
+    Prompts of different length are run apart where the model cannot pad them.
+    """
+    mixed = weights.abilities.pads_left or not weights.abilities.caches  # without a cache, `hidden_at` sees to it
+    groups = group_rows([len(start) for start in starts], mixed=mixed)
+    if len(groups) == 1:
+        return _write_batch(model, weights, starts, n, uniform, temperature, top_p)
+    out: dict[str, Tensor] = {}
+    for group in groups:
+        rows = [i * n + j for i in group for j in range(n)]
+        part = _write_batch(model, weights, [starts[i] for i in group], n, uniform[rows], temperature, top_p)
+        out = out or {key: value.new_zeros(len(uniform), *value.shape[1:]) for key, value in part.items()}
+        for key, value in part.items():
+            out[key][rows] = value
+    return out
+
+
+def _write_batch(
+    model: PreTrainedModel,
+    weights: Weights,
+    starts: list[list[int]],
+    n: int,
+    uniform: Tensor,
+    temperature: float,
+    top_p: float,
+) -> dict[str, Tensor]:
+    """The loop over tokens, all texts side by side."""
     device, (rows, steps) = model.device, uniform.shape
-    uniform, stops = uniform.to(device), torch.tensor(sorted(eos), device=device)
-    states, cache, mask = _prefill(model, starts, n)
-    position = torch.tensor([len(s) for s in starts], device=device).repeat_interleave(n)
+    uniform, stops = uniform.to(device), torch.tensor(sorted(weights.eos), device=device)
+    texts = begin(model, starts, n, weights.abilities)
     live = torch.arange(rows, device=device)  # which row of the result each row of the batch writes
-    out = {"ids": torch.zeros(rows, steps, dtype=torch.long, device=device), "lengths": torch.full((rows,), steps, device=device),
-           "logp": torch.zeros(rows, steps, device=device), "entropy": torch.zeros(rows, steps, device=device)}  # fmt: skip
+    out = {
+        "ids": torch.zeros(rows, steps, dtype=torch.long, device=device),
+        "lengths": torch.full((rows,), steps, device=device),
+        "logp": torch.zeros(rows, steps, device=device),
+        "entropy": torch.zeros(rows, steps, device=device),
+    }
     going = torch.ones(rows, dtype=torch.bool, device=device)
     for t in range(steps):
-        token, logp, entropy = draw(head(states), uniform[live, t], temperature, top_p)
+        token, logp, entropy = draw(weights.head(texts.states), uniform[live, t], temperature, top_p)
         out["ids"][live, t], out["logp"][live, t], out["entropy"][live, t] = token, logp, entropy
         ended = torch.isin(token, stops) & going
         out["lengths"][live[ended]] = t + 1
@@ -176,32 +215,11 @@ def _write(model: PreTrainedModel, head: Head, eos: frozenset[int], starts: list
             break
         if left <= 0.75 * len(going):  # shrinking the batch copies the cache: only when it pays
             keep = going.nonzero()[:, 0]
-            cache.batch_select_indices(keep)
-            live, token, position, going = live[keep], token[keep], position[keep], going[keep]
-            mask = None if mask is None else mask[keep]
-        if mask is not None:
-            mask = torch.cat([mask, mask.new_ones(len(live), 1)], 1)
-        states = model.base_model(input_ids=token[:, None], attention_mask=mask, position_ids=position[:, None],
-                                  past_key_values=cache, use_cache=True).last_hidden_state[:, -1]  # fmt: skip
-        position = position + 1
+            texts.keep(keep)
+            live, token, going = live[keep], token[keep], going[keep]
+        texts.append(token)
     inside = torch.arange(steps, device=device) < out["lengths"][:, None]
     return {key: value if key == "lengths" else value * inside for key, value in out.items()}
-
-
-def _prefill(model: PreTrainedModel, starts: list[list[int]], n: int) -> tuple[Tensor, DynamicCache, Tensor | None]:
-    """Run each prompt once (left-padded), then give its state, cache and mask to `n` samples."""
-    width = max(map(len, starts))
-    ids = torch.tensor([[0] * (width - len(s)) + s for s in starts], device=model.device)
-    lengths = torch.tensor([len(s) for s in starts], device=model.device)[:, None]
-    mask = (torch.arange(width, device=model.device) >= width - lengths).long()
-    position = (mask.cumsum(1) - 1).clamp(min=0)
-    cache = DynamicCache(config=model.config)
-    padded = None if bool(mask.all()) else mask
-    states = model.base_model(input_ids=ids, attention_mask=padded, position_ids=position, past_key_values=cache,
-                              use_cache=True).last_hidden_state[:, -1]  # fmt: skip
-    if n > 1:
-        cache.batch_repeat_interleave(n)
-    return states.repeat_interleave(n, 0), cache, None if padded is None else padded.repeat_interleave(n, 0)
 
 
 def draw(logits: Tensor, uniform: Tensor, temperature: float, top_p: float) -> tuple[Tensor, Tensor, Tensor]:

@@ -12,19 +12,36 @@ from peft import LoraConfig, get_peft_model_state_dict, set_peft_model_state_dic
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from opdlab.compatibility import check_rotary, find_abilities, warn_about
 from opdlab.head import Head
+from opdlab.validation import Count, validate
+from opdlab.vocabulary import check_eos, check_tokens
 
 
 class Weights:
     """One model in memory, its tokenizer and its adapters; every `Policy` on it shares them."""
 
-    def __init__(self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, eos: Sequence[int] | None = None,
-                 source: str = "") -> None:  # fmt: skip
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        tokenizer: PreTrainedTokenizerBase,
+        eos: Sequence[int] | None = None,
+        source: str = "",
+        context_length: int | None = None,
+    ) -> None:
         self.model, self.tokenizer, self.source = model.eval(), tokenizer, source
         model.requires_grad_(False)
         self.active: str | None = None  # adapter in force; None is the bare model
         self.eos = frozenset(eos) if eos is not None else _eos(model, tokenizer)
+        self.own_context_length = validate("Policy", {"context_length": context_length}, {"context_length": Count | None})[
+            "context_length"
+        ]
+        check_tokens(model, tokenizer)
+        check_eos(model, eos or ())
         self.head = Head.of(model, rows=max(tokenizer.get_vocab().values()) + 1)
+        check_rotary(model, context_length)
+        self.abilities = find_abilities(model, self.head, self.context_length)
+        warn_about(model, self.abilities)
         self._names = itertools.count()
 
     @property
@@ -38,7 +55,9 @@ class Weights:
 
     @property
     def context_length(self) -> int | None:
-        return getattr(self.model.config.get_text_config(), "max_position_embeddings", None)
+        """Tokens that a prompt and its completion may have together: the model's limit, or the user's lower one."""
+        limits = (self.own_context_length, getattr(self.model.config.get_text_config(), "max_position_embeddings", None))
+        return min((limit for limit in limits if limit is not None), default=None)
 
     def add_lora(self, name: str = "", rank: int = 16, alpha: int | None = None,
                  targets: str | list[str] = "all-linear", seed: int = 0) -> str:  # fmt: skip

@@ -1,0 +1,49 @@
+"""Checks that a tokenizer's ids exist in its model: a missing row is an IndexError in the first step, or a crashed GPU."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from opdlab.errors import InvalidValue, TokenizerMismatch
+
+NAMED = 5  # tokens that a message lists
+
+
+def check_tokens(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> None:
+    """Refuse tokens that the tokenizer can produce and the model has no row for.
+
+    Raises:
+        TokenizerMismatch: The embeddings or the output head end before the tokenizer's last id.
+    """
+    rows = vocabulary_rows(model)
+    missing = sorted((id, token) for token, id in tokenizer.get_vocab().items() if id >= rows)
+    if not missing:
+        return
+    named = ", ".join(f"{token!r} ({id})" for id, token in missing[:NAMED])
+    more = f" and {len(missing) - NAMED} more" if len(missing) > NAMED else ""
+    tokens = "a token" if len(missing) == 1 else f"{len(missing)} tokens"
+    raise TokenizerMismatch(
+        f"The tokenizer has {tokens} that {type(model).__name__} lacks: {named}{more}. The model has {rows} rows, for ids "
+        f"up to {rows - 1}. Give the model rows for them first: model.resize_token_embeddings({missing[-1][0] + 1}); "
+        "or use the tokenizer that the model was trained with."
+    )
+
+
+def check_eos(model: PreTrainedModel, eos: Sequence[int]) -> None:
+    """Refuse EOS ids that the model can never write.
+
+    Raises:
+        InvalidValue: An id is negative or beyond the model's last row.
+    """
+    rows = vocabulary_rows(model)
+    for id in eos:
+        if not 0 <= id < rows:
+            raise InvalidValue(f"Policy got eos={list(eos)}, but {type(model).__name__} has ids from 0 to {rows - 1}. Use ids of its tokens.")
+
+
+def vocabulary_rows(model: PreTrainedModel) -> int:
+    """How many ids the model both reads and writes."""
+    layers = (model.get_input_embeddings(), model.get_output_embeddings())
+    return min(int(layer.weight.shape[0]) for layer in layers if layer is not None)
