@@ -48,7 +48,7 @@ def check_rotary(model: PreTrainedModel, context_length: int | None) -> None:
             continue
         fixed = config.max_position_embeddings if name == "dynamic" else kind["original_max_position_embeddings"]
         extends = name == "dynamic" or config.max_position_embeddings > fixed
-        if context_length is None and extends or (context_length or 0) > fixed:
+        if (context_length is None and extends) or (context_length or 0) > fixed:
             raise UnsupportedModel(
                 f"{type(model).__name__} changes its rotary embedding in rows of more than {fixed} tokens (rope_type "
                 f"{name!r}), so that the log-probs of a text change as it grows, and with the rows beside it. Limit the "

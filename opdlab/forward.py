@@ -82,9 +82,7 @@ def _signature(kind: type) -> tuple[str, frozenset[str] | None]:
     return name, None if takes_any else frozenset(parameters)
 
 
-def last_hidden(
-    model: PreTrainedModel, starts: list[list[int]], bodies: list[list[int]], abilities: Abilities | None = None
-) -> Tensor:
+def last_hidden(model: PreTrainedModel, starts: list[list[int]], bodies: list[list[int]], abilities: Abilities | None = None) -> Tensor:
     """Hidden states `[tokens, H]` where the tokens of `bodies` are predicted, each after its prompt in `starts`.
 
     Without a gradient, what all prompts begin with (a rule, examples, a system message) is run once and not once a row.
@@ -97,9 +95,7 @@ def last_hidden(
     return hidden_at(model, rows, spans, abilities, shared)
 
 
-def hidden_at(
-    model: PreTrainedModel, rows: list[list[int]], spans: list[range], abilities: Abilities, shared: int = 0
-) -> Tensor:
+def hidden_at(model: PreTrainedModel, rows: list[list[int]], spans: list[range], abilities: Abilities, shared: int = 0) -> Tensor:
     """Hidden states `[positions, H]` at the positions `spans[i]` of row `i`, rows in order.
 
     The first `shared` tokens must be the same in all rows; they are run once.

@@ -40,9 +40,7 @@ class Head:
         """
         layer, config = model.get_output_embeddings(), model.config.get_text_config()
         if getattr(layer, "weight", None) is None:
-            raise UnsupportedModel(
-                f"{type(model).__name__} has no linear output head over its vocabulary. Use a causal language model."
-            )
+            raise UnsupportedModel(f"{type(model).__name__} has no linear output head over its vocabulary. Use a causal language model.")
         scale, cap = _scale(config), next((cap for name in _CAPS if (cap := getattr(config, name, None))), None)
         head = cls(layer.weight, getattr(layer, "bias", None), min(rows, layer.weight.shape[0]), scale, cap)
         head._check(model)

@@ -169,8 +169,7 @@ class Policy:
         rows = max(1, len(bodies) if torch.is_grad_enabled() else TOKENS_PER_PASS // longest)
         with self.weights.using(self.adapter) as model:
             parts = [
-                last_hidden(model, starts[i : i + rows], bodies[i : i + rows], self.weights.abilities)
-                for i in range(0, len(bodies), rows)
+                last_hidden(model, starts[i : i + rows], bodies[i : i + rows], self.weights.abilities) for i in range(0, len(bodies), rows)
             ]
         return torch.cat(parts)
 

@@ -22,8 +22,8 @@ from opdlab.forward import group_rows
 from opdlab.policy import Policy, Prompt
 from opdlab.templates import end_token
 from opdlab.tokens import completion_texts
-from opdlab.written_text import finish_of
 from opdlab.weights import Weights
+from opdlab.written_text import finish_of
 
 
 @dataclass(frozen=True, eq=False)

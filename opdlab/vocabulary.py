@@ -40,7 +40,9 @@ def check_eos(model: PreTrainedModel, eos: Sequence[int]) -> None:
     rows = vocabulary_rows(model)
     for id in eos:
         if not 0 <= id < rows:
-            raise InvalidValue(f"Policy got eos={list(eos)}, but {type(model).__name__} has ids from 0 to {rows - 1}. Use ids of its tokens.")
+            raise InvalidValue(
+                f"Policy got eos={list(eos)}, but {type(model).__name__} has ids from 0 to {rows - 1}. Use ids of its tokens."
+            )
 
 
 def vocabulary_rows(model: PreTrainedModel) -> int:

@@ -15,7 +15,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from opdlab.compatibility import check_rotary, find_abilities, warn_about
 from opdlab.head import Head
 from opdlab.validation import Count, validate
-from opdlab.vocabulary import check_eos, check_tokens
+from opdlab.vocabulary import check_eos, check_tokens, vocabulary_rows
 
 
 class Weights:
@@ -32,12 +32,10 @@ class Weights:
         self.model, self.tokenizer, self.source = model.eval(), tokenizer, source
         model.requires_grad_(False)
         self.active: str | None = None  # adapter in force; None is the bare model
-        self.eos = frozenset(eos) if eos is not None else _eos(model, tokenizer)
-        self.own_context_length = validate("Policy", {"context_length": context_length}, {"context_length": Count | None})[
-            "context_length"
-        ]
+        self.own_context_length = validate("Policy", {"context_length": context_length}, {"context_length": Count | None})["context_length"]
         check_tokens(model, tokenizer)
         check_eos(model, eos or ())
+        self.eos = frozenset(eos) if eos is not None else _eos(model, tokenizer)
         self.head = Head.of(model, rows=max(tokenizer.get_vocab().values()) + 1)
         check_rotary(model, context_length)
         self.abilities = find_abilities(model, self.head, self.context_length)
@@ -106,4 +104,5 @@ class Weights:
 def _eos(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> frozenset[int]:
     ids = getattr(model.generation_config, "eos_token_id", None)
     ids = [ids] if isinstance(ids, int) else list(ids or [])
+    ids = [id for id in ids if 0 <= id < vocabulary_rows(model)]  # a default of the family that this model cannot write
     return frozenset([*ids, *([] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id])])
