@@ -35,6 +35,7 @@ from opdlab.rows import Pass, States, gradient
 from opdlab.settings import Settings, seed_of
 from opdlab.tasks import Task
 from opdlab.trace import Trace, record
+from opdlab.writers import writing_options
 
 
 @dataclass(frozen=True, eq=False)
@@ -194,8 +195,7 @@ class Run:
             return written(self.student, prompts, _answers(prompts))
         writer = self.writer if name == "teacher" else self.policies[name]
         if not isinstance(writer, Policy):
-            options.pop("top_p")
-            texts = writer.write(prompts, self.settings.n, **options)
+            texts = writer.write(prompts, self.settings.n, **writing_options(writer, options))
             repeated = [prompt for prompt in prompts for _ in range(self.settings.n)]
             return written(self.student, repeated, [text for row in texts for text in row], writer=name)
         return sample(writer, prompts, self.settings.n, writer=name, **options)
@@ -307,6 +307,10 @@ class Run:
             _answers(first)
         if writes and "teacher" in _writers(self.method) and teacher is None:
             raise MissingPolicy(f"{type(self.method).__name__} lets a teacher write, but there is none. Give distill a teacher.")
+        for name in _writers(self.method) if writes else ():
+            writer = teacher if name == "teacher" else self.policies.get(name)
+            if hasattr(writer, "write"):
+                writing_options(writer, {"temperature": self.settings.temperature, "top_p": self.settings.top_p})
         rehearse(self.method, self.policies, self.task, first[0])
         everyone = self.policies | ({"writer": teacher} if writes and teacher is not None else {})
         for name, policy in everyone.items():
