@@ -34,7 +34,7 @@ from opdlab.rollout import Rollout, joined, sample, written
 from opdlab.rows import Pass, States, gradient
 from opdlab.settings import Settings, seed_of
 from opdlab.tasks import Task
-from opdlab.trace import Trace, record
+from opdlab.trace import Trace, planner_of, record
 from opdlab.writers import writing_options
 
 
@@ -49,11 +49,13 @@ class Step:
     plan: dict[str, Tensor]
     policies: dict[str, Any] = field(repr=False)
     notes: dict[str, Any] = field(default_factory=dict, repr=False)
+    planner: dict[str, str] = field(default_factory=dict, repr=False)
 
     def trace(self) -> Trace:
         """The step's tokens as a `Trace`; without top tokens (`opdlab.score` on `step.rollout` adds them)."""
         graded = {name: self.policies[name] for name in roles.graded(self.policies)}
-        return record(self.rollout, graded, self.columns, step=self.number, plan=self.plan, notes=self.notes)
+        return record(self.rollout, graded, self.columns, step=self.number, plan=self.plan, notes=self.notes,
+                      method=self.planner)  # fmt: skip
 
     def __repr__(self) -> str:
         return f"Step({self.number}: " + ", ".join(f"{k} {v:.3g}" for k, v in self.metrics.items() if k != "step") + ")"
@@ -167,7 +169,7 @@ class Run:
             raise NonFinite(f"Step {self.done + 1}: the gradient is {norm.item()}. Lower the learning rate; the weights are as they were.")
         metrics = self._measure(batch, tokens, weight) | {"grad_norm": norm.item()}
         self._commit(metrics, began, wrote, rollout.tokens)
-        return Step(self.done, metrics, rollout, tokens, columns, self.policies, batch.notes)
+        return Step(self.done, metrics, rollout, tokens, columns, self.policies, batch.notes, planner_of(self.method))
 
     def _write(self) -> Rollout:
         """The step's rollout: the student's, but for the share that the method gives to a teacher or to the answers."""

@@ -16,6 +16,7 @@ from opdlab.trace import Trace
 from opdlab.viz import markup, payload
 from opdlab.viz.channels import Channel, described
 from opdlab.viz.glyphs import groups, visible
+from opdlab.viz.provenance import notes_of
 from opdlab.viz.view import View
 
 SHOWN = 8  # audits that the plain text lists
@@ -37,7 +38,7 @@ class Audits(View):
         self.trace, self.title = trace, title
         places = zip(trace.column("sample").tolist(), trace.column("position").tolist(), strict=True)
         rows = {place: row for row, place in enumerate(places)}
-        notes = trace.meta.get("notes", {}).get("audits", [])
+        notes = notes_of(trace, "OmniOPD").get("audits", [])
         self.audits = {rows[place]: note for note in notes if (place := (int(note["sample"]), int(note["start"]))) in rows}
         if not self.audits:
             raise OpdlabError("The trace has no audits. Take step.trace() of a run with OmniOPD.")

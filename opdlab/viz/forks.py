@@ -16,6 +16,7 @@ from opdlab.trace import Trace
 from opdlab.viz import markup, payload
 from opdlab.viz.channels import Channel, channels, described
 from opdlab.viz.glyphs import visible
+from opdlab.viz.provenance import notes_of
 from opdlab.viz.view import Trait, View
 
 SAME = 1e-9  # a distance above the threshold by less is equal to it, as in TOPD
@@ -43,7 +44,7 @@ class Forks(View):
                  title: str = "") -> None:  # fmt: skip
         super().__init__()
         self.trace, self.policies, self.prompts, self.title = trace, dict(policies or {}), prompts, title
-        notes = trace.meta.get("notes", {})
+        notes = notes_of(trace, "TOPD")
         self.windows = {row: _window(note) for note in notes.get("windows", []) if (row := self._row(note)) is not None}
         if not self.windows and not {"student", "teacher"} <= set(self.policies):
             raise OpdlabError(

@@ -178,19 +178,18 @@ class _Screen:
             return
         self.board.refresh()
         if in_notebook():
-            self._show(
-                self.board._repr_mimebundle_() if last else {"text/html": self.board.html(script=False), "text/plain": repr(self.board)}
-            )
+            found = self.board._repr_mimebundle_() if last else {"text/html": self.board.html(script=False), "text/plain": repr(self.board)}
+            self._show(*(found if isinstance(found, tuple) else (found, {})))
         self.due = time.monotonic() + max(0.5, 10 * (time.monotonic() - now))
 
-    def _show(self, bundle: Mapping[str, Any]) -> None:
+    def _show(self, bundle: Mapping[str, Any], metadata: Mapping[str, Any]) -> None:
         """No script until the run rests, so that nothing flickers and whatever happens leaves a whole picture."""
         from IPython.display import display
 
         if self.handle is None:
-            self.handle = display(bundle, raw=True, display_id=True)
+            self.handle = display(bundle, metadata=metadata, raw=True, display_id=True)
         else:
-            self.handle.update(bundle, raw=True)
+            self.handle.update(bundle, metadata=metadata, raw=True)
 
 
 def _named(run: Any) -> str:
