@@ -15,6 +15,7 @@ from opdlab.errors import OpdlabError
 from opdlab.trace import Trace
 from opdlab.viz import markup, payload
 from opdlab.viz.channels import Channel, described
+from opdlab.viz.given import given_trace
 from opdlab.viz.glyphs import groups, visible
 from opdlab.viz.provenance import notes_of
 from opdlab.viz.view import View
@@ -34,6 +35,7 @@ class Audits(View):
     name, scripts, styles = "audits", ("tracks.js", "dots.js", "audits.js"), ("dots.css", "audits.css")
 
     def __init__(self, trace: Trace, title: str = "") -> None:
+        given_trace(trace, "Audits")
         super().__init__()
         self.trace, self.title = trace, title
         places = zip(trace.column("sample").tolist(), trace.column("position").tolist(), strict=True)

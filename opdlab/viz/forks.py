@@ -15,6 +15,7 @@ from opdlab.tokens import token_bytes
 from opdlab.trace import Trace
 from opdlab.viz import markup, payload
 from opdlab.viz.channels import Channel, channels, described
+from opdlab.viz.given import given_trace
 from opdlab.viz.glyphs import visible
 from opdlab.viz.provenance import notes_of
 from opdlab.viz.view import Trait, View
@@ -42,6 +43,7 @@ class Forks(View):
 
     def __init__(self, trace: Trace, policies: Mapping[str, Any] | None = None, prompts: Sequence[Any] | None = None,
                  title: str = "") -> None:  # fmt: skip
+        given_trace(trace, "Forks")
         super().__init__()
         self.trace, self.policies, self.prompts, self.title = trace, dict(policies or {}), prompts, title
         notes = notes_of(trace, "TOPD")
