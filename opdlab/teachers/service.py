@@ -195,11 +195,11 @@ class Service:
             return worst if reply.paid else Usage(requests=1)
         said = reply.get("usage")
         said = said if isinstance(said, dict) else {}
-        counts = []
+        counts: list[int] = []
         for name, most in (("prompt_tokens", worst.prompt), ("completion_tokens", worst.completion)):
             count = said.get(name)
             is_right = type(count) is int and 0 <= count <= ABSURD_USAGE * max(most, 1)
-            counts.append(count if is_right else most)
+            counts.append(int(count) if is_right and count is not None else most)
             if count is not None and not is_right and not self._has_warned:
                 self._has_warned = True
                 warnings.warn(
@@ -207,22 +207,24 @@ class Service:
                     f"{most} instead, the most that the request can use; so are further ones of this kind.",
                     stacklevel=2,
                 )
-        return Usage(*counts, requests=1)
+        prompt, completion = counts
+        return Usage(prompt, completion, requests=1)
 
 
 def raise_error_of(answer: Mapping[str, Any]) -> None:
     """Raise Fault for a reply, or one of its choices, that carries an error beside or instead of an answer.
 
-    Routers answer so with status 200: `{"error": {"message": "…", "code": 403}}`, or a text in place of the object.
+    Routers answer so with status 200: `{"error": {"message": "…", "code": 403}}`, or a text in place of the object, or the
+    object alone, as `{"object": "error", "message": "…"}`.
     """
-    error = answer.get("error")
+    error = answer if answer.get("object") == "error" else answer.get("error")
     if not error:  # some servers say `"error": null` in every reply
         return
     said, code = error, None
     if isinstance(error, Mapping):
         said = error.get("message") or dict(error)
         code = next((error[name] for name in ("code", "status", "type") if error.get(name) is not None), None)
-    number = int(code) if str(code).isdecimal() and len(str(code)) == 3 else None
+    number = int(str(code)) if str(code).isdecimal() and len(str(code)) == 3 else None
     shown = f" ({plain(code)})" if isinstance(code, (str, int)) else ""
     final = number is not None and number >= 400 and _is_final(number)
     raise Fault(f"it answers with an error{shown}: {plain(said)}", status=number or 200, final=final)

@@ -15,11 +15,11 @@ LARGEST = 256 * 2**20  # bytes of a reply
 _http: Any = sys.modules[DefaultHttpxClient.__mro__[1].__module__.partition(".")[0]]
 
 
-class UnusableReply(_http.ReadError):  # type: ignore[misc,name-defined]
+class UnusableReply(_http.ReadError):
     """A reply that is not read, with the reason in words."""
 
 
-class _Bounded(_http.SyncByteStream):  # type: ignore[misc,name-defined]
+class _Bounded(_http.SyncByteStream):
     """A reply's body that ends by the deadline and within `LARGEST` bytes, or raises."""
 
     def __init__(self, stream: Any, deadline: float) -> None:
@@ -39,7 +39,7 @@ class _Bounded(_http.SyncByteStream):  # type: ignore[misc,name-defined]
         self._stream.close()
 
 
-class _Client(DefaultHttpxClient):  # type: ignore[misc]
+class _Client(DefaultHttpxClient):
     """A client that closes its connections when nobody holds it any more, as the openai client's own does."""
 
     def __del__(self) -> None:

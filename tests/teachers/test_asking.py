@@ -113,6 +113,8 @@ def test_an_error_in_a_reply_is_told_in_the_servers_words(error, words, status, 
         with pytest.raises(Fault, match=f"it answers with an {words}") as caught:
             where()
         assert (caught.value.status, caught.value.final) == (status, final)
+    with pytest.raises(Fault, match=r"it answers with an error \(40303\): busy"):
+        raise_error_of({"object": "error", "message": "busy", "code": 40303})
     raise_error_of({"error": None})  # some servers say so in every reply
 
 
