@@ -34,7 +34,8 @@ from opdlab.rollout import Rollout, joined, sample, written
 from opdlab.rows import Pass, States, gradient
 from opdlab.settings import Settings, seed_of
 from opdlab.tasks import Task
-from opdlab.trace import Trace, record
+from opdlab.trace import Trace, planner_of, record
+from opdlab.writers import writing_options
 
 
 @dataclass(frozen=True, eq=False)
@@ -48,11 +49,13 @@ class Step:
     plan: dict[str, Tensor]
     policies: dict[str, Any] = field(repr=False)
     notes: dict[str, Any] = field(default_factory=dict, repr=False)
+    planner: dict[str, str] = field(default_factory=dict, repr=False)
 
     def trace(self) -> Trace:
         """The step's tokens as a `Trace`; without top tokens (`opdlab.score` on `step.rollout` adds them)."""
         graded = {name: self.policies[name] for name in roles.graded(self.policies)}
-        return record(self.rollout, graded, self.columns, step=self.number, plan=self.plan, notes=self.notes)
+        return record(self.rollout, graded, self.columns, step=self.number, plan=self.plan, notes=self.notes,
+                      method=self.planner)  # fmt: skip
 
     def __repr__(self) -> str:
         return f"Step({self.number}: " + ", ".join(f"{k} {v:.3g}" for k, v in self.metrics.items() if k != "step") + ")"
@@ -166,7 +169,7 @@ class Run:
             raise NonFinite(f"Step {self.done + 1}: the gradient is {norm.item()}. Lower the learning rate; the weights are as they were.")
         metrics = self._measure(batch, tokens, weight) | {"grad_norm": norm.item()}
         self._commit(metrics, began, wrote, rollout.tokens)
-        return Step(self.done, metrics, rollout, tokens, columns, self.policies, batch.notes)
+        return Step(self.done, metrics, rollout, tokens, columns, self.policies, batch.notes, planner_of(self.method))
 
     def _write(self) -> Rollout:
         """The step's rollout: the student's, but for the share that the method gives to a teacher or to the answers."""
@@ -194,8 +197,7 @@ class Run:
             return written(self.student, prompts, _answers(prompts))
         writer = self.writer if name == "teacher" else self.policies[name]
         if not isinstance(writer, Policy):
-            options.pop("top_p")
-            texts = writer.write(prompts, self.settings.n, **options)
+            texts = writer.write(prompts, self.settings.n, **writing_options(writer, options))
             repeated = [prompt for prompt in prompts for _ in range(self.settings.n)]
             return written(self.student, repeated, [text for row in texts for text in row], writer=name)
         return sample(writer, prompts, self.settings.n, writer=name, **options)
@@ -307,6 +309,10 @@ class Run:
             _answers(first)
         if writes and "teacher" in _writers(self.method) and teacher is None:
             raise MissingPolicy(f"{type(self.method).__name__} lets a teacher write, but there is none. Give distill a teacher.")
+        for name in _writers(self.method) if writes else ():
+            writer = teacher if name == "teacher" else self.policies.get(name)
+            if hasattr(writer, "write"):
+                writing_options(writer, {"temperature": self.settings.temperature, "top_p": self.settings.top_p})
         rehearse(self.method, self.policies, self.task, first[0])
         everyone = self.policies | ({"writer": teacher} if writes and teacher is not None else {})
         for name, policy in everyone.items():

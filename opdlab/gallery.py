@@ -19,7 +19,7 @@ from opdlab.rollout import Rollout
 from opdlab.tasks import Task
 from opdlab.tasks.market import model
 from opdlab.teachers import TextOnly
-from opdlab.trace import Trace, score
+from opdlab.trace import Trace, planner_of, score
 from opdlab.viz import (
     Alignment,
     Audits,
@@ -87,7 +87,7 @@ def told() -> Trace:
     batch = Batch(rollout, {"student": student, "teacher+hint": seen["teacher+hint"], "student+hint": student.seeing()}, task)
     plan = {name: values[rollout.mask].numpy() for name, values in DOPD().plan(batch).items() if name in ("route", "gap")}
     trace = typed(score(rollout, student, teacher, **seen), task, rollout, student).with_columns(**plan)
-    return Trace(trace.table, {**trace.meta, "plan": list(plan)})
+    return Trace(trace.table, {**trace.meta, "plan": list(plan), "method": planner_of(DOPD())})
 
 
 def small(quick: bool = False) -> Scene:

@@ -22,11 +22,12 @@ from torch import Tensor
 
 from opdlab import signals
 from opdlab.batch import Batch
-from opdlab.errors import DamagedFile, OpdlabError
+from opdlab.errors import DamagedFile, InvalidValue, OpdlabError
 from opdlab.policy import Policy, check_same_tokens
 from opdlab.rollout import Rollout
 from opdlab.rows import Rows, compute
 from opdlab.tokens import token_bytes
+from opdlab.validation import shortened
 
 _META = b"opdlab"
 
@@ -87,11 +88,15 @@ class Trace:
         return self.with_columns(loss=value.detach().numpy(), **_shares(slope.norm(dim=-1).numpy()))
 
     def with_columns(self, **columns: Any) -> Trace:
-        """This trace with columns added or replaced, `[rows]` each."""
+        """This trace with columns added or replaced, `[rows]` each.
+
+        Raises InvalidValue for a column that has not one value for each row, or values that no table holds.
+        """
         table = self.table
         for name, values in columns.items():
+            column = _column(name, values, len(self))
             table = table.drop_columns([name]) if name in table.column_names else table
-            table = table.append_column(name, pa.array(values))
+            table = table.append_column(name, column)
         return Trace(table, self.meta)
 
     def save(self, path: str | os.PathLike[str]) -> Path:
@@ -138,10 +143,11 @@ def score(rollout: Rollout, student: Policy, teacher: Policy | None = None, k: i
 
 
 def record(rollout: Rollout, policies: Mapping[str, Policy], columns: Mapping[str, Tensor], *, run: str = "", step: int = -1,
-           plan: Mapping[str, Tensor] | None = None, notes: Mapping[str, Any] | None = None) -> Trace:  # fmt: skip
+           plan: Mapping[str, Tensor] | None = None, notes: Mapping[str, Any] | None = None,
+           method: Mapping[str, str] | None = None) -> Trace:  # fmt: skip
     """A trace from flat columns `[tokens, ...]`; `grad_norm`, where there is one, gives each token's `share` too.
 
-    notes: plain data that a plan left in `batch.notes`; kept in `meta`.
+    notes: plain data that a plan left in `batch.notes`; kept in `meta`. method: who planned the columns (`planner_of`).
     """
     ids = [i for row in rollout.completions() for i in row]
     sample = np.repeat(np.arange(len(rollout)), rollout.lengths.tolist())
@@ -163,9 +169,41 @@ def record(rollout: Rollout, policies: Mapping[str, Policy], columns: Mapping[st
     meta = {
         "policies": list(policies), "plan": list(plan or {}), "texts": list(rollout.texts), "finish": list(rollout.finish),
         "prompts": [_plain(p.text if p.messages is None else p.messages[-1]["content"]) for p in rollout.prompts], "vocab": vocab,
-        "notes": dict(notes or {}),
+        "notes": dict(notes or {}), **({} if method is None else {"method": dict(method)}),
     }  # fmt: skip
     return Trace(pa.table(data), meta)
+
+
+def planner_of(method: Any) -> dict[str, str]:
+    """Return which method planned, as a trace keeps it: its `name`, and the class that holds its `plan` as `planner`.
+
+    So pictures give a column `route` the meaning that it has in DOPD only where DOPD's own plan made it, and not a method of
+    the same name or a subclass with a plan of its own.
+    """
+    kind = type(method)
+    planner = next((owner for owner in kind.__mro__ if "plan" in vars(owner)), kind)
+    is_own = "plan" in getattr(method, "__dict__", {})  # set on this object alone
+    return {"name": kind.__name__, "planner": "" if is_own else f"{planner.__module__}.{planner.__qualname__}"}
+
+
+def _column(name: str, values: Any, rows: int) -> pa.Array | pa.ChunkedArray:
+    """Values as a column of a table; raises InvalidValue where they are none."""
+    wanted = f"Give a list, an array or a tensor of {rows} numbers, flags or texts."
+    shape = getattr(values, "shape", (0,))
+    if isinstance(values, (str, bytes, Mapping, set, frozenset)) or not hasattr(values, "__len__") or len(shape) not in (1, 2):
+        raise InvalidValue(f"with_columns got {name}={shortened(values)}, which is no column. {wanted}")
+    if isinstance(values, Tensor):
+        values = values.detach().cpu()
+        values = (values.float() if values.dtype == torch.bfloat16 else values).numpy()
+    if isinstance(values, np.ndarray) and values.ndim > 1:
+        values = list(values)
+    try:
+        column = values if isinstance(values, (pa.Array, pa.ChunkedArray)) else pa.array(values)
+    except (pa.ArrowException, TypeError, ValueError, OverflowError) as error:
+        raise InvalidValue(f"with_columns got {name}={shortened(values)}, which a table cannot hold ({error}). {wanted}") from None
+    if len(column) != rows:
+        raise InvalidValue(f"with_columns got {len(column)} values for {name!r}, and the trace has {rows} rows. {wanted}")
+    return column
 
 
 def _plain(text: str | None) -> str:

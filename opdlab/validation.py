@@ -17,7 +17,7 @@ import inspect
 import numbers
 import reprlib
 from collections.abc import Callable, Hashable, Mapping
-from typing import Annotated, Any, TypeVar, cast, get_type_hints
+from typing import Annotated, Any, TypeVar, cast, get_args, get_origin, get_type_hints
 
 import numpy as np
 from pydantic import BeforeValidator, ConfigDict, Field, TypeAdapter, ValidationError
@@ -137,7 +137,8 @@ def _adapter(hint: Any) -> TypeAdapter[Any]:
 
 
 def _has_own_config(hint: Any) -> bool:
-    """pydantic takes no second configuration for dataclasses and models."""
+    """pydantic takes no second configuration for dataclasses and models, also where they stand as `InstanceOf[…]`."""
+    hint = get_args(hint)[0] if get_origin(hint) is Annotated else hint
     return isinstance(hint, type) and (hasattr(hint, "__dataclass_fields__") or hasattr(hint, "model_fields"))
 
 

@@ -89,6 +89,24 @@ def test_freeze_refuses_errors_and_too_much(tmp_path):
 
 @pytest.mark.browser
 @pytest.mark.skipif(not shutil.which("chromium"), reason="needs Chromium")
+@pytest.mark.parametrize(("text", "why"), [
+    ("{}", "it has no cells"), ("[1]", "it has no cells"), ('{"cells": 3}', "it has no cells"),
+    ("print(1)", "Expecting value"), ("", "Expecting"), (b"\xff\xfe", "utf-8"), ("[" * 100_000, "recursion"),
+    ('{"worksheets": []}', "format 3: open and save it"), ('{"cells": [1]}', "cell 1 has no source"),
+    ('{"cells": [{"cell_type": "code", "source": "1"}]}', "cell 1 has no list of outputs"),
+])  # fmt: skip
+def test_what_is_no_notebook_is_refused_and_left_alone(text, why, tmp_path):
+    path = tmp_path / "odd.ipynb"
+    raw = text if isinstance(text, bytes) else text.encode()
+    path.write_bytes(raw)
+    for act in (notebook.freeze, notebook.execute):
+        with pytest.raises(opd.OpdlabError, match=rf"odd\.ipynb is no notebook that can be read \(.*{why}.*Give the path of an \.ipynb"):
+            act(path)
+    assert path.read_bytes() == raw
+    with pytest.raises(opd.OpdlabError, match="No such file"):
+        notebook.freeze(tmp_path / "missing.ipynb")
+
+
 def test_freeze_adds_a_picture_to_charts(tmp_path):
     from PIL import Image
 

@@ -14,6 +14,7 @@ notes (length +30 %, cut off above 10 %, entropy under a half) are untested ther
 from __future__ import annotations
 
 import math
+import numbers
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
@@ -55,12 +56,13 @@ class Limits:
 
 @dataclass(frozen=True)
 class Alarm:
-    """One signature seen at one step."""
+    """One signature seen at one step. metric: the number of the run that it was read off, for the curve that shows it."""
 
     step: int
     signature: str
     sentence: str
     remedy: str
+    metric: str = ""
 
     def __str__(self) -> str:
         return f"step {self.step}, {self.signature}: {self.sentence} {self.remedy}"
@@ -97,7 +99,8 @@ class Health:
 
     @property
     def table(self) -> pd.DataFrame:
-        return pd.DataFrame([vars(alarm) for alarm in self.alarms], columns=["step", "signature", "sentence", "remedy"])
+        columns = ["step", "signature", "sentence", "remedy"]
+        return pd.DataFrame([vars(alarm) for alarm in self.alarms], columns=columns)
 
     @property
     def sentence(self) -> str:
@@ -126,7 +129,7 @@ def health(run: Run | pd.DataFrame | None = None, limits: Limits | None = None) 
     watch = Health(limits or Limits())
     history = run if isinstance(run, pd.DataFrame) else run.history if run is not None else pd.DataFrame()
     for i, row in enumerate(history.to_dict("records"), 1):
-        watch.note({"step": i, **{str(k): float(v) for k, v in row.items()}})
+        watch.note({"step": i, **{str(k): float(v) for k, v in row.items() if isinstance(v, numbers.Real)}})
     return watch
 
 

@@ -26,12 +26,39 @@ def source_hash(notebook: Mapping[str, Any]) -> str:
     return hashlib.sha256(json.dumps(sources).encode()).hexdigest()[:16]
 
 
+def read_notebook(path: str | os.PathLike[str]) -> dict[str, Any]:
+    """Read a notebook of format 4 as plain data; raises OpdlabError for a file that is none."""
+    try:
+        book = json.loads(Path(path).read_text(encoding="utf-8"))
+        why = _fault(book)
+    except (OSError, ValueError, RecursionError) as error:
+        why = " ".join(str(error).split())[:200]
+    if why:
+        raise OpdlabError(f"{path} is no notebook that can be read ({why}). Give the path of an .ipynb file, saved by Jupyter.")
+    return dict(book)
+
+
+def _fault(book: Any) -> str:
+    """What keeps plain data from being a notebook; "" for a notebook."""
+    if not isinstance(book, dict) or not isinstance(book.get("cells"), list):
+        return (
+            "it has no cells" if not (isinstance(book, dict) and "worksheets" in book) else "it is of format 3: open and save it in Jupyter"
+        )
+    for number, cell in enumerate(book["cells"], 1):
+        if not isinstance(cell, dict) or not isinstance(cell.get("source"), (str, list)) or "cell_type" not in cell:
+            return f"cell {number} has no source or no type"
+        if cell["cell_type"] == "code" and not isinstance(cell.get("outputs"), list):
+            return f"cell {number} has no list of outputs"
+    return ""
+
+
 def execute(path: str | os.PathLike[str], timeout: int | None = None) -> None:
     """Run a notebook in place, in its own folder. timeout: seconds a cell may take; a GPU run may take hours, so none."""
     import nbformat
     from nbclient import NotebookClient
 
     path = Path(path)
+    read_notebook(path)
     book = nbformat.read(path, as_version=4)
     NotebookClient(book, timeout=timeout, kernel_name="python3", resources={"metadata": {"path": str(path.parent)}}).execute()
     nbformat.write(book, path)
@@ -42,15 +69,15 @@ def freeze(path: str | os.PathLike[str]) -> int:
 
     Drops widgets and their state, timings, addresses and stderr, numbers pandas' tables (it names them at random), replaces the
     home and working folders in outputs, adds a picture to charts (which GitHub and nbconvert cannot draw), and notes the checksum
-    of the code. Raises OpdlabError for an error output, more than 1 MB, or charts where there is no Chromium.
+    of the code. Raises OpdlabError for what is no notebook, an error output, more than 1 MB, or charts where there is no Chromium.
     """
     path = Path(path)
-    book = json.loads(path.read_text(encoding="utf-8"))
+    book = read_notebook(path)
     book["metadata"] = {"kernelspec": {"display_name": "Python 3", "language": "python", "name": "python3"},
                         "language_info": {"name": "python"}, "opdlab": {"source": source_hash(book)}}  # fmt: skip
     count = 0
     for cell in book["cells"]:
-        cell["metadata"] = {k: v for k, v in cell["metadata"].items() if k in ("tags", "jupyter")}
+        cell["metadata"] = {k: v for k, v in cell.get("metadata", {}).items() if k in ("tags", "jupyter")}
         if cell["cell_type"] == "code":
             count += 1
             cell["execution_count"], cell["outputs"] = count, _joined([o for o in map(_frozen, cell["outputs"]) if o])

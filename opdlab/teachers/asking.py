@@ -8,20 +8,23 @@ instruct     the unfinished answer as a message of the assistant, then a plain r
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from transformers import PreTrainedTokenizerBase
 
-from opdlab.errors import OpdlabError
+from opdlab.errors import InvalidValue, OpdlabError
 from opdlab.policy import Prompt
-from opdlab.teachers.service import Fault, plain
+from opdlab.teachers.redaction import plain
+from opdlab.teachers.service import Fault, raise_error_of
 
 WAYS = ("completion", "prefill", "prefix", "instruct")
 GO_ON = (
     "Your last message was cut off. Go on from exactly where it stops, with the very next character, in the same style. "
     "Write only what comes next: do not repeat anything, do not start over, do not comment."
 )
+# Finish reasons of answers, and whether they are whole. "eos" and "eos_token" are what Together and older TGI say for "stop".
+FINISHED = {"stop": "stop", "eos": "stop", "eos_token": "stop", "length": "length"}
 SHORTEST_ECHO = 12  # characters: a shorter repetition may be what the text says next
 
 
@@ -75,6 +78,26 @@ def without_echo(text: str, prefix: str) -> str:
     return said[longest:] if longest else text
 
 
+def check_texts(prompts: Sequence[Prompt], prefixes: Sequence[str]) -> None:
+    """Raise InvalidValue for a prompt or prefix that cannot be sent: half of a character (a lone surrogate) is no text."""
+    for i, (prompt, prefix) in enumerate(zip(prompts, prefixes, strict=True)):
+        parts = [prompt.text or "", *(str(message.get("content")) for message in prompt.messages or ()), prefix]
+        for part in parts:
+            if (broken := lone_surrogate(part)) is not None:
+                raise InvalidValue(
+                    f"Prompt {prompt.id or i!r} holds {part[broken]!a}, half of a character, which no tokenizer reads. Mend the text."
+                )
+
+
+def lone_surrogate(text: str) -> int | None:
+    """Return where the text holds half of a character, or None."""
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        return error.start
+    return None
+
+
 def choices(reply: Mapping[str, Any], most: int) -> list[dict[str, Any]]:
     """The texts of a reply, `{"text": …, "finish": …}` each; raises Fault for what is no answer.
 
@@ -87,20 +110,50 @@ def choices(reply: Mapping[str, Any], most: int) -> list[dict[str, Any]]:
     return [_choice(choice, reply.get("usage"), len(listed), most) for choice in listed]
 
 
+def check_no_error(choice: Any) -> None:
+    """Raise Fault for a choice that carries an error, in the server's words."""
+    if isinstance(choice, dict):
+        raise_error_of(choice)
+
+
+def checked_finish(choice: Any) -> str:
+    """Return "stop" for a whole answer and "length" for one that was cut; raises Fault for one that was broken off.
+
+    Servers say `abort` or `error` where they gave up, `content_filter` where they hold something back, `tool_calls` where the
+    text is not the answer, and null where they do not know.
+    """
+    said = choice.get("finish_reason") if isinstance(choice, dict) else None
+    if isinstance(said, str) and said in FINISHED:
+        return FINISHED[said]
+    if said == "content_filter":
+        raise Fault("the server withheld the text (content_filter)")
+    raise Fault(f"the server broke the text off (finish_reason {plain(said)}), so it is no whole answer")
+
+
 def _choice(choice: Any, usage: Any, n: int, most: int) -> dict[str, Any]:
+    check_no_error(choice)
     said = choice.get("message", choice) if isinstance(choice, dict) else None
     text = (said.get("content") if "message" in choice else said.get("text")) if isinstance(said, dict) else None
-    finish = choice.get("finish_reason") if isinstance(choice, dict) else None
+    reason = plain(choice.get("finish_reason") if isinstance(choice, dict) else None)
     written = usage.get("completion_tokens") if isinstance(usage, dict) else None
-    if finish == "content_filter":
-        raise Fault("the server withheld the text (content_filter)")
-    if not isinstance(text, str):
-        raise Fault(
-            f"a text is missing (finish_reason {plain(finish)}). Where the model thinks first, switch that off or allow more tokens"
-        )
-    if isinstance(written, int) and written > most:
-        raise Fault(f"the server wrote {written} tokens where {most} were asked for")
-    stopped = finish == "stop" and (n > 1 or (isinstance(written, int) and written <= 2))  # the end of a turn may take two tokens
+    count = written if type(written) is int and written >= 0 else None
+    if isinstance(choice, dict) and isinstance(text, str):
+        finish = checked_finish(choice)
+    else:
+        raise Fault(f"a text is missing (finish_reason {reason}). Where the model thinks first, switch that off or allow more tokens")
+    if count is not None and count > most:
+        raise Fault(f"the server wrote {count} tokens where {most} were asked for")
+    stopped = finish == "stop" and (n > 1 or (count is not None and count <= 2))  # the end of a turn may take two tokens
     if not text and not stopped:
-        raise Fault(f"a text is empty (finish_reason {plain(finish)}). Where the model thinks first, switch that off or allow more tokens")
-    return {"text": text.encode("utf-8", "replace").decode(), "finish": "length" if finish == "length" else "stop"}
+        raise Fault(f"a text is empty (finish_reason {reason}). Where the model thinks first, switch that off or allow more tokens")
+    if finish == "length":
+        text = _without_half_character(text)
+    if (broken := lone_surrogate(text)) is not None:
+        raise Fault(f"a text holds {text[broken]!a}, half of a character")
+    return {"text": text, "finish": finish}
+
+
+def _without_half_character(text: str) -> str:
+    """A cut text without the half of a character that it may end with: U+FFFD for bytes, a surrogate for UTF-16."""
+    whole = text.rstrip("\ufffd")
+    return whole[:-1] if whole and 0xD800 <= ord(whole[-1]) < 0xDC00 else whole

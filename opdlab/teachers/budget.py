@@ -5,20 +5,27 @@ from __future__ import annotations
 
 import threading
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Annotated, Any
 
-from opdlab.errors import BudgetSpent, OpdlabError
+from pydantic import Field, InstanceOf
 
+from opdlab.errors import BudgetSpent, InvalidValue
+from opdlab.validation import Amount, CountOrZero, validate_fields
+
+Prices = Annotated[tuple[Amount, Amount], Field(description="two finite numbers of at least 0, for a million tokens read and written")]
 TEMPLATE = 256  # tokens that a server's chat template may add to a prompt; the rest of a prompt has at most one a byte
 
 
 @dataclass(frozen=True)
 class Usage:
-    """What requests used: tokens read, tokens written, how many requests."""
+    """What requests used: tokens read, tokens written, how many requests. Raises InvalidValue for less than nothing."""
 
-    prompt: int = 0
-    completion: int = 0
-    requests: int = 0
+    prompt: CountOrZero = 0
+    completion: CountOrZero = 0
+    requests: CountOrZero = 0
+
+    def __post_init__(self) -> None:
+        validate_fields(self)
 
     @property
     def tokens(self) -> int:
@@ -26,6 +33,9 @@ class Usage:
 
     def __add__(self, other: Usage) -> Usage:
         return Usage(self.prompt + other.prompt, self.completion + other.completion, self.requests + other.requests)
+
+    def __sub__(self, other: Usage) -> Usage:
+        return Usage(self.prompt - other.prompt, self.completion - other.completion, self.requests - other.requests)
 
 
 def worst(texts: str, n: int, max_tokens: int) -> Usage:
@@ -38,21 +48,20 @@ class Budget:
     """Limits over the life of this object; None is no limit. One budget may serve several teachers.
 
     tokens: read and written together. cost: in the currency of `prices`, which are for a million tokens read and written.
-    requests: sent, the repeated ones too. What a lost reply has cost is unknown and counted at its worst case.
+    requests: sent, the repeated ones too. What a lost reply has cost is unknown and counted at its worst case. Raises
+    InvalidValue for limits that are none.
     """
 
-    tokens: int | None = None
-    cost: float | None = None
-    requests: int | None = None
-    prices: tuple[float, float] = (0.0, 0.0)
-    spent: Usage = field(default_factory=Usage)
+    tokens: CountOrZero | None = None
+    cost: Amount | None = None
+    requests: CountOrZero | None = None
+    prices: Prices = (0.0, 0.0)
+    spent: InstanceOf[Usage] = field(default_factory=Usage)
 
     def __post_init__(self) -> None:
-        limits = [x for x in (self.tokens, self.cost, self.requests, *self.prices) if x is not None]
-        if min(limits) < 0 or (self.cost is not None and not any(self.prices)):
-            raise OpdlabError(
-                f"{self} is not a budget. Limits and prices are 0 or more, and a limit on cost needs prices=(in, out) a million tokens."
-            )
+        validate_fields(self)
+        if self.cost is not None and not any(self.prices):
+            raise InvalidValue(f"Budget got cost={self.cost}: a limit on cost needs prices. Give prices=(in, out) a million tokens.")
         self._held, self._changed = Usage(), threading.Condition()
 
     def price(self, usage: Usage) -> float:
@@ -87,8 +96,7 @@ class Budget:
 
     def _settle(self, worst: Usage, used: Usage) -> None:
         with self._changed:
-            minus = Usage(-worst.prompt, -worst.completion, -worst.requests)
-            self._held, self.spent = self._held + minus, self.spent + used
+            self._held, self.spent = self._held - worst, self.spent + used
             self._changed.notify_all()
 
 

@@ -16,8 +16,10 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
-from opdlab.teachers.service import Fault, plain
+from opdlab.teachers.redaction import plain
+from opdlab.teachers.service import Fault
 
+LEAST = -500.0  # no model gives less: what is below stands for "no probability", as -9999.0 does at OpenAI and vLLM
 SLACK = 1e-3  # what rounding on a server may add to a log-prob or to a sum of probabilities
 
 
@@ -63,8 +65,9 @@ def tops(choice: Mapping[str, Any], ids: Sequence[int], way: str, names: Names) 
     listed = choice.get("logprobs")
     said = [listed.get(name) if isinstance(listed, dict) else None for name in ("tokens", "token_logprobs", "top_logprobs")]
     columns = [column if isinstance(column, list) else [] for column in said]
-    if any(len(column) < len(ids) for column in columns):
-        raise Fault(f"the echo has {[len(column) for column in columns]} tokens, log-probs and top log-probs for {len(ids)} tokens")
+    lengths = [len(column) for column in columns]
+    if len(set(lengths)) > 1 or lengths[0] not in (len(ids), len(ids) + 1):  # the token that had to be written may be among them
+        raise Fault(f"the echo has {lengths} tokens, log-probs and top log-probs for {len(ids)} tokens")
     rows = list(zip(*columns, ids, strict=False))
     return [_by_name(name, logp, top, token, names) for name, logp, top, token in rows[1:]]
 
@@ -105,7 +108,8 @@ def strings(choice: Mapping[str, Any], ids: Sequence[int], way: str) -> list[str
 def _by_id(entry: Any) -> dict[int, float]:
     if not isinstance(entry, dict):
         raise Fault("a token of the prompt has no log-probs")
-    return {_id(name): _logp(value.get("logprob") if isinstance(value, dict) else value) for name, value in entry.items()}
+    listed = [(_id(name), _logp(value.get("logprob") if isinstance(value, dict) else value)) for name, value in entry.items()]
+    return _distinct(listed)
 
 
 def _by_name(name: Any, logp: Any, top: Any, token: int, names: Names) -> dict[int, float]:
@@ -115,12 +119,24 @@ def _by_name(name: Any, logp: Any, top: Any, token: int, names: Names) -> dict[i
     same = _id(name[len("token_id:") :]) == token if name.startswith("token_id:") else name == names.strings[token]
     if not same:
         raise Fault(f"the server graded other tokens than were sent: {plain(name)!r} and not {names.strings[token]!r}")
-    rest = {names.find(other): _logp(value) for other, value in top.items() if other != name}
-    return {**rest, token: _logp(logp)}
+    own = _logp(logp)
+    if name in top and abs(_logp(top[name]) - own) > SLACK:
+        raise Fault(f"the server gives the token {plain(name)!r} two log-probs, {own:g} and {plain(top[name])}")
+    rest = [(names.find(other), _logp(value)) for other, value in top.items() if other != name]
+    return _distinct([*rest, (token, own)])
+
+
+def _distinct(listed: Sequence[tuple[int, float]]) -> dict[int, float]:
+    """Log-probs by id; raises Fault where an id stands twice, since one of the two would be lost."""
+    found = dict(listed)
+    if len(found) < len(listed):
+        twice = next(i for place, (i, _) in enumerate(listed) if i in [other for other, _ in listed[:place]])
+        raise Fault(f"the server lists token {twice} twice for one position")
+    return found
 
 
 def _id(text: str) -> int:
-    if not text.isdecimal() or len(text) > 9:
+    if not (text.isascii() and text.isdecimal()) or len(text) > 9:
         raise Fault(f"{plain(text)!r} is not a token id")
     return int(text)
 
@@ -128,4 +144,6 @@ def _id(text: str) -> int:
 def _logp(value: Any) -> float:
     if isinstance(value, bool) or not isinstance(value, (int, float)) or not math.isfinite(value) or value > SLACK:
         raise Fault(f"a log-prob is {plain(value)}")
+    if value < LEAST:
+        raise Fault(f"a log-prob is {plain(value)}, which servers send for a token without any probability: nothing can be learned from it")
     return min(0.0, float(value))

@@ -20,9 +20,14 @@ from opdlab.partial import Partial
 from opdlab.policy import Policy, Prompt
 from opdlab.rollout import Rollout
 from opdlab.teachers import grades
+from opdlab.teachers.asking import check_no_error, checked_finish
 from opdlab.teachers.budget import Usage
-from opdlab.teachers.service import Fault, plain
+from opdlab.teachers.redaction import plain
+from opdlab.teachers.sampling import Sampling
+from opdlab.teachers.service import Fault
 from opdlab.teachers.text_server import TextServer
+from opdlab.validation import Count, Text, validate_arguments
+from opdlab.written_text import WrittenText
 
 T = TypeVar("T")
 # How the log-probs of a prompt are asked for, best first.
@@ -43,9 +48,8 @@ class LogprobServer:
 
     K: ClassVar[int] = 20  # what vLLM allows by default
 
-    def __init__(self, url: str, model: str | None = None, *, k: int = K, **options: Any) -> None:
-        if k < 1:
-            raise OpdlabError(f"LogprobServer got k={k}. Ask for at least one log-prob a token.")
+    @validate_arguments
+    def __init__(self, url: Text, model: Text | None = None, *, k: Count = K, **options: Any) -> None:
         # the teacher reads what the student reads, so its prompts are those of the student, rendered
         self.k, self.text = k, TextServer(url, model, **{"continue_by": "completion", **options})
         self._student: Policy | None = None
@@ -78,7 +82,7 @@ class LogprobServer:
         ids, top, sampled = (torch.cat(column).to(device) for column in zip(*rows, strict=True))
         return Partial(ids, top, sampled, rollout.ids[rollout.mask], vocab)
 
-    def write(self, prompts: Sequence[Prompt], n: int = 1, **options: Any) -> list[list[str]]:
+    def write(self, prompts: Sequence[Prompt], n: int = 1, **options: Any) -> list[list[WrittenText]]:
         """Texts, as `TextServer.write`."""
         return self.text.write(prompts, n, **options)
 
@@ -89,16 +93,18 @@ class LogprobServer:
     def _post(self, ids: list[int], way: str, read: Callable[[list[dict[int, float]], dict[str, Any]], T], retries: int | None = None) -> T:
         """One sequence graded: `read` makes something of the log-probs at each token but the first, and of the reply's choice."""
         text = self.text
-        body = {"model": text.model, "prompt": ids, "max_tokens": 1, "temperature": 1.0, **WAYS[way](self.k), **text.extra}
+        body = {"prompt": ids, "max_tokens": 1, **WAYS[way](self.k)}
 
         def accept(reply: dict[str, Any]) -> T:
             text.named(reply)
             listed = reply.get("choices")
             if not isinstance(listed, list) or len(listed) != 1 or not isinstance(listed[0], dict):
                 raise Fault("the reply has not one choice for one prompt")
+            check_no_error(listed[0])
+            checked_finish(listed[0])  # of a request that was broken off, the log-probs may be too
             return read(grades.tops(listed[0], ids, way, self._names), listed[0])
 
-        return text.service.post("/completions", body, Usage(len(ids), 1, 1), accept, retries)
+        return text.post("/completions", body, Sampling(), Usage(len(ids), 1, 1), accept, retries)
 
     def _found(self, ids: list[int]) -> tuple[str, list[str | None]]:
         """The first way in which the server grades `ids`, and what it calls them."""

@@ -10,24 +10,31 @@ from __future__ import annotations
 import os
 import random
 import threading
+import warnings
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor, as_completed
 from dataclasses import dataclass, field
 from typing import Any, TypeVar
 from urllib.parse import urlsplit
 
-from opdlab.errors import OpdlabError, TeacherError
+from pydantic import InstanceOf
+
+from opdlab.errors import InvalidValue, OpdlabError, TeacherError
 from opdlab.progress import Progress, in_notebook
 from opdlab.teachers.budget import Budget, Usage
 from opdlab.teachers.cache import Cache
+from opdlab.teachers.redaction import plain, without_key
+from opdlab.validation import Count, CountOrZero, Flag, Positive, Text, shortened, validate_fields
 
 T = TypeVar("T")
 AGAIN = (408, 409, 425, 429)  # and 5xx: asking again may help
-LONGEST_WAIT = 120.0  # seconds that a server may ask us to wait
+LONGEST_WAIT = 120.0  # seconds that are waited at most before a request is sent again
+ABSURD_WAIT = 3600.0  # seconds that a server may ask us to wait before we give up instead
+ABSURD_USAGE = 16  # times the worst case of a request: what a server counts beyond that is not believed
 
 
 class Fault(Exception):
-    """A reply that cannot be used; unless `final`, asking again may bring a better one. `paid`: the server did the work."""
+    """A reply that cannot be used; unless `final`, asking again may help. `paid`: the server did the work."""
 
     def __init__(self, what: str, *, wait: float | None = None, status: int | None = 200, final: bool = False, paid: bool = True) -> None:
         super().__init__(what)
@@ -36,25 +43,28 @@ class Fault(Exception):
 
 @dataclass(eq=False)
 class Service:
-    """A server at `url` (with its /v1). timeout: seconds without a byte. retries: of one request. concurrency: requests in flight.
+    """A server at `url` (with its /v1). timeout: seconds from a request to the end of its reply. retries: of one request.
+    concurrency: requests in flight.
 
     key_env names the environment variable that holds the key; where it is not set, none is sent. cache: a file, or a
-    `Cache`; None remembers answers as long as this object lives.
+    `Cache`; None remembers answers as long as this object lives. Raises InvalidValue for values that cannot be right.
     """
 
-    url: str
-    key_env: str = "OPDLAB_API_KEY"
-    timeout: float = 120.0
-    retries: int = 5
-    concurrency: int = 8
-    budget: Budget = field(default_factory=Budget)
+    url: Text
+    key_env: Text = "OPDLAB_API_KEY"
+    timeout: Positive = 120.0
+    retries: CountOrZero = 5
+    concurrency: Count = 8
+    budget: InstanceOf[Budget] = field(default_factory=Budget)
     cache: Any = None
-    quiet: bool = False
+    quiet: Flag = False
 
     def __post_init__(self) -> None:
-        parts = urlsplit(self.url)
-        if parts.scheme not in ("http", "https") or not parts.hostname or parts.username or parts.password or parts.query:
-            raise OpdlabError(
+        validate_fields(self)
+        if not isinstance(self.cache, (str, os.PathLike, Cache, type(None))):
+            raise InvalidValue(f"The cache of a teacher is {shortened(self.cache)}. Use the path of a file, a Cache, or None.")
+        if not _is_address(self.url):
+            raise InvalidValue(
                 "The url of a teacher must look like http://127.0.0.1:8000/v1, without a name, password or query in it. "
                 f"Put the key into the environment variable {self.key_env}."
             )
@@ -63,6 +73,7 @@ class Service:
         self._progress, self._done = Progress(0, "teacher", "text", self.quiet, leave=False), 0
         self._client: Any = None
         self._lock, self._stop = threading.Lock(), threading.Event()
+        self._has_warned = False  # of a usage that cannot be right
 
     def post(self, path: str, body: Mapping[str, Any], worst: Usage, accept: Callable[[dict[str, Any]], T],
              retries: int | None = None) -> T:  # fmt: skip
@@ -74,9 +85,10 @@ class Service:
         for i in range(tries):
             with self.budget.hold(worst) as hold:
                 reply = self._once(path, body)
-                hold.used = _usage(reply, worst)
+                hold.used = self._usage(reply, worst)
             try:
                 if isinstance(reply, dict):
+                    raise_error_of(reply)
                     return accept(reply)
                 fault = reply
             except Fault as refused:
@@ -85,11 +97,15 @@ class Service:
                 break
         times = f" (asked {i + 1} times)" if i else ""
         error = TeacherError(
-            f"{self.url}{'' if '://' in path else path}: {fault}{times}. Nothing was trained on it and nothing paid for is lost. "
-            f"{_advice(fault.status, self.key_env)}"
+            f"{self.url}{'' if '://' in path else path}: {self.without_key(str(fault))}{times}. Nothing was trained on it and nothing "
+            f"paid for is lost. {_advice(fault.status, self.key_env)}"
         )
         error.status = fault.status
         raise error
+
+    def without_key(self, text: str) -> str:
+        """Return a text without the key that is in the environment at this moment."""
+        return without_key(text, os.environ.get(self.key_env, ""))
 
     def many(self, jobs: Sequence[Callable[[], T]], unit: int = 1) -> list[T]:
         """Run all jobs, some at once, and give their results in order; the first error stops those that have not begun.
@@ -126,21 +142,28 @@ class Service:
 
     def _once(self, path: str, body: Mapping[str, Any]) -> dict[str, Any] | Fault:
         """Send one request. A fault is returned and not raised, so that no traceback leads to the request and its key."""
+        client = self._talk()
         from openai import APIConnectionError, APIStatusError, APITimeoutError, OpenAIError
+
+        from opdlab.teachers.transport import UnusableReply
 
         key = os.environ.get(self.key_env, "")
         headers = {"headers": {"Authorization": f"Bearer {key}"}} if key else {}
         try:
-            reply = self._talk().post(path, cast_to=object, body=dict(body), options=headers)
+            reply = client.post(path, cast_to=object, body=dict(body), options=headers)
         except APITimeoutError:
             return Fault(f"no answer within {self.timeout:g} s", status=None)
         except APIConnectionError as error:
+            if isinstance(error.__cause__, UnusableReply):
+                return Fault(str(error.__cause__), status=None, final=True)
             why = type(error.__cause__).__name__
             return Fault(f"no connection ({why})", status=None, paid=why != "ConnectError")
         except APIStatusError as error:
-            final = error.status_code < 500 and error.status_code not in AGAIN
-            said = f"it answers {error.status_code}: {plain(error.response.text, key)}"
-            return Fault(said, wait=_retry_after(error), status=error.status_code, final=final, paid=False)
+            wait, status = _retry_after(error), error.status_code
+            said = f"it answers {status}: {plain(error.response.text, key)}"
+            if wait is not None and wait > ABSURD_WAIT:
+                return Fault(f"{said}, and wants to be asked again in {wait:.3g} s", status=status, final=True, paid=False)
+            return Fault(said, wait=wait and min(wait, LONGEST_WAIT), status=status, final=_is_final(status), paid=False)
         except (OpenAIError, ValueError, RecursionError):
             return Fault("the reply is not JSON")
         return reply if isinstance(reply, dict) else Fault("the reply is not a JSON object")
@@ -155,15 +178,56 @@ class Service:
                     raise OpdlabError(
                         "Teachers behind a server need the openai client. Install it: pip install 'opdlab[servers]'."
                     ) from None
-                self._client = OpenAI(base_url=self.url, api_key="none", timeout=self.timeout, max_retries=0)
+                from opdlab.teachers.transport import bounded_client
+
+                self._client = OpenAI(
+                    base_url=self.url,
+                    api_key="none",
+                    timeout=self.timeout,
+                    max_retries=0,
+                    http_client=bounded_client(self.timeout),
+                )
             return self._client
 
+    def _usage(self, reply: dict[str, Any] | Fault, worst: Usage) -> Usage:
+        """What the request is charged: the server's count where that can be right, else the worst case."""
+        if isinstance(reply, Fault):
+            return worst if reply.paid else Usage(requests=1)
+        said = reply.get("usage")
+        said = said if isinstance(said, dict) else {}
+        counts: list[int] = []
+        for name, most in (("prompt_tokens", worst.prompt), ("completion_tokens", worst.completion)):
+            count = said.get(name)
+            is_right = type(count) is int and 0 <= count <= ABSURD_USAGE * max(most, 1)
+            counts.append(int(count) if is_right and count is not None else most)
+            if count is not None and not is_right and not self._has_warned:
+                self._has_warned = True
+                warnings.warn(
+                    f"{self.url} says that a request used {name}={plain(count)}, which cannot be right. The budget is charged "
+                    f"{most} instead, the most that the request can use; so are further ones of this kind.",
+                    stacklevel=2,
+                )
+        prompt, completion = counts
+        return Usage(prompt, completion, requests=1)
 
-def plain(said: Any, key: str = "") -> str:
-    """What a server said, fit for an error message: short, printable, without the key."""
-    text = str(said).replace(key, "…") if key else str(said)
-    text = " ".join("".join(c if c.isprintable() else " " for c in text).split())
-    return text if len(text) <= 300 else text[:300] + "…"
+
+def raise_error_of(answer: Mapping[str, Any]) -> None:
+    """Raise Fault for a reply, or one of its choices, that carries an error beside or instead of an answer.
+
+    Routers answer so with status 200: `{"error": {"message": "…", "code": 403}}`, or a text in place of the object, or the
+    object alone, as `{"object": "error", "message": "…"}`.
+    """
+    error = answer if answer.get("object") == "error" else answer.get("error")
+    if not error:  # some servers say `"error": null` in every reply
+        return
+    said, code = error, None
+    if isinstance(error, Mapping):
+        said = error.get("message") or dict(error)
+        code = next((error[name] for name in ("code", "status", "type") if error.get(name) is not None), None)
+    number = int(str(code)) if str(code).isdecimal() and len(str(code)) == 3 else None
+    shown = f" ({plain(code)})" if isinstance(code, (str, int)) else ""
+    final = number is not None and number >= 400 and _is_final(number)
+    raise Fault(f"it answers with an error{shown}: {plain(said)}", status=number or 200, final=final)
 
 
 def _pause(i: int) -> float:
@@ -171,23 +235,28 @@ def _pause(i: int) -> float:
     return min(8.0, 0.5 * 2**i) * random.uniform(0.75, 1.0)
 
 
-def _retry_after(error: Any) -> float | None:
+def _is_address(url: str) -> bool:
+    """Whether this is an http(s) address of a host, without user, password, query or fragment, which may hold a key."""
     try:
-        return min(LONGEST_WAIT, max(0.0, float(error.response.headers.get("retry-after"))))
+        parts = urlsplit(url)
+        port = parts.port
+    except ValueError:
+        return False
+    secrets = "@" in parts.netloc or "?" in url or "#" in url
+    return parts.scheme in ("http", "https") and bool(parts.hostname) and port != 0 and not secrets and url.isprintable() and " " not in url
+
+
+def _is_final(status: int) -> bool:
+    """Whether asking again cannot help."""
+    return status < 500 and status not in AGAIN
+
+
+def _retry_after(error: Any) -> float | None:
+    """Seconds that the server asks us to wait, where it says so in a number."""
+    try:
+        return max(0.0, float(error.response.headers.get("retry-after")))
     except (TypeError, ValueError):
         return None
-
-
-def _usage(reply: dict[str, Any] | Fault, worst: Usage) -> Usage:
-    """What the server says the request used; where it does not say, the worst case."""
-    if isinstance(reply, Fault):
-        return worst if reply.paid else Usage(requests=1)
-    said = reply.get("usage")
-    counts = [said.get(name) for name in ("prompt_tokens", "completion_tokens")] if isinstance(said, dict) else [None, None]
-    prompt, completion = (
-        n if type(n) is int and n >= 0 else most for n, most in zip(counts, (worst.prompt, worst.completion), strict=True)
-    )
-    return Usage(prompt, completion, requests=1)
 
 
 def _advice(status: int | None, key_env: str) -> str:

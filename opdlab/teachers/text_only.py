@@ -34,7 +34,7 @@ class TextOnly:
         _MODELS[self].encode_all(prompts, room=max_new_tokens)
 
     def write(self, prompts: Sequence[Prompt], n: int = 1, *, prefixes: Sequence[str] | None = None, max_new_tokens: int = 64,
-              temperature: float = 1.0, seed: int = 0) -> list[list[WrittenText]]:  # fmt: skip
+              temperature: float = 1.0, top_p: float = 1.0, seed: int = 0) -> list[list[WrittenText]]:  # fmt: skip
         """`n` texts a prompt, of at most `max_new_tokens` of the teacher's tokens each; each says whether it was cut there.
 
         prefixes: one unfinished answer a prompt, which the texts continue and do not repeat. The text of a special token in
@@ -45,7 +45,7 @@ class TextOnly:
             raise OpdlabError(f"write got n={n} and {many} prefixes for {len(prompts)} prompts. Use n of 1 or more and one each.")
         policy = _MODELS[self]
         begun = [_plain(policy, text) for text in prefixes] if prefixes is not None else None
-        rollout = sample(policy, prompts, n, max_new_tokens=max_new_tokens, temperature=temperature, seed=seed, prefixes=begun,
+        rollout = sample(policy, prompts, n, max_new_tokens=max_new_tokens, temperature=temperature, top_p=top_p, seed=seed, prefixes=begun,
                          batch_size=max(1, ROWS_AT_ONCE // n), writer="teacher")  # fmt: skip
         if begun is None:
             texts = list(rollout.texts)

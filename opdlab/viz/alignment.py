@@ -16,7 +16,9 @@ from opdlab.errors import OpdlabError
 from opdlab.trace import Trace
 from opdlab.viz import markup, payload
 from opdlab.viz.channels import Channel
+from opdlab.viz.given import given_trace
 from opdlab.viz.glyphs import visible
+from opdlab.viz.provenance import notes_of
 from opdlab.viz.view import View
 
 LONG = 72  # columns from which a span's tokens wrap, and are not joined one by one
@@ -74,7 +76,8 @@ class Alignment(View):
     @classmethod
     def of_trace(cls, trace: Trace, sample: int = 0, **options: Any) -> Alignment:
         """A completion of a step that SpanOPD trained on, with its KL; raises OpdlabError for one whose spans were not noted."""
-        noted = {one["sample"]: one for one in (trace.meta.get("notes") or {}).get("spans", [])}
+        given_trace(trace, "Alignment.of_trace")
+        noted = {one["sample"]: one for one in notes_of(trace, "SpanOPD").get("spans", [])}
         if sample not in noted:
             there = ", ".join(map(str, noted)) or "none"
             raise OpdlabError(f"The trace notes no spans of completion {sample}, only of {there}. Give step.trace() of a run with SpanOPD.")

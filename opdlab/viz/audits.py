@@ -15,7 +15,9 @@ from opdlab.errors import OpdlabError
 from opdlab.trace import Trace
 from opdlab.viz import markup, payload
 from opdlab.viz.channels import Channel, described
+from opdlab.viz.given import given_trace
 from opdlab.viz.glyphs import groups, visible
+from opdlab.viz.provenance import notes_of
 from opdlab.viz.view import View
 
 SHOWN = 8  # audits that the plain text lists
@@ -33,11 +35,12 @@ class Audits(View):
     name, scripts, styles = "audits", ("tracks.js", "dots.js", "audits.js"), ("dots.css", "audits.css")
 
     def __init__(self, trace: Trace, title: str = "") -> None:
+        given_trace(trace, "Audits")
         super().__init__()
         self.trace, self.title = trace, title
         places = zip(trace.column("sample").tolist(), trace.column("position").tolist(), strict=True)
         rows = {place: row for row, place in enumerate(places)}
-        notes = trace.meta.get("notes", {}).get("audits", [])
+        notes = notes_of(trace, "OmniOPD").get("audits", [])
         self.audits = {rows[place]: note for note in notes if (place := (int(note["sample"]), int(note["start"]))) in rows}
         if not self.audits:
             raise OpdlabError("The trace has no audits. Take step.trace() of a run with OmniOPD.")

@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 
 from opdlab.trace import Trace
+from opdlab.viz import provenance
 from opdlab.viz.channels import Channel, channels, rivals
 
 HEAVY = 8  # times the mean size from which a largest value counts as a tail
@@ -57,7 +58,7 @@ def axes(trace: Trace) -> dict[str, Axis]:
     amounts = [c for c in channels(trace).values() if c.kind in ("ratio", "signed", "amount")]
     found = {c.key: _of_channel(c, _noted(trace).get(c.key)) for c in amounts}
     made = {axis.key: axis for axis in [*_pair(trace), *_sure(trace)]}
-    own = {"gap"} if "gap" in found and _planned(trace) is None else set()  # a column of that name which means something else
+    own = {"gap"} if "gap" in found and provenance.gap_of_plan(trace) is None else set()  # a column of that name which means something else
     return found | {key: axis for key, axis in made.items() if key not in own}
 
 
@@ -65,23 +66,14 @@ def gap_sides(trace: Trace) -> tuple[str, str] | None:
     """Teacher and student of the gap: those of DOPD's plan where its column is there, else the first rival and the student."""
     first = rivals(trace)[:1]
     graded = first and {"student_logp", f"{first[0]}_logp"} <= set(trace.table.column_names)
-    return _planned(trace) or ((first[0], "student") if graded else None)
-
-
-def _planned(trace: Trace) -> tuple[str, str] | None:
-    """The two policies that a plan's column `gap` is between, found by its values."""
-    if "gap" not in trace.table.column_names or "teacher+hint" not in trace.policies:
-        return None
-    others = [name for name in trace.policies if name != "teacher+hint" and f"{name}_logp" in trace.table.column_names]
-    same = (n for n in others if np.allclose(_gap(trace, "teacher+hint", n), trace.column("gap"), atol=1e-5, equal_nan=True))
-    return next((("teacher+hint", name) for name in same), None)
+    return provenance.gap_of_plan(trace) or ((first[0], "student") if graded else None)
 
 
 def _pair(trace: Trace) -> list[Axis]:
     sides = gap_sides(trace)
     if sides is None:
         return []
-    gap, sure = _gap(trace, *sides), sum(np.exp(trace.column(f"{name}_logp").astype(float)) for name in sides)
+    gap, sure = provenance.gap_between(trace, *sides), sum(np.exp(trace.column(f"{name}_logp").astype(float)) for name in sides)
     note = _noted(trace)
     return [
         _of_channel(Channel("gap", "gap", gap, less="agree", more="apart"), note.get("gap")),
@@ -112,12 +104,6 @@ def _of_channel(channel: Channel, line: float | None) -> Axis:
                 min(max(mean, 0.01), 1.0), start, channel.less, channel.more)  # fmt: skip
 
 
-def _gap(trace: Trace, teacher: str, student: str) -> np.ndarray:
-    with np.errstate(invalid="ignore"):
-        gap = np.abs(trace.column(f"{teacher}_logp").astype(float) - trace.column(f"{student}_logp"))
-    return np.nan_to_num(gap, nan=0.0, posinf=np.inf)  # both rule it out: no gap
-
-
 def _mean(values: np.ndarray) -> float:
     finite = values[np.isfinite(values)]
     return float(finite.mean()) if len(finite) else 0.0
@@ -125,5 +111,5 @@ def _mean(values: np.ndarray) -> float:
 
 def _noted(trace: Trace) -> dict[str, float]:
     """The means that DOPD routed by, kept in the step's notes."""
-    found = trace.meta.get("notes", {}).get("thresholds", {})
+    found = provenance.notes_of(trace, "DOPD").get("thresholds", {})
     return {key: float(value) for key, value in found.items() if isinstance(value, (int, float))}

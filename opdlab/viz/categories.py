@@ -14,7 +14,12 @@ if TYPE_CHECKING:
 
 MOST = 8  # kinds that get a colour of their own; the rest are one
 REST = "other"
-CODES = {"route": ("LH", "LL", "HT", "HS")}  # of integer columns: DOPD's regimes, as `opdlab.methods.dopd.Route`
+# What small integers in a column mean, by the method that planned it; the same name means nothing in a column of another's.
+CODES = {
+    "DOPD": {"route": ("LH", "LL", "HT", "HS")},  # as `opdlab.methods.dopd.Route`; -1 is none
+    "EOPD": {"gated": ("no", "yes")},
+    "TOPD": {"divergent": ("no", "yes")},
+}
 MEANINGS = {"route": "DOPD: gap low or high (L, H); confidence high or low, or the teacher's or the student's lead"}
 RANKS = (1, 10, 100)
 RANK_NAMES = ("1", "2–10", "11–100", "over 100")
@@ -37,14 +42,18 @@ def of_names(make: Callable[..., Channel], key: str, values: Sequence[str | None
     return _channel(make, key, at, [*names, REST] if len(counted) > MOST else names)
 
 
-def of_codes(make: Callable[..., Channel], key: str, values: np.ndarray) -> Channel | None:
-    """A channel of a boolean column, one of -1, 0, 1 or one in `CODES`; None for numbers that mean amounts. -1 is none."""
-    names: Sequence[str] = CODES.get(key, ("no", "yes"))
-    whole = values.dtype.kind in "iub"
-    if not whole or not len(values) or values.min() < -1 or values.max() >= len(names):
+def of_flags(make: Callable[..., Channel], key: str, values: Sequence[bool | None]) -> Channel:
+    """A channel of a boolean column; None in it is none of the two."""
+    at = np.array([np.nan if value is None else float(value) for value in values])
+    return _channel(make, key, at, ("no", "yes"))
+
+
+def of_codes(make: Callable[..., Channel], key: str, values: np.ndarray, names: Sequence[str], formula: str = "") -> Channel | None:
+    """A channel of integers that stand for `names`, -1 for none of them; None where a value is something else."""
+    if values.dtype.kind not in "iub" or not len(values) or values.min() < -1 or values.max() >= len(names):
         return None
     at = values.astype(float)
-    return _channel(make, key, np.where(at < 0, np.nan, at), names)
+    return _channel(make, key, np.where(at < 0, np.nan, at), names, formula)
 
 
 def ranked(make: Callable[..., Channel], key: str, label: str, rank: np.ndarray) -> Channel:
@@ -65,5 +74,5 @@ def marks(names: Sequence[str]) -> tuple[str, ...]:
     return tuple(out)
 
 
-def _channel(make: Callable[..., Channel], key: str, at: np.ndarray, names: Sequence[str]) -> Channel:
-    return make(key, key.replace("_", " "), at, "", "category", names=tuple(names), marks=marks(names), formula=MEANINGS.get(key, ""))
+def _channel(make: Callable[..., Channel], key: str, at: np.ndarray, names: Sequence[str], formula: str = "") -> Channel:
+    return make(key, key.replace("_", " "), at, "", "category", names=tuple(names), marks=marks(names), formula=formula)

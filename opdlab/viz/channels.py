@@ -8,10 +8,15 @@ from functools import partial
 from typing import Any
 
 import numpy as np
+import pyarrow as pa
 
 from opdlab.trace import Trace
-from opdlab.viz import categories, kept, payload
+from opdlab.viz import categories, kept, payload, provenance
 
+# Columns that every trace may have, and the numbers that it may have of each policy, as `<policy>_logp`: drawn in their own way.
+GIVEN = ("run", "step", "sample", "prompt", "position", "token_id", "support", "grad_norm")
+NUMBERS = ("logp", "entropy", "rank", "top", "tail", "overlap", "reverse_kl", "forward_kl", "jsd",
+           "coarse_reverse_kl", "coarse_forward_kl", "coarse_jsd")  # fmt: skip
 _FLOOR = {"nats": 0.1}  # a strip where nothing happens stays pale
 ROOM = 85_000  # deflated bytes that a page of a text of 10,000 tokens carries, about: 115 kB as base64; of longer ones more
 
@@ -161,20 +166,29 @@ def _alone(trace: Trace, name: str) -> list[Channel]:
 
 
 def _own(trace: Trace) -> list[Channel | None]:
-    """What the method did and what the user added: loss, share of the gradient, the plan's columns, names of kinds."""
-    known = ("loss", "share", *trace.meta.get("plan", []))
-    named = [n for n in trace.table.column_names if n not in (*known, "run", "prompt") and categories.is_text(trace.table[n].type)]
-    return [_column(trace, name) for name in dict.fromkeys([*known, *named]) if name in trace.table.column_names]
+    """What the method did and what the user added: loss, share of the gradient, the plan's columns, further columns by name."""
+    known = [name for name in ("loss", "share", *trace.meta.get("plan", [])) if name in trace.table.column_names]
+    added = [name for name in trace.table.column_names if not _is_given(trace, name)]
+    return [_column(trace, name) for name in dict.fromkeys([*known, *added])]
+
+
+def _is_given(trace: Trace, name: str) -> bool:
+    return name in GIVEN or any(name == f"{policy}_{number}" for policy in trace.policies for number in NUMBERS)
 
 
 def _column(trace: Trace, name: str) -> Channel | None:
-    if categories.is_text(trace.table[name].type):
+    """A column as a channel, with the values that it holds; codes of a method are named where that method made them."""
+    kind = trace.table[name].type
+    if categories.is_text(kind):
         return categories.of_names(Channel, name, trace.table[name].to_pylist())
+    if pa.types.is_boolean(kind):
+        return categories.of_flags(Channel, name, trace.table[name].to_pylist())
     values = trace.column(name)
-    if values.ndim != 1 or values.dtype.kind not in "fiub":
+    if values.ndim != 1 or values.dtype.kind not in "fiu":
         return None
-    if (known := categories.of_codes(Channel, name, values)) is not None:
-        return known
+    for method, named in categories.CODES.items():
+        if name in named and name in trace.meta.get("plan", []) and provenance.is_planned_by(trace, method):
+            return categories.of_codes(Channel, name, values, named[name], categories.MEANINGS.get(name, ""))
     if name == "share":
         return Channel(name, "share of gradient", 100.0 * values, "%", formula="the token's part of all gradient norms")
     values, signed = values.astype(float), bool((values < 0).any())

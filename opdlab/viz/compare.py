@@ -14,6 +14,7 @@ from opdlab.errors import OpdlabError, UnknownColumn
 from opdlab.trace import Trace
 from opdlab.viz import markup, payload
 from opdlab.viz.channels import Channel, channels, described
+from opdlab.viz.given import given_traces
 from opdlab.viz.glyphs import groups, visible
 from opdlab.viz.token_lens import TokenLens, rows_of
 from opdlab.viz.view import Trait, View
@@ -132,6 +133,8 @@ class Compare(View):
 
 
 def _named(traces: Mapping[str, Trace | TokenLens] | Sequence[TokenLens], sample: int) -> dict[str, Trace]:
+    if isinstance(traces, (str, Trace)) or not isinstance(traces, Sequence) or not all(isinstance(one, TokenLens) for one in traces):
+        given_traces(traces, "Compare", "{'old': a, 'new': b}", kinds=(Trace, TokenLens))
     if isinstance(traces, Mapping):
         out = {str(name): some.trace if isinstance(some, TokenLens) else rows_of(some, sample) for name, some in traces.items()}
     else:

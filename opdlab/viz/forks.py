@@ -15,7 +15,9 @@ from opdlab.tokens import token_bytes
 from opdlab.trace import Trace
 from opdlab.viz import markup, payload
 from opdlab.viz.channels import Channel, channels, described
+from opdlab.viz.given import given_trace
 from opdlab.viz.glyphs import visible
+from opdlab.viz.provenance import notes_of
 from opdlab.viz.view import Trait, View
 
 SAME = 1e-9  # a distance above the threshold by less is equal to it, as in TOPD
@@ -41,9 +43,10 @@ class Forks(View):
 
     def __init__(self, trace: Trace, policies: Mapping[str, Any] | None = None, prompts: Sequence[Any] | None = None,
                  title: str = "") -> None:  # fmt: skip
+        given_trace(trace, "Forks")
         super().__init__()
         self.trace, self.policies, self.prompts, self.title = trace, dict(policies or {}), prompts, title
-        notes = trace.meta.get("notes", {})
+        notes = notes_of(trace, "TOPD")
         self.windows = {row: _window(note) for note in notes.get("windows", []) if (row := self._row(note)) is not None}
         if not self.windows and not {"student", "teacher"} <= set(self.policies):
             raise OpdlabError(

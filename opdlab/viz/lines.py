@@ -28,7 +28,8 @@ class Line:
 
 @dataclass(frozen=True, eq=False)
 class Plot:
-    """Lines on one scale, with a heading in words. marks: (x, sign) of vertical marks, as of alarms."""
+    """Lines on one scale, with a heading in words. marks: (x, sign) of vertical marks, as of alarms;
+    a mark without a sign has no flag."""
 
     key: str
     label: str
@@ -52,7 +53,8 @@ class Plot:
         low, top = (number(0.0 if abs(end) < (self.y[1] - self.y[0]) / 1000 else end) for end in self.y)
         first, last = (f"{x:g}".replace("-", "−") for x in self.x)
         drawn = "".join(f'<path class="opd-l opd-l-{s.look} opd-l-{s.kind}" d="{path(s, self.x, self.y)}"/>' for s in self.lines)
-        flags = "".join(f'<span class="opd-lp-flag" style="left:{_at(x, self.x):.2f}%">{safe(sign)}</span>' for x, sign in self.marks)
+        flagged = [(_at(x, self.x), sign) for x, sign in self.marks if sign]
+        flags = "".join(f'<span class="opd-lp-flag" style="left:{at:.2f}%">{safe(sign)}</span>' for at, sign in flagged)
         rules = "".join(f'<path class="opd-lp-mark" d="M{_at(x, self.x):.2f} 0V100"/>' for x, _ in self.marks)
         return (
             f'<figure class="opd-plot"><figcaption><b>{safe(self.label)}</b> <span class="opd-soft">{safe(self.told)}</span></figcaption>'

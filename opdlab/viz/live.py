@@ -28,11 +28,26 @@ class LiveView(anywidget.AnyWidget):
 
     view = traitlets.Unicode().tag(sync=True)
     packed = traitlets.Bytes().tag(sync=True)
+    _shown: View | None = None  # the view that this is the widget of
+
+    def _repr_mimebundle_(self, **options: Any) -> tuple[dict[str, Any], dict[str, Any]]:
+        """The widget, with the still picture and the text summary beside it, for readers that have no kernel or know no widgets.
+
+        JupyterLab shows the first kind that it knows, which is the widget; GitHub and nbconvert show the picture.
+        """
+        found = super()._repr_mimebundle_(**options)
+        data, metadata = found if isinstance(found, tuple) else (found or {}, {})
+        picture = {} if self._shown is None else {"text/html": self._shown.html(script=False)}
+        return {**data, **picture, "text/plain": repr(self)}, metadata
+
+    def __repr__(self) -> str:
+        return type(self).__name__ if self._shown is None else repr(self._shown)
 
 
 def widget(view: View) -> LiveView:
     """A live widget that mirrors the traits of `view`, both ways."""
     made = _class(type(view))(view=view.name, packed=payload.pack(view.data()), **view.traits)
+    made._shown = view
     made.observe(lambda change: setattr(view, change["name"], change["new"]), list(view.traits))
     made.on_msg(lambda _, content, __: made.send(_reply(view, content)))
     return made

@@ -5,8 +5,10 @@ from __future__ import annotations
 from opdlab.trace import Trace
 from opdlab.viz.audits import Audits
 from opdlab.viz.forks import Forks
+from opdlab.viz.given import given_trace
 from opdlab.viz.kept import has_top
 from opdlab.viz.privilege_lens import PrivilegeLens
+from opdlab.viz.provenance import notes_of
 from opdlab.viz.regimes import Regimes
 from opdlab.viz.rollouts import Rollouts
 from opdlab.viz.tail_audit import TailAudit
@@ -31,13 +33,13 @@ def overview(trace: Trace, sample: int = 0) -> list[tuple[str, View]]:
 
     A trace of a student alone has a lens and nothing to compare. Raises OpdlabError for a completion that is not there.
     """
+    given_trace(trace, "overview")
     rivals = [name for name in trace.policies if name != "student"]
-    notes = trace.meta.get("notes") or {}
     views: list[View] = [TokenLens(trace, sample)]
     views += [Rollouts(trace)] if len(trace.meta["texts"]) > 1 and len(trace) else []
     views += [Timeline(trace, samples=[sample]), Regimes(trace)] if rivals and len(trace) else []
     views += [PrivilegeLens(trace, sample=sample)] if {"teacher", "teacher+hint"} <= set(rivals) else []
-    views += [Forks(trace)] if notes.get("windows") else []
-    views += [Audits(trace)] if notes.get("audits") else []
+    views += [Forks(trace)] if notes_of(trace, "TOPD").get("windows") else []
+    views += [Audits(trace)] if notes_of(trace, "OmniOPD").get("audits") else []
     views += [TailAudit(trace, sample)] if rivals and len(trace) and has_top(trace, "student", rivals[0]) else []
     return [(CAPTIONS[type(view)], view) for view in views]

@@ -17,6 +17,7 @@ from opdlab.trace import Trace
 from opdlab.viz import markup, payload, toys
 from opdlab.viz.channels import Channel, channels
 from opdlab.viz.duel import duel
+from opdlab.viz.given import given_trace
 from opdlab.viz.lines import Line, Plot
 from opdlab.viz.toys import Push
 from opdlab.viz.view import Trait, View
@@ -55,6 +56,8 @@ class Playground(View):
 
     def __init__(self, losses: Any = None, trace: Trace | None = None, sample: int = 0, title: str = "") -> None:
         super().__init__()
+        if trace is not None:
+            given_trace(trace, "Playground")
         self.title, self.own, names = title, dict[str, Any](), list[str]()
         for name, loss in _listed(losses):
             if isinstance(loss, Generator):

@@ -12,6 +12,7 @@ from opdlab.errors import MissingPolicy, OpdlabError
 from opdlab.trace import Trace
 from opdlab.viz import markup, payload
 from opdlab.viz.channels import Channel, described
+from opdlab.viz.given import given_trace
 from opdlab.viz.glyphs import groups, visible
 from opdlab.viz.segments import segments
 from opdlab.viz.view import Trait, View
@@ -40,6 +41,7 @@ class PrivilegeLens(View):
 
     def __init__(self, trace: Trace, student: str = "student", informed: str = "teacher+hint", plain: str = "teacher",
                  wrong: str | None = None, sample: int = 0, title: str = "") -> None:  # fmt: skip
+        given_trace(trace, "PrivilegeLens")
         super().__init__()
         self.sides = {"student": student, "plain": plain, "informed": informed} | ({"wrong": wrong} if wrong else {})
         for name in self.sides.values():

@@ -15,6 +15,7 @@ from opdlab.errors import OpdlabError
 from opdlab.trace import Trace
 from opdlab.viz import markup, payload
 from opdlab.viz.channels import Channel, channels, described
+from opdlab.viz.given import given_trace
 from opdlab.viz.glyphs import clean, visible
 from opdlab.viz.timeline import rewards_of
 from opdlab.viz.view import Trait, View
@@ -41,6 +42,7 @@ class Rollouts(View):
     sort = Trait("")
 
     def __init__(self, trace: Trace, rewards: Sequence[float] | Mapping[int, float] | None = None, sort: str = "", title: str = "") -> None:
+        given_trace(trace, "Rollouts")
         super().__init__()
         if not len(trace):
             raise OpdlabError("The trace has no tokens, so there is no rollout to show. Sample with max_new_tokens above 0.")

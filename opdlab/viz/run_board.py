@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -12,6 +12,7 @@ import pandas as pd
 from opdlab.diagnose.health import Alarm, Health, health
 from opdlab.errors import OpdlabError
 from opdlab.progress import in_notebook
+from opdlab.validation import shortened
 from opdlab.viz import markup
 from opdlab.viz.channels import Channel
 from opdlab.viz.lines import Line, Plot, span, thinned
@@ -22,9 +23,12 @@ KEYS = {
     "length": ("length, tokens", "amount"), "reward": ("reward", "teacher"), "accuracy": ("accuracy, held out", "teacher"),
     "acceptance": ("overlap: accepted by the teacher", "teacher"),
 }  # fmt: skip
+# Curves that are drawn where an alarm was read off them.
+METERS = {"repetition": ("repeated triples of tokens, share", "amount"), "cut": ("cut off at the limit, share", "amount")}
 # The curve that each signature of `health` is read off.
-SEEN_ON = {"length run-away": "length", "repetition": "length", "entropy collapse": "entropy", "falling overlap": "acceptance",
+SEEN_ON = {"length run-away": "length", "repetition": "repetition", "entropy collapse": "entropy", "falling overlap": "acceptance",
            "EOS or template mismatch": "acceptance", "late over-training": "accuracy"}  # fmt: skip
+NEAR = 0.04  # of the axis: flags of marks that are nearer to each other overlap
 MANY = 24  # steps from which a running mean lies over the pale raw values
 OVERLAID = ("amount", "green", "pink", "grey")  # hues of several runs: blue and orange stay the teacher's and the student's
 FLAT = ("reward", "accuracy", "acceptance")  # between 0 and 1, and drawn so
@@ -38,7 +42,9 @@ class RunBoard(View):
 
     The picture follows the run while the cell trains. An interrupt leaves it standing and the run between two steps, so that
     another `board.train()` goes on. runs: a run, its `history`, or several by name, which are overlaid; finished ones need no
-    training. watch: one of your own (`diagnose.health`), of a single run. Raises OpdlabError where there is nothing to show.
+    training. watch: one of your own (`diagnose.health`), of a single run. An alarm of your own stands on the curve of its `metric`,
+    or, where the run has no such number, on a curve that counts how often it went off. Raises OpdlabError where there is nothing
+    to show.
 
     `hidden` names the runs that are not drawn.
     """
@@ -54,7 +60,12 @@ class RunBoard(View):
         for name, run in self.runs.items():
             if not hasattr(run, "history") and not isinstance(run, pd.DataFrame):
                 raise OpdlabError(f"RunBoard got {type(run).__name__} for {name!r}. Give a run, or the data frame run.history.")
-        self.watches = {name: watch if watch and len(self.runs) == 1 else health(run) for name, run in self.runs.items()}
+        if watch is not None and (len(self.runs) > 1 or not isinstance(watch, Health)):
+            raise OpdlabError(
+                f"RunBoard got watch={shortened(watch)} for {len(self.runs)} run{'s' * (len(self.runs) > 1)}. Give the watch of one run, "
+                "diagnose.health(run), or leave it out: each run gets its own."
+            )
+        self.watches = {name: watch if watch is not None and len(self.runs) == 1 else health(run) for name, run in self.runs.items()}
 
     def __iter__(self) -> Iterator[Any]:
         """Train the run, step by step, with the picture following."""
@@ -87,10 +98,15 @@ class RunBoard(View):
 
     @property
     def plots(self) -> list[Plot]:
-        """A plot for every curve that a run has."""
+        """A plot for every curve that a run has, and one for every further number or name that an alarm went off by."""
         tables = {name: self._rows(name) for name in self.runs}
+        rung = list(dict.fromkeys(self._where(alarm, tables) for _, alarm in self.alarms))
+        for key in rung:
+            if not _has(tables, key):
+                tables = {name: self._with_count(table, name, key) for name, table in tables.items()}
         ends = span([np.asarray(t["step"], float) for t in tables.values() if len(t)])
-        return [self._plot(key, tables, ends) for key in KEYS if any(key in t and t[key].notna().any() for t in tables.values())]
+        keys = [*(key for key in KEYS if _has(tables, key)), *(key for key in rung if key not in KEYS)]
+        return [self._plot(key, tables, ends) for key in keys]
 
     def data(self) -> dict[str, Any]:
         listed = [[i, name, alarm.step, alarm.signature, alarm.sentence, alarm.remedy] for i, (name, alarm) in enumerate(self.alarms, 1)]
@@ -138,17 +154,25 @@ class RunBoard(View):
         return table.merge(noted[["step", *extra]], how="left", on="step") if extra else table
 
     def _plot(self, key: str, tables: Mapping[str, pd.DataFrame], ends: tuple[float, float]) -> Plot:
-        label, hue = KEYS[key]
+        label, hue = (KEYS | METERS).get(key, (key.replace("_", " "), "amount"))
         lines = [line for name, table in tables.items() if key in table and name not in self.hidden
                  for line in _lines(name, table, key, hue if len(tables) == 1 else self._hues()[name])]  # fmt: skip
         low, high = span([line.y for line in lines], zero=True)
         told = "; ".join(_course(line) for line in lines if line.kind == "line") if len(tables) == 1 else ""
         marks = [(float(a.step), str(i)) for i, (name, a) in enumerate(self.alarms, 1) if self._where(a, tables) == key]
-        return Plot(key, label, lines, told=told, x=ends, y=(low, max(high, 1.0) if key in FLAT else high), marks=marks)
+        top = max(high, 1.0) if key in FLAT else high
+        return Plot(key, label, lines, told=told, x=ends, y=(low, top), marks=_apart(marks, ends))
 
     def _where(self, alarm: Alarm, tables: Mapping[str, pd.DataFrame]) -> str:
-        key = SEEN_ON.get(alarm.signature, "loss")
-        return key if any(key in table for table in tables.values()) else "loss"
+        """The curve that an alarm stands on: that of the number it was read off, else one of its own under its name."""
+        named = (alarm.metric, SEEN_ON.get(alarm.signature, ""), alarm.signature)
+        return next((key for key in named if key and _has(tables, key)), alarm.signature)
+
+    def _with_count(self, table: pd.DataFrame, run: str, signature: str) -> pd.DataFrame:
+        """A run's rows with a column of how often an alarm has gone off by then."""
+        steps = [alarm.step for name, alarm in self.alarms if name == run and alarm.signature == signature]
+        count = [float(sum(at <= step for at in steps)) for step in table["step"]]
+        return table.assign(**{signature: count})
 
     def _hues(self) -> dict[str, str]:
         return {name: OVERLAID[i % len(OVERLAID)] for i, name in enumerate(self.runs)}
@@ -178,19 +202,39 @@ class _Screen:
             return
         self.board.refresh()
         if in_notebook():
-            self._show(
-                self.board._repr_mimebundle_() if last else {"text/html": self.board.html(script=False), "text/plain": repr(self.board)}
-            )
+            found = self.board._repr_mimebundle_() if last else {"text/html": self.board.html(script=False), "text/plain": repr(self.board)}
+            self._show(*(found if isinstance(found, tuple) else (found, {})))
         self.due = time.monotonic() + max(0.5, 10 * (time.monotonic() - now))
 
-    def _show(self, bundle: Mapping[str, Any]) -> None:
+    def _show(self, bundle: Mapping[str, Any], metadata: Mapping[str, Any]) -> None:
         """No script until the run rests, so that nothing flickers and whatever happens leaves a whole picture."""
         from IPython.display import display
 
         if self.handle is None:
-            self.handle = display(bundle, raw=True, display_id=True)
+            self.handle = display(bundle, metadata=metadata, raw=True, display_id=True)
         else:
-            self.handle.update(bundle, raw=True)
+            self.handle.update(bundle, metadata=metadata, raw=True)
+
+
+def _has(tables: Mapping[str, pd.DataFrame], key: str) -> bool:
+    """Whether a run has numbers under this name."""
+    found = [table[key] for table in tables.values() if key in table and key != "step"]
+    return any(pd.api.types.is_numeric_dtype(column) and bool(column.notna().any()) for column in found)
+
+
+def _apart(marks: Sequence[tuple[float, str]], ends: tuple[float, float]) -> list[tuple[float, str]]:
+    """Marks whose numbers do not lie on each other: those that stand too near share the first one's flag, "2 3"."""
+    out: list[tuple[float, str]] = []
+    flag = 0
+    for x, sign in sorted(marks, key=lambda mark: mark[0]):
+        if out and x - out[flag][0] <= NEAR * (ends[1] - ends[0]):
+            out[flag] = (out[flag][0], f"{out[flag][1]} {sign}")
+            if x > out[-1][0]:
+                out.append((x, ""))
+        else:
+            flag = len(out)
+            out.append((x, sign))
+    return out
 
 
 def _named(run: Any) -> str:

@@ -7,10 +7,12 @@ from typing import TYPE_CHECKING, Any
 
 import pandas as pd
 
-from opdlab.errors import OpdlabError
+from opdlab.errors import InvalidValue, OpdlabError
 from opdlab.trace import Trace
+from opdlab.validation import shortened
 from opdlab.viz import markup
 from opdlab.viz.channels import Channel, channels
+from opdlab.viz.given import given_traces
 from opdlab.viz.glyphs import groups
 from opdlab.viz.run_board import RunBoard
 from opdlab.viz.view import View
@@ -38,6 +40,11 @@ class RunCard(View):
     def __init__(self, run: Any, before: Evaluation | None = None, after: Evaluation | None = None,
                  samples: Trace | Mapping[str, Trace] | None = None, title: str = "", note: str = "") -> None:  # fmt: skip
         super().__init__()
+        from opdlab.evaluate import Evaluation
+
+        for name, result in (("before", before), ("after", after)):
+            if result is not None and not isinstance(result, Evaluation):
+                raise InvalidValue(f"RunCard got {name}={shortened(result)}. Use what opdlab.evaluate(policy, task) returns.")
         if (before is None) != (after is None):
             raise OpdlabError("A RunCard compares two evaluations, and got one. Give both before= and after=, or neither.")
         self.board, self.title, self.note = RunBoard(run), title, note
@@ -166,6 +173,7 @@ def _strips(samples: Trace | Mapping[str, Trace] | None) -> list[tuple[str, Trac
     if isinstance(samples, Trace):
         held = sorted(set(samples.column("sample").tolist()))[:STRIPS]
         return [("", samples.sample(i), i) for i in held]
+    given_traces(samples, "RunCard", "samples={'before': trace, 'after': trace}")
     first = [(f"{name}: ", trace, int(trace.column("sample").min())) for name, trace in list(samples.items())[:STRIPS] if len(trace)]
     return [(name, trace.sample(i), i) for name, trace, i in first]
 

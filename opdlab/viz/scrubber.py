@@ -15,6 +15,7 @@ from opdlab.errors import OpdlabError, UnknownColumn
 from opdlab.trace import Trace
 from opdlab.viz import markup, payload
 from opdlab.viz.channels import Channel, channels, described
+from opdlab.viz.given import given_traces
 from opdlab.viz.glyphs import groups, visible
 from opdlab.viz.lines import Line, Plot, span
 from opdlab.viz.view import Trait, View
@@ -45,6 +46,8 @@ class Scrubber(View):
     def __init__(self, traces: Mapping[int, Trace], history: pd.DataFrame | None = None, sample: int = 0,
                  channel: str = "log_ratio", title: str = "") -> None:  # fmt: skip
         super().__init__()
+        if traces:
+            given_traces(traces, "Scrubber", "{0: trace, 10: trace}")
         if not traces:
             raise OpdlabError("A Scrubber needs a trace of at least one step, and there is none. Give those of snapshots.rescored(…).")
         self.sample, self.title, self.history = sample, title, history

@@ -3,20 +3,26 @@
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 import numpy as np
 
 from opdlab.methods.dopd import Route
 from opdlab.trace import Trace
+from opdlab.viz import provenance
 
 MOST = 12  # groups that can be told apart
 FIRST = ("route", "divergent", "audited", "gated", "type")  # what sorts at first, where it is there
 _ROUTES = {int(Route.LH): "LH agree, sure", int(Route.LL): "LL agree, unsure", int(Route.HT): "HT teacher leads",
            int(Route.HS): "HS student leads", -1: "none"}  # fmt: skip
-_NAMES = {"audited": {0: "anchored", 1: "audited"}, "gated": {0: "reverse KL alone", 1: "gated: forward KL too"}}
 _FORKS = ("no candidate", "false alarm", "real fork")
-_HUES = {"HT": "teacher", "HS": "student", "LH": "amount", "LL": "minus"}
+# What a column's numbers mean where the method planned it; a column of the same name of somebody else keeps its numbers.
+_MEANT = {
+    "route": ("DOPD", _ROUTES), "audited": ("OmniOPD", {0: "anchored", 1: "audited"}),
+    "gated": ("EOPD", {0: "reverse KL alone", 1: "gated: forward KL too"}), "divergent": ("TOPD", {}),
+}  # fmt: skip
+_HUES = {"HT teacher leads": "teacher", "HS student leads": "student", "LH agree, sure": "amount", "LL agree, unsure": "minus"}
 
 
 @dataclass(frozen=True, eq=False)
@@ -43,25 +49,31 @@ def _of(trace: Trace, name: str) -> Sort | None:
         return None
     if values.dtype.kind == "f" and (np.isnan(values).any() or (values != np.rint(values)).any()):
         return None
-    words = _forks(trace, values) if name == "divergent" else [_word(trace, name, value) for value in values.tolist()]
-    if name == "type":  # the commonest first, else as the values go
-        names = [word for word, _ in Counter(words).most_common()]
+    method, meant = _MEANT.get(name, ("", {}))
+    is_meant = bool(method) and name in trace.meta.get("plan", []) and provenance.is_planned_by(trace, method)
+    if is_meant and name == "divergent":
+        words = _forks(trace, values)
+        names = [word for word in _FORKS if word in words]
     else:
-        order = np.argsort([_FORKS.index(word) for word in words] if name == "divergent" else values, kind="stable")
-        names = list(dict.fromkeys(words[i] for i in order))
+        words = [_word(value, meant if is_meant else {}) for value in values.tolist()]
+        if name == "type" or values.dtype.kind not in "fiub":  # the commonest first, else as the values go
+            names = [word for word, _ in Counter(words).most_common()]
+        else:
+            names = list(dict.fromkeys(words[i] for i in np.argsort(values, kind="stable")))
     if not 1 < len(names) <= MOST:
         return None
     place = {word: i for i, word in enumerate(names)}
-    hues = [_HUES.get(word[:2], "") if name == "route" else "" for word in names]
+    hues = [_HUES.get(word, "") if is_meant and name == "route" else "" for word in names]
     return Sort(name, names, np.array([place[word] for word in words]), hues)
 
 
-def _word(trace: Trace, name: str, value: object) -> str:
+def _word(value: object, meant: Mapping[int, str]) -> str:
     if value is None:
         return "none"
-    if isinstance(value, (bool, int, float)):
-        named = _ROUTES if name == "route" and "gap" in trace.table.column_names else _NAMES.get(name, {})
-        return named.get(int(value), f"{int(value)}")
+    if isinstance(value, bool):
+        return "yes" if value else "no"
+    if isinstance(value, (int, float)):
+        return meant.get(int(value), f"{int(value)}")
     return str(value)
 
 

@@ -15,6 +15,7 @@ from opdlab.errors import OpdlabError, UnknownColumn
 from opdlab.trace import Trace
 from opdlab.viz import markup, payload
 from opdlab.viz.channels import channels
+from opdlab.viz.given import given_trace
 from opdlab.viz.glyphs import visible
 from opdlab.viz.lines import HUES, Line, Plot, span, thinned
 from opdlab.viz.view import Trait, View
@@ -42,6 +43,7 @@ class Timeline(View):
 
     def __init__(self, trace: Trace, samples: Sequence[int] | None = None, rewards: Sequence[float] | Mapping[int, float] | None = None,
                  threshold: float = 3.0, against: str = "", title: str = "") -> None:  # fmt: skip
+        given_trace(trace, "Timeline")
         super().__init__(threshold=float(threshold))
         self.samples, self.title = _chosen(trace, samples), title
         self.trace = Trace(trace.table.filter(pc.is_in(trace.table["sample"], pa.array(self.samples))), trace.meta)

@@ -13,6 +13,7 @@ from opdlab.trace import Trace
 from opdlab.viz import markup, payload
 from opdlab.viz.channels import channels, fitting
 from opdlab.viz.duel import duel
+from opdlab.viz.given import given_trace
 from opdlab.viz.glyphs import groups, visible
 from opdlab.viz.segments import segments
 from opdlab.viz.view import Trait, View
@@ -43,6 +44,7 @@ class TokenLens(View):
 
     def __init__(self, trace: Trace, sample: int = 0, channel: str = "log_ratio", title: str = "", like: TokenLens | None = None,
                  tracks: Sequence[str] = ()) -> None:  # fmt: skip
+        given_trace(trace, "TokenLens")
         super().__init__()
         self.sample, self.title, self._least = sample, title, like.limits if like else {}
         self.trace = rows_of(trace, sample)

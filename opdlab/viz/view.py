@@ -165,9 +165,7 @@ class View:
     def _repr_mimebundle_(self, include: Any = None, exclude: Any = None) -> Any:
         how = renderer()
         if how == "live":
-            found = self.live()._repr_mimebundle_()
-            bundle = found[0] if isinstance(found, tuple) else found
-            return {**(bundle or {}), "text/plain": repr(self)}
+            return self.live()._repr_mimebundle_()
         return {"text/html": self.html(script=how == "html"), "text/plain": repr(self)}
 
     def _block(self) -> str:

@@ -60,6 +60,11 @@ def test_values_go_to_python_and_back(lab):
     strip.press("d")
     assert page.locator(".jp-Cell").count() == cells
     assert not page.locator(".opd-detached").is_visible()
+    assert page.locator(".jp-OutputArea-output .opd-strip").count() == 1  # the widget, and not the still picture beside it
+    lab.save(page)
+    (output,) = json.loads((lab.root / "live.ipynb").read_text())["cells"][1]["outputs"]
+    assert "Largest log ratio" in "".join(output["data"]["text/html"])  # for GitHub, nbconvert, and whoever has no kernel
+    assert "TokenLens: completion 0, 4 tokens" in "".join(output["data"]["text/plain"])
 
 
 def test_an_output_is_interactive_beside_the_live_widget_and_linked_to_it(lab):

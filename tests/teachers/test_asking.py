@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from opdlab import Prompt
 from opdlab.errors import OpdlabError
 from opdlab.teachers import asking
-from opdlab.teachers.service import Fault
+from opdlab.teachers.service import Fault, raise_error_of
 
 CHAT = Prompt(messages=({"role": "user", "content": "a b"},), hint="secret")
 HERE = "The cat sat on the mat"
@@ -78,7 +78,44 @@ def test_texts_of_both_kinds_of_reply():
     chat = {"message": {"role": "assistant", "content": "c"}, "finish_reason": "stop"}
     assert asking.choices(reply(chat), 5) == [{"text": "c", "finish": "stop"}]
     assert asking.choices(reply(said("", "stop"), written=1), 5) == [{"text": "", "finish": "stop"}]
-    assert asking.choices(reply(said("a\ud800b")), 5)[0]["text"] == "a?b"  # half a character: no file or tokenizer would take it
+    assert asking.choices(reply(said("a\x00\x1b[31m\u202eb")), 5)[0]["text"] == "a\x00\x1b[31m\u202eb"  # odd, and text all the same
+    assert asking.choices(reply(said("a", "eos")), 5)[0]["finish"] == "stop"  # Together's word for it
+
+
+@pytest.mark.parametrize("half", ["\ufffd", "\ufffd\ufffd", chr(0xD83D)])
+def test_a_cut_text_ends_before_the_character_that_was_cut(half):
+    """A server that stops between the bytes of a character shows a replacement sign, which the teacher did not write."""
+    assert asking.choices(reply(said(f"ab{half}", "length")), 5) == [{"text": "ab", "finish": "length"}]
+    if half.startswith("\ufffd"):
+        assert asking.choices(reply(said(f"ab{half}", "stop")), 5) == [{"text": f"ab{half}", "finish": "stop"}]
+
+
+@pytest.mark.parametrize("reason", ["abort", "error", None, "tool_calls", "function_call", "cancelled", "", "STOP", 3, ["stop"]])
+def test_a_text_that_was_broken_off_is_no_answer(reason):
+    with pytest.raises(Fault, match=r"broke the text off \(finish_reason .*\), so it is no whole answer"):
+        asking.choices(reply(said("two and th", reason)), 5)
+    with pytest.raises(Fault, match="broke the text off"):
+        asking.choices(reply(said("whole"), said("two and th", reason)), 5)  # beside one that is whole
+    missing = {"message": {"content": "two and th"}}
+    with pytest.raises(Fault, match=r"finish_reason None"):
+        asking.choices(reply(missing), 5)
+
+
+@pytest.mark.parametrize(("error", "words", "status", "final"), [
+    ({"message": "Key limit exceeded", "code": 403}, r"error \(403\): Key limit exceeded", 403, True),
+    ({"message": "try later", "code": "502"}, r"error \(502\): try later", 502, False),
+    ({"message": "slow down", "code": 429}, r"error \(429\): slow down", 429, False),
+    ({"message": "no such model", "type": "not_found_error"}, r"error \(not_found_error\): no such model", 200, False),
+    ("overloaded", "error: overloaded", 200, False), ({"detail": "odd"}, "error: {'detail': 'odd'}", 200, False),
+])  # fmt: skip
+def test_an_error_in_a_reply_is_told_in_the_servers_words(error, words, status, final):
+    for where in (lambda: raise_error_of({"error": error}), lambda: asking.choices(reply(said("a") | {"error": error}), 5)):
+        with pytest.raises(Fault, match=f"it answers with an {words}") as caught:
+            where()
+        assert (caught.value.status, caught.value.final) == (status, final)
+    with pytest.raises(Fault, match=r"it answers with an error \(40303\): busy"):
+        raise_error_of({"object": "error", "message": "busy", "code": 40303})
+    raise_error_of({"error": None})  # some servers say so in every reply
 
 
 @pytest.mark.parametrize(("bad", "why"), [
@@ -88,6 +125,7 @@ def test_texts_of_both_kinds_of_reply():
     (reply({"message": {"content": ["a"]}}), "a text is missing"), (reply({"text": 5}), "a text is missing"),
     (reply(said("a", "content_filter")), "withheld"), (reply(said("", "length"), written=5), "a text is empty"),
     (reply(said(""), written=4), "a text is empty"), (reply(said(""), written=None), "a text is empty"),
+    (reply(said("a\ud800b")), "half of a character"), (reply(said(""), written=-1), "a text is empty"),
     (reply(said("a"), written=6), "wrote 6 tokens where 5 were asked for"),
 ])  # fmt: skip
 def test_what_is_no_answer_is_a_fault(bad, why):

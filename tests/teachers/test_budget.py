@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import threading
 from concurrent.futures import ThreadPoolExecutor
 
@@ -9,7 +10,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from opdlab.errors import BudgetSpent, OpdlabError
+from opdlab.errors import BudgetSpent, InvalidValue, OpdlabError
 from opdlab.teachers.budget import TEMPLATE, Budget, Usage, worst
 
 USED = st.builds(Usage, st.integers(0, 30), st.integers(0, 30), st.just(1))
@@ -84,8 +85,13 @@ def test_an_error_inside_counts_the_worst_case():
 def test_bad_budgets_are_errors():
     with pytest.raises(OpdlabError, match="a limit on cost needs prices"):
         Budget(cost=3.0)
-    with pytest.raises(OpdlabError, match="is not a budget"):
-        Budget(tokens=-1)
+    wrong = {"tokens": ["5", math.nan, -1, 1.5, True], "requests": [-1, "1"], "cost": [math.inf, -0.5], "prices": [(1,), 3, (1, -1)]}
+    for name, values in wrong.items():
+        for value in values:
+            with pytest.raises(InvalidValue, match=rf"Budget got {name}="):
+                Budget(**{name: value})
+    with pytest.raises(InvalidValue, match=r"Usage got completion=-1"):
+        Usage(1, -1)
 
 
 @given(st.text(max_size=200), st.integers(1, 9), st.integers(1, 99))

@@ -191,7 +191,7 @@ def test_what_it_cannot_do_is_said(wire, student, rollout):
     one = grader(wire[2])
     with pytest.raises(errors.OpdlabError, match="has not been compared with a student yet"):
         one.grade(rollout)
-    with pytest.raises(errors.OpdlabError, match=r"k=0\. Ask for at least one"):
+    with pytest.raises(errors.OpdlabError, match=r"LogprobServer got k=0\. Use a whole number of at least 1"):
         grader(wire[2], k=0)
     with pytest.raises(errors.PartialDistribution, match=r"OPD\(top_k=TopK\(8, by='teacher'\)\), OPD\(estimator='sampled'\)"):
         opd.distill(model("student"), one, TASK)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import warnings
 
 import pytest
@@ -12,6 +13,7 @@ from opdlab.methods import GRPO, OPD, SequenceKD
 from opdlab.settings import seed_of
 from opdlab.tasks.market import model
 from opdlab.teachers import Budget, Cache, TextOnly, TextServer
+from opdlab.teachers.sampling import NEUTRAL
 from opdlab.teachers.text_server import _halves
 
 TASK = opd.tasks.market()
@@ -165,7 +167,10 @@ def test_a_way_that_the_user_names_is_not_tried_first(serve):
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         teacher(url, continue_by="instruct").write(PROMPTS, prefixes=HALF, max_new_tokens=3)
-    assert len(server.requests) == 1 + 3
+    refused, greeting, *texts = [set(body) for _, body, _ in server.requests]  # this server knows no top_k, and says so once
+    assert "top_k" in refused - greeting
+    assert len(texts) == 3
+    assert not any("top_k" in fields for fields in texts)
     with pytest.raises(errors.OpdlabError, match=r"continue_by='magic'\. Use auto, completion, prefill, prefix, instruct"):
         teacher(url, continue_by="magic")
 
@@ -218,7 +223,7 @@ def test_nothing_but_prompts_goes_out(wire, student):
     one.check(student, prompts, 24)
     one.write(prompts, prefixes=HALF, max_new_tokens=3)
     for _, body, headers in server.requests:
-        assert set(body) <= {"model", "messages", "prompt", "n", "max_tokens", "temperature", "seed"}
+        assert set(body) <= {"model", "messages", "prompt", "n", "max_tokens", "seed", *NEUTRAL}
         assert not any(prompt.hint in str(body) or prompt.answer in str(body) for prompt in prompts)
         assert headers["authorization"] == "Bearer none"
 
@@ -233,8 +238,15 @@ def test_addresses_that_are_none_or_hold_a_secret(url):
 
 def test_bad_questions_are_errors(wire):
     _, _, url = wire
-    with pytest.raises(errors.OpdlabError, match=r"write got n=0, max_new_tokens=64, temperature=1\.0, 0 prefixes for 3 prompts"):
-        teacher(url).write(PROMPTS, 0, prefixes=[])
+    one = teacher(url)
+    wrong = {"n": 0, "max_new_tokens": 2.0, "temperature": math.nan, "top_p": 0, "seed": "1", "prefixes": "abc"}
+    for name, value in wrong.items():
+        with pytest.raises(errors.InvalidValue, match=rf"write got {name}="):
+            one.write(PROMPTS, **{name: value})
+    with pytest.raises(errors.InvalidValue, match=r"write got 0 prefixes for 3 prompts\. Use one each"):
+        one.write(PROMPTS, prefixes=[])
+    with pytest.raises(errors.InvalidValue, match=r"holds '\\ud800', half of a character"):
+        one.write([Prompt("a\ud800b")])
     with pytest.raises(errors.EmptyPrompts):
         teacher(url).write([])
 

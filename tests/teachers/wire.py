@@ -37,8 +37,12 @@ class Wire:
 
     def answer(self, path: str, body: dict[str, Any]) -> tuple[int, dict[str, Any]]:
         known = {"model", "messages", "prompt", "n", "max_tokens", "temperature", "seed", "echo", "logprobs"}
+        known |= {"top_p", "presence_penalty", "frequency_penalty"}
         if self.dialect == "vllm":
             known |= {
+                "top_k",
+                "min_p",
+                "repetition_penalty",
                 "prompt_logprobs",
                 "return_tokens_as_token_ids",
                 "continue_final_message",

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import math
+
 import numpy as np
 import pytest
+import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from viz.traces import NASTY, made
 
 import opdlab
-from opdlab.errors import OpdlabError, UnknownColumn
+from opdlab.errors import InvalidValue, OpdlabError, UnknownColumn
 from opdlab.rollout import sample
 from opdlab.viz import TokenLens, categories, kept, payload
 from opdlab.viz.channels import ROOM, Channel, channels, fitting
@@ -90,13 +93,43 @@ def test_rare_kinds_become_one():
     assert found.values.max() == categories.MOST - 1
 
 
-def test_codes_are_kinds_and_counts_are_not():
-    as_kind = lambda key, values: categories.of_codes(Channel, key, np.array(values))
-    assert as_kind("route", [0, 3, -1]).names == ("LH", "LL", "HT", "HS")
-    assert as_kind("gated", [0, 1]).names == ("no", "yes")
-    assert as_kind("clipped", [True, False]).names == ("no", "yes")
-    assert as_kind("count", [0, 2]) is None
-    assert as_kind("amount", [0.0, 1.0]) is None
+def test_codes_of_a_method_are_kinds_and_numbers_are_amounts():
+    as_kind = lambda values, names: categories.of_codes(Channel, "route", np.array(values), names)
+    assert as_kind([0, 3, -1], ("LH", "LL", "HT", "HS")).names == ("LH", "LL", "HT", "HS")
+    assert as_kind([0, 4], ("LH", "LL", "HT", "HS")) is None
+    assert as_kind([0.0, 1.0], ("no", "yes")) is None
+
+
+def test_what_a_user_adds_is_drawn_as_it_is():
+    """Flags, numbers with gaps and texts, under any name; nothing is guessed from small integers."""
+    trace = made([b"a", b"b", b"c", b"d"]).with_columns(
+        right=[True, False, None, True], clipped=np.array([True, True, False, True]), route=[0, 1, 1, -1], gap=[0.5, math.nan, 2.0, None],
+        weight=torch.tensor([1.0, 2.0, 3.0, 4.0], dtype=torch.bfloat16), nothing=[math.nan] * 4, teacher_says=["no", "no", "yes", None],
+    )  # fmt: skip
+    found = channels(trace)
+    nan = math.nan
+    drawn = {"right": [1, 0, nan, 1], "clipped": [1, 1, 0, 1], "route": [0, 1, 1, -1], "gap": [0.5, nan, 2, nan], "weight": [1, 2, 3, 4],
+             "nothing": [nan] * 4, "teacher_says": [0, 0, 1, nan]}  # fmt: skip
+    for name, values in drawn.items():
+        np.testing.assert_array_equal(found[name].values, values)
+        lens = TokenLens(trace, channel=name)
+        assert payload.unpack(payload.pack(lens.data()))
+        assert name.replace("_", " ") in repr(lens)
+        assert lens.html()
+    assert found["right"].names == found["clipped"].names == ("no", "yes")
+    assert "2 yes 50 %" in repr(TokenLens(trace, channel="right"))
+    assert (found["route"].kind, found["gap"].kind, found["teacher_says"].names) == ("signed", "amount", ("no", "yes"))
+    assert "Largest nothing: none" in repr(TokenLens(trace, channel="nothing"))
+
+
+@pytest.mark.parametrize(("values", "words"), [
+    ([1.0], r"got 1 values for 'x', and the trace has 2 rows"), ("ab", "is no column"), (3.0, "is no column"), (None, "is no column"),
+    (np.array([1j, 2j]), "a table cannot hold"), ([object(), object()], "a table cannot hold"), ({"a": 1, "b": 2}, "is no column"),
+    (torch.tensor(1.0), "is no column"), ([1, "a"], "a table cannot hold"),
+])  # fmt: skip
+def test_what_is_no_column_is_refused(values, words):
+    with pytest.raises(InvalidValue, match=rf"with_columns got .*{words}.*Give a list, an array or a tensor of 2|{words}"):
+        made([b"a", b"b"]).with_columns(x=values)
 
 
 @given(st.lists(st.sampled_from(NASTY) | st.text(max_size=4), max_size=30, unique=True))

@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
-from viz.traces import NASTY, made
+from viz.traces import NASTY, by_method, made
 
 import opdlab
 from opdlab.errors import OpdlabError, UnknownColumn
 from opdlab.methods.dopd import Route
 from opdlab.viz import Regimes
 from opdlab.viz.axes import Axis, axes
+from opdlab.viz.channels import channels
+from opdlab.viz.overview import overview
 from opdlab.viz.regimes import QUADRANTS
 from opdlab.viz.sorts import sorts
 
@@ -92,18 +94,65 @@ def test_lines_regions_and_hidden_groups_pick_rows():
     assert view.quadrants["tokens"].filter(like="high x").sum() == 0
 
 
+CODES = {"gated": np.arange(40) % 2, "audited": (np.arange(40) % 3 == 0).astype(float), "divergent": np.arange(40) % 4 // 3,
+         "route": np.arange(40) % 4, "mine": np.arange(40) % 5 - 1}  # fmt: skip
+
+
 def test_groups_are_named_as_the_methods_mean_them():
-    found = sorts(trace(
-        gated=np.arange(40) % 2, audited=(np.arange(40) % 3 == 0).astype(float), divergent=np.arange(40) % 4 // 3,
-        window_distance=np.where(np.arange(40) % 2, 0.5, np.nan), mine=np.arange(40) % 5 - 1,
-        type=["skill"] * 30 + ["copy"] * 8 + [None] * 2,
-    ))  # fmt: skip
-    assert list(found) == ["divergent", "audited", "gated", "type", "mine"]  # window_distance is an amount
+    tried = np.where(np.arange(40) % 2, 0.5, np.nan)
+    planned = trace(**CODES, window_distance=tried, type=["skill"] * 30 + ["copy"] * 8 + [None] * 2)
+    found = sorts(by_method(planned, opdlab.TOPD()))
+    assert list(found) == ["route", "divergent", "audited", "gated", "type", "mine"]  # window_distance is an amount
     assert found["divergent"].names == ["no candidate", "false alarm", "real fork"]
     assert np.bincount(found["divergent"].index).tolist() == [20, 10, 10]
-    assert found["gated"].names == ["reverse KL alone", "gated: forward KL too"]
     assert found["type"].names == ["skill", "copy", "none"]
     assert found["mine"].names == ["-1", "0", "1", "2", "3"]
+    assert sorts(by_method(planned, opdlab.EOPD()))["gated"].names == ["reverse KL alone", "gated: forward KL too"]
+    assert sorts(by_method(planned, opdlab.OmniOPD()))["audited"].names == ["anchored", "audited"]
+    routes = sorts(by_method(planned, opdlab.DOPD()))["route"]
+    assert routes.names == ["LH agree, sure", "LL agree, unsure", "HT teacher leads", "HS student leads"]
+    assert routes.hues == ["amount", "minus", "teacher", "student"]
+
+
+def test_a_name_alone_means_nothing():
+    """Columns of a user's own, called as opdlab's methods call theirs, keep their values and have no side's colour."""
+
+    @opdlab.method(needs=("teacher",), plan=lambda batch: {})
+    def mine(rows):
+        return rows.logp
+
+    class DOPD(opdlab.DOPD):  # a user's, with a plan of its own
+        def plan(self, batch):
+            return {}
+
+    topd = opdlab.TOPD()
+    vars(topd)["plan"] = lambda batch: {}
+    unmarked = trace(**CODES, gap=np.arange(40.0))
+    added = made([f"t{i % 9}".encode() for i in range(40)]).with_columns(**CODES, gap=np.arange(40.0))
+    for found in (unmarked, added, *(by_method(unmarked, method) for method in (mine, DOPD(), topd))):
+        found.meta["notes"] = {"thresholds": {"gap": 7.0, "log_ratio": 5.0}, "windows": "mine", "audits": [{"sample": 0}]}
+        for name, sort in sorts(found).items():
+            assert sort.names == [f"{int(value)}" for value in sorted(set(CODES[name].tolist()))]
+            assert not any(sort.hues)
+        for name, values in CODES.items():
+            channel = channels(found)[name]
+            assert channel.kind == ("signed" if name == "mine" else "amount")
+            np.testing.assert_array_equal(channel.values, values)
+            assert not channel.formula
+        assert axes(found)["gap"].label == "gap"
+        assert axes(found)["log_ratio"].start == 0.0
+        assert [type(view).__name__ for _, view in overview(found)] == ["TokenLens", "Timeline", "Regimes", "TailAudit"]
+    words = [f"HT {i % 3}" for i in range(40)]
+    assert not any(sorts(by_method(trace(route=np.array(words)), mine))["route"].hues)
+
+
+def test_an_old_trace_of_dopd_is_still_known_by_its_gap(dopd):
+    """Traces that were written before there was a mark."""
+    old = opdlab.Trace(dopd.table, {key: value for key, value in dopd.meta.items() if key != "method"})
+    assert sorts(old)["route"].hues == sorts(dopd)["route"].hues
+    assert any(sorts(old)["route"].hues)
+    other = old.with_columns(gap=old.column("gap") + 1)
+    assert not any(sorts(other)["route"].hues)
 
 
 def test_plain_text_and_markup_carry_the_message():

@@ -8,7 +8,7 @@ import pytest
 from viz.test_token_lens import Read
 
 import opdlab as opd
-from opdlab.diagnose.health import Limits, health
+from opdlab.diagnose.health import Alarm, Limits, health
 from opdlab.errors import OpdlabError
 from opdlab.viz import RunBoard, payload
 from opdlab.viz.lines import POINTS, Line, path, span, thinned
@@ -75,6 +75,52 @@ def test_alarms_stand_on_their_curves():
     assert all(alarm.remedy in Read(board.html()).data["alarms"][i][5] for i, (_, alarm) in enumerate(board.alarms))
     calm = RunBoard(troubled(), watch=health(limits=Limits(entropy=0.01)))
     assert calm.alarms == []
+
+
+def test_an_alarm_of_ones_own_stands_on_its_own_curve():
+    """On the number that it names, else on a count under its name; never on a curve that it was not read off."""
+    history = troubled(20).assign(my_number=np.linspace(0, 2, 20), note="text")
+    watch = health(history)
+    watch.alarms += [Alarm(3, "a word of mine", "Hm.", "Look.", metric="my_number"), Alarm(5, "my_number", "Hm.", "Look."),
+                     Alarm(7, "information loss", "Hm.", "Look."), Alarm(9, "information loss", "Again.", "Look."),
+                     Alarm(11, "note", "Text.", "Look.", metric="note"), Alarm(12, "repetition", "A loop.", "Stop.")]  # fmt: skip
+    board = RunBoard(history, watch=watch)
+    marks = {plot.key: plot.marks for plot in board.plots if plot.marks}
+    assert marks == {"my_number": [(3.0, "1"), (5.0, "2")], "information loss": [(7.0, "3"), (9.0, "4")], "note": [(11.0, "5")],
+                     "repetition": [(12.0, "6")]}  # fmt: skip
+    curves = {plot.key: plot.lines[0].y.tolist() for plot in board.plots}
+    assert curves["my_number"] == history["my_number"].tolist()
+    assert curves["information loss"] == [0] * 6 + [1] * 2 + [2] * 12
+    assert [plot.label for plot in board.plots][-4:] == ["my number", "information loss", "note", "repeated triples of tokens, share"]
+    assert "information loss" in board.static()
+    assert len(Read(board.html()).data["plots"]) == len(board.plots)
+    assert "information loss 0 → 2" in repr(board)
+
+
+def test_a_meter_that_rings_is_shown():
+    watch = health(limits=Limits(window=2))
+    history = pd.DataFrame({"step": [1, 2, 3, 4], "loss": [1.0] * 4})
+    for step, share in enumerate([0.0, 0.0, 0.9, 0.9], 1):
+        watch.note({"step": float(step), "loss": 1.0, "repetition": share})
+    board = RunBoard(history, watch=watch)
+    assert [alarm.signature for alarm in watch.alarms] == ["repetition"]
+    assert [(plot.key, len(plot.marks)) for plot in board.plots] == [("loss", 0), ("repetition", 1)]
+
+
+def test_no_mark_lies_on_another():
+    history, watch = troubled(100), health()
+    watch.alarms += [Alarm(step, "mine", "", "") for step in (10, 10, 12, 50)]
+    (mine,) = [plot for plot in RunBoard(history, watch=watch).plots if plot.key == "mine"]
+    assert mine.marks == [(10.0, "1 2 3"), (12.0, ""), (50.0, "4")]
+    assert mine.html().count("opd-lp-flag") == 2
+    assert mine.html().count("opd-lp-mark") == 3
+
+
+def test_a_watch_is_of_one_run():
+    with pytest.raises(OpdlabError, match=r"RunBoard got watch=.* for 2 runs\. Give the watch of one run"):
+        RunBoard({"a": troubled(), "b": troubled()}, watch=health())
+    with pytest.raises(OpdlabError, match=r"watch=3 for 1 run\."):
+        RunBoard(troubled(), watch=3)
 
 
 def test_runs_are_overlaid_by_name_on_one_scale():

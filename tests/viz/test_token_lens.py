@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from viz.traces import NASTY, byte_pieces, made
+from viz.traces import NASTY, by_method, byte_pieces, made
 
 import opdlab
 from opdlab.errors import OpdlabError, UnknownColumn
@@ -134,7 +134,9 @@ def test_channels_are_the_columns_of_the_trace():
     ]  # fmt: skip
     np.testing.assert_allclose(found["log_ratio"].values, trace.column("teacher_logp") - trace.column("student_logp"))
     np.testing.assert_allclose(found["share"].values, [50, 25, 25])
-    assert (found["advantage"].kind, found["route"].kind, found["log_ratio"].kind) == ("signed", "category", "ratio")
+    assert (found["advantage"].kind, found["route"].kind, found["log_ratio"].kind) == ("signed", "amount", "ratio")
+    dopd = channels(by_method(trace, opdlab.DOPD()))["route"]
+    assert (dopd.kind, dopd.names) == ("category", ("LH", "LL", "HT", "HS"))
     assert found["teacher+hint_log_ratio"].against == "teacher+hint"
 
 

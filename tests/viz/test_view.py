@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import sys
 
+import nbformat
 import pytest
+from nbconvert import HTMLExporter
 from viz.traces import made
 
 from opdlab.errors import OpdlabError
@@ -53,6 +55,20 @@ def test_the_live_widget_mirrors_the_view_both_ways(lens):
     assert payload.unpack(widget.packed)["title"] == "Two"
 
 
+def test_a_live_view_leaves_its_picture_for_readers_without_a_kernel(lens):
+    widget = lens.live()
+    bundle, _ = widget._repr_mimebundle_(include=None, exclude=None)
+    assert bundle["application/vnd.jupyter.widget-view+json"]["model_id"] == widget.model_id
+    assert bundle["text/html"] == lens.html(script=False)
+    assert "Largest log ratio" in bundle["text/html"]
+    assert bundle["text/plain"] == repr(widget) == repr(lens)
+    assert " object at 0x" not in str(bundle)
+    output = nbformat.v4.new_output("execute_result", data=bundle, execution_count=1)
+    book = nbformat.v4.new_notebook(cells=[nbformat.v4.new_code_cell("lens.live()", outputs=[output])])
+    html, _ = HTMLExporter().from_notebook_node(book)
+    assert "Largest log ratio" in html
+
+
 def test_the_page_may_ask_and_hears_of_errors(lens):
     class Asking(TokenLens):
         def answer(self, question):
@@ -71,8 +87,9 @@ def test_the_renderer_is_chosen_by_call_or_environment(lens, monkeypatch):
     assert "<script" not in lens._repr_mimebundle_()["text/html"]
     assert "rgba(" in lens._repr_mimebundle_()["text/html"]
     set_renderer("live")
-    assert set(lens._repr_mimebundle_()) == {"application/vnd.jupyter.widget-view+json", "text/plain"}
-    assert lens._repr_mimebundle_()["text/plain"] == repr(lens)
+    bundle, _ = lens._repr_mimebundle_()
+    assert set(bundle) == {"application/vnd.jupyter.widget-view+json", "text/html", "text/plain"}
+    assert bundle["text/plain"] == repr(lens)
     view._renderer.clear()
     monkeypatch.setenv("OPDLAB_RENDERER", "static")
     assert view.renderer() == "static"

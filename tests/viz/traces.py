@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 import numpy as np
 import pyarrow as pa
 
-from opdlab.trace import Trace
+from opdlab.trace import Trace, planner_of
 
 NASTY = (
     "<script>window.broken=1</script>", "</script>", "<img src=x onerror=window.broken=1>", "&amp;", "<!--", "\u202eevil",
@@ -52,6 +52,11 @@ def _tops(ids: np.ndarray, logp: Mapping[str, np.ndarray], k: int) -> dict[str, 
         rank = (x > x[np.arange(len(ids)), ids][:, None]).sum(1) + 1
         out |= {f"{name}_top": list(top), f"{name}_tail": 1 - np.exp(top).sum(1), f"{name}_rank": rank}
     return out
+
+
+def by_method(trace: Trace, method: object) -> Trace:
+    """The trace as a step of this method leaves it: with its mark."""
+    return Trace(trace.table, {**trace.meta, "method": planner_of(method)})
 
 
 def several(*traces: Trace) -> Trace:

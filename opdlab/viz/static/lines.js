@@ -31,7 +31,7 @@ const linePlot = (plot) => {
   for (const line of plot.lines) svg.append(shape("path", { class: `opd-l opd-l-${line.look} opd-l-${line.kind}`, d: penOf(line, plot) }));
   svg.append(now);
   canvas.append(svg);
-  for (const [x, sign] of plot.marks) {
+  for (const [x, sign] of plot.marks.filter((mark) => mark[1])) {
     const flag = make("span", "opd-lp-flag", sign);
     flag.style.left = `${partOf(x, plot.x)}%`;
     canvas.append(flag);
