@@ -13,13 +13,25 @@ SOURCES = sorted((ROOT / "opdlab").rglob("*.py"))
 
 # Each module imports only from its own floor and those below (imports inside functions and for typing aside).
 FLOORS = [
-    {"errors", "generator", "divergence", "progress"},
-    {"head", "policy", "rollout"},
+    {"errors", "generator", "divergence", "progress", "interrupts", "validation"},
+    {"head", "policy", "rollout", "fingerprints", "model_files", "turns", "weights", "forward", "prompt", "same_tokens"},
     {"rows", "partial", "signals", "tokens", "alignment", "batch", "settings"},
     {"trace"},
     {"exact", "estimator", "teachers", "tasks"},
     {"methods", "roles"},
-    {"evaluate", "checkpoint", "distill", "snapshots"},
+    {
+        "evaluate",
+        "checkpoint",
+        "distill",
+        "snapshots",
+        "run_folder",
+        "run_identity",
+        "method_state",
+        "resuming",
+        "saving",
+        "trackers",
+        "step",
+    },
     {"profiles", "diagnose"},
     {"viz", "notebook", "bridges"},
     {"demo", "gallery", "cli"},
