@@ -198,7 +198,12 @@ def _description(run: Run, folder: Path) -> dict[str, Any]:
         "identity": identity,
         "moved": run.memory.moved(),
         "forgotten": run.memory.forgotten(),
-        "run": {"name": run.lineage.name, "ancestors": dict(run.lineage.ancestors), "serial": run_folder.next_serial(folder)},
+        "run": {
+            "name": run.lineage.name,
+            "root": run.lineage.family,
+            "ancestors": dict(run.lineage.ancestors),
+            "serial": run_folder.next_serial(folder),
+        },
         "processes": run.accelerator.num_processes,
         "snapshots": _write_snapshots(run, folder / "snapshots"),
         "opdlab": opdlab.__version__,

@@ -94,8 +94,11 @@ class Run:
             admit(self, policies)
         if self.folder is not None:
             run_folder.check_owner(self.folder, self.lineage)
+        if settings.lora is not None:
+            saving.check_parameters(student)
         self.parameters = self._trainable()
-        saving.check_parameters(self)
+        if settings.lora is not None:
+            saving.check_parameters(student)
         self._turn = Turn(student.weights, student.adapter)
         self.averages = roles.start_average(student, self.policies, policies)
         self.optimizer = torch.optim.AdamW(self.parameters.values(), lr=settings.lr, weight_decay=settings.weight_decay, fused=True)

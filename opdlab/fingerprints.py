@@ -109,12 +109,13 @@ def adapter_digest(weights: Weights, name: str | None) -> str | None:
         return None
     state = weights.adapter_state(name)
     base = base_tensors(weights.model)
-    last = {key: value for key, value in state.items() if "lora_B" in key or "lora_embedding_B" in key}
-    whole = {key: value for key, value in state.items() if "lora_" not in key}
+    # A product of two matrices changes nothing while one of them is zero; a module that is trained whole, while it is a copy.
+    products = [(key.replace("lora_B", "lora_A").replace("embedding_B", "embedding_A"), key) for key in state if "_B" in key]
+    copies = {key: value for key, value in state.items() if "lora_" not in key}
     is_fresh = (
-        bool(last or whole)
-        and not any(bool(value.any()) for value in last.values())
-        and all(key in base and torch.equal(value, base[key]) for key, value in whole.items())
+        bool(products or copies)
+        and not any(bool(state[first].any()) and bool(state[second].any()) for first, second in products)
+        and all(key in base and torch.equal(value, base[key]) for key, value in copies.items())
     )
     return None if is_fresh else tensors_digest(state)
 

@@ -152,6 +152,8 @@ class Memory:
     def __init__(self, method: Any) -> None:
         self.method = method
         self._is_saved = keeps_state(method)
+        if self._is_saved:
+            read_state(method)  # what cannot be saved is refused before the first step
         self._before = _remembered(method)
         self._told = False
 

@@ -97,8 +97,8 @@ class SavedRun:
     @property
     def lineage(self) -> run_folder.Lineage:
         """The run that wrote it; files of the first format have no name."""
-        written = self.said.get("run", {"name": "", "ancestors": {}})
-        return run_folder.Lineage(written["name"], written["ancestors"])
+        written = self.said.get("run", {"name": "", "root": "", "ancestors": {}})
+        return run_folder.Lineage(written["name"], written["ancestors"], written["root"])
 
 
 def _as_folder(path: Any) -> Path:
@@ -199,12 +199,12 @@ def _admit(run: Run, saved: SavedRun, given: Mapping[str, Any], allowed: Sequenc
                 f"something else on purpose: resume(…, allow=({parts},))."
             )
         if found:
-            warnings.warn(f"The run goes on from step {saved.step} although {'; '.join(found.values())}.", stacklevel=4)
+            warnings.warn(f"The run goes on from step {saved.step} although {'; '.join(found.values())}.", stacklevel=6)
         if (processes := saved.said["processes"]) != run.accelerator.num_processes:
             warnings.warn(
                 f"The run was trained by {processes} processes and goes on with {run.accelerator.num_processes}, so that a step has "
                 "another number of prompts.",
-                stacklevel=4,
+                stacklevel=6,
             )
     run.lineage = saved.lineage.child(saved.step)
     _fit_adapter(run, saved)
@@ -231,7 +231,7 @@ def _admit_old(run: Run, saved: SavedRun) -> None:
     warnings.warn(
         f"{folder} was written by an earlier version. The vocabulary, the name of the task and that of the method fit; whether the "
         "student's weights, the prompts, the teacher and the method's code are those of the run could not be checked.",
-        stacklevel=5,
+        stacklevel=7,
     )
 
 

@@ -29,28 +29,34 @@ class Lineage:
 
     name: str = field(default_factory=lambda: uuid.uuid4().hex[:12])
     ancestors: Mapping[str, int] = field(default_factory=dict)
+    root: str | None = None  # the run that was not resumed from any other; None: this one
+
+    @property
+    def family(self) -> str:
+        """The name that all runs share that come from one beginning."""
+        return self.name if self.root is None else self.root
 
     def includes(self, name: str, step: int) -> bool:
         """Whether the checkpoint that run `name` wrote after `step` lies on the path of this run."""
         return name == self.name or step <= self.ancestors.get(name, -1)
 
-    def knows(self, name: str) -> bool:
-        """Whether run `name` is this one or one that it came from."""
-        return name == self.name or name in self.ancestors
-
     def child(self, step: int) -> Lineage:
         """The lineage of a run that takes this one up after `step`."""
         kept = {name: min(last, step) for name, last in self.ancestors.items()}
-        return Lineage(ancestors={**kept, self.name: step})
+        return Lineage(ancestors={**kept, self.name: step}, root=self.family)
 
 
 @dataclass(frozen=True)
 class Saved:
-    """A checkpoint in a folder: its step, the run that wrote it ("" in older files), and its place in the order of writing."""
+    """A checkpoint in a folder: its step, the run that wrote it ("" in older files), and its place in the order of writing.
+
+    `family` is the run at the beginning of those that were resumed one from the other.
+    """
 
     path: Path
     step: int
     run: str
+    family: str
     serial: float
 
 
@@ -69,10 +75,11 @@ def saved_in(folder: Path) -> list[Saved]:
 def _read(path: Path, step: int) -> Saved:
     try:
         written = json.loads((path / "run.json").read_text(encoding="utf-8")).get("run", {})
-        return Saved(path, step, str(written.get("name", "")), float(written.get("serial", 0)))
+        name = str(written.get("name", ""))
+        return Saved(path, step, name, str(written.get("root", name)), float(written.get("serial", 0)))
     except (OSError, ValueError, AttributeError, TypeError):
         # Damaged: nobody knows when it was written. Taken for the newest, it is found out by its checksums.
-        return Saved(path, step, "", math.inf)
+        return Saved(path, step, "", "", math.inf)
 
 
 def next_serial(folder: Path) -> int:
@@ -81,13 +88,13 @@ def next_serial(folder: Path) -> int:
 
 
 def check_owner(folder: Path, lineage: Lineage) -> None:
-    """Refuse a folder that holds checkpoints of a run that is not this one and not one that it came from.
+    """Refuse a folder that holds checkpoints of a run that did not begin with this one.
 
     Raises:
         OpdlabError: With the steps that lie there.
     """
     # A damaged checkpoint does not say whose it is; reading it will tell that it is damaged.
-    strangers = [one for one in saved_in(folder) if one.serial < math.inf and not lineage.knows(one.run)]
+    strangers = [one for one in saved_in(folder) if one.serial < math.inf and one.family != lineage.family]
     if strangers:
         steps = ", ".join(str(one.step) for one in sorted(strangers, key=lambda one: one.step))
         raise OpdlabError(
@@ -112,15 +119,17 @@ def check_folder(folder: Any, owner: str = "distill got save") -> Path | None:
     if folder is None:
         return None
     path = _as_path(folder, owner)
-    if (path / "manifest.json").exists():
-        raise InvalidValue(f"{owner}={shortened(folder)}, which is itself a checkpoint. Use the folder of the run: {str(path.parent)!r}.")
     try:
-        _probe(path)
+        is_checkpoint = (path / "manifest.json").exists()
+        if not is_checkpoint:
+            _probe(path)
     except OSError as error:
         reason = error.strerror or str(error)
         raise InvalidValue(
             f"{owner}={shortened(folder)}, where nothing can be written ({reason}). Use a folder that can be made."
         ) from None
+    if is_checkpoint:
+        raise InvalidValue(f"{owner}={shortened(folder)}, which is itself a checkpoint. Use the folder of the run: {str(path.parent)!r}.")
     return path
 
 

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 import transformers
 
 from opdlab import fingerprints, model_files
+from opdlab.method_state import keeps_state
 from opdlab.policy import Policy, Prompt
 from opdlab.settings import seed_of
 from opdlab.tasks import Task
@@ -124,7 +125,11 @@ def _behind(teacher: Any) -> Policy | None:
 def describe_method(method: Any) -> dict[str, Any]:
     """A method's class with its module, its options, and the source of one that is the user's own."""
     kind = type(method)
-    options = {f.name: getattr(method, f.name) for f in fields(method)} if is_dataclass(method) else dict(getattr(method, "__dict__", {}))
+    named = [f.name for f in fields(method)] if is_dataclass(method) else list(getattr(method, "__dict__", {}))
+    options = {name: getattr(method, name) for name in named}
+    if keeps_state(method) and not is_dataclass(method):
+        # Its tensors come from the checkpoint, so that it need not begin with the same ones.
+        options = {k: v for k, v in options.items() if k[:1] != "_" and (v is None or isinstance(v, (bool, int, float, str)))}
     name = f"{kind.__module__}.{kind.__qualname__}"
     return {
         "class": name,

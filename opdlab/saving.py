@@ -8,10 +8,14 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from torch import nn
+
 from opdlab import checkpoint, run_folder
 from opdlab.errors import InvalidValue, OpdlabError
 from opdlab.evaluate import evaluate
+from opdlab.fingerprints import base_tensors
 from opdlab.interrupts import hold_interrupts
+from opdlab.policy import Policy
 from opdlab.settings import Settings
 
 if TYPE_CHECKING:
@@ -35,15 +39,20 @@ def check_folder(save: Any, settings: Settings) -> Path | None:
     return folder
 
 
-def check_parameters(run: Run) -> None:
-    """Refuse to train weights beside an adapter: all policies share them, and neither snapshots nor frozen policies hold them."""
-    name = run.student.adapter
-    beside = [key for key in run.parameters if name is not None and name not in key.split(".")]
-    if beside:
+def check_parameters(student: Policy) -> None:
+    """Refuse to train weights beside an adapter: all policies share them, and neither snapshots nor frozen policies hold them.
+
+    Called before the adapter is made, which would freeze them without a word, and after.
+    """
+    model = student.weights.model
+    base = {name: value for name, value in base_tensors(model).items() if isinstance(value, nn.Parameter)}
+    beside = [name for name, value in base.items() if value.requires_grad]
+    is_left_over = student.adapter is None and len(beside) == len(base)  # of full training; making an adapter freezes all
+    if beside and not is_left_over:
         raise OpdlabError(
-            f"Beside the adapter {name!r}, {beside[0]} is to be trained ({len(beside)} such parameters). Every policy on this model "
-            "would move with it. Put whole modules into the adapter (LoraConfig(modules_to_save=[…], bias='none')), or train all "
-            "weights with lora=None."
+            f"Beside the adapter, {beside[0]} is to be trained ({len(beside)} such parameters). Every policy on this model "
+            "would move with it. Freeze it, put whole modules into the adapter (LoraConfig(modules_to_save=[…], bias='none')), or train "
+            "all weights with lora=None."
         )
 
 
