@@ -6,7 +6,6 @@ that was left (a run resumed at an earlier step) are told from those of the path
 
 from __future__ import annotations
 
-import contextlib
 import json
 import math
 import os
@@ -111,7 +110,7 @@ def check_folder(folder: Any, owner: str = "distill got save") -> Path | None:
         owner: The start of the error message, as "distill got save".
 
     Returns:
-        The folder, with `~` replaced by the home directory. It is not made yet.
+        The folder, with `~` replaced by the home directory, made if it was not there.
 
     Raises:
         InvalidValue: It is no path, or cannot be made or written.
@@ -155,18 +154,8 @@ def _as_path(folder: Any, owner: str) -> Path:
 
 
 def _probe(path: Path) -> None:
-    """Make the folder and a file in it, then take away what was not there before."""
-    missing = []
-    above = path
-    while not above.exists():
-        missing.append(above)
-        above = above.parent
-    try:
-        path.mkdir(parents=True, exist_ok=True)
-        probe = path / f".probe-{uuid.uuid4().hex}"
-        probe.touch()
-        probe.unlink()
-    finally:
-        for made in missing:
-            with contextlib.suppress(OSError):  # another process may have put something there
-                made.rmdir()
+    """Make the folder, and a file in it for a moment. The folder stays: other processes of the same run may look at it now."""
+    path.mkdir(parents=True, exist_ok=True)
+    probe = path / f".probe-{uuid.uuid4().hex}"
+    probe.touch()
+    probe.unlink()

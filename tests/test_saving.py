@@ -186,11 +186,6 @@ def test_odd_names_are_fine(make_policy, tmp_path):
     assert opd.snapshots.steps(again) == [0, 1]
 
 
-def test_preparing_a_run_leaves_no_folder(make_policy, tmp_path):
-    run(make_policy, tmp_path / "a" / "b")
-    assert names(tmp_path) == []
-
-
 def test_settings_that_keep_nothing_are_refused(make_policy):
     with pytest.raises(errors.InvalidValue, match=r"save_every=5 and no folder. Give save='runs/name'"):
         run(make_policy, save_every=5)
