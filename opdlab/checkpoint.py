@@ -87,7 +87,10 @@ def update_history(run: Run, folder: Path) -> None:
     history = json.dumps(run.rows, indent=1).encode()
     manifest = read_json(step / "manifest.json")
     new = hashlib.sha256(history).hexdigest()
-    _replace(step / "manifest.json", json.dumps({**manifest, "history.json": [manifest["history.json"], new]}, indent=1).encode())
+    _replace(
+        step / "manifest.json",
+        json.dumps({**manifest, "history.json": [manifest["history.json"], new]}, indent=1).encode(),
+    )
     _replace(step / "history.json", history)
     _replace(step / "manifest.json", json.dumps({**manifest, "history.json": new}, indent=1).encode())
 
@@ -108,7 +111,10 @@ def load_weights(student: Policy, folder: Path) -> None:
     """Put a checkpoint's weights into a policy that has the same adapter (or the same model, in full training)."""
     if (folder / "adapter_model.safetensors").exists():
         state = adapter(folder)
-        there = {**student.weights.adapter_state(str(student.adapter)), **model_files.embeddings(student.weights, state)}
+        there = {
+            **student.weights.adapter_state(str(student.adapter)),
+            **model_files.embeddings(student.weights, state),
+        }
         check_same_tensors(there, state, folder / "adapter_model.safetensors")
         student.weights.set_adapter_state(str(student.adapter), state)
     else:
@@ -170,9 +176,15 @@ def _write_weights(run: Run, folder: Path) -> None:
     state = weights.adapter_state(name)
     if run.has_new_embeddings:
         state = {**state, **model_files.embeddings(weights)}
-    save_file(_contiguous({_PEFT + key: value for key, value in state.items()}), folder / "adapter_model.safetensors")
+    save_file(
+        _contiguous({_PEFT + key: value for key, value in state.items()}),
+        folder / "adapter_model.safetensors",
+    )
     config = weights.model.peft_config[name].to_dict()
-    _json(folder / "adapter_config.json", config | {"base_model_name_or_path": weights.source or None, "inference_mode": True})
+    _json(
+        folder / "adapter_config.json",
+        config | {"base_model_name_or_path": weights.source or None, "inference_mode": True},
+    )
 
 
 def _optimizer_state(run: Run) -> dict[str, Tensor]:

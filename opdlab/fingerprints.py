@@ -34,7 +34,14 @@ if TYPE_CHECKING:
 SPREAD = 4096  # entries read of a tensor that has more, besides one in every row
 
 # Fields of a model's configuration that change no number, or that opdlab compares in another way.
-_NEUTRAL = {"_name_or_path", "architectures", "dtype", "torch_dtype", "transformers_version", "use_cache"}
+_NEUTRAL = {
+    "_name_or_path",
+    "architectures",
+    "dtype",
+    "torch_dtype",
+    "transformers_version",
+    "use_cache",
+}
 
 
 def digest(*parts: str | bytes) -> str:
@@ -145,7 +152,11 @@ def function_description(function: Any) -> dict[str, Any]:
     cells = zip(code.co_freevars, function.__closure__ or (), strict=True)
     held = {name: describe(_contents(cell)) for name, cell in cells if name not in written_names(function)}
     if held or function.__defaults__ or function.__kwdefaults__:
-        out["given"] = [held, describe(list(function.__defaults__ or ())), describe(function.__kwdefaults__ or {})]
+        out["given"] = [
+            held,
+            describe(list(function.__defaults__ or ())),
+            describe(function.__kwdefaults__ or {}),
+        ]
     return out
 
 
@@ -212,7 +223,10 @@ def _described_object(value: Any, inner: Callable[[Any], Any]) -> Any:
     if isinstance(value, torch.Generator):
         return {"generator": tensor_digest(value.get_state())}
     if is_dataclass(value) and not isinstance(value, type):
-        return {"kind": _kind(value), **{f.name: inner(getattr(value, f.name)) for f in fields(value)}}
+        return {
+            "kind": _kind(value),
+            **{f.name: inner(getattr(value, f.name)) for f in fields(value)},
+        }
     if isinstance(value, (type, ModuleType)):
         return {"kind": f"{getattr(value, '__module__', '')}.{getattr(value, '__qualname__', value.__name__)}"}
     if inspect.isroutine(value) or isinstance(value, functools.partial):

@@ -34,7 +34,18 @@ from opdlab.fingerprints import describe, digest
 FILE = "method.safetensors"
 
 _PLAIN = (bool, int, float, str, list, dict, set, deque, Tensor, np.ndarray, torch.Generator)
-_LIBRARIES = {"opdlab", "torch", "transformers", "tokenizers", "peft", "accelerate", "datasets", "pandas", "numpy", "builtins"}
+_LIBRARIES = {
+    "opdlab",
+    "torch",
+    "transformers",
+    "tokenizers",
+    "peft",
+    "accelerate",
+    "datasets",
+    "pandas",
+    "numpy",
+    "builtins",
+}
 _MOST = 1000  # entries of a container that are looked at, half of them at each end
 
 

@@ -94,7 +94,12 @@ def embeddings(weights: Weights, wanted: Container[str] | None = None) -> dict[s
     found = {}
     for name, value in weights.model.named_parameters():
         for module in modules:
-            if name in (f"{module}.weight", f"{module}.bias", f"{module}.base_layer.weight", f"{module}.base_layer.bias"):
+            if name in (
+                f"{module}.weight",
+                f"{module}.bias",
+                f"{module}.base_layer.weight",
+                f"{module}.base_layer.bias",
+            ):
                 found[name] = value
     return {name: value for name, value in found.items() if wanted is None or name in wanted}
 

@@ -26,6 +26,9 @@ if TYPE_CHECKING:
 # Settings that change what is kept and how much memory is used, but no number.
 FREE = ("steps", "micro_batch", "checkpointing", "evaluate_every", "snapshot_every", "save_every")
 
+# What `distill` takes besides settings and what every resumed run is given.
+_OPTIONS = ("policies", "save", "log_with", "quiet")
+
 # Settings of an adapter that change its numbers; what PEFT adds besides are names and bookkeeping.
 _ADAPTER = (
     "peft_type", "r", "lora_alpha", "target_modules", "target_parameters", "exclude_modules", "modules_to_save", "use_dora",
@@ -61,14 +64,19 @@ def resume(path: str | os.PathLike[str], student: Policy, teacher: Any = None, t
 
     saved = _read(_as_folder(path), step)
     allowed = _as_parts(allow)
+    options = {"save": saved.folder.parent, **options}
     settings = _settings(saved, options)
-    save = options.pop("save", saved.folder.parent)
     run = prepare(
-        student, teacher, task, method=method if method is not None else _rebuild(saved), save=save, settings=settings,
-        admit=lambda run, given: _admit(run, saved, given, allowed), **{k: v for k, v in options.items() if k not in settings},
-    )  # fmt: skip
-    checkpoint.load_weights(run.student, saved.folder)
+        student,
+        teacher,
+        task,
+        method=method if method is not None else _rebuild(saved),
+        settings=settings,
+        admit=lambda run, given: _admit(run, saved, given, allowed),
+        **{name: value for name, value in options.items() if name in _OPTIONS},
+    )
     _restore_optimizer(run, saved)
+    checkpoint.load_weights(run.student, saved.folder)
     for average in run.averages:
         path_of_average = saved.folder / "ema.safetensors"
         checkpoint.copy_tensors(roles.state(average), checkpoint.tensors(path_of_average), path_of_average)
@@ -142,7 +150,11 @@ def _settings(saved: SavedRun, options: Mapping[str, Any]) -> dict[str, Any]:
         raise OpdlabError(
             f"{saved.folder} has the settings {', '.join(unknown)}, which this version does not know. Use opdlab {saved.said['opdlab']}."
         )
+    if unknown := sorted(options.keys() - known.keys() - set(_OPTIONS)):
+        raise InvalidValue(f"resume has no option {', '.join(unknown)}. There are {', '.join([*_OPTIONS, *known])}.")
     now = {**before, **{key: value for key, value in options.items() if key in known}}
+    if options["save"] is None and "save_every" not in options:
+        now["save_every"] = 0
     Settings(**now)  # values that cannot be right are refused before anything is compared
     if now["lora"] != before["lora"]:
         raise OpdlabError(
@@ -199,7 +211,10 @@ def _admit(run: Run, saved: SavedRun, given: Mapping[str, Any], allowed: Sequenc
                 f"something else on purpose: resume(…, allow=({parts},))."
             )
         if found:
-            warnings.warn(f"The run goes on from step {saved.step} although {'; '.join(found.values())}.", stacklevel=6)
+            warnings.warn(
+                f"The run goes on from step {saved.step} although {'; '.join(found.values())}.",
+                stacklevel=6,
+            )
         if (processes := saved.said["processes"]) != run.accelerator.num_processes:
             warnings.warn(
                 f"The run was trained by {processes} processes and goes on with {run.accelerator.num_processes}, so that a step has "
@@ -219,7 +234,10 @@ def _admit_old(run: Run, saved: SavedRun) -> None:
             f"{folder} was trained with another tokenizer than {run.student!r} has: fingerprint {said['tokenizer'][:16]} was saved and "
             f"{tokenizer[:16]} is given. Load the student it began with: {said['student']!r}."
         )
-    for what, before, now in (("task", said["task"], run.task.name), ("method", said["method"]["name"], name)):
+    for what, before, now in (
+        ("task", said["task"], run.task.name),
+        ("method", said["method"]["name"], name),
+    ):
         if before != now:
             raise OpdlabError(
                 f"{folder} was trained with the {what} {before!r} and {now!r} is given. Give the one that it was trained with."

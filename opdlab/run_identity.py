@@ -112,7 +112,11 @@ def describe_teacher(teacher: Any, prompts: list[Prompt]) -> dict[str, Any] | No
         return {"kind": kind, **describe_student(local), "rendered": rendered}
     inner = getattr(teacher, "text", None)
     name = getattr(teacher, "model", None) or getattr(inner, "model", None)
-    return {"kind": kind, "model": name if isinstance(name, str) else None, "k": fingerprints.describe(getattr(teacher, "k", None))}
+    return {
+        "kind": kind,
+        "model": name if isinstance(name, str) else None,
+        "k": fingerprints.describe(getattr(teacher, "k", None)),
+    }
 
 
 def _behind(teacher: Any) -> Policy | None:
@@ -262,7 +266,12 @@ def _policies(saved: Mapping[str, Any], given: Mapping[str, Any], same_versions:
     if saved.keys() != given.keys():
         one, two = (", ".join(names) or "none" for names in (saved, given))
         return f"the run was given policies= for {one}, and now for {two}"
-    return "; ".join(filter(None, (_teachers(f"the policy {name!r}", saved[name], given[name], same_versions) for name in saved)))
+    return "; ".join(
+        filter(
+            None,
+            (_teachers(f"the policy {name!r}", saved[name], given[name], same_versions) for name in saved),
+        )
+    )
 
 
 def _methods(saved: Mapping[str, Any], given: Mapping[str, Any], moved: Sequence[str]) -> str:

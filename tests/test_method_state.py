@@ -13,7 +13,11 @@ import opdlab as opd
 from opdlab import errors, method_state
 
 OPTIONS = {"batch": 2, "steps": 4, "seed": 5, "lr": 1e-2, "quiet": True, "save_every": 2}
-TASK = opd.tasks.from_records([{"prompt": f"{name} has 4 7 apples"} for name in "ana ben cleo dan".split()], test=0, max_new_tokens=4)
+TASK = opd.tasks.from_records(
+    [{"prompt": f"{name} has 4 7 apples"} for name in "ana ben cleo dan".split()],
+    test=0,
+    max_new_tokens=4,
+)
 
 
 class Running:
@@ -36,7 +40,11 @@ class Running:
 
 class Kept(Running):
     def state_dict(self):
-        return {"mean": self.mean, "steps": self.steps, "notes": {"names": ["a", None], "rate": 0.5}}
+        return {
+            "mean": self.mean,
+            "steps": self.steps,
+            "notes": {"names": ["a", None], "rate": 0.5},
+        }
 
     def load_state_dict(self, state):
         assert state["notes"] == {"names": ["a", None], "rate": 0.5}
@@ -65,13 +73,22 @@ def test_a_state_that_is_kept_makes_the_resumed_run_exact(make_policy, tmp_path)
     assert again.method.steps == 4
     one, two = (load_file(tmp_path / which / "step-000004" / "adapter_model.safetensors") for which in ("whole", "parts"))
     assert all(torch.equal(one[key], two[key]) for key in one)
-    assert {path.suffix for path in (tmp_path / "whole").rglob("*") if path.is_file()} == {".safetensors", ".json"}
+    assert {path.suffix for path in (tmp_path / "whole").rglob("*") if path.is_file()} == {
+        ".safetensors",
+        ".json",
+    }
 
 
 def test_a_state_that_is_not_kept_is_said_when_it_is_lost(make_policy, tmp_path):
-    with pytest.warns(UserWarning, match=r"Running keeps Running.mean, Running.steps from step to step, and checkpoints do not hold that"):
+    with pytest.warns(
+        UserWarning,
+        match=r"Running keeps Running.mean, Running.steps from step to step, and checkpoints do not hold that",
+    ):
         train(make_policy, tmp_path, Running(), steps=2)
-    with pytest.warns(UserWarning, match=r"Running had changed Running.mean, Running.steps by step 2.*state_dict\(\)"):
+    with pytest.warns(
+        UserWarning,
+        match=r"Running had changed Running.mean, Running.steps by step 2.*state_dict\(\)",
+    ):
         assert resume(make_policy, tmp_path, Running()).done == 2
 
 
@@ -112,7 +129,10 @@ def enclosed():
 
 
 def test_variables_of_an_enclosing_function_are_seen(make_policy, tmp_path):
-    with pytest.warns(UserWarning, match=r"keeps count \(of enclosed.*plan\), seen \(of enclosed.*plan\) from step to step"):
+    with pytest.warns(
+        UserWarning,
+        match=r"keeps count \(of enclosed.*plan\), seen \(of enclosed.*plan\) from step to step",
+    ):
         train(make_policy, tmp_path, method := enclosed(), steps=2)
     for again in (enclosed(), method):  # in a new process, and in this one
         with pytest.warns(UserWarning, match="had changed count"):
@@ -196,7 +216,13 @@ def test_half_a_protocol_is_refused(make_policy):
 def test_a_method_with_a_state_does_not_take_a_checkpoint_without(make_policy, tmp_path):
     train(make_policy, tmp_path / "with", Kept(), steps=1)
     said = pytest.raises(errors.OpdlabError, match="holds a state of the method, but Running has no state_dict")
-    with said, pytest.warns(UserWarning, match="although the run was trained with the method .*Kept and .*Running is given"):
+    with (
+        said,
+        pytest.warns(
+            UserWarning,
+            match="although the run was trained with the method .*Kept and .*Running is given",
+        ),
+    ):
         resume(make_policy, tmp_path / "with", Running(), allow="method")
 
 

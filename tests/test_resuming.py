@@ -133,7 +133,11 @@ def reshaped(state):
 
 
 @pytest.mark.parametrize(
-    ("change", "said"), [(without_first, "has nothing for .* tensors are missing"), (reshaped, "of shape .*, but the run has")]
+    ("change", "said"),
+    [
+        (without_first, "has nothing for .* tensors are missing"),
+        (reshaped, "of shape .*, but the run has"),
+    ],
 )
 def test_an_optimizer_state_that_does_not_fit_is_refused(saved, make_policy, tmp_path, change, said):
     folder = half(saved, tmp_path)
@@ -143,7 +147,12 @@ def test_an_optimizer_state_that_does_not_fit_is_refused(saved, make_policy, tmp
 
 
 @pytest.mark.parametrize(
-    "options", [{"use_dora": True}, {"r": 3, "lora_alpha": 5, "target_modules": ["q_proj"]}, {"modules_to_save": ["embed_tokens"]}]
+    "options",
+    [
+        {"use_dora": True},
+        {"r": 3, "lora_alpha": 5, "target_modules": ["q_proj"]},
+        {"modules_to_save": ["embed_tokens"]},
+    ],
 )
 def test_an_adapter_of_your_own_comes_back_with_its_settings(make_policy, tmp_path, options):
     from peft import LoraConfig
@@ -158,7 +167,12 @@ def test_an_adapter_of_your_own_comes_back_with_its_settings(make_policy, tmp_pa
     run(tmp_path / "whole", adapted(), make_policy(1)).train()
     run(tmp_path / "parts", adapted(), make_policy(1), steps=2).train()
     again = opd.resume(tmp_path / "parts", make_policy(0), make_policy(1), task(), steps=4, quiet=True).train()
-    assert same_files(tmp_path / "whole" / "step-000004", tmp_path / "parts" / "step-000004", "adapter_model", "optimizer")
+    assert same_files(
+        tmp_path / "whole" / "step-000004",
+        tmp_path / "parts" / "step-000004",
+        "adapter_model",
+        "optimizer",
+    )
     now = again.student.weights.model.peft_config[again.student.adapter]
     assert {key: getattr(now, key) for key in ("r", "lora_alpha", "use_dora")} == {
         key: getattr(config, key) for key in ("r", "lora_alpha", "use_dora")
@@ -200,10 +214,26 @@ def refused(folder, *given, match, **options):
 
 def test_another_student_is_refused(saved, make_policy):
     refused(
-        saved, make_policy(3), make_policy(1), task(), match=r"the student has other weights.*fingerprint \w+ was saved and \w+ is given"
+        saved,
+        make_policy(3),
+        make_policy(1),
+        task(),
+        match=r"the student has other weights.*fingerprint \w+ was saved and \w+ is given",
     )
-    refused(saved, make_policy(0, rms_norm_eps=1e-3), make_policy(1), task(), match="rms_norm_eps was .* and is 0.001")
-    refused(saved, make_policy(0, dtype=torch.float64), make_policy(1), task(), match="another precision: float32 was saved and float64")
+    refused(
+        saved,
+        make_policy(0, rms_norm_eps=1e-3),
+        make_policy(1),
+        task(),
+        match="rms_norm_eps was .* and is 0.001",
+    )
+    refused(
+        saved,
+        make_policy(0, dtype=torch.float64),
+        make_policy(1),
+        task(),
+        match="another precision: float32 was saved and float64",
+    )
 
 
 def test_a_refusal_leaves_the_student_as_it_was(saved, make_policy):
@@ -217,10 +247,22 @@ def test_a_refusal_leaves_the_student_as_it_was(saved, make_policy):
 def test_a_student_that_is_already_trained_is_refused(saved, make_policy, tmp_path):
     student = make_policy(0)
     run(tmp_path / "a", student, make_policy(1), steps=1).train()
-    refused(saved, student, make_policy(1), task(), match="the student is already trained: its adapter .* was fresh when the run began")
+    refused(
+        saved,
+        student,
+        make_policy(1),
+        task(),
+        match="the student is already trained: its adapter .* was fresh when the run began",
+    )
     whole = make_policy(0)
     run(tmp_path / "b", whole, make_policy(1), steps=1, lora=None).train()
-    refused(tmp_path / "b", whole, make_policy(1), task(), match="other weights than at the beginning of the run")
+    refused(
+        tmp_path / "b",
+        whole,
+        make_policy(1),
+        task(),
+        match="other weights than at the beginning of the run",
+    )
 
 
 def test_a_run_on_a_trained_adapter_goes_on_from_it_only(make_policy, perturb, tmp_path):
@@ -230,24 +272,64 @@ def test_a_run_on_a_trained_adapter_goes_on_from_it_only(make_policy, perturb, t
         return policy
 
     run(tmp_path, trained(), make_policy(1), steps=2, method=opd.GOPD()).train()
-    refused(tmp_path, make_policy(0), make_policy(1), task(), match="began the run with a trained adapter .* now has none")
+    refused(
+        tmp_path,
+        make_policy(0),
+        make_policy(1),
+        task(),
+        match="began the run with a trained adapter .* now has none",
+    )
     assert opd.resume(tmp_path, trained(), make_policy(1), task(), steps=4, quiet=True).train().done == 4
 
 
 def test_another_teacher_is_refused_or_allowed_on_purpose(saved, make_policy, tmp_path):
-    refused(saved, make_policy(0), make_policy(2), task(), match=r"the teacher has other weights.*allow=\('teacher',\)")
-    refused(saved, make_policy(0), make_policy(1).seeing("say 9"), task(), match="the teacher reads the prompts in another way")
+    refused(
+        saved,
+        make_policy(0),
+        make_policy(2),
+        task(),
+        match=r"the teacher has other weights.*allow=\('teacher',\)",
+    )
+    refused(
+        saved,
+        make_policy(0),
+        make_policy(1).seeing("say 9"),
+        task(),
+        match="the teacher reads the prompts in another way",
+    )
     with pytest.warns(UserWarning, match="goes on from step 2 although the teacher has other weights"):
-        again = opd.resume(half(saved, tmp_path), make_policy(0), make_policy(2), task(), allow="teacher", quiet=True)
+        again = opd.resume(
+            half(saved, tmp_path),
+            make_policy(0),
+            make_policy(2),
+            task(),
+            allow="teacher",
+            quiet=True,
+        )
     assert again.train().done == 4
 
 
 def test_another_task_is_refused(saved, make_policy):
     both = make_policy(0), make_policy(1)
-    refused(saved, *both, replace(task(), name="market"), match="the task 'records' and 'market' is given")
+    refused(
+        saved,
+        *both,
+        replace(task(), name="market"),
+        match="the task 'records' and 'market' is given",
+    )
     refused(saved, *both, task("ana ben cleo"), match="the task 'records' has other prompts")
-    refused(saved, *both, replace(task(), settings={"hard": True}), match=r"other settings: \{\} was saved and \{'hard': True\} is given")
-    refused(saved, *both, replace(task(), verify=lambda prompt, text: 1.0), match="another verifier: opdlab.tasks.task.same_answer")
+    refused(
+        saved,
+        *both,
+        replace(task(), settings={"hard": True}),
+        match=r"other settings: \{\} was saved and \{'hard': True\} is given",
+    )
+    refused(
+        saved,
+        *both,
+        replace(task(), verify=lambda prompt, text: 1.0),
+        match="another verifier: opdlab.tasks.task.same_answer",
+    )
 
 
 def test_another_chat_template_is_refused(make_policy, tmp_path):
@@ -262,13 +344,29 @@ def test_another_chat_template_is_refused(make_policy, tmp_path):
 
 def test_another_method_is_refused(make_policy, saved, tmp_path):
     both = make_policy(0), make_policy(1)
-    refused(saved, *both, task(), method=opd.GOPD(), match=r"the method opdlab.methods.opd.OPD and opdlab.methods.gopd.GOPD is given")
     refused(
-        saved, *both, task(), method=opd.OPD("forward_kl"), match="has divergence='forward_kl' and was saved with divergence='reverse_kl'"
+        saved,
+        *both,
+        task(),
+        method=opd.GOPD(),
+        match=r"the method opdlab.methods.opd.OPD and opdlab.methods.gopd.GOPD is given",
+    )
+    refused(
+        saved,
+        *both,
+        task(),
+        method=opd.OPD("forward_kl"),
+        match="has divergence='forward_kl' and was saved with divergence='reverse_kl'",
     )
     run(tmp_path / "mine", *both, method=Mine(0.5), steps=1).train()
     both = make_policy(0), make_policy(1)
-    refused(tmp_path / "mine", *both, task(), method=Mine(0.7), match="has weight=0.7 and was saved with weight=0.5")
+    refused(
+        tmp_path / "mine",
+        *both,
+        task(),
+        method=Mine(0.7),
+        match="has weight=0.7 and was saved with weight=0.5",
+    )
     assert opd.resume(tmp_path / "mine", *both, task(), method=Mine(0.5), quiet=True).done == 1
 
 
@@ -276,7 +374,13 @@ def test_a_class_of_your_own_with_a_name_of_ours_is_not_taken_for_ours(make_poli
     run(tmp_path, make_policy(0), make_policy(1), method=SFT(), steps=2).train()
     both = make_policy(0), make_policy(1)
     refused(tmp_path, *both, task(), match=r"The run used .*test_resuming.SFT, a method of your own")
-    refused(tmp_path, *both, task(), method=methods.SFT(), match=r"test_resuming.SFT and opdlab.methods.supervised.SFT is given")
+    refused(
+        tmp_path,
+        *both,
+        task(),
+        method=methods.SFT(),
+        match=r"test_resuming.SFT and opdlab.methods.supervised.SFT is given",
+    )
     assert opd.resume(tmp_path, *both, task(), method=SFT(), quiet=True).done == 2
 
 
@@ -297,7 +401,13 @@ def test_a_function_is_compared_by_its_code_and_by_what_it_was_made_with(make_po
         return opd.divergence.forward_kl(rows.student, rows.teacher)
 
     refused(tmp_path, *both, task(), method=other, match="the method's function is another one")
-    refused(tmp_path, *both, task(), method=made(0.7), match="the method's function is another one: .*0.5.*0.7")
+    refused(
+        tmp_path,
+        *both,
+        task(),
+        method=made(0.7),
+        match="the method's function is another one: .*0.5.*0.7",
+    )
     assert opd.resume(tmp_path, *both, task(), method=made(0.5), quiet=True).done == 1
 
 
@@ -305,8 +415,21 @@ def test_policies_must_be_given_again(make_policy, tmp_path):
     student = make_policy(0)
     given = {"teacher": make_policy(2)}
     run(tmp_path, student, policies=given, steps=1).train()
-    refused(tmp_path, make_policy(0), make_policy(2), task(), match="policies= for teacher, and now for none")
-    refused(tmp_path, make_policy(0), None, task(), policies={"teacher": make_policy(3)}, match="the policy 'teacher' has other weights")
+    refused(
+        tmp_path,
+        make_policy(0),
+        make_policy(2),
+        task(),
+        match="policies= for teacher, and now for none",
+    )
+    refused(
+        tmp_path,
+        make_policy(0),
+        None,
+        task(),
+        policies={"teacher": make_policy(3)},
+        match="the policy 'teacher' has other weights",
+    )
     assert opd.resume(tmp_path, make_policy(0), None, task(), policies=given, quiet=True).done == 1
 
 
@@ -314,8 +437,20 @@ def test_a_writing_teacher_is_known_by_the_model_behind_it(make_policy, tmp_path
     from opdlab.teachers import TextOnly
 
     run(tmp_path, make_policy(0), TextOnly(make_policy(1)), method=opd.SequenceKD(), steps=1).train()
-    refused(tmp_path, make_policy(0), TextOnly(make_policy(2)), task(), match="the teacher has other weights")
-    refused(tmp_path, make_policy(0), make_policy(1), task(), match=r"the teacher is of another kind: TextOnly.* was saved and Policy")
+    refused(
+        tmp_path,
+        make_policy(0),
+        TextOnly(make_policy(2)),
+        task(),
+        match="the teacher has other weights",
+    )
+    refused(
+        tmp_path,
+        make_policy(0),
+        make_policy(1),
+        task(),
+        match=r"the teacher is of another kind: TextOnly.* was saved and Policy",
+    )
 
 
 # Settings.
@@ -323,7 +458,15 @@ def test_a_writing_teacher_is_known_by_the_model_behind_it(make_policy, tmp_path
 
 def test_settings_that_change_the_training_are_taken_and_said(saved, make_policy, tmp_path):
     with pytest.warns(UserWarning, match=r"from step 2 with other settings: lr 0.01 → 0.02, clip 1.0 → 0.5"):
-        again = opd.resume(half(saved, tmp_path), make_policy(0), make_policy(1), task(), lr=0.02, clip=0.5, quiet=True)
+        again = opd.resume(
+            half(saved, tmp_path),
+            make_policy(0),
+            make_policy(1),
+            task(),
+            lr=0.02,
+            clip=0.5,
+            quiet=True,
+        )
     assert (again.settings.lr, again.settings.clip) == (0.02, 0.5)
     assert next(again).metrics["lr"] == 0.02
 
@@ -331,7 +474,16 @@ def test_settings_that_change_the_training_are_taken_and_said(saved, make_policy
 def test_settings_that_change_no_number_are_taken_in_silence(saved, make_policy, tmp_path):
     with warnings.catch_warnings():
         warnings.simplefilter("error", UserWarning)
-        again = opd.resume(half(saved, tmp_path), make_policy(0), make_policy(1), task(), quiet=True, micro_batch=1, save_every=1, steps=5)
+        again = opd.resume(
+            half(saved, tmp_path),
+            make_policy(0),
+            make_policy(1),
+            task(),
+            quiet=True,
+            micro_batch=1,
+            save_every=1,
+            steps=5,
+        )
     assert (again.settings.micro_batch, again.settings.steps) == (1, 5)
 
 
@@ -343,15 +495,40 @@ def test_more_steps_of_a_schedule_are_said(make_policy, tmp_path):
 
 def test_settings_that_cannot_be_are_refused(saved, make_policy):
     both = make_policy(0), make_policy(1)
-    refused(saved, *both, task(), lora=None, match="resume got lora=None, but the run was trained with lora=16")
-    refused(saved, *both, task(), lora=4, match="resume got lora=4, but the run was trained with lora=16")
+    refused(
+        saved,
+        *both,
+        task(),
+        lora=None,
+        match="resume got lora=None, but the run was trained with lora=16",
+    )
+    refused(
+        saved,
+        *both,
+        task(),
+        lora=4,
+        match="resume got lora=4, but the run was trained with lora=16",
+    )
     refused(saved, *both, task(), steps=1, match=r"steps=1, but .* has done 4")
-    refused(saved, *both, task(), allow="everything", match="allow='everything'. Use some of student, tokenizer")
+    refused(
+        saved,
+        *both,
+        task(),
+        allow="everything",
+        match="allow='everything'. Use some of student, tokenizer",
+    )
     refused(saved, *both, task(), step=-1, match="step=-1")
     refused(saved, *both, task(), step=2.5, match="step=2.5")
+    refused(saved, *both, task(), stepz=9, match="resume has no option stepz. There are policies, save")
     refused("", *both, task(), match="path=''")
     refused(None, *both, task(), match="path=None")
-    refused(saved / "step-000002", *both, task(), step=4, match="is the checkpoint of step 2, not of step 4")
+    refused(
+        saved / "step-000002",
+        *both,
+        task(),
+        step=4,
+        match="is the checkpoint of step 2, not of step 4",
+    )
 
 
 # Two runs, one folder.
@@ -362,7 +539,16 @@ def test_the_checkpoint_written_last_is_taken_not_the_highest(saved, make_policy
 
     shutil.copytree(saved, tmp_path / "run")
     with pytest.warns(UserWarning, match="later checkpoints in its folder will be replaced"):
-        again = opd.resume(tmp_path / "run", make_policy(0), make_policy(1), task(), step=2, lr=0.03, save_every=1, quiet=True)
+        again = opd.resume(
+            tmp_path / "run",
+            make_policy(0),
+            make_policy(1),
+            task(),
+            step=2,
+            lr=0.03,
+            save_every=1,
+            quiet=True,
+        )
     next(again)  # step 3 of the new path; step 4 of the old one is still there
     again = opd.resume(tmp_path / "run", make_policy(0), make_policy(1), task(), quiet=True)
     assert again.done == 3
@@ -377,6 +563,15 @@ def test_a_new_run_in_the_folder_of_another_is_refused(saved, make_policy, tmp_p
     other = run(tmp_path / "other", make_policy(0), make_policy(1))
     with pytest.raises(errors.OpdlabError, match="holds checkpoints of another run"):
         other.save(saved)
-    again = opd.resume(saved, make_policy(0), make_policy(1), task(), step=2, save=tmp_path / "elsewhere", quiet=True).train()
+    again = opd.resume(
+        saved,
+        make_policy(0),
+        make_policy(1),
+        task(),
+        step=2,
+        save=tmp_path / "elsewhere",
+        quiet=True,
+    ).train()
     assert again.folder == tmp_path / "elsewhere"
+    assert opd.resume(saved, make_policy(0), make_policy(1), task(), save=None, quiet=True).folder is None
     assert [path.name for path in (tmp_path / "elsewhere").iterdir()] == ["step-000004"]

@@ -70,7 +70,11 @@ def test_an_interrupt_during_an_evaluation_loses_nothing(make_policy, tmp_path, 
         next(stopped)
         with pytest.raises(KeyboardInterrupt):
             next(stopped)
-    assert (stopped.done, list(stopped.snapshots), names(tmp_path / "run")) == (2, [0, 2], ["snapshots", "step-000002"])
+    assert (stopped.done, list(stopped.snapshots), names(tmp_path / "run")) == (
+        2,
+        [0, 2],
+        ["snapshots", "step-000002"],
+    )
     again = opd.resume(tmp_path / "run", make_policy(0), make_policy(1), task(), quiet=True)
     next(again)  # the evaluation of step 2 is made up for
     assert again.history["accuracy"].tolist()[1] == whole.history["accuracy"].tolist()[1]
@@ -195,7 +199,11 @@ def test_settings_that_keep_nothing_are_refused(make_policy):
 
 @pytest.mark.parametrize(
     ("log_with", "said"),
-    [("nope", "which is no tracker. Use aim"), (5, "which is no tracker"), (["wandb", "nope"], "tracker|not installed")],
+    [
+        ("nope", "which is no tracker. Use aim"),
+        (5, "which is no tracker"),
+        (["wandb", "nope"], "tracker|not installed"),
+    ],
 )
 def test_trackers_that_are_none_are_refused(make_policy, log_with, said):
     with pytest.raises(errors.InvalidValue, match=said):
@@ -255,8 +263,20 @@ def test_a_checkpoint_of_full_training_is_a_model_that_transformers_loads(make_p
 def test_full_training_with_tied_weights_resumes_exactly(make_policy, tmp_path):
     options = {"lora": None, "save_every": 1, "steps": 2}
     run(make_policy, tmp_path / "a", make_policy(0, tie_word_embeddings=True), **options).train()
-    run(make_policy, tmp_path / "b", make_policy(0, tie_word_embeddings=True), **{**options, "steps": 1}).train()
-    opd.resume(tmp_path / "b", make_policy(0, tie_word_embeddings=True), make_policy(1), task(), steps=2, quiet=True).train()
+    run(
+        make_policy,
+        tmp_path / "b",
+        make_policy(0, tie_word_embeddings=True),
+        **{**options, "steps": 1},
+    ).train()
+    opd.resume(
+        tmp_path / "b",
+        make_policy(0, tie_word_embeddings=True),
+        make_policy(1),
+        task(),
+        steps=2,
+        quiet=True,
+    ).train()
     for name in ("model", "optimizer"):
         one, two = (load_file(tmp_path / which / "step-000002" / f"{name}.safetensors") for which in "ab")
         assert one.keys() == two.keys()
@@ -302,7 +322,13 @@ def test_peft_loads_an_adapters_checkpoint(make_policy, tmp_path, options):
     rollout = made.student.sample(task().prompts(2), max_new_tokens=4)
     model = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(tmp_path / "base"), tmp_path / "run" / "step-000002")
     assert torch.equal(plain(model, rollout, made.student), made.student.log_probs(rollout))
-    again = opd.resume(tmp_path / "run", Policy.load(tmp_path / "base", device="cpu"), make_policy(1), task(), quiet=True)
+    again = opd.resume(
+        tmp_path / "run",
+        Policy.load(tmp_path / "base", device="cpu"),
+        make_policy(1),
+        task(),
+        quiet=True,
+    )
     assert torch.equal(again.student.log_probs(rollout), made.student.log_probs(rollout))
 
 
@@ -319,7 +345,10 @@ def test_resized_embeddings_are_saved_and_come_back(make_policy, tmp_path):
     base.tokenizer.save_pretrained(tmp_path / "base")
 
     def resized(seed: int) -> Policy:
-        model, tokenizer = AutoModelForCausalLM.from_pretrained(tmp_path / "base"), AutoTokenizer.from_pretrained(tmp_path / "base")
+        model, tokenizer = (
+            AutoModelForCausalLM.from_pretrained(tmp_path / "base"),
+            AutoTokenizer.from_pretrained(tmp_path / "base"),
+        )
         tokenizer.add_tokens(["<think>", "</think>"])
         torch.manual_seed(seed)  # another session
         model.resize_token_embeddings(len(tokenizer))
@@ -328,7 +357,10 @@ def test_resized_embeddings_are_saved_and_come_back(make_policy, tmp_path):
     problems = opd.tasks.from_records([{"prompt": "ana <think> has"}, {"prompt": "ben has <think>"}], test=0, max_new_tokens=4)
     made = opd.distill(resized(1), resized(9), problems, save=tmp_path / "run", **OPTIONS).train()
     saved = load_file(tmp_path / "run" / "step-000003" / "adapter_model.safetensors")
-    assert {"base_model.model.model.embed_tokens.weight", "base_model.model.lm_head.weight"} <= saved.keys()
+    assert {
+        "base_model.model.model.embed_tokens.weight",
+        "base_model.model.lm_head.weight",
+    } <= saved.keys()
     rollout = made.student.sample(problems.prompts(2), max_new_tokens=4)
     again = opd.resume(tmp_path / "run", resized(2), resized(9), problems, quiet=True)
     assert torch.equal(again.student.log_probs(rollout), made.student.log_probs(rollout))
@@ -339,7 +371,10 @@ def test_resized_embeddings_are_saved_and_come_back(make_policy, tmp_path):
 def test_weights_beside_an_adapter_are_refused(make_policy):
     for student in (make_policy(0), make_policy(0).adapt(4)):
         student.weights.model.get_input_embeddings().weight.requires_grad_(True)
-        with pytest.raises(errors.OpdlabError, match=r"Beside the adapter, model.embed_tokens.weight is to be trained \(1 such"):
+        with pytest.raises(
+            errors.OpdlabError,
+            match=r"Beside the adapter, model.embed_tokens.weight is to be trained \(1 such",
+        ):
             run(make_policy, student=student)
 
 
@@ -357,7 +392,10 @@ def test_two_runs_do_not_take_turns_on_one_student(make_policy):
     one = run(make_policy, student=student)
     two = run(make_policy, student=student)
     next(one)
-    with pytest.raises(errors.OpdlabError, match=r"Another run has made 1 updates to this student since the last step of Run\(OPD, step 0"):
+    with pytest.raises(
+        errors.OpdlabError,
+        match=r"Another run has made 1 updates to this student since the last step of Run\(OPD, step 0",
+    ):
         next(two)
     three = run(make_policy, student=student)  # prepared afterwards: it goes on from there
     next(three)
