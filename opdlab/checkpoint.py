@@ -7,8 +7,8 @@
                        manifest.json (a checksum of every file)
     run/snapshots/     the adapters kept by snapshot_every; run.json names those that belong to it, with checksums
 
-Written beside its final name and renamed. Nothing is pickled. No random state is needed: every step makes its own.
-`opdlab.resuming` takes a run up again.
+Written beside its final name and renamed. Nothing is pickled. No random state is needed: every step
+makes its own. `opdlab.resuming` takes a run up again.
 """
 
 from __future__ import annotations
@@ -24,13 +24,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save, save_file
+from safetensors.torch import save, save_file
 from torch import Tensor
 
 from opdlab import method_state, model_files, roles, run_folder
 from opdlab.errors import DamagedFile, OpdlabError
 from opdlab.policy import Policy
+from opdlab.tensor_files import check_same_tensors, copy_tensors, read_tensors
 
 if TYPE_CHECKING:
     from opdlab.distill import Run
@@ -81,7 +81,8 @@ def write(run: Run, folder: Path) -> Path:
 def update_history(run: Run, folder: Path) -> None:
     """Write what was measured after the checkpoint of this step: an evaluation that came later.
 
-    At every moment the manifest fits the files: it allows the old and the new history while one replaces the other.
+    At every moment the manifest fits the files: it allows the old and the new history while one
+    replaces the other.
     """
     step = folder / f"step-{run.done:06d}"
     history = json.dumps(run.rows, indent=1).encode()
@@ -96,7 +97,9 @@ def update_history(run: Run, folder: Path) -> None:
 
 
 def find(path: Path, step: int | None = None) -> Path:
-    """The checkpoint of `step`, or the one written last, under a run's folder; its checksums are verified."""
+    """The checkpoint of `step`, or the one written last, under a run's folder; its checksums are
+    verified.
+    """
     if (path / "manifest.json").exists():
         return _verified(path)
     there = run_folder.saved_in(path)
@@ -108,7 +111,9 @@ def find(path: Path, step: int | None = None) -> Path:
 
 
 def load_weights(student: Policy, folder: Path) -> None:
-    """Put a checkpoint's weights into a policy that has the same adapter (or the same model, in full training)."""
+    """Put a checkpoint's weights into a policy that has the same adapter (or the same model, in
+    full training).
+    """
     if (folder / "adapter_model.safetensors").exists():
         state = adapter(folder)
         there = {
@@ -124,36 +129,7 @@ def load_weights(student: Policy, folder: Path) -> None:
 
 def adapter(folder: Path) -> dict[str, Tensor]:
     """The tensors of a checkpoint's adapter, as `Weights.set_adapter_state` takes them."""
-    return {k.removeprefix(_PEFT): v for k, v in tensors(folder / "adapter_model.safetensors").items()}
-
-
-def check_same_tensors(there: Mapping[str, Tensor], values: Mapping[str, Tensor], path: Path) -> None:
-    """Refuse saved tensors that are not those that the run has, name by name and shape by shape.
-
-    Raises:
-        DamagedFile: Names the first tensor that is missing, unknown or of another shape.
-    """
-    if missing := sorted(there.keys() - values.keys()):
-        raise DamagedFile(
-            f"{path} has nothing for {missing[0]} ({len(missing)} of {len(there)} tensors are missing). It does not fit this run."
-        )
-    if unknown := sorted(values.keys() - there.keys()):
-        raise DamagedFile(
-            f"{path} holds {unknown[0]}, which this run does not have ({len(unknown)} such tensors). It does not fit this run."
-        )
-    for name, value in values.items():
-        if value.shape != there[name].shape:
-            raise DamagedFile(
-                f"{path} holds {name} of shape {list(value.shape)}, but the run has {list(there[name].shape)}. It does not fit this run."
-            )
-
-
-def copy_tensors(there: Mapping[str, Tensor], values: Mapping[str, Tensor], path: Path) -> None:
-    """Copy saved tensors into those of the run, all of them or none."""
-    check_same_tensors(there, values, path)
-    with torch.no_grad():
-        for name, value in values.items():
-            there[name].copy_(value)
+    return {k.removeprefix(_PEFT): v for k, v in read_tensors(folder / "adapter_model.safetensors").items()}
 
 
 def plain_name(name: str, adapter: str | None) -> str:
@@ -224,7 +200,9 @@ def _description(run: Run, folder: Path) -> dict[str, Any]:
 
 
 def _write_snapshots(run: Run, folder: Path) -> dict[str, dict[str, str]]:
-    """Save those snapshots that are not there yet; their files by step. Equal ones share a name, different ones never do."""
+    """Save those snapshots that are not there yet; their files by step. Equal ones share a name,
+    different ones never do.
+    """
     found = {}
     for step, state in sorted(run.snapshots.items()):
         data = save(_contiguous(state))
@@ -241,7 +219,7 @@ def read_snapshot(path: Path, checksum: str) -> dict[str, Tensor]:
     """The tensors of one snapshot; raises DamagedFile."""
     if not path.exists() or _checksum(path) != checksum:
         raise DamagedFile(f"{path} is missing or not what was written.")
-    return tensors(path)
+    return read_tensors(path)
 
 
 def _checksums(folder: Path) -> dict[str, str]:
@@ -265,14 +243,6 @@ def _checksum(path: Path) -> str:
         while piece := file.read(1 << 20):
             digest.update(piece)
     return digest.hexdigest()
-
-
-def tensors(path: Path) -> dict[str, Tensor]:
-    """The tensors of a file; raises DamagedFile for one that cannot be read."""
-    try:
-        return load_file(path)
-    except (SafetensorError, OSError) as error:
-        raise DamagedFile(f"{path} cannot be read ({error}). Resume from an earlier checkpoint: step=N.") from error
 
 
 def _json(path: Path, value: Any) -> None:
@@ -308,7 +278,9 @@ def _replace(path: Path, data: bytes) -> None:
 
 
 def _flush(folder: Path) -> None:
-    """To the disk before the rename, so that a power cut leaves no empty files under the final name."""
+    """To the disk before the rename, so that a power cut leaves no empty files under the final
+    name.
+    """
     for path in folder.rglob("*"):
         if path.is_file():
             with path.open("rb") as file:

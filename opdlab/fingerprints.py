@@ -1,8 +1,9 @@
 """Fingerprints: short names for large things, equal exactly where the things are.
 
-Weights, tokenizers, functions and plain values, each as something that JSON holds. A checkpoint keeps them to tell whether
-a run is taken up with what it was begun with. They guard against mix-ups, not against forgery: of a large tensor only some
-entries are read, at least one in every row.
+Weights, tokenizers, functions and plain values, each as something that JSON holds. A checkpoint
+keeps them to tell whether a run is taken up with what it was begun with. They guard against
+mix-ups, not against forgery: of a large tensor only some entries are read, at least one in every
+row.
 """
 
 from __future__ import annotations
@@ -54,7 +55,9 @@ def digest(*parts: str | bytes) -> str:
 
 
 def tensor_digest(value: Tensor) -> str:
-    """A fingerprint of a tensor: all of a small one, a spread of entries and one per row of a large one."""
+    """A fingerprint of a tensor: all of a small one, a spread of entries and one per row of a large
+    one.
+    """
     flat = value.detach().reshape(-1)
     if flat.numel() > 2 * SPREAD:
         width = value.shape[-1]
@@ -74,8 +77,8 @@ def tensors_digest(tensors: Mapping[str, Tensor]) -> str:
 def base_tensors(model: nn.Module) -> dict[str, Tensor]:
     """The model's own tensors under the names that they have without adapters. Not copies.
 
-    PEFT wraps a layer that it adapts: the original is then `layer.base_layer`, or `layer.original_module` where the adapter
-    holds a copy that is trained whole.
+    PEFT wraps a layer that it adapts: the original is then `layer.base_layer`, or
+    `layer.original_module` where the adapter holds a copy that is trained whole.
     """
     kept = {}
     for name, module in model.named_modules():
@@ -111,12 +114,15 @@ def _bare_name(name: str, kept: Mapping[str, str]) -> str | None:
 
 
 def adapter_digest(weights: Weights, name: str | None) -> str | None:
-    """A fingerprint of what an adapter adds; None for no adapter and for one that changes nothing yet."""
+    """A fingerprint of what an adapter adds; None for no adapter and for one that changes nothing
+    yet.
+    """
     if name is None:
         return None
     state = weights.adapter_state(name)
     base = base_tensors(weights.model)
-    # A product of two matrices changes nothing while one of them is zero; a module that is trained whole, while it is a copy.
+    # A product of two matrices changes nothing while one of them is zero; a module that is trained
+    # whole, while it is a copy.
     products = [(key.replace("lora_B", "lora_A").replace("embedding_B", "embedding_A"), key) for key in state if "_B" in key]
     copies = {key: value for key, value in state.items() if "lora_" not in key}
     is_fresh = (
@@ -128,7 +134,9 @@ def adapter_digest(weights: Weights, name: str | None) -> str | None:
 
 
 def model_config(model: nn.Module) -> dict[str, Any]:
-    """The settings of a transformers model that differ from its family's defaults and change its numbers."""
+    """The settings of a transformers model that differ from its family's defaults and change its
+    numbers.
+    """
     config: Any = model.config
     return {key: describe(value) for key, value in config.to_diff_dict().items() if key not in _NEUTRAL}
 
@@ -139,7 +147,9 @@ def vocabulary_digest(tokenizer: PreTrainedTokenizerBase) -> str:
 
 
 def function_description(function: Any) -> dict[str, Any]:
-    """Where a function or class is defined, what it says, and the plain values that it was made with."""
+    """Where a function or class is defined, what it says, and the plain values that it was made
+    with.
+    """
     out: dict[str, Any] = {"name": f"{getattr(function, '__module__', '?')}.{getattr(function, '__qualname__', type(function).__name__)}"}
     if isinstance(function, functools.partial):
         inner = function_description(function.func)
@@ -178,7 +188,9 @@ def _contents(cell: Any) -> Any:
 
 
 def source_digest(thing: Any) -> str | None:
-    """A fingerprint of a function's or a class's code, comments and layout aside; None where the source is not at hand."""
+    """A fingerprint of a function's or a class's code, comments and layout aside; None where the
+    source is not at hand.
+    """
     try:
         source = textwrap.dedent(inspect.getsource(thing))
     except (OSError, TypeError):
@@ -190,7 +202,9 @@ def source_digest(thing: Any) -> str | None:
 
 
 def describe(value: Any, depth: int = 6) -> Any:
-    """A value as JSON holds it: plain ones as they are, others by their kind and a fingerprint of what is in them."""
+    """A value as JSON holds it: plain ones as they are, others by their kind and a fingerprint of
+    what is in them.
+    """
     if value is None or isinstance(value, (bool, int, float, str)):
         return value
     if depth == 0:

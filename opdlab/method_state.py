@@ -1,13 +1,15 @@
-"""What a method remembers from step to step: saved where it says how, and told where it would be lost.
+"""What a method remembers from step to step: saved where it says how, and told where it would be
+lost.
 
 A method that keeps running statistics offers
 
     state_dict() -> {name: tensor, or a value that JSON holds}
     load_state_dict(state)          the same mapping back, tensors on the device that they came from
 
-as `torch.nn.Module` does. Checkpoints hold that state, a resumed run goes on with it, and a step that fails or is
-interrupted leaves it as it was. A method may remember things without saying so (attributes, variables of an enclosing
-function, globals). These are compared with what they were at the beginning: what has moved is named, since it is lost.
+as `torch.nn.Module` does. Checkpoints hold that state, a resumed run goes on with it, and a step
+that fails or is interrupted leaves it as it was. A method may remember things without saying so
+(attributes, variables of an enclosing function, globals). These are compared with what they were at
+the beginning: what has moved is named, since it is lost.
 """
 
 from __future__ import annotations
@@ -98,7 +100,8 @@ def _check_plain(value: Any, where: str) -> None:
             _check_plain(one, f"{where}[{key!r}]")
         return
     raise InvalidValue(
-        f"{where} is a {type(value).__name__}, which a checkpoint cannot hold. Use tensors at the top, and numbers, texts, "
+        f"{where} is a {type(value).__name__}, which a checkpoint cannot hold. Use tensors at the "
+        "top, and numbers, texts, "
         "True, False, None, lists and dicts anywhere."
     )
 
@@ -141,7 +144,9 @@ def restore_state(method: Any, folder: Path, device: torch.device) -> None:
 
 @contextlib.contextmanager
 def restored_on_failure(method: Any, is_counted: Callable[[], bool]) -> Iterator[None]:
-    """Put a method's state back if the block fails before its step is counted, so that a repeated step counts nothing twice."""
+    """Put a method's state back if the block fails before its step is counted, so that a repeated
+    step counts nothing twice.
+    """
     if not keeps_state(method):
         yield
         return
@@ -169,18 +174,24 @@ class Memory:
         self._told = False
 
     def moved(self) -> list[str]:
-        """Names of attributes, enclosing variables and globals that have changed since the beginning."""
+        """Names of attributes, enclosing variables and globals that have changed since the
+        beginning.
+        """
         now = _remembered(self.method)
         return sorted(name for name in now.keys() | self._before.keys() if now.get(name) != self._before.get(name))
 
     def forgotten(self) -> list[str]:
-        """What has changed and no checkpoint holds, with a warning the first time that there is something."""
+        """What has changed and no checkpoint holds, with a warning the first time that there is
+        something.
+        """
         names = [] if self._is_saved else self.moved()
         if names and not self._told:
             self._told = True
             warnings.warn(
-                f"{type(self.method).__name__} keeps {', '.join(names)} from step to step, and checkpoints do not hold that: a resumed "
-                "run starts with what the method is given with then. Give the method state_dict() and load_state_dict(state).",
+                f"{type(self.method).__name__} keeps {', '.join(names)} from step to step, and "
+                "checkpoints do not hold that: a resumed "
+                "run starts with what the method is given with then. Give the method state_dict() "
+                "and load_state_dict(state).",
                 stacklevel=2,
             )
         return names

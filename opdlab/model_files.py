@@ -1,4 +1,6 @@
-"""A whole model in a checkpoint, as transformers writes and reads it; and embeddings that were resized for new tokens."""
+"""A whole model in a checkpoint, as transformers writes and reads it; and embeddings that were
+resized for new tokens.
+"""
 
 from __future__ import annotations
 
@@ -8,24 +10,26 @@ from pathlib import Path
 from typing import Any
 
 import transformers
-from safetensors import SafetensorError
-from safetensors.torch import load_file
 from torch import Tensor, nn
 from transformers import AutoConfig, GenerationConfig
 
-from opdlab.errors import DamagedFile
 from opdlab.fingerprints import base_tensors
+from opdlab.tensor_files import read_tensors
 from opdlab.weights import Weights
 
 
 def own_tensors(weights: Weights) -> dict[str, Tensor]:
-    """The model's own parameters and buffers by the bare model's names, each tied one under its first name only."""
+    """The model's own parameters and buffers by the bare model's names, each tied one under its
+    first name only.
+    """
     tensors = base_tensors(weights.model)
     return {name: tensors[name] for name in dict.fromkeys(_first_names(tensors).values())}
 
 
 def _first_names(tensors: Mapping[str, Tensor]) -> dict[str, str]:
-    """For every name the first one under which the same memory stands: tied weights have two names or more."""
+    """For every name the first one under which the same memory stands: tied weights have two names
+    or more.
+    """
     first: dict[Any, str] = {}
     for name, value in tensors.items():
         first.setdefault(_place(name, value), name)
@@ -54,10 +58,7 @@ def read_model(weights: Weights, folder: Path) -> dict[str, Tensor]:
     there, path = own_tensors(weights), folder / "model.safetensors"
     first = _first_names(base_tensors(weights.model))
     if path.exists():
-        try:
-            values = load_file(path)
-        except (SafetensorError, OSError) as error:
-            raise DamagedFile(f"{path} cannot be read ({error}). Resume from an earlier checkpoint: step=N.") from error
+        values = read_tensors(path)
         values = {name.replace(".base_layer.", "."): value for name, value in values.items()}
         values = {first.get(name, name): value for name, value in values.items()}
         if not (folder / "config.json").exists():  # the first format held the parameters without the buffers
@@ -65,7 +66,8 @@ def read_model(weights: Weights, folder: Path) -> dict[str, Tensor]:
             return {**buffers, **values}
         if values.keys() == there.keys():
             return values
-    # Some families are saved under other names than they have in memory, and large models in several files.
+    # Some families are saved under other names than they have in memory, and large models in
+    # several files.
     kind: Any = type(weights.model)
     with _quiet():
         saved = kind.from_pretrained(folder, dtype=weights.model.dtype).state_dict()
@@ -73,9 +75,11 @@ def read_model(weights: Weights, folder: Path) -> dict[str, Tensor]:
 
 
 def has_new_embeddings(weights: Weights) -> bool:
-    """Whether the vocabulary was resized after loading: the rows are not those of the configuration on the disk.
+    """Whether the vocabulary was resized after loading: the rows are not those of the configuration
+    on the disk.
 
-    Only what is already on this machine is read. A model that was made in memory has no configuration to compare with.
+    Only what is already on this machine is read. A model that was made in memory has no
+    configuration to compare with.
     """
     source = weights.source or getattr(weights.model.config, "_name_or_path", "")
     if not source:
@@ -88,7 +92,9 @@ def has_new_embeddings(weights: Weights) -> bool:
 
 
 def embeddings(weights: Weights, wanted: Container[str] | None = None) -> dict[str, Tensor]:
-    """The input and output embeddings of the model itself, as PEFT names them beside an adapter (all, or those `wanted`)."""
+    """The input and output embeddings of the model itself, as PEFT names them beside an adapter
+    (all, or those `wanted`).
+    """
     layers = [weights.model.get_input_embeddings(), weights.model.get_output_embeddings()]
     modules = {name: module for name, module in weights.model.named_modules() if any(module is layer for layer in layers)}
     found = {}
@@ -124,7 +130,9 @@ def _without_adapters(model: Any) -> Iterator[None]:
 
 @contextlib.contextmanager
 def _savable_generation(model: Any, folder: Path) -> Iterator[None]:
-    """transformers refuses to save some generation settings that it loads; these are written as they are."""
+    """transformers refuses to save some generation settings that it loads; these are written as
+    they are.
+    """
     config = getattr(model, "generation_config", None)
     try:
         if config is not None:

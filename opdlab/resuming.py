@@ -1,23 +1,32 @@
-"""Take up a saved run where it was: check that it is the same run, then put back what its checkpoint holds."""
+"""Take up a saved run where it was: check that it is the same run, then put back what its
+checkpoint holds.
+"""
 
 from __future__ import annotations
 
-import json
 import os
 import warnings
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from peft import PeftConfig
 from torch import Tensor
 
-from opdlab import checkpoint, divergence, method_state, methods, roles, run_folder, run_identity
+from opdlab import (
+    checkpoint,
+    divergence,
+    method_state,
+    methods,
+    roles,
+    run_differences,
+    run_identity,
+)
 from opdlab.errors import DamagedFile, InvalidValue, OpdlabError
 from opdlab.policy import Policy
+from opdlab.restoring import SavedRun, fit_adapter, restore_optimizer
 from opdlab.settings import Settings
 from opdlab.tasks import Task
+from opdlab.tensor_files import copy_tensors, read_tensors
 from opdlab.validation import CountOrZero, shortened, validate
 
 if TYPE_CHECKING:
@@ -29,21 +38,14 @@ FREE = ("steps", "micro_batch", "checkpointing", "evaluate_every", "snapshot_eve
 # What `distill` takes besides settings and what every resumed run is given.
 _OPTIONS = ("policies", "save", "log_with", "quiet")
 
-# Settings of an adapter that change its numbers; what PEFT adds besides are names and bookkeeping.
-_ADAPTER = (
-    "peft_type", "r", "lora_alpha", "target_modules", "target_parameters", "exclude_modules", "modules_to_save", "use_dora",
-    "use_rslora", "bias", "lora_bias", "fan_in_fan_out", "layers_to_transform", "layers_pattern", "rank_pattern",
-    "alpha_pattern", "lora_dropout", "trainable_token_indices", "layer_replication",
-)  # fmt: skip
-
 
 def resume(path: str | os.PathLike[str], student: Policy, teacher: Any = None, task: Task | None = None, *,
            method: Any = None, step: int | None = None, allow: str | Sequence[str] = (), **options: Any) -> Run:  # fmt: skip
     """Take up a saved run where it was.
 
-    Give the student as it was before the run, and the same teacher, task and `policies=`. They are compared with what the
-    checkpoint knows of them, by fingerprints of weights, prompts and code. On a CPU the run then goes on bit for bit as if
-    it had not been interrupted.
+    Give the student as it was before the run, and the same teacher, task and `policies=`. They are
+    compared with what the checkpoint knows of them, by fingerprints of weights, prompts and code.
+    On a CPU the run then goes on bit for bit as if it had not been interrupted.
 
     Args:
         path: The run's folder, or one of its checkpoints.
@@ -52,9 +54,10 @@ def resume(path: str | os.PathLike[str], student: Policy, teacher: Any = None, t
         task: As it was given to `distill`.
         method: A method of your own must be given again; opdlab's are rebuilt from their options.
         step: Which checkpoint; the one written last by default.
-        allow: Parts that may differ from those of the run: "student", "tokenizer", "task", "teacher", "policies", "method".
-        options: Options of `distill`. `save=` another folder to go on there. Settings that change the training are taken
-            from then on, with a warning; the rank of the adapter is fixed.
+        allow: Parts that may differ from those of the run: "student", "tokenizer", "task",
+            "teacher", "policies", "method".
+        options: Options of `distill`. `save=` another folder to go on there. Settings that change
+            the training are taken from then on, with a warning; the rank of the adapter is fixed.
 
     Raises:
         DamagedFile: The checkpoint is not what was written, or does not fit the run.
@@ -75,38 +78,15 @@ def resume(path: str | os.PathLike[str], student: Policy, teacher: Any = None, t
         admit=lambda run, given: _admit(run, saved, given, allowed),
         **{name: value for name, value in options.items() if name in _OPTIONS},
     )
-    _restore_optimizer(run, saved)
+    restore_optimizer(run, saved)
     checkpoint.load_weights(run.student, saved.folder)
     for average in run.averages:
         path_of_average = saved.folder / "ema.safetensors"
-        checkpoint.copy_tensors(roles.state(average), checkpoint.tensors(path_of_average), path_of_average)
+        copy_tensors(roles.state(average), read_tensors(path_of_average), path_of_average)
     method_state.restore_state(run.method, saved.folder, run.student.weights.device)
     run.restart(saved.step, checkpoint.read_json(saved.folder / "history.json"), _snapshots(saved))
     _warn(run, saved)
     return run
-
-
-@dataclass(frozen=True)
-class SavedRun:
-    """A checkpoint that was found and verified, and what its `run.json` says."""
-
-    folder: Path
-    said: Mapping[str, Any]
-
-    @property
-    def step(self) -> int:
-        return int(self.said["step"])
-
-    @property
-    def is_old(self) -> bool:
-        """Whether it was written before checkpoints knew what the run was made of."""
-        return self.said.get("format", 1) < 2
-
-    @property
-    def lineage(self) -> run_folder.Lineage:
-        """The run that wrote it; files of the first format have no name."""
-        written = self.said.get("run", {"name": "", "root": "", "ancestors": {}})
-        return run_folder.Lineage(written["name"], written["ancestors"], written["root"])
 
 
 def _as_folder(path: Any) -> Path:
@@ -139,7 +119,8 @@ def _read(path: Path, step: Any) -> SavedRun:
 
 
 def _settings(saved: SavedRun, options: Mapping[str, Any]) -> dict[str, Any]:
-    """The settings to go on with: those saved, and the user's over them. Says which of them change the training.
+    """The settings to go on with: those saved, and the user's over them. Says which of them change
+    the training.
 
     Raises:
         OpdlabError: The adapter is to be another one, or the steps lie behind the checkpoint.
@@ -162,7 +143,8 @@ def _settings(saved: SavedRun, options: Mapping[str, Any]) -> dict[str, Any]:
         )
     if now["steps"] < saved.step:
         raise OpdlabError(
-            f"resume got steps={now['steps']}, but {saved.folder} has done {saved.step}. Give at least as many steps, or take up an "
+            f"resume got steps={now['steps']}, but {saved.folder} has done {saved.step}. Give at "
+            "least as many steps, or take up an "
             "earlier checkpoint with step=…."
         )
     changed = [f"{key} {before[key]} → {now[key]}" for key in known if key in before and key not in FREE and now[key] != before[key]]
@@ -170,7 +152,8 @@ def _settings(saved: SavedRun, options: Mapping[str, Any]) -> dict[str, Any]:
         changed.append(f"steps {before['steps']} → {now['steps']} (the schedule {now['schedule']!r} depends on them)")
     if changed:
         warnings.warn(
-            f"The run goes on from step {saved.step} with other settings: {', '.join(changed)}. It is no longer the run that was saved; "
+            f"The run goes on from step {saved.step} with other settings: {', '.join(changed)}. It "
+            "is no longer the run that was saved; "
             "later checkpoints in its folder will be replaced.",
             stacklevel=3,
         )
@@ -202,12 +185,13 @@ def _admit(run: Run, saved: SavedRun, given: Mapping[str, Any], allowed: Sequenc
     else:
         identity = saved.said["identity"]
         run.identity = run_identity.describe_run(run, given, tuple(identity["drawn"]))
-        found = run_identity.differences(identity, run.identity, saved.said.get("moved", ()))
+        found = run_differences.differences(identity, run.identity, saved.said.get("moved", ()))
         refused = {part: said for part, said in found.items() if part not in allowed}
         if refused:
             parts = ", ".join(map(repr, refused))
             raise OpdlabError(
-                f"{saved.folder} cannot be taken up: {'; '.join(refused.values())}. Give what the run was trained with, or go on with "
+                f"{saved.folder} cannot be taken up: {'; '.join(refused.values())}. Give what the "
+                "run was trained with, or go on with "
                 f"something else on purpose: resume(…, allow=({parts},))."
             )
         if found:
@@ -217,12 +201,13 @@ def _admit(run: Run, saved: SavedRun, given: Mapping[str, Any], allowed: Sequenc
             )
         if (processes := saved.said["processes"]) != run.accelerator.num_processes:
             warnings.warn(
-                f"The run was trained by {processes} processes and goes on with {run.accelerator.num_processes}, so that a step has "
+                f"The run was trained by {processes} processes and goes on with "
+                f"{run.accelerator.num_processes}, so that a step has "
                 "another number of prompts.",
                 stacklevel=6,
             )
     run.lineage = saved.lineage.child(saved.step)
-    _fit_adapter(run, saved)
+    fit_adapter(run, saved)
 
 
 def _admit_old(run: Run, saved: SavedRun) -> None:
@@ -231,7 +216,8 @@ def _admit_old(run: Run, saved: SavedRun) -> None:
     tokenizer, name = run.identity["tokenizer"]["vocabulary"], type(run.method).__name__
     if said["tokenizer"] != tokenizer:
         raise OpdlabError(
-            f"{folder} was trained with another tokenizer than {run.student!r} has: fingerprint {said['tokenizer'][:16]} was saved and "
+            f"{folder} was trained with another tokenizer than {run.student!r} has: fingerprint "
+            f"{said['tokenizer'][:16]} was saved and "
             f"{tokenizer[:16]} is given. Load the student it began with: {said['student']!r}."
         )
     for what, before, now in (
@@ -247,81 +233,18 @@ def _admit_old(run: Run, saved: SavedRun) -> None:
             f"The student's adapter is already trained. {folder} goes on from the student as it was before the run: load it anew."
         )
     warnings.warn(
-        f"{folder} was written by an earlier version. The vocabulary, the name of the task and that of the method fit; whether the "
-        "student's weights, the prompts, the teacher and the method's code are those of the run could not be checked.",
+        f"{folder} was written by an earlier version. The vocabulary, the name of the task and "
+        "that of the method fit; whether the "
+        "student's weights, the prompts, the teacher and the method's code are those of the run "
+        "could not be checked.",
         stacklevel=7,
     )
 
 
-def _fit_adapter(run: Run, saved: SavedRun) -> None:
-    """Give a student without adapter the one that the checkpoint describes; refuse an adapter that is another one."""
-    path = saved.folder / "adapter_config.json"
-    if not path.exists():
-        return
-    described = checkpoint.read_json(path)
-    weights, name = run.student.weights, run.student.adapter
-    if name is None:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # PEFT on fields of its other versions
-            config = PeftConfig.from_pretrained(str(saved.folder))
-        config.inference_mode = False
-        run.student._adapter.name = weights.add_adapter(config, seed=run.settings.seed)
-        return
-    now = json.loads(json.dumps(weights.model.peft_config[name].to_dict(), default=checkpoint._other))
-    for key in _ADAPTER:
-        before, after = (_unordered(side.get(key)) for side in (described, now))
-        if key in described and before != after:
-            raise OpdlabError(
-                f"The student's adapter {name!r} has {key}={after} and that of {saved.folder} has {before}. Give the student without an "
-                "adapter: it gets the one that the checkpoint describes."
-            )
-
-
-def _unordered(value: Any) -> Any:
-    return sorted(value, key=str) if isinstance(value, list) else value
-
-
-def _restore_optimizer(run: Run, saved: SavedRun) -> None:
-    """Give every parameter its optimizer state, matched by names that do not depend on the adapter's.
-
-    Raises:
-        DamagedFile: A parameter has no state, or one of another shape.
-    """
-    path = saved.folder / "optimizer.safetensors"
-    flat = checkpoint.tensors(path)
-    if not flat and saved.step == 0:
-        return
-    parameters = {checkpoint.plain_name(name, run.student.adapter): p for name, p in run.parameters.items()}
-    states: dict[str, dict[str, Tensor]] = {}
-    for key, value in flat.items():
-        kind, name = key.split("/", 1)
-        states.setdefault(name, {})[kind] = value
-    states = _without_adapter(states, set(parameters))
-    for kind in {kind for state in states.values() for kind in state}:
-        shaped = {name: state[kind] for name, state in states.items() if kind in state}
-        there = parameters if kind != "step" else {name: shaped.get(name, p) for name, p in parameters.items()}
-        checkpoint.check_same_tensors(there, shaped, path)
-    if not states:
-        raise DamagedFile(f"{path} holds no optimizer state. Resume from an earlier checkpoint: step=N.")
-    for name, p in parameters.items():
-        run.optimizer.state[p] = {
-            kind: value.to(p.device, value.dtype if kind == "step" else p.dtype) for kind, value in states[name].items()
-        }
-
-
-def _without_adapter(states: dict[str, Any], wanted: set[str]) -> dict[str, Any]:
-    """The first format's names contain the name of the adapter as it was then: find it, and take it out."""
-    if states.keys() == wanted or not states:
-        return states
-    for part in next(iter(states)).split("."):
-        renamed = {checkpoint.plain_name(name, part): state for name, state in states.items()}
-        if renamed.keys() == wanted:
-            return renamed
-    return states
-
-
 def _snapshots(saved: SavedRun) -> dict[int, dict[str, Tensor]]:
-    """The adapters that the run had kept. One that is damaged is told and left out: the run can go on without it."""
+    """The adapters that the run had kept. One that is damaged is told and left out: the run can go
+    on without it.
+    """
     kept = {}
     for step, file in saved.said.get("snapshots", {}).items():
         path = saved.folder.parent / "snapshots" / Path(file["file"]).name
@@ -335,7 +258,9 @@ def _snapshots(saved: SavedRun) -> dict[int, dict[str, Tensor]]:
 def _warn(run: Run, saved: SavedRun) -> None:
     if forgotten := saved.said.get("forgotten"):
         warnings.warn(
-            f"{type(run.method).__name__} had changed {', '.join(forgotten)} by step {saved.step}, and the checkpoint does not hold "
-            "that: the method starts with what it is given with now. Give it state_dict() and load_state_dict(state).",
+            f"{type(run.method).__name__} had changed {', '.join(forgotten)} by step {saved.step}, "
+            "and the checkpoint does not hold "
+            "that: the method starts with what it is given with now. Give it state_dict() and "
+            "load_state_dict(state).",
             stacklevel=3,
         )

@@ -1,7 +1,8 @@
 """The folder of a run: may it be used, which checkpoints lie in it, and which run wrote them.
 
-A folder holds one run. A run that is taken up gets a new name and remembers its ancestors, so that checkpoints of a path
-that was left (a run resumed at an earlier step) are told from those of the path that leads to it.
+A folder holds one run. A run that is taken up gets a new name and remembers its ancestors, so that
+checkpoints of a path that was left (a run resumed at an earlier step) are told from those of the
+path that leads to it.
 """
 
 from __future__ import annotations
@@ -24,7 +25,9 @@ _STEP = re.compile(r"step-(\d{6,})")
 
 @dataclass(frozen=True)
 class Lineage:
-    """The name of a run, and those of the runs that it was resumed from with the last step taken over from each."""
+    """The name of a run, and those of the runs that it was resumed from with the last step taken
+    over from each.
+    """
 
     name: str = field(default_factory=lambda: uuid.uuid4().hex[:12])
     ancestors: Mapping[str, int] = field(default_factory=dict)
@@ -47,7 +50,8 @@ class Lineage:
 
 @dataclass(frozen=True)
 class Saved:
-    """A checkpoint in a folder: its step, the run that wrote it ("" in older files), and its place in the order of writing.
+    """A checkpoint in a folder: its step, the run that wrote it ("" in older files), and its place
+    in the order of writing.
 
     `family` is the run at the beginning of those that were resumed one from the other.
     """
@@ -77,7 +81,8 @@ def _read(path: Path, step: int) -> Saved:
         name = str(written.get("name", ""))
         return Saved(path, step, name, str(written.get("root", name)), float(written.get("serial", 0)))
     except (OSError, ValueError, AttributeError, TypeError):
-        # Damaged: nobody knows when it was written. Taken for the newest, it is found out by its checksums.
+        # Damaged: nobody knows when it was written. Taken for the newest, it is found out by its
+        # checksums.
         return Saved(path, step, "", "", math.inf)
 
 
@@ -97,8 +102,10 @@ def check_owner(folder: Path, lineage: Lineage) -> None:
     if strangers:
         steps = ", ".join(str(one.step) for one in sorted(strangers, key=lambda one: one.step))
         raise OpdlabError(
-            f"{folder} holds checkpoints of another run (steps {steps}). Two runs in one folder could not be told apart: "
-            "give another folder as save=, go on with that run by opdlab.resume(path, …), or delete it first."
+            f"{folder} holds checkpoints of another run (steps {steps}). Two runs in one folder "
+            "could not be told apart: "
+            "give another folder as save=, go on with that run by opdlab.resume(path, …), or "
+            "delete it first."
         )
 
 
@@ -154,7 +161,9 @@ def _as_path(folder: Any, owner: str) -> Path:
 
 
 def _probe(path: Path) -> None:
-    """Make the folder, and a file in it for a moment. The folder stays: other processes of the same run may look at it now."""
+    """Make the folder, and a file in it for a moment. The folder stays: other processes of the same
+    run may look at it now.
+    """
     path.mkdir(parents=True, exist_ok=True)
     probe = path / f".probe-{uuid.uuid4().hex}"
     probe.touch()

@@ -1,4 +1,5 @@
-"""When a run keeps something: snapshots in memory, checkpoints on the disk, evaluations in its history.
+"""When a run keeps something: snapshots in memory, checkpoints on the disk, evaluations in its
+history.
 
 A step is saved before it is evaluated, so that an interrupt during a long evaluation loses nothing.
 """
@@ -23,24 +24,28 @@ if TYPE_CHECKING:
 
 
 def check_folder(save: Any, settings: Settings) -> Path | None:
-    """The folder for checkpoints, checked for whether it can be written and whether the settings can be met.
+    """The folder for checkpoints, checked for whether it can be written and whether the settings
+    can be met.
 
     Raises:
-        InvalidValue: The folder cannot be used, is missing, or snapshots of whole models are asked for.
+        InvalidValue: The folder cannot be used, is missing, or snapshots of whole models are asked
+            for.
     """
     folder = run_folder.check_folder(save)
     if settings.save_every and folder is None:
         raise InvalidValue(f"distill got save_every={settings.save_every} and no folder. Give save='runs/name' too.")
     if settings.snapshot_every and settings.lora is None:
         raise InvalidValue(
-            f"distill got snapshot_every={settings.snapshot_every} and lora=None: snapshots are adapters, and in full training every "
+            f"distill got snapshot_every={settings.snapshot_every} and lora=None: snapshots are "
+            "adapters, and in full training every "
             "one would be a whole model. Use save= and save_every=, or train an adapter."
         )
     return folder
 
 
 def check_parameters(student: Policy) -> None:
-    """Refuse to train weights beside an adapter: all policies share them, and neither snapshots nor frozen policies hold them.
+    """Refuse to train weights beside an adapter: all policies share them, and neither snapshots nor
+    frozen policies hold them.
 
     Called before the adapter is made, which would freeze them without a word, and after.
     """
@@ -50,8 +55,10 @@ def check_parameters(student: Policy) -> None:
     is_left_over = student.adapter is None and len(beside) == len(base)  # of full training; making an adapter freezes all
     if beside and not is_left_over:
         raise OpdlabError(
-            f"Beside the adapter, {beside[0]} is to be trained ({len(beside)} such parameters). Every policy on this model "
-            "would move with it. Freeze it, put whole modules into the adapter (LoraConfig(modules_to_save=[…], bias='none')), or train "
+            f"Beside the adapter, {beside[0]} is to be trained ({len(beside)} such parameters). "
+            "Every policy on this model "
+            "would move with it. Freeze it, put whole modules into the adapter "
+            "(LoraConfig(modules_to_save=[…], bias='none')), or train "
             "all weights with lora=None."
         )
 
@@ -64,7 +71,9 @@ def is_saved(run: Run) -> bool:
 
 
 def save(run: Run, path: Any = None) -> Path:
-    """Write a checkpoint into `path`, or into the run's folder; returns where it is. Of several processes the main one writes."""
+    """Write a checkpoint into `path`, or into the run's folder; returns where it is. Of several
+    processes the main one writes.
+    """
     folder = run.folder if path is None else run_folder.check_folder(path, "save got path")
     if folder is None:
         raise OpdlabError("Where to? Give run.save(path), or distill(…, save=path).")
@@ -75,7 +84,9 @@ def save(run: Run, path: Any = None) -> Path:
 
 
 def keep_snapshot(run: Run) -> None:
-    """Remember the adapter as it is now; full training keeps none, since every copy would be a whole model."""
+    """Remember the adapter as it is now; full training keeps none, since every copy would be a
+    whole model.
+    """
     if run.student.adapter:
         state = run.student.weights.adapter_state(run.student.adapter)
         run.snapshots[run.done] = {k: v.detach().cpu().clone() for k, v in state.items()}

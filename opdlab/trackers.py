@@ -13,7 +13,8 @@ from opdlab.validation import shortened
 
 
 def make_accelerator(log_with: Any, folder: Path | None) -> Accelerator:
-    """An accelerator that logs to `log_with`; trackers that keep files put them into the run's folder.
+    """An accelerator that logs to `log_with`; trackers that keep files put them into the run's
+    folder.
 
     Raises:
         InvalidValue: There is no such tracker, or its package is not installed.
@@ -23,7 +24,9 @@ def make_accelerator(log_with: Any, folder: Path | None) -> Accelerator:
 
 
 def check_trackers(log_with: Any) -> None:
-    """Refuse what is no tracker, and those whose package is missing, which Accelerate would leave out without a word."""
+    """Refuse what is no tracker, and those whose package is missing, which Accelerate would leave
+    out without a word.
+    """
     known = {str(name): name for name in LOGGER_TYPE_TO_CLASS}
     installed = {str(name) for name in get_available_trackers()}
     for one in log_with if isinstance(log_with, (list, tuple)) else [log_with]:

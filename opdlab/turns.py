@@ -26,8 +26,10 @@ class Turn:
         """
         if others := self._counted() - self._seen:
             raise OpdlabError(
-                f"Another run has made {others} updates to this student since the last step of {run}. The two share its weights, but "
-                "not their optimizers, references and checkpoints. Finish one before the next is prepared, or give each a student of "
+                f"Another run has made {others} updates to this student since the last step of "
+                f"{run}. The two share its weights, but "
+                "not their optimizers, references and checkpoints. Finish one before the next is "
+                "prepared, or give each a student of "
                 "its own: Policy.load(…), or student.copied()."
             )
 
