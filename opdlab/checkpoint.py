@@ -78,13 +78,12 @@ def write(run: Run, folder: Path) -> Path:
     return final
 
 
-def update_history(run: Run, folder: Path) -> None:
+def update_history(run: Run, step: Path) -> None:
     """Write what was measured after the checkpoint of this step: an evaluation that came later.
 
     At every moment the manifest fits the files: it allows the old and the new history while one
     replaces the other.
     """
-    step = folder / f"step-{run.done:06d}"
     history = json.dumps(run.rows, indent=1).encode()
     manifest = read_json(step / "manifest.json")
     new = hashlib.sha256(history).hexdigest()

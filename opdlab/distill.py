@@ -23,6 +23,7 @@ from torch import Tensor
 from opdlab import method_state, model_files, roles, run_folder, run_identity, saving, signals
 from opdlab.batch import Batch, rehearse
 from opdlab.errors import MissingPolicy, NonFinite, OpdlabError
+from opdlab.evaluate import evaluate
 from opdlab.interrupts import hold_interrupts as _uninterrupted
 from opdlab.methods import OPD, Method
 from opdlab.policy import Policy, Prompt, check_same_tokens
@@ -115,7 +116,7 @@ class Run:
         return self
 
     def __next__(self) -> Step:
-        saving.evaluate_if_due(self)  # an evaluation that was interrupted is made up for
+        self._evaluate()  # one that was interrupted is made up for
         if self.done >= self.settings.steps:
             self._progress.close()
             raise StopIteration
@@ -125,7 +126,7 @@ class Run:
             step = self._step()
         self.last = step
         try:
-            saving.evaluate_if_due(self)
+            self._evaluate()
         finally:
             self.accelerator.log(step.metrics, step=self.done)
         keep = {k: v for k, v in step.metrics.items() if k in ("loss", "reverse_kl", "reward", "length", "accuracy")}
@@ -303,6 +304,11 @@ class Run:
                 saving.keep_snapshot(self)
             if saving.is_saved(self):
                 self.save()
+
+    def _evaluate(self) -> None:
+        """Evaluate where that is due. The step is saved by then, so an interrupt here loses nothing."""
+        if saving.is_evaluation_due(self):
+            saving.keep_accuracy(self, evaluate(self.student, self.task).accuracy)
 
     # Preparation.
 

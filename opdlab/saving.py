@@ -13,7 +13,6 @@ from torch import nn
 
 from opdlab import checkpoint, run_folder
 from opdlab.errors import InvalidValue, OpdlabError
-from opdlab.evaluate import evaluate
 from opdlab.fingerprints import base_tensors
 from opdlab.interrupts import hold_interrupts
 from opdlab.policy import Policy
@@ -92,12 +91,19 @@ def keep_snapshot(run: Run) -> None:
         run.snapshots[run.done] = {k: v.detach().cpu().clone() for k, v in state.items()}
 
 
-def evaluate_if_due(run: Run) -> None:
-    """Evaluate after a step for which that is due, and add the accuracy to its checkpoint."""
+def is_evaluation_due(run: Run) -> bool:
+    """Whether the run's latest step is to be evaluated and has not been yet."""
     every = run.settings.evaluate_every
-    if not every or not run.rows or run.done % every or "accuracy" in run.rows[-1]:
+    return bool(every and run.rows) and run.done % every == 0 and "accuracy" not in run.rows[-1]
+
+
+def keep_accuracy(run: Run, accuracy: float) -> None:
+    """Add the accuracy to the history of the latest step, and to its checkpoint if there is one."""
+    run.rows[-1]["accuracy"] = accuracy
+    if run.folder is None or not run.accelerator.is_main_process:
         return
-    run.rows[-1]["accuracy"] = evaluate(run.student, run.task).accuracy
-    if run.folder is not None and is_saved(run):
-        with hold_interrupts():
-            checkpoint.update_history(run, run.folder)
+    # The step may have been saved by the run that this one was resumed from, or not at all.
+    for saved in run_folder.saved_in(run.folder):
+        if saved.step == run.done and run.lineage.includes(saved.run, saved.step):
+            with hold_interrupts():
+                checkpoint.update_history(run, saved.path)

@@ -15,7 +15,7 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import opdlab as opd
-from opdlab import errors, saving
+from opdlab import errors
 from opdlab.policy import Policy
 
 OPTIONS = {"batch": 2, "steps": 3, "seed": 5, "lr": 1e-2, "quiet": True}
@@ -66,7 +66,7 @@ def test_an_interrupt_during_an_evaluation_loses_nothing(make_policy, tmp_path, 
     stopped = run(make_policy, tmp_path / "run", save_every=2, snapshot_every=2, evaluate_every=2)
     whole = run(make_policy, tmp_path / "whole", save_every=2, evaluate_every=2).train()
     with monkeypatch.context() as patched:
-        patched.setattr(saving, "evaluate", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
+        patched.setattr("opdlab.distill.evaluate", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
         next(stopped)
         with pytest.raises(KeyboardInterrupt):
             next(stopped)
@@ -101,7 +101,7 @@ def test_every_state_of_the_manifest_fits_the_files(make_policy, tmp_path, monke
     for allowed in (1, 2, 3):
         left[0] = allowed
         try:
-            checkpoint.update_history(made, tmp_path)
+            checkpoint.update_history(made, tmp_path / "step-000001")
         except KeyboardInterrupt:
             assert allowed < 3
         checkpoint.find(tmp_path)
