@@ -86,11 +86,9 @@ def update_history(run: Run, step: Path) -> None:
     """
     history = json.dumps(run.rows, indent=1).encode()
     manifest = read_json(step / "manifest.json")
-    new = hashlib.sha256(history).hexdigest()
-    _replace(
-        step / "manifest.json",
-        json.dumps({**manifest, "history.json": [manifest["history.json"], new]}, indent=1).encode(),
-    )
+    old, new = manifest["history.json"], hashlib.sha256(history).hexdigest()
+    both = [*(old if isinstance(old, list) else [old]), new]  # a list: an earlier update was cut short
+    _replace(step / "manifest.json", json.dumps({**manifest, "history.json": both}, indent=1).encode())
     _replace(step / "history.json", history)
     _replace(step / "manifest.json", json.dumps({**manifest, "history.json": new}, indent=1).encode())
 
