@@ -14,7 +14,21 @@ SOURCES = sorted((ROOT / "opdlab").rglob("*.py"))
 # Each module imports only from its own floor and those below (imports inside functions and for typing aside).
 FLOORS = [
     {"errors", "generator", "divergence", "progress", "interrupts", "validation"},
-    {"head", "policy", "rollout", "fingerprints", "model_files", "tensor_files", "turns", "weights", "forward", "prompt", "same_tokens"},
+    {
+        "head",
+        "policy",
+        "rollout",
+        "fingerprints",
+        "model_files",
+        "tensor_files",
+        "turns",
+        "weights",
+        "forward",
+        "prompt",
+        "same_tokens",
+        "templates",
+        "written_text",
+    },
     {"rows", "partial", "signals", "tokens", "alignment", "batch", "settings"},
     {"trace"},
     {"exact", "estimator", "teachers", "tasks"},
