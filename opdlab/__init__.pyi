@@ -1,7 +1,6 @@
 """The names that a notebook uses, and where they are: `__init__.py` imports each when it is first used."""
 
 from . import diagnose, divergence, errors, estimator, exact, methods, notebook, rollout, rows, signals, snapshots, tasks, teachers, viz
-from .checkpoint import resume
 from .diagnose import doctor
 from .distill import Run, Settings, Step, distill
 from .divergence import TopK
@@ -30,6 +29,7 @@ from .methods import (
 )
 from .policy import Policy, Prompt
 from .profiles import load
+from .resuming import resume
 from .rollout import Rollout, sample
 from .tasks import Task
 from .trace import Trace, score

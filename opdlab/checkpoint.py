@@ -1,10 +1,14 @@
 """Checkpoints: complete or absent, checked on reading, and exact.
 
-    run/step-000020/   adapter_model.safetensors, adapter_config.json (what PEFT reads; or model.safetensors in full training)
-                       optimizer.safetensors, ema.safetensors (where a method needs `ema`), run.json, history.json,
+    run/step-000020/   adapter_model.safetensors, adapter_config.json    what PEFT reads, or, in full training,
+                       model.safetensors, config.json, tokenizer.json …  what transformers reads
+                       optimizer.safetensors, ema.safetensors (where a method needs `ema`),
+                       method.safetensors (where a method keeps a state), run.json, history.json,
                        manifest.json (a checksum of every file)
+    run/snapshots/     the adapters kept by snapshot_every; run.json names those that belong to it, with checksums
 
-Written beside its final name and renamed. Nothing is pickled. No random state is needed: every step makes its own.
+Written beside its final name and renamed. Nothing is pickled. No random state is needed: every step
+makes its own. `opdlab.resuming` takes a run up again.
 """
 
 from __future__ import annotations
@@ -15,39 +19,55 @@ import os
 import shutil
 from collections.abc import Mapping
 from dataclasses import asdict
+from enum import Enum
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save, save_file
 from torch import Tensor
 
-from opdlab import divergence, methods, roles
+from opdlab import method_state, model_files, roles, run_folder
 from opdlab.errors import DamagedFile, OpdlabError
 from opdlab.policy import Policy
-from opdlab.tasks import Task
+from opdlab.tensor_files import check_same_tensors, copy_tensors, read_tensors
 
 if TYPE_CHECKING:
     from opdlab.distill import Run
 
 _PEFT = "base_model.model."  # the prefix under which PEFT stores adapters
+FORMAT = 2  # of run.json; files without it are of the first
+
+
+def __getattr__(name: str) -> Any:
+    """`checkpoint.resume` is `opdlab.resume`."""
+    if name == "resume":
+        from opdlab.resuming import resume
+
+        return resume
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
 
 
 def write(run: Run, folder: Path) -> Path:
-    """Save `run` as `folder/step-NNNNNN`; returns that path."""
+    """Save `run` as `folder/step-NNNNNN`; returns that path.
+
+    Raises:
+        OpdlabError: The folder holds checkpoints of another run.
+    """
+    run_folder.check_owner(folder, run.lineage)
     final = folder / f"step-{run.done:06d}"
     partial = folder / f".{final.name}.{os.getpid()}.partial"
     shutil.rmtree(partial, ignore_errors=True)
     partial.mkdir(parents=True)
     try:
-        _weights(run, partial)
+        _write_weights(run, partial)
         save_file(_optimizer_state(run), partial / "optimizer.safetensors")
         for average in run.averages:
-            save_file({k: v.detach().contiguous() for k, v in roles.state(average).items()}, partial / "ema.safetensors")
-        _json(partial / "run.json", _description(run))
+            save_file(_contiguous(roles.state(average)), partial / "ema.safetensors")
+        method_state.write_state(run.method, partial)
+        _json(partial / "run.json", _description(run, folder))
         _json(partial / "history.json", run.rows)
-        _json(partial / "manifest.json", {p.name: _checksum(p) for p in sorted(partial.iterdir())})
+        _json(partial / "manifest.json", _checksums(partial))
         _flush(partial)
         if final.exists():  # the same step saved twice: make room, then take the name
             final.rename(folder / f".{final.name}.{os.getpid()}.old")
@@ -58,117 +78,156 @@ def write(run: Run, folder: Path) -> Path:
     return final
 
 
-def resume(path: str | os.PathLike[str], student: Policy, teacher: Policy | None = None, task: Task | None = None, *,
-           method: Any = None, step: int | None = None, **options: Any) -> Run:  # fmt: skip
-    """Take up a saved run where it was: `path` is its folder, `step` one of its checkpoints (the newest by default).
+def update_history(run: Run, step: Path) -> None:
+    """Write what was measured after the checkpoint of this step: an evaluation that came later.
 
-    Give the same untrained student, teacher and task as before. A method of your own must be given too; opdlab's are
-    rebuilt from their settings. Raises DamagedFile for a checkpoint that is not what was written.
+    At every moment the manifest fits the files: it allows the old and the new history while one
+    replaces the other.
     """
-    from opdlab.distill import distill
-
-    folder = find(Path(path), step)
-    said = _read_json(folder / "run.json")
-    run = distill(student, teacher, task, method=method or _method(said["method"]), save=folder.parent, **{**said["settings"], **options})
-    if said["tokenizer"] != _fingerprint(student):
-        raise OpdlabError(
-            f"{folder} was trained with another tokenizer than {student!r} has. Load the student it began with: {said['student']!r}."
-        )
-    load_weights(run.student, folder)
-    _set_optimizer_state(run, _tensors(folder / "optimizer.safetensors"))
-    for average in run.averages:
-        _copy_into(roles.state(average), _tensors(folder / "ema.safetensors"))
-    run.done, run.rows = said["step"], _read_json(folder / "history.json")
-    return run
+    history = json.dumps(run.rows, indent=1).encode()
+    manifest = read_json(step / "manifest.json")
+    old, new = manifest["history.json"], hashlib.sha256(history).hexdigest()
+    both = [*(old if isinstance(old, list) else [old]), new]  # a list: an earlier update was cut short
+    _replace(step / "manifest.json", json.dumps({**manifest, "history.json": both}, indent=1).encode())
+    _replace(step / "history.json", history)
+    _replace(step / "manifest.json", json.dumps({**manifest, "history.json": new}, indent=1).encode())
 
 
 def find(path: Path, step: int | None = None) -> Path:
-    """The checkpoint of `step` (or the newest) under a run's folder, its checksums verified."""
+    """The checkpoint of `step`, or the one written last, under a run's folder; its checksums are
+    verified.
+    """
     if (path / "manifest.json").exists():
         return _verified(path)
-    steps = sorted(path.glob("step-*"))
-    if step is not None:
-        steps = [p for p in steps if p.name == f"step-{step:06d}"]
-    if not steps:
-        there = ", ".join(p.name for p in sorted(path.glob("step-*"))) or "none"
-        raise OpdlabError(f"{path} holds no checkpoint{'' if step is None else f' of step {step}'}; there are {there}.")
-    return _verified(steps[-1])
+    there = run_folder.saved_in(path)
+    wanted = there if step is None else [saved for saved in there if saved.step == step]
+    if not wanted:
+        names = ", ".join(sorted(saved.path.name for saved in there)) or "none"
+        raise OpdlabError(f"{path} holds no checkpoint{'' if step is None else f' of step {step}'}; there are {names}.")
+    return _verified(wanted[-1].path)
 
 
 def load_weights(student: Policy, folder: Path) -> None:
-    """Put a checkpoint's weights into a policy that has the same adapter (or the same model, in full training)."""
+    """Put a checkpoint's weights into a policy that has the same adapter (or the same model, in
+    full training).
+    """
     if (folder / "adapter_model.safetensors").exists():
-        student.weights.set_adapter_state(str(student.adapter), adapter(folder))
+        state = adapter(folder)
+        there = {
+            **student.weights.adapter_state(str(student.adapter)),
+            **model_files.embeddings(student.weights, state),
+        }
+        check_same_tensors(there, state, folder / "adapter_model.safetensors")
+        student.weights.set_adapter_state(str(student.adapter), state)
     else:
-        _copy_into(dict(student.weights.model.named_parameters()), _tensors(folder / "model.safetensors"))
+        values = model_files.read_model(student.weights, folder)
+        copy_tensors(model_files.own_tensors(student.weights), values, folder / "model.safetensors")
 
 
 def adapter(folder: Path) -> dict[str, Tensor]:
     """The tensors of a checkpoint's adapter, as `Weights.set_adapter_state` takes them."""
-    return {k.removeprefix(_PEFT): v for k, v in _tensors(folder / "adapter_model.safetensors").items()}
+    return {k.removeprefix(_PEFT): v for k, v in read_tensors(folder / "adapter_model.safetensors").items()}
 
 
-def _copy_into(there: Mapping[str, Tensor], values: Mapping[str, Tensor]) -> None:
-    with torch.no_grad():
-        for name, value in values.items():
-            there[name].copy_(value)
+def plain_name(name: str, adapter: str | None) -> str:
+    """A parameter's name without the adapter's: `….lora_A.lora3.weight` is `….lora_A.weight`."""
+    parts = name.removeprefix(_PEFT).replace(".base_layer.", ".").split(".")
+    if adapter in parts:
+        del parts[len(parts) - 1 - parts[::-1].index(adapter)]
+    return ".".join(parts)
 
 
-def _weights(run: Run, folder: Path) -> None:
-    weights, adapter = run.student.weights, run.student.adapter
-    if adapter is None:
-        save_file({k: p.detach().contiguous() for k, p in run.parameters.items()}, folder / "model.safetensors")
+def _contiguous(values: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    return {name: value.detach().contiguous() for name, value in values.items()}
+
+
+def _write_weights(run: Run, folder: Path) -> None:
+    weights, name = run.student.weights, run.student.adapter
+    if name is None:
+        model_files.write_model(weights, folder)
         return
-    state = {_PEFT + k: v.detach().contiguous() for k, v in weights.adapter_state(adapter).items()}
-    save_file(state, folder / "adapter_model.safetensors")
-    config = weights.model.peft_config[adapter].to_dict()
-    config = {k: sorted(v) if isinstance(v, set) else getattr(v, "value", v) for k, v in config.items()}
-    _json(folder / "adapter_config.json", config | {"inference_mode": True})
+    state = weights.adapter_state(name)
+    if run.has_new_embeddings:
+        state = {**state, **model_files.embeddings(weights)}
+    save_file(
+        _contiguous({_PEFT + key: value for key, value in state.items()}),
+        folder / "adapter_model.safetensors",
+    )
+    config = weights.model.peft_config[name].to_dict()
+    _json(
+        folder / "adapter_config.json",
+        config | {"base_model_name_or_path": weights.source or None, "inference_mode": True},
+    )
 
 
 def _optimizer_state(run: Run) -> dict[str, Tensor]:
-    names = {id(p): name for name, p in run.parameters.items()}
+    names = {id(p): plain_name(name, run.student.adapter) for name, p in run.parameters.items()}
     return {
         f"{key}/{names[id(p)]}": value.detach().contiguous() for p, state in run.optimizer.state.items() for key, value in state.items()
     }
 
 
-def _set_optimizer_state(run: Run, flat: Mapping[str, Tensor]) -> None:
-    for name, p in run.parameters.items():
-        state = {key.split("/", 1)[0]: value.to(p.device) for key, value in flat.items() if key.split("/", 1)[1] == name}
-        if state:
-            run.optimizer.state[p] = state
-
-
-def _description(run: Run) -> dict[str, Any]:
+def _description(run: Run, folder: Path) -> dict[str, Any]:
     import opdlab
 
-    method: Any = run.method
-    options = asdict(method) if type(method).__name__ in methods.__all__ else {}
+    identity = run.identity
+    name = type(run.method).__name__
     return {
-        "step": run.done, "settings": asdict(run.settings), "student": run.student.weights.source, "task": run.task.name,
-        "tokenizer": _fingerprint(run.student), "method": {"name": type(method).__name__, "options": options},
-        "opdlab": opdlab.__version__, "torch": torch.__version__,
-    }  # fmt: skip
+        "format": FORMAT,
+        "step": run.done,
+        "settings": asdict(run.settings),
+        "student": run.student.weights.source,
+        "task": run.task.name,
+        "tokenizer": identity["tokenizer"]["vocabulary"],
+        "method": {"name": name, "options": identity["method"]["options"]},
+        "identity": identity,
+        "moved": run.memory.moved(),
+        "forgotten": run.memory.forgotten(),
+        "run": {
+            "name": run.lineage.name,
+            "root": run.lineage.family,
+            "ancestors": dict(run.lineage.ancestors),
+            "serial": run_folder.next_serial(folder),
+        },
+        "processes": run.accelerator.num_processes,
+        "snapshots": _write_snapshots(run, folder / "snapshots"),
+        "opdlab": opdlab.__version__,
+        "torch": torch.__version__,
+    }
 
 
-def _method(said: Mapping[str, Any]) -> Any:
-    kind = getattr(methods, said["name"], None) if said["name"] in methods.__all__ else None
-    if kind is None or said["name"] in ("Method", "method"):
-        raise OpdlabError(f"The run used {said['name']}, a method of your own. Give it: opdlab.resume(path, …, method=…).")
-    options = dict(said["options"])
-    if options.get("top_k"):
-        options["top_k"] = divergence.TopK(**options["top_k"])
-    return kind(**options)
+def _write_snapshots(run: Run, folder: Path) -> dict[str, dict[str, str]]:
+    """Save those snapshots that are not there yet; their files by step. Equal ones share a name,
+    different ones never do.
+    """
+    found = {}
+    for step, state in sorted(run.snapshots.items()):
+        data = save(_contiguous(state))
+        checksum = hashlib.sha256(data).hexdigest()
+        path = folder / f"step-{step:06d}-{checksum[:12]}.safetensors"
+        if not path.exists():
+            folder.mkdir(exist_ok=True)
+            _replace(path, data)
+        found[str(step)] = {"file": path.name, "checksum": checksum}
+    return found
 
 
-def _fingerprint(policy: Policy) -> str:
-    return hashlib.sha256(json.dumps(sorted(policy.tokenizer.get_vocab().items())).encode()).hexdigest()
+def read_snapshot(path: Path, checksum: str) -> dict[str, Tensor]:
+    """The tensors of one snapshot; raises DamagedFile."""
+    if not path.exists() or _checksum(path) != checksum:
+        raise DamagedFile(f"{path} is missing or not what was written.")
+    return read_tensors(path)
+
+
+def _checksums(folder: Path) -> dict[str, str]:
+    files = sorted(path for path in folder.rglob("*") if path.is_file())
+    return {path.relative_to(folder).as_posix(): _checksum(path) for path in files}
 
 
 def _verified(folder: Path) -> Path:
-    for name, checksum in _read_json(folder / "manifest.json").items():
-        if not (folder / name).exists() or _checksum(folder / name) != checksum:
+    for name, allowed in read_json(folder / "manifest.json").items():
+        sums = allowed if isinstance(allowed, list) else [allowed]
+        if not (folder / name).exists() or _checksum(folder / name) not in sums:
             raise DamagedFile(
                 f"{folder / name} is missing or not what was written. Resume from an earlier one: opdlab.resume(path, …, step=N)."
             )
@@ -183,26 +242,43 @@ def _checksum(path: Path) -> str:
     return digest.hexdigest()
 
 
-def _tensors(path: Path) -> dict[str, Tensor]:
-    try:
-        return load_file(path)
-    except (SafetensorError, OSError) as error:
-        raise DamagedFile(f"{path} cannot be read ({error}). Resume from an earlier checkpoint: step=N.") from error
-
-
 def _json(path: Path, value: Any) -> None:
-    path.write_text(json.dumps(value, indent=1, default=str), encoding="utf-8")
+    path.write_text(json.dumps(value, indent=1, default=_other), encoding="utf-8")
 
 
-def _read_json(path: Path) -> Any:
+def _other(value: Any) -> Any:
+    """What JSON does not know: the sets and choices of PEFT's configurations."""
+    if isinstance(value, (set, frozenset)):
+        return sorted(value)
+    return value.value if isinstance(value, Enum) else str(value)
+
+
+def read_json(path: Path) -> Any:
+    """The content of a JSON file; raises DamagedFile for one that cannot be read."""
     try:
         return json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
         raise DamagedFile(f"{path} cannot be read ({error}). Resume from an earlier checkpoint: step=N.") from error
 
 
-def _flush(folder: Path) -> None:
-    """To the disk before the rename, so that a power cut leaves no empty files under the final name."""
-    for path in folder.iterdir():
-        with path.open("rb") as file:
+def _replace(path: Path, data: bytes) -> None:
+    """Write a file beside its name and rename it."""
+    partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
+    try:
+        with partial.open("wb") as file:
+            file.write(data)
+            file.flush()
             os.fsync(file.fileno())
+        partial.replace(path)
+    finally:
+        partial.unlink(missing_ok=True)
+
+
+def _flush(folder: Path) -> None:
+    """To the disk before the rename, so that a power cut leaves no empty files under the final
+    name.
+    """
+    for path in folder.rglob("*"):
+        if path.is_file():
+            with path.open("rb") as file:
+                os.fsync(file.fileno())

@@ -9,56 +9,36 @@ from __future__ import annotations
 
 import math
 import os
-import signal
-import threading
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import pandas as pd
 import torch
-from accelerate import Accelerator
 from torch import Tensor
 
-from opdlab import checkpoint, roles, signals
+from opdlab import method_state, model_files, roles, run_folder, run_identity, saving, signals
 from opdlab.batch import Batch, rehearse
 from opdlab.errors import MissingPolicy, NonFinite, OpdlabError
 from opdlab.evaluate import evaluate
+from opdlab.interrupts import hold_interrupts as _uninterrupted
 from opdlab.methods import OPD, Method
 from opdlab.policy import Policy, Prompt, check_same_tokens
 from opdlab.progress import Progress
 from opdlab.rollout import Rollout, joined, sample, written
 from opdlab.rows import Pass, States, gradient
 from opdlab.settings import Settings, seed_of
+from opdlab.step import Step
 from opdlab.tasks import Task
-from opdlab.trace import Trace, planner_of, record
+from opdlab.trace import planner_of
+from opdlab.trackers import make_accelerator
+from opdlab.turns import Turn
 from opdlab.writers import writing_options
 
-
-@dataclass(frozen=True, eq=False)
-class Step:
-    """One update: its number (from 1), its `metrics`, what was written, and every token's numbers and plan columns."""
-
-    number: int
-    metrics: dict[str, float]
-    rollout: Rollout
-    columns: dict[str, Tensor]
-    plan: dict[str, Tensor]
-    policies: dict[str, Any] = field(repr=False)
-    notes: dict[str, Any] = field(default_factory=dict, repr=False)
-    planner: dict[str, str] = field(default_factory=dict, repr=False)
-
-    def trace(self) -> Trace:
-        """The step's tokens as a `Trace`; without top tokens (`opdlab.score` on `step.rollout` adds them)."""
-        graded = {name: self.policies[name] for name in roles.graded(self.policies)}
-        return record(self.rollout, graded, self.columns, step=self.number, plan=self.plan, notes=self.notes,
-                      method=self.planner)  # fmt: skip
-
-    def __repr__(self) -> str:
-        return f"Step({self.number}: " + ", ".join(f"{k} {v:.3g}" for k, v in self.metrics.items() if k != "step") + ")"
+Admit = Callable[["Run", Mapping[str, Any]], None]
 
 
 def distill(student: Policy, teacher: Any = None, task: Task | None = None, *, method: Method | None = None,
@@ -68,10 +48,19 @@ def distill(student: Policy, teacher: Any = None, task: Task | None = None, *, m
 
     teacher: a Policy, or one of `opdlab.teachers` (a server, a model that only writes), or None for methods that need none.
     method: OPD with the reverse KL by default. policies: replaces what a name in the method's `needs` stands for, as
-    `{"student+hint": student.frozen().seeing()}`. save: folder for checkpoints (`save_every` steps). log_with: a tracker of
-    Accelerate. settings: fields of `Settings`; what is left out comes from the method's recipe, then the task's. Raises TokenizerMismatch,
-    MissingPolicy, MissingHint, ContextTooLong and OpdlabError before any compute is spent.
+    `{"student+hint": student.frozen().seeing()}`. save: folder for checkpoints; the last step is always saved, and every
+    `save_every` steps before it. log_with: a tracker of Accelerate. settings: fields of `Settings`; what is left out comes from the
+    method's recipe, then the task's. Raises TokenizerMismatch, MissingPolicy, MissingHint, ContextTooLong and OpdlabError
+    before any compute is spent.
     """
+    options = {"method": method, "policies": policies, "save": save, "log_with": log_with, "quiet": quiet}
+    return prepare(student, teacher, task, settings=settings, **options)
+
+
+def prepare(student: Policy, teacher: Any, task: Task | None, *, method: Method | None = None,
+            policies: Mapping[str, Any] | None = None, save: Any = None, log_with: Any = None, quiet: bool = False,
+            settings: Mapping[str, Any], admit: Admit | None = None) -> Run:  # fmt: skip
+    """What `distill` and `resume` share. `admit(run, policies)` looks at a run before it gets an adapter and an optimizer."""
     if task is None:
         raise OpdlabError("distill needs a task, the supply of prompts. Use opdlab.tasks.market(), from_records(…) or reasoning_gym(…).")
     known = Settings.__dataclass_fields__
@@ -79,31 +68,45 @@ def distill(student: Policy, teacher: Any = None, task: Task | None = None, *, m
         raise OpdlabError(f"distill has no setting {', '.join(unknown)}. There are {', '.join(known)}.")
     method = method or OPD()
     recipe = {"max_new_tokens": task.max_new_tokens, **task.recipe, **getattr(method, "recipe", {})}
-    return Run(student, teacher, task, method, Settings(**{**recipe, **settings}), policies or {}, save, log_with, quiet)
+    return Run(student, teacher, task, method, Settings(**{**recipe, **settings}), policies or {}, save, log_with, quiet, admit)
 
 
 class Run:
     """A training run: an iterator over `Step`s. `history` is a data frame, `save` and `opdlab.resume` keep it."""
 
     def __init__(self, student: Policy, teacher: Any, task: Task, method: Method, settings: Settings,
-                 policies: Mapping[str, Any], save: str | os.PathLike[str] | None, log_with: Any, quiet: bool) -> None:  # fmt: skip
+                 policies: Mapping[str, Any], save: str | os.PathLike[str] | None, log_with: Any, quiet: bool,
+                 admit: Admit | None = None) -> None:  # fmt: skip
         self.student, self.task, self.method, self.settings = student, task, method, settings
         self.done = 0
         self.rows: list[dict[str, float]] = []
         self.snapshots: dict[int, dict[str, Tensor]] = {}
         self.last: Step | None = None
-        self.folder = Path(save) if save else None
+        self.folder = saving.check_folder(save, settings)
+        self.lineage = run_folder.Lineage()
         self.policies = roles.cast(student, teacher, method.needs, policies)
         self.writer = teacher
         self._check(teacher)
-        self.accelerator = Accelerator(log_with=log_with)
+        self.accelerator = make_accelerator(log_with, self.folder)
         if log_with is not None:
             self.accelerator.init_trackers("opdlab", asdict(settings))
+        self.memory = method_state.Memory(method)
+        self.has_new_embeddings = model_files.has_new_embeddings(student.weights)
+        self.identity = run_identity.describe_run(self, policies)
+        if admit is not None:
+            admit(self, policies)
+        if self.folder is not None:
+            run_folder.check_owner(self.folder, self.lineage)
+        if settings.lora is not None:
+            saving.check_parameters(student)
         self.parameters = self._trainable()
+        if settings.lora is not None:
+            saving.check_parameters(student)
+        self._turn = Turn(student.weights, student.adapter)
         self.averages = roles.start_average(student, self.policies, policies)
         self.optimizer = torch.optim.AdamW(self.parameters.values(), lr=settings.lr, weight_decay=settings.weight_decay, fused=True)
         if settings.snapshot_every:
-            self._keep()  # step 0, the student before any update
+            saving.keep_snapshot(self)  # step 0, the student before any update
         self._progress = Progress(settings.steps, type(method).__name__, quiet=quiet or not self.accelerator.is_main_process)
 
     @property
@@ -115,10 +118,19 @@ class Run:
         return self
 
     def __next__(self) -> Step:
+        self._evaluate()  # one that was interrupted is made up for
         if self.done >= self.settings.steps:
             self._progress.close()
             raise StopIteration
-        self.last = step = self._step()
+        self._turn.check(self)
+        before = self.done
+        with method_state.restored_on_failure(self.method, is_counted=lambda: self.done > before):
+            step = self._step()
+        self.last = step
+        try:
+            self._evaluate()
+        finally:
+            self.accelerator.log(step.metrics, step=self.done)
         keep = {k: v for k, v in step.metrics.items() if k in ("loss", "reverse_kl", "reward", "length", "accuracy")}
         self._progress.update(self.done, **keep)
         return step
@@ -140,11 +152,16 @@ class Run:
         return policy
 
     def save(self, path: str | os.PathLike[str] | None = None) -> Path:
-        """Write a checkpoint, atomically: a crash at any moment leaves the earlier ones and a complete new one or none."""
-        folder = Path(path) if path else self.folder
-        if folder is None:
-            raise OpdlabError("Where to? Give run.save(path), or distill(…, save=path).")
-        return checkpoint.write(self, folder)
+        """Write a checkpoint, atomically: a crash at any moment leaves the earlier ones and a complete new one or none.
+
+        Of several processes the main one writes.
+        """
+        return saving.save(self, path)
+
+    def restart(self, done: int, rows: list[dict[str, float]], snapshots: Mapping[int, dict[str, Tensor]]) -> None:
+        """Go on after `done` steps, with the history and the snapshots until then. For `opdlab.resume`."""
+        self.done, self.rows = done, list(rows)
+        self.snapshots = {**self.snapshots, **snapshots}
 
     def __repr__(self) -> str:
         return f"Run({type(self.method).__name__}, step {self.done} of {self.settings.steps})"
@@ -281,21 +298,18 @@ class Run:
             for policy in self.averages:
                 roles.average(policy, self.student, s.ema_rate)
             self.done += 1
+            self._turn.count()
             metrics |= {"tokens": float(tokens), "generate_s": wrote - began, "seconds": time.perf_counter() - began}
             self.rows.append(metrics)
-        if s.evaluate_every and self.done % s.evaluate_every == 0:
-            metrics["accuracy"] = evaluate(self.student, self.task).accuracy
-        if s.snapshot_every and self.done % s.snapshot_every == 0:
-            self._keep()
-        if s.save_every and self.folder and self.done % s.save_every == 0 and self.accelerator.is_main_process:
-            self.save()
-        self.accelerator.log(metrics, step=self.done)
+            if s.snapshot_every and self.done % s.snapshot_every == 0:
+                saving.keep_snapshot(self)
+            if saving.is_saved(self):
+                self.save()
 
-    def _keep(self) -> None:
-        """Remember the adapter as it is now; full training keeps none, since every copy would be a whole model."""
-        if self.student.adapter:
-            state = self.student.weights.adapter_state(self.student.adapter)
-            self.snapshots[self.done] = {k: v.detach().cpu().clone() for k, v in state.items()}
+    def _evaluate(self) -> None:
+        """Evaluate where that is due. The step is saved by then, so an interrupt here loses nothing."""
+        if saving.is_evaluation_due(self):
+            saving.keep_accuracy(self, evaluate(self.student, self.task).accuracy)
 
     # Preparation.
 
@@ -372,19 +386,3 @@ def _answers(prompts: list[Prompt]) -> list[str]:
         if prompt.answer is None:
             raise OpdlabError(f"Prompt {prompt.id!r} has no answer to train on. SFT needs an `answer` in every record.")
     return [prompt.answer or "" for prompt in prompts]
-
-
-@contextmanager
-def _uninterrupted() -> Iterator[None]:
-    """Hold back Ctrl-C (and the notebook's stop button) until the block is done."""
-    if threading.current_thread() is not threading.main_thread():
-        yield
-        return
-    waiting: list[Any] = []
-    before = signal.signal(signal.SIGINT, lambda *caught: waiting.append(caught))
-    try:
-        yield
-    finally:
-        signal.signal(signal.SIGINT, before)
-        if waiting and callable(before):
-            before(*waiting[0])

@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING
 
 from torch import Tensor
 
-from opdlab import checkpoint, signals
+from opdlab import checkpoint, run_folder, signals
 from opdlab.batch import Batch
 from opdlab.errors import OpdlabError
 from opdlab.policy import Policy, Prompt, check_same_tokens
@@ -92,6 +92,10 @@ def _state(run: Run, step: int) -> dict[str, Tensor]:
 
 
 def _saved(run: Run) -> dict[int, Path]:
-    """The checkpoints of adapters that the run has written so far, by step."""
-    found = sorted(run.folder.glob("step-*/adapter_model.safetensors")) if run.folder else []
-    return {int(path.parent.name.removeprefix("step-")): path.parent for path in found}
+    """The checkpoints of adapters on the run's path so far, by step: those of other runs in the folder do not count."""
+    found = run_folder.saved_in(run.folder) if run.folder else []
+    return {
+        saved.step: saved.path
+        for saved in found
+        if run.lineage.includes(saved.run, saved.step) and (saved.path / "adapter_model.safetensors").exists()
+    }

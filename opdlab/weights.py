@@ -8,7 +8,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 
 import torch
-from peft import LoraConfig, get_peft_model_state_dict, set_peft_model_state_dict
+from peft import LoraConfig, PeftConfig, get_peft_model_state_dict, set_peft_model_state_dict
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
@@ -60,9 +60,13 @@ class Weights:
     def add_lora(self, name: str = "", rank: int = 16, alpha: int | None = None,
                  targets: str | list[str] = "all-linear", seed: int = 0) -> str:  # fmt: skip
         """A new adapter on all linear layers but the head, through PEFT; starts as the identity. Returns its name."""
-        name = name or f"lora{next(self._names)}"
         config = LoraConfig(r=rank, lora_alpha=2 * rank if alpha is None else alpha, target_modules=targets,
                             task_type="CAUSAL_LM")  # fmt: skip
+        return self.add_adapter(config, name, seed)
+
+    def add_adapter(self, config: PeftConfig, name: str = "", seed: int = 0) -> str:
+        """A new adapter as PEFT's `config` describes it; its random entries follow `seed`. Returns its name."""
+        name = name or f"lora{next(self._names)}"
         before = self.active
         with torch.random.fork_rng(devices=[]), warnings.catch_warnings():
             warnings.filterwarnings("ignore", "Already found a `peft_config`")  # several adapters are the point here

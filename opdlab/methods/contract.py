@@ -28,7 +28,8 @@ class Method(Protocol):
     Optional: `plan(batch) -> {name: [B, T] or [B, T, K] or [B]}`; `on_policy`, the share of prompts whose completion the
     student writes (1); `writer`, who writes the others ("teacher", "answer", a policy of `needs`, or several of them, each of
     whom writes all, in that order); `recipe`, the settings of `distill` that the
-    method's paper trains with, as `{"normalize": "sequence"}` (they go before the task's own)."""
+    method's paper trains with, as `{"normalize": "sequence"}` (they go before the task's own); `state_dict()` and
+    `load_state_dict(state)`, for a method that keeps something from step to step (`opdlab.method_state`)."""
 
     @property
     def needs(self) -> tuple[str, ...]: ...
