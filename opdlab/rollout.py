@@ -19,6 +19,7 @@ from transformers import DynamicCache, PreTrainedModel
 from opdlab.errors import OpdlabError
 from opdlab.head import Head
 from opdlab.policy import Policy, Prompt
+from opdlab.precision import without_autocast
 from opdlab.templates import end_token
 from opdlab.tokens import completion_texts
 from opdlab.written_text import finish_of
@@ -93,7 +94,7 @@ def sample(policy: Policy, prompts: Sequence[Prompt], n: int = 1, *, max_new_tok
     with torch.no_grad(), policy.weights.using(policy.adapter) as model:
         for i in range(0, len(starts), step):
             u = uniform[i : i + step].flatten(0, 1)
-            parts.append(_write(model, policy.weights.head, policy.weights.eos, starts[i : i + step], n, u, temperature, top_p))
+            parts.append(_write(model, policy.head, policy.weights.eos, starts[i : i + step], n, u, temperature, top_p))
     written = {key: torch.cat([part[key] for part in parts]) for key in parts[0]}
     width = max(1, int(written["lengths"].max()))
     stops = torch.tensor(sorted(policy.weights.eos), device=written["ids"].device)
@@ -211,7 +212,8 @@ def draw(logits: Tensor, uniform: Tensor, temperature: float, top_p: float) -> t
     """
     norm = logits.logsumexp(-1, keepdim=True)
     p = (logits - norm).exp_()
-    entropy = norm[:, 0] - torch.linalg.vecdot(p, logits.clamp(min=torch.finfo(logits.dtype).min))
+    with without_autocast(logits.device):  # which would round vecdot to bfloat16
+        entropy = norm[:, 0] - torch.linalg.vecdot(p, logits.clamp(min=torch.finfo(logits.dtype).min))
     if not bool(torch.isfinite(norm).all()):
         raise OpdlabError("The model's logits hold NaN or infinity while sampling. Check its weights, dtype and learning rate.")
     if temperature == 0:
