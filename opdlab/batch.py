@@ -60,7 +60,7 @@ class Batch:
             with torch.no_grad():
                 policy: Any = self.policies[name]
                 local = isinstance(policy, Policy)
-                self._states[name] = States(policy.hidden(self.rollout), policy.weights.head) if local else policy.grade(self.rollout)
+                self._states[name] = States(policy.hidden(self.rollout), policy.head) if local else policy.grade(self.rollout)
         return self._states[name]
 
     def map(self, fn: Callable[[Rows], Any], needs: Sequence[str] | None = None) -> Any:

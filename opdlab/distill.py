@@ -11,7 +11,7 @@ import math
 import os
 import time
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import AbstractContextManager
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -20,14 +20,16 @@ import pandas as pd
 import torch
 from torch import Tensor
 
-from opdlab import method_state, model_files, roles, run_folder, run_identity, saving, signals
+from opdlab import method_state, model_files, roles, run_folder, run_identity, saving, signals, trainable
 from opdlab.batch import Batch, rehearse
 from opdlab.errors import MissingPolicy, NonFinite, OpdlabError
 from opdlab.evaluate import evaluate
 from opdlab.interrupts import hold_interrupts as _uninterrupted
 from opdlab.methods import OPD, Method
 from opdlab.policy import Policy, Prompt, check_same_tokens
+from opdlab.precision import autocast_backbones
 from opdlab.progress import Progress
+from opdlab.recomputation import recompute_layers
 from opdlab.rollout import Rollout, joined, sample, written
 from opdlab.rows import Pass, States, gradient
 from opdlab.settings import Settings, seed_of
@@ -52,6 +54,9 @@ def distill(student: Policy, teacher: Any = None, task: Task | None = None, *, m
     `save_every` steps before it. log_with: a tracker of Accelerate. settings: fields of `Settings`; what is left out comes from the
     method's recipe, then the task's. Raises TokenizerMismatch, MissingPolicy, MissingHint, ContextTooLong and OpdlabError
     before any compute is spent.
+
+    A student that looks through an adapter already (a second stage) has that one trained on, whatever its rank. To stack a new
+    LoRA on it give `student.merged()`; to start from the bare model, `Policy.of(model, tokenizer, adapter=None)`.
     """
     options = {"method": method, "policies": policies, "save": save, "log_with": log_with, "quiet": quiet}
     return prepare(student, teacher, task, settings=settings, **options)
@@ -68,6 +73,7 @@ def prepare(student: Policy, teacher: Any, task: Task | None, *, method: Method 
         raise OpdlabError(f"distill has no setting {', '.join(unknown)}. There are {', '.join(known)}.")
     method = method or OPD()
     recipe = {"max_new_tokens": task.max_new_tokens, **task.recipe, **getattr(method, "recipe", {})}
+    recipe |= trainable.lora_setting(student, settings)
     return Run(student, teacher, task, method, Settings(**{**recipe, **settings}), policies or {}, save, log_with, quiet, admit)
 
 
@@ -99,7 +105,7 @@ class Run:
             run_folder.check_owner(self.folder, self.lineage)
         if settings.lora is not None:
             saving.check_parameters(student)
-        self.parameters = self._trainable()
+        self.parameters = trainable.prepare(student, self.policies, settings)
         if settings.lora is not None:
             saving.check_parameters(student)
         self._turn = Turn(student.weights, student.adapter)
@@ -174,7 +180,8 @@ class Run:
         rollout = self._write()
         wrote = time.perf_counter()
         batch = Batch(rollout, self.policies, self.task, self.done)
-        plan: Mapping[str, Tensor] = self.method.plan(batch) if hasattr(self.method, "plan") else {}
+        with self._backbones():
+            plan: Mapping[str, Tensor] = self.method.plan(batch) if hasattr(self.method, "plan") else {}
         columns = {name: batch.flat(name, column) for name, column in plan.items()}
         weight = self._weight(rollout)
         passes = [self._backward(batch, rows, columns, weight) for rows in self._micro_batches(len(rollout))]
@@ -198,7 +205,7 @@ class Run:
         options: dict[str, Any] = {"max_new_tokens": s.max_new_tokens, "temperature": s.temperature, "top_p": s.top_p,
                                    "seed": seed_of(s.seed, self.done, 2 + rank)}  # fmt: skip
         parts = []
-        with self._autocast():
+        with self._backbones():
             if own:
                 parts.append(sample(self.student, prompts[:own], s.n, **options))
             if own < s.batch:
@@ -228,35 +235,27 @@ class Run:
         lengths = batch.rollout.lengths
         a, b = int(lengths[: rows.start].sum()), int(lengths[: rows.stop].sum())
         part = batch.rollout if len(rows) == len(lengths) else batch.rollout.rows(rows)
-        with self._autocast():
+        model = self.student.weights.model
+        with self._backbones():
             others = {name: batch.states(name) for name in batch.distributions if name != "student"}
-            with torch.enable_grad(), self._recomputing():
+            with torch.enable_grad(), recompute_layers(model, self.settings.checkpointing):
                 hidden = self.student.hidden(part)
-        states = {"student": States(hidden, self.student.weights.head)}
+        states = {"student": States(hidden, self.student.head)}
         states |= {name: s.part(slice(a, b)) for name, s in others.items()}
         token = part.ids[part.mask]
         piece = {name: column[a:b] for name, column in columns.items()}
-        try:
-            result = gradient(self.method.loss, states, token, weight[a:b], piece, watch=signals.cheap)
-        except NonFinite as error:
-            raise NonFinite(self._where(error, part)) from None
-        with self.student.weights.using(self.student.adapter), self._recomputing():
+        # The student's adapter is in force in both passes: its head gets gradients in the first, layers run again in the second.
+        with self.student.weights.using(self.student.adapter):
+            try:
+                result = gradient(self.method.loss, states, token, weight[a:b], piece, watch=signals.cheap)
+            except NonFinite as error:
+                raise NonFinite(self._where(error, part)) from None
             hidden.backward(result.gradient.to(hidden.dtype))
         return result
 
-    def _autocast(self) -> torch.autocast:
-        """Not Accelerate's: that is one for the life of a process, and a notebook may hold runs of both precisions."""
-        return torch.autocast(self.student.weights.device.type, torch.bfloat16, enabled=self.settings.precision == "bf16")
-
-    @contextmanager
-    def _recomputing(self) -> Iterator[None]:
-        """Gradient checkpointing runs in train mode only; dropout stays off (`_trainable`)."""
-        model = self.student.weights.model
-        model.train(self.settings.checkpointing)
-        try:
-            yield
-        finally:
-            model.eval()
+    def _backbones(self) -> AbstractContextManager[None]:
+        """One precision for all that a step asks of models: writing, grading for the plan, and the loss pass."""
+        return autocast_backbones(self.settings.precision == "bf16")
 
     def _weight(self, rollout: Rollout) -> Tensor:
         """Each token's share of the mean, `[tokens]`: counted over all processes, so the split does not matter."""
@@ -336,32 +335,6 @@ class Run:
             if not name.endswith(".spans"):
                 check_same_tokens(self.student, policy, name)
             policy.encode_all(first, room=self.settings.max_new_tokens)
-
-    def _trainable(self) -> dict[str, torch.nn.Parameter]:
-        """Parameters by name: the adapter's (made here if there is none), or all of them in full training."""
-        s, weights = self.settings, self.student.weights
-        if s.lora is not None and self.student.adapter is None:
-            self.student.adapt(s.lora, seed=s.seed)
-        if s.lora is None:
-            if self.student.adapter is not None:
-                raise OpdlabError(
-                    f"The student looks through the adapter {self.student.adapter!r}, which lora=None would leave beside the weights that "
-                    "it trains. Leave lora as it is to train the adapter on, or load a student without one."
-                )
-            copies: dict[int, Policy] = {}  # full training would move what shares the weights; one copy serves all views of one policy
-            for name, policy in self.policies.items():
-                if isinstance(policy, Policy) and policy.weights is weights and policy._adapter is not self.student._adapter:
-                    key = id(policy._adapter)
-                    copy = copies[key] = copies.get(key) or policy.copied()
-                    self.policies[name] = Policy(copy.weights, policy.context, copy._adapter)
-            weights.model.requires_grad_(True)
-        weights.use(self.student.adapter)
-        if s.checkpointing:
-            for module in weights.model.modules():
-                if isinstance(module, torch.nn.Dropout):
-                    module.p = 0.0
-            weights.model.activation_checkpointing_enable()
-        return {name: p for name, p in weights.model.named_parameters() if p.requires_grad}
 
     def _where(self, error: NonFinite, part: Rollout) -> str:
         """The step, prompt and token of an engine's error, in words."""

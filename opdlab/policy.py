@@ -9,18 +9,23 @@ from __future__ import annotations
 
 import copy
 import os
+import weakref
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from enum import Enum
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
-from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from opdlab.errors import ContextTooLong, EmptyPrompts
+from opdlab import adapters
+from opdlab.errors import ContextTooLong, EmptyPrompts, InvalidValue
 from opdlab.forward import last_hidden
+from opdlab.head import Head
+from opdlab.loading import load_model, load_tokenizer
 from opdlab.prompt import Prompt, own_hint
 from opdlab.same_tokens import check_same_tokens
+from opdlab.validation import shortened
 from opdlab.weights import Weights
 
 if TYPE_CHECKING:
@@ -31,53 +36,122 @@ __all__ = ["TOKENS_PER_PASS", "Policy", "Prompt", "Weights", "check_same_tokens"
 TOKENS_PER_PASS = 16_384  # padded tokens that a scoring pass holds at once
 
 
-@dataclass(eq=False)
+class Active(Enum):
+    """The adapter that a model has in force when a policy is made of it."""
+
+    ACTIVE = "the active one"
+
+
 class _Adapter:
     """Which adapter a policy looks through. Live views share one object, so a training run moves them together."""
 
-    name: str | None = None
+    def __init__(self, name: str | None = None) -> None:
+        self.name = name
+
+    def own(self, weights: Weights, name: str) -> None:
+        """Look through `name` from now on; once the last view is gone, it is taken off the weights."""
+        self.name = name
+        end = weakref.finalize(self, weights.drop_adapter, name, weights.config_of(name))
+        end.atexit = False
+
+
+_LIVE: weakref.WeakSet[Policy] = weakref.WeakSet()
+
+
+def live_policies(model: PreTrainedModel) -> list[Policy]:
+    """All policies in use that look at `model`."""
+    return [policy for policy in list(_LIVE) if policy.weights.model is model]
 
 
 class Policy:
     """A next-token distribution: `weights` through an adapter and, optionally, a `context` that only it sees."""
 
-    def __init__(self, weights: Weights, context: Callable[[Prompt], Prompt] | None = None,
-                 adapter: _Adapter | None = None) -> None:  # fmt: skip
+    def __init__(
+        self,
+        weights: Weights,
+        context: Callable[[Prompt], Prompt] | None = None,
+        adapter: _Adapter | None = None,
+    ) -> None:
+        if not isinstance(weights, Weights):
+            raise InvalidValue(f"Policy got a {type(weights).__name__}. Use Policy.load(path) or Policy.of(model, tokenizer).")
         self.weights, self.context, self._adapter = weights, context, adapter or _Adapter()
+        _LIVE.add(self)
 
     @classmethod
     def load(
         cls,
         source: str | os.PathLike[str],
         *,
-        dtype: torch.dtype | None = None,
-        device: str | None = None,
+        dtype: torch.dtype | str | None = None,
+        device: str | torch.device | None = None,
         tokenizer: PreTrainedTokenizerBase | None = None,
-        eos: Sequence[int] | None = None,
+        eos: int | Sequence[int] | None = None,
         context_length: int | None = None,
     ) -> Policy:
-        """A causal language model from a folder or the Hub. bf16 on a GPU and float32 on a CPU unless told otherwise.
+        """Load a causal language model from a folder or the Hub.
 
-        context_length: tokens that a prompt and its completion may have together, if fewer than the model allows.
-        Raises UnsupportedModel and TokenizerMismatch for a model whose numbers would not be right.
+        Args:
+            source: A folder or a name on the Hub. The folder of an adapter (a checkpoint of opdlab is one) loads its base
+                model and looks through the adapter.
+            dtype: torch.float32, torch.bfloat16 or torch.float64, or its name; bfloat16 on a GPU and float32 on a CPU by
+                default. float16 is refused.
+            device: "cpu", "cuda", "cuda:1", …; the GPU if there is one by default.
+            tokenizer: In place of the one in the folder.
+            eos: Ids of the tokens that end a text, in place of the model's own.
+            context_length: Tokens that a prompt and its completion may have together, if fewer than the model allows.
+
+        Raises:
+            InvalidValue: There is no such model, device or dtype.
+            UnsupportedModel: The model's numbers would not be right.
+            TokenizerMismatch: The tokenizer has tokens that the model lacks.
         """
-        device = device or ("cuda" if torch.cuda.is_available() else "cpu")
-        dtype = dtype or (torch.bfloat16 if device.startswith("cuda") else torch.float32)
-        model: PreTrainedModel = AutoModelForCausalLM.from_pretrained(source, dtype=dtype)
-        model.to(torch.device(device))  # type: ignore[arg-type]
-        tokenizer = tokenizer or AutoTokenizer.from_pretrained(source)
-        return cls(Weights(model, tokenizer, eos, str(source), context_length))
+        model = load_model(source, dtype, device)
+        return cls._through_active(Weights(model, tokenizer or load_tokenizer(source), eos, str(source), context_length))
 
     @classmethod
     def of(
         cls,
         model: PreTrainedModel,
         tokenizer: PreTrainedTokenizerBase,
-        eos: Sequence[int] | None = None,
+        eos: int | Sequence[int] | None = None,
         context_length: int | None = None,
+        *,
+        adapter: str | Active | None = Active.ACTIVE,
     ) -> Policy:
-        """A policy on a model that is already in memory; its parameters are frozen until something trains it. See `load`."""
-        return cls(Weights(model, tokenizer, eos, getattr(model.config, "_name_or_path", ""), context_length))
+        """Make a policy of a model that is already in memory; its parameters are frozen until something trains it.
+
+        The model may carry LoRA adapters: loaded (`model.load_adapter`, `from_pretrained` on an adapter's folder) or as a
+        `PeftModel`. The policy looks through the one that is active, so a second stage of training has three ways:
+
+            Policy.of(model, tokenizer)                  trains that adapter on
+            Policy.of(model, tokenizer).merged()         folds it into a copy of the weights; a new LoRA stacks on it
+            Policy.of(model, tokenizer, adapter=None)    starts from the bare model
+
+        Args:
+            model: A causal language model of transformers, or a `PeftModel` around one. Adapters of other kinds than LoRA
+                are refused, and so are several that are active at once.
+            tokenizer: Its tokenizer.
+            eos: Ids of the tokens that end a text, in place of the model's own.
+            context_length: Tokens that a prompt and its completion may have together, if fewer than the model allows.
+            adapter: Name of the adapter to look through, or None for the bare model; the active one by default.
+
+        Raises:
+            InvalidValue: The model, its precision, its output head or one of its adapters is none that opdlab computes.
+            UnsupportedModel: The model's numbers would not be right.
+            TokenizerMismatch: The tokenizer has tokens that the model lacks.
+        """
+        weights = Weights(model, tokenizer, eos, getattr(getattr(model, "config", None), "_name_or_path", ""), context_length)
+        if adapter is Active.ACTIVE:
+            return cls._through_active(weights)
+        if adapter is not None and not isinstance(adapter, str):
+            raise InvalidValue(f"Policy.of got adapter={shortened(adapter)}. Use the name of an adapter, or None for the bare model.")
+        weights.check_adapter(adapter)
+        return cls(weights, adapter=_Adapter(adapter))
+
+    @classmethod
+    def _through_active(cls, weights: Weights) -> Policy:
+        weights.check_adapter(weights.active)
+        return cls(weights, adapter=_Adapter(weights.active))
 
     @property
     def tokenizer(self) -> PreTrainedTokenizerBase:
@@ -96,30 +170,73 @@ class Policy:
         if isinstance(context, str):
             text = context
             return Policy(self.weights, lambda prompt: prompt.told(text), self._adapter)
+        if context is not None and not callable(context):
+            raise InvalidValue(
+                f"seeing got {shortened(context)}. Use a text for all prompts, a function of a Prompt, or nothing for their hints."
+            )
         return Policy(self.weights, context or own_hint, self._adapter)
 
     def frozen(self) -> Policy:
         """This policy as it is now, for good. Costs no memory before training, a copy of the adapter after."""
         if self.adapter is None:
-            return Policy(self.weights, self.context, _Adapter(None))
-        state = {key: value.clone() for key, value in self.weights.adapter_state(self.adapter).items()}
-        config = self.weights.model.peft_config[self.adapter]
-        name = self.weights.add_lora(rank=config.r, alpha=config.lora_alpha, targets=list(config.target_modules))
-        self.weights.set_adapter_state(name, state)
-        return Policy(self.weights, self.context, _Adapter(name))
+            return Policy(self.weights, self.context)
+        return self._on_copy_of(self.adapter)
+
+    def _on_copy_of(self, adapter: str) -> Policy:
+        still = Policy(self.weights, self.context)
+        still._adapter.own(self.weights, self.weights.clone_adapter(adapter))
+        return still
 
     def copied(self) -> Policy:
-        """This policy on weights of its own: what full training needs, since it moves the shared ones."""
+        """This policy on weights of its own, with its adapter and no other: what full training needs, since it moves shared ones."""
+        return Policy(self._copied_weights(), self.context, _Adapter(self.adapter))
+
+    def merged(self) -> Policy:
+        """This policy on weights of its own into which its adapter is folded, so that a new LoRA stacks on it.
+
+        The sums are rounded to the model's precision: exact to float32 rounding in float32, about three digits in bfloat16.
+        Costs the memory of one more model. Embeddings and head that were tied get matrices of their own if the adapter
+        changes either.
+        """
+        fresh = self._copied_weights()
+        adapters.fold(fresh.model, self.adapter)
+        return Policy(self._weights_around(fresh.model), self.context)
+
+    def _copied_weights(self) -> Weights:
+        with self.weights.using(self.adapter) as model:
+            twin = copy.deepcopy(model)
+        fresh = self._weights_around(twin)
+        for name in fresh.adapters:
+            if name != self.adapter:
+                fresh.delete_adapter(name)
+        return fresh
+
+    def _weights_around(self, model: PreTrainedModel) -> Weights:
         old = self.weights
-        fresh = Weights(copy.deepcopy(old.model), old.tokenizer, tuple(old.eos), old.source, old.own_context_length)
-        fresh.active = self.weights.active
-        fresh.use(None)  # its adapter becomes trainable again when next in force
-        return Policy(fresh, self.context, _Adapter(self.adapter))
+        return Weights(model, old.tokenizer, tuple(old.eos), old.source, old.own_context_length)
 
     def adapt(self, rank: int = 16, **options: Any) -> Policy:
-        """Give this policy a trainable LoRA (in place, so live views follow); returns itself. See `Weights.add_lora`."""
+        """Give this policy a trainable LoRA (in place, so live views follow); returns itself.
+
+        Args:
+            rank: Of the LoRA's matrices.
+            options: `alpha`, `targets`, `seed` and further fields of `peft.LoraConfig`; see `Weights.add_lora`.
+
+        Raises:
+            InvalidValue: The policy looks through an adapter already, or the options make no LoRA for this model.
+        """
+        if self.adapter is not None:
+            raise InvalidValue(
+                f"adapt would put a new LoRA in the place of the adapter {self.adapter!r}, which this policy looks through. "
+                "Train that one on as it is, or stack a new one on it: policy.merged().adapt(…)."
+            )
         self._adapter.name = self.weights.add_lora(rank=rank, **options)
         return self
+
+    @property
+    def head(self) -> Head:
+        """The output head as this policy's adapter leaves it."""
+        return self.weights.head_of(self.adapter)
 
     def encode(self, prompt: Prompt) -> list[int]:
         """Token ids of the prompt as this policy sees it: with its context, through the chat template where it is a chat."""
@@ -176,7 +293,7 @@ class Policy:
     def log_probs(self, rollout: Rollout) -> Tensor:
         """Full log-probs `[tokens, V]` in float32. For looking at: training never makes them (see `rows.py`)."""
         with torch.no_grad(), self.weights.using(self.adapter):
-            return self.weights.head(self.hidden(rollout)).log_softmax(-1)
+            return self.head(self.hidden(rollout)).log_softmax(-1)
 
     def __repr__(self) -> str:
         looks = [f"adapter {self.adapter!r}" if self.adapter else "no adapter", *(["sees a context"] if self.context else [])]

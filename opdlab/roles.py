@@ -62,7 +62,7 @@ def start_average(student: Policy, policies: Mapping[str, Any], given: Mapping[s
     views = [policies[name] for name in ("ema", "ema+hint") if name in policies and not {name, "ema"} & given.keys()][:1]
     for view in views:
         if student.adapter is not None:  # in full training `distill` has copied the whole model
-            view._adapter.name = student.frozen().adapter
+            view._adapter.own(student.weights, student.weights.clone_adapter(student.adapter))
     return views
 
 

@@ -19,7 +19,9 @@ from transformers import PreTrainedModel
 from opdlab.continuation import begin
 from opdlab.errors import OpdlabError
 from opdlab.forward import group_rows
+from opdlab.head import Head
 from opdlab.policy import Policy, Prompt
+from opdlab.precision import without_autocast
 from opdlab.templates import end_token
 from opdlab.tokens import completion_texts
 from opdlab.weights import Weights
@@ -95,7 +97,7 @@ def sample(policy: Policy, prompts: Sequence[Prompt], n: int = 1, *, max_new_tok
     with torch.no_grad(), policy.weights.using(policy.adapter) as model:
         for i in range(0, len(starts), step):
             u = uniform[i : i + step].flatten(0, 1)
-            parts.append(_write(model, policy.weights, starts[i : i + step], n, u, temperature, top_p))
+            parts.append(_write(model, policy.head, policy.weights, starts[i : i + step], n, u, temperature, top_p))
     written = {key: torch.cat([part[key] for part in parts]) for key in parts[0]}
     width = max(1, int(written["lengths"].max()))
     stops = torch.tensor(sorted(policy.weights.eos), device=written["ids"].device)
@@ -158,6 +160,7 @@ def joined(parts: Sequence[Rollout]) -> Rollout:
 
 def _write(
     model: PreTrainedModel,
+    head: Head,
     weights: Weights,
     starts: list[list[int]],
     n: int,
@@ -172,11 +175,11 @@ def _write(
     mixed = weights.abilities.pads_left or not weights.abilities.caches  # without a cache, `hidden_at` sees to it
     groups = group_rows([len(start) for start in starts], mixed=mixed)
     if len(groups) == 1:
-        return _write_batch(model, weights, starts, n, uniform, temperature, top_p)
+        return _write_batch(model, head, weights, starts, n, uniform, temperature, top_p)
     out: dict[str, Tensor] = {}
     for group in groups:
         rows = [i * n + j for i in group for j in range(n)]
-        part = _write_batch(model, weights, [starts[i] for i in group], n, uniform[rows], temperature, top_p)
+        part = _write_batch(model, head, weights, [starts[i] for i in group], n, uniform[rows], temperature, top_p)
         out = out or {key: value.new_zeros(len(uniform), *value.shape[1:]) for key, value in part.items()}
         for key, value in part.items():
             out[key][rows] = value
@@ -185,6 +188,7 @@ def _write(
 
 def _write_batch(
     model: PreTrainedModel,
+    head: Head,
     weights: Weights,
     starts: list[list[int]],
     n: int,
@@ -205,7 +209,7 @@ def _write_batch(
     }
     going = torch.ones(rows, dtype=torch.bool, device=device)
     for t in range(steps):
-        token, logp, entropy = draw(weights.head(texts.states), uniform[live, t], temperature, top_p)
+        token, logp, entropy = draw(head(texts.states), uniform[live, t], temperature, top_p)
         out["ids"][live, t], out["logp"][live, t], out["entropy"][live, t] = token, logp, entropy
         ended = torch.isin(token, stops) & going
         out["lengths"][live[ended]] = t + 1
@@ -229,7 +233,8 @@ def draw(logits: Tensor, uniform: Tensor, temperature: float, top_p: float) -> t
     """
     norm = logits.logsumexp(-1, keepdim=True)
     p = (logits - norm).exp_()
-    entropy = norm[:, 0] - torch.linalg.vecdot(p, logits.clamp(min=torch.finfo(logits.dtype).min))
+    with without_autocast(logits.device):  # which would round vecdot to bfloat16
+        entropy = norm[:, 0] - torch.linalg.vecdot(p, logits.clamp(min=torch.finfo(logits.dtype).min))
     if not bool(torch.isfinite(norm).all()):
         raise OpdlabError("The model's logits hold NaN or infinity while sampling. Check its weights, dtype and learning rate.")
     if temperature == 0:

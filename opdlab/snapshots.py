@@ -84,7 +84,7 @@ def _looking_glass(run: Run) -> Iterator[Policy]:
     try:
         yield policy
     finally:
-        policy.weights.model.delete_adapter(str(policy.adapter))
+        policy.weights.delete_adapter(str(policy.adapter))
 
 
 def _state(run: Run, step: int) -> dict[str, Tensor]:

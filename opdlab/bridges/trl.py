@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from opdlab import signals
+from opdlab import adapters, signals
 from opdlab.batch import Batch
 from opdlab.errors import OpdlabError
 from opdlab.head import Head
@@ -50,11 +50,16 @@ class MethodTrainer(DistillationTrainer):
                 f"TRL's temperature is {self.temperature}, but opdlab's losses see the distributions as they are. Set it to 1."
             )
         rows = max(self.processing_class.get_vocab().values()) + 1
-        self.heads = {name: Head.of(self._bare(model), rows) for name, model in (("student", self.model), ("teacher", self.teacher_model))}
+        self.heads = {name: self._head(model, rows) for name, model in (("student", self.model), ("teacher", self.teacher_model))}
+        if self.heads["student"].lora is not None:
+            raise OpdlabError(
+                "The student has a LoRA on its output head, to which this bridge hands no gradient. Leave the head out of its "
+                "target_modules, or use opdlab.distill."
+            )
 
-    def _bare(self, model: Any) -> Any:
-        model = self.accelerator.unwrap_model(model)
-        return model.get_base_model() if hasattr(model, "get_base_model") else model
+    def _head(self, model: Any, rows: int) -> Head:
+        bare = adapters.unwrap(self.accelerator.unwrap_model(model))
+        return Head.of(bare, rows, next(iter(adapters.in_force(bare)), None))
 
     def _compute_loss(self, unwrapped_student: Any, inputs: Mapping[str, Tensor], num_items_in_batch: Tensor | None = None) -> Any:
         """TRL's hook: the loss, the sum of the student's entropies, and the number of tokens."""

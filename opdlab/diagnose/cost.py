@@ -194,7 +194,7 @@ def _seconds(student: Policy, teacher: Policy, rollout: Rollout, settings: Setti
         took, head = {}, {}
         for name, policy in (("student", student), ("teacher", teacher)):
             work = partial(policy.hidden, piece)
-            head[name] = States(work(), policy.weights.head)  # the first pass also pays for setting up
+            head[name] = States(work(), policy.head)  # the first pass also pays for setting up
             took[name] = _timed(work, policy)
     token, weight = piece.ids[piece.mask], torch.full((piece.tokens,), 1 / piece.tokens, device=piece.ids.device)
     loss: Callable[[Any], Tensor] = lambda rows: reverse_kl(rows.student, rows.teacher)

@@ -104,7 +104,7 @@ def templates(student: Policy, teacher: Policy, prompts: Sequence[Prompt]) -> Ch
 
 def heads(student: Policy, teacher: Policy) -> Check:
     """Rows of the output head beyond the last token: padding, which is cut."""
-    rows = [policy.weights.head.weight.shape[0] for policy in (student, teacher)]
+    rows = [policy.head.weight.shape[0] for policy in (student, teacher)]
     spare = [row - policy.weights.vocab_size for row, policy in zip(rows, (student, teacher), strict=True)]
     if not any(spare):
         return Check("head rows", "ok", f"{_both(rows)}, one a token")

@@ -187,7 +187,7 @@ class _Elsewhere:
     rollout: Rollout
 
     def grade(self, _: Rollout) -> States:
-        return States(self.policy.hidden(self.rollout), self.policy.weights.head)
+        return States(self.policy.hidden(self.rollout), self.policy.head)
 
 
 def _swapped(prompts: Sequence[Prompt]) -> tuple[Prompt, ...]:

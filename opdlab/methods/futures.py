@@ -8,7 +8,6 @@ whether the student's window is the rollout's own text or a greedy one.
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -137,7 +136,7 @@ def _log_probs(policy: Policy, prompt: Prompt, prefix: list[int], text: list[int
     none = torch.zeros(ids.shape, device=ids.device)
     lengths = torch.tensor([ids.shape[1]], device=ids.device)
     hidden = policy.hidden(Rollout((prompt,), ids, lengths, none, none, ("length",), ("",), ("student",)))
-    return policy.weights.head(hidden[len(prefix) :]).log_softmax(-1)
+    return policy.head(hidden[len(prefix) :]).log_softmax(-1)
 
 
 @contextmanager
@@ -150,9 +149,7 @@ def _probe(student: Policy, rank: int) -> Iterator[tuple[Policy, list[Tensor], l
             named: list[Tensor] = [p for name, p in model.named_parameters() if p.requires_grad and f".{probe.adapter}." in name]
             yield probe, named, [p.detach().clone() for p in named]
     finally:
-        with warnings.catch_warnings():
-            warnings.filterwarnings("ignore", "Adapter .* was active which is now deleted")  # it was not in force
-            weights.model.delete_adapter(probe.adapter)
+        weights.delete_adapter(str(probe.adapter))
 
 
 @torch.no_grad()

@@ -1,0 +1,39 @@
+"""In which precision a forward pass computes: float32 as the weights are, or bfloat16 autocast for a while.
+
+A run with `precision="bf16"` wraps everything that asks a model for numbers (writing, grading, the loss pass) in
+`autocast_backbones(True)`. What it changes is the backbone alone: heads, log-probs, draws and the arithmetic of plans and
+losses stay in float32, so plan and loss see the same numbers, and autocast never reaches a user's code.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
+
+import torch
+
+_backbones_in_bf16: ContextVar[bool] = ContextVar("backbones_in_bf16", default=False)
+
+
+@contextmanager
+def autocast_backbones(enabled: bool) -> Iterator[None]:
+    """Run backbones under bfloat16 autocast until the block ends, where `enabled`."""
+    token = _backbones_in_bf16.set(enabled)
+    try:
+        yield
+    finally:
+        _backbones_in_bf16.reset(token)
+
+
+def backbone_autocast(device: torch.device) -> torch.autocast:
+    """The autocast for one forward pass of a backbone: on only inside `autocast_backbones(True)`.
+
+    Not Accelerate's, which is one for the life of a process: a notebook may hold runs of both precisions.
+    """
+    return torch.autocast(device.type, torch.bfloat16, enabled=_backbones_in_bf16.get())
+
+
+def without_autocast(device: torch.device) -> torch.autocast:
+    """Compute in the tensors' own precision, whatever autocast is on around."""
+    return torch.autocast(device.type, enabled=False)
