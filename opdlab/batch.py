@@ -21,6 +21,7 @@ from opdlab.partial import Partial
 from opdlab.policy import Policy, Prompt
 from opdlab.rollout import Rollout, sample
 from opdlab.rows import Rows, States, compute
+from opdlab.same_tokens import check_written_with
 from opdlab.signals import Signals
 
 if TYPE_CHECKING:
@@ -62,6 +63,8 @@ class Batch:
             with torch.no_grad():
                 policy: Any = self.policies[name]
                 local = isinstance(policy, Policy)
+                if local:
+                    check_written_with(policy, self.rollout, name)
                 states = States(policy.hidden(self.rollout), policy.weights.head) if local else policy.grade(self.rollout)
                 check_graded(name, states)
                 self._states[name] = states

@@ -8,7 +8,7 @@ more often than there are chunks.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
@@ -81,6 +81,8 @@ def check_rows_are_independent(loss: Loss, rows: Rows) -> bool:
             than the student's that require a gradient.
     """
     n = len(rows)
+    if not n:
+        return False
     # Each row has a weight of its own. With equal weights the gradient of a value minus its mean would cancel.
     weight = torch.linspace(0.5, 1.5, n, device=rows.token.device)
     whole, slope, precision = _evaluate(loss, rows, weight)
@@ -92,7 +94,7 @@ def check_rows_are_independent(loss: Loss, rows: Rows) -> bool:
         if not len(part):
             continue
         try:
-            value, part_slope, _ = _evaluate(loss, _select(rows, part), weight[part])
+            value, part_slope, _ = _evaluate(loss, select_rows(rows, part), weight[part])
         except BadLoss:
             raise
         except Exception as error:
@@ -105,6 +107,15 @@ def check_rows_are_independent(loss: Loss, rows: Rows) -> bool:
             at = int(differs.nonzero()[0, 0])
             _refuse(loss, rows, weight, part, at, (whole, slope), value, precision)
     return n >= ENOUGH_ROWS and _has_variety(whole, slope)
+
+
+def spread_index(tokens: int, most: int, device: torch.device) -> Tensor:
+    """Indices of up to `most` tokens, evenly spread over all of them, and so over completions.
+
+    A single token is taken twice, so that a softmax over tokens shows there too; no tokens give none.
+    """
+    n = min(max(2, min(most, CHECKED_ROWS, tokens)), 2 * tokens)
+    return torch.linspace(0, tokens - 1, n, device=device).round().long()
 
 
 @contextmanager
@@ -212,14 +223,11 @@ def _tensors(logp: Tensor | Partial) -> list[Tensor]:
     return [logp.ids, logp.top, logp.sampled, logp.token] if isinstance(logp, Partial) else [logp]
 
 
-def _select(rows: Rows, index: Tensor) -> Rows:
+def select_rows(rows: Rows, index: Tensor) -> Rows:
+    """The rows at some indices, in that order."""
     pick: Callable[[Any], Any] = lambda logp: logp.part(index) if isinstance(logp, Partial) else logp[index]
     distributions = {name: pick(logp) for name, logp in rows.distributions.items()}
-    return type(rows)(distributions, rows.token[index], _select_columns(rows.columns, index))
-
-
-def _select_columns(columns: Mapping[str, Tensor], index: Tensor) -> dict[str, Tensor]:
-    return {name: column[index] for name, column in columns.items()}
+    return type(rows)(distributions, rows.token[index], {name: column[index] for name, column in rows.columns.items()})
 
 
 def _differs(one: Tensor, other: Tensor, all_rows: Tensor, precision: torch.dtype) -> Tensor:

@@ -18,7 +18,7 @@ from torch import Tensor
 from opdlab.divergence import TopK
 from opdlab.errors import MissingPolicy, NonFinite, UnknownColumn
 from opdlab.head import Head
-from opdlab.loss_contract import CHECKED_ROWS, call_loss, check_rows_are_independent, gradient_of_loss
+from opdlab.loss_contract import call_loss, check_rows_are_independent, gradient_of_loss, spread_index
 from opdlab.not_finite import explain
 from opdlab.partial import Partial, whole
 
@@ -177,11 +177,8 @@ def gradient(loss: Callable[[Rows], Tensor], states: Mapping[str, States], token
 def _check_loss(loss: Callable[[Rows], Tensor], states: Mapping[str, States], token: Tensor, columns: Mapping[str, Tensor],
                 chunk: int | None) -> bool:  # fmt: skip
     """Check a loss on a few rows, evenly spread over the tokens; False where that could not tell."""
-    if not len(token):
-        return False
-    most = chunk or len(range(*chunks(len(token), states["student"].rows, token.device)[0].indices(len(token))))
-    n = max(2, min(CHECKED_ROWS, most, len(token)))  # a single token stands twice: a softmax over tokens shows
-    index = torch.linspace(0, len(token) - 1, n, device=token.device).round().long()
+    first = chunks(len(token), states["student"].rows, token.device, chunk)[0]
+    index = spread_index(len(token), first.stop, token.device)
     with torch.no_grad():
         logp = {name: s.part(index).logp() for name, s in states.items()}
     rows = Rows(logp, token[index], {name: column[index] for name, column in columns.items()})
