@@ -62,16 +62,24 @@ def run_plan(method: Any, batch: Batch) -> dict[str, Tensor]:
             "{'advantage': tensor}, or {} for none."
         )
     batch.notes = {str(key): plain_data(value, str(key)) for key, value in batch.notes.items()}
-    return {name: flatten(batch, name, column) for name, column in plan.items()}
+    needs = getattr(method, "needs", ())
+    graded = ["student", *([needs] if isinstance(needs, str) else needs)]  # a batch may hold more policies than the trace has
+    return {name: flatten(batch, name, column, graded) for name, column in plan.items()}
 
 
-def flatten(batch: Batch, name: str, column: Any) -> Tensor:
+def flatten(batch: Batch, name: str, column: Any, graded: Iterable[str] | None = None) -> Tensor:
     """A plan's column as `[tokens, ...]`, without gradient, on the rollout's device.
+
+    Args:
+        batch: What the plan saw.
+        name: The column's name.
+        column: Its values.
+        graded: Policies whose numbers a trace has; all of the batch by default.
 
     Raises:
         BadPlan: The name is taken or cannot be read as `rows.<name>`, or the column has not one value per token.
     """
-    check_name(name, batch.policies)
+    check_name(name, batch.policies, list(batch.policies if graded is None else graded))
     if isinstance(column, (bool, int, float, np.bool_, np.number)):
         column = torch.tensor(column).expand(batch.mask.shape)
     column = _as_tensor(name, column).detach().to(batch.mask.device)
@@ -85,7 +93,7 @@ def flatten(batch: Batch, name: str, column: Any) -> Tensor:
     return column[batch.mask]
 
 
-def check_name(name: Any, policies: Iterable[str]) -> None:
+def check_name(name: Any, policies: Iterable[str], graded: Iterable[str]) -> None:
     """Refuse a column's name that means something else in a loss or in a trace.
 
     Raises:
@@ -99,7 +107,7 @@ def check_name(name: Any, policies: Iterable[str]) -> None:
     if hasattr(Rows, name) or name in (*OF_ROWS, *policies):
         raise BadPlan(f"plan returned a column named {name!r}, which means something else in a loss. Give it another name.")
     hinted = [f"{policy}+hint" for policy in USUAL_POLICIES]
-    owners = {*policies, *USUAL_POLICIES, *hinted}
+    owners = {*graded, *USUAL_POLICIES, *hinted}
     if name in OF_TRACES or any(name == f"{owner}_{number}" for owner in owners for number in OF_POLICIES):
         raise BadPlan(
             f"plan returned a column named {name!r}, which is a column of every trace and has opdlab's own numbers there. Give it "

@@ -30,6 +30,7 @@ from opdlab.errors import MissingPolicy, NonFinite, OpdlabError
 from opdlab.evaluate import evaluate
 from opdlab.loss_contract import adding_note
 from opdlab.methods import OPD, Method
+from opdlab.own_teacher import warn_of_own_teacher
 from opdlab.policy import Policy, Prompt, check_same_tokens
 from opdlab.progress import Progress
 from opdlab.rollout import Rollout, joined, sample, written
@@ -96,6 +97,7 @@ class Run:
         self.policies = roles.cast(student, teacher, method.needs, policies)
         self.writer = teacher
         self._check(teacher)
+        warn_of_own_teacher(student, teacher, method.needs, policies)
         self.accelerator = Accelerator(log_with=log_with)
         if log_with is not None:
             self.accelerator.init_trackers("opdlab", asdict(settings))

@@ -31,6 +31,9 @@ class Rows:
     `rows.student`, `rows.teacher`, `rows["teacher+hint"]`: aligned log-probs `[n, V]`, float32; the student's carry the
     gradient. `rows.token [n]`: the sampled ids. `rows.logp [n]`: the student's log-prob of them. `rows.<column>`: what the
     method's plan returned. An unknown name raises UnknownColumn and lists what there is.
+
+    A loss treats each row alone and writes to none of them: chunks have any size, and what needs several tokens (a mean, a
+    quantile, a softmax over tokens) belongs in plan. It draws no random numbers and may be called more than once on a chunk.
     """
 
     def __init__(self, logp: Mapping[str, Any], token: Tensor, columns: Mapping[str, Tensor] | None = None) -> None:
