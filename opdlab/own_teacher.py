@@ -39,5 +39,5 @@ def is_same_distribution(one: Policy, other: Any) -> bool:
         return False
     if one.adapter is None or other.adapter is None or one.adapter == other.adapter:
         return one.adapter == other.adapter
-    ours, theirs = (policy.weights.adapter_state(policy.adapter) for policy in (one, other))
+    ours, theirs = (one.weights.adapter_state(adapter) for adapter in (one.adapter, other.adapter))
     return ours.keys() == theirs.keys() and all(torch.equal(ours[key], theirs[key]) for key in ours)

@@ -143,7 +143,8 @@ class Signals(Mapping[str, Tensor]):
             )
         if policy := names[name]:
             have = [known for known in self._available() if known.startswith(f"{policy}_")]
-            k = self._batch.states(policy).k
+            states: Any = self._batch.states(policy)
+            k = states.k
             raise PartialDistribution(
                 f"The signal {name!r} needs the whole distribution of {policy!r}, whose server gives its {k} likeliest tokens and the "
                 f"sampled one. There are {', '.join(have)}. Use OPD(top_k=TopK({k}, by={policy!r})), OPD(estimator='sampled'), or "
