@@ -14,12 +14,15 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from opdlab import signals
-from opdlab.errors import MissingPolicy, OpdlabError, PartialDistribution
+from opdlab.columns import flatten, run_plan
+from opdlab.errors import MissingPolicy, PartialDistribution
+from opdlab.not_finite import check_graded
 from opdlab.partial import Partial
 from opdlab.policy import Policy, Prompt
 from opdlab.rollout import Rollout, sample
 from opdlab.rows import Rows, States, compute
+from opdlab.same_tokens import check_written_with
+from opdlab.signals import Signals
 
 if TYPE_CHECKING:
     from opdlab.tasks import Task
@@ -60,7 +63,11 @@ class Batch:
             with torch.no_grad():
                 policy: Any = self.policies[name]
                 local = isinstance(policy, Policy)
-                self._states[name] = States(policy.hidden(self.rollout), policy.head) if local else policy.grade(self.rollout)
+                if local:
+                    check_written_with(policy, self.rollout, name)
+                states = States(policy.hidden(self.rollout), policy.head) if local else policy.grade(self.rollout)
+                check_graded(name, states)
+                self._states[name] = states
         return self._states[name]
 
     def map(self, fn: Callable[[Rows], Any], needs: Sequence[str] | None = None) -> Any:
@@ -74,9 +81,9 @@ class Batch:
         return {key: self.spread(value) for key, value in out.items()} if isinstance(out, Mapping) else self.spread(out)
 
     @cached_property
-    def signals(self) -> dict[str, Tensor]:
-        """`opdlab.signals.cheap` as `[B, T]`: `student_logp`, `student_entropy`, `teacher_logp`, `teacher_reverse_kl`, …"""
-        return self.map(signals.cheap)
+    def signals(self) -> Signals:
+        """Numbers by name, `[B, T]`, computed when asked for: `batch.signals["teacher_entropy"]`. See `opdlab.signals.full`."""
+        return Signals(self)
 
     @cached_property
     def rewards(self) -> Tensor:
@@ -92,18 +99,9 @@ class Batch:
         out[self.mask] = flat
         return out
 
-    def flat(self, name: str, column: Tensor) -> Tensor:
-        """A plan's column `[B, T, ...]` (or `[B]`, the same for all its tokens) as `[tokens, ...]`."""
-        if hasattr(Rows, name) or name in ("token", "columns", "distributions", *self.policies):
-            raise OpdlabError(f"plan returned a column named {name!r}, which means something else in a loss. Give it another name.")
-        if column.shape == self.mask.shape[:1]:
-            column = column[:, None].expand(self.mask.shape)
-        if column.shape[:2] != self.mask.shape:
-            raise OpdlabError(
-                f"plan returned column {name!r} with shape {list(column.shape)} for a batch of {list(self.mask.shape)}. "
-                "Return [B, T], [B, T, K] or [B]."
-            )
-        return column[self.mask].detach()
+    def flat(self, name: str, column: Any) -> Tensor:
+        """A plan's column as `[tokens, ...]`; see `opdlab.columns` for what it may be."""
+        return flatten(self, name, column)
 
 
 def return_to_go(reward: Tensor, mask: Tensor, discount: float) -> Tensor:
@@ -127,19 +125,11 @@ def rehearse(method: Any, policies: Mapping[str, Any], task: Task, prompt: Promp
     made = {name: policy if isinstance(policy, Policy) else _Made(policy, student) for name, policy in policies.items()}
     try:
         batch = Batch(sample(student, [prompt], max_new_tokens=2), made, task)
-        plan = method.plan(batch) if hasattr(method, "plan") else {}
-        columns = {name: batch.flat(name, column) for name, column in plan.items()}
+        columns = run_plan(method, batch)
         states = {name: batch.states(name) for name in batch.distributions}
         compute(lambda rows: method.loss(rows).detach(), states, batch.token, columns)
     except PartialDistribution:
         raise
-    except KeyError as error:  # a plan that reads a signal which needs the whole distribution
-        names = [name for name, policy in policies.items() if hasattr(policy, "k") and str(error.args[0]).startswith(f"{name}_")]
-        if names:
-            raise PartialDistribution(
-                f"{type(method).__name__} wants the signal {error.args[0]!r}, but the server of {names[0]!r} gives only some log-probs. "
-                f"Use OPD(top_k=TopK({policies[names[0]].k}, by={names[0]!r})) or OPD(estimator='sampled')."
-            ) from None
     except Exception:
         return
 

@@ -22,10 +22,13 @@ from torch import Tensor
 
 from opdlab import method_state, model_files, roles, run_folder, run_identity, saving, signals, trainable
 from opdlab.batch import Batch, rehearse
+from opdlab.columns import run_plan
 from opdlab.errors import MissingPolicy, NonFinite, OpdlabError
 from opdlab.evaluate import evaluate
 from opdlab.interrupts import hold_interrupts as _uninterrupted
+from opdlab.loss_contract import adding_note
 from opdlab.methods import OPD, Method
+from opdlab.own_teacher import warn_of_own_teacher
 from opdlab.policy import Policy, Prompt, check_same_tokens
 from opdlab.precision import autocast_backbones
 from opdlab.progress import Progress
@@ -88,11 +91,13 @@ class Run:
         self.rows: list[dict[str, float]] = []
         self.snapshots: dict[int, dict[str, Tensor]] = {}
         self.last: Step | None = None
+        self._loss_is_checked = False  # whether the loss was found to treat each row alone
         self.folder = saving.check_folder(save, settings)
         self.lineage = run_folder.Lineage()
         self.policies = roles.cast(student, teacher, method.needs, policies)
         self.writer = teacher
         self._check(teacher)
+        warn_of_own_teacher(student, teacher, method.needs, policies)
         self.accelerator = make_accelerator(log_with, self.folder)
         if log_with is not None:
             self.accelerator.init_trackers("opdlab", asdict(settings))
@@ -181,8 +186,7 @@ class Run:
         wrote = time.perf_counter()
         batch = Batch(rollout, self.policies, self.task, self.done)
         with self._backbones():
-            plan: Mapping[str, Tensor] = self.method.plan(batch) if hasattr(self.method, "plan") else {}
-        columns = {name: batch.flat(name, column) for name, column in plan.items()}
+            columns = run_plan(self.method, batch)
         weight = self._weight(rollout)
         passes = [self._backward(batch, rows, columns, weight) for rows in self._micro_batches(len(rollout))]
         tokens = {key: torch.cat([p.columns[key] for p in passes]) for key in passes[0].columns}
@@ -244,12 +248,23 @@ class Run:
         states |= {name: s.part(slice(a, b)) for name, s in others.items()}
         token = part.ids[part.mask]
         piece = {name: column[a:b] for name, column in columns.items()}
+        note = f"Raised by the loss of {type(self.method).__name__} in step {self.done + 1}."
         # The student's adapter is in force in both passes: its head gets gradients in the first, layers run again in the second.
         with self.student.weights.using(self.student.adapter):
             try:
-                result = gradient(self.method.loss, states, token, weight[a:b], piece, watch=signals.cheap)
+                with adding_note(note):
+                    result = gradient(
+                        self.method.loss,
+                        states,
+                        token,
+                        weight[a:b],
+                        piece,
+                        watch=signals.cheap,
+                        check=not self._loss_is_checked,
+                    )
             except NonFinite as error:
                 raise NonFinite(self._where(error, part)) from None
+            self._loss_is_checked |= result.is_checked
             hidden.backward(result.gradient.to(hidden.dtype))
         return result
 
@@ -343,9 +358,10 @@ class Run:
         b = int((ends <= row).sum())
         t = row - int(ends[b] - part.lengths[b])
         token = self.student.tokenizer.convert_ids_to_tokens(int(part.ids[b, t]))
+        advice = "" if error.is_explained else " Lower the learning rate, or look at the loss on this token."
         return (
             f"Step {self.done + 1}, prompt {part.prompts[b].id or b!r}, token {t} ({token!r}): {error} The weights are as they were "
-            "and earlier checkpoints are intact. Lower the learning rate, or look at the loss on this token."
+            f"and earlier checkpoints are intact.{advice}"
         )
 
 

@@ -138,8 +138,9 @@ class _KL(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, a: Tensor, b: Tensor) -> Tensor:
         p = a.exp()
-        # -inf and nan occur only where a token has no mass under `a`: it adds nothing there. +inf is a true value.
-        gap = (a - b).nan_to_num_(nan=0.0, posinf=math.inf, neginf=0.0)
+        # A token without mass under `a` adds nothing, whatever `b` says. +inf is a true value elsewhere, and NaN stays NaN:
+        # a teacher with broken weights must not look like one that agrees.
+        gap = (a - b).masked_fill_(a.isneginf(), 0.0)
         value = torch.linalg.vecdot(p, gap)
         slope = torch.addcmul(p, p, gap, out=gap) if ctx.needs_input_grad[0] else None  # p (gap + 1), in gap's own memory
         ctx.save_for_backward(slope, p if ctx.needs_input_grad[1] else None)

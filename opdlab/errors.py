@@ -37,12 +37,25 @@ class BadLoss(OpdlabError):
     """A loss returned the wrong shape, or does not depend on the student."""
 
 
+class BadPlan(OpdlabError):
+    """A plan returned something else than columns, or changed what it was given."""
+
+
 class UnknownColumn(OpdlabError, AttributeError):
     """A name that is neither a policy nor a column of the plan."""
 
 
+class UnknownName(OpdlabError, KeyError):
+    """A trace or a batch has nothing under this name; the message lists what there is."""
+
+    __str__ = Exception.__str__  # a KeyError would show its message in quotes
+
+
 class NonFinite(OpdlabError):
     """NaN or infinity where a number must be; the weights were not touched."""
+
+    row: int | None = None  # the first offending token of the pass
+    is_explained: bool = False  # whether the message says where the number comes from and what to do
 
 
 class DamagedFile(OpdlabError):

@@ -38,8 +38,8 @@ class Partial:
     def k(self) -> int:
         return self.ids.shape[-1]
 
-    def part(self, piece: slice) -> Partial:
-        """The same for some tokens."""
+    def part(self, piece: slice | Tensor) -> Partial:
+        """The same for some tokens. `piece`: a slice or indices."""
         return Partial(self.ids[piece], self.top[piece], self.sampled[piece], self.token[piece], self.vocab)
 
     def logp(self) -> Partial:

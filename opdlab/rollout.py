@@ -22,6 +22,7 @@ from opdlab.forward import group_rows
 from opdlab.head import Head
 from opdlab.policy import Policy, Prompt
 from opdlab.precision import without_autocast
+from opdlab.same_tokens import fingerprint
 from opdlab.templates import end_token
 from opdlab.tokens import completion_texts
 from opdlab.weights import Weights
@@ -45,6 +46,7 @@ class Rollout:
     texts: tuple[str, ...]
     writer: tuple[str, ...]
     n: int = 1
+    vocabulary: str | None = None  # fingerprint of the tokenizer whose ids these are; None: not known
 
     @property
     def mask(self) -> Tensor:
@@ -109,6 +111,7 @@ def sample(policy: Policy, prompts: Sequence[Prompt], n: int = 1, *, max_new_tok
         prompts=tuple(p for p in prompts for _ in range(n)), ids=ids, lengths=written["lengths"], logp=logp, entropy=entropy,
         finish=tuple("stop" if s else "length" for s in stopped.tolist()),
         texts=tuple(completion_texts(policy.tokenizer, bodies, policy.weights.eos)), writer=(writer,) * len(bodies), n=n,
+        vocabulary=fingerprint(policy.tokenizer),
     )  # fmt: skip
 
 
@@ -146,6 +149,7 @@ def written(policy: Policy, prompts: Sequence[Prompt], texts: Sequence[str], wri
         finish=tuple(finish),
         texts=tuple(str(text) for text in texts),
         writer=(writer,) * len(ids),
+        vocabulary=fingerprint(tokenizer),
     )
 
 
@@ -155,7 +159,9 @@ def joined(parts: Sequence[Rollout]) -> Rollout:
     wide = lambda x: torch.nn.functional.pad(x, (0, width - x.shape[1]))
     whole: dict[str, Any] = {k: torch.cat([wide(getattr(part, k)) for part in parts]) for k in ("ids", "logp", "entropy")}
     whole |= {k: sum((getattr(part, k) for part in parts), ()) for k in ("prompts", "finish", "texts", "writer")}
-    return Rollout(**whole, lengths=torch.cat([part.lengths for part in parts]), n=parts[0].n)
+    vocabularies = {part.vocabulary for part in parts}
+    vocabulary = vocabularies.pop() if len(vocabularies) == 1 else None
+    return Rollout(**whole, lengths=torch.cat([part.lengths for part in parts]), n=parts[0].n, vocabulary=vocabulary)
 
 
 def _write(

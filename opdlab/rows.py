@@ -8,7 +8,6 @@ The result is that of autograd on full logits, whatever the chunk size.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -17,8 +16,10 @@ import torch
 from torch import Tensor
 
 from opdlab.divergence import TopK
-from opdlab.errors import BadLoss, MissingPolicy, NonFinite, UnknownColumn
+from opdlab.errors import MissingPolicy, NonFinite, UnknownColumn
 from opdlab.head import Head
+from opdlab.loss_contract import call_loss, check_rows_are_independent, gradient_of_loss, spread_index
+from opdlab.not_finite import explain
 from opdlab.partial import Partial, whole
 
 CHUNK_BYTES = {"cpu": 16 << 20, "cuda": 256 << 20}  # one [chunk, V] float32 buffer: rows enough for a fast product, few enough for a laptop
@@ -30,6 +31,9 @@ class Rows:
     `rows.student`, `rows.teacher`, `rows["teacher+hint"]`: aligned log-probs `[n, V]`, float32; the student's carry the
     gradient. `rows.token [n]`: the sampled ids. `rows.logp [n]`: the student's log-prob of them. `rows.<column>`: what the
     method's plan returned. An unknown name raises UnknownColumn and lists what there is.
+
+    A loss treats each row alone and writes to none of them: chunks have any size, and what needs several tokens (a mean, a
+    quantile, a softmax over tokens) belongs in plan. It draws no random numbers and may be called more than once on a chunk.
     """
 
     def __init__(self, logp: Mapping[str, Any], token: Tensor, columns: Mapping[str, Tensor] | None = None) -> None:
@@ -92,8 +96,8 @@ class States:
         """How many tokens the distribution is over."""
         return self.head.rows
 
-    def part(self, piece: slice) -> States:
-        """The same for some tokens, without gradient."""
+    def part(self, piece: slice | Tensor) -> States:
+        """The same for some tokens, without gradient. `piece`: a slice or indices."""
         return States(self.hidden[piece].detach(), self.head)
 
     def logp(self) -> Tensor:
@@ -103,11 +107,15 @@ class States:
 
 @dataclass
 class Pass:
-    """What one pass over the tokens gives: `loss [n]`, `gradient [n, H]` (of the weighted sum), and named columns `[n]`."""
+    """What one pass over the tokens gives: `loss [n]`, `gradient [n, H]` (of the weighted sum), and named columns `[n]`.
+
+    `is_checked`: whether the loss was found to treat each row alone, so that later passes need not ask again.
+    """
 
     loss: Tensor
     gradient: Tensor
     columns: dict[str, Tensor] = field(default_factory=dict)
+    is_checked: bool = False
 
 
 def chunks(tokens: int, vocab: int, device: torch.device, chunk: int | None = None) -> list[slice]:
@@ -132,16 +140,30 @@ def compute(fn: Callable[[Rows], Any], states: Mapping[str, States], token: Tens
 
 def gradient(loss: Callable[[Rows], Tensor], states: Mapping[str, States], token: Tensor, weight: Tensor,
              columns: Mapping[str, Tensor] | None = None, watch: Callable[[Rows], dict[str, Tensor]] | None = None,
-             chunk: int | None = None) -> Pass:  # fmt: skip
+             chunk: int | None = None, check: bool = True) -> Pass:  # fmt: skip
     """Gradient of `sum(weight * loss(rows))` with respect to the student's hidden states; a trainable head gets its own.
 
-    weight `[n]`: each token's share of the mean. watch: numbers to note in the same pass, on detached rows.
-    Also notes `grad_norm [n]`: the length of d(loss)/d(hidden) of each token alone. Raises BadLoss and NonFinite (whose
-    `row` is the first offending token).
+    Also notes `grad_norm [n]`: the length of d(loss)/d(hidden) of each token alone.
+
+    Args:
+        loss: A function of rows; it is called once per chunk, and a few times more where it is checked.
+        states: Hidden states (or top log-probs) by policy; `student` is the one that learns.
+        token: The sampled ids, `[n]`.
+        weight: Each token's share of the mean, `[n]`.
+        columns: Of the plan, `[n, ...]` each.
+        watch: Numbers to note in the same pass, on detached rows.
+        chunk: Tokens in one chunk; by default as many as keep to the memory budget.
+        check: Compare the loss of a few rows whole and in parts first, so that a loss that reads other rows of its chunk is
+            refused. Leave it out where an earlier pass of the same loss was `is_checked`.
+
+    Raises:
+        BadLoss: The loss does not keep its contract (`opdlab.loss_contract`).
+        NonFinite: A loss or gradient is NaN or infinite; its `row` is the first such token.
     """
     if "student" not in states:
         raise MissingPolicy("gradient needs the student's states. Pass states={'student': …}.")
     student = states["student"]
+    is_checked = not check or _check_loss(loss, states, token, columns or {}, chunk)
     noted: dict[str, Tensor] = {}
     out = torch.empty_like(student.hidden, dtype=student.head.precision(student.hidden))
     for piece in chunks(len(token), student.head.rows, token.device, chunk):
@@ -150,9 +172,20 @@ def gradient(loss: Callable[[Rows], Tensor], states: Mapping[str, States], token
         out[piece], numbers = _one_chunk(loss, part, token[piece], weight[piece], rest, watch)
         for key, value in numbers.items():  # copied: small tensors kept between the large ones would keep holes in the heap
             noted.setdefault(key, value.new_empty(len(token), *value.shape[1:]))[piece] = value
-    result = Pass(noted.pop("loss"), out, noted)
-    _check_finite(result)
+    result = Pass(noted.pop("loss"), out, noted, is_checked)
+    _check_finite(result, states, token, columns or {})
     return result
+
+
+def _check_loss(loss: Callable[[Rows], Tensor], states: Mapping[str, States], token: Tensor, columns: Mapping[str, Tensor],
+                chunk: int | None) -> bool:  # fmt: skip
+    """Check a loss on a few rows, evenly spread over the tokens; False where that could not tell."""
+    first = chunks(len(token), states["student"].rows, token.device, chunk)[0]
+    index = spread_index(len(token), first.stop, token.device)
+    with torch.no_grad():
+        logp = {name: s.part(index).logp() for name, s in states.items()}
+    rows = Rows(logp, token[index], {name: column[index] for name, column in columns.items()})
+    return check_rows_are_independent(loss, rows)
 
 
 def _one_chunk(loss: Callable[[Rows], Tensor], states: Mapping[str, States], token: Tensor, weight: Tensor,
@@ -167,10 +200,8 @@ def _one_chunk(loss: Callable[[Rows], Tensor], states: Mapping[str, States], tok
         seen = watch(Rows({"student": leaf, **fixed}, token, columns)) if watch else {}
     leaf = leaf.detach().requires_grad_()
     with torch.enable_grad():
-        value = _checked(loss(Rows({"student": leaf, **fixed}, token, columns)), len(token))
-        (slope,) = torch.autograd.grad((value * weight).sum(), leaf, allow_unused=True)
-    if slope is None:
-        raise BadLoss("The loss does not depend on rows.student, so there is nothing to train. Use rows.student or rows.logp.")
+        value = call_loss(loss, Rows({"student": leaf, **fixed}, token, columns))
+        slope = gradient_of_loss(value, weight, leaf)
     with torch.no_grad():
         p = leaf.exp()  # through the softmax, in memory of our own: the loss's tensors are not ours to write to
         slope = torch.addcmul(slope, p, -slope.sum(-1, keepdim=True), out=p)
@@ -184,23 +215,17 @@ def _log_softmax(logits: Tensor) -> Tensor:
     return torch.log_softmax(logits, -1, out=logits)
 
 
-def _checked(value: Any, n: int) -> Tensor:
-    if not isinstance(value, Tensor) or value.shape != (n,):
-        got = f"shape {list(value.shape)}" if isinstance(value, Tensor) else type(value).__name__
-        raise BadLoss(
-            f"The loss returned {got} for {n} tokens. Return one number a token, shape [{n}]: sum over the vocabulary, not over tokens."
-        )
-    if not value.requires_grad:
-        raise BadLoss("The loss is constant: it carries no gradient. Make it depend on rows.student or rows.logp, without detach.")
-    return value
-
-
-def _check_finite(result: Pass) -> None:
+def _check_finite(result: Pass, states: Mapping[str, States], token: Tensor, columns: Mapping[str, Tensor]) -> None:
     bad = ~(torch.isfinite(result.loss) & torch.isfinite(result.gradient).all(-1))
-    if bool(bad.any()):
-        where = int(bad.nonzero()[0, 0])
-        value = result.loss[where].item()
-        what = f"loss is {value}" if not math.isfinite(value) else f"loss is {value:.4g} but its gradient is not finite"
-        error = NonFinite(f"The {what} at token row {where}.")
-        error.row = where  # type: ignore[attr-defined]
-        raise error
+    if not bool(bad.any()):
+        return
+    where = int(bad.nonzero()[0, 0])
+    piece = slice(where, where + 1)
+    with torch.no_grad():
+        logp = {name: s.part(piece).logp() for name, s in states.items()}
+    cause = explain(Rows(logp, token[piece], {name: column[piece] for name, column in columns.items()}))
+    value = result.loss[where].item()
+    what = f"loss is {value:.4g}" if value - value != 0 else f"loss is {value:.4g} but its gradient is not finite"
+    error = NonFinite(f"The {what} at token row {where}.{cause}")
+    error.row, error.is_explained = where, bool(cause)
+    raise error

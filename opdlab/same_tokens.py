@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
 from typing import TYPE_CHECKING
+from weakref import WeakKeyDictionary
 
 from transformers import PreTrainedTokenizerBase
 
@@ -10,6 +13,34 @@ from opdlab.errors import TokenizerMismatch
 
 if TYPE_CHECKING:
     from opdlab.policy import Policy
+    from opdlab.rollout import Rollout
+
+_KNOWN: WeakKeyDictionary[PreTrainedTokenizerBase, tuple[int, str]] = WeakKeyDictionary()  # hashing 150,000 tokens takes 0.1 s
+
+
+def fingerprint(tokenizer: PreTrainedTokenizerBase) -> str:
+    """A short text that two tokenizers share exactly if every id is the same string in both."""
+    size, known = _KNOWN.get(tokenizer, (-1, ""))
+    if size != len(tokenizer):  # tokens can be added
+        listed = json.dumps(sorted(tokenizer.get_vocab().items()))
+        known = hashlib.sha256(listed.encode()).hexdigest()[:16]
+        _KNOWN[tokenizer] = len(tokenizer), known
+    return known
+
+
+def check_written_with(policy: Policy, rollout: Rollout, name: str = "student") -> None:
+    """Raise TokenizerMismatch for a rollout whose ids belong to another tokenizer; of one made by hand nothing is known."""
+    if rollout.vocabulary is not None and rollout.vocabulary != fingerprint(policy.tokenizer):
+        raise TokenizerMismatch(
+            f"The rollout was written with another tokenizer than the {name}'s, so its ids would be read as unrelated tokens. Score it "
+            f"with the policy that wrote it, or write its texts with the {name}'s tokens: opdlab.rollout.written({name}, rollout.prompts, "
+            "rollout.texts)."
+        )
+    if rollout.tokens and int(rollout.ids[rollout.mask].max()) >= policy.weights.vocab_size:
+        raise TokenizerMismatch(
+            f"The rollout holds the token id {int(rollout.ids[rollout.mask].max())}, but the {name} has {policy.weights.vocab_size} "
+            "tokens. Score it with the policy that wrote it."
+        )
 
 
 def check_same_tokens(student: Policy, teacher: Policy, name: str = "teacher") -> None:

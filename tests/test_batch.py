@@ -9,9 +9,10 @@ from hypothesis import strategies as st
 
 from opdlab import Policy, Prompt, Task
 from opdlab.batch import Batch, return_to_go
-from opdlab.divergence import entropy, forward_kl, reverse_kl
-from opdlab.errors import MissingPolicy, OpdlabError
+from opdlab.divergence import entropy, forward_kl, jensen_shannon, reverse_kl
+from opdlab.errors import MissingPolicy, OpdlabError, TokenizerMismatch, UnknownName
 from opdlab.rollout import written
+from opdlab.signals import full
 
 
 @pytest.fixture(scope="module")
@@ -45,6 +46,43 @@ def test_signals(batch, student, teacher):
     assert batch.signals.keys() == want.keys()
     for name, column in want.items():
         torch.testing.assert_close(batch.signals[name][batch.mask], column, rtol=1e-4, atol=1e-4)
+
+
+def test_every_signal_of_full_is_computed_when_it_is_asked_for(batch, student, teacher):
+    p, q = student.log_probs(batch.rollout), teacher.log_probs(batch.rollout)
+    fresh = Batch(batch.rollout, batch.policies)
+    want = {
+        "teacher_entropy": entropy(q),
+        "teacher_forward_kl": forward_kl(p, q),
+        "teacher_jsd": jensen_shannon(p, q),
+        "teacher_rank": (q > q.gather(-1, batch.token[:, None])).sum(-1) + 1,
+        "student_rank": (p > p.gather(-1, batch.token[:, None])).sum(-1) + 1,
+    }
+    for name, column in want.items():
+        assert name in fresh.signals
+        assert fresh.signals[name].shape == batch.mask.shape
+        torch.testing.assert_close(fresh.signals[name][batch.mask], column, rtol=1e-4, atol=1e-4)
+    everything = fresh.map(full())
+    for name, column in everything.items():
+        torch.testing.assert_close(fresh.signals[name], column, rtol=1e-4, atol=1e-4)
+
+
+def test_asking_for_one_signal_runs_no_other_policy(student, teacher, prompts):
+    batch = Batch(student.sample(prompts, max_new_tokens=4), {"student": student, "teacher": teacher})
+    batch.signals["teacher_logp"]
+    passes = []
+    batch.map = lambda fn, needs=None: passes.append(needs) or Batch.map(batch, fn, needs)
+    batch.signals["teacher_entropy"]
+    batch.signals["teacher_entropy"]
+    batch.signals["student_logp"]
+    assert passes == [["teacher"]]
+
+
+def test_a_signal_that_does_not_exist_is_answered_with_those_that_do(batch):
+    with pytest.raises(UnknownName, match=r"no signal 'teacher_entrpy'; there are student_logp, .*teacher_entropy, .*batch\.map"):
+        batch.signals["teacher_entrpy"]
+    assert batch.signals.get("reference_logp") is None
+    assert isinstance(UnknownName("x"), (KeyError, OpdlabError))
 
 
 def test_states_are_computed_once(batch):
@@ -99,7 +137,7 @@ def test_what_is_missing_is_named(batch):
 def test_an_empty_completion_has_no_tokens(make_model, make_tokenizer):
     tokenizer = make_tokenizer()
     tokenizer.eos_token = None
-    policy = Policy.of(make_model(12), tokenizer)
+    policy = Policy.of(make_model(12), tokenizer, eos=[])
     for texts, tokens in ((["", "a b"], 2), (["", ""], 0)):
         batch = Batch(written(policy, [Prompt("a"), Prompt("b")], texts), {"student": policy, "teacher": policy})
         assert batch.token.shape == (tokens,)
@@ -118,3 +156,8 @@ def test_return_to_go_equals_the_naive_sum(seed, rows, width, discount):
         for t in range(length):
             want[b, t] = sum(discount ** (s - t) * reward[b, s] for s in range(t, length))
     torch.testing.assert_close(return_to_go(reward, mask, discount), want)
+
+
+def test_a_rollout_of_another_tokenizer_is_not_graded(batch, make_policy, make_tokenizer):
+    with pytest.raises(TokenizerMismatch, match="written with another tokenizer than the teacher's"):
+        Batch(batch.rollout, {"student": batch.policies["student"], "teacher": make_policy(0, make_tokenizer())}).states("teacher")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given
@@ -161,3 +162,28 @@ def test_a_fit_loss_is_not_refused(student, prompts):
         rehearse(method, {"student": student, "teacher": served}, opd.tasks.market(), prompts[0])
     rehearse(OPD(), {"student": student, "teacher": student}, opd.tasks.market(), prompts[0])
     assert served.graded == 0
+
+
+def test_a_signal_that_needs_everything_says_what_there_is(student, teacher, prompts):
+    batch = Batch(student.sample(prompts, max_new_tokens=4), {"student": student, "teacher": Served(teacher, 5)})
+    for name in ("teacher_reverse_kl", "teacher_entropy", "teacher_top"):
+        with pytest.raises(errors.PartialDistribution, match=(
+            rf"signal '{name}' needs the whole distribution of 'teacher', whose server gives its 5 likeliest tokens and the sampled "
+            r"one\. There are teacher_logp, teacher_overlap, teacher_coarse_reverse_kl\.")):  # fmt: skip
+            batch.signals[name]
+        assert name not in batch.signals
+    assert batch.signals["student_entropy"].shape == batch.signals["teacher_overlap"].shape == batch.mask.shape
+
+
+def test_a_server_is_scored_with_what_it_tells(student, teacher, prompts):
+    rollout = student.sample(prompts, max_new_tokens=6)
+    served, local = opd.score(rollout, student, Served(teacher, 5), k=4), opd.score(rollout, student, teacher, k=4)
+    for name in ("teacher_logp", "student_entropy", "teacher_overlap", "student_rank"):
+        np.testing.assert_allclose(served.column(name), local.column(name), rtol=1e-4, atol=1e-5)
+    assert (served.column("teacher_coarse_reverse_kl") <= local.column("teacher_reverse_kl") + 1e-4).all()
+    assert not {"teacher_reverse_kl", "teacher_top", "teacher_entropy"} & set(served.table.column_names)
+    assert served.column("support").tolist() == local.column("support").tolist()
+    assert "teacher" in repr(opd.viz.TokenLens(served))
+    assert served.what_if(lambda rows: -rows.logp).column("loss") == pytest.approx(-served.column("student_logp"), abs=1e-5)
+    with pytest.raises(errors.PartialDistribution, match=r"no 'teacher'.*no top tokens of 'teacher', which gave only some log-probs"):
+        served.what_if(lambda rows: reverse_kl(rows.student, rows.teacher))

@@ -13,8 +13,8 @@ import torch
 import opdlab
 from opdlab import Policy, Prompt, Trace, score
 from opdlab.divergence import entropy, forward_kl, jensen_shannon, reverse_kl
-from opdlab.errors import DamagedFile, OpdlabError, TokenizerMismatch
-from opdlab.rollout import Rollout, written
+from opdlab.errors import BadLoss, DamagedFile, NonFinite, OpdlabError, TokenizerMismatch
+from opdlab.rollout import Rollout, joined, written
 from opdlab.trace import record
 
 
@@ -200,7 +200,7 @@ def test_records_name_the_run_and_share_the_gradient(rollout, student):
 def test_empty_completions(make_model, make_tokenizer, tmp_path, texts):
     tokenizer = make_tokenizer()
     tokenizer.eos_token = None
-    student, teacher = (Policy.of(make_model(12, seed), tokenizer) for seed in (0, 1))
+    student, teacher = (Policy.of(make_model(12, seed), tokenizer, eos=[]) for seed in (0, 1))
     rollout = written(student, [Prompt(text) for text in "abc"[: len(texts)]], texts)
     trace = opdlab.score(rollout, student, teacher)
     assert len(trace) == rollout.tokens
@@ -208,3 +208,101 @@ def test_empty_completions(make_model, make_tokenizer, tmp_path, texts):
     again = Trace.load(trace.save(tmp_path / "t.parquet"))
     assert again.sample(1).tokens() == []
     assert len(again.what_if(lambda rows: reverse_kl(rows.student, rows.teacher))) == rollout.tokens
+
+
+# What cannot be right.
+
+
+class OnlyWrites:
+    def write(self, prompts, n=1, **options):
+        return [["a"] * n for _ in prompts]
+
+
+def test_score_says_what_it_cannot_grade(rollout, student, teacher):
+    cases = [
+        (lambda: score([rollout], student), r"score got \[Rollout.* for a rollout"),
+        (lambda: score("texts", student), "score got 'texts' for a rollout"),
+        (lambda: score(rollout, None), "score got None for the student. Give a Policy"),
+        (lambda: score(rollout, student, OnlyWrites()), "got a OnlyWrites for 'teacher', which has no log-probs"),
+        (lambda: score(rollout, student, "teacher"), "score got 'teacher' for 'teacher'"),
+        (lambda: score(rollout, student, teacher, reference=3), "score got 3 for 'reference'"),
+        *((lambda k=k: score(rollout, student, teacher, k=k), "score got k=.*at least 1") for k in (0, -1, 2.5, "8", True, None)),
+    ]
+    for ask, said in cases:
+        with pytest.raises(OpdlabError, match=said):
+            ask()
+
+
+def test_a_rollout_is_scored_only_with_its_own_tokens(rollout, student, make_policy, make_tokenizer):
+    """As many tokens, and other ones: no number would show it."""
+    other = make_policy(0, make_tokenizer(" ".join(f"w{i}" for i in range(64))))
+    assert other.weights.vocab_size == student.weights.vocab_size
+    with pytest.raises(TokenizerMismatch, match=r"written with another tokenizer than the student's.*rollout\.written"):
+        score(rollout, other)
+    with pytest.raises(TokenizerMismatch, match=r"holds the token id \d+, but the student has 12 tokens"):
+        score(replace(rollout, vocabulary=None), make_policy(0, make_tokenizer()))
+    score(written(other, rollout.prompts, ["w1 w2"] * len(rollout)), other)
+    assert rollout.rows([0]).vocabulary == joined([rollout, rollout]).vocabulary == rollout.vocabulary
+
+
+@pytest.mark.parametrize("i", [8, 99, -1, 1.0, None, "0", True])
+def test_a_completion_that_is_not_there_is_named(trace, i):
+    with pytest.raises(OpdlabError, match=r"no completion .*; it has 8\. Use a number from 0 to 7"):
+        trace.sample(i)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [lambda meta: [meta], lambda meta: "text", lambda meta: None, lambda meta: {}, lambda meta: {**meta, "texts": None},
+     lambda meta: {**meta, "texts": meta["texts"][:2]}, lambda meta: {**meta, "vocab": []}, lambda meta: {**meta, "vocab": {"1": "a"}},
+     lambda meta: {**meta, "policies": "student"}, lambda meta: {k: v for k, v in meta.items() if k != "finish"},
+     lambda meta: {**meta, "prompts": [1] * 8}],
+)  # fmt: skip
+def test_metadata_that_describe_something_else_are_damage(trace, tmp_path, change):
+    path = replace(trace, meta=change(trace.meta)).save(tmp_path / "t.parquet")
+    with pytest.raises(DamagedFile, match=r"is not an opdlab trace \(its? "):
+        Trace.load(path)
+
+
+@pytest.mark.parametrize("path", [None, 3, ["t.parquet"]])
+def test_what_is_no_path_is_refused(path):
+    with pytest.raises(OpdlabError, match="Give the path of a file"):
+        Trace.load(path)
+
+
+WRONG = {
+    "returns nothing": (lambda rows: None, "NoneType"),
+    "one number": (lambda rows: reverse_kl(rows.student, rows.teacher).sum(), r"shape \[\]"),
+    "constant": (lambda rows: rows.teacher[:, 0], "constant"),
+    "softmax over tokens": (lambda rows: reverse_kl(rows.student, rows.teacher).softmax(0), "other rows"),
+    "batch mean": (lambda rows: rows.logp - rows.logp.mean(), "other rows"),
+    "in place": (lambda rows: reverse_kl(rows.student, rows.teacher.clamp_(min=-3)), r"rows\.teacher in place"),
+    "not finite": (lambda rows: rows.logp / 0, "not finite|inf at row 0"),
+}
+
+
+@pytest.mark.parametrize("name", WRONG)
+def test_what_if_refuses_what_training_refuses(trace, name):
+    loss, said = WRONG[name]
+    with pytest.raises((BadLoss, NonFinite), match=said):
+        trace.what_if(loss)
+
+
+def test_what_if_takes_a_method_and_nothing_that_is_none(trace):
+    method = trace.what_if(opdlab.OPD())
+    assert method.column("loss").tolist() == trace.what_if(lambda rows: reverse_kl(rows.student, rows.teacher)).column("loss").tolist()
+    for loss in (None, "reverse_kl", 3):
+        with pytest.raises(OpdlabError, match="Give a function of rows or a method"):
+            trace.what_if(loss)
+
+
+@pytest.mark.parametrize("windows", [3, "text", [1, 2], [{"student": "abc", "teacher": [10**9, -1, "a"]}], {"a": 1}, [{"x": 1}]])
+def test_notes_named_like_opdlabs_own_are_kept_and_not_read(rollout, student, windows, tmp_path):
+    trace = record(rollout, {"student": student}, {}, notes={"windows": windows})
+    assert Trace.load(trace.save(tmp_path / "t.parquet")).meta["notes"] == {"windows": windows}
+
+
+def test_a_prompt_in_parts_shows_its_text(rollout, student):
+    parts = ({"role": "user", "content": [{"type": "text", "text": "add 2 "}, {"type": "text", "text": "and 3"}]},)
+    trace = record(replace(rollout, prompts=(Prompt(messages=parts),) * len(rollout)), {"student": student}, {})
+    assert trace.meta["prompts"] == ["add 2 and 3"] * len(rollout)

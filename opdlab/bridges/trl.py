@@ -20,6 +20,7 @@ from torch import Tensor
 
 from opdlab import adapters, signals
 from opdlab.batch import Batch
+from opdlab.columns import run_plan
 from opdlab.errors import OpdlabError
 from opdlab.head import Head
 from opdlab.methods import Method
@@ -43,6 +44,7 @@ class MethodTrainer(DistillationTrainer):
 
     def __init__(self, method: Method, **arguments: Any) -> None:
         self.method: Method = method() if inspect.isclass(method) else method
+        self._loss_is_checked = False
         _check(self.method)
         super().__init__(**arguments)
         if self.temperature != 1:
@@ -74,7 +76,10 @@ class MethodTrainer(DistillationTrainer):
         states = {"student": States(hidden.detach(), _apart(self.heads["student"])), "teacher": States(theirs, self.heads["teacher"])}
         with torch.autocast(hidden.device.type, enabled=False):
             columns = self._plan(rollout, states)
-            found = gradient(self.method.loss, states, rollout.ids[mask], weight, columns, watch=signals.cheap)
+            found = gradient(
+                self.method.loss, states, rollout.ids[mask], weight, columns, watch=signals.cheap, check=not self._loss_is_checked
+            )
+            self._loss_is_checked |= found.is_checked
         return (
             self._joined(found, weight, hidden, states["student"].head),
             (found.columns["student_entropy"] * counted).sum(),
@@ -104,8 +109,7 @@ class MethodTrainer(DistillationTrainer):
         logp, entropy = rollout.logp.clone(), rollout.entropy.clone()
         logp[rollout.mask], entropy[rollout.mask] = seen["student_logp"], seen["student_entropy"]
         rollout = replace(rollout, logp=logp, entropy=entropy)
-        batch = Batch(rollout, {name: _Graded(s) for name, s in states.items()}, step=self.state.global_step)
-        return {name: batch.flat(name, column) for name, column in self.method.plan(batch).items()}
+        return run_plan(self.method, Batch(rollout, {name: _Graded(s) for name, s in states.items()}, step=self.state.global_step))
 
     def _joined(self, found: Pass, weight: Tensor, hidden: Tensor, head: Head) -> Tensor:
         """A scalar with the loss's value, and with the gradients that the engine found for the states and for a trainable head."""

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from opdlab.batch import Batch
+from opdlab.columns import run_plan
 from opdlab.exact.laws import law
 from opdlab.exact.table import Table, everything
 from opdlab.rollout import Rollout
@@ -49,8 +50,7 @@ def gradient_on(method: Any, policies: Mapping[str, Any], rollout: Rollout, weig
 def loss_pass(method: Any, policies: Mapping[str, Any], rollout: Rollout, weight: Tensor, *, task: Task | None = None) -> Pass:
     """The engine's own numbers for `gradient_on`, token by token: `loss`, weighted `gradient [tokens, V]`, `grad_norm`."""
     batch = Batch(rollout, policies, task)
-    plan = method.plan(batch) if hasattr(method, "plan") else {}
-    columns = {name: batch.flat(name, column) for name, column in plan.items()}
+    columns = run_plan(method, batch)
     states = {name: batch.states(name) for name in batch.distributions}
     loss = method.loss if hasattr(method, "loss") else method
     return engine(loss, states, batch.token, weight.repeat_interleave(rollout.lengths), columns)
