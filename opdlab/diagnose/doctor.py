@@ -244,8 +244,7 @@ def affordable(predicted: Cost) -> Check:
 
 
 def _right(rollout: Rollout, task: Task) -> np.ndarray:
-    assert task.verify is not None
-    return np.array([float(task.verify(p, t)) for p, t in zip(rollout.prompts, rollout.texts, strict=True)])
+    return np.array(task.scores(rollout.prompts, rollout.texts))
 
 
 def _room(rollout: Rollout, student: Policy, teacher: Policy) -> float:

@@ -144,7 +144,7 @@ def continuation(rollout: Rollout, student: Policy, teacher: Any, task: Task, at
         left = max(1, round(room * (task.max_new_tokens - length)))
         prompts = [rollout.prompts[i] for i in which]
         texts = _continued(student, teacher, prompts, [bodies[i][:length] for i in which], left)
-        scores = [[float(task.verify(p, t)) for p, t in zip(prompts, ts, strict=True)] for ts in (texts, [rollout.texts[i] for i in which])]
+        scores = [task.scores(prompts, whole) for whole in (texts, [rollout.texts[i] for i in which])]
         rows.append({"length": length, "texts": len(which), "teacher": np.mean(scores[0]), "student": np.mean(scores[1])})
     return pd.DataFrame(rows, columns=["length", "texts", "teacher", "student"])
 
