@@ -91,6 +91,16 @@ class Task:
         prompts = self.pool["train"]
         return [prompts[i] for i in epoch_order(len(prompts), size, seed).batch(step)]
 
+    def warn_of_repeats(self, size: int) -> None:
+        """Warn where a batch of `size` prompts must ask some of them twice, since there are fewer to train on."""
+        count = len(self.pool.get("train", ()))
+        if 0 < count < size:
+            warnings.warn(
+                f"{self.name} has {count} training prompts and a step asks {size}, so every step asks some of them twice or more "
+                f"often. Use batch={count} or less (for all processes together), or n= for several completions of each prompt.",
+                stacklevel=4,
+            )
+
     def score(self, prompt: Prompt, text: str) -> float:
         """The verifier's score of a text, from 0 to 1.
 
