@@ -64,7 +64,7 @@ def verify(prompt: Prompt, text: str) -> float:
 def model(name: str, device: str = "cpu") -> Policy:
     """A shipped model: student (its skill is dormant), novice (never learnt to add), teacher, or scribe (character tokenizer)."""
     if name not in MODELS:
-        raise ValueError(f"The market world ships {', '.join(MODELS)}, not {name!r}.")
+        raise InvalidValue(f"The market world ships {', '.join(MODELS)}, not {shortened(name)}. Use one of those.")
     return Policy.load(data() / name, device=device)
 
 
