@@ -90,8 +90,7 @@ class Batch:
         """The verifier's score of each completion, `[B]`."""
         if self.task is None or self.task.verify is None:
             raise MissingPolicy("This batch has no verifier. Use a task with verify=, or a method that learns from a teacher.")
-        pairs = zip(self.rollout.prompts, self.rollout.texts, strict=True)
-        return torch.tensor([float(self.task.verify(p, t)) for p, t in pairs], device=self.rollout.ids.device)
+        return torch.tensor(self.task.scores(self.rollout.prompts, self.rollout.texts), device=self.rollout.ids.device)
 
     def spread(self, flat: Tensor) -> Tensor:
         """`[tokens, ...]` to `[B, T, ...]`, zero in the padding."""

@@ -117,10 +117,9 @@ def _look_at_teacher(teacher: Any, pupil: Policy, task: Task, plan: dict[str, An
     if isinstance(teacher, Policy) and _same_tokens(pupil, teacher):
         return _look(teacher, task, plan, "teacher")
     writer = TextOnly(teacher) if isinstance(teacher, Policy) else teacher
-    asked = task.prompts(min(ASKED, plan["prompts"]), 0, "test")
+    asked = task.prompts(min(ASKED, plan["prompts"]), seed=0, split="test")
     texts = writer.write(asked, max_new_tokens=4 * task.max_new_tokens, temperature=float(plan["sampled"]))
-    assert task.verify is not None
-    scores = np.array([task.verify(prompt, row[0]) for prompt, row in zip(asked, texts, strict=True)], float)
+    scores = np.array(task.scores(asked, (row[0] for row in texts)), float)
     unknown = np.full(len(scores), np.nan)
     many = scores[:, None] if plan["sampled"] else scores[:, None][:, :0]
     return Seen(Evaluation("teacher", scores, many, unknown, unknown, key=(task.name,)), None, plan["sampled"])
@@ -194,7 +193,9 @@ def _page(out: Path, profile: tuple[str, dict[str, Any]], run: Run, seen: tuple[
         audit = run.last.notes["audits"][0]
         told = f"In training: where the teacher was asked to go on, it wrote {', '.join(map(repr, audit['continuations']))} the first time"
         lenses.append((told, viz.TokenLens(run.last.trace(), audit["sample"], channel="similarity")))
-    note = f"{name}: {plan['score']} on {plan['prompts']} held-out prompts; {len(run.rows)} updates of {type(run.method).__name__}."
+    note = (
+        f"{name}: {plan['score']} on {seen[0].evaluation.prompts} held-out prompts; {len(run.rows)} updates of {type(run.method).__name__}."
+    )
     keys = [key for key in ("reverse_kl", "reward", "entropy", "length") if key in run.history]
     curves = viz.curves(run.history, keys=keys)
     return viz.page(out / "index.html", title="opdlab demo", summary=_summary(*seen), figures=[curves], lenses=lenses, note=note)

@@ -12,7 +12,7 @@ import os
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +27,7 @@ from opdlab.errors import MissingPolicy, NonFinite, OpdlabError
 from opdlab.evaluate import evaluate
 from opdlab.interrupts import hold_interrupts as _uninterrupted
 from opdlab.loss_contract import adding_note
+from opdlab.measures import measure_step
 from opdlab.methods import OPD, Method
 from opdlab.own_teacher import warn_of_own_teacher
 from opdlab.policy import Policy, Prompt, check_same_tokens
@@ -99,6 +100,8 @@ class Run:
         self._check(teacher)
         warn_of_own_teacher(student, teacher, method.needs, policies)
         self.accelerator = make_accelerator(log_with, self.folder)
+        if self.accelerator.is_main_process:
+            task.warn_of_repeats(settings.batch * self.accelerator.num_processes)
         if log_with is not None:
             self.accelerator.init_trackers("opdlab", asdict(settings))
         self.memory = method_state.Memory(method)
@@ -195,26 +198,35 @@ class Run:
         norm = torch.nn.utils.clip_grad_norm_(self.parameters.values(), self.settings.clip or math.inf)
         if not math.isfinite(norm.item()):
             raise NonFinite(f"Step {self.done + 1}: the gradient is {norm.item()}. Lower the learning rate; the weights are as they were.")
-        metrics = self._measure(batch, tokens, weight) | {"grad_norm": norm.item()}
-        self._commit(metrics, began, wrote, rollout.tokens)
+        measured = measure_step(batch, tokens, weight, lambda sums: self.accelerator.reduce(sums, "sum"))
+        metrics = {"step": float(self.done + 1), **measured, "grad_norm": norm.item()}
+        self._commit(metrics, began, wrote)
         return Step(self.done, metrics, rollout, tokens, columns, self.policies, batch.notes, planner_of(self.method))
 
     def _write(self) -> Rollout:
         """The step's rollout: the student's, but for the share that the method gives to a teacher or to the answers."""
         s, world, rank = self.settings, self.accelerator.num_processes, self.accelerator.process_index
-        prompts = self.task.prompts(s.batch * world, seed=seed_of(s.seed, self.done, 0))[rank * s.batch :][: s.batch]
+        prompts = self._prompts(self.done)
+        size = len(prompts)
         share = getattr(self.method, "on_policy", 1.0)
         coin = torch.rand((), generator=torch.Generator().manual_seed(seed_of(s.seed, self.done, 1))).item()
-        own = min(s.batch, math.floor(share * s.batch + coin)) if share < 1 else s.batch
+        own = min(size, math.floor(share * size + coin)) if share < 1 else size
+        # every world-th prompt, so that each process gets its part of what each writer answers
+        by_student, by_others = prompts[rank:own:world], prompts[own + (rank - own) % world :: world]
         options: dict[str, Any] = {"max_new_tokens": s.max_new_tokens, "temperature": s.temperature, "top_p": s.top_p,
                                    "seed": seed_of(s.seed, self.done, 2 + rank)}  # fmt: skip
         parts = []
         with self._backbones():
-            if own:
-                parts.append(sample(self.student, prompts[:own], s.n, **options))
-            if own < s.batch:
-                parts.append(self._written_by_others(prompts[own:], options))
+            if by_student:
+                parts.append(sample(self.student, by_student, s.n, **options))
+            if by_others:
+                parts.append(self._written_by_others(by_others, options))
         return joined(parts)
+
+    def _prompts(self, done: int) -> list[Prompt]:
+        """The prompts of the step after `done` others, for all processes together."""
+        s = self.settings
+        return self.task.training_batch(s.batch * self.accelerator.num_processes, done, s.seed)
 
     def _written_by_others(self, prompts: list[Prompt], options: dict[str, Any]) -> Rollout:
         """What each of the method's writers answers to all the prompts, one writer after the other."""
@@ -227,7 +239,8 @@ class Run:
         if not isinstance(writer, Policy):
             texts = writer.write(prompts, self.settings.n, **writing_options(writer, options))
             repeated = [prompt for prompt in prompts for _ in range(self.settings.n)]
-            return written(self.student, repeated, [text for row in texts for text in row], writer=name)
+            rollout = written(self.student, repeated, [text for row in texts for text in row], writer=name)
+            return replace(rollout, n=self.settings.n)
         return sample(writer, prompts, self.settings.n, writer=name, **options)
 
     def _micro_batches(self, rows: int) -> list[range]:
@@ -288,20 +301,7 @@ class Run:
             if self.accelerator.num_processes > 1:
                 p.grad = self.accelerator.reduce(p.grad, "sum")
 
-    def _measure(self, batch: Batch, tokens: Mapping[str, Tensor], weight: Tensor) -> dict[str, float]:
-        rollout = batch.rollout
-        out = {"step": float(self.done + 1), "loss": float((tokens["loss"] * weight).sum())}
-        kl = next((key for key in tokens if key.endswith("_reverse_kl")), None)
-        out |= {"reverse_kl": float(tokens[kl].mean())} if kl else {}
-        out["entropy"] = float(tokens["student_entropy"].mean())
-        out["length"] = float(rollout.lengths.float().mean())
-        out["cut"] = sum(f == "length" for f in rollout.finish) / len(rollout)
-        out["empty"] = float((rollout.lengths == 0).float().mean())
-        if self.task.verify is not None and all(w == "student" for w in rollout.writer):
-            out["reward"] = float(batch.rewards.mean())
-        return out
-
-    def _commit(self, metrics: dict[str, float], began: float, wrote: float, tokens: int) -> None:
+    def _commit(self, metrics: dict[str, float], began: float, wrote: float) -> None:
         """Move the weights and count the step; an interrupt waits until both are done."""
         s = self.settings
         metrics["lr"] = lr = s.rate(self.done)
@@ -313,7 +313,7 @@ class Run:
                 roles.average(policy, self.student, s.ema_rate)
             self.done += 1
             self._turn.count()
-            metrics |= {"tokens": float(tokens), "generate_s": wrote - began, "seconds": time.perf_counter() - began}
+            metrics |= {"generate_s": wrote - began, "seconds": time.perf_counter() - began}
             self.rows.append(metrics)
             if s.snapshot_every and self.done % s.snapshot_every == 0:
                 saving.keep_snapshot(self)
@@ -328,7 +328,7 @@ class Run:
     # Preparation.
 
     def _check(self, teacher: Any) -> None:
-        first = self.task.prompts(self.settings.batch, seed=seed_of(self.settings.seed, 0, 0))
+        first = self.task.training_batch(self.settings.batch, 0, self.settings.seed)
         for name in self.method.needs:
             if name not in self.policies:
                 raise roles.missing(self.method, name)

@@ -74,3 +74,7 @@ class BudgetSpent(OpdlabError):
 
 class PartialDistribution(OpdlabError):
     """A loss wants the whole distribution of a teacher that gives some of its log-probs."""
+
+
+class BadVerifier(OpdlabError):
+    """A verifier failed, or returned anything but one number from 0 to 1."""

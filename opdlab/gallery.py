@@ -116,7 +116,7 @@ def judged(task: Task, rollout: Rollout) -> list[float]:
     """The verifier's word on every text."""
     if task.verify is None:
         raise OpdlabError(f"The task {task.name!r} has no verifier, so its texts have no rewards. Give it verify=.")
-    return [task.verify(p, text) for p, text in zip(rollout.prompts, rollout.texts, strict=True)]
+    return task.scores(rollout.prompts, rollout.texts)
 
 
 def typed(trace: Trace, task: Task, rollout: Rollout, student: Policy) -> Trace:

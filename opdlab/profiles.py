@@ -7,8 +7,8 @@ load("gpu")      any Hub pair, Qwen3-0.6B <- Qwen3-4B by default, bf16 on a GPU
 
 from __future__ import annotations
 
-import random
 import re
+from dataclasses import replace
 from functools import cache
 from importlib.util import find_spec
 from pathlib import Path
@@ -21,12 +21,12 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from opdlab.errors import OpdlabError
 from opdlab.policy import Policy, Prompt
-from opdlab.tasks import Task, market, reasoning_gym
+from opdlab.tasks import Task, from_prompts, market, reasoning_gym
 from opdlab.tasks.market import model as market_model
-from opdlab.tasks.task import Split
 
 _THREADS = torch.get_num_threads()
 RULE = "Answer with the final number only."
+HELD_OUT = 256  # of 1938 questions: more than the demo asks
 EXAMPLES = (("What is 4 + 9?", "13"), ("What is 20 - 8?", "12"), ("What is 31 + 6?", "37"))
 
 
@@ -100,14 +100,18 @@ def rule_task() -> Task:
     The rule is each prompt's hint too, for methods whose teacher is the student that is told something.
     """
 
-    def draw(n: int, seed: int, split: Split) -> list[Prompt]:
-        rng = random.Random(f"rule/{split}/{seed}")
-        out = []
-        for i in range(n):
-            a, b = rng.randint(10, 60), rng.randint(2, 20)
-            question = rng.choice((f"What is {a} + {b}?", f"What is {a + b} - {b}?"))
-            out.append(Prompt(messages=({"role": "user", "content": question},), hint=RULE, id=f"{split}-{seed}-{i}"))
-        return out
+    # What is 10 + 2? … What is 80 - 20?: few enough to be listed, and to be drawn in epochs
+    questions = [
+        question
+        for first in range(10, 61)
+        for second in range(2, 21)
+        for question in (f"What is {first} + {second}?", f"What is {first + second} - {second}?")
+    ]
+    prompts = [Prompt(messages=({"role": "user", "content": question},), hint=RULE, id=str(i)) for i, question in enumerate(questions)]
+    task = from_prompts(prompts, name="rule", test=HELD_OUT, verify=follows_rule, max_new_tokens=24)
+    return replace(task, recipe={"batch": 16, "n": 1, "lr": 3e-4, "lora": 16, "steps": 20})
 
-    return Task("rule", draw, lambda prompt, text: float(bool(_NUMBER_ONLY.fullmatch(text))), max_new_tokens=24,
-                recipe={"batch": 16, "n": 1, "lr": 3e-4, "lora": 16, "steps": 20})  # fmt: skip
+
+def follows_rule(prompt: Prompt, text: str) -> float:
+    """1.0 where the text is a bare number."""
+    return float(bool(_NUMBER_ONLY.fullmatch(text)))

@@ -35,6 +35,7 @@ class Rollout:
 
     `ids [B, T]`, `lengths [B]` (the EOS token counts), `logp [B, T]` and `entropy [B, T]` of the policy that wrote it, at
     temperature 1, in nats; zero in the padding and where a text was not sampled. `finish[b]` is "stop" or "length".
+    `n`: completions of each prompt, which stand in groups of `n` rows; 1 where the prompts have different numbers of them.
     """
 
     prompts: tuple[Prompt, ...]
@@ -67,7 +68,12 @@ class Rollout:
         width = max(1, int(self.lengths[pick].max())) if len(which) else 1
         parts: dict[str, Any] = {k: getattr(self, k)[pick][:, :width] for k in ("ids", "logp", "entropy")}
         parts |= {k: tuple(getattr(self, k)[i] for i in which) for k in ("prompts", "finish", "texts", "writer")}
-        return replace(self, **parts, lengths=self.lengths[pick])
+        return replace(self, **parts, lengths=self.lengths[pick], n=self.n if self._keeps_groups(which) else 1)
+
+    def _keeps_groups(self, which: Sequence[int]) -> bool:
+        """Whether these rows are whole groups of `n`, each in its order."""
+        groups = [list(which[i : i + self.n]) for i in range(0, len(which), self.n)]
+        return all(group[0] % self.n == 0 and group == list(range(group[0], group[0] + self.n)) for group in groups)
 
     def __len__(self) -> int:
         return len(self.prompts)
@@ -154,14 +160,16 @@ def written(policy: Policy, prompts: Sequence[Prompt], texts: Sequence[str], wri
 
 
 def joined(parts: Sequence[Rollout]) -> Rollout:
-    """Several rollouts as one, rows in order."""
+    """Several rollouts as one, rows in order. Its `n` is theirs, or 1 where they differ."""
     width = max(part.ids.shape[1] for part in parts)
     wide = lambda x: torch.nn.functional.pad(x, (0, width - x.shape[1]))
     whole: dict[str, Any] = {k: torch.cat([wide(getattr(part, k)) for part in parts]) for k in ("ids", "logp", "entropy")}
     whole |= {k: sum((getattr(part, k) for part in parts), ()) for k in ("prompts", "finish", "texts", "writer")}
     vocabularies = {part.vocabulary for part in parts}
     vocabulary = vocabularies.pop() if len(vocabularies) == 1 else None
-    return Rollout(**whole, lengths=torch.cat([part.lengths for part in parts]), n=parts[0].n, vocabulary=vocabulary)
+    counts = {part.n for part in parts}  # samples of a prompt stand side by side only if all parts have as many
+    n = counts.pop() if len(counts) == 1 else 1
+    return Rollout(**whole, lengths=torch.cat([part.lengths for part in parts]), n=n, vocabulary=vocabulary)
 
 
 def _write(

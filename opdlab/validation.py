@@ -45,6 +45,7 @@ def _python_flag(value: Any) -> Any:
 # Strict: "3" is no count, 2.0 is no count, NaN and infinity are no amounts.
 Count = Annotated[int, BeforeValidator(_python_number), Field(strict=True, ge=1, description="a whole number of at least 1")]
 CountOrZero = Annotated[int, BeforeValidator(_python_number), Field(strict=True, ge=0, description="a whole number of at least 0")]
+Whole = Annotated[int, BeforeValidator(_python_number), Field(strict=True, description="a whole number")]
 Seed = Annotated[
     int, BeforeValidator(_python_number), Field(strict=True, ge=0, lt=1 << 32, description="a whole number from 0 to 2**32 - 1")
 ]

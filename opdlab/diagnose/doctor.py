@@ -28,6 +28,7 @@ from opdlab.policy import Policy, Prompt
 from opdlab.rollout import Rollout, sample
 from opdlab.settings import Settings
 from opdlab.tasks import Task
+from opdlab.tasks.splits import count_distinct
 
 ENOUGH = {"acceptance": 0.5, "pass@k": 0.2, "right": 0.1, "stop": 0.2, "first": 0.1, "cut": 0.5}
 PLAIN = tuple(
@@ -94,7 +95,6 @@ def doctor(student: Policy, teacher: Any, task: Task | None = None, *, prompts: 
     """
     if task is None:
         task = Task("plain questions", lambda n, seed, split: list((PLAIN * n)[:n]))
-        prompts = list(PLAIN) if isinstance(prompts, int) else prompts
     known = Settings.__dataclass_fields__
     if unknown := sorted(set(settings) - set(known)):
         raise OpdlabError(f"doctor has no setting {', '.join(unknown)}. It takes those of distill: {', '.join(known)}.")
@@ -145,7 +145,8 @@ def _lengths(rollout: Rollout, limit: int) -> Check:
     name, form = "student's texts", "Look at its stop tokens and template; a short SFT teaches the form."
     cut = sum(f == "length" for f in rollout.finish) / len(rollout)
     empty = float((rollout.lengths <= 1).float().mean())
-    found = f"{float(rollout.lengths.float().mean()):.0f} tokens on average, {cut:.0%} cut off at the limit of {limit}"
+    usual = float(rollout.lengths.float().mean())
+    found = f"{usual:.0f} tokens on average, {cut:.0%} cut off at the limit of {limit} (on {count_distinct(rollout.prompts)} prompts)"
     if not rollout.tokens:
         return Check(name, "stop", "it writes nothing at all, so there is nothing to grade", form)
     if empty > 0.5:
@@ -218,14 +219,18 @@ def _ranking(found: Overlap, rollout: Rollout, task: Task) -> list[Check]:
         return []
     right = _right(rollout, task) > 0.5
     reward = found.tokens.groupby("sample")["reward"].sum().reindex(range(len(rollout)), fill_value=0.0).to_numpy()
-    if min(right.sum(), (~right).sum()) < 3:
+    # texts of one prompt are alike, so prompts are counted and not texts
+    fewest = min(
+        count_distinct(p for p, is_right in zip(rollout.prompts, right, strict=True) if is_right == kind) for kind in (True, False)
+    )
+    if fewest < 3:
         return []
     area = auroc(reward[right], reward[~right])
     text = (
         f"the teacher ranks a right text of the student's above a wrong one with probability {area:.2f} ({right.sum()} right, "
         f"{(~right).sum()} wrong)"
     )
-    if area + (area * (1 - area) / min(right.sum(), (~right).sum())) ** 0.5 * 2 < 0.5:
+    if area + (area * (1 - area) / fewest) ** 0.5 * 2 < 0.5:
         return [Check("grades", "note", text, "They are about something else than the verifier's: look at them in opdlab.viz.TokenLens.")]
     return [Check("grades", "ok", text)]
 
@@ -244,8 +249,7 @@ def affordable(predicted: Cost) -> Check:
 
 
 def _right(rollout: Rollout, task: Task) -> np.ndarray:
-    assert task.verify is not None
-    return np.array([float(task.verify(p, t)) for p, t in zip(rollout.prompts, rollout.texts, strict=True)])
+    return np.array(task.scores(rollout.prompts, rollout.texts))
 
 
 def _room(rollout: Rollout, student: Policy, teacher: Policy) -> float:

@@ -15,7 +15,7 @@ the teacher-continuation probe: how often the teacher still gets it right when i
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Hashable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -30,6 +30,7 @@ from opdlab.errors import MissingPolicy, OpdlabError
 from opdlab.policy import Policy, Prompt
 from opdlab.rollout import Rollout, sample
 from opdlab.tasks import Task
+from opdlab.tasks.splits import question_of
 from opdlab.tokens import completion_texts
 
 LEAST = 1e-6  # nats: below this an accumulated KL is rounding
@@ -40,10 +41,12 @@ class Exposure:
     """`table`, one row a position (tokens written so far): `tokens` (student texts still open), `reverse_kl` and `forward_kl` there,
     `teacher_tokens` and `on_teacher` (the forward KL on the teacher's own prefixes), `excess` (ExAccErr up to and including
     it, %) with a 95 % bootstrap interval over prompts `low`, `high`. `probe`: see `continuation`; None where nothing can be checked.
+    `prompts`: how many different ones the interval rests on.
     """
 
     table: pd.DataFrame
     probe: pd.DataFrame | None
+    prompts: int = 0
 
     @property
     def excess(self) -> float:
@@ -54,8 +57,8 @@ class Exposure:
     def sentence(self) -> str:
         low, high = self.table[["low", "high"]].iloc[-1]
         text = (
-            f"ExAccErr over {len(self.table)} tokens is {self.excess:+.1f} % [{low:+.1f}, {high:+.1f}]: so much more the student errs on "
-            "its own prefixes than on the teacher's (0: errors do not pile up)."
+            f"ExAccErr over {len(self.table)} tokens is {self.excess:+.1f} % [{low:+.1f}, {high:+.1f}] ({self.prompts} prompts): "
+            "so much more the student errs on its own prefixes than on the teacher's (0: errors do not pile up)."
         )
         if np.isnan(self.excess):
             text = "On the teacher's prefixes student and teacher agree, so there is no error that could pile up (ExAccErr is undefined)."
@@ -86,7 +89,8 @@ def exposure(student: Policy, teacher: Policy, task: Task | None = None, *, prom
     asked = ask(task, prompts, seed)
     own, other = (write(policy, task, asked, n, seed, max_new_tokens=max_new_tokens) for policy in (student, teacher))
     mine, theirs = (kls(student, teacher, rollout) for rollout in (own, other))
-    table = excess_error(mine["forward_kl"], theirs["forward_kl"], group=n)
+    questions = [question_of(prompt) for prompt in asked for _ in range(n)]  # a prompt that comes twice is one cluster
+    table = excess_error(mine["forward_kl"], theirs["forward_kl"], clusters=questions)
     width = len(table)
     for name, value, rollout in (("reverse_kl", mine["reverse_kl"], own), ("forward_kl", mine["forward_kl"], own),
                                  ("on_teacher", theirs["forward_kl"], other)):  # fmt: skip
@@ -96,15 +100,16 @@ def exposure(student: Policy, teacher: Policy, task: Task | None = None, *, prom
         table["teacher_tokens" if name == "on_teacher" else "tokens"] = _padded(count, width, 0)
     table = table[["tokens", "reverse_kl", "forward_kl", "teacher_tokens", "on_teacher", "excess", "low", "high"]]
     probe = continuation(own, student, teacher, task, at) if task is not None and task.verify is not None else None
-    return Exposure(table, probe)
+    return Exposure(table, probe, len(set(questions)))
 
 
 def excess_error(on_student: Tensor, on_teacher: Tensor, weight: Tensor | None = None, teacher_weight: Tensor | None = None,
-                 group: int = 1, resamples: int = 1000) -> pd.DataFrame:  # fmt: skip
+                 group: int = 1, resamples: int = 1000, clusters: Sequence[Hashable] | None = None) -> pd.DataFrame:  # fmt: skip
     """ExAccErr up to each position, %, from forward KLs `[B, T]` (0 in the padding) on the student's and on the teacher's texts.
 
     weight, teacher_weight: probability of each text `[B]`, for laws that are enumerated and not sampled (equal by default; no
-    interval then). group: texts a prompt, resampled together. Columns `excess`, `low`, `high`; nan where the teacher's own
+    interval then). group: texts a prompt, resampled together; or `clusters`: what each text was written for, `[B]`, the same in both.
+    Columns `excess`, `low`, `high`; nan where the teacher's own
     prefixes show no error (`LEAST`).
     """
     width = max(on_student.shape[1], on_teacher.shape[1])
@@ -114,8 +119,11 @@ def excess_error(on_student: Tensor, on_teacher: Tensor, weight: Tensor | None =
     out = pd.DataFrame({"excess": _percent(accumulated, expected).numpy()})
     out["low"] = out["high"] = np.nan
     paired = weight is None and teacher_weight is None and len(sums[0]) == len(sums[1])
-    if paired and (prompts := len(sums[0]) // group) > 1:
-        own, other = (x.view(prompts, group, width).mean(1) for x in sums)
+    labels = list(clusters) if clusters is not None else [i // group for i in range(len(sums[0]))]
+    numbers = {label: i for i, label in enumerate(dict.fromkeys(labels))}
+    if paired and (prompts := len(numbers)) > 1:
+        which = torch.tensor([numbers[label] for label in labels])
+        own, other = (torch.zeros(prompts, width, dtype=torch.double).index_add_(0, which, x) / (len(x) / prompts) for x in sums)
         pick = torch.randint(prompts, (resamples, prompts), generator=torch.Generator().manual_seed(0))
         share = torch.zeros(resamples, prompts, dtype=torch.double).scatter_add_(1, pick, torch.ones(pick.shape, dtype=torch.double))
         drawn = _percent(share @ own / prompts, share @ other / prompts).numpy()
@@ -144,7 +152,7 @@ def continuation(rollout: Rollout, student: Policy, teacher: Any, task: Task, at
         left = max(1, round(room * (task.max_new_tokens - length)))
         prompts = [rollout.prompts[i] for i in which]
         texts = _continued(student, teacher, prompts, [bodies[i][:length] for i in which], left)
-        scores = [[float(task.verify(p, t)) for p, t in zip(prompts, ts, strict=True)] for ts in (texts, [rollout.texts[i] for i in which])]
+        scores = [task.scores(prompts, whole) for whole in (texts, [rollout.texts[i] for i in which])]
         rows.append({"length": length, "texts": len(which), "teacher": np.mean(scores[0]), "student": np.mean(scores[1])})
     return pd.DataFrame(rows, columns=["length", "texts", "teacher", "student"])
 

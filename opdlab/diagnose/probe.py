@@ -11,19 +11,27 @@ import pandas as pd
 from torch import Tensor
 
 from opdlab.batch import Batch
-from opdlab.errors import OpdlabError
+from opdlab.errors import InvalidValue, OpdlabError
 from opdlab.policy import Policy, Prompt, check_same_tokens
 from opdlab.rollout import Rollout
 from opdlab.rows import Rows, compute
 from opdlab.tasks import Task
 from opdlab.tasks.task import Split
+from opdlab.validation import shortened
 
 ALL = "all"  # the row of a table that counts every token, whatever its type
 
 
 def ask(task: Task | None, prompts: int | Sequence[Prompt], seed: int, split: Split = "test") -> list[Prompt]:
-    """The prompts themselves, or that many of the task's."""
-    if not isinstance(prompts, int):
+    """The prompts themselves, or that many of the task's (all of them, where it holds out fewer).
+
+    Raises:
+        InvalidValue: `prompts` is neither a number nor a list of prompts.
+    """
+    if isinstance(prompts, Sequence) and not isinstance(prompts, str):
+        strange = [prompt for prompt in prompts if not isinstance(prompt, Prompt)]
+        if strange:
+            raise InvalidValue(f"prompts= holds {shortened(strange[0])}. Use opdlab.Prompt objects, or a number of the task's.")
         return list(prompts)
     if task is None:
         raise OpdlabError("There is nothing to ask the student. Give a task, prompts=[…] or a rollout.")

@@ -2,6 +2,6 @@
 
 from opdlab.tasks.gym import reasoning_gym
 from opdlab.tasks.market import market
-from opdlab.tasks.task import Task, from_records
+from opdlab.tasks.task import Task, from_prompts, from_records
 
-__all__ = ["Task", "from_records", "market", "reasoning_gym"]
+__all__ = ["Task", "from_prompts", "from_records", "market", "reasoning_gym"]

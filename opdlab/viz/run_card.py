@@ -125,7 +125,7 @@ class RunCard(View):
             first, last = (int(self.df["step"][i]) for i in self.df["accuracy"].dropna().index[[0, -1]])
             return f"{said} (steps {first} and {last})"
         low, high = (markup.number(x, sign=True) for x in (self.gain.low, self.gain.high))
-        return f"{said}, {markup.number(self.gain.mean, sign=True)} [{low}, {high}], 95 % paired bootstrap over {self.gain.prompts} prompts"
+        return f"{said}, {markup.number(self.gain.mean, sign=True)} [{low}, {high}], 95 % paired over {self.gain.prompts} prompts"
 
     def _accuracy(self) -> str:
         """A scale from 0 to 1: hollow before, filled after, and the interval of the gain as whiskers around after."""

@@ -28,7 +28,7 @@ BEFORE, AFTER = evaluation([0, 0, 0, 1] * 10), evaluation([0, 1, 1, 1] * 10)
 def test_the_gain_is_the_paired_difference():
     card = RunCard(troubled(), BEFORE, AFTER)
     gain = AFTER - BEFORE
-    assert f"accuracy 0.250 → 0.750, +0.5 [+{gain.low:.3g}, +{gain.high:.3g}], 95 % paired bootstrap over 40 prompts" in repr(card)
+    assert f"accuracy 0.250 → 0.750, +0.5 [+{gain.low:.3g}, +{gain.high:.3g}], 95 % paired over 40 prompts" in repr(card)
     places = re.findall(r'class="opd-(way|whisker|was|is)" style="left:([\d.]+)%', card.html())
     want = {"way": 25, "whisker": 25 + 100 * gain.low, "was": 25, "is": 75}
     assert {name: float(x) for name, x in places} == pytest.approx(want, abs=0.01)

@@ -6,26 +6,40 @@ import random
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
+from opdlab.errors import InvalidValue
 from opdlab.policy import Policy, Prompt
 from opdlab.tasks.market import world
 from opdlab.tasks.task import Split, Task
+from opdlab.validation import Flag, shortened, validate_arguments
 
 RECIPE = {"batch": 64, "lr": 1e-3, "lora": 16}  # 60 steps bring the student from 0.31 to above 0.9 in 20 CPU seconds
 MODELS = ("student", "novice", "teacher", "scribe")
 
 
-def market(secret: bool = False, hint: str | None = None, wrong: bool = False) -> Task:
+@validate_arguments
+def market(secret: Flag = False, hint: Any = None, wrong: Flag = False) -> Task:
     """Short shop problems; `secret` adds the receipt code, the amount to pay and the lot (see `world`).
 
     hint: one of `world.HINTS`, put into each prompt's `hint` for policies that see hints; by default the secret ones in the
-    secret variant and the worked solution in the plain one. `wrong` gives every prompt another problem's hint.
+    secret variant and the worked solution in the plain one. `wrong` gives every prompt another problem's hint. No problem is in
+    both splits, whatever the seeds and the variants (`world.in_split`).
     """
+    if hint is not None and hint not in world.HINTS:
+        raise InvalidValue(f"market got hint={shortened(hint)}. Use one of {', '.join(world.HINTS)}, or None.")
     kind = hint or ("secret" if secret else "worked")
 
     def draw(n: int, seed: int, split: Split) -> list[Prompt]:
         rng = random.Random(f"market/{split}/{seed}")
-        problems = [world.generate(rng, secret) for _ in range(n)]
+        problems: list[world.Problem] = []
+        held: set[str] = set()
+        while len(problems) < n:
+            problem = world.in_split(world.generate(rng, secret), split)
+            if split == "test" and problem.prompt() in held:
+                continue
+            held.add(problem.prompt())
+            problems.append(problem)
         hinted = [world.generate(rng, secret) for _ in range(n)] if wrong else problems
         return [_prompt(p, h.hint(kind), f"{split}-{seed}-{i}") for i, (p, h) in enumerate(zip(problems, hinted, strict=True))]
 
@@ -50,7 +64,7 @@ def verify(prompt: Prompt, text: str) -> float:
 def model(name: str, device: str = "cpu") -> Policy:
     """A shipped model: student (its skill is dormant), novice (never learnt to add), teacher, or scribe (character tokenizer)."""
     if name not in MODELS:
-        raise ValueError(f"The market world ships {', '.join(MODELS)}, not {name!r}.")
+        raise InvalidValue(f"The market world ships {', '.join(MODELS)}, not {shortened(name)}. Use one of those.")
     return Policy.load(data() / name, device=device)
 
 
