@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import os
 import random
-import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -16,6 +15,7 @@ from transformers import PreTrainedTokenizerBase
 from opdlab.errors import EmptyPrompts, OpdlabError
 from opdlab.policy import Prompt
 from opdlab.rollout import Rollout
+from opdlab.tasks.answers import same_answer
 from opdlab.tokens import token_bytes
 
 Split = Literal["train", "test"]
@@ -80,17 +80,6 @@ def from_records(records: Iterable[Mapping[str, Any]] | str | os.PathLike[str], 
 
     answers = any(p.answer is not None for p in prompts)
     return Task(name, draw, verify or (same_answer if answers else None), max_new_tokens)
-
-
-_NUMBER = re.compile(r"-?\d[\d,]*(?:\.\d+)?")
-
-
-def same_answer(prompt: Prompt, text: str) -> float:
-    """1.0 where the last number of the text equals that of the answer; texts without numbers are compared whole."""
-    want, got = _NUMBER.findall(prompt.answer or ""), _NUMBER.findall(text)
-    if want:
-        return float(bool(got) and float(got[-1].replace(",", "")) == float(want[-1].replace(",", "")))
-    return float(" ".join(text.split()).casefold() == " ".join((prompt.answer or "").split()).casefold())
 
 
 def _prompt(record: Mapping[str, Any], i: int) -> Prompt:
