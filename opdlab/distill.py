@@ -29,6 +29,7 @@ from opdlab.errors import MissingPolicy, NonFinite, OpdlabError
 from opdlab.evaluate import evaluate
 from opdlab.methods import OPD, Method
 from opdlab.policy import Policy, Prompt, check_same_tokens
+from opdlab.preflight import check_answers, check_prompts, prompts_to_check
 from opdlab.progress import Progress
 from opdlab.rollout import Rollout, joined, sample, written
 from opdlab.rows import Pass, States, gradient
@@ -191,7 +192,7 @@ class Run:
 
     def _written_by(self, name: str, prompts: list[Prompt], options: dict[str, Any]) -> Rollout:
         if name == "answer":
-            return written(self.student, prompts, _answers(prompts))
+            return written(self.student, prompts, check_answers(prompts))
         writer = self.writer if name == "teacher" else self.policies[name]
         if not isinstance(writer, Policy):
             options.pop("top_p")
@@ -298,24 +299,31 @@ class Run:
     # Preparation.
 
     def _check(self, teacher: Any) -> None:
-        first = self.task.prompts(self.settings.batch, seed=seed_of(self.settings.seed, 0, 0))
+        """Check models, method and every prompt of the task, before any compute is spent."""
         for name in self.method.needs:
             if name not in self.policies:
                 raise roles.missing(self.method, name)
-        writes = getattr(self.method, "on_policy", 1.0) < 1
-        if writes and "answer" in _writers(self.method):
-            _answers(first)
-        if writes and "teacher" in _writers(self.method) and teacher is None:
+        prompts = prompts_to_check(self.task, self.settings)
+        share, writers = getattr(self.method, "on_policy", 1.0), _writers(self.method)
+        writes = share < 1
+        if writes and "teacher" in writers and teacher is None:
             raise MissingPolicy(f"{type(self.method).__name__} lets a teacher write, but there is none. Give distill a teacher.")
-        rehearse(self.method, self.policies, self.task, first[0])
+        answers = check_answers(prompts) if writes and "answer" in writers else None
+        rehearse(self.method, self.policies, self.task, prompts[0])
         everyone = self.policies | ({"writer": teacher} if writes and teacher is not None else {})
+        local: dict[str, Policy] = {}
         for name, policy in everyone.items():
             if not isinstance(policy, Policy):  # a teacher of another kind knows best what it can take
-                getattr(policy, "check", lambda *_: None)(self.student, first, self.settings.max_new_tokens)
+                getattr(policy, "check", lambda *_: None)(self.student, prompts, self.settings.max_new_tokens)
                 continue
             if not name.endswith(".spans"):
                 check_same_tokens(self.student, policy, name)
-            policy.encode_all(first, room=self.settings.max_new_tokens)
+            local[name] = policy
+        if answers is not None:
+            lengths = written(self.student, prompts, answers).lengths.tolist()
+            check_prompts(local, prompts, dict.fromkeys(local, lengths))
+        if answers is None or share > 0 or len(writers) > 1:
+            check_prompts(local, prompts, self.settings.max_new_tokens)
 
     def _trainable(self) -> dict[str, torch.nn.Parameter]:
         """Parameters by name: the adapter's (made here if there is none), or all of them in full training."""
@@ -333,7 +341,7 @@ class Run:
                 if isinstance(policy, Policy) and policy.weights is weights and policy._adapter is not self.student._adapter:
                     key = id(policy._adapter)
                     copy = copies[key] = copies.get(key) or policy.copied()
-                    self.policies[name] = Policy(copy.weights, policy.context, copy._adapter)
+                    self.policies[name] = policy._view(weights=copy.weights, adapter=copy._adapter)
             weights.model.requires_grad_(True)
         weights.use(self.student.adapter)
         if s.checkpointing:
@@ -359,13 +367,6 @@ class Run:
 def _writers(method: Method) -> tuple[str, ...]:
     writer = getattr(method, "writer", "teacher")
     return (writer,) if isinstance(writer, str) else tuple(writer)
-
-
-def _answers(prompts: list[Prompt]) -> list[str]:
-    for prompt in prompts:
-        if prompt.answer is None:
-            raise OpdlabError(f"Prompt {prompt.id!r} has no answer to train on. SFT needs an `answer` in every record.")
-    return [prompt.answer or "" for prompt in prompts]
 
 
 @contextmanager
