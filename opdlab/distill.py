@@ -32,6 +32,7 @@ from opdlab.methods import OPD, Method
 from opdlab.own_teacher import warn_of_own_teacher
 from opdlab.policy import Policy, Prompt, check_same_tokens
 from opdlab.precision import autocast_backbones
+from opdlab.preflight import check_answers, check_prompts, prompts_to_check
 from opdlab.progress import Progress
 from opdlab.recomputation import recompute_layers
 from opdlab.rollout import Rollout, joined, sample, written
@@ -234,7 +235,7 @@ class Run:
 
     def _written_by(self, name: str, prompts: list[Prompt], options: dict[str, Any]) -> Rollout:
         if name == "answer":
-            return written(self.student, prompts, _answers(prompts))
+            return written(self.student, prompts, check_answers(prompts))
         writer = self.writer if name == "teacher" else self.policies[name]
         if not isinstance(writer, Policy):
             texts = writer.write(prompts, self.settings.n, **writing_options(writer, options))
@@ -328,28 +329,35 @@ class Run:
     # Preparation.
 
     def _check(self, teacher: Any) -> None:
-        first = self.task.training_batch(self.settings.batch, 0, self.settings.seed)
+        """Check models, method and every prompt of the task, before any compute is spent."""
         for name in self.method.needs:
             if name not in self.policies:
                 raise roles.missing(self.method, name)
-        writes = getattr(self.method, "on_policy", 1.0) < 1
-        if writes and "answer" in _writers(self.method):
-            _answers(first)
-        if writes and "teacher" in _writers(self.method) and teacher is None:
+        prompts = prompts_to_check(self.task, self.settings)
+        share, writers = getattr(self.method, "on_policy", 1.0), _writers(self.method)
+        writes = share < 1
+        if writes and "teacher" in writers and teacher is None:
             raise MissingPolicy(f"{type(self.method).__name__} lets a teacher write, but there is none. Give distill a teacher.")
-        for name in _writers(self.method) if writes else ():
+        answers = check_answers(prompts) if writes and "answer" in writers else None
+        for name in writers if writes else ():
             writer = teacher if name == "teacher" else self.policies.get(name)
             if hasattr(writer, "write"):
                 writing_options(writer, {"temperature": self.settings.temperature, "top_p": self.settings.top_p})
-        rehearse(self.method, self.policies, self.task, first[0])
+        rehearse(self.method, self.policies, self.task, prompts[0])
         everyone = self.policies | ({"writer": teacher} if writes and teacher is not None else {})
+        local: dict[str, Policy] = {}
         for name, policy in everyone.items():
             if not isinstance(policy, Policy):  # a teacher of another kind knows best what it can take
-                getattr(policy, "check", lambda *_: None)(self.student, first, self.settings.max_new_tokens)
+                getattr(policy, "check", lambda *_: None)(self.student, prompts, self.settings.max_new_tokens)
                 continue
             if not name.endswith(".spans"):
                 check_same_tokens(self.student, policy, name)
-            policy.encode_all(first, room=self.settings.max_new_tokens)
+            local[name] = policy
+        if answers is not None:
+            lengths = written(self.student, prompts, answers).lengths.tolist()
+            check_prompts(local, prompts, dict.fromkeys(local, lengths))
+        if answers is None or share > 0 or len(writers) > 1:
+            check_prompts(local, prompts, self.settings.max_new_tokens)
 
     def _where(self, error: NonFinite, part: Rollout) -> str:
         """The step, prompt and token of an engine's error, in words."""
@@ -368,10 +376,3 @@ class Run:
 def _writers(method: Method) -> tuple[str, ...]:
     writer = getattr(method, "writer", "teacher")
     return (writer,) if isinstance(writer, str) else tuple(writer)
-
-
-def _answers(prompts: list[Prompt]) -> list[str]:
-    for prompt in prompts:
-        if prompt.answer is None:
-            raise OpdlabError(f"Prompt {prompt.id!r} has no answer to train on. SFT needs an `answer` in every record.")
-    return [prompt.answer or "" for prompt in prompts]

@@ -10,7 +10,7 @@ from __future__ import annotations
 import copy
 import os
 import weakref
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from enum import Enum
 from typing import TYPE_CHECKING, Any
 
@@ -23,8 +23,9 @@ from opdlab.errors import ContextTooLong, EmptyPrompts, InvalidValue
 from opdlab.forward import last_hidden
 from opdlab.head import Head
 from opdlab.loading import load_model, load_tokenizer
-from opdlab.prompt import Prompt, own_hint
+from opdlab.prompt import Prompt, as_prompts, name_of, own_hint, read_hint
 from opdlab.same_tokens import check_same_tokens
+from opdlab.templates import check_template_options, encode_prompts
 from opdlab.validation import shortened
 from opdlab.weights import Weights
 
@@ -71,10 +72,12 @@ class Policy:
         weights: Weights,
         context: Callable[[Prompt], Prompt] | None = None,
         adapter: _Adapter | None = None,
+        chat_template_kwargs: Mapping[str, Any] | None = None,
     ) -> None:
         if not isinstance(weights, Weights):
             raise InvalidValue(f"Policy got a {type(weights).__name__}. Use Policy.load(path) or Policy.of(model, tokenizer).")
         self.weights, self.context, self._adapter = weights, context, adapter or _Adapter()
+        self.chat_template_kwargs = dict(chat_template_kwargs or {})
         _LIVE.add(self)
 
     @classmethod
@@ -87,6 +90,7 @@ class Policy:
         tokenizer: PreTrainedTokenizerBase | None = None,
         eos: int | Sequence[int] | None = None,
         context_length: int | None = None,
+        chat_template_kwargs: Mapping[str, Any] | None = None,
     ) -> Policy:
         """Load a causal language model from a folder or the Hub.
 
@@ -99,6 +103,8 @@ class Policy:
             tokenizer: In place of the one in the folder.
             eos: Ids of the tokens that end a text, in place of the model's own.
             context_length: Tokens that a prompt and its completion may have together, if fewer than the model allows.
+            chat_template_kwargs: Arguments for the tokenizer's chat template, as `{"enable_thinking": False}`; see
+                `with_template`.
 
         Raises:
             InvalidValue: There is no such model, device or dtype.
@@ -106,7 +112,8 @@ class Policy:
             TokenizerMismatch: The tokenizer has tokens that the model lacks.
         """
         model = load_model(source, dtype, device)
-        return cls._through_active(Weights(model, tokenizer or load_tokenizer(source), eos, str(source), context_length))
+        weights = Weights(model, tokenizer or load_tokenizer(source), eos, str(source), context_length)
+        return cls._through_active(weights, check_template_options(weights.tokenizer, chat_template_kwargs or {}))
 
     @classmethod
     def of(
@@ -116,6 +123,7 @@ class Policy:
         eos: int | Sequence[int] | None = None,
         context_length: int | None = None,
         *,
+        chat_template_kwargs: Mapping[str, Any] | None = None,
         adapter: str | Active | None = Active.ACTIVE,
     ) -> Policy:
         """Make a policy of a model that is already in memory; its parameters are frozen until something trains it.
@@ -133,6 +141,8 @@ class Policy:
             tokenizer: Its tokenizer.
             eos: Ids of the tokens that end a text, in place of the model's own.
             context_length: Tokens that a prompt and its completion may have together, if fewer than the model allows.
+            chat_template_kwargs: Arguments for the tokenizer's chat template, as `{"enable_thinking": False}`; see
+                `with_template`.
             adapter: Name of the adapter to look through, or None for the bare model; the active one by default.
 
         Raises:
@@ -141,17 +151,18 @@ class Policy:
             TokenizerMismatch: The tokenizer has tokens that the model lacks.
         """
         weights = Weights(model, tokenizer, eos, getattr(getattr(model, "config", None), "_name_or_path", ""), context_length)
+        options = check_template_options(weights.tokenizer, chat_template_kwargs or {})
         if adapter is Active.ACTIVE:
-            return cls._through_active(weights)
+            return cls._through_active(weights, options)
         if adapter is not None and not isinstance(adapter, str):
             raise InvalidValue(f"Policy.of got adapter={shortened(adapter)}. Use the name of an adapter, or None for the bare model.")
         weights.check_adapter(adapter)
-        return cls(weights, adapter=_Adapter(adapter))
+        return cls(weights, adapter=_Adapter(adapter), chat_template_kwargs=options)
 
     @classmethod
-    def _through_active(cls, weights: Weights) -> Policy:
+    def _through_active(cls, weights: Weights, chat_template_kwargs: Mapping[str, Any]) -> Policy:
         weights.check_adapter(weights.active)
-        return cls(weights, adapter=_Adapter(weights.active))
+        return cls(weights, adapter=_Adapter(weights.active), chat_template_kwargs=chat_template_kwargs)
 
     @property
     def tokenizer(self) -> PreTrainedTokenizerBase:
@@ -162,34 +173,63 @@ class Policy:
         """Name of the adapter in use; None is the bare model."""
         return self._adapter.name
 
-    def seeing(self, context: str | Callable[[Prompt], Prompt] | None = None) -> Policy:
+    def seeing(self, context: str | Callable[[Prompt], Prompt] | Sequence[Mapping[str, Any]] | None = None) -> Policy:
         """This policy with privileged information: each prompt's own hint, one text for all, or any rewriting of prompts.
+
+        A text lands in the system message of a chat, in the user's turn where the template has no system role; chat
+        messages land before those of the prompt.
 
         It stays live: when training moves this policy, the seeing one moves too. For a still one: `.frozen().seeing()`.
         """
-        if isinstance(context, str):
-            text = context
-            return Policy(self.weights, lambda prompt: prompt.told(text), self._adapter)
-        if context is not None and not callable(context):
+        if context is None:
+            return self._view(context=own_hint)
+        if callable(context):
+            return self._view(context=context)
+        text = read_hint(context) if isinstance(context, (str, list, tuple)) else None
+        if text is None:
             raise InvalidValue(
-                f"seeing got {shortened(context)}. Use a text for all prompts, a function of a Prompt, or nothing for their hints."
+                f"seeing got {shortened(context)}. Give a text, chat messages or a function of prompts; nothing stands for each prompt's "
+                "own hint."
             )
-        return Policy(self.weights, context or own_hint, self._adapter)
+        return self._view(context=lambda prompt: prompt.told(text))
+
+    def with_template(self, **chat_template_kwargs: Any) -> Policy:
+        """This policy with more arguments for its chat template, as `policy.with_template(enable_thinking=False)`.
+
+        Those that it has already stay, unless they are given again. What transformers reads itself is allowed too:
+        `tools`, `documents`, `add_generation_prompt`, `continue_final_message` (for chats that end with the beginning of
+        an answer), `sanitize_control_tokens` (special tokens that a message spells are read letter by letter).
+
+        Raises:
+            InvalidValue: Neither the template nor transformers reads one of them.
+        """
+        merged = {**self.chat_template_kwargs, **chat_template_kwargs}
+        return self._view(chat_template_kwargs=check_template_options(self.tokenizer, merged))
+
+    def _view(self, **changes: Any) -> Policy:
+        """This policy with another context, adapter or weights; everything else stays."""
+        parts = {
+            "weights": self.weights,
+            "context": self.context,
+            "adapter": self._adapter,
+            "chat_template_kwargs": self.chat_template_kwargs,
+        }
+        return Policy(**{**parts, **changes})
 
     def frozen(self) -> Policy:
         """This policy as it is now, for good. Costs no memory before training, a copy of the adapter after."""
         if self.adapter is None:
-            return Policy(self.weights, self.context)
+            return self._view(adapter=_Adapter())
         return self._on_copy_of(self.adapter)
 
     def _on_copy_of(self, adapter: str) -> Policy:
-        still = Policy(self.weights, self.context)
+        still = self._view(adapter=_Adapter())
         still._adapter.own(self.weights, self.weights.clone_adapter(adapter))
         return still
 
     def copied(self) -> Policy:
         """This policy on weights of its own, with its adapter and no other: what full training needs, since it moves shared ones."""
-        return Policy(self._copied_weights(), self.context, _Adapter(self.adapter))
+        return self._view(weights=self._copied_weights(), adapter=_Adapter(self.adapter))
 
     def merged(self) -> Policy:
         """This policy on weights of its own into which its adapter is folded, so that a new LoRA stacks on it.
@@ -200,7 +240,7 @@ class Policy:
         """
         fresh = self._copied_weights()
         adapters.fold(fresh.model, self.adapter)
-        return Policy(self._weights_around(fresh.model), self.context)
+        return self._view(weights=self._weights_around(fresh.model), adapter=_Adapter())
 
     def _copied_weights(self) -> Weights:
         with self.weights.using(self.adapter) as model:
@@ -240,27 +280,59 @@ class Policy:
 
     def encode(self, prompt: Prompt) -> list[int]:
         """Token ids of the prompt as this policy sees it: with its context, through the chat template where it is a chat."""
-        prompt = self.context(prompt) if self.context else prompt
-        if prompt.messages is None:
-            return list(self.tokenizer(prompt.text)["input_ids"])
-        chat = [dict(message) for message in prompt.messages]
-        return list(self.tokenizer.apply_chat_template(chat, add_generation_prompt=True, return_dict=False))
+        (prompt,) = as_prompts([prompt])
+        return encode_prompts(self.tokenizer, [self._in_context(prompt)], self.chat_template_kwargs, self.weights.eos)[0]
 
-    def encode_all(self, prompts: Sequence[Prompt], room: int = 0) -> list[list[int]]:
-        """`encode` for many; raises EmptyPrompts for none or a void one, ContextTooLong where `room` more tokens do not fit."""
+    def encode_all(self, prompts: Sequence[Prompt], room: int = 0, begun: Sequence[int] | None = None) -> list[list[int]]:
+        """`encode` for many, and check that each of them fits.
+
+        Args:
+            prompts: A single prompt counts as a list of one.
+            room: How many new tokens must fit behind each prompt.
+            begun: How many tokens are written already behind each prompt; none by default.
+
+        Raises:
+            EmptyPrompts: There are no prompts, or one has no tokens.
+            ContextTooLong: A prompt with all that comes behind it does not fit the model's context.
+        """
+        prompts = as_prompts(prompts)
         if not prompts:
             raise EmptyPrompts("There are no prompts. Give at least one.")
-        ids = [self.encode(prompt) for prompt in prompts]
-        if void := [i for i, row in enumerate(ids) if not row]:
-            raise EmptyPrompts(f"Prompt {prompts[void[0]].id or void[0]!r} has no tokens to go on from. Give it some text.")
+        rows = self.encode_unchecked(prompts)
+        written = [0] * len(rows) if begun is None else begun
         limit = self.weights.context_length
-        worst = max(range(len(ids)), key=lambda i: len(ids[i]))
-        if limit is not None and len(ids[worst]) + room > limit:
-            raise ContextTooLong(
-                f"Prompt {prompts[worst].id or worst!r} has {len(ids[worst])} tokens and {room} more are to come, but the model's "
-                f"context is {limit}. Shorten the prompt or its hint, or ask for at most {limit - len(ids[worst])} new tokens."
-            )
-        return ids
+        for number, (prompt, row, more) in enumerate(zip(prompts, rows, written, strict=True)):
+            if limit is not None and len(row) + more + room > limit:
+                left = limit - len(row) - more
+                advice = f", or ask for at most {left} new tokens" if left > 0 else ""
+                hinted = " or its hint" if self.context is not None else ""
+                raise ContextTooLong(
+                    f"Prompt {name_of(prompt, number)} has {len(row)} tokens and {more + room} more are to come, but {self.name}'s "
+                    f"context is {limit}. Shorten the prompt{hinted}{advice}."
+                )
+        return rows
+
+    def encode_unchecked(self, prompts: Sequence[Prompt]) -> list[list[int]]:
+        """`encode` for many, however long they are; raises EmptyPrompts where one has no tokens."""
+        seen = [self._in_context(prompt) for prompt in prompts]
+        rows = encode_prompts(self.tokenizer, seen, self.chat_template_kwargs, self.weights.eos)
+        for number, (prompt, row) in enumerate(zip(prompts, rows, strict=True)):
+            if not row:
+                raise EmptyPrompts(f"Prompt {name_of(prompt, number)} has no tokens to go on from. Give it some text.")
+        return rows
+
+    def _in_context(self, prompt: Prompt) -> Prompt:
+        if self.context is None:
+            return prompt
+        seen = self.context(prompt)
+        if not isinstance(seen, Prompt):
+            raise InvalidValue(f"The context of {self} made {shortened(seen)} of a prompt. Let it return an opdlab.Prompt.")
+        return seen
+
+    @property
+    def name(self) -> str:
+        """How errors name the model."""
+        return self.weights.source or type(self.weights.model).__name__
 
     def sample(self, prompts: Sequence[Prompt], n: int = 1, **options: Any) -> Rollout:
         """Write `n` completions a prompt; see `opdlab.rollout.sample` for the options."""
@@ -276,12 +348,16 @@ class Policy:
         """
         starts = self.encode_all(rollout.prompts)
         bodies = rollout.completions()
-        longest = max(len(s) + len(b) for s, b in zip(starts, bodies, strict=True))
+        lengths = [len(s) + len(b) for s, b in zip(starts, bodies, strict=True)]
+        longest = max(lengths)
         limit = self.weights.context_length
         if limit is not None and longest > limit:
+            worst = lengths.index(longest)
+            shorten = "the hint" if self.context is not None else "the prompt"
             raise ContextTooLong(
-                f"A prompt with its completion has {longest} tokens, but the context of {self.weights.source or 'the model'} is "
-                f"{limit}. Shorten the hint or sample fewer tokens."
+                f"A prompt with its completion has {longest} tokens (prompt {name_of(rollout.prompts[worst], worst)}, "
+                f"{len(starts[worst])} and {len(bodies[worst])}), but the context of {self.name} is {limit}. "
+                f"Shorten {shorten} or sample fewer tokens."
             )
         rows = max(1, len(bodies) if torch.is_grad_enabled() else TOKENS_PER_PASS // longest)
         with self.weights.using(self.adapter) as model:
@@ -297,4 +373,5 @@ class Policy:
 
     def __repr__(self) -> str:
         looks = [f"adapter {self.adapter!r}" if self.adapter else "no adapter", *(["sees a context"] if self.context else [])]
+        looks += [f"template with {name}={shortened(value)}" for name, value in self.chat_template_kwargs.items()]
         return f"Policy({self.weights.source or type(self.weights.model).__name__}: {', '.join(looks)})"

@@ -33,7 +33,7 @@ def cast(student: Policy, teacher: Any, needs: Sequence[str], given: Mapping[str
         if base == "reference" and base not in bases:
             bases[base] = student.frozen()
         elif base == "ema" and base not in bases:
-            bases[base] = Policy(student.weights, student.context)
+            bases[base] = student._view(adapter=None)
         if name in given:
             made[name] = given[name]
         elif bases.get(base) is not None:

@@ -17,11 +17,12 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from opdlab.continuation import begin
-from opdlab.errors import OpdlabError
+from opdlab.errors import InvalidValue, OpdlabError
 from opdlab.forward import group_rows
 from opdlab.head import Head
 from opdlab.policy import Policy, Prompt
 from opdlab.precision import without_autocast
+from opdlab.prompt import as_prompts
 from opdlab.same_tokens import fingerprint
 from opdlab.templates import end_token
 from opdlab.tokens import completion_texts
@@ -92,7 +93,12 @@ def sample(policy: Policy, prompts: Sequence[Prompt], n: int = 1, *, max_new_tok
     prefixes: token ids already written after each prompt, to be continued (they are not part of the result).
     batch_size: prompts held in memory at once (all by default). Raises ContextTooLong and EmptyPrompts.
     """
-    starts = policy.encode_all(prompts, room=max_new_tokens + max(map(len, prefixes or [()])))
+    prompts = as_prompts(prompts)
+    if prefixes is not None and len(prefixes) != len(prompts):
+        which = "shorter" if len(prefixes) < len(prompts) else "longer"
+        raise InvalidValue(f"The list of {len(prefixes)} prefixes is {which} than that of {len(prompts)} prompts. Give one prefix each.")
+    begun = None if prefixes is None else [len(prefix) for prefix in prefixes]
+    starts = policy.encode_all(prompts, max_new_tokens, begun)
     if prefixes is not None:
         starts = [start + list(prefix) for start, prefix in zip(starts, prefixes, strict=True)]
     if max_new_tokens < 1 or temperature < 0 or not 0 < top_p <= 1:
@@ -134,9 +140,11 @@ def written(policy: Policy, prompts: Sequence[Prompt], texts: Sequence[str], wri
         writer: Who wrote them, for the trace.
     """
     tokenizer, eos = policy.tokenizer, policy.weights.eos
-    ends = [end_token(policy, chat=prompt.messages is not None) for prompt in prompts]
+    prompts = as_prompts(prompts)
+    chats = [prompt.messages is not None for prompt in prompts]
+    ends = {chat: end_token(policy, chat) for chat in set(chats)}
     ids, finish = [], []
-    for text, end in zip(texts, ends, strict=True):
+    for text, end in zip(texts, map(ends.get, chats), strict=True):
         row = list(tokenizer(str(text), add_special_tokens=False)["input_ids"])
         first = next((t for t, token in enumerate(row) if token in eos), None)
         is_cut = first is None and finish_of(text) == "length"

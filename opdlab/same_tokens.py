@@ -9,7 +9,8 @@ from weakref import WeakKeyDictionary
 
 from transformers import PreTrainedTokenizerBase
 
-from opdlab.errors import TokenizerMismatch
+from opdlab.errors import OpdlabError, TokenizerMismatch
+from opdlab.templates import render_chat
 
 if TYPE_CHECKING:
     from opdlab.policy import Policy
@@ -63,18 +64,37 @@ def check_same_tokens(student: Policy, teacher: Policy, name: str = "teacher") -
             f"The {name} stops at tokens {_named(theirs, teacher.weights.eos)}, the student at {_named(ours, student.weights.eos)}: "
             "trained like this, lengths run away. Load one of them with the other's set: Policy.load(…, eos=[…])."
         )
-    _check_same_template(ours, theirs, name)
+    _check_same_template(student, teacher, name)
 
 
-def _check_same_template(ours: PreTrainedTokenizerBase, theirs: PreTrainedTokenizerBase, name: str) -> None:
-    probe = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}, {"role": "user", "content": "c"}]
-    texts = [t.apply_chat_template(probe, tokenize=False, add_generation_prompt=True) if t.chat_template else "" for t in (ours, theirs)]
-    if texts[0] != texts[1]:
-        at = next((i for i, (a, b) in enumerate(zip(*texts, strict=False)) if a != b), min(map(len, texts)))
+def _check_same_template(student: Policy, teacher: Policy, name: str) -> None:
+    """Compare chats as each policy renders them, with the template's arguments that it was given."""
+    theirs, ours = _rendered(teacher), _rendered(student)
+    for there, here in zip(theirs, ours, strict=True):
+        if there == here:
+            continue
+        at = next((i for i, (a, b) in enumerate(zip(there, here, strict=False)) if a != b), min(len(there), len(here)))
+        given = ""
+        if student.chat_template_kwargs != teacher.chat_template_kwargs:
+            given = f" The {name} has chat_template_kwargs={teacher.chat_template_kwargs}, the student {student.chat_template_kwargs}."
         raise TokenizerMismatch(
-            f"The {name}'s chat template differs from the student's from character {at} on: {texts[1][at : at + 40]!r} there, "
-            f"{texts[0][at : at + 40]!r} here. Load the {name} with tokenizer=student.tokenizer to score the student's form."
+            f"The {name}'s chat template differs from the student's from character {at} on: {there[at : at + 40]!r} there, "
+            f"{here[at : at + 40]!r} here.{given} To score the student's form, load the {name} with tokenizer=student.tokenizer and "
+            f"the same chat_template_kwargs (both of Policy.load); to let each read its own template, use the method SpanOPD()."
         )
+
+
+def _rendered(policy: Policy) -> list[str]:
+    """Chats as the policy reads them, with and without a system message; empty where it has no template for them."""
+    turns = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]
+    asked = turns if policy.chat_template_kwargs.get("continue_final_message") else [*turns, {"role": "user", "content": "c"}]
+    texts = []
+    for chat in (asked, [{"role": "system", "content": "s"}, *asked]):
+        try:
+            texts.append(render_chat(policy.tokenizer, chat, policy.chat_template_kwargs))
+        except OpdlabError:
+            texts.append("")
+    return texts
 
 
 def _named(tokenizer: PreTrainedTokenizerBase, ids: frozenset[int]) -> str:

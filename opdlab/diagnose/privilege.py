@@ -148,7 +148,7 @@ def information_floor(teacher: Policy, rollout: Rollout, hints: Sequence[str | C
 
 def _four(student: Policy, teacher: Policy, hint: Hint) -> dict[str, Policy]:
     told = hint if hint is not None else teacher.context
-    bare = teacher if hint is not None else Policy(teacher.weights, None, teacher._adapter)
+    bare = teacher if hint is not None else teacher._view(context=None)
     return {"student": student, "teacher": bare, "teacher+hint": teacher.seeing(told), "student+hint": student.seeing(told)}
 
 

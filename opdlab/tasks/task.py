@@ -3,23 +3,24 @@
 from __future__ import annotations
 
 import itertools
-import json
 import os
 import random
-import re
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from pathlib import Path
 from typing import Any, Literal
 
 from transformers import PreTrainedTokenizerBase
 
-from opdlab.errors import EmptyPrompts, MissingPolicy, OpdlabError
+from opdlab.errors import EmptyPrompts, InvalidValue, MissingPolicy, OpdlabError
+from opdlab.policy import Policy
+from opdlab.preflight import find_too_long
 from opdlab.prompt import Prompt
 from opdlab.rollout import Rollout
 from opdlab.settings import seed_of
+from opdlab.tasks.answers import same_answer
 from opdlab.tasks.epochs import epoch_order
+from opdlab.tasks.records import read_prompts
 from opdlab.tasks.scoring import check_callable, score_text
 from opdlab.tasks.splits import check_disjoint, distinct, question_of, split_prompts
 from opdlab.tokens import token_bytes
@@ -136,6 +137,38 @@ class Task:
             )
         return distinct(prompts) if split == "test" else prompts
 
+    def without_too_long(self, *policies: Policy, max_new_tokens: int | None = None) -> Task:
+        """Leave out the prompts that do not fit the context of one of `policies`, with a warning that counts them.
+
+        Args:
+            policies: Who will read the prompts, each as it will read them: `task.without_too_long(student, teacher.seeing())`.
+            max_new_tokens: How many new tokens must fit behind a prompt; the task's own number by default.
+
+        Raises:
+            EmptyPrompts: No training prompt is left.
+            OpdlabError: The task draws its prompts without end, so they cannot be looked at beforehand.
+        """
+        if not self.pool:
+            raise OpdlabError(
+                f"{self.name} does not list its prompts but draws new ones, so none can be left out beforehand. "
+                "Make them shorter, or ask for fewer new tokens."
+            )
+        strange = [policy for policy in policies if not isinstance(policy, Policy)]
+        if strange or not policies:
+            given = shortened(strange[0]) if strange else "no policy"
+            raise InvalidValue(f"without_too_long got {given}. Give the local policies that will read the prompts.")
+        room = self.max_new_tokens if max_new_tokens is None else max_new_tokens
+        pool = {}
+        for split, prompts in self.pool.items():
+            too_long = {number for policy in policies for number in find_too_long(policy, prompts, [room] * len(prompts))}
+            pool[split] = [prompt for number, prompt in enumerate(prompts) if number not in too_long]
+        left_out = sum(map(len, self.pool.values())) - sum(map(len, pool.values()))
+        if not pool.get("train"):
+            raise EmptyPrompts(f"No training prompt of {self.name} fits with {room} new tokens behind it. Ask for fewer, or shorten them.")
+        if left_out:
+            warnings.warn(f"{self.name}: {left_out} prompts are too long for {room} new tokens and are left out.", stacklevel=2)
+        return replace(self, pool=pool, draw=_draw_from(pool, self.name))
+
     def token_types(self, rollout: Rollout, tokenizer: PreTrainedTokenizerBase) -> list[list[str]]:
         """The ground-truth type of every completion token, a list a row; raises OpdlabError where the task knows none."""
         if self.types is None:
@@ -146,16 +179,17 @@ class Task:
 
 def from_records(records: Iterable[Mapping[str, Any]] | str | os.PathLike[str], *, name: str = "records", test: int | float = 0.1,
                  verify: Callable[[Prompt, str], float] | None = None, max_new_tokens: int = 256) -> Task:  # fmt: skip
-    """A task from a `datasets.Dataset`, a list of dicts or a JSONL file.
+    """A task from a `datasets.Dataset`, a list of dicts, a DataFrame, a dict of columns or a JSONL file.
 
-    Columns: `prompt` (a text or chat messages) or `text` / `messages`; optional `answer`, `hint`, `id`. `test` prompts (a
-    number, or a share) are kept for evaluation. Without `verify`, answers are compared by `same_answer`. It has no recipe of its
-    own: `distill` trains on it with the defaults of `Settings`, made for real models (`lr` 1e-4); tiny ones want ten times that.
+    Columns: `prompt` (a text or chat messages), `messages`, `conversations` (ShareGPT) or `text`; optional `answer` or
+    `completion`, `hint`, `id`. An assistant's message at the end of a chat is its answer. `docs/data.md` lists all formats;
+    what fits none is refused with the record's number and column. `test` prompts (a number, or a share) are kept for
+    evaluation. Without `verify`, answers are compared by `same_answer`. It has no recipe of its own: `distill` trains on it with
+    the defaults of `Settings`, made for real models (`lr` 1e-4); tiny ones want ten times that.
     """
-    if isinstance(records, (str, os.PathLike)):
-        lines = Path(records).read_text(encoding="utf-8").split("\n")  # not splitlines: JSON may hold U+2028
-        records = [_json(line, records, i) for i, line in enumerate(lines, 1) if line.strip()]
-    prompts = [_prompt(record, i) for i, record in enumerate(records)]
+    prompts = read_prompts(records)
+    if verify is None:
+        _check_answers(prompts, name)
     return from_prompts(prompts, name=name, test=test, verify=verify, max_new_tokens=max_new_tokens)
 
 
@@ -185,6 +219,11 @@ def from_prompts(
     if strange:
         raise OpdlabError(f"{name} got {shortened(strange[0])} among its prompts. Give opdlab.Prompt objects, or use from_records.")
     pools = split_prompts(prompts, test, name)
+    return Task(name, _draw_from(pools, name), verify or _by_answer(prompts, name), max_new_tokens, pool=pools)
+
+
+def _draw_from(pools: Mapping[str, Sequence[Prompt]], name: str) -> Callable[[int, int, Split], list[Prompt]]:
+    """Draw from listed prompts: every one before any is drawn again."""
 
     def draw(n: int, seed: int, split: Split) -> list[Prompt]:
         pool = pools[split]
@@ -194,7 +233,7 @@ def from_prompts(
             return random.Random(f"{seed}/0").sample(pool, len(pool))[:n]
         return [pool[i] for i in epoch_order(len(pool), 1, seed).first(n)]
 
-    return Task(name, draw, verify or _by_answer(prompts, name), max_new_tokens, pool=pools)
+    return draw
 
 
 def _by_answer(prompts: Sequence[Prompt], name: str) -> Callable[[Prompt, str], float] | None:
@@ -220,31 +259,12 @@ def _by_answer(prompts: Sequence[Prompt], name: str) -> Callable[[Prompt, str], 
     return any_answer
 
 
-_NUMBER = re.compile(r"-?\d[\d,]*(?:\.\d+)?")
-
-
-def same_answer(prompt: Prompt, text: str) -> float:
-    """1.0 where the last number of the text equals that of the answer; texts without numbers are compared whole."""
-    want, got = _NUMBER.findall(prompt.answer or ""), _NUMBER.findall(text)
-    if want:
-        return float(bool(got) and float(got[-1].replace(",", "")) == float(want[-1].replace(",", "")))
-    return float(" ".join(text.split()).casefold() == " ".join((prompt.answer or "").split()).casefold())
-
-
-def _prompt(record: Mapping[str, Any], i: int) -> Prompt:
-    asked = next((record[k] for k in ("prompt", "messages", "text") if record.get(k)), None)
-    if asked is None:
-        raise OpdlabError(f"Record {i} has no prompt; its columns are {', '.join(record)}. Name one prompt, text or messages.")
-    rest = {k: record.get(k) for k in ("answer", "hint")}
-    rest = {k: None if v is None else str(v) for k, v in rest.items()}
-    ident = str(record.get("id", i))
-    if isinstance(asked, str):
-        return Prompt(text=asked, id=ident, **rest)
-    return Prompt(messages=tuple({"role": str(m["role"]), "content": str(m["content"])} for m in asked), id=ident, **rest)
-
-
-def _json(line: str, source: Any, number: int) -> dict[str, Any]:
-    try:
-        return dict(json.loads(line))
-    except (ValueError, TypeError) as error:
-        raise OpdlabError(f"{source} line {number} is not a JSON object ({error}). Write one object a line.") from error
+def _check_answers(prompts: Sequence[Prompt], name: str) -> None:
+    """Raise InvalidValue where only some prompts have an answer: the others could never be answered rightly."""
+    without = [prompt.id for prompt in prompts if prompt.answer is None]
+    if without and len(without) < len(prompts):
+        some = ", ".join(map(repr, without[:5])) + (", …" if len(without) > 5 else "")
+        raise InvalidValue(
+            f"{name}: {len(without)} of {len(prompts)} records have no answer ({some}), so texts cannot be compared with it. "
+            "Give every record an answer, leave these out, or say how texts are judged with verify=…."
+        )

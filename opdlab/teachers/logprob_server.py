@@ -58,7 +58,7 @@ class LogprobServer:
 
     def check(self, student: Policy, prompts: Sequence[Prompt], max_new_tokens: int) -> None:
         """Raise TeacherError where the server gives no log-probs, TokenizerMismatch where its tokens are not the student's."""
-        bare = Policy(student.weights)  # the teacher sees no context of the student's
+        bare = student._view(context=None, adapter=None)  # the teacher sees no context of the student's
         bare.encode_all(prompts, room=max_new_tokens)
         self.text.check(student, prompts, max_new_tokens)
         self._student, self._names = bare, grades.Names.of(student.tokenizer, student.weights.vocab_size)

@@ -1,0 +1,314 @@
+"""Read records from the places and in the formats in which data sets come, as prompts.
+
+`docs/data.md` lists the formats. A record that fits none of them is refused with its number and column; columns that
+nothing reads are named once.
+"""
+
+from __future__ import annotations
+
+import gzip
+import json
+import math
+import numbers
+import os
+import warnings
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from decimal import Decimal
+from pathlib import Path
+from typing import Any
+
+from opdlab.errors import InvalidValue, OpdlabError
+from opdlab.prompt import Prompt, read_hint, read_messages
+from opdlab.validation import shortened
+
+ASKED = ("prompt", "messages", "conversations", "text")  # columns that hold what is asked; the first that is there counts
+ANSWERED = ("answer", "completion")
+_SHAREGPT_ROLES = {
+    "human": "user", "user": "user", "gpt": "assistant", "assistant": "assistant", "chatgpt": "assistant", "model": "assistant",
+    "system": "system", "tool": "tool", "observation": "tool",
+}  # fmt: skip
+_OTHER_FILES = {b"PAR1": "parquet", b"PK\x03\x04": "zip", b"ARROW1": "arrow", b"\x28\xb5\x2f\xfd": "zstd", b"BZh": "bzip2"}
+
+
+def read_prompts(records: Any) -> list[Prompt]:
+    """Read all prompts of a data set.
+
+    Args:
+        records: An iterable of records (a `datasets.Dataset`, a list of dicts, a generator), a DataFrame, a dict of columns,
+            a list of texts or of `Prompt`s, or the path of a JSONL file, which may be gzipped.
+
+    Raises:
+        InvalidValue: They are something else, or a record cannot be understood. The message names its number and column.
+        OpdlabError: The file cannot be read. The message names the line.
+    """
+    prompts, numbers_of_ids = [], {}
+    unread: dict[str, None] = {}
+    answers_twice = 0
+    for number, record in enumerate(_records(records)):
+        reader = _Record(record, number)
+        prompt = reader.prompt()
+        if prompt.id in numbers_of_ids:
+            raise InvalidValue(
+                f"Records {numbers_of_ids[prompt.id]} and {number} have the same id {prompt.id!r}. "
+                "Give each record its own id, or leave the column out and they are numbered."
+            )
+        numbers_of_ids[prompt.id] = number
+        unread |= dict.fromkeys(reader.unread)
+        answers_twice += reader.leaves_turn_out
+        prompts.append(prompt)
+    if unread:
+        warnings.warn(
+            f"Nothing reads the column{'s' * (len(unread) > 1)} {', '.join(unread)}. Prompts are read from {', '.join(ASKED)}, "
+            f"answers from {' or '.join(ANSWERED)}, hints from hint, names from id: rename a column that should count, and drop the rest.",
+            stacklevel=3,
+        )
+    if answers_twice:
+        warnings.warn(
+            f"{answers_twice} chats end with an assistant's message although there is a column for the answer. "
+            "The message is left out of the prompt, and the column counts.",
+            stacklevel=3,
+        )
+    return prompts
+
+
+# Where records come from.
+
+
+def _records(source: Any) -> Iterable[Any]:
+    if isinstance(source, (str, os.PathLike)):
+        return _of_file(source)
+    if isinstance(source, Mapping):
+        return _of_mapping(source)
+    if hasattr(source, "columns") and hasattr(source, "to_dict"):  # pandas
+        return _of_mapping({str(name): source[name].tolist() for name in source.columns})
+    for method in ("to_dicts", "to_pylist"):  # polars, Arrow
+        if hasattr(source, method):
+            return list(getattr(source, method)())
+    if isinstance(source, (bytes, Prompt)) or not isinstance(source, Iterable):
+        raise InvalidValue(
+            f"from_records got {shortened(source)}. Use a data set, a list of dicts, a DataFrame, a dict of columns, or the path of "
+            "a JSONL file."
+        )
+    return source
+
+
+def _of_mapping(source: Mapping[str, Any]) -> Iterable[dict[str, Any]]:
+    """The rows of a dict of columns; splits and single records are refused, since it is not said what to do with them."""
+    columns = {str(name): column.tolist() if hasattr(column, "tolist") else column for name, column in source.items()}
+    lists = {name: column for name, column in columns.items() if isinstance(column, (list, tuple))}
+    is_record = any(not isinstance(columns[name], (list, tuple)) or _is_chat(columns[name]) for name in ASKED if name in columns)
+    if is_record:
+        raise InvalidValue(f"from_records got one record, with the columns {', '.join(columns)}. Put it into a list.")
+    if not any(name in columns for name in ASKED):
+        raise InvalidValue(
+            f"from_records got a dict with the keys {', '.join(columns) or '(none)'}. Where these are splits, give one of them, "
+            f"as records[{next(iter(columns), 'train')!r}]; in a dict of columns, name one {', '.join(ASKED)}."
+        )
+    lengths = {name: len(column) for name, column in lists.items()}
+    if len(lists) < len(columns) or len(set(lengths.values())) > 1:
+        sizes = {name: lengths.get(name, shortened(columns[name])) for name in columns}
+        raise InvalidValue(
+            f"from_records got columns of different lengths: {', '.join(f'{name} {size}' for name, size in sizes.items())}. "
+            "Give every column one value a record."
+        )
+    return (dict(zip(columns, row, strict=True)) for row in zip(*columns.values(), strict=True))
+
+
+def _of_file(path: str | os.PathLike[str]) -> Iterator[dict[str, Any]]:
+    """The objects of a JSONL file, or of a JSON file with one list."""
+    text = _text_of(path)
+    if text.lstrip().startswith("["):
+        try:
+            whole = _parsed(text)
+        except (ValueError, RecursionError):
+            whole = None  # perhaps a list in the first of several lines: the line is named below
+        if isinstance(whole, list) and all(isinstance(record, dict) for record in whole):
+            yield from whole
+            return
+    for number, line in enumerate(text.split("\n"), 1):  # not splitlines: JSON may hold U+2028
+        if not line.strip():
+            continue
+        try:
+            record = _parsed(line)
+            if not isinstance(record, dict):
+                raise ValueError(f"it is a {type(record).__name__}")
+        except RecursionError:
+            raise OpdlabError(f"{path} line {number} is nested too deeply to be read. Write one flat object a line.") from None
+        except ValueError as error:
+            raise OpdlabError(f"{path} line {number} is not a JSON object ({error}). Write one object a line.") from error
+        yield record
+
+
+def _text_of(path: str | os.PathLike[str]) -> str:
+    try:
+        data = Path(path).read_bytes()
+        if data[:2] == b"\x1f\x8b":
+            data = gzip.decompress(data)
+    except (OSError, EOFError, ValueError) as error:
+        reason = getattr(error, "strerror", None) or error
+        raise OpdlabError(f"The records {shortened(os.fspath(path))} cannot be read: {reason}. Give the path of a JSONL file.") from error
+    for start, kind in _OTHER_FILES.items():
+        if data.startswith(start):
+            raise OpdlabError(
+                f"{path} is a {kind} file. Write the records as JSONL, or load them with the datasets library and give the data set."
+            )
+    encoding = "utf-16" if data[:2] in (b"\xff\xfe", b"\xfe\xff") else "utf-8-sig"
+    try:
+        return data.decode(encoding)
+    except UnicodeDecodeError as error:
+        line = data.count(b"\n", 0, error.start) + 1
+        raise OpdlabError(f"{path} line {line} is no UTF-8 (byte {error.start} of the file). Save the file as UTF-8.") from error
+
+
+def _parsed(text: str) -> Any:
+    """JSON with numbers as they are written (an answer may have more digits than a float), and without repeated keys."""
+    return json.loads(text, object_pairs_hook=_without_repeats, parse_float=Decimal, parse_int=Decimal)
+
+
+def _without_repeats(pairs: Sequence[tuple[str, Any]]) -> dict[str, Any]:
+    names = [name for name, _ in pairs]
+    for name in names:
+        if names.count(name) > 1:
+            raise ValueError(f"it has the key {shortened(name)} twice")
+    return dict(pairs)
+
+
+# One record.
+
+
+class _Record:
+    """A record that is being read. Remembers which of its columns were."""
+
+    def __init__(self, record: Any, number: int) -> None:
+        if isinstance(record, (str, Prompt)):
+            record = {"prompt": record}
+        if not isinstance(record, Mapping):
+            raise InvalidValue(f"Record {number} is {shortened(record)}. Use a dict, as {{'prompt': '…', 'answer': '…'}}, or a text.")
+        self.columns = {str(name): value for name, value in record.items()}
+        self.number = number
+        self.present = {name: value for name, value in self.columns.items() if not _is_missing(value)}
+        self.read = {*ASKED, *ANSWERED, "hint", "id"} - self.present.keys()
+        self.leaves_turn_out = False
+
+    @property
+    def unread(self) -> list[str]:
+        return [name for name in self.columns if name not in self.read]
+
+    def prompt(self) -> Prompt:
+        column = next((name for name in ASKED if name in self.present), None)
+        if column is None:
+            empty = next((f"Its {name} is {shortened(self.columns[name])}. " for name in ASKED if name in self.columns), "")
+            raise OpdlabError(
+                f"Record {self.number} has no prompt; its columns are {', '.join(self.columns)}. {empty}Name one {', '.join(ASKED)}."
+            )
+        asked = self._value(column)
+        if isinstance(asked, Prompt):
+            return asked if asked.id else Prompt(asked.text, asked.messages, asked.answer, asked.hint, str(self.number))
+        answer = self._answer()
+        rest = {"hint": self._of("hint", read_hint), "id": self._of("id", _id) or str(self.number)}
+        if isinstance(asked, str):
+            return self._made(column, text=asked, answer=answer, **rest)
+        if not isinstance(asked, (list, tuple)):
+            raise self._wrong(column, f"it is {shortened(asked)}. Use a text, or a list of chat messages")
+        messages = self._of(column, _messages)
+        if len(messages) > 1 and messages[-1]["role"] == "assistant":
+            self.leaves_turn_out = answer is not None
+            answer = messages[-1]["content"] if answer is None else answer
+            messages = messages[:-1]
+        if messages[-1]["role"] == "assistant":
+            raise self._wrong(column, "the chat asks nothing before its answer. Let a user's message stand before the assistant's")
+        return self._made(column, messages=messages, answer=answer if answer and answer.strip() else None, **rest)
+
+    def _answer(self) -> str | None:
+        column = next((name for name in ANSWERED if name in self.present), None)
+        return None if column is None else self._of(column, _answer)
+
+    def _value(self, column: str) -> Any:
+        """The value of a column, which counts as read."""
+        self.read.add(column)
+        value = self.present[column]
+        return value.tolist() if hasattr(value, "tolist") else value
+
+    def _of(self, column: str, read: Any) -> Any:
+        if column not in self.present:
+            return None
+        try:
+            return read(self._value(column))
+        except InvalidValue as error:
+            raise self._wrong(column, str(error).rstrip(".")) from None
+
+    def _made(self, column: str, **fields: Any) -> Prompt:
+        try:
+            return Prompt(**fields)
+        except InvalidValue as error:
+            raise self._wrong(column, str(error).rstrip(".")) from None
+
+    def _wrong(self, column: str, what: str) -> InvalidValue:
+        return InvalidValue(f"Record {self.number}, column {column}: {what}.")
+
+
+def _is_missing(value: Any) -> bool:
+    """None, an empty text or list, NaN, and what pandas has for a missing cell."""
+    if value is None or type(value).__name__ in ("NAType", "NaTType"):
+        return True
+    if isinstance(value, str):
+        return not value.strip()
+    if isinstance(value, (list, tuple, Mapping)):
+        return not value
+    return isinstance(value, (float, Decimal)) and math.isnan(value)
+
+
+def _is_chat(value: Any) -> bool:
+    return isinstance(value, (list, tuple)) and bool(value) and isinstance(value[0], Mapping)
+
+
+def _messages(chat: Any) -> tuple[dict[str, Any], ...]:
+    """Chat messages, also as ShareGPT writes them, with `from` and `value`."""
+    if isinstance(chat, (list, tuple)):
+        chat = [_turn(_with_plain_numbers(turn), number) for number, turn in enumerate(chat)]
+    return read_messages(chat)
+
+
+def _with_plain_numbers(value: Any) -> Any:
+    """The same with Python's own numbers, for templates that write parts of a message (as tool calls) as JSON."""
+    if isinstance(value, Mapping):
+        return {name: _with_plain_numbers(one) for name, one in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_with_plain_numbers(one) for one in value]
+    if isinstance(value, Decimal):
+        return int(value) if value == value.to_integral_value() and "." not in str(value) else float(value)
+    return value
+
+
+def _turn(turn: Any, number: int) -> Any:
+    if not isinstance(turn, Mapping) or turn.get("from") is None or turn.get("role") is not None:
+        return turn
+    role = _SHAREGPT_ROLES.get(str(turn["from"]))
+    if role is None:
+        raise InvalidValue(f"messages[{number}] is from {shortened(turn['from'])}. Use one of {', '.join(_SHAREGPT_ROLES)}.")
+    return {"role": role, "content": turn.get("value")}
+
+
+def _answer(value: Any) -> str:
+    """An answer: a text, a number, or an assistant's message."""
+    if isinstance(value, Mapping):
+        value = [value]
+    if _is_chat(value):
+        messages = _messages(value)
+        if len(messages) > 1 or messages[0]["role"] != "assistant":
+            raise InvalidValue(f"{len(messages)} messages are no answer. Use one message of the assistant, or a text")
+        return str(messages[0]["content"])
+    if isinstance(value, numbers.Integral) and not isinstance(value, bool):
+        return str(Decimal(int(value)))  # Python writes no int of more than 4300 digits
+    if isinstance(value, (str, bool, numbers.Real, Decimal)):
+        return str(value)
+    raise InvalidValue(f"the answer is {shortened(value)}. Use one text or number")
+
+
+def _id(value: Any) -> str:
+    """A name: a text or a whole number, which pandas may have made a float."""
+    if isinstance(value, (numbers.Real, Decimal)) and not isinstance(value, bool) and value == int(value):
+        return str(int(value))
+    if not isinstance(value, str):
+        raise InvalidValue(f"the id is {shortened(value)}. Use a text or a whole number")
+    return value
