@@ -12,7 +12,7 @@ import os
 import signal
 import threading
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -21,20 +21,24 @@ from typing import Any
 import pandas as pd
 import torch
 from accelerate import Accelerator
+from accelerate.utils import LoggerType
 from torch import Tensor
 
 from opdlab import checkpoint, roles, signals
 from opdlab.batch import Batch, rehearse
-from opdlab.errors import MissingPolicy, NonFinite, OpdlabError
+from opdlab.errors import InvalidValue, MissingPolicy, NonFinite, OpdlabError
 from opdlab.evaluate import evaluate
+from opdlab.expect import expect_teacher
 from opdlab.methods import OPD, Method
+from opdlab.methods.contract import as_method, name_of
 from opdlab.policy import Policy, Prompt, check_same_tokens
 from opdlab.progress import Progress
 from opdlab.rollout import Rollout, joined, sample, written
 from opdlab.rows import Pass, States, gradient
-from opdlab.settings import Settings, seed_of
+from opdlab.settings import Settings, check_settings, make_settings, seed_of
 from opdlab.tasks import Task
 from opdlab.trace import Trace, record
+from opdlab.validation import ByName, Flag, Folder, shortened, validate_arguments
 
 
 @dataclass(frozen=True, eq=False)
@@ -58,25 +62,34 @@ class Step:
         return f"Step({self.number}: " + ", ".join(f"{k} {v:.3g}" for k, v in self.metrics.items() if k != "step") + ")"
 
 
-def distill(student: Policy, teacher: Any = None, task: Task | None = None, *, method: Method | None = None,
-            policies: Mapping[str, Any] | None = None, save: str | os.PathLike[str] | None = None,
-            log_with: Any = None, quiet: bool = False, **settings: Any) -> Run:  # fmt: skip
+@validate_arguments
+def distill(student: Policy, teacher: Any = None, task: Task | None = None, *, method: Any = None,
+            needs: Sequence[str] | str | None = None, policies: ByName | None = None,
+            save: Folder | None = None, log_with: Any = None, quiet: Flag = False, **settings: Any) -> Run:  # fmt: skip
     """Prepare a run; iterating over it trains the student in place. Checks everything that can be checked beforehand.
 
     teacher: a Policy, or one of `opdlab.teachers` (a server, a model that only writes), or None for methods that need none.
-    method: OPD with the reverse KL by default. policies: replaces what a name in the method's `needs` stands for, as
+    method: OPD with the reverse KL by default; a method, the class of one, or a loss function of rows, for which `needs` names the
+    policies that it reads (the teacher by default). policies: replaces what a name in the method's `needs` stands for, as
     `{"student+hint": student.frozen().seeing()}`. save: folder for checkpoints (`save_every` steps). log_with: a tracker of
-    Accelerate. settings: fields of `Settings`; what is left out comes from the method's recipe, then the task's. Raises TokenizerMismatch,
-    MissingPolicy, MissingHint, ContextTooLong and OpdlabError before any compute is spent.
+    Accelerate. settings: fields of `Settings`; what is left out comes from the method's recipe, then the task's.
+
+    Raises:
+        InvalidValue: An argument is not what it must be, or a setting would be ignored.
+        TokenizerMismatch, MissingPolicy, MissingHint, ContextTooLong: The models, the prompts and the method do not fit each
+            other. All are raised before any compute is spent.
     """
+    if teacher is not None:
+        expect_teacher(teacher, "distill")
     if task is None:
         raise OpdlabError("distill needs a task, the supply of prompts. Use opdlab.tasks.market(), from_records(…) or reasoning_gym(…).")
-    known = Settings.__dataclass_fields__
-    if unknown := sorted(set(settings) - set(known)):
-        raise OpdlabError(f"distill has no setting {', '.join(unknown)}. There are {', '.join(known)}.")
-    method = method or OPD()
-    recipe = {"max_new_tokens": task.max_new_tokens, **task.recipe, **getattr(method, "recipe", {})}
-    return Run(student, teacher, task, method, Settings(**{**recipe, **settings}), policies or {}, save, log_with, quiet)
+    chosen = OPD() if method is None and needs is None else as_method(method, needs=needs)
+    policies = {} if policies is None else policies
+    _check_writers(chosen, teacher)
+    roles.check_given(chosen, policies)
+    made = make_settings(settings, chosen, task)
+    check_settings(made, settings, chosen, task, saves=bool(save))
+    return Run(student, teacher, task, chosen, made, policies, save, log_with, quiet)
 
 
 class Run:
@@ -93,7 +106,7 @@ class Run:
         self.policies = roles.cast(student, teacher, method.needs, policies)
         self.writer = teacher
         self._check(teacher)
-        self.accelerator = Accelerator(log_with=log_with)
+        self.accelerator = _accelerator(log_with)
         if log_with is not None:
             self.accelerator.init_trackers("opdlab", asdict(settings))
         self.parameters = self._trainable()
@@ -101,7 +114,7 @@ class Run:
         self.optimizer = torch.optim.AdamW(self.parameters.values(), lr=settings.lr, weight_decay=settings.weight_decay, fused=True)
         if settings.snapshot_every:
             self._keep()  # step 0, the student before any update
-        self._progress = Progress(settings.steps, type(method).__name__, quiet=quiet or not self.accelerator.is_main_process)
+        self._progress = Progress(settings.steps, name_of(method), quiet=quiet or not self.accelerator.is_main_process)
 
     @property
     def history(self) -> pd.DataFrame:
@@ -144,7 +157,7 @@ class Run:
         return checkpoint.write(self, folder)
 
     def __repr__(self) -> str:
-        return f"Run({type(self.method).__name__}, step {self.done} of {self.settings.steps})"
+        return f"Run({name_of(self.method)}, step {self.done} of {self.settings.steps})"
 
     # One step, from prompts to updated weights.
 
@@ -305,8 +318,6 @@ class Run:
         writes = getattr(self.method, "on_policy", 1.0) < 1
         if writes and "answer" in _writers(self.method):
             _answers(first)
-        if writes and "teacher" in _writers(self.method) and teacher is None:
-            raise MissingPolicy(f"{type(self.method).__name__} lets a teacher write, but there is none. Give distill a teacher.")
         rehearse(self.method, self.policies, self.task, first[0])
         everyone = self.policies | ({"writer": teacher} if writes and teacher is not None else {})
         for name, policy in everyone.items():
@@ -354,6 +365,34 @@ class Run:
             f"Step {self.done + 1}, prompt {part.prompts[b].id or b!r}, token {t} ({token!r}): {error} The weights are as they were "
             "and earlier checkpoints are intact. Lower the learning rate, or look at the loss on this token."
         )
+
+
+def _accelerator(log_with: Any) -> Accelerator:
+    """Accelerate's helper with the trackers that the user names; it would leave out in silence those that are not installed."""
+    try:
+        accelerator = Accelerator(log_with=log_with)
+    except (ValueError, TypeError) as error:
+        raise InvalidValue(
+            f"distill got log_with={shortened(log_with)}, which Accelerate refuses: {str(error).rstrip('.')}. "
+            "Use the name of a tracker, or an object of a class of accelerate.tracking."
+        ) from None
+    asked = log_with if isinstance(log_with, (list, tuple)) else [log_with]
+    found = {str(one) for one in accelerator.log_with}
+    known = {str(one) for one in LoggerType} - {"all"}
+    for name in map(str, asked):
+        if name in known and name not in found:
+            raise InvalidValue(f"distill got log_with={shortened(log_with)}, but {name} is not installed. Install it.")
+    return accelerator
+
+
+def _check_writers(method: Method, teacher: Any) -> None:
+    """Raise MissingPolicy where a method has a teacher write and there is none that can."""
+    if getattr(method, "on_policy", 1.0) == 1 or "teacher" not in _writers(method):
+        return
+    if teacher is None:
+        raise MissingPolicy(f"{name_of(method)} lets a teacher write, but there is none. Give distill a teacher.")
+    if not (isinstance(teacher, Policy) or hasattr(teacher, "write")):
+        raise MissingPolicy(f"{name_of(method)} lets the teacher write, but {type(teacher).__name__} only grades. Use one that writes.")
 
 
 def _writers(method: Method) -> tuple[str, ...]:

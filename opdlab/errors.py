@@ -9,6 +9,10 @@ class InvalidValue(OpdlabError, ValueError):
     """A setting or an argument has a value that cannot be right."""
 
 
+class UnknownOption(InvalidValue, TypeError):
+    """A keyword that what is called does not take."""
+
+
 class TokenizerMismatch(OpdlabError):
     """Teacher and student do not speak the same tokens."""
 

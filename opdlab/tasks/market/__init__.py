@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
+from opdlab.errors import InvalidValue
 from opdlab.policy import Policy, Prompt
 from opdlab.tasks.market import world
 from opdlab.tasks.task import Split, Task
@@ -50,7 +51,7 @@ def verify(prompt: Prompt, text: str) -> float:
 def model(name: str, device: str = "cpu") -> Policy:
     """A shipped model: student (its skill is dormant), novice (never learnt to add), teacher, or scribe (character tokenizer)."""
     if name not in MODELS:
-        raise ValueError(f"The market world ships {', '.join(MODELS)}, not {name!r}.")
+        raise InvalidValue(f"The market world ships {', '.join(MODELS)}, not {name!r}.")
     return Policy.load(data() / name, device=device)
 
 
