@@ -8,6 +8,7 @@ holds, up to rounding.
 
 from __future__ import annotations
 
+import numbers
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -16,11 +17,13 @@ import torch
 from torch import Tensor
 from transformers import DynamicCache, PreTrainedModel
 
-from opdlab.errors import OpdlabError
+from opdlab.errors import InvalidValue, OpdlabError
+from opdlab.expect import expect_prompts
 from opdlab.head import Head
 from opdlab.policy import Policy, Prompt
 from opdlab.templates import end_token
 from opdlab.tokens import completion_texts
+from opdlab.validation import Count, Finite, GeneratorSeed, Temperature, Text, Unchecked, Whole, shortened, validate, validate_arguments
 from opdlab.written_text import finish_of
 
 
@@ -71,23 +74,27 @@ class Rollout:
         return f"Rollout({len(self)} completions, {self.tokens} tokens, {cut} cut off at the length limit)"
 
 
-def sample(policy: Policy, prompts: Sequence[Prompt], n: int = 1, *, max_new_tokens: int = 64, temperature: float = 1.0,
-           top_p: float = 1.0, seed: int = 0, prefixes: Sequence[Sequence[int]] | None = None,
-           batch_size: int | None = None, writer: str = "student") -> Rollout:  # fmt: skip
+@validate_arguments
+def sample(policy: Policy, prompts: Unchecked[Sequence[Prompt]], n: Count = 1, *, max_new_tokens: Whole = 64, temperature: Finite = 1.0,
+           top_p: Finite = 1.0, seed: GeneratorSeed = 0, prefixes: Unchecked[Sequence[Sequence[int]] | None] = None,
+           batch_size: Count | None = None, writer: Text = "student") -> Rollout:  # fmt: skip
     """Write `n` completions of each prompt: row `i * n + j` is sample `j` of prompt `i`.
 
     temperature: 0 is greedy. For on-policy training keep 1 and top_p 1: then `logp` is the sampler's own.
     prefixes: token ids already written after each prompt, to be continued (they are not part of the result).
-    batch_size: prompts held in memory at once (all by default). Raises ContextTooLong and EmptyPrompts.
+    batch_size: prompts held in memory at once (all by default). Raises InvalidValue, ContextTooLong and EmptyPrompts.
     """
-    starts = policy.encode_all(prompts, room=max_new_tokens + max(map(len, prefixes or [()])))
-    if prefixes is not None:
-        starts = [start + list(prefix) for start, prefix in zip(starts, prefixes, strict=True)]
+    prompts = expect_prompts(prompts, "sample")
     if max_new_tokens < 1 or temperature < 0 or not 0 < top_p <= 1:
-        raise OpdlabError(
+        raise InvalidValue(
             f"sample got max_new_tokens={max_new_tokens}, temperature={temperature}, top_p={top_p}. Use at least one token, "
             "a temperature of 0 or more and 0 < top_p <= 1."
         )
+    validate("sample", {"temperature": temperature}, {"temperature": Temperature})
+    prefixes = None if prefixes is None else _checked_prefixes(prefixes, len(prompts), policy.weights.vocab_size)
+    starts = policy.encode_all(prompts, room=max_new_tokens + max(map(len, prefixes or [[]])))
+    if prefixes is not None:
+        starts = [start + list(prefix) for start, prefix in zip(starts, prefixes, strict=True)]
     uniform = torch.rand(len(starts), n, max_new_tokens, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
     step, parts = batch_size or len(starts), []
     with torch.no_grad(), policy.weights.using(policy.adapter) as model:
@@ -106,6 +113,31 @@ def sample(policy: Policy, prompts: Sequence[Prompt], n: int = 1, *, max_new_tok
         finish=tuple("stop" if s else "length" for s in stopped.tolist()),
         texts=tuple(completion_texts(policy.tokenizer, bodies, policy.weights.eos)), writer=(writer,) * len(bodies), n=n,
     )  # fmt: skip
+
+
+def _checked_prefixes(prefixes: Any, prompts: int, vocab_size: int) -> list[list[int]]:
+    """The token ids that each prompt's completion goes on from.
+
+    Raises:
+        InvalidValue: There is not one list for each prompt, or something in them is no token id.
+    """
+    advice = "Use one list of token ids for each prompt, as [[5, 17], []]."
+    if hasattr(prefixes, "tolist"):
+        prefixes = prefixes.tolist()
+    if isinstance(prefixes, (str, bytes)) or not isinstance(prefixes, Sequence):
+        raise InvalidValue(f"sample got prefixes={shortened(prefixes)}. {advice}")
+    if len(prefixes) != prompts:
+        raise InvalidValue(f"sample got {len(prefixes)} prefixes for {prompts} prompts. {advice}")
+    rows = []
+    for i, prefix in enumerate(prefixes):
+        row = prefix.tolist() if hasattr(prefix, "tolist") else prefix
+        ids = list(row) if isinstance(row, Sequence) and not isinstance(row, (str, bytes)) else None
+        if ids is None or not all(isinstance(token, numbers.Integral) and 0 <= int(token) < vocab_size for token in ids):
+            raise InvalidValue(
+                f"sample got prefixes[{i}]={shortened(prefix)}, which are no token ids of the policy (0 to {vocab_size - 1}). {advice}"
+            )
+        rows.append([int(token) for token in ids])
+    return rows
 
 
 def written(policy: Policy, prompts: Sequence[Prompt], texts: Sequence[str], writer: str = "answer") -> Rollout:

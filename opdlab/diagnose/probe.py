@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import html
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -12,22 +12,25 @@ from torch import Tensor
 
 from opdlab.batch import Batch
 from opdlab.errors import OpdlabError
+from opdlab.expect import expect_prompts
 from opdlab.policy import Policy, Prompt, check_same_tokens
 from opdlab.rollout import Rollout
 from opdlab.rows import Rows, compute
 from opdlab.tasks import Task
 from opdlab.tasks.task import Split
+from opdlab.validation import Count, validate
 
 ALL = "all"  # the row of a table that counts every token, whatever its type
 
 
 def ask(task: Task | None, prompts: int | Sequence[Prompt], seed: int, split: Split = "test") -> list[Prompt]:
     """The prompts themselves, or that many of the task's."""
-    if not isinstance(prompts, int):
-        return list(prompts)
+    if isinstance(prompts, (Prompt, Iterable)):
+        return expect_prompts(prompts, "A diagnosis")
+    count: int = validate("A diagnosis", {"prompts": prompts}, {"prompts": Count})["prompts"]
     if task is None:
         raise OpdlabError("There is nothing to ask the student. Give a task, prompts=[…] or a rollout.")
-    return task.prompts(prompts, seed, split)
+    return task.prompts(count, seed, split)
 
 
 def write(policy: Any, task: Task | None, prompts: int | Sequence[Prompt], n: int, seed: int, split: Split = "test",

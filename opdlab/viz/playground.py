@@ -10,8 +10,9 @@ import pandas as pd
 import torch
 
 from opdlab.divergence import Generator
-from opdlab.errors import OpdlabError
+from opdlab.errors import InvalidValue, OpdlabError
 from opdlab.estimator import audit
+from opdlab.expect import expect_trace
 from opdlab.generator import FORMS, PARAMETERS
 from opdlab.trace import Trace
 from opdlab.viz import markup, payload, toys
@@ -55,6 +56,8 @@ class Playground(View):
 
     def __init__(self, losses: Any = None, trace: Trace | None = None, sample: int = 0, title: str = "") -> None:
         super().__init__()
+        if trace is not None:
+            expect_trace(trace, "Playground")
         self.title, self.own, names = title, dict[str, Any](), list[str]()
         for name, loss in _listed(losses):
             if isinstance(loss, Generator):
@@ -197,7 +200,7 @@ def _free(name: str, taken: Sequence[str]) -> str:
 
 def _known(name: str) -> str:
     if name not in FORMS:
-        raise OpdlabError(f"There is no divergence {name!r}. Use {', '.join(FORMS)}, or give your own loss itself.")
+        raise InvalidValue(f"There is no divergence {name!r}. Use {', '.join(FORMS)}, or give your own loss itself.")
     return name
 
 

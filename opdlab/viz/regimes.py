@@ -10,6 +10,7 @@ import numpy as np
 import pandas as pd
 
 from opdlab.errors import OpdlabError, UnknownColumn
+from opdlab.expect import expect_trace
 from opdlab.trace import Trace
 from opdlab.viz import markup, payload
 from opdlab.viz.axes import Axis, axes, gap_sides
@@ -47,6 +48,7 @@ class Regimes(View):
     def __init__(self, trace: Trace, x: str = "log_ratio", y: str = "confidence", thresholds: Mapping[str, float] | None = None,
                  by: str | None = None, title: str = "") -> None:  # fmt: skip
         super().__init__()
+        expect_trace(trace, type(self).__name__)
         self.trace, self.title = trace, title
         if not self.axes:
             raise OpdlabError("The trace has no numbers to draw. Make it with opdlab.score(…), or take one of training: step.trace().")

@@ -11,8 +11,10 @@ import pandas as pd
 import pyarrow as pa
 from rapidfuzz.distance import LCSseq
 
-from opdlab.errors import OpdlabError, UnknownColumn
+from opdlab.errors import InvalidValue, OpdlabError, UnknownColumn
+from opdlab.expect import expect_trace
 from opdlab.trace import Trace
+from opdlab.validation import shortened
 from opdlab.viz import markup, payload
 from opdlab.viz.channels import Channel, channels, described
 from opdlab.viz.glyphs import groups, visible
@@ -45,6 +47,10 @@ class Scrubber(View):
     def __init__(self, traces: Mapping[int, Trace], history: pd.DataFrame | None = None, sample: int = 0,
                  channel: str = "log_ratio", title: str = "") -> None:  # fmt: skip
         super().__init__()
+        if not isinstance(traces, Mapping):
+            raise InvalidValue(f"Scrubber got traces={shortened(traces)}. Use traces by step, as snapshots.rescored(run, rollout) gives.")
+        for step, trace in traces.items():
+            expect_trace(trace, "Scrubber", f"traces[{step!r}]")
         if not traces:
             raise OpdlabError("A Scrubber needs a trace of at least one step, and there is none. Give those of snapshots.rescored(…).")
         self.sample, self.title, self.history = sample, title, history

@@ -9,6 +9,7 @@ from typing import Any
 import pandas as pd
 
 from opdlab.errors import OpdlabError, UnknownColumn
+from opdlab.expect import expect_trace
 from opdlab.trace import Trace
 from opdlab.viz import markup, payload
 from opdlab.viz.channels import channels, fitting
@@ -44,6 +45,7 @@ class TokenLens(View):
     def __init__(self, trace: Trace, sample: int = 0, channel: str = "log_ratio", title: str = "", like: TokenLens | None = None,
                  tracks: Sequence[str] = ()) -> None:  # fmt: skip
         super().__init__()
+        expect_trace(trace, type(self).__name__)
         self.sample, self.title, self._least = sample, title, like.limits if like else {}
         self.trace = rows_of(trace, sample)
         self.channels = channels(self.trace)
