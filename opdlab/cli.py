@@ -145,8 +145,8 @@ def main() -> None:
     """Entry point: what the user can mend is one line on stderr and exit code 1, not a traceback."""
     try:
         app.cli(prog="opdlab", description="On-policy distillation of language models, one token at a time.")
-    except OpdlabError as error:
-        sys.exit(f"opdlab: {error}")
+    except (OpdlabError, OSError) as error:  # a file that is not there is the user's to mend, too
+        sys.exit(f"opdlab: {' '.join(str(error).split())}")
     except KeyboardInterrupt:
         sys.exit("opdlab: stopped")
 

@@ -15,7 +15,7 @@ from rich.table import Table
 from opdlab import methods, viz
 from opdlab.distill import Run, distill
 from opdlab.divergence import TopK
-from opdlab.errors import OpdlabError, TokenizerMismatch
+from opdlab.errors import InvalidValue, OpdlabError, TokenizerMismatch
 from opdlab.evaluate import Evaluation, evaluate, paired
 from opdlab.policy import Policy, check_same_tokens
 from opdlab.profiles import load
@@ -23,6 +23,7 @@ from opdlab.rollout import Rollout, sample
 from opdlab.tasks import Task
 from opdlab.teachers import LogprobServer, TextOnly, TextServer
 from opdlab.trace import Trace, score
+from opdlab.validation import Count, validate
 
 # What each profile measures: how many held-out prompts, and whether greedily or by one sample each at temperature 1.
 PROFILES: dict[str, dict[str, Any]] = {
@@ -61,6 +62,10 @@ def demo(profile: str = "market", student: str | None = None, teacher: str | Non
     name of `opdlab.methods`; OPD by default, OmniOPD with a server. teacher_url: an OpenAI-compatible server that teaches instead.
     """
     console, plan = Console(), PROFILES.get(profile, PROFILES["market"])
+    checked = validate("demo", {"steps": steps, "prompts": prompts}, {"steps": Count | None, "prompts": Count | None})
+    steps, prompts = checked["steps"], checked["prompts"]
+    if teacher_model is not None and teacher_url is None:
+        raise InvalidValue(f"demo got teacher_model={teacher_model!r} without a server. Give teacher_url as well, or leave it out.")
     plan = plan | {"prompts": prompts or plan["prompts"]}
     way, sizes = chosen(method or ("omniopd" if teacher_url else "opd"), profile, bool(teacher_url))
     console.print(f"[bold]opdlab demo[/bold]: loading the {profile} models …")

@@ -10,7 +10,7 @@ from __future__ import annotations
 import math
 import os
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -25,10 +25,12 @@ from opdlab.batch import Batch, rehearse
 from opdlab.columns import run_plan
 from opdlab.errors import MissingPolicy, NonFinite, OpdlabError
 from opdlab.evaluate import evaluate
+from opdlab.expect import expect_teacher
 from opdlab.interrupts import hold_interrupts as _uninterrupted
 from opdlab.loss_contract import adding_note
 from opdlab.measures import measure_step
 from opdlab.methods import OPD, Method
+from opdlab.methods.contract import as_method, name_of
 from opdlab.own_teacher import warn_of_own_teacher
 from opdlab.policy import Policy, Prompt, check_same_tokens
 from opdlab.precision import autocast_backbones
@@ -37,49 +39,78 @@ from opdlab.progress import Progress
 from opdlab.recomputation import recompute_layers
 from opdlab.rollout import Rollout, joined, sample, written
 from opdlab.rows import Pass, States, gradient
-from opdlab.settings import Settings, seed_of
+from opdlab.settings import Settings, check_settings, make_settings, seed_of
 from opdlab.step import Step
 from opdlab.tasks import Task
 from opdlab.trace import planner_of
 from opdlab.trackers import make_accelerator
 from opdlab.turns import Turn
+from opdlab.validation import ByName, Flag, Folder, validate_arguments
 from opdlab.writers import writing_options
 
 Admit = Callable[["Run", Mapping[str, Any]], None]
 
 
-def distill(student: Policy, teacher: Any = None, task: Task | None = None, *, method: Method | None = None,
-            policies: Mapping[str, Any] | None = None, save: str | os.PathLike[str] | None = None,
-            log_with: Any = None, quiet: bool = False, **settings: Any) -> Run:  # fmt: skip
+@validate_arguments
+def distill(student: Policy, teacher: Any = None, task: Task | None = None, *, method: Any = None,
+            needs: Sequence[str] | str | None = None, policies: ByName | None = None,
+            save: Folder | None = None, log_with: Any = None, quiet: Flag = False, **settings: Any) -> Run:  # fmt: skip
     """Prepare a run; iterating over it trains the student in place. Checks everything that can be checked beforehand.
 
     teacher: a Policy, or one of `opdlab.teachers` (a server, a model that only writes), or None for methods that need none.
-    method: OPD with the reverse KL by default. policies: replaces what a name in the method's `needs` stands for, as
+    method: OPD with the reverse KL by default; a method, the class of one, or a loss function of rows, for which `needs` names the
+    policies that it reads (the teacher by default). policies: replaces what a name in the method's `needs` stands for, as
     `{"student+hint": student.frozen().seeing()}`. save: folder for checkpoints; the last step is always saved, and every
     `save_every` steps before it. log_with: a tracker of Accelerate. settings: fields of `Settings`; what is left out comes from the
-    method's recipe, then the task's. Raises TokenizerMismatch, MissingPolicy, MissingHint, ContextTooLong and OpdlabError
-    before any compute is spent.
+    method's recipe, then the task's.
 
     A student that looks through an adapter already (a second stage) has that one trained on, whatever its rank. To stack a new
     LoRA on it give `student.merged()`; to start from the bare model, `Policy.of(model, tokenizer, adapter=None)`.
+
+    Raises:
+        InvalidValue: An argument is not what it must be, or a setting would be ignored.
+        TokenizerMismatch, MissingPolicy, MissingHint, ContextTooLong: The models, the prompts and the method do not fit each
+            other. All are raised before any compute is spent.
     """
-    options = {"method": method, "policies": policies, "save": save, "log_with": log_with, "quiet": quiet}
-    return prepare(student, teacher, task, settings=settings, **options)
+    options = {"needs": needs, "policies": policies, "save": save, "log_with": log_with, "quiet": quiet}
+    return prepare(student, teacher, task, method=method, settings=settings, **options)
 
 
-def prepare(student: Policy, teacher: Any, task: Task | None, *, method: Method | None = None,
-            policies: Mapping[str, Any] | None = None, save: Any = None, log_with: Any = None, quiet: bool = False,
-            settings: Mapping[str, Any], admit: Admit | None = None) -> Run:  # fmt: skip
-    """What `distill` and `resume` share. `admit(run, policies)` looks at a run before it gets an adapter and an optimizer."""
+def prepare(
+    student: Policy,
+    teacher: Any,
+    task: Task | None,
+    *,
+    method: Any = None,
+    needs: Sequence[str] | str | None = None,
+    policies: Mapping[str, Any] | None = None,
+    save: Any = None,
+    log_with: Any = None,
+    quiet: bool = False,
+    settings: Mapping[str, Any],
+    recorded: Mapping[str, Any] | None = None,
+    admit: Admit | None = None,
+) -> Run:
+    """Make the run that `distill` and `resume` share.
+
+    Args:
+        student, teacher, task, method, needs, policies, save, log_with, quiet: As `distill` takes them.
+        settings: The settings that the user passes.
+        recorded: All settings of a run that goes on; the user's go before them.
+        admit: Looks at the run before it gets an adapter and an optimizer, with the user's policies.
+    """
+    if teacher is not None:
+        expect_teacher(teacher, "distill")
     if task is None:
         raise OpdlabError("distill needs a task, the supply of prompts. Use opdlab.tasks.market(), from_records(…) or reasoning_gym(…).")
-    known = Settings.__dataclass_fields__
-    if unknown := sorted(set(settings) - set(known)):
-        raise OpdlabError(f"distill has no setting {', '.join(unknown)}. There are {', '.join(known)}.")
-    method = method or OPD()
-    recipe = {"max_new_tokens": task.max_new_tokens, **task.recipe, **getattr(method, "recipe", {})}
-    recipe |= trainable.lora_setting(student, settings)
-    return Run(student, teacher, task, method, Settings(**{**recipe, **settings}), policies or {}, save, log_with, quiet, admit)
+    chosen = OPD() if method is None and needs is None else as_method(method, needs=needs)
+    policies = {} if policies is None else policies
+    _check_writers(chosen, teacher)
+    roles.check_given(chosen, policies)
+    rank = trainable.lora_setting(student, {**(recorded or {}), **settings})
+    made = make_settings({**rank, **(recorded or {}), **settings}, chosen, task)
+    check_settings(made, settings, chosen, task, saves=bool(save))
+    return Run(student, teacher, task, chosen, made, policies, save, log_with, quiet, admit)
 
 
 class Run:
@@ -122,7 +153,7 @@ class Run:
         self.optimizer = torch.optim.AdamW(self.parameters.values(), lr=settings.lr, weight_decay=settings.weight_decay, fused=True)
         if settings.snapshot_every:
             saving.keep_snapshot(self)  # step 0, the student before any update
-        self._progress = Progress(settings.steps, type(method).__name__, quiet=quiet or not self.accelerator.is_main_process)
+        self._progress = Progress(settings.steps, name_of(method), quiet=quiet or not self.accelerator.is_main_process)
 
     @property
     def history(self) -> pd.DataFrame:
@@ -179,7 +210,7 @@ class Run:
         self.snapshots = {**self.snapshots, **snapshots}
 
     def __repr__(self) -> str:
-        return f"Run({type(self.method).__name__}, step {self.done} of {self.settings.steps})"
+        return f"Run({name_of(self.method)}, step {self.done} of {self.settings.steps})"
 
     # One step, from prompts to updated weights.
 
@@ -336,8 +367,6 @@ class Run:
         prompts = prompts_to_check(self.task, self.settings)
         share, writers = getattr(self.method, "on_policy", 1.0), _writers(self.method)
         writes = share < 1
-        if writes and "teacher" in writers and teacher is None:
-            raise MissingPolicy(f"{type(self.method).__name__} lets a teacher write, but there is none. Give distill a teacher.")
         answers = check_answers(prompts) if writes and "answer" in writers else None
         for name in writers if writes else ():
             writer = teacher if name == "teacher" else self.policies.get(name)
@@ -371,6 +400,16 @@ class Run:
             f"Step {self.done + 1}, prompt {part.prompts[b].id or b!r}, token {t} ({token!r}): {error} The weights are as they were "
             f"and earlier checkpoints are intact.{advice}"
         )
+
+
+def _check_writers(method: Method, teacher: Any) -> None:
+    """Raise MissingPolicy where a method has a teacher write and there is none that can."""
+    if getattr(method, "on_policy", 1.0) == 1 or "teacher" not in _writers(method):
+        return
+    if teacher is None:
+        raise MissingPolicy(f"{name_of(method)} lets a teacher write, but there is none. Give distill a teacher.")
+    if not (isinstance(teacher, Policy) or hasattr(teacher, "write")):
+        raise MissingPolicy(f"{name_of(method)} lets the teacher write, but {type(teacher).__name__} only grades. Use one that writes.")
 
 
 def _writers(method: Method) -> tuple[str, ...]:

@@ -9,6 +9,7 @@ other one does is +inf, which is its true value. Left out: reductions, masks and
 from __future__ import annotations
 
 import math
+import numbers
 import warnings
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -17,7 +18,9 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from opdlab.errors import InvalidValue
 from opdlab.generator import Generator
+from opdlab.validation import Text, Whole, shortened, validate
 
 __all__ = [
     "Generator", "TopK", "alpha_divergence", "entropy", "forward_kl", "generalized_jsd", "jensen_shannon", "reverse_kl",
@@ -45,12 +48,13 @@ def generalized_jsd(student: Tensor, teacher: Tensor, beta: float = 0.5, normali
 
     Small beta behaves like the forward, large beta like the reverse KL, but the bare form shrinks to zero at both ends,
     so that beta also turns the learning rate. `normalize=True` divides by beta (1 - beta): the limits are then the two
-    KLs themselves, and beta = 0 and 1 are allowed. `[..., V] -> [...]`, nats. Raises ValueError for other betas.
+    KLs themselves, and beta = 0 and 1 are allowed. `[..., V] -> [...]`, nats. Raises InvalidValue for other betas.
     """
+    _check_number("generalized_jsd", "beta", beta)
     if normalize and beta in (0, 1):
         return reverse_kl(student, teacher) if beta else forward_kl(student, teacher)
     if not 0 < beta < 1:
-        raise ValueError(
+        raise InvalidValue(
             f"generalized_jsd got beta={beta}; the bare form is zero at 0 and 1. Use a beta between, "
             "normalize=True, or forward_kl / reverse_kl themselves."
         )
@@ -74,6 +78,7 @@ def alpha_divergence(student: Tensor, teacher: Tensor, alpha: float = 0.5) -> Te
 
     The Cressie-Read form, so Pearson's chi² / 2 at 2 and Neyman's at -1. `[..., V] -> [...]`.
     """
+    _check_number("alpha_divergence", "alpha", alpha)
     if alpha in (0, 1):
         return forward_kl(student, teacher) if alpha else reverse_kl(student, teacher)
     student, teacher = _float(student), _float(teacher)
@@ -107,8 +112,10 @@ class TopK:
     tail: Literal["bucket", "renormalize", "drop"] = "bucket"
 
     def __post_init__(self) -> None:
+        object.__setattr__(self, "k", validate("TopK", {"k": self.k}, {"k": Whole})["k"])
+        validate("TopK", {"by": self.by}, {"by": Text})
         if self.k < 1 or self.tail not in ("bucket", "renormalize", "drop"):
-            raise ValueError(f"TopK got k={self.k}, tail={self.tail!r}. Use k >= 1 and bucket, renormalize or drop.")
+            raise InvalidValue(f"TopK got k={self.k}, tail={self.tail!r}. Use k >= 1 and bucket, renormalize or drop.")
         if self.tail == "drop":
             warnings.warn(
                 "TopK(tail='drop'): truncated log-probs do not sum to one, so the loss can turn negative and a student can "
@@ -167,9 +174,16 @@ def _mix(first: Tensor, second: Tensor, share: float) -> Tensor:
     return torch.logaddexp(_float(first) + math.log(share), second + math.log1p(-share))
 
 
+def _check_number(owner: str, name: str, value: Any) -> None:
+    """Raise InvalidValue unless a parameter of a divergence is a finite number."""
+    if isinstance(value, bool) or not isinstance(value, numbers.Real) or not math.isfinite(value):
+        raise InvalidValue(f"{owner} got {name}={shortened(value)}. Use a finite number.")
+
+
 def _share(alpha: float) -> float:
+    _check_number("A skew divergence", "alpha", alpha)
     if not 0 <= alpha < 1:
-        raise ValueError(f"The skew alpha is {alpha}; it is the share of a distribution in a mixture. Use 0 <= alpha < 1.")
+        raise InvalidValue(f"The skew alpha is {alpha}; it is the share of a distribution in a mixture. Use 0 <= alpha < 1.")
     return alpha
 
 

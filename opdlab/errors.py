@@ -13,6 +13,10 @@ class UnsupportedModel(OpdlabError, ValueError):
     """A model whose numbers opdlab cannot compute rightly."""
 
 
+class UnknownOption(InvalidValue, TypeError):
+    """A keyword that what is called does not take."""
+
+
 class TokenizerMismatch(OpdlabError):
     """Teacher and student do not speak the same tokens, or a tokenizer has tokens that its model lacks."""
 

@@ -18,13 +18,16 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from opdlab.errors import InvalidValue
+from opdlab.validation import Number, Text, validate
+
 
 @dataclass(frozen=True)
 class Generator:
     """`f` of a divergence by name, in the convention above: "forward_kl" is KL(q || p), f = u log u.
 
     alpha: of "alpha" (0 reverse KL, ½ four times squared Hellinger, 1 forward KL) and of the two skews. beta: of
-    "generalized_jsd". shift: `f + shift (u - 1)` is another form of the same divergence. scale: its unit. Raises ValueError
+    "generalized_jsd". shift: `f + shift (u - 1)` is another form of the same divergence. scale: its unit. Raises InvalidValue
     for a name or a parameter that is none.
     """
 
@@ -35,18 +38,21 @@ class Generator:
     scale: float = 1.0
 
     def __post_init__(self) -> None:
+        validate("Generator", {"name": self.name}, {"name": Text})
         if self.name not in FORMS:
-            raise ValueError(f"There is no generator {self.name!r}. Use one of {', '.join(FORMS)}.")
+            raise InvalidValue(f"There is no generator {self.name!r}. Use one of {', '.join(FORMS)}.")
+        given = {name: getattr(self, name) for name in ("alpha", "beta", "shift", "scale")}
+        validate("Generator", {name: value for name, value in given.items() if value is not None}, dict.fromkeys(given, Number))
         own = PARAMETERS.get(self.name)
         for name in ("alpha", "beta"):
             if own is not None and name == own.name and getattr(self, name) is None:
                 object.__setattr__(self, name, own.default)
             elif getattr(self, name) is not None and (own is None or name != own.name):
-                raise ValueError(f"The generator {self.name!r} has no {name}, but got {name}={getattr(self, name)}. Leave it out.")
+                raise InvalidValue(f"The generator {self.name!r} has no {name}, but got {name}={getattr(self, name)}. Leave it out.")
         if own is not None and not own.allows(self._parameter):
-            raise ValueError(f"{self!r} is no divergence. Use {own.says}.")
+            raise InvalidValue(f"{self!r} is no divergence. Use {own.says}.")
         if not 0 < self.scale < math.inf or not math.isfinite(self.shift):
-            raise ValueError(f"{self!r} has shift={self.shift}, scale={self.scale}. Use finite numbers and a scale above 0.")
+            raise InvalidValue(f"{self!r} has shift={self.shift}, scale={self.scale}. Use finite numbers and a scale above 0.")
 
     def f(self, log_u: Tensor) -> Tensor:
         """`f(u)`; its mean under the student is the divergence (in nats where that is a KL or a JSD)."""

@@ -74,7 +74,8 @@ def resume(path: str | os.PathLike[str], student: Policy, teacher: Any = None, t
         teacher,
         task,
         method=method if method is not None else _rebuild(saved),
-        settings=settings,
+        settings={name: value for name, value in options.items() if name not in _OPTIONS},
+        recorded=settings,
         admit=lambda run, given: _admit(run, saved, given, allowed),
         **{name: value for name, value in options.items() if name in _OPTIONS},
     )

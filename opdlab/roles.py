@@ -17,36 +17,70 @@ from typing import Any
 
 import torch
 
-from opdlab.errors import MissingPolicy
+from opdlab.errors import InvalidValue, MissingPolicy
+from opdlab.expect import expect_teacher
+from opdlab.needs import KNOWN, Access, Need, did_you_mean, parse_need, parse_needs
 from opdlab.policy import Policy
+from opdlab.validation import shortened
 
 
 def cast(student: Policy, teacher: Any, needs: Sequence[str], given: Mapping[str, Any]) -> dict[str, Any]:
-    """The policies that a method needs, by name, the student first. `given` replaces what a name stands for.
+    """Resolve a method's `needs` to policies, the student first. Entries of `given` replace the default for that name.
 
-    Raises MissingPolicy where the teacher lacks the ability, naming a method that can do without it.
+    Raises:
+        MissingPolicy: The teacher lacks the ability. The message names a method that can do without it.
     """
     bases: dict[str, Any] = {"student": student, "teacher": teacher, **given}
     made: dict[str, Any] = {"student": student}
-    for name in needs:
-        base = name.removesuffix("+hint").removesuffix(".text").removesuffix(".spans")
+    for need in parse_needs(needs):
+        base, name = need.policy, str(need)
         if base == "reference" and base not in bases:
             bases[base] = student.frozen()
         elif base == "ema" and base not in bases:
             bases[base] = student._view(adapter=None)
         if name in given:
-            made[name] = given[name]
+            made[name] = _able(given[name], need)
         elif bases.get(base) is not None:
-            made[name] = _view(bases[base], name)
+            made[name] = _view(bases[base], need)
     return made
 
 
+def check_given(method: Any, given: Any) -> None:
+    """Check the user's `policies=` before any of them is used.
+
+    Raises:
+        InvalidValue: It is no dict, names a policy that the method does not read, or holds something that cannot teach.
+    """
+    from opdlab.methods.contract import name_of
+
+    if not isinstance(given, Mapping):
+        raise InvalidValue(f"distill got policies={shortened(given)}. Use a dict from names to policies, as {{'reference': policy}}.")
+    read = list(dict.fromkeys(name for need in parse_needs(method.needs) for name in (str(need), need.policy)))
+    for name, policy in given.items():
+        if name == "student":
+            raise InvalidValue(
+                "distill got policies={'student': …}, but the student is what is trained. Give it as the first argument; what a hinted "
+                "view of it is goes under 'student+hint'."
+            )
+        if name not in read:
+            reads = f"it reads {', '.join(map(repr, read))}" if read else "it reads no policy"
+            raise InvalidValue(
+                f"distill got policies={{{shortened(name)}: …}}, which {name_of(method)} does not use: {reads}. "
+                f"{did_you_mean(str(name), read)}Leave it out, or name it in the method's `needs`."
+            )
+        expect_teacher(policy, "distill", f"policies[{name!r}]")
+
+
 def missing(method: object, name: str) -> MissingPolicy:
-    """The error for a policy that nobody gave."""
-    return MissingPolicy(
-        f"{type(method).__name__} needs {name!r}, but there is no such policy. Give distill a teacher, "
-        f"policies={{{name!r}: …}}, or use a method that needs none (GRPO, SFT)."
-    )
+    """Make the error for a policy that nobody gave."""
+    from opdlab.methods.contract import name_of
+
+    base = parse_need(name).policy
+    if base == "teacher":
+        way = f"Give distill a teacher, policies={{{name!r}: …}}, or use a method that needs none (GRPO, SFT)."
+    else:
+        way = f"{did_you_mean(base, KNOWN)}There are {', '.join(KNOWN)}; give distill any other by name, policies={{{name!r}: …}}."
+    return MissingPolicy(f"{name_of(method)} needs {name!r}, but there is no such policy. {way}")
 
 
 def graded(policies: Mapping[str, Any]) -> list[str]:
@@ -81,22 +115,30 @@ def state(policy: Policy) -> dict[str, torch.Tensor]:
     return policy.weights.adapter_state(policy.adapter)
 
 
-def _view(policy: Any, name: str) -> Any:
-    """`policy` as the suffix of `name` says."""
-    local = isinstance(policy, Policy)
-    if name.endswith(".text"):
-        if not local:
-            return policy
-        from opdlab.teachers import TextOnly
+def _view(policy: Any, need: Need) -> Any:
+    """`policy` as the suffix of a name says: told hints, or reduced to what it writes."""
+    policy = _able(policy, need)
+    if not need.hinted:
+        return policy
+    if not isinstance(policy, Policy):
+        raise MissingPolicy(f"{str(need)!r} must be told hints, and only local models can. Load the teacher with Policy.load(…).")
+    return policy.seeing()
 
-        return TextOnly(policy)
+
+def _able(policy: Any, need: Need) -> Any:
+    """`policy`, if it can do what is asked of it; a local model reduced to what it writes, where only texts are asked for."""
+    local = isinstance(policy, Policy)
+    if need.access is Access.TEXT:
+        if local:
+            from opdlab.teachers import TextOnly
+
+            return TextOnly(policy)
+        if not hasattr(policy, "write"):
+            raise MissingPolicy(f"{str(need)!r} must write texts, but {type(policy).__name__} only grades. Use a teacher that writes.")
+        return policy
     if not (local or hasattr(policy, "grade")):
         raise MissingPolicy(
-            f"{name!r} must grade tokens, but {type(policy).__name__} only writes. Use a method that learns from texts alone "
+            f"{str(need)!r} must grade tokens, but {type(policy).__name__} only writes. Use a method that learns from texts alone "
             "(OmniOPD, SequenceKD), or a teacher with log-probs."
         )
-    if name.endswith("+hint"):
-        if not local:
-            raise MissingPolicy(f"{name!r} must be told hints, and only local models can. Load the teacher with Policy.load(…).")
-        return policy.seeing()
     return policy

@@ -8,6 +8,7 @@ holds, up to rounding.
 
 from __future__ import annotations
 
+import numbers
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -18,14 +19,15 @@ from transformers import PreTrainedModel
 
 from opdlab.continuation import begin
 from opdlab.errors import InvalidValue, OpdlabError
+from opdlab.expect import expect_prompts
 from opdlab.forward import group_rows
 from opdlab.head import Head
 from opdlab.policy import Policy, Prompt
 from opdlab.precision import without_autocast
-from opdlab.prompt import as_prompts
 from opdlab.same_tokens import fingerprint
 from opdlab.templates import end_token
 from opdlab.tokens import completion_texts
+from opdlab.validation import Count, Finite, GeneratorSeed, Temperature, Text, Unchecked, Whole, shortened, validate, validate_arguments
 from opdlab.weights import Weights
 from opdlab.written_text import finish_of
 
@@ -84,28 +86,28 @@ class Rollout:
         return f"Rollout({len(self)} completions, {self.tokens} tokens, {cut} cut off at the length limit)"
 
 
-def sample(policy: Policy, prompts: Sequence[Prompt], n: int = 1, *, max_new_tokens: int = 64, temperature: float = 1.0,
-           top_p: float = 1.0, seed: int = 0, prefixes: Sequence[Sequence[int]] | None = None,
-           batch_size: int | None = None, writer: str = "student") -> Rollout:  # fmt: skip
+@validate_arguments
+def sample(policy: Policy, prompts: Unchecked[Sequence[Prompt]], n: Count = 1, *, max_new_tokens: Whole = 64, temperature: Finite = 1.0,
+           top_p: Finite = 1.0, seed: GeneratorSeed = 0, prefixes: Unchecked[Sequence[Sequence[int]] | None] = None,
+           batch_size: Count | None = None, writer: Text = "student") -> Rollout:  # fmt: skip
     """Write `n` completions of each prompt: row `i * n + j` is sample `j` of prompt `i`.
 
     temperature: 0 is greedy. For on-policy training keep 1 and top_p 1: then `logp` is the sampler's own.
     prefixes: token ids already written after each prompt, to be continued (they are not part of the result).
-    batch_size: prompts held in memory at once (all by default). Raises ContextTooLong and EmptyPrompts.
+    batch_size: prompts held in memory at once (all by default). Raises InvalidValue, ContextTooLong and EmptyPrompts.
     """
-    prompts = as_prompts(prompts)
-    if prefixes is not None and len(prefixes) != len(prompts):
-        which = "shorter" if len(prefixes) < len(prompts) else "longer"
-        raise InvalidValue(f"The list of {len(prefixes)} prefixes is {which} than that of {len(prompts)} prompts. Give one prefix each.")
+    prompts = expect_prompts(prompts, "sample")
+    if max_new_tokens < 1 or temperature < 0 or not 0 < top_p <= 1:
+        raise InvalidValue(
+            f"sample got max_new_tokens={max_new_tokens}, temperature={temperature}, top_p={top_p}. Use at least one token, "
+            "a temperature of 0 or more and 0 < top_p <= 1."
+        )
+    validate("sample", {"temperature": temperature}, {"temperature": Temperature})
+    prefixes = None if prefixes is None else _checked_prefixes(prefixes, len(prompts), policy.weights.vocab_size)
     begun = None if prefixes is None else [len(prefix) for prefix in prefixes]
     starts = policy.encode_all(prompts, max_new_tokens, begun)
     if prefixes is not None:
         starts = [start + list(prefix) for start, prefix in zip(starts, prefixes, strict=True)]
-    if max_new_tokens < 1 or temperature < 0 or not 0 < top_p <= 1:
-        raise OpdlabError(
-            f"sample got max_new_tokens={max_new_tokens}, temperature={temperature}, top_p={top_p}. Use at least one token, "
-            "a temperature of 0 or more and 0 < top_p <= 1."
-        )
     uniform = torch.rand(len(starts), n, max_new_tokens, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
     step, parts = batch_size or len(starts), []
     with torch.no_grad(), policy.weights.using(policy.adapter) as model:
@@ -127,6 +129,31 @@ def sample(policy: Policy, prompts: Sequence[Prompt], n: int = 1, *, max_new_tok
     )  # fmt: skip
 
 
+def _checked_prefixes(prefixes: Any, prompts: int, vocab_size: int) -> list[list[int]]:
+    """The token ids that each prompt's completion goes on from.
+
+    Raises:
+        InvalidValue: There is not one list for each prompt, or something in them is no token id.
+    """
+    advice = "Use one list of token ids for each prompt, as [[5, 17], []]."
+    if hasattr(prefixes, "tolist"):
+        prefixes = prefixes.tolist()
+    if isinstance(prefixes, (str, bytes)) or not isinstance(prefixes, Sequence):
+        raise InvalidValue(f"sample got prefixes={shortened(prefixes)}. {advice}")
+    if len(prefixes) != prompts:
+        raise InvalidValue(f"sample got {len(prefixes)} prefixes for {prompts} prompts. {advice}")
+    rows = []
+    for i, prefix in enumerate(prefixes):
+        row = prefix.tolist() if hasattr(prefix, "tolist") else prefix
+        ids = list(row) if isinstance(row, Sequence) and not isinstance(row, (str, bytes)) else None
+        if ids is None or not all(isinstance(token, numbers.Integral) and 0 <= int(token) < vocab_size for token in ids):
+            raise InvalidValue(
+                f"sample got prefixes[{i}]={shortened(prefix)}, which are no token ids of the policy (0 to {vocab_size - 1}). {advice}"
+            )
+        rows.append([int(token) for token in ids])
+    return rows
+
+
 def written(policy: Policy, prompts: Sequence[Prompt], texts: Sequence[str], writer: str = "answer") -> Rollout:
     """Make a rollout of given texts, for supervised training and for looking.
 
@@ -140,7 +167,7 @@ def written(policy: Policy, prompts: Sequence[Prompt], texts: Sequence[str], wri
         writer: Who wrote them, for the trace.
     """
     tokenizer, eos = policy.tokenizer, policy.weights.eos
-    prompts = as_prompts(prompts)
+    prompts = expect_prompts(prompts, "written")
     chats = [prompt.messages is not None for prompt in prompts]
     ends = {chat: end_token(policy, chat) for chat in set(chats)}
     ids, finish = [], []

@@ -20,6 +20,7 @@ from torch import Tensor
 from opdlab import checkpoint, run_folder, signals
 from opdlab.batch import Batch
 from opdlab.errors import OpdlabError
+from opdlab.expect import expect_prompts, expect_rollout, expect_run, expect_teacher
 from opdlab.policy import Policy, Prompt, check_same_tokens
 from opdlab.rollout import Rollout, sample
 from opdlab.rows import compute
@@ -41,7 +42,11 @@ def rescored(run: Run, rollout: Rollout, teacher: Policy | None = None, *, at: S
     What does not move (`teacher`, `others`) runs once. A teacher that follows the student would, too: give it `.frozen()`.
     Raises OpdlabError for a run that kept nothing and for steps that it did not keep.
     """
-    fixed = {**({"teacher": teacher} if teacher else {}), **others}
+    expect_run(run, "rescored")
+    expect_rollout(rollout, "rescored")
+    fixed = {**({"teacher": teacher} if teacher is not None else {}), **others}
+    for name, policy in fixed.items():
+        expect_teacher(policy, "rescored", name)
     for name, policy in fixed.items():
         check_same_tokens(run.student, policy, name)
     batch = Batch(rollout, fixed)
@@ -57,6 +62,8 @@ def rewritten(run: Run, prompts: Sequence[Prompt], teacher: Policy | None = None
               seed: int = 0, temperature: float = 0.0) -> dict[int, Trace]:  # fmt: skip
     """What the student of every kept step (or those of `at`) writes to the same prompts, graded. Greedy unless told otherwise;
     with a temperature, all steps draw with the same random numbers."""
+    expect_run(run, "rewritten")
+    prompts = expect_prompts(prompts, "rewritten")
     width, out = run.settings.max_new_tokens, {}
     for step, student in _students(run, at):
         rollout = sample(student, prompts, max_new_tokens=width, temperature=temperature, seed=seed)

@@ -231,7 +231,7 @@ def test_prefixes_are_continued(student, prompts):
 
 
 def test_as_many_prefixes_as_prompts(student, prompts):
-    with pytest.raises(ValueError, match="shorter"):
+    with pytest.raises(InvalidValue, match=r"sample got 1 prefixes for 4 prompts\. Use one list of token ids for each prompt"):
         student.sample(prompts, prefixes=[[6]])
 
 

@@ -10,7 +10,6 @@ precision and DDP work as for any loss. Left out: weights that are sharded (FSDP
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Any
@@ -24,6 +23,7 @@ from opdlab.columns import run_plan
 from opdlab.errors import OpdlabError
 from opdlab.head import Head
 from opdlab.methods import Method
+from opdlab.methods.contract import as_method, name_of
 from opdlab.policy import Prompt
 from opdlab.rollout import Rollout
 from opdlab.rows import Pass, States, compute, gradient
@@ -42,8 +42,8 @@ class MethodTrainer(DistillationTrainer):
     OpdlabError for methods that need more than a teacher that grades, and for a temperature other than 1.
     """
 
-    def __init__(self, method: Method, **arguments: Any) -> None:
-        self.method: Method = method() if inspect.isclass(method) else method
+    def __init__(self, method: Any, **arguments: Any) -> None:
+        self.method = as_method(method, "MethodTrainer")
         self._loss_is_checked = False
         _check(self.method)
         super().__init__(**arguments)
@@ -137,7 +137,7 @@ def _apart(head: Head) -> Head:
 
 
 def _check(method: Method) -> None:
-    name = type(method).__name__
+    name = name_of(method)
     if others := [need for need in method.needs if need != "teacher"]:
         raise OpdlabError(f"{name} needs {', '.join(others)}, and TRL's trainer holds a student and a teacher alone. Use opdlab.distill.")
     if not method.needs:

@@ -24,11 +24,13 @@ from opdlab.diagnose.identity import Check, Sides, identity, sides
 from opdlab.diagnose.overlap import Overlap, agreement
 from opdlab.diagnose.probe import ask, frame, grade, render
 from opdlab.errors import OpdlabError
+from opdlab.expect import expect_teacher
 from opdlab.policy import Policy, Prompt
 from opdlab.rollout import Rollout, sample
-from opdlab.settings import Settings
+from opdlab.settings import Settings, make_settings
 from opdlab.tasks import Task
 from opdlab.tasks.splits import count_distinct
+from opdlab.validation import Count, Seed, Unchecked, validate_arguments
 
 ENOUGH = {"acceptance": 0.5, "pass@k": 0.2, "right": 0.1, "stop": 0.2, "first": 0.1, "cut": 0.5}
 PLAIN = tuple(
@@ -85,20 +87,20 @@ class Diagnosis:
         return render(self.sentence, self.table)
 
 
-def doctor(student: Policy, teacher: Any, task: Task | None = None, *, prompts: int | Sequence[Prompt] = 32, k: int = 8, seed: int = 0,
-           **settings: Any) -> Diagnosis:  # fmt: skip
+@validate_arguments
+def doctor(student: Policy, teacher: Any, task: Task | None = None, *, prompts: Unchecked[int | Sequence[Prompt]] = 32, k: Count = 8,
+           seed: Seed = 0, **settings: Any) -> Diagnosis:  # fmt: skip
     """Look at a pair before training it. Trains nothing and raises nothing about the pair: what is wrong is in the result. Raises
     MissingHint where a hinted teacher meets a prompt without one.
 
     task: without one, a few plain questions are asked and nothing can be scored. prompts, k: held-out prompts, and the student's
     samples of each. settings: of the planned `distill`, for the cost.
     """
+    expect_teacher(teacher, "doctor")
     if task is None:
         task = Task("plain questions", lambda n, seed, split: list((PLAIN * n)[:n]))
-    known = Settings.__dataclass_fields__
-    if unknown := sorted(set(settings) - set(known)):
-        raise OpdlabError(f"doctor has no setting {', '.join(unknown)}. It takes those of distill: {', '.join(known)}.")
-    planned = Settings(**{"max_new_tokens": task.max_new_tokens, **task.recipe, **settings})
+        prompts = list(PLAIN) if isinstance(prompts, int) else prompts
+    planned = make_settings(settings, None, task, "doctor")
     asked = ask(task, prompts, seed)
     names = _name(student, "student"), _name(teacher, "teacher")
     if not isinstance(teacher, Policy):

@@ -32,6 +32,7 @@ from opdlab.rollout import Rollout, sample
 from opdlab.tasks import Task
 from opdlab.tasks.splits import question_of
 from opdlab.tokens import completion_texts
+from opdlab.validation import Count, CountOrZero, Seed, Unchecked, validate_arguments
 
 LEAST = 1e-6  # nats: below this an accumulated KL is rounding
 
@@ -80,8 +81,10 @@ class Exposure:
         return render(self.sentence, self.table)
 
 
-def exposure(student: Policy, teacher: Policy, task: Task | None = None, *, prompts: int | Sequence[Prompt] = 64, n: int = 1,
-             at: Sequence[int] | None = None, seed: int = 0, max_new_tokens: int | None = None) -> Exposure:  # fmt: skip
+@validate_arguments
+def exposure(student: Policy, teacher: Policy, task: Task | None = None, *, prompts: Unchecked[int | Sequence[Prompt]] = 64,
+             n: Count = 1, at: Sequence[CountOrZero] | None = None, seed: Seed = 0,
+             max_new_tokens: Count | None = None) -> Exposure:  # fmt: skip
     """All three readings, on `n` answers of each side to each prompt at temperature 1.
 
     at: lengths L of the probe; by default five from 0 to the student's usual length. Raises TokenizerMismatch.

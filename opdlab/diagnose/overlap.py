@@ -18,10 +18,12 @@ from torch import Tensor
 
 from opdlab.diagnose.probe import frame, grade, render, write
 from opdlab.divergence import entropy, total_variation
+from opdlab.expect import expect_teacher
 from opdlab.policy import Policy, Prompt
 from opdlab.rollout import Rollout
 from opdlab.rows import Rows
 from opdlab.tasks import Task
+from opdlab.validation import Count, Seed, Unchecked, validate_arguments
 
 NUMBERS = ("overlap", "advantage", "acceptance", "student_mass", "teacher_mass", "entropy_gap")
 
@@ -62,12 +64,15 @@ class Overlap:
         return render(self.sentence, self.table)
 
 
-def overlap(student: Policy, teacher: Any, task: Task | None = None, *, k: int = 16, rollout: Rollout | None = None,
-            prompts: int | Sequence[Prompt] = 32, n: int = 1, seed: int = 0) -> Overlap:  # fmt: skip
+@validate_arguments
+def overlap(student: Any, teacher: Any, task: Task | None = None, *, k: Count = 16, rollout: Rollout | None = None,
+            prompts: Unchecked[int | Sequence[Prompt]] = 32, n: Count = 1, seed: Seed = 0) -> Overlap:  # fmt: skip
     """Agreement on a `rollout` of the student's, written here if there is none (`n` answers to each of the `prompts`).
 
     k: how many top tokens of each side are compared (cut to the vocabulary). Raises TokenizerMismatch.
     """
+    for name, policy in (("student", student), ("teacher", teacher)):
+        expect_teacher(policy, "overlap", name)
     rollout = rollout or write(student, task, prompts, n, seed)
     columns = grade(rollout, agreement(k), {"student": student, "teacher": teacher})
     return Overlap(

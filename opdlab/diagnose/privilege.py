@@ -29,12 +29,14 @@ from torch import Tensor
 from opdlab.diagnose.probe import by_type, frame, grade, render, write
 from opdlab.divergence import entropy, forward_kl, reverse_kl
 from opdlab.errors import MissingHint, MissingPolicy
+from opdlab.expect import expect_teacher
 from opdlab.methods.dopd import DOPD, Route, route, thresholds
 from opdlab.policy import Policy, Prompt
 from opdlab.rollout import Rollout
 from opdlab.rows import Rows, States
 from opdlab.tasks import Task
 from opdlab.tasks.task import Split
+from opdlab.validation import Count, Flag, Seed, Unchecked, validate_arguments
 
 Hint = str | Callable[[Prompt], Prompt] | None
 SHOWN = ("gap", "capability", "information", "interaction", "reverse_kl", "forward_kl", "floor", "entropy", "teacher_weight")
@@ -82,8 +84,9 @@ class Privilege:
         return render(self.sentence, self.table)
 
 
-def privilege(student: Policy, teacher: Policy, task: Task | None = None, *, hint: Hint = None, rollout: Rollout | None = None,
-              prompts: int | Sequence[Prompt] = 32, n: int = 1, seed: int = 0, split: Split = "test", controls: bool = True,
+@validate_arguments
+def privilege(student: Policy, teacher: Any, task: Task | None = None, *, hint: Unchecked[Hint] = None, rollout: Rollout | None = None,
+              prompts: Unchecked[int | Sequence[Prompt]] = 32, n: Count = 1, seed: Seed = 0, split: Split = "test", controls: Flag = True,
               method: DOPD | None = None) -> Privilege:  # fmt: skip
     """Score T(x), T(x,p), S(x), S(x,p) on a `rollout` of the student's (written here if there is none) and split the gap.
 
@@ -91,6 +94,7 @@ def privilege(student: Policy, teacher: Policy, task: Task | None = None, *, hin
     own hint. controls: also try another prompt's hint (two more passes). method: whose routes and weights count as the
     teacher's (DOPD's defaults). Raises MissingHint, MissingPolicy, TokenizerMismatch.
     """
+    expect_teacher(teacher, "privilege")
     if not isinstance(teacher, Policy):
         raise MissingPolicy(f"privilege tells the teacher hints, and {type(teacher).__name__} takes none. Load it with Policy.load(…).")
     rollout = rollout or write(student, task, prompts, n, seed, split)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import html
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -11,13 +11,14 @@ import pandas as pd
 from torch import Tensor
 
 from opdlab.batch import Batch
-from opdlab.errors import InvalidValue, OpdlabError
+from opdlab.errors import OpdlabError
+from opdlab.expect import expect_prompts
 from opdlab.policy import Policy, Prompt, check_same_tokens
 from opdlab.rollout import Rollout
 from opdlab.rows import Rows, compute
 from opdlab.tasks import Task
 from opdlab.tasks.task import Split
-from opdlab.validation import shortened
+from opdlab.validation import Count, validate
 
 ALL = "all"  # the row of a table that counts every token, whatever its type
 
@@ -28,14 +29,12 @@ def ask(task: Task | None, prompts: int | Sequence[Prompt], seed: int, split: Sp
     Raises:
         InvalidValue: `prompts` is neither a number nor a list of prompts.
     """
-    if isinstance(prompts, Sequence) and not isinstance(prompts, str):
-        strange = [prompt for prompt in prompts if not isinstance(prompt, Prompt)]
-        if strange:
-            raise InvalidValue(f"prompts= holds {shortened(strange[0])}. Use opdlab.Prompt objects, or a number of the task's.")
-        return list(prompts)
+    if isinstance(prompts, (Prompt, Iterable)):
+        return expect_prompts(prompts, "A diagnosis")
+    count: int = validate("A diagnosis", {"prompts": prompts}, {"prompts": Count})["prompts"]
     if task is None:
         raise OpdlabError("There is nothing to ask the student. Give a task, prompts=[…] or a rollout.")
-    return task.prompts(prompts, seed, split)
+    return task.prompts(count, seed, split)
 
 
 def write(policy: Any, task: Task | None, prompts: int | Sequence[Prompt], n: int, seed: int, split: Split = "test",

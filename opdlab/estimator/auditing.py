@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 import warnings
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any, Literal
 
@@ -22,12 +22,15 @@ from opdlab.estimator.card import Audit
 from opdlab.estimator.kl import ESTIMATES, Estimate
 from opdlab.estimator.references import FIXED, Match, matches
 from opdlab.estimator.subject import Seen, Subject, see, subject_of
+from opdlab.validation import Seed, validate_arguments
 
 
-def audit(loss: Any, *, forms: Callable[[float], Any] | None = None, sweep: Mapping[str, Callable[[float], Any]] | None = None,
-          seed: int = 0) -> Audit:  # fmt: skip
+@validate_arguments
+def audit(loss: Any, *, needs: Sequence[str] | str | None = None, forms: Callable[[float], Any] | None = None,
+          sweep: Mapping[str, Callable[[float], Any]] | None = None, seed: Seed = 0) -> Audit:  # fmt: skip
     """What `loss` trains: a function of rows (or of student and teacher log-probs), an `@opdlab.method`, or a method.
 
+    needs: the policies that a bare function reads, the teacher by default.
     forms: c -> the same loss made from f + c (u - 1); known for OPDPlus and the estimates. sweep: name -> (value -> loss), tried at
     0 and 1 and beside them; known for the alpha and beta among a method's options. A plan sees all texts in one batch, each once,
     so one that compares texts (means, quantiles) compares all of them. Raises OpdlabError for methods that learn from texts or from
@@ -35,7 +38,7 @@ def audit(loss: Any, *, forms: Callable[[float], Any] | None = None, sweep: Mapp
     """
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # the texts here are short, and a method may say so
-        subject = subject_of(loss)
+        subject = subject_of(loss, needs)
         world = subject.world(seed)
         seen = see(subject.method, subject, world)
         visits = None if subject.writer == "student" else exact.visits(world[subject.writer])

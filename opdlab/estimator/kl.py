@@ -19,7 +19,9 @@ from typing import ClassVar, Literal
 
 from torch import Tensor
 
+from opdlab.errors import InvalidValue
 from opdlab.rows import Rows
+from opdlab.validation import Finite, Text, validate
 
 Value = Callable[[Tensor], Tensor]
 
@@ -53,8 +55,9 @@ class Estimate:
     needs: ClassVar[tuple[str, ...]] = ("teacher",)
 
     def __post_init__(self) -> None:
+        validate("Estimate", {"k": self.k, "use": self.use, "shift": self.shift}, {"k": Text, "use": Text, "shift": Finite})
         if self.k not in ESTIMATES or self.use not in ("reward", "loss"):
-            raise ValueError(f"There is no estimate {self.k!r} as {self.use!r}. Use {', '.join(ESTIMATES)}, and 'reward' or 'loss'.")
+            raise InvalidValue(f"There is no estimate {self.k!r} as {self.use!r}. Use {', '.join(ESTIMATES)}, and 'reward' or 'loss'.")
 
     def value(self, log_u: Tensor) -> Tensor:
         return ESTIMATES[self.k](log_u) + (self.shift * log_u.expm1() if self.shift else 0)

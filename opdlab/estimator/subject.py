@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import inspect
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields, is_dataclass, replace
-from functools import partial
 from typing import Any
 
 import torch
@@ -14,6 +12,8 @@ from torch import Tensor
 from opdlab import exact
 from opdlab.batch import Batch
 from opdlab.errors import OpdlabError
+from opdlab.methods.contract import FunctionMethod, as_method, name_of
+from opdlab.needs import Access, parse_need
 
 PAIRS, TOKENS = 8, 5  # students beside their targets, and tokens of the vocabulary
 ZERO = 1e-8  # of a length, relative to the lengths that it is a mean of
@@ -81,38 +81,23 @@ def see(method: Any, subject: Subject, world: Mapping[str, exact.Table]) -> Seen
     return Seen(spread(result.gradient, student.logits), rms, value, result.loss, result.gradient)
 
 
-def subject_of(loss: Any) -> Subject:
-    """Raises OpdlabError for what has no expectation over the student's tokens."""
-    method: Any = loss() if inspect.isclass(loss) else loss
-    if not callable(getattr(method, "loss", method)):
-        raise OpdlabError(f"audit got {method!r}. Give a loss (a function of rows), an @opdlab.method or a method.")
+def subject_of(loss: Any, needs: Sequence[str] | str | None = None, where: str = "audit") -> Subject:
+    """What is audited, from whatever `as_method` takes. Raises OpdlabError for what has no expectation over the student's tokens."""
+    method: Any = as_method(loss, where, needs)
     name = _name(method)
-    if not hasattr(method, "loss") and _of_two(method):
-        method = partial(_of_rows, method)
-    needs = tuple(getattr(method, "needs", ("teacher",)))
     share, writer = getattr(method, "on_policy", 1.0), getattr(method, "writer", "teacher")
-    if other := [n for n in needs if n.endswith((".text", ".spans"))]:
+    if other := [n for n in method.needs if parse_need(n).access is not Access.LOGITS]:
         raise OpdlabError(
             f"{name} needs {other[0]!r}, which does not grade the student's own tokens, so there is no expectation over them to take. "
             "Audit methods that need a teacher, a reference or an ema."
         )
     if share == 0 and writer not in ("teacher", "answer"):
         raise OpdlabError(f"{name} learns from texts of {' and '.join(writer)} side by side. Audit losses on the texts of one writer.")
-    if share > 0 and not needs:
+    if share > 0 and not method.needs:
         raise OpdlabError(f"{name} looks at no other distribution, so there is no divergence to name. Audit methods that need a teacher.")
     texts = {"teacher": "on the teacher's texts", "answer": "if a teacher wrote the answers"}[writer] if share == 0 else ""
-    subject = Subject(method, name, needs, "teacher" if texts else "student", 1, texts)
+    subject = Subject(method, name, tuple(method.needs), "teacher" if texts else "student", 1, texts)
     return replace(subject, length=2) if _plans(subject) else subject
-
-
-def _of_rows(pair: Callable[..., Tensor], rows: Any) -> Tensor:
-    return pair(rows.student, rows.teacher)
-
-
-def _of_two(function: Callable[..., Any]) -> bool:
-    """Whether it is one of student and teacher log-probs, as those of `opdlab.divergence`, rather than one of rows."""
-    wanted = inspect.signature(function).parameters.values()
-    return sum(p.default is p.empty and p.kind in (p.POSITIONAL_ONLY, p.POSITIONAL_OR_KEYWORD) for p in wanted) == 2
 
 
 def _plans(subject: Subject) -> bool:
@@ -125,13 +110,12 @@ def _plans(subject: Subject) -> bool:
     return bool(subject.method.plan(Batch(rollout, {name: world[name] for name in dict.fromkeys(["student", *subject.needs])})))
 
 
-def _name(loss: Any) -> str:
+def _name(method: Any) -> str:
     """The class with what differs from its defaults, or the name of the function."""
-    if is_dataclass(loss) and not hasattr(loss, "function"):
-        given = [f"{f.name}={getattr(loss, f.name)!r}" for f in fields(loss) if getattr(loss, f.name) != _default(f)]
-        return f"{type(loss).__name__}({', '.join(given)})"
-    loss = getattr(loss, "function", loss)
-    return str(getattr(loss.func if isinstance(loss, partial) else loss, "__name__", type(loss).__name__))
+    if is_dataclass(method) and not isinstance(method, FunctionMethod):
+        given = [f"{f.name}={getattr(method, f.name)!r}" for f in fields(method) if getattr(method, f.name) != _default(f)]
+        return f"{type(method).__name__}({', '.join(given)})"
+    return name_of(method)
 
 
 def _default(field: Any) -> Any:

@@ -17,6 +17,7 @@ from opdlab.batch import Batch
 from opdlab.columns import run_plan
 from opdlab.exact.laws import law
 from opdlab.exact.table import Table, everything
+from opdlab.methods.contract import as_method
 from opdlab.rollout import Rollout
 from opdlab.rows import Pass
 from opdlab.rows import gradient as engine
@@ -40,7 +41,7 @@ def gradient(method: Any, policies: Mapping[str, Any], *, writer: str = "student
 def gradient_on(method: Any, policies: Mapping[str, Any], rollout: Rollout, weight: Tensor, *, task: Task | None = None) -> Tensor:
     """Gradient `[X, S, V]` of `sum_b weight_b sum_t loss_bt` on a given rollout: one training step's plan and loss pass.
 
-    weight: `[N]`, one a completion. A bare loss function is taken as a method without a plan.
+    weight: `[N]`, one a completion. A bare loss function is a method without a plan, a class is made with its defaults.
     """
     student: Table = policies["student"]
     flat = loss_pass(method, policies, rollout, weight, task=task).gradient
@@ -49,11 +50,11 @@ def gradient_on(method: Any, policies: Mapping[str, Any], rollout: Rollout, weig
 
 def loss_pass(method: Any, policies: Mapping[str, Any], rollout: Rollout, weight: Tensor, *, task: Task | None = None) -> Pass:
     """The engine's own numbers for `gradient_on`, token by token: `loss`, weighted `gradient [tokens, V]`, `grad_norm`."""
+    chosen: Any = as_method(method, "exact.gradient")
     batch = Batch(rollout, policies, task)
-    columns = run_plan(method, batch)
+    columns = run_plan(chosen, batch)
     states = {name: batch.states(name) for name in batch.distributions}
-    loss = method.loss if hasattr(method, "loss") else method
-    return engine(loss, states, batch.token, weight.repeat_interleave(rollout.lengths), columns)
+    return engine(chosen.loss, states, batch.token, weight.repeat_interleave(rollout.lengths), columns)
 
 
 def differences(objective: Callable[[Table], Tensor], table: Table, step: float = 1e-5) -> Tensor:

@@ -28,8 +28,10 @@ from torch import Tensor
 
 from opdlab.batch import Batch
 from opdlab.divergence import TopK, jensen_shannon, reverse_kl
+from opdlab.errors import InvalidValue
 from opdlab.methods.self_distillation import ANCHORS, Anchor, check_anchor
 from opdlab.rows import Rows
+from opdlab.validation import Count, Finite, Flag, validate_fields
 
 TEACHER = "teacher+hint"
 Regime = tuple[float, str, Callable[[Tensor, Tensor], Tensor]]  # weight, source, divergence
@@ -91,16 +93,16 @@ class DOPD:
     adaptive: False gives every token the top-K reverse KL to the privileged teacher at weight 1; routes are still recorded.
     """
 
-    light: float = 0.6
-    weak: float = 0.3
-    k: int = 128
-    trim: float = 0.05
+    light: Finite = 0.6
+    weak: Finite = 0.3
+    k: Count = 128
+    trim: Finite = 0.05
     support: Literal["student", "teacher"] = "student"
     tail: Literal["bucket", "renormalize", "drop"] = "bucket"
     anchor: Anchor = "live"
     hs: Literal["self", "teacher", "none"] = "self"
     gap_student: Literal["privileged", "bare"] = "privileged"
-    adaptive: bool = True
+    adaptive: Flag = True
 
     recipe: ClassVar[dict[str, Any]] = {"normalize": "sequence"}
 
@@ -108,9 +110,12 @@ class DOPD:
         check_anchor(self, self.anchor)
         for name, known in CHOICES.items():
             if getattr(self, name) not in known:
-                raise ValueError(f"DOPD got {name}={getattr(self, name)!r}. Use one of {', '.join(known)}.")
+                raise InvalidValue(f"DOPD got {name}={getattr(self, name)!r}. Use one of {', '.join(known)}.")
+        if self.tail not in ("bucket", "renormalize", "drop"):
+            TopK(1, tail=self.tail)
+        validate_fields(self)
         if not (self.light >= 0 and self.weak >= 0 and 0 <= self.trim < 1):
-            raise ValueError(
+            raise InvalidValue(
                 f"DOPD got light={self.light}, weak={self.weak}, trim={self.trim}. Use weights of at least 0 and a share to trim "
                 "from 0 to below 1."
             )

@@ -16,28 +16,26 @@ from torch import Tensor
 from opdlab.batch import Batch
 from opdlab.divergence import TopK, entropy, forward_kl, reverse_kl
 from opdlab.rows import Rows
+from opdlab.validation import Amount, AmountOrInfinity, Count, validate_fields
 
 
 @dataclass(frozen=True)
 class EOPD:
-    """threshold: of the teacher's entropy, in nats. k: size of the support of the forward KL. weight: of the forward KL.
+    """threshold: of the teacher's entropy, in nats; infinity closes the gate. k: size of the support of the forward KL. weight: of
+    the forward KL.
 
     The paper confirms the sum, the gate by the teacher's entropy and the teacher's top k. Ours are the numbers, as far as we could
     check, and that the mass outside the top k counts as one more outcome.
     """
 
-    threshold: float = 0.8
-    k: int = 16
-    weight: float = 1.0
+    threshold: AmountOrInfinity = 0.8
+    k: Count = 16
+    weight: Amount = 1.0
 
     needs: ClassVar[tuple[str, ...]] = ("teacher",)
 
     def __post_init__(self) -> None:
-        if not (self.threshold >= 0 and self.weight >= 0 and self.k >= 1):
-            raise ValueError(
-                f"EOPD got threshold={self.threshold}, k={self.k}, weight={self.weight}. Use a threshold and a weight of at least 0 "
-                "and k of at least 1."
-            )
+        validate_fields(self)
 
     def plan(self, batch: Batch) -> dict[str, Tensor]:
         high = batch.map(lambda rows: entropy(rows.teacher), needs=("teacher",)) > self.threshold

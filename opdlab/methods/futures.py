@@ -21,6 +21,7 @@ from torch import Tensor
 
 from opdlab.batch import Batch
 from opdlab.divergence import reverse_kl
+from opdlab.errors import InvalidValue
 from opdlab.methods import windows
 from opdlab.methods.windows import Point
 from opdlab.policy import Policy, Prompt, check_same_tokens
@@ -87,9 +88,9 @@ def local_correction(student: Policy, teacher: Policy, rollout: Rollout, points:
     one without an adapter gets a passing one of that rank.
     """
     if strange := sorted(set(arms) - set(ARMS)):
-        raise ValueError(f"local_correction has no arm {strange[0]!r}. There are {', '.join(ARMS)}.")
+        raise InvalidValue(f"local_correction has no arm {strange[0]!r}. There are {', '.join(ARMS)}.")
     if student_window not in ("greedy", "rollout"):
-        raise ValueError(f"local_correction got student_window={student_window!r}. Use greedy or rollout.")
+        raise InvalidValue(f"local_correction got student_window={student_window!r}. Use greedy or rollout.")
     check_same_tokens(student, teacher)
     policies, rows = {"student": student, "teacher": teacher}, []
     targets, before = (windows.write(policy, rollout, points, window) for policy in (teacher, student))

@@ -9,6 +9,7 @@ teacher sharpened away from the reference. Left out: the same on the full vocabu
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -16,7 +17,9 @@ import torch
 from torch import Tensor
 
 from opdlab.batch import Batch
+from opdlab.errors import InvalidValue
 from opdlab.rows import Rows
+from opdlab.validation import Number, validate_fields
 
 
 @dataclass(frozen=True)
@@ -27,13 +30,14 @@ class GOPD:
     from instead: `policies={"reference": base}`. Token-local, as `OPD(estimator="sampled")` without a discount.
     """
 
-    scale: float = 1.25
+    scale: Number = 1.25
 
     needs: ClassVar[tuple[str, ...]] = ("teacher", "reference")
 
     def __post_init__(self) -> None:
-        if not self.scale > 0:
-            raise ValueError(f"GOPD got scale={self.scale}, the weight of the teacher's reward. Use a number above 0; 1 is plain OPD.")
+        validate_fields(self)
+        if not 0 < self.scale < math.inf:
+            raise InvalidValue(f"GOPD got scale={self.scale}, the weight of the teacher's reward. Use a number above 0; 1 is plain OPD.")
 
     def plan(self, batch: Batch) -> dict[str, Tensor]:
         logp = batch.map(lambda rows: torch.stack([rows.logp_of("teacher"), rows.logp_of("reference")], -1), needs=self.needs)

@@ -16,16 +16,23 @@ from torch import Tensor
 from opdlab.batch import Batch
 from opdlab.errors import OpdlabError
 from opdlab.rows import Rows
+from opdlab.validation import Flag, PositiveShare, validate_fields
 
 
 @dataclass(frozen=True)
 class GRPO:
-    """`scale=False` leaves out the division by the standard deviation (Dr. GRPO, arXiv 2503.20783)."""
+    """`scale=False` leaves out the division by the standard deviation (Dr. GRPO, arXiv 2503.20783). clip: how far the ratio may
+    leave 1 before a token stops counting, above 0 and at most 1."""
 
-    scale: bool = True
-    clip: float = 0.2
+    scale: Flag = True
+    clip: PositiveShare = 0.2
 
     needs: ClassVar[tuple[str, ...]] = ()
+    verifies: ClassVar[bool] = True
+    least_n: ClassVar[int] = 2
+
+    def __post_init__(self) -> None:
+        validate_fields(self)
 
     def plan(self, batch: Batch) -> dict[str, Tensor]:
         n = batch.rollout.n

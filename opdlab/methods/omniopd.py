@@ -30,10 +30,11 @@ from torch import Tensor
 from opdlab.alignment import spoken, starts_character, text_of
 from opdlab.batch import Batch
 from opdlab.divergence import entropy, forward_kl
-from opdlab.errors import OpdlabError
+from opdlab.errors import InvalidValue, OpdlabError
 from opdlab.methods.similarity import SIMILARITIES, Similarity, checked
 from opdlab.rows import Rows
 from opdlab.settings import seed_of
+from opdlab.validation import Finite, Flag, Seed, Temperature, Whole, validate, validate_fields
 
 SELECT, ASK = 4000, 4001  # uses of randomness, see `seed_of`
 
@@ -66,29 +67,32 @@ class OmniOPD:
     the market: OmniOPD(chunks=4, continuations=4, length=1, similarity="rouge1", match_length=True).
     """
 
-    chunks: int = 10
-    continuations: int = 10
-    length: int = 50
-    alpha: float = 1.0
-    beta: float = 0.1
+    chunks: Whole = 10
+    continuations: Whole = 10
+    length: Whole = 50
+    alpha: Finite = 1.0
+    beta: Finite = 0.1
     similarity: str | Similarity = "edit"
     select: Literal["entropy", "random"] = "entropy"
-    match_length: bool = False
-    teacher_tokens: int | None = None
-    temperature: float = 1.0
-    seed: int = 0
+    match_length: Flag = False
+    teacher_tokens: Whole | None = None
+    temperature: Finite = 1.0
+    seed: Seed = 0
 
     needs: ClassVar[tuple[str, ...]] = ("teacher.text", "reference")
 
     def __post_init__(self) -> None:
-        sizes = (self.chunks, self.continuations, self.length, 1 if self.teacher_tokens is None else self.teacher_tokens)
-        if min(sizes) < 1 or min(self.alpha, self.beta, self.temperature) < 0:
-            raise ValueError(f"{self} is not possible. Use at least one of each size, and alpha, beta and temperature of 0 or more.")
-        if self.select not in ("entropy", "random") or not (callable(self.similarity) or self.similarity in SIMILARITIES):
-            raise ValueError(
+        known = isinstance(self.similarity, str) and self.similarity in SIMILARITIES
+        if self.select not in ("entropy", "random") or not (callable(self.similarity) or known):
+            raise InvalidValue(
                 f"OmniOPD got similarity={self.similarity!r}, select={self.select!r}. Use edit, rouge1 or a function of two "
                 "texts (a resumed run must be given it again), and entropy or random."
             )
+        validate_fields(self)
+        sizes = (self.chunks, self.continuations, self.length, 1 if self.teacher_tokens is None else self.teacher_tokens)
+        if min(sizes) < 1 or min(self.alpha, self.beta, self.temperature) < 0:
+            raise InvalidValue(f"{self} is not possible. Use at least one of each size, and alpha, beta and temperature of 0 or more.")
+        validate("OmniOPD", {"temperature": self.temperature}, {"temperature": Temperature})
         if self.temperature == 0:
             warnings.warn("OmniOPD(temperature=0): a greedy teacher says the same N times, so one vote counts as N. Use 1.", stacklevel=3)
 

@@ -9,7 +9,9 @@ reverse KL. Left out: advantages of other f-divergences (they need more than -f,
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import inspect
+import numbers
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any, ClassVar, Literal
@@ -19,7 +21,9 @@ from torch import Tensor
 
 from opdlab import divergence as d
 from opdlab.batch import Batch, return_to_go
+from opdlab.errors import InvalidValue, UnknownOption
 from opdlab.rows import Rows
+from opdlab.validation import Finite, Flag, shortened, validate, validate_fields
 
 DIVERGENCES: dict[str, Callable[..., Tensor]] = {
     "reverse_kl": d.reverse_kl, "forward_kl": d.forward_kl, "jensen_shannon": d.jensen_shannon,
@@ -33,7 +37,7 @@ class OPD:
     """Match the teacher on the student's own tokens.
 
     divergence: a name of `DIVERGENCES`; options: its keywords, as `{"beta": 0.9, "normalize": True}`.
-    top_k: compare on a coarse support instead of the full vocabulary.
+    top_k: compare on a coarse support instead of the full vocabulary; a number k stands for `TopK(k)`, the student's top k.
     estimator: "full", or "sampled" for the policy gradient (reverse KL only). With it, `discount` > 0 credits a token with
     what follows (arXiv 2306.08543), and baseline="value" replaces what the state alone decides by its expectation: it adds
     KL(p || q) at the token (vOPD, arXiv 2605.07865) and counts -KL(p || q) instead of the sampled log-ratio at later ones
@@ -47,31 +51,29 @@ class OPD:
     top_k: d.TopK | None = None
     estimator: Literal["full", "sampled"] = "full"
     baseline: Literal["value"] | None = None
-    discount: float = 0.0
-    on_policy: float = 1.0
+    discount: Finite = 0.0
+    on_policy: Finite = 1.0
 
     needs: ClassVar[tuple[str, ...]] = ("teacher",)
     writer: ClassVar[str] = "teacher"
 
     def __post_init__(self) -> None:
-        if self.divergence not in DIVERGENCES:
-            raise ValueError(f"OPD has no divergence {self.divergence!r}. Use one of {', '.join(DIVERGENCES)}.")
-        if not 0 <= self.on_policy <= 1 or not 0 <= self.discount <= 1:
-            raise ValueError(f"OPD got on_policy={self.on_policy}, discount={self.discount}. Both are shares from 0 to 1.")
+        check_divergence(self)
         if self.estimator not in ("full", "sampled") or self.baseline not in (None, "value"):
-            raise ValueError(
+            raise InvalidValue(
                 f"OPD got estimator={self.estimator!r}, baseline={self.baseline!r}. Use 'full' or 'sampled', and None or 'value'."
             )
+        validate_fields(self)
+        if not 0 <= self.on_policy <= 1 or not 0 <= self.discount <= 1:
+            raise InvalidValue(f"OPD got on_policy={self.on_policy}, discount={self.discount}. Both are shares from 0 to 1.")
         sampled = self.estimator == "sampled"
         if sampled and (self.divergence != "reverse_kl" or self.top_k or self.options or self.on_policy < 1):
-            raise ValueError(
+            raise InvalidValue(
                 "OPD(estimator='sampled') is the reverse KL on tokens that the student sampled. Leave divergence, options, top_k "
                 "and on_policy at their defaults, or use estimator='full'."
             )
         if not sampled and (self.baseline or self.discount):
-            raise ValueError("OPD's baseline and discount belong to the policy gradient. Use them with estimator='sampled'.")
-        probe = torch.zeros(1, 2).log_softmax(-1)
-        DIVERGENCES[self.divergence](probe, probe, **self.options)  # bad options raise here, not after the first rollout
+            raise InvalidValue("OPD's baseline and discount belong to the policy gradient. Use them with estimator='sampled'.")
 
     def plan(self, batch: Batch) -> dict[str, Tensor]:
         if self.estimator == "full":
@@ -92,3 +94,30 @@ class OPD:
             return -ratio * rows.advantage
         pair = rows.on("teacher", self.top_k) if self.top_k else (rows.student, rows.teacher)
         return partial(DIVERGENCES[self.divergence], **self.options)(*pair)
+
+
+def check_divergence(method: Any) -> None:
+    """Check `divergence`, `options` and `top_k` of a method, before the first rollout; a number for `top_k` becomes a `TopK`.
+
+    Raises:
+        UnknownOption: The divergence does not take an option.
+        InvalidValue: There is no such divergence, or a value is out of its range.
+    """
+    owner = type(method).__name__
+    if not isinstance(method.divergence, str) or method.divergence not in DIVERGENCES:
+        raise InvalidValue(f"{owner} has no divergence {shortened(method.divergence)}. Use one of {', '.join(DIVERGENCES)}.")
+    if not isinstance(method.options, Mapping):
+        raise InvalidValue(f"{owner} got options={shortened(method.options)}. Use a dict of the divergence's keywords, as {{'beta': 0.5}}.")
+    divergence = DIVERGENCES[method.divergence]
+    known = {name: one.default for name, one in list(inspect.signature(divergence).parameters.items())[2:]}
+    for name, value in method.options.items():
+        if name not in known:
+            takes = f"It takes {', '.join(known)}." if known else "It takes none."
+            raise UnknownOption(f"{owner} got options={shortened(method.options)}, but {method.divergence} has no option {name!r}. {takes}")
+        validate(f"{owner}({method.divergence!r})", {name: value}, {name: Flag if isinstance(known[name], bool) else Finite})
+    probe = torch.zeros(1, 2).log_softmax(-1)
+    divergence(probe, probe, **method.options)  # a value out of range is refused here
+    if isinstance(method.top_k, numbers.Integral) and not isinstance(method.top_k, bool):
+        object.__setattr__(method, "top_k", d.TopK(int(method.top_k)))
+    if isinstance(method.top_k, d.TopK) and method.top_k.by not in ("student", "teacher"):
+        raise InvalidValue(f"{owner} got top_k={method.top_k!r}, but it reads no {method.top_k.by!r}. Use by='student' or by='teacher'.")

@@ -23,8 +23,10 @@ import torch
 from torch import Tensor
 
 from opdlab.batch import Batch, return_to_go
+from opdlab.errors import InvalidValue, UnknownOption
 from opdlab.generator import Generator
 from opdlab.rows import Rows
+from opdlab.validation import Finite, Flag, validate, validate_fields
 
 
 @dataclass(frozen=True)
@@ -42,24 +44,30 @@ class OPDPlus:
 
     divergence: str = "reverse_kl"
     options: dict[str, Any] = field(default_factory=dict)
-    discount: float = 0.0
-    clip: float | None = 6.0
-    centred: bool = False
+    discount: Finite = 0.0
+    clip: Finite | None = 6.0
+    centred: Flag = False
     baseline: Literal["value"] | None = None
-    stop_gradient: bool = False
+    stop_gradient: Flag = False
 
     needs: ClassVar[tuple[str, ...]] = ("teacher",)
 
     def __post_init__(self) -> None:
+        validate("OPDPlus", {"options": self.options}, {"options": dict[str, Any]})
+        if strange := [name for name in self.options if name not in ("alpha", "beta", "shift", "scale")]:
+            raise UnknownOption(
+                f"OPDPlus got options={self.options!r}, but no divergence has {strange[0]!r}. Use alpha, beta, shift or scale."
+            )
         _ = self.generator  # a bad name or option raises here, not after the first rollout
+        if self.baseline not in (None, "value"):
+            raise InvalidValue(f"OPDPlus got baseline={self.baseline!r}. Use None or 'value'.")
+        validate_fields(self)
         if not 0 <= self.discount <= 1 or (self.clip is not None and not self.clip > 0):
-            raise ValueError(
+            raise InvalidValue(
                 f"OPDPlus got discount={self.discount}, clip={self.clip}. Use a discount from 0 to 1, and a clip above 0 or None for none."
             )
-        if self.baseline not in (None, "value"):
-            raise ValueError(f"OPDPlus got baseline={self.baseline!r}. Use None or 'value'.")
         if self.stop_gradient and self.centred:
-            raise ValueError("OPDPlus(stop_gradient=True) has the advantage -f(u), which is 0 at u = 1 as it is. Leave out centred=True.")
+            raise InvalidValue("OPDPlus(stop_gradient=True) has the advantage -f(u), which is 0 at u = 1 as it is. Leave out centred=True.")
 
     @property
     def generator(self) -> Generator:

@@ -24,6 +24,7 @@ from opdlab.methods.grpo import GRPO
 from opdlab.policy import Prompt
 from opdlab.rows import Rows
 from opdlab.settings import seed_of
+from opdlab.validation import Count, PositiveShare, Seed, Temperature, validate_fields
 
 _SCORE = re.compile(r"(?<![\w.])[0-9](?!\w|\.\d)")
 ASK = 4002  # a use of randomness, see `seed_of`
@@ -41,14 +42,18 @@ class OVD:
     """Needs n >= 2. An answer for which no reply names a score is not trained on (`score` -1 in the trace); a batch without any
     is an error. ask: makes the question from a prompt and an answer (`question` by default)."""
 
-    ballots: int = 1
-    clip: float = 0.2
-    temperature: float = 0.0
-    max_new_tokens: int = 16
-    seed: int = 0
+    ballots: Count = 1
+    clip: PositiveShare = 0.2
+    temperature: Temperature = 0.0
+    max_new_tokens: Count = 16
+    seed: Seed = 0
     ask: Callable[[Prompt, str], Prompt] | None = None
 
     needs: ClassVar[tuple[str, ...]] = ("teacher.text",)
+    least_n: ClassVar[int] = 2
+
+    def __post_init__(self) -> None:
+        validate_fields(self)
 
     def plan(self, batch: Batch) -> dict[str, Tensor]:
         rollout, ask = batch.rollout, self.ask or question

@@ -18,8 +18,10 @@ import torch
 from torch import Tensor
 
 from opdlab.divergence import TopK
-from opdlab.methods.opd import DIVERGENCES
+from opdlab.errors import InvalidValue
+from opdlab.methods.opd import DIVERGENCES, check_divergence
 from opdlab.rows import Rows
+from opdlab.validation import Finite, shortened, validate_fields
 
 Anchor = Literal["live", "frozen", "ema"]
 ANCHORS: dict[str, str] = {"live": "student+hint", "frozen": "reference+hint", "ema": "ema+hint"}
@@ -38,19 +40,17 @@ class SelfDistillation:
     options: dict[str, Any] = field(default_factory=dict)
     top_k: TopK | None = None
     anchor: Anchor = "frozen"
-    clip: float | None = None
+    clip: Finite | None = None
 
     def __post_init__(self) -> None:
-        if self.divergence not in DIVERGENCES:
-            raise ValueError(f"SelfDistillation has no divergence {self.divergence!r}. Use one of {', '.join(DIVERGENCES)}.")
+        check_divergence(self)
         check_anchor(self, self.anchor)
+        validate_fields(self)
         if self.clip is not None and (self.divergence != "forward_kl" or self.options or not self.clip > 0):
-            raise ValueError(
+            raise InvalidValue(
                 f"SelfDistillation got clip={self.clip} with {self.divergence!r}. Clipping is for the forward KL, at a number of "
                 "nats above 0: use divergence='forward_kl', or leave clip out."
             )
-        probe = torch.zeros(1, 2).log_softmax(-1)
-        self._divergence()(probe, probe)  # bad options raise here, not after the first rollout
 
     @classmethod
     def opsd(cls, clip: float | None = None) -> SelfDistillation:
@@ -103,6 +103,6 @@ def clipped_forward_kl(student: Tensor, teacher: Tensor, clip: float) -> Tensor:
 
 
 def check_anchor(method: object, anchor: str) -> None:
-    """Raise ValueError unless `anchor` is one of `ANCHORS`."""
-    if anchor not in ANCHORS:
-        raise ValueError(f"{type(method).__name__} got anchor={anchor!r}. Use one of {', '.join(ANCHORS)}.")
+    """Raise InvalidValue unless `anchor` is one of `ANCHORS`."""
+    if not isinstance(anchor, str) or anchor not in ANCHORS:
+        raise InvalidValue(f"{type(method).__name__} got anchor={shortened(anchor)}. Use one of {', '.join(ANCHORS)}.")

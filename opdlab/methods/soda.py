@@ -19,8 +19,9 @@ from torch import Tensor
 from torch.nn.functional import softplus
 
 from opdlab.batch import Batch
-from opdlab.errors import OpdlabError
+from opdlab.errors import InvalidValue, OpdlabError
 from opdlab.rows import Rows
+from opdlab.validation import Finite, validate_fields
 
 
 @dataclass(frozen=True)
@@ -28,7 +29,7 @@ class SODA:
     """Any teacher that writes will do. `distill` gives the first half of the rows to the teacher and the second, prompt by
     prompt, to the snapshot. Keep normalize="sequence" (the recipe's): then the loss is the mean over pairs."""
 
-    beta: float = 0.1
+    beta: Finite = 0.1
 
     needs: ClassVar[tuple[str, ...]] = ("reference",)
     on_policy: ClassVar[float] = 0.0
@@ -36,8 +37,9 @@ class SODA:
     recipe: ClassVar[dict[str, Any]] = {"normalize": "sequence"}
 
     def __post_init__(self) -> None:
+        validate_fields(self)
         if self.beta <= 0:
-            raise ValueError(f"SODA got beta={self.beta}, which weighs the distance to the snapshot. Use a positive number.")
+            raise InvalidValue(f"SODA got beta={self.beta}, which weighs the distance to the snapshot. Use a positive number.")
 
     def plan(self, batch: Batch) -> dict[str, Tensor]:
         half = len(batch.rollout) // 2

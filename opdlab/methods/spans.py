@@ -28,10 +28,11 @@ from torch import Tensor
 
 from opdlab.alignment import Span, nats_per_byte, one_to_one, spans, spoken
 from opdlab.batch import Batch
-from opdlab.errors import MissingPolicy, OpdlabError
+from opdlab.errors import InvalidValue, MissingPolicy, OpdlabError
 from opdlab.policy import Policy, Prompt
 from opdlab.rollout import Rollout
 from opdlab.rows import Rows
+from opdlab.validation import Text, validate
 
 SHOWN = 16  # completions whose alignment is kept in the notes of a step
 
@@ -71,8 +72,9 @@ class SpanOPD:
     needs: ClassVar[tuple[str, ...]] = ("teacher.spans",)
 
     def __post_init__(self) -> None:
+        validate("SpanOPD", {"credit": self.credit}, {"credit": Text})
         if self.credit not in ("span", "later", "all"):
-            raise ValueError(f"SpanOPD got credit={self.credit!r}. Use span, later or all.")
+            raise InvalidValue(f"SpanOPD got credit={self.credit!r}. Use span, later or all.")
 
     def plan(self, batch: Batch) -> dict[str, Tensor]:
         readings = _read(batch)

@@ -29,11 +29,12 @@ from torch import Tensor
 
 from opdlab.batch import Batch
 from opdlab.divergence import reverse_kl
-from opdlab.errors import MissingPolicy
+from opdlab.errors import InvalidValue, MissingPolicy
 from opdlab.methods import futures, windows
 from opdlab.methods.futures import ARMS, false_alarm_rate, forks, local_correction
 from opdlab.methods.windows import Point, transport
 from opdlab.rows import Rows
+from opdlab.validation import Amount, Count, Finite, PositiveShare, Share, validate_fields
 
 __all__ = ["ARMS", "TOPD", "false_alarm_rate", "forks", "futures", "local_correction", "transport"]
 
@@ -67,14 +68,14 @@ class TOPD:
     both terms shrink alike. Over several processes it is the mean of theirs, by tokens.
     """
 
-    window: int = 8
-    share: float = 0.0225
-    min_loss: float | None = None
-    max_points: int | None = None
+    window: Count = 8
+    share: PositiveShare = 0.0225
+    min_loss: Finite | None = None
+    max_points: Count | None = None
     threshold: Literal["quantile", "low_loss_q3"] = "quantile"
-    quantile: float = 0.30
-    weight: float = 0.3
-    epsilon: float | None = 0.05
+    quantile: Share = 0.30
+    weight: Amount = 0.3
+    epsilon: Finite | None = 0.05
     student_window: Literal["rollout", "greedy"] = "rollout"
     targets: Literal["transport", "diagonal"] = "transport"
     embedding: Literal["student", "teacher", "onehot"] = "student"
@@ -86,18 +87,14 @@ class TOPD:
 
     def __post_init__(self) -> None:
         if self.targets == "teacher_context":
-            raise ValueError(
+            raise InvalidValue(
                 "TOPD cannot train on the teacher's contexts: they hold tokens that are not in the student's rollout, and a loss "
                 "sees rows of the rollout only. Compare that target with opdlab.topd.local_correction(…, arms=('teacher_context',))."
             )
         for name, known in CHOICES.items():
             if getattr(self, name) not in known:
-                raise ValueError(f"TOPD got {name}={getattr(self, name)!r}. Use one of {', '.join(map(str, known))}.")
-        if self.window < 1 or not (0 < self.share <= 1 and 0 <= self.quantile <= 1 and self.weight >= 0):
-            raise ValueError(
-                f"TOPD got window={self.window}, share={self.share}, quantile={self.quantile}, weight={self.weight}. Use a window of at "
-                "least 1, a share from above 0 to 1, a quantile from 0 to 1 and a weight of at least 0."
-            )
+                raise InvalidValue(f"TOPD got {name}={getattr(self, name)!r}. Use one of {', '.join(map(str, known))}.")
+        validate_fields(self)
         windows.solve([], self.epsilon)  # raises for a bad epsilon
 
     def plan(self, batch: Batch) -> dict[str, Tensor]:

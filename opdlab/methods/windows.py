@@ -21,7 +21,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from opdlab.batch import Batch
-from opdlab.errors import MissingPolicy
+from opdlab.errors import InvalidValue, MissingPolicy
 from opdlab.policy import TOKENS_PER_PASS, Policy
 from opdlab.rollout import Rollout
 
@@ -35,7 +35,7 @@ def transport(student_vectors: Tensor, teacher_vectors: Tensor, epsilon: float |
     """Transport distance between two windows of vectors `[K, H]` and `[K', H]`, and the plan `[K, K']`, float64 on the CPU.
 
     Uniform marginals (rows of the plan sum to 1/K, columns to 1/K'), cost 1 - cosine. epsilon: None is exact; otherwise the
-    entropic plan, whose cost is then the distance. Raises ValueError for an epsilon of 0 or less.
+    entropic plan, whose cost is then the distance. Raises InvalidValue for an epsilon of 0 or less.
     """
     distances, plans = solve([cost(student_vectors, teacher_vectors)], epsilon)
     return float(distances[0]), plans[0]
@@ -53,7 +53,7 @@ def cost(student_vectors: Tensor, teacher_vectors: Tensor) -> Tensor:
 def solve(costs: Sequence[Tensor], epsilon: float | None = None) -> tuple[Tensor, list[Tensor]]:
     """Transport for many cost matrices: distances `[P]` and plans. Those of one shape are solved side by side."""
     if epsilon is not None and not epsilon > 0:
-        raise ValueError(f"The transport's epsilon is {epsilon}. Use a number above 0, or None for the exact plan.")
+        raise InvalidValue(f"The transport's epsilon is {epsilon}. Use a number above 0, or None for the exact plan.")
     plans: list[Tensor] = [torch.empty(0)] * len(costs)
     for shape in sorted({tuple(c.shape) for c in costs}):
         which = [i for i, c in enumerate(costs) if tuple(c.shape) == shape]

@@ -12,6 +12,7 @@ import numpy as np
 import pandas as pd
 
 from opdlab.errors import OpdlabError
+from opdlab.expect import expect_trace
 from opdlab.trace import Trace
 from opdlab.viz import markup, payload
 from opdlab.viz.channels import Channel, described
@@ -37,6 +38,7 @@ class Audits(View):
     def __init__(self, trace: Trace, title: str = "") -> None:
         given_trace(trace, "Audits")
         super().__init__()
+        expect_trace(trace, type(self).__name__)
         self.trace, self.title = trace, title
         places = zip(trace.column("sample").tolist(), trace.column("position").tolist(), strict=True)
         rows = {place: row for row, place in enumerate(places)}

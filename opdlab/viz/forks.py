@@ -10,6 +10,7 @@ import numpy as np
 import pandas as pd
 
 from opdlab.errors import OpdlabError
+from opdlab.expect import expect_trace
 from opdlab.methods import windows
 from opdlab.tokens import token_bytes
 from opdlab.trace import Trace
@@ -45,6 +46,7 @@ class Forks(View):
                  title: str = "") -> None:  # fmt: skip
         given_trace(trace, "Forks")
         super().__init__()
+        expect_trace(trace, type(self).__name__)
         self.trace, self.policies, self.prompts, self.title = trace, dict(policies or {}), prompts, title
         notes = notes_of(trace, "TOPD")
         self.windows = {row: _window(note) for note in notes.get("windows", []) if (row := self._row(note)) is not None}

@@ -10,7 +10,7 @@ import pandas as pd
 import torch
 
 from opdlab.divergence import Generator
-from opdlab.errors import OpdlabError
+from opdlab.errors import InvalidValue, OpdlabError
 from opdlab.estimator import audit
 from opdlab.generator import FORMS, PARAMETERS
 from opdlab.trace import Trace
@@ -200,7 +200,7 @@ def _free(name: str, taken: Sequence[str]) -> str:
 
 def _known(name: str) -> str:
     if name not in FORMS:
-        raise OpdlabError(f"There is no divergence {name!r}. Use {', '.join(FORMS)}, or give your own loss itself.")
+        raise InvalidValue(f"There is no divergence {name!r}. Use {', '.join(FORMS)}, or give your own loss itself.")
     return name
 
 

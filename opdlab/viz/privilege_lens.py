@@ -9,6 +9,7 @@ import numpy as np
 import pandas as pd
 
 from opdlab.errors import MissingPolicy, OpdlabError
+from opdlab.expect import expect_trace
 from opdlab.trace import Trace
 from opdlab.viz import markup, payload
 from opdlab.viz.channels import Channel, described
@@ -43,6 +44,7 @@ class PrivilegeLens(View):
                  wrong: str | None = None, sample: int = 0, title: str = "") -> None:  # fmt: skip
         given_trace(trace, "PrivilegeLens")
         super().__init__()
+        expect_trace(trace, type(self).__name__)
         self.sides = {"student": student, "plain": plain, "informed": informed} | ({"wrong": wrong} if wrong else {})
         for name in self.sides.values():
             if f"{name}_logp" not in trace.table.column_names:

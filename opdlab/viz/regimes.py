@@ -10,6 +10,7 @@ import numpy as np
 import pandas as pd
 
 from opdlab.errors import OpdlabError, UnknownColumn
+from opdlab.expect import expect_trace
 from opdlab.trace import Trace
 from opdlab.viz import markup, payload
 from opdlab.viz.axes import Axis, axes, gap_sides
@@ -49,6 +50,7 @@ class Regimes(View):
                  by: str | None = None, title: str = "") -> None:  # fmt: skip
         given_trace(trace, "Regimes")
         super().__init__()
+        expect_trace(trace, type(self).__name__)
         self.trace, self.title = trace, title
         if not self.axes:
             raise OpdlabError("The trace has no numbers to draw. Make it with opdlab.score(…), or take one of training: step.trace().")

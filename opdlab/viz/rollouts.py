@@ -12,6 +12,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from opdlab.errors import OpdlabError
+from opdlab.expect import expect_trace
 from opdlab.trace import Trace
 from opdlab.viz import markup, payload
 from opdlab.viz.channels import Channel, channels, described
@@ -44,6 +45,7 @@ class Rollouts(View):
     def __init__(self, trace: Trace, rewards: Sequence[float] | Mapping[int, float] | None = None, sort: str = "", title: str = "") -> None:
         given_trace(trace, "Rollouts")
         super().__init__()
+        expect_trace(trace, type(self).__name__)
         if not len(trace):
             raise OpdlabError("The trace has no tokens, so there is no rollout to show. Sample with max_new_tokens above 0.")
         self.whole, self.title = trace, title

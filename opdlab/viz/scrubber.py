@@ -11,8 +11,9 @@ import pandas as pd
 import pyarrow as pa
 from rapidfuzz.distance import LCSseq
 
-from opdlab.errors import OpdlabError, UnknownColumn
+from opdlab.errors import InvalidValue, OpdlabError, UnknownColumn
 from opdlab.trace import Trace
+from opdlab.validation import shortened
 from opdlab.viz import markup, payload
 from opdlab.viz.channels import Channel, channels, described
 from opdlab.viz.given import given_traces
@@ -46,6 +47,8 @@ class Scrubber(View):
     def __init__(self, traces: Mapping[int, Trace], history: pd.DataFrame | None = None, sample: int = 0,
                  channel: str = "log_ratio", title: str = "") -> None:  # fmt: skip
         super().__init__()
+        if not isinstance(traces, Mapping):
+            raise InvalidValue(f"Scrubber got traces={shortened(traces)}. Use traces by step, as snapshots.rescored(run, rollout) gives.")
         if traces:
             given_traces(traces, "Scrubber", "{0: trace, 10: trace}")
         if not traces:

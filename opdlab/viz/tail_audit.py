@@ -10,6 +10,7 @@ import numpy as np
 import pandas as pd
 
 from opdlab.errors import OpdlabError, UnknownColumn
+from opdlab.expect import expect_trace
 from opdlab.trace import Trace
 from opdlab.viz import kept, markup, payload
 from opdlab.viz.channels import Channel
@@ -40,6 +41,7 @@ class TailAudit(View):
     def __init__(self, trace: Trace, sample: int = 0, k: int = 0, by: str = "student", against: str = "", title: str = "") -> None:
         given_trace(trace, "TailAudit")
         super().__init__()
+        expect_trace(trace, type(self).__name__)
         rivals = [name for name in trace.policies if name != "student"]
         if not rivals:
             raise OpdlabError("The trace has the student alone, so there is no KL to miss. Score it under a teacher too: opdlab.score(…).")

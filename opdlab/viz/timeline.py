@@ -12,6 +12,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from opdlab.errors import OpdlabError, UnknownColumn
+from opdlab.expect import expect_trace
 from opdlab.trace import Trace
 from opdlab.viz import markup, payload
 from opdlab.viz.channels import channels
@@ -45,6 +46,7 @@ class Timeline(View):
                  threshold: float = 3.0, against: str = "", title: str = "") -> None:  # fmt: skip
         given_trace(trace, "Timeline")
         super().__init__(threshold=float(threshold))
+        expect_trace(trace, type(self).__name__)
         self.samples, self.title = _chosen(trace, samples), title
         self.trace = Trace(trace.table.filter(pc.is_in(trace.table["sample"], pa.array(self.samples))), trace.meta)
         rivals = [name for name in trace.policies if name != "student"]

@@ -9,6 +9,7 @@ from typing import Any
 import pandas as pd
 
 from opdlab.errors import OpdlabError, UnknownColumn
+from opdlab.expect import expect_trace
 from opdlab.trace import Trace
 from opdlab.viz import markup, payload
 from opdlab.viz.channels import channels, fitting
@@ -46,6 +47,7 @@ class TokenLens(View):
                  tracks: Sequence[str] = ()) -> None:  # fmt: skip
         given_trace(trace, "TokenLens")
         super().__init__()
+        expect_trace(trace, type(self).__name__)
         self.sample, self.title, self._least = sample, title, like.limits if like else {}
         self.trace = rows_of(trace, sample)
         self.channels = channels(self.trace)

@@ -59,9 +59,8 @@ def of_generator(generator: Generator, clip: float = 0.0, name: str = "") -> Pus
 
 def of_loss(loss: Any, name: str = "") -> Push:
     """A loss of one's own: a function of rows, or of student and teacher log-probs, or a method without a plan."""
-    subject = subject_of(loss)
-    function = getattr(subject.method, "loss", subject.method)
-    return Push(name or subject.name, lambda logits, teacher: -slope(function, logits, teacher), own=loss)
+    subject = subject_of(loss, where="Playground")
+    return Push(name or subject.name, lambda logits, teacher: -slope(subject.method.loss, logits, teacher), own=loss)
 
 
 def losses(function: Callable[[Rows], Tensor], student: Tensor, teacher: Tensor) -> Tensor:
@@ -87,7 +86,7 @@ def finite_difference(loss: Any, seed: int = 0, step: float = 1e-5) -> tuple[flo
 
     They differ where a loss holds part of itself back (`detach`), as estimates in the reward do on purpose.
     """
-    function = getattr(subject_of(loss).method, "loss", subject_of(loss).method)
+    function = subject_of(loss, where="Playground").method.loss
     generator = torch.Generator().manual_seed(seed)
     logits, teacher = (1.2 * torch.randn(4, 5, generator=generator, dtype=torch.float64) for _ in range(2))
     teacher = teacher.log_softmax(-1)

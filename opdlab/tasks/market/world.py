@@ -18,6 +18,8 @@ import re
 from dataclasses import dataclass, replace
 from itertools import accumulate
 
+from opdlab.errors import InvalidValue
+
 NAMES = "ana ben cleo dan eva finn gia hugo ida jan kim leo".split()
 ITEMS = "apples pears plums figs nuts eggs cups pens bags hats keys cards".split()
 GAIN, LOSS = ("buys", "finds"), ("sells", "eats")
@@ -87,7 +89,7 @@ class Problem:
             return f"hint {self._sum(0, self.have, first)} ; {self._sum(1, first, last)}"
         if kind == "style":
             return f"hint say {word}"
-        raise ValueError(f"unknown hint kind {kind!r}. Use one of {', '.join(HINTS)}.")
+        raise InvalidValue(f"unknown hint kind {kind!r}. Use one of {', '.join(HINTS)}.")
 
     def _sum(self, i: int, left: int, result: int) -> str:
         verb, amount = self.moves[i]
