@@ -113,9 +113,9 @@ SETTINGS = [
     ({"learning_rate": 1e-4, "micro_batches": 2}, "no setting learning_rate, micro_batches."),
     ({"micro_batches": 2}, "Did you mean 'micro_batch'?"),
     ({"quiet": "no"}, "distill got quiet='no'. Use True or False."),
-    ({"log_with": "nope"}, "distill got log_with='nope', which Accelerate refuses: Unsupported logging capability: nope."),
+    ({"log_with": "nope"}, "distill got log_with='nope', which is no tracker. Use aim, clearml,"),
     ({"log_with": 5}, "distill got log_with=5"),
-    ({"log_with": "clearml"}, "log_with='clearml', but clearml is not installed."),
+    ({"log_with": "clearml"}, "distill got log_with='clearml', whose package is not installed."),
     ({"save": 5}, "distill got save=5. Use the path of a folder, as 'runs/first', or None."),
 ]  # fmt: skip
 
@@ -615,7 +615,7 @@ def test_a_view_of_something_else_than_a_trace_is_refused(world):
         (lambda: viz.TokenLens(None), "TokenLens got trace=None. Use a Trace, as opdlab.score("),
         (lambda: viz.TokenLens("t.parquet"), "Read it: Trace.load('t.parquet')."),
         (lambda: viz.TokenLens(rollout), "That is a rollout. Grade it first: opdlab.score(rollout, student, teacher)."),
-        (lambda: viz.TokenLens(world.distill()), "That is a training run. Take the trace of its last step: run.last.trace()."),
+        (lambda: viz.TokenLens(world.distill()), "That is a training run. Take the trace of its last step, run.last.trace()"),
         *((lambda view=view: getattr(viz, view)(None), f"{view} got trace=None") for view in (
             "Audits", "Forks", "PrivilegeLens", "Regimes", "Rollouts", "TailAudit", "Timeline")),
         (lambda: viz.Playground(trace=rollout), "Playground got trace=Rollout("),
