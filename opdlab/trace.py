@@ -85,16 +85,17 @@ class Trace:
         everywhere: the sampled token stands first in the support.
 
         Args:
-            loss: A function of rows, or a method; the columns that its plan made are those of the trace.
+            loss: A function of rows, a method or the class of one. Its plan does not run: rows have the trace's plan columns.
 
         Raises:
+            InvalidValue: It is neither a loss nor a method.
             BadLoss: The loss does not keep its contract, as in training.
             NonFinite: It is NaN or infinite at a token.
             PartialDistribution: It reads a policy whose top tokens the trace does not have.
         """
-        function = getattr(loss, "loss", loss)
-        if not callable(function):
-            raise OpdlabError(f"what_if got {shortened(loss)}. Give a function of rows or a method.")
+        from opdlab.methods.contract import as_method  # methods stand above traces
+
+        function = as_method(loss, "what_if").loss
         if "support" not in self.table.column_names:
             raise OpdlabError("This trace kept no top tokens. Make it with opdlab.score(…, k=8), which does.")
         if "student_top" not in self.table.column_names:

@@ -15,7 +15,7 @@ def task(prompts) -> Task:
 
 
 def start(student, teacher, task, method=None, **options):
-    return distill(student, teacher, task, method=method, steps=1, batch=2, max_new_tokens=4, quiet=True, **options)
+    return distill(student, teacher, task, method=method, steps=1, batch=2, n=2, max_new_tokens=4, quiet=True, **options)
 
 
 def same_object(student):

@@ -13,7 +13,7 @@ import torch
 import opdlab
 from opdlab import Policy, Prompt, Trace, score
 from opdlab.divergence import entropy, forward_kl, jensen_shannon, reverse_kl
-from opdlab.errors import BadLoss, DamagedFile, NonFinite, OpdlabError, TokenizerMismatch
+from opdlab.errors import BadLoss, DamagedFile, InvalidValue, NonFinite, OpdlabError, TokenizerMismatch
 from opdlab.rollout import Rollout, joined, written
 from opdlab.trace import record
 
@@ -291,8 +291,10 @@ def test_what_if_refuses_what_training_refuses(trace, name):
 def test_what_if_takes_a_method_and_nothing_that_is_none(trace):
     method = trace.what_if(opdlab.OPD())
     assert method.column("loss").tolist() == trace.what_if(lambda rows: reverse_kl(rows.student, rows.teacher)).column("loss").tolist()
+    assert trace.what_if(opdlab.OPD).column("loss").tolist() == method.column("loss").tolist()
+    assert trace.what_if(reverse_kl).column("loss").tolist() == method.column("loss").tolist()
     for loss in (None, "reverse_kl", 3):
-        with pytest.raises(OpdlabError, match="Give a function of rows or a method"):
+        with pytest.raises(InvalidValue, match="what_if got"):
             trace.what_if(loss)
 
 
