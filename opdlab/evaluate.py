@@ -216,8 +216,7 @@ def _writer(policy: Any, batch_size: int) -> Callable[[list[Prompt], int, float,
     """How `policy` answers: `write(prompts, n, temperature, max_new_tokens, seed)`."""
 
     def sample_texts(prompts: list[Prompt], n: int, temperature: float, width: int, seed: int) -> _Texts:
-        options = {"temperature": temperature, "max_new_tokens": width, "seed": seed, "batch_size": batch_size}
-        rollout = sample(policy, prompts, n, **options)
+        rollout = sample(policy, prompts, n, temperature=temperature, max_new_tokens=width, seed=seed, batch_size=batch_size)
         return _Texts(rollout.texts, rollout.lengths.tolist(), [finish == "length" for finish in rollout.finish])
 
     def ask_for_texts(prompts: list[Prompt], n: int, temperature: float, width: int, seed: int) -> _Texts:

@@ -105,7 +105,7 @@ RECORDS = [{"prompt": text, "answer": "4 7"} for text in "ana ben cleo dan eva f
 
 
 def test_a_prompt_counts_once_however_often_it_is_held_out(student):
-    held = [{**record, "id": str(i)} for record in RECORDS[:5] for i in range(3)]
+    held = [dict(record) for record in RECORDS[:5] for _ in range(3)]
     task = from_records([*held, *RECORDS[5:]], test=5, max_new_tokens=2)
     got = evaluate(student, task, n=200)
     assert got.prompts == got.interval.prompts == (got - evaluate(student, task, n=200)).prompts == 5

@@ -101,7 +101,7 @@ def test_plans_that_compare_rows_are_summed_over_batches():
     """GRPO with two samples: half the gradient of the expected reward, by all pairs of texts (Dr. GRPO, no division)."""
     tables = {"student": exact.Table.random(3, 2, seed=6)}
     student = tables["student"]
-    reward = lambda text: float(ord(text[0]) - 96 + (text[1] == "a"))
+    reward = lambda text: (ord(text[0]) - 96 + (text[1] == "a")) / 4
     task = Task("letters", lambda n, seed, split: [], lambda prompt, text: reward(text))
     texts = exact.everything(student.prompts, 3, 2, by=student)
     law = exact.law(student, texts)
