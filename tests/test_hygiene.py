@@ -1,4 +1,4 @@
-"""The rules of the house that a machine can check: floors, sizes, safety, notebooks, links."""
+"""The rules of the house that a machine can check: floors, safety, notebooks, links."""
 
 from __future__ import annotations
 
@@ -13,50 +13,23 @@ SOURCES = sorted((ROOT / "opdlab").rglob("*.py"))
 
 # Each module imports only from its own floor and those below (imports inside functions and for typing aside).
 FLOORS = [
-    {"errors", "generator", "divergence", "progress", "interrupts", "validation", "written_text"},
-    {
-        "head",
-        "policy",
-        "rollout",
-        "fingerprints",
-        "model_files",
-        "tensor_files",
-        "turns",
-        "weights",
-        "forward",
-        "prompt",
-        "same_tokens",
-        "templates",
-        "own_teacher",
-        "tokens",
-    },
-    {"rows", "partial", "signals", "alignment", "batch", "settings", "columns", "loss_contract", "not_finite"},
-    {"trace"},
-    {"exact", "estimator", "teachers", "tasks"},
-    {"methods", "roles"},
-    {
-        "evaluate",
-        "checkpoint",
-        "distill",
-        "snapshots",
-        "run_folder",
-        "run_identity",
-        "run_differences",
-        "restoring",
-        "method_state",
-        "resuming",
-        "saving",
-        "trackers",
-        "step",
-    },
-    {"profiles", "diagnose"},
-    {"viz", "notebook", "bridges"},
-    {"demo", "gallery", "cli"},
+    "errors progress interrupts intervals validation expect needs written_text writers tensor_files generator divergence",
+    "precision fingerprints tokens alignment vocabulary forward continuation head compatibility adapters loading weights",
+    "prompt templates same_tokens policy recomputation model_files turns own_teacher rollout settings",
+    "partial loss_contract not_finite rows signals columns batch measures trace preflight",
+    "tasks teachers roles trainable profiles",
+    "methods",
+    "exact estimator",
+    "run_folder run_identity run_differences method_state restoring checkpoint saving trackers evaluate step",
+    "distill resuming snapshots",
+    "diagnose",
+    "viz notebook bridges",
+    "demo gallery cli",
 ]
 
 
 def floor(module: str) -> int:
-    return next(i for i, names in enumerate(FLOORS) if module in names)
+    return next(i for i, names in enumerate(FLOORS) if module in names.split())
 
 
 def imports(tree: ast.Module) -> set[str]:
@@ -70,13 +43,9 @@ def imports(tree: ast.Module) -> set[str]:
 
 
 @pytest.mark.parametrize("path", SOURCES, ids=lambda p: str(p.relative_to(ROOT)))
-def test_floors_and_sizes(path):
+def test_floors(path):
     text = path.read_text(encoding="utf-8")
     tree = ast.parse(text)
-    assert text.count("\n") <= 400
-    for node in ast.walk(tree):
-        if isinstance(node, ast.FunctionDef):
-            assert node.end_lineno - node.lineno < 60, node.name
     module = path.relative_to(ROOT / "opdlab").parts[0].removesuffix(".py")
     if module != "__init__":
         above = {name for name in imports(tree) if floor(name) > floor(module)}
