@@ -6,7 +6,7 @@ ENV := .venv
 BIN := $(ENV)/bin
 SOURCES := pyproject.toml constraints.txt
 
-.PHONY: demo serve gallery lab test notebooks models bench clean
+.PHONY: demo serve gallery lab test notebooks models families bench clean
 .DEFAULT_GOAL := demo
 
 demo: $(ENV)/$(if $(filter small,$(PROFILE)),small,base).done  ## distil a student and write runs/demo/index.html
@@ -35,6 +35,9 @@ notebooks: $(ENV)/test.done  ## run the notebooks again and freeze their outputs
 
 models: $(ENV)/base.done  ## rebuild the shipped models (about 25 minutes on 2 idle cores, by summed CPU seconds)
 	@$(BIN)/python -m opdlab.tasks.market.build
+
+families: $(ENV)/test.done  ## check a hundred tiny model families; writes docs/families.md
+	@OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 $(BIN)/python tests/families/table.py --out docs/families.md
 
 bench: $(ENV)/trl.done  ## measure against TRL; writes benchmarks/results/
 	@$(BIN)/python -m benchmarks.run

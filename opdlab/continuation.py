@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 from transformers import DynamicCache, PreTrainedModel
 
-from opdlab.forward import Abilities, hidden_at, repeat_cache, run_backbone
+from opdlab.forward import Abilities, hidden_at, pick_rows, repeat_cache, run_backbone
 
 
 class Continuation(Protocol):
@@ -58,7 +58,7 @@ class Cached:
         self.mask = None if self.mask is None else self.mask.repeat_interleave(n, 0)
 
     def keep(self, rows: Tensor) -> None:
-        self.cache.reorder_cache(rows)
+        pick_rows(self.cache, rows)
         self.states, self.position = self.states[rows], self.position[rows]
         self.mask = None if self.mask is None else self.mask[rows]
 
@@ -75,7 +75,7 @@ class Recomputed:
 
     def __init__(self, model: PreTrainedModel, rows: list[list[int]], abilities: Abilities) -> None:
         self.model, self.rows, self.abilities = model, rows, abilities
-        self._run()
+        self.states = self._run()
 
     def keep(self, rows: Tensor) -> None:
         self.rows = [self.rows[i] for i in rows.tolist()]
@@ -83,8 +83,8 @@ class Recomputed:
 
     def append(self, tokens: Tensor) -> None:
         self.rows = [[*row, token] for row, token in zip(self.rows, tokens.tolist(), strict=True)]
-        self._run()
+        self.states = self._run()
 
-    def _run(self) -> None:
+    def _run(self) -> Tensor:
         ends = [range(len(row) - 1, len(row)) for row in self.rows]
-        self.states = hidden_at(self.model, self.rows, ends, self.abilities)
+        return hidden_at(self.model, self.rows, ends, self.abilities)

@@ -9,9 +9,9 @@ from __future__ import annotations
 
 import functools
 import inspect
-from collections.abc import Sequence
+from collections.abc import Hashable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor
@@ -65,7 +65,7 @@ def run_backbone(
     Arguments that a family does not have (positions, where it uses none) are left out.
     """
     inner = backbone(model)
-    cache_name, known = _signature(type(inner))
+    cache_name, known = _signature(cast(Hashable, type(inner)))
     options = {"attention_mask": mask, "position_ids": positions, cache_name: cache, "use_cache": cache is not None}
     if known is not None:
         options = {name: value for name, value in options.items() if name in known}
@@ -73,7 +73,7 @@ def run_backbone(
 
 
 @functools.cache
-def _signature(kind: type) -> tuple[str, frozenset[str] | None]:
+def _signature(kind: Hashable) -> tuple[str, frozenset[str] | None]:
     """How a backbone calls its cache, and which arguments it takes (None: any)."""
     parameters = inspect.signature(kind.forward).parameters  # type: ignore[attr-defined]
     takes_any = any(p.kind is inspect.Parameter.VAR_KEYWORD for p in parameters.values())
@@ -139,11 +139,16 @@ def _one_batch(model: PreTrainedModel, rows: list[list[int]], spans: list[range]
 
 
 def repeat_cache(cache: DynamicCache, rows: int, repeats: int, device: torch.device) -> None:
-    """Each of the cache's `rows` `repeats` times, in place.
+    """Each of the cache's `rows` `repeats` times, in place."""
+    pick_rows(cache, torch.arange(rows, device=device).repeat_interleave(repeats))
 
-    Written as a reordering, which every kind of layer can do: recurrent layers have no `batch_repeat_interleave`.
+
+def pick_rows(cache: DynamicCache, rows: Tensor) -> None:
+    """Only the cache's `rows`, in that order, in place.
+
+    Written as a reordering, the one operation on rows that recurrent layers have too.
     """
-    cache.reorder_cache(torch.arange(rows, device=device).repeat_interleave(repeats))
+    cache.reorder_cache(cast(torch.LongTensor, rows))
 
 
 def _shared(starts: list[list[int]]) -> int:

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import cast
 
+from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from opdlab.errors import InvalidValue, TokenizerMismatch
@@ -48,4 +50,5 @@ def check_eos(model: PreTrainedModel, eos: Sequence[int]) -> None:
 def vocabulary_rows(model: PreTrainedModel) -> int:
     """How many ids the model both reads and writes."""
     layers = (model.get_input_embeddings(), model.get_output_embeddings())
-    return min(int(layer.weight.shape[0]) for layer in layers if layer is not None)
+    weights = [cast(Tensor, layer.weight) for layer in layers if layer is not None]
+    return min(int(weight.shape[0]) for weight in weights)

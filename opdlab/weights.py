@@ -13,6 +13,7 @@ from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from opdlab import adapters
+from opdlab.adapted_layers import incompatible_layers, warn_about_unreached_weights
 from opdlab.compatibility import check_rotary, find_abilities, warn_about
 from opdlab.errors import InvalidValue, OpdlabError
 from opdlab.head import Head
@@ -113,10 +114,13 @@ class Weights:
         """
         validate("adapt", {"seed": seed}, {"seed": Seed})
         if targets == "all-linear" and not isinstance(options.get("exclude_modules"), str):
-            special = adapters.special_linear_layers(self.model)
+            special = [*adapters.special_linear_layers(self.model), *incompatible_layers(self.model)]
             options["exclude_modules"] = [*(options.get("exclude_modules") or []), *special] or None
         config = adapters.configuration(rank, alpha, targets, options)
-        return self._add(name, lambda new: self._make(new, config, seed))
+        name = self._add(name, lambda new: self._make(new, config, seed))
+        if targets == "all-linear":
+            warn_about_unreached_weights(self.model)
+        return name
 
     def add_adapter(self, config: LoraConfig, name: str = "", seed: int = 0) -> str:
         """Make a new adapter as PEFT's `config` describes it; its random entries follow `seed`. Returns its name."""

@@ -161,3 +161,36 @@ def test_tokens_that_the_model_lacks_are_named(make_model, make_tokenizer):
 def test_eos_ids_are_ids_of_the_model(eos, make_model, make_tokenizer):
     with pytest.raises(InvalidValue, match=r"LlamaForCausalLM has ids from 0 to 11"):
         Policy.of(make_model(12), make_tokenizer(), eos=eos)
+
+
+EXPERTS = {"num_experts": 8, "num_local_experts": 8, "num_experts_per_tok": 2, "moe_intermediate_size": 32}
+
+
+TOLD = r"^The LoRA does not reach \d\d% of GptOssForCausalLM's weights, .*: mlp\.experts\.gate_up_proj, .*lora=None"
+
+
+def test_fused_experts_without_an_adapter_are_told(make_policy):
+    policy = make_policy(0, family="gpt_oss", **EXPERTS)
+    with pytest.warns(UserWarning, match=TOLD):
+        policy.adapt(rank=2)
+
+
+REACHED = {"llama": {}, "gpt2": {"n_embd": 32, "n_layer": 2, "n_head": 4}, "qwen3_5_text": HYBRID, "mamba": {"state_size": 8},
+           "mixtral": EXPERTS}  # fmt: skip
+
+
+@pytest.mark.parametrize("family", REACHED)
+def test_a_lora_that_reaches_the_model_is_no_news(family, make_policy):
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "Mamba")
+        policy = make_policy(0, family=family, **REACHED[family])
+        warnings.filterwarnings("error", "The LoRA")
+        policy.adapt(rank=2)
+
+
+def test_layers_that_a_family_reads_without_calling_them_get_no_adapter(make_policy):
+    with pytest.warns(UserWarning, match="Mamba"):
+        policy = make_policy(0, family="mamba", state_size=8)
+    names = policy.weights.adapter_state(policy.adapt(rank=2).adapter)
+    assert any("in_proj" in name for name in names)
+    assert not any("out_proj" in name for name in names)
