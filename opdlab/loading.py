@@ -173,7 +173,7 @@ def eos_tokens(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, eos: 
     except TypeError:
         raise InvalidValue(f"Policy got eos={shortened(eos)}. Use the ids of tokens, as eos=[2].") from None
     ids = [validate("Policy", {"eos": token}, {"eos": CountOrZero})["eos"] for token in ids]
-    check_eos(model, ids)
+    check_eos(model, tokenizer, ids)
     return frozenset(ids)
 
 

@@ -33,18 +33,16 @@ def check_tokens(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> 
     )
 
 
-def check_eos(model: PreTrainedModel, eos: Sequence[int]) -> None:
-    """Refuse EOS ids that the model can never write.
+def check_eos(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, eos: Sequence[int]) -> None:
+    """Refuse EOS ids that the model can never write: rows beyond the tokenizer's last token are padding.
 
     Raises:
-        InvalidValue: An id is negative or beyond the model's last row.
+        InvalidValue: An id is negative, or beyond the last row or token.
     """
-    rows = vocabulary_rows(model)
+    rows = min(vocabulary_rows(model), max(tokenizer.get_vocab().values()) + 1)
     for id in eos:
         if not 0 <= id < rows:
-            raise InvalidValue(
-                f"Policy got eos={list(eos)}, but {type(model).__name__} has ids from 0 to {rows - 1}. Use ids of its tokens."
-            )
+            raise InvalidValue(f"Policy got eos={list(eos)}, but {type(model).__name__} has tokens from 0 to {rows - 1}. Use ids of these.")
 
 
 def vocabulary_rows(model: PreTrainedModel) -> int:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import warnings
 
 import pytest
@@ -157,9 +158,10 @@ def test_tokens_that_the_model_lacks_are_named(make_model, make_tokenizer):
     assert Policy.of(model, tokenizer).weights.vocab_size == 14
 
 
-@pytest.mark.parametrize("eos", [[99], [-1], [1, 12]])
-def test_eos_ids_are_ids_of_the_model(eos, make_model, make_tokenizer):
-    with pytest.raises(InvalidValue, match=r"LlamaForCausalLM has ids from 0 to 11"):
+@pytest.mark.parametrize(("eos", "words"), [([99], "eos=[99], but LlamaForCausalLM has tokens from 0 to 11"), ([1, 12], "eos=[1, 12], but"),
+                                           ([-1], "eos=-1. Use a whole number of at least 0")])  # fmt: skip
+def test_eos_ids_are_ids_of_the_model(eos, words, make_model, make_tokenizer):
+    with pytest.raises(InvalidValue, match=re.escape(words)):
         Policy.of(make_model(12), make_tokenizer(), eos=eos)
 
 

@@ -51,7 +51,7 @@ def test_float16_is_refused(dtype, folder):
         ({"device": "meta"}, "device='meta', on which no model can run"),
         ({"eos": "eos"}, "Policy got eos="),
         ({"eos": 1.5}, "Policy got eos=1.5"),
-        ({"eos": [70]}, r"eos=\[70\], but the tokenizer's last token is 69"),
+        ({"eos": [70]}, r"eos=\[70\], but LlamaForCausalLM has tokens from 0 to 69"),
         ({"eos": [True]}, "Policy got eos=True"),
         ({"tokenizer": "a/path"}, r"got a str as tokenizer.*AutoTokenizer\.from_pretrained\('a/path'\)"),
     ],
