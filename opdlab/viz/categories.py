@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 MOST = 8  # kinds that get a colour of their own; the rest are one
 REST = "other"
 # What small integers in a column mean, by the method that planned it; the same name means nothing in a column of another's.
-CODES = {
+CODES: dict[str, dict[str, tuple[str, ...]]] = {
     "DOPD": {"route": ("LH", "LL", "HT", "HS")},  # as `opdlab.methods.dopd.Route`; -1 is none
     "EOPD": {"gated": ("no", "yes")},
     "TOPD": {"divergent": ("no", "yes")},
