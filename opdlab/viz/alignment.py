@@ -13,10 +13,10 @@ import pandas as pd
 
 from opdlab.alignment import Span, one_to_one, spans, spoken
 from opdlab.errors import OpdlabError
+from opdlab.expect import expect_trace
 from opdlab.trace import Trace
 from opdlab.viz import markup, payload
 from opdlab.viz.channels import Channel
-from opdlab.viz.given import given_trace
 from opdlab.viz.glyphs import visible
 from opdlab.viz.provenance import notes_of
 from opdlab.viz.view import View
@@ -76,7 +76,7 @@ class Alignment(View):
     @classmethod
     def of_trace(cls, trace: Trace, sample: int = 0, **options: Any) -> Alignment:
         """A completion of a step that SpanOPD trained on, with its KL; raises OpdlabError for one whose spans were not noted."""
-        given_trace(trace, "Alignment.of_trace")
+        expect_trace(trace, "Alignment.of_trace")
         noted = {one["sample"]: one for one in notes_of(trace, "SpanOPD").get("spans", [])}
         if sample not in noted:
             there = ", ".join(map(str, noted)) or "none"

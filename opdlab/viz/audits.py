@@ -16,7 +16,6 @@ from opdlab.expect import expect_trace
 from opdlab.trace import Trace
 from opdlab.viz import markup, payload
 from opdlab.viz.channels import Channel, described
-from opdlab.viz.given import given_trace
 from opdlab.viz.glyphs import groups, visible
 from opdlab.viz.provenance import notes_of
 from opdlab.viz.view import View
@@ -36,7 +35,6 @@ class Audits(View):
     name, scripts, styles = "audits", ("tracks.js", "dots.js", "audits.js"), ("dots.css", "audits.css")
 
     def __init__(self, trace: Trace, title: str = "") -> None:
-        given_trace(trace, "Audits")
         super().__init__()
         expect_trace(trace, type(self).__name__)
         self.trace, self.title = trace, title

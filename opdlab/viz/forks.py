@@ -16,7 +16,6 @@ from opdlab.tokens import token_bytes
 from opdlab.trace import Trace
 from opdlab.viz import markup, payload
 from opdlab.viz.channels import Channel, channels, described
-from opdlab.viz.given import given_trace
 from opdlab.viz.glyphs import visible
 from opdlab.viz.provenance import notes_of
 from opdlab.viz.view import Trait, View
@@ -44,7 +43,6 @@ class Forks(View):
 
     def __init__(self, trace: Trace, policies: Mapping[str, Any] | None = None, prompts: Sequence[Any] | None = None,
                  title: str = "") -> None:  # fmt: skip
-        given_trace(trace, "Forks")
         super().__init__()
         expect_trace(trace, type(self).__name__)
         self.trace, self.policies, self.prompts, self.title = trace, dict(policies or {}), prompts, title

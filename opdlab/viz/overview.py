@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
+from opdlab.expect import expect_trace
 from opdlab.trace import Trace
 from opdlab.viz.audits import Audits
 from opdlab.viz.forks import Forks
-from opdlab.viz.given import given_trace
 from opdlab.viz.kept import has_top
 from opdlab.viz.privilege_lens import PrivilegeLens
 from opdlab.viz.provenance import notes_of
@@ -33,7 +33,7 @@ def overview(trace: Trace, sample: int = 0) -> list[tuple[str, View]]:
 
     A trace of a student alone has a lens and nothing to compare. Raises OpdlabError for a completion that is not there.
     """
-    given_trace(trace, "overview")
+    expect_trace(trace, "overview")
     rivals = [name for name in trace.policies if name != "student"]
     views: list[View] = [TokenLens(trace, sample)]
     views += [Rollouts(trace)] if len(trace.meta["texts"]) > 1 and len(trace) else []

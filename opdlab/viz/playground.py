@@ -12,12 +12,12 @@ import torch
 from opdlab.divergence import Generator
 from opdlab.errors import InvalidValue, OpdlabError
 from opdlab.estimator import audit
+from opdlab.expect import expect_trace
 from opdlab.generator import FORMS, PARAMETERS
 from opdlab.trace import Trace
 from opdlab.viz import markup, payload, toys
 from opdlab.viz.channels import Channel, channels
 from opdlab.viz.duel import duel
-from opdlab.viz.given import given_trace
 from opdlab.viz.lines import Line, Plot
 from opdlab.viz.toys import Push
 from opdlab.viz.view import Trait, View
@@ -57,7 +57,7 @@ class Playground(View):
     def __init__(self, losses: Any = None, trace: Trace | None = None, sample: int = 0, title: str = "") -> None:
         super().__init__()
         if trace is not None:
-            given_trace(trace, "Playground")
+            expect_trace(trace, "Playground")
         self.title, self.own, names = title, dict[str, Any](), list[str]()
         for name, loss in _listed(losses):
             if isinstance(loss, Generator):

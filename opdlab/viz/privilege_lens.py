@@ -13,7 +13,6 @@ from opdlab.expect import expect_trace
 from opdlab.trace import Trace
 from opdlab.viz import markup, payload
 from opdlab.viz.channels import Channel, described
-from opdlab.viz.given import given_trace
 from opdlab.viz.glyphs import groups, visible
 from opdlab.viz.segments import segments
 from opdlab.viz.view import Trait, View
@@ -42,7 +41,6 @@ class PrivilegeLens(View):
 
     def __init__(self, trace: Trace, student: str = "student", informed: str = "teacher+hint", plain: str = "teacher",
                  wrong: str | None = None, sample: int = 0, title: str = "") -> None:  # fmt: skip
-        given_trace(trace, "PrivilegeLens")
         super().__init__()
         expect_trace(trace, type(self).__name__)
         self.sides = {"student": student, "plain": plain, "informed": informed} | ({"wrong": wrong} if wrong else {})

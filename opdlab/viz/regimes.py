@@ -15,7 +15,6 @@ from opdlab.trace import Trace
 from opdlab.viz import markup, payload
 from opdlab.viz.axes import Axis, axes, gap_sides
 from opdlab.viz.channels import Channel
-from opdlab.viz.given import given_trace
 from opdlab.viz.glyphs import visible
 from opdlab.viz.sorts import Sort, sorts
 from opdlab.viz.view import Trait, View
@@ -48,7 +47,6 @@ class Regimes(View):
 
     def __init__(self, trace: Trace, x: str = "log_ratio", y: str = "confidence", thresholds: Mapping[str, float] | None = None,
                  by: str | None = None, title: str = "") -> None:  # fmt: skip
-        given_trace(trace, "Regimes")
         super().__init__()
         expect_trace(trace, type(self).__name__)
         self.trace, self.title = trace, title

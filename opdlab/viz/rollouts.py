@@ -16,7 +16,6 @@ from opdlab.expect import expect_trace
 from opdlab.trace import Trace
 from opdlab.viz import markup, payload
 from opdlab.viz.channels import Channel, channels, described
-from opdlab.viz.given import given_trace
 from opdlab.viz.glyphs import clean, visible
 from opdlab.viz.timeline import rewards_of
 from opdlab.viz.view import Trait, View
@@ -43,7 +42,6 @@ class Rollouts(View):
     sort = Trait("")
 
     def __init__(self, trace: Trace, rewards: Sequence[float] | Mapping[int, float] | None = None, sort: str = "", title: str = "") -> None:
-        given_trace(trace, "Rollouts")
         super().__init__()
         expect_trace(trace, type(self).__name__)
         if not len(trace):

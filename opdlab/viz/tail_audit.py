@@ -14,7 +14,6 @@ from opdlab.expect import expect_trace
 from opdlab.trace import Trace
 from opdlab.viz import kept, markup, payload
 from opdlab.viz.channels import Channel
-from opdlab.viz.given import given_trace
 from opdlab.viz.glyphs import groups, visible
 from opdlab.viz.lines import Line, Plot
 from opdlab.viz.token_lens import rows_of
@@ -39,7 +38,6 @@ class TailAudit(View):
     channel = Trait("missed")
 
     def __init__(self, trace: Trace, sample: int = 0, k: int = 0, by: str = "student", against: str = "", title: str = "") -> None:
-        given_trace(trace, "TailAudit")
         super().__init__()
         expect_trace(trace, type(self).__name__)
         rivals = [name for name in trace.policies if name != "student"]

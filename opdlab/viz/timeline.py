@@ -16,7 +16,6 @@ from opdlab.expect import expect_trace
 from opdlab.trace import Trace
 from opdlab.viz import markup, payload
 from opdlab.viz.channels import channels
-from opdlab.viz.given import given_trace
 from opdlab.viz.glyphs import visible
 from opdlab.viz.lines import HUES, Line, Plot, span, thinned
 from opdlab.viz.view import Trait, View
@@ -44,7 +43,6 @@ class Timeline(View):
 
     def __init__(self, trace: Trace, samples: Sequence[int] | None = None, rewards: Sequence[float] | Mapping[int, float] | None = None,
                  threshold: float = 3.0, against: str = "", title: str = "") -> None:  # fmt: skip
-        given_trace(trace, "Timeline")
         super().__init__(threshold=float(threshold))
         expect_trace(trace, type(self).__name__)
         self.samples, self.title = _chosen(trace, samples), title

@@ -14,7 +14,6 @@ from opdlab.trace import Trace
 from opdlab.viz import markup, payload
 from opdlab.viz.channels import channels, fitting
 from opdlab.viz.duel import duel
-from opdlab.viz.given import given_trace
 from opdlab.viz.glyphs import groups, visible
 from opdlab.viz.segments import segments
 from opdlab.viz.view import Trait, View
@@ -45,7 +44,6 @@ class TokenLens(View):
 
     def __init__(self, trace: Trace, sample: int = 0, channel: str = "log_ratio", title: str = "", like: TokenLens | None = None,
                  tracks: Sequence[str] = ()) -> None:  # fmt: skip
-        given_trace(trace, "TokenLens")
         super().__init__()
         expect_trace(trace, type(self).__name__)
         self.sample, self.title, self._least = sample, title, like.limits if like else {}
