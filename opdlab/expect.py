@@ -189,7 +189,7 @@ def _make_trace(value: Any) -> str:
     if _kind(value) == "Step":
         return "Take its trace: step.trace()."
     if _kind(value) == "Run":
-        return "Take the trace of its last step: run.last.trace()."
+        return "Take the trace of its last step, run.last.trace(), or draw the run: viz.RunBoard(run)."
     return "Use a Trace, as opdlab.score(rollout, student, teacher), step.trace() or Trace.load('….parquet') gives."
 
 

@@ -10,10 +10,8 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
-from opdlab.errors import InvalidValue, OpdlabError, UnknownColumn
-from opdlab.expect import expect_trace
+from opdlab.errors import OpdlabError, UnknownColumn
 from opdlab.trace import Trace
-from opdlab.validation import shortened
 from opdlab.viz import markup, payload
 from opdlab.viz.channels import Channel, channels, described
 from opdlab.viz.given import given_traces
@@ -138,13 +136,8 @@ def _named(traces: Mapping[str, Trace | TokenLens] | Sequence[TokenLens], sample
     if isinstance(traces, (str, Trace)) or not isinstance(traces, Sequence) or not all(isinstance(one, TokenLens) for one in traces):
         given_traces(traces, "Compare", "{'old': a, 'new': b}", kinds=(Trace, TokenLens))
     if isinstance(traces, Mapping):
-        for name, some in traces.items():
-            if not isinstance(some, TokenLens):
-                expect_trace(some, "Compare", f"traces[{name!r}]")
         out = {str(name): some.trace if isinstance(some, TokenLens) else rows_of(some, sample) for name, some in traces.items()}
     else:
-        if not isinstance(traces, Sequence) or not all(isinstance(lens, TokenLens) for lens in traces):
-            raise InvalidValue(f"Compare got {shortened(traces)}. Give the traces by name: Compare({{'old': a, 'new': b}}).")
         titles = [lens.title or chr(65 + i) for i, lens in enumerate(traces)]
         out = {t if titles.count(t) == 1 else f"{t} {i + 1}": lens.trace for i, (t, lens) in enumerate(zip(titles, traces, strict=True))}
     if not 2 <= len(out) <= MOST:

@@ -49,8 +49,7 @@ class Scrubber(View):
         super().__init__()
         if not isinstance(traces, Mapping):
             raise InvalidValue(f"Scrubber got traces={shortened(traces)}. Use traces by step, as snapshots.rescored(run, rollout) gives.")
-        if traces:
-            given_traces(traces, "Scrubber", "{0: trace, 10: trace}")
+        given_traces(traces, "Scrubber", "{0: trace, 10: trace}")
         if not traces:
             raise OpdlabError("A Scrubber needs a trace of at least one step, and there is none. Give those of snapshots.rescored(…).")
         self.sample, self.title, self.history = sample, title, history

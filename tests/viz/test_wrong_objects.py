@@ -25,7 +25,7 @@ def test_a_view_of_a_trace_takes_nothing_else(view, student, prompts):
     for value, words in wrong.items():
         with pytest.raises(OpdlabError, match=rf"got trace=.*{words}"):
             view(value)
-    with pytest.raises(OpdlabError, match=r"got trace=\[\]\. Use a Trace"):
+    with pytest.raises(OpdlabError, match=r"got trace=\[\]\..* Use a Trace"):
         view([])
     with pytest.raises(OpdlabError, match=r"got trace=None"):
         viz.TokenLens(None)
@@ -37,7 +37,7 @@ def test_views_of_several_traces_say_how_to_name_them():
         with pytest.raises(OpdlabError, match=r"Compare got .*(\{'old': a, 'new': b\}|Use a Trace)"):
             viz.Compare(value)
     for value in (trace, [trace], 3, {0: trace, 1: None}):
-        with pytest.raises(OpdlabError, match=r"Scrubber got .*(\{0: trace, 10: trace\}|Use a Trace)"):
+        with pytest.raises(OpdlabError, match=r"Scrubber got .*(Use traces by step|Use a Trace)"):
             viz.Scrubber(value)
     with pytest.raises(OpdlabError, match=r"RunCard got .*samples="):
         viz.RunCard(history, samples=[trace])
