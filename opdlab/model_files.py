@@ -143,7 +143,8 @@ def _savable_generation(model: Any, folder: Path) -> Iterator[None]:
             yield
         finally:
             model.generation_config = config
-        config.to_json_file(folder / "generation_config.json")
+        if config is not None:
+            config.to_json_file(folder / "generation_config.json")
         return
     yield
 

@@ -95,7 +95,7 @@ class ChatHint(str):
         hint.messages = read
         return hint
 
-    def __getnewargs__(self) -> tuple[Any]:  # type: ignore[override]  # so that copies are made from the messages
+    def __getnewargs__(self) -> tuple[Any]:  # so that copies are made from the messages
         return (self.messages,)
 
 

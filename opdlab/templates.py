@@ -194,7 +194,8 @@ def _encode_chats(
         except OpdlabError as error:
             raise OpdlabError(f"Prompt {name_of(prompt)} is a chat, but {error}") from error.__cause__
         if sanitize:
-            rows.append(list(tokenizer.apply_chat_template(chat, **_arguments(options), return_dict=False)))
+            ids: Any = tokenizer.apply_chat_template(chat, **_arguments(options), return_dict=False)
+            rows.append(list(ids))
         texts.append(text)
     if sanitize:
         return rows

@@ -205,7 +205,8 @@ def _adapter(hint: Any) -> TypeAdapter[Any] | None:
 def _by_instance(hint: Any) -> Any:
     """The same hint, but dataclasses and models are checked by `isinstance`: pydantic would make one of a dict."""
     if isinstance(hint, type) and (hasattr(hint, "__dataclass_fields__") or hasattr(hint, "model_fields")):
-        return InstanceOf[hint]
+        check: Any = InstanceOf
+        return check[hint]
     if isinstance(hint, types.UnionType) or get_origin(hint) is Union:
         return Union[tuple(_by_instance(part) for part in get_args(hint))]  # noqa: UP007
     if get_origin(hint) in (list, tuple, dict, Sequence, Mapping):
