@@ -66,7 +66,7 @@ def test_an_interrupt_during_an_evaluation_loses_nothing(make_policy, tmp_path, 
     stopped = run(make_policy, tmp_path / "run", save_every=2, snapshot_every=2, evaluate_every=2)
     whole = run(make_policy, tmp_path / "whole", save_every=2, evaluate_every=2).train()
     with monkeypatch.context() as patched:
-        patched.setattr("opdlab.distill.evaluate", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
+        patched.setattr(sys.modules[opd.Run.__module__], "evaluate", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
         next(stopped)
         with pytest.raises(KeyboardInterrupt):
             next(stopped)
