@@ -193,7 +193,7 @@ def test_odd_names_are_fine(make_policy, tmp_path):
 def test_settings_that_keep_nothing_are_refused(make_policy):
     with pytest.raises(errors.InvalidValue, match=r"save_every=5.*no folder.*save="):
         run(make_policy, save_every=5)
-    with pytest.raises(errors.InvalidValue, match="snapshot_every=2.* lora=None trains all weights"):
+    with pytest.raises(errors.InvalidValue, match=r"snapshot_every=2.* lora=None trains all weights"):
         run(make_policy, snapshot_every=2, lora=None)
 
 
