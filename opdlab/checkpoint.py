@@ -112,12 +112,10 @@ def load_weights(student: Policy, folder: Path) -> None:
     full training).
     """
     if (folder / "adapter_model.safetensors").exists():
-        state = adapter(folder)
-        there = {
-            **student.weights.adapter_state(str(student.adapter)),
-            **model_files.embeddings(student.weights, state),
-        }
-        check_same_tensors(there, state, folder / "adapter_model.safetensors")
+        path, state, saved = folder / "adapter_model.safetensors", adapter(folder), _embeddings(folder)
+        there = model_files.embeddings(student.weights, saved)
+        check_same_tensors(student.weights.adapter_state(str(student.adapter)), state, path)
+        copy_tensors(there, saved, path)
         student.weights.set_adapter_state(str(student.adapter), state)
     else:
         values = model_files.read_model(student.weights, folder)
@@ -126,7 +124,23 @@ def load_weights(student: Policy, folder: Path) -> None:
 
 def adapter(folder: Path) -> dict[str, Tensor]:
     """The tensors of a checkpoint's adapter, as `Weights.set_adapter_state` takes them."""
-    return {k.removeprefix(_PEFT): v for k, v in read_tensors(folder / "adapter_model.safetensors").items()}
+    beside = _beside(folder)
+    return {name: value for name, value in _adapter_file(folder).items() if name not in beside}
+
+
+def _embeddings(folder: Path) -> dict[str, Tensor]:
+    """The model's own embeddings that stand beside the adapter, where the vocabulary was resized."""
+    beside = _beside(folder)
+    return {name: value for name, value in _adapter_file(folder).items() if name in beside}
+
+
+def _adapter_file(folder: Path) -> dict[str, Tensor]:
+    tensors = read_tensors(folder / "adapter_model.safetensors")
+    return {name.removeprefix(_PEFT): value for name, value in tensors.items()}
+
+
+def _beside(folder: Path) -> set[str]:
+    return set(read_json(folder / "run.json").get("embeddings", ()))
 
 
 def plain_name(name: str, adapter: str | None) -> str:
@@ -146,9 +160,7 @@ def _write_weights(run: Run, folder: Path) -> None:
     if name is None:
         model_files.write_model(weights, folder)
         return
-    state = weights.adapter_state(name)
-    if run.has_new_embeddings:
-        state = {**state, **model_files.embeddings(weights)}
+    state = {**_new_embeddings(run), **weights.adapter_state(name)}
     save_file(
         _contiguous({_PEFT + key: value for key, value in state.items()}),
         folder / "adapter_model.safetensors",
@@ -158,6 +170,15 @@ def _write_weights(run: Run, folder: Path) -> None:
         folder / "adapter_config.json",
         config | {"base_model_name_or_path": weights.source or None, "inference_mode": True},
     )
+
+
+def _new_embeddings(run: Run) -> dict[str, Tensor]:
+    """Embeddings that no file of the base model holds, those aside that the adapter trains itself."""
+    weights, name = run.student.weights, run.student.adapter
+    if name is None or not run.has_new_embeddings:
+        return {}
+    trained = weights.adapter_state(name)
+    return {key: value for key, value in model_files.embeddings(weights).items() if key not in trained}
 
 
 def _optimizer_state(run: Run) -> dict[str, Tensor]:
@@ -189,6 +210,7 @@ def _description(run: Run, folder: Path) -> dict[str, Any]:
             "ancestors": dict(run.lineage.ancestors),
             "serial": run_folder.next_serial(folder),
         },
+        "embeddings": sorted(_new_embeddings(run)),
         "processes": run.accelerator.num_processes,
         "snapshots": _write_snapshots(run, folder / "snapshots"),
         "opdlab": opdlab.__version__,

@@ -125,7 +125,7 @@ class Run:
         self.snapshots: dict[int, dict[str, Tensor]] = {}
         self.last: Step | None = None
         self._loss_is_checked = False  # whether the loss was found to treat each row alone
-        self.folder = saving.check_folder(save, settings)
+        self.folder = run_folder.check_folder(save)
         self.lineage = run_folder.Lineage()
         self.policies = roles.cast(student, teacher, method.needs, policies)
         self.writer = teacher

@@ -150,7 +150,7 @@ def function_description(function: Any) -> dict[str, Any]:
     """Where a function or class is defined, what it says, and the plain values that it was made
     with.
     """
-    out: dict[str, Any] = {"name": f"{getattr(function, '__module__', '?')}.{getattr(function, '__qualname__', type(function).__name__)}"}
+    out: dict[str, Any] = {"name": qualified_name(function)}
     if isinstance(function, functools.partial):
         inner = function_description(function.func)
         return {**inner, "given": describe([list(function.args), function.keywords])}
@@ -242,11 +242,18 @@ def _described_object(value: Any, inner: Callable[[Any], Any]) -> Any:
             **{f.name: inner(getattr(value, f.name)) for f in fields(value)},
         }
     if isinstance(value, (type, ModuleType)):
-        return {"kind": f"{getattr(value, '__module__', '')}.{getattr(value, '__qualname__', value.__name__)}"}
+        return {"kind": value.__name__ if isinstance(value, ModuleType) else qualified_name(value)}
     if inspect.isroutine(value) or isinstance(value, functools.partial):
         return function_description(value)
     return {"kind": _kind(value)}
 
 
+def qualified_name(thing: Any) -> str:
+    """The module and the name of a class or function. Of opdlab's own modules only the package counts, since they may be moved."""
+    module = str(getattr(thing, "__module__", "?"))
+    name = getattr(thing, "__qualname__", type(thing).__name__)
+    return f"opdlab.{name}" if module.partition(".")[0] == "opdlab" else f"{module}.{name}"
+
+
 def _kind(value: Any) -> str:
-    return f"{type(value).__module__}.{type(value).__qualname__}"
+    return qualified_name(type(value))

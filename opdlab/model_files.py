@@ -133,7 +133,7 @@ def _savable_generation(model: Any, folder: Path) -> Iterator[None]:
     """transformers refuses to save some generation settings that it loads; these are written as
     they are.
     """
-    config = getattr(model, "generation_config", None)
+    config: Any = getattr(model, "generation_config", None)
     try:
         if config is not None:
             config.validate(strict=True)

@@ -22,6 +22,7 @@ from opdlab import (
     run_identity,
 )
 from opdlab.errors import DamagedFile, InvalidValue, OpdlabError
+from opdlab.fingerprints import qualified_name
 from opdlab.policy import Policy
 from opdlab.restoring import SavedRun, fit_adapter, restore_optimizer
 from opdlab.settings import Settings
@@ -167,7 +168,7 @@ def _rebuild(saved: SavedRun) -> Any:
     kind = saved.said["identity"]["method"]["class"] if not saved.is_old else ""
     is_ours = said["name"] in methods.__all__ and said["name"] not in ("Method", "method")
     cls = getattr(methods, said["name"], None) if is_ours else None
-    if cls is None or (kind and kind != f"{cls.__module__}.{cls.__qualname__}"):
+    if cls is None or (kind and kind != qualified_name(cls)):
         raise OpdlabError(f"The run used {kind or said['name']}, a method of your own. Give it: opdlab.resume(path, …, method=…).")
     options = {key: value for key, value in said["options"].items() if key in cls.__dataclass_fields__}
     for key, value in options.items():

@@ -113,7 +113,7 @@ def describe_teacher(teacher: Any, prompts: list[Prompt]) -> dict[str, Any] | No
     """
     if teacher is None:
         return None
-    kind = f"{type(teacher).__module__}.{type(teacher).__qualname__}"
+    kind = fingerprints.qualified_name(type(teacher))
     local = teacher if isinstance(teacher, Policy) else _behind(teacher)
     if local is not None:
         try:
@@ -145,7 +145,7 @@ def describe_method(method: Any) -> dict[str, Any]:
     if keeps_state(method) and not is_dataclass(method):
         # Its tensors come from the checkpoint, so that it need not begin with the same ones.
         options = {k: v for k, v in options.items() if k[:1] != "_" and (v is None or isinstance(v, (bool, int, float, str)))}
-    name = f"{kind.__module__}.{kind.__qualname__}"
+    name = fingerprints.qualified_name(kind)
     return {
         "class": name,
         "options": {key: fingerprints.describe(value) for key, value in options.items()},

@@ -12,34 +12,13 @@ from typing import TYPE_CHECKING, Any
 from torch import nn
 
 from opdlab import checkpoint, run_folder
-from opdlab.errors import InvalidValue, OpdlabError
+from opdlab.errors import OpdlabError
 from opdlab.fingerprints import base_tensors
 from opdlab.interrupts import hold_interrupts
 from opdlab.policy import Policy
-from opdlab.settings import Settings
 
 if TYPE_CHECKING:
     from opdlab.distill import Run
-
-
-def check_folder(save: Any, settings: Settings) -> Path | None:
-    """The folder for checkpoints, checked for whether it can be written and whether the settings
-    can be met.
-
-    Raises:
-        InvalidValue: The folder cannot be used, is missing, or snapshots of whole models are asked
-            for.
-    """
-    folder = run_folder.check_folder(save)
-    if settings.save_every and folder is None:
-        raise InvalidValue(f"distill got save_every={settings.save_every} and no folder. Give save='runs/name' too.")
-    if settings.snapshot_every and settings.lora is None:
-        raise InvalidValue(
-            f"distill got snapshot_every={settings.snapshot_every} and lora=None: snapshots are "
-            "adapters, and in full training every "
-            "one would be a whole model. Use save= and save_every=, or train an adapter."
-        )
-    return folder
 
 
 def check_parameters(student: Policy) -> None:

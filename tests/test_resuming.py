@@ -182,7 +182,7 @@ def test_an_adapter_of_your_own_comes_back_with_its_settings(make_policy, tmp_pa
 def test_an_adapter_with_other_settings_is_refused(saved, make_policy):
     student = make_policy(0)
     student.adapt(16, alpha=8)
-    with pytest.raises(errors.OpdlabError, match=r"has lora_alpha=8 and that of .* has 32"):
+    with pytest.raises(errors.OpdlabError, match=r"has lora_alpha=8.* and that of .* has 32"):
         opd.resume(saved, student, make_policy(1), task())
 
 
@@ -328,7 +328,7 @@ def test_another_task_is_refused(saved, make_policy):
         saved,
         *both,
         replace(task(), verify=lambda prompt, text: 1.0),
-        match="another verifier: opdlab.tasks.task.same_answer",
+        match="another verifier: opdlab.same_answer",
     )
 
 
@@ -349,7 +349,7 @@ def test_another_method_is_refused(make_policy, saved, tmp_path):
         *both,
         task(),
         method=opd.GOPD(),
-        match=r"the method opdlab.methods.opd.OPD and opdlab.methods.gopd.GOPD is given",
+        match=r"the method opdlab.OPD and opdlab.GOPD is given",
     )
     refused(
         saved,
@@ -379,7 +379,7 @@ def test_a_class_of_your_own_with_a_name_of_ours_is_not_taken_for_ours(make_poli
         *both,
         task(),
         method=methods.SFT(),
-        match=r"test_resuming.SFT and opdlab.methods.supervised.SFT is given",
+        match=r"test_resuming.SFT and opdlab.SFT is given",
     )
     assert opd.resume(tmp_path, *both, task(), method=SFT(), quiet=True).done == 2
 

@@ -66,7 +66,7 @@ def test_an_interrupt_during_an_evaluation_loses_nothing(make_policy, tmp_path, 
     stopped = run(make_policy, tmp_path / "run", save_every=2, snapshot_every=2, evaluate_every=2)
     whole = run(make_policy, tmp_path / "whole", save_every=2, evaluate_every=2).train()
     with monkeypatch.context() as patched:
-        patched.setattr("opdlab.distill.evaluate", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
+        patched.setattr(sys.modules[opd.Run.__module__], "evaluate", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
         next(stopped)
         with pytest.raises(KeyboardInterrupt):
             next(stopped)
@@ -191,9 +191,9 @@ def test_odd_names_are_fine(make_policy, tmp_path):
 
 
 def test_settings_that_keep_nothing_are_refused(make_policy):
-    with pytest.raises(errors.InvalidValue, match=r"save_every=5 and no folder. Give save='runs/name'"):
+    with pytest.raises(errors.InvalidValue, match=r"save_every=5.*no folder.*save="):
         run(make_policy, save_every=5)
-    with pytest.raises(errors.InvalidValue, match="snapshot_every=2 and lora=None"):
+    with pytest.raises(errors.InvalidValue, match=r"snapshot_every=2.* lora=None trains all weights"):
         run(make_policy, snapshot_every=2, lora=None)
 
 
@@ -250,9 +250,9 @@ def whole_model(folder) -> Policy:
     return Policy.of(model, AutoTokenizer.from_pretrained(folder))
 
 
-@pytest.mark.parametrize("config", [{}, {"tie_word_embeddings": True}, {"dtype": torch.bfloat16}])
+@pytest.mark.parametrize("config", [{}, {"tie_word_embeddings": True}])
 def test_a_checkpoint_of_full_training_is_a_model_that_transformers_loads(make_policy, tmp_path, config):
-    make_policy(0, **config).weights.model.save_pretrained(tmp_path / "base")  # loaded, its rotary buffers stay float32 in bf16
+    make_policy(0, **config).weights.model.save_pretrained(tmp_path / "base")
     make_policy(0).tokenizer.save_pretrained(tmp_path / "base")
     made = run(make_policy, tmp_path, whole_model(tmp_path / "base"), lora=None, steps=2).train()
     rollout = made.student.sample(task().prompts(2), max_new_tokens=4)
@@ -285,8 +285,9 @@ def test_full_training_with_tied_weights_resumes_exactly(make_policy, tmp_path):
 
 def test_full_training_beside_an_adapter_that_is_not_used_saves_the_model(make_policy, tmp_path):
     student = make_policy(0)
-    Policy(student.weights).adapt(4)
+    other = Policy(student.weights).adapt(4)
     made = run(make_policy, tmp_path, student, lora=None, steps=1).train()
+    assert other.adapter is not None
     rollout = made.student.sample(task().prompts(2), max_new_tokens=4)
     assert torch.equal(whole_model(tmp_path / "step-000001").log_probs(rollout), made.student.log_probs(rollout))
 
