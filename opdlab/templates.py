@@ -189,7 +189,7 @@ def _encode_chats(
         chats, texts = [chat for chat, _ in rendered], [text for _, text in rendered]
     if sanitize:
         arguments = {**_arguments(options), "return_dict": False}
-        return [list(tokenizer.apply_chat_template(chat, **arguments)) for chat in chats]
+        return [[*map(int, tokenizer.apply_chat_template(chat, **arguments))] for chat in chats]
     rows = [list(row) for row in tokenizer(texts, add_special_tokens=False)["input_ids"]]
     if tokenizer not in _warned:
         known = {str(tokenizer.convert_ids_to_tokens(i)): i for i in _ends(tokenizer, eos) | _template_tokens(tokenizer)}

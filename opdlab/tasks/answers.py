@@ -20,6 +20,7 @@ from __future__ import annotations
 import decimal
 import re
 import unicodedata
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from decimal import Decimal
 
@@ -247,7 +248,7 @@ def _sum(whole: Value, fraction: Value) -> Value:
         return Value(above.copy_sign(whole.above), fraction.below, unit=fraction.unit)
 
 
-def _exact() -> decimal.localcontext:  # type: ignore[valid-type]
+def _exact() -> AbstractContextManager[decimal.Context]:
     """Decimal arithmetic that rounds nothing, and raises where it would have to."""
     exact = decimal.Context(prec=decimal.MAX_PREC, Emax=decimal.MAX_EMAX, Emin=decimal.MIN_EMIN)
     exact.traps[decimal.Inexact] = exact.traps[decimal.Overflow] = exact.traps[decimal.InvalidOperation] = True

@@ -41,7 +41,8 @@ def read_prompts(records: Any) -> list[Prompt]:
         InvalidValue: They are something else, or a record cannot be understood. The message names its number and column.
         OpdlabError: The file cannot be read. The message names the line.
     """
-    prompts, numbers_of_ids = [], {}
+    prompts: list[Prompt] = []
+    numbers_of_ids: dict[str, int] = {}
     unread: dict[str, None] = {}
     answers_twice = 0
     for number, record in enumerate(_records(records)):
@@ -307,7 +308,7 @@ def _answer(value: Any) -> str:
 
 def _id(value: Any) -> str:
     """A name: a text or a whole number, which pandas may have made a float."""
-    if isinstance(value, (numbers.Real, Decimal)) and not isinstance(value, bool) and value == int(value):
+    if isinstance(value, (numbers.Integral, float, Decimal)) and not isinstance(value, bool) and value == int(value):
         return str(int(value))
     if not isinstance(value, str):
         raise InvalidValue(f"the id is {shortened(value)}. Use a text or a whole number")
