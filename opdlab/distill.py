@@ -387,6 +387,8 @@ class Run:
             check_prompts(local, prompts, dict.fromkeys(local, lengths))
         if answers is None or share > 0 or len(writers) > 1:
             check_prompts(local, prompts, self.settings.max_new_tokens)
+        if self.settings.evaluate_every and self.task.pool.get("test"):
+            check_prompts({"student": self.student}, self.task.pool["test"], self.task.max_new_tokens)
 
     def _where(self, error: NonFinite, part: Rollout) -> str:
         """The step, prompt and token of an engine's error, in words."""

@@ -20,10 +20,11 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from opdlab import adapters
 from opdlab.errors import ContextTooLong, EmptyPrompts, InvalidValue
+from opdlab.expect import expect_prompts
 from opdlab.forward import last_hidden
 from opdlab.head import Head
 from opdlab.loading import load_model, load_tokenizer
-from opdlab.prompt import Prompt, as_prompts, name_of, own_hint, read_hint
+from opdlab.prompt import Prompt, name_of, own_hint, read_hint
 from opdlab.same_tokens import check_same_tokens
 from opdlab.templates import check_template_options, encode_prompts
 from opdlab.validation import shortened
@@ -280,7 +281,7 @@ class Policy:
 
     def encode(self, prompt: Prompt) -> list[int]:
         """Token ids of the prompt as this policy sees it: with its context, through the chat template where it is a chat."""
-        (prompt,) = as_prompts([prompt])
+        (prompt,) = expect_prompts([prompt], "encode")
         return encode_prompts(self.tokenizer, [self._in_context(prompt)], self.chat_template_kwargs, self.weights.eos)[0]
 
     def encode_all(self, prompts: Sequence[Prompt], room: int = 0, begun: Sequence[int] | None = None) -> list[list[int]]:
@@ -295,7 +296,7 @@ class Policy:
             EmptyPrompts: There are no prompts, or one has no tokens.
             ContextTooLong: A prompt with all that comes behind it does not fit the model's context.
         """
-        prompts = as_prompts(prompts)
+        prompts = expect_prompts(prompts, "encode_all")
         if not prompts:
             raise EmptyPrompts("There are no prompts. Give at least one.")
         rows = self.encode_unchecked(prompts)

@@ -34,11 +34,11 @@ def prompts_to_check(task: Task, settings: Settings) -> list[Prompt]:
 
 
 def check_answers(prompts: Sequence[Prompt]) -> list[str]:
-    """Return the answers of prompts that are trained on; raises OpdlabError where one is missing or empty."""
-    missing = [prompt for prompt in prompts if not (prompt.answer or "").strip()]
+    """Return the answers of prompts that are trained on; raises OpdlabError where one is missing."""
+    missing = [prompt for prompt in prompts if prompt.answer is None]
     if missing:
         raise OpdlabError(
-            f"{_some(missing, len(prompts))} no answer to train on. SFT needs an `answer` in every record: "
+            f"Prompt {name_of(missing[0])} has no answer to train on{_others(missing, prompts)}. SFT needs an `answer` in every record: "
             "give one, or leave these records out."
         )
     return [prompt.answer or "" for prompt in prompts]
@@ -67,8 +67,8 @@ def check_prompts(policies: Mapping[str, Policy], prompts: Sequence[Prompt], roo
         if policy.context is own_hint and any(prompt.hint is None for prompt in prompts):
             missing = [prompt for prompt in prompts if prompt.hint is None]
             raise MissingHint(
-                f"{_some(missing, len(prompts))} no hint, but {name!r} reads hints. Give every prompt a hint=, leave these out, or "
-                "name one context for all: policy.seeing('…')."
+                f"Prompt {name_of(missing[0])} has no hint{_others(missing, prompts)}, but {name!r} reads hints. Give every prompt a "
+                "hint=, leave these out, or name one context for all: policy.seeing('…')."
             )
         behind = [room] * len(prompts) if isinstance(room, int) else list(room[name])
         too_long = find_too_long(policy, prompts, behind)
@@ -109,9 +109,9 @@ def _too_long(
     )
 
 
-def _some(prompts: Sequence[Prompt], total: int) -> str:
-    """The subject of an error about prompts: the only one by name, of several the number and the first names."""
-    if len(prompts) == 1:
-        return f"Prompt {name_of(prompts[0])} has"
-    names = ", ".join(name_of(prompt) for prompt in prompts[:NAMED]) + (", …" if len(prompts) > NAMED else "")
-    return f"{len(prompts)} of {total} prompts ({names}) have"
+def _others(missing: Sequence[Prompt], prompts: Sequence[Prompt]) -> str:
+    """How many other prompts lack the same, and which are the first of them."""
+    if len(missing) == 1:
+        return ""
+    names = ", ".join(name_of(prompt) for prompt in missing[1:NAMED]) + (", …" if len(missing) > NAMED else "")
+    return f" (nor have {names}: {len(missing)} of {len(prompts)} prompts)"

@@ -116,29 +116,6 @@ def name_of(prompt: Prompt, number: int | None = None) -> str:
     return shortened(prompt.text or prompt.messages) if number is None else str(number)
 
 
-def as_prompts(prompts: Any) -> list[Prompt]:
-    """Read a list of prompts. A single `Prompt` or text counts as a list of one, and texts become plain prompts.
-
-    Raises:
-        InvalidValue: Something else is among them.
-    """
-    if isinstance(prompts, (str, Prompt)):
-        prompts = [prompts]
-    if isinstance(prompts, (bytes, Mapping)) or not isinstance(prompts, Iterable):
-        raise InvalidValue(f"Prompts are a list of opdlab.Prompt, and not {shortened(prompts)}.")
-    read = []
-    for number, prompt in enumerate(prompts):
-        if isinstance(prompt, str):
-            prompt = Prompt(prompt)
-        if not isinstance(prompt, Prompt):
-            raise InvalidValue(
-                f"Prompt {number} is {shortened(prompt)}. Use opdlab.Prompt(text) or opdlab.Prompt(messages=…); "
-                "opdlab.tasks.from_records reads data."
-            )
-        read.append(prompt)
-    return read
-
-
 def read_messages(messages: Any, name: str = "messages") -> tuple[dict[str, Any], ...]:
     """Read chat messages: dicts with a known `role` and a `content` of text, or of text parts, which are joined.
 

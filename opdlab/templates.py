@@ -71,11 +71,7 @@ def render_chat(tokenizer: PreTrainedTokenizerBase, messages: Iterable[Mapping[s
         OpdlabError: The tokenizer has no template, or the template refuses the chat.
     """
     chat = [dict(message) for message in messages]
-    if not tokenizer.chat_template and "chat_template" not in options:
-        raise OpdlabError(
-            "there is no chat template in the tokenizer. Give plain texts (Prompt(text)), set tokenizer.chat_template, or load "
-            "the policy with the tokenizer of a chat model: Policy.load(…, tokenizer=…)."
-        )
+    _check_template(tokenizer, options)
     return _first_that_renders(tokenizer, chat, options)[1]
 
 
@@ -181,24 +177,19 @@ def _with_one_beginning(row: list[int], begin: int) -> list[int]:
 def _encode_chats(
     tokenizer: PreTrainedTokenizerBase, prompts: Sequence[Prompt], options: Mapping[str, Any], eos: Collection[int]
 ) -> list[list[int]]:
-    texts = []
     sanitize = bool(options.get("sanitize_control_tokens"))
     takes_system = _takes_system(tokenizer, prompts, options)
-    rows: list[list[int]] = []
-    for prompt in prompts:
-        chat = [dict(message) for message in prompt.messages or ()]
-        try:
-            if not tokenizer.chat_template and "chat_template" not in options:
-                render_chat(tokenizer, chat, options)
-            chat, text = _first_that_renders(tokenizer, chat if takes_system else _with_system_in_user(chat), options)
-        except OpdlabError as error:
-            raise OpdlabError(f"Prompt {name_of(prompt)} is a chat, but {error}") from error.__cause__
-        if sanitize:
-            ids: Any = tokenizer.apply_chat_template(chat, **_arguments(options), return_dict=False)
-            rows.append(list(ids))
-        texts.append(text)
+    chats = [[dict(message) for message in prompt.messages or ()] for prompt in prompts]
+    if not takes_system:
+        chats = [_with_system_in_user(chat) for chat in chats]
+    try:  # all at once, which saves half of the time
+        texts = [str(text) for text in tokenizer.apply_chat_template(chats, tokenize=False, **_text_arguments(options))]
+    except Exception:
+        rendered = [_rendered(tokenizer, prompt, chat, options) for prompt, chat in zip(prompts, chats, strict=True)]
+        chats, texts = [chat for chat, _ in rendered], [text for _, text in rendered]
     if sanitize:
-        return rows
+        arguments = {**_arguments(options), "return_dict": False}
+        return [[*map(int, tokenizer.apply_chat_template(chat, **arguments))] for chat in chats]
     rows = [list(row) for row in tokenizer(texts, add_special_tokens=False)["input_ids"]]
     if tokenizer not in _warned:
         known = {str(tokenizer.convert_ids_to_tokens(i)): i for i in _ends(tokenizer, eos) | _template_tokens(tokenizer)}
@@ -206,6 +197,22 @@ def _encode_chats(
             said = "\n".join(message["content"] for message in prompt.messages or ())
             _warn_of_special_tokens(tokenizer, prompt, [i for token, i in known.items() if token in said])
     return rows
+
+
+def _rendered(tokenizer: PreTrainedTokenizerBase, prompt: Prompt, chat: Chat, options: Mapping[str, Any]) -> tuple[Chat, str]:
+    try:
+        _check_template(tokenizer, options)
+        return _first_that_renders(tokenizer, chat, options)
+    except OpdlabError as error:
+        raise OpdlabError(f"Prompt {name_of(prompt)} is a chat, but {error}") from error.__cause__
+
+
+def _check_template(tokenizer: PreTrainedTokenizerBase, options: Mapping[str, Any]) -> None:
+    if not tokenizer.chat_template and "chat_template" not in options:
+        raise OpdlabError(
+            "there is no chat template in the tokenizer. Give plain texts (Prompt(text)), set tokenizer.chat_template, or load "
+            "the policy with the tokenizer of a chat model: Policy.load(…, tokenizer=…)."
+        )
 
 
 def _first_that_renders(tokenizer: PreTrainedTokenizerBase, chat: Chat, options: Mapping[str, Any]) -> tuple[Chat, str]:
@@ -250,9 +257,12 @@ def _with_neighbours_joined(chat: Chat) -> Chat:
 
 
 def _apply(tokenizer: PreTrainedTokenizerBase, chat: Chat, options: Mapping[str, Any]) -> str:
-    arguments = _arguments(options)
-    arguments.pop("sanitize_control_tokens", None)  # a matter of tokens, not of text
-    return str(tokenizer.apply_chat_template(chat, tokenize=False, **arguments))
+    return str(tokenizer.apply_chat_template(chat, tokenize=False, **_text_arguments(options)))
+
+
+def _text_arguments(options: Mapping[str, Any]) -> dict[str, Any]:
+    """The arguments that matter for the text."""
+    return {name: value for name, value in _arguments(options).items() if name != "sanitize_control_tokens"}
 
 
 def _arguments(options: Mapping[str, Any]) -> dict[str, Any]:
@@ -274,7 +284,7 @@ def _ends(tokenizer: PreTrainedTokenizerBase, eos: Collection[int]) -> set[int]:
 
 
 def _template_tokens(tokenizer: PreTrainedTokenizerBase) -> set[int]:
-    """The special tokens that the chat template writes around messages."""
+    """The tokens of their own (special or added) that the chat template writes around messages."""
     if not tokenizer.chat_template:
         return set()
     turns = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}, {"role": "user", "content": "c"}]
@@ -282,7 +292,8 @@ def _template_tokens(tokenizer: PreTrainedTokenizerBase) -> set[int]:
         ids = tokenizer(_apply(tokenizer, turns, {}), add_special_tokens=False)["input_ids"]
     except Exception:
         return set()
-    return set(ids) & set(tokenizer.all_special_ids) - {tokenizer.unk_token_id}
+    added = {i for token, i in tokenizer.get_added_vocab().items() if not token.isspace()}  # Gemma adds line breaks
+    return set(ids) & (added | set(tokenizer.all_special_ids)) - {tokenizer.unk_token_id}
 
 
 def _warn_of_special_tokens(tokenizer: PreTrainedTokenizerBase, prompt: Prompt, ids: Sequence[int]) -> None:

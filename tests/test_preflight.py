@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 
 from opdlab import Prompt, Task, distill, tasks
@@ -64,6 +66,21 @@ def test_a_missing_hint_is_found_wherever_it_is(pair):
     task = tasks.from_records(records(hint=None), test=0)
     with pytest.raises(MissingHint, match=r"Prompt 'r7' has no hint, but '.*hint' reads hints\. Give every prompt a hint="):
         distill(pair[0], None, task, method=SelfDistillation(), **OPTIONS)
+
+
+def test_what_many_prompts_lack_is_counted(pair):
+    task = tasks.from_records([{"prompt": f"ana {i}", "id": f"r{i}"} for i in range(9)], test=0)
+    with pytest.raises(MissingHint, match=r"Prompt 'r0' has no hint \(nor have 'r1', 'r2', 'r3', 'r4', …: 9 of 9 prompts\), but"):
+        distill(pair[0], None, task, method=SelfDistillation(), **OPTIONS)
+
+
+def test_held_out_prompts_are_checked_where_they_are_evaluated(pair):
+    made = records()
+    task = tasks.from_records(made, test=4, max_new_tokens=4)
+    task = replace(task, pool={**task.pool, "test": [Prompt(many("ana", 40), answer="1", id="late")]})
+    assert distill(*pair, task, **OPTIONS).done == 0
+    with pytest.raises(ContextTooLong, match="Prompt 'late' has 40 tokens for the policy 'student'"):
+        distill(*pair, task, **OPTIONS, evaluate_every=1)
 
 
 @pytest.mark.parametrize("answer", [None, "", " "])

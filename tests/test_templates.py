@@ -207,17 +207,19 @@ def test_spelled_tokens_are_read_letter_by_letter_on_request(make_policy, bytes_
 # Lists of prompts.
 
 
-def test_one_prompt_and_plain_texts_are_lists_of_prompts(student):
-    want = student.sample([Prompt("ana has")], max_new_tokens=4, seed=1).completions()
-    for prompts in (Prompt("ana has"), "ana has", ["ana has"], (Prompt("ana has"),), iter([Prompt("ana has")])):
-        assert student.sample(prompts, max_new_tokens=4, seed=1).completions() == want
-    assert written(student, "ana has", ["total"]).prompts == (Prompt("ana has"),)
+def test_one_prompt_is_a_list_of_prompts(student):
+    want = student.encode_all([Prompt("ana has")])
+    for prompts in (Prompt("ana has"), (Prompt("ana has"),), iter([Prompt("ana has")])):
+        assert student.encode_all(prompts) == want
+    assert written(student, Prompt("ana has"), ["total"]).prompts == (Prompt("ana has"),)
 
 
-@pytest.mark.parametrize("prompts", [None, 7, b"ana", {"prompt": "ana"}, [{"prompt": "ana"}], [None]])
+@pytest.mark.parametrize("prompts", [None, 7, b"ana", "ana", ["ana"], {"prompt": "ana"}, [{"prompt": "ana"}], [None]])
 def test_what_is_no_prompt_is_refused(student, prompts):
-    with pytest.raises(InvalidValue, match=r"Prompts are a list of opdlab\.Prompt|Prompt 0 is .*opdlab\.tasks\.from_records reads data"):
-        student.sample(prompts)
+    with pytest.raises(InvalidValue, match=r"encode_all got prompts"):
+        student.encode_all(prompts)
+    with pytest.raises(InvalidValue, match=r"encode got prompt"):
+        student.encode(prompts)
 
 
 def test_a_context_that_makes_no_prompt_is_refused(student):

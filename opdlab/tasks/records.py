@@ -41,7 +41,7 @@ def read_prompts(records: Any) -> list[Prompt]:
         InvalidValue: They are something else, or a record cannot be understood. The message names its number and column.
         OpdlabError: The file cannot be read. The message names the line.
     """
-    prompts = []
+    prompts: list[Prompt] = []
     numbers_of_ids: dict[str, int] = {}
     unread: dict[str, None] = {}
     answers_twice = 0
@@ -308,10 +308,8 @@ def _answer(value: Any) -> str:
 
 def _id(value: Any) -> str:
     """A name: a text or a whole number, which pandas may have made a float."""
-    if isinstance(value, (numbers.Real, Decimal)) and not isinstance(value, bool):
-        whole: Any = value
-        if whole == int(whole):
-            return str(int(whole))
+    if isinstance(value, (numbers.Integral, float, Decimal)) and not isinstance(value, bool) and value == int(value):
+        return str(int(value))
     if not isinstance(value, str):
         raise InvalidValue(f"the id is {shortened(value)}. Use a text or a whole number")
     return value

@@ -253,7 +253,9 @@ def _by_answer(prompts: Sequence[Prompt], name: str) -> Callable[[Prompt, str], 
 
     def any_answer(prompt: Prompt, text: str) -> float:
         """The best score of `same_answer` among the answers that the prompt comes with."""
-        known = answers.get(question_of(prompt), {prompt.answer or ""})
+        known = answers.get(question_of(prompt))
+        if not known:
+            return same_answer(prompt, text)
         return max(same_answer(replace(prompt, answer=answer), text) for answer in known)
 
     return any_answer
