@@ -15,6 +15,12 @@ SOURCES = sorted((ROOT / "opdlab").rglob("*.py"))
 FLOORS = [
     {"errors", "generator", "divergence", "progress", "interrupts", "validation", "written_text"},
     {
+        "precision",
+        "recomputation",
+        "adapter_layers",
+        "adapter_options",
+        "adapters",
+        "loading",
         "head",
         "policy",
         "rollout",
@@ -36,6 +42,7 @@ FLOORS = [
     {"methods", "roles"},
     {
         "evaluate",
+        "trainable",
         "checkpoint",
         "distill",
         "snapshots",
