@@ -14,6 +14,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from opdlab import adapters
 from opdlab.adapted_layers import incompatible_layers, warn_about_unreached_weights
+from opdlab.adapter_options import configuration, special_linear_layers
 from opdlab.compatibility import check_rotary, find_abilities, warn_about
 from opdlab.errors import InvalidValue, OpdlabError
 from opdlab.head import Head
@@ -114,9 +115,9 @@ class Weights:
         """
         validate("adapt", {"seed": seed}, {"seed": Seed})
         if targets == "all-linear" and not isinstance(options.get("exclude_modules"), str):
-            special = [*adapters.special_linear_layers(self.model), *incompatible_layers(self.model)]
+            special = [*special_linear_layers(self.model), *incompatible_layers(self.model)]
             options["exclude_modules"] = [*(options.get("exclude_modules") or []), *special] or None
-        config = adapters.configuration(rank, alpha, targets, options)
+        config = configuration(rank, alpha, targets, options)
         name = self._add(name, lambda new: self._make(new, config, seed))
         if targets == "all-linear":
             warn_about_unreached_weights(self.model)
