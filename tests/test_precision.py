@@ -43,7 +43,8 @@ def test_plan_and_loss_see_the_same_numbers(precision, lora, make_policy):
     method = Looking()
     student, teacher = make_policy(0), make_policy(1)
     run = opd.distill(student, teacher, TASK, method=method, steps=2, batch=3, lora=lora, lr=0.01, precision=precision, quiet=True).train()
-    assert method.differences == [0.0] * 4
+    assert len(method.differences) >= 4  # the engine calls a loss more than once to check it
+    assert set(method.differences) == {0.0}
     assert method.written < (1e-4 if precision == "no" else 0.2)  # the cache adds up in another order
     assert method.arithmetic == (torch.float32, pytest.approx(2e-4, rel=1e-3))  # bfloat16 would say 0.0002 only roughly
     assert {p.grad.dtype for p in run.parameters.values()} == {torch.float32}
@@ -75,3 +76,10 @@ def test_entropies_of_draws_are_float32_under_autocast():
 def test_float16_is_refused_early(make_model, words):
     with pytest.raises(InvalidValue, match=r"LlamaForCausalLM is in float16.*dtype=torch\.bfloat16"):
         Policy.of(make_model(70, dtype=torch.float16), words)
+
+
+@pytest.mark.parametrize("precision", ["fp16", "float16", "16", None, True, "BF16"])
+def test_other_precisions_are_refused(precision, make_policy):
+    student = make_policy(0)
+    with pytest.raises(InvalidValue, match="precision"):
+        opd.distill(student, make_policy(1), TASK, precision=precision)
