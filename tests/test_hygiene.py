@@ -14,7 +14,8 @@ SOURCES = sorted((ROOT / "opdlab").rglob("*.py"))
 # Each module imports only from its own floor and those below (imports inside functions and for typing aside).
 FLOORS = [
     "errors progress interrupts intervals validation expect needs written_text writers tensor_files generator divergence",
-    "precision fingerprints tokens alignment vocabulary forward continuation head compatibility adapter_layers adapter_options adapted_layers adapters loading weights",
+    "precision fingerprints tokens alignment vocabulary forward continuation head compatibility "
+    "adapter_layers adapter_options adapted_layers adapters loading weights",
     "prompt templates same_tokens policy recomputation model_files turns own_teacher rollout settings",
     "partial loss_contract not_finite rows signals columns batch measures trace preflight",
     "tasks teachers roles trainable profiles",
