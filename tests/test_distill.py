@@ -361,7 +361,7 @@ def test_a_truncated_completion_is_trained_on_and_counted(market):
 def test_an_empty_completion_is_counted_and_harmless(market):
     student, teacher, task = market
     run = small(student, teacher, task, method=SFT(), steps=1)
-    run.student.weights.tokenizer.eos_token = None
+    run.student.weights.eos = frozenset()  # a policy whose texts have no end
     inner = run.task.draw
     object.__setattr__(run.task, "draw", lambda n, seed, split: [opd.Prompt(messages=p.messages, answer="" if i else p.answer, id=p.id)
                                                                for i, p in enumerate(inner(n, seed, split))])  # fmt: skip
