@@ -4,9 +4,15 @@ from __future__ import annotations
 
 import warnings
 
+import torch
 from peft import LoraConfig
 from peft.tuners import tuners_utils
 from torch import nn
+from transformers import PreTrainedModel
+
+from opdlab.compatibility import ordinary_tokens
+from opdlab.forward import backbone, run_backbone
+from opdlab.vocabulary import vocabulary_rows
 
 SHARE_TOLD = 0.1  # of the model's weights; smaller parts (a recurrence's decay, a router) are not worth a warning
 
@@ -24,6 +30,25 @@ def incompatible_layers(model: nn.Module) -> list[str]:
         except ValueError:
             refused.append(name)
     return refused
+
+
+@torch.no_grad()
+def unused_layers(model: PreTrainedModel) -> list[str]:
+    """Paths of the linear layers in parts that plain text never enters, as an image encoder: they could not learn."""
+    inner = backbone(model)
+    parts = [part for part in inner.children() if any(isinstance(layer, nn.Linear) for layer in part.modules())]
+    if len(parts) < 2:
+        return []
+    entered: set[nn.Module] = set()
+    modules = {module for part in parts for module in part.modules()}
+    hooks = [module.register_forward_pre_hook(lambda module, _: entered.add(module)) for module in modules]
+    try:
+        run_backbone(model, torch.tensor([ordinary_tokens(model, vocabulary_rows(model), 4)], device=model.device))
+    finally:
+        for hook in hooks:
+            hook.remove()
+    unused = {layer for part in parts if not entered.intersection(part.modules()) for layer in part.modules()}
+    return [path for path, layer in model.named_modules() if layer in unused and isinstance(layer, nn.Linear)]
 
 
 def unreached_weights(model: nn.Module) -> dict[str, int]:

@@ -5,8 +5,10 @@ from __future__ import annotations
 import dataclasses
 from typing import Any, get_type_hints
 
+import torch
 from peft import LoraConfig, PeftType
-from torch import nn
+from torch import Tensor, nn
+from torch.nn import functional
 
 from opdlab.errors import InvalidValue
 from opdlab.validation import Count, Flag, Positive, Text, shortened, validate
@@ -96,7 +98,19 @@ def special_linear_layers(model: nn.Module) -> list[str]:
         if isinstance(module, nn.Linear)
         and type(module).forward is not nn.Linear.forward
         and type(module).__module__.startswith("transformers.models")
+        and not _is_plain(module)
     ]
+
+
+@torch.no_grad()
+def _is_plain(layer: nn.Linear) -> bool:
+    """Whether a linear layer with a `forward` of its own (as Falcon's) computes what any linear layer does."""
+    some = torch.ones(2, layer.in_features, device=layer.weight.device, dtype=layer.weight.dtype)
+    try:
+        out = layer(some)
+    except Exception:
+        return False
+    return isinstance(out, Tensor) and torch.allclose(out, functional.linear(some, layer.weight, layer.bias), rtol=0.02, atol=1e-4)
 
 
 def unused_settings(model: nn.Module, config: LoraConfig, said: list[str], has_patterns: bool) -> list[str]:

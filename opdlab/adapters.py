@@ -110,6 +110,7 @@ def add(model: nn.Module, name: str, config: LoraConfig) -> None:
         InvalidValue: PEFT cannot put it on this model. The model is as it was.
     """
     has_patterns = bool(config.rank_pattern or config.alpha_pattern)  # PEFT adds its own for fused experts
+    asked = copy.copy(config)
     with warnings.catch_warnings(record=True) as said:
         warnings.simplefilter("always")
         try:
@@ -117,7 +118,12 @@ def add(model: nn.Module, name: str, config: LoraConfig) -> None:
         except Exception as error:  # whatever PEFT or the model's layers say to these options
             remove(model, name)
             raise InvalidValue(f"{type(model).__name__} cannot take this LoRA: {error}") from error
-    if unused := unused_settings(model, config, [str(warning.message) for warning in said], has_patterns):
+    messages = [str(warning.message) for warning in said]
+    if asked.target_modules == "all-linear" and not asked.target_parameters:
+        # PEFT adds settings for fused experts, which a model with dense layers only does not have.
+        messages = [message for message in messages if "no parameter was" not in message]
+        config = asked
+    if unused := unused_settings(model, config, messages, has_patterns):
         remove(model, name)
         raise InvalidValue(
             f"Some settings of the LoRA fit nothing in {type(model).__name__}: {'; '.join(unused)}. Use names as in "

@@ -148,7 +148,7 @@ class _Check:
         length = min(SHORTEST_SHARED_PREFIX + 5, longest or SHORTEST_SHARED_PREFIX + 5)
         self.alike = max(1, length - 5)  # tokens that the first two texts share
         self.steps = min(3, length - self.alike)  # tokens that are sampled
-        tokens = _ordinary_tokens(model, head.rows, 3 * length)
+        tokens = ordinary_tokens(model, head.rows, 3 * length)
         first, other, third = tokens[:length], tokens[length : 2 * length], tokens[2 * length :]
         self.rows = [first, [*first[: self.alike], *other][: length - 2], third[: max(1 + self.steps, length // 2)]]
         try:
@@ -224,7 +224,7 @@ def _is_filled(cache: DynamicCache) -> bool:
     return False
 
 
-def _ordinary_tokens(model: PreTrainedModel, rows: int, count: int) -> list[int]:
+def ordinary_tokens(model: PreTrainedModel, rows: int, count: int) -> list[int]:
     """Made-up ids without those that a configuration gives a meaning (padding, an image's place)."""
     config = model.config
     special: set[Any] = set()

@@ -13,7 +13,7 @@ from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from opdlab import adapters
-from opdlab.adapted_layers import incompatible_layers, warn_about_unreached_weights
+from opdlab.adapted_layers import incompatible_layers, unused_layers, warn_about_unreached_weights
 from opdlab.adapter_options import configuration, special_linear_layers
 from opdlab.compatibility import check_rotary, find_abilities, warn_about
 from opdlab.errors import InvalidValue, OpdlabError
@@ -101,8 +101,8 @@ class Weights:
             name: Its name; made up by default.
             rank: Rank of the matrices.
             alpha: The update is scaled by `alpha / rank`; twice the rank by default.
-            targets: "all-linear" (all linear layers but the head and the routers of some mixtures of experts), names of layers,
-                or a regular expression over them.
+            targets: "all-linear" (all linear layers but the head, the routers of some mixtures of experts, and parts that
+                text does not enter, as image encoders), names of layers, or a regular expression over them.
             seed: Of its initial weights.
             options: Other fields of `peft.LoraConfig`, as `use_dora=True`, `use_rslora=True`, `modules_to_save=["lm_head"]`,
                 `rank_pattern={…}`.
@@ -115,7 +115,7 @@ class Weights:
         """
         validate("adapt", {"seed": seed}, {"seed": Seed})
         if targets == "all-linear" and not isinstance(options.get("exclude_modules"), str):
-            special = [*special_linear_layers(self.model), *incompatible_layers(self.model)]
+            special = [*special_linear_layers(self.model), *incompatible_layers(self.model), *unused_layers(self.model)]
             options["exclude_modules"] = [*(options.get("exclude_modules") or []), *special] or None
         config = configuration(rank, alpha, targets, options)
         name = self._add(name, lambda new: self._make(new, config, seed))

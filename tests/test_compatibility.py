@@ -7,7 +7,16 @@ import warnings
 
 import pytest
 import torch
-from transformers import AutoModelForCausalLM, BertConfig, BertGenerationConfig, LlamaConfig, LlamaForCausalLM
+from transformers import (
+    AutoModelForCausalLM,
+    AutoModelForImageTextToText,
+    BertConfig,
+    BertGenerationConfig,
+    LlamaConfig,
+    LlamaForCausalLM,
+    LlavaConfig,
+    SiglipVisionConfig,
+)
 
 from opdlab import Policy, Prompt
 from opdlab.compatibility import find_abilities
@@ -188,6 +197,19 @@ def test_a_lora_that_reaches_the_model_is_no_news(family, make_policy):
         policy = make_policy(0, family=family, **REACHED[family])
         warnings.filterwarnings("error", "The LoRA")
         policy.adapt(rank=2)
+
+
+def test_an_image_encoder_gets_no_adapter_and_the_text_does(words):
+    text = LlamaConfig(vocab_size=len(words), hidden_size=32, intermediate_size=32, num_hidden_layers=1, num_attention_heads=2,
+                       initializer_range=0.4)  # fmt: skip
+    sees = SiglipVisionConfig(
+        hidden_size=32, intermediate_size=32, num_hidden_layers=1, num_attention_heads=2, image_size=28, patch_size=14
+    )
+    policy = Policy.of(AutoModelForImageTextToText.from_config(LlavaConfig(text_config=text, vision_config=sees)), words, eos=[1])
+    assert_right(policy)
+    names = policy.weights.adapter_state(policy.adapt(rank=2).adapter)
+    assert len(names) == 2 * 7  # the matrices of one layer's attention and MLP
+    assert all("language_model" in name for name in names)
 
 
 def test_layers_that_a_family_reads_without_calling_them_get_no_adapter(make_policy):

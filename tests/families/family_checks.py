@@ -13,7 +13,7 @@ from torch import Tensor
 
 import opdlab as opd
 from opdlab import Policy, Prompt
-from opdlab.errors import UnsupportedModel
+from opdlab.errors import InvalidValue, UnsupportedModel
 from opdlab.rollout import Rollout
 from opdlab.rows import States, gradient
 from opdlab.tasks.market import tokenizers as market
@@ -24,6 +24,10 @@ APART = [Prompt("ana has 4 7 apples"), Prompt("ben"), Prompt("cleo has 2 pears b
 ALIKE = [Prompt(RULE + prompt.text) for prompt in APART]
 CLOSE = {"rtol": 1e-3, "atol": 1e-3}  # nats; rounding of these sharp models stays below a tenth of it
 MLP = ("mlp", "ffn", "feed_forward", "expert", "moe", "fc", "dense_", "gate_proj", "up_proj", "down_proj", "w1", "w2", "w3", "c_proj")
+
+
+class Refused(Exception):
+    """opdlab refuses, in words, what a check asks."""
 
 
 class Family:
@@ -146,8 +150,12 @@ def full_training(family: Family) -> None:
 
 
 def checkpointing(family: Family) -> None:
-    """Gradient checkpointing changes no number."""
-    runs = [train(family, lora=2, checkpointing=on) for on in (False, True)]
+    """Gradient checkpointing changes no number, or is refused."""
+    try:
+        again = train(family, lora=2, checkpointing=True)
+    except InvalidValue as error:
+        raise Refused(str(error)) from error
+    runs = [train(family, lora=2), again]
     for key in ("loss", "grad_norm"):
         torch.testing.assert_close(torch.tensor(runs[0].history[key]), torch.tensor(runs[1].history[key]), rtol=1e-3, atol=1e-4)
 

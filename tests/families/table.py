@@ -11,7 +11,7 @@ from pathlib import Path
 
 import torch
 import transformers
-from family_checks import CHECKS, Family, make
+from family_checks import CHECKS, Family, Refused, make
 from family_zoo import FAMILIES
 
 HEAD = """# Model families
@@ -77,6 +77,8 @@ def check(name: str, folder: Path) -> tuple[str, int]:
         try:
             test(family)
             cells.append("✓")
+        except Refused:
+            cells.append("refused")
         except Exception as error:
             faults += 1
             cells.append("**wrong**")
