@@ -21,6 +21,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from opdlab import adapters
 from opdlab.errors import ContextTooLong, EmptyPrompts, InvalidValue
 from opdlab.expect import expect_prompts
+from opdlab.fingerprints import adapter_digest
 from opdlab.forward import last_hidden
 from opdlab.head import Head
 from opdlab.loading import load_model, load_tokenizer
@@ -264,14 +265,17 @@ class Policy:
             options: `alpha`, `targets`, `seed` and further fields of `peft.LoraConfig`; see `Weights.add_lora`.
 
         Raises:
-            InvalidValue: The policy looks through an adapter already, or the options make no LoRA for this model.
+            InvalidValue: The policy looks through an adapter that was trained, or the options make no LoRA for this model.
         """
-        if self.adapter is not None:
+        # An adapter that changes nothing yet can be replaced: a notebook's cell that is run twice loses nothing.
+        if self.adapter is not None and adapter_digest(self.weights, self.adapter) is not None:
             raise InvalidValue(
                 f"adapt would put a new LoRA in the place of the adapter {self.adapter!r}, which this policy looks through. "
                 "Train that one on as it is, or stack a new one on it: policy.merged().adapt(…)."
             )
-        self._adapter.name = self.weights.add_lora(rank=rank, **options)
+        replaced, self._adapter.name = self.adapter, self.weights.add_lora(rank=rank, **options)
+        if replaced is not None:
+            self.weights.drop_adapter(replaced, self.weights.config_of(replaced))
         return self
 
     @property

@@ -161,6 +161,15 @@ def test_another_rank_than_the_adapters_is_refused(make_model, words):
         student.adapt(4)
 
 
+def test_a_fresh_adapter_may_be_made_again(make_policy, perturb):
+    policy = make_policy(0).adapt(4).adapt(2)  # a notebook's cell that is run twice
+    assert policy.weights.config_of(policy.adapter).r == 2
+    perturb(policy)
+    with pytest.raises(InvalidValue, match="new LoRA in the place of the adapter"):
+        policy.adapt(4)
+    assert policy.weights.config_of(policy.adapter).r == 2
+
+
 def test_all_weights_of_a_merged_student_can_be_trained(make_model, words, prompts):
     first = Policy.of(adapted(make_model, target_modules="all-linear"), words)
     rollout = first.sample(prompts, max_new_tokens=5)
