@@ -11,7 +11,7 @@ from pathlib import Path
 
 import torch
 import transformers
-from family_checks import CHECKS, Family, Refused, make
+from family_checks import CHECKS, Elsewhere, Family, Refused, make
 from family_zoo import FAMILIES
 
 HEAD = """# Model families
@@ -26,8 +26,9 @@ Which families of transformers {version} opdlab is right for, measured by `make 
 - **LoRA steps**: two steps move adapters in attention (or its stand-in) and, where it has linear layers, in the MLP
 - **teacher = student**: the loss is zero
 - **full training**: a step on all weights
-- **checkpointing**: gradient checkpointing changes no number
-- **PEFT file**: PEFT reads the adapter and gives the same log-probs
+- **checkpointing**: gradient checkpointing changes no number, or is refused for a family that does not support it
+- **PEFT file**: PEFT reads the adapter and gives the same log-probs ("not in PEFT": PEFT does not read back what it saves itself;
+  `opdlab.resume` does)
 
 "Without" names shortcuts that would change the family's numbers and are not taken; opdlab warns of them when the policy is
 made. A refused family is refused at that moment, with the reason given. The families in the table are examples: opdlab has no
@@ -79,6 +80,8 @@ def check(name: str, folder: Path) -> tuple[str, int]:
             cells.append("✓")
         except Refused:
             cells.append("refused")
+        except Elsewhere:
+            cells.append("not in PEFT")
         except Exception as error:
             faults += 1
             cells.append("**wrong**")
