@@ -27,6 +27,8 @@ from torch import Tensor
 from opdlab.diagnose.probe import ask, grade, render, write
 from opdlab.divergence import forward_kl, reverse_kl
 from opdlab.errors import MissingPolicy, OpdlabError
+from opdlab.exact.table import Table
+from opdlab.expect import expect_policy
 from opdlab.policy import Policy, Prompt
 from opdlab.rollout import Rollout, sample
 from opdlab.tasks import Task
@@ -82,13 +84,16 @@ class Exposure:
 
 
 @validate_arguments
-def exposure(student: Policy, teacher: Policy, task: Task | None = None, *, prompts: Unchecked[int | Sequence[Prompt]] = 64,
+def exposure(student: Unchecked[Policy], teacher: Unchecked[Policy], task: Task | None = None, *, prompts: Unchecked[int | Sequence[Prompt]] = 64,
              n: Count = 1, at: Sequence[CountOrZero] | None = None, seed: Seed = 0,
              max_new_tokens: Count | None = None) -> Exposure:  # fmt: skip
     """All three readings, on `n` answers of each side to each prompt at temperature 1.
 
     at: lengths L of the probe; by default five from 0 to the student's usual length. Raises TokenizerMismatch.
     """
+    for name, policy in (("student", student), ("teacher", teacher)):
+        if not isinstance(policy, Table):
+            expect_policy(policy, "exposure", name)
     asked = ask(task, prompts, seed)
     own, other = (write(policy, task, asked, n, seed, max_new_tokens=max_new_tokens) for policy in (student, teacher))
     mine, theirs = (kls(student, teacher, rollout) for rollout in (own, other))

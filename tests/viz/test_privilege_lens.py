@@ -93,5 +93,5 @@ def test_what_is_not_there_is_named():
     trace = made([b"a"], ("student", "teacher"))
     with pytest.raises(MissingPolicy, match=r"no policy 'teacher\+hint'; it has student, teacher. Make it with opdlab.score"):
         PrivilegeLens(trace)
-    with pytest.raises(OpdlabError, match="no row of completion 4, only of 0"):
+    with pytest.raises(OpdlabError, match="The trace has no completion 4; it has 1"):
         PrivilegeLens(made([b"a"], POLICIES), sample=4)
