@@ -84,8 +84,8 @@ class Exposure:
 
 
 @validate_arguments
-def exposure(student: Unchecked[Policy], teacher: Unchecked[Policy], task: Task | None = None, *, prompts: Unchecked[int | Sequence[Prompt]] = 64,
-             n: Count = 1, at: Sequence[CountOrZero] | None = None, seed: Seed = 0,
+def exposure(student: Unchecked[Policy], teacher: Unchecked[Policy], task: Task | None = None, *,
+             prompts: Unchecked[int | Sequence[Prompt]] = 64, n: Count = 1, at: Sequence[CountOrZero] | None = None, seed: Seed = 0,
              max_new_tokens: Count | None = None) -> Exposure:  # fmt: skip
     """All three readings, on `n` answers of each side to each prompt at temperature 1.
 
