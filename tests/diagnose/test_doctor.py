@@ -104,8 +104,8 @@ def test_a_teacher_that_stops_elsewhere_or_reads_another_form_is_seen():
     assert "accept it with probability 0.00" in check(found, "stopping").finding
 
     class Elsewhere(Policy):
-        def encode(self, prompt):
-            return super().encode(prompt)[:-1]
+        def encode_unchecked(self, prompts):
+            return [row[:-1] for row in super().encode_unchecked(prompts)]
 
     found = doctor(model("student"), Elsewhere(model("teacher").weights), MARKET, **QUICK)
     assert check(found, "first token").state == "warn"
