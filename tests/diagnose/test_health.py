@@ -83,8 +83,8 @@ def test_a_teacher_that_reads_another_template_is_seen_at_the_first_token():
     class Elsewhere(Policy):
         """Leaves out the marker after which an answer begins."""
 
-        def encode(self, prompt):
-            return super().encode(prompt)[:-1]
+        def encode_unchecked(self, prompts):
+            return [row[:-1] for row in super().encode_unchecked(prompts)]
 
     watch = watched("student", Elsewhere(model("teacher").weights), steps=3)
     assert signatures(watch) == ["EOS or template mismatch"]

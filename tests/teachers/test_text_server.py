@@ -245,7 +245,7 @@ def test_bad_questions_are_errors(wire):
             one.write(PROMPTS, **{name: value})
     with pytest.raises(errors.InvalidValue, match=r"write got 0 prefixes for 3 prompts\. Use one each"):
         one.write(PROMPTS, prefixes=[])
-    with pytest.raises(errors.InvalidValue, match=r"holds '\\ud800', half of a character"):
+    with pytest.raises(errors.InvalidValue, match=r"holds the lone surrogate U\+D800 at character 1"):
         one.write([Prompt("a\ud800b")])
     with pytest.raises(errors.EmptyPrompts):
         teacher(url).write([])
