@@ -16,17 +16,20 @@ import torch
 from torch import Tensor
 
 from benchmarks.workload import STUDENT, TEACHER, VOCAB, device, measured
-from opdlab import divergence, signals
-from opdlab.head import Head
-from opdlab.rows import Rows, States, gradient
+from opdlab import losses
+from opdlab.engine import signals
+from opdlab.engine.passes import gradient
+from opdlab.engine.rows import Rows
+from opdlab.models.graded import States
+from opdlab.models.head import Head
 
 TOKENS, ITERATIONS = 1024, 4  # the first iteration is a warm-up
 
 LOSSES: dict[str, Callable[[Rows], Tensor]] = {
     "own function": lambda rows: (rows.student.exp() * (rows.student - rows.teacher)).sum(-1),
-    "reverse_kl": lambda rows: divergence.reverse_kl(rows.student, rows.teacher),
-    "jensen_shannon": lambda rows: divergence.jensen_shannon(rows.student, rows.teacher),
-    "forward_kl": lambda rows: divergence.forward_kl(rows.student, rows.teacher),
+    "reverse_kl": lambda rows: losses.reverse_kl(rows.student, rows.teacher),
+    "jensen_shannon": lambda rows: losses.jensen_shannon(rows.student, rows.teacher),
+    "forward_kl": lambda rows: losses.forward_kl(rows.student, rows.teacher),
 }
 BETA = {"forward_kl": 0.0, "jensen_shannon": 0.5, "reverse_kl": 1.0}  # TRL's names for them
 
@@ -43,17 +46,34 @@ class Case:
 
     @property
     def name(self) -> str:
-        parts = [self.side, self.loss, "trainable" if self.trainable else "frozen", str(self.tokens), *["watched"] * self.watch]
+        parts = [
+            self.side,
+            self.loss,
+            "trainable" if self.trainable else "frozen",
+            str(self.tokens),
+            *["watched"] * self.watch,
+        ]
         return "/".join(parts)
 
 
-CASES = {case.name: case for case in [
-    *(Case(side, trainable=t) for t in (True, False) for side in ("products", "opdlab", "full logits", "trl")),
-    *(Case("opdlab", "own function", t) for t in (True, False)),
-    *(Case("opdlab", trainable=t, watch=True) for t in (True, False)),
-    *(Case(side, loss) for loss in ("jensen_shannon", "forward_kl") for side in ("opdlab", "trl")),
-    *(Case(side, tokens=n) for n in (256, 4096) for side in ("opdlab", "trl")),
-]}  # fmt: skip
+CASES = {
+    case.name: case
+    for case in [
+        *(
+            Case(side, trainable=t)
+            for t in (True, False)
+            for side in ("products", "opdlab", "full logits", "trl")
+        ),
+        *(Case("opdlab", "own function", t) for t in (True, False)),
+        *(Case("opdlab", trainable=t, watch=True) for t in (True, False)),
+        *(
+            Case(side, loss)
+            for loss in ("jensen_shannon", "forward_kl")
+            for side in ("opdlab", "trl")
+        ),
+        *(Case(side, tokens=n) for n in (256, 4096) for side in ("opdlab", "trl")),
+    ]
+}
 
 
 @dataclass
@@ -69,22 +89,37 @@ class Problem:
     def of(cls, case: Case) -> Problem:
         torch.manual_seed(0)
         h, g = STUDENT["hidden_size"], TEACHER["hidden_size"]
-        shapes, scales = [(case.tokens, h), (case.tokens, g), (VOCAB, h), (VOCAB, g)], [1.0, 1.0, 0.02, 0.02]
-        student, teacher, head, other = (s * torch.randn(*shape, device=device()) for shape, s in zip(shapes, scales, strict=True))
+        shapes, scales = (
+            [(case.tokens, h), (case.tokens, g), (VOCAB, h), (VOCAB, g)],
+            [1.0, 1.0, 0.02, 0.02],
+        )
+        student, teacher, head, other = (
+            s * torch.randn(*shape, device=device())
+            for shape, s in zip(shapes, scales, strict=True)
+        )
         return cls(student.requires_grad_(), teacher, head.requires_grad_(case.trainable), other)
 
     def solve(self, case: Case) -> float:
         """The mean divergence; its gradients are left in `.grad`."""
         self.student.grad = self.student_head.grad = None
-        solvers = {"opdlab": self._opdlab, "trl": self._trl, "full logits": self._full, "products": self._products}
+        solvers = {
+            "opdlab": self._opdlab,
+            "trl": self._trl,
+            "full logits": self._full,
+            "products": self._products,
+        }
         return solvers[case.side](case).item()
 
     def _opdlab(self, case: Case) -> Tensor:
-        states = {"student": States(self.student, Head(self.student_head, None, VOCAB)),
-                  "teacher": States(self.teacher, Head(self.teacher_head, None, VOCAB))}  # fmt: skip
+        states = {
+            "student": States(self.student, Head(self.student_head, None, VOCAB)),
+            "teacher": States(self.teacher, Head(self.teacher_head, None, VOCAB)),
+        }
         token = torch.zeros(case.tokens, dtype=torch.long, device=device())
         weight = torch.full((case.tokens,), 1 / case.tokens, device=device())
-        result = gradient(LOSSES[case.loss], states, token, weight, watch=signals.cheap if case.watch else None)
+        result = gradient(
+            LOSSES[case.loss], states, token, weight, watch=signals.cheap if case.watch else None
+        )
         self.student.grad = result.gradient
         return result.loss.mean()
 
@@ -98,7 +133,10 @@ class Problem:
         return loss
 
     def _full(self, case: Case) -> Tensor:
-        p, q = (self.student @ self.student_head.T).log_softmax(-1), (self.teacher @ self.teacher_head.T).log_softmax(-1)
+        p, q = (
+            (self.student @ self.student_head.T).log_softmax(-1),
+            (self.teacher @ self.teacher_head.T).log_softmax(-1),
+        )
         loss = (p.exp() * (p - q)).sum(-1).mean()
         loss.backward()
         return loss
@@ -109,7 +147,10 @@ class Problem:
         head = self.student_head
         head.grad = torch.zeros_like(head) if case.trainable else None
         for i in range(0, case.tokens, 128):
-            logits, other = self.student[i : i + 128] @ head.T, self.teacher[i : i + 128] @ self.teacher_head.T
+            logits, other = (
+                self.student[i : i + 128] @ head.T,
+                self.teacher[i : i + 128] @ self.teacher_head.T,
+            )
             if head.grad is not None:
                 head.grad.addmm_(logits.T, self.student[i : i + 128])
             logits @ head
@@ -125,7 +166,12 @@ def measure(name: str) -> dict[str, object]:
         with measured() as cost:
             value = problem.solve(case)
         costs.append(cost)
-    return {**asdict(case), "seconds": [c.seconds for c in costs[1:]], "peak_mib": max(c.peak_mib for c in costs), "value": value}
+    return {
+        **asdict(case),
+        "seconds": [c.seconds for c in costs[1:]],
+        "peak_mib": max(c.peak_mib for c in costs),
+        "value": value,
+    }
 
 
 if __name__ == "__main__":

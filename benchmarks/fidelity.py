@@ -36,15 +36,25 @@ def divergence(seed: int, name: str, stop_gradient: bool, steps: int = 60) -> di
     student, teacher, task = opd.load("market")
     before = opd.evaluate(student, task)
     method = opd.OPDPlus(name, stop_gradient=stop_gradient)
-    run = opd.distill(student, teacher, task, method=method, steps=steps, seed=seed, quiet=True).train()
+    run = opd.distill(
+        student, teacher, task, method=method, steps=steps, seed=seed, quiet=True
+    ).train()
     after, last = opd.evaluate(student, task), run.history.tail(10)
-    return {"before": before.accuracy, "accuracy": after.accuracy, "teacher reverse KL": last["reverse_kl"].mean(),
-            "length": float(after.length.mean()), "cut": float(after.cut.mean()), "entropy": last["entropy"].mean()}  # fmt: skip
+    return {
+        "before": before.accuracy,
+        "accuracy": after.accuracy,
+        "teacher reverse KL": last["reverse_kl"].mean(),
+        "length": float(after.length.mean()),
+        "cut": float(after.cut.mean()),
+        "entropy": last["entropy"].mean(),
+    }
 
 
 EXPERIMENTS: Mapping[str, Mapping[str, Arm]] = {
     "opd_plus": {
-        f"{name}, {'stop-gradient' if stop else 'OPD+'}": partial(divergence, name=name, stop_gradient=stop)
+        f"{name}, {'stop-gradient' if stop else 'OPD+'}": partial(
+            divergence, name=name, stop_gradient=stop
+        )
         for name in ("forward_kl", "jensen_shannon", "reverse_kl")
         for stop in (True, False)
     },
@@ -69,11 +79,25 @@ def main(only: tuple[str, ...] = (), seeds: int = 3, workers: int = 2, show: boo
         workers: processes at a time.
         show: print what there is, run nothing.
     """
-    done: dict[str, dict[str, dict[str, Any]]] = json.loads(RESULTS.read_text()) if RESULTS.exists() else {}
-    wanted = [(e, arm, seed) for e, arms in EXPERIMENTS.items() if not only or e in only for arm in arms for seed in range(seeds)]
-    todo = [] if show else [job for job in wanted if str(job[2]) not in done.get(job[0], {}).get(job[1], {})]
+    done: dict[str, dict[str, dict[str, Any]]] = (
+        json.loads(RESULTS.read_text()) if RESULTS.exists() else {}
+    )
+    wanted = [
+        (e, arm, seed)
+        for e, arms in EXPERIMENTS.items()
+        if not only or e in only
+        for arm in arms
+        for seed in range(seeds)
+    ]
+    todo = (
+        []
+        if show
+        else [job for job in wanted if str(job[2]) not in done.get(job[0], {}).get(job[1], {})]
+    )
     os.environ["TOKENIZERS_PARALLELISM"] = "false"
-    with ProcessPoolExecutor(workers, mp_context=get_context("spawn"), max_tasks_per_child=1) as pool:
+    with ProcessPoolExecutor(
+        workers, mp_context=get_context("spawn"), max_tasks_per_child=1
+    ) as pool:
         jobs = {pool.submit(one, *job): job for job in todo}
         for future in as_completed(jobs):
             experiment, arm, seed = jobs[future]
@@ -93,14 +117,20 @@ def write(done: Mapping[str, Any]) -> None:
 
 def table(experiment: str, arms: Mapping[str, Mapping[str, Mapping[str, float]]]) -> Table:
     """Mean over seeds, and the half-width of its 95 % interval (Student's t)."""
-    columns = list(dict.fromkeys(key for seeds in arms.values() for numbers in seeds.values() for key in numbers))
+    columns = list(
+        dict.fromkeys(
+            key for seeds in arms.values() for numbers in seeds.values() for key in numbers
+        )
+    )
     out = Table("arm", "seeds", title=experiment, title_justify="left")
     for column in columns:
         out.add_column(column, justify="right")
     order = [arm for arm in EXPERIMENTS[experiment] if arm in arms]
     for arm in order:
         rows = list(arms[arm].values())
-        out.add_row(arm, str(len(rows)), *(interval([row[c] for row in rows if c in row]) for c in columns))
+        out.add_row(
+            arm, str(len(rows)), *(interval([row[c] for row in rows if c in row]) for c in columns)
+        )
     return out
 
 
@@ -108,7 +138,11 @@ def interval(values: list[float]) -> str:
     if not values:
         return ""
     mean, n = float(np.mean(values)), len(values)
-    half = stats.t.ppf(0.975, n - 1) * float(np.std(values, ddof=1)) / math.sqrt(n) if n > 1 else math.nan
+    half = (
+        stats.t.ppf(0.975, n - 1) * float(np.std(values, ddof=1)) / math.sqrt(n)
+        if n > 1
+        else math.nan
+    )
     return f"{mean:.3f}" + (f" ± {half:.3f}" if n > 1 else "")
 
 

@@ -11,7 +11,13 @@ from opdlab.tasks.market import model
 from opdlab.teachers import TextOnly
 
 STEPS, BATCH = 60, 16  # the scribe writes up to 16 continuations of each of 16 texts a step
-SIZES: dict[str, Any] = {"length": 1, "chunks": 4, "continuations": 4, "similarity": "rouge1", "match_length": True}
+SIZES: dict[str, Any] = {
+    "length": 1,
+    "chunks": 4,
+    "continuations": 4,
+    "similarity": "rouge1",
+    "match_length": True,
+}
 
 
 def omniopd(seed: int, **changes: Any) -> dict[str, float]:
@@ -20,7 +26,9 @@ def omniopd(seed: int, **changes: Any) -> dict[str, float]:
     teacher = TextOnly(model("scribe"))
     before = opd.evaluate(student, task)
     method = opd.OmniOPD(**{**SIZES, **changes}, seed=seed)
-    run = opd.distill(student, teacher, task, method=method, steps=STEPS, batch=BATCH, seed=seed, quiet=True)
+    run = opd.distill(
+        student, teacher, task, method=method, steps=STEPS, batch=BATCH, seed=seed, quiet=True
+    )
     alike, written = [], 0
     for step in run:
         audits = step.notes["audits"]
@@ -28,9 +36,16 @@ def omniopd(seed: int, **changes: Any) -> dict[str, float]:
         written += sum(len(text) for audit in audits for text in audit["continuations"])
     after = opd.evaluate(student, task)
     gain, tenth = after - before, STEPS // 10
-    return {"before": before.accuracy, "accuracy": after.accuracy, "gain, low": gain.low, "gain, high": gain.high,
-            "similarity, first": sum(alike[:tenth]) / tenth, "similarity, last": sum(alike[-tenth:]) / tenth,
-            "teacher characters, k": written / 1000, "entropy": run.history["entropy"].tail(tenth).mean()}  # fmt: skip
+    return {
+        "before": before.accuracy,
+        "accuracy": after.accuracy,
+        "gain, low": gain.low,
+        "gain, high": gain.high,
+        "similarity, first": sum(alike[:tenth]) / tenth,
+        "similarity, last": sum(alike[-tenth:]) / tenth,
+        "teacher characters, k": written / 1000,
+        "entropy": run.history["entropy"].tail(tenth).mean(),
+    }
 
 
 def refused(seed: int) -> dict[str, float]:
@@ -43,7 +58,19 @@ def refused(seed: int) -> dict[str, float]:
     return {"refused, naming OmniOPD": 0.0}
 
 
-ARMS = {"OmniOPD (rouge1, C=1, M=4, N=4)": omniopd} | {name: partial(omniopd, **changes) for name, changes in {
-    "edit distance": {"similarity": "edit"}, "no anchor (beta 0)": {"beta": 0.0}, "no prior (alpha 0)": {"alpha": 0.0},
-    "alpha 4": {"alpha": 4.0}, "random chunks": {"select": "random"}, "C=2, M=2": {"length": 2, "chunks": 2}, "N=1": {"continuations": 1},
-}.items()} | {"OPD": refused}  # fmt: skip
+ARMS = (
+    {"OmniOPD (rouge1, C=1, M=4, N=4)": omniopd}
+    | {
+        name: partial(omniopd, **changes)
+        for name, changes in {
+            "edit distance": {"similarity": "edit"},
+            "no anchor (beta 0)": {"beta": 0.0},
+            "no prior (alpha 0)": {"alpha": 0.0},
+            "alpha 4": {"alpha": 4.0},
+            "random chunks": {"select": "random"},
+            "C=2, M=2": {"length": 2, "chunks": 2},
+            "N=1": {"continuations": 1},
+        }.items()
+    }
+    | {"OPD": refused}
+)

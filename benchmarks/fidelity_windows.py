@@ -18,7 +18,9 @@ def alarms(seed: int, secret: bool) -> dict[str, float]:
     last numbers say what kind of token the false alarms above 1 nat are.
     """
     student, teacher, task = opd.load("market", secret=secret)
-    rollout = student.sample(task.prompts(256, seed=seed), max_new_tokens=task.max_new_tokens, seed=seed)
+    rollout = student.sample(
+        task.prompts(256, seed=seed), max_new_tokens=task.max_new_tokens, seed=seed
+    )
     found = topd.forks(student, teacher, rollout, window=WINDOW, share=0.05, seed=seed)
     kinds = task.token_types(rollout, student.tokenizer)
     found["type"] = [kinds[b][t] for b, t in zip(found["sample"], found["position"], strict=True)]
@@ -28,23 +30,41 @@ def alarms(seed: int, secret: bool) -> dict[str, float]:
     for choice in ("rollout", "greedy"):
         out |= {f"{choice}: {name}": float(rows[choice].median()) for name, rows in groups.items()}
         out |= {f"{choice}: above 1 nat": float(real[choice].median())}
-        out[f"{choice}: false alarms"] = topd.false_alarm_rate(groups["high"][choice], groups["low"][choice])
-        out[f"{choice}: false alarms above 1 nat"] = topd.false_alarm_rate(real[choice], groups["low"][choice])
+        out[f"{choice}: false alarms"] = topd.false_alarm_rate(
+            groups["high"][choice], groups["low"][choice]
+        )
+        out[f"{choice}: false alarms above 1 nat"] = topd.false_alarm_rate(
+            real[choice], groups["low"][choice]
+        )
     false = real[real.greedy <= groups["low"].greedy.quantile(0.75)]
-    return out | {f"false alarms that are {kind}": float((false.type == kind).mean()) for kind in ("skill", "style", "noise") if len(false)}
+    return out | {
+        f"false alarms that are {kind}": float((false.type == kind).mean())
+        for kind in ("skill", "style", "noise")
+        if len(false)
+    }
 
 
 def correction(seed: int) -> dict[str, float]:
     """Mean distance of the student's greedy window to the teacher's at forks: before, and after five updates of each loss."""
     student, teacher, task = opd.load("market")
-    rollout = student.sample(task.prompts(256, seed=100 + seed), max_new_tokens=task.max_new_tokens, seed=seed)
+    rollout = student.sample(
+        task.prompts(256, seed=100 + seed), max_new_tokens=task.max_new_tokens, seed=seed
+    )
     found = topd.forks(student, teacher, rollout, window=WINDOW, share=0.05, seed=seed)
-    high = found[(found.group == "high") & (found.greedy > 0)].sort_values("score", ascending=False).head(POINTS)
+    high = (
+        found[(found.group == "high") & (found.greedy > 0)]
+        .sort_values("score", ascending=False)
+        .head(POINTS)
+    )
     points = list(zip(high["sample"].astype(int), high["position"].astype(int), strict=True))
-    rows = topd.local_correction(student, teacher, rollout, points, window=WINDOW, updates=5, arms=LOSSES)
+    rows = topd.local_correction(
+        student, teacher, rollout, points, window=WINDOW, updates=5, arms=LOSSES
+    )
     means = rows.groupby("arm")["distance"].mean()
     first = rows.groupby("arm")["first_token"].mean()
-    return {arm: float(means[arm]) for arm in ("origin", *LOSSES)} | {f"first token: {arm}": float(first[arm]) for arm in ("opd", "topd")}
+    return {arm: float(means[arm]) for arm in ("origin", *LOSSES)} | {
+        f"first token: {arm}": float(first[arm]) for arm in ("opd", "topd")
+    }
 
 
 ARMS = {

@@ -29,7 +29,12 @@ from benchmarks import divergence, step, workload
 Results = dict[str, list[dict[str, Any]]]  # case -> one record a repetition
 
 RESULTS = Path(__file__).parent / "results"
-QUIET = {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "TRL_EXPERIMENTAL_SILENCE": "1", "TOKENIZERS_PARALLELISM": "false"}
+QUIET = {
+    "OMP_NUM_THREADS": "1",
+    "HF_HUB_OFFLINE": "1",
+    "TRL_EXPERIMENTAL_SILENCE": "1",
+    "TOKENIZERS_PARALLELISM": "false",
+}
 OURS, THEIRS = "divergence/opdlab/reverse_kl", "divergence/trl/reverse_kl"
 
 
@@ -47,7 +52,9 @@ def peak(results: Results, case: str) -> float:
 
 
 def ratio(number: Callable[[Results, str], float], weights: str) -> Callable[[Results], float]:
-    return lambda results: number(results, f"step/opdlab/{weights}") / number(results, f"step/trl/{weights}")
+    return lambda results: (
+        number(results, f"step/opdlab/{weights}") / number(results, f"step/trl/{weights}")
+    )
 
 
 # What is measured, unit, how, at most; for a CPU. The 1.25 stands for "independent of the number of tokens".
@@ -56,7 +63,12 @@ TARGETS: list[tuple[str, str, Callable[[Results], float], float]] = [
     ("divergence, trainable head", "MiB", lambda r: peak(r, f"{OURS}/trainable/1024"), 350),
     ("divergence, frozen head", "CPU s", lambda r: best(r, f"{OURS}/frozen/1024"), 1.2),
     ("divergence, frozen head", "MiB", lambda r: peak(r, f"{OURS}/frozen/1024"), 270),
-    ("4096 tokens against 1024", "x memory", lambda r: peak(r, f"{OURS}/trainable/4096") / peak(r, f"{OURS}/trainable/1024"), 1.25),
+    (
+        "4096 tokens against 1024",
+        "x memory",
+        lambda r: peak(r, f"{OURS}/trainable/4096") / peak(r, f"{OURS}/trainable/1024"),
+        1.25,
+    ),
     ("step against TRL, all weights", "x CPU s", ratio(best, "all weights"), 0.75),
     ("step against TRL, all weights", "x memory", ratio(peak, "all weights"), 0.5),
     ("step against TRL, LoRA", "x CPU s", ratio(best, "LoRA"), 0.75),
@@ -64,11 +76,15 @@ TARGETS: list[tuple[str, str, Callable[[Results], float], float]] = [
 ]
 
 
-def main(only: Literal["divergence", "step"] | None = None, repeats: int = 3, name: str = "") -> None:
+def main(
+    only: Literal["divergence", "step"] | None = None, repeats: int = 3, name: str = ""
+) -> None:
     """Run the cases, print the tables, write results/<name>.json (by default, the kind of device and the date)."""
     console, results = Console(width=110), Results()
     tables: dict[str, Iterable[str]] = {"divergence": divergence.CASES, "step": step.CASES}
-    cases = [f"{part}/{case}" for part, table in tables.items() if only in (None, part) for case in table]
+    cases = [
+        f"{part}/{case}" for part, table in tables.items() if only in (None, part) for case in table
+    ]
     path = RESULTS / f"{name or f'{workload.device().type}-{date.today()}'}.json"
     path.parent.mkdir(exist_ok=True)
     with tempfile.TemporaryDirectory() as folder:
@@ -77,8 +93,13 @@ def main(only: Literal["divergence", "step"] | None = None, repeats: int = 3, na
             for case in cases:
                 record = one(case, folder)
                 results.setdefault(case, []).append(record)
-                console.print(f"{i + 1}/{repeats} {case}: {min(record['seconds']):.2f} s, {record['peak_mib']:.0f} MiB", style="dim")
-            path.write_text(json.dumps(about() | {"repeats": i + 1, "cases": results}, indent=1) + "\n")  # a stop loses one round
+                console.print(
+                    f"{i + 1}/{repeats} {case}: {min(record['seconds']):.2f} s, {record['peak_mib']:.0f} MiB",
+                    style="dim",
+                )
+            path.write_text(
+                json.dumps(about() | {"repeats": i + 1, "cases": results}, indent=1) + "\n"
+            )  # a stop loses one round
     for part in ("divergence", "step"):
         if any(case.startswith(part) for case in results):
             console.print(show(part, results))
@@ -91,7 +112,9 @@ def one(case: str, folder: str) -> dict[str, Any]:
     """One case in a fresh process; its last line is the record."""
     part, name = case.split("/", 1)
     command = [sys.executable, "-m", f"benchmarks.{part}", name, folder]
-    done = subprocess.run(command, env={**os.environ, **QUIET}, capture_output=True, text=True, check=False)
+    done = subprocess.run(
+        command, env={**os.environ, **QUIET}, capture_output=True, text=True, check=False
+    )
     if done.returncode:
         raise SystemExit(f"{case} failed:\n{done.stderr[-3000:]}")
     return json.loads(done.stdout.strip().splitlines()[-1])
@@ -102,34 +125,68 @@ def about() -> dict[str, Any]:
     gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else None
     return {
         "date": date.today().isoformat(),
-        "machine": {"cpu": cpu_name(), "cores": os.cpu_count(), "gpu": gpu, "system": platform.system()},
+        "machine": {
+            "cpu": cpu_name(),
+            "cores": os.cpu_count(),
+            "gpu": gpu,
+            "system": platform.system(),
+        },
         "seconds": "synchronised wall seconds" if gpu else "CPU seconds of the process, one thread",
-        "versions": {"python": platform.python_version()} | {p: version(p) for p in ("opdlab", "torch", "transformers", "trl", "peft")},
-        "workload": {"vocabulary": workload.VOCAB, "batch": workload.BATCH, "prompt": workload.PROMPT, "completion": workload.COMPLETION,
-                     "student": workload.STUDENT, "teacher": workload.TEACHER, "lora_rank": workload.RANK},
-    }  # fmt: skip
+        "versions": {"python": platform.python_version()}
+        | {p: version(p) for p in ("opdlab", "torch", "transformers", "trl", "peft")},
+        "workload": {
+            "vocabulary": workload.VOCAB,
+            "batch": workload.BATCH,
+            "prompt": workload.PROMPT,
+            "completion": workload.COMPLETION,
+            "student": workload.STUDENT,
+            "teacher": workload.TEACHER,
+            "lora_rank": workload.RANK,
+        },
+    }
 
 
 def cpu_name() -> str:
     info = Path("/proc/cpuinfo")
     lines = info.read_text().splitlines() if info.exists() else []
-    return next((line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")), platform.processor() or "unknown")
+    return next(
+        (line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")),
+        platform.processor() or "unknown",
+    )
 
 
 def show(part: str, results: Results) -> Table:
     kind = "wall" if torch.cuda.is_available() else "CPU"
-    table = Table("case", title=f"{part}: {kind} seconds, memory above the start", title_justify="left")
-    for column in ("best s", "median s", "peak MiB", *(["generate s", "rest s"] if part == "step" else [])):
+    table = Table(
+        "case", title=f"{part}: {kind} seconds, memory above the start", title_justify="left"
+    )
+    for column in (
+        "best s",
+        "median s",
+        "peak MiB",
+        *(["generate s", "rest s"] if part == "step" else []),
+    ):
         table.add_column(column, justify="right")
     for case in (case for case in results if case.startswith(part)):
-        numbers = [best(results, case), median(results, case), peak(results, case), *(split(results, case) if part == "step" else [])]
-        table.add_row(case.removeprefix(f"{part}/"), *(f"{x:.0f}" if x > 30 else f"{x:.2f}" for x in numbers))
+        numbers = [
+            best(results, case),
+            median(results, case),
+            peak(results, case),
+            *(split(results, case) if part == "step" else []),
+        ]
+        table.add_row(
+            case.removeprefix(f"{part}/"), *(f"{x:.0f}" if x > 30 else f"{x:.2f}" for x in numbers)
+        )
     return table
 
 
 def split(results: Results, case: str) -> tuple[float, float]:
     """The best step's seconds, apart: generating, and all the rest."""
-    steps = [pair for record in results[case] for pair in zip(record["seconds"], record["generate"], strict=True)]
+    steps = [
+        pair
+        for record in results[case]
+        for pair in zip(record["seconds"], record["generate"], strict=True)
+    ]
     total, generate = min(steps)
     return generate, total - generate
 
@@ -144,7 +201,9 @@ def judge(results: Results) -> Table:
             value = number(results)
         except KeyError:  # that part was not run
             continue
-        table.add_row(label, unit, f"{value:.3g}", f"{limit:g}", "met" if value <= limit else "missed")
+        table.add_row(
+            label, unit, f"{value:.3g}", f"{limit:g}", "met" if value <= limit else "missed"
+        )
     return table
 
 

@@ -32,7 +32,11 @@ from benchmarks.workload import (
 )
 
 STEPS = 4  # the first is a warm-up: it counts for memory, not for seconds
-CASES = {f"{side}/{weights}": (side, weights) for weights in ("all weights", "LoRA") for side in ("opdlab", "trl")}
+CASES = {
+    f"{side}/{weights}": (side, weights)
+    for weights in ("all weights", "LoRA")
+    for side in ("opdlab", "trl")
+}
 
 
 class Stopwatch:
@@ -66,16 +70,35 @@ class Stopwatch:
 Trainer = Callable[[], list[float]]  # trains `STEPS` steps and returns their losses
 
 
-def opdlab_side(student: LlamaForCausalLM, teacher: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast, lora: bool,
-                watch: Stopwatch) -> Trainer:  # fmt: skip
+def opdlab_side(
+    student: LlamaForCausalLM,
+    teacher: LlamaForCausalLM,
+    tokenizer: PreTrainedTokenizerFast,
+    lora: bool,
+    watch: Stopwatch,
+) -> Trainer:
     from opdlab import Policy, distill
-    from opdlab.policy import Prompt
+    from opdlab.data.prompt import Prompt
     from opdlab.tasks import Task
 
     texts = prompts(tokenizer, BATCH * STEPS)
-    task = Task("benchmark", lambda n, seed, split: [Prompt(text) for text in random.Random(seed).sample(texts, n)])
-    ours, theirs = (Policy.of(model, tokenizer, eos=()) for model in (student, teacher))  # without EOS nothing stops early
-    run = distill(ours, theirs, task, steps=STEPS, batch=BATCH, max_new_tokens=COMPLETION, lora=RANK if lora else None, quiet=True)
+    task = Task(
+        "benchmark",
+        lambda n, seed, split: [Prompt(text) for text in random.Random(seed).sample(texts, n)],
+    )
+    ours, theirs = (
+        Policy.of(model, tokenizer, eos=()) for model in (student, teacher)
+    )  # without EOS nothing stops early
+    run = distill(
+        ours,
+        theirs,
+        task,
+        steps=STEPS,
+        batch=BATCH,
+        max_new_tokens=COMPLETION,
+        lora=RANK if lora else None,
+        quiet=True,
+    )
     watch.watch(run, "_write")
 
     def train() -> list[float]:
@@ -89,8 +112,13 @@ def opdlab_side(student: LlamaForCausalLM, teacher: LlamaForCausalLM, tokenizer:
     return train
 
 
-def trl_side(student: LlamaForCausalLM, teacher: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast, lora: bool,
-             watch: Stopwatch) -> Trainer:  # fmt: skip
+def trl_side(
+    student: LlamaForCausalLM,
+    teacher: LlamaForCausalLM,
+    tokenizer: PreTrainedTokenizerFast,
+    lora: bool,
+    watch: Stopwatch,
+) -> Trainer:
     from datasets import Dataset
     from peft import LoraConfig
     from transformers import TrainerCallback
@@ -104,15 +132,36 @@ def trl_side(student: LlamaForCausalLM, teacher: LlamaForCausalLM, tokenizer: Pr
             watch.stop()
 
     config = DistillationConfig(
-        output_dir=os.path.join(tempfile.gettempdir(), "opdlab-benchmark"), use_cpu=device().type == "cpu", bf16=False,
-        per_device_train_batch_size=BATCH, max_steps=STEPS, max_completion_length=COMPLETION, beta=1.0, learning_rate=1e-4,
-        generation_kwargs={"min_new_tokens": COMPLETION}, lr_scheduler_type="constant", gradient_checkpointing=False,
-        report_to=[], save_strategy="no", logging_steps=1, disable_tqdm=True,
-    )  # fmt: skip
-    adapter = LoraConfig(r=RANK, lora_alpha=2 * RANK, target_modules="all-linear", task_type="CAUSAL_LM") if lora else None
-    trainer = DistillationTrainer(model=student, teacher_model=teacher, args=config, processing_class=tokenizer,
-                                  train_dataset=Dataset.from_dict({"prompt": prompts(tokenizer, BATCH * STEPS)}),
-                                  peft_config=adapter, callbacks=[Steps()])  # fmt: skip
+        output_dir=os.path.join(tempfile.gettempdir(), "opdlab-benchmark"),
+        use_cpu=device().type == "cpu",
+        bf16=False,
+        per_device_train_batch_size=BATCH,
+        max_steps=STEPS,
+        max_completion_length=COMPLETION,
+        beta=1.0,
+        learning_rate=1e-4,
+        generation_kwargs={"min_new_tokens": COMPLETION},
+        lr_scheduler_type="constant",
+        gradient_checkpointing=False,
+        report_to=[],
+        save_strategy="no",
+        logging_steps=1,
+        disable_tqdm=True,
+    )
+    adapter = (
+        LoraConfig(r=RANK, lora_alpha=2 * RANK, target_modules="all-linear", task_type="CAUSAL_LM")
+        if lora
+        else None
+    )
+    trainer = DistillationTrainer(
+        model=student,
+        teacher_model=teacher,
+        args=config,
+        processing_class=tokenizer,
+        train_dataset=Dataset.from_dict({"prompt": prompts(tokenizer, BATCH * STEPS)}),
+        peft_config=adapter,
+        callbacks=[Steps()],
+    )
     watch.watch(trainer, "_generate_and_score_completions")
 
     def train() -> list[float]:
@@ -126,12 +175,22 @@ def measure(name: str, tokenizer: PreTrainedTokenizerFast) -> dict[str, object]:
     """One case in this process: seconds of every step after the warm-up, and the peak of the whole run above its start."""
     side, weights = CASES[name]
     prepare = opdlab_side if side == "opdlab" else trl_side
-    student, teacher, watch = build_model(STUDENT, tokenizer, 0), build_model(TEACHER, tokenizer, 1), Stopwatch()
+    student, teacher, watch = (
+        build_model(STUDENT, tokenizer, 0),
+        build_model(TEACHER, tokenizer, 1),
+        Stopwatch(),
+    )
     train = prepare(student, teacher, tokenizer, weights == "LoRA", watch)
     with measured() as cost:
         losses = train()
-    return {"side": side, "weights": weights, "seconds": watch.steps[1:], "generate": watch.generate[1:],
-            "peak_mib": cost.peak_mib, "losses": losses}  # fmt: skip
+    return {
+        "side": side,
+        "weights": weights,
+        "seconds": watch.steps[1:],
+        "generate": watch.generate[1:],
+        "peak_mib": cost.peak_mib,
+        "losses": losses,
+    }
 
 
 if __name__ == "__main__":

@@ -25,13 +25,21 @@ from rich.console import Console
 from rich.table import Table
 
 from opdlab import viz
-from opdlab.trace import Trace
+from opdlab.data.trace import Trace
 from opdlab.viz import camera, page, payload
 
 RESULTS = Path(__file__).parent / "results" / "viz.json"
-FLAGS = ["--no-sandbox", "--disable-gpu", "--no-first-run", "--disable-background-networking", "--disable-component-update"]
+FLAGS = [
+    "--no-sandbox",
+    "--disable-gpu",
+    "--no-first-run",
+    "--disable-background-networking",
+    "--disable-component-update",
+]
 WORDS = [
-    f" {a}{b}" for a in ("so", "the", "carry", "ten", "un", "re", "over", "add") for b in ("", "s", "ing", "er", "\n", ".", "ed", "42")
+    f" {a}{b}"
+    for a in ("so", "the", "carry", "ten", "un", "re", "over", "add")
+    for b in ("", "s", "ing", "er", "\n", ".", "ed", "42")
 ]
 TOP = 8
 
@@ -74,16 +82,32 @@ def trace_of(n: int) -> Trace:
     """One completion of `n` tokens under two policies, each with its own top tokens; seeded, with the shape of a scored text."""
     rng, rows = np.random.default_rng(0), np.arange(n)
     support = np.argsort(rng.random((n, len(WORDS))), 1)[:, : 2 * TOP]
-    data: dict[str, Any] = {"sample": 0 * rows, "position": rows, "token_id": support[:, 0], "support": list(support)}
+    data: dict[str, Any] = {
+        "sample": 0 * rows,
+        "position": rows,
+        "token_id": support[:, 0],
+        "support": list(support),
+    }
     for name in ("student", "teacher"):
         logits = rng.normal(scale=2.0, size=(n, 2 * TOP + 1))  # the last is the tail
         logp = logits - np.log(np.exp(logits).sum(1, keepdims=True))
-        data |= {f"{name}_logp": logp[:, 0], f"{name}_entropy": -(np.exp(logp) * logp).sum(1), f"{name}_top": list(logp[:, :-1]),
-                 f"{name}_tail": np.exp(logp[:, -1]), f"{name}_rank": (logp[:, :-1] > logp[:, :1]).sum(1) + 1}  # fmt: skip
+        data |= {
+            f"{name}_logp": logp[:, 0],
+            f"{name}_entropy": -(np.exp(logp) * logp).sum(1),
+            f"{name}_top": list(logp[:, :-1]),
+            f"{name}_tail": np.exp(logp[:, -1]),
+            f"{name}_rank": (logp[:, :-1] > logp[:, :1]).sum(1) + 1,
+        }
     data["teacher_reverse_kl"] = np.abs(rng.normal(size=n)) ** 3
     text = "".join(WORDS[i] for i in support[:, 0])
-    meta = {"policies": ["student", "teacher"], "plan": [], "texts": [text], "finish": ["stop"], "prompts": ["Go on."],
-            "vocab": {str(i): w for i, w in enumerate(WORDS)}}  # fmt: skip
+    meta = {
+        "policies": ["student", "teacher"],
+        "plan": [],
+        "texts": [text],
+        "finish": ["stop"],
+        "prompts": ["Go on."],
+        "vocab": {str(i): w for i, w in enumerate(WORDS)},
+    }
     return Trace(pa.table(data), meta)
 
 
@@ -91,14 +115,20 @@ def ours(trace: Trace, path: Path) -> dict[str, float]:
     """Write a lens and say how large its data is."""
     lens = viz.TokenLens(trace)
     lens.to_html(path)
-    return {"payload KB": len(payload.base64_of(payload.pack(lens.data()))) / 1000, "page KB": path.stat().st_size / 1000}
+    return {
+        "payload KB": len(payload.base64_of(payload.pack(lens.data()))) / 1000,
+        "page KB": path.stat().st_size / 1000,
+    }
 
 
 def theirs(trace: Trace, path: Path) -> dict[str, float]:
     from circuitsvis.tokens import colored_tokens
 
     values = trace.column("teacher_logp") - trace.column("student_logp")
-    path.write_text(colored_tokens([t.decode() for t in trace.tokens()], values.tolist()).local_src, encoding="utf-8")
+    path.write_text(
+        colored_tokens([t.decode() for t in trace.tokens()], values.tolist()).local_src,
+        encoding="utf-8",
+    )
     return {"page KB": path.stat().st_size / 1000}
 
 
@@ -110,7 +140,9 @@ SIDES: dict[str, tuple[Callable[[Trace, Path], dict[str, float]], str]] = {
 
 def painted(browser: Browser, path: Path, selector: str, n: int) -> tuple[Page, float]:
     """Open a page; milliseconds until all of it is there and two frames have passed."""
-    tab = browser.new_page(viewport={"width": 900, "height": 800}, bypass_csp=True)  # the clock is a script of its own
+    tab = browser.new_page(
+        viewport={"width": 900, "height": 800}, bypass_csp=True
+    )  # the clock is a script of its own
     tab.add_init_script(f"({WATCH})({json.dumps([selector, n])})")
     tab.goto(path.as_uri())
     tab.wait_for_function("window.painted", timeout=60_000)
@@ -125,18 +157,30 @@ def measure(browser: Browser, side: str, trace: Trace, folder: Path) -> dict[str
     out = {"paint ms": ms, **sizes}
     if side.startswith("opdlab"):
         hover = tab.evaluate(HOVER)
-        out |= {"switch ms": tab.evaluate(SWITCH), "hover ms, median": hover[len(hover) // 2], "hover ms, 95 %": hover[-3]}
+        out |= {
+            "switch ms": tab.evaluate(SWITCH),
+            "hover ms, median": hover[len(hover) // 2],
+            "hover ms, 95 %": hover[-3],
+        }
     tab.close()
     return out
 
 
 def linked(browser: Browser, trace: Trace, folder: Path) -> dict[str, float]:
     """Two lenses of one text on a page: a click in one until the other has moved, without any kernel."""
-    path = page(folder / "two.html", title="two", lenses=[("one", viz.TokenLens(trace)), ("two", viz.TokenLens(trace))])
+    path = page(
+        folder / "two.html",
+        title="two",
+        lenses=[("one", viz.TokenLens(trace)), ("two", viz.TokenLens(trace))],
+    )
     tab, ms = painted(browser, path, ".opd-strip [data-i]", 2 * len(trace))
     costs = tab.evaluate(LINK)
     tab.close()
-    return {"paint ms": ms, "link ms, median": costs[len(costs) // 2], "link ms, 95 %": costs[int(0.95 * len(costs))]}
+    return {
+        "paint ms": ms,
+        "link ms, median": costs[len(costs) // 2],
+        "link ms, 95 %": costs[int(0.95 * len(costs))],
+    }
 
 
 def main(repeats: int = 5, sizes: tuple[int, ...] = (300, 1000, 10_000, 30_000)) -> None:
@@ -150,11 +194,18 @@ def main(repeats: int = 5, sizes: tuple[int, ...] = (300, 1000, 10_000, 30_000))
                 trace = trace_of(n)
                 for side in sides:
                     if side.startswith("opdlab") or n <= 10_000:
-                        results.setdefault(f"{side}, {n:,}", []).append(measure(browser, side, trace, Path(folder)))
-            results.setdefault("two linked lenses, 1,000", []).append(linked(browser, trace_of(1000), Path(folder)))
+                        results.setdefault(f"{side}, {n:,}", []).append(
+                            measure(browser, side, trace, Path(folder))
+                        )
+            results.setdefault("two linked lenses, 1,000", []).append(
+                linked(browser, trace_of(1000), Path(folder))
+            )
         version = browser.version
         browser.close()
-    RESULTS.write_text(json.dumps({"date": str(date.today()), "chromium": version, "results": results}, indent=1) + "\n")
+    RESULTS.write_text(
+        json.dumps({"date": str(date.today()), "chromium": version, "results": results}, indent=1)
+        + "\n"
+    )
     Console(width=160).print(table(results))
 
 
@@ -164,7 +215,9 @@ def table(results: dict[str, list[dict[str, float]]]) -> Table:
     out = Table("case, tokens", *columns)
     for case, rows in results.items():
         cells = [[row[c] for row in rows if c in row] for c in columns]
-        out.add_row(case, *(f"{min(v):.0f} / {statistics.median(v):.0f}" if v else "" for v in cells))
+        out.add_row(
+            case, *(f"{min(v):.0f} / {statistics.median(v):.0f}" if v else "" for v in cells)
+        )
     return out
 
 

@@ -20,8 +20,18 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 VOCAB, BATCH, PROMPT, COMPLETION, RANK = 32_000, 8, 64, 128, 16
-STUDENT: dict[str, Any] = {"hidden_size": 384, "intermediate_size": 1024, "num_hidden_layers": 5, "num_attention_heads": 6}  # 21 M
-TEACHER: dict[str, Any] = {"hidden_size": 640, "intermediate_size": 1664, "num_hidden_layers": 8, "num_attention_heads": 10}  # 59 M
+STUDENT: dict[str, Any] = {
+    "hidden_size": 384,
+    "intermediate_size": 1024,
+    "num_hidden_layers": 5,
+    "num_attention_heads": 6,
+}  # 21 M
+TEACHER: dict[str, Any] = {
+    "hidden_size": 640,
+    "intermediate_size": 1664,
+    "num_hidden_layers": 8,
+    "num_attention_heads": 10,
+}  # 59 M
 STATUS = Path("/proc/self/status")
 
 
@@ -45,30 +55,53 @@ def build_tokenizer() -> PreTrainedTokenizerFast:
     bpe = Tokenizer(models.BPE())
     bpe.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     bpe.decoder = decoders.ByteLevel()
-    trainer = trainers.BpeTrainer(vocab_size=VOCAB, special_tokens=["<pad>", "<bos>", "<eos>"], show_progress=False,
-                                  initial_alphabet=pre_tokenizers.ByteLevel.alphabet())  # fmt: skip
+    trainer = trainers.BpeTrainer(
+        vocab_size=VOCAB,
+        special_tokens=["<pad>", "<bos>", "<eos>"],
+        show_progress=False,
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+    )
     bpe.train_from_iterator(source_text().splitlines(keepends=True), trainer)
-    assert bpe.get_vocab_size() == VOCAB, f"the standard library gave {bpe.get_vocab_size()} tokens only"
-    return PreTrainedTokenizerFast(tokenizer_object=bpe, pad_token="<pad>", bos_token="<bos>", eos_token="<eos>", padding_side="left")
+    assert bpe.get_vocab_size() == VOCAB, (
+        f"the standard library gave {bpe.get_vocab_size()} tokens only"
+    )
+    return PreTrainedTokenizerFast(
+        tokenizer_object=bpe,
+        pad_token="<pad>",
+        bos_token="<bos>",
+        eos_token="<eos>",
+        padding_side="left",
+    )
 
 
 def load_tokenizer(folder: str | os.PathLike[str]) -> PreTrainedTokenizerFast:
     return PreTrainedTokenizerFast.from_pretrained(folder)
 
 
-def build_model(shape: dict[str, Any], tokenizer: PreTrainedTokenizerFast, seed: int) -> LlamaForCausalLM:
+def build_model(
+    shape: dict[str, Any], tokenizer: PreTrainedTokenizerFast, seed: int
+) -> LlamaForCausalLM:
     """Random float32 weights, with the head tied to the embedding."""
     torch.manual_seed(seed)
-    config = LlamaConfig(vocab_size=VOCAB, max_position_embeddings=2048, tie_word_embeddings=True, **shape,
-                         num_key_value_heads=shape["num_attention_heads"], pad_token_id=tokenizer.pad_token_id,
-                         bos_token_id=tokenizer.bos_token_id, eos_token_id=tokenizer.eos_token_id)  # fmt: skip
+    config = LlamaConfig(
+        vocab_size=VOCAB,
+        max_position_embeddings=2048,
+        tie_word_embeddings=True,
+        **shape,
+        num_key_value_heads=shape["num_attention_heads"],
+        pad_token_id=tokenizer.pad_token_id,
+        bos_token_id=tokenizer.bos_token_id,
+        eos_token_id=tokenizer.eos_token_id,
+    )
     return LlamaForCausalLM(config).to(device())  # type: ignore[arg-type]
 
 
 def prompts(tokenizer: PreTrainedTokenizerFast, n: int) -> list[str]:
     """`n` texts of exactly `PROMPT` tokens: windows of the source that survive decoding and encoding again."""
     ids = tokenizer(source_text(PROMPT * n * 40))["input_ids"]
-    windows = (str(tokenizer.decode(ids[i : i + PROMPT])) for i in range(0, len(ids) - PROMPT, PROMPT))
+    windows = (
+        str(tokenizer.decode(ids[i : i + PROMPT])) for i in range(0, len(ids) - PROMPT, PROMPT)
+    )
     fitting = [text for text in windows if len(tokenizer(text)["input_ids"]) == PROMPT]
     assert len(fitting) >= n, f"{len(fitting)} prompts of {PROMPT} tokens, {n} needed"
     return fitting[:n]
@@ -107,7 +140,9 @@ def _reset_peak() -> float:
     if not STATUS.exists():
         return float("nan")
     if hasattr(libc := ctypes.CDLL(None), "malloc_trim"):
-        libc.malloc_trim(0)  # glibc: what was freed earlier goes back to the system and does not count as in use
+        libc.malloc_trim(
+            0
+        )  # glibc: what was freed earlier goes back to the system and does not count as in use
     Path("/proc/self/clear_refs").write_text("5")  # Linux: VmHWM becomes VmRSS
     return _status("VmRSS") - _status("RssFile")
 

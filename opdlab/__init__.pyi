@@ -1,12 +1,17 @@
 """The names that a notebook uses, and where they are: `__init__.py` imports each when it is first used."""
 
-from . import diagnose, divergence, errors, estimator, exact, methods, notebook, rollout, rows, signals, snapshots, tasks, teachers, viz
+from . import diagnose, engine, errors, exact, losses, methods, notebook, tasks, teachers, viz
+from .audit import audit
+from .audit.what_if import what_if
+from .data.prompt import Prompt
+from .data.rollout import Rollout, concat_rollouts
+from .data.sampling_config import SamplingConfig
+from .data.trace import Trace
 from .diagnose import doctor
-from .distill import Run, Settings, Step, distill
-from .divergence import TopK
+from .engine import signals
+from .engine.scoring import score
 from .errors import OpdlabError
-from .estimator import audit
-from .evaluate import evaluate
+from .losses import TopK
 from .methods import (
     DOPD,
     EOPD,
@@ -27,17 +32,69 @@ from .methods import (
     omniopd,
     topd,
 )
-from .policy import Policy, Prompt
-from .profiles import load
-from .resuming import resume
-from .rollout import Rollout, sample
+from .models.policy import Policy, sample
+from .models.text_rollouts import rollout_from_texts
 from .tasks import Task
-from .trace import Trace, score
+from .tasks.profiles import load
+from .training import snapshots
+from .training.evaluation import evaluate
+from .training.resuming import resume
+from .training.run import Run, distill
+from .training.settings import Settings
+from .training.step import Step
 
 __version__: str
 __all__ = [
-    "DOPD", "EOPD", "GOPD", "GRPO", "OPD", "OVD", "SFT", "SODA", "TOPD", "OPDPlus", "OmniOPD", "OpdlabError", "Policy", "Prompt",
-    "Rollout", "Run", "SelfDistillation", "SequenceKD", "Settings", "SpanOPD", "Step", "Task", "TopK", "Trace", "audit", "diagnose",
-    "distill", "divergence", "doctor", "dopd", "errors", "estimator", "evaluate", "exact", "load", "method", "methods", "notebook",
-    "omniopd", "resume", "rollout", "rows", "sample", "score", "signals", "snapshots", "tasks", "teachers", "topd", "viz",
-]  # fmt: skip
+    "DOPD",
+    "EOPD",
+    "GOPD",
+    "GRPO",
+    "OPD",
+    "OVD",
+    "SFT",
+    "SODA",
+    "TOPD",
+    "OPDPlus",
+    "OmniOPD",
+    "OpdlabError",
+    "Policy",
+    "Prompt",
+    "Rollout",
+    "Run",
+    "SamplingConfig",
+    "SelfDistillation",
+    "SequenceKD",
+    "Settings",
+    "SpanOPD",
+    "Step",
+    "Task",
+    "TopK",
+    "Trace",
+    "audit",
+    "concat_rollouts",
+    "diagnose",
+    "distill",
+    "doctor",
+    "dopd",
+    "engine",
+    "errors",
+    "evaluate",
+    "exact",
+    "load",
+    "losses",
+    "method",
+    "methods",
+    "notebook",
+    "omniopd",
+    "resume",
+    "rollout_from_texts",
+    "sample",
+    "score",
+    "signals",
+    "snapshots",
+    "tasks",
+    "teachers",
+    "topd",
+    "viz",
+    "what_if",
+]

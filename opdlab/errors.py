@@ -59,7 +59,9 @@ class NonFinite(OpdlabError):
     """NaN or infinity where a number must be; the weights were not touched."""
 
     row: int | None = None  # the first offending token of the pass
-    is_explained: bool = False  # whether the message says where the number comes from and what to do
+    is_explained: bool = (
+        False  # whether the message says where the number comes from and what to do
+    )
 
 
 class DamagedFile(OpdlabError):

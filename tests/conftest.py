@@ -15,38 +15,77 @@ from opdlab.tasks.market import tokenizers as market
 
 settings.register_profile("opdlab", deadline=None, max_examples=25, derandomize=True)
 settings.load_profile("opdlab")
-torch.set_num_threads(1)  # tiny tensors: waking a second thread costs more than the work, 30-fold on a busy machine
+torch.set_num_threads(
+    1
+)  # tiny tensors: waking a second thread costs more than the work, 30-fold on a busy machine
 
 TEMPLATE = "{% for m in messages %}[{{ m['role'] }}] {{ m['content'] }} {% endfor %}{% if add_generation_prompt %}[assistant]{% endif %}"
 
 
-def letters(pieces: str = "a b c d e f", template: str = TEMPLATE, pad: str = "[pad]") -> PreTrainedTokenizerFast:
+def letters(
+    pieces: str = "a b c d e f", template: str = TEMPLATE, pad: str = "[pad]"
+) -> PreTrainedTokenizerFast:
     """One token a letter, nine ids for the default pieces besides the roles: small enough to enumerate."""
     vocab = ["[pad]", "[eos]", "[unk]", "[system]", "[user]", "[assistant]", *pieces.split()]
-    tokenizer = Tokenizer(models.WordLevel({piece: i for i, piece in enumerate(vocab)}, unk_token="[unk]"))
+    tokenizer = Tokenizer(
+        models.WordLevel({piece: i for i, piece in enumerate(vocab)}, unk_token="[unk]")
+    )
     tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
-    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, pad_token=pad, eos_token="[eos]", unk_token="[unk]",
-                                   chat_template=template)  # fmt: skip
+    return PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer,
+        pad_token=pad,
+        eos_token="[eos]",
+        unk_token="[unk]",
+        chat_template=template,
+    )
 
 
 def byte_level() -> PreTrainedTokenizerFast:
     """A byte-level BPE, as of GPT-2 and Qwen, with merges learned from a few lines."""
     tokenizer = Tokenizer(models.BPE())
-    tokenizer.pre_tokenizer, tokenizer.decoder = pre_tokenizers.ByteLevel(add_prefix_space=False), decoders.ByteLevel()
-    trainer = trainers.BpeTrainer(vocab_size=300, initial_alphabet=pre_tokenizers.ByteLevel.alphabet(), special_tokens=["<|end|>"])
-    tokenizer.train_from_iterator(["the quick brown fox 🙂🙂 jumps", "the lazy dog 世界世界 naïve"], trainer)
-    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="<|end|>", pad_token="<|end|>")
+    tokenizer.pre_tokenizer, tokenizer.decoder = (
+        pre_tokenizers.ByteLevel(add_prefix_space=False),
+        decoders.ByteLevel(),
+    )
+    trainer = trainers.BpeTrainer(
+        vocab_size=300,
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        special_tokens=["<|end|>"],
+    )
+    tokenizer.train_from_iterator(
+        ["the quick brown fox 🙂🙂 jumps", "the lazy dog 世界世界 naïve"], trainer
+    )
+    return PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, eos_token="<|end|>", pad_token="<|end|>"
+    )
 
 
-def tiny_model(vocab: int, seed: int = 0, family: str = "llama", dtype: torch.dtype = torch.float32, **config: object):
+def tiny_model(
+    vocab: int,
+    seed: int = 0,
+    family: str = "llama",
+    dtype: torch.dtype = torch.float32,
+    **config: object,
+):
     """A random model with two layers of width 32; wide initial weights make its distributions far from uniform."""
     kind = CONFIG_MAPPING[family]
-    sizes = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2,
-             "head_dim": 8, "max_position_embeddings": 256, "initializer_range": 0.4, "tie_word_embeddings": False}  # fmt: skip
+    sizes = {
+        "hidden_size": 32,
+        "intermediate_size": 64,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "head_dim": 8,
+        "max_position_embeddings": 256,
+        "initializer_range": 0.4,
+        "tie_word_embeddings": False,
+    }
     special = {"vocab_size": vocab, "pad_token_id": 0, "eos_token_id": 1, "bos_token_id": None}
     with torch.random.fork_rng():
         torch.manual_seed(seed)
-        model = AutoModelForCausalLM.from_config(kind(**{**sizes, **special, **config}), attn_implementation="eager")
+        model = AutoModelForCausalLM.from_config(
+            kind(**{**sizes, **special, **config}), attn_implementation="eager"
+        )
     return model.to(dtype)
 
 
@@ -77,7 +116,9 @@ def make_model() -> Callable[..., torch.nn.Module]:
 def make_policy(words) -> Callable[..., Policy]:
     """Factory of policies on fresh tiny models: `make_policy(seed, tokenizer=…, eos=…, vocab=…, dtype=…, **config)`."""
 
-    def make(seed: int = 0, tokenizer=None, eos=None, vocab: int | None = None, **options) -> Policy:
+    def make(
+        seed: int = 0, tokenizer=None, eos=None, vocab: int | None = None, **options
+    ) -> Policy:
         tokenizer = tokenizer or words
         return Policy.of(tiny_model(vocab or len(tokenizer), seed, **options), tokenizer, eos)
 
@@ -102,7 +143,11 @@ def prompts() -> list[Prompt]:
     return [
         Prompt("ana has 4 7 apples", hint="9", id="a"),
         Prompt("ben", hint="total 4 7 2 1", id="b"),
-        Prompt(messages=({"role": "user", "content": "cleo has 2 pears buys 3"},), hint="say sum", id="c"),
+        Prompt(
+            messages=({"role": "user", "content": "cleo has 2 pears buys 3"},),
+            hint="say sum",
+            id="c",
+        ),
         Prompt("dan has 1 2 eggs sells 3 . total and receipt ?", hint="lot", id="d"),
     ]
 
@@ -114,6 +159,9 @@ def perturb() -> Callable[[Policy, int], None]:
     def move(policy: Policy, seed: int = 0) -> None:
         generator = torch.Generator().manual_seed(seed)
         state = policy.weights.adapter_state(policy.adapter)
-        policy.weights.set_adapter_state(policy.adapter, {k: v + 0.3 * torch.randn(v.shape, generator=generator) for k, v in state.items()})
+        policy.weights.set_adapter_state(
+            policy.adapter,
+            {k: v + 0.3 * torch.randn(v.shape, generator=generator) for k, v in state.items()},
+        )
 
     return move

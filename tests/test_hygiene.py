@@ -52,21 +52,31 @@ def test_floors(path):
         above = {name for name in imports(tree) if floor(name) > floor(module)}
         assert not above, f"{module} imports {above} from above"
     if module == "viz":
-        assert not imports(tree) & {"policy", "rollout", "head", "distill"}, "viz draws traces and never imports a model"
+        assert not imports(tree) & {"policy", "rollout", "head", "distill"}, (
+            "viz draws traces and never imports a model"
+        )
 
 
 def test_nothing_unpickles_or_runs_text():
     words = r"\bimport pickle\b|torch\.(load|save)\(|(?<!\.)\b(eval|exec)\(|trust_remote_code|yaml\.load\(|innerHTML|document\.write"
     banned = re.compile(words)
     for path in [*SOURCES, *(ROOT / "opdlab").rglob("*.js")]:
-        found = [line for line in path.read_text(encoding="utf-8").splitlines() if banned.search(line)]
+        found = [
+            line for line in path.read_text(encoding="utf-8").splitlines() if banned.search(line)
+        ]
         assert not found, (path.name, found)
 
 
 def test_links_of_the_docs_lead_somewhere():
-    for page in [*ROOT.glob("*.md"), *(ROOT / "notebooks").glob("*.md"), *(ROOT / "benchmarks").glob("*.md")]:
+    for page in [
+        *ROOT.glob("*.md"),
+        *(ROOT / "notebooks").glob("*.md"),
+        *(ROOT / "benchmarks").glob("*.md"),
+    ]:
         for link in re.findall(r"\]\(([^)#]+)\)", page.read_text(encoding="utf-8")):
-            assert link.startswith("http") or (page.parent / link).exists(), f"{page.name} -> {link}"
+            assert link.startswith("http") or (page.parent / link).exists(), (
+                f"{page.name} -> {link}"
+            )
 
 
 def test_the_readme_names_methods_that_exist():

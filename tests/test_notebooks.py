@@ -22,7 +22,9 @@ FOLDED = "import math\n\nimport numpy as np\nimport torch\n\nimport opdlab as op
 
 def read(path):
     book = nbformat.read(path, as_version=4)
-    text = {kind: [c.source for c in book.cells if c.cell_type == kind] for kind in ("markdown", "code")}
+    text = {
+        kind: [c.source for c in book.cells if c.cell_type == kind] for kind in ("markdown", "code")
+    }
     return book, text
 
 
@@ -38,7 +40,9 @@ def test_frozen_and_fresh(path):
     assert len(text.encode()) <= notebook.LIMIT
     assert book["metadata"]["kernelspec"]["name"] == "python3"
     assert set(book["metadata"]) == {"kernelspec", "language_info", "opdlab"}  # no state of widgets
-    assert book["metadata"]["opdlab"]["source"] == notebook.source_hash(book), "stale outputs: run make notebooks"
+    assert book["metadata"]["opdlab"]["source"] == notebook.source_hash(book), (
+        "stale outputs: run make notebooks"
+    )
     code = [cell for cell in book["cells"] if cell["cell_type"] == "code"]
     assert [cell["execution_count"] for cell in code] == [*range(1, len(code) + 1)]
     assert "application/vnd.jupyter.widget-view+json" not in text
@@ -46,7 +50,9 @@ def test_frozen_and_fresh(path):
 
 
 def test_charts_have_pictures(path):
-    data = [o.get("data", {}) for c in read(path)[0].cells if c.cell_type == "code" for o in c.outputs]
+    data = [
+        o.get("data", {}) for c in read(path)[0].cells if c.cell_type == "code" for o in c.outputs
+    ]
     assert all("image/png" in each for each in data if CHART in each)
 
 
@@ -57,7 +63,9 @@ def test_follows_the_skeleton(path):
     assert text["code"][0].count("opd.notebook.setup(") == 1
     assert any("assert " in source for source in text["code"])
     assert sum("interact(" in source for source in text["code"]) == 0  # stalls executors
-    headings = [line for source in text["markdown"] for line in source.splitlines() if line.startswith("#")]
+    headings = [
+        line for source in text["markdown"] for line in source.splitlines() if line.startswith("#")
+    ]
     assert len(headings) == len(set(headings))
 
 
@@ -68,7 +76,10 @@ def test_links_lead_somewhere(path):
 
 
 def test_exercises_are_all_there_in_order_with_stubs(path):
-    written = [re.findall(r'exercise\("([^"]+)"\)\ndef \w+\(.*\):\n    raise NotImplementedError', s) for s in read(path)[1]["code"]]
+    written = [
+        re.findall(r'exercise\("([^"]+)"\)\ndef \w+\(.*\):\n    raise NotImplementedError', s)
+        for s in read(path)[1]["code"]
+    ]
     used = [key for keys in written for key in keys]
     number = path.stem[:2]
     assert used == list(checking.of(number) if number in checking.numbers() else [])
@@ -79,7 +90,11 @@ def test_exercises_are_all_there_in_order_with_stubs(path):
 def test_folded_solutions_are_right(path, tmp_path):
     text = read(path)[1]
     folded = [code for source in text["markdown"] for code in SOLUTION.findall(source)]
-    named = [found for source in text["code"] for found in re.findall(r'exercise\("([^"]+)"\)\ndef (\w+)\(', source)]
+    named = [
+        found
+        for source in text["code"]
+        for found in re.findall(r'exercise\("([^"]+)"\)\ndef (\w+)\(', source)
+    ]
     assert len(folded) == len(named)
     for code, (key, name) in zip(folded, named, strict=True):
         file = tmp_path / f"{key}.py"
@@ -89,4 +104,6 @@ def test_folded_solutions_are_right(path, tmp_path):
 
 def test_index_lists_all():
     index = (FOLDER / "README.md").read_text(encoding="utf-8")
-    assert re.findall(r"^\| \d\d \| \[\w+\]\((\w+\.ipynb)\) \|", index, re.MULTILINE) == [path.name for path in NOTEBOOKS]
+    assert re.findall(r"^\| \d\d \| \[\w+\]\((\w+\.ipynb)\) \|", index, re.MULTILINE) == [
+        path.name for path in NOTEBOOKS
+    ]

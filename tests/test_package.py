@@ -9,7 +9,9 @@ import opdlab
 
 
 def python(source: str) -> str:
-    return subprocess.run([sys.executable, "-c", source], capture_output=True, text=True, timeout=1200, check=True).stdout.strip()
+    return subprocess.run(
+        [sys.executable, "-c", source], capture_output=True, text=True, timeout=1200, check=True
+    ).stdout.strip()
 
 
 def test_every_name_is_there():
@@ -20,12 +22,22 @@ def test_every_name_is_there():
 
 
 def test_the_package_and_its_command_line_wait_for_no_torch():
-    assert python("import sys, opdlab, opdlab.cli, opdlab.errors; print({'torch', 'transformers', 'pandas'} & set(sys.modules))") == "set()"
+    assert (
+        python(
+            "import sys, opdlab, opdlab.commands.cli, opdlab.errors; print({'torch', 'transformers', 'pandas'} & set(sys.modules))"
+        )
+        == "set()"
+    )
 
 
 def test_a_function_is_not_hidden_by_the_module_that_it_is_in():
     assert (
-        python("import opdlab, opdlab.distill, opdlab.evaluate; print(opdlab.distill.__name__, opdlab.evaluate.__name__)")
+        python(
+            "import opdlab, opdlab.distill, opdlab.evaluate; print(opdlab.training.run.__name__, opdlab.training.evaluation.__name__)"
+        )
         == "distill evaluate"
     )
-    assert python("from opdlab import distill, evaluate; print(callable(distill), callable(evaluate))") == "True True"
+    assert (
+        python("from opdlab import distill, evaluate; print(callable(distill), callable(evaluate))")
+        == "True True"
+    )

@@ -13,12 +13,30 @@ import pytest
 import torch
 
 import opdlab as opd
-from opdlab import DOPD, EOPD, GOPD, GRPO, OPD, OVD, SFT, SODA, TOPD, OmniOPD, OPDPlus, Policy, SelfDistillation, SpanOPD, TopK
-from opdlab.divergence import forward_kl, reverse_kl
+from opdlab import (
+    DOPD,
+    EOPD,
+    GOPD,
+    GRPO,
+    OPD,
+    OVD,
+    SFT,
+    SODA,
+    TOPD,
+    OmniOPD,
+    OPDPlus,
+    Policy,
+    SelfDistillation,
+    SpanOPD,
+    TopK,
+)
+from opdlab.audit import as_loss
 from opdlab.errors import InvalidValue, MissingPolicy, OpdlabError, UnknownOption
+from opdlab.losses.divergences import forward_kl, reverse_kl
 from opdlab.methods import SequenceKD
-from opdlab.methods.contract import FunctionMethod, as_method
-from opdlab.needs import Access, Need, parse_need
+from opdlab.methods.contract import FunctionMethod
+from opdlab.methods.conversion import as_method
+from opdlab.methods.needs import Access, Need, parse_need
 
 
 @dataclass(frozen=True)
@@ -31,7 +49,14 @@ class World:
 
     def distill(self, **changes: Any) -> opd.Run:
         """Prepare a run in which only `changes` differ from an ordinary one."""
-        given = {"student": self.student, "teacher": self.teacher, "task": self.task, "steps": 2, "batch": 2, "quiet": True}
+        given = {
+            "student": self.student,
+            "teacher": self.teacher,
+            "task": self.task,
+            "steps": 2,
+            "batch": 2,
+            "quiet": True,
+        }
         return opd.distill(**(given | changes))
 
 
@@ -81,12 +106,21 @@ SETTINGS = [
     ({"micro_batch": -1}, "micro_batch=-1. Use a whole number of at least 1, or None."),
     ({"micro_batch": 0}, "micro_batch=0. Use a whole number of at least 1, or None."),
     ({"micro_batch": 1.5}, "micro_batch=1.5. Use a whole number of at least 1, or None."),
-    ({"temperature": math.nan}, "temperature=nan. Use 0 for the likeliest token, or a finite number"),
+    (
+        {"temperature": math.nan},
+        "temperature=nan. Use 0 for the likeliest token, or a finite number",
+    ),
     ({"temperature": -1}, "temperature=-1. Use 0 for the likeliest token"),
-    ({"temperature": 1e-9}, "temperature=1e-09. Use 0 for the likeliest token, or a finite number of at least 0.001."),
+    (
+        {"temperature": 1e-9},
+        "temperature=1e-09. Use 0 for the likeliest token, or a finite number of at least 0.001.",
+    ),
     ({"temperature": math.inf}, "temperature=inf. Use 0"),
     ({"temperature": "1"}, "temperature='1'. Use 0"),
-    ({"temperature": 0, "n": 4}, "temperature=0 with n=4: without randomness, all completions of a prompt are the same."),
+    (
+        {"temperature": 0, "n": 4},
+        "temperature=0 with n=4: without randomness, all completions of a prompt are the same.",
+    ),
     ({"top_p": 0}, "top_p=0. Use a number above 0, at most 1."),
     ({"top_p": 1.5}, "top_p=1.5. Use a number above 0, at most 1."),
     ({"top_p": math.nan}, "top_p=nan. Use a number above 0, at most 1."),
@@ -117,14 +151,26 @@ SETTINGS = [
     ({"log_with": 5}, "distill got log_with=5"),
     ({"log_with": "clearml"}, "distill got log_with='clearml', whose package is not installed."),
     ({"save": 5}, "distill got save=5. Use the path of a folder, as 'runs/first', or None."),
-]  # fmt: skip
+]
 
 WITHOUT_EFFECT = [
-    ({"save": "", "save_every": 1}, "save_every=1, which would change nothing: there is no folder to save in."),
+    (
+        {"save": "", "save_every": 1},
+        "save_every=1, which would change nothing: there is no folder to save in.",
+    ),
     ({"save_every": 1}, "Give distill save='a folder'."),
-    ({"ema_rate": 0.1}, "ema_rate=0.1, which would change nothing: OPD reads no moving average (`ema`)."),
-    ({"snapshot_every": 1, "lora": None}, "snapshots keep adapters, and lora=None trains all weights."),
-    ({"method": SFT(), "temperature": 0.7}, "temperature=0.7, which would change nothing: SFT trains on the reference answers"),
+    (
+        {"ema_rate": 0.1},
+        "ema_rate=0.1, which would change nothing: OPD reads no moving average (`ema`).",
+    ),
+    (
+        {"snapshot_every": 1, "lora": None},
+        "snapshots keep adapters, and lora=None trains all weights.",
+    ),
+    (
+        {"method": SFT(), "temperature": 0.7},
+        "temperature=0.7, which would change nothing: SFT trains on the reference answers",
+    ),
     ({"method": SFT(), "top_p": 0.7}, "top_p=0.7, which would change nothing"),
     ({"method": SFT(), "n": 4}, "n=4, which would change nothing"),
 ]
@@ -155,9 +201,9 @@ def test_an_odd_setting_that_has_a_meaning_is_used(given):
     run = World(*opd.load("market")).distill(**given)
     next(run)
     assert run.done == 1
-    assert {name: getattr(run.settings, name) for name in given.keys() & vars(run.settings).keys()} == pytest.approx(
-        {name: value for name, value in given.items() if name in vars(run.settings)}
-    )
+    assert {
+        name: getattr(run.settings, name) for name in given.keys() & vars(run.settings).keys()
+    } == pytest.approx({name: value for name, value in given.items() if name in vars(run.settings)})
 
 
 def test_greedy_training_takes_the_likeliest_token_and_clip_0_leaves_the_gradient():
@@ -170,14 +216,27 @@ def test_greedy_training_takes_the_likeliest_token_and_clip_0_leaves_the_gradien
 def test_a_recipe_may_name_what_a_method_does_not_use_but_not_what_does_not_exist(world):
     unused = replace(world.task, recipe={**world.task.recipe, "temperature": 0.5})
     assert world.distill(task=unused, method=SFT()).settings.temperature == 0.5
-    refused(lambda: world.distill(task=replace(world.task, recipe={"learning_rate": 1})), "the task's recipe has no setting learning_rate")
+    refused(
+        lambda: world.distill(task=replace(world.task, recipe={"learning_rate": 1})),
+        "the task's recipe has no setting learning_rate",
+    )
 
 
 def test_evaluation_and_rewards_need_a_verifier(world):
     bare = replace(world.task, verify=None)
-    refused(lambda: world.distill(task=bare, evaluate_every=1), "evaluate_every=1, but market has no verifier.")
-    refused(lambda: world.distill(task=bare, method=GRPO(), n=4), "GRPO learns from a verifier, but market has none.", MissingPolicy)
-    refused(lambda: world.distill(method=GRPO()), "distill got n=1, which is one sample a prompt. Use n=4 or more")
+    refused(
+        lambda: world.distill(task=bare, evaluate_every=1),
+        "evaluate_every=1, but market has no verifier.",
+    )
+    refused(
+        lambda: world.distill(task=bare, method=GRPO(), n=4),
+        "GRPO learns from a verifier, but market has none.",
+        MissingPolicy,
+    )
+    refused(
+        lambda: world.distill(method=GRPO()),
+        "distill got n=1, which is one sample a prompt. Use n=4 or more",
+    )
     refused(lambda: world.distill(method=OVD()), "OVD compares the samples of a prompt")
 
 
@@ -185,31 +244,70 @@ def test_evaluation_and_rewards_need_a_verifier(world):
 
 PLACES = [
     (lambda w: w.distill(student=None), "student=None. Use a Policy: Policy.load("),
-    (lambda w: w.distill(student=w.student.weights.model), "That is a model without its tokenizer. Make a policy of it: Policy.of("),
+    (
+        lambda w: w.distill(student=w.student.weights.model),
+        "That is a model without its tokenizer. Make a policy of it: Policy.of(",
+    ),
     (lambda w: w.distill(student="Qwen/Qwen3-0.6B"), "Load it: Policy.load('Qwen/Qwen3-0.6B')."),
     (lambda w: w.distill(student=w.student.tokenizer), "That is a tokenizer without its model."),
     (lambda w: w.distill(student=Policy), "That is the class Policy, and not an object of it."),
-    (lambda w: opd.distill((w.student, w.teacher, w.task)), "Unpack it with a star: distill(*opdlab.load('market'))."),
+    (
+        lambda w: opd.distill((w.student, w.teacher, w.task)),
+        "Unpack it with a star: distill(*opdlab.load('market')).",
+    ),
     (lambda w: w.distill(teacher=w.task, task=w.teacher), "distill got task=Policy("),
     (lambda w: w.distill(teacher=w.task), "distill got teacher=Task("),
-    (lambda w: w.distill(teacher="a/model"), "teacher='a/model'. That is a text, a path or a name. Load it: Policy.load('a/model')."),
-    (lambda w: w.distill(teacher=w.teacher.weights.model), "Make a policy of it: Policy.of(model, tokenizer)."),
+    (
+        lambda w: w.distill(teacher="a/model"),
+        "teacher='a/model'. That is a text, a path or a name. Load it: Policy.load('a/model').",
+    ),
+    (
+        lambda w: w.distill(teacher=w.teacher.weights.model),
+        "Make a policy of it: Policy.of(model, tokenizer).",
+    ),
     (lambda w: w.distill(teacher=3), "distill got teacher=3. That is a int."),
-    (lambda w: w.distill(task=w.task.prompts(3)), "That is a list of Prompt objects. Use a task: opdlab.tasks.from_records("),
-    (lambda w: w.distill(task=[{"prompt": "a"}]), "That is a list of dict objects. Use a task: opdlab.tasks.from_records("),
-    (lambda w: w.distill(task="file.jsonl"), "Make a task of the file: opdlab.tasks.from_records('file.jsonl')"),
+    (
+        lambda w: w.distill(task=w.task.prompts(3)),
+        "That is a list of Prompt objects. Use a task: opdlab.tasks.from_records(",
+    ),
+    (
+        lambda w: w.distill(task=[{"prompt": "a"}]),
+        "That is a list of dict objects. Use a task: opdlab.tasks.from_records(",
+    ),
+    (
+        lambda w: w.distill(task="file.jsonl"),
+        "Make a task of the file: opdlab.tasks.from_records('file.jsonl')",
+    ),
     (lambda w: w.distill(task={"prompt": ["a"]}), "That is a dict. Use a task"),
-    (lambda w: w.distill(task=OPD()), "That is a method. The order is distill(student, teacher, task, method=…)"),
-    (lambda w: opd.distill(w.student, w.teacher, w.task, OPD()), "too many positional arguments. It takes student, teacher, task, method"),
-    (lambda w: w.distill(policies=[w.teacher]), "Use a dict of policies by name, as {'reference': policy}, or None."),
-    (lambda w: w.distill(policies={"techer": w.teacher}), "which OPD does not use: it reads 'teacher'. Did you mean 'teacher'?"),
-    (lambda w: w.distill(policies={"reference": w.teacher}), "policies={'reference': …}, which OPD does not use"),
+    (
+        lambda w: w.distill(task=OPD()),
+        "That is a method. The order is distill(student, teacher, task, method=…)",
+    ),
+    (
+        lambda w: opd.distill(w.student, w.teacher, w.task, OPD()),
+        "too many positional arguments. It takes student, teacher, task, method",
+    ),
+    (
+        lambda w: w.distill(policies=[w.teacher]),
+        "Use a dict of policies by name, as {'reference': policy}, or None.",
+    ),
+    (
+        lambda w: w.distill(policies={"techer": w.teacher}),
+        "which OPD does not use: it reads 'teacher'. Did you mean 'teacher'?",
+    ),
+    (
+        lambda w: w.distill(policies={"reference": w.teacher}),
+        "policies={'reference': …}, which OPD does not use",
+    ),
     (lambda w: w.distill(policies={"student": w.teacher}), "but the student is what is trained."),
     (lambda w: w.distill(policies={"teacher": None}), "distill got policies['teacher']=None."),
     (lambda w: w.distill(policies={"teacher": "a/model"}), "Load it: Policy.load('a/model')."),
     (lambda w: w.distill(policies={3: w.teacher}), "Use a dict of policies by name"),
-    (lambda w: w.distill(method=SFT(), policies={"teacher": w.teacher}), "which SFT does not use: it reads no policy."),
-]  # fmt: skip
+    (
+        lambda w: w.distill(method=SFT(), policies={"teacher": w.teacher}),
+        "which SFT does not use: it reads no policy.",
+    ),
+]
 
 
 @pytest.mark.parametrize(("call", "says"), PLACES, ids=[says[:50] for _, says in PLACES])
@@ -269,17 +367,27 @@ def test_whatever_stands_for_a_method_trains_the_same(name):
     losses = [next(run).metrics["loss"] for run in runs]
     assert losses[1] == pytest.approx(losses[0], rel=1e-6)
     assert opd.audit(SAME[name]).trains == "reverse_kl"
-    policies = {who: opd.exact.Table.random(3, 1, seed=seed) for seed, who in enumerate(("student", "teacher"))}
-    torch.testing.assert_close(opd.exact.gradient(SAME[name], policies), opd.exact.gradient(OPD(), policies))
+    policies = {
+        who: opd.exact.Table.random(3, 1, seed=seed)
+        for seed, who in enumerate(("student", "teacher"))
+    }
+    torch.testing.assert_close(
+        opd.exact.gradient(SAME[name], policies), opd.exact.gradient(OPD(), policies)
+    )
 
 
 def test_a_function_reads_what_it_says_or_what_is_given_beside_it(world):
     assert as_method(of_rows).needs == ("teacher",)
     assert as_method(with_needs).needs == ("teacher", "reference")
     assert as_method(with_needs, needs="teacher").needs == ("teacher",)
-    run = world.distill(method=lambda rows: forward_kl(rows.student, rows.reference), needs=("reference",))
+    run = world.distill(
+        method=lambda rows: forward_kl(rows.student, rows.reference), needs=("reference",)
+    )
     assert list(run.policies) == ["student", "reference"]
-    assert opd.audit(lambda rows: forward_kl(rows.student, rows.reference), needs="reference").trains == "forward_kl"
+    assert (
+        opd.audit(lambda rows: forward_kl(rows.student, rows.reference), needs="reference").trains
+        == "forward_kl"
+    )
     method = OPD()
     assert as_method(method) is method
     assert as_method(forward_kl).needs == ("teacher",)
@@ -306,7 +414,10 @@ METHODS = [
     ("ppo", "Use one of opdlab's methods itself, as opdlab.OPD(); there are DOPD, EOPD"),
     ("", "Use one of opdlab's methods itself"),
     (object(), "an object without a loss trains nothing."),
-    (3, "distill got 3. Give a loss (a function of rows), a method, as opdlab.OPD(), or the class of one"),
+    (
+        3,
+        "distill got 3. Give a loss (a function of rows), a method, as opdlab.OPD(), or the class of one",
+    ),
     ([OPD()], "distill got [OPD("),
     ({}, "distill got {}."),
     (object, "distill got the class object, which has no loss."),
@@ -315,25 +426,70 @@ METHODS = [
     (opd, "distill got <module"),
     (lambda: 0, "<lambda> takes nothing, but it is called with rows alone."),
     (lambda a, b, c: 0, "<lambda> takes a, b, c, but it is called with rows alone."),
-    (lambda rows, batch: 0, "<lambda> takes rows, batch, but it is called with rows alone. Write it as a function of one argument"),
+    (
+        lambda rows, batch: 0,
+        "<lambda> takes rows, batch, but it is called with rows alone. Write it as a function of one argument",
+    ),
     (lambda *, rows: 0, "but it is called with rows alone."),
-    (method_of(needs=("teacher",), loss=3), "Mine, whose loss is 3. Make it a function of rows: def loss(self, rows)."),
-    (method_of(needs=("teacher",), loss=lambda: 0), "Mine.loss takes nothing, not even self. Write it as def loss(self, rows)."),
-    (method_of(needs=("teacher",), loss=lambda self, a, b: 0), "Mine.loss takes a, b, but it is called with rows alone."),
-    (method_of(needs="teacher", loss=lambda self, rows: 0), "which is one text. Write a tuple of names: needs=('teacher',)."),
-    (method_of(needs=None, loss=lambda self, rows: 0), "Mine has needs=None. Write a tuple of names of policies"),
-    (method_of(needs={"teacher"}, loss=lambda self, rows: 0), "Mine has needs={'teacher'}. Write a tuple"),
-    (method_of(needs=(3,), loss=lambda self, rows: 0), "Mine names 3 in `needs`. Use names of policies"),
-    (method_of(loss=lambda self, rows: 0), "Mine, which does not say what it reads. Give it needs = ('teacher',)"),
-    (method_of(needs=(), loss=lambda self, rows: 0, plan=None), "Mine, whose plan is None. Make it a function of the batch, or"),
-    (method_of(needs=(), loss=lambda self, rows: 0, plan=lambda self: 0), "Mine.plan takes nothing, but it is called with batch alone."),
-    (method_of(needs=(), loss=lambda self, rows: 0, on_policy=2), "Mine got on_policy=2. Use a number from 0 to 1."),
+    (
+        method_of(needs=("teacher",), loss=3),
+        "Mine, whose loss is 3. Make it a function of rows: def loss(self, rows).",
+    ),
+    (
+        method_of(needs=("teacher",), loss=lambda: 0),
+        "Mine.loss takes nothing, not even self. Write it as def loss(self, rows).",
+    ),
+    (
+        method_of(needs=("teacher",), loss=lambda self, a, b: 0),
+        "Mine.loss takes a, b, but it is called with rows alone.",
+    ),
+    (
+        method_of(needs="teacher", loss=lambda self, rows: 0),
+        "which is one text. Write a tuple of names: needs=('teacher',).",
+    ),
+    (
+        method_of(needs=None, loss=lambda self, rows: 0),
+        "Mine has needs=None. Write a tuple of names of policies",
+    ),
+    (
+        method_of(needs={"teacher"}, loss=lambda self, rows: 0),
+        "Mine has needs={'teacher'}. Write a tuple",
+    ),
+    (
+        method_of(needs=(3,), loss=lambda self, rows: 0),
+        "Mine names 3 in `needs`. Use names of policies",
+    ),
+    (
+        method_of(loss=lambda self, rows: 0),
+        "Mine, which does not say what it reads. Give it needs = ('teacher',)",
+    ),
+    (
+        method_of(needs=(), loss=lambda self, rows: 0, plan=None),
+        "Mine, whose plan is None. Make it a function of the batch, or",
+    ),
+    (
+        method_of(needs=(), loss=lambda self, rows: 0, plan=lambda self: 0),
+        "Mine.plan takes nothing, but it is called with batch alone.",
+    ),
+    (
+        method_of(needs=(), loss=lambda self, rows: 0, on_policy=2),
+        "Mine got on_policy=2. Use a number from 0 to 1.",
+    ),
     (method_of(needs=(), loss=lambda self, rows: 0, on_policy=math.nan), "Mine got on_policy=nan."),
-    (method_of(needs=(), loss=lambda self, rows: 0, writer="techer"), "writer='techer'. Use 'teacher', 'answer', or a tuple of these."),
+    (
+        method_of(needs=(), loss=lambda self, rows: 0, writer="techer"),
+        "writer='techer'. Use 'teacher', 'answer', or a tuple of these.",
+    ),
     (method_of(needs=(), loss=lambda self, rows: 0, writer=()), "Mine has writer=()."),
-    (method_of(needs=(), loss=lambda self, rows: 0, recipe=3), "Mine has recipe=3. Use a dict of settings"),
-    (method_of(needs=(), loss=lambda self, rows: 0, recipe={"step": 1}), "the method's recipe has no setting step."),
-]  # fmt: skip
+    (
+        method_of(needs=(), loss=lambda self, rows: 0, recipe=3),
+        "Mine has recipe=3. Use a dict of settings",
+    ),
+    (
+        method_of(needs=(), loss=lambda self, rows: 0, recipe={"step": 1}),
+        "the method's recipe has no setting step.",
+    ),
+]
 
 
 @pytest.mark.parametrize(("method", "says"), METHODS, ids=[says[:50] for _, says in METHODS])
@@ -343,21 +499,36 @@ def test_what_is_no_method_is_refused_in_words(world, method, says):
 
 def test_a_model_and_a_policy_are_no_methods(world):
     for wrong in (world.student.weights.model, world.student, world.task):
-        refused(lambda wrong=wrong: world.distill(method=wrong), "an object without a loss trains nothing.")
-    refused(lambda: world.distill(method=OPD(), needs="teacher"), "needs='teacher' beside OPD, which names its own. Leave needs out.")
+        refused(
+            lambda wrong=wrong: world.distill(method=wrong),
+            "an object without a loss trains nothing.",
+        )
+    refused(
+        lambda: world.distill(method=OPD(), needs="teacher"),
+        "needs='teacher' beside OPD, which names its own. Leave needs out.",
+    )
     refused(lambda: opd.audit("k3"), "audit got the text 'k3' for a method.")
     refused(lambda: opd.audit(OPD(), seed=-1), "audit got seed=-1.")
     refused(lambda: opd.method(plan=3)(of_rows), "of_rows has plan=3.")
-    refused(lambda: opd.method(needs=("teacher",))(3), "opdlab.method got 3. Put it above a loss function")
+    refused(
+        lambda: opd.method(needs=("teacher",))(3),
+        "opdlab.method got 3. Put it above a loss function",
+    )
 
 
 # Names in `needs`.
 
 NEEDS = [
-    ("teacher.text+hint", "'+hint' and '.text' cannot be combined. Name 'teacher.text', and give distill policies={'teacher.text': …}"),
+    (
+        "teacher.text+hint",
+        "'+hint' and '.text' cannot be combined. Name 'teacher.text', and give distill policies={'teacher.text': …}",
+    ),
     ("teacher+hint.text", "'+hint' and '.text' cannot be combined."),
     ("teacher+hint.spans", "'+hint' and '.spans' cannot be combined."),
-    ("teacher+hints", "'+hints' is no suffix. Use 'teacher', 'teacher+hint', 'teacher.text', 'teacher.spans'."),
+    (
+        "teacher+hints",
+        "'+hints' is no suffix. Use 'teacher', 'teacher+hint', 'teacher.text', 'teacher.spans'.",
+    ),
     ("teacher.txt", "'.txt' is no suffix."),
     ("teacher+hint+hint", "'+hint+hint' is no suffix."),
     ("teacher.text.spans", "'.text.spans' is no suffix."),
@@ -393,9 +564,19 @@ def test_a_name_that_nobody_gives_is_told_with_what_exists(world):
 
 
 def test_any_name_may_be_a_policy(world):
-    both = opd.method(needs=("maths", "style+hint"))(lambda rows: reverse_kl(rows.student, rows.maths) + 0 * rows["style+hint"].sum(-1))
-    refused(lambda: world.distill(method=both, policies={"maths": world.teacher}), "needs 'style+hint'", MissingPolicy)
-    run = world.distill(method=both, policies={"maths": world.teacher, "style": world.teacher}, task=opd.tasks.market(hint="style"))
+    both = opd.method(needs=("maths", "style+hint"))(
+        lambda rows: reverse_kl(rows.student, rows.maths) + 0 * rows["style+hint"].sum(-1)
+    )
+    refused(
+        lambda: world.distill(method=both, policies={"maths": world.teacher}),
+        "needs 'style+hint'",
+        MissingPolicy,
+    )
+    run = world.distill(
+        method=both,
+        policies={"maths": world.teacher, "style": world.teacher},
+        task=opd.tasks.market(hint="style"),
+    )
     assert list(run.policies) == ["student", "maths", "style+hint"]
     assert run.policies["style+hint"].context is not None
 
@@ -409,9 +590,15 @@ class Writer:
 
 def test_what_is_given_must_be_able_to_do_what_is_asked(world):
     text = opd.method(needs=("style.text",))(lambda rows: -rows.logp)
-    given = world.distill(method=text, policies={"style.text": world.teacher}).policies["style.text"]
+    given = world.distill(method=text, policies={"style.text": world.teacher}).policies[
+        "style.text"
+    ]
     assert isinstance(given, opd.teachers.TextOnly)
-    refused(lambda: world.distill(policies={"teacher": Writer()}), "'teacher' must grade tokens, but Writer only writes.", MissingPolicy)
+    refused(
+        lambda: world.distill(policies={"teacher": Writer()}),
+        "'teacher' must grade tokens, but Writer only writes.",
+        MissingPolicy,
+    )
 
 
 # Fields of methods.
@@ -422,10 +609,16 @@ FIELDS = [
     (lambda: OPD("generalized_jsd", {"beta": 7}), "generalized_jsd got beta=7"),
     (lambda: OPD("generalized_jsd", {"beta": math.nan}), "got beta=nan. Use a finite number."),
     (lambda: OPD("generalized_jsd", {"beta": "0.5"}), "got beta='0.5'. Use a finite number."),
-    (lambda: OPD("generalized_jsd", {"beta": 0.5, "normalize": "no"}), "got normalize='no'. Use True or False."),
+    (
+        lambda: OPD("generalized_jsd", {"beta": 0.5, "normalize": "no"}),
+        "got normalize='no'. Use True or False.",
+    ),
     (lambda: OPD("alpha_divergence", {"alpha": math.inf}), "got alpha=inf. Use a finite number."),
     (lambda: OPD("reverse_kl", {"beta": 0.5}), "reverse_kl has no option 'beta'. It takes none."),
-    (lambda: OPD("generalized_jsd", {"alpha": 0.5}), "generalized_jsd has no option 'alpha'. It takes beta, normalize."),
+    (
+        lambda: OPD("generalized_jsd", {"alpha": 0.5}),
+        "generalized_jsd has no option 'alpha'. It takes beta, normalize.",
+    ),
     (lambda: OPD(options=[0.5]), "OPD got options=[0.5]. Use a dict of the divergence's keywords"),
     (lambda: OPD(on_policy="a"), "OPD got on_policy='a'. Use a finite number."),
     (lambda: OPD(on_policy=math.nan), "OPD got on_policy=nan."),
@@ -434,7 +627,10 @@ FIELDS = [
     (lambda: OPD(top_k="4"), "OPD got top_k='4'."),
     (lambda: OPD(top_k=0), "TopK got k=0"),
     (lambda: OPD(top_k=True), "OPD got top_k=True."),
-    (lambda: OPD(top_k=TopK(4, by="techer")), "but it reads no 'techer'. Use by='student' or by='teacher'."),
+    (
+        lambda: OPD(top_k=TopK(4, by="techer")),
+        "but it reads no 'techer'. Use by='student' or by='teacher'.",
+    ),
     (lambda: OPD(estimator=None), "OPD got estimator=None"),
     (lambda: TopK(0), "TopK got k=0, tail='bucket'. Use k >= 1"),
     (lambda: TopK(2.0), "TopK got k=2.0. Use a whole number."),
@@ -443,7 +639,10 @@ FIELDS = [
     (lambda: OPDPlus("nope"), "There is no generator 'nope'. Use one of"),
     (lambda: OPDPlus(None), "Generator got name=None. Use a text."),
     (lambda: OPDPlus("alpha", {"alpha": "x"}), "Generator got alpha='x'. Use a number."),
-    (lambda: OPDPlus("alpha", {"gamma": 1}), "no divergence has 'gamma'. Use alpha, beta, shift or scale."),
+    (
+        lambda: OPDPlus("alpha", {"gamma": 1}),
+        "no divergence has 'gamma'. Use alpha, beta, shift or scale.",
+    ),
     (lambda: OPDPlus(clip="6"), "OPDPlus got clip='6'. Use a finite number, or None."),
     (lambda: OPDPlus(clip=-1), "a clip above 0 or None for none"),
     (lambda: OPDPlus(centred="no"), "OPDPlus got centred='no'. Use True or False."),
@@ -453,7 +652,10 @@ FIELDS = [
     (lambda: GRPO(scale="no"), "GRPO got scale='no'. Use True or False."),
     (lambda: TOPD(window=2.5), "TOPD got window=2.5. Use a whole number of at least 1."),
     (lambda: TOPD(share=math.nan), "TOPD got share=nan."),
-    (lambda: TOPD(max_points=0), "TOPD got max_points=0. Use a whole number of at least 1, or None."),
+    (
+        lambda: TOPD(max_points=0),
+        "TOPD got max_points=0. Use a whole number of at least 1, or None.",
+    ),
     (lambda: TOPD(max_points=-1), "TOPD got max_points=-1."),
     (lambda: TOPD(min_loss=math.nan), "TOPD got min_loss=nan. Use a finite number, or None."),
     (lambda: TOPD(weight=math.inf), "TOPD got weight=inf."),
@@ -478,18 +680,30 @@ FIELDS = [
     (lambda: SpanOPD(credit=None), "SpanOPD got credit=None."),
     (lambda: SelfDistillation(options={"beta": 1}), "jensen_shannon has no option 'beta'."),
     (lambda: SelfDistillation(clip="1"), "SelfDistillation got clip='1'."),
-    (lambda: SelfDistillation(anchor=3), "SelfDistillation got anchor=3. Use one of live, frozen, ema"),
-    (lambda: SelfDistillation(top_k=TopK(4, by="reference+hint")), "Use by='student' or by='teacher'."),
+    (
+        lambda: SelfDistillation(anchor=3),
+        "SelfDistillation got anchor=3. Use one of live, frozen, ema",
+    ),
+    (
+        lambda: SelfDistillation(top_k=TopK(4, by="reference+hint")),
+        "Use by='student' or by='teacher'.",
+    ),
     (lambda: SelfDistillation.context_distillation(k=0), "TopK got k=0"),
     (lambda: SelfDistillation.sdft("kl"), "SelfDistillation has no divergence 'kl'"),
     (lambda: OmniOPD(chunks=2.5), "OmniOPD got chunks=2.5. Use a whole number."),
     (lambda: OmniOPD(alpha=math.nan), "OmniOPD got alpha=nan."),
     (lambda: OmniOPD(similarity=["edit"]), "OmniOPD got similarity=['edit']"),
     (lambda: OmniOPD(match_length="no"), "OmniOPD got match_length='no'."),
-    (lambda: opd.divergence.generalized_jsd(*[torch.zeros(1, 2)] * 2, beta=math.nan), "generalized_jsd got beta=nan."),
-    (lambda: opd.divergence.alpha_divergence(*[torch.zeros(1, 2)] * 2, alpha="1"), "alpha_divergence got alpha='1'."),
-    (lambda: opd.estimator.as_loss(3), "Estimate got k=3. Use a text."),
-]  # fmt: skip
+    (
+        lambda: opd.losses.generalized_jsd(*[torch.zeros(1, 2)] * 2, beta=math.nan),
+        "generalized_jsd got beta=nan.",
+    ),
+    (
+        lambda: opd.losses.alpha_divergence(*[torch.zeros(1, 2)] * 2, alpha="1"),
+        "alpha_divergence got alpha='1'.",
+    ),
+    (lambda: as_loss(3), "Estimate got k=3. Use a text."),
+]
 
 
 @pytest.mark.parametrize(("call", "says"), FIELDS, ids=[says for _, says in FIELDS])
@@ -502,7 +716,10 @@ def test_odd_fields_that_have_a_meaning_are_used():
     assert SelfDistillation(top_k=np.int64(4)).top_k == TopK(4)
     assert EOPD(threshold=math.inf).threshold == math.inf
     assert OPD(on_policy=1) == OPD()
-    assert OPD("generalized_jsd", {"beta": 0, "normalize": True}).options == {"beta": 0, "normalize": True}
+    assert OPD("generalized_jsd", {"beta": 0, "normalize": True}).options == {
+        "beta": 0,
+        "normalize": True,
+    }
 
 
 def test_an_option_that_does_not_exist_is_also_a_type_error():
@@ -538,9 +755,18 @@ SAMPLING = [
     ({"top_p": 0}, "Use at least one token, a temperature of 0 or more and 0 < top_p <= 1."),
     ({"max_new_tokens": 2.0}, "sample got max_new_tokens=2.0. Use a whole number."),
     ({"max_new_tokens": 0}, "sample got max_new_tokens=0"),
-    ({"top_k": 3}, "sample: got an unexpected keyword argument 'top_k'. It takes policy, prompts, n,"),
-    ({"prefixes": [[1]]}, "sample got 1 prefixes for 2 prompts. Use one list of token ids for each prompt"),
-    ({"prefixes": ["a", "b"]}, "sample got prefixes[0]='a', which are no token ids of the policy (0 to 69)."),
+    (
+        {"top_k": 3},
+        "sample: got an unexpected keyword argument 'top_k'. It takes policy, prompts, n,",
+    ),
+    (
+        {"prefixes": [[1]]},
+        "sample got 1 prefixes for 2 prompts. Use one list of token ids for each prompt",
+    ),
+    (
+        {"prefixes": ["a", "b"]},
+        "sample got prefixes[0]='a', which are no token ids of the policy (0 to 69).",
+    ),
     ({"prefixes": "ab"}, "sample got prefixes='ab'."),
     ({"prefixes": [[1], [99999]]}, "sample got prefixes[1]=[99999]"),
     ({"prefixes": [[1.5], [1]]}, "sample got prefixes[0]=[1.5]"),
@@ -551,14 +777,19 @@ SAMPLING = [
 
 @pytest.mark.parametrize(("given", "says"), SAMPLING, ids=repr)
 def test_sampling_refuses_what_cannot_be_right(world, given, says):
-    refused(lambda: world.student.sample(world.task.prompts(2), **({"max_new_tokens": 2} | given)), says)
+    refused(
+        lambda: world.student.sample(world.task.prompts(2), **({"max_new_tokens": 2} | given)), says
+    )
 
 
 def test_prompts_in_the_wrong_form_are_told_apart(world):
     prompts = world.task.prompts(2)
     cases = [
         ("abc", "sample got prompts='abc'."),
-        (["a", "b"], "sample got prompts[0]='a'. That is a text, a path or a name. Use Prompt('a') for plain text"),
+        (
+            ["a", "b"],
+            "sample got prompts[0]='a'. That is a text, a path or a name. Use Prompt('a') for plain text",
+        ),
         (None, "sample got prompts=None. Use a list of Prompt objects"),
         (world.task, "That is a task. Ask it for some: task.prompts(8)."),
         ([prompts[0], "x"], "sample got prompts[1]='x'."),
@@ -574,11 +805,20 @@ def test_prompts_in_the_wrong_form_are_told_apart(world):
 def test_one_prompt_an_iterator_and_numpy_s_numbers_are_understood(world):
     prompts = world.task.prompts(2)
     want = world.student.sample(prompts, 2, max_new_tokens=3, seed=1)
-    got = world.student.sample(iter(prompts), np.int64(2), max_new_tokens=np.int32(3), seed=np.uint8(1), temperature=np.float32(1))
+    got = world.student.sample(
+        iter(prompts),
+        np.int64(2),
+        max_new_tokens=np.int32(3),
+        seed=np.uint8(1),
+        temperature=np.float32(1),
+    )
     assert got.texts == want.texts
     assert world.student.sample(prompts[0], 2, max_new_tokens=3, seed=1).texts == want.texts[:2]
     begun = world.student.sample(prompts, max_new_tokens=2, prefixes=torch.tensor([[6, 7], [8, 9]]))
-    assert begun.texts == world.student.sample(prompts, max_new_tokens=2, prefixes=[[6, 7], [8, 9]]).texts
+    assert (
+        begun.texts
+        == world.student.sample(prompts, max_new_tokens=2, prefixes=[[6, 7], [8, 9]]).texts
+    )
 
 
 # Looking.
@@ -590,21 +830,39 @@ def test_a_diagnosis_refuses_what_cannot_be_right(world):
         (lambda: opd.doctor(*pair, k=0), "doctor got k=0. Use a whole number of at least 1."),
         (lambda: opd.doctor(*pair, k=1.5), "doctor got k=1.5."),
         (lambda: opd.doctor(*pair, seed=-1), "doctor got seed=-1."),
-        (lambda: opd.doctor(*pair, prompts=0), "A diagnosis got prompts=0. Use a whole number of at least 1."),
+        (
+            lambda: opd.doctor(*pair, prompts=0),
+            "A diagnosis got prompts=0. Use a whole number of at least 1.",
+        ),
         (lambda: opd.doctor(*pair, prompts=2.5), "A diagnosis got prompts=2.5."),
         (lambda: opd.doctor(*pair, prompts="two"), "A diagnosis got prompts='two'."),
-        (lambda: opd.doctor(*pair, batchsize=2), "doctor has no setting batchsize. It takes those of distill: steps, batch"),
+        (
+            lambda: opd.doctor(*pair, batchsize=2),
+            "doctor has no setting batchsize. It takes those of distill: steps, batch",
+        ),
         (lambda: opd.doctor(*pair, batch=0), "batch=0"),
         (lambda: opd.doctor(None, world.teacher), "doctor got student=None. Use a Policy"),
         (lambda: opd.doctor(world.student, None), "doctor got teacher=None."),
         (lambda: opd.doctor(world.student, world.task, world.teacher), "doctor got task=Policy("),
-        (lambda: opd.doctor(world.student, "a/model", world.task), "Load it: Policy.load('a/model')."),
+        (
+            lambda: opd.doctor(world.student, "a/model", world.task),
+            "Load it: Policy.load('a/model').",
+        ),
         (lambda: opd.diagnose.overlap(*pair, k=0), "overlap got k=0."),
-        (lambda: opd.diagnose.overlap(*pair, rollout=[]), "overlap got rollout=[]. That is a list. Use a Rollout"),
+        (
+            lambda: opd.diagnose.overlap(*pair, rollout=[]),
+            "overlap got rollout=[]. That is a list. Use a Rollout",
+        ),
         (lambda: opd.diagnose.exposure(*pair, n=0), "exposure got n=0."),
-        (lambda: opd.diagnose.privilege(*pair, controls="no"), "privilege got controls='no'. Use True or False."),
-        (lambda: opd.diagnose.privilege(*pair, split="dev"), "privilege got split='dev'. Use 'train' or 'test'."),
-    ]  # fmt: skip
+        (
+            lambda: opd.diagnose.privilege(*pair, controls="no"),
+            "privilege got controls='no'. Use True or False.",
+        ),
+        (
+            lambda: opd.diagnose.privilege(*pair, split="dev"),
+            "privilege got split='dev'. Use 'train' or 'test'.",
+        ),
+    ]
     for call, says in cases:
         refused(call, says)
 
@@ -614,10 +872,26 @@ def test_a_view_of_something_else_than_a_trace_is_refused(world):
     cases = [
         (lambda: viz.TokenLens(None), "TokenLens got trace=None. Use a Trace, as opdlab.score("),
         (lambda: viz.TokenLens("t.parquet"), "Read it: Trace.load('t.parquet')."),
-        (lambda: viz.TokenLens(rollout), "That is a rollout. Grade it first: opdlab.score(rollout, student, teacher)."),
-        (lambda: viz.TokenLens(world.distill()), "That is a training run. Take the trace of its last step, run.last.trace()"),
-        *((lambda view=view: getattr(viz, view)(None), f"{view} got trace=None") for view in (
-            "Audits", "Forks", "PrivilegeLens", "Regimes", "Rollouts", "TailAudit", "Timeline")),
+        (
+            lambda: viz.TokenLens(rollout),
+            "That is a rollout. Grade it first: opdlab.score(rollout, student, teacher).",
+        ),
+        (
+            lambda: viz.TokenLens(world.distill()),
+            "That is a training run. Take the trace of its last step, run.last.trace()",
+        ),
+        *(
+            (lambda view=view: getattr(viz, view)(None), f"{view} got trace=None")
+            for view in (
+                "Audits",
+                "Forks",
+                "PrivilegeLens",
+                "Regimes",
+                "Rollouts",
+                "TailAudit",
+                "Timeline",
+            )
+        ),
         (lambda: viz.Playground(trace=rollout), "Playground got trace=Rollout("),
         (lambda: viz.Playground(losses=3), "Playground got 3. Give a loss (a function of rows)"),
         (lambda: viz.Playground(losses="nope"), "There is no divergence 'nope'."),
@@ -626,8 +900,11 @@ def test_a_view_of_something_else_than_a_trace_is_refused(world):
         (lambda: viz.Scrubber([None]), "Scrubber got traces=[None]. Use traces by step"),
         (lambda: viz.Scrubber({1: None}), "Scrubber got {1: …}=None. Use a Trace"),
         (lambda: opd.snapshots.rescored(None, rollout), "rescored got run=None. Use a Run"),
-        (lambda: opd.snapshots.rescored("runs/first", rollout), "Take the saved run up again: opdlab.resume('runs/first'"),
+        (
+            lambda: opd.snapshots.rescored("runs/first", rollout),
+            "Take the saved run up again: opdlab.resume('runs/first'",
+        ),
         (lambda: opd.snapshots.rewritten(world.distill(), "text"), "rewritten got prompts='text'."),
-    ]  # fmt: skip
+    ]
     for call, says in cases:
         refused(call, says)

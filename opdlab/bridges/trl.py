@@ -17,22 +17,27 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from opdlab import adapters, signals
-from opdlab.batch import Batch
-from opdlab.columns import run_plan
+from opdlab.data.prompt import Prompt
+from opdlab.data.rollout import Rollout
+from opdlab.data.tokens import completion_texts
+from opdlab.engine import signals
+from opdlab.engine.batch import Batch
+from opdlab.engine.columns import run_plan
+from opdlab.engine.passes import Pass, compute, gradient
 from opdlab.errors import OpdlabError
-from opdlab.head import Head
 from opdlab.methods import Method
-from opdlab.methods.contract import as_method, name_of
-from opdlab.policy import Prompt
-from opdlab.rollout import Rollout
-from opdlab.rows import Pass, States, compute, gradient
-from opdlab.tokens import completion_texts
+from opdlab.methods.contract import name_of
+from opdlab.methods.conversion import as_method
+from opdlab.models import adapters
+from opdlab.models.graded import States
+from opdlab.models.head import Head
 
 try:
     from trl import DistillationTrainer
 except ImportError as error:
-    raise ImportError("opdlab.bridges.trl needs TRL, which cannot be imported here. Install it: pip install 'opdlab[trl]'.") from error
+    raise ImportError(
+        "opdlab.bridges.trl needs TRL, which cannot be imported here. Install it: pip install 'opdlab[trl]'."
+    ) from error
 
 
 class MethodTrainer(DistillationTrainer):
@@ -52,7 +57,10 @@ class MethodTrainer(DistillationTrainer):
                 f"TRL's temperature is {self.temperature}, but opdlab's losses see the distributions as they are. Set it to 1."
             )
         rows = max(self.processing_class.get_vocab().values()) + 1
-        self.heads = {name: self._head(model, rows) for name, model in (("student", self.model), ("teacher", self.teacher_model))}
+        self.heads = {
+            name: self._head(model, rows)
+            for name, model in (("student", self.model), ("teacher", self.teacher_model))
+        }
         if self.heads["student"].lora is not None:
             raise OpdlabError(
                 "The student has a LoRA on its output head, to which this bridge hands no gradient. Leave the head out of its "
@@ -63,7 +71,12 @@ class MethodTrainer(DistillationTrainer):
         bare = adapters.unwrap(self.accelerator.unwrap_model(model))
         return Head.of(bare, rows, next(iter(adapters.in_force(bare)), None))
 
-    def _compute_loss(self, unwrapped_student: Any, inputs: Mapping[str, Tensor], num_items_in_batch: Tensor | None = None) -> Any:
+    def _compute_loss(
+        self,
+        unwrapped_student: Any,
+        inputs: Mapping[str, Tensor],
+        num_items_in_batch: Tensor | None = None,
+    ) -> Any:
         """TRL's hook: the loss, the sum of the student's entropies, and the number of tokens."""
         rollout, mask = self._rollout(inputs), inputs["completion_mask"].bool()
         counted = inputs.get("tool_mask", inputs["completion_mask"])[mask].float()
@@ -71,13 +84,26 @@ class MethodTrainer(DistillationTrainer):
         with torch.no_grad():
             self.teacher_model.eval()
             bare = self.accelerator.unwrap_model(self.teacher_model)
-            theirs = self._forward_redirection(self.teacher_model, bare, self._hidden, bare, inputs)[mask]
-        weight = counted / (counted.sum().clamp(min=1) if num_items_in_batch is None else num_items_in_batch)
-        states = {"student": States(hidden.detach(), _apart(self.heads["student"])), "teacher": States(theirs, self.heads["teacher"])}
+            theirs = self._forward_redirection(
+                self.teacher_model, bare, self._hidden, bare, inputs
+            )[mask]
+        weight = counted / (
+            counted.sum().clamp(min=1) if num_items_in_batch is None else num_items_in_batch
+        )
+        states = {
+            "student": States(hidden.detach(), _apart(self.heads["student"])),
+            "teacher": States(theirs, self.heads["teacher"]),
+        }
         with torch.autocast(hidden.device.type, enabled=False):
             columns = self._plan(rollout, states)
             found = gradient(
-                self.method.loss, states, rollout.ids[mask], weight, columns, watch=signals.cheap, check=not self._loss_is_checked
+                self.method.loss,
+                states,
+                rollout.ids[mask],
+                weight,
+                columns,
+                watch=signals.cheap,
+                check=not self._loss_is_checked,
             )
             self._loss_is_checked |= found.is_checked
         return (
@@ -88,7 +114,10 @@ class MethodTrainer(DistillationTrainer):
 
     def _hidden(self, model: Any, inputs: Mapping[str, Tensor]) -> Tensor:
         """`[B, T, H]`, where each completion token is predicted."""
-        ids, mask = (torch.cat([inputs[f"prompt_{what}"], inputs[f"completion_{what}"]], dim=1) for what in ("ids", "mask"))
+        ids, mask = (
+            torch.cat([inputs[f"prompt_{what}"], inputs[f"completion_{what}"]], dim=1)
+            for what in ("ids", "mask")
+        )
         return self._get_last_hidden_state(model, ids, mask, inputs["completion_ids"].shape[1])
 
     def _rollout(self, inputs: Mapping[str, Tensor]) -> Rollout:
@@ -96,11 +125,24 @@ class MethodTrainer(DistillationTrainer):
         lengths = mask.sum(-1)
         prompts = self.processing_class.batch_decode(inputs["prompt_ids"], skip_special_tokens=True)
         pieces = [row[:n] for row, n in zip(ids, lengths.tolist(), strict=True)]
-        finish = tuple("stop" if n and int(row[-1]) in self.eos_token_ids else "length" for row, n in zip(pieces, lengths, strict=True))
+        finish = tuple(
+            "stop" if n and int(row[-1]) in self.eos_token_ids else "length"
+            for row, n in zip(pieces, lengths, strict=True)
+        )
         none = torch.zeros(ids.shape, device=ids.device)
-        texts = completion_texts(self.processing_class, [row.tolist() for row in pieces], self.eos_token_ids)
-        return Rollout(tuple(Prompt(text) for text in prompts), ids, lengths, none, none.clone(), finish, tuple(texts),
-                       ("student",) * len(ids))  # fmt: skip
+        texts = completion_texts(
+            self.processing_class, [row.tolist() for row in pieces], self.eos_token_ids
+        )
+        return Rollout(
+            tuple(Prompt(text) for text in prompts),
+            ids,
+            lengths,
+            none,
+            none.clone(),
+            finish,
+            tuple(texts),
+            ("student",) * len(ids),
+        )
 
     def _plan(self, rollout: Rollout, states: Mapping[str, States]) -> dict[str, Tensor]:
         if not hasattr(self.method, "plan"):
@@ -109,13 +151,25 @@ class MethodTrainer(DistillationTrainer):
         logp, entropy = rollout.logp.clone(), rollout.entropy.clone()
         logp[rollout.mask], entropy[rollout.mask] = seen["student_logp"], seen["student_entropy"]
         rollout = replace(rollout, logp=logp, entropy=entropy)
-        return run_plan(self.method, Batch(rollout, {name: _Graded(s) for name, s in states.items()}, step=self.state.global_step))
+        return run_plan(
+            self.method,
+            Batch(
+                rollout,
+                {name: _Graded(s) for name, s in states.items()},
+                step=self.state.global_step,
+            ),
+        )
 
     def _joined(self, found: Pass, weight: Tensor, hidden: Tensor, head: Head) -> Tensor:
         """A scalar with the loss's value, and with the gradients that the engine found for the states and for a trainable head."""
         own = self.heads["student"]
-        known = [(own.weight, head.weight.grad), (own.bias, None if head.bias is None else head.bias.grad)]
-        slope = (hidden.float() * found.gradient).sum() + sum((x * g).sum() for x, g in known if x is not None and g is not None)
+        known = [
+            (own.weight, head.weight.grad),
+            (own.bias, None if head.bias is None else head.bias.grad),
+        ]
+        slope = (hidden.float() * found.gradient).sum() + sum(
+            (x * g).sum() for x, g in known if x is not None and g is not None
+        )
         return slope + ((found.loss * weight).sum() - slope).detach()
 
 
@@ -131,7 +185,10 @@ class _Graded:
 
 def _apart(head: Head) -> Head:
     """The head on leaves of its own, so that the engine's gradient for it does not go into the model's before backward does."""
-    weight, bias = (None if x is None else x.detach().requires_grad_(x.requires_grad) for x in (head.weight, head.bias))
+    weight, bias = (
+        None if x is None else x.detach().requires_grad_(x.requires_grad)
+        for x in (head.weight, head.bias)
+    )
     assert weight is not None
     return replace(head, weight=weight, bias=bias)
 
@@ -139,9 +196,13 @@ def _apart(head: Head) -> Head:
 def _check(method: Method) -> None:
     name = name_of(method)
     if others := [need for need in method.needs if need != "teacher"]:
-        raise OpdlabError(f"{name} needs {', '.join(others)}, and TRL's trainer holds a student and a teacher alone. Use opdlab.distill.")
+        raise OpdlabError(
+            f"{name} needs {', '.join(others)}, and TRL's trainer holds a student and a teacher alone. Use opdlab.distill."
+        )
     if not method.needs:
-        raise OpdlabError(f"{name} looks at no teacher, which this bridge is for. Use opdlab.distill, or one of TRL's own trainers.")
+        raise OpdlabError(
+            f"{name} looks at no teacher, which this bridge is for. Use opdlab.distill, or one of TRL's own trainers."
+        )
     if getattr(method, "on_policy", 1.0) < 1:
         raise OpdlabError(
             f"{name} learns from texts of {getattr(method, 'writer', 'others')} too; here the student writes all. Use opdlab.distill."

@@ -9,6 +9,21 @@ from opdlab.diagnose.overlap import Overlap, overlap
 from opdlab.diagnose.privilege import Privilege, information_floor, privilege
 
 __all__ = [
-    "Alarm", "Cost", "Diagnosis", "Exposure", "Health", "Illusion", "Limits", "Overlap", "Privilege", "cost", "doctor", "exposure",
-    "health", "illusion", "information_floor", "overlap", "privilege",
-]  # fmt: skip
+    "Alarm",
+    "Cost",
+    "Diagnosis",
+    "Exposure",
+    "Health",
+    "Illusion",
+    "Limits",
+    "Overlap",
+    "Privilege",
+    "cost",
+    "doctor",
+    "exposure",
+    "health",
+    "illusion",
+    "information_floor",
+    "overlap",
+    "privilege",
+]

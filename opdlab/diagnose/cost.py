@@ -23,13 +23,14 @@ import psutil
 import torch
 from torch import Tensor
 
-from opdlab import signals
+from opdlab.data.rollout import Rollout
 from opdlab.diagnose.probe import render
-from opdlab.divergence import reverse_kl
-from opdlab.policy import Policy
-from opdlab.rollout import Rollout, sample
-from opdlab.rows import CHUNK_BYTES, States, gradient
-from opdlab.settings import Settings
+from opdlab.engine import signals
+from opdlab.engine.passes import CHUNK_BYTES, gradient
+from opdlab.losses.divergences import reverse_kl
+from opdlab.models.graded import States
+from opdlab.models.policy import Policy, sample
+from opdlab.training.settings import Settings
 
 ADAM = 3  # gradient and two moments, each as large as what trains
 BUFFERS = 10  # [chunk, V] float32 tensors alive at once in the engine with two policies, counted in a profile
@@ -47,7 +48,11 @@ class Cost:
     def peak(self) -> float:
         """Bytes: what always stays, and the larger of what writing and learning need."""
         m = self.memory
-        return m["weights"] + m["training"] + max(m["writing"], m["activations"] + m["states"] + m["head"])
+        return (
+            m["weights"]
+            + m["training"]
+            + max(m["writing"], m["activations"] + m["states"] + m["head"])
+        )
 
     @property
     def step(self) -> float:
@@ -56,7 +61,10 @@ class Cost:
 
     @property
     def table(self) -> pd.DataFrame:
-        rows = [(name, value / 2**20, "MiB") for name, value in [*self.memory.items(), ("peak", self.peak)]]
+        rows = [
+            (name, value / 2**20, "MiB")
+            for name, value in [*self.memory.items(), ("peak", self.peak)]
+        ]
         rows += [(name, value, "s") for name, value in [*self.seconds.items(), ("step", self.step)]]
         return pd.DataFrame(rows, columns=["part", "value", "unit"]).set_index("part")
 
@@ -82,10 +90,21 @@ def cost(student: Policy, teacher: Policy, rollout: Rollout, settings: Settings)
     """Predict a step of OPD with these settings, from a `rollout` of the student's on typical prompts. Trains nothing."""
     rows = settings.batch * settings.n
     lengths = rollout.lengths.float()
-    prompt = max(len(student.encode(p)) for p in rollout.prompts), max(len(teacher.encode(p)) for p in rollout.prompts)
-    sizes = _Sizes(rows, min(settings.micro_batch or rows, rows), prompt, float(lengths.mean()), float(lengths.quantile(0.95)))
+    prompt = (
+        max(len(student.encode(p)) for p in rollout.prompts),
+        max(len(teacher.encode(p)) for p in rollout.prompts),
+    )
+    sizes = _Sizes(
+        rows,
+        min(settings.micro_batch or rows, rows),
+        prompt,
+        float(lengths.mean()),
+        float(lengths.quantile(0.95)),
+    )
     return Cost(
-        _memory(student, teacher, rollout, settings, sizes), _seconds(student, teacher, rollout, settings, sizes), available(student)
+        _memory(student, teacher, rollout, settings, sizes),
+        _seconds(student, teacher, rollout, settings, sizes),
+        available(student),
     )
 
 
@@ -108,12 +127,20 @@ class _Sizes:
     long: float
 
 
-def _memory(student: Policy, teacher: Policy, rollout: Rollout, settings: Settings, sizes: _Sizes) -> dict[str, float]:
+def _memory(
+    student: Policy, teacher: Policy, rollout: Rollout, settings: Settings, sizes: _Sizes
+) -> dict[str, float]:
     model, config = student.weights.model, student.weights.model.config.get_text_config()
     linear = _linear(student)
-    weights = _bytes({id(p): p for policy in (student, teacher) for p in policy.weights.model.parameters()}.values())
+    weights = _bytes(
+        {
+            id(p): p for policy in (student, teacher) for p in policy.weights.model.parameters()
+        }.values()
+    )
     if settings.lora is None:
-        training = ADAM * _bytes(model.parameters()) + (_bytes(model.parameters()) if teacher.weights is student.weights else 0)
+        training = ADAM * _bytes(model.parameters()) + (
+            _bytes(model.parameters()) if teacher.weights is student.weights else 0
+        )
     else:
         training = (1 + ADAM) * 4 * settings.lora * sum(a + b for a, b, _ in linear)
     layers, vocab = config.num_hidden_layers, student.weights.vocab_size
@@ -125,11 +152,13 @@ def _memory(student: Policy, teacher: Policy, rollout: Rollout, settings: Settin
     chunk = max(CHUNK_BYTES.get(student.weights.device.type, CHUNK_BYTES["cuda"]), 32 * 4 * vocab)
     new = sizes.rows * sizes.mean
     return {
-        "weights": weights, "training": training,
+        "weights": weights,
+        "training": training,
         "writing": sizes.rows * ((sizes.prompt[0] + sizes.long) * _cache(student) + 4 * 4 * vocab),
-        "activations": backward * kept, "states": new * (2 * width + 4 * config.hidden_size),
+        "activations": backward * kept,
+        "states": new * (2 * width + 4 * config.hidden_size),
         "head": BUFFERS * min(chunk, 4 * vocab * new),
-    }  # fmt: skip
+    }
 
 
 def _saved(policy: Policy, rollout: Rollout) -> float:
@@ -149,8 +178,13 @@ def _saved(policy: Policy, rollout: Rollout) -> float:
     try:
         for p, _ in flags:
             p.requires_grad_(p.is_floating_point())
-        with torch.enable_grad(), torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor):
-            states = policy.hidden(row)  # keeps what was saved alive, so that no address is counted for two tensors
+        with (
+            torch.enable_grad(),
+            torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor),
+        ):
+            states = policy.hidden(
+                row
+            )  # keeps what was saved alive, so that no address is counted for two tensors
     finally:
         for p, flag in flags:
             p.requires_grad_(flag)
@@ -169,8 +203,16 @@ def _linear(policy: Policy) -> list[tuple[int, int, int]]:
     """Inputs, outputs and bytes a weight of every linear layer but the head: those that get an adapter."""
     model = policy.weights.model
     head = model.get_output_embeddings()
-    named = [(name, m) for name, m in model.named_modules() if isinstance(m, torch.nn.Linear) and m is not head]
-    return [(m.in_features, m.out_features, m.weight.dtype.itemsize) for name, m in named if ".lora_" not in name]
+    named = [
+        (name, m)
+        for name, m in model.named_modules()
+        if isinstance(m, torch.nn.Linear) and m is not head
+    ]
+    return [
+        (m.in_features, m.out_features, m.weight.dtype.itemsize)
+        for name, m in named
+        if ".lora_" not in name
+    ]
 
 
 def _cache(policy: Policy) -> float:
@@ -181,10 +223,15 @@ def _cache(policy: Policy) -> float:
     return 2.0 * config.num_hidden_layers * heads * size * policy.weights.model.dtype.itemsize
 
 
-def _seconds(student: Policy, teacher: Policy, rollout: Rollout, settings: Settings, sizes: _Sizes) -> dict[str, float]:
+def _seconds(
+    student: Policy, teacher: Policy, rollout: Rollout, settings: Settings, sizes: _Sizes
+) -> dict[str, float]:
     """Seconds of writing, grading (the teacher's pass) and learning (the student's passes and the engine)."""
     asked = (list(rollout.prompts[:: rollout.n]) * settings.batch)[: settings.batch]
-    write = lambda tokens: _timed(lambda: sample(student, asked, settings.n, max_new_tokens=tokens, top_p=settings.top_p), student)
+    write = lambda tokens: _timed(
+        lambda: sample(student, asked, settings.n, max_new_tokens=tokens, top_p=settings.top_p),
+        student,
+    )
     some = max(2, min(9, int(sizes.long)))
     write(1)  # the first call also pays for setting up
     first, several = write(1), write(some)
@@ -196,12 +243,20 @@ def _seconds(student: Policy, teacher: Policy, rollout: Rollout, settings: Setti
             work = partial(policy.hidden, piece)
             head[name] = States(work(), policy.head)  # the first pass also pays for setting up
             took[name] = _timed(work, policy)
-    token, weight = piece.ids[piece.mask], torch.full((piece.tokens,), 1 / piece.tokens, device=piece.ids.device)
+    token, weight = (
+        piece.ids[piece.mask],
+        torch.full((piece.tokens,), 1 / piece.tokens, device=piece.ids.device),
+    )
     loss: Callable[[Any], Tensor] = lambda rows: reverse_kl(rows.student, rows.teacher)
-    engine = _timed(lambda: gradient(loss, head, token, weight, watch=signals.cheap, check=False), student)
+    engine = _timed(
+        lambda: gradient(loss, head, token, weight, watch=signals.cheap, check=False), student
+    )
     passes = 3 + settings.checkpointing
-    return {"write": first + (sizes.long - 1) * max(0.0, several - first) / (some - 1), "grade": took["teacher"] * scale,
-            "learn": (passes * took["student"] + engine) * scale}  # fmt: skip
+    return {
+        "write": first + (sizes.long - 1) * max(0.0, several - first) / (some - 1),
+        "grade": took["teacher"] * scale,
+        "learn": (passes * took["student"] + engine) * scale,
+    }
 
 
 def _timed(work: Callable[[], Any], policy: Policy) -> float:

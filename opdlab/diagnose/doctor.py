@@ -18,27 +18,37 @@ import numpy as np
 import pandas as pd
 import torch
 
+from opdlab.data.prompt import Prompt
+from opdlab.data.rollout import Rollout
 from opdlab.diagnose.cost import Cost, cost
 from opdlab.diagnose.exposure import continuation
 from opdlab.diagnose.identity import Check, Sides, identity, sides
 from opdlab.diagnose.overlap import Overlap, agreement
 from opdlab.diagnose.probe import ask, frame, grade, render
 from opdlab.errors import OpdlabError
-from opdlab.expect import expect_teacher
-from opdlab.policy import Policy, Prompt
-from opdlab.rollout import Rollout, sample
-from opdlab.settings import Settings, make_settings
+from opdlab.models.policy import Policy, sample
+from opdlab.support.validation import Count, Seed, Unchecked, validate_arguments
 from opdlab.tasks import Task
 from opdlab.tasks.splits import count_distinct
-from opdlab.validation import Count, Seed, Unchecked, validate_arguments
+from opdlab.teachers.contract import expect_teacher
+from opdlab.training.settings import Settings, make_settings
 
 ENOUGH = {"acceptance": 0.5, "pass@k": 0.2, "right": 0.1, "stop": 0.2, "first": 0.1, "cut": 0.5}
 PLAIN = tuple(
     Prompt(messages=({"role": "user", "content": text},), id=str(i))
-    for i, text in enumerate(["What is 17 + 25?", "Name three colours.", "Why is the sky blue?", "Write a sentence about a cat.",
-                              "What comes after Tuesday?", "Translate 'good morning' into French.", "Is 7 a prime number?",
-                              "How do I boil an egg?"])
-)  # fmt: skip
+    for i, text in enumerate(
+        [
+            "What is 17 + 25?",
+            "Name three colours.",
+            "Why is the sky blue?",
+            "Write a sentence about a cat.",
+            "What comes after Tuesday?",
+            "Translate 'good morning' into French.",
+            "Is 7 a prime number?",
+            "How do I boil an egg?",
+        ]
+    )
+)
 
 
 @dataclass(frozen=True, eq=False)
@@ -62,7 +72,9 @@ class Diagnosis:
         """What decided: every stop and warning, or else what speaks for it."""
         bad = [check for check in self.checks if check.state in ("stop", "warn")]
         return tuple(
-            f"{check.name}: {check.finding}" for check in bad or [c for c in self.checks if c.name in ("overlap", "student", "teacher")]
+            f"{check.name}: {check.finding}"
+            for check in bad
+            or [c for c in self.checks if c.name in ("overlap", "student", "teacher")]
         )
 
     @property
@@ -71,8 +83,12 @@ class Diagnosis:
 
     @property
     def sentence(self) -> str:
-        remedies = list(dict.fromkeys(c.remedy for c in self.checks if c.state in ("stop", "warn") and c.remedy))
-        return f"{self.verdict}: {'; '.join(self.reasons)}." + "".join(f" {remedy}" for remedy in remedies)
+        remedies = list(
+            dict.fromkeys(c.remedy for c in self.checks if c.state in ("stop", "warn") and c.remedy)
+        )
+        return f"{self.verdict}: {'; '.join(self.reasons)}." + "".join(
+            f" {remedy}" for remedy in remedies
+        )
 
     def __str__(self) -> str:
         from opdlab.diagnose.report import text
@@ -80,7 +96,11 @@ class Diagnosis:
         return text(self)
 
     def __repr__(self) -> str:
-        bad = [f"{check.name} {check.state}" for check in self.checks if check.state in ("stop", "warn")]
+        bad = [
+            f"{check.name} {check.state}"
+            for check in self.checks
+            if check.state in ("stop", "warn")
+        ]
         return f"Diagnosis({self.verdict}{': ' * bool(bad)}{', '.join(bad)})"
 
     def _repr_html_(self) -> str:
@@ -88,8 +108,16 @@ class Diagnosis:
 
 
 @validate_arguments
-def doctor(student: Policy, teacher: Any, task: Task | None = None, *, prompts: Unchecked[int | Sequence[Prompt]] = 32, k: Count = 8,
-           seed: Seed = 0, **settings: Any) -> Diagnosis:  # fmt: skip
+def doctor(
+    student: Policy,
+    teacher: Any,
+    task: Task | None = None,
+    *,
+    prompts: Unchecked[int | Sequence[Prompt]] = 32,
+    k: Count = 8,
+    seed: Seed = 0,
+    **settings: Any,
+) -> Diagnosis:
     """Look at a pair before training it. Trains nothing and raises nothing about the pair: what is wrong is in the result. Raises
     MissingHint where a hinted teacher meets a prompt without one.
 
@@ -108,7 +136,14 @@ def doctor(student: Policy, teacher: Any, task: Task | None = None, *, prompts: 
     checks = identity(student, teacher, asked, planned.max_new_tokens)
     if any(check.state == "stop" and check.name == "room" for check in checks):
         return Diagnosis(tuple(checks), sides(student, teacher), names=names)
-    rollout = sample(student, asked, k, max_new_tokens=planned.max_new_tokens, seed=seed, batch_size=max(1, 256 // k))
+    rollout = sample(
+        student,
+        asked,
+        k,
+        max_new_tokens=planned.max_new_tokens,
+        seed=seed,
+        batch_size=max(1, 256 // k),
+    )
     checks.append(_lengths(rollout, planned.max_new_tokens))
     found = predicted = None
     if all(check.state != "stop" for check in checks):
@@ -130,21 +165,39 @@ def _measure(rows: Any) -> dict[str, torch.Tensor]:
     return agreement(16)(rows) | {"reward": rows.logp_of("teacher") - rows.logp}
 
 
-def _served(student: Policy, teacher: Any, prompts: Sequence[Prompt], planned: Settings) -> list[Check]:
+def _served(
+    student: Policy, teacher: Any, prompts: Sequence[Prompt], planned: Settings
+) -> list[Check]:
     """A teacher that is no local model: it knows best what it can take, and nothing is asked of it here (it may cost money)."""
     grades = hasattr(teacher, "grade")
-    checks = [Check("tokens", "note" if grades else "ok", f"{type(teacher).__name__} " + (
-        "grades tokens of its own making; it is checked below" if grades else "only writes, so its tokens do not matter"),
-        "" if grades else "Use a method that needs only its texts (OmniOPD, SequenceKD).")]  # fmt: skip
+    checks = [
+        Check(
+            "tokens",
+            "note" if grades else "ok",
+            f"{type(teacher).__name__} "
+            + (
+                "grades tokens of its own making; it is checked below"
+                if grades
+                else "only writes, so its tokens do not matter"
+            ),
+            "" if grades else "Use a method that needs only its texts (OmniOPD, SequenceKD).",
+        )
+    ]
     try:
         teacher.check(student, prompts, planned.max_new_tokens)
     except OpdlabError as error:
         return [*checks, Check("teacher", "stop", str(error))]
-    return [*checks, Check("teacher", "ok", "takes these prompts; it was not asked to write or grade")]
+    return [
+        *checks,
+        Check("teacher", "ok", "takes these prompts; it was not asked to write or grade"),
+    ]
 
 
 def _lengths(rollout: Rollout, limit: int) -> Check:
-    name, form = "student's texts", "Look at its stop tokens and template; a short SFT teaches the form."
+    name, form = (
+        "student's texts",
+        "Look at its stop tokens and template; a short SFT teaches the form.",
+    )
     cut = sum(f == "length" for f in rollout.finish) / len(rollout)
     empty = float((rollout.lengths <= 1).float().mean())
     usual = float(rollout.lengths.float().mean())
@@ -154,7 +207,12 @@ def _lengths(rollout: Rollout, limit: int) -> Check:
     if empty > 0.5:
         return Check(name, "warn", f"{empty:.0%} end at once", form)
     if cut > ENOUGH["cut"]:
-        return Check(name, "note", found, "Raise max_new_tokens, unless the teacher is to teach it to be brief.")
+        return Check(
+            name,
+            "note",
+            found,
+            "Raise max_new_tokens, unless the teacher is to teach it to be brief.",
+        )
     return Check(name, "ok", found)
 
 
@@ -166,7 +224,14 @@ def _overlap(found: Overlap, rollout: Rollout, told: bool) -> list[Check]:
         f"hold {m['student_mass']:.0%} of the student's mass"
     )
     few = m["acceptance"] < ENOUGH["acceptance"]
-    checks = [Check("overlap", "warn" if few else "ok", text, "Train on the teacher's texts first (a short SFT: SequenceKD)." * few)]
+    checks = [
+        Check(
+            "overlap",
+            "warn" if few else "ok",
+            text,
+            "Train on the teacher's texts first (a short SFT: SequenceKD)." * few,
+        )
+    ]
     ends = tokens.groupby("sample")["acceptance"].last()
     stop = ends[[rollout.finish[i] == "stop" for i in ends.index]].mean()
     first = tokens.loc[tokens["position"] == 0, "acceptance"].mean()
@@ -181,24 +246,47 @@ def _overlap(found: Overlap, rollout: Rollout, told: bool) -> list[Check]:
     return checks
 
 
-def _scores(rollout: Rollout, student: Policy, teacher: Policy, task: Task, k: int) -> tuple[pd.DataFrame | None, list[Check]]:
+def _scores(
+    rollout: Rollout, student: Policy, teacher: Policy, task: Task, k: int
+) -> tuple[pd.DataFrame | None, list[Check]]:
     """The student's pass@k, the teacher alone and from half of the student's text."""
     if task.verify is None:
-        return None, [Check("student", "none", f"{task.name} has no verifier, so pass@{k} and the teacher's accuracy are unknown")]
+        return None, [
+            Check(
+                "student",
+                "none",
+                f"{task.name} has no verifier, so pass@{k} and the teacher's accuracy are unknown",
+            )
+        ]
     right = _right(rollout, task)
     solved, mean = float(right.reshape(-1, k).max(1).mean()), float(right.mean())
     firsts = rollout.rows(range(0, len(rollout), k))
     half = max(1, int(firsts.lengths.float().median()) // 2)
-    probe = continuation(firsts, student, teacher, task, at=[0, half], room=_room(rollout, student, teacher))
+    probe = continuation(
+        firsts, student, teacher, task, at=[0, half], room=_room(rollout, student, teacher)
+    )
     alone, helped = (*probe["teacher"].tolist(), float("nan"), float("nan"))[:2]
-    return probe, [*_student(solved, mean, alone, helped, k, told=student.weights is teacher.weights and teacher.context is not None),
-                   *_teacher(mean, alone, helped, half)]  # fmt: skip
+    return probe, [
+        *_student(
+            solved,
+            mean,
+            alone,
+            helped,
+            k,
+            told=student.weights is teacher.weights and teacher.context is not None,
+        ),
+        *_teacher(mean, alone, helped, half),
+    ]
 
 
-def _student(solved: float, mean: float, alone: float, helped: float, k: int, told: bool) -> list[Check]:
+def _student(
+    solved: float, mean: float, alone: float, helped: float, k: int, told: bool
+) -> list[Check]:
     """Does it ever get there by itself? One that is its own teacher lacks what it is not told, and not a skill."""
     found = f"right {mean:.2f} of the time, pass@{k} {solved:.2f}"
-    lost = mean < ENOUGH["right"] and helped < alone / 2  # hardly ever right, and what it writes is beyond help
+    lost = (
+        mean < ENOUGH["right"] and helped < alone / 2
+    )  # hardly ever right, and what it writes is beyond help
     if (solved < ENOUGH["pass@k"] or lost) and solved < alone and not told:
         remedy = "It hardly ever gets there by itself, so little of its text can be built on: short SFT on the teacher's texts first."
         return [Check("student", "warn", found, remedy)]
@@ -207,11 +295,27 @@ def _student(solved: float, mean: float, alone: float, helped: float, k: int, to
 
 def _teacher(mean: float, alone: float, helped: float, half: int) -> list[Check]:
     """Is it better than the student, and does it still help on the student's text?"""
-    found = f"right {alone:.2f} of the time alone" + ("" if np.isnan(helped) else f", {helped:.2f} from the student's first {half} tokens")
+    found = f"right {alone:.2f} of the time alone" + (
+        "" if np.isnan(helped) else f", {helped:.2f} from the student's first {half} tokens"
+    )
     if alone < mean + 0.05:
-        return [Check("teacher", "warn", found, "It is no better than the student here: take a better teacher, or tell it a hint.")]
+        return [
+            Check(
+                "teacher",
+                "warn",
+                found,
+                "It is no better than the student here: take a better teacher, or tell it a hint.",
+            )
+        ]
     if helped < alone / 2:
-        return [Check("teacher", "note", found, "Its grades are worth less the further the student has gone: shorter completions may do.")]
+        return [
+            Check(
+                "teacher",
+                "note",
+                found,
+                "Its grades are worth less the further the student has gone: shorter completions may do.",
+            )
+        ]
     return [Check("teacher", "ok", found)]
 
 
@@ -220,10 +324,18 @@ def _ranking(found: Overlap, rollout: Rollout, task: Task) -> list[Check]:
     if task.verify is None:
         return []
     right = _right(rollout, task) > 0.5
-    reward = found.tokens.groupby("sample")["reward"].sum().reindex(range(len(rollout)), fill_value=0.0).to_numpy()
+    reward = (
+        found.tokens.groupby("sample")["reward"]
+        .sum()
+        .reindex(range(len(rollout)), fill_value=0.0)
+        .to_numpy()
+    )
     # texts of one prompt are alike, so prompts are counted and not texts
     fewest = min(
-        count_distinct(p for p, is_right in zip(rollout.prompts, right, strict=True) if is_right == kind) for kind in (True, False)
+        count_distinct(
+            p for p, is_right in zip(rollout.prompts, right, strict=True) if is_right == kind
+        )
+        for kind in (True, False)
     )
     if fewest < 3:
         return []
@@ -233,7 +345,14 @@ def _ranking(found: Overlap, rollout: Rollout, task: Task) -> list[Check]:
         f"{(~right).sum()} wrong)"
     )
     if area + (area * (1 - area) / fewest) ** 0.5 * 2 < 0.5:
-        return [Check("grades", "note", text, "They are about something else than the verifier's: look at them in opdlab.viz.TokenLens.")]
+        return [
+            Check(
+                "grades",
+                "note",
+                text,
+                "They are about something else than the verifier's: look at them in opdlab.viz.TokenLens.",
+            )
+        ]
     return [Check("grades", "ok", text)]
 
 
@@ -246,7 +365,12 @@ def auroc(positive: np.ndarray, negative: np.ndarray) -> float:
 def affordable(predicted: Cost) -> Check:
     """Does the predicted peak fit what is free?"""
     if predicted.peak > predicted.available:
-        return Check("cost", "warn", predicted.sentence, "It does not fit: lower micro_batch, set checkpointing=True, or train a LoRA.")
+        return Check(
+            "cost",
+            "warn",
+            predicted.sentence,
+            "It does not fit: lower micro_batch, set checkpointing=True, or train a LoRA.",
+        )
     return Check("cost", "ok", predicted.sentence)
 
 
@@ -258,7 +382,10 @@ def _room(rollout: Rollout, student: Policy, teacher: Policy) -> float:
     """How many of its tokens the teacher needs for one of the student's, with a quarter to spare; 1 where tokens are the same."""
     if teacher.tokenizer.get_vocab() == student.tokenizer.get_vocab():
         return 1.0
-    counts = [sum(len(p.tokenizer(t, add_special_tokens=False)["input_ids"]) for t in rollout.texts) for p in (student, teacher)]
+    counts = [
+        sum(len(p.tokenizer(t, add_special_tokens=False)["input_ids"]) for t in rollout.texts)
+        for p in (student, teacher)
+    ]
     return max(1.0, 1.25 * counts[1] / max(counts[0], 1))
 
 

@@ -24,17 +24,18 @@ import pandas as pd
 import torch
 from torch import Tensor
 
+from opdlab.data.prompt import Prompt
+from opdlab.data.rollout import Rollout
+from opdlab.data.tokens import completion_texts
 from opdlab.diagnose.probe import ask, grade, render, write
-from opdlab.divergence import forward_kl, reverse_kl
 from opdlab.errors import MissingPolicy, OpdlabError
 from opdlab.exact.table import Table
-from opdlab.expect import expect_policy
-from opdlab.policy import Policy, Prompt
-from opdlab.rollout import Rollout, sample
+from opdlab.losses.divergences import forward_kl, reverse_kl
+from opdlab.models.policy import Policy, sample
+from opdlab.support.expect import expect
+from opdlab.support.validation import Count, CountOrZero, Seed, Unchecked, validate_arguments
 from opdlab.tasks import Task
 from opdlab.tasks.splits import question_of
-from opdlab.tokens import completion_texts
-from opdlab.validation import Count, CountOrZero, Seed, Unchecked, validate_arguments
 
 LEAST = 1e-6  # nats: below this an accumulated KL is rounding
 
@@ -84,35 +85,73 @@ class Exposure:
 
 
 @validate_arguments
-def exposure(student: Unchecked[Policy], teacher: Unchecked[Policy], task: Task | None = None, *,
-             prompts: Unchecked[int | Sequence[Prompt]] = 64, n: Count = 1, at: Sequence[CountOrZero] | None = None, seed: Seed = 0,
-             max_new_tokens: Count | None = None) -> Exposure:  # fmt: skip
+def exposure(
+    student: Unchecked[Policy],
+    teacher: Unchecked[Policy],
+    task: Task | None = None,
+    *,
+    prompts: Unchecked[int | Sequence[Prompt]] = 64,
+    n: Count = 1,
+    at: Sequence[CountOrZero] | None = None,
+    seed: Seed = 0,
+    max_new_tokens: Count | None = None,
+) -> Exposure:
     """All three readings, on `n` answers of each side to each prompt at temperature 1.
 
     at: lengths L of the probe; by default five from 0 to the student's usual length. Raises TokenizerMismatch.
     """
     for name, policy in (("student", student), ("teacher", teacher)):
         if not isinstance(policy, Table):
-            expect_policy(policy, "exposure", name)
+            expect(policy, Policy, "exposure", name)
     asked = ask(task, prompts, seed)
-    own, other = (write(policy, task, asked, n, seed, max_new_tokens=max_new_tokens) for policy in (student, teacher))
+    own, other = (
+        write(policy, task, asked, n, seed, max_new_tokens=max_new_tokens)
+        for policy in (student, teacher)
+    )
     mine, theirs = (kls(student, teacher, rollout) for rollout in (own, other))
-    questions = [question_of(prompt) for prompt in asked for _ in range(n)]  # a prompt that comes twice is one cluster
+    questions = [
+        question_of(prompt) for prompt in asked for _ in range(n)
+    ]  # a prompt that comes twice is one cluster
     table = excess_error(mine["forward_kl"], theirs["forward_kl"], clusters=questions)
     width = len(table)
-    for name, value, rollout in (("reverse_kl", mine["reverse_kl"], own), ("forward_kl", mine["forward_kl"], own),
-                                 ("on_teacher", theirs["forward_kl"], other)):  # fmt: skip
+    for name, value, rollout in (
+        ("reverse_kl", mine["reverse_kl"], own),
+        ("forward_kl", mine["forward_kl"], own),
+        ("on_teacher", theirs["forward_kl"], other),
+    ):
         count = rollout.mask.sum(0).cpu().numpy()
         mean = value.sum(0).numpy() / np.where(count, count, 1)
         table[name] = _padded(np.where(count > 0, mean, np.nan), width, np.nan)
         table["teacher_tokens" if name == "on_teacher" else "tokens"] = _padded(count, width, 0)
-    table = table[["tokens", "reverse_kl", "forward_kl", "teacher_tokens", "on_teacher", "excess", "low", "high"]]
-    probe = continuation(own, student, teacher, task, at) if task is not None and task.verify is not None else None
+    table = table[
+        [
+            "tokens",
+            "reverse_kl",
+            "forward_kl",
+            "teacher_tokens",
+            "on_teacher",
+            "excess",
+            "low",
+            "high",
+        ]
+    ]
+    probe = (
+        continuation(own, student, teacher, task, at)
+        if task is not None and task.verify is not None
+        else None
+    )
     return Exposure(table, probe, len(set(questions)))
 
 
-def excess_error(on_student: Tensor, on_teacher: Tensor, weight: Tensor | None = None, teacher_weight: Tensor | None = None,
-                 group: int = 1, resamples: int = 1000, clusters: Sequence[Hashable] | None = None) -> pd.DataFrame:  # fmt: skip
+def excess_error(
+    on_student: Tensor,
+    on_teacher: Tensor,
+    weight: Tensor | None = None,
+    teacher_weight: Tensor | None = None,
+    group: int = 1,
+    resamples: int = 1000,
+    clusters: Sequence[Hashable] | None = None,
+) -> pd.DataFrame:
     """ExAccErr up to each position, %, from forward KLs `[B, T]` (0 in the padding) on the student's and on the teacher's texts.
 
     weight, teacher_weight: probability of each text `[B]`, for laws that are enumerated and not sampled (equal by default; no
@@ -121,8 +160,14 @@ def excess_error(on_student: Tensor, on_teacher: Tensor, weight: Tensor | None =
     prefixes show no error (`LEAST`).
     """
     width = max(on_student.shape[1], on_teacher.shape[1])
-    sums = [torch.nn.functional.pad(x.double(), (0, width - x.shape[1])).cumsum(1) for x in (on_student, on_teacher)]
-    law = [w.double() if w is not None else x.new_full((len(x),), 1 / len(x)) for w, x in ((weight, sums[0]), (teacher_weight, sums[1]))]
+    sums = [
+        torch.nn.functional.pad(x.double(), (0, width - x.shape[1])).cumsum(1)
+        for x in (on_student, on_teacher)
+    ]
+    law = [
+        w.double() if w is not None else x.new_full((len(x),), 1 / len(x))
+        for w, x in ((weight, sums[0]), (teacher_weight, sums[1]))
+    ]
     accumulated, expected = (w @ x for w, x in zip(law, sums, strict=True))
     out = pd.DataFrame({"excess": _percent(accumulated, expected).numpy()})
     out["low"] = out["high"] = np.nan
@@ -131,16 +176,30 @@ def excess_error(on_student: Tensor, on_teacher: Tensor, weight: Tensor | None =
     numbers = {label: i for i, label in enumerate(dict.fromkeys(labels))}
     if paired and (prompts := len(numbers)) > 1:
         which = torch.tensor([numbers[label] for label in labels])
-        own, other = (torch.zeros(prompts, width, dtype=torch.double).index_add_(0, which, x) / (len(x) / prompts) for x in sums)
-        pick = torch.randint(prompts, (resamples, prompts), generator=torch.Generator().manual_seed(0))
-        share = torch.zeros(resamples, prompts, dtype=torch.double).scatter_add_(1, pick, torch.ones(pick.shape, dtype=torch.double))
+        own, other = (
+            torch.zeros(prompts, width, dtype=torch.double).index_add_(0, which, x)
+            / (len(x) / prompts)
+            for x in sums
+        )
+        pick = torch.randint(
+            prompts, (resamples, prompts), generator=torch.Generator().manual_seed(0)
+        )
+        share = torch.zeros(resamples, prompts, dtype=torch.double).scatter_add_(
+            1, pick, torch.ones(pick.shape, dtype=torch.double)
+        )
         drawn = _percent(share @ own / prompts, share @ other / prompts).numpy()
         out["low"], out["high"] = np.quantile(drawn, [0.025, 0.975], axis=0)
     return out
 
 
-def continuation(rollout: Rollout, student: Policy, teacher: Any, task: Task, at: Sequence[int] | None = None,
-                 room: float = 1.0) -> pd.DataFrame:  # fmt: skip
+def continuation(
+    rollout: Rollout,
+    student: Policy,
+    teacher: Any,
+    task: Task,
+    at: Sequence[int] | None = None,
+    room: float = 1.0,
+) -> pd.DataFrame:
     """The teacher goes on, greedily, from the first L tokens of each student text that is longer than L.
 
     One row a length: `texts` (how many are that long), `teacher` (the verifier's mean score of prefix and continuation) and
@@ -148,28 +207,52 @@ def continuation(rollout: Rollout, student: Policy, teacher: Any, task: Task, at
     handed over as text. room: the teacher's tokens a token of the task's.
     """
     if task.verify is None:
-        raise MissingPolicy(f"{task.name} has no verifier, so nothing can be scored. Make the task with verify=….")
+        raise MissingPolicy(
+            f"{task.name} has no verifier, so nothing can be scored. Make the task with verify=…."
+        )
     usual = int(rollout.lengths.float().median())
     bodies, rows = rollout.completions(), []
     for length in sorted({round(usual * i / 5) for i in range(5)} if at is None else set(at)):
         if length < 0:
-            raise OpdlabError(f"continuation got a prefix of {length} tokens. Use lengths of 0 and more.")
+            raise OpdlabError(
+                f"continuation got a prefix of {length} tokens. Use lengths of 0 and more."
+            )
         which = [i for i, body in enumerate(bodies) if len(body) > length]
         if not which:
             continue
         left = max(1, round(room * (task.max_new_tokens - length)))
         prompts = [rollout.prompts[i] for i in which]
         texts = _continued(student, teacher, prompts, [bodies[i][:length] for i in which], left)
-        scores = [task.scores(prompts, whole) for whole in (texts, [rollout.texts[i] for i in which])]
-        rows.append({"length": length, "texts": len(which), "teacher": np.mean(scores[0]), "student": np.mean(scores[1])})
+        scores = [
+            task.scores(prompts, whole) for whole in (texts, [rollout.texts[i] for i in which])
+        ]
+        rows.append(
+            {
+                "length": length,
+                "texts": len(which),
+                "teacher": np.mean(scores[0]),
+                "student": np.mean(scores[1]),
+            }
+        )
     return pd.DataFrame(rows, columns=["length", "texts", "teacher", "student"])
 
 
-def _continued(student: Policy, teacher: Any, prompts: list[Prompt], begun: list[list[int]], left: int) -> list[str]:
+def _continued(
+    student: Policy, teacher: Any, prompts: list[Prompt], begun: list[list[int]], left: int
+) -> list[str]:
     """Whole texts: what was begun and what the teacher adds."""
-    if isinstance(teacher, Policy) and teacher.tokenizer.get_vocab() == student.tokenizer.get_vocab():
-        more = sample(teacher, prompts, temperature=0, max_new_tokens=left, prefixes=begun).completions()
-        return completion_texts(student.tokenizer, [a + b for a, b in zip(begun, more, strict=True)], teacher.weights.eos)
+    if (
+        isinstance(teacher, Policy)
+        and teacher.tokenizer.get_vocab() == student.tokenizer.get_vocab()
+    ):
+        more = sample(
+            teacher, prompts, temperature=0, max_new_tokens=left, prefixes=begun
+        ).completions()
+        return completion_texts(
+            student.tokenizer,
+            [a + b for a, b in zip(begun, more, strict=True)],
+            teacher.weights.eos,
+        )
     from opdlab.teachers import TextOnly
 
     writer = TextOnly(teacher) if isinstance(teacher, Policy) else teacher
@@ -180,15 +263,22 @@ def _continued(student: Policy, teacher: Any, prompts: list[Prompt], begun: list
 
 def kls(student: Policy, teacher: Policy, rollout: Rollout) -> dict[str, Tensor]:
     """Forward and reverse KL on a rollout, `[B, T]` each, zero in the padding."""
-    both = lambda rows: {f.__name__: f(rows["student"], rows["teacher"]) for f in (forward_kl, reverse_kl)}
+    both = lambda rows: {
+        f.__name__: f(rows["student"], rows["teacher"]) for f in (forward_kl, reverse_kl)
+    }
     flat = grade(rollout, both, {"student": student, "teacher": teacher})
     mask = rollout.mask.cpu()
     none = torch.zeros(mask.shape, dtype=torch.float64)
-    return {name: none.masked_scatter(mask, torch.tensor(value).double()) for name, value in flat.items()}
+    return {
+        name: none.masked_scatter(mask, torch.tensor(value).double())
+        for name, value in flat.items()
+    }
 
 
 def _percent(accumulated: Tensor, expected: Tensor) -> Tensor:
-    return torch.where(expected > LEAST, 100 * (accumulated - expected) / expected.clamp(min=LEAST), torch.nan)
+    return torch.where(
+        expected > LEAST, 100 * (accumulated - expected) / expected.clamp(min=LEAST), torch.nan
+    )
 
 
 def _padded(values: np.ndarray, width: int, fill: float) -> np.ndarray:

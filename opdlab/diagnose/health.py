@@ -23,12 +23,12 @@ import pandas as pd
 import torch
 from torch import Tensor
 
-from opdlab import roles
+from opdlab.data.rollout import Rollout
 from opdlab.diagnose.probe import render
-from opdlab.rollout import Rollout
+from opdlab.training.resolution import grader_names
 
 if TYPE_CHECKING:
-    from opdlab.distill import Run, Step
+    from opdlab.training.run import Run, Step
 
 Vitals = dict[str, float]
 
@@ -127,9 +127,13 @@ class Health:
 def health(run: Run | pd.DataFrame | None = None, limits: Limits | None = None) -> Health:
     """A watch for a run. What the run (or a `history`) has already done is read first, as far as its history tells."""
     watch = Health(limits or Limits())
-    history = run if isinstance(run, pd.DataFrame) else run.history if run is not None else pd.DataFrame()
+    history = (
+        run if isinstance(run, pd.DataFrame) else run.history if run is not None else pd.DataFrame()
+    )
     for i, row in enumerate(history.to_dict("records"), 1):
-        watch.note({"step": i, **{str(k): float(v) for k, v in row.items() if isinstance(v, numbers.Real)}})
+        watch.note(
+            {"step": i, **{str(k): float(v) for k, v in row.items() if isinstance(v, numbers.Real)}}
+        )
     return watch
 
 
@@ -139,17 +143,25 @@ def vitals(step: Step) -> Vitals:
     own = torch.tensor([w == "student" for w in rollout.writer], device=rollout.ids.device)
     out = {"step": float(step.number), **step.metrics}
     if not bool(own.any()):  # others' texts say nothing about what the student would write
-        return {name: value for name, value in out.items() if name not in ("entropy", "length", "cut")}
+        return {
+            name: value for name, value in out.items() if name not in ("entropy", "length", "cut")
+        }
     out["length_p95"] = float(rollout.lengths[own].float().quantile(0.95))
-    out["cut"] = sum(f == "length" for f, o in zip(rollout.finish, own.tolist(), strict=True) if o) / int(own.sum())
+    out["cut"] = sum(
+        f == "length" for f, o in zip(rollout.finish, own.tolist(), strict=True) if o
+    ) / int(own.sum())
     out["repetition"] = float(repetition(rollout.ids, rollout.lengths)[own].mean())
     mine = rollout.mask & own[:, None]
     out["entropy"] = float(columns["student_entropy"][mine[rollout.mask]].mean())
     teacher = _teacher(step)
     if teacher:
         flat = (columns[f"{teacher}_logp"] - columns["student_logp"]).clamp(max=0).exp()
-        kept = torch.zeros(rollout.ids.shape, device=flat.device, dtype=flat.dtype).masked_scatter(rollout.mask, flat)
-        out |= _acceptances(kept, rollout, mine, told=getattr(step.policies[teacher], "context", None) is not None)
+        kept = torch.zeros(rollout.ids.shape, device=flat.device, dtype=flat.dtype).masked_scatter(
+            rollout.mask, flat
+        )
+        out |= _acceptances(
+            kept, rollout, mine, told=getattr(step.policies[teacher], "context", None) is not None
+        )
     return out
 
 
@@ -160,15 +172,23 @@ def repetition(ids: Tensor, lengths: Tensor) -> Tensor:
     base = int(ids.max()) + 1
     triple = (ids[:, :-2] * base + ids[:, 1:-1]) * base + ids[:, 2:]
     count = (lengths - 2).clamp(min=0)
-    triple = triple.masked_fill(torch.arange(triple.shape[1], device=ids.device) >= count[:, None], -1)
+    triple = triple.masked_fill(
+        torch.arange(triple.shape[1], device=ids.device) >= count[:, None], -1
+    )
     ordered = triple.sort(1).values
-    new = (ordered[:, 1:] != ordered[:, :-1]).sum(1) + (ordered[:, 0] != -1)  # the step from -1 to the first triple, or the first itself
+    new = (ordered[:, 1:] != ordered[:, :-1]).sum(1) + (
+        ordered[:, 0] != -1
+    )  # the step from -1 to the first triple, or the first itself
     return torch.where(count > 1, 1 - new / count.clamp(min=1), 0.0)
 
 
 def _teacher(step: Step) -> str | None:
     """The policy that the student is drawn to: a teacher before a hinted or averaged self; a reference is none."""
-    names = [n for n in roles.graded(step.policies) if n not in ("student", "reference") and f"{n}_logp" in step.columns]
+    names = [
+        n
+        for n in grader_names(step.policies)
+        if n not in ("student", "reference") and f"{n}_logp" in step.columns
+    ]
     return min(names, key=lambda n: not n.startswith("teacher"), default=None)
 
 
@@ -177,7 +197,9 @@ def _acceptances(kept: Tensor, rollout: Rollout, mine: Tensor, told: bool) -> Vi
     out = {"acceptance": float(kept[mine].mean())}
     stopped = torch.tensor([f == "stop" for f in rollout.finish], device=kept.device) & mine[:, 0]
     if bool(stopped.any()):
-        out["stop_acceptance"] = float(kept.gather(1, (rollout.lengths - 1).clamp(min=0)[:, None])[stopped].mean())
+        out["stop_acceptance"] = float(
+            kept.gather(1, (rollout.lengths - 1).clamp(min=0)[:, None])[stopped].mean()
+        )
     if not told:
         out["first_acceptance"] = float(kept[:, 0][mine[:, 0]].mean())
     return out
@@ -204,10 +226,16 @@ def _repetition(watch: Health) -> str | None:
 def _entropy(watch: Health) -> str | None:
     """The student grows sure without coming nearer to the teacher: a student that learns from a sure teacher may."""
     (start, now), (before, acceptance) = watch.pair("entropy"), watch.pair("acceptance")
-    far, near = (1 - before, 1 - acceptance) if not math.isnan(acceptance) else watch.pair("reverse_kl")  # a history has no acceptance
+    far, near = (
+        (1 - before, 1 - acceptance) if not math.isnan(acceptance) else watch.pair("reverse_kl")
+    )  # a history has no acceptance
     nearer = near < 0.9 * far  # false where there is no teacher
     if now < watch.limits.entropy * start and not nearer:
-        beside = "" if math.isnan(acceptance) else f", while acceptance by the teacher went from {before:.2f} to {acceptance:.2f}"
+        beside = (
+            ""
+            if math.isnan(acceptance)
+            else f", while acceptance by the teacher went from {before:.2f} to {acceptance:.2f}"
+        )
         return f"The student's entropy fell from {start:.3g} to {now:.3g} nats a token{beside}."
     return None
 
@@ -220,7 +248,9 @@ def _overlap(watch: Health) -> str | None:
 
 
 def _mismatch(watch: Health) -> str | None:
-    (_, everywhere), (first, _), (_, stop) = (watch.pair(n, 2) for n in ("acceptance", "first_acceptance", "stop_acceptance"))
+    (_, everywhere), (first, _), (_, stop) = (
+        watch.pair(n, 2) for n in ("acceptance", "first_acceptance", "stop_acceptance")
+    )
     if stop < watch.limits.stop and stop < everywhere / 2:
         return f"Where the student stops, the teacher accepts it with probability {stop:.2f} ({everywhere:.2f} elsewhere)."
     if first < watch.limits.first and first < everywhere / 2:
@@ -229,7 +259,11 @@ def _mismatch(watch: Health) -> str | None:
 
 
 def _late(watch: Health) -> str | None:
-    seen = [(int(row["step"]), row["accuracy"]) for row in watch.rows if not math.isnan(row.get("accuracy", math.nan))]
+    seen = [
+        (int(row["step"]), row["accuracy"])
+        for row in watch.rows
+        if not math.isnan(row.get("accuracy", math.nan))
+    ]
     if len(seen) < 3:
         return None
     step, best = max(seen[:-2], key=lambda pair: pair[1])
@@ -239,10 +273,25 @@ def _late(watch: Health) -> str | None:
 
 
 SIGNATURES: dict[str, tuple[Callable[[Health], str | None], str]] = {
-    "length run-away": (_length, "Compare stop tokens and templates (opdlab.doctor); let the teacher write a share: OPD(on_policy=0.75)."),
-    "repetition": (_repetition, "Go back to a snapshot (run.at(…)) and lower lr, or let the teacher write a share: OPD(on_policy=0.75)."),
-    "entropy collapse": (_entropy, "Try a divergence that covers the teacher (OPD('jensen_shannon')) or a lower lr, and watch pass@k."),
-    "falling overlap": (_overlap, "Lower lr; if it was low from the start, train on the teacher's own texts first (SequenceKD)."),
-    "EOS or template mismatch": (_mismatch, "Run opdlab.doctor, and load the teacher with the student's eos=[…] and tokenizer=."),
+    "length run-away": (
+        _length,
+        "Compare stop tokens and templates (opdlab.doctor); let the teacher write a share: OPD(on_policy=0.75).",
+    ),
+    "repetition": (
+        _repetition,
+        "Go back to a snapshot (run.at(…)) and lower lr, or let the teacher write a share: OPD(on_policy=0.75).",
+    ),
+    "entropy collapse": (
+        _entropy,
+        "Try a divergence that covers the teacher (OPD('jensen_shannon')) or a lower lr, and watch pass@k.",
+    ),
+    "falling overlap": (
+        _overlap,
+        "Lower lr; if it was low from the start, train on the teacher's own texts first (SequenceKD).",
+    ),
+    "EOS or template mismatch": (
+        _mismatch,
+        "Run opdlab.doctor, and load the teacher with the student's eos=[…] and tokenizer=.",
+    ),
     "late over-training": (_late, "Stop, and keep the best step: snapshot_every=… and run.at(…)."),
-}  # fmt: skip
+}

@@ -32,7 +32,10 @@ class Illusion:
         train, held = last.loc[ALL, ["train_fall", "held_out_fall"]]
         text = f"KL(T_xp || S_x) fell by {train:.3f} nats a token on training prompts and by {held:.3f} on held-out ones: "
         if np.isnan(self.index):
-            return text + f"the illusion index is undefined (it takes a fall above {LEAST} in training)."
+            return (
+                text
+                + f"the illusion index is undefined (it takes a fall above {LEAST} in training)."
+            )
         parts = last["index"].drop(ALL).dropna()
         worst = f"; worst on {parts.idxmax()} tokens, {parts.max():.2f}" if len(parts) else ""
         return text + f"illusion index {self.index:.2f} (0: all of it transfers, 1: none{worst})."
@@ -62,7 +65,11 @@ def illusion(train: Sequence[Privilege], held_out: Sequence[Privilege]) -> Illus
     parts = {}
     for i in range(1, len(train)):
         falls = [series[0] - series[i] for series in kls]
-        part = pd.DataFrame({"train_fall": falls[0], "held_out_fall": falls[1]}).reindex(kls[0][0].index)
-        part["index"] = (1 - part["held_out_fall"] / part["train_fall"]).where(part["train_fall"] > LEAST)
+        part = pd.DataFrame({"train_fall": falls[0], "held_out_fall": falls[1]}).reindex(
+            kls[0][0].index
+        )
+        part["index"] = (1 - part["held_out_fall"] / part["train_fall"]).where(
+            part["train_fall"] > LEAST
+        )
         parts[i] = part
     return Illusion(pd.concat(parts, names=["measurement", "type"]))

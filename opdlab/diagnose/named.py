@@ -7,10 +7,10 @@ from pathlib import Path
 import torch
 
 from opdlab.errors import OpdlabError
-from opdlab.policy import Policy
-from opdlab.profiles import load, rule_task, smollm2
+from opdlab.models.policy import Policy
 from opdlab.tasks import Task, from_records, market, reasoning_gym
 from opdlab.tasks.market import MODELS, model
+from opdlab.tasks.profiles import load, rule_task, smollm2
 
 SMALL = "small"
 
@@ -22,9 +22,13 @@ def pair(student: str, teacher: str, task: str | None = None) -> tuple[Policy, P
     twice is loaded once. task: as `task_named`; by default the world that the names belong to, or none.
     """
     shipped = [name in MODELS for name in (student, teacher)]
-    world = task_named(task or ("market" if any(shipped) else None))  # first, since models take longer to load
+    world = task_named(
+        task or ("market" if any(shipped) else None)
+    )  # first, since models take longer to load
     if all(shipped):
-        torch.set_num_threads(1)  # as opdlab.load does: the models are so small that threads only wait for each other
+        torch.set_num_threads(
+            1
+        )  # as opdlab.load does: the models are so small that threads only wait for each other
     if student == teacher == SMALL:
         pupil, told, rule = load(SMALL)
         return pupil, told, world or rule
@@ -45,7 +49,9 @@ def task_named(name: str | None) -> Task | None:
         return reasoning_gym(name.removeprefix("gym:"))
     if Path(name).is_file():
         return from_records(name)
-    raise OpdlabError(f"There is no task {name!r}. Use market, market-secret, rule, gym:NAME or a JSONL file.")
+    raise OpdlabError(
+        f"There is no task {name!r}. Use market, market-secret, rule, gym:NAME or a JSONL file."
+    )
 
 
 def _model(name: str) -> Policy:

@@ -16,14 +16,15 @@ import pandas as pd
 import torch
 from torch import Tensor
 
+from opdlab.data.prompt import Prompt
+from opdlab.data.rollout import Rollout
 from opdlab.diagnose.probe import frame, grade, render, write
-from opdlab.divergence import entropy, total_variation
-from opdlab.expect import expect_teacher
-from opdlab.policy import Policy, Prompt
-from opdlab.rollout import Rollout
-from opdlab.rows import Rows
+from opdlab.engine.rows import Rows
+from opdlab.losses.divergences import entropy, total_variation
+from opdlab.models.policy import Policy
+from opdlab.support.validation import Count, Seed, Unchecked, validate_arguments
 from opdlab.tasks import Task
-from opdlab.validation import Count, Seed, Unchecked, validate_arguments
+from opdlab.teachers.contract import expect_teacher
 
 NUMBERS = ("overlap", "advantage", "acceptance", "student_mass", "teacher_mass", "entropy_gap")
 
@@ -65,8 +66,17 @@ class Overlap:
 
 
 @validate_arguments
-def overlap(student: Any, teacher: Any, task: Task | None = None, *, k: Count = 16, rollout: Rollout | None = None,
-            prompts: Unchecked[int | Sequence[Prompt]] = 32, n: Count = 1, seed: Seed = 0) -> Overlap:  # fmt: skip
+def overlap(
+    student: Any,
+    teacher: Any,
+    task: Task | None = None,
+    *,
+    k: Count = 16,
+    rollout: Rollout | None = None,
+    prompts: Unchecked[int | Sequence[Prompt]] = 32,
+    n: Count = 1,
+    seed: Seed = 0,
+) -> Overlap:
     """Agreement on a `rollout` of the student's, written here if there is none (`n` answers to each of the `prompts`).
 
     k: how many top tokens of each side are compared (cut to the vocabulary). Raises TokenizerMismatch.
@@ -76,7 +86,8 @@ def overlap(student: Any, teacher: Any, task: Task | None = None, *, k: Count = 
     rollout = rollout or write(student, task, prompts, n, seed)
     columns = grade(rollout, agreement(k), {"student": student, "teacher": teacher})
     return Overlap(
-        min(k, student.weights.vocab_size) if isinstance(student, Policy) else k, frame(rollout, columns, task, student.tokenizer)
+        min(k, student.weights.vocab_size) if isinstance(student, Policy) else k,
+        frame(rollout, columns, task, student.tokenizer),
     )
 
 
@@ -93,12 +104,17 @@ def agreement(k: int) -> Any:
     def measure(rows: Rows) -> dict[str, Tensor]:
         p, q = rows["student"], rows["teacher"]
         tops = [logp.topk(min(k, p.shape[-1]), -1).indices for logp in (p, q)]
-        common = (tops[0][:, :, None] == tops[1][:, None, :]).any(-1)  # [n, k], of the student's top tokens
+        common = (tops[0][:, :, None] == tops[1][:, None, :]).any(
+            -1
+        )  # [n, k], of the student's top tokens
         return {
-            "overlap": common.float().mean(-1), "advantage": _shared_advantage(p.gather(-1, tops[0]), q.gather(-1, tops[0]), common),
-            "acceptance": 1 - total_variation(p, q), "student_mass": p.gather(-1, tops[1]).exp().sum(-1),
-            "teacher_mass": q.gather(-1, tops[0]).exp().sum(-1), "entropy_gap": (entropy(q) - entropy(p)).abs(),
-        }  # fmt: skip
+            "overlap": common.float().mean(-1),
+            "advantage": _shared_advantage(p.gather(-1, tops[0]), q.gather(-1, tops[0]), common),
+            "acceptance": 1 - total_variation(p, q),
+            "student_mass": p.gather(-1, tops[1]).exp().sum(-1),
+            "teacher_mass": q.gather(-1, tops[0]).exp().sum(-1),
+            "entropy_gap": (entropy(q) - entropy(p)).abs(),
+        }
 
     return measure
 
@@ -107,5 +123,7 @@ def _shared_advantage(p: Tensor, q: Tensor, common: Tensor) -> Tensor:
     """`[n, k]` log-probs and which of them count; `[n]`."""
     p, q = (x.masked_fill(~common, -torch.inf).log_softmax(-1) for x in (p, q))
     gap = (q - p).masked_fill(~common, 0.0)
-    value = (p.exp() * gap).nan_to_num(nan=0.0, neginf=-torch.inf).sum(-1)  # nan: a token without mass adds nothing
+    value = (
+        (p.exp() * gap).nan_to_num(nan=0.0, neginf=-torch.inf).sum(-1)
+    )  # nan: a token without mass adds nothing
     return value.masked_fill(~common.any(-1), torch.nan)

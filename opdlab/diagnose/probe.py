@@ -10,20 +10,24 @@ import numpy as np
 import pandas as pd
 from torch import Tensor
 
-from opdlab.batch import Batch
+from opdlab.data.prompt import Prompt, expect_prompts
+from opdlab.data.rollout import Rollout
+from opdlab.engine.batch import Batch
+from opdlab.engine.passes import compute
+from opdlab.engine.rows import Rows
 from opdlab.errors import OpdlabError
-from opdlab.expect import expect_prompts
-from opdlab.policy import Policy, Prompt, check_same_tokens
-from opdlab.rollout import Rollout
-from opdlab.rows import Rows, compute
+from opdlab.models.policy import Policy
+from opdlab.models.same_tokens import check_same_tokens
+from opdlab.support.validation import Count, validate
 from opdlab.tasks import Task
 from opdlab.tasks.task import Split
-from opdlab.validation import Count, validate
 
 ALL = "all"  # the row of a table that counts every token, whatever its type
 
 
-def ask(task: Task | None, prompts: int | Sequence[Prompt], seed: int, split: Split = "test") -> list[Prompt]:
+def ask(
+    task: Task | None, prompts: int | Sequence[Prompt], seed: int, split: Split = "test"
+) -> list[Prompt]:
     """The prompts themselves, or that many of the task's (all of them, where it holds out fewer).
 
     Raises:
@@ -33,24 +37,37 @@ def ask(task: Task | None, prompts: int | Sequence[Prompt], seed: int, split: Sp
         return expect_prompts(prompts, "A diagnosis")
     count: int = validate("A diagnosis", {"prompts": prompts}, {"prompts": Count})["prompts"]
     if task is None:
-        raise OpdlabError("There is nothing to ask the student. Give a task, prompts=[…] or a rollout.")
+        raise OpdlabError(
+            "There is nothing to ask the student. Give a task, prompts=[…] or a rollout."
+        )
     return task.prompts(count, seed, split)
 
 
-def write(policy: Any, task: Task | None, prompts: int | Sequence[Prompt], n: int, seed: int, split: Split = "test",
-          max_new_tokens: int | None = None) -> Rollout:  # fmt: skip
+def write(
+    policy: Any,
+    task: Task | None,
+    prompts: int | Sequence[Prompt],
+    n: int,
+    seed: int,
+    split: Split = "test",
+    max_new_tokens: int | None = None,
+) -> Rollout:
     """`n` completions a prompt at temperature 1, of the task's length unless told otherwise (64 without a task)."""
     length = max_new_tokens or (task.max_new_tokens if task else 64)
     return policy.sample(ask(task, prompts, seed, split), n, max_new_tokens=length, seed=seed)
 
 
-def grade(rollout: Rollout, fn: Callable[[Rows], Mapping[str, Tensor]], policies: Mapping[str, Any]) -> dict[str, np.ndarray]:
+def grade(
+    rollout: Rollout, fn: Callable[[Rows], Mapping[str, Tensor]], policies: Mapping[str, Any]
+) -> dict[str, np.ndarray]:
     """Per-token numbers `[tokens]` of `fn` on the rows of all `policies` (the first is the student), in constant memory.
 
     Raises TokenizerMismatch before any model runs, and OpdlabError for a rollout without tokens.
     """
     if not rollout.tokens:
-        raise OpdlabError(f"None of the {len(rollout)} completions has a token to grade. Allow more tokens, or mend the student first.")
+        raise OpdlabError(
+            f"None of the {len(rollout)} completions has a token to grade. Allow more tokens, or mend the student first."
+        )
     student = next(iter(policies.values()))
     for name, policy in policies.items():
         if isinstance(policy, Policy):
@@ -60,21 +77,36 @@ def grade(rollout: Rollout, fn: Callable[[Rows], Mapping[str, Tensor]], policies
     return {name: column.cpu().numpy() for name, column in out.items()}
 
 
-def frame(rollout: Rollout, columns: Mapping[str, Any], task: Task | None = None, tokenizer: Any = None) -> pd.DataFrame:
+def frame(
+    rollout: Rollout, columns: Mapping[str, Any], task: Task | None = None, tokenizer: Any = None
+) -> pd.DataFrame:
     """One row a token: `sample`, `position`, `token_id`, the `type` where the task knows it ("all" elsewhere), and the columns."""
     lengths = rollout.lengths.tolist()
-    types = task.token_types(rollout, tokenizer) if task is not None and task.types is not None else [[ALL] * n for n in lengths]
-    return pd.DataFrame({
-        "sample": np.repeat(np.arange(len(lengths)), lengths), "position": np.concatenate([np.arange(n) for n in lengths]),
-        "token_id": rollout.ids[rollout.mask].cpu().numpy(), "type": [name for row in types for name in row], **columns,
-    })  # fmt: skip
+    types = (
+        task.token_types(rollout, tokenizer)
+        if task is not None and task.types is not None
+        else [[ALL] * n for n in lengths]
+    )
+    return pd.DataFrame(
+        {
+            "sample": np.repeat(np.arange(len(lengths)), lengths),
+            "position": np.concatenate([np.arange(n) for n in lengths]),
+            "token_id": rollout.ids[rollout.mask].cpu().numpy(),
+            "type": [name for row in types for name in row],
+            **columns,
+        }
+    )
 
 
 def by_type(tokens: pd.DataFrame, columns: Sequence[str]) -> pd.DataFrame:
     """Means of the columns over all tokens and by type, the commonest type first, with the count in `tokens`."""
     parts = [(ALL, tokens), *((name, part) for name, part in tokens.groupby("type") if name != ALL)]
     rows = {name: {"tokens": len(part), **part[list(columns)].mean()} for name, part in parts}
-    return pd.DataFrame.from_dict(rows, orient="index").astype({"tokens": int}).sort_values("tokens", ascending=False, kind="stable")
+    return (
+        pd.DataFrame.from_dict(rows, orient="index")
+        .astype({"tokens": int})
+        .sort_values("tokens", ascending=False, kind="stable")
+    )
 
 
 def render(sentence: str, table: pd.DataFrame) -> str:

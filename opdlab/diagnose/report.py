@@ -15,7 +15,13 @@ if TYPE_CHECKING:
     from opdlab.diagnose.doctor import Diagnosis
     from opdlab.diagnose.identity import Sides
 
-MARKS = {"ok": ("ok", "green"), "note": ("note", "cyan"), "warn": ("warn", "yellow"), "stop": ("STOP", "bold red"), "none": ("-", "dim")}
+MARKS = {
+    "ok": ("ok", "green"),
+    "note": ("note", "cyan"),
+    "warn": ("warn", "yellow"),
+    "stop": ("STOP", "bold red"),
+    "none": ("-", "dim"),
+}
 VERDICTS = {
     "go": ("GO", "bold green", "on-policy distillation can work on this pair."),
     "prepare": ("PREPARE", "bold yellow", "it would run, but do what is said below first."),
@@ -26,7 +32,15 @@ VERDICTS = {
 def report(diagnosis: Diagnosis) -> Group:
     """What a console prints."""
     word, style, meaning = VERDICTS[diagnosis.verdict]
-    head = Text.assemble((word, style), " ", plain(diagnosis.names[0]), " <- ", plain(diagnosis.names[1]), ": ", meaning)
+    head = Text.assemble(
+        (word, style),
+        " ",
+        plain(diagnosis.names[0]),
+        " <- ",
+        plain(diagnosis.names[1]),
+        ": ",
+        meaning,
+    )
     table = Table(show_header=False, box=None, padding=(0, 1), pad_edge=False)
     table.add_column(width=4)
     table.add_column(style="bold", no_wrap=True)
@@ -45,12 +59,20 @@ def report(diagnosis: Diagnosis) -> Group:
 
 def side_by_side(both: Sides) -> Table:
     """The same chat under both templates, the first difference marked and everything after it dimmed."""
-    table = Table(title="the same chat as each of them reads it", title_justify="left", expand=False)
+    table = Table(
+        title="the same chat as each of them reads it", title_justify="left", expand=False
+    )
     for name in ("student", "teacher"):
         table.add_column(name, overflow="fold", ratio=1)
     at = both.at or 0
-    cells = [Text.assemble(plain(t[:at]), (plain(t[at : at + 1]) or "(ends)", "bold reverse"), (plain(t[at + 1 :]), "dim"))
-             for t in (both.student, both.teacher)]  # fmt: skip
+    cells = [
+        Text.assemble(
+            plain(t[:at]),
+            (plain(t[at : at + 1]) or "(ends)", "bold reverse"),
+            (plain(t[at + 1 :]), "dim"),
+        )
+        for t in (both.student, both.teacher)
+    ]
     table.add_row(*cells)
     return table
 

@@ -14,6 +14,16 @@ from opdlab.exact.letters import Letters
 from opdlab.exact.table import Table, everything
 
 __all__ = [
-    "Chain", "Letters", "Table", "differences", "everything", "expectation", "gradient", "gradient_on", "law", "loss_pass", "privilege",
+    "Chain",
+    "Letters",
+    "Table",
+    "differences",
+    "everything",
+    "expectation",
+    "gradient",
+    "gradient_on",
+    "law",
+    "loss_pass",
+    "privilege",
     "visits",
-]  # fmt: skip
+]

@@ -13,20 +13,22 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from opdlab.batch import Batch
-from opdlab.columns import run_plan
+from opdlab.data.rollout import Rollout
+from opdlab.engine.batch import Batch
+from opdlab.engine.columns import run_plan
+from opdlab.engine.passes import Pass
+from opdlab.engine.passes import gradient as engine
 from opdlab.exact.laws import law
 from opdlab.exact.table import Table, everything
-from opdlab.methods.contract import as_method
-from opdlab.rollout import Rollout
-from opdlab.rows import Pass
-from opdlab.rows import gradient as engine
+from opdlab.methods.conversion import as_method
 
 if TYPE_CHECKING:
     from opdlab.tasks import Task
 
 
-def gradient(method: Any, policies: Mapping[str, Any], *, writer: str = "student", task: Task | None = None) -> Tensor:
+def gradient(
+    method: Any, policies: Mapping[str, Any], *, writer: str = "student", task: Task | None = None
+) -> Tensor:
     """The expected gradient `[X, S, V]` for the student's logits of `sum_t loss_t`, a completion being written by `writer`.
 
     policies: tables by name (`student`, and what the method needs). Each prompt counts once. The plan sees all completions
@@ -38,23 +40,41 @@ def gradient(method: Any, policies: Mapping[str, Any], *, writer: str = "student
     return gradient_on(method, policies, rollout, law(by, rollout).detach(), task=task)
 
 
-def gradient_on(method: Any, policies: Mapping[str, Any], rollout: Rollout, weight: Tensor, *, task: Task | None = None) -> Tensor:
+def gradient_on(
+    method: Any,
+    policies: Mapping[str, Any],
+    rollout: Rollout,
+    weight: Tensor,
+    *,
+    task: Task | None = None,
+) -> Tensor:
     """Gradient `[X, S, V]` of `sum_b weight_b sum_t loss_bt` on a given rollout: one training step's plan and loss pass.
 
     weight: `[N]`, one a completion. A bare loss function is a method without a plan, a class is made with its defaults.
     """
     student: Table = policies["student"]
     flat = loss_pass(method, policies, rollout, weight, task=task).gradient
-    return torch.zeros_like(student.logits).index_put_(student.where(rollout), flat, accumulate=True)
+    return torch.zeros_like(student.logits).index_put_(
+        student.where(rollout), flat, accumulate=True
+    )
 
 
-def loss_pass(method: Any, policies: Mapping[str, Any], rollout: Rollout, weight: Tensor, *, task: Task | None = None) -> Pass:
+def loss_pass(
+    method: Any,
+    policies: Mapping[str, Any],
+    rollout: Rollout,
+    weight: Tensor,
+    *,
+    task: Task | None = None,
+) -> Pass:
     """The engine's own numbers for `gradient_on`, token by token: `loss`, weighted `gradient [tokens, V]`, `grad_norm`."""
     chosen: Any = as_method(method, "exact.gradient")
     batch = Batch(rollout, policies, task)
     columns = run_plan(chosen, batch)
     states = {name: batch.states(name) for name in batch.distributions}
-    return engine(chosen.loss, states, batch.token, weight.repeat_interleave(rollout.lengths), columns)
+    return engine(
+        chosen.loss, states, batch.token, weight.repeat_interleave(rollout.lengths), columns
+    )
 
 
 def differences(objective: Callable[[Table], Tensor], table: Table, step: float = 1e-5) -> Tensor:
@@ -62,6 +82,8 @@ def differences(objective: Callable[[Table], Tensor], table: Table, step: float 
     out = torch.zeros_like(table.logits).flatten()
     with torch.no_grad():
         for i in range(out.numel()):
-            nudge = torch.zeros_like(out).index_fill(0, torch.tensor([i]), step).view_as(table.logits)
+            nudge = (
+                torch.zeros_like(out).index_fill(0, torch.tensor([i]), step).view_as(table.logits)
+            )
             out[i] = (objective(table.moved(nudge)) - objective(table.moved(-nudge))) / (2 * step)
     return out.view_as(table.logits)

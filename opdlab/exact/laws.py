@@ -7,8 +7,8 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
+from opdlab.data.rollout import Rollout
 from opdlab.exact.table import Table, everything
-from opdlab.rollout import Rollout
 
 
 def law(table: Table, rollout: Rollout) -> Tensor:

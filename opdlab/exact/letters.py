@@ -21,7 +21,9 @@ class Letters:
         return [] if self.eos_token_id is None else [self.eos_token_id]
 
     def get_vocab(self) -> dict[str, int]:
-        return {piece: i for i, piece in enumerate(self.convert_ids_to_tokens(list(range(self.vocab))))}
+        return {
+            piece: i for i, piece in enumerate(self.convert_ids_to_tokens(list(range(self.vocab))))
+        }
 
     def get_added_vocab(self) -> dict[str, int]:
         return {}
@@ -33,12 +35,16 @@ class Letters:
         kept = [i for i in ids if not (skip_special_tokens and i == self.eos_token_id)]
         return "".join(self.convert_ids_to_tokens(kept))
 
-    def batch_decode(self, rows: Sequence[Sequence[int]], skip_special_tokens: bool = False) -> list[str]:
+    def batch_decode(
+        self, rows: Sequence[Sequence[int]], skip_special_tokens: bool = False
+    ) -> list[str]:
         return [self.decode(row, skip_special_tokens) for row in rows]
 
     def __call__(self, text: str, **_: object) -> dict[str, list[int]]:
         """The ids of a text without spaces, under the key `input_ids`; nothing is added to it."""
         known = self.get_vocab()
         if strange := sorted(set(text) - set(known)):
-            raise OpdlabError(f"A table of {self.vocab} tokens cannot read {strange[0]!r}. Write with {' '.join(known)}.")
+            raise OpdlabError(
+                f"A table of {self.vocab} tokens cannot read {strange[0]!r}. Write with {' '.join(known)}."
+            )
         return {"input_ids": [known[letter] for letter in text]}

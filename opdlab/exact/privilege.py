@@ -64,8 +64,16 @@ class Split:
 
 def split(logp: Mapping[str, Any]) -> Split:
     """Both telescopes of sampled tokens, from their log-probs under the four `POLICIES`."""
-    teacher, told_teacher, student, told_student = (torch.as_tensor(logp[name]) for name in POLICIES)
-    return Split(told_teacher - student, told_teacher - told_student, told_student - student, told_teacher - teacher, teacher - student)
+    teacher, told_teacher, student, told_student = (
+        torch.as_tensor(logp[name]) for name in POLICIES
+    )
+    return Split(
+        told_teacher - student,
+        told_teacher - told_student,
+        told_student - student,
+        told_teacher - teacher,
+        teacher - student,
+    )
 
 
 @dataclass(frozen=True)
@@ -80,7 +88,12 @@ class World:
     shares: tuple[int, ...] = (8, 2, 3, 1, 2, 2, 2)
 
     def __post_init__(self) -> None:
-        if self.vocab < 3 or len(self.shares) != len(TYPES) or min(self.shares) < 0 or not sum(self.shares):
+        if (
+            self.vocab < 3
+            or len(self.shares) != len(TYPES)
+            or min(self.shares) < 0
+            or not sum(self.shares)
+        ):
             raise OpdlabError(
                 f"World got vocab={self.vocab}, shares={self.shares}. Use at least 3 tokens and one share for each of {', '.join(TYPES)}."
             )
@@ -117,8 +130,12 @@ class World:
         want = self.law() * size * self.vocab * sum(self.shares)
         count = want.round()
         if (want - count).abs().max() > 1e-6:
-            raise OpdlabError(f"In {size} tokens the probabilities of this world are no whole numbers. Use a common multiple of them.")
-        kind, hint, token = torch.unravel_index(torch.arange(count.numel()).repeat_interleave(count.flatten().long()), count.shape)
+            raise OpdlabError(
+                f"In {size} tokens the probabilities of this world are no whole numbers. Use a common multiple of them."
+            )
+        kind, hint, token = torch.unravel_index(
+            torch.arange(count.numel()).repeat_interleave(count.flatten().long()), count.shape
+        )
         return kind, hint, token
 
     def _rows(self) -> list[tuple[Tensor, ...]]:
@@ -126,7 +143,10 @@ class World:
         fixed = torch.zeros(self.vocab, dtype=torch.long)
         z = torch.arange(self.vocab)
         other = (z + 1) % self.vocab  # what follows from the hint by a skill
-        sure, weak = lambda right: self._peak(right, 1 - self.error), lambda right: self._peak(right, self.weak)
+        sure, weak = (
+            lambda right: self._peak(right, 1 - self.error),
+            lambda right: self._peak(right, self.weak),
+        )
         flat = torch.full((self.vocab, self.vocab), 1 / self.vocab, dtype=torch.float64)
         first, second = self._two(0, 1), self._two(1, 0)
         skill = (sure(fixed), sure(fixed), weak(fixed), weak(fixed))
@@ -170,10 +190,14 @@ def floor(vocab: int = 16, error: float = 0.05) -> Floor:
     their hints.
     """
     right, wrong, flat = 1 - error, error / (vocab - 1), 1 / vocab
-    kl = lambda a, b: sum(n * x * math.log(x / y) for n, x, y in zip((1, vocab - 1), a, b, strict=True))
+    kl = lambda a, b: sum(
+        n * x * math.log(x / y) for n, x, y in zip((1, vocab - 1), a, b, strict=True)
+    )
     teacher, student = (right, wrong), (flat, flat)
     middle = ((right + flat) / 2, (wrong + flat) / 2)
-    return Floor(kl(teacher, student), kl(student, teacher), (kl(teacher, middle) + kl(student, middle)) / 2)
+    return Floor(
+        kl(teacher, student), kl(student, teacher), (kl(teacher, middle) + kl(student, middle)) / 2
+    )
 
 
 def information(logp: Tensor) -> Tensor:

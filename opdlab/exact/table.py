@@ -14,12 +14,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from opdlab.data.prompt import Prompt
+from opdlab.data.rollout import Rollout
+from opdlab.data.sampling_config import SamplingConfig
 from opdlab.errors import OpdlabError
 from opdlab.exact.letters import Letters
-from opdlab.head import Head
-from opdlab.policy import Prompt
-from opdlab.rollout import Rollout, draw
-from opdlab.rows import States
+from opdlab.models.generation import draw
+from opdlab.models.graded import States
+from opdlab.models.head import Head
 
 LARGEST = 200_000  # completions that are listed at once
 
@@ -46,8 +48,16 @@ class Table:
             )
 
     @classmethod
-    def random(cls, vocab: int = 3, length: int = 3, prompts: int | Sequence[Prompt] = 1, *, seed: int = 0, scale: float = 1.0,
-               eos: int | None = None) -> Table:  # fmt: skip
+    def random(
+        cls,
+        vocab: int = 3,
+        length: int = 3,
+        prompts: int | Sequence[Prompt] = 1,
+        *,
+        seed: int = 0,
+        scale: float = 1.0,
+        eos: int | None = None,
+    ) -> Table:
         """Normal logits with standard deviation `scale`. `prompts`: how many, or which."""
         asked = (
             tuple(Prompt(f"prompt {i}", id=str(i), hint=f"hint {i}") for i in range(prompts))
@@ -55,7 +65,9 @@ class Table:
             else tuple(prompts)
         )
         shape = (len(asked), starts(vocab, length), vocab)
-        noise = torch.randn(shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+        noise = torch.randn(
+            shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64
+        )
         return cls(scale * noise, asked, length, eos)
 
     @property
@@ -85,12 +97,17 @@ class Table:
     def place(self, prompt: Prompt) -> int:
         """Index of a prompt; raises OpdlabError for one that the table was not made for."""
         if prompt not in self.prompts:
-            raise OpdlabError(f"The table has no row for prompt {prompt.id or prompt.text!r}. Use the prompts that it was made with.")
+            raise OpdlabError(
+                f"The table has no row for prompt {prompt.id or prompt.text!r}. Use the prompts that it was made with."
+            )
         return self.prompts.index(prompt)
 
     def where(self, rollout: Rollout) -> tuple[Tensor, Tensor]:
         """Prompt and prefix of every completion token, `[tokens]` each: `logits[where]` is what it was drawn from."""
-        known = {id(prompt): self.place(prompt) for prompt in {id(p): p for p in rollout.prompts}.values()}
+        known = {
+            id(prompt): self.place(prompt)
+            for prompt in {id(p): p for p in rollout.prompts}.values()
+        }
         x = torch.tensor([known[id(prompt)] for prompt in rollout.prompts], dtype=torch.long)
         number, at = torch.zeros_like(x), []
         for t in range(rollout.ids.shape[1]):
@@ -100,42 +117,85 @@ class Table:
 
     def grade(self, rollout: Rollout) -> States:
         """What a batch asks of a policy: hidden states `[tokens, V]` that are the logits, and the head that leaves them so."""
-        return States(self.logits[self.where(rollout)], Head(torch.eye(self.vocab, dtype=torch.float64), None, self.vocab))
+        return States(
+            self.logits[self.where(rollout)],
+            Head(torch.eye(self.vocab, dtype=torch.float64), None, self.vocab),
+        )
 
     def own(self, rollout: Rollout) -> Rollout:
         """The same completions with this table's log-probs and entropies, as if it had written them."""
         logp = self.logp.detach()[self.where(rollout)]
-        logp, entropy = logp.gather(-1, rollout.ids[rollout.mask][:, None])[:, 0], -(logp.exp() * logp).sum(-1)
+        logp, entropy = (
+            logp.gather(-1, rollout.ids[rollout.mask][:, None])[:, 0],
+            -(logp.exp() * logp).sum(-1),
+        )
         none = torch.zeros(rollout.ids.shape, dtype=torch.float64)
-        return replace(rollout, logp=none.masked_scatter(rollout.mask, logp), entropy=none.masked_scatter(rollout.mask, entropy))
+        return replace(
+            rollout,
+            logp=none.masked_scatter(rollout.mask, logp),
+            entropy=none.masked_scatter(rollout.mask, entropy),
+        )
 
-    def sample(self, prompts: Sequence[Prompt], n: int = 1, *, max_new_tokens: int | None = None, temperature: float = 1.0,
-               top_p: float = 1.0, seed: int = 0, prefixes: Sequence[Sequence[int]] | None = None,
-               batch_size: int | None = None, writer: str = "student") -> Rollout:  # fmt: skip
+    def sample(
+        self,
+        prompts: Sequence[Prompt],
+        n: int = 1,
+        *,
+        prefixes: Sequence[Sequence[int]] | None = None,
+        batch_size: int | None = None,
+        writer: str = "student",
+        **options: Any,
+    ) -> Rollout:
         """As `Policy.sample`, by the same draws. A text ends where the table does, however many tokens were asked for."""
-        begun = [list(prefix) for prefix in (prefixes if prefixes is not None else [[]] * len(prompts)) for _ in range(n)]
+        config = SamplingConfig.of("sample", {"max_new_tokens": self.length, **options})
+        begun = [
+            list(prefix)
+            for prefix in (prefixes if prefixes is not None else [[]] * len(prompts))
+            for _ in range(n)
+        ]
         asked = [prompt for prompt in prompts for _ in range(n)]
-        most = self.length if max_new_tokens is None else max_new_tokens
-        uniform = torch.rand(len(prompts), n, most, generator=torch.Generator().manual_seed(seed), dtype=torch.float64).flatten(0, 1)
+        seeded = torch.Generator().manual_seed(config.seed)
+        uniform = torch.rand(
+            len(prompts), n, config.max_new_tokens, generator=seeded, dtype=torch.float64
+        ).flatten(0, 1)
         bodies: list[list[int]] = [[] for _ in asked]
         places = [self.place(prompt) for prompt in asked]
-        for t in range(most):
-            done = [len(start) + t >= self.length or body[-1:] == [self.eos] for start, body in zip(begun, bodies, strict=True)]
+        for t in range(config.max_new_tokens):
+            done = [
+                len(start) + t >= self.length or body[-1:] == [self.eos]
+                for start, body in zip(begun, bodies, strict=True)
+            ]
             going = [i for i, over in enumerate(done) if not over]
             if not going:
                 break
-            logits = self.logits.detach()[[places[i] for i in going], [self.start(begun[i] + bodies[i]) for i in going]]
-            tokens = draw(logits, uniform[going, t], temperature, top_p)[0]
+            logits = self.logits.detach()[
+                [places[i] for i in going], [self.start(begun[i] + bodies[i]) for i in going]
+            ]
+            tokens = draw(logits, uniform[going, t], config)[0]
             for i, token in zip(going, tokens.tolist(), strict=True):
                 bodies[i].append(token)
-        whole = listed(asked, [start + body for start, body in zip(begun, bodies, strict=True)], self.tokenizer, n, writer)
+        whole = listed(
+            asked,
+            [start + body for start, body in zip(begun, bodies, strict=True)],
+            self.tokenizer,
+            n,
+            writer,
+        )
         return _continued(listed(asked, bodies, self.tokenizer, n, writer), self.own(whole))
 
-    def write(self, prompts: Sequence[Prompt], n: int = 1, *, prefixes: Sequence[str] | None = None, max_new_tokens: int | None = None,
-              temperature: float = 1.0, seed: int = 0) -> list[list[str]]:  # fmt: skip
+    def write(
+        self,
+        prompts: Sequence[Prompt],
+        n: int = 1,
+        *,
+        prefixes: Sequence[str] | None = None,
+        **options: Any,
+    ) -> list[list[str]]:
         """As a teacher that only writes: `n` texts a prompt, which go on from `prefixes` and do not repeat them."""
-        begun = None if prefixes is None else [self.tokenizer(text)["input_ids"] for text in prefixes]
-        texts = self.sample(prompts, n, max_new_tokens=max_new_tokens, temperature=temperature, seed=seed, prefixes=begun).texts
+        begun = (
+            None if prefixes is None else [self.tokenizer(text)["input_ids"] for text in prefixes]
+        )
+        texts = self.sample(prompts, n, prefixes=begun, **options).texts
         return [list(texts[i : i + n]) for i in range(0, len(texts), n)]
 
     def check(self, *_: object) -> None:
@@ -150,7 +210,14 @@ def starts(vocab: int, length: int) -> int:
     return sum(vocab**t for t in range(length))
 
 
-def everything(prompts: Sequence[Prompt], vocab: int, length: int, *, eos: int | None = None, by: Table | None = None) -> Rollout:
+def everything(
+    prompts: Sequence[Prompt],
+    vocab: int,
+    length: int,
+    *,
+    eos: int | None = None,
+    by: Table | None = None,
+) -> Rollout:
     """Every completion of every prompt: all `V^length` sequences, or with `eos` those that end with it or are that long.
 
     `by`: whose log-probs and entropies the rollout carries (zero otherwise). Raises OpdlabError for more than LARGEST.
@@ -163,27 +230,44 @@ def everything(prompts: Sequence[Prompt], vocab: int, length: int, *, eos: int |
     bodies: list[list[int]] = [[]]
     for _ in range(length):
         done = lambda body: bool(body) and body[-1] == eos
-        bodies = [longer for body in bodies for longer in ([body] if done(body) else [[*body, i] for i in range(vocab)])]
+        bodies = [
+            longer
+            for body in bodies
+            for longer in ([body] if done(body) else [[*body, i] for i in range(vocab)])
+        ]
     asked = [prompt for prompt in prompts for _ in bodies]
     rollout = listed(asked, bodies * len(prompts), Letters(vocab, eos), len(bodies), "student")
     return by.own(rollout) if by is not None else rollout
 
 
-def listed(prompts: Sequence[Prompt], bodies: Sequence[list[int]], tokenizer: Letters, n: int, writer: str) -> Rollout:
+def listed(
+    prompts: Sequence[Prompt], bodies: Sequence[list[int]], tokenizer: Letters, n: int, writer: str
+) -> Rollout:
     """Given completions as a rollout, without log-probs."""
     width = max(1, *map(len, bodies))
     ids = torch.tensor([body + [0] * (width - len(body)) for body in bodies])
     none = torch.zeros(ids.shape, dtype=torch.float64)
-    finish = tuple("stop" if body and body[-1] == tokenizer.eos_token_id else "length" for body in bodies)
+    finish = tuple(
+        "stop" if body and body[-1] == tokenizer.eos_token_id else "length" for body in bodies
+    )
     texts = tuple(tokenizer.batch_decode(bodies, skip_special_tokens=True))
     lengths = torch.tensor([len(body) for body in bodies])
-    return Rollout(tuple(prompts), ids, lengths, none, none.clone(), finish, texts, (writer,) * len(bodies), n)
+    return Rollout(
+        tuple(prompts), ids, lengths, none, none.clone(), finish, texts, (writer,) * len(bodies), n
+    )
 
 
 def _continued(rollout: Rollout, whole: Rollout) -> Rollout:
     """The numbers of `whole` for the end of each text that `rollout` is."""
     values: dict[str, Any] = {}
     for name in ("logp", "entropy"):
-        ends = [row[:b][b - a :] for row, a, b in zip(getattr(whole, name), rollout.lengths.tolist(), whole.lengths.tolist(), strict=True)]
-        values[name] = torch.zeros(rollout.ids.shape, dtype=torch.float64).masked_scatter(rollout.mask, torch.cat(ends))
+        ends = [
+            row[:b][b - a :]
+            for row, a, b in zip(
+                getattr(whole, name), rollout.lengths.tolist(), whole.lengths.tolist(), strict=True
+            )
+        ]
+        values[name] = torch.zeros(rollout.ids.shape, dtype=torch.float64).masked_scatter(
+            rollout.mask, torch.cat(ends)
+        )
     return replace(rollout, **values)

@@ -16,6 +16,20 @@ from opdlab.methods.supervised import SFT, SequenceKD
 from opdlab.methods.topd import TOPD
 
 __all__ = [
-    "DOPD", "EOPD", "GOPD", "GRPO", "OPD", "OVD", "SFT", "SODA", "TOPD", "Method", "OPDPlus", "OmniOPD", "SelfDistillation", "SequenceKD",
-    "SpanOPD", "method",
-]  # fmt: skip
+    "DOPD",
+    "EOPD",
+    "GOPD",
+    "GRPO",
+    "OPD",
+    "OVD",
+    "SFT",
+    "SODA",
+    "TOPD",
+    "Method",
+    "OPDPlus",
+    "OmniOPD",
+    "SelfDistillation",
+    "SequenceKD",
+    "SpanOPD",
+    "method",
+]

@@ -26,16 +26,20 @@ import torch
 from accelerate.utils import gather, pad_across_processes
 from torch import Tensor
 
-from opdlab.batch import Batch
-from opdlab.divergence import TopK, jensen_shannon, reverse_kl
+from opdlab.engine.batch import Batch
+from opdlab.engine.rows import Rows
 from opdlab.errors import InvalidValue
+from opdlab.losses.divergences import TopK, jensen_shannon, reverse_kl
 from opdlab.methods.self_distillation import ANCHORS, Anchor, check_anchor
-from opdlab.rows import Rows
-from opdlab.validation import Count, Finite, Flag, validate_fields
+from opdlab.support.validation import Count, Finite, Flag, validate_fields
 
 TEACHER = "teacher+hint"
 Regime = tuple[float, str, Callable[[Tensor, Tensor], Tensor]]  # weight, source, divergence
-CHOICES = {"support": ("student", "teacher"), "hs": ("self", "teacher", "none"), "gap_student": ("privileged", "bare")}
+CHOICES = {
+    "support": ("student", "teacher"),
+    "hs": ("self", "teacher", "none"),
+    "gap_student": ("privileged", "bare"),
+}
 
 
 class Route(IntEnum):
@@ -52,9 +56,14 @@ def gap(logp_teacher: Tensor, logp_student: Tensor) -> Tensor:
     return (logp_teacher - logp_student).abs().nan_to_num(nan=0.0, posinf=torch.inf)
 
 
-def thresholds(logp_teacher: Tensor, logp_student: Tensor, mask: Tensor, trim: float = 0.05) -> tuple[float, float]:
+def thresholds(
+    logp_teacher: Tensor, logp_student: Tensor, mask: Tensor, trim: float = 0.05
+) -> tuple[float, float]:
     """Ā and the mean of q_S + q_T over the tokens in `mask` whose gap is not above the quantile 1 - trim; zeros for no tokens."""
-    logp_teacher, logp_student = logp_teacher.detach()[mask].double(), logp_student.detach()[mask].double()
+    logp_teacher, logp_student = (
+        logp_teacher.detach()[mask].double(),
+        logp_student.detach()[mask].double(),
+    )
     a = gap(logp_teacher, logp_student)
     if not len(a):
         return 0.0, 0.0
@@ -62,8 +71,13 @@ def thresholds(logp_teacher: Tensor, logp_student: Tensor, mask: Tensor, trim: f
     return _mean(a[kept]), _mean((logp_teacher.exp() + logp_student.exp())[kept])
 
 
-def route(logp_teacher: Tensor, logp_student: Tensor, mask: Tensor, trim: float = 0.05,
-          limits: tuple[float, float] | None = None) -> Tensor:  # fmt: skip
+def route(
+    logp_teacher: Tensor,
+    logp_student: Tensor,
+    mask: Tensor,
+    trim: float = 0.05,
+    limits: tuple[float, float] | None = None,
+) -> Tensor:
     """The `Route` of every token, and -1 outside the mask: int64, in the shape of `mask`.
 
     logp_teacher, logp_student: log-probs of the sampled tokens, both told the hint. limits: `thresholds` from elsewhere, as of
@@ -110,7 +124,9 @@ class DOPD:
         check_anchor(self, self.anchor)
         for name, known in CHOICES.items():
             if getattr(self, name) not in known:
-                raise InvalidValue(f"DOPD got {name}={getattr(self, name)!r}. Use one of {', '.join(known)}.")
+                raise InvalidValue(
+                    f"DOPD got {name}={getattr(self, name)!r}. Use one of {', '.join(known)}."
+                )
         if self.tail not in ("bucket", "renormalize", "drop"):
             TopK(1, tail=self.tail)
         validate_fields(self)
@@ -127,7 +143,10 @@ class DOPD:
 
     def plan(self, batch: Batch) -> dict[str, Tensor]:
         student = ANCHORS[self.anchor] if self.gap_student == "privileged" else "student"
-        logp = batch.map(lambda rows: torch.stack([rows.logp_of(TEACHER), rows.logp_of(student)], -1), needs=(TEACHER, student))
+        logp = batch.map(
+            lambda rows: torch.stack([rows.logp_of(TEACHER), rows.logp_of(student)], -1),
+            needs=(TEACHER, student),
+        )
         ours, theirs = logp[..., 1], logp[..., 0]
         limits = _limits(logp[batch.mask], self.trim)
         batch.notes["thresholds"] = {"gap": limits[0], "confidence": limits[1]}
@@ -136,11 +155,15 @@ class DOPD:
     def loss(self, rows: Rows) -> Tensor:
         if not self.adaptive:
             return self._top_k_kl(rows.student, rows[TEACHER])
-        loss = rows.student[:0].sum() + rows.student.new_zeros(len(rows))  # zeros that still depend on the student
+        loss = rows.student[:0].sum() + rows.student.new_zeros(
+            len(rows)
+        )  # zeros that still depend on the student
         for regime, (weight, policy, divergence) in self._regimes().items():
             at = (rows.route == regime).nonzero()[:, 0]
             if weight and len(at):
-                value = divergence(rows.student.index_select(0, at), rows[policy].index_select(0, at))
+                value = divergence(
+                    rows.student.index_select(0, at), rows[policy].index_select(0, at)
+                )
                 loss = loss.index_put((at,), weight * value)
         return loss
 

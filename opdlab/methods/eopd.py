@@ -13,10 +13,10 @@ from typing import ClassVar
 
 from torch import Tensor
 
-from opdlab.batch import Batch
-from opdlab.divergence import TopK, entropy, forward_kl, reverse_kl
-from opdlab.rows import Rows
-from opdlab.validation import Amount, AmountOrInfinity, Count, validate_fields
+from opdlab.engine.batch import Batch
+from opdlab.engine.rows import Rows
+from opdlab.losses.divergences import TopK, entropy, forward_kl, reverse_kl
+from opdlab.support.validation import Amount, AmountOrInfinity, Count, validate_fields
 
 
 @dataclass(frozen=True)
@@ -47,4 +47,6 @@ class EOPD:
         student, teacher = rows.student.index_select(0, at), rows.teacher.index_select(0, at)
         top = TopK(self.k)
         ids = top.support(teacher)
-        return loss.index_add(0, at, self.weight * forward_kl(top.coarse(student, ids), top.coarse(teacher, ids)))
+        return loss.index_add(
+            0, at, self.weight * forward_kl(top.coarse(student, ids), top.coarse(teacher, ids))
+        )

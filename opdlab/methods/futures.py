@@ -19,19 +19,30 @@ import pandas as pd
 import torch
 from torch import Tensor
 
-from opdlab.batch import Batch
-from opdlab.divergence import reverse_kl
+from opdlab.data.prompt import Prompt
+from opdlab.data.rollout import Rollout
+from opdlab.engine.batch import Batch
 from opdlab.errors import InvalidValue
+from opdlab.losses.divergences import reverse_kl
 from opdlab.methods import windows
 from opdlab.methods.windows import Point
-from opdlab.policy import Policy, Prompt, check_same_tokens
-from opdlab.rollout import Rollout
+from opdlab.models.policy import Policy
+from opdlab.models.same_tokens import check_same_tokens
 
 ARMS = ("opd", "topd", "exact", "diagonal", "teacher_context")
 
 
-def forks(student: Policy, teacher: Policy, rollout: Rollout, *, window: int = 8, share: float = 0.0225, score: str = "teacher_nll",
-          embedding: str = "student", seed: int = 0) -> pd.DataFrame:  # fmt: skip
+def forks(
+    student: Policy,
+    teacher: Policy,
+    rollout: Rollout,
+    *,
+    window: int = 8,
+    share: float = 0.0225,
+    score: str = "teacher_nll",
+    embedding: str = "student",
+    seed: int = 0,
+) -> pd.DataFrame:
     """Window distances at the tokens of highest and lowest score and at random ones: a data frame, one row a probed position.
 
     Columns: `group` ("high", "random", "low": ceil(share N) positions of each completion, the random ones may be in another
@@ -40,18 +51,41 @@ def forks(student: Policy, teacher: Policy, rollout: Rollout, *, window: int = 8
     """
     check_same_tokens(student, teacher)
     policies = {"student": student, "teacher": teacher}
-    value, room = windows.scores(Batch(rollout, policies), score), windows.room(student, rollout, window)
+    value, room = (
+        windows.scores(Batch(rollout, policies), score),
+        windows.room(student, rollout, window),
+    )
     noise = torch.rand(value.shape, generator=torch.Generator().manual_seed(seed))
     counts = windows.quota(rollout.lengths, share)
-    groups = {name: windows.top(by, room, counts) for name, by in (("high", value), ("random", noise), ("low", -value))}
+    groups = {
+        name: windows.top(by, room, counts)
+        for name, by in (("high", value), ("random", noise), ("low", -value))
+    }
     points = sorted({p for group in groups.values() for p in group})
     theirs = windows.write(teacher, rollout, points, window)
-    ours = {"rollout": windows.slices(rollout, points, window), "greedy": windows.write(student, rollout, points, window)}
-    distance = {name: windows.solve(windows.costs(texts, theirs, embedding, policies))[0].tolist() for name, texts in ours.items()}
-    rows = {p: {"sample": p[0], "position": p[1], "token_id": int(rollout.ids[p]), "score": float(value[p]),
-                **{name: d[i] for name, d in distance.items()}} for i, p in enumerate(points)}  # fmt: skip
+    ours = {
+        "rollout": windows.slices(rollout, points, window),
+        "greedy": windows.write(student, rollout, points, window),
+    }
+    distance = {
+        name: windows.solve(windows.costs(texts, theirs, embedding, policies))[0].tolist()
+        for name, texts in ours.items()
+    }
+    rows = {
+        p: {
+            "sample": p[0],
+            "position": p[1],
+            "token_id": int(rollout.ids[p]),
+            "score": float(value[p]),
+            **{name: d[i] for name, d in distance.items()},
+        }
+        for i, p in enumerate(points)
+    }
     columns = ["group", "sample", "position", "token_id", "score", "rollout", "greedy"]
-    return pd.DataFrame([{"group": name, **rows[p]} for name, group in groups.items() for p in group], columns=columns)
+    return pd.DataFrame(
+        [{"group": name, **rows[p]} for name, group in groups.items() for p in group],
+        columns=columns,
+    )
 
 
 def false_alarm_rate(high: Sequence[float] | pd.Series, low: Sequence[float] | pd.Series) -> float:
@@ -59,7 +93,11 @@ def false_alarm_rate(high: Sequence[float] | pd.Series, low: Sequence[float] | p
 
     0.75, and not 0.5, where the loss says nothing about the future. NaN where one group is empty.
     """
-    return float(np.mean(np.asarray(high) <= np.quantile(low, 0.75))) if len(high) and len(low) else float("nan")
+    return (
+        float(np.mean(np.asarray(high) <= np.quantile(low, 0.75)))
+        if len(high) and len(low)
+        else float("nan")
+    )
 
 
 @dataclass(frozen=True)
@@ -73,10 +111,22 @@ class Pair:
     logp: Tensor
 
 
-def local_correction(student: Policy, teacher: Policy, rollout: Rollout, points: Sequence[Point], *,
-                     arms: Sequence[str] = ("opd", "topd", "diagonal", "teacher_context"), window: int = 8, updates: int = 5,
-                     lr: float = 1e-3, weight: float = 0.3, epsilon: float = 0.05, student_window: str = "greedy",
-                     embedding: str = "student", rank: int = 16) -> pd.DataFrame:  # fmt: skip
+def local_correction(
+    student: Policy,
+    teacher: Policy,
+    rollout: Rollout,
+    points: Sequence[Point],
+    *,
+    arms: Sequence[str] = ("opd", "topd", "diagonal", "teacher_context"),
+    window: int = 8,
+    updates: int = 5,
+    lr: float = 1e-3,
+    weight: float = 0.3,
+    epsilon: float = 0.05,
+    student_window: str = "greedy",
+    embedding: str = "student",
+    rank: int = 16,
+) -> pd.DataFrame:
     """Train a copy of the student's adapter on one window alone, let it write again, measure: a row for each point and arm.
 
     Columns: `sample`, `position`, `arm` ("origin" is before), `distance` (exact, of the new greedy window to the teacher's greedy
@@ -88,12 +138,18 @@ def local_correction(student: Policy, teacher: Policy, rollout: Rollout, points:
     one without an adapter gets a passing one of that rank.
     """
     if strange := sorted(set(arms) - set(ARMS)):
-        raise InvalidValue(f"local_correction has no arm {strange[0]!r}. There are {', '.join(ARMS)}.")
+        raise InvalidValue(
+            f"local_correction has no arm {strange[0]!r}. There are {', '.join(ARMS)}."
+        )
     if student_window not in ("greedy", "rollout"):
-        raise InvalidValue(f"local_correction got student_window={student_window!r}. Use greedy or rollout.")
+        raise InvalidValue(
+            f"local_correction got student_window={student_window!r}. Use greedy or rollout."
+        )
     check_same_tokens(student, teacher)
     policies, rows = {"student": student, "teacher": teacher}, []
-    targets, before = (windows.write(policy, rollout, points, window) for policy in (teacher, student))
+    targets, before = (
+        windows.write(policy, rollout, points, window) for policy in (teacher, student)
+    )
     trained = before if student_window == "greedy" else windows.slices(rollout, points, window)
     with _probe(student, rank) as (probe, parameters, start):
         for (b, t), text, own, first in zip(points, targets, trained, before, strict=True):
@@ -102,11 +158,26 @@ def local_correction(student: Policy, teacher: Policy, rollout: Rollout, points:
             texts = {"origin": first}
             for arm in arms:
                 _reset(parameters, start)
-                _train(partial(loss_of, probe, pair, plans.get(arm), arm, weight), parameters, updates, lr)
+                _train(
+                    partial(loss_of, probe, pair, plans.get(arm), arm, weight),
+                    parameters,
+                    updates,
+                    lr,
+                )
                 texts[arm] = windows.write(probe, rollout, [(b, t)], window)[0]
             costs = windows.costs(list(texts.values()), [text] * len(texts), embedding, policies)
-            rows += [{"sample": b, "position": t, "arm": arm, "distance": d, "first_token": new[:1] == text[:1]}
-                     for (arm, new), d in zip(texts.items(), windows.solve(costs)[0].tolist(), strict=True)]  # fmt: skip
+            rows += [
+                {
+                    "sample": b,
+                    "position": t,
+                    "arm": arm,
+                    "distance": d,
+                    "first_token": new[:1] == text[:1],
+                }
+                for (arm, new), d in zip(
+                    texts.items(), windows.solve(costs)[0].tolist(), strict=True
+                )
+            ]
     return pd.DataFrame(rows, columns=["sample", "position", "arm", "distance", "first_token"])
 
 
@@ -116,17 +187,28 @@ def loss_of(student: Policy, pair: Pair, plan: Tensor | None, arm: str, weight: 
     loss = reverse_kl(logp, pair.logp).mean()
     if arm == "teacher_context":
         theirs = _log_probs(student, pair.prompt, pair.prefix, pair.teacher)
-        return loss - weight * theirs.gather(-1, torch.tensor(pair.teacher, device=theirs.device)[:, None]).mean()
+        return (
+            loss
+            - weight
+            * theirs.gather(-1, torch.tensor(pair.teacher, device=theirs.device)[:, None]).mean()
+        )
     return loss if plan is None else loss - weight * (plan.to(logp) * logp[:, pair.teacher]).sum()
 
 
-def plans_of(pair: Pair, embedding: str, policies: dict[str, Any], epsilon: float) -> dict[str, Tensor]:
+def plans_of(
+    pair: Pair, embedding: str, policies: dict[str, Any], epsilon: float
+) -> dict[str, Tensor]:
     cost = windows.costs([pair.student], [pair.teacher], embedding, policies)
-    return {"topd": windows.solve(cost, epsilon)[1][0], "exact": windows.solve(cost)[1][0],
-            "diagonal": windows.diagonal(pair.student, pair.teacher)}  # fmt: skip
+    return {
+        "topd": windows.solve(cost, epsilon)[1][0],
+        "exact": windows.solve(cost)[1][0],
+        "diagonal": windows.diagonal(pair.student, pair.teacher),
+    }
 
 
-def pair_of(teacher: Policy, prompt: Prompt, prefix: list[int], student: list[int], text: list[int]) -> Pair:
+def pair_of(
+    teacher: Policy, prompt: Prompt, prefix: list[int], student: list[int], text: list[int]
+) -> Pair:
     with torch.no_grad():
         return Pair(prompt, prefix, student, text, _log_probs(teacher, prompt, prefix, student))
 
@@ -136,7 +218,9 @@ def _log_probs(policy: Policy, prompt: Prompt, prefix: list[int], text: list[int
     ids = torch.tensor([prefix + text], device=policy.weights.device)
     none = torch.zeros(ids.shape, device=ids.device)
     lengths = torch.tensor([ids.shape[1]], device=ids.device)
-    hidden = policy.hidden(Rollout((prompt,), ids, lengths, none, none, ("length",), ("",), ("student",)))
+    hidden = policy.hidden(
+        Rollout((prompt,), ids, lengths, none, none, ("length",), ("",), ("student",))
+    )
     return policy.head(hidden[len(prefix) :]).log_softmax(-1)
 
 
@@ -147,7 +231,11 @@ def _probe(student: Policy, rank: int) -> Iterator[tuple[Policy, list[Tensor], l
     probe = student.frozen() if student.adapter else student.frozen().adapt(rank)
     try:
         with weights.using(probe.adapter) as model:
-            named: list[Tensor] = [p for name, p in model.named_parameters() if p.requires_grad and f".{probe.adapter}." in name]
+            named: list[Tensor] = [
+                p
+                for name, p in model.named_parameters()
+                if p.requires_grad and f".{probe.adapter}." in name
+            ]
             yield probe, named, [p.detach().clone() for p in named]
     finally:
         weights.delete_adapter(str(probe.adapter))
@@ -159,7 +247,9 @@ def _reset(parameters: Sequence[Tensor], start: Sequence[Tensor]) -> None:
         p.copy_(value)
 
 
-def _train(loss: Callable[[], Tensor], parameters: Sequence[Tensor], updates: int, lr: float) -> None:
+def _train(
+    loss: Callable[[], Tensor], parameters: Sequence[Tensor], updates: int, lr: float
+) -> None:
     """Adam on these parameters alone: whatever else may train gets no gradient."""
     optimizer = torch.optim.Adam(list(parameters), lr=lr)
     for _ in range(updates):

@@ -16,10 +16,10 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from opdlab.batch import Batch
+from opdlab.engine.batch import Batch
+from opdlab.engine.rows import Rows
 from opdlab.errors import InvalidValue
-from opdlab.rows import Rows
-from opdlab.validation import Number, validate_fields
+from opdlab.support.validation import Number, validate_fields
 
 
 @dataclass(frozen=True)
@@ -37,10 +37,15 @@ class GOPD:
     def __post_init__(self) -> None:
         validate_fields(self)
         if not 0 < self.scale < math.inf:
-            raise InvalidValue(f"GOPD got scale={self.scale}, the weight of the teacher's reward. Use a number above 0; 1 is plain OPD.")
+            raise InvalidValue(
+                f"GOPD got scale={self.scale}, the weight of the teacher's reward. Use a number above 0; 1 is plain OPD."
+            )
 
     def plan(self, batch: Batch) -> dict[str, Tensor]:
-        logp = batch.map(lambda rows: torch.stack([rows.logp_of("teacher"), rows.logp_of("reference")], -1), needs=self.needs)
+        logp = batch.map(
+            lambda rows: torch.stack([rows.logp_of("teacher"), rows.logp_of("reference")], -1),
+            needs=self.needs,
+        )
         teacher, reference = logp.unbind(-1)
         advantage = teacher - batch.rollout.logp
         if self.scale != 1:  # λ(q - r) - (p - r), written as what goes beyond OPD

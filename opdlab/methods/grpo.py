@@ -13,10 +13,10 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from opdlab.batch import Batch
+from opdlab.engine.batch import Batch
+from opdlab.engine.rows import Rows
 from opdlab.errors import OpdlabError
-from opdlab.rows import Rows
-from opdlab.validation import Flag, PositiveShare, validate_fields
+from opdlab.support.validation import Flag, PositiveShare, validate_fields
 
 
 @dataclass(frozen=True)
@@ -37,7 +37,9 @@ class GRPO:
     def plan(self, batch: Batch) -> dict[str, Tensor]:
         n = batch.rollout.n
         if n < 2:
-            raise OpdlabError("GRPO compares the samples of a prompt, but there is one sample a prompt. Use n=4 or more.")
+            raise OpdlabError(
+                "GRPO compares the samples of a prompt, but there is one sample a prompt. Use n=4 or more."
+            )
         groups = batch.rewards.view(-1, n)
         advantage = groups - groups.mean(1, keepdim=True)
         if self.scale:
@@ -46,4 +48,6 @@ class GRPO:
 
     def loss(self, rows: Rows) -> Tensor:
         ratio = (rows.logp - rows.sampler_logp).exp()
-        return -torch.min(ratio * rows.advantage, ratio.clamp(1 - self.clip, 1 + self.clip) * rows.advantage)
+        return -torch.min(
+            ratio * rows.advantage, ratio.clamp(1 - self.clip, 1 + self.clip) * rows.advantage
+        )

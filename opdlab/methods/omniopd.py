@@ -27,14 +27,22 @@ from typing import ClassVar, Literal
 import torch
 from torch import Tensor
 
-from opdlab.alignment import spoken, starts_character, text_of
-from opdlab.batch import Batch
-from opdlab.divergence import entropy, forward_kl
+from opdlab.data.alignment import decode_bytes, starts_character, text_of
+from opdlab.data.seeds import seed_of
+from opdlab.engine.batch import Batch
+from opdlab.engine.rows import Rows
 from opdlab.errors import InvalidValue, OpdlabError
+from opdlab.losses.divergences import entropy, forward_kl
 from opdlab.methods.similarity import SIMILARITIES, Similarity, checked
-from opdlab.rows import Rows
-from opdlab.settings import seed_of
-from opdlab.validation import Finite, Flag, Seed, Temperature, Whole, validate, validate_fields
+from opdlab.support.validation import (
+    Finite,
+    Flag,
+    Seed,
+    Temperature,
+    Whole,
+    validate,
+    validate_fields,
+)
 
 SELECT, ASK = 4000, 4001  # uses of randomness, see `seed_of`
 
@@ -89,29 +97,61 @@ class OmniOPD:
                 "texts (a resumed run must be given it again), and entropy or random."
             )
         validate_fields(self)
-        sizes = (self.chunks, self.continuations, self.length, 1 if self.teacher_tokens is None else self.teacher_tokens)
+        sizes = (
+            self.chunks,
+            self.continuations,
+            self.length,
+            1 if self.teacher_tokens is None else self.teacher_tokens,
+        )
         if min(sizes) < 1 or min(self.alpha, self.beta, self.temperature) < 0:
-            raise InvalidValue(f"{self} is not possible. Use at least one of each size, and alpha, beta and temperature of 0 or more.")
+            raise InvalidValue(
+                f"{self} is not possible. Use at least one of each size, and alpha, beta and temperature of 0 or more."
+            )
         validate("OmniOPD", {"temperature": self.temperature}, {"temperature": Temperature})
         if self.temperature == 0:
-            warnings.warn("OmniOPD(temperature=0): a greedy teacher says the same N times, so one vote counts as N. Use 1.", stacklevel=3)
+            warnings.warn(
+                "OmniOPD(temperature=0): a greedy teacher says the same N times, so one vote counts as N. Use 1.",
+                stacklevel=3,
+            )
 
     def plan(self, batch: Batch) -> dict[str, Tensor]:
         audits = self.schedule(batch)
         texts = self.ask(batch, audits)
-        similarity = SIMILARITIES[self.similarity] if isinstance(self.similarity, str) else self.similarity
-        columns = {name: torch.zeros_like(batch.rollout.logp) for name in ("audited", "weight", "similarity")}
+        similarity = (
+            SIMILARITIES[self.similarity] if isinstance(self.similarity, str) else self.similarity
+        )
+        columns = {
+            name: torch.zeros_like(batch.rollout.logp)
+            for name in ("audited", "weight", "similarity")
+        }
         batch.notes["audits"] = []
         for audit, written in zip(audits, texts, strict=True):
             phi = [checked(similarity, audit.text, text) for text in written]
-            weight = posterior(math.fsum(phi), len(phi), torch.tensor(audit.mean_logp, dtype=torch.float64), self.alpha).item()
+            weight = posterior(
+                math.fsum(phi),
+                len(phi),
+                torch.tensor(audit.mean_logp, dtype=torch.float64),
+                self.alpha,
+            ).item()
             where = audit.sample, slice(audit.start, audit.start + self.length)
-            for name, value in (("audited", 1.0), ("weight", weight), ("similarity", math.fsum(phi) / len(phi))):
+            for name, value in (
+                ("audited", 1.0),
+                ("weight", weight),
+                ("similarity", math.fsum(phi) / len(phi)),
+            ):
                 columns[name][where] = value
-            batch.notes["audits"].append({
-                "sample": audit.sample, "start": audit.start, "length": self.length, "text": audit.text, "continuations": written,
-                "similarity": phi, "prior": math.exp(audit.mean_logp), "weight": weight,
-            })  # fmt: skip
+            batch.notes["audits"].append(
+                {
+                    "sample": audit.sample,
+                    "start": audit.start,
+                    "length": self.length,
+                    "text": audit.text,
+                    "continuations": written,
+                    "similarity": phi,
+                    "prior": math.exp(audit.mean_logp),
+                    "weight": weight,
+                }
+            )
         _warn(batch.notes["audits"])
         return columns
 
@@ -122,30 +162,46 @@ class OmniOPD:
 
     def schedule(self, batch: Batch) -> list[Audit]:
         """The chunks of all completions, in order. None starts inside a character: the teacher reads text."""
-        logp, rank = (batch.map(fn, needs=("student",)) for fn in (lambda rows: rows.logp, lambda rows: entropy(rows.student)))
+        logp, rank = (
+            batch.map(fn, needs=("student",))
+            for fn in (lambda rows: rows.logp, lambda rows: entropy(rows.student))
+        )
         if self.select == "random":
-            rank = torch.rand(rank.shape, generator=torch.Generator().manual_seed(seed_of(self.seed, batch.step, SELECT)))
+            rank = torch.rand(
+                rank.shape,
+                generator=torch.Generator().manual_seed(seed_of(self.seed, batch.step, SELECT)),
+            )
         tokenizer, out = batch.policies["student"].tokenizer, []
         for b, ids in enumerate(batch.rollout.completions()):
-            pieces = spoken(tokenizer, ids)
+            pieces = decode_bytes(tokenizer, ids)
             free = torch.tensor([starts_character(piece) for piece in pieces], device=rank.device)
-            for t in select_chunks(rank[b, : len(ids)].masked_fill(~free, -math.inf), self.length, self.chunks):
+            for t in select_chunks(
+                rank[b, : len(ids)].masked_fill(~free, -math.inf), self.length, self.chunks
+            ):
                 end = t + self.length
                 said, ends = pieces[t:end], end == len(ids) and batch.rollout.finish[b] == "stop"
                 mean = logp[b, t:end].double().mean().item()
-                out.append(Audit(b, t, text_of(pieces[:t]), text_of(said), ends, sum(map(len, said)), mean))
+                out.append(
+                    Audit(b, t, text_of(pieces[:t]), text_of(said), ends, sum(map(len, said)), mean)
+                )
         return out
 
     def ask(self, batch: Batch, audits: Sequence[Audit]) -> list[list[str]]:
         """N texts an audit, all asked for at once. Raises OpdlabError for fewer: a text that is missing is no disagreement."""
         if not audits:
             return []
-        limit = max(a.size for a in audits) + 1 if self.match_length else self.length  # the end of a text is a token too
+        limit = (
+            max(a.size for a in audits) + 1 if self.match_length else self.length
+        )  # the end of a text is a token too
         prompts, n = [batch.rollout.prompts[a.sample] for a in audits], self.continuations
         texts = batch.policies["teacher.text"].write(
-            prompts, n, prefixes=[a.prefix for a in audits], max_new_tokens=self.teacher_tokens or limit,
-            temperature=self.temperature, seed=seed_of(self.seed, batch.step, ASK),
-        )  # fmt: skip
+            prompts,
+            n,
+            prefixes=[a.prefix for a in audits],
+            max_new_tokens=self.teacher_tokens or limit,
+            temperature=self.temperature,
+            seed=seed_of(self.seed, batch.step, ASK),
+        )
         counts = [len(row) for row in texts]
         if counts != [n] * len(audits):
             short = next((c for c in counts if c != n), None)
@@ -166,7 +222,11 @@ def select_chunks(entropy: Tensor, chunk: int, limit: int) -> list[int]:
     chosen: list[int] = []
     values = entropy.tolist()
     for t in sorted(range(len(values) - chunk + 1), key=lambda t: -values[t]):
-        if len(chosen) < limit and values[t] > -math.inf and all(abs(t - other) >= chunk for other in chosen):
+        if (
+            len(chosen) < limit
+            and values[t] > -math.inf
+            and all(abs(t - other) >= chunk for other in chosen)
+        ):
             chosen.append(t)
     return sorted(chosen)
 
@@ -183,10 +243,12 @@ def _warn(audits: Sequence[dict]) -> None:
     if all(len(a["similarity"]) > 1 and len(set(a["continuations"])) == 1 for a in audits):
         warnings.warn(
             f"All continuations of each of the {len(audits)} chunks are the same. Is the teacher greedy? One vote counts as N: "
-            "sample it at temperature 1.", stacklevel=4,
-        )  # fmt: skip
+            "sample it at temperature 1.",
+            stacklevel=4,
+        )
     if not any(0.05 < math.fsum(a["similarity"]) / len(a["similarity"]) < 0.95 for a in audits):
         warnings.warn(
             f"No chunk of {len(audits)} has a mean similarity between 0.05 and 0.95, so the weights tell no chunk from another "
-            "of its kind. Use another similarity, shorter chunks, or a teacher that samples.", stacklevel=4,
-        )  # fmt: skip
+            "of its kind. Use another similarity, shorter chunks, or a teacher that samples.",
+            stacklevel=4,
+        )

@@ -2,7 +2,7 @@
 
     L(theta) = E_{y ~ p_theta} sum_t D( p_theta(.|s_t), q(.|s_t) ),     no gradient through the sampling
 
-`D` is any divergence of `opdlab.divergence`, on the full vocabulary or on a top-k support; or only the sampled token is
+`D` is any divergence of `opdlab.losses`, on the full vocabulary or on a top-k support; or only the sampled token is
 graded, as a policy gradient with the detached advantage A_t = log q(y_t) - log p(y_t), which is the gradient of the
 reverse KL. Left out: advantages of other f-divergences (they need more than -f, see OPD+) and teachers that only write.
 """
@@ -19,17 +19,23 @@ from typing import Any, ClassVar, Literal
 import torch
 from torch import Tensor
 
-from opdlab import divergence as d
-from opdlab.batch import Batch, return_to_go
+from opdlab import losses as d
+from opdlab.engine.batch import Batch, return_to_go
+from opdlab.engine.rows import Rows
 from opdlab.errors import InvalidValue, UnknownOption
-from opdlab.rows import Rows
-from opdlab.validation import Finite, Flag, shortened, validate, validate_fields
+from opdlab.support.expect import shortened
+from opdlab.support.validation import Finite, Flag, validate, validate_fields
 
 DIVERGENCES: dict[str, Callable[..., Tensor]] = {
-    "reverse_kl": d.reverse_kl, "forward_kl": d.forward_kl, "jensen_shannon": d.jensen_shannon,
-    "generalized_jsd": d.generalized_jsd, "skew_forward_kl": d.skew_forward_kl, "skew_reverse_kl": d.skew_reverse_kl,
-    "alpha_divergence": d.alpha_divergence, "total_variation": d.total_variation,
-}  # fmt: skip
+    "reverse_kl": d.reverse_kl,
+    "forward_kl": d.forward_kl,
+    "jensen_shannon": d.jensen_shannon,
+    "generalized_jsd": d.generalized_jsd,
+    "skew_forward_kl": d.skew_forward_kl,
+    "skew_reverse_kl": d.skew_reverse_kl,
+    "alpha_divergence": d.alpha_divergence,
+    "total_variation": d.total_variation,
+}
 
 
 @dataclass(frozen=True)
@@ -65,15 +71,21 @@ class OPD:
             )
         validate_fields(self)
         if not 0 <= self.on_policy <= 1 or not 0 <= self.discount <= 1:
-            raise InvalidValue(f"OPD got on_policy={self.on_policy}, discount={self.discount}. Both are shares from 0 to 1.")
+            raise InvalidValue(
+                f"OPD got on_policy={self.on_policy}, discount={self.discount}. Both are shares from 0 to 1."
+            )
         sampled = self.estimator == "sampled"
-        if sampled and (self.divergence != "reverse_kl" or self.top_k or self.options or self.on_policy < 1):
+        if sampled and (
+            self.divergence != "reverse_kl" or self.top_k or self.options or self.on_policy < 1
+        ):
             raise InvalidValue(
                 "OPD(estimator='sampled') is the reverse KL on tokens that the student sampled. Leave divergence, options, top_k "
                 "and on_policy at their defaults, or use estimator='full'."
             )
         if not sampled and (self.baseline or self.discount):
-            raise InvalidValue("OPD's baseline and discount belong to the policy gradient. Use them with estimator='sampled'.")
+            raise InvalidValue(
+                "OPD's baseline and discount belong to the policy gradient. Use them with estimator='sampled'."
+            )
 
     def plan(self, batch: Batch) -> dict[str, Tensor]:
         if self.estimator == "full":
@@ -82,7 +94,9 @@ class OPD:
         reward = batch.map(lambda rows: rows.logp_of("teacher"), needs=("teacher",)) - logp
         value = reward  # what a later token is expected to earn: by default, what it earned
         if self.baseline == "value":
-            value = -batch.map(lambda rows: d.reverse_kl(rows.student, rows.teacher), needs=("student", "teacher"))
+            value = -batch.map(
+                lambda rows: d.reverse_kl(rows.student, rows.teacher), needs=("student", "teacher")
+            )
         advantage = reward - value if self.baseline else reward
         if self.discount:
             advantage = advantage + return_to_go(value, batch.mask, self.discount) - value
@@ -105,19 +119,34 @@ def check_divergence(method: Any) -> None:
     """
     owner = type(method).__name__
     if not isinstance(method.divergence, str) or method.divergence not in DIVERGENCES:
-        raise InvalidValue(f"{owner} has no divergence {shortened(method.divergence)}. Use one of {', '.join(DIVERGENCES)}.")
+        raise InvalidValue(
+            f"{owner} has no divergence {shortened(method.divergence)}. Use one of {', '.join(DIVERGENCES)}."
+        )
     if not isinstance(method.options, Mapping):
-        raise InvalidValue(f"{owner} got options={shortened(method.options)}. Use a dict of the divergence's keywords, as {{'beta': 0.5}}.")
+        raise InvalidValue(
+            f"{owner} got options={shortened(method.options)}. Use a dict of the divergence's keywords, as {{'beta': 0.5}}."
+        )
     divergence = DIVERGENCES[method.divergence]
-    known = {name: one.default for name, one in list(inspect.signature(divergence).parameters.items())[2:]}
+    known = {
+        name: one.default
+        for name, one in list(inspect.signature(divergence).parameters.items())[2:]
+    }
     for name, value in method.options.items():
         if name not in known:
             takes = f"It takes {', '.join(known)}." if known else "It takes none."
-            raise UnknownOption(f"{owner} got options={shortened(method.options)}, but {method.divergence} has no option {name!r}. {takes}")
-        validate(f"{owner}({method.divergence!r})", {name: value}, {name: Flag if isinstance(known[name], bool) else Finite})
+            raise UnknownOption(
+                f"{owner} got options={shortened(method.options)}, but {method.divergence} has no option {name!r}. {takes}"
+            )
+        validate(
+            f"{owner}({method.divergence!r})",
+            {name: value},
+            {name: Flag if isinstance(known[name], bool) else Finite},
+        )
     probe = torch.zeros(1, 2).log_softmax(-1)
     divergence(probe, probe, **method.options)  # a value out of range is refused here
     if isinstance(method.top_k, numbers.Integral) and not isinstance(method.top_k, bool):
         object.__setattr__(method, "top_k", d.TopK(int(method.top_k)))
     if isinstance(method.top_k, d.TopK) and method.top_k.by not in ("student", "teacher"):
-        raise InvalidValue(f"{owner} got top_k={method.top_k!r}, but it reads no {method.top_k.by!r}. Use by='student' or by='teacher'.")
+        raise InvalidValue(
+            f"{owner} got top_k={method.top_k!r}, but it reads no {method.top_k.by!r}. Use by='student' or by='teacher'."
+        )

@@ -22,18 +22,18 @@ from typing import Any, ClassVar, Literal
 import torch
 from torch import Tensor
 
-from opdlab.batch import Batch, return_to_go
+from opdlab.engine.batch import Batch, return_to_go
+from opdlab.engine.rows import Rows
 from opdlab.errors import InvalidValue, UnknownOption
-from opdlab.generator import Generator
-from opdlab.rows import Rows
-from opdlab.validation import Finite, Flag, validate, validate_fields
+from opdlab.losses.generators import Generator
+from opdlab.support.validation import Finite, Flag, validate, validate_fields
 
 
 @dataclass(frozen=True)
 class OPDPlus:
     """Descend D_f(teacher || student) where the student goes, knowing one log-prob of the teacher a token.
 
-    divergence: a name of `opdlab.divergence.Generator`; options: its keywords, as `{"alpha": 0.25}`.
+    divergence: a name of `opdlab.losses.Generator`; options: its keywords, as `{"alpha": 0.25}`.
     discount: 0 leaves out how a token changes what follows (common practice); 1 is the gradient of the sum over the text.
     clip: log u is held within ±clip (None: as it is). This biases the gradient a little, and the forward KL's the most.
     centred: subtract f'(1), so that a token on which both agree says nothing. baseline="value": subtract E_p[w_f], from the whole
@@ -54,7 +54,9 @@ class OPDPlus:
 
     def __post_init__(self) -> None:
         validate("OPDPlus", {"options": self.options}, {"options": dict[str, Any]})
-        if strange := [name for name in self.options if name not in ("alpha", "beta", "shift", "scale")]:
+        if strange := [
+            name for name in self.options if name not in ("alpha", "beta", "shift", "scale")
+        ]:
             raise UnknownOption(
                 f"OPDPlus got options={self.options!r}, but no divergence has {strange[0]!r}. Use alpha, beta, shift or scale."
             )
@@ -67,7 +69,9 @@ class OPDPlus:
                 f"OPDPlus got discount={self.discount}, clip={self.clip}. Use a discount from 0 to 1, and a clip above 0 or None for none."
             )
         if self.stop_gradient and self.centred:
-            raise InvalidValue("OPDPlus(stop_gradient=True) has the advantage -f(u), which is 0 at u = 1 as it is. Leave out centred=True.")
+            raise InvalidValue(
+                "OPDPlus(stop_gradient=True) has the advantage -f(u), which is 0 at u = 1 as it is. Leave out centred=True."
+            )
 
     @property
     def generator(self) -> Generator:
@@ -83,7 +87,9 @@ class OPDPlus:
         log_u = batch.map(lambda rows: rows.logp_of("teacher"), needs=("teacher",)) - logp
         reward, advantage = self.reward(log_u), self.weight(log_u)
         if self.baseline == "value":
-            expected = batch.map(lambda rows: {"weight": mean(self.weight, rows), "reward": mean(self.reward, rows)})
+            expected = batch.map(
+                lambda rows: {"weight": mean(self.weight, rows), "reward": mean(self.reward, rows)}
+            )
             reward, advantage = expected["reward"], advantage - expected["weight"]
         if self.discount:
             advantage = advantage + return_to_go(reward, batch.mask, self.discount) - reward
@@ -98,7 +104,9 @@ class OPDPlus:
         """w_f(u), or -f(u) with the stop-gradient."""
         if self.stop_gradient:
             return self.reward(log_u)
-        return self.generator.weight(self._within(log_u)) - (self.generator.centre if self.centred else 0)
+        return self.generator.weight(self._within(log_u)) - (
+            self.generator.centre if self.centred else 0
+        )
 
     def loss(self, rows: Rows) -> Tensor:
         ratio = (rows.logp - rows.sampler_logp).exp()  # 1, but it carries the gradient

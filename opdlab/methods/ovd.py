@@ -18,13 +18,13 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from opdlab.batch import Batch
+from opdlab.data.prompt import Prompt
+from opdlab.data.seeds import seed_of
+from opdlab.engine.batch import Batch
+from opdlab.engine.rows import Rows
 from opdlab.errors import OpdlabError
 from opdlab.methods.grpo import GRPO
-from opdlab.policy import Prompt
-from opdlab.rows import Rows
-from opdlab.settings import seed_of
-from opdlab.validation import Count, PositiveShare, Seed, Temperature, validate_fields
+from opdlab.support.validation import Count, PositiveShare, Seed, Temperature, validate_fields
 
 _SCORE = re.compile(r"(?<![\w.])[0-9](?!\w|\.\d)")
 ASK = 4002  # a use of randomness, see `seed_of`
@@ -58,21 +58,37 @@ class OVD:
     def plan(self, batch: Batch) -> dict[str, Tensor]:
         rollout, ask = batch.rollout, self.ask or question
         if rollout.n < 2:
-            raise OpdlabError("OVD compares the samples of a prompt, but there is one sample a prompt. Use n=4 or more.")
-        asked = [ask(prompt, text) for prompt, text in zip(rollout.prompts, rollout.texts, strict=True)]
-        options = {"max_new_tokens": self.max_new_tokens, "temperature": self.temperature, "seed": seed_of(self.seed, batch.step, ASK)}
+            raise OpdlabError(
+                "OVD compares the samples of a prompt, but there is one sample a prompt. Use n=4 or more."
+            )
+        asked = [
+            ask(prompt, text) for prompt, text in zip(rollout.prompts, rollout.texts, strict=True)
+        ]
+        options = {
+            "max_new_tokens": self.max_new_tokens,
+            "temperature": self.temperature,
+            "seed": seed_of(self.seed, batch.step, ASK),
+        }
         replies = batch.policies["teacher.text"].write(asked, self.ballots, **options)
         if [len(row) for row in replies] != [self.ballots] * len(asked):
-            raise OpdlabError(f"The teacher did not give {self.ballots} replies to each of {len(asked)} questions. Ask another one.")
+            raise OpdlabError(
+                f"The teacher did not give {self.ballots} replies to each of {len(asked)} questions. Ask another one."
+            )
         score = rollout.logp.new_tensor([_mean(row) for row in replies])
         if not bool((score >= 0).any()):
-            raise OpdlabError(f"No reply names a score from 0 to 9, as {replies[0][0][:60]!r}. Give OVD(ask=…) a clearer question.")
+            raise OpdlabError(
+                f"No reply names a score from 0 to 9, as {replies[0][0][:60]!r}. Give OVD(ask=…) a clearer question."
+            )
         batch.notes["replies"] = replies
         gap = score.masked_fill(score < 0, torch.nan).view(-1, rollout.n) / 9
         gap = gap - gap.nanmean(1, keepdim=True)
         others = ((~gap.isnan()).sum(1, keepdim=True) - 1).clamp(min=1)
         advantage = gap / ((gap.square().nansum(1, keepdim=True) / others).sqrt() + 1e-4)
-        return {"advantage": advantage.nan_to_num(0.0).flatten(), "score": score, "sampler_logp": rollout.logp}
+        return {
+            "advantage": advantage.nan_to_num(0.0).flatten(),
+            "score": score,
+            "sampler_logp": rollout.logp,
+        }
 
     def loss(self, rows: Rows) -> Tensor:
         return GRPO(clip=self.clip).loss(rows)

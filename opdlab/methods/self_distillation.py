@@ -17,11 +17,12 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from opdlab.divergence import TopK
+from opdlab.engine.rows import Rows
 from opdlab.errors import InvalidValue
+from opdlab.losses.divergences import TopK
 from opdlab.methods.opd import DIVERGENCES, check_divergence
-from opdlab.rows import Rows
-from opdlab.validation import Finite, shortened, validate_fields
+from opdlab.support.expect import shortened
+from opdlab.support.validation import Finite, validate_fields
 
 Anchor = Literal["live", "frozen", "ema"]
 ANCHORS: dict[str, str] = {"live": "student+hint", "frozen": "reference+hint", "ema": "ema+hint"}
@@ -46,7 +47,9 @@ class SelfDistillation:
         check_divergence(self)
         check_anchor(self, self.anchor)
         validate_fields(self)
-        if self.clip is not None and (self.divergence != "forward_kl" or self.options or not self.clip > 0):
+        if self.clip is not None and (
+            self.divergence != "forward_kl" or self.options or not self.clip > 0
+        ):
             raise InvalidValue(
                 f"SelfDistillation got clip={self.clip} with {self.divergence!r}. Clipping is for the forward KL, at a number of "
                 "nats above 0: use divergence='forward_kl', or leave clip out."
@@ -86,8 +89,12 @@ class SelfDistillation:
 
     def loss(self, rows: Rows) -> Tensor:
         (teacher,) = self.needs
-        support = self.top_k and TopK(self.top_k.k, teacher if self.top_k.by == "teacher" else "student", self.top_k.tail)
-        return self._divergence()(*(rows.on(teacher, support) if support else (rows.student, rows[teacher])))
+        support = self.top_k and TopK(
+            self.top_k.k, teacher if self.top_k.by == "teacher" else "student", self.top_k.tail
+        )
+        return self._divergence()(
+            *(rows.on(teacher, support) if support else (rows.student, rows[teacher]))
+        )
 
     def _divergence(self) -> Callable[..., Tensor]:
         if self.clip is not None:
@@ -105,4 +112,6 @@ def clipped_forward_kl(student: Tensor, teacher: Tensor, clip: float) -> Tensor:
 def check_anchor(method: object, anchor: str) -> None:
     """Raise InvalidValue unless `anchor` is one of `ANCHORS`."""
     if not isinstance(anchor, str) or anchor not in ANCHORS:
-        raise InvalidValue(f"{type(method).__name__} got anchor={shortened(anchor)}. Use one of {', '.join(ANCHORS)}.")
+        raise InvalidValue(
+            f"{type(method).__name__} got anchor={shortened(anchor)}. Use one of {', '.join(ANCHORS)}."
+        )

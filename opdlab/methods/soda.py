@@ -18,10 +18,10 @@ import torch
 from torch import Tensor
 from torch.nn.functional import softplus
 
-from opdlab.batch import Batch
+from opdlab.engine.batch import Batch
+from opdlab.engine.rows import Rows
 from opdlab.errors import InvalidValue, OpdlabError
-from opdlab.rows import Rows
-from opdlab.validation import Finite, validate_fields
+from opdlab.support.validation import Finite, validate_fields
 
 
 @dataclass(frozen=True)
@@ -39,7 +39,9 @@ class SODA:
     def __post_init__(self) -> None:
         validate_fields(self)
         if self.beta <= 0:
-            raise InvalidValue(f"SODA got beta={self.beta}, which weighs the distance to the snapshot. Use a positive number.")
+            raise InvalidValue(
+                f"SODA got beta={self.beta}, which weighs the distance to the snapshot. Use a positive number."
+            )
 
     def plan(self, batch: Batch) -> dict[str, Tensor]:
         half = len(batch.rollout) // 2
@@ -53,12 +55,21 @@ class SODA:
                 f"SODA compares pairs, but the rows are by {', '.join(sorted(set(who)))}. Give it the teacher's answers first and "
                 "then the snapshot's to the same prompts, as distill does."
             )
-        gap = batch.map(lambda rows: rows.logp - rows.logp_of("reference"), needs=("student", "reference")).sum(1)
+        gap = batch.map(
+            lambda rows: rows.logp - rows.logp_of("reference"), needs=("student", "reference")
+        ).sum(1)
         sign = torch.cat([gap.new_ones(half), -gap.new_ones(half)])
         delta = (self.beta * (gap[:half] - gap[half:])).repeat(2)
         slope = -sign * self.beta * (-delta).sigmoid()
-        whole = 2 * batch.rollout.lengths  # undoes the mean over two sequences a pair, and over a sequence's tokens
-        return {"preferred": sign, "delta": delta, "pair_loss": softplus(-delta), "slope": slope * whole}
+        whole = (
+            2 * batch.rollout.lengths
+        )  # undoes the mean over two sequences a pair, and over a sequence's tokens
+        return {
+            "preferred": sign,
+            "delta": delta,
+            "pair_loss": softplus(-delta),
+            "slope": slope * whole,
+        }
 
     def loss(self, rows: Rows) -> Tensor:
         return rows.pair_loss + rows.slope * (rows.logp - rows.logp.detach())

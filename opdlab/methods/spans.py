@@ -1,6 +1,6 @@
 """Distillation from log-probs across tokenizers: both models grade the same bytes of what the student wrote.
 
-    y     = s_1 s_2 … s_K            the student's text, cut wherever both tokenizers have a boundary (`opdlab.alignment`)
+    y     = s_1 s_2 … s_K            the student's text, cut wherever both tokenizers have a boundary (`opdlab.data.alignment`)
     r_k   = log p(s_k | x, before) - log q(s_k | x, before)        all tokens of the span, each model's own; its end is a span too
     A_t   = - r_k                    for every student's token t of s_k; credit="later": - sum_{j >= k} r_j; "all": - sum_j r_j
     L     = - sum_t ratio_t A_t      ratio_t = p(y_t) / sg p(y_t): one, but it carries the gradient
@@ -26,13 +26,14 @@ from typing import Any, ClassVar, Literal
 import torch
 from torch import Tensor
 
-from opdlab.alignment import Span, nats_per_byte, one_to_one, spans, spoken
-from opdlab.batch import Batch
+from opdlab.data.alignment import Span, decode_bytes, nats_per_byte, one_to_one, spans
+from opdlab.data.prompt import Prompt
+from opdlab.data.rollout import Rollout
+from opdlab.engine.batch import Batch
+from opdlab.engine.rows import Rows
 from opdlab.errors import InvalidValue, MissingPolicy, OpdlabError
-from opdlab.policy import Policy, Prompt
-from opdlab.rollout import Rollout
-from opdlab.rows import Rows
-from opdlab.validation import Text, validate
+from opdlab.models.policy import Policy
+from opdlab.support.validation import Text, validate
 
 SHOWN = 16  # completions whose alignment is kept in the notes of a step
 
@@ -84,7 +85,9 @@ class SpanOPD:
         batch.notes["spans"] = []
         for reading, theirs in zip(readings, _teacher_logp(batch, readings), strict=True):
             b = reading.sample
-            gap = torch.stack([logp[b, ours].sum() - theirs[other].sum() for ours, other in reading.parts])
+            gap = torch.stack(
+                [logp[b, ours].sum() - theirs[other].sum() for ours, other in reading.parts]
+            )
             for k, (ours, other) in enumerate(reading.parts):
                 columns["advantage"][b, ours] = -_credit(gap, k, self.credit)
                 columns["span_kl"][b, ours] = gap[k] / len(ours)
@@ -117,7 +120,11 @@ def _summary(batch: Batch, readings: Sequence[Reading], span_kl: Tensor) -> dict
     texts = [r.text for r in readings]
     per_byte = nats_per_byte([float(span_kl.sum())], texts) if any(texts) else 0.0
     whole = one_to_one(s for r in readings for s in r.spans)
-    return {"one_to_one": whole, "nats_per_byte": per_byte, "left_out": len(batch.rollout) - len(readings)}
+    return {
+        "one_to_one": whole,
+        "nats_per_byte": per_byte,
+        "left_out": len(batch.rollout) - len(readings),
+    }
 
 
 def _read(batch: Batch) -> list[Reading]:
@@ -131,15 +138,36 @@ def _read(batch: Batch) -> list[Reading]:
     out = []
     for b, ids in enumerate(batch.rollout.completions()):
         ended = bool(ids) and batch.rollout.finish[b] == "stop" and ids[-1] in _ends(student)
-        mine = spoken(student.tokenizer, ids[: len(ids) - ended])
+        mine = decode_bytes(student.tokenizer, ids[: len(ids) - ended])
         if not all(mine):  # a special token amid the text: the teacher cannot be asked about it
             continue
         try:
             text = b"".join(mine).decode()
-            theirs = list(teacher.tokenizer(text, add_special_tokens=False, split_special_tokens=True)["input_ids"]) if text else []
-            pieces = spoken(teacher.tokenizer, theirs)
-            out.append(Reading(b, len(ids), text, theirs, pieces, spans(mine, pieces), ended and bool(_ends(teacher))))
-        except (UnicodeDecodeError, OpdlabError):  # no text in UTF-8, or one with characters that the teacher lacks
+            theirs = (
+                list(
+                    teacher.tokenizer(text, add_special_tokens=False, split_special_tokens=True)[
+                        "input_ids"
+                    ]
+                )
+                if text
+                else []
+            )
+            pieces = decode_bytes(teacher.tokenizer, theirs)
+            out.append(
+                Reading(
+                    b,
+                    len(ids),
+                    text,
+                    theirs,
+                    pieces,
+                    spans(mine, pieces),
+                    ended and bool(_ends(teacher)),
+                )
+            )
+        except (
+            UnicodeDecodeError,
+            OpdlabError,
+        ):  # no text in UTF-8, or one with characters that the teacher lacks
             continue
     out = [reading for reading in out if reading.parts]
     if not out:
@@ -157,7 +185,10 @@ def _teacher_logp(batch: Batch, readings: Sequence[Reading]) -> list[Tensor]:
     bodies = [r.ids + stops[:1] * r.ends for r in readings]
     rollout = _rollout([batch.rollout.prompts[r.sample] for r in readings], bodies, batch.rollout)
     asked = Batch(rollout, {"student": teacher})
-    logp, end = asked.map(lambda rows: rows.logp), asked.map(lambda rows: rows.student[:, stops].logsumexp(-1)) if stops else None
+    logp, end = (
+        asked.map(lambda rows: rows.logp),
+        asked.map(lambda rows: rows.student[:, stops].logsumexp(-1)) if stops else None,
+    )
     out = []
     for i, reading in enumerate(readings):
         own = logp[i, : len(bodies[i])].to(batch.rollout.logp)
@@ -177,8 +208,12 @@ def _ends(policy: Any) -> frozenset[int]:
 def _rollout(prompts: Sequence[Prompt], bodies: Sequence[list[int]], like: Rollout) -> Rollout:
     """Token ids as a rollout: what a policy grades."""
     width = max(1, *map(len, bodies))
-    ids = torch.tensor([body + [0] * (width - len(body)) for body in bodies], device=like.ids.device)
+    ids = torch.tensor(
+        [body + [0] * (width - len(body)) for body in bodies], device=like.ids.device
+    )
     none = torch.zeros(ids.shape, dtype=like.logp.dtype, device=ids.device)
     lengths = torch.tensor([len(body) for body in bodies], device=ids.device)
     n = len(bodies)
-    return Rollout(tuple(prompts), ids, lengths, none, none.clone(), ("stop",) * n, ("",) * n, ("student",) * n)
+    return Rollout(
+        tuple(prompts), ids, lengths, none, none.clone(), ("stop",) * n, ("",) * n, ("student",) * n
+    )

@@ -10,7 +10,7 @@ from typing import ClassVar
 
 from torch import Tensor
 
-from opdlab.rows import Rows
+from opdlab.engine.rows import Rows
 
 
 @dataclass(frozen=True)

@@ -27,22 +27,26 @@ from typing import Any, ClassVar, Literal
 import torch
 from torch import Tensor
 
-from opdlab.batch import Batch
-from opdlab.divergence import reverse_kl
+from opdlab.engine.batch import Batch
+from opdlab.engine.rows import Rows
 from opdlab.errors import InvalidValue, MissingPolicy
+from opdlab.losses.divergences import reverse_kl
 from opdlab.methods import futures, windows
 from opdlab.methods.futures import ARMS, false_alarm_rate, forks, local_correction
 from opdlab.methods.windows import Point, transport
-from opdlab.rows import Rows
-from opdlab.validation import Amount, Count, Finite, PositiveShare, Share, validate_fields
+from opdlab.support.validation import Amount, Count, Finite, PositiveShare, Share, validate_fields
 
 __all__ = ["ARMS", "TOPD", "false_alarm_rate", "forks", "futures", "local_correction", "transport"]
 
 DRAWN = 64  # windows whose plans a step's notes keep
 CHOICES: dict[str, tuple[Any, ...]] = {
-    "threshold": ("quantile", "low_loss_q3"), "student_window": ("rollout", "greedy"), "targets": ("transport", "diagonal"),
-    "embedding": windows.EMBEDDINGS, "downweight": (None, "low_ot", "high_ot"), "score": windows.SCORES,
-}  # fmt: skip
+    "threshold": ("quantile", "low_loss_q3"),
+    "student_window": ("rollout", "greedy"),
+    "targets": ("transport", "diagonal"),
+    "embedding": windows.EMBEDDINGS,
+    "downweight": (None, "low_ot", "high_ot"),
+    "score": windows.SCORES,
+}
 
 
 @dataclass(frozen=True)
@@ -93,17 +97,24 @@ class TOPD:
             )
         for name, known in CHOICES.items():
             if getattr(self, name) not in known:
-                raise InvalidValue(f"TOPD got {name}={getattr(self, name)!r}. Use one of {', '.join(map(str, known))}.")
+                raise InvalidValue(
+                    f"TOPD got {name}={getattr(self, name)!r}. Use one of {', '.join(map(str, known))}."
+                )
         validate_fields(self)
         windows.solve([], self.epsilon)  # raises for a bad epsilon
 
     def plan(self, batch: Batch) -> dict[str, Tensor]:
         began, rollout, policies = time.perf_counter(), batch.rollout, batch.policies
         _check_writes(policies["teacher"])
-        score, room = windows.scores(batch, self.score), windows.room(policies["student"], rollout, self.window)
+        score, room = (
+            windows.scores(batch, self.score),
+            windows.room(policies["student"], rollout, self.window),
+        )
         if not bool(room.any()):
             _warn_no_room(batch, self.window)
-        points = windows.top(score, room, windows.quota(rollout.lengths, self.share), self.min_loss, self.max_points)
+        points = windows.top(
+            score, room, windows.quota(rollout.lengths, self.share), self.min_loss, self.max_points
+        )
         teacher = windows.write(policies["teacher"], rollout, points, self.window)
         student = self._student_windows(batch, points)
         distance, exact = windows.solve(windows.costs(student, teacher, self.embedding, policies))
@@ -112,13 +123,22 @@ class TOPD:
         plans = self._plans(batch, points, teacher)
         drawn = plans if self.student_window == "rollout" else exact
         batch.notes["windows"] = _notes(points, student, teacher, distance, kept, drawn)
-        batch.notes["topd"] = {"candidates": len(points), "divergent": int(kept.sum()), "threshold": limit,
-                               "teacher_tokens": sum(map(len, teacher)) + more, "seconds": time.perf_counter() - began}  # fmt: skip
+        batch.notes["topd"] = {
+            "candidates": len(points),
+            "divergent": int(kept.sum()),
+            "threshold": limit,
+            "teacher_tokens": sum(map(len, teacher)) + more,
+            "seconds": time.perf_counter() - began,
+        }
         real = [i for i in range(len(points)) if kept[i]]
-        columns = windows.scatter(rollout, [points[i] for i in real], [teacher[i] for i in real], [plans[i] for i in real])
+        columns = windows.scatter(
+            rollout, [points[i] for i in real], [teacher[i] for i in real], [plans[i] for i in real]
+        )
         columns["divergent"] = _placed(batch, points, kept.long(), 0)
         columns["window_distance"] = _placed(batch, points, distance.float(), math.nan)
-        return columns | ({"downweight": self._downweights(batch, points, distance)} if self.downweight else {})
+        return columns | (
+            {"downweight": self._downweights(batch, points, distance)} if self.downweight else {}
+        )
 
     def loss(self, rows: Rows) -> Tensor:
         loss = reverse_kl(rows.student, rows.teacher)
@@ -127,7 +147,9 @@ class TOPD:
         if not self.weight or not rows.target.shape[-1]:
             return loss
         share = rows.target_weight.to(loss.dtype)
-        told = rows.student.gather(-1, rows.target).masked_fill(share == 0, 0.0)  # an unused place may hold a token of -inf
+        told = rows.student.gather(-1, rows.target).masked_fill(
+            share == 0, 0.0
+        )  # an unused place may hold a token of -inf
         return loss - self.weight * (share * told).sum(-1)
 
     def _student_windows(self, batch: Batch, points: list[Point]) -> list[list[int]]:
@@ -141,9 +163,13 @@ class TOPD:
         student = windows.slices(batch.rollout, points, self.window)
         if self.targets == "diagonal":
             return [windows.diagonal(s, t) for s, t in zip(student, teacher, strict=True)]
-        return windows.solve(windows.costs(student, teacher, self.embedding, batch.policies), self.epsilon)[1]
+        return windows.solve(
+            windows.costs(student, teacher, self.embedding, batch.policies), self.epsilon
+        )[1]
 
-    def _limit(self, batch: Batch, score: Tensor, room: Tensor, points: list[Point], distance: Tensor) -> tuple[float, int]:
+    def _limit(
+        self, batch: Batch, score: Tensor, room: Tensor, points: list[Point], distance: Tensor
+    ) -> tuple[float, int]:
         """τ, and the tokens that the teacher wrote to find it. Only distances above τ are real divergences."""
         if not points:
             return 0.0, 0
@@ -152,15 +178,23 @@ class TOPD:
         counts = torch.tensor([b for b, _ in points]).bincount(minlength=len(batch.rollout))
         low = windows.top(-score, room, counts.tolist())
         texts = windows.write(batch.policies["teacher"], batch.rollout, low, self.window)
-        costs = windows.costs(self._student_windows(batch, low), texts, self.embedding, batch.policies)
+        costs = windows.costs(
+            self._student_windows(batch, low), texts, self.embedding, batch.policies
+        )
         return float(windows.solve(costs)[0].quantile(0.75)), sum(map(len, texts))
 
     def _downweights(self, batch: Batch, points: list[Point], distance: Tensor) -> Tensor:
         """min(1, median / ℓ_t) at the selected points, 1 elsewhere: such a token's loss counts as the median of its completion."""
-        loss, order, n = batch.signals["teacher_reverse_kl"], distance.argsort(stable=True), round(self.quantile * len(points))
+        loss, order, n = (
+            batch.signals["teacher_reverse_kl"],
+            distance.argsort(stable=True),
+            round(self.quantile * len(points)),
+        )
         selected = order[:n]
         if self.downweight == "high_ot":
-            shuffled = torch.randperm(len(points) - n, generator=torch.Generator().manual_seed(batch.step))
+            shuffled = torch.randperm(
+                len(points) - n, generator=torch.Generator().manual_seed(batch.step)
+            )
             selected = order[n:][shuffled[:n]]
         out = torch.ones_like(loss)
         for i in selected.tolist():
@@ -194,12 +228,20 @@ def _placed(batch: Batch, points: Sequence[Point], values: Tensor, elsewhere: fl
     return out.to(batch.mask.device)
 
 
-def _notes(points: Sequence[Point], student: Sequence[list[int]], teacher: Sequence[list[int]], distance: Tensor, kept: Tensor,
-           plans: Sequence[Tensor]) -> list[dict[str, Any]]:  # fmt: skip
+def _notes(
+    points: Sequence[Point],
+    student: Sequence[list[int]],
+    teacher: Sequence[list[int]],
+    distance: Tensor,
+    kept: Tensor,
+    plans: Sequence[Tensor],
+) -> list[dict[str, Any]]:
     """What pictures show: all windows of the step, the first `DRAWN` with their plans."""
     out: list[dict[str, Any]] = [
         {"sample": b, "position": t, "student": s, "teacher": w, "distance": d, "kept": k}
-        for (b, t), s, w, d, k in zip(points, student, teacher, distance.tolist(), kept.tolist(), strict=True)
+        for (b, t), s, w, d, k in zip(
+            points, student, teacher, distance.tolist(), kept.tolist(), strict=True
+        )
     ]
     for note, plan in zip(out[:DRAWN], plans, strict=False):
         note["plan"] = [[round(x, 4) for x in row] for row in plan.tolist()]

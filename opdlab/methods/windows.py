@@ -20,18 +20,23 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from opdlab.batch import Batch
+from opdlab.data.rollout import Rollout
+from opdlab.engine.batch import Batch
 from opdlab.errors import InvalidValue, MissingPolicy
-from opdlab.policy import TOKENS_PER_PASS, Policy
-from opdlab.rollout import Rollout
+from opdlab.models.policy import TOKENS_PER_PASS, Policy
 
 Point = tuple[int, int]  # completion, position
 EMBEDDINGS = ("student", "teacher", "onehot")
 SCORES = ("teacher_nll", "log_ratio", "reverse_kl")
-SWEEPS, TOLERANCE = 1000, 1e-6  # of Sinkhorn's iteration; what is left of the marginals' error is rounded away
+SWEEPS, TOLERANCE = (
+    1000,
+    1e-6,
+)  # of Sinkhorn's iteration; what is left of the marginals' error is rounded away
 
 
-def transport(student_vectors: Tensor, teacher_vectors: Tensor, epsilon: float | None = None) -> tuple[float, Tensor]:
+def transport(
+    student_vectors: Tensor, teacher_vectors: Tensor, epsilon: float | None = None
+) -> tuple[float, Tensor]:
     """Transport distance between two windows of vectors `[K, H]` and `[K', H]`, and the plan `[K, K']`, float64 on the CPU.
 
     Uniform marginals (rows of the plan sum to 1/K, columns to 1/K'), cost 1 - cosine. epsilon: None is exact; otherwise the
@@ -53,12 +58,16 @@ def cost(student_vectors: Tensor, teacher_vectors: Tensor) -> Tensor:
 def solve(costs: Sequence[Tensor], epsilon: float | None = None) -> tuple[Tensor, list[Tensor]]:
     """Transport for many cost matrices: distances `[P]` and plans. Those of one shape are solved side by side."""
     if epsilon is not None and not epsilon > 0:
-        raise InvalidValue(f"The transport's epsilon is {epsilon}. Use a number above 0, or None for the exact plan.")
+        raise InvalidValue(
+            f"The transport's epsilon is {epsilon}. Use a number above 0, or None for the exact plan."
+        )
     plans: list[Tensor] = [torch.empty(0)] * len(costs)
     for shape in sorted({tuple(c.shape) for c in costs}):
         which = [i for i, c in enumerate(costs) if tuple(c.shape) == shape]
         stack = torch.stack([costs[i] for i in which])
-        for i, plan in zip(which, _exact(stack) if epsilon is None else _entropic(stack, epsilon), strict=True):
+        for i, plan in zip(
+            which, _exact(stack) if epsilon is None else _entropic(stack, epsilon), strict=True
+        ):
             plans[i] = plan
     distances = [float((p * c).sum()) for p, c in zip(plans, costs, strict=True)]
     return torch.tensor(distances, dtype=torch.float64), plans
@@ -80,9 +89,13 @@ def _entropic(costs: Tensor, epsilon: float) -> Tensor:
 
     a, b = (torch.full((len(costs), k), 1 / k, dtype=torch.float64) for k in costs.shape[1:])
     plan = bregman_log_projection_batch(-costs / epsilon, a, b, max_iter=SWEEPS, tol=TOLERANCE)["T"]
-    plan = plan * (a / plan.sum(2)).clamp(max=1)[:, :, None]  # the iteration ends on exact columns: only rows can be too heavy
+    plan = (
+        plan * (a / plan.sum(2)).clamp(max=1)[:, :, None]
+    )  # the iteration ends on exact columns: only rows can be too heavy
     rows, columns = (a - plan.sum(2)).clamp(min=0), (b - plan.sum(1)).clamp(min=0)
-    return plan + rows[:, :, None] * columns[:, None, :] / rows.sum(1).clamp(min=1e-300)[:, None, None]
+    return (
+        plan + rows[:, :, None] * columns[:, None, :] / rows.sum(1).clamp(min=1e-300)[:, None, None]
+    )
 
 
 def diagonal(student: Sequence[int], teacher: Sequence[int]) -> Tensor:
@@ -91,22 +104,34 @@ def diagonal(student: Sequence[int], teacher: Sequence[int]) -> Tensor:
     return torch.eye(len(student), len(teacher), dtype=torch.float64) / both
 
 
-def costs(students: Sequence[Sequence[int]], teachers: Sequence[Sequence[int]], embedding: str,
-          policies: Mapping[str, Any]) -> list[Tensor]:  # fmt: skip
+def costs(
+    students: Sequence[Sequence[int]],
+    teachers: Sequence[Sequence[int]],
+    embedding: str,
+    policies: Mapping[str, Any],
+) -> list[Tensor]:
     """Cost matrices of pairs of windows, by the token embeddings of a policy, or "onehot": any two tokens are at distance 1."""
-    pairs = [(torch.tensor(list(s)), torch.tensor(list(t))) for s, t in zip(students, teachers, strict=True)]
+    pairs = [
+        (torch.tensor(list(s)), torch.tensor(list(t)))
+        for s, t in zip(students, teachers, strict=True)
+    ]
     if embedding == "onehot":
         return [(s[:, None] != t[None]).double() for s, t in pairs]
     policy = policies[embedding]
     if not isinstance(policy, Policy):
-        raise MissingPolicy(f"The {embedding}, a {type(policy).__name__}, has no token embeddings. Use embedding='onehot'.")
+        raise MissingPolicy(
+            f"The {embedding}, a {type(policy).__name__}, has no token embeddings. Use embedding='onehot'."
+        )
     table = policy.weights.model.get_input_embeddings().weight
     return [cost(table[s.to(table.device)], table[t.to(table.device)]) for s, t in pairs]
 
 
 def room(policy: Any, rollout: Rollout, window: int) -> Tensor:
     """`[B, T]`, true where a window fits into the completion and the token is not a special one."""
-    special = {*getattr(policy.tokenizer, "all_special_ids", []), *(policy.weights.eos if isinstance(policy, Policy) else [])}
+    special = {
+        *getattr(policy.tokenizer, "all_special_ids", []),
+        *(policy.weights.eos if isinstance(policy, Policy) else []),
+    }
     last = rollout.lengths[:, None] - window
     fits = torch.arange(rollout.ids.shape[1], device=rollout.ids.device) <= last
     return fits & ~torch.isin(rollout.ids, torch.tensor(sorted(special), device=rollout.ids.device))
@@ -117,7 +142,13 @@ def quota(lengths: Tensor, share: float) -> list[int]:
     return [math.ceil(share * n - 1e-9) for n in lengths.tolist()]
 
 
-def top(score: Tensor, where: Tensor, counts: Sequence[int], least: float | None = None, most: int | None = None) -> list[Point]:
+def top(
+    score: Tensor,
+    where: Tensor,
+    counts: Sequence[int],
+    least: float | None = None,
+    most: int | None = None,
+) -> list[Point]:
     """The `counts[b]` positions of highest score `[B, T]` in each completion, among those that `where` allows, in order.
 
     least: lower scores do not count. most: how many in all, the highest first.
@@ -126,7 +157,12 @@ def top(score: Tensor, where: Tensor, counts: Sequence[int], least: float | None
     allowed = where.cpu() if least is None else where.cpu() & (score >= least)
     found: list[Point] = []
     for b, count in enumerate(counts):
-        order = score[b].masked_fill(~allowed[b], -math.inf).argsort(descending=True, stable=True).tolist()
+        order = (
+            score[b]
+            .masked_fill(~allowed[b], -math.inf)
+            .argsort(descending=True, stable=True)
+            .tolist()
+        )
         found += [(b, t) for t in order[:count] if allowed[b, t]]
     if most is not None:
         found = sorted(found, key=lambda p: -float(score[p]))[:most]
@@ -143,7 +179,9 @@ def scores(batch: Batch, name: str) -> Tensor:
 
 def slices(rollout: Rollout, points: Sequence[Point], window: int) -> list[list[int]]:
     """The rollout's own tokens from each point on, fewer at the end of a completion."""
-    return [rollout.ids[b, t : min(t + window, int(rollout.lengths[b]))].tolist() for b, t in points]
+    return [
+        rollout.ids[b, t : min(t + window, int(rollout.lengths[b]))].tolist() for b, t in points
+    ]
 
 
 def write(policy: Any, rollout: Rollout, points: Sequence[Point], window: int) -> list[list[int]]:
@@ -157,7 +195,12 @@ def write(policy: Any, rollout: Rollout, points: Sequence[Point], window: int) -
     size = {key: _length(policy, prompt) + len(key[1]) for key, prompt in jobs.items()}
     done: dict[tuple[int, tuple[int, ...]], list[int]] = {}
     for group in _groups(sorted(jobs, key=lambda key: size[key]), lambda key: size[key] + window):
-        text = policy.sample([jobs[key] for key in group], prefixes=[key[1] for key in group], temperature=0, max_new_tokens=window)
+        text = policy.sample(
+            [jobs[key] for key in group],
+            prefixes=[key[1] for key in group],
+            temperature=0,
+            max_new_tokens=window,
+        )
         done |= dict(zip(group, text.completions(), strict=True))
     return [done[key] for key in begun]
 
@@ -177,7 +220,12 @@ def _groups(jobs: list[Any], size: Callable[[Any], int]) -> list[list[Any]]:
     return groups
 
 
-def scatter(rollout: Rollout, points: Sequence[Point], texts: Sequence[Sequence[int]], plans: Sequence[Tensor]) -> dict[str, Tensor]:
+def scatter(
+    rollout: Rollout,
+    points: Sequence[Point],
+    texts: Sequence[Sequence[int]],
+    plans: Sequence[Tensor],
+) -> dict[str, Tensor]:
     """Soft targets as columns: `target [B, T, M]` token ids and `target_weight [B, T, M]`, zero where a place is not used.
 
     The mean over all tokens of `-sum(weight * logp[target])` is the mean over points of `-Σ_ij γ_ij log p(text_j | x_<t+i)`, γ
@@ -190,12 +238,19 @@ def scatter(rollout: Rollout, points: Sequence[Point], texts: Sequence[Sequence[
         token.append(torch.tensor(list(text))[j])
         mass.append(plan[i, j] * rollout.tokens / len(points))
     none = torch.zeros(0, dtype=torch.long)
-    place, slot, ids, weight = _merged(torch.cat([none, *b_t]), torch.cat([none, *token]), torch.cat([none.double(), *mass]))
+    place, slot, ids, weight = _merged(
+        torch.cat([none, *b_t]), torch.cat([none, *token]), torch.cat([none.double(), *mass])
+    )
     shape = (rollout.ids.numel(), 1 + int(slot.max()) if len(slot) else 0)
-    target, share = torch.zeros(shape, dtype=torch.long), torch.zeros(shape, dtype=rollout.logp.dtype)
+    target, share = (
+        torch.zeros(shape, dtype=torch.long),
+        torch.zeros(shape, dtype=rollout.logp.dtype),
+    )
     target[place, slot], share[place, slot] = ids, weight.to(share.dtype)
     wide = lambda x: x.view(*rollout.ids.shape, -1).to(rollout.ids.device)
-    return {"target": wide(target), "target_weight": wide(share)} if shape[1] else _no_targets(rollout)
+    return (
+        {"target": wide(target), "target_weight": wide(share)} if shape[1] else _no_targets(rollout)
+    )
 
 
 def _merged(place: Tensor, token: Tensor, mass: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
@@ -204,7 +259,12 @@ def _merged(place: Tensor, token: Tensor, mass: Tensor) -> tuple[Tensor, Tensor,
     key, back = torch.unique(place * vocab + token, return_inverse=True)
     place = key // vocab
     first = torch.searchsorted(place, place)
-    return place, torch.arange(len(key)) - first, key % vocab, torch.zeros(len(key), dtype=mass.dtype).index_add_(0, back, mass)
+    return (
+        place,
+        torch.arange(len(key)) - first,
+        key % vocab,
+        torch.zeros(len(key), dtype=mass.dtype).index_add_(0, back, mass),
+    )
 
 
 def _no_targets(rollout: Rollout) -> dict[str, Tensor]:

@@ -9,5 +9,16 @@ from opdlab.notebook.session import Context, setup
 from opdlab.notebook.survey import compose, composed, survey
 
 __all__ = [
-    "LIMIT", "Context", "Exercise", "author", "compose", "composed", "execute", "exercise", "freeze", "setup", "source_hash", "survey",
-]  # fmt: skip
+    "LIMIT",
+    "Context",
+    "Exercise",
+    "author",
+    "compose",
+    "composed",
+    "execute",
+    "exercise",
+    "freeze",
+    "setup",
+    "source_hash",
+    "survey",
+]

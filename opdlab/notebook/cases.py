@@ -8,16 +8,20 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from opdlab.engine.rows import Rows
 from opdlab.notebook.checking import WrongAnswer
-from opdlab.rows import Rows
 
-NO_GRADIENT = "it carries no gradient, so it trains nothing. Leave out .detach() and torch.no_grad()."
+NO_GRADIENT = (
+    "it carries no gradient, so it trains nothing. Leave out .detach() and torch.no_grad()."
+)
 
 
 def laws(n: int = 5, vocab: int = 7, seed: int = 0, scale: float = 1.0) -> tuple[Tensor, Tensor]:
     """Log-probs of a student and of a teacher, `[n, V]` each, in float64."""
     made = torch.Generator().manual_seed(seed)
-    student, teacher = (scale * torch.randn(n, vocab, generator=made, dtype=torch.float64) for _ in range(2))
+    student, teacher = (
+        scale * torch.randn(n, vocab, generator=made, dtype=torch.float64) for _ in range(2)
+    )
     return student.log_softmax(-1), teacher.log_softmax(-1)
 
 
@@ -38,7 +42,13 @@ def trains(loss: Callable[[Rows], Any], given: Rows) -> dict[str, Any]:
     if isinstance(value, Tensor) and value.is_floating_point() and not value.requires_grad:
         raise WrongAnswer(NO_GRADIENT)
     if not isinstance(value, Tensor) or not value.requires_grad:
-        return {"value": value, "gradient": None if value is None else torch.zeros_like(given.student)}
+        return {
+            "value": value,
+            "gradient": None if value is None else torch.zeros_like(given.student),
+        }
     (slope,) = torch.autograd.grad(value.sum(), given.student, allow_unused=True)
     slope = torch.zeros_like(given.student) if slope is None else slope
-    return {"value": value, "gradient": slope - given.student.detach().exp() * slope.sum(-1, keepdim=True)}
+    return {
+        "value": value,
+        "gradient": slope - given.student.detach().exp() * slope.sum(-1, keepdim=True),
+    }

@@ -25,7 +25,9 @@ from opdlab.errors import OpdlabError
 from opdlab.notebook import exercises
 
 Function = Callable[..., Any]
-_authors: dict[str, str] = {}  # exercise key -> author of the function that the notebook goes on with
+_authors: dict[
+    str, str
+] = {}  # exercise key -> author of the function that the notebook goes on with
 
 
 class WrongAnswer(Exception):
@@ -81,7 +83,10 @@ class Exercise:
         for sentence, mistake in self.mistakes.items():
             pairs = zip(self.cases(), self.cases(), strict=True)
             try:
-                if all(compared(self.look(function, *a), self.look(mistake, *b), self.close) is None for a, b in pairs):
+                if all(
+                    compared(self.look(function, *a), self.look(mistake, *b), self.close) is None
+                    for a, b in pairs
+                ):
                     return sentence
             except Exception:  # another case may break what the first did not
                 continue
@@ -132,16 +137,22 @@ def find(key: str) -> Exercise:
     """The exercise of a key; raises OpdlabError for one that there is not."""
     number = key.split(".", maxsplit=1)[0]
     if number not in numbers():
-        raise OpdlabError(f"There is no exercise {key!r}. There are exercises for the notebooks {', '.join(numbers())}.")
+        raise OpdlabError(
+            f"There is no exercise {key!r}. There are exercises for the notebooks {', '.join(numbers())}."
+        )
     known = of(number)
     if key not in known:
-        raise OpdlabError(f"There is no exercise {key!r}. Notebook {number} has {', '.join(known)}.")
+        raise OpdlabError(
+            f"There is no exercise {key!r}. Notebook {number} has {', '.join(known)}."
+        )
     return known[key]
 
 
 def numbers() -> list[str]:
     """The notebooks that have exercises: "00", "11", …"""
-    return sorted(module.name.removeprefix("ex") for module in pkgutil.iter_modules(exercises.__path__))
+    return sorted(
+        module.name.removeprefix("ex") for module in pkgutil.iter_modules(exercises.__path__)
+    )
 
 
 def of(number: str) -> dict[str, Exercise]:
@@ -155,13 +166,19 @@ def compared(got: Any, want: Any, close: float) -> str | None:
         return "it returned None. Is there a return?"
     if isinstance(want, Mapping):
         return _compared_by_name(got, want, close)
-    if isinstance(want, (tuple, list)) and not (want and all(isinstance(x, (int, float)) for x in want)):
+    if isinstance(want, (tuple, list)) and not (
+        want and all(isinstance(x, (int, float)) for x in want)
+    ):
         if not isinstance(got, (tuple, list)) or len(got) != len(want):
             return f"{len(want)} results are wanted; you returned {_kind(got)}."
         return _compared_by_name(dict(enumerate(got, 1)), dict(enumerate(want, 1)), close)
     wanted, numbers = _numbers(want), _numbers(got)
     if isinstance(want, (str, bool)) or wanted is None:
-        return None if type(got) is type(want) and got == want else f"it returned {got!r}, wanted {want!r}."
+        return (
+            None
+            if type(got) is type(want) and got == want
+            else f"it returned {got!r}, wanted {want!r}."
+        )
     if numbers is None or numbers.shape != wanted.shape:
         return f"{_shape(wanted)} is wanted; you returned {_shape(numbers) if numbers is not None else _kind(got)}."
     return _compared_numbers(numbers, wanted, close)
@@ -172,7 +189,14 @@ def _compared_by_name(got: Any, want: Mapping[Any, Any], close: float) -> str | 
         there = ", ".join(map(str, got)) if isinstance(got, Mapping) else _kind(got)
         return f"results by name are wanted: {', '.join(map(str, want))}; you returned {there}."
     wrong = {name: compared(got[name], value, close) for name, value in want.items()}
-    return next((f"{name if isinstance(name, str) else f'result {name}'}: {said}" for name, said in wrong.items() if said), None)
+    return next(
+        (
+            f"{name if isinstance(name, str) else f'result {name}'}: {said}"
+            for name, said in wrong.items()
+            if said
+        ),
+        None,
+    )
 
 
 def _compared_numbers(got: Tensor, want: Tensor, close: float) -> str | None:
@@ -183,7 +207,9 @@ def _compared_numbers(got: Tensor, want: Tensor, close: float) -> str | None:
     if same(-got, want):
         return "the sign is wrong."
     size = want.abs().nan_to_num(0, 0, 0).max() if want.numel() else 0
-    if (got.abs() <= 1e-12 * size).all():  # a gradient that cancels leaves rounding, not exact zeros
+    if (
+        got.abs() <= 1e-12 * size
+    ).all():  # a gradient that cancels leaves rounding, not exact zeros
         return "it is zero everywhere."
     ratio = got / want
     if want.numel() > 1 and ratio.isfinite().all() and same(got, ratio.flatten()[0] * want):
@@ -208,12 +234,18 @@ def _shape(x: Tensor) -> str:
 
 
 def _kind(value: Any) -> str:
-    return f"{len(value)} results" if isinstance(value, (tuple, list)) else f"a {type(value).__name__}"
+    return (
+        f"{len(value)} results" if isinstance(value, (tuple, list)) else f"a {type(value).__name__}"
+    )
 
 
 def _said(error: Exception, function: Function) -> str:
     """The error, and the line of the reader's cell where it happened."""
     code = getattr(getattr(function, "function", function), "__code__", None)
-    lines = [f for f in traceback.extract_tb(error.__traceback__) if code and f.filename == code.co_filename]
+    lines = [
+        f
+        for f in traceback.extract_tb(error.__traceback__)
+        if code and f.filename == code.co_filename
+    ]
     where = f" (in the line `{lines[-1].line}`)" if lines and lines[-1].line else ""
     return f"{type(error).__name__}: {str(error).rstrip('.')}{where}."

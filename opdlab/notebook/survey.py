@@ -15,9 +15,9 @@ from typing import Any
 import pandas as pd
 
 from opdlab import methods as m
-from opdlab.divergence import Generator, TopK
 from opdlab.errors import OpdlabError
-from opdlab.generator import FORMS
+from opdlab.losses.divergences import Generator, TopK
+from opdlab.losses.generators import FORMS
 from opdlab.methods.opd import DIVERGENCES
 
 SLOTS = ("prefix", "target", "divergence", "estimator", "weight", "schedule")
@@ -28,7 +28,7 @@ def survey() -> pd.DataFrame:
     """One row a method, by name: `arxiv`, `axis` (of version 4), `access`, `granularity`, `loss` class, `line`, the six slots and
     where each comes from (`row_from`, `loss_from`, `slots_from`); None where unknown, `date` from the arXiv id."""
     package = Path(__file__).parents[1]
-    inside = package / "data" / "survey.json"
+    inside = package / "shipped" / "survey.json"
     path = inside if inside.exists() else package.parent / "data" / "survey.json"
     rows = json.loads(path.read_text(encoding="utf-8"))["methods"]
     flat = [
@@ -42,8 +42,14 @@ def survey() -> pd.DataFrame:
     return frame.where(frame.notna(), None)
 
 
-def compose(prefix: str = "student", target: str = "teacher", divergence: str = "reverse_kl", estimator: str = "full",
-            weight: str = "none", schedule: str = "constant") -> Any:  # fmt: skip
+def compose(
+    prefix: str = "student",
+    target: str = "teacher",
+    divergence: str = "reverse_kl",
+    estimator: str = "full",
+    weight: str = "none",
+    schedule: str = "constant",
+) -> Any:
     """The method of opdlab that six choices make. Raises OpdlabError for what it does not have, and says which slot."""
     if schedule != "constant":
         raise _lacks("schedule", schedule, "constant")
@@ -54,7 +60,9 @@ def compose(prefix: str = "student", target: str = "teacher", divergence: str = 
     if weight != "none":
         raise _lacks("weight", weight, "none")
     if target in ANCHORS and (prefix, estimator) != ("student", "full"):
-        raise OpdlabError(f"opdlab has the target {target!r} on whole distributions. Use prefix='student' and estimator='full'.")
+        raise OpdlabError(
+            f"opdlab has the target {target!r} on whole distributions. Use prefix='student' and estimator='full'."
+        )
     if target in ANCHORS:
         return m.SelfDistillation(_known(divergence, DIVERGENCES), anchor=ANCHORS[target])  # type: ignore[arg-type]
     if target != "teacher":
@@ -68,12 +76,18 @@ def _on_logits(share: float, divergence: str, estimator: str) -> Any:
     if estimator == "top-k":
         return m.OPD(_known(divergence, DIVERGENCES), top_k=TopK(16, by="teacher"), on_policy=share)
     if estimator not in ("sampled", "sampled, baseline", "return"):
-        raise _lacks("estimator", estimator, "full", "top-k", "sampled", "sampled, baseline", "return")
+        raise _lacks(
+            "estimator", estimator, "full", "top-k", "sampled", "sampled, baseline", "return"
+        )
     if share < 1:
-        raise OpdlabError(f"The estimator {estimator!r} grades tokens that the student sampled. Use prefix='student', or estimator='full'.")
+        raise OpdlabError(
+            f"The estimator {estimator!r} grades tokens that the student sampled. Use prefix='student', or estimator='full'."
+        )
     if divergence != "reverse_kl":
         if estimator != "sampled":
-            raise OpdlabError(f"opdlab has {estimator!r} for the reverse KL only, not for {divergence!r}. Use estimator='sampled'.")
+            raise OpdlabError(
+                f"opdlab has {estimator!r} for the reverse KL only, not for {divergence!r}. Use estimator='sampled'."
+            )
         return m.OPDPlus(Generator(_known(divergence, FORMS)).name)
     if estimator == "return":
         return m.OPD(estimator="sampled", discount=1.0)
@@ -81,7 +95,9 @@ def _on_logits(share: float, divergence: str, estimator: str) -> Any:
 
 
 ANCHORS = {"told self": "frozen", "told self, averaged": "ema"}
-SPECIAL: dict[tuple[str, str, str, str], Callable[[], Any]] = {  # by prefix, target, estimator and weight
+SPECIAL: dict[
+    tuple[str, str, str, str], Callable[[], Any]
+] = {  # by prefix, target, estimator and weight
     ("student", "teacher", "full", "forks"): m.TOPD,
     ("student", "teacher", "full", "undecided teacher"): m.EOPD,
     ("student", "beyond the teacher", "sampled", "none"): m.GOPD,

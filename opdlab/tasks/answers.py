@@ -24,8 +24,8 @@ from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from decimal import Decimal
 
+from opdlab.data.prompt import Prompt
 from opdlab.errors import OpdlabError
-from opdlab.prompt import Prompt
 
 _MONTHS = ("jan", "feb", "mar", "apr", "may", "jun", "jul", "aug", "sep", "oct", "nov", "dec")
 _MONTH = r"(?:Jan(?:uary)?|Feb(?:ruary)?|Mar(?:ch)?|Apr(?:il)?|May|June?|July?|Aug(?:ust)?|Sept?(?:ember)?|Oct(?:ober)?|Nov(?:ember)?|Dec(?:ember)?)"  # noqa: E501
@@ -63,11 +63,21 @@ _LATEX = (
     (re.compile(r"\\[dt]?frac\s*(\d)\s*(\d)"), r"\1/\2"),
     (re.compile(r"\\times|\\cdot"), "×"),
     (re.compile(r"\{,\}"), ","),
-    (re.compile(r"(?<=\d)(?:\\[,;!]|[\u00a0\u2009\u202f])(?=\d{3}(?!\d))"), ","),  # thin spaces between thousands
+    (
+        re.compile(r"(?<=\d)(?:\\[,;!]|[\u00a0\u2009\u202f])(?=\d{3}(?!\d))"),
+        ",",
+    ),  # thin spaces between thousands
     (re.compile(r"\\([%$])"), r"\1"),
 )
 _VULGAR_FRACTION = re.compile("[\u00bc-\u00be\u2150-\u215e]")
-_SAME_AS = str.maketrans({**dict.fromkeys("\u2212\u2010\u2011\ufe63\uff0d", "-"), "\u2044": "/", "\u2215": "/", "\uff0b": "+"})
+_SAME_AS = str.maketrans(
+    {
+        **dict.fromkeys("\u2212\u2010\u2011\ufe63\uff0d", "-"),
+        "\u2044": "/",
+        "\u2215": "/",
+        "\uff0b": "+",
+    }
+)
 
 
 def same_answer(prompt: Prompt, text: str) -> float:
@@ -120,7 +130,12 @@ def read_values(text: str) -> list[Value]:
     for date in [*_DATE.finditer(text), None]:
         for found in _VALUE.finditer(text, start, date.start() if date else len(text)):
             value = _value(found)
-            is_mixed = bool(values) and text[end_of_last : found.start()] == " " and _is_proper(value) and _is_whole(values[-1])
+            is_mixed = (
+                bool(values)
+                and text[end_of_last : found.start()] == " "
+                and _is_proper(value)
+                and _is_whole(values[-1])
+            )
             if is_mixed:  # 1 1/2
                 values[-1] = _sum(values[-1], value)
             else:
@@ -185,13 +200,19 @@ def _value(found: re.Match[str]) -> Value:
     sign = -1 if "-" in (found["sign"] or "", found["inner_sign"] or "") else 1
     if found["parts"]:
         mark = next(c for c in found["parts"] if not c.isdigit())
-        return Value(parts=tuple(map(Decimal, found["parts"].split(mark))), mark=mark, unit=(found["half"] or "").lower())
+        return Value(
+            parts=tuple(map(Decimal, found["parts"].split(mark))),
+            mark=mark,
+            unit=(found["half"] or "").lower(),
+        )
     if found["power"]:
         base, exponent = found["power"].replace("{", "").split("^")
         return Value(parts=(sign * Decimal(base), Decimal(exponent.strip())), mark="^")
     if found["ten_to"]:
         return _number("1", found["ten_to"], sign)
-    number = _number(found["number"].replace(",", ""), found["exponent"] or found["times_ten_to"] or "0", sign)
+    number = _number(
+        found["number"].replace(",", ""), found["exponent"] or found["times_ten_to"] or "0", sign
+    )
     unit = (found["unit"] or "").strip()
     below = Decimal(found["below"] or 1)
     if number.above is None or not below:  # 1/0 is no number
@@ -202,7 +223,9 @@ def _value(found: re.Match[str]) -> Value:
 def _number(digits: str, exponent: str, sign: int) -> Value:
     """`sign · digits · 10^exponent`; an exponent beyond what decimals can hold makes it no number."""
     try:
-        return Value(Decimal(f"{'-' if sign < 0 else ''}{digits}e{exponent}"))  # exact, whatever the context's precision
+        return Value(
+            Decimal(f"{'-' if sign < 0 else ''}{digits}e{exponent}")
+        )  # exact, whatever the context's precision
     except decimal.DecimalException:
         return Value(parts=(Decimal(digits), None), mark=f"e{exponent}")
 
@@ -210,18 +233,30 @@ def _number(digits: str, exponent: str, sign: int) -> Value:
 def _date(found: re.Match[str]) -> Value:
     """A date as month, day, year, in which what is not said is None."""
     if found["iso_year"]:
-        return Value(parts=tuple(Decimal(found[name]) for name in ("iso_month", "iso_day", "iso_year")), mark="date")
+        return Value(
+            parts=tuple(Decimal(found[name]) for name in ("iso_month", "iso_day", "iso_year")),
+            mark="date",
+        )
     name = found["month"] or found["month_second"] or found["month_only"]
-    day, year = found["day"] or found["day_first"], found["year"] or found["year_last"] or found["year_only"]
+    day, year = (
+        found["day"] or found["day_first"],
+        found["year"] or found["year_last"] or found["year_only"],
+    )
     month = Decimal(_MONTHS.index(name[:3].lower()) + 1)
-    return Value(parts=(month, Decimal(day) if day else None, Decimal(year) if year else None), mark="date")
+    return Value(
+        parts=(month, Decimal(day) if day else None, Decimal(year) if year else None), mark="date"
+    )
 
 
 def _same(want: Value, got: Value) -> bool:
     if want.unit and got.unit and want.unit != got.unit:
         return False
     if want.above is None or got.above is None:
-        if want.above is not got.above or want.mark != got.mark or len(want.parts) != len(got.parts):
+        if (
+            want.above is not got.above
+            or want.mark != got.mark
+            or len(want.parts) != len(got.parts)
+        ):
             return False
         # what the answer leaves open, as the year of a date, the text may say
         return all(a is None or a == b for a, b in zip(want.parts, got.parts, strict=True))
@@ -233,7 +268,12 @@ def _same(want: Value, got: Value) -> bool:
 
 def _is_whole(value: Value) -> bool:
     """Whether a fraction may follow it, as in 1 1/2."""
-    return value.above is not None and value.below == 1 and not value.unit and value.above.as_tuple().exponent == 0
+    return (
+        value.above is not None
+        and value.below == 1
+        and not value.unit
+        and value.above.as_tuple().exponent == 0
+    )
 
 
 def _is_proper(value: Value) -> bool:
@@ -251,5 +291,7 @@ def _sum(whole: Value, fraction: Value) -> Value:
 def _exact() -> AbstractContextManager[decimal.Context]:
     """Decimal arithmetic that rounds nothing, and raises where it would have to."""
     exact = decimal.Context(prec=decimal.MAX_PREC, Emax=decimal.MAX_EMAX, Emin=decimal.MIN_EMIN)
-    exact.traps[decimal.Inexact] = exact.traps[decimal.Overflow] = exact.traps[decimal.InvalidOperation] = True
+    exact.traps[decimal.Inexact] = exact.traps[decimal.Overflow] = exact.traps[
+        decimal.InvalidOperation
+    ] = True
     return decimal.localcontext(exact)

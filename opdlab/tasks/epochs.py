@@ -46,7 +46,9 @@ class EpochOrder:
             self._epoch = -1
         while self._epoch < epoch:
             self._epoch += 1
-            self._order = self._without_repeats(self._shuffled(self._epoch), self._epoch * self.count % self.size)
+            self._order = self._without_repeats(
+                self._shuffled(self._epoch), self._epoch * self.count % self.size
+            )
         return self._order
 
     def _without_repeats(self, order: list[int], begun: int) -> list[int]:

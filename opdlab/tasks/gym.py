@@ -13,16 +13,21 @@ import random
 from functools import lru_cache
 from typing import Any
 
+from opdlab.data.prompt import Prompt
 from opdlab.errors import EmptyPrompts, InvalidValue, OpdlabError
-from opdlab.prompt import Prompt
+from opdlab.support.expect import shortened
+from opdlab.support.validation import Count, Flag, validate
 from opdlab.tasks.task import Split, Task
-from opdlab.validation import Count, Flag, shortened, validate
 
-CHUNK = 64  # entries that are generated with one dataset of the package: some divide theirs by its size
+CHUNK = (
+    64  # entries that are generated with one dataset of the package: some divide theirs by its size
+)
 PATIENCE = 256  # entries in a row without a new question of a split, before it counts as exhausted
 
 
-def reasoning_gym(name: str, *, chat: bool = True, max_new_tokens: int = 256, **config: Any) -> Task:
+def reasoning_gym(
+    name: str, *, chat: bool = True, max_new_tokens: int = 256, **config: Any
+) -> Task:
     """Make a task of a dataset of reasoning-gym, as `reasoning_gym("chain_sum", num_terms=3)`.
 
     Args:
@@ -38,7 +43,9 @@ def reasoning_gym(name: str, *, chat: bool = True, max_new_tokens: int = 256, **
     try:
         import reasoning_gym as gym
     except ImportError as error:
-        raise OpdlabError("reasoning-gym is not installed. Install it: pip install 'opdlab[notebooks]'.") from error
+        raise OpdlabError(
+            "reasoning-gym is not installed. Install it: pip install 'opdlab[notebooks]'."
+        ) from error
     chat = validate("reasoning_gym", {"chat": chat}, {"chat": Flag})["chat"]
     validate("reasoning_gym", {"max_new_tokens": max_new_tokens}, {"max_new_tokens": Count})
     _check_dataset(gym, name, config)
@@ -67,10 +74,18 @@ def reasoning_gym(name: str, *, chat: bool = True, max_new_tokens: int = 256, **
             if split == "test":
                 held.add(question)
             last = i
-            asked: dict[str, Any] = {"messages": ({"role": "user", "content": question},)} if chat else {"text": question}
-            prompts.append(Prompt(**asked, answer=str(found["answer"]), id=f"{name}/{seed}/{split}/{i}"))
+            asked: dict[str, Any] = (
+                {"messages": ({"role": "user", "content": question},)}
+                if chat
+                else {"text": question}
+            )
+            prompts.append(
+                Prompt(**asked, answer=str(found["answer"]), id=f"{name}/{seed}/{split}/{i}")
+            )
         if not prompts:
-            raise EmptyPrompts(f"{name} has too few questions to give any to the {split} split. Use a wider configuration.")
+            raise EmptyPrompts(
+                f"{name} has too few questions to give any to the {split} split. Use a wider configuration."
+            )
         return prompts
 
     def verify(prompt: Prompt, text: str) -> float:
@@ -91,7 +106,9 @@ def _check_dataset(gym: Any, name: str, config: dict[str, Any]) -> None:
     known = sorted(gym.factory.DATASETS)
     if name not in known:
         near = difflib.get_close_matches(str(name), known, 3) or known[:3]
-        raise InvalidValue(f"reasoning-gym has no dataset {shortened(name)}. Use one of its {len(known)} names, as {', '.join(near)}.")
+        raise InvalidValue(
+            f"reasoning-gym has no dataset {shortened(name)}. Use one of its {len(known)} names, as {', '.join(near)}."
+        )
     try:
         gym.create_dataset(name, size=1, seed=0, **config)
     except (AssertionError, TypeError, ValueError) as error:

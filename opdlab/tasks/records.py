@@ -17,17 +17,35 @@ from decimal import Decimal
 from pathlib import Path
 from typing import Any
 
+from opdlab.data.prompt import Prompt, read_hint, read_messages
 from opdlab.errors import InvalidValue, OpdlabError
-from opdlab.prompt import Prompt, read_hint, read_messages
-from opdlab.validation import shortened
+from opdlab.support.expect import shortened
 
-ASKED = ("prompt", "messages", "conversations", "text")  # columns that hold what is asked; the first that is there counts
+ASKED = (
+    "prompt",
+    "messages",
+    "conversations",
+    "text",
+)  # columns that hold what is asked; the first that is there counts
 ANSWERED = ("answer", "completion")
 _SHAREGPT_ROLES = {
-    "human": "user", "user": "user", "gpt": "assistant", "assistant": "assistant", "chatgpt": "assistant", "model": "assistant",
-    "system": "system", "tool": "tool", "observation": "tool",
-}  # fmt: skip
-_OTHER_FILES = {b"PAR1": "parquet", b"PK\x03\x04": "zip", b"ARROW1": "arrow", b"\x28\xb5\x2f\xfd": "zstd", b"BZh": "bzip2"}
+    "human": "user",
+    "user": "user",
+    "gpt": "assistant",
+    "assistant": "assistant",
+    "chatgpt": "assistant",
+    "model": "assistant",
+    "system": "system",
+    "tool": "tool",
+    "observation": "tool",
+}
+_OTHER_FILES = {
+    b"PAR1": "parquet",
+    b"PK\x03\x04": "zip",
+    b"ARROW1": "arrow",
+    b"\x28\xb5\x2f\xfd": "zstd",
+    b"BZh": "bzip2",
+}
 
 
 def read_prompts(records: Any) -> list[Prompt]:
@@ -95,11 +113,20 @@ def _records(source: Any) -> Iterable[Any]:
 
 def _of_mapping(source: Mapping[str, Any]) -> Iterable[dict[str, Any]]:
     """The rows of a dict of columns; splits and single records are refused, since it is not said what to do with them."""
-    columns = {str(name): column.tolist() if hasattr(column, "tolist") else column for name, column in source.items()}
+    columns = {
+        str(name): column.tolist() if hasattr(column, "tolist") else column
+        for name, column in source.items()
+    }
     lists = {name: column for name, column in columns.items() if isinstance(column, (list, tuple))}
-    is_record = any(not isinstance(columns[name], (list, tuple)) or _is_chat(columns[name]) for name in ASKED if name in columns)
+    is_record = any(
+        not isinstance(columns[name], (list, tuple)) or _is_chat(columns[name])
+        for name in ASKED
+        if name in columns
+    )
     if is_record:
-        raise InvalidValue(f"from_records got one record, with the columns {', '.join(columns)}. Put it into a list.")
+        raise InvalidValue(
+            f"from_records got one record, with the columns {', '.join(columns)}. Put it into a list."
+        )
     if not any(name in columns for name in ASKED):
         raise InvalidValue(
             f"from_records got a dict with the keys {', '.join(columns) or '(none)'}. Where these are splits, give one of them, "
@@ -134,9 +161,13 @@ def _of_file(path: str | os.PathLike[str]) -> Iterator[dict[str, Any]]:
             if not isinstance(record, dict):
                 raise ValueError(f"it is a {type(record).__name__}")
         except RecursionError:
-            raise OpdlabError(f"{path} line {number} is nested too deeply to be read. Write one flat object a line.") from None
+            raise OpdlabError(
+                f"{path} line {number} is nested too deeply to be read. Write one flat object a line."
+            ) from None
         except ValueError as error:
-            raise OpdlabError(f"{path} line {number} is not a JSON object ({error}). Write one object a line.") from error
+            raise OpdlabError(
+                f"{path} line {number} is not a JSON object ({error}). Write one object a line."
+            ) from error
         yield record
 
 
@@ -147,7 +178,9 @@ def _text_of(path: str | os.PathLike[str]) -> str:
             data = gzip.decompress(data)
     except (OSError, EOFError, ValueError) as error:
         reason = getattr(error, "strerror", None) or error
-        raise OpdlabError(f"The records {shortened(os.fspath(path))} cannot be read: {reason}. Give the path of a JSONL file.") from error
+        raise OpdlabError(
+            f"The records {shortened(os.fspath(path))} cannot be read: {reason}. Give the path of a JSONL file."
+        ) from error
     for start, kind in _OTHER_FILES.items():
         if data.startswith(start):
             raise OpdlabError(
@@ -158,12 +191,16 @@ def _text_of(path: str | os.PathLike[str]) -> str:
         return data.decode(encoding)
     except UnicodeDecodeError as error:
         line = data.count(b"\n", 0, error.start) + 1
-        raise OpdlabError(f"{path} line {line} is no UTF-8 (byte {error.start} of the file). Save the file as UTF-8.") from error
+        raise OpdlabError(
+            f"{path} line {line} is no UTF-8 (byte {error.start} of the file). Save the file as UTF-8."
+        ) from error
 
 
 def _parsed(text: str) -> Any:
     """JSON with numbers as they are written (an answer may have more digits than a float), and without repeated keys."""
-    return json.loads(text, object_pairs_hook=_without_repeats, parse_float=Decimal, parse_int=Decimal)
+    return json.loads(
+        text, object_pairs_hook=_without_repeats, parse_float=Decimal, parse_int=Decimal
+    )
 
 
 def _without_repeats(pairs: Sequence[tuple[str, Any]]) -> dict[str, Any]:
@@ -184,10 +221,14 @@ class _Record:
         if isinstance(record, (str, Prompt)):
             record = {"prompt": record}
         if not isinstance(record, Mapping):
-            raise InvalidValue(f"Record {number} is {shortened(record)}. Use a dict, as {{'prompt': '…', 'answer': '…'}}, or a text.")
+            raise InvalidValue(
+                f"Record {number} is {shortened(record)}. Use a dict, as {{'prompt': '…', 'answer': '…'}}, or a text."
+            )
         self.columns = {str(name): value for name, value in record.items()}
         self.number = number
-        self.present = {name: value for name, value in self.columns.items() if not _is_missing(value)}
+        self.present = {
+            name: value for name, value in self.columns.items() if not _is_missing(value)
+        }
         self.read = {*ASKED, *ANSWERED, "hint", "id"} - self.present.keys()
         self.leaves_turn_out = False
 
@@ -198,27 +239,45 @@ class _Record:
     def prompt(self) -> Prompt:
         column = next((name for name in ASKED if name in self.present), None)
         if column is None:
-            empty = next((f"Its {name} is {shortened(self.columns[name])}. " for name in ASKED if name in self.columns), "")
+            empty = next(
+                (
+                    f"Its {name} is {shortened(self.columns[name])}. "
+                    for name in ASKED
+                    if name in self.columns
+                ),
+                "",
+            )
             raise OpdlabError(
                 f"Record {self.number} has no prompt; its columns are {', '.join(self.columns)}. {empty}Name one {', '.join(ASKED)}."
             )
         asked = self._value(column)
         if isinstance(asked, Prompt):
-            return asked if asked.id else Prompt(asked.text, asked.messages, asked.answer, asked.hint, str(self.number))
+            return (
+                asked
+                if asked.id
+                else Prompt(asked.text, asked.messages, asked.answer, asked.hint, str(self.number))
+            )
         answer = self._answer()
         rest = {"hint": self._of("hint", read_hint), "id": self._of("id", _id) or str(self.number)}
         if isinstance(asked, str):
             return self._made(column, text=asked, answer=answer, **rest)
         if not isinstance(asked, (list, tuple)):
-            raise self._wrong(column, f"it is {shortened(asked)}. Use a text, or a list of chat messages")
+            raise self._wrong(
+                column, f"it is {shortened(asked)}. Use a text, or a list of chat messages"
+            )
         messages = self._of(column, _messages)
         if len(messages) > 1 and messages[-1]["role"] == "assistant":
             self.leaves_turn_out = answer is not None
             answer = messages[-1]["content"] if answer is None else answer
             messages = messages[:-1]
         if messages[-1]["role"] == "assistant":
-            raise self._wrong(column, "the chat asks nothing before its answer. Let a user's message stand before the assistant's")
-        return self._made(column, messages=messages, answer=answer if answer and answer.strip() else None, **rest)
+            raise self._wrong(
+                column,
+                "the chat asks nothing before its answer. Let a user's message stand before the assistant's",
+            )
+        return self._made(
+            column, messages=messages, answer=answer if answer and answer.strip() else None, **rest
+        )
 
     def _answer(self) -> str | None:
         column = next((name for name in ANSWERED if name in self.present), None)
@@ -277,7 +336,11 @@ def _with_plain_numbers(value: Any) -> Any:
     if isinstance(value, (list, tuple)):
         return [_with_plain_numbers(one) for one in value]
     if isinstance(value, Decimal):
-        return int(value) if value == value.to_integral_value() and "." not in str(value) else float(value)
+        return (
+            int(value)
+            if value == value.to_integral_value() and "." not in str(value)
+            else float(value)
+        )
     return value
 
 
@@ -286,7 +349,9 @@ def _turn(turn: Any, number: int) -> Any:
         return turn
     role = _SHAREGPT_ROLES.get(str(turn["from"]))
     if role is None:
-        raise InvalidValue(f"messages[{number}] is from {shortened(turn['from'])}. Use one of {', '.join(_SHAREGPT_ROLES)}.")
+        raise InvalidValue(
+            f"messages[{number}] is from {shortened(turn['from'])}. Use one of {', '.join(_SHAREGPT_ROLES)}."
+        )
     return {"role": role, "content": turn.get("value")}
 
 
@@ -297,7 +362,9 @@ def _answer(value: Any) -> str:
     if _is_chat(value):
         messages = _messages(value)
         if len(messages) > 1 or messages[0]["role"] != "assistant":
-            raise InvalidValue(f"{len(messages)} messages are no answer. Use one message of the assistant, or a text")
+            raise InvalidValue(
+                f"{len(messages)} messages are no answer. Use one message of the assistant, or a text"
+            )
         return str(messages[0]["content"])
     if isinstance(value, numbers.Integral) and not isinstance(value, bool):
         return str(Decimal(int(value)))  # Python writes no int of more than 4300 digits
@@ -308,7 +375,11 @@ def _answer(value: Any) -> str:
 
 def _id(value: Any) -> str:
     """A name: a text or a whole number, which pandas may have made a float."""
-    if isinstance(value, (numbers.Integral, float, Decimal)) and not isinstance(value, bool) and value == int(value):
+    if (
+        isinstance(value, (numbers.Integral, float, Decimal))
+        and not isinstance(value, bool)
+        and value == int(value)
+    ):
         return str(int(value))
     if not isinstance(value, str):
         raise InvalidValue(f"the id is {shortened(value)}. Use a text or a whole number")

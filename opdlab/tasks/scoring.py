@@ -16,9 +16,9 @@ from typing import Any
 import numpy as np
 import torch
 
+from opdlab.data.prompt import Prompt
 from opdlab.errors import BadVerifier, InvalidValue
-from opdlab.prompt import Prompt
-from opdlab.validation import shortened
+from opdlab.support.expect import shortened
 
 CONTRACT = "Return one number from 0 to 1 (True and False count as 1 and 0); scale rewards of another range to it."
 
@@ -44,7 +44,9 @@ def score_text(verify: Callable[[Prompt, str], Any], prompt: Prompt, text: str, 
         ) from error
     score = _number(value)
     if score is None or not 0 <= score <= 1:
-        raise BadVerifier(f"The verifier of {task} returned {shortened(value)} for prompt {_named(prompt)}. {CONTRACT}")
+        raise BadVerifier(
+            f"The verifier of {task} returned {shortened(value)} for prompt {_named(prompt)}. {CONTRACT}"
+        )
     return score
 
 
@@ -56,7 +58,9 @@ def check_callable(function: Any, arguments: tuple[str, ...], owner: str, name: 
     """
     wanted = f"Use a function {name}({', '.join(arguments)})"
     if not callable(function):
-        raise InvalidValue(f"{owner} got {name}={shortened(function)}, which cannot be called. {wanted}.")
+        raise InvalidValue(
+            f"{owner} got {name}={shortened(function)}, which cannot be called. {wanted}."
+        )
     try:
         signature = inspect.signature(function)
     except (TypeError, ValueError):  # some builtins do not tell
@@ -64,7 +68,9 @@ def check_callable(function: Any, arguments: tuple[str, ...], owner: str, name: 
     try:
         signature.bind(*arguments)
     except TypeError as error:
-        raise InvalidValue(f"{owner} got a {name} that takes {signature}: {error}. {wanted}.") from None
+        raise InvalidValue(
+            f"{owner} got a {name} that takes {signature}: {error}. {wanted}."
+        ) from None
 
 
 def _number(value: Any) -> float | None:

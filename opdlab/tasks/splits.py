@@ -11,9 +11,9 @@ import numbers
 import random
 from collections.abc import Iterable, Mapping, Sequence
 
+from opdlab.data.prompt import Prompt
 from opdlab.errors import EmptyPrompts, InvalidValue
-from opdlab.prompt import Prompt
-from opdlab.validation import CountOrZero, Share, validate
+from opdlab.support.validation import CountOrZero, Share, validate
 
 
 def question_of(prompt: Prompt) -> str:
@@ -36,7 +36,9 @@ def count_distinct(prompts: Iterable[Prompt]) -> int:
     return len({question_of(prompt) for prompt in prompts})
 
 
-def split_prompts(prompts: Sequence[Prompt], test: int | float, name: str) -> dict[str, list[Prompt]]:
+def split_prompts(
+    prompts: Sequence[Prompt], test: int | float, name: str
+) -> dict[str, list[Prompt]]:
     """Divide prompts into `train` and `test` so that no question is in both.
 
     Args:
@@ -56,8 +58,12 @@ def split_prompts(prompts: Sequence[Prompt], test: int | float, name: str) -> di
     questions = list(dict.fromkeys(question_of(prompt) for prompt in prompts))
     kept = round(test * len(questions)) if is_share else int(test)
     if kept >= len(questions):
-        raise EmptyPrompts(f"{name} has {len(questions)} prompts and {kept} are kept for testing. Give more, or a smaller test=.")
-    held = {questions[i] for i in random.Random(0).sample(range(len(questions)), len(questions))[:kept]}
+        raise EmptyPrompts(
+            f"{name} has {len(questions)} prompts and {kept} are kept for testing. Give more, or a smaller test=."
+        )
+    held = {
+        questions[i] for i in random.Random(0).sample(range(len(questions)), len(questions))[:kept]
+    }
     return {
         "train": [prompt for prompt in prompts if question_of(prompt) not in held],
         "test": distinct(prompt for prompt in prompts if question_of(prompt) in held),
@@ -66,7 +72,9 @@ def split_prompts(prompts: Sequence[Prompt], test: int | float, name: str) -> di
 
 def check_disjoint(pool: Mapping[str, Sequence[Prompt]], name: str) -> None:
     """Raise InvalidValue where a question is in both splits."""
-    shared = {question_of(p) for p in pool.get("train", ())} & {question_of(p) for p in pool.get("test", ())}
+    shared = {question_of(p) for p in pool.get("train", ())} & {
+        question_of(p) for p in pool.get("test", ())
+    }
     if shared:
         raise InvalidValue(
             f"{name} holds out {len(shared)} prompts that it also trains on, as {min(shared)[:80]}. "

@@ -12,19 +12,19 @@ from typing import Any, Literal
 
 from transformers import PreTrainedTokenizerBase
 
+from opdlab.data.prompt import Prompt
+from opdlab.data.rollout import Rollout
+from opdlab.data.seeds import seed_of
+from opdlab.data.tokens import token_bytes
 from opdlab.errors import EmptyPrompts, InvalidValue, MissingPolicy, OpdlabError
-from opdlab.policy import Policy
-from opdlab.preflight import find_too_long
-from opdlab.prompt import Prompt
-from opdlab.rollout import Rollout
-from opdlab.settings import seed_of
+from opdlab.models.policy import Policy, find_too_long
+from opdlab.support.expect import shortened
+from opdlab.support.validation import Count, Text, Whole, validate
 from opdlab.tasks.answers import same_answer
 from opdlab.tasks.epochs import epoch_order
 from opdlab.tasks.records import read_prompts
 from opdlab.tasks.scoring import check_callable, score_text
 from opdlab.tasks.splits import check_disjoint, distinct, question_of, split_prompts
-from opdlab.tokens import token_bytes
-from opdlab.validation import Count, Text, Whole, shortened, validate
 
 Split = Literal["train", "test"]
 
@@ -63,7 +63,11 @@ class Task:
         check_callable(self.draw, ("n", "seed", "split"), f"Task {self.name!r}", "draw")
         if self.verify is not None:
             check_callable(self.verify, ("prompt", "text"), f"Task {self.name!r}", "verify")
-        length = validate(f"Task {self.name!r}", {"max_new_tokens": self.max_new_tokens}, {"max_new_tokens": Count})
+        length = validate(
+            f"Task {self.name!r}",
+            {"max_new_tokens": self.max_new_tokens},
+            {"max_new_tokens": Count},
+        )
         object.__setattr__(self, "max_new_tokens", length["max_new_tokens"])
         check_disjoint(self.pool, self.name)
 
@@ -76,7 +80,11 @@ class Task:
             EmptyPrompts: `n` is below 1, or there are no prompts.
             OpdlabError: The task's own `draw` gives something else than it was asked for.
         """
-        checked = validate(self.name, {"n": n, "seed": seed, "split": split}, {"n": Whole, "seed": Whole, "split": Split})
+        checked = validate(
+            self.name,
+            {"n": n, "seed": seed, "split": split},
+            {"n": Whole, "seed": Whole, "split": Split},
+        )
         if checked["n"] < 1:
             raise EmptyPrompts(f"Asked {self.name} for {n} prompts. Ask for at least one.")
         return self._drawn(**checked)
@@ -110,7 +118,9 @@ class Task:
             BadVerifier: The verifier fails, or returns anything but a number from 0 to 1.
         """
         if self.verify is None:
-            raise MissingPolicy(f"{self.name} has no verifier, so nothing can be scored. Make the task with verify=….")
+            raise MissingPolicy(
+                f"{self.name} has no verifier, so nothing can be scored. Make the task with verify=…."
+            )
         return score_text(self.verify, prompt, text, self.name)
 
     def scores(self, prompts: Iterable[Prompt], texts: Iterable[str]) -> list[float]:
@@ -122,12 +132,16 @@ class Task:
         given = self.draw(n, seed, split)
         asked = f"{self.name} was asked for {n} {split} prompts and its draw"
         if isinstance(given, Prompt | str | bytes | Mapping) or not isinstance(given, Iterable):
-            raise OpdlabError(f"{asked} returned {shortened(given)}. Let it return a list of opdlab.Prompt.")
+            raise OpdlabError(
+                f"{asked} returned {shortened(given)}. Let it return a list of opdlab.Prompt."
+            )
         # a generator may be endless: no more than needed is taken from it
         prompts = list(itertools.islice(given, n)) if isinstance(given, Iterator) else list(given)
         strange = [p for p in prompts if not isinstance(p, Prompt)]
         if strange:
-            raise OpdlabError(f"{asked} gave {shortened(strange[0])} among them. Let it return opdlab.Prompt objects only.")
+            raise OpdlabError(
+                f"{asked} gave {shortened(strange[0])} among them. Let it return opdlab.Prompt objects only."
+            )
         if not prompts:
             raise EmptyPrompts(f"{asked} gave none. Let it return a list of opdlab.Prompt.")
         if len(prompts) > n or (len(prompts) < n and split == "train"):
@@ -156,29 +170,53 @@ class Task:
         strange = [policy for policy in policies if not isinstance(policy, Policy)]
         if strange or not policies:
             given = shortened(strange[0]) if strange else "no policy"
-            raise InvalidValue(f"without_too_long got {given}. Give the local policies that will read the prompts.")
+            raise InvalidValue(
+                f"without_too_long got {given}. Give the local policies that will read the prompts."
+            )
         room = self.max_new_tokens if max_new_tokens is None else max_new_tokens
         pool = {}
         for split, prompts in self.pool.items():
-            too_long = {number for policy in policies for number in find_too_long(policy, prompts, [room] * len(prompts))}
-            pool[split] = [prompt for number, prompt in enumerate(prompts) if number not in too_long]
+            too_long = {
+                number
+                for policy in policies
+                for number in find_too_long(policy, prompts, [room] * len(prompts))
+            }
+            pool[split] = [
+                prompt for number, prompt in enumerate(prompts) if number not in too_long
+            ]
         left_out = sum(map(len, self.pool.values())) - sum(map(len, pool.values()))
         if not pool.get("train"):
-            raise EmptyPrompts(f"No training prompt of {self.name} fits with {room} new tokens behind it. Ask for fewer, or shorten them.")
+            raise EmptyPrompts(
+                f"No training prompt of {self.name} fits with {room} new tokens behind it. Ask for fewer, or shorten them."
+            )
         if left_out:
-            warnings.warn(f"{self.name}: {left_out} prompts are too long for {room} new tokens and are left out.", stacklevel=2)
+            warnings.warn(
+                f"{self.name}: {left_out} prompts are too long for {room} new tokens and are left out.",
+                stacklevel=2,
+            )
         return replace(self, pool=pool, draw=_draw_from(pool, self.name))
 
     def token_types(self, rollout: Rollout, tokenizer: PreTrainedTokenizerBase) -> list[list[str]]:
         """The ground-truth type of every completion token, a list a row; raises OpdlabError where the task knows none."""
         if self.types is None:
-            raise OpdlabError(f"{self.name} knows no token types. The market world does: opdlab.tasks.market(secret=True).")
-        pieces = ([p.decode(errors="replace").strip() for p in token_bytes(tokenizer, row)] for row in rollout.completions())
+            raise OpdlabError(
+                f"{self.name} knows no token types. The market world does: opdlab.tasks.market(secret=True)."
+            )
+        pieces = (
+            [p.decode(errors="replace").strip() for p in token_bytes(tokenizer, row)]
+            for row in rollout.completions()
+        )
         return [self.types(row) for row in pieces]
 
 
-def from_records(records: Iterable[Mapping[str, Any]] | str | os.PathLike[str], *, name: str = "records", test: int | float = 0.1,
-                 verify: Callable[[Prompt, str], float] | None = None, max_new_tokens: int = 256) -> Task:  # fmt: skip
+def from_records(
+    records: Iterable[Mapping[str, Any]] | str | os.PathLike[str],
+    *,
+    name: str = "records",
+    test: int | float = 0.1,
+    verify: Callable[[Prompt, str], float] | None = None,
+    max_new_tokens: int = 256,
+) -> Task:
     """A task from a `datasets.Dataset`, a list of dicts, a DataFrame, a dict of columns or a JSONL file.
 
     Columns: `prompt` (a text or chat messages), `messages`, `conversations` (ShareGPT) or `text`; optional `answer` or
@@ -217,12 +255,22 @@ def from_prompts(
     prompts = list(prompts)
     strange = [p for p in prompts if not isinstance(p, Prompt)]
     if strange:
-        raise OpdlabError(f"{name} got {shortened(strange[0])} among its prompts. Give opdlab.Prompt objects, or use from_records.")
+        raise OpdlabError(
+            f"{name} got {shortened(strange[0])} among its prompts. Give opdlab.Prompt objects, or use from_records."
+        )
     pools = split_prompts(prompts, test, name)
-    return Task(name, _draw_from(pools, name), verify or _by_answer(prompts, name), max_new_tokens, pool=pools)
+    return Task(
+        name,
+        _draw_from(pools, name),
+        verify or _by_answer(prompts, name),
+        max_new_tokens,
+        pool=pools,
+    )
 
 
-def _draw_from(pools: Mapping[str, Sequence[Prompt]], name: str) -> Callable[[int, int, Split], list[Prompt]]:
+def _draw_from(
+    pools: Mapping[str, Sequence[Prompt]], name: str
+) -> Callable[[int, int, Split], list[Prompt]]:
     """Draw from listed prompts: every one before any is drawn again."""
 
     def draw(n: int, seed: int, split: Split) -> list[Prompt]:

@@ -5,11 +5,11 @@ All of them `write(prompts, n, prefixes=…)` and `check(student, prompts, max_n
 text was finished or cut.
 """
 
+from opdlab.data.written_text import WrittenText
 from opdlab.teachers.budget import Budget, Usage
 from opdlab.teachers.cache import Cache
 from opdlab.teachers.logprob_server import LogprobServer
 from opdlab.teachers.text_only import TextOnly
 from opdlab.teachers.text_server import TextServer
-from opdlab.written_text import WrittenText
 
 __all__ = ["Budget", "Cache", "LogprobServer", "TextOnly", "TextServer", "Usage", "WrittenText"]

@@ -13,8 +13,8 @@ from typing import Any
 
 from transformers import PreTrainedTokenizerBase
 
+from opdlab.data.prompt import Prompt
 from opdlab.errors import InvalidValue, OpdlabError
-from opdlab.policy import Prompt
 from opdlab.teachers.redaction import plain
 from opdlab.teachers.service import Fault, raise_error_of
 
@@ -28,7 +28,9 @@ FINISHED = {"stop": "stop", "eos": "stop", "eos_token": "stop", "length": "lengt
 SHORTEST_ECHO = 12  # characters: a shorter repetition may be what the text says next
 
 
-def request(prompt: Prompt, prefix: str, way: str, template: PreTrainedTokenizerBase | None) -> tuple[str, dict[str, Any]]:
+def request(
+    prompt: Prompt, prefix: str, way: str, template: PreTrainedTokenizerBase | None
+) -> tuple[str, dict[str, Any]]:
     """Path and body (without model and sampling) that ask for an answer to `prompt`, going on from `prefix` where there is one."""
     if prompt.messages is None:
         return "/completions", {"prompt": f"{prompt.text}{prefix}"}
@@ -53,7 +55,11 @@ def rendered(prompt: Prompt, template: PreTrainedTokenizerBase | None) -> str:
             "To go on by completion, the chat must be written as the teacher's model reads it, and no template is known. "
             "Give TextServer(…, template=AutoTokenizer.from_pretrained(…)), or another continue_by=."
         )
-    text = str(template.apply_chat_template([dict(m) for m in prompt.messages or ()], tokenize=False, add_generation_prompt=True))
+    text = str(
+        template.apply_chat_template(
+            [dict(m) for m in prompt.messages or ()], tokenize=False, add_generation_prompt=True
+        )
+    )
     return text.removeprefix(template.bos_token or "")
 
 
@@ -74,14 +80,25 @@ def without_echo(text: str, prefix: str) -> str:
     begun, said = prefix.rstrip(), text.lstrip()
     if begun and said.startswith(begun):
         return said[len(begun) :]
-    longest = next((k for k in range(min(len(begun), len(said)), SHORTEST_ECHO - 1, -1) if begun.endswith(said[:k])), 0)
+    longest = next(
+        (
+            k
+            for k in range(min(len(begun), len(said)), SHORTEST_ECHO - 1, -1)
+            if begun.endswith(said[:k])
+        ),
+        0,
+    )
     return said[longest:] if longest else text
 
 
 def check_texts(prompts: Sequence[Prompt], prefixes: Sequence[str]) -> None:
     """Raise InvalidValue for a prompt or prefix that cannot be sent: half of a character (a lone surrogate) is no text."""
     for i, (prompt, prefix) in enumerate(zip(prompts, prefixes, strict=True)):
-        parts = [prompt.text or "", *(str(message.get("content")) for message in prompt.messages or ()), prefix]
+        parts = [
+            prompt.text or "",
+            *(str(message.get("content")) for message in prompt.messages or ()),
+            prefix,
+        ]
         for part in parts:
             if (broken := lone_surrogate(part)) is not None:
                 raise InvalidValue(
@@ -127,25 +144,37 @@ def checked_finish(choice: Any) -> str:
         return FINISHED[said]
     if said == "content_filter":
         raise Fault("the server withheld the text (content_filter)")
-    raise Fault(f"the server broke the text off (finish_reason {plain(said)}), so it is no whole answer")
+    raise Fault(
+        f"the server broke the text off (finish_reason {plain(said)}), so it is no whole answer"
+    )
 
 
 def _choice(choice: Any, usage: Any, n: int, most: int) -> dict[str, Any]:
     check_no_error(choice)
     said = choice.get("message", choice) if isinstance(choice, dict) else None
-    text = (said.get("content") if "message" in choice else said.get("text")) if isinstance(said, dict) else None
+    text = (
+        (said.get("content") if "message" in choice else said.get("text"))
+        if isinstance(said, dict)
+        else None
+    )
     reason = plain(choice.get("finish_reason") if isinstance(choice, dict) else None)
     written = usage.get("completion_tokens") if isinstance(usage, dict) else None
     count = written if type(written) is int and written >= 0 else None
     if isinstance(choice, dict) and isinstance(text, str):
         finish = checked_finish(choice)
     else:
-        raise Fault(f"a text is missing (finish_reason {reason}). Where the model thinks first, switch that off or allow more tokens")
+        raise Fault(
+            f"a text is missing (finish_reason {reason}). Where the model thinks first, switch that off or allow more tokens"
+        )
     if count is not None and count > most:
         raise Fault(f"the server wrote {count} tokens where {most} were asked for")
-    stopped = finish == "stop" and (n > 1 or (count is not None and count <= 2))  # the end of a turn may take two tokens
+    stopped = finish == "stop" and (
+        n > 1 or (count is not None and count <= 2)
+    )  # the end of a turn may take two tokens
     if not text and not stopped:
-        raise Fault(f"a text is empty (finish_reason {reason}). Where the model thinks first, switch that off or allow more tokens")
+        raise Fault(
+            f"a text is empty (finish_reason {reason}). Where the model thinks first, switch that off or allow more tokens"
+        )
     if finish == "length":
         text = _without_half_character(text)
     if (broken := lone_surrogate(text)) is not None:

@@ -10,9 +10,12 @@ from typing import Annotated, Any
 from pydantic import Field, InstanceOf
 
 from opdlab.errors import BudgetSpent, InvalidValue
-from opdlab.validation import Amount, CountOrZero, validate_fields
+from opdlab.support.validation import Amount, CountOrZero, validate_fields
 
-Prices = Annotated[tuple[Amount, Amount], Field(description="two finite numbers of at least 0, for a million tokens read and written")]
+Prices = Annotated[
+    tuple[Amount, Amount],
+    Field(description="two finite numbers of at least 0, for a million tokens read and written"),
+]
 TEMPLATE = 256  # tokens that a server's chat template may add to a prompt; the rest of a prompt has at most one a byte
 
 
@@ -32,10 +35,18 @@ class Usage:
         return self.prompt + self.completion
 
     def __add__(self, other: Usage) -> Usage:
-        return Usage(self.prompt + other.prompt, self.completion + other.completion, self.requests + other.requests)
+        return Usage(
+            self.prompt + other.prompt,
+            self.completion + other.completion,
+            self.requests + other.requests,
+        )
 
     def __sub__(self, other: Usage) -> Usage:
-        return Usage(self.prompt - other.prompt, self.completion - other.completion, self.requests - other.requests)
+        return Usage(
+            self.prompt - other.prompt,
+            self.completion - other.completion,
+            self.requests - other.requests,
+        )
 
 
 def worst(texts: str, n: int, max_tokens: int) -> Usage:
@@ -61,7 +72,9 @@ class Budget:
     def __post_init__(self) -> None:
         validate_fields(self)
         if self.cost is not None and not any(self.prices):
-            raise InvalidValue(f"Budget got cost={self.cost}: a limit on cost needs prices. Give prices=(in, out) a million tokens.")
+            raise InvalidValue(
+                f"Budget got cost={self.cost}: a limit on cost needs prices. Give prices=(in, out) a million tokens."
+            )
         self._held, self._changed = Usage(), threading.Condition()
 
     def price(self, usage: Usage) -> float:
@@ -87,12 +100,26 @@ class Budget:
             "requests": (usage.requests, self.requests),
             "of money": (self.price(usage), self.cost),
         }
-        return next((f"{limit} {name}" for name, (n, limit) in used.items() if limit is not None and n > limit), "")
+        return next(
+            (
+                f"{limit} {name}"
+                for name, (n, limit) in used.items()
+                if limit is not None and n > limit
+            ),
+            "",
+        )
 
     def _left(self) -> str:
         left = {"tokens": self.tokens, "requests": self.requests}
-        parts = [f"{limit - getattr(self.spent, name)} {name}" for name, limit in left.items() if limit is not None]
-        return ", ".join(parts + ([] if self.cost is None else [f"{self.cost - self.price(self.spent):.4g} of money"]))
+        parts = [
+            f"{limit - getattr(self.spent, name)} {name}"
+            for name, limit in left.items()
+            if limit is not None
+        ]
+        return ", ".join(
+            parts
+            + ([] if self.cost is None else [f"{self.cost - self.price(self.spent):.4g} of money"])
+        )
 
     def _settle(self, worst: Usage, used: Usage) -> None:
         with self._changed:

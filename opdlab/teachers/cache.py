@@ -66,7 +66,9 @@ class Cache:
         """Store `answer`; what was there under `key` is replaced."""
         text = json.dumps(answer)
         with self._lock:
-            self._run("INSERT OR REPLACE INTO answers VALUES (?, ?, ?)", key, text, key_of([key, text]))
+            self._run(
+                "INSERT OR REPLACE INTO answers VALUES (?, ?, ?)", key, text, key_of([key, text])
+            )
 
     def _run(self, statement: str, *values: str) -> list[Any]:
         try:
@@ -74,8 +76,13 @@ class Cache:
                 self._rows = self._open()
             with self._rows:  # one transaction
                 return self._rows.execute(statement, values).fetchall()
-        except (sqlite3.OperationalError, OSError) as error:  # a full disk, a folder that may not be written to
-            raise OpdlabError(f"The cache {self.path} cannot be used ({error}). Make room, or give the teacher another cache=….") from None
+        except (
+            sqlite3.OperationalError,
+            OSError,
+        ) as error:  # a full disk, a folder that may not be written to
+            raise OpdlabError(
+                f"The cache {self.path} cannot be used ({error}). Make room, or give the teacher another cache=…."
+            ) from None
         except sqlite3.DatabaseError as error:
             raise self._damaged(str(error)) from None
 
@@ -86,11 +93,15 @@ class Cache:
         _log_ahead(rows)
         rows.execute("PRAGMA synchronous=NORMAL")
         with rows:
-            rows.execute("CREATE TABLE IF NOT EXISTS answers (key TEXT PRIMARY KEY, answer TEXT NOT NULL, checksum TEXT NOT NULL)")
+            rows.execute(
+                "CREATE TABLE IF NOT EXISTS answers (key TEXT PRIMARY KEY, answer TEXT NOT NULL, checksum TEXT NOT NULL)"
+            )
         return rows
 
     def _damaged(self, why: str) -> DamagedFile:
-        return DamagedFile(f"{self.path} is not a cache of teachers' answers ({why}). Delete it, or give the teacher another cache=….")
+        return DamagedFile(
+            f"{self.path} is not a cache of teachers' answers ({why}). Delete it, or give the teacher another cache=…."
+        )
 
     def __repr__(self) -> str:
         return f"Cache({self.path or 'in memory'})"

@@ -52,45 +52,76 @@ class Names:
         return found[0]
 
 
-def tops(choice: Mapping[str, Any], ids: Sequence[int], way: str, names: Names) -> list[dict[int, float]]:
+def tops(
+    choice: Mapping[str, Any], ids: Sequence[int], way: str, names: Names
+) -> list[dict[int, float]]:
     """Of each token of `ids` but the first: log-probs by id, of the likeliest tokens and the token itself. Raises Fault."""
     if way == "prompt_logprobs":
         listed = choice.get("prompt_logprobs")
         if not isinstance(listed, list) or len(listed) != len(ids):
-            raise Fault(f"prompt_logprobs has {len(listed) if isinstance(listed, list) else 'no'} entries for {len(ids)} tokens")
+            raise Fault(
+                f"prompt_logprobs has {len(listed) if isinstance(listed, list) else 'no'} entries for {len(ids)} tokens"
+            )
         seen = choice.get("prompt_token_ids")
         if isinstance(seen, list) and seen != list(ids):
             raise Fault("the server graded other token ids than were sent")
         return [_by_id(entry) for entry in listed[1:]]
     listed = choice.get("logprobs")
-    said = [listed.get(name) if isinstance(listed, dict) else None for name in ("tokens", "token_logprobs", "top_logprobs")]
+    said = [
+        listed.get(name) if isinstance(listed, dict) else None
+        for name in ("tokens", "token_logprobs", "top_logprobs")
+    ]
     columns = [column if isinstance(column, list) else [] for column in said]
     lengths = [len(column) for column in columns]
-    if len(set(lengths)) > 1 or lengths[0] not in (len(ids), len(ids) + 1):  # the token that had to be written may be among them
-        raise Fault(f"the echo has {lengths} tokens, log-probs and top log-probs for {len(ids)} tokens")
+    if len(set(lengths)) > 1 or lengths[0] not in (
+        len(ids),
+        len(ids) + 1,
+    ):  # the token that had to be written may be among them
+        raise Fault(
+            f"the echo has {lengths} tokens, log-probs and top log-probs for {len(ids)} tokens"
+        )
     rows = list(zip(*columns, ids, strict=False))
     return [_by_name(name, logp, top, token, names) for name, logp, top, token in rows[1:]]
 
 
-def table(entries: Sequence[Mapping[int, float]], ids: Sequence[int], k: int, vocab: int) -> tuple[Tensor, Tensor, Tensor]:
+def table(
+    entries: Sequence[Mapping[int, float]], ids: Sequence[int], k: int, vocab: int
+) -> tuple[Tensor, Tensor, Tensor]:
     """`ids [n, k]`, `top [n, k]`, `sampled [n]` (float32) of the tokens `ids`; raises Fault for what is no grade of them."""
     k = min(k, vocab)
     order = [sorted(entry, key=lambda i: (-entry[i], i)) for entry in entries]
     for entry, ranked, token in zip(entries, order, ids, strict=True):
         if not all(0 <= i < vocab for i in ranked):
-            raise Fault(f"the server names token {max(ranked)}, and the student has {vocab}: these are other tokenizers", final=True)
+            raise Fault(
+                f"the server names token {max(ranked)}, and the student has {vocab}: these are other tokenizers",
+                final=True,
+            )
         if token not in entry:
-            raise Fault(f"the server graded other tokens than were sent: id {token} has no log-prob")
+            raise Fault(
+                f"the server graded other tokens than were sent: id {token} has no log-prob"
+            )
         if len(ranked) < k:
-            raise Fault(f"the server gives {len(ranked)} log-probs a token where {k} were asked for: ask for k={len(ranked)}", final=True)
-        if len(ranked) > k + 1 or (len(ranked) == k + 1 and entry[token] > entry[ranked[k]] + SLACK):
-            raise Fault(f"the server gives {len(ranked)} log-probs for a token, and they are not the {k} likeliest and its own", final=True)
+            raise Fault(
+                f"the server gives {len(ranked)} log-probs a token where {k} were asked for: ask for k={len(ranked)}",
+                final=True,
+            )
+        if len(ranked) > k + 1 or (
+            len(ranked) == k + 1 and entry[token] > entry[ranked[k]] + SLACK
+        ):
+            raise Fault(
+                f"the server gives {len(ranked)} log-probs for a token, and they are not the {k} likeliest and its own",
+                final=True,
+            )
         if sum(map(math.exp, entry.values())) > 1 + SLACK:
             raise Fault("the server's probabilities sum to more than one")
     kept = [ranked[:k] for ranked in order]
     top = [[entry[i] for i in row] for entry, row in zip(entries, kept, strict=True)]
     sampled = [entry[token] for entry, token in zip(entries, ids, strict=True)]
-    return torch.tensor(kept).view(-1, k), torch.tensor(top, dtype=torch.float32).view(-1, k), torch.tensor(sampled, dtype=torch.float32)
+    return (
+        torch.tensor(kept).view(-1, k),
+        torch.tensor(top, dtype=torch.float32).view(-1, k),
+        torch.tensor(sampled, dtype=torch.float32),
+    )
 
 
 def strings(choice: Mapping[str, Any], ids: Sequence[int], way: str) -> list[str | None]:
@@ -100,7 +131,9 @@ def strings(choice: Mapping[str, Any], ids: Sequence[int], way: str) -> list[str
             name if isinstance(name, str) and not name.startswith("token_id:") else None
             for name in choice["logprobs"]["tokens"][1 : len(ids)]
         ]
-    entries = [entry.get(str(i)) for entry, i in zip(choice["prompt_logprobs"][1:], ids[1:], strict=True)]
+    entries = [
+        entry.get(str(i)) for entry, i in zip(choice["prompt_logprobs"][1:], ids[1:], strict=True)
+    ]
     found = [entry.get("decoded_token") if isinstance(entry, dict) else None for entry in entries]
     return [name if isinstance(name, str) else None for name in found]
 
@@ -108,7 +141,10 @@ def strings(choice: Mapping[str, Any], ids: Sequence[int], way: str) -> list[str
 def _by_id(entry: Any) -> dict[int, float]:
     if not isinstance(entry, dict):
         raise Fault("a token of the prompt has no log-probs")
-    listed = [(_id(name), _logp(value.get("logprob") if isinstance(value, dict) else value)) for name, value in entry.items()]
+    listed = [
+        (_id(name), _logp(value.get("logprob") if isinstance(value, dict) else value))
+        for name, value in entry.items()
+    ]
     return _distinct(listed)
 
 
@@ -116,12 +152,20 @@ def _by_name(name: Any, logp: Any, top: Any, token: int, names: Names) -> dict[i
     """Of an echoed token, which must be the one that was sent; strings that several ids share are no names."""
     if not isinstance(name, str) or not isinstance(top, dict):
         raise Fault("a token of the echo has no log-probs")
-    same = _id(name[len("token_id:") :]) == token if name.startswith("token_id:") else name == names.strings[token]
+    same = (
+        _id(name[len("token_id:") :]) == token
+        if name.startswith("token_id:")
+        else name == names.strings[token]
+    )
     if not same:
-        raise Fault(f"the server graded other tokens than were sent: {plain(name)!r} and not {names.strings[token]!r}")
+        raise Fault(
+            f"the server graded other tokens than were sent: {plain(name)!r} and not {names.strings[token]!r}"
+        )
     own = _logp(logp)
     if name in top and abs(_logp(top[name]) - own) > SLACK:
-        raise Fault(f"the server gives the token {plain(name)!r} two log-probs, {own:g} and {plain(top[name])}")
+        raise Fault(
+            f"the server gives the token {plain(name)!r} two log-probs, {own:g} and {plain(top[name])}"
+        )
     rest = [(names.find(other), _logp(value)) for other, value in top.items() if other != name]
     return _distinct([*rest, (token, own)])
 
@@ -130,7 +174,9 @@ def _distinct(listed: Sequence[tuple[int, float]]) -> dict[int, float]:
     """Log-probs by id; raises Fault where an id stands twice, since one of the two would be lost."""
     found = dict(listed)
     if len(found) < len(listed):
-        twice = next(i for place, (i, _) in enumerate(listed) if i in [other for other, _ in listed[:place]])
+        twice = next(
+            i for place, (i, _) in enumerate(listed) if i in [other for other, _ in listed[:place]]
+        )
         raise Fault(f"the server lists token {twice} twice for one position")
     return found
 
@@ -142,8 +188,15 @@ def _id(text: str) -> int:
 
 
 def _logp(value: Any) -> float:
-    if isinstance(value, bool) or not isinstance(value, (int, float)) or not math.isfinite(value) or value > SLACK:
+    if (
+        isinstance(value, bool)
+        or not isinstance(value, (int, float))
+        or not math.isfinite(value)
+        or value > SLACK
+    ):
         raise Fault(f"a log-prob is {plain(value)}")
     if value < LEAST:
-        raise Fault(f"a log-prob is {plain(value)}, which servers send for a token without any probability: nothing can be learned from it")
+        raise Fault(
+            f"a log-prob is {plain(value)}, which servers send for a token without any probability: nothing can be learned from it"
+        )
     return min(0.0, float(value))

@@ -15,10 +15,13 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
+from opdlab.data.prompt import Prompt
+from opdlab.data.rollout import Rollout
+from opdlab.data.written_text import WrittenText
 from opdlab.errors import OpdlabError, TeacherError, TokenizerMismatch
-from opdlab.partial import Partial
-from opdlab.policy import Policy, Prompt
-from opdlab.rollout import Rollout
+from opdlab.models.graded import TopLogprobs
+from opdlab.models.policy import Policy
+from opdlab.support.validation import Count, Text, validate_arguments
 from opdlab.teachers import grades
 from opdlab.teachers.asking import check_no_error, checked_finish
 from opdlab.teachers.budget import Usage
@@ -26,8 +29,6 @@ from opdlab.teachers.redaction import plain
 from opdlab.teachers.sampling import Sampling
 from opdlab.teachers.service import Fault
 from opdlab.teachers.text_server import TextServer
-from opdlab.validation import Count, Text, validate_arguments
-from opdlab.written_text import WrittenText
 
 T = TypeVar("T")
 # How the log-probs of a prompt are asked for, best first.
@@ -49,7 +50,9 @@ class LogprobServer:
     K: ClassVar[int] = 20  # what vLLM allows by default
 
     @validate_arguments
-    def __init__(self, url: Text, model: Text | None = None, *, k: Count = K, **options: Any) -> None:
+    def __init__(
+        self, url: Text, model: Text | None = None, *, k: Count = K, **options: Any
+    ) -> None:
         # the teacher reads what the student reads, so its prompts are those of the student, rendered
         self.k, self.text = k, TextServer(url, model, **{"continue_by": "completion", **options})
         self._student: Policy | None = None
@@ -58,39 +61,70 @@ class LogprobServer:
 
     def check(self, student: Policy, prompts: Sequence[Prompt], max_new_tokens: int) -> None:
         """Raise TeacherError where the server gives no log-probs, TokenizerMismatch where its tokens are not the student's."""
-        bare = student._view(context=None, adapter=None)  # the teacher sees no context of the student's
+        bare = student._view(
+            context=None, adapter=None
+        )  # the teacher sees no context of the student's
         bare.encode_all(prompts, room=max_new_tokens)
         self.text.check(student, prompts, max_new_tokens)
-        self._student, self._names = bare, grades.Names.of(student.tokenizer, student.weights.vocab_size)
-        ids = _spread(student.tokenizer, student.weights.vocab_size, (student.weights.context_length or PROBE) - 2)
+        self._student, self._names = (
+            bare,
+            grades.Names.of(student.tokenizer, student.weights.vocab_size),
+        )
+        ids = _spread(
+            student.tokenizer,
+            student.weights.vocab_size,
+            (student.weights.context_length or PROBE) - 2,
+        )
         self._way, said = self._found(ids)
         for i, name in zip(ids[1:], said, strict=True):
-            if name is not None and "\ufffd" not in name and name.strip() != self._names.strings[i].strip():
-                raise _mismatch(f"id {i} is {plain(name)!r} there and {self._names.strings[i]!r} here")
+            if (
+                name is not None
+                and "\ufffd" not in name
+                and name.strip() != self._names.strings[i].strip()
+            ):
+                raise _mismatch(
+                    f"id {i} is {plain(name)!r} there and {self._names.strings[i]!r} here"
+                )
         self._compare_texts(student.tokenizer, prompts)
 
-    def grade(self, rollout: Rollout) -> Partial:
+    def grade(self, rollout: Rollout) -> TopLogprobs:
         """The teacher's log-probs of every completion token, in row order; one request a completion."""
         if self._student is None:
-            raise OpdlabError("This server has not been compared with a student yet. Call check(student, prompts, max_new_tokens) first.")
+            raise OpdlabError(
+                "This server has not been compared with a student yet. Call check(student, prompts, max_new_tokens) first."
+            )
         starts, bodies = self._student.encode_all(rollout.prompts), rollout.completions()
-        rows = self.text.service.many([partial(self._graded, s, b) for s, b in zip(starts, bodies, strict=True) if b])
+        rows = self.text.service.many(
+            [partial(self._graded, s, b) for s, b in zip(starts, bodies, strict=True) if b]
+        )
         vocab, device = self._student.weights.vocab_size, rollout.ids.device
         if not rows:
             k = min(self.k, vocab)
             rows = [(torch.zeros(0, k, dtype=torch.long), torch.zeros(0, k), torch.zeros(0))]
         ids, top, sampled = (torch.cat(column).to(device) for column in zip(*rows, strict=True))
-        return Partial(ids, top, sampled, rollout.ids[rollout.mask], vocab)
+        return TopLogprobs(ids, top, sampled, rollout.ids[rollout.mask], vocab)
 
-    def write(self, prompts: Sequence[Prompt], n: int = 1, **options: Any) -> list[list[WrittenText]]:
+    def write(
+        self, prompts: Sequence[Prompt], n: int = 1, **options: Any
+    ) -> list[list[WrittenText]]:
         """Texts, as `TextServer.write`."""
         return self.text.write(prompts, n, **options)
 
     def _graded(self, start: list[int], body: list[int]) -> tuple[Tensor, Tensor, Tensor]:
         vocab = len(self._names.strings)
-        return self._post(start + body, self._way, lambda entries, _: grades.table(entries[len(start) - 1 :], body, self.k, vocab))
+        return self._post(
+            start + body,
+            self._way,
+            lambda entries, _: grades.table(entries[len(start) - 1 :], body, self.k, vocab),
+        )
 
-    def _post(self, ids: list[int], way: str, read: Callable[[list[dict[int, float]], dict[str, Any]], T], retries: int | None = None) -> T:
+    def _post(
+        self,
+        ids: list[int],
+        way: str,
+        read: Callable[[list[dict[int, float]], dict[str, Any]], T],
+        retries: int | None = None,
+    ) -> T:
         """One sequence graded: `read` makes something of the log-probs at each token but the first, and of the reply's choice."""
         text = self.text
         body = {"prompt": ids, "max_tokens": 1, **WAYS[way](self.k)}
@@ -111,7 +145,9 @@ class LogprobServer:
         refusals = []
         for way in WAYS:
 
-            def read(entries: list[dict[int, float]], choice: dict[str, Any], way: str = way) -> list[str | None]:
+            def read(
+                entries: list[dict[int, float]], choice: dict[str, Any], way: str = way
+            ) -> list[str | None]:
                 grades.table(entries, ids[1:], self.k, len(self._names.strings))
                 return grades.strings(choice, ids, way)
 
@@ -141,7 +177,9 @@ class LogprobServer:
                 return
             ours = list(tokenizer(text, add_special_tokens=False)["input_ids"])
             if theirs != ours:
-                raise _mismatch(f"{plain(text)!r} has the ids {theirs[:20]} there and {ours[:20]} here")
+                raise _mismatch(
+                    f"{plain(text)!r} has the ids {theirs[:20]} there and {ours[:20]} here"
+                )
 
     def __repr__(self) -> str:
         return f"LogprobServer({self.text.service.url!r}, {self.text.model!r}, k={self.k})"

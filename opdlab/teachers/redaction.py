@@ -44,5 +44,7 @@ def _forms(key: str) -> set[str]:
     forms = {key, quote(raw, safe=""), json.dumps(key)[1:-1]}
     for before in range(3):
         coded = base64.b64encode(b"\0" * before + raw).decode().rstrip("=")
-        forms.add(coded[4 if before else 0 : -1])  # the first and last characters mix with what stands around the key
+        forms.add(
+            coded[4 if before else 0 : -1]
+        )  # the first and last characters mix with what stands around the key
     return {form for form in forms if len(form) >= min(WINDOW, len(key))}

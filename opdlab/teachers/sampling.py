@@ -16,7 +16,12 @@ from opdlab.teachers.redaction import plain
 
 # Fields of OpenAI's API, and those that vLLM, SGLang and llama.cpp add, each with the value that changes nothing. top_k is
 # off at -1: 0 is refused by older vLLM and by SGLang.
-STANDARD: dict[str, Any] = {"temperature": 1.0, "top_p": 1.0, "presence_penalty": 0.0, "frequency_penalty": 0.0}
+STANDARD: dict[str, Any] = {
+    "temperature": 1.0,
+    "top_p": 1.0,
+    "presence_penalty": 0.0,
+    "frequency_penalty": 0.0,
+}
 EXTENSIONS: dict[str, Any] = {"top_k": -1, "min_p": 0.0, "repetition_penalty": 1.0}
 NEUTRAL = STANDARD | EXTENSIONS
 REFUSED = (400, 422)  # statuses of a request that the server does not understand

@@ -20,23 +20,34 @@ from urllib.parse import urlsplit
 from pydantic import InstanceOf
 
 from opdlab.errors import InvalidValue, OpdlabError, TeacherError
-from opdlab.progress import Progress, in_notebook
+from opdlab.support.expect import shortened
+from opdlab.support.progress import Progress, in_notebook
+from opdlab.support.validation import Count, CountOrZero, Flag, Positive, Text, validate_fields
 from opdlab.teachers.budget import Budget, Usage
 from opdlab.teachers.cache import Cache
 from opdlab.teachers.redaction import plain, without_key
-from opdlab.validation import Count, CountOrZero, Flag, Positive, Text, shortened, validate_fields
 
 T = TypeVar("T")
 AGAIN = (408, 409, 425, 429)  # and 5xx: asking again may help
 LONGEST_WAIT = 120.0  # seconds that are waited at most before a request is sent again
 ABSURD_WAIT = 3600.0  # seconds that a server may ask us to wait before we give up instead
-ABSURD_USAGE = 16  # times the worst case of a request: what a server counts beyond that is not believed
+ABSURD_USAGE = (
+    16  # times the worst case of a request: what a server counts beyond that is not believed
+)
 
 
 class Fault(Exception):
     """A reply that cannot be used; unless `final`, asking again may help. `paid`: the server did the work."""
 
-    def __init__(self, what: str, *, wait: float | None = None, status: int | None = 200, final: bool = False, paid: bool = True) -> None:
+    def __init__(
+        self,
+        what: str,
+        *,
+        wait: float | None = None,
+        status: int | None = 200,
+        final: bool = False,
+        paid: bool = True,
+    ) -> None:
         super().__init__(what)
         self.wait, self.status, self.final, self.paid = wait, status, final, paid
 
@@ -62,7 +73,9 @@ class Service:
     def __post_init__(self) -> None:
         validate_fields(self)
         if not isinstance(self.cache, (str, os.PathLike, Cache, type(None))):
-            raise InvalidValue(f"The cache of a teacher is {shortened(self.cache)}. Use the path of a file, a Cache, or None.")
+            raise InvalidValue(
+                f"The cache of a teacher is {shortened(self.cache)}. Use the path of a file, a Cache, or None."
+            )
         if not _is_address(self.url):
             raise InvalidValue(
                 "The url of a teacher must look like http://127.0.0.1:8000/v1, without a name, password or query in it. "
@@ -75,8 +88,14 @@ class Service:
         self._lock, self._stop = threading.Lock(), threading.Event()
         self._has_warned = False  # of a usage that cannot be right
 
-    def post(self, path: str, body: Mapping[str, Any], worst: Usage, accept: Callable[[dict[str, Any]], T],
-             retries: int | None = None) -> T:  # fmt: skip
+    def post(
+        self,
+        path: str,
+        body: Mapping[str, Any],
+        worst: Usage,
+        accept: Callable[[dict[str, Any]], T],
+        retries: int | None = None,
+    ) -> T:
         """The answer to one request as `accept` reads it (it raises Fault for what cannot be used). `path` may be a whole url.
 
         Raises BudgetSpent before sending, TeacherError where no usable reply came.
@@ -93,7 +112,11 @@ class Service:
                 fault = reply
             except Fault as refused:
                 fault = refused
-            if fault.final or i + 1 == tries or self._stop.wait(_pause(i) if fault.wait is None else fault.wait):
+            if (
+                fault.final
+                or i + 1 == tries
+                or self._stop.wait(_pause(i) if fault.wait is None else fault.wait)
+            ):
                 break
         times = f" (asked {i + 1} times)" if i else ""
         error = TeacherError(
@@ -162,8 +185,19 @@ class Service:
             wait, status = _retry_after(error), error.status_code
             said = f"it answers {status}: {plain(error.response.text, key)}"
             if wait is not None and wait > ABSURD_WAIT:
-                return Fault(f"{said}, and wants to be asked again in {wait:.3g} s", status=status, final=True, paid=False)
-            return Fault(said, wait=wait and min(wait, LONGEST_WAIT), status=status, final=_is_final(status), paid=False)
+                return Fault(
+                    f"{said}, and wants to be asked again in {wait:.3g} s",
+                    status=status,
+                    final=True,
+                    paid=False,
+                )
+            return Fault(
+                said,
+                wait=wait and min(wait, LONGEST_WAIT),
+                status=status,
+                final=_is_final(status),
+                paid=False,
+            )
         except (OpenAIError, ValueError, RecursionError):
             return Fault("the reply is not JSON")
         return reply if isinstance(reply, dict) else Fault("the reply is not a JSON object")
@@ -196,7 +230,10 @@ class Service:
         said = reply.get("usage")
         said = said if isinstance(said, dict) else {}
         counts: list[int] = []
-        for name, most in (("prompt_tokens", worst.prompt), ("completion_tokens", worst.completion)):
+        for name, most in (
+            ("prompt_tokens", worst.prompt),
+            ("completion_tokens", worst.completion),
+        ):
             count = said.get(name)
             is_right = type(count) is int and 0 <= count <= ABSURD_USAGE * max(most, 1)
             counts.append(int(count) if is_right and count is not None else most)
@@ -223,11 +260,16 @@ def raise_error_of(answer: Mapping[str, Any]) -> None:
     said, code = error, None
     if isinstance(error, Mapping):
         said = error.get("message") or dict(error)
-        code = next((error[name] for name in ("code", "status", "type") if error.get(name) is not None), None)
+        code = next(
+            (error[name] for name in ("code", "status", "type") if error.get(name) is not None),
+            None,
+        )
     number = int(str(code)) if str(code).isdecimal() and len(str(code)) == 3 else None
     shown = f" ({plain(code)})" if isinstance(code, (str, int)) else ""
     final = number is not None and number >= 400 and _is_final(number)
-    raise Fault(f"it answers with an error{shown}: {plain(said)}", status=number or 200, final=final)
+    raise Fault(
+        f"it answers with an error{shown}: {plain(said)}", status=number or 200, final=final
+    )
 
 
 def _pause(i: int) -> float:
@@ -243,7 +285,14 @@ def _is_address(url: str) -> bool:
     except ValueError:
         return False
     secrets = "@" in parts.netloc or "?" in url or "#" in url
-    return parts.scheme in ("http", "https") and bool(parts.hostname) and port != 0 and not secrets and url.isprintable() and " " not in url
+    return (
+        parts.scheme in ("http", "https")
+        and bool(parts.hostname)
+        and port != 0
+        and not secrets
+        and url.isprintable()
+        and " " not in url
+    )
 
 
 def _is_final(status: int) -> bool:

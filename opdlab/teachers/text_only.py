@@ -10,11 +10,11 @@ from __future__ import annotations
 from collections.abc import Sequence
 from weakref import WeakKeyDictionary
 
+from opdlab.data.prompt import Prompt
+from opdlab.data.tokens import completion_texts
+from opdlab.data.written_text import WrittenText
 from opdlab.errors import OpdlabError
-from opdlab.policy import Policy, Prompt
-from opdlab.rollout import sample
-from opdlab.tokens import completion_texts
-from opdlab.written_text import WrittenText
+from opdlab.models.policy import Policy, sample
 
 ROWS_AT_ONCE = 1024  # texts that are written side by side; changes memory and not the texts
 
@@ -33,8 +33,17 @@ class TextOnly:
         """Raise EmptyPrompts or ContextTooLong where a prompt does not fit. Any tokenizer will do."""
         _MODELS[self].encode_all(prompts, room=max_new_tokens)
 
-    def write(self, prompts: Sequence[Prompt], n: int = 1, *, prefixes: Sequence[str] | None = None, max_new_tokens: int = 64,
-              temperature: float = 1.0, top_p: float = 1.0, seed: int = 0) -> list[list[WrittenText]]:  # fmt: skip
+    def write(
+        self,
+        prompts: Sequence[Prompt],
+        n: int = 1,
+        *,
+        prefixes: Sequence[str] | None = None,
+        max_new_tokens: int = 64,
+        temperature: float = 1.0,
+        top_p: float = 1.0,
+        seed: int = 0,
+    ) -> list[list[WrittenText]]:
         """`n` texts a prompt, of at most `max_new_tokens` of the teacher's tokens each; each says whether it was cut there.
 
         prefixes: one unfinished answer a prompt, which the texts continue and do not repeat. The text of a special token in
@@ -42,15 +51,29 @@ class TextOnly:
         """
         if n < 1 or (prefixes is not None and len(prefixes) != len(prompts)):
             many = len(prompts if prefixes is None else prefixes)
-            raise OpdlabError(f"write got n={n} and {many} prefixes for {len(prompts)} prompts. Use n of 1 or more and one each.")
+            raise OpdlabError(
+                f"write got n={n} and {many} prefixes for {len(prompts)} prompts. Use n of 1 or more and one each."
+            )
         policy = _MODELS[self]
         begun = [_plain(policy, text) for text in prefixes] if prefixes is not None else None
-        rollout = sample(policy, prompts, n, max_new_tokens=max_new_tokens, temperature=temperature, top_p=top_p, seed=seed, prefixes=begun,
-                         batch_size=max(1, ROWS_AT_ONCE // n), writer="teacher")  # fmt: skip
+        rollout = sample(
+            policy,
+            prompts,
+            n,
+            max_new_tokens=max_new_tokens,
+            temperature=temperature,
+            top_p=top_p,
+            seed=seed,
+            prefixes=begun,
+            batch_size=max(1, ROWS_AT_ONCE // n),
+            writer="teacher",
+        )
         if begun is None:
             texts = list(rollout.texts)
         else:
-            texts = [_after(policy, begun[i // n], ids) for i, ids in enumerate(rollout.completions())]
+            texts = [
+                _after(policy, begun[i // n], ids) for i, ids in enumerate(rollout.completions())
+            ]
         written: list[WrittenText] = []
         for text, finish in zip(texts, rollout.finish, strict=True):
             written.append(WrittenText(text, "stop" if finish == "stop" else "length"))
@@ -61,10 +84,14 @@ class TextOnly:
 
 
 def _plain(policy: Policy, text: str) -> list[int]:
-    return list(policy.tokenizer(text, add_special_tokens=False, split_special_tokens=True)["input_ids"])
+    return list(
+        policy.tokenizer(text, add_special_tokens=False, split_special_tokens=True)["input_ids"]
+    )
 
 
 def _after(policy: Policy, begun: list[int], more: list[int]) -> str:
     """What `more` adds to the text of `begun`: decoded together, since a decoder drops the space before a first piece."""
-    start, whole, bare = completion_texts(policy.tokenizer, [begun, begun + more, more], policy.weights.eos)
+    start, whole, bare = completion_texts(
+        policy.tokenizer, [begun, begun + more, more], policy.weights.eos
+    )
     return whole[len(start) :] if whole.startswith(start) else bare

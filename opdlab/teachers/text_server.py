@@ -18,26 +18,44 @@ from typing import Any, TypeVar
 from pydantic import InstanceOf
 from transformers import PreTrainedTokenizerBase
 
+from opdlab.data.prompt import Prompt
+from opdlab.data.written_text import WrittenText
 from opdlab.errors import EmptyPrompts, InvalidValue, OpdlabError, TeacherError
-from opdlab.policy import Policy, Prompt
+from opdlab.models.policy import Policy
+from opdlab.support.expect import shortened
+from opdlab.support.validation import (
+    Amount,
+    Count,
+    CountOrZero,
+    PositiveShare,
+    Text,
+    validate_arguments,
+)
 from opdlab.teachers import asking
 from opdlab.teachers.budget import Budget, Usage, worst
 from opdlab.teachers.cache import key_of
 from opdlab.teachers.redaction import plain
 from opdlab.teachers.sampling import NEUTRAL, REFUSED, Sampling, refused_fields, without
 from opdlab.teachers.service import Fault, Service
-from opdlab.validation import Amount, Count, CountOrZero, PositiveShare, Text, shortened, validate_arguments
-from opdlab.written_text import WrittenText
 
 T = TypeVar("T")
 FORMAT = 2  # of what the cache holds. In format 1, replies that a server had broken off counted as finished: not read again.
 PROBES = 3  # prompts that a way of going on is tried on
 GREEDY = 48  # tokens of an answer that a way of going on is tried with
 # Fields of a request that are not the user's to set, and what sets them.
-TAKEN = {"model": "model=", "n": "write(n=…)", "seed": "write(seed=…)", "max_tokens": "write(max_new_tokens=…)",
-         "max_completion_tokens": "write(max_new_tokens=…)", "prompt": "write(prompts)", "messages": "write(prompts)",
-         "stream": "nothing: replies are read whole"}  # fmt: skip
-SAMPLE = {"generation_config": json.dumps({"do_sample": True, "top_k": 0, "top_p": 1.0})}  # transformers serve is greedy without
+TAKEN = {
+    "model": "model=",
+    "n": "write(n=…)",
+    "seed": "write(seed=…)",
+    "max_tokens": "write(max_new_tokens=…)",
+    "max_completion_tokens": "write(max_new_tokens=…)",
+    "prompt": "write(prompts)",
+    "messages": "write(prompts)",
+    "stream": "nothing: replies are read whole",
+}
+SAMPLE = {
+    "generation_config": json.dumps({"do_sample": True, "top_k": 0, "top_p": 1.0})
+}  # transformers serve is greedy without
 
 
 class TextServer:
@@ -52,11 +70,22 @@ class TextServer:
     """
 
     @validate_arguments
-    def __init__(self, url: Text, model: Text | None = None, *, continue_by: str = "auto", template: PreTrainedTokenizerBase | None = None,
-                 extra: Mapping[str, Any] | None = None, cache: Any = "runs/teacher.sqlite",
-                 budget: InstanceOf[Budget] | None = None, **options: Any) -> None:  # fmt: skip
+    def __init__(
+        self,
+        url: Text,
+        model: Text | None = None,
+        *,
+        continue_by: str = "auto",
+        template: PreTrainedTokenizerBase | None = None,
+        extra: Mapping[str, Any] | None = None,
+        cache: Any = "runs/teacher.sqlite",
+        budget: InstanceOf[Budget] | None = None,
+        **options: Any,
+    ) -> None:
         if continue_by not in ("auto", *asking.WAYS):
-            raise InvalidValue(f"TextServer got continue_by={continue_by!r}. Use auto, {', '.join(asking.WAYS)}.")
+            raise InvalidValue(
+                f"TextServer got continue_by={continue_by!r}. Use auto, {', '.join(asking.WAYS)}."
+            )
         known = [field.name for field in dataclasses.fields(Service) if field.name != "url"]
         if unknown := sorted(set(options) - set(known)):
             raise InvalidValue(
@@ -65,10 +94,14 @@ class TextServer:
         self.model, self.template, self.extra = model, template, _checked_extra(extra or {})
         self._given = "" if continue_by == "auto" else continue_by
         self.way = self._given  # how it goes on with unfinished answers, once that is known
-        self.service = Service(url, cache=cache, budget=Budget() if budget is None else budget, **options)
+        self.service = Service(
+            url, cache=cache, budget=Budget() if budget is None else budget, **options
+        )
         self._names: tuple[str, ...] = ()  # under which the server has answered
         self._limit, self._several = "max_tokens", True
-        self._refused: dict[str, tuple[str, ...]] = {}  # by path, the sampling fields that the server does not know
+        self._refused: dict[
+            str, tuple[str, ...]
+        ] = {}  # by path, the sampling fields that the server does not know
 
     def check(self, student: Policy, prompts: Sequence[Prompt], max_new_tokens: int) -> None:
         """Ask the server for one token: is it there, who is it, how does it want to be asked? Any tokenizer will do."""
@@ -83,7 +116,9 @@ class TextServer:
             raise EmptyPrompts("There are no prompts. Give at least one.")
         path, body = asking.request(prompts[0], "", self._given, self.template)
         key = key_of([FORMAT, "meet", self.service.url, self.model, path, body, self.extra])
-        known = self.service.cache.get(key) if self.model else None  # a server that names itself may be another one today
+        known = (
+            self.service.cache.get(key) if self.model else None
+        )  # a server that names itself may be another one today
         if known is None:
             known = self._met(path, body)
             self.service.cache.put(key, known)
@@ -93,8 +128,17 @@ class TextServer:
         self.extra = {**known["extra"], **self.extra}
 
     @validate_arguments
-    def write(self, prompts: Sequence[Prompt], n: Count = 1, *, prefixes: Sequence[str] | None = None, max_new_tokens: Count = 64,
-              temperature: Amount = 1.0, top_p: PositiveShare = 1.0, seed: CountOrZero = 0) -> list[list[WrittenText]]:  # fmt: skip
+    def write(
+        self,
+        prompts: Sequence[Prompt],
+        n: Count = 1,
+        *,
+        prefixes: Sequence[str] | None = None,
+        max_new_tokens: Count = 64,
+        temperature: Amount = 1.0,
+        top_p: PositiveShare = 1.0,
+        seed: CountOrZero = 0,
+    ) -> list[list[WrittenText]]:
         """Exactly `n` texts a prompt, of at most `max_new_tokens` of the teacher's tokens each; each says whether it was cut there.
 
         prefixes: one unfinished answer a prompt, which the texts continue and do not repeat. temperature, top_p: how the
@@ -103,7 +147,9 @@ class TextServer:
         """
         begun = [""] * len(prompts) if prefixes is None else list(prefixes)
         if len(begun) != len(prompts):
-            raise InvalidValue(f"write got {len(begun)} prefixes for {len(prompts)} prompts. Use one each, or none at all.")
+            raise InvalidValue(
+                f"write got {len(begun)} prefixes for {len(prompts)} prompts. Use one each, or none at all."
+            )
         asking.check_texts(prompts, begun)
         sampling = Sampling(temperature, top_p)
         self._check_extra_agrees(sampling)
@@ -114,7 +160,15 @@ class TextServer:
         for prompt, prefix in zip(prompts, begun, strict=True):
             path, body = asking.request(prompt, prefix, way, self.template)
             drawn = {self._limit: max_new_tokens, **sampling.fields(), **self.extra}
-            question = {"format": FORMAT, "url": self.service.url, "model": self.model, "path": path, **body, **drawn, "seed": seed}
+            question = {
+                "format": FORMAT,
+                "url": self.service.url,
+                "model": self.model,
+                "path": path,
+                **body,
+                **drawn,
+                "seed": seed,
+            }
             first = times[key_of(question)] * n
             times[key_of(question)] += 1
             keys = [key_of([question, first + j]) for j in range(n)]
@@ -122,7 +176,8 @@ class TextServer:
             left = [key for key in keys if self.service.cache.get(key) is None]
             group = len(left) if self._several else 1
             jobs += [
-                partial(self._ask, path, body, max_new_tokens, sampling, left[i : i + group]) for i in range(0, len(left), max(group, 1))
+                partial(self._ask, path, body, max_new_tokens, sampling, left[i : i + group])
+                for i in range(0, len(left), max(group, 1))
             ]
         self.service.many(jobs, unit=n if self._several else 1)
         return [[self._written(key, prefix, way) for key in keys] for prefix, keys in asked]
@@ -143,23 +198,43 @@ class TextServer:
     def _answer(self, key: str) -> dict[str, Any]:
         found = self.service.cache.get(key)
         if found is None:
-            raise OpdlabError("The cache lost an answer while it was in use. Do not delete it during a run; ask again.")
+            raise OpdlabError(
+                "The cache lost an answer while it was in use. Do not delete it during a run; ask again."
+            )
         return found
 
-    def _ask(self, path: str, body: dict[str, Any], limit: int, sampling: Sampling, keys: list[str], retries: int | None = None) -> None:
+    def _ask(
+        self,
+        path: str,
+        body: dict[str, Any],
+        limit: int,
+        sampling: Sampling,
+        keys: list[str],
+        retries: int | None = None,
+    ) -> None:
         """Fill the cache under `keys`, one text each, in as many requests as the server needs for that."""
         while keys:
             several = {"n": len(keys)} if len(keys) > 1 else {}
             # a seed of its own for every sample: with one for all, a server that gives one text a request would repeat it
             whole = {**body, self._limit: limit, **several, "seed": int(keys[0][:8], 16) >> 1}
             accept = partial(self._checked, n=len(keys), limit=limit, short=[])
-            texts = self.post(path, whole, sampling, worst(json.dumps(body), len(keys), limit), accept, retries)
+            texts = self.post(
+                path, whole, sampling, worst(json.dumps(body), len(keys), limit), accept, retries
+            )
             for key, text in zip(keys, texts, strict=False):
                 self.service.cache.put(key, text)
             keys = keys[len(texts) :]
 
-    def post(self, path: str, body: Mapping[str, Any], sampling: Sampling, worst: Usage, accept: Callable[[dict[str, Any]], T],
-             retries: int | None = None, guess: bool = True) -> T:  # fmt: skip
+    def post(
+        self,
+        path: str,
+        body: Mapping[str, Any],
+        sampling: Sampling,
+        worst: Usage,
+        accept: Callable[[dict[str, Any]], T],
+        retries: int | None = None,
+        guess: bool = True,
+    ) -> T:
         """`Service.post` with the model, all sampling fields that the server knows, and `extra`.
 
         Fields that it refuses are left out, and remembered once a request without them was answered. guess: leave out all
@@ -167,8 +242,17 @@ class TextServer:
         """
         refused = self._refused.get(path, ())
         while True:
-            fields = without({k: v for k, v in sampling.fields().items() if k not in self.extra}, refused, self.service.url)
-            whole = {**({"model": self.model} if self.model else {}), **body, **fields, **self.extra}
+            fields = without(
+                {k: v for k, v in sampling.fields().items() if k not in self.extra},
+                refused,
+                self.service.url,
+            )
+            whole = {
+                **({"model": self.model} if self.model else {}),
+                **body,
+                **fields,
+                **self.extra,
+            }
             try:
                 answer = self.service.post(path, whole, worst, accept, retries)
             except TeacherError as error:
@@ -183,14 +267,20 @@ class TextServer:
     def named(self, reply: Mapping[str, Any]) -> None:
         """Raise Fault where another model answers than the one that was met."""
         if reply.get("model") not in self._names:
-            raise Fault(f"another model answered: {plain(reply.get('model'))!r} and not {self._names[0]!r}")
+            raise Fault(
+                f"another model answered: {plain(reply.get('model'))!r} and not {self._names[0]!r}"
+            )
 
-    def _checked(self, reply: Mapping[str, Any], n: int, limit: int, short: list[int]) -> list[dict[str, Any]]:
+    def _checked(
+        self, reply: Mapping[str, Any], n: int, limit: int, short: list[int]
+    ) -> list[dict[str, Any]]:
         """The texts of a reply. Fewer than asked for may be an accident: taken only when it happens again (`short`)."""
         self.named(reply)
         texts = asking.choices(reply, n * limit)
         if len(texts) > n:
-            raise Fault(f"{len(texts)} texts came where {n} {'was' if n == 1 else 'were'} asked for")
+            raise Fault(
+                f"{len(texts)} texts came where {n} {'was' if n == 1 else 'were'} asked for"
+            )
         if len(texts) < n and not short:
             short.append(len(texts))
             raise Fault(f"{len(texts)} texts came where {n} were asked for")
@@ -204,25 +294,39 @@ class TextServer:
         while True:
             try:
                 most = worst(json.dumps(body), 2, 1)
-                name, texts = self.post(path, {**body, **fields}, Sampling(), most, self._introduced, guess=guess)
+                name, texts = self.post(
+                    path, {**body, **fields}, Sampling(), most, self._introduced, guess=guess
+                )
                 break
             except TeacherError as error:
                 fields, guess = _after_refusal(fields, guess, error)
-        return {"model": self.model or name.removesuffix("@main"), "names": [name], "extra": SAMPLE if name.endswith("@main") else {},
-                "limit": next(iter(fields)), "several": texts > 1, "refused": list(self._refused[path])}  # fmt: skip
+        return {
+            "model": self.model or name.removesuffix("@main"),
+            "names": [name],
+            "extra": SAMPLE if name.endswith("@main") else {},
+            "limit": next(iter(fields)),
+            "several": texts > 1,
+            "refused": list(self._refused[path]),
+        }
 
     def _introduced(self, reply: Mapping[str, Any]) -> tuple[str, int]:
         name, listed = reply.get("model"), reply.get("choices")
         if not isinstance(name, str) or not name or not isinstance(listed, list) or not listed:
             raise Fault("the reply has no model or no choices")
         if self.service.without_key(name) != name:
-            raise Fault("the model's name holds the key, which would be kept with the answers", final=True)
+            raise Fault(
+                "the model's name holds the key, which would be kept with the answers", final=True
+            )
         for choice in listed:
             asking.check_no_error(choice)
         if len(listed) > 2:
             raise Fault(f"{len(listed)} texts came where 2 were asked for")
-        if self.model and not (name.startswith(self.model) or self.model.endswith(f"/{name}")):  # a dated snapshot, a router's name
-            raise Fault(f"the model {plain(name)!r} answered and not {self.model!r}. Name it as the server does, or leave model= out")
+        if self.model and not (
+            name.startswith(self.model) or self.model.endswith(f"/{name}")
+        ):  # a dated snapshot, a router's name
+            raise Fault(
+                f"the model {plain(name)!r} answered and not {self.model!r}. Name it as the server does, or leave model= out"
+            )
         return name, len(listed)
 
     def _way(self, prompts: Sequence[Prompt]) -> str:
@@ -241,7 +345,11 @@ class TextServer:
                 raise
             halves = []  # a server that cannot be greedy shows nothing
         halves = [(prompt, a, b) for prompt, a, b in halves if a and b]
-        ways = asking.WAYS[:-1] if self.template is not None and self.template.chat_template else asking.WAYS[1:-1]
+        ways = (
+            asking.WAYS[:-1]
+            if self.template is not None and self.template.chat_template
+            else asking.WAYS[1:-1]
+        )
         found = next((way for way in ways if halves and self._works(way, halves)), None)
         if found is None:
             warnings.warn(
@@ -253,33 +361,46 @@ class TextServer:
 
     def _works(self, way: str, halves: Sequence[tuple[Prompt, str, str]]) -> bool:
         try:
-            right = [self._greedy(prompt, a, way).strip().startswith(b.strip()[: asking.SHORTEST_ECHO]) for prompt, a, b in halves]
+            right = [
+                self._greedy(prompt, a, way).strip().startswith(b.strip()[: asking.SHORTEST_ECHO])
+                for prompt, a, b in halves
+            ]
         except TeacherError as error:
             if error.status is None:
                 raise
             return False
-        return sum(right) >= max(1, len(right) - 1)  # of three, one may differ: a boundary of tokens, or a server that rounds
+        return sum(right) >= max(
+            1, len(right) - 1
+        )  # of three, one may differ: a boundary of tokens, or a server that rounds
 
     def _greedy(self, prompt: Prompt, prefix: str, way: str) -> str:
         path, body = asking.request(prompt, prefix, way, self.template)
-        key = key_of([FORMAT, "greedy", self.service.url, self.model, path, body, self._limit, self.extra])
+        key = key_of(
+            [FORMAT, "greedy", self.service.url, self.model, path, body, self._limit, self.extra]
+        )
         if self.service.cache.get(key) is None:
             self._ask(path, body, GREEDY, Sampling(temperature=0.0), [key], retries=1)
         return str(self._answer(key)["text"])
 
     def __repr__(self) -> str:
-        return f"TextServer({self.service.url!r}, {self.model!r}, continue_by={self.way or 'auto'!r})"
+        return (
+            f"TextServer({self.service.url!r}, {self.model!r}, continue_by={self.way or 'auto'!r})"
+        )
 
 
 def _checked_extra(extra: Mapping[str, Any]) -> dict[str, Any]:
     """The user's fields for every request; raises InvalidValue for those that cannot be sent."""
     for name in extra:
         if name in TAKEN:
-            raise InvalidValue(f"TextServer got extra={{{name!r}: …}}, a field that is set by {TAKEN[name]}. Leave it out of extra.")
+            raise InvalidValue(
+                f"TextServer got extra={{{name!r}: …}}, a field that is set by {TAKEN[name]}. Leave it out of extra."
+            )
     try:
         json.dumps(extra, allow_nan=False)
     except (TypeError, ValueError) as error:
-        raise InvalidValue(f"TextServer got extra={shortened(extra)}, which is no JSON ({error}). Use plain data.") from None
+        raise InvalidValue(
+            f"TextServer got extra={shortened(extra)}, which is no JSON ({error}). Use plain data."
+        ) from None
     return dict(extra)
 
 
@@ -290,7 +411,9 @@ def _halves(text: str) -> tuple[str, str]:
     return (text[:middle], text[middle:]) if len(text.strip()) >= 8 else ("", "")
 
 
-def _after_refusal(fields: dict[str, int], guess: bool, error: TeacherError) -> tuple[dict[str, int], bool]:
+def _after_refusal(
+    fields: dict[str, int], guess: bool, error: TeacherError
+) -> tuple[dict[str, int], bool]:
     """How to greet a server that refused a greeting: `fields`, and whether to `guess` (see `post`); raises the error at the end.
 
     Where it does not say what it refuses, `n` goes first: without it texts come one at a time, which changes none of them.

@@ -58,8 +58,12 @@ def bounded_client(timeout: float) -> Any:
 
     def check(response: Any) -> None:
         request, encoding = response.request, response.headers.get("content-encoding", "identity")
-        if response.has_redirect_location and not _is_same_origin(request.url, request.url.join(response.headers["location"])):
-            raise UnusableReply("it redirects to another origin, where neither prompts nor key are sent")
+        if response.has_redirect_location and not _is_same_origin(
+            request.url, request.url.join(response.headers["location"])
+        ):
+            raise UnusableReply(
+                "it redirects to another origin, where neither prompts nor key are sent"
+            )
         if encoding.strip().lower() not in ("", "identity"):
             raise UnusableReply("the reply is compressed, which was not asked for")
         response.stream = _Bounded(response.stream, request.extensions["opdlab_deadline"])

@@ -19,6 +19,22 @@ from opdlab.viz.token_lens import TokenLens
 from opdlab.viz.view import View, set_renderer
 
 __all__ = [
-    "Alignment", "Audits", "Compare", "Forks", "Playground", "PrivilegeLens", "Regimes", "Rollouts", "RunBoard", "RunCard", "Scrubber",
-    "TailAudit", "Timeline", "TokenLens", "View", "curves", "page", "set_renderer",
-]  # fmt: skip
+    "Alignment",
+    "Audits",
+    "Compare",
+    "Forks",
+    "Playground",
+    "PrivilegeLens",
+    "Regimes",
+    "Rollouts",
+    "RunBoard",
+    "RunCard",
+    "Scrubber",
+    "TailAudit",
+    "Timeline",
+    "TokenLens",
+    "View",
+    "curves",
+    "page",
+    "set_renderer",
+]

@@ -11,9 +11,9 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
+from opdlab.data.trace import Trace
 from opdlab.errors import OpdlabError
-from opdlab.expect import expect_trace
-from opdlab.trace import Trace
+from opdlab.support.expect import expect
 from opdlab.viz import markup, payload
 from opdlab.viz.channels import Channel, described
 from opdlab.viz.glyphs import groups, visible
@@ -32,16 +32,26 @@ class Audits(View):
     for a trace without audits. `selected` is a row of `df`, at first in the chunk of least weight; `table` has the audits.
     """
 
-    name, scripts, styles = "audits", ("tracks.js", "dots.js", "audits.js"), ("dots.css", "audits.css")
+    name, scripts, styles = (
+        "audits",
+        ("tracks.js", "dots.js", "audits.js"),
+        ("dots.css", "audits.css"),
+    )
 
     def __init__(self, trace: Trace, title: str = "") -> None:
         super().__init__()
-        expect_trace(trace, type(self).__name__)
+        expect(trace, Trace, type(self).__name__, "trace")
         self.trace, self.title = trace, title
-        places = zip(trace.column("sample").tolist(), trace.column("position").tolist(), strict=True)
+        places = zip(
+            trace.column("sample").tolist(), trace.column("position").tolist(), strict=True
+        )
         rows = {place: row for row, place in enumerate(places)}
         notes = notes_of(trace, "OmniOPD").get("audits", [])
-        self.audits = {rows[place]: note for note in notes if (place := (int(note["sample"]), int(note["start"]))) in rows}
+        self.audits = {
+            rows[place]: note
+            for note in notes
+            if (place := (int(note["sample"]), int(note["start"]))) in rows
+        }
         if not self.audits:
             raise OpdlabError("The trace has no audits. Take step.trace() of a run with OmniOPD.")
         self.selected = min(self.audits, key=lambda row: self.audits[row]["weight"])
@@ -49,16 +59,28 @@ class Audits(View):
     @property
     def df(self) -> pd.DataFrame:
         """The trace's rows with `token` and the first row of the `audit` that each lies in (-1: none)."""
-        return self.trace.to_pandas().assign(token=[visible(p) for p in self.trace.tokens()], audit=self._audit)
+        return self.trace.to_pandas().assign(
+            token=[visible(p) for p in self.trace.tokens()], audit=self._audit
+        )
 
     @property
     def table(self) -> pd.DataFrame:
         """One row an audit, the least weight first: `row`, `sample`, `start`, `length`, `text`, mean `similarity`, `prior`,
         `weight`, and the commonest of the teacher's texts with their number, `answers`."""
-        rows = [{"row": row, "sample": int(a["sample"]), "start": int(a["start"]), "length": int(a["length"]), "text": str(a["text"]),
-                 "similarity": _mean(a["similarity"]), "prior": float(a["prior"]), "weight": float(a["weight"]),
-                 "answers": [(text, n) for text, n in Counter(a["continuations"]).most_common()]}
-                for row, a in self.audits.items()]  # fmt: skip
+        rows = [
+            {
+                "row": row,
+                "sample": int(a["sample"]),
+                "start": int(a["start"]),
+                "length": int(a["length"]),
+                "text": str(a["text"]),
+                "similarity": _mean(a["similarity"]),
+                "prior": float(a["prior"]),
+                "weight": float(a["weight"]),
+                "answers": [(text, n) for text, n in Counter(a["continuations"]).most_common()],
+            }
+            for row, a in self.audits.items()
+        ]
         return pd.DataFrame(rows).sort_values("weight", kind="stable", ignore_index=True)
 
     @property
@@ -73,13 +95,19 @@ class Audits(View):
     def data(self) -> dict[str, Any]:
         inside = lambda name: np.where(self._audit >= 0, self._column(name), np.nan)
         entropy = self._entropy
-        lanes = [Channel(name, name, inside(name), "", fixed=1.0) for name in ("weight", "similarity")]
+        lanes = [
+            Channel(name, name, inside(name), "", fixed=1.0) for name in ("weight", "similarity")
+        ]
         drawn = [described(c, c.limit) for c in (entropy, *lanes)]
         drawn[0]["peaks"] = sorted(self.audits)
         return {
-            "title": self.title, "text": payload.text(self.trace), "channels": drawn, "alpha": self.alpha, "audit": self._audit,
+            "title": self.title,
+            "text": payload.text(self.trace),
+            "channels": drawn,
+            "alpha": self.alpha,
+            "audit": self._audit,
             "audits": [self._drawn(row, audit) for row, audit in self.audits.items()],
-        }  # fmt: skip
+        }
 
     def static(self) -> str:
         title = markup.title(self.title)
@@ -91,19 +119,31 @@ class Audits(View):
         names = ("chunk", "weight", "prior", "similarity", "the student wrote", "the teacher wrote")
         head = "".join(f"<th>{name}</th>" for name in names)
         bar = f'<div class="opd-bar"><span>{markup.safe(self._count)}</span></div>'
-        return f'{title}{bar}<div class="opd-audit-table"><table><tr>{head}</tr>{rows}</table></div>'
+        return (
+            f'{title}{bar}<div class="opd-audit-table"><table><tr>{head}</tr>{rows}</table></div>'
+        )
 
     def __repr__(self) -> str:
-        lines = [f"{a['sample']}:{a['start']}  weight {markup.number(a['weight'])} = prior {markup.number(a['prior'])}, similarity "
-                 f"{markup.number(a['similarity'])}  {a['text']!r} | {_said(a['answers'])}"
-                 for a in self.table.head(SHOWN).to_dict("records")]  # fmt: skip
+        lines = [
+            f"{a['sample']}:{a['start']}  weight {markup.number(a['weight'])} = prior {markup.number(a['prior'])}, similarity "
+            f"{markup.number(a['similarity'])}  {a['text']!r} | {_said(a['answers'])}"
+            for a in self.table.head(SHOWN).to_dict("records")
+        ]
         more = [f"… {len(self.audits) - SHOWN} more"] if len(self.audits) > SHOWN else []
         head = f"Audits: {self.title + ', ' if self.title else ''}{self._count}"
-        return "\n".join([head, *markup.sparkline_of(self.trace, self._entropy, self.selected), *lines, *more])
+        return "\n".join(
+            [head, *markup.sparkline_of(self.trace, self._entropy, self.selected), *lines, *more]
+        )
 
     @property
     def _entropy(self) -> Channel:
-        return Channel("entropy", "student entropy", self._column("student_entropy"), less="certain", more="undecided")
+        return Channel(
+            "entropy",
+            "student entropy",
+            self._column("student_entropy"),
+            less="certain",
+            more="undecided",
+        )
 
     @cached_property
     def _audit(self) -> np.ndarray:
@@ -114,25 +154,38 @@ class Audits(View):
 
     @property
     def _count(self) -> str:
-        weights, similar = ([a[key] for a in self.table.to_dict("records")] for key in ("weight", "similarity"))
+        weights, similar = (
+            [a[key] for a in self.table.to_dict("records")] for key in ("weight", "similarity")
+        )
         return (
             f"{len(self.audits)} audited chunks: mean similarity {markup.number(_mean(similar))}, weights {markup.number(min(weights))} to "
             f"{markup.number(max(weights))}"
         )
 
     def _column(self, name: str) -> np.ndarray:
-        return self.trace.column(name).astype(float) if name in self.trace.table.column_names else np.full(len(self.trace), np.nan)
+        return (
+            self.trace.column(name).astype(float)
+            if name in self.trace.table.column_names
+            else np.full(len(self.trace), np.nan)
+        )
 
     def _drawn(self, row: int, audit: Mapping[str, Any]) -> dict[str, Any]:
         """An audit as the page reads it: the texts as glyphs, equal ones of the teacher counted, the most similar first."""
         said = Counter(zip(audit["continuations"], audit["similarity"], strict=True))
         answers = [
-            {"glyph": _glyph(text), "similarity": phi, "count": n} for (text, phi), n in sorted(said.items(), key=lambda x: -x[0][1])
+            {"glyph": _glyph(text), "similarity": phi, "count": n}
+            for (text, phi), n in sorted(said.items(), key=lambda x: -x[0][1])
         ]
         return {
-            "row": row, "length": int(audit["length"]), "glyph": _glyph(audit["text"]), "prior": audit["prior"], "weight": audit["weight"],
-            "similarity": _mean(audit["similarity"]), "n": len(audit["similarity"]), "answers": answers,
-        }  # fmt: skip
+            "row": row,
+            "length": int(audit["length"]),
+            "glyph": _glyph(audit["text"]),
+            "prior": audit["prior"],
+            "weight": audit["weight"],
+            "similarity": _mean(audit["similarity"]),
+            "n": len(audit["similarity"]),
+            "answers": answers,
+        }
 
 
 def _mean(values: Sequence[float]) -> float:

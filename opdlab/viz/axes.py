@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 
-from opdlab.trace import Trace
+from opdlab.data.trace import Trace
 from opdlab.viz import provenance
 from opdlab.viz.channels import Channel, channels, rivals
 
@@ -58,7 +58,9 @@ def axes(trace: Trace) -> dict[str, Axis]:
     amounts = [c for c in channels(trace).values() if c.kind in ("ratio", "signed", "amount")]
     found = {c.key: _of_channel(c, _noted(trace).get(c.key)) for c in amounts}
     made = {axis.key: axis for axis in [*_pair(trace), *_sure(trace)]}
-    own = {"gap"} if "gap" in found and provenance.gap_of_plan(trace) is None else set()  # a column of that name which means something else
+    own = (
+        {"gap"} if "gap" in found and provenance.gap_of_plan(trace) is None else set()
+    )  # a column of that name which means something else
     return found | {key: axis for key, axis in made.items() if key not in own}
 
 
@@ -73,11 +75,21 @@ def _pair(trace: Trace) -> list[Axis]:
     sides = gap_sides(trace)
     if sides is None:
         return []
-    gap, sure = provenance.gap_between(trace, *sides), sum(np.exp(trace.column(f"{name}_logp").astype(float)) for name in sides)
+    gap, sure = (
+        provenance.gap_between(trace, *sides),
+        sum(np.exp(trace.column(f"{name}_logp").astype(float)) for name in sides),
+    )
     note = _noted(trace)
     return [
         _of_channel(Channel("gap", "gap", gap, less="agree", more="apart"), note.get("gap")),
-        Axis("confidence", "confidence q_S + q_T", sure, start=note.get("confidence", _mean(sure)), less="unsure", more="sure"),
+        Axis(
+            "confidence",
+            "confidence q_S + q_T",
+            sure,
+            start=note.get("confidence", _mean(sure)),
+            less="unsure",
+            more="sure",
+        ),
     ]
 
 
@@ -87,10 +99,29 @@ def _sure(trace: Trace) -> list[Axis]:
     for name in rivals(trace)[:1]:
         if f"{name}_top" in have:
             best = np.exp(trace.column(f"{name}_top").astype(float).max(1, initial=-np.inf))
-            out.append(Axis("max_p", f"largest p of {name}", best, start=0.5, less="undecided", more="decided"))
+            out.append(
+                Axis(
+                    "max_p",
+                    f"largest p of {name}",
+                    best,
+                    start=0.5,
+                    less="undecided",
+                    more="decided",
+                )
+            )
         if f"{name}_rank" in have:
             rank = trace.column(f"{name}_rank").astype(float)
-            out.append(Axis("rank", f"rank by {name}", rank, scale="log", start=2.0, less="favourite", more="far down"))
+            out.append(
+                Axis(
+                    "rank",
+                    f"rank by {name}",
+                    rank,
+                    scale="log",
+                    start=2.0,
+                    less="favourite",
+                    more="far down",
+                )
+            )
     return out
 
 
@@ -100,8 +131,17 @@ def _of_channel(channel: Channel, line: float | None) -> Axis:
     mean = _mean(size)
     tail = channel.unit == "nats" or (len(size) > 0 and size.max() > HEAVY * mean)
     start = line if line is not None else 0.0 if channel.kind in ("ratio", "signed") else mean
-    return Axis(channel.key, channel.label, channel.values, channel.unit, "asinh" if tail else "linear",
-                min(max(mean, 0.01), 1.0), start, channel.less, channel.more)  # fmt: skip
+    return Axis(
+        channel.key,
+        channel.label,
+        channel.values,
+        channel.unit,
+        "asinh" if tail else "linear",
+        min(max(mean, 0.01), 1.0),
+        start,
+        channel.less,
+        channel.more,
+    )
 
 
 def _mean(values: np.ndarray) -> float:

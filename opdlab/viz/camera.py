@@ -18,8 +18,18 @@ from typing import Any
 from opdlab.errors import OpdlabError
 from opdlab.viz import embed
 
-NAMES = ("chromium", "chromium-browser", "google-chrome", "google-chrome-stable", "chrome", "microsoft-edge")
-MAC = ("/Applications/Google Chrome.app/Contents/MacOS/Google Chrome", "/Applications/Chromium.app/Contents/MacOS/Chromium")
+NAMES = (
+    "chromium",
+    "chromium-browser",
+    "google-chrome",
+    "google-chrome-stable",
+    "chrome",
+    "microsoft-edge",
+)
+MAC = (
+    "/Applications/Google Chrome.app/Contents/MacOS/Google Chrome",
+    "/Applications/Chromium.app/Contents/MacOS/Chromium",
+)
 FLAGS = (
     "--headless=new --remote-debugging-pipe --disable-gpu --hide-scrollbars --no-first-run --disable-background-networking "
     "--disable-component-update --disable-sync --disable-dev-shm-usage --disable-quic --disable-extensions"
@@ -35,34 +45,61 @@ _BECOME = "import os, sys; os.dup2(int(sys.argv[1]), 3); os.dup2(int(sys.argv[2]
 def browser() -> str:
     """The path of a Chromium-like browser; OPDLAB_BROWSER overrides. Raises OpdlabError with what to install."""
     named = os.environ.get("OPDLAB_BROWSER")
-    found = [named] if named else [*map(shutil.which, NAMES), *(path for path in MAC if Path(path).exists())]
+    found = (
+        [named]
+        if named
+        else [*map(shutil.which, NAMES), *(path for path in MAC if Path(path).exists())]
+    )
     for path in found:
         if path and Path(path).exists():
             return path
     looked = named or ", ".join(NAMES)
-    raise OpdlabError(f"No browser to draw with: looked for {looked}. Install Chromium (apt-get install chromium) or Chrome.")
+    raise OpdlabError(
+        f"No browser to draw with: looked for {looked}. Install Chromium (apt-get install chromium) or Chrome."
+    )
 
 
-def shoot(document: str, path: str | os.PathLike[str], *, dark: bool = False, width: int = 1200, density: float = 2.0,
-          least: int = 600) -> Path:  # fmt: skip
+def shoot(
+    document: str,
+    path: str | os.PathLike[str],
+    *,
+    dark: bool = False,
+    width: int = 1200,
+    density: float = 2.0,
+    least: int = 600,
+) -> Path:
     """Write a PNG of a whole HTML document, as high as it is; `width`, and `least`, the height of the window, in CSS pixels."""
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(prefix="opdlab-", ignore_cleanup_errors=True) as folder, _running(Path(folder)) as ask:
+    with (
+        tempfile.TemporaryDirectory(prefix="opdlab-", ignore_cleanup_errors=True) as folder,
+        _running(Path(folder)) as ask,
+    ):
         page = embed.write(Path(folder) / "page.html", document)
         target = ask("Target.createTarget", url="about:blank")["targetId"]
         session = ask("Target.attachToTarget", targetId=target, flatten=True)["sessionId"]
         tab = lambda method, **values: ask(method, session, **values)
         theme = {"name": "prefers-color-scheme", "value": "dark" if dark else "light"}
-        tab("Emulation.setEmulatedMedia", features=[theme, {"name": "prefers-reduced-motion", "value": "reduce"}])
-        tab("Emulation.setDeviceMetricsOverride", width=width, height=least, deviceScaleFactor=density, mobile=False)
+        tab(
+            "Emulation.setEmulatedMedia",
+            features=[theme, {"name": "prefers-reduced-motion", "value": "reduce"}],
+        )
+        tab(
+            "Emulation.setDeviceMetricsOverride",
+            width=width,
+            height=least,
+            deviceScaleFactor=density,
+            mobile=False,
+        )
         tab("Page.enable")
         tab("Page.navigate", url=page.as_uri())
         ask.wait("Page.loadEventFired")
         tab("Runtime.evaluate", expression=_SETTLED, awaitPromise=True)
         height = tab("Runtime.evaluate", expression=_HEIGHT)["result"]["value"]
         clip = {"x": 0, "y": 0, "width": width, "height": height, "scale": 1}
-        shot = tab("Page.captureScreenshot", format="png", captureBeyondViewport=True, clip=clip)["data"]
+        shot = tab("Page.captureScreenshot", format="png", captureBeyondViewport=True, clip=clip)[
+            "data"
+        ]
     partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
     partial.write_bytes(base64.b64decode(shot))
     os.replace(partial, path)
@@ -73,11 +110,22 @@ class _Pipe:
     """Commands to the browser, one at a time; JSON with a zero byte at the end, both ways."""
 
     def __init__(self, read: int, write: int) -> None:
-        self.read, self.write, self.buffer, self.number, self.events = read, write, b"", 0, set[str]()
+        self.read, self.write, self.buffer, self.number, self.events = (
+            read,
+            write,
+            b"",
+            0,
+            set[str](),
+        )
 
     def __call__(self, method: str, session: str | None = None, **values: Any) -> dict[str, Any]:
         self.number += 1
-        message = {"id": self.number, "method": method, "params": values, **({"sessionId": session} if session else {})}
+        message = {
+            "id": self.number,
+            "method": method,
+            "params": values,
+            **({"sessionId": session} if session else {}),
+        }
         try:
             os.write(self.write, json.dumps(message).encode() + b"\0")
         except BrokenPipeError:
@@ -86,7 +134,9 @@ class _Pipe:
             reply = self._next()
             if reply.get("id") == self.number:
                 if "error" in reply:
-                    raise OpdlabError(f"The browser refused {method}: {reply['error'].get('message')}. Try a newer Chromium.")
+                    raise OpdlabError(
+                        f"The browser refused {method}: {reply['error'].get('message')}. Try a newer Chromium."
+                    )
                 return reply["result"]
 
     def wait(self, event: str) -> None:
@@ -110,12 +160,25 @@ class _Pipe:
 @contextmanager
 def _running(folder: Path) -> Iterator[_Pipe]:
     if sys.platform == "win32":
-        raise OpdlabError("to_png needs a POSIX system. Write to_html and take the picture in a browser.")
-    flags = [*FLAGS, f"--user-data-dir={folder / 'profile'}", *(["--no-sandbox"] if os.geteuid() == 0 else []), "about:blank"]
+        raise OpdlabError(
+            "to_png needs a POSIX system. Write to_html and take the picture in a browser."
+        )
+    flags = [
+        *FLAGS,
+        f"--user-data-dir={folder / 'profile'}",
+        *(["--no-sandbox"] if os.geteuid() == 0 else []),
+        "about:blank",
+    ]
     to_browser, from_browser = os.pipe(), os.pipe()
     inherit = (to_browser[0], from_browser[1])
     command = [sys.executable, "-c", _BECOME, *map(str, inherit), browser(), *flags]
-    process = subprocess.Popen(command, pass_fds=inherit, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, close_fds=True)
+    process = subprocess.Popen(
+        command,
+        pass_fds=inherit,
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+        close_fds=True,
+    )
     for end in inherit:
         os.close(end)
     try:

@@ -20,17 +20,25 @@ CODES: dict[str, dict[str, tuple[str, ...]]] = {
     "EOPD": {"gated": ("no", "yes")},
     "TOPD": {"divergent": ("no", "yes")},
 }
-MEANINGS = {"route": "DOPD: gap low or high (L, H); confidence high or low, or the teacher's or the student's lead"}
+MEANINGS = {
+    "route": "DOPD: gap low or high (L, H); confidence high or low, or the teacher's or the student's lead"
+}
 RANKS = (1, 10, 100)
 RANK_NAMES = ("1", "2–10", "11–100", "over 100")
 
 
 def is_text(kind: pa.DataType) -> bool:
     """Whether a column of this type holds names."""
-    return pa.types.is_string(kind) or pa.types.is_large_string(kind) or (pa.types.is_dictionary(kind) and is_text(kind.value_type))
+    return (
+        pa.types.is_string(kind)
+        or pa.types.is_large_string(kind)
+        or (pa.types.is_dictionary(kind) and is_text(kind.value_type))
+    )
 
 
-def of_names(make: Callable[..., Channel], key: str, values: Sequence[str | None]) -> Channel | None:
+def of_names(
+    make: Callable[..., Channel], key: str, values: Sequence[str | None]
+) -> Channel | None:
     """A channel of a column of names, commonest first; where there are more than `MOST`, the rarest are one. None for no name."""
     counted = Counter(v for v in values if v is not None)
     names = [name for name, _ in counted.most_common(MOST if len(counted) <= MOST else MOST - 1)]
@@ -48,9 +56,20 @@ def of_flags(make: Callable[..., Channel], key: str, values: Sequence[bool | Non
     return _channel(make, key, at, ("no", "yes"))
 
 
-def of_codes(make: Callable[..., Channel], key: str, values: np.ndarray, names: Sequence[str], formula: str = "") -> Channel | None:
+def of_codes(
+    make: Callable[..., Channel],
+    key: str,
+    values: np.ndarray,
+    names: Sequence[str],
+    formula: str = "",
+) -> Channel | None:
     """A channel of integers that stand for `names`, -1 for none of them; None where a value is something else."""
-    if values.dtype.kind not in "iub" or not len(values) or values.min() < -1 or values.max() >= len(names):
+    if (
+        values.dtype.kind not in "iub"
+        or not len(values)
+        or values.min() < -1
+        or values.max() >= len(names)
+    ):
         return None
     at = values.astype(float)
     return _channel(make, key, np.where(at < 0, np.nan, at), names, formula)
@@ -59,8 +78,18 @@ def of_codes(make: Callable[..., Channel], key: str, values: np.ndarray, names: 
 def ranked(make: Callable[..., Channel], key: str, label: str, rank: np.ndarray) -> Channel:
     """Ranks in four bins: the favourite, and powers of ten."""
     at = np.searchsorted(RANKS, rank).astype(float)
-    return make(key, label, at, "", "ordinal", less="favourite", more="far down", names=RANK_NAMES, marks=RANK_NAMES,
-                formula="place of the sampled token among all, by probability")  # fmt: skip
+    return make(
+        key,
+        label,
+        at,
+        "",
+        "ordinal",
+        less="favourite",
+        more="far down",
+        names=RANK_NAMES,
+        marks=RANK_NAMES,
+        formula="place of the sampled token among all, by probability",
+    )
 
 
 def marks(names: Sequence[str]) -> tuple[str, ...]:
@@ -70,9 +99,26 @@ def marks(names: Sequence[str]) -> tuple[str, ...]:
     for i, name in enumerate(names):
         word = "".join(c for c in name if c.isalnum())
         options = [*([name] if short else [word[:1].upper(), word[:2]]), str(i + 1), f"#{i + 1}"]
-        out.append(next(o for o in options if o and len(o) <= 2 and o.isprintable() and o.strip() and o not in out))
+        out.append(
+            next(
+                o
+                for o in options
+                if o and len(o) <= 2 and o.isprintable() and o.strip() and o not in out
+            )
+        )
     return tuple(out)
 
 
-def _channel(make: Callable[..., Channel], key: str, at: np.ndarray, names: Sequence[str], formula: str = "") -> Channel:
-    return make(key, key.replace("_", " "), at, "", "category", names=tuple(names), marks=marks(names), formula=formula)
+def _channel(
+    make: Callable[..., Channel], key: str, at: np.ndarray, names: Sequence[str], formula: str = ""
+) -> Channel:
+    return make(
+        key,
+        key.replace("_", " "),
+        at,
+        "",
+        "category",
+        names=tuple(names),
+        marks=marks(names),
+        formula=formula,
+    )

@@ -10,8 +10,8 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
+from opdlab.data.trace import Trace
 from opdlab.errors import OpdlabError, UnknownColumn
-from opdlab.trace import Trace
 from opdlab.viz import markup, payload
 from opdlab.viz.channels import Channel, channels, described
 from opdlab.viz.given import given_traces
@@ -39,15 +39,24 @@ class Compare(View):
     channel = Trait("log_ratio")
     pair = Trait([1, 0])
 
-    def __init__(self, traces: Mapping[str, Trace | TokenLens] | Sequence[TokenLens], sample: int = 0, channel: str = "log_ratio",
-                 title: str = "") -> None:  # fmt: skip
+    def __init__(
+        self,
+        traces: Mapping[str, Trace | TokenLens] | Sequence[TokenLens],
+        sample: int = 0,
+        channel: str = "log_ratio",
+        title: str = "",
+    ) -> None:
         super().__init__()
         self.sample, self.title, self.traces = sample, title, _named(traces, sample)
         _check_same(self.traces)
         if channel not in self.channels and channel != "log_ratio":
-            raise UnknownColumn(f"Not all of the traces have {channel!r}. They share {', '.join(self.channels) or 'no channel'}.")
+            raise UnknownColumn(
+                f"Not all of the traces have {channel!r}. They share {', '.join(self.channels) or 'no channel'}."
+            )
         if not self.channels:
-            raise OpdlabError("The traces share no numbers to compare. Score the same rollout for each: opdlab.score(rollout, …).")
+            raise OpdlabError(
+                "The traces share no numbers to compare. Score the same rollout for each: opdlab.score(rollout, …)."
+            )
         self.channel = channel if channel in self.channels else next(iter(self.channels))
         self.selected = int(self.changed.index[0]) if len(self.changed) else 0
 
@@ -55,7 +64,11 @@ class Compare(View):
     def channels(self) -> dict[str, list[Channel]]:
         """The channels that all traces have, by key, one of each trace; kinds left out."""
         found = [channels(trace) for trace in self.traces.values()]
-        keys = [k for k in found[0] if all(k in other for other in found) and found[0][k].kind != "category"]
+        keys = [
+            k
+            for k in found[0]
+            if all(k in other for other in found) and found[0][k].kind != "category"
+        ]
         return {k: [other[k] for other in found] for k in keys}
 
     @property
@@ -74,7 +87,13 @@ class Compare(View):
         values = dict(zip(self.names, (c.values for c in chosen), strict=True))
         minuend, subtrahend = (chosen[i].values for i in self.pair)
         with np.errstate(invalid="ignore"):
-            return pd.DataFrame({"token": [visible(p) for p in first.tokens()], **values, "difference": minuend - subtrahend})
+            return pd.DataFrame(
+                {
+                    "token": [visible(p) for p in first.tokens()],
+                    **values,
+                    "difference": minuend - subtrahend,
+                }
+            )
 
     @property
     def correlation(self) -> pd.DataFrame:
@@ -88,7 +107,10 @@ class Compare(View):
         return self.df.loc[size[(size > 0) & (size >= size.max() / 100)].nlargest(CHANGED).index]
 
     def static(self) -> str:
-        chosen, tokens = self.channels[self.channel], groups(next(iter(self.traces.values())).tokens())
+        chosen, tokens = (
+            self.channels[self.channel],
+            groups(next(iter(self.traces.values())).tokens()),
+        )
         look = "white-space:pre-wrap;font-family:monospace;line-height:1.9"
         strips = [
             f'<div class="opd-versus"><b>{markup.safe(name)}</b></div><div class="opd-strip" style="{look}" dir="auto">'
@@ -103,12 +125,20 @@ class Compare(View):
 
     def data(self) -> dict[str, Any]:
         text = payload.text(next(iter(self.traces.values())))
-        return {"title": self.title, "text": text, "names": self.names, "prompt": text["texts"][0]["prompt"] if text["texts"] else "",
-                "channels": self._carried()}  # fmt: skip
+        return {
+            "title": self.title,
+            "text": text,
+            "names": self.names,
+            "prompt": text["texts"][0]["prompt"] if text["texts"] else "",
+            "channels": self._carried(),
+        }
 
     def __repr__(self) -> str:
         chosen, width = self.channels[self.channel], max(map(len, self.names))
-        lines = [f"{name:{width}}  {markup.sparkline(replace(c, fixed=self.limit))}" for name, c in zip(self.names, chosen, strict=True)]
+        lines = [
+            f"{name:{width}}  {markup.sparkline(replace(c, fixed=self.limit))}"
+            for name, c in zip(self.names, chosen, strict=True)
+        ]
         head = f"Compare: {self.title or f'completion {self.sample}'}, {chosen[0].label}{f' in {chosen[0].unit}' if chosen[0].unit else ''}"
         return "\n".join([head, *lines, self._summary()])
 
@@ -118,30 +148,57 @@ class Compare(View):
         for key, some in self.channels.items():
             limit = max(c.limit for c in some)
             told = [described(c, limit) for c in some]
-            cost = sum(payload.cost(t["values"]) for t in told) if len(some[0].values) > payload.LONG else 0
+            cost = (
+                sum(payload.cost(t["values"]) for t in told)
+                if len(some[0].values) > payload.LONG
+                else 0
+            )
             if key == self.channel or spent + cost <= ROOM:
                 spent += cost
-                out.append({**told[0], "values": [t["values"] for t in told], "peaks": [t["peaks"] for t in told],
-                            "rho": np.round(_spearman(some), 3)})  # fmt: skip
+                out.append(
+                    {
+                        **told[0],
+                        "values": [t["values"] for t in told],
+                        "peaks": [t["peaks"] for t in told],
+                        "rho": np.round(_spearman(some), 3),
+                    }
+                )
         return out
 
     def _summary(self) -> str:
         a, b = (self.names[i] for i in self.pair)
         rho, chosen = self.correlation.loc[a, b], self.channels[self.channel][0]
-        words = [f"{row.token} {markup.number(row.difference, True)} (position {i})" for i, row in self.changed.head(5).iterrows()]
+        words = [
+            f"{row.token} {markup.number(row.difference, True)} (position {i})"
+            for i, row in self.changed.head(5).iterrows()
+        ]
         return f"{a} minus {b}, {chosen.label}: rank correlation {markup.number(rho)}; changed most: {', '.join(words) or 'none'}"
 
 
-def _named(traces: Mapping[str, Trace | TokenLens] | Sequence[TokenLens], sample: int) -> dict[str, Trace]:
-    if isinstance(traces, (str, Trace)) or not isinstance(traces, Sequence) or not all(isinstance(one, TokenLens) for one in traces):
+def _named(
+    traces: Mapping[str, Trace | TokenLens] | Sequence[TokenLens], sample: int
+) -> dict[str, Trace]:
+    if (
+        isinstance(traces, (str, Trace))
+        or not isinstance(traces, Sequence)
+        or not all(isinstance(one, TokenLens) for one in traces)
+    ):
         given_traces(traces, "Compare", "{'old': a, 'new': b}", kinds=(Trace, TokenLens))
     if isinstance(traces, Mapping):
-        out = {str(name): some.trace if isinstance(some, TokenLens) else rows_of(some, sample) for name, some in traces.items()}
+        out = {
+            str(name): some.trace if isinstance(some, TokenLens) else rows_of(some, sample)
+            for name, some in traces.items()
+        }
     else:
         titles = [lens.title or chr(65 + i) for i, lens in enumerate(traces)]
-        out = {t if titles.count(t) == 1 else f"{t} {i + 1}": lens.trace for i, (t, lens) in enumerate(zip(titles, traces, strict=True))}
+        out = {
+            t if titles.count(t) == 1 else f"{t} {i + 1}": lens.trace
+            for i, (t, lens) in enumerate(zip(titles, traces, strict=True))
+        }
     if not 2 <= len(out) <= MOST:
-        raise OpdlabError(f"Compare got {len(out)} traces; it shows two to {MOST}. Give them by name: Compare({{'old': a, 'new': b}}).")
+        raise OpdlabError(
+            f"Compare got {len(out)} traces; it shows two to {MOST}. Give them by name: Compare({{'old': a, 'new': b}})."
+        )
     return out
 
 
@@ -153,7 +210,10 @@ def _check_same(traces: Mapping[str, Trace]) -> None:
         tokens = trace.tokens()
         if tokens == wanted:
             continue
-        at = next((i for i, (x, y) in enumerate(zip(wanted, tokens, strict=False)) if x != y), min(len(wanted), len(tokens)))
+        at = next(
+            (i for i, (x, y) in enumerate(zip(wanted, tokens, strict=False)) if x != y),
+            min(len(wanted), len(tokens)),
+        )
         seen = [visible(some[at]) if at < len(some) else "the end" for some in (wanted, tokens)]
         raise OpdlabError(
             f"{first!r} and {name!r} are not of the same text: they part at position {at} ({seen[0]} and {seen[1]}). "
@@ -163,4 +223,8 @@ def _check_same(traces: Mapping[str, Trace]) -> None:
 
 def _spearman(some: Sequence[Channel]) -> np.ndarray:
     """`[k, k]` rank correlations of sizes."""
-    return pd.DataFrame({i: np.abs(c.values) for i, c in enumerate(some)}).corr(method="spearman").to_numpy(float)
+    return (
+        pd.DataFrame({i: np.abs(c.values) for i, c in enumerate(some)})
+        .corr(method="spearman")
+        .to_numpy(float)
+    )

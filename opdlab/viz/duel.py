@@ -6,13 +6,16 @@ from typing import Any
 
 import numpy as np
 
-from opdlab.trace import Trace
+from opdlab.data.trace import Trace
 from opdlab.viz import payload
 from opdlab.viz.glyphs import visible
 
 ROWS = 9  # the sampled token and eight more: what the panel has room for
 LEAST = 1e-3  # a token that no policy gives as much is not shown by itself
-ENTRIES, FEWER = 9000, 4000  # rows of all tokens together that a page carries; fewer where the text itself is long
+ENTRIES, FEWER = (
+    9000,
+    4000,
+)  # rows of all tokens together that a page carries; fewer where the text itself is long
 
 
 def duel(trace: Trace) -> dict[str, Any] | None:
@@ -32,18 +35,28 @@ def duel(trace: Trace) -> dict[str, Any] | None:
     kept = real.any(1)
     pick = lambda x: np.take_along_axis(x, shown, 1)
     seen, index = np.unique(rows[real], return_inverse=True)
-    other = {name: trace.column(f"{name}_tail") + x.sum(1) - (pick(x) * real).sum(1) for name, x in p.items()}
+    other = {
+        name: trace.column(f"{name}_tail") + x.sum(1) - (pick(x) * real).sum(1)
+        for name, x in p.items()
+    }
     return {
-        "count": real.sum(1), "row": index, "ids": seen, "names": [payload.word(visible(trace.piece(int(i)))) for i in seen],
-        "p": {name: _share(pick(x)[real]) for name, x in p.items()}, "other": {name: _share(x[kept]) for name, x in other.items()},
+        "count": real.sum(1),
+        "row": index,
+        "ids": seen,
+        "names": [payload.word(visible(trace.piece(int(i)))) for i in seen],
+        "p": {name: _share(pick(x)[real]) for name, x in p.items()},
+        "other": {name: _share(x[kept]) for name, x in other.items()},
         "rank": {name: trace.column(f"{name}_rank") for name in policies if f"{name}_rank" in have},
-    }  # fmt: skip
+    }
 
 
 def _wanted(trace: Trace, policies: list[str]) -> tuple[np.ndarray, dict[str, np.ndarray]]:
     """`[n, S]` token ids (-1: a repeat; the first is the sampled token) and their probabilities under each policy."""
     ids = trace.column("support")
-    return ids, {name: np.where(ids < 0, 0.0, np.exp(trace.column(f"{name}_top").astype(float))) for name in policies}
+    return ids, {
+        name: np.where(ids < 0, 0.0, np.exp(trace.column(f"{name}_top").astype(float)))
+        for name in policies
+    }
 
 
 def _best(ids: np.ndarray, p: dict[str, np.ndarray]) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
@@ -51,7 +64,9 @@ def _best(ids: np.ndarray, p: dict[str, np.ndarray]) -> tuple[np.ndarray, np.nda
     best = np.where(ids < 0, -1.0, np.max(list(p.values()), axis=0))
     first = np.where(np.arange(ids.shape[1]) == 0, np.inf, best)
     shown = np.argsort(-first, axis=1, kind="stable")[:, :ROWS]
-    shown = np.take_along_axis(shown, np.argsort(-np.take_along_axis(best, shown, 1), axis=1, kind="stable"), 1)
+    shown = np.take_along_axis(
+        shown, np.argsort(-np.take_along_axis(best, shown, 1), axis=1, kind="stable"), 1
+    )
     rows = np.take_along_axis(ids, shown, 1)
     return rows, shown, (rows >= 0) & ((np.take_along_axis(best, shown, 1) >= LEAST) | (shown == 0))
 
@@ -70,7 +85,10 @@ def _differ(trace: Trace) -> np.ndarray:
     if not rivals:
         return trace.column("student_entropy").astype(float)
     with np.errstate(invalid="ignore"):
-        gaps = [np.abs(trace.column(f"{name}_logp").astype(float) - trace.column("student_logp")) for name in rivals]
+        gaps = [
+            np.abs(trace.column(f"{name}_logp").astype(float) - trace.column("student_logp"))
+            for name in rivals
+        ]
     return np.nan_to_num(np.max(gaps, axis=0), nan=0.0, posinf=1e9)
 
 

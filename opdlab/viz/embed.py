@@ -14,7 +14,12 @@ from typing import Any
 STYLES = ("opd.css",)  # of every view; its own come after
 # Of the module of every view: what lies before and after its own files.
 BEFORE = ("core.js", "payload.js", "state.js", "strip.js", "duel.js", "lines.js")
-SHARED = ("tracks.js", "minimap.js", "tools.js", "dots.js")  # known to all files of a module, where a view lists them
+SHARED = (
+    "tracks.js",
+    "minimap.js",
+    "tools.js",
+    "dots.js",
+)  # known to all files of a module, where a view lists them
 AFTER = ("mount.js",)
 _IDLE = r'(?P<quoted>"[^"]*")|(?:\s*;)?\s*(?P<sign>\}|[{;,])\s*|(?<=[a-z]): '  # spaces that a style sheet can do without
 _UNSAFE = {"<": "\\u003c", ">": "\\u003e", "&": "\\u0026"}
@@ -41,7 +46,14 @@ def script_text(scripts: Iterable[str]) -> str:
     """One ES module: the base, each view's file in a scope of its own, and what mounts them; comments and indents left out."""
     names = dict.fromkeys(scripts)
     own = "".join(f"{{\n{asset(name)}}}\n" for name in names if name not in SHARED)
-    text = "\n".join([*map(asset, BEFORE), *(asset(name) for name in SHARED if name in names), own, *map(asset, AFTER)])
+    text = "\n".join(
+        [
+            *map(asset, BEFORE),
+            *(asset(name) for name in SHARED if name in names),
+            own,
+            *map(asset, AFTER),
+        ]
+    )
     lines = [line.strip() for line in text.splitlines()]
     text = "\n".join(line for line in lines if line and not line.startswith("//"))
     return re.sub("</(?=script)", r"<\\/", text, flags=re.IGNORECASE)

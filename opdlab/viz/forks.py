@@ -9,11 +9,11 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
+from opdlab.data.tokens import token_bytes
+from opdlab.data.trace import Trace
 from opdlab.errors import OpdlabError
-from opdlab.expect import expect_trace
 from opdlab.methods import windows
-from opdlab.tokens import token_bytes
-from opdlab.trace import Trace
+from opdlab.support.expect import expect
 from opdlab.viz import markup, payload
 from opdlab.viz.channels import Channel, channels, described
 from opdlab.viz.glyphs import visible
@@ -41,13 +41,27 @@ class Forks(View):
     name, scripts, styles = "forks", ("dots.js", "forks.js"), ("dots.css", "forks.css")
     threshold = Trait(0.0)
 
-    def __init__(self, trace: Trace, policies: Mapping[str, Any] | None = None, prompts: Sequence[Any] | None = None,
-                 title: str = "") -> None:  # fmt: skip
+    def __init__(
+        self,
+        trace: Trace,
+        policies: Mapping[str, Any] | None = None,
+        prompts: Sequence[Any] | None = None,
+        title: str = "",
+    ) -> None:
         super().__init__()
-        expect_trace(trace, type(self).__name__)
-        self.trace, self.policies, self.prompts, self.title = trace, dict(policies or {}), prompts, title
+        expect(trace, Trace, type(self).__name__, "trace")
+        self.trace, self.policies, self.prompts, self.title = (
+            trace,
+            dict(policies or {}),
+            prompts,
+            title,
+        )
         notes = notes_of(trace, "TOPD")
-        self.windows = {row: _window(note) for note in notes.get("windows", []) if (row := self._row(note)) is not None}
+        self.windows = {
+            row: _window(note)
+            for note in notes.get("windows", [])
+            if (row := self._row(note)) is not None
+        }
         if not self.windows and not {"student", "teacher"} <= set(self.policies):
             raise OpdlabError(
                 "The trace has no windows. Take step.trace() of a run with TOPD, or hand in policies={'student': …, 'teacher': …} to ask."
@@ -61,17 +75,34 @@ class Forks(View):
         distance = np.full(len(self.trace), np.nan)
         for row, window in self.windows.items():
             distance[row] = window["distance"]
-        verdict = np.where(np.isnan(distance), "", np.array(VERDICTS)[(distance > self.threshold + SAME).astype(int)])
-        return self.trace.to_pandas().assign(token=[visible(p) for p in self.trace.tokens()], distance=distance, verdict=verdict)
+        verdict = np.where(
+            np.isnan(distance),
+            "",
+            np.array(VERDICTS)[(distance > self.threshold + SAME).astype(int)],
+        )
+        return self.trace.to_pandas().assign(
+            token=[visible(p) for p in self.trace.tokens()], distance=distance, verdict=verdict
+        )
 
     @property
     def table(self) -> pd.DataFrame:
         """One row a window: `row`, `sample`, `position`, `distance`, `verdict` and the two texts, the largest distance first."""
         columns = ["row", "sample", "position", "distance", "verdict", "student", "teacher"]
-        rows = [{"row": row, "sample": int(self._samples[row]), "position": int(self._positions[row]), "distance": w["distance"],
-                 "verdict": self._verdict(w), "student": self._said(w["student"]), "teacher": self._said(w["teacher"])}
-                for row, w in self.windows.items()]  # fmt: skip
-        return pd.DataFrame(rows, columns=columns).sort_values("distance", ascending=False, kind="stable", ignore_index=True)
+        rows = [
+            {
+                "row": row,
+                "sample": int(self._samples[row]),
+                "position": int(self._positions[row]),
+                "distance": w["distance"],
+                "verdict": self._verdict(w),
+                "student": self._said(w["student"]),
+                "teacher": self._said(w["teacher"]),
+            }
+            for row, w in self.windows.items()
+        ]
+        return pd.DataFrame(rows, columns=columns).sort_values(
+            "distance", ascending=False, kind="stable", ignore_index=True
+        )
 
     def at(self, row: int, window: int | None = None) -> dict[str, Any]:
         """New windows from before a token: greedy texts of both policies, their exact distance and plan; kept in `table`.
@@ -84,14 +115,21 @@ class Forks(View):
         embedding = "student" if hasattr(self.policies["student"], "weights") else "onehot"
         cost = windows.costs([texts["student"]], [texts["teacher"]], embedding, self.policies)
         distance, plans = windows.solve(cost)
-        self.windows[row] = {**texts, "distance": float(distance[0]), "plan": plans[0].tolist(), "asked": True}
+        self.windows[row] = {
+            **texts,
+            "distance": float(distance[0]),
+            "plan": plans[0].tolist(),
+            "asked": True,
+        }
         return self.windows[row]
 
     def goes_on(self, row: int, side: str, tokens: int | None = None) -> str:
         """What `student` or `teacher` writes greedily from before a token: `tokens`, by default as the longest completion has left."""
         prompt, prefix = self._begun(row)
         room = tokens or max(int(self._positions.max()) + 1 - len(prefix), LEFT)
-        return b"".join(self._pieces(self._write(side, prompt, prefix, room))).decode("utf-8", "replace")
+        return b"".join(self._pieces(self._write(side, prompt, prefix, room))).decode(
+            "utf-8", "replace"
+        )
 
     def answer(self, question: Mapping[str, Any]) -> Any:
         row = int(question["row"])
@@ -106,9 +144,13 @@ class Forks(View):
         channel = self._channel
         drawn = described(channel, channel.limit) | {"peaks": sorted(self.windows)}
         return {
-            "title": self.title, "text": payload.text(self.trace), "channel": drawn, "asks": {"student", "teacher"} <= set(self.policies),
-            "windows": [self._drawn(row, window) for row, window in self.windows.items()], "size": self._size,
-        }  # fmt: skip
+            "title": self.title,
+            "text": payload.text(self.trace),
+            "channel": drawn,
+            "asks": {"student", "teacher"} <= set(self.policies),
+            "windows": [self._drawn(row, window) for row, window in self.windows.items()],
+            "size": self._size,
+        }
 
     def static(self) -> str:
         title = markup.title(self.title)
@@ -122,11 +164,15 @@ class Forks(View):
         return f'{title}{bar}<div class="opd-fork-table"><table>{head}{rows}</table></div>'
 
     def __repr__(self) -> str:
-        lines = [f"{w['sample']}:{w['position']}  {markup.number(w['distance'])}  {w['verdict']}  {w['student']!r} | {w['teacher']!r}"
-                 for w in self.table.head(SHOWN).to_dict("records")]  # fmt: skip
+        lines = [
+            f"{w['sample']}:{w['position']}  {markup.number(w['distance'])}  {w['verdict']}  {w['student']!r} | {w['teacher']!r}"
+            for w in self.table.head(SHOWN).to_dict("records")
+        ]
         more = [f"… {len(self.windows) - SHOWN} more"] if len(self.windows) > SHOWN else []
         head = f"Forks: {self.title + ', ' if self.title else ''}{self._count}"
-        return "\n".join([head, *markup.sparkline_of(self.trace, self._channel, self.selected), *lines, *more])
+        return "\n".join(
+            [head, *markup.sparkline_of(self.trace, self._channel, self.selected), *lines, *more]
+        )
 
     @cached_property
     def _samples(self) -> np.ndarray:
@@ -138,7 +184,12 @@ class Forks(View):
 
     @cached_property
     def _rows(self) -> dict[tuple[int, int], int]:
-        return {pair: row for row, pair in enumerate(zip(self._samples.tolist(), self._positions.tolist(), strict=True))}
+        return {
+            pair: row
+            for row, pair in enumerate(
+                zip(self._samples.tolist(), self._positions.tolist(), strict=True)
+            )
+        }
 
     @property
     def _count(self) -> str:
@@ -150,14 +201,18 @@ class Forks(View):
 
     @property
     def _size(self) -> int:
-        return max((max(len(w["student"]), len(w["teacher"])) for w in self.windows.values()), default=8)
+        return max(
+            (max(len(w["student"]), len(w["teacher"])) for w in self.windows.values()), default=8
+        )
 
     @property
     def _channel(self) -> Channel:
         """The log ratio, or what the trace has instead."""
         found = channels(self.trace)
         plain = Channel("none", "no numbers", np.zeros(len(self.trace)))
-        return found.get("log_ratio") or next((c for c in found.values() if c.kind in ("ratio", "amount")), plain)
+        return found.get("log_ratio") or next(
+            (c for c in found.values() if c.kind in ("ratio", "amount")), plain
+        )
 
     def _row(self, note: Mapping[str, Any]) -> int | None:
         return self._rows.get((int(note["sample"]), int(note["position"])))
@@ -172,20 +227,26 @@ class Forks(View):
                 "Nobody can be asked: no policies were handed in. Make it with Forks(trace, policies={'student': …, 'teacher': …})."
             )
         if not 0 <= row < len(self.trace):
-            raise OpdlabError(f"The trace has rows 0 to {len(self.trace) - 1}, not {row}. Give one of these.")
+            raise OpdlabError(
+                f"The trace has rows 0 to {len(self.trace) - 1}, not {row}. Give one of these."
+            )
         sample, position = int(self._samples[row]), int(self._positions[row])
         ids = self.trace.column("token_id")[row - position : row].tolist()
         return (self.prompts[sample] if self.prompts is not None else self._plain(sample)), ids
 
     def _plain(self, sample: int) -> Any:
-        from opdlab.policy import Prompt
+        from opdlab.data.prompt import Prompt
 
         text = str(self.trace.meta["prompts"][sample])
         chat = getattr(self.policies["student"].tokenizer, "chat_template", None)
         return Prompt(messages=({"role": "user", "content": text},)) if chat else Prompt(text=text)
 
     def _write(self, side: str, prompt: Any, prefix: list[int], size: int) -> list[int]:
-        return list(self.policies[side].sample([prompt], prefixes=[prefix], temperature=0, max_new_tokens=size).completions()[0])
+        return list(
+            self.policies[side]
+            .sample([prompt], prefixes=[prefix], temperature=0, max_new_tokens=size)
+            .completions()[0]
+        )
 
     def _pieces(self, ids: Sequence[int]) -> list[bytes]:
         """The bytes of tokens, which the trace knows only of those that occur in it."""
@@ -199,11 +260,26 @@ class Forks(View):
 
     def _drawn(self, row: int, window: Mapping[str, Any]) -> dict[str, Any]:
         """A window as the page reads it: names of tokens, which of them are the same, the plan row by row."""
-        words = {side: [payload.word(visible(piece)) for piece in self._pieces(window[side])] for side in ("student", "teacher")}
+        words = {
+            side: [payload.word(visible(piece)) for piece in self._pieces(window[side])]
+            for side in ("student", "teacher")
+        }
         same = [[int(s == t) for t in window["teacher"]] for s in window["student"]]
-        return {"row": row, "distance": window["distance"], **words, "same": same, "plan": window.get("plan"), "asked": window["asked"]}
+        return {
+            "row": row,
+            "distance": window["distance"],
+            **words,
+            "same": same,
+            "plan": window.get("plan"),
+            "asked": window["asked"],
+        }
 
 
 def _window(note: Mapping[str, Any]) -> dict[str, Any]:
-    return {"student": [int(i) for i in note["student"]], "teacher": [int(i) for i in note["teacher"]],
-            "distance": float(note["distance"]), "plan": note.get("plan"), "asked": False}  # fmt: skip
+    return {
+        "student": [int(i) for i in note["student"]],
+        "teacher": [int(i) for i in note["teacher"]],
+        "distance": float(note["distance"]),
+        "plan": note.get("plan"),
+        "asked": False,
+    }

@@ -5,10 +5,9 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+from opdlab.data.trace import Trace
 from opdlab.errors import InvalidValue
-from opdlab.expect import expect_trace
-from opdlab.trace import Trace
-from opdlab.validation import shortened
+from opdlab.support.expect import expect, shortened
 
 
 def given_traces(value: Any, where: str, example: str, kinds: tuple[type, ...] = (Trace,)) -> None:
@@ -18,7 +17,9 @@ def given_traces(value: Any, where: str, example: str, kinds: tuple[type, ...] =
         InvalidValue: It is no dict, or holds something else; the message shows `example`.
     """
     if not isinstance(value, Mapping):
-        raise InvalidValue(f"{where} got {shortened(value)}. Give traces by name or step, as {example}.")
+        raise InvalidValue(
+            f"{where} got {shortened(value)}. Give traces by name or step, as {example}."
+        )
     for name, trace in value.items():
         if not isinstance(trace, kinds):
-            expect_trace(trace, where, f"{{{name!r}: …}}")
+            expect(trace, Trace, where, f"{{{name!r}: …}}")

@@ -42,7 +42,9 @@ def groups(pieces: Iterable[bytes]) -> list[Group]:
     out: list[Group] = []
     raw, text, count = b"", "", 0
     for piece in [*pieces, None]:
-        if count and (piece is None or (piece[:1] and piece[0] & 0xC0 != 0x80)):  # no continuation comes: close what is open
+        if count and (
+            piece is None or (piece[:1] and piece[0] & 0xC0 != 0x80)
+        ):  # no continuation comes: close what is open
             out.append(_group(raw, text + decoder.decode(b"", final=True), count))
             raw, text, count = b"", "", 0
         if piece is None:
@@ -95,7 +97,9 @@ def _decoded(piece: bytes) -> str:
 
 def _plain(text: str) -> bool:
     """Whether all of a text is seen as it is, spaces within it apart: the quick way through long ones."""
-    return text.isprintable() and not any(unicodedata.category(c)[0] == "M" for c in (*text[:1], *text[-1:]))
+    return text.isprintable() and not any(
+        unicodedata.category(c)[0] == "M" for c in (*text[:1], *text[-1:])
+    )
 
 
 def _parts(text: str) -> list[Part]:

@@ -8,20 +8,33 @@ from __future__ import annotations
 
 import numpy as np
 
-from opdlab.trace import Trace
+from opdlab.data.trace import Trace
 
 DUST = 1e-9  # a tail below this is rounding, not mass
 
 
 def has_top(trace: Trace, *policies: str) -> bool:
     """Whether the trace kept the top tokens of these policies."""
-    return {"support", *(f"{name}_top" for name in policies), *(f"{name}_tail" for name in policies)} <= set(trace.table.column_names)
+    return {
+        "support",
+        *(f"{name}_top" for name in policies),
+        *(f"{name}_tail" for name in policies),
+    } <= set(trace.table.column_names)
 
 
 def coarse(trace: Trace, policy: str) -> np.ndarray:
     """Log-probs of the kept tokens, then of the bucket: `[n, S + 1]`, -inf at repeats and where a tail is only dust."""
-    top, tail = trace.column(f"{policy}_top").astype(float), trace.column(f"{policy}_tail").astype(float)
-    return np.concatenate([top, np.log(tail, out=np.full(len(tail), -np.inf), where=tail > DUST)[:, None]], 1) if len(trace) else top
+    top, tail = (
+        trace.column(f"{policy}_top").astype(float),
+        trace.column(f"{policy}_tail").astype(float),
+    )
+    return (
+        np.concatenate(
+            [top, np.log(tail, out=np.full(len(tail), -np.inf), where=tail > DUST)[:, None]], 1
+        )
+        if len(trace)
+        else top
+    )
 
 
 def kl(p: np.ndarray, q: np.ndarray) -> np.ndarray:

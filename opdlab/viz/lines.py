@@ -12,7 +12,14 @@ import numpy as np
 from opdlab.viz.markup import number, safe
 
 POINTS = 300  # a line is thinned to about as many
-HUES = ("teacher", "student", "amount", "green", "pink", "grey")  # of lines; the last three are dashed, each in its own way
+HUES = (
+    "teacher",
+    "student",
+    "amount",
+    "green",
+    "pink",
+    "grey",
+)  # of lines; the last three are dashed, each in its own way
 
 
 @dataclass(frozen=True, eq=False)
@@ -43,19 +50,44 @@ class Plot:
     def data(self) -> dict[str, Any]:
         """As `static/lines.js` reads it."""
         lines = [
-            {"name": s.name, "x": s.x.astype(np.float32), "y": s.y.astype(np.float32), "look": s.look, "kind": s.kind} for s in self.lines
+            {
+                "name": s.name,
+                "x": s.x.astype(np.float32),
+                "y": s.y.astype(np.float32),
+                "look": s.look,
+                "kind": s.kind,
+            }
+            for s in self.lines
         ]
-        return {"key": self.key, "label": self.label, "unit": self.unit, "told": self.told, "x": list(self.x), "y": list(self.y),
-                "marks": [list(m) for m in self.marks], "lines": lines}  # fmt: skip
+        return {
+            "key": self.key,
+            "label": self.label,
+            "unit": self.unit,
+            "told": self.told,
+            "x": list(self.x),
+            "y": list(self.y),
+            "marks": [list(m) for m in self.marks],
+            "lines": lines,
+        }
 
     def html(self) -> str:
         """The plot as markup; nothing in it but numbers and escaped words."""
-        low, top = (number(0.0 if abs(end) < (self.y[1] - self.y[0]) / 1000 else end) for end in self.y)
+        low, top = (
+            number(0.0 if abs(end) < (self.y[1] - self.y[0]) / 1000 else end) for end in self.y
+        )
         first, last = (f"{x:g}".replace("-", "−") for x in self.x)
-        drawn = "".join(f'<path class="opd-l opd-l-{s.look} opd-l-{s.kind}" d="{path(s, self.x, self.y)}"/>' for s in self.lines)
+        drawn = "".join(
+            f'<path class="opd-l opd-l-{s.look} opd-l-{s.kind}" d="{path(s, self.x, self.y)}"/>'
+            for s in self.lines
+        )
         flagged = [(_at(x, self.x), sign) for x, sign in self.marks if sign]
-        flags = "".join(f'<span class="opd-lp-flag" style="left:{at:.2f}%">{safe(sign)}</span>' for at, sign in flagged)
-        rules = "".join(f'<path class="opd-lp-mark" d="M{_at(x, self.x):.2f} 0V100"/>' for x, _ in self.marks)
+        flags = "".join(
+            f'<span class="opd-lp-flag" style="left:{at:.2f}%">{safe(sign)}</span>'
+            for at, sign in flagged
+        )
+        rules = "".join(
+            f'<path class="opd-lp-mark" d="M{_at(x, self.x):.2f} 0V100"/>' for x, _ in self.marks
+        )
         return (
             f'<figure class="opd-plot"><figcaption><b>{safe(self.label)}</b> <span class="opd-soft">{safe(self.told)}</span></figcaption>'
             f'<div class="opd-lp-box"><span class="opd-lp-y">{top}</span><span class="opd-lp-y opd-lp-low">{low}</span>'
@@ -88,7 +120,9 @@ def span(arrays: Sequence[np.ndarray], zero: bool = False) -> tuple[float, float
         return 0.0, 1.0
     low, high = float(finite.min()), float(finite.max())
     low = min(low, 0.0) if zero else low
-    return (low, high) if high > low else (low - 0.5 * (abs(low) or 1), high + 0.5 * (abs(high) or 1))
+    return (
+        (low, high) if high > low else (low - 0.5 * (abs(low) or 1), high + 0.5 * (abs(high) or 1))
+    )
 
 
 def thinned(x: np.ndarray, y: np.ndarray) -> tuple[np.ndarray, np.ndarray]:

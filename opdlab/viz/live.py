@@ -11,13 +11,21 @@ try:
     import anywidget
     import traitlets
 except ImportError as error:
-    raise OpdlabError(f"Live views need anywidget ({error}). Install it: pip install 'opdlab[notebooks]'.") from error
+    raise OpdlabError(
+        f"Live views need anywidget ({error}). Install it: pip install 'opdlab[notebooks]'."
+    ) from error
 
 if TYPE_CHECKING:
     from opdlab.viz.view import View
 
-_KINDS = {int: traitlets.Int, float: traitlets.Float, str: traitlets.Unicode, list: traitlets.List, dict: traitlets.Dict,
-          bool: traitlets.Bool}  # fmt: skip
+_KINDS = {
+    int: traitlets.Int,
+    float: traitlets.Float,
+    str: traitlets.Unicode,
+    list: traitlets.List,
+    dict: traitlets.Dict,
+    bool: traitlets.Bool,
+}
 
 
 _classes: dict[Any, type[LiveView]] = {}
@@ -57,16 +65,26 @@ def _class(kind: type[View]) -> type[LiveView]:
     """A widget class with the module, the style and the traits of this kind of view."""
     if kind in _classes:
         return _classes[kind]
-    traits = {name: _KINDS[type(default)](default).tag(sync=True) for name, default in _defaults(kind).items()}
+    traits = {
+        name: _KINDS[type(default)](default).tag(sync=True)
+        for name, default in _defaults(kind).items()
+    }
     script, style = embed.script_text(kind.scripts), embed.style_text(*embed.STYLES, *kind.styles)
-    _classes[kind] = type(f"Live{kind.__name__}", (LiveView,), {"_esm": script, "_css": style, **traits})
+    _classes[kind] = type(
+        f"Live{kind.__name__}", (LiveView,), {"_esm": script, "_css": style, **traits}
+    )
     return _classes[kind]
 
 
 def _defaults(kind: type[View]) -> dict[str, Any]:
     from opdlab.viz.view import Trait
 
-    return {name: x.default for owner in reversed(kind.__mro__) for name, x in vars(owner).items() if isinstance(x, Trait)}
+    return {
+        name: x.default
+        for owner in reversed(kind.__mro__)
+        for name, x in vars(owner).items()
+        if isinstance(x, Trait)
+    }
 
 
 def _reply(view: View, content: Any) -> dict[str, Any]:

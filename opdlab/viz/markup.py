@@ -8,7 +8,7 @@ from html import escape
 
 import numpy as np
 
-from opdlab.trace import Trace
+from opdlab.data.trace import Trace
 from opdlab.viz.channels import Channel
 from opdlab.viz.glyphs import Group, clean
 
@@ -20,7 +20,16 @@ INK = {
     "minus": ((128, 128, 128), 0.45),
 }
 # Kinds: neither blue nor orange, which mean teacher and student, and a kind of underline each.
-KINDS = ((0, 158, 115), (204, 121, 167), (176, 160, 0), (110, 125, 150), (150, 90, 60), (120, 180, 60), (220, 80, 90), (60, 190, 200))
+KINDS = (
+    (0, 158, 115),
+    (204, 121, 167),
+    (176, 160, 0),
+    (110, 125, 150),
+    (150, 90, 60),
+    (120, 180, 60),
+    (220, 80, 90),
+    (60, 190, 200),
+)
 INK |= {f"k{i}": (rgb, 0.5) for i, rgb in enumerate(KINDS)}
 LINES = ("solid", "dotted", "dashed", "double", "wavy")
 WHOLE = 1200  # groups that the static strip holds whole
@@ -31,7 +40,9 @@ def side(kind: str, value: float) -> str:
     """Whose colour a value has."""
     if kind == "category":
         return f"k{int(value) % len(KINDS)}" if value >= 0 else "minus"
-    negative, positive = {"ratio": ("student", "teacher"), "signed": ("minus", "amount")}.get(kind, ("amount", "amount"))
+    negative, positive = {"ratio": ("student", "teacher"), "signed": ("minus", "amount")}.get(
+        kind, ("amount", "amount")
+    )
     return positive if value > 0 else negative
 
 
@@ -65,8 +76,14 @@ def legend(channel: Channel, limit: float) -> str:
     if channel.names:
         return _key(channel, limit)
     ends = range(-_STEPS, _STEPS + 1) if channel.kind != "amount" else range(_STEPS + 1)
-    cells = "".join(f'<span class="opd-cell" style="{_tint(channel.kind, i * limit / _STEPS, limit)}">&nbsp;</span>' for i in ends)
-    ticks = [f"−{number(limit)}"] * (channel.kind != "amount") + ["0", f"{number(limit)} {channel.unit}"]
+    cells = "".join(
+        f'<span class="opd-cell" style="{_tint(channel.kind, i * limit / _STEPS, limit)}">&nbsp;</span>'
+        for i in ends
+    )
+    ticks = [f"−{number(limit)}"] * (channel.kind != "amount") + [
+        "0",
+        f"{number(limit)} {channel.unit}",
+    ]
     meaning = f"{channel.less} ↔ {channel.more}" if channel.less else ""
     return (
         f'<div class="opd-legend"><span>{escape(channel.label)}</span> <span class="opd-scale">{cells}</span> '
@@ -80,12 +97,20 @@ def sparkline(channel: Channel, width: int = 64) -> str:
     Of kinds it shows numbers, from 1 in the order of their names; the commonest where many tokens share one.
     """
     if channel.kind == "category":
-        parts = np.array_split(np.nan_to_num(channel.values, nan=-1).astype(int), min(width, len(channel.values) or 1))
-        commonest = [int(np.bincount(part[part >= 0]).argmax()) if (part >= 0).any() else -1 for part in parts]
+        parts = np.array_split(
+            np.nan_to_num(channel.values, nan=-1).astype(int), min(width, len(channel.values) or 1)
+        )
+        commonest = [
+            int(np.bincount(part[part >= 0]).argmax()) if (part >= 0).any() else -1
+            for part in parts
+        ]
         return "".join("·" if c < 0 else str(c + 1) for c in commonest)
     size = np.nan_to_num(np.abs(channel.values), nan=0.0, posinf=np.inf)
     bins = np.array_split(size, min(width, len(size))) if len(size) else []
-    return "".join("▁▂▃▄▅▆▇█"[min(7, int(8 * weight(float(b.max()), channel.limit, channel.kind)))] for b in bins)
+    return "".join(
+        "▁▂▃▄▅▆▇█"[min(7, int(8 * weight(float(b.max()), channel.limit, channel.kind)))]
+        for b in bins
+    )
 
 
 def sparkline_of(trace: Trace, channel: Channel, row: int) -> list[str]:
@@ -94,7 +119,9 @@ def sparkline_of(trace: Trace, channel: Channel, row: int) -> list[str]:
     if not 0 <= row < len(samples):
         return []
     values = channel.values[samples == samples[row]]
-    return [f"{sparkline(Channel('', '', values, fixed=channel.limit))} {channel.label} along completion {samples[row]}"]
+    return [
+        f"{sparkline(Channel('', '', values, fixed=channel.limit))} {channel.label} along completion {samples[row]}"
+    ]
 
 
 def number(value: float, sign: bool = False) -> str:
@@ -138,21 +165,29 @@ def _shown(values: Sequence[float]) -> Sequence[int]:
     if len(values) <= WHOLE:
         return range(len(values))
     size = np.nan_to_num(np.abs(values), nan=0.0)
-    near = {j for i in np.argsort(-size, kind="stable")[:12].tolist() for j in range(i - 12, i + 13)}
+    near = {
+        j for i in np.argsort(-size, kind="stable")[:12].tolist() for j in range(i - 12, i + 13)
+    }
     return sorted((near & set(range(len(values)))) | set(range(WHOLE // 2)))
 
 
 def _strongest(groups: Sequence[Group], channel: Channel) -> Iterator[float]:
     at = 0
     for group in groups:
-        yield max(channel.values[at : at + group.tokens].tolist(), key=lambda v: -1.0 if math.isnan(v) else abs(v))
+        yield max(
+            channel.values[at : at + group.tokens].tolist(),
+            key=lambda v: -1.0 if math.isnan(v) else abs(v),
+        )
         at += group.tokens
 
 
 def _glyph(group: Group, kind: str, value: float, limit: float) -> str:
     look = "opd-ink opd-special" if group.special else "opd-ink"
     parts = "".join(
-        safe(raw) if seen == raw else f'<span class="opd-mark" data-mark="{safe(seen)}">{safe(raw)}</span>' for seen, raw in group.parts
+        safe(raw)
+        if seen == raw
+        else f'<span class="opd-mark" data-mark="{safe(seen)}">{safe(raw)}</span>'
+        for seen, raw in group.parts
     )
     tint = _tint(kind, value, limit)
     if not tint and not group.special:
@@ -163,5 +198,9 @@ def _glyph(group: Group, kind: str, value: float, limit: float) -> str:
 def _tint(kind: str, value: float, limit: float) -> str:
     (r, g, b), strongest = INK[side(kind, value)]
     alpha = weight(value, limit, kind) * strongest
-    line = f";text-decoration:underline {LINES[int(value) % len(LINES)]}" if kind == "category" and value >= 0 else ""
+    line = (
+        f";text-decoration:underline {LINES[int(value) % len(LINES)]}"
+        if kind == "category" and value >= 0
+        else ""
+    )
     return f"background-color:rgba({r},{g},{b},{alpha:.3f}){line}" if alpha >= 0.02 else ""

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from opdlab.expect import expect_trace
-from opdlab.trace import Trace
+from opdlab.data.trace import Trace
+from opdlab.support.expect import expect
 from opdlab.viz.audits import Audits
 from opdlab.viz.forks import Forks
 from opdlab.viz.kept import has_top
@@ -33,13 +33,19 @@ def overview(trace: Trace, sample: int = 0) -> list[tuple[str, View]]:
 
     A trace of a student alone has a lens and nothing to compare. Raises OpdlabError for a completion that is not there.
     """
-    expect_trace(trace, "overview")
+    expect(trace, Trace, "overview", "trace")
     rivals = [name for name in trace.policies if name != "student"]
     views: list[View] = [TokenLens(trace, sample)]
     views += [Rollouts(trace)] if len(trace.meta["texts"]) > 1 and len(trace) else []
     views += [Timeline(trace, samples=[sample]), Regimes(trace)] if rivals and len(trace) else []
-    views += [PrivilegeLens(trace, sample=sample)] if {"teacher", "teacher+hint"} <= set(rivals) else []
+    views += (
+        [PrivilegeLens(trace, sample=sample)] if {"teacher", "teacher+hint"} <= set(rivals) else []
+    )
     views += [Forks(trace)] if notes_of(trace, "TOPD").get("windows") else []
     views += [Audits(trace)] if notes_of(trace, "OmniOPD").get("audits") else []
-    views += [TailAudit(trace, sample)] if rivals and len(trace) and has_top(trace, "student", rivals[0]) else []
+    views += (
+        [TailAudit(trace, sample)]
+        if rivals and len(trace) and has_top(trace, "student", rivals[0])
+        else []
+    )
     return [(CAPTIONS[type(view)], view) for view in views]

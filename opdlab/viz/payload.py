@@ -18,7 +18,7 @@ from typing import Any
 
 import numpy as np
 
-from opdlab.trace import Trace
+from opdlab.data.trace import Trace
 from opdlab.viz.glyphs import Group, clean, groups, visible
 
 LONG = 2500  # tokens from which numbers travel in 8 bits
@@ -39,7 +39,9 @@ def numbers(values: Any) -> np.ndarray:
     if len(values) > LONG:
         return values.view(Coarse)
     finite = np.abs(values[np.isfinite(values)])
-    return values.astype(np.float16 if not len(finite) or 1e-4 < finite.max() < 60_000 else np.float32)
+    return values.astype(
+        np.float16 if not len(finite) or 1e-4 < finite.max() < 60_000 else np.float32
+    )
 
 
 def coarser(values: np.ndarray, limit: float) -> np.ndarray:
@@ -71,11 +73,19 @@ def text(trace: Trace) -> dict[str, Any]:
     glyphs = [_glyph(groups([pieces[int(i)]])[0]) for i in seen[order]]
     words = [visible(pieces[int(i)]) for i in seen[order]]
     return {
-        "index": back[index].astype(int), "id": seen[order],
-        "word": [None if w == _plain_word(g) else word(w) for w, g in zip(words, glyphs, strict=True)], "glyph": glyphs,
-        "joined": [j for _, start, size in where for j in _joined([pieces[int(i)] for i in ids[start : start + size]], start)],
+        "index": back[index].astype(int),
+        "id": seen[order],
+        "word": [
+            None if w == _plain_word(g) else word(w) for w, g in zip(words, glyphs, strict=True)
+        ],
+        "glyph": glyphs,
+        "joined": [
+            j
+            for _, start, size in where
+            for j in _joined([pieces[int(i)] for i in ids[start : start + size]], start)
+        ],
         "texts": [_described(trace, *span) for span in where],
-    }  # fmt: skip
+    }
 
 
 def spans(trace: Trace) -> Iterator[tuple[int, int, int]]:
@@ -94,7 +104,9 @@ def word(seen: str) -> str:
 
 def key(ids: np.ndarray, prompt: str, sample: int) -> str:
     """What links the views of one completion, also of traces that graded it again."""
-    return hashlib.sha256(repr((sample, prompt, ids.tolist())).encode("utf-8", "replace")).hexdigest()[:12]
+    return hashlib.sha256(
+        repr((sample, prompt, ids.tolist())).encode("utf-8", "replace")
+    ).hexdigest()[:12]
 
 
 def pack(tree: Mapping[str, Any]) -> bytes:
@@ -106,7 +118,12 @@ def pack(tree: Mapping[str, Any]) -> bytes:
         listed.append([path, kind, start, array.size, top])
         parts.append(_padded(array.tobytes()))
         start += len(parts[-1])
-    head = json.dumps({"tree": plain, "arrays": listed}, ensure_ascii=False, allow_nan=False, separators=(",", ":")).encode()
+    head = json.dumps(
+        {"tree": plain, "arrays": listed},
+        ensure_ascii=False,
+        allow_nan=False,
+        separators=(",", ":"),
+    ).encode()
     parts[0] = _padded(len(head).to_bytes(4, "little") + head)
     return min(_deflated(parts), _deflated([b"".join(parts)]), key=len)
 
@@ -125,7 +142,13 @@ def unpack(block: bytes) -> dict[str, Any]:
         node = head["tree"]
         for step in path[:-1]:
             node = node[step]
-        node[path[-1]] = _from_levels(array, top) if kind == "levels" else array.astype(float) if kind[0] == "f" else array
+        node[path[-1]] = (
+            _from_levels(array, top)
+            if kind == "levels"
+            else array.astype(float)
+            if kind[0] == "f"
+            else array
+        )
     return head["tree"]
 
 
@@ -172,7 +195,11 @@ def _stored(array: np.ndarray) -> tuple[str, np.ndarray, float]:
         kind = "f2" if array.dtype == np.float16 else "f4"
     else:
         low, high = (int(array.min()), int(array.max())) if array.size else (0, 0)
-        fits = [k for k in ("u1", "i1", "u2", "i2", "u4", "i4") if np.iinfo(k).min <= low and high <= np.iinfo(k).max]
+        fits = [
+            k
+            for k in ("u1", "i1", "u2", "i2", "u4", "i4")
+            if np.iinfo(k).min <= low and high <= np.iinfo(k).max
+        ]
         kind = fits[0] if fits else "f8"
     return kind, array.astype(f"<{kind}"), 0.0
 
@@ -180,7 +207,12 @@ def _stored(array: np.ndarray) -> tuple[str, np.ndarray, float]:
 def _to_levels(values: np.ndarray) -> tuple[np.ndarray, float]:
     finite = np.abs(values[np.isfinite(values)])
     top = float(finite.max()) if finite.size else 0.0
-    level = np.rint(_LEVELS * np.sqrt(np.minimum(np.abs(np.nan_to_num(values, posinf=top, neginf=top)) / (top or 1.0), 1.0)))
+    level = np.rint(
+        _LEVELS
+        * np.sqrt(
+            np.minimum(np.abs(np.nan_to_num(values, posinf=top, neginf=top)) / (top or 1.0), 1.0)
+        )
+    )
     level = np.where(np.isinf(values), _LEVELS + 1, level) * np.sign(np.nan_to_num(values))
     return np.where(np.isnan(values), -128, level).astype(np.int8), top
 
@@ -207,7 +239,11 @@ def _from_levels(level: np.ndarray, top: float) -> np.ndarray:
 def _glyph(group: Group) -> Any:
     """The text itself where it is seen as it is, else `[lead, parts, special]`."""
     plain = not group.special and all(seen == raw for seen, raw in group.parts)
-    return group.text if plain else [group.lead, [list(part) for part in group.parts], int(group.special)]
+    return (
+        group.text
+        if plain
+        else [group.lead, [list(part) for part in group.parts], int(group.special)]
+    )
 
 
 def _plain_word(glyph: Any) -> str | None:
@@ -225,5 +261,11 @@ def _joined(pieces: list[bytes], at: int) -> Iterator[list[Any]]:
 
 def _described(trace: Trace, sample: int, first: int, size: int) -> dict[str, Any]:
     prompt, ids = str(trace.meta["prompts"][sample]), trace.column("token_id")[first : first + size]
-    return {"key": key(ids, prompt, sample), "sample": sample, "first": first, "size": size, "prompt": prompt,
-            "finish": str(trace.meta["finish"][sample])}  # fmt: skip
+    return {
+        "key": key(ids, prompt, sample),
+        "sample": sample,
+        "first": first,
+        "size": size,
+        "prompt": prompt,
+        "finish": str(trace.meta["finish"][sample]),
+    }

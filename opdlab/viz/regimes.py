@@ -9,9 +9,9 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
+from opdlab.data.trace import Trace
 from opdlab.errors import OpdlabError, UnknownColumn
-from opdlab.expect import expect_trace
-from opdlab.trace import Trace
+from opdlab.support.expect import expect
 from opdlab.viz import markup, payload
 from opdlab.viz.axes import Axis, axes, gap_sides
 from opdlab.viz.channels import Channel
@@ -20,7 +20,12 @@ from opdlab.viz.sorts import Sort, sorts
 from opdlab.viz.view import Trait, View
 
 EXACT = 5000  # tokens up to which the page gets single precision
-QUADRANTS = ("low x, high y", "high x, high y", "low x, low y", "high x, low y")  # as they lie in the picture
+QUADRANTS = (
+    "low x, high y",
+    "high x, high y",
+    "low x, low y",
+    "high x, low y",
+)  # as they lie in the picture
 WIDE, HIGH = 48, 30  # cells of the picture that needs no script
 
 
@@ -45,22 +50,37 @@ class Regimes(View):
     hidden = Trait([])
     region = Trait([])
 
-    def __init__(self, trace: Trace, x: str = "log_ratio", y: str = "confidence", thresholds: Mapping[str, float] | None = None,
-                 by: str | None = None, title: str = "") -> None:  # fmt: skip
+    def __init__(
+        self,
+        trace: Trace,
+        x: str = "log_ratio",
+        y: str = "confidence",
+        thresholds: Mapping[str, float] | None = None,
+        by: str | None = None,
+        title: str = "",
+    ) -> None:
         super().__init__()
-        expect_trace(trace, type(self).__name__)
+        expect(trace, Trace, type(self).__name__, "trace")
         self.trace, self.title = trace, title
         if not self.axes:
-            raise OpdlabError("The trace has no numbers to draw. Make it with opdlab.score(…), or take one of training: step.trace().")
-        spare = [key for key in self.axes if key not in (x, y)] or list(self.axes)  # what stands in for a default that is not there
+            raise OpdlabError(
+                "The trace has no numbers to draw. Make it with opdlab.score(…), or take one of training: step.trace()."
+            )
+        spare = [key for key in self.axes if key not in (x, y)] or list(
+            self.axes
+        )  # what stands in for a default that is not there
         wanted = {"x": x if x in self.axes or x != "log_ratio" else spare.pop(0)}
         wanted["y"] = y if y in self.axes or y != "confidence" else (spare or list(self.axes))[0]
         lines = {key: axis.start for key, axis in self.axes.items()}
         for name in [*wanted.values(), *(thresholds or {})]:
             if name not in self.axes:
-                raise UnknownColumn(f"The trace has no axis {name!r}. It has {', '.join(self.axes)}.")
+                raise UnknownColumn(
+                    f"The trace has no axis {name!r}. It has {', '.join(self.axes)}."
+                )
         if by and by not in self.sorts:
-            raise UnknownColumn(f"Nothing sorts the tokens by {by!r}. There is {', '.join(self.sorts) or 'nothing that does'}.")
+            raise UnknownColumn(
+                f"Nothing sorts the tokens by {by!r}. There is {', '.join(self.sorts) or 'nothing that does'}."
+            )
         self.x, self.y = wanted["x"], wanted["y"]
         self.thresholds = lines | {key: float(value) for key, value in (thresholds or {}).items()}
         self.by = next(iter(self.sorts), "") if by is None else by
@@ -78,8 +98,14 @@ class Regimes(View):
         """The trace's rows with `token`, the two numbers `x` and `y`, the `quadrant` ("" where a number is missing) and the `kind`."""
         x, y = self._values(self.x), self._values(self.y)
         right, up = x >= self.thresholds[self.x], y >= self.thresholds[self.y]
-        quadrant = np.where(np.isnan(x) | np.isnan(y), "", np.array(QUADRANTS)[np.where(up, 0, 2) + right])
-        kind = [self.sorts[self.by].names[i] for i in self.sorts[self.by].index] if self.by in self.sorts else ""
+        quadrant = np.where(
+            np.isnan(x) | np.isnan(y), "", np.array(QUADRANTS)[np.where(up, 0, 2) + right]
+        )
+        kind = (
+            [self.sorts[self.by].names[i] for i in self.sorts[self.by].index]
+            if self.by in self.sorts
+            else ""
+        )
         tokens = [visible(piece) for piece in self.trace.tokens()]
         return self.trace.to_pandas().assign(token=tokens, x=x, y=y, quadrant=quadrant, kind=kind)
 
@@ -103,13 +129,33 @@ class Regimes(View):
     def data(self) -> dict[str, Any]:
         drawn = np.float32 if len(self.trace) <= EXACT else np.float16
         with np.errstate(over="ignore"):
-            described = [{
-                "key": a.key, "label": a.label, "unit": a.unit, "scale": a.scale, "soft": a.soft, "start": a.start, "ends": list(a.ends),
-                "less": a.less, "more": a.more, "values": a.values.astype(drawn),
-            } for a in self.axes.values()]  # fmt: skip
-        sorted_by = [{"key": k.key, "names": k.names, "hues": k.hues, "index": k.index} for k in self.sorts.values()]
+            described = [
+                {
+                    "key": a.key,
+                    "label": a.label,
+                    "unit": a.unit,
+                    "scale": a.scale,
+                    "soft": a.soft,
+                    "start": a.start,
+                    "ends": list(a.ends),
+                    "less": a.less,
+                    "more": a.more,
+                    "values": a.values.astype(drawn),
+                }
+                for a in self.axes.values()
+            ]
+        sorted_by = [
+            {"key": k.key, "names": k.names, "hues": k.hues, "index": k.index}
+            for k in self.sorts.values()
+        ]
         amounts = {key: values.astype(drawn) for key, values in self._amounts().items()}
-        return {"title": self.title, "text": payload.text(self.trace), "axes": described, "sorts": sorted_by, "amounts": amounts}
+        return {
+            "title": self.title,
+            "text": payload.text(self.trace),
+            "axes": described,
+            "sorts": sorted_by,
+            "amounts": amounts,
+        }
 
     def static(self) -> str:
         title = markup.title(self.title)
@@ -125,7 +171,9 @@ class Regimes(View):
         lines = f"lines at {markup.number(self.thresholds[self.x])} and {markup.number(self.thresholds[self.y])}"
         rows = [f"{name:<14} {', '.join(_shares(row))}" for name, row in self.quadrants.iterrows()]
         bars = markup.sparkline(Channel("", "", self._values(self.x)))
-        return "\n".join([f"{head}, {lines}", f"{bars} {self.axes[self.x].label} along the tokens", *rows])
+        return "\n".join(
+            [f"{head}, {lines}", f"{bars} {self.axes[self.x].label} along the tokens", *rows]
+        )
 
     def _values(self, key: str) -> np.ndarray:
         if key not in self.axes:
@@ -143,7 +191,9 @@ class Regimes(View):
         if sides and f"{sides[0]}_reverse_kl" in have:
             kl = self.trace.column(f"{sides[0]}_reverse_kl").astype(float)
             finite = kl[np.isfinite(kl)]
-            out["kl"] = np.clip(np.nan_to_num(kl, posinf=finite.max(initial=1.0)), 0, None)  # an infinite one must not be all there is
+            out["kl"] = np.clip(
+                np.nan_to_num(kl, posinf=finite.max(initial=1.0)), 0, None
+            )  # an infinite one must not be all there is
         if "share" in have:
             out["gradient"] = self.trace.column("share").astype(float)
         return out
@@ -156,7 +206,13 @@ def _table(df: pd.DataFrame, amounts: Mapping[str, np.ndarray]) -> pd.DataFrame:
     sums = df.groupby("quadrant")[list(amounts)].sum().reindex(QUADRANTS).fillna(0.0)
     tokens = df["quadrant"].value_counts().reindex(QUADRANTS).fillna(0).astype(int)
     share = lambda column: 100.0 * column / (column.sum() or 1.0)
-    return pd.DataFrame({"tokens": tokens, "of tokens": share(tokens), **{f"of {key}": share(sums[key]) for key in amounts}})
+    return pd.DataFrame(
+        {
+            "tokens": tokens,
+            "of tokens": share(tokens),
+            **{f"of {key}": share(sums[key]) for key in amounts},
+        }
+    )
 
 
 def _shares(row: Any) -> list[str]:
@@ -165,7 +221,9 @@ def _shares(row: Any) -> list[str]:
 
 
 def _rows(table: pd.DataFrame) -> str:
-    cells = (f"<div><b>{name}</b> {' · '.join(_shares(row))}</div>" for name, row in table.iterrows())
+    cells = (
+        f"<div><b>{name}</b> {' · '.join(_shares(row))}</div>" for name, row in table.iterrows()
+    )
     return "".join(cells)
 
 
@@ -176,7 +234,10 @@ def _named(axis: Axis) -> str:
 def _picture(x: Axis, y: Axis, lines: Mapping[str, float]) -> str:
     """The density of the points in cells, and the two lines, as a small drawing of numbers alone."""
     there = ~(np.isnan(x.values) | np.isnan(y.values))
-    cells = [np.minimum((axis.spread(axis.values[there]) * n).astype(int), n - 1) for axis, n in ((x, WIDE), (y, HIGH))]
+    cells = [
+        np.minimum((axis.spread(axis.values[there]) * n).astype(int), n - 1)
+        for axis, n in ((x, WIDE), (y, HIGH))
+    ]
     count = np.zeros((WIDE, HIGH))
     np.add.at(count, tuple(cells), 1)
     strong = np.sqrt(count / (count.max() or 1.0))

@@ -11,9 +11,9 @@ import pandas as pd
 import pyarrow as pa
 import pyarrow.compute as pc
 
+from opdlab.data.trace import Trace
 from opdlab.errors import OpdlabError
-from opdlab.expect import expect_trace
-from opdlab.trace import Trace
+from opdlab.support.expect import expect
 from opdlab.viz import markup, payload
 from opdlab.viz.channels import Channel, channels, described
 from opdlab.viz.glyphs import clean, visible
@@ -41,25 +41,44 @@ class Rollouts(View):
     rollout = Trait(-1)
     sort = Trait("")
 
-    def __init__(self, trace: Trace, rewards: Sequence[float] | Mapping[int, float] | None = None, sort: str = "", title: str = "") -> None:
+    def __init__(
+        self,
+        trace: Trace,
+        rewards: Sequence[float] | Mapping[int, float] | None = None,
+        sort: str = "",
+        title: str = "",
+    ) -> None:
         super().__init__()
-        expect_trace(trace, type(self).__name__)
+        expect(trace, Trace, type(self).__name__, "trace")
         if not len(trace):
-            raise OpdlabError("The trace has no tokens, so there is no rollout to show. Sample with max_new_tokens above 0.")
+            raise OpdlabError(
+                "The trace has no tokens, so there is no rollout to show. Sample with max_new_tokens above 0."
+            )
         self.whole, self.title = trace, title
         self.rewards = rewards_of(trace, rewards, [s for s, *_ in payload.spans(trace)])
         self.sort = sort or ("-reverse_kl" if "reverse_kl" in self.table else "-tokens")
         if self.sort.lstrip("-") not in self.table:
-            raise OpdlabError(f"There is no column {self.sort.lstrip('-')!r} to sort by. There is {', '.join(self.table.columns)}.")
-        self.rollout = int(self.table.sort_values(self.sort.lstrip("-"), ascending=self.sort[0] != "-", kind="stable").index[0])
+            raise OpdlabError(
+                f"There is no column {self.sort.lstrip('-')!r} to sort by. There is {', '.join(self.table.columns)}."
+            )
+        self.rollout = int(
+            self.table.sort_values(
+                self.sort.lstrip("-"), ascending=self.sort[0] != "-", kind="stable"
+            ).index[0]
+        )
 
     @cached_property
     def table(self) -> pd.DataFrame:
         """One row a rollout, by its place in the trace: `prompt`, `text`, `tokens`, `finish`, means in nats, `peak` |log ratio|."""
         meta, rows = self.whole.meta, []
         for sample, first, size in payload.spans(self.whole):
-            row: dict[str, Any] = {"sample": sample, "prompt": meta["prompts"][sample], "text": meta["texts"][sample], "tokens": size,
-                                   "finish": meta["finish"][sample]}  # fmt: skip
+            row: dict[str, Any] = {
+                "sample": sample,
+                "prompt": meta["prompts"][sample],
+                "text": meta["texts"][sample],
+                "tokens": size,
+                "finish": meta["finish"][sample],
+            }
             if self.rewards:
                 row["reward"] = self.rewards.get(sample, np.nan)
             for key, channel in self._channels.items():
@@ -74,25 +93,39 @@ class Rollouts(View):
     @cached_property
     def trace(self) -> Trace:
         """The rollouts whose tokens the page carries."""
-        sizes, key = self.table["tokens"], next(k for k in ("reverse_kl", "tokens") if k in self.table)
+        sizes, key = (
+            self.table["tokens"],
+            next(k for k in ("reverse_kl", "tokens") if k in self.table),
+        )
         order = self.table.sort_values(key, ascending=False, kind="stable").index
-        kept = [s for s, total in zip(order, sizes[order].cumsum(), strict=True) if total <= ROOM] or [order[0]]
-        return Trace(self.whole.table.filter(pc.is_in(self.whole.table["sample"], pa.array(kept))), self.whole.meta)
+        kept = [
+            s for s, total in zip(order, sizes[order].cumsum(), strict=True) if total <= ROOM
+        ] or [order[0]]
+        return Trace(
+            self.whole.table.filter(pc.is_in(self.whole.table["sample"], pa.array(kept))),
+            self.whole.meta,
+        )
 
     @property
     def df(self) -> pd.DataFrame:
         """One row a token of the rollouts that the page carries."""
-        return self.trace.to_pandas().assign(token=[visible(piece) for piece in self.trace.tokens()])
+        return self.trace.to_pandas().assign(
+            token=[visible(piece) for piece in self.trace.tokens()]
+        )
 
     def answer(self, question: Mapping[str, Any]) -> Any:
         """The tokens of a rollout that the page does not carry: `{"sample": 7}`."""
         rows = self.whole.sample(int(question["sample"]))
-        return payload.plain({"text": payload.text(rows), "channels": self._described(channels(rows))})
+        return payload.plain(
+            {"text": payload.text(rows), "channels": self._described(channels(rows))}
+        )
 
     def static(self) -> str:
         table = self._sorted()
         keys = [k for k in ("tokens", "finish", *COLUMNS[1:]) if k in table]
-        head = "".join(f'<th scope="col">{label(k)}</th>' for k in ("prompt", "…text", *keys, "log ratio"))
+        head = "".join(
+            f'<th scope="col">{label(k)}</th>' for k in ("prompt", "…text", *keys, "log ratio")
+        )
         lines = "".join(
             f"<tr><td>{markup.safe(_start(r.prompt))}</td><td>{markup.safe(_end(r.text))}</td>"
             f"{''.join(f'<td>{_cell(r[k])}</td>' for k in keys)}<td>{self._spark(int(i))}</td></tr>"
@@ -100,48 +133,86 @@ class Rollouts(View):
         )
         more = f" (the first 20 of {len(table)})" if len(table) > 20 else ""
         title = markup.title(self.title)
-        return f'{title}<table class="opd-rollouts-still"><thead><tr>{head}</tr></thead><tbody>{lines}</tbody></table>' \
-               f'<div class="opd-peaks">{markup.safe(self._summary() + more)}</div>'  # fmt: skip
+        return (
+            f'{title}<table class="opd-rollouts-still"><thead><tr>{head}</tr></thead><tbody>{lines}</tbody></table>'
+            f'<div class="opd-peaks">{markup.safe(self._summary() + more)}</div>'
+        )
 
     def data(self) -> dict[str, Any]:
         table, prompts = self.table, list(dict.fromkeys(self.table["prompt"]))
         at = {prompt: i for i, prompt in enumerate(prompts)}
         ratio = self._channels.get("log_ratio") or next(iter(self._channels.values()))
-        bins = np.stack([_pooled(ratio.values[first : first + size]) for _, first, size in payload.spans(self.whole)])
+        bins = np.stack(
+            [
+                _pooled(ratio.values[first : first + size])
+                for _, first, size in payload.spans(self.whole)
+            ]
+        )
         return {
-            "title": self.title, "text": payload.text(self.trace), "channels": self._described(channels(self.trace)),
-            "table": {"sample": table.index.to_numpy(), "prompt": np.array([at[p] for p in table["prompt"]]),
-                      "end": [_end(t) for t in table["text"]], "finish": [str(f) for f in table["finish"]],
-                      **{k: table[k].to_numpy(np.float32) for k in COLUMNS if k in table}},
+            "title": self.title,
+            "text": payload.text(self.trace),
+            "channels": self._described(channels(self.trace)),
+            "table": {
+                "sample": table.index.to_numpy(),
+                "prompt": np.array([at[p] for p in table["prompt"]]),
+                "end": [_end(t) for t in table["text"]],
+                "finish": [str(f) for f in table["finish"]],
+                **{k: table[k].to_numpy(np.float32) for k in COLUMNS if k in table},
+            },
             "prompts": [_start(p) for p in prompts],
-            "spark": {"kind": ratio.kind, "limit": ratio.limit, "bins": payload.numbers(bins.ravel())},
-        }  # fmt: skip
+            "spark": {
+                "kind": ratio.kind,
+                "limit": ratio.limit,
+                "bins": payload.numbers(bins.ravel()),
+            },
+        }
 
     def __repr__(self) -> str:
-        lines = [f"{self._spark(int(i)):{BINS}}  {i}: {_words(r)}" for i, r in self._sorted().head(8).iterrows()]
+        lines = [
+            f"{self._spark(int(i)):{BINS}}  {i}: {_words(r)}"
+            for i, r in self._sorted().head(8).iterrows()
+        ]
         more = [f"… {len(self.table) - 8} more"] if len(self.table) > 8 else []
-        return "\n".join([f"Rollouts: {self.title or f'{len(self.table)} completions'}, by {self.sort.lstrip('-')}", *lines, *more])
+        return "\n".join(
+            [
+                f"Rollouts: {self.title or f'{len(self.table)} completions'}, by {self.sort.lstrip('-')}",
+                *lines,
+                *more,
+            ]
+        )
 
     @cached_property
     def _channels(self) -> dict[str, Channel]:
         found = channels(self.whole)
-        return {k: found[k] for k in ("log_ratio", "reverse_kl") if k in found} or dict(list(found.items())[:1])
+        return {k: found[k] for k in ("log_ratio", "reverse_kl") if k in found} or dict(
+            list(found.items())[:1]
+        )
 
     def _described(self, found: Mapping[str, Channel]) -> list[dict[str, Any]]:
         """The channels that strips show, on the scale of the whole trace."""
         return [described(found[k], c.limit) for k, c in self._channels.items()]
 
     def _sorted(self) -> pd.DataFrame:
-        return self.table.sort_values(self.sort.lstrip("-"), ascending=not self.sort.startswith("-"), kind="stable")
+        return self.table.sort_values(
+            self.sort.lstrip("-"), ascending=not self.sort.startswith("-"), kind="stable"
+        )
 
     def _spark(self, sample: int) -> str:
         channel = self._channels.get("log_ratio") or next(iter(self._channels.values()))
-        first, size = next((first, size) for s, first, size in payload.spans(self.whole) if s == sample)
-        return markup.sparkline(Channel("", "", channel.values[first : first + size], fixed=channel.limit), BINS)
+        first, size = next(
+            (first, size) for s, first, size in payload.spans(self.whole) if s == sample
+        )
+        return markup.sparkline(
+            Channel("", "", channel.values[first : first + size], fixed=channel.limit), BINS
+        )
 
     def _summary(self) -> str:
         finish = ", ".join(f"{n} {name}" for name, n in self.table["finish"].value_counts().items())
-        means = [f"{label(k)} {markup.number(float(self.table[k].mean()))}" for k in COLUMNS[:3] if k in self.table]
+        means = [
+            f"{label(k)} {markup.number(float(self.table[k].mean()))}"
+            for k in COLUMNS[:3]
+            if k in self.table
+        ]
         return f"{len(self.table)} rollouts: {finish}; mean {', '.join(means)}"
 
 

@@ -11,26 +11,44 @@ import pandas as pd
 
 from opdlab.diagnose.health import Alarm, Health, health
 from opdlab.errors import OpdlabError
-from opdlab.progress import in_notebook
-from opdlab.validation import shortened
+from opdlab.support.expect import shortened
+from opdlab.support.progress import in_notebook
 from opdlab.viz import markup
 from opdlab.viz.channels import Channel
 from opdlab.viz.lines import Line, Plot, span, thinned
 from opdlab.viz.view import Trait, View
 
 KEYS = {
-    "loss": ("loss", "student"), "reverse_kl": ("reverse KL, nats", "student"), "entropy": ("student entropy, nats", "amount"),
-    "length": ("length, tokens", "amount"), "reward": ("reward", "teacher"), "accuracy": ("accuracy, held out", "teacher"),
+    "loss": ("loss", "student"),
+    "reverse_kl": ("reverse KL, nats", "student"),
+    "entropy": ("student entropy, nats", "amount"),
+    "length": ("length, tokens", "amount"),
+    "reward": ("reward", "teacher"),
+    "accuracy": ("accuracy, held out", "teacher"),
     "acceptance": ("overlap: accepted by the teacher", "teacher"),
-}  # fmt: skip
+}
 # Curves that are drawn where an alarm was read off them.
-METERS = {"repetition": ("repeated triples of tokens, share", "amount"), "cut": ("cut off at the limit, share", "amount")}
+METERS = {
+    "repetition": ("repeated triples of tokens, share", "amount"),
+    "cut": ("cut off at the limit, share", "amount"),
+}
 # The curve that each signature of `health` is read off.
-SEEN_ON = {"length run-away": "length", "repetition": "repetition", "entropy collapse": "entropy", "falling overlap": "acceptance",
-           "EOS or template mismatch": "acceptance", "late over-training": "accuracy"}  # fmt: skip
+SEEN_ON = {
+    "length run-away": "length",
+    "repetition": "repetition",
+    "entropy collapse": "entropy",
+    "falling overlap": "acceptance",
+    "EOS or template mismatch": "acceptance",
+    "late over-training": "accuracy",
+}
 NEAR = 0.04  # of the axis: flags of marks that are nearer to each other overlap
 MANY = 24  # steps from which a running mean lies over the pale raw values
-OVERLAID = ("amount", "green", "pink", "grey")  # hues of several runs: blue and orange stay the teacher's and the student's
+OVERLAID = (
+    "amount",
+    "green",
+    "pink",
+    "grey",
+)  # hues of several runs: blue and orange stay the teacher's and the student's
 FLAT = ("reward", "accuracy", "acceptance")  # between 0 and 1, and drawn so
 
 
@@ -54,18 +72,28 @@ class RunBoard(View):
 
     def __init__(self, runs: Any, title: str = "", watch: Health | None = None) -> None:
         super().__init__()
-        self.title, self.runs = title, dict(runs) if isinstance(runs, Mapping) else {_named(runs): runs}
+        self.title, self.runs = (
+            title,
+            dict(runs) if isinstance(runs, Mapping) else {_named(runs): runs},
+        )
         if not self.runs:
-            raise OpdlabError("A RunBoard needs a run, and there is none. Give RunBoard(run), a history, or {'name': run, …}.")
+            raise OpdlabError(
+                "A RunBoard needs a run, and there is none. Give RunBoard(run), a history, or {'name': run, …}."
+            )
         for name, run in self.runs.items():
             if not hasattr(run, "history") and not isinstance(run, pd.DataFrame):
-                raise OpdlabError(f"RunBoard got {type(run).__name__} for {name!r}. Give a run, or the data frame run.history.")
+                raise OpdlabError(
+                    f"RunBoard got {type(run).__name__} for {name!r}. Give a run, or the data frame run.history."
+                )
         if watch is not None and (len(self.runs) > 1 or not isinstance(watch, Health)):
             raise OpdlabError(
                 f"RunBoard got watch={shortened(watch)} for {len(self.runs)} run{'s' * (len(self.runs) > 1)}. Give the watch of one run, "
                 "diagnose.health(run), or leave it out: each run gets its own."
             )
-        self.watches = {name: watch if watch is not None and len(self.runs) == 1 else health(run) for name, run in self.runs.items()}
+        self.watches = {
+            name: watch if watch is not None and len(self.runs) == 1 else health(run)
+            for name, run in self.runs.items()
+        }
 
     def __iter__(self) -> Iterator[Any]:
         """Train the run, step by step, with the picture following."""
@@ -94,7 +122,9 @@ class RunBoard(View):
     @property
     def df(self) -> pd.DataFrame:
         """One row a step of every run: its history, with what the watch noted beside it."""
-        return pd.concat([self._rows(name).assign(run=name) for name in self.runs], ignore_index=True)
+        return pd.concat(
+            [self._rows(name).assign(run=name) for name in self.runs], ignore_index=True
+        )
 
     @property
     def plots(self) -> list[Plot]:
@@ -103,23 +133,41 @@ class RunBoard(View):
         rung = list(dict.fromkeys(self._where(alarm, tables) for _, alarm in self.alarms))
         for key in rung:
             if not _has(tables, key):
-                tables = {name: self._with_count(table, name, key) for name, table in tables.items()}
+                tables = {
+                    name: self._with_count(table, name, key) for name, table in tables.items()
+                }
         ends = span([np.asarray(t["step"], float) for t in tables.values() if len(t)])
-        keys = [*(key for key in KEYS if _has(tables, key)), *(key for key in rung if key not in KEYS)]
+        keys = [
+            *(key for key in KEYS if _has(tables, key)),
+            *(key for key in rung if key not in KEYS),
+        ]
         return [self._plot(key, tables, ends) for key in keys]
 
     def data(self) -> dict[str, Any]:
-        listed = [[i, name, alarm.step, alarm.signature, alarm.sentence, alarm.remedy] for i, (name, alarm) in enumerate(self.alarms, 1)]
-        return {"title": self.title, "said": self._said(), "runs": list(self.runs), "hues": self._hues(),
-                "plots": [plot.data() for plot in self.plots], "alarms": listed}  # fmt: skip
+        listed = [
+            [i, name, alarm.step, alarm.signature, alarm.sentence, alarm.remedy]
+            for i, (name, alarm) in enumerate(self.alarms, 1)
+        ]
+        return {
+            "title": self.title,
+            "said": self._said(),
+            "runs": list(self.runs),
+            "hues": self._hues(),
+            "plots": [plot.data() for plot in self.plots],
+            "alarms": listed,
+        }
 
     def static(self) -> str:
         title = markup.title(self.title)
-        keys = "".join(f'<span class="opd-lp-key opd-l-{hue}">{markup.safe(name)}</span>' for name, hue in self._hues().items())
+        keys = "".join(
+            f'<span class="opd-lp-key opd-l-{hue}">{markup.safe(name)}</span>'
+            for name, hue in self._hues().items()
+        )
         alarms = "".join(
-            f'<li><b>{i}</b> {markup.safe(self._place(name, alarm))}: {markup.safe(alarm.sentence)} '
-            f'<span class="opd-soft">{markup.safe(alarm.remedy)}</span></li>' for i, (name, alarm) in enumerate(self.alarms, 1)
-        )  # fmt: skip
+            f"<li><b>{i}</b> {markup.safe(self._place(name, alarm))}: {markup.safe(alarm.sentence)} "
+            f'<span class="opd-soft">{markup.safe(alarm.remedy)}</span></li>'
+            for i, (name, alarm) in enumerate(self.alarms, 1)
+        )
         return (
             f'{title}<div class="opd-said">{markup.safe(self._said())} {keys if len(self.runs) > 1 else ""}</div>'
             f'<div class="opd-plots">{"".join(plot.html() for plot in self.plots)}</div>'
@@ -131,15 +179,23 @@ class RunBoard(View):
         for plot in self.plots:
             for line in plot.lines:
                 if line.kind == "line":
-                    bars = markup.sparkline(Channel("", "", line.y - min(0.0, float(np.nanmin(line.y)))), 32)
-                    lines.append(f"{bars} {plot.label}{f', {line.name}' if len(self.runs) > 1 else ''} {_course(line)}")
-        return "\n".join([*lines, *(f"! {self._place(name, a)}: {a.sentence}" for name, a in self.alarms)])
+                    bars = markup.sparkline(
+                        Channel("", "", line.y - min(0.0, float(np.nanmin(line.y)))), 32
+                    )
+                    lines.append(
+                        f"{bars} {plot.label}{f', {line.name}' if len(self.runs) > 1 else ''} {_course(line)}"
+                    )
+        return "\n".join(
+            [*lines, *(f"! {self._place(name, a)}: {a.sentence}" for name, a in self.alarms)]
+        )
 
     def _only(self) -> tuple[Any, Health]:
         (name, run), *more = self.runs.items()
         if more or isinstance(run, pd.DataFrame):
             what = f"{len(self.runs)} runs" if more else "a history"
-            raise OpdlabError(f"This board shows {what}, so there is nothing to train. Train with a board of one run: RunBoard(run).")
+            raise OpdlabError(
+                f"This board shows {what}, so there is nothing to train. Train with a board of one run: RunBoard(run)."
+            )
         return run, self.watches[name]
 
     def _rows(self, name: str) -> pd.DataFrame:
@@ -153,13 +209,27 @@ class RunBoard(View):
         extra = [c for c in noted if c not in table] if len(noted) else []
         return table.merge(noted[["step", *extra]], how="left", on="step") if extra else table
 
-    def _plot(self, key: str, tables: Mapping[str, pd.DataFrame], ends: tuple[float, float]) -> Plot:
+    def _plot(
+        self, key: str, tables: Mapping[str, pd.DataFrame], ends: tuple[float, float]
+    ) -> Plot:
         label, hue = (KEYS | METERS).get(key, (key.replace("_", " "), "amount"))
-        lines = [line for name, table in tables.items() if key in table and name not in self.hidden
-                 for line in _lines(name, table, key, hue if len(tables) == 1 else self._hues()[name])]  # fmt: skip
+        lines = [
+            line
+            for name, table in tables.items()
+            if key in table and name not in self.hidden
+            for line in _lines(name, table, key, hue if len(tables) == 1 else self._hues()[name])
+        ]
         low, high = span([line.y for line in lines], zero=True)
-        told = "; ".join(_course(line) for line in lines if line.kind == "line") if len(tables) == 1 else ""
-        marks = [(float(a.step), str(i)) for i, (name, a) in enumerate(self.alarms, 1) if self._where(a, tables) == key]
+        told = (
+            "; ".join(_course(line) for line in lines if line.kind == "line")
+            if len(tables) == 1
+            else ""
+        )
+        marks = [
+            (float(a.step), str(i))
+            for i, (name, a) in enumerate(self.alarms, 1)
+            if self._where(a, tables) == key
+        ]
         top = max(high, 1.0) if key in FLAT else high
         return Plot(key, label, lines, told=told, x=ends, y=(low, top), marks=_apart(marks, ends))
 
@@ -170,7 +240,11 @@ class RunBoard(View):
 
     def _with_count(self, table: pd.DataFrame, run: str, signature: str) -> pd.DataFrame:
         """A run's rows with a column of how often an alarm has gone off by then."""
-        steps = [alarm.step for name, alarm in self.alarms if name == run and alarm.signature == signature]
+        steps = [
+            alarm.step
+            for name, alarm in self.alarms
+            if name == run and alarm.signature == signature
+        ]
         count = [float(sum(at <= step for at in steps)) for step in table["step"]]
         return table.assign(**{signature: count})
 
@@ -202,7 +276,11 @@ class _Screen:
             return
         self.board.refresh()
         if in_notebook():
-            found = self.board._repr_mimebundle_() if last else {"text/html": self.board.html(script=False), "text/plain": repr(self.board)}
+            found = (
+                self.board._repr_mimebundle_()
+                if last
+                else {"text/html": self.board.html(script=False), "text/plain": repr(self.board)}
+            )
             self._show(*(found if isinstance(found, tuple) else (found, {})))
         self.due = time.monotonic() + max(0.5, 10 * (time.monotonic() - now))
 
@@ -219,10 +297,14 @@ class _Screen:
 def _has(tables: Mapping[str, pd.DataFrame], key: str) -> bool:
     """Whether a run has numbers under this name."""
     found = [table[key] for table in tables.values() if key in table and key != "step"]
-    return any(pd.api.types.is_numeric_dtype(column) and bool(column.notna().any()) for column in found)
+    return any(
+        pd.api.types.is_numeric_dtype(column) and bool(column.notna().any()) for column in found
+    )
 
 
-def _apart(marks: Sequence[tuple[float, str]], ends: tuple[float, float]) -> list[tuple[float, str]]:
+def _apart(
+    marks: Sequence[tuple[float, str]], ends: tuple[float, float]
+) -> list[tuple[float, str]]:
     """Marks whose numbers do not lie on each other: those that stand too near share the first one's flag, "2 3"."""
     out: list[tuple[float, str]] = []
     flag = 0
@@ -246,7 +328,14 @@ def _lines(name: str, table: pd.DataFrame, key: str, hue: str) -> list[Line]:
     there = table[key].notna()
     x, y = np.asarray(table["step"][there], float), np.asarray(table[key][there], float)
     if len(x) < MANY:
-        return [Line(name, x, y, hue), *([Line(name, x, y, hue, "dots")] if 0 < len(x) < len(table) else [])] if len(x) else []
+        return (
+            [
+                Line(name, x, y, hue),
+                *([Line(name, x, y, hue, "dots")] if 0 < len(x) < len(table) else []),
+            ]
+            if len(x)
+            else []
+        )
     mean = pd.Series(y).rolling(max(5, len(y) // 10), center=True, min_periods=1).mean().to_numpy()
     return [Line(name, *thinned(x, y), hue, "faint"), Line(name, *thinned(x, mean), hue)]
 

@@ -7,9 +7,9 @@ from typing import TYPE_CHECKING, Any
 
 import pandas as pd
 
+from opdlab.data.trace import Trace
 from opdlab.errors import InvalidValue, OpdlabError
-from opdlab.trace import Trace
-from opdlab.validation import shortened
+from opdlab.support.expect import shortened
 from opdlab.viz import markup
 from opdlab.viz.channels import Channel, channels
 from opdlab.viz.given import given_traces
@@ -18,7 +18,7 @@ from opdlab.viz.run_board import RunBoard
 from opdlab.viz.view import View
 
 if TYPE_CHECKING:
-    from opdlab.evaluate import Difference, Evaluation
+    from opdlab.training.evaluation import Difference, Evaluation
 
 CURVES = ("loss", "reverse_kl", "entropy", "length")
 STRIPS = 3
@@ -37,19 +37,32 @@ class RunCard(View):
 
     name, scripts, styles = "run-card", (), ("lines.css", "run_card.css")
 
-    def __init__(self, run: Any, before: Evaluation | None = None, after: Evaluation | None = None,
-                 samples: Trace | Mapping[str, Trace] | None = None, title: str = "", note: str = "") -> None:  # fmt: skip
+    def __init__(
+        self,
+        run: Any,
+        before: Evaluation | None = None,
+        after: Evaluation | None = None,
+        samples: Trace | Mapping[str, Trace] | None = None,
+        title: str = "",
+        note: str = "",
+    ) -> None:
         super().__init__()
-        from opdlab.evaluate import Evaluation
+        from opdlab.training.evaluation import Evaluation
 
         for name, result in (("before", before), ("after", after)):
             if result is not None and not isinstance(result, Evaluation):
-                raise InvalidValue(f"RunCard got {name}={shortened(result)}. Use what opdlab.evaluate(policy, task) returns.")
+                raise InvalidValue(
+                    f"RunCard got {name}={shortened(result)}. Use what opdlab.evaluate(policy, task) returns."
+                )
         if (before is None) != (after is None):
-            raise OpdlabError("A RunCard compares two evaluations, and got one. Give both before= and after=, or neither.")
+            raise OpdlabError(
+                "A RunCard compares two evaluations, and got one. Give both before= and after=, or neither."
+            )
         self.board, self.title, self.note = RunBoard(run), title, note
         if self.board.df.empty:
-            raise OpdlabError("The run has no steps yet, so there is nothing to show. Train first: run.train().")
+            raise OpdlabError(
+                "The run has no steps yet, so there is nothing to show. Train first: run.train()."
+            )
         self.before, self.after = before, after
         self.gain: Difference | None = None if before is None or after is None else after - before
         self.strips = _strips(samples)
@@ -68,7 +81,9 @@ class RunCard(View):
         return {}
 
     def live(self) -> Any:
-        raise OpdlabError("A RunCard is a still picture and has no widget. Show the card itself, or a RunBoard for a live one.")
+        raise OpdlabError(
+            "A RunCard is a still picture and has no widget. Show the card itself, or a RunBoard for a live one."
+        )
 
     def static(self) -> str:
         plots = "".join(plot.html() for plot in self.board.plots if plot.key in CURVES)
@@ -102,7 +117,12 @@ class RunCard(View):
         out = [self._name(), f"{len(history)} steps"]
         if s is not None:
             sizes = f"batch {s.batch}" + (f" × {s.n}" if s.n > 1 else "")
-            out += [sizes, f"lr {s.lr:g}", f"LoRA {s.lora}" if s.lora else "all weights", f"seed {s.seed}"]
+            out += [
+                sizes,
+                f"lr {s.lr:g}",
+                f"LoRA {s.lora}" if s.lora else "all weights",
+                f"seed {s.seed}",
+            ]
         if "tokens" in history:
             out.append(f"{int(history['tokens'].sum()):,} tokens written")
         if "seconds" in history:
@@ -122,7 +142,9 @@ class RunCard(View):
             return ""
         said = f"accuracy {ends[0]:.3f} → {ends[1]:.3f}"
         if self.gain is None:
-            first, last = (int(self.df["step"][i]) for i in self.df["accuracy"].dropna().index[[0, -1]])
+            first, last = (
+                int(self.df["step"][i]) for i in self.df["accuracy"].dropna().index[[0, -1]]
+            )
             return f"{said} (steps {first} and {last})"
         low, high = (markup.number(x, sign=True) for x in (self.gain.low, self.gain.high))
         return f"{said}, {markup.number(self.gain.mean, sign=True)} [{low}, {high}], 95 % paired over {self.gain.prompts} prompts"
@@ -137,7 +159,9 @@ class RunCard(View):
         whiskers = ""
         if self.gain is not None:
             low, high = before + self.gain.low, before + self.gain.high
-            whiskers = f'<i class="opd-whisker" style="left:{at(low)};right:calc(100% - {at(high)})"></i>'
+            whiskers = (
+                f'<i class="opd-whisker" style="left:{at(low)};right:calc(100% - {at(high)})"></i>'
+            )
         low, high = sorted((before, after))
         dots = f'<i class="opd-was" style="left:{at(before)}"></i><i class="opd-is" style="left:{at(after)}"></i>'
         way = f'<i class="opd-way" style="left:{at(low)};right:calc(100% - {at(high)})"></i>'
@@ -174,12 +198,18 @@ def _strips(samples: Trace | Mapping[str, Trace] | None) -> list[tuple[str, Trac
         held = sorted(set(samples.column("sample").tolist()))[:STRIPS]
         return [("", samples.sample(i), i) for i in held]
     given_traces(samples, "RunCard", "samples={'before': trace, 'after': trace}")
-    first = [(f"{name}: ", trace, int(trace.column("sample").min())) for name, trace in list(samples.items())[:STRIPS] if len(trace)]
+    first = [
+        (f"{name}: ", trace, int(trace.column("sample").min()))
+        for name, trace in list(samples.items())[:STRIPS]
+        if len(trace)
+    ]
     return [(name, trace.sample(i), i) for name, trace, i in first]
 
 
 def _channel(trace: Trace) -> Channel:
     found = channels(trace)
     if not found:
-        raise OpdlabError("The samples have no numbers to colour them by. Give a trace made with opdlab.score(…).")
+        raise OpdlabError(
+            "The samples have no numbers to colour them by. Give a trace made with opdlab.score(…)."
+        )
     return found.get("log_ratio") or next(iter(found.values()))

@@ -11,9 +11,9 @@ import pandas as pd
 import pyarrow as pa
 from rapidfuzz.distance import LCSseq
 
+from opdlab.data.trace import Trace
 from opdlab.errors import InvalidValue, OpdlabError, UnknownColumn
-from opdlab.trace import Trace
-from opdlab.validation import shortened
+from opdlab.support.expect import shortened
 from opdlab.viz import markup, payload
 from opdlab.viz.channels import Channel, channels, described
 from opdlab.viz.given import given_traces
@@ -22,14 +22,18 @@ from opdlab.viz.lines import Line, Plot, span
 from opdlab.viz.view import Trait, View
 
 FINE = 30_000  # numbers of all steps together that travel in half precision
-KPIS = {"reverse_kl": ("KL in training", "nats"), "length": ("length in training", "tokens"), "reward": ("reward in training", ""),
-        "accuracy": ("accuracy, held out", "")}  # fmt: skip
+KPIS = {
+    "reverse_kl": ("KL in training", "nats"),
+    "length": ("length in training", "tokens"),
+    "reward": ("reward in training", ""),
+    "accuracy": ("accuracy, held out", ""),
+}
 
 
 class Scrubber(View):
     """How did this token's fate change? The same tokens graded at every step, or what was written at every step.
 
-    traces: a trace a step, as `opdlab.snapshots.rescored` (the same tokens: only the colours move, and a token's panel shows
+    traces: a trace a step, as `opdlab.training.snapshots.rescored` (the same tokens: only the colours move, and a token's panel shows
     its path) or `rewritten` (the text moves, with the words that changed) make them. history: `run.history`, for the small
     curves above. sample: which completion. channel: what colours at first. Raises OpdlabError for no traces or for answers to
     different prompts, UnknownColumn for a channel that not all of them have.
@@ -44,14 +48,24 @@ class Scrubber(View):
     against = Trait("previous")
     channel = Trait("log_ratio")
 
-    def __init__(self, traces: Mapping[int, Trace], history: pd.DataFrame | None = None, sample: int = 0,
-                 channel: str = "log_ratio", title: str = "") -> None:  # fmt: skip
+    def __init__(
+        self,
+        traces: Mapping[int, Trace],
+        history: pd.DataFrame | None = None,
+        sample: int = 0,
+        channel: str = "log_ratio",
+        title: str = "",
+    ) -> None:
         super().__init__()
         if not isinstance(traces, Mapping):
-            raise InvalidValue(f"Scrubber got traces={shortened(traces)}. Use traces by step, as snapshots.rescored(run, rollout) gives.")
+            raise InvalidValue(
+                f"Scrubber got traces={shortened(traces)}. Use traces by step, as snapshots.rescored(run, rollout) gives."
+            )
         given_traces(traces, "Scrubber", "{0: trace, 10: trace}")
         if not traces:
-            raise OpdlabError("A Scrubber needs a trace of at least one step, and there is none. Give those of snapshots.rescored(…).")
+            raise OpdlabError(
+                "A Scrubber needs a trace of at least one step, and there is none. Give those of snapshots.rescored(…)."
+            )
         self.sample, self.title, self.history = sample, title, history
         self.steps = sorted(int(step) for step in traces)
         self.traces = [_completion(traces[step], sample, step) for step in self.steps]
@@ -59,10 +73,16 @@ class Scrubber(View):
         self.probe = all(other == ids[0] for other in ids)
         self._same_prompt()
         found = [channels(trace) for trace in self.traces]
-        kept = [key for key, c in found[0].items() if (not c.minor or key == channel) and not c.names and all(key in f for f in found)]
+        kept = [
+            key
+            for key, c in found[0].items()
+            if (not c.minor or key == channel) and not c.names and all(key in f for f in found)
+        ]
         self.channels = {key: [f[key] for f in found] for key in kept}
         if channel not in self.channels and channel != "log_ratio":
-            raise UnknownColumn(f"The traces have no channel {channel!r} in common. They have {', '.join(self.channels)}.")
+            raise UnknownColumn(
+                f"The traces have no channel {channel!r} in common. They have {', '.join(self.channels)}."
+            )
         self.channel = channel if channel in self.channels else next(iter(self.channels))
         self.step = self.steps[-1]
         self.selected = next(iter(self._most_moved()), -1) if self.probe else -1
@@ -70,8 +90,15 @@ class Scrubber(View):
     @property
     def df(self) -> pd.DataFrame:
         """One row a token: of the step shown where all steps have the same tokens, else of all steps."""
-        pairs = [(self.step, self.traces[self.steps.index(self.step)])] if self.probe else list(zip(self.steps, self.traces, strict=True))
-        frames = [t.to_pandas().assign(step=step, token=[visible(piece) for piece in t.tokens()]) for step, t in pairs]
+        pairs = (
+            [(self.step, self.traces[self.steps.index(self.step)])]
+            if self.probe
+            else list(zip(self.steps, self.traces, strict=True))
+        )
+        frames = [
+            t.to_pandas().assign(step=step, token=[visible(piece) for piece in t.tokens()])
+            for step, t in pairs
+        ]
         return pd.concat(frames, ignore_index=True)
 
     @property
@@ -81,18 +108,27 @@ class Scrubber(View):
         return pd.DataFrame({"step": self.steps, "length": [len(t) for t in self.traces], **means})
 
     def data(self) -> dict[str, Any]:
-        text = payload.text(self.traces[0]) if self.probe else payload.text(_joined(self.traces, self.sample))
+        text = (
+            payload.text(self.traces[0])
+            if self.probe
+            else payload.text(_joined(self.traces, self.sample))
+        )
         if not self.probe:  # the same texts as in other views of the page
             for one, trace in zip(text["texts"], self.traces, strict=True):
                 one["key"] = payload.key(trace.column("token_id"), one["prompt"], self.sample)
         return {
-            "title": self.title, "prompt": self._prompt, "finish": [str(t.meta["finish"][self.sample]) for t in self.traces],
-            "probe": self.probe, "steps": self.steps, "text": text, "sizes": [len(t) for t in self.traces],
+            "title": self.title,
+            "prompt": self._prompt,
+            "finish": [str(t.meta["finish"][self.sample]) for t in self.traces],
+            "probe": self.probe,
+            "steps": self.steps,
+            "text": text,
+            "sizes": [len(t) for t in self.traces],
             "channels": [self._channel(found) for found in self.channels.values()],
             "facts": [plot.data() for plot in self._facts()],
             "fate": self._fate() if self.probe else None,
             "words": None if self.probe else self._words(),
-        }  # fmt: skip
+        }
 
     def static(self) -> str:
         """The first and the last step, coloured on one scale, under the curve of what is between them."""
@@ -118,7 +154,9 @@ class Scrubber(View):
 
     def _set(self, name: str, value: Any) -> None:
         if name == "step" and value not in self.steps:
-            raise OpdlabError(f"There is no step {value} here, only {', '.join(map(str, self.steps))}. Set step to one of these.")
+            raise OpdlabError(
+                f"There is no step {value} here, only {', '.join(map(str, self.steps))}. Set step to one of these."
+            )
         super()._set(name, value)
 
     @property
@@ -141,8 +179,10 @@ class Scrubber(View):
         if not self.probe:
             return said
         tokens = self.traces[0].tokens()
-        moved = [f"{visible(tokens[i])} {markup.number(found[0].values[i], True)} → {markup.number(found[-1].values[i], True)}"
-                 for i in self._most_moved()]  # fmt: skip
+        moved = [
+            f"{visible(tokens[i])} {markup.number(found[0].values[i], True)} → {markup.number(found[-1].values[i], True)}"
+            for i in self._most_moved()
+        ]
         return f"{said}. Moved most: {', '.join(moved) or 'none'}"
 
     def _most_moved(self) -> list[int]:
@@ -151,56 +191,125 @@ class Scrubber(View):
 
     def _channel(self, found: Sequence[Channel]) -> dict[str, Any]:
         """All steps of a channel, one after the other, on one scale; and how the change since the first step is drawn."""
-        values, starts = np.concatenate([c.values for c in found]), np.cumsum([0, *(len(c.values) for c in found)])
+        values, starts = (
+            np.concatenate([c.values for c in found]),
+            np.cumsum([0, *(len(c.values) for c in found)]),
+        )
         first, limit = found[0], _limit(found)
         out = described(first, limit) | {"values": _packed(values)}
         if not self.probe:
-            return out | {"peaks": [[int(a) + i for i in c.peaks()] for a, c in zip(starts, found, strict=False)]}
+            return out | {
+                "peaks": [
+                    [int(a) + i for i in c.peaks()] for a, c in zip(starts, found, strict=False)
+                ]
+            }
         changes = [change(first, c) for c in found]
         near = _measures_distance(first)
-        return out | {"peaks": [c.peaks() for c in found], "delta": {
-            "kind": "ratio" if near else "signed", "limit": _limit([Channel("", "", d, first.unit) for d in changes]), "near": near,
-            "less": "farther from the teacher" if near else "fell", "more": "nearer to the teacher" if near else "rose",
-            "peaks": [_largest(d) for d in changes]}}  # fmt: skip
+        return out | {
+            "peaks": [c.peaks() for c in found],
+            "delta": {
+                "kind": "ratio" if near else "signed",
+                "limit": _limit([Channel("", "", d, first.unit) for d in changes]),
+                "near": near,
+                "less": "farther from the teacher" if near else "fell",
+                "more": "nearer to the teacher" if near else "rose",
+                "peaks": [_largest(d) for d in changes],
+            },
+        }
 
     def _facts(self) -> list[Plot]:
         """The small curves above: the distance on these texts, then what the run's history knows."""
         steps = np.array(self.steps, float)
         lines = []
-        key = next((k for k in ("reverse_kl", "log_ratio", *self.channels) if k in self.channels), "")
-        means = np.array([_mean(np.abs(c.values) if c.kind == "ratio" else c.values) for c in self.channels[key]])
-        lines.append((f"{self.channels[key][0].label} of this text", self.channels[key][0].unit, steps, means))
+        key = next(
+            (k for k in ("reverse_kl", "log_ratio", *self.channels) if k in self.channels), ""
+        )
+        means = np.array(
+            [_mean(np.abs(c.values) if c.kind == "ratio" else c.values) for c in self.channels[key]]
+        )
+        lines.append(
+            (
+                f"{self.channels[key][0].label} of this text",
+                self.channels[key][0].unit,
+                steps,
+                means,
+            )
+        )
         if not self.probe:
-            lines.append(("length of this text", "tokens", steps, np.array([len(t) for t in self.traces], float)))
+            lines.append(
+                (
+                    "length of this text",
+                    "tokens",
+                    steps,
+                    np.array([len(t) for t in self.traces], float),
+                )
+            )
         if self.history is not None and len(self.history):
-            x = np.asarray(self.history["step"] if "step" in self.history else np.arange(1, len(self.history) + 1), float)
-            lines += [(label, unit, x, np.asarray(self.history[k], float)) for k, (label, unit) in KPIS.items()
-                      if k in self.history and self.history[k].notna().any()]  # fmt: skip
+            x = np.asarray(
+                self.history["step"]
+                if "step" in self.history
+                else np.arange(1, len(self.history) + 1),
+                float,
+            )
+            lines += [
+                (label, unit, x, np.asarray(self.history[k], float))
+                for k, (label, unit) in KPIS.items()
+                if k in self.history and self.history[k].notna().any()
+            ]
         ends = span([x for _, _, x, _ in lines])
-        return [Plot(label, label, [_line(label, x, y)], unit, x=ends, y=span([y], zero=True)) for label, unit, x, y in lines]
+        return [
+            Plot(label, label, [_line(label, x, y)], unit, x=ends, y=span([y], zero=True))
+            for label, unit, x, y in lines
+        ]
 
     def _fate(self) -> dict[str, Any] | None:
         """Probabilities of the sampled tokens at every step, in 255ths, and what each policy wanted most instead."""
         have = set(self.traces[0].table.column_names)
         if "student_logp" not in have:
             return None
-        rival = next((name for name in self.traces[0].policies if name != "student" and f"{name}_logp" in have), None)
+        rival = next(
+            (
+                name
+                for name in self.traces[0].policies
+                if name != "student" and f"{name}_logp" in have
+            ),
+            None,
+        )
         names = ["student", *([rival] if rival else [])]
         p = {name: np.stack([_p(trace, name) for trace in self.traces]) for name in names}
-        out = {"rival": rival, "p": {name: np.rint(255 * x).astype(np.uint8) for name, x in p.items()}, "wanted": None}
-        if all({"support", *(f"{name}_top" for name in names)} <= set(trace.table.column_names) for trace in self.traces):
-            wanted = {name: np.stack([_wanted(trace, name) for trace in self.traces]) for name in names}
+        out = {
+            "rival": rival,
+            "p": {name: np.rint(255 * x).astype(np.uint8) for name, x in p.items()},
+            "wanted": None,
+        }
+        if all(
+            {"support", *(f"{name}_top" for name in names)} <= set(trace.table.column_names)
+            for trace in self.traces
+        ):
+            wanted = {
+                name: np.stack([_wanted(trace, name) for trace in self.traces]) for name in names
+            }
             ids = np.unique(np.concatenate([w.ravel() for w in wanted.values()]))
-            pieces = {i: piece for trace in self.traces for i in ids.tolist() if (piece := trace.meta["vocab"].get(str(i))) is not None}
+            pieces = {
+                i: piece
+                for trace in self.traces
+                for i in ids.tolist()
+                if (piece := trace.meta["vocab"].get(str(i))) is not None
+            }
             words = [payload.word(visible(pieces[i].encode("latin-1"))) for i in ids.tolist()]
-            out["wanted"] = {"names": words, "at": {name: np.searchsorted(ids, w) for name, w in wanted.items()}}
+            out["wanted"] = {
+                "names": words,
+                "at": {name: np.searchsorted(ids, w) for name, w in wanted.items()},
+            }
         return out
 
     def _words(self) -> dict[str, list[Any]]:
         """Of each step, its text against that of the step before and of the first: [[kind, words], …]."""
         texts = [b"".join(trace.tokens()).decode("utf-8", "replace") for trace in self.traces]
-        return {"previous": [word_diff(a, b) for a, b in zip([texts[0], *texts], texts, strict=False)],
-                "first": [word_diff(texts[0], b) for b in texts]}  # fmt: skip
+        return {
+            "previous": [word_diff(a, b) for a, b in zip([texts[0], *texts], texts, strict=False)],
+            "first": [word_diff(texts[0], b) for b in texts],
+        }
 
 
 def word_diff(before: str, after: str) -> list[list[str]]:
@@ -210,10 +319,15 @@ def word_diff(before: str, after: str) -> list[list[str]]:
     gone, new = "", ""
     for op in [*LCSseq.opcodes(a, b), None]:
         if op is not None and op.tag != "equal":
-            gone, new = gone + "".join(a[op.src_start : op.src_end]), new + "".join(b[op.dest_start : op.dest_end])
+            gone, new = (
+                gone + "".join(a[op.src_start : op.src_end]),
+                new + "".join(b[op.dest_start : op.dest_end]),
+            )
             continue
         same = "" if op is None else "".join(b[op.dest_start : op.dest_end])
-        out += [[kind, words] for kind, words in (("gone", gone), ("new", new), ("same", same)) if words]
+        out += [
+            [kind, words] for kind, words in (("gone", gone), ("new", new), ("same", same)) if words
+        ]
         gone, new = "", ""
     return out
 
@@ -233,13 +347,18 @@ def _measures_distance(channel: Channel) -> bool:
 def _completion(trace: Trace, sample: int, step: int) -> Trace:
     held = len(trace.meta["texts"])
     if not 0 <= sample < held:
-        raise OpdlabError(f"The trace of step {step} has completions 0 to {held - 1}, not {sample}. Give sample=0 up to {held - 1}.")
+        raise OpdlabError(
+            f"The trace of step {step} has completions 0 to {held - 1}, not {sample}. Give sample=0 up to {held - 1}."
+        )
     return trace.sample(sample)
 
 
 def _joined(traces: Sequence[Trace], sample: int) -> Trace:
     """The completions of all steps as one trace, the step's place as the sample's number."""
-    rows = [t.table.select(["token_id"]).append_column("sample", pa.array(np.full(len(t), i))) for i, t in enumerate(traces)]
+    rows = [
+        t.table.select(["token_id"]).append_column("sample", pa.array(np.full(len(t), i)))
+        for i, t in enumerate(traces)
+    ]
     meta = {key: [t.meta[key][sample] for t in traces] for key in ("prompts", "texts", "finish")}
     vocab = {k: v for t in traces for k, v in t.meta["vocab"].items()}
     return Trace(pa.concat_tables(rows), {**traces[0].meta, **meta, "vocab": vocab})
@@ -267,7 +386,13 @@ def _mean(values: np.ndarray) -> float:
 
 def _line(label: str, x: np.ndarray, y: np.ndarray) -> Line:
     there = np.isfinite(y)
-    look = "teacher" if "accuracy" in label or "reward" in label else "student" if "KL" in label else "amount"
+    look = (
+        "teacher"
+        if "accuracy" in label or "reward" in label
+        else "student"
+        if "KL" in label
+        else "amount"
+    )
     return Line(label, x[there], y[there], look)
 
 

@@ -7,10 +7,12 @@ from bisect import bisect_left
 from collections.abc import Iterator
 from itertools import accumulate, groupby
 
-from opdlab.trace import Trace
+from opdlab.data.trace import Trace
 from opdlab.viz import categories
 
-THINK = re.compile(rb"<think>|</think>")  # across tokens; of some templates the first stands in the prompt, so the text begins inside
+THINK = re.compile(
+    rb"<think>|</think>"
+)  # across tokens; of some templates the first stands in the prompt, so the text begins inside
 
 
 def segments(trace: Trace) -> list[tuple[str, int, int]]:

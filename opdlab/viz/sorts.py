@@ -8,21 +8,33 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from opdlab.data.trace import Trace
 from opdlab.methods.dopd import Route
-from opdlab.trace import Trace
 from opdlab.viz import provenance
 
 MOST = 12  # groups that can be told apart
 FIRST = ("route", "divergent", "audited", "gated", "type")  # what sorts at first, where it is there
-_ROUTES = {int(Route.LH): "LH agree, sure", int(Route.LL): "LL agree, unsure", int(Route.HT): "HT teacher leads",
-           int(Route.HS): "HS student leads", -1: "none"}  # fmt: skip
+_ROUTES = {
+    int(Route.LH): "LH agree, sure",
+    int(Route.LL): "LL agree, unsure",
+    int(Route.HT): "HT teacher leads",
+    int(Route.HS): "HS student leads",
+    -1: "none",
+}
 _FORKS = ("no candidate", "false alarm", "real fork")
 # What a column's numbers mean where the method planned it; a column of the same name of somebody else keeps its numbers.
 _MEANT = {
-    "route": ("DOPD", _ROUTES), "audited": ("OmniOPD", {0: "anchored", 1: "audited"}),
-    "gated": ("EOPD", {0: "reverse KL alone", 1: "gated: forward KL too"}), "divergent": ("TOPD", {}),
-}  # fmt: skip
-_HUES = {"HT teacher leads": "teacher", "HS student leads": "student", "LH agree, sure": "amount", "LL agree, unsure": "minus"}
+    "route": ("DOPD", _ROUTES),
+    "audited": ("OmniOPD", {0: "anchored", 1: "audited"}),
+    "gated": ("EOPD", {0: "reverse KL alone", 1: "gated: forward KL too"}),
+    "divergent": ("TOPD", {}),
+}
+_HUES = {
+    "HT teacher leads": "teacher",
+    "HS student leads": "student",
+    "LH agree, sure": "amount",
+    "LL agree, unsure": "minus",
+}
 
 
 @dataclass(frozen=True, eq=False)
@@ -37,9 +49,14 @@ class Sort:
 
 def sorts(trace: Trace) -> dict[str, Sort]:
     """All that can sort the tokens: columns of the plan and `type`, with 2 to `MOST` different values."""
-    columns = [name for name in ("type", *trace.meta.get("plan", [])) if name in trace.table.column_names]
+    columns = [
+        name for name in ("type", *trace.meta.get("plan", [])) if name in trace.table.column_names
+    ]
     found = {name: made for name in columns if (made := _of(trace, name))}
-    order = [*(name for name in FIRST if name in found), *(name for name in found if name not in FIRST)]
+    order = [
+        *(name for name in FIRST if name in found),
+        *(name for name in found if name not in FIRST),
+    ]
     return {name: found[name] for name in order}
 
 
@@ -50,13 +67,19 @@ def _of(trace: Trace, name: str) -> Sort | None:
     if values.dtype.kind == "f" and (np.isnan(values).any() or (values != np.rint(values)).any()):
         return None
     method, meant = _MEANT.get(name, ("", {}))
-    is_meant = bool(method) and name in trace.meta.get("plan", []) and provenance.is_planned_by(trace, method)
+    is_meant = (
+        bool(method)
+        and name in trace.meta.get("plan", [])
+        and provenance.is_planned_by(trace, method)
+    )
     if is_meant and name == "divergent":
         words = _forks(trace, values)
         names = [word for word in _FORKS if word in words]
     else:
         words = [_word(value, meant if is_meant else {}) for value in values.tolist()]
-        if name == "type" or values.dtype.kind not in "fiub":  # the commonest first, else as the values go
+        if (
+            name == "type" or values.dtype.kind not in "fiub"
+        ):  # the commonest first, else as the values go
             names = [word for word, _ in Counter(words).most_common()]
         else:
             names = list(dict.fromkeys(words[i] for i in np.argsort(values, kind="stable")))
@@ -79,5 +102,9 @@ def _word(value: object, meant: Mapping[int, str]) -> str:
 
 def _forks(trace: Trace, values: np.ndarray) -> list[str]:
     """TOPD's column says which tokens are real forks; its window distance, which were candidates at all."""
-    tried = ~np.isnan(trace.column("window_distance")) if "window_distance" in trace.table.column_names else values > 0
+    tried = (
+        ~np.isnan(trace.column("window_distance"))
+        if "window_distance" in trace.table.column_names
+        else values > 0
+    )
     return [_FORKS[i] for i in np.where(values > 0, 2, tried.astype(int))]

@@ -9,9 +9,9 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
+from opdlab.data.trace import Trace
 from opdlab.errors import OpdlabError, UnknownColumn
-from opdlab.expect import expect_trace
-from opdlab.trace import Trace
+from opdlab.support.expect import expect
 from opdlab.viz import kept, markup, payload
 from opdlab.viz.channels import Channel
 from opdlab.viz.glyphs import groups, visible
@@ -37,22 +37,43 @@ class TailAudit(View):
     k = Trait(0)
     channel = Trait("missed")
 
-    def __init__(self, trace: Trace, sample: int = 0, k: int = 0, by: str = "student", against: str = "", title: str = "") -> None:
+    def __init__(
+        self,
+        trace: Trace,
+        sample: int = 0,
+        k: int = 0,
+        by: str = "student",
+        against: str = "",
+        title: str = "",
+    ) -> None:
         super().__init__()
-        expect_trace(trace, type(self).__name__)
+        expect(trace, Trace, type(self).__name__, "trace")
         rivals = [name for name in trace.policies if name != "student"]
         if not rivals:
-            raise OpdlabError("The trace has the student alone, so there is no KL to miss. Score it under a teacher too: opdlab.score(…).")
+            raise OpdlabError(
+                "The trace has the student alone, so there is no KL to miss. Score it under a teacher too: opdlab.score(…)."
+            )
         self.against, self.by = against or rivals[0], by
         for name in (self.against, by):
             if name not in trace.policies:
-                raise UnknownColumn(f"The trace has no policy {name!r}. It has {', '.join(trace.policies)}.")
+                raise UnknownColumn(
+                    f"The trace has no policy {name!r}. It has {', '.join(trace.policies)}."
+                )
         if not kept.has_top(trace, "student", self.against, by):
-            raise OpdlabError("The trace kept no top tokens, so nothing is known of tails. Make it with opdlab.score(…, k=8).")
-        self.whole, self.trace, self.sample, self.title = trace, rows_of(trace, sample), sample, title
+            raise OpdlabError(
+                "The trace kept no top tokens, so nothing is known of tails. Make it with opdlab.score(…, k=8)."
+            )
+        self.whole, self.trace, self.sample, self.title = (
+            trace,
+            rows_of(trace, sample),
+            sample,
+            title,
+        )
         self.width = max(1, kept.width(trace))
         if not 0 <= k <= self.width:
-            raise OpdlabError(f"The trace kept the {self.width} likeliest tokens, not {k}. Give k from 1 to {self.width}.")
+            raise OpdlabError(
+                f"The trace kept the {self.width} likeliest tokens, not {k}. Give k from 1 to {self.width}."
+            )
         self.k = k or self.width
         self.selected = next(iter(self._missed(self.k).peaks()), self._widest)
 
@@ -63,7 +84,8 @@ class TailAudit(View):
         rows = [self._at(self.whole, k) for k in ks]
         full = float(self._full(self.whole, rows[-1]["bucket"]).mean())
         table = pd.DataFrame(
-            [{key: float(v.mean()) for key, v in row.items()} for row in rows], index=pd.RangeIndex(1, self.width + 1, name="k")
+            [{key: float(v.mean()) for key, v in row.items()} for row in rows],
+            index=pd.RangeIndex(1, self.width + 1, name="k"),
         )
         return table.assign(exact=full, read=table["bucket"] / full if full > 0 else 1.0)
 
@@ -73,12 +95,16 @@ class TailAudit(View):
         row = self._at(self.trace, self.k)
         full = self._full(self.trace, self._at(self.trace, self.width)["bucket"])
         tokens = [visible(piece) for piece in self.trace.tokens()]
-        return pd.DataFrame({"token": tokens, **row, "exact": full, "missed": np.maximum(full - row["bucket"], 0.0)})
+        return pd.DataFrame(
+            {"token": tokens, **row, "exact": full, "missed": np.maximum(full - row["bucket"], 0.0)}
+        )
 
     @property
     def _widest(self) -> int:
         """The token of the largest KL."""
-        return int(np.nan_to_num(self.df["exact"].to_numpy(float)).argmax()) if len(self.trace) else 0
+        return (
+            int(np.nan_to_num(self.df["exact"].to_numpy(float)).argmax()) if len(self.trace) else 0
+        )
 
     def static(self) -> str:
         missed = self._missed(self.k)
@@ -99,12 +125,23 @@ class TailAudit(View):
         missed = np.concatenate([np.maximum(full - row["bucket"], 0.0) for row in rows])
         finish = self.whole.meta["finish"][self.sample]
         return {
-            "title": self.title, "text": payload.text(self.trace), "finish": str(finish), "by": self.by, "against": self.against,
-            "ks": ks, "curve": {"k": [int(k) for k in self.curve.index], **{c: self.curve[c].to_numpy(np.float32) for c in self.curve}},
-            "plots": [plot.data() for plot in self._plots()], "exact": payload.numbers(full), "missed": payload.numbers(missed),
-            "student": payload.numbers(100 * stack("student_mass")), "rival": payload.numbers(100 * stack("rival_mass")),
+            "title": self.title,
+            "text": payload.text(self.trace),
+            "finish": str(finish),
+            "by": self.by,
+            "against": self.against,
+            "ks": ks,
+            "curve": {
+                "k": [int(k) for k in self.curve.index],
+                **{c: self.curve[c].to_numpy(np.float32) for c in self.curve},
+            },
+            "plots": [plot.data() for plot in self._plots()],
+            "exact": payload.numbers(full),
+            "missed": payload.numbers(missed),
+            "student": payload.numbers(100 * stack("student_mass")),
+            "rival": payload.numbers(100 * stack("rival_mass")),
             "limit": max(self._missed(k).limit for k in ks),
-        }  # fmt: skip
+        }
 
     def __repr__(self) -> str:
         line = "".join("▁▂▃▄▅▆▇█"[min(7, int(8 * max(0.0, share)))] for share in self.curve["read"])
@@ -114,13 +151,17 @@ class TailAudit(View):
     def _at(self, trace: Trace, k: int) -> dict[str, np.ndarray]:
         """Of each token: mass of both sides on the k likeliest tokens of `by`, and both coarse KLs there, nats."""
         if not len(trace):
-            return {key: np.zeros(0) for key in ("student_mass", "rival_mass", "bucket", "renormalized")}
+            return {
+                key: np.zeros(0) for key in ("student_mass", "rival_mass", "bucket", "renormalized")
+            }
         order = np.argsort(-trace.column(f"{self.by}_top").astype(float), 1, kind="stable")
         pair = []
         for name in ("student", self.against):
             logp = np.take_along_axis(trace.column(f"{name}_top").astype(float), order, 1)
             rest = np.exp(logp[:, k:]).sum(1) + trace.column(f"{name}_tail").astype(float)
-            pair.append((logp[:, :k], np.log(rest, out=np.full(len(rest), -np.inf), where=rest > kept.DUST)))
+            pair.append(
+                (logp[:, :k], np.log(rest, out=np.full(len(rest), -np.inf), where=rest > kept.DUST))
+            )
         (s, s_rest), (t, t_rest) = pair
         bucket = kept.kl(np.c_[s, s_rest], np.c_[t, t_rest])
         return {
@@ -137,23 +178,66 @@ class TailAudit(View):
     def _missed(self, k: int) -> Channel:
         row = self._at(self.trace, k)
         full = self._full(self.trace, self._at(self.trace, self.width)["bucket"])
-        return Channel("missed", "missed KL", np.maximum(full - row["bucket"], 0.0), less="read whole", more="not seen")
+        return Channel(
+            "missed",
+            "missed KL",
+            np.maximum(full - row["bucket"], 0.0),
+            less="read whole",
+            more="not seen",
+        )
 
     def _ks(self) -> list[int]:
         """The values of k that the page carries: all, or evenly many of them, with the first, the last and the one asked for."""
         most = MANY if len(self.trace) <= payload.LONG else FEW
-        return sorted({int(k) for k in np.linspace(1, self.width, min(most, self.width)).round()} | {self.k})
+        return sorted(
+            {int(k) for k in np.linspace(1, self.width, min(most, self.width)).round()} | {self.k}
+        )
 
     def _plots(self) -> Sequence[Plot]:
         k, table = self.curve.index.to_numpy(float), self.curve
-        line = lambda name, column, look, kind="line": Line(name, k, table[column].to_numpy(float), look, kind)
-        top = float(np.nanmax([*table["exact"], *table["bucket"], *table["renormalized"].replace(np.inf, np.nan).fillna(0), 1e-3]))
+        line = lambda name, column, look, kind="line": Line(
+            name, k, table[column].to_numpy(float), look, kind
+        )
+        top = float(
+            np.nanmax(
+                [
+                    *table["exact"],
+                    *table["bucket"],
+                    *table["renormalized"].replace(np.inf, np.nan).fillna(0),
+                    1e-3,
+                ]
+            )
+        )
         ends = (1.0, float(max(2, self.width)))
-        mass = [Line("student", k, 100 * table["student_mass"].to_numpy(float), "student"),
-                Line(self.against, k, 100 * table["rival_mass"].to_numpy(float), "teacher", "dash")]  # fmt: skip
-        kl = [line("exact", "exact", "grey"), line("bucket", "bucket", "amount"), line("renormalized", "renormalized", "pink")]
-        return [Plot("mass", f"mass on the {self.by}'s top k", mass, "%", "%, mean over tokens", ends, (0.0, 100.0)),
-                Plot("kl", "KL that the top k read", kl, "nats", "nats, mean over tokens", ends, (0.0, top * 1.05))]  # fmt: skip
+        mass = [
+            Line("student", k, 100 * table["student_mass"].to_numpy(float), "student"),
+            Line(self.against, k, 100 * table["rival_mass"].to_numpy(float), "teacher", "dash"),
+        ]
+        kl = [
+            line("exact", "exact", "grey"),
+            line("bucket", "bucket", "amount"),
+            line("renormalized", "renormalized", "pink"),
+        ]
+        return [
+            Plot(
+                "mass",
+                f"mass on the {self.by}'s top k",
+                mass,
+                "%",
+                "%, mean over tokens",
+                ends,
+                (0.0, 100.0),
+            ),
+            Plot(
+                "kl",
+                "KL that the top k read",
+                kl,
+                "nats",
+                "nats, mean over tokens",
+                ends,
+                (0.0, top * 1.05),
+            ),
+        ]
 
     def _summary(self) -> str:
         row = self.curve.loc[self.k]

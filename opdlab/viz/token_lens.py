@@ -8,9 +8,9 @@ from typing import Any
 
 import pandas as pd
 
+from opdlab.data.trace import Trace
 from opdlab.errors import OpdlabError, UnknownColumn
-from opdlab.expect import expect_trace
-from opdlab.trace import Trace
+from opdlab.support.expect import expect
 from opdlab.viz import markup, payload
 from opdlab.viz.channels import channels, fitting
 from opdlab.viz.duel import duel
@@ -42,22 +42,33 @@ class TokenLens(View):
     tracks = Trait([])
     pins = Trait([])
 
-    def __init__(self, trace: Trace, sample: int = 0, channel: str = "log_ratio", title: str = "", like: TokenLens | None = None,
-                 tracks: Sequence[str] = ()) -> None:  # fmt: skip
+    def __init__(
+        self,
+        trace: Trace,
+        sample: int = 0,
+        channel: str = "log_ratio",
+        title: str = "",
+        like: TokenLens | None = None,
+        tracks: Sequence[str] = (),
+    ) -> None:
         super().__init__()
-        expect_trace(trace, type(self).__name__)
+        expect(trace, Trace, type(self).__name__, "trace")
         self.sample, self.title, self._least = sample, title, like.limits if like else {}
         self.trace = rows_of(trace, sample)
         self.channels = channels(self.trace)
         for key in (*([] if channel == "log_ratio" else [channel]), *tracks):
             if key not in self.channels:
-                raise UnknownColumn(f"The trace has no channel {key!r}. It has {', '.join(self.channels)}.")
+                raise UnknownColumn(
+                    f"The trace has no channel {key!r}. It has {', '.join(self.channels)}."
+                )
         if not self.channels:
             raise OpdlabError(
                 f"The trace has no numbers to draw, only {', '.join(trace.table.column_names)}. Make it with opdlab.score(…)."
             )
         if len(tracks) > TRACKS:
-            raise OpdlabError(f"There is room for {TRACKS} tracks under a line, not {len(tracks)}. Leave some out.")
+            raise OpdlabError(
+                f"There is room for {TRACKS} tracks under a line, not {len(tracks)}. Leave some out."
+            )
         self.channel = channel if channel in self.channels else next(iter(self.channels))
         self.tracks = list(tracks)
         self.selected = next(iter(self.channels[self.channel].peaks()), 0)
@@ -70,13 +81,20 @@ class TokenLens(View):
     def scaled(self, limits: Mapping[str, float]) -> TokenLens:
         """The same lens with full colour at these values, or at its own where they are larger."""
         other = copy.copy(self)
-        other._least, other._traits, other._watchers, other._widget = dict(limits), dict(self._traits), [], None
+        other._least, other._traits, other._watchers, other._widget = (
+            dict(limits),
+            dict(self._traits),
+            [],
+            None,
+        )
         return other
 
     @property
     def df(self) -> pd.DataFrame:
         """The trace's rows of this completion, by position, with each token as it is listed."""
-        return self.trace.to_pandas().assign(token=[visible(piece) for piece in self.trace.tokens()])
+        return self.trace.to_pandas().assign(
+            token=[visible(piece) for piece in self.trace.tokens()]
+        )
 
     @property
     def text(self) -> str:
@@ -84,7 +102,11 @@ class TokenLens(View):
         return "".join(group.text for group in groups(self.trace.tokens()))
 
     def static(self) -> str:
-        chosen, limit, tokens = self.channels[self.channel], self.limits[self.channel], self.trace.tokens()
+        chosen, limit, tokens = (
+            self.channels[self.channel],
+            self.limits[self.channel],
+            self.trace.tokens(),
+        )
         title = markup.title(self.title)
         return (
             f'{title}<div class="opd-prompt" style="white-space:pre-wrap" dir="auto">{markup.safe(self._prompt)}</div>'
@@ -97,17 +119,27 @@ class TokenLens(View):
     def data(self) -> dict[str, Any]:
         fixed = {"text": payload.text(self.trace), "duel": duel(self.trace)}
         spent = len(payload.pack(fixed)) if len(self.trace) > payload.LONG else 0
-        carried = fitting(self.channels, self.limits, keep=(self.channel, *self.tracks), spent=spent)
+        carried = fitting(
+            self.channels, self.limits, keep=(self.channel, *self.tracks), spent=spent
+        )
         have = {c["key"] for c in carried}
         return {
-            "title": self.title, "prompt": self._prompt, "finish": self._finish, "policies": self.trace.policies, **fixed,
-            "channels": carried, "left": [c.label for key, c in self.channels.items() if key not in have], "segments": segments(self.trace),
-        }  # fmt: skip
+            "title": self.title,
+            "prompt": self._prompt,
+            "finish": self._finish,
+            "policies": self.trace.policies,
+            **fixed,
+            "channels": carried,
+            "left": [c.label for key, c in self.channels.items() if key not in have],
+            "segments": segments(self.trace),
+        }
 
     def __repr__(self) -> str:
         chosen = self.channels[self.channel]
         head = f"TokenLens: {self.title or f'completion {self.sample}'}, {len(self.trace)} tokens, {chosen.label}"
-        meaning = f" (− {chosen.less}, + {chosen.more})" if chosen.kind in ("ratio", "signed") else ""
+        meaning = (
+            f" (− {chosen.less}, + {chosen.more})" if chosen.kind in ("ratio", "signed") else ""
+        )
         return f"{head}{f' in {chosen.unit}' if chosen.unit else ''}{meaning}\n{markup.sparkline(chosen)}\n{self._peaks()}"
 
     @property
@@ -122,9 +154,15 @@ class TokenLens(View):
         """The tokens of largest size, in words; of kinds, how common each is."""
         chosen, tokens = self.channels[self.channel], self.trace.tokens()
         if chosen.kind == "category":
-            parts = [f"{i + 1} {name} {100 * (chosen.values == i).mean():.0f} %" for i, name in enumerate(chosen.names)]
+            parts = [
+                f"{i + 1} {name} {100 * (chosen.values == i).mean():.0f} %"
+                for i, name in enumerate(chosen.names)
+            ]
             return f"{chosen.label}: {', '.join(parts)} of {len(tokens)} tokens"
-        peaks = [f"{visible(tokens[i])} {markup.said(chosen.values[i], chosen)} (position {i})" for i in chosen.peaks()]
+        peaks = [
+            f"{visible(tokens[i])} {markup.said(chosen.values[i], chosen)} (position {i})"
+            for i in chosen.peaks()
+        ]
         return f"Largest {chosen.label}: {', '.join(peaks) or 'none'}"
 
 
@@ -132,9 +170,13 @@ def rows_of(trace: Trace, sample: int) -> Trace:
     """The rows of one completion; raises OpdlabError for one that is not there."""
     texts = trace.meta["texts"]
     if not 0 <= sample < len(texts):
-        raise OpdlabError(f"The trace has completions 0 to {len(texts) - 1}, not {sample}. Give sample=0 up to {len(texts) - 1}.")
+        raise OpdlabError(
+            f"The trace has completions 0 to {len(texts) - 1}, not {sample}. Give sample=0 up to {len(texts) - 1}."
+        )
     rows = trace.sample(sample) if len(trace) else trace
     if not len(rows) and texts[sample]:
         held = ", ".join(map(str, sorted(set(trace.column("sample").tolist()))))
-        raise OpdlabError(f"The trace holds no row of completion {sample}, only of {held or 'none'}. Give sample= one of these.")
+        raise OpdlabError(
+            f"The trace holds no row of completion {sample}, only of {held or 'none'}. Give sample= one of these."
+        )
     return rows

@@ -16,9 +16,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from opdlab.divergence import Generator
-from opdlab.estimator.subject import subject_of
-from opdlab.rows import Rows
+from opdlab.audit.subject import subject_of
+from opdlab.engine.rows import Rows
+from opdlab.losses.divergences import Generator
 
 X = torch.arange(-60, 61, dtype=torch.float64) / 10  # log ratios, log q - log p
 SPACE = X.clone()  # where the hills stand
@@ -41,7 +41,9 @@ class Push:
 
     @property
     def rate(self) -> float:
-        return RATE / self.curvature if math.isfinite(self.curvature) and self.curvature > 0 else RATE
+        return (
+            RATE / self.curvature if math.isfinite(self.curvature) and self.curvature > 0 else RATE
+        )
 
 
 def of_generator(generator: Generator, clip: float = 0.0, name: str = "") -> Push:
@@ -60,7 +62,11 @@ def of_generator(generator: Generator, clip: float = 0.0, name: str = "") -> Pus
 def of_loss(loss: Any, name: str = "") -> Push:
     """A loss of one's own: a function of rows, or of student and teacher log-probs, or a method without a plan."""
     subject = subject_of(loss, where="Playground")
-    return Push(name or subject.name, lambda logits, teacher: -slope(subject.method.loss, logits, teacher), own=loss)
+    return Push(
+        name or subject.name,
+        lambda logits, teacher: -slope(subject.method.loss, logits, teacher),
+        own=loss,
+    )
 
 
 def losses(function: Callable[[Rows], Tensor], student: Tensor, teacher: Tensor) -> Tensor:
@@ -88,13 +94,18 @@ def finite_difference(loss: Any, seed: int = 0, step: float = 1e-5) -> tuple[flo
     """
     function = subject_of(loss, where="Playground").method.loss
     generator = torch.Generator().manual_seed(seed)
-    logits, teacher = (1.2 * torch.randn(4, 5, generator=generator, dtype=torch.float64) for _ in range(2))
+    logits, teacher = (
+        1.2 * torch.randn(4, 5, generator=generator, dtype=torch.float64) for _ in range(2)
+    )
     teacher = teacher.log_softmax(-1)
     p, want, gap = logits.log_softmax(-1).exp(), slope(function, logits, teacher), 0.0
     for k in range(5):
         moved = torch.zeros(5, dtype=torch.float64)
         moved[k] = step
-        up, down = ((p * losses(function, (logits + s * moved).log_softmax(-1), teacher)).sum(-1) for s in (1, -1))
+        up, down = (
+            (p * losses(function, (logits + s * moved).log_softmax(-1), teacher)).sum(-1)
+            for s in (1, -1)
+        )
         gap = max(gap, float(((up - down).detach() / (2 * step) - want[:, k]).abs().max()))
     return gap, float(want.abs().max())
 
@@ -139,7 +150,9 @@ def field(push: Push, teacher: Tensor, temperature: float = 1.0) -> np.ndarray:
     return (p * (g - (p * g).sum(-1, keepdim=True))).numpy()
 
 
-def path(push: Push, student: Tensor, teacher: Tensor, steps: int, temperature: float = 1.0) -> np.ndarray:
+def path(
+    push: Push, student: Tensor, teacher: Tensor, steps: int, temperature: float = 1.0
+) -> np.ndarray:
     """The student after each of `steps` gradient steps on its logits, `[steps + 1, 3]`."""
     z, q, out = student.log()[None], tempered(teacher.log(), temperature)[None], [student]
     for _ in range(steps):
@@ -150,7 +163,9 @@ def path(push: Push, student: Tensor, teacher: Tensor, steps: int, temperature: 
 
 def hills(temperature: float = 1.0) -> Tensor:
     """The log-probs of the teacher with two hills, over `SPACE`."""
-    q = sum(share * (-(((SPACE - at) / width) ** 2) / 2).exp() / width for share, at, width in HILLS)
+    q = sum(
+        share * (-(((SPACE - at) / width) ** 2) / 2).exp() / width for share, at, width in HILLS
+    )
     return tempered(torch.as_tensor(q).log(), temperature)
 
 

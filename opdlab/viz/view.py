@@ -64,7 +64,9 @@ class Trait:
         if kind is list and isinstance(value, tuple):
             return list(value)
         if not isinstance(value, kind):
-            raise TypeError(f"{self.name} is of type {kind.__name__}, not {type(value).__name__} ({value!r}). Give a {kind.__name__}.")
+            raise TypeError(
+                f"{self.name} is of type {kind.__name__}, not {type(value).__name__} ({value!r}). Give a {kind.__name__}."
+            )
         return value
 
 
@@ -75,7 +77,9 @@ class View:
     one completion on the same page follow each other's, in the browser, without the kernel.
     """
 
-    name: ClassVar[str]  # of the view in JavaScript, `define("lens", …)`, and of its root's class `opd-lens`
+    name: ClassVar[
+        str
+    ]  # of the view in JavaScript, `define("lens", …)`, and of its root's class `opd-lens`
     scripts: ClassVar[tuple[str, ...]]  # files of static/, after the base's
     styles: ClassVar[tuple[str, ...]] = ()
     title: str = ""
@@ -115,7 +119,13 @@ class View:
     def html(self, assets: bool = True, script: bool = True) -> str:
         """An HTML fragment that needs nothing else; `assets=False` leaves styles and module to the page around it."""
         style = embed.style(*embed.STYLES, *self.styles) if assets else ""
-        block = embed.script_json({"view": self.name, "traits": self.traits, "packed": self._block()}, "opd-data") if script else ""
+        block = (
+            embed.script_json(
+                {"view": self.name, "traits": self.traits, "packed": self._block()}, "opd-data"
+            )
+            if script
+            else ""
+        )
         module = embed.module(self.scripts) if assets and script else ""
         return (
             f'<div class="opd opd-{self.name}">{style}<div class="opd-view">'
@@ -148,13 +158,20 @@ class View:
     @property
     def traits(self) -> dict[str, Any]:
         """What the page shares, by name."""
-        names = [name for owner in reversed(type(self).__mro__) for name, x in vars(owner).items() if isinstance(x, Trait)]
+        names = [
+            name
+            for owner in reversed(type(self).__mro__)
+            for name, x in vars(owner).items()
+            if isinstance(x, Trait)
+        ]
         return {name: getattr(self, name) for name in names}
 
     def on(self, trait: str, act: Callable[[Any], object]) -> None:
         """Call `act(value)` whenever the trait changes, from Python or from the live widget's page."""
         if trait not in self.traits:
-            raise OpdlabError(f"{type(self).__name__} has no {trait!r} to watch. It has {', '.join(self.traits)}.")
+            raise OpdlabError(
+                f"{type(self).__name__} has no {trait!r} to watch. It has {', '.join(self.traits)}."
+            )
         self._watchers.append((trait, act))
 
     def refresh(self) -> None:
@@ -184,5 +201,7 @@ class View:
 
 def _known(name: str) -> str:
     if name not in RENDERERS:
-        raise OpdlabError(f"There is no renderer {name!r}. Use {', '.join(RENDERERS[:-1])} or {RENDERERS[-1]}.")
+        raise OpdlabError(
+            f"There is no renderer {name!r}. Use {', '.join(RENDERERS[:-1])} or {RENDERERS[-1]}."
+        )
     return name

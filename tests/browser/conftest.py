@@ -41,9 +41,15 @@ class PatientBrowser:
 @pytest.fixture(scope="session")
 def browser() -> Iterator[PatientBrowser]:
     """Chromium as found on the machine; nothing is downloaded."""
-    path = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
+    path = (
+        shutil.which("chromium")
+        or shutil.which("chromium-browser")
+        or shutil.which("google-chrome")
+    )
     if path is None:
-        (pytest.fail if os.environ.get("CI") else pytest.skip)("There is no Chromium. Install it: apt-get install chromium.")
+        (pytest.fail if os.environ.get("CI") else pytest.skip)(
+            "There is no Chromium. Install it: apt-get install chromium."
+        )
     with sync_playwright() as playwright:
         chromium = playwright.chromium.launch(executable_path=path, args=FLAGS)
         yield PatientBrowser(chromium)
@@ -63,9 +69,24 @@ def open_page(browser) -> Iterator[Callable[..., Page]]:
         contexts.append(context)
         page = context.new_page()
         page.on("pageerror", lambda error: troubles.append(f"error: {error}"))
-        page.on("console", lambda message: troubles.append(f"{message.type}: {message.text}") if message.type == "error" else None)
-        page.on("dialog", lambda dialog: (troubles.append(f"dialog: {dialog.message}"), dialog.dismiss()))
-        page.on("request", lambda request: troubles.append(f"request: {request.url[:80]}") if request.url != page_url else None)
+        page.on(
+            "console",
+            lambda message: (
+                troubles.append(f"{message.type}: {message.text}")
+                if message.type == "error"
+                else None
+            ),
+        )
+        page.on(
+            "dialog",
+            lambda dialog: (troubles.append(f"dialog: {dialog.message}"), dialog.dismiss()),
+        )
+        page.on(
+            "request",
+            lambda request: (
+                troubles.append(f"request: {request.url[:80]}") if request.url != page_url else None
+            ),
+        )
         page_url = path.as_uri()
         page.goto(page_url)
         return page
@@ -84,7 +105,11 @@ def axe() -> Callable[..., None]:
     def check(page: Page, within: str = ".opd", only: Sequence[str] = ()) -> None:
         options = {"resultTypes": ["violations"], **({"runOnly": list(only)} if only else {})}
         found = checker.run(page, context=within, options=options).response["violations"]
-        grave = [(v["id"], v["nodes"][0]["html"][:160], len(v["nodes"])) for v in found if v["impact"] in ("serious", "critical")]
+        grave = [
+            (v["id"], v["nodes"][0]["html"][:160], len(v["nodes"]))
+            for v in found
+            if v["impact"] in ("serious", "critical")
+        ]
         assert not grave
 
     return check

@@ -32,7 +32,10 @@ FOLDERS = (
     "JUPYTERLAB_SETTINGS_DIR",
     "JUPYTERLAB_WORKSPACES_DIR",
 )
-SPEC = {"kernelspec": {"display_name": "Python 3", "language": "python", "name": "python3"}, "language_info": {"name": "python"}}
+SPEC = {
+    "kernelspec": {"display_name": "Python 3", "language": "python", "name": "python3"},
+    "language_info": {"name": "python"},
+}
 
 
 ALONE = """async ([name, kernel]) => {
@@ -58,25 +61,52 @@ class Lab:
         with socket.socket() as free:
             free.bind(("127.0.0.1", 0))
             self.port = free.getsockname()[1]
-        env = os.environ | {name: str(root / name.lower()) for name in FOLDERS} | {"OPDLAB_RENDERER": "html", "PYTHONPATH": _tests()}
+        env = (
+            os.environ
+            | {name: str(root / name.lower()) for name in FOLDERS}
+            | {"OPDLAB_RENDERER": "html", "PYTHONPATH": _tests()}
+        )
         settings = Path(env["JUPYTERLAB_SETTINGS_DIR"]) / "@jupyterlab" / "apputils-extension"
         settings.mkdir(parents=True)
-        (settings / "notification.jupyterlab-settings").write_text('{"fetchNews": "false", "checkForUpdates": false}')
+        (settings / "notification.jupyterlab-settings").write_text(
+            '{"fetchNews": "false", "checkForUpdates": false}'
+        )
         self.theme = settings / "themes.jupyterlab-settings"
         options = [
-            "--no-browser", "--allow-root", "--ip=127.0.0.1", f"--port={self.port}", "--ServerApp.port_retries=0",
-            "--IdentityProvider.token=", "--ServerApp.password=", "--ServerApp.disable_check_xsrf=True",
-            f"--ServerApp.root_dir={self.root}", "--LabApp.expose_app_in_browser=True", "--LabApp.extension_manager=readonly",
-        ]  # fmt: skip
+            "--no-browser",
+            "--allow-root",
+            "--ip=127.0.0.1",
+            f"--port={self.port}",
+            "--ServerApp.port_retries=0",
+            "--IdentityProvider.token=",
+            "--ServerApp.password=",
+            "--ServerApp.disable_check_xsrf=True",
+            f"--ServerApp.root_dir={self.root}",
+            "--LabApp.expose_app_in_browser=True",
+            "--LabApp.extension_manager=readonly",
+        ]
         log = open(root / "server.log", "w")  # noqa: SIM115
-        self.server = subprocess.Popen([sys.executable, "-m", "jupyterlab", *options], env=env, stdout=log, stderr=log)
+        self.server = subprocess.Popen(
+            [sys.executable, "-m", "jupyterlab", *options], env=env, stdout=log, stderr=log
+        )
         self._wait(root / "server.log")
 
     def write(self, name: str, *cells: str) -> None:
         """A notebook of code cells; without a kernelspec Lab would open a dialog."""
-        book = [{"cell_type": "code", "id": f"c{i}", "metadata": {}, "outputs": [], "execution_count": None, "source": source}
-                for i, source in enumerate(cells)]  # fmt: skip
-        (self.root / name).write_text(json.dumps({"cells": book, "metadata": SPEC, "nbformat": 4, "nbformat_minor": 5}))
+        book = [
+            {
+                "cell_type": "code",
+                "id": f"c{i}",
+                "metadata": {},
+                "outputs": [],
+                "execution_count": None,
+                "source": source,
+            }
+            for i, source in enumerate(cells)
+        ]
+        (self.root / name).write_text(
+            json.dumps({"cells": book, "metadata": SPEC, "nbformat": 4, "nbformat_minor": 5})
+        )
 
     def open(self, name: str) -> Page:
         """The notebook alone in the window that all tests share, on the kernel that they share."""
@@ -91,7 +121,9 @@ class Lab:
 
     def open_afresh(self, name: str, *, dark: bool = False) -> Page:
         """The notebook in a window of its own, as one finds it that opens JupyterLab at it; its kernel may not be ready."""
-        self.theme.write_text(json.dumps({"theme": "JupyterLab Dark" if dark else "JupyterLab Light"}))
+        self.theme.write_text(
+            json.dumps({"theme": "JupyterLab Dark" if dark else "JupyterLab Light"})
+        )
         context = self.browser.new_context(viewport={"width": 1200, "height": 1000})
         self.contexts.append(context)
         page = context.new_page()
@@ -120,17 +152,23 @@ class Lab:
 
     def save(self, page: Page) -> None:
         self.command(page, "docmanager:save")
-        page.wait_for_function("!window.jupyterapp.shell.currentWidget.context.model.dirty", timeout=240_000)
+        page.wait_for_function(
+            "!window.jupyterapp.shell.currentWidget.context.model.dirty", timeout=240_000
+        )
 
     def restart(self, page: Page) -> None:
         """The kernel, without the question."""
-        page.evaluate("void (window.restarted = false, window.jupyterapp.shell.currentWidget.sessionContext.session.kernel.restart()"
-                      ".then(() => (window.restarted = true)))")  # fmt: skip
+        page.evaluate(
+            "void (window.restarted = false, window.jupyterapp.shell.currentWidget.sessionContext.session.kernel.restart()"
+            ".then(() => (window.restarted = true)))"
+        )
         page.wait_for_function("window.restarted", timeout=600_000)
         page.wait_for_function(IDLE, timeout=600_000)
 
     def command(self, page: Page, name: str) -> None:
-        page.evaluate(f"void window.jupyterapp.commands.execute({json.dumps(name)})")  # without void a hanging command hangs the test
+        page.evaluate(
+            f"void window.jupyterapp.commands.execute({json.dumps(name)})"
+        )  # without void a hanging command hangs the test
 
     def close(self) -> None:
         for context in self.contexts:

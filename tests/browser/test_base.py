@@ -57,7 +57,9 @@ def test_inflate_reads_parts_packed_each_in_its_own_way(probe):
     rng = np.random.default_rng(0)
     noise = [rng.integers(0, high, 9_000, np.uint8).tobytes() for high in (7, 256)]
     parts = [b"abc" * 3_000, noise[0], b"", noise[1], b"tail"]
-    assert probe.evaluate(HASHED, payload.base64_of(payload._deflated(parts))) == hashed(b"".join(parts))
+    assert probe.evaluate(HASHED, payload.base64_of(payload._deflated(parts))) == hashed(
+        b"".join(parts)
+    )
 
 
 def test_style_sheets_mean_the_same_without_their_spaces(probe):
@@ -69,7 +71,11 @@ def test_style_sheets_mean_the_same_without_their_spaces(probe):
     }"""
     names = sorted(path.name for path in Path(embed.__file__).with_name("static").glob("*.css"))
     for name in names:
-        assert probe.evaluate(read, embed.style_text(name)) == probe.evaluate(read, embed.asset(name)) != []
+        assert (
+            probe.evaluate(read, embed.style_text(name))
+            == probe.evaluate(read, embed.asset(name))
+            != []
+        )
 
 
 def hashed(raw: bytes) -> list[int]:
@@ -107,11 +113,16 @@ def test_the_page_reads_what_python_packs(probe):
 
 def test_views_of_one_text_follow_each_other_and_no_other(open_page, tmp_path):
     trace = made(WORDS)
-    again, other = trace.with_columns(student_logp=np.linspace(-1, 0, len(WORDS))), made(WORDS, prompt="Something else?")
+    again, other = (
+        trace.with_columns(student_logp=np.linspace(-1, 0, len(WORDS))),
+        made(WORDS, prompt="Something else?"),
+    )
     lenses = [("", TokenLens(t)) for t in (trace, again, other)]
     first = [lens.selected for _, lens in lenses]
     view = open_page(page(tmp_path / "p.html", title="t", lenses=lenses))
-    chosen = lambda: [int(n.get_attribute("data-i")) for n in view.locator("[aria-selected='true']").all()]
+    chosen = lambda: [
+        int(n.get_attribute("data-i")) for n in view.locator("[aria-selected='true']").all()
+    ]
     assert chosen() == first
     strips = view.locator(".opd-strip").all()
     strips[0].locator("[data-i='8']").click()
@@ -132,7 +143,10 @@ def test_views_of_one_text_follow_each_other_and_no_other(open_page, tmp_path):
 def test_a_view_that_fails_to_draw_leaves_its_static_picture(open_page, tmp_path):
     lens = TokenLens(made(WORDS))
     path = tmp_path / "broken.html"
-    path.write_text(f"<!doctype html><meta charset=utf-8>{lens.html().replace(lens._block(), 'AAAA')}", encoding="utf-8")
+    path.write_text(
+        f"<!doctype html><meta charset=utf-8>{lens.html().replace(lens._block(), 'AAAA')}",
+        encoding="utf-8",
+    )
     view = open_page(path, ["error: The data of this view is cut short. Make the view again."])
     assert view.locator(".opd-strip").text_content() == lens.text
 
@@ -164,10 +178,18 @@ def test_a_picture_is_as_wide_as_asked_and_of_the_theme(tmp_path, dark, width):
 
 
 def test_a_picture_holds_what_lies_below_the_window(tmp_path):
-    long = made([f" w{i % 50}".encode() for i in range(2500)], top=2, prompt="\n".join(map(str, range(30))))
-    raw = TokenLens(long, title="A long title. " * 200).to_png(tmp_path / "x.png", width=480).read_bytes()
+    long = made(
+        [f" w{i % 50}".encode() for i in range(2500)], top=2, prompt="\n".join(map(str, range(30)))
+    )
+    raw = (
+        TokenLens(long, title="A long title. " * 200)
+        .to_png(tmp_path / "x.png", width=480)
+        .read_bytes()
+    )
     rows = "".join("x" if row.min() < 100 else "-" for row in _grey(raw))
-    assert max(map(len, rows.split("x"))) < 200  # pixels, two for each of CSS; the strip alone has 800
+    assert (
+        max(map(len, rows.split("x"))) < 200
+    )  # pixels, two for each of CSS; the strip alone has 800
 
 
 def _darkness(raw: bytes) -> bool:

@@ -6,8 +6,8 @@ import pytest
 from viz.traces import made
 
 from opdlab import viz
+from opdlab.commands.gallery import gallery
 from opdlab.errors import OpdlabError
-from opdlab.gallery import gallery
 from opdlab.viz.overview import overview
 
 pytestmark = pytest.mark.browser
@@ -20,9 +20,15 @@ def test_every_view_on_one_page(tmp_path, open_page, axe):
     axe(tab, only=["color-contrast"])
     names = tab.eval_on_selector_all(".opd[class*=opd-]", "nodes => nodes.map((n) => n.className)")
     shown = {name.split("opd-")[-1] for name in names}
-    every = {getattr(viz, name).name for name in viz.__all__ if isinstance(getattr(viz, name), type) and name != "View"}
+    every = {
+        getattr(viz, name).name
+        for name in viz.__all__
+        if isinstance(getattr(viz, name), type) and name != "View"
+    }
     assert shown == every
-    assert all(tab.eval_on_selector_all(".opd-box", "boxes => boxes.map((b) => b.children.length > 0)"))
+    assert all(
+        tab.eval_on_selector_all(".opd-box", "boxes => boxes.map((b) => b.children.length > 0)")
+    )
     with pytest.raises(OpdlabError, match="no gallery of 'moon'"):
         gallery(tmp_path, "moon")
 

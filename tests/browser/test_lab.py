@@ -60,10 +60,14 @@ def test_values_go_to_python_and_back(lab):
     strip.press("d")
     assert page.locator(".jp-Cell").count() == cells
     assert not page.locator(".opd-detached").is_visible()
-    assert page.locator(".jp-OutputArea-output .opd-strip").count() == 1  # the widget, and not the still picture beside it
+    assert (
+        page.locator(".jp-OutputArea-output .opd-strip").count() == 1
+    )  # the widget, and not the still picture beside it
     lab.save(page)
     (output,) = json.loads((lab.root / "live.ipynb").read_text())["cells"][1]["outputs"]
-    assert "Largest log ratio" in "".join(output["data"]["text/html"])  # for GitHub, nbconvert, and whoever has no kernel
+    assert "Largest log ratio" in "".join(
+        output["data"]["text/html"]
+    )  # for GitHub, nbconvert, and whoever has no kernel
     assert "TokenLens: completion 0, 4 tokens" in "".join(output["data"]["text/plain"])
 
 
@@ -71,11 +75,15 @@ def test_an_output_is_interactive_beside_the_live_widget_and_linked_to_it(lab):
     lab.write("both.ipynb", MADE, "lens", "lens.live()")
     page = lab.open("both.ipynb")
     lab.run(page)
-    page.wait_for_function("document.querySelectorAll('.opd-lens .opd-strip[role=listbox]').length === 2")
+    page.wait_for_function(
+        "document.querySelectorAll('.opd-lens .opd-strip[role=listbox]').length === 2"
+    )
     first, second = page.locator(".opd-lens .opd-strip").all()
     first.locator("[data-i='1']").click()
     assert second.locator("[aria-selected='true']").get_attribute("data-i") == "1"
-    lab.until(page, "lens.selected", "1")  # an HTML output reaches Python through the live view that follows it
+    lab.until(
+        page, "lens.selected", "1"
+    )  # an HTML output reaches Python through the live view that follows it
 
 
 def test_a_restarted_kernel_leaves_a_badge_and_a_view_that_still_moves(lab):
@@ -107,7 +115,9 @@ def test_an_executed_notebook_survives_reopening_distrust_and_export(lab, browse
     page.wait_for_selector(CHOSEN)
     lab.save(page)
 
-    page = lab.open_afresh("kept.ipynb", dark=True)  # by the same person: trusted, so the script runs
+    page = lab.open_afresh(
+        "kept.ipynb", dark=True
+    )  # by the same person: trusted, so the script runs
     page.wait_for_selector(CHOSEN)
     page.locator(".opd-lens .opd-strip [data-i='0']").click()
     assert page.locator(CHOSEN).get_attribute("data-i") == "0"
@@ -115,7 +125,14 @@ def test_an_executed_notebook_survives_reopening_distrust_and_export(lab, browse
     page.context.close()
 
     book = json.loads((lab.root / "kept.ipynb").read_text())
-    book["cells"].append({"cell_type": "markdown", "id": "more", "metadata": {}, "source": "changed by somebody else"})
+    book["cells"].append(
+        {
+            "cell_type": "markdown",
+            "id": "more",
+            "metadata": {},
+            "source": "changed by somebody else",
+        }
+    )
     (lab.root / "foreign.ipynb").write_text(json.dumps(book))
     page = lab.open_afresh("foreign.ipynb")  # not trusted: no script, but colours and message
     still = page.locator(".jp-OutputArea-output .opd-strip")
@@ -140,26 +157,36 @@ def test_a_live_table_fetches_the_tokens_that_its_page_lacks(lab):
     lab.write("table.ipynb", ROLLOUTS, "view.live()")
     page = lab.open("table.ipynb")
     lab.run(page)
-    strip, text = page.locator(".opd-rollouts-text .opd-strip"), page.locator(".opd-rollouts-text .opd-prompt")
+    strip, text = (
+        page.locator(".opd-rollouts-text .opd-strip"),
+        page.locator(".opd-rollouts-text .opd-prompt"),
+    )
     strip.wait_for()
     assert lab.python(page, "print(view.rollout, sorted(set(view.df['sample'])))") == "2 [2]"
     page.locator(".opd-grid").press("ArrowDown")
-    page.wait_for_function("document.querySelector('.opd-rollouts-text .opd-prompt')?.textContent !== 'Question 2?'")
+    page.wait_for_function(
+        "document.querySelector('.opd-rollouts-text .opd-prompt')?.textContent !== 'Question 2?'"
+    )
     chosen = (text.text_content() or "").removeprefix("Question ").removesuffix("?")
     lab.until(page, "view.rollout", chosen)
     assert strip.text_content() == "The cat sat"
     strip.locator("[data-i='1']").hover()
     shown = lab.python(
-        page, "print(viz.markup.number(viz.channels.channels(view.whole.sample(view.rollout))['log_ratio'].values[1], True))"
+        page,
+        "print(viz.markup.number(viz.channels.channels(view.whole.sample(view.rollout))['log_ratio'].values[1], True))",
     )
-    assert f"log ratio {shown} nats" in page.locator(".opd-rollouts .opd-timeline-told").text_content()
+    assert (
+        f"log ratio {shown} nats" in page.locator(".opd-rollouts .opd-timeline-told").text_content()
+    )
 
 
 def test_a_cell_that_trains_is_followed_interrupted_and_reopened(lab):
     lab.write("board.ipynb", TRAIN, "board.train()")
     page = lab.open("board.ipynb")
     lab.command(page, "notebook:run-all-cells")
-    page.locator(".jp-OutputArea-output .opd-board .opd-l").first.wait_for(timeout=600_000)  # while it trains
+    page.locator(".jp-OutputArea-output .opd-board .opd-l").first.wait_for(
+        timeout=600_000
+    )  # while it trains
     assert page.locator(".opd-board[data-mounted]").count() == 0
     lab.command(page, "notebook:interrupt-kernel")
     page.locator(".opd-board[data-mounted]").wait_for(timeout=240_000)
@@ -184,13 +211,19 @@ def test_an_own_loss_is_evaluated_where_it_lives(lab):
     arrows.wait_for(state="attached")
     before = arrows.get_attribute("d")
     lab.python(page, "play.teacher = [0.1, 0.1, 0.8]")
-    page.wait_for_function("before => document.querySelector('.opd-arrows').getAttribute('d') !== before", arg=before)
+    page.wait_for_function(
+        "before => document.querySelector('.opd-arrows').getAttribute('d') !== before", arg=before
+    )
     up = arrows.get_attribute("d")
-    lab.python(page, "scale[0] = -1.0")  # the function lives there: the next question is answered by what it is now
+    lab.python(
+        page, "scale[0] = -1.0"
+    )  # the function lives there: the next question is answered by what it is now
     page.get_by_label("steps taken").fill("100")
     lab.until(page, "play.steps", "100")
     page.locator(".opd-world .opd-hills figcaption").first.wait_for()
-    page.wait_for_function("up => document.querySelector('.opd-arrows').getAttribute('d') !== up", arg=up)
+    page.wait_for_function(
+        "up => document.querySelector('.opd-arrows').getAttribute('d') !== up", arg=up
+    )
 
 
 def test_lines_reach_python_and_policies_write_at_a_click(lab):
@@ -201,7 +234,9 @@ def test_lines_reach_python_and_policies_write_at_a_click(lab):
     root.locator(".opd-strip [data-i]:not([data-fork])").first.click()
     assert root.locator(".opd-verdict").text_content() == "no windows from here"
     root.get_by_role("button", name="Write new windows here").click()
-    page.wait_for_function("!document.querySelector('.opd-forks .opd-verdict').textContent.startsWith('no windows')")
+    page.wait_for_function(
+        "!document.querySelector('.opd-forks .opd-verdict').textContent.startsWith('no windows')"
+    )
     lab.until(page, "len(forks.windows), forks.windows[forks.selected]['asked']", "5 True")
     root.get_by_role("button", name="The teacher goes on").click()
     page.wait_for_selector(".opd-forks .opd-more")
@@ -216,4 +251,8 @@ def test_lines_reach_python_and_policies_write_at_a_click(lab):
     lab.python(page, "regimes.thresholds = {**regimes.thresholds, 'confidence': 1.5}")
     page.wait_for_selector(".opd-regimes .opd-handle-y[aria-valuenow='1.5']")
     page.locator(".opd-regimes .opd-points").press("4")
-    lab.until(page, "len(regimes.region), len(regimes.picked) == regimes.quadrants['tokens']['high x, low y']", "4 True")
+    lab.until(
+        page,
+        "len(regimes.region), len(regimes.picked) == regimes.quadrants['tokens']['high x, low y']",
+        "4 True",
+    )

@@ -19,9 +19,16 @@ NOTEBOOKS = Path(__file__).parents[2] / "notebooks"
 @pytest.fixture
 def address(tmp_path):
     """Where a running `opdlab lab` says that it is, with its token."""
-    env = os.environ | {name: str(tmp_path / name.lower()) for name in FOLDERS} | {"BROWSER": "true"}
+    env = (
+        os.environ | {name: str(tmp_path / name.lower()) for name in FOLDERS} | {"BROWSER": "true"}
+    )
     with open(tmp_path / "log", "w") as log:
-        server = subprocess.Popen([sys.executable, "-m", "opdlab.cli", "lab", "--port", "18888"], env=env, stdout=log, stderr=log)
+        server = subprocess.Popen(
+            [sys.executable, "-m", "opdlab.commands.cli", "lab", "--port", "18888"],
+            env=env,
+            stdout=log,
+            stderr=log,
+        )
     try:
         for _ in range(3000):
             assert server.poll() is None, (tmp_path / "log").read_text()[-2000:]
@@ -33,7 +40,9 @@ def address(tmp_path):
         assert told["hostname"] == "127.0.0.1"
         assert len(told["token"]) > 20  # a guard, though only this machine can come in
         yield f"http://127.0.0.1:{told['port']}/lab/tree/README.md?token={told['token']}"
-        assert "lab/tree/README.md" in (tmp_path / "log").read_text()  # what it sends the browser to
+        assert (
+            "lab/tree/README.md" in (tmp_path / "log").read_text()
+        )  # what it sends the browser to
     finally:
         server.terminate()
         try:
@@ -46,9 +55,13 @@ def address(tmp_path):
 def test_it_opens_at_the_index(address, browser):
     page = browser.new_page()
     page.goto(address)
-    page.wait_for_selector(".jp-MarkdownViewer h1 >> text=The notebooks", timeout=600_000)  # rendered, not its source
+    page.wait_for_selector(
+        ".jp-MarkdownViewer h1 >> text=The notebooks", timeout=600_000
+    )  # rendered, not its source
     assert page.locator(".jp-MarkdownViewer a >> text=30_privileged").first.is_visible()
     assert page.locator(".jp-MarkdownViewer img").count() == len(list(NOTEBOOKS.glob("*.ipynb")))
     link = page.locator(".jp-MarkdownViewer a >> text=00_start").first
-    assert page.request.get(link.evaluate("(a) => a.href")).json()["nbformat"] == 4  # it leads to the notebook
+    assert (
+        page.request.get(link.evaluate("(a) => a.href")).json()["nbformat"] == 4
+    )  # it leads to the notebook
     page.close()

@@ -36,7 +36,10 @@ def test_tracks_kinds_search_brush_and_pins(open_page, tmp_path, lens, axe, sche
     pins(view, strip)
     axe(view)
     strip.press("Escape")
-    assert (strip.locator(".opd-brushed").count(), view.locator(".opd-pin:visible").count()) == (0, 2)
+    assert (strip.locator(".opd-brushed").count(), view.locator(".opd-pin:visible").count()) == (
+        0,
+        2,
+    )
     strip.press("Escape")
     assert view.locator(".opd-pin:visible").count() == 0
 
@@ -50,11 +53,19 @@ def tracks(view, strip, lens):
     wanted = np.maximum(1, 8 * np.minimum(1, np.sqrt(kl.values[singles] / kl.limit)))
     np.testing.assert_allclose([h for k, h in enumerate(high) if k != 3], wanted, atol=0.06)
     view.get_by_role("button", name="student entropy", exact=True).click(modifiers=["Shift"])
-    assert view.locator(".opd-track-name b").all_text_contents() == ["reverse KL", "student entropy"]
+    assert view.locator(".opd-track-name b").all_text_contents() == [
+        "reverse KL",
+        "student entropy",
+    ]
     view.get_by_role("button", name="more").click()
     for name in ("JSD", "ΔH", "teacher rank"):
         view.get_by_role("button", name=f"{name} as a track").click()
-    assert view.locator(".opd-track-name b").all_text_contents() == ["student entropy", "JSD", "ΔH", "teacher rank"]
+    assert view.locator(".opd-track-name b").all_text_contents() == [
+        "student entropy",
+        "JSD",
+        "ΔH",
+        "teacher rank",
+    ]
     assert view.locator(".opd-fact", has_text="ΔH").is_visible()
     for name in ("student entropy", "JSD", "ΔH", "teacher rank"):
         view.get_by_role("button", name=f"Take away the track {name}").click()
@@ -66,8 +77,10 @@ def kinds(view, strip, lens):
     """A letter where a run begins, a name in the key and in the facts."""
     view.get_by_role("button", name="type", exact=True).click()
     runs = strip.locator("[data-run]").evaluate_all("nodes => nodes.map((n) => n.dataset.run)")
-    assert runs == [lens.channels["type"].marks[lens.channels["type"].names.index(t)] for t in
-                    ("word", "noun", "verb", "face", "word", "break", "word", "noun", "end")]  # fmt: skip
+    assert runs == [
+        lens.channels["type"].marks[lens.channels["type"].names.index(t)]
+        for t in ("word", "noun", "verb", "face", "word", "break", "word", "noun", "end")
+    ]
     assert view.locator(".opd-legend").text_content().count("noun") == 1
     strip.locator("[data-i='9']").hover()
     assert view.locator(".opd-fact[data-on] .opd-value").text_content() == "noun"
@@ -83,7 +96,10 @@ def search(view, strip):
     field = view.get_by_role("searchbox")
     assert field.evaluate("node => node === document.activeElement")
     field.fill("CAT")
-    assert strip.locator(".opd-found").evaluate_all("nodes => nodes.map((n) => n.dataset.i)") == ["1", "9"]
+    assert strip.locator(".opd-found").evaluate_all("nodes => nodes.map((n) => n.dataset.i)") == [
+        "1",
+        "9",
+    ]
     at = lambda: strip.locator("[aria-selected='true']").get_attribute("data-i")
     strip.locator("[data-i='2']").click()
     walk = []
@@ -93,7 +109,13 @@ def search(view, strip):
     assert walk == ["9", "1", "9"]
     assert view.locator(".opd-search").text_content() == "2 of 2"
     field.fill("t 🤗 o")
-    assert strip.locator(".opd-found").evaluate_all("nodes => nodes.map((n) => n.dataset.i)") == ["2", "3", "4", "5", "6"]
+    assert strip.locator(".opd-found").evaluate_all("nodes => nodes.map((n) => n.dataset.i)") == [
+        "2",
+        "3",
+        "4",
+        "5",
+        "6",
+    ]
     field.fill(".*")
     assert view.locator(".opd-search").text_content() == "0 found"
     field.press("Escape")
@@ -109,7 +131,10 @@ def brush(view, strip, lens):
     view.mouse.up()
     assert strip.locator(".opd-brushed").count() == 9
     total = lens.channels["log_ratio"].values[1:10].sum()
-    assert f"9 tokens: log ratio sum {total:+.3g}".replace("-", "−") in view.locator(".opd-status").text_content()
+    assert (
+        f"9 tokens: log ratio sum {total:+.3g}".replace("-", "−")
+        in view.locator(".opd-status").text_content()
+    )
 
 
 def pins(view, strip):
@@ -119,7 +144,11 @@ def pins(view, strip):
         strip.press("Enter")
     cards = view.locator(".opd-pin:visible")
     assert cards.locator(".opd-now .opd-word").all_text_contents() == ["·cat", "·sat", "."]
-    assert strip.locator("[data-pin]").evaluate_all("nodes => nodes.map((n) => n.dataset.i)") == ["1", "2", str(len(WORDS) - 1)]
+    assert strip.locator("[data-pin]").evaluate_all("nodes => nodes.map((n) => n.dataset.i)") == [
+        "1",
+        "2",
+        str(len(WORDS) - 1),
+    ]
     view.get_by_role("button", name="Take away pin 2").click()
     assert cards.locator(".opd-now .opd-word").all_text_contents() == ["·cat", "."]
     strip.focus()
@@ -132,10 +161,18 @@ def test_a_map_of_a_long_text_keeps_peaks_and_scrolls(open_page, tmp_path, axe):
     gap = np.full(n, 0.01)
     gap[2222] = -9.0
     trace = made([f" w{i % 50}".encode() for i in range(n)], ("student", "teacher", "other"), top=2)
-    trace = trace.with_columns(student_logp=np.zeros(n), teacher_logp=gap, other_logp=np.where(np.arange(n) == 2222, -5.0, -0.01))
+    trace = trace.with_columns(
+        student_logp=np.zeros(n),
+        teacher_logp=gap,
+        other_logp=np.where(np.arange(n) == 2222, -5.0, -0.01),
+    )
     view = open_page(TokenLens(trace).to_html(tmp_path / "long.html"))
     strip, rows = view.locator(".opd-strip"), view.get_by_role("slider")
-    assert view.locator(".opd-map-name").all_text_contents() == ["log ratio", "log ratio · other", "all agree"]
+    assert view.locator(".opd-map-name").all_text_contents() == [
+        "log ratio",
+        "log ratio · other",
+        "all agree",
+    ]
     # The one peak, a third of a pixel wide, is drawn in full height in the student's colour, in each row.
     column = """(canvas, part) => {
       const { width, height } = canvas, x = Math.floor(part * width), pen = canvas.getContext("2d");
@@ -167,7 +204,16 @@ def test_a_map_of_a_long_text_keeps_peaks_and_scrolls(open_page, tmp_path, axe):
     strip.press("p")
     strip.press("n")
     assert strip.locator("[aria-selected='true']").get_attribute("data-i") == "2222"
-    axe(view, only=["aria-required-attr", "aria-input-field-name", "label", "nested-interactive", "scrollable-region-focusable"])
+    axe(
+        view,
+        only=[
+            "aria-required-attr",
+            "aria-input-field-name",
+            "label",
+            "nested-interactive",
+            "scrollable-region-focusable",
+        ],
+    )
 
 
 @pytest.mark.parametrize(("scheme", "width"), [("light", 1200), ("dark", 480)])
@@ -175,15 +221,26 @@ def test_the_map_has_bands_of_segments(open_page, tmp_path, axe, scheme, width):
     foreign = "<img src=x onerror=window.broken=1>"
     trace = made([b"a", b"</think>", *[b" b"] * 798])
     named = trace.with_columns(segment=[foreign] * 200 + ["code"] * 400 + [foreign] * 200)
-    path = page(tmp_path / "p.html", title="t", lenses=[("", TokenLens(named)), ("", TokenLens(trace))])
+    path = page(
+        tmp_path / "p.html", title="t", lenses=[("", TokenLens(named)), ("", TokenLens(trace))]
+    )
     view = open_page(path, color_scheme=scheme, viewport={"width": width, "height": 900})
     one, two = view.locator(".opd-lens").all()
     assert one.locator(".opd-band").all_text_contents() == [foreign, "code", foreign]
     assert two.locator(".opd-band").all_text_contents() == ["think", "answer"]
-    whole, bands = one.locator(".opd-map-rows").bounding_box(), [band.bounding_box() for band in one.locator(".opd-band").all()]
-    assert [b["x"] - whole["x"] for b in bands] == pytest.approx([part * whole["width"] for part in (0, 0.25, 0.75)], abs=1)
-    assert [b["width"] for b in bands] == pytest.approx([part * whole["width"] for part in (0.25, 0.5, 0.25)], abs=1)
-    shades = one.locator(".opd-band").evaluate_all("bands => bands.map((b) => getComputedStyle(b).backgroundColor)")
+    whole, bands = (
+        one.locator(".opd-map-rows").bounding_box(),
+        [band.bounding_box() for band in one.locator(".opd-band").all()],
+    )
+    assert [b["x"] - whole["x"] for b in bands] == pytest.approx(
+        [part * whole["width"] for part in (0, 0.25, 0.75)], abs=1
+    )
+    assert [b["width"] for b in bands] == pytest.approx(
+        [part * whole["width"] for part in (0.25, 0.5, 0.25)], abs=1
+    )
+    shades = one.locator(".opd-band").evaluate_all(
+        "bands => bands.map((b) => getComputedStyle(b).backgroundColor)"
+    )
     assert shades[0] == shades[2] != shades[1]
     rows = one.get_by_role("slider")
     rows.press("Home")
@@ -192,7 +249,10 @@ def test_the_map_has_bands_of_segments(open_page, tmp_path, axe, scheme, width):
     rows.press("End")
     expect(rows).not_to_have_attribute("aria-valuenow", "0")
     in_words(rows.get_attribute("aria-valuetext"), foreign)
-    names, drawn = one.locator(".opd-map-name").all(), [one.locator(".opd-map-bands"), *one.locator(".opd-map-row").all()]
+    names, drawn = (
+        one.locator(".opd-map-name").all(),
+        [one.locator(".opd-map-bands"), *one.locator(".opd-map-row").all()],
+    )
     tops = [[box.bounding_box()["y"] for box in boxes] for boxes in (names, drawn)]
     assert tops[0] == pytest.approx(tops[1], abs=1)
     assert view.evaluate("window.broken") is None
@@ -212,6 +272,13 @@ def in_words(told: str, foreign: str) -> None:
 
 def test_several_runs_of_tokens_are_marked_at_once(tmp_path, open_page):
     lens = TokenLens(made([b"a", b" b", b" c", b" d", b" e", b" f"]))
-    lens.brush = [0, 1, 4, 3]  # runs from end to end, as the regimes map sends them; the second the wrong way round
+    lens.brush = [
+        0,
+        1,
+        4,
+        3,
+    ]  # runs from end to end, as the regimes map sends them; the second the wrong way round
     tab = open_page(lens.to_html(tmp_path / "runs.html"))
-    assert tab.eval_on_selector_all(".opd-strip .opd-brushed", "nodes => nodes.map((n) => Number(n.dataset.i))") == [0, 1, 3, 4]
+    assert tab.eval_on_selector_all(
+        ".opd-strip .opd-brushed", "nodes => nodes.map((n) => Number(n.dataset.i))"
+    ) == [0, 1, 3, 4]

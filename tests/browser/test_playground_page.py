@@ -7,9 +7,9 @@ import pytest
 import torch
 from viz.traces import NASTY, made
 
-from opdlab import divergence
-from opdlab.divergence import Generator
-from opdlab.generator import FORMS, PARAMETERS
+from opdlab import losses
+from opdlab.losses.divergences import Generator
+from opdlab.losses.generators import FORMS, PARAMETERS
 from opdlab.viz import Playground, embed, page, toys
 
 pytestmark = pytest.mark.browser
@@ -32,7 +32,14 @@ def test_the_script_computes_what_python_computes(open_page, tmp_path, at):
     path.write_text(f"<!doctype html><meta charset=utf-8>{PROBE}", encoding="utf-8")
     view = open_page(path)
     view.wait_for_function("!!window.toys")
-    teacher, student, clip, mass, temperature, steps = [0.5, 0.3, 0.2], [0.1, 0.1, 0.8], 3 * at, at, 0.5 + at, 60
+    teacher, student, clip, mass, temperature, steps = (
+        [0.5, 0.3, 0.2],
+        [0.1, 0.1, 0.8],
+        3 * at,
+        at,
+        0.5 + at,
+        60,
+    )
     assert set(view.evaluate("Object.keys(window.toys.FORMS)")) == set(FORMS)
     for name in FORMS:
         g = Generator(name, **({PARAMETERS[name].name: at} if name in PARAMETERS else {}))
@@ -40,32 +47,56 @@ def test_the_script_computes_what_python_computes(open_page, tmp_path, at):
         push = toys.of_generator(g, clip)
         q, p = (torch.tensor(x, dtype=torch.float64) for x in (teacher, student))
         want = {
-            "f": g.f(toys.X), "weight": g.weight(toys.X), "push": toys.weights(push), "pulls": toys.pulls(push, mass),
-            "field": toys.field(push, q, temperature).ravel(), "walk": toys.path(push, p, q, steps, temperature).ravel(),
+            "f": g.f(toys.X),
+            "weight": g.weight(toys.X),
+            "push": toys.weights(push),
+            "pulls": toys.pulls(push, mass),
+            "field": toys.field(push, q, temperature).ravel(),
+            "walk": toys.path(push, p, q, steps, temperature).ravel(),
             "fit": toys.fit(push, steps, temperature),
-        }  # fmt: skip
+        }
         for what, numbers in want.items():
             read = np.array([np.nan if v is None else v for v in got[what]], float)
-            loose = name == "total_variation" and what in ("walk", "fit", "push", "pulls")  # it jumps at 0, where a rounding decides
-            np.testing.assert_allclose(read, np.asarray(numbers), rtol=1e-6, atol=0.6 if loose else 1e-6, err_msg=f"{name} {what}")
+            loose = name == "total_variation" and what in (
+                "walk",
+                "fit",
+                "push",
+                "pulls",
+            )  # it jumps at 0, where a rounding decides
+            np.testing.assert_allclose(
+                read,
+                np.asarray(numbers),
+                rtol=1e-6,
+                atol=0.6 if loose else 1e-6,
+                err_msg=f"{name} {what}",
+            )
 
 
 def test_everything_moves_what_it_should(open_page, tmp_path, axe):
     view = open_page(
-        Playground({NASTY[0]: divergence.reverse_kl, "f": "forward_kl"}, trace=made([b"a", b" b", b" c"]), title=NASTY[2]).to_html(
-            tmp_path / "p.html"
-        )
+        Playground(
+            {NASTY[0]: losses.reverse_kl, "f": "forward_kl"},
+            trace=made([b"a", b" b", b" c"]),
+            title=NASTY[2],
+        ).to_html(tmp_path / "p.html")
     )
     worlds, chips = view.locator(".opd-world"), view.locator(".opd-losses button")
-    arrows = lambda: view.locator(".opd-arrows").evaluate_all("nodes => nodes.map((n) => n.getAttribute('d'))")
+    arrows = lambda: view.locator(".opd-arrows").evaluate_all(
+        "nodes => nodes.map((n) => n.getAttribute('d'))"
+    )
     heads = lambda: worlds.locator("h4").all_text_contents()
     assert heads() == [f"{NASTY[0]} (yours)", "forward KL"]
-    assert [worlds.nth(i).locator(".opd-hills b").text_content() for i in (0, 1)] == ["sits on the right hill", "covers both hills"]
+    assert [worlds.nth(i).locator(".opd-hills b").text_content() for i in (0, 1)] == [
+        "sits on the right hill",
+        "covers both hills",
+    ]
     assert "trains the reverse KL" in view.locator(".opd-card").text_content()
     view.get_by_role("button", name="reverse KL", exact=True).click()
     assert heads()[-1] == "reverse KL"
     own, forward, reverse = arrows()
-    assert own[:40] == reverse[:40] != forward[:40]  # single precision against double: the first arrows read the same
+    assert (
+        own[:40] == reverse[:40] != forward[:40]
+    )  # single precision against double: the first arrows read the same
 
     dot = worlds.nth(2).locator(".opd-dot-teacher")
     box = dot.bounding_box()
@@ -75,7 +106,11 @@ def test_everything_moves_what_it_should(open_page, tmp_path, axe):
     view.mouse.up()
     view.locator(".opd-stale", has_text="saved page").first.wait_for()
     moved = arrows()
-    assert (moved[0], moved[1] != forward, moved[2] != reverse) == (own, True, True)  # without Python the own loss stays, and says so
+    assert (moved[0], moved[1] != forward, moved[2] != reverse) == (
+        own,
+        True,
+        True,
+    )  # without Python the own loss stays, and says so
     said = dot.get_attribute("aria-label")
     dot.press("ArrowUp")
     view.evaluate(DRAWN)
@@ -89,7 +124,9 @@ def test_everything_moves_what_it_should(open_page, tmp_path, axe):
     assert (told[1], told[4]) == ("± 1", "0")
     view.locator(".opd-strip [data-i='2']").click()
     assert view.locator(".opd-token-head").text_content().startswith("position 2")
-    assert view.locator(".opd-swing").count() == 2 * view.locator(".opd-token-row:has(.opd-p)").count()
+    assert (
+        view.locator(".opd-swing").count() == 2 * view.locator(".opd-token-row:has(.opd-p)").count()
+    )
     for chip in ("total variation", "pearson"):
         view.get_by_role("button", name=chip).click()
     assert len(heads()) == 4
@@ -101,6 +138,10 @@ def test_everything_moves_what_it_should(open_page, tmp_path, axe):
 
 def test_dark_and_narrow_it_fits(open_page, tmp_path, axe):
     lenses = [("", Playground()), ("", Playground([]))]
-    view = open_page(page(tmp_path / "p.html", title="t", lenses=lenses), color_scheme="dark", viewport={"width": 480, "height": 900})
+    view = open_page(
+        page(tmp_path / "p.html", title="t", lenses=lenses),
+        color_scheme="dark",
+        viewport={"width": 480, "height": 900},
+    )
     assert view.evaluate("document.documentElement.scrollWidth") <= 480
     axe(view)

@@ -16,7 +16,9 @@ WORDS = [*map(str.encode, NASTY), *(f" w{i}".encode() for i in range(60))]
 @pytest.fixture(scope="module")
 def regimes() -> Regimes:
     n = len(WORDS)
-    trace = made(WORDS, plan={"route": np.arange(n) % 3 - 1}).with_columns(share=np.full(n, 1 / n), type=[NASTY[i % 3] for i in range(n)])
+    trace = made(WORDS, plan={"route": np.arange(n) % 3 - 1}).with_columns(
+        share=np.full(n, 1 / n), type=[NASTY[i % 3] for i in range(n)]
+    )
     return Regimes(trace, title=NASTY[2])
 
 
@@ -24,12 +26,18 @@ def read(view) -> dict[str, list[float]]:
     """The table of quadrants as it reads, in percent."""
     cells = view.locator(".opd-quadrant").all()
     texts = [cell.locator(".opd-value").all_text_contents() for cell in cells]
-    return dict(zip(QUADRANTS, [[float(t.strip("<> %")) for t in row] for row in texts], strict=True))
+    return dict(
+        zip(QUADRANTS, [[float(t.strip("<> %")) for t in row] for row in texts], strict=True)
+    )
 
 
 def agrees(view, regimes) -> bool:
     want = regimes.quadrants.drop(columns="tokens")
-    return all(abs(a - b) <= 0.06 for name, row in read(view).items() for a, b in zip(row, want.loc[name], strict=True))
+    return all(
+        abs(a - b) <= 0.06
+        for name, row in read(view).items()
+        for a, b in zip(row, want.loc[name], strict=True)
+    )
 
 
 def rows_of(lines) -> list[int]:
@@ -56,7 +64,10 @@ def test_lines_and_groups_change_the_shares(open_page, tmp_path, regimes, axe):
     view.mouse.down()
     view.mouse.move(box["x"] - 95, box["y"] + 130, steps=3)
     view.mouse.up()
-    moved.thresholds = {**moved.thresholds, "log_ratio": float(handle.get_attribute("aria-valuenow"))}
+    moved.thresholds = {
+        **moved.thresholds,
+        "log_ratio": float(handle.get_attribute("aria-valuenow")),
+    }
     assert moved.thresholds["log_ratio"] < 0
     assert agrees(view, moved)
     handle.press("Home")
@@ -76,7 +87,9 @@ def test_lines_and_groups_change_the_shares(open_page, tmp_path, regimes, axe):
 
 
 def test_a_region_lists_its_tokens_and_marks_them_in_other_views(open_page, tmp_path, regimes):
-    path = page(tmp_path / "p.html", title="p", lenses=[("", regimes), ("", TokenLens(regimes.trace))])
+    path = page(
+        tmp_path / "p.html", title="p", lenses=[("", regimes), ("", TokenLens(regimes.trace))]
+    )
     view = open_page(path, viewport={"width": 1200, "height": 1400})
     plot, lens = view.locator(".opd-points"), view.locator(".opd-lens")
     lines = view.locator(".opd-kwic-line")
@@ -98,14 +111,19 @@ def test_a_region_lists_its_tokens_and_marks_them_in_other_views(open_page, tmp_
     assert f"{len(rows)} tokens" in view.locator(".opd-kwic-head").text_content()
 
     chosen = lens.locator("[role=option][aria-selected='true']")
-    assert int(chosen.get_attribute("data-i")) == rows[0]  # what is largest in the region, in the linked strip
+    assert (
+        int(chosen.get_attribute("data-i")) == rows[0]
+    )  # what is largest in the region, in the linked strip
     view.locator(".opd-kwic").press("ArrowDown")
     assert int(chosen.get_attribute("data-i")) == rows[1]
     lines.nth(2).click()
     assert int(chosen.get_attribute("data-i")) == rows[2]
     here = lines.nth(2).locator(".opd-kwic-here")
     assert here.text_content().strip() == WORDS[rows[2]].decode().strip()
-    for look, part in ((".opd-before", WORDS[max(0, rows[2] - 8) : rows[2]]), (".opd-after", WORDS[rows[2] + 1 : rows[2] + 9])):
+    for look, part in (
+        (".opd-before", WORDS[max(0, rows[2] - 8) : rows[2]]),
+        (".opd-after", WORDS[rows[2] + 1 : rows[2] + 9]),
+    ):
         assert lines.nth(2).locator(look).text_content().replace("∅", "") == b"".join(part).decode()
     assert lens.locator(".opd-brushed").count() > 0
     plot.press("Escape")
@@ -115,7 +133,11 @@ def test_a_region_lists_its_tokens_and_marks_them_in_other_views(open_page, tmp_
 
 def test_it_fits_and_reads_in_the_dark(open_page, tmp_path, regimes, axe):
     regimes.region = [-50.0, 50.0, 0.0, 2.0]
-    view = open_page(regimes.to_html(tmp_path / "d.html"), viewport={"width": 480, "height": 900}, color_scheme="dark")
+    view = open_page(
+        regimes.to_html(tmp_path / "d.html"),
+        viewport={"width": 480, "height": 900},
+        color_scheme="dark",
+    )
     assert view.locator(".opd-kwic-line").count() == 60
     assert view.evaluate("document.documentElement.scrollWidth") <= 480
     axe(view, ".opd-regimes")

@@ -14,7 +14,9 @@ PATHS = "nodes => nodes.map((n) => n.getAttribute('d'))"
 
 
 def boards() -> tuple[RunBoard, RunBoard]:
-    return RunBoard(troubled(), title="<i>x</i>"), RunBoard({"<b>one</b>": troubled(), "two": troubled(30).assign(loss=5.0)})
+    return RunBoard(troubled(), title="<i>x</i>"), RunBoard(
+        {"<b>one</b>": troubled(), "two": troubled(30).assign(loss=5.0)}
+    )
 
 
 def test_the_page_draws_what_python_draws_and_reads_it_at_any_step(open_page, tmp_path, axe):
@@ -22,16 +24,27 @@ def test_the_page_draws_what_python_draws_and_reads_it_at_any_step(open_page, tm
     view = open_page(page(tmp_path / "p.html", title="t", lenses=[("", one), ("", two)]))
     still = open_page(one.to_html(tmp_path / "q.html"), java_script_enabled=False)
     first, second = view.locator(".opd-board").all()
-    drawn, want = (p.locator(".opd-board >> nth=0 >> .opd-l").evaluate_all(PATHS) for p in (view, still))
+    drawn, want = (
+        p.locator(".opd-board >> nth=0 >> .opd-l").evaluate_all(PATHS) for p in (view, still)
+    )
     assert len(drawn) == len(want)
-    for a, b in zip(drawn, want, strict=True):  # the page has single precision, so the last digit may differ
-        numbers = [[float(x) for x in d.replace("M", " ").replace("L", " ").replace("h0", "").split()] for d in (a, b)]
+    for a, b in zip(
+        drawn, want, strict=True
+    ):  # the page has single precision, so the last digit may differ
+        numbers = [
+            [float(x) for x in d.replace("M", " ").replace("L", " ").replace("h0", "").split()]
+            for d in (a, b)
+        ]
         assert numbers[0] == pytest.approx(numbers[1], abs=0.02)
     assert first.locator(".opd-lp-flag").all_text_contents() == ["1", "3", "2"]
     assert "entropy collapse" in first.locator(".opd-alarms li").first.text_content()
     first.get_by_role("slider").fill("20")
     told = dict(
-        zip(first.locator("figcaption b").all_text_contents(), first.locator("figcaption .opd-soft").all_text_contents(), strict=True)
+        zip(
+            first.locator("figcaption b").all_text_contents(),
+            first.locator("figcaption .opd-soft").all_text_contents(),
+            strict=True,
+        )
     )
     assert told["accuracy, held out"] == "0.9"
     assert told["student entropy, nats"] == "1"
@@ -47,6 +60,10 @@ def test_the_page_draws_what_python_draws_and_reads_it_at_any_step(open_page, tm
 
 def test_dark_and_narrow_it_fits(open_page, tmp_path, axe):
     lenses = [("", board) for board in (*boards(), RunBoard(pd.DataFrame()))]
-    view = open_page(page(tmp_path / "p.html", title="t", lenses=lenses), color_scheme="dark", viewport={"width": 480, "height": 900})
+    view = open_page(
+        page(tmp_path / "p.html", title="t", lenses=lenses),
+        color_scheme="dark",
+        viewport={"width": 480, "height": 900},
+    )
     assert view.evaluate("document.documentElement.scrollWidth") <= 480
     axe(view)

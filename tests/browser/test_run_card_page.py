@@ -16,9 +16,17 @@ pytestmark = pytest.mark.browser
 
 @pytest.mark.parametrize(("scheme", "width"), [("light", 1200), ("dark", 480)])
 def test_it_fits_and_can_be_read(open_page, tmp_path, axe, scheme, width):
-    card = RunCard(troubled(), BEFORE, AFTER, samples=made([text.encode() for text in NASTY], prompt=NASTY[0]), title=NASTY[2])
+    card = RunCard(
+        troubled(),
+        BEFORE,
+        AFTER,
+        samples=made([text.encode() for text in NASTY], prompt=NASTY[0]),
+        title=NASTY[2],
+    )
     view = open_page(
-        page(tmp_path / "p.html", title="t", lenses=[("", card)]), color_scheme=scheme, viewport={"width": width, "height": 900}
+        page(tmp_path / "p.html", title="t", lenses=[("", card)]),
+        color_scheme=scheme,
+        viewport={"width": width, "height": 900},
     )
     assert view.evaluate("document.documentElement.scrollWidth") <= width
     assert view.locator(".opd-plot").count() == 4

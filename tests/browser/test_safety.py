@@ -11,14 +11,69 @@ from viz.traces import NASTY, byte_pieces
 from opdlab.viz.glyphs import groups
 
 pytestmark = pytest.mark.browser
-nasty = st.sampled_from(NASTY).map(str.encode) | st.text(max_size=5).map(str.encode) | st.binary(max_size=3)
-HUGE = [b"a", b"<img src=x onerror=window.broken=1> " * 30_000, *byte_pieces(" \U0001f917", 2), b" z"]  # the second has 1 MB
+nasty = (
+    st.sampled_from(NASTY).map(str.encode)
+    | st.text(max_size=5).map(str.encode)
+    | st.binary(max_size=3)
+)
+HUGE = [
+    b"a",
+    b"<img src=x onerror=window.broken=1> " * 30_000,
+    *byte_pieces(" \U0001f917", 2),
+    b" z",
+]  # the second has 1 MB
 
 # What a view may be made of; scripts are the data and the module, styles and titles are its own.
-TAGS = {"div", "span", "b", "button", "input", "select", "option", "label", "output", "canvas", "svg", "path", "circle", "rect",
-        "line", "g", "text", "title", "figure", "figcaption", "table", "caption", "thead", "tbody", "tr", "th", "td", "ol", "ul", "li",
-        "script", "style", "i", "small", "p", "dl", "dt", "dd", "details", "summary", "textarea", "code", "h3", "h4", "polyline",
-        "polygon", "ins", "del"}  # fmt: skip
+TAGS = {
+    "div",
+    "span",
+    "b",
+    "button",
+    "input",
+    "select",
+    "option",
+    "label",
+    "output",
+    "canvas",
+    "svg",
+    "path",
+    "circle",
+    "rect",
+    "line",
+    "g",
+    "text",
+    "title",
+    "figure",
+    "figcaption",
+    "table",
+    "caption",
+    "thead",
+    "tbody",
+    "tr",
+    "th",
+    "td",
+    "ol",
+    "ul",
+    "li",
+    "script",
+    "style",
+    "i",
+    "small",
+    "p",
+    "dl",
+    "dt",
+    "dd",
+    "details",
+    "summary",
+    "textarea",
+    "code",
+    "h3",
+    "h4",
+    "polyline",
+    "polygon",
+    "ins",
+    "del",
+}
 LOOK = """(wanted) => {
   const all = [...document.querySelectorAll(".opd, .opd *")], strips = [...document.querySelectorAll(".opd-strip")];
   const live = document.querySelector("[data-mounted]"), inside = (node) => [...node.children].map((child) => child.textContent).join("");
@@ -39,9 +94,16 @@ def check(view, make, least, pieces, text, still) -> None:
     view.set_content(drawn.html())
     if not still:
         view.wait_for_selector("[data-mounted]")
-    found = view.evaluate(LOOK, wanted.replace("\0", "") if still else wanted)  # HTML cannot hold NUL
+    found = view.evaluate(
+        LOOK, wanted.replace("\0", "") if still else wanted
+    )  # HTML cannot hold NUL
     assert set(found["tags"]) <= TAGS
-    assert (found["handlers"], found["broken"], found["lost"], found["scripts"]) == ([], None, [], 0 if still else 2)
+    assert (found["handlers"], found["broken"], found["lost"], found["scripts"]) == (
+        [],
+        None,
+        [],
+        0 if still else 2,
+    )
     assert found["strips"] >= least
     for words in (repr(drawn), drawn.static()):
         assert words

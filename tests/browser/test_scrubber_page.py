@@ -18,9 +18,21 @@ GAP = np.array([4.0, -2.0, 1.0, 0.0])
 def views() -> tuple[Scrubber, Scrubber]:
     base = made([*TOKENS, *(text.encode() for text in NASTY)])
     gap = np.resize(GAP, len(base))
-    move = lambda k: base.with_columns(teacher_logp=np.full(len(base), -0.5), student_logp=-0.5 - gap / (1 + k))
-    history = pd.DataFrame({"step": range(1, 21), "reverse_kl": np.linspace(2, 1, 20), "accuracy": [np.nan] * 19 + [0.75]})
-    texts = {0: [b"a", b" b", b" c"], 10: [b"a", b" x", b" c"], 20: [b"a", b" x", b" c", *(text.encode() for text in NASTY)]}
+    move = lambda k: base.with_columns(
+        teacher_logp=np.full(len(base), -0.5), student_logp=-0.5 - gap / (1 + k)
+    )
+    history = pd.DataFrame(
+        {
+            "step": range(1, 21),
+            "reverse_kl": np.linspace(2, 1, 20),
+            "accuracy": [np.nan] * 19 + [0.75],
+        }
+    )
+    texts = {
+        0: [b"a", b" b", b" c"],
+        10: [b"a", b" x", b" c"],
+        20: [b"a", b" x", b" c", *(text.encode() for text in NASTY)],
+    }
     live = {step: made(pieces, prompt=NASTY[2], seed=step) for step, pieces in texts.items()}
     return Scrubber({10 * k: move(k) for k in range(3)}, history, title=NASTY[0]), Scrubber(live)
 
@@ -31,9 +43,17 @@ def test_every_step_is_shown_and_reached_by_slider_keys_and_buttons(open_page, t
     first = view.locator(".opd-scrubber")
     at, tints = (
         first.locator(".opd-at"),
-        lambda: first.locator("[data-i] > .opd-ink").evaluate_all("n => n.slice(0, 4).map((x) => x.className)"),
+        lambda: first.locator("[data-i] > .opd-ink").evaluate_all(
+            "n => n.slice(0, 4).map((x) => x.className)"
+        ),
     )
-    steps, sides = [], lambda: [next((s for s in ("student", "teacher", "amount") if f"opd-{s}" in look), "") for look in tints()]
+    steps, sides = (
+        [],
+        lambda: [
+            next((s for s in ("student", "teacher", "amount") if f"opd-{s}" in look), "")
+            for look in tints()
+        ],
+    )
     first.locator("[data-i='1']").click()
     for k in range(3):
         first.get_by_role("slider").fill(str(k))
@@ -45,7 +65,9 @@ def test_every_step_is_shown_and_reached_by_slider_keys_and_buttons(open_page, t
         told = first.locator(".opd-kpis figcaption .opd-soft").all_text_contents()
         want = float(probe.table["reverse_kl"][k])
         assert abs(float(told[0].split()[0]) - want) < 2e-3 * want
-        assert told[1].startswith(number(float(probe.history["reverse_kl"][10 * k - 1])) if k else "–")
+        assert told[1].startswith(
+            number(float(probe.history["reverse_kl"][10 * k - 1])) if k else "–"
+        )
     assert [s for s, _ in steps] == ["step 0 of 20", "step 10 of 20", "step 20 of 20"]
     assert len({tuple(look) for _, look in steps}) == 3
     strip = first.locator(".opd-strip")
@@ -71,7 +93,9 @@ def test_every_step_is_shown_and_reached_by_slider_keys_and_buttons(open_page, t
 
 def test_small_probabilities_are_seen_and_not_called_nothing(open_page, tmp_path):
     base = made(TOKENS)
-    move = lambda k: base.with_columns(teacher_logp=np.log([0.05] * 4), student_logp=np.log([0.08 / 10**k] * 4))
+    move = lambda k: base.with_columns(
+        teacher_logp=np.log([0.05] * 4), student_logp=np.log([0.08 / 10**k] * 4)
+    )
     view = open_page(Scrubber({k: move(k) for k in range(3)}).to_html(tmp_path / "p.html"))
     view.locator("[data-i='1']").click()
     said = []
@@ -87,8 +111,13 @@ def test_texts_of_each_step_are_shown_with_the_words_that_changed(open_page, tmp
     live = views()[1]
     view = open_page(live.to_html(tmp_path / "p.html"))
     second = view.locator(".opd-scrubber")
-    words = lambda: [(n.evaluate("n => n.localName"), n.text_content()) for n in second.locator(".opd-diff > *").all()]
-    text = second.locator(".opd-strip [data-i]").evaluate_all("nodes => nodes.map((n) => n.textContent).join('')")
+    words = lambda: [
+        (n.evaluate("n => n.localName"), n.text_content())
+        for n in second.locator(".opd-diff > *").all()
+    ]
+    text = second.locator(".opd-strip [data-i]").evaluate_all(
+        "nodes => nodes.map((n) => n.textContent).join('')"
+    )
     assert text.replace("\0", "") == b"".join(live.traces[2].tokens()).decode().replace("\0", "")
     assert words()[0] == ("span", "a x")
     second.get_by_role("slider").press("[")
@@ -101,14 +130,33 @@ def test_texts_of_each_step_are_shown_with_the_words_that_changed(open_page, tmp
     assert second.locator(".opd-diff-bar").text_content().endswith("the first step")
     assert second.locator(".opd-strip").get_attribute("data-finish") == "stop"
     assert view.evaluate("window.broken") is None
-    names = set(view.evaluate("[...document.querySelectorAll('.opd-scrubber *')].map((n) => n.localName)"))
-    assert names <= {"div", "span", "button", "input", "figure", "figcaption", "b", "svg", "path", "ins", "del", "script"}
+    names = set(
+        view.evaluate("[...document.querySelectorAll('.opd-scrubber *')].map((n) => n.localName)")
+    )
+    assert names <= {
+        "div",
+        "span",
+        "button",
+        "input",
+        "figure",
+        "figcaption",
+        "b",
+        "svg",
+        "path",
+        "ins",
+        "del",
+        "script",
+    }
     axe(view)
 
 
 def test_a_calm_narrow_dark_page_has_no_play_and_fits(open_page, tmp_path, axe):
-    view = open_page(page(tmp_path / "p.html", title="t", lenses=[("", v) for v in views()]), color_scheme="dark", reduced_motion="reduce",
-                     viewport={"width": 480, "height": 900})  # fmt: skip
+    view = open_page(
+        page(tmp_path / "p.html", title="t", lenses=[("", v) for v in views()]),
+        color_scheme="dark",
+        reduced_motion="reduce",
+        viewport={"width": 480, "height": 900},
+    )
     assert view.get_by_role("button", name="play").count() == 0
     assert view.evaluate("document.documentElement.scrollWidth") <= 480
     axe(view)

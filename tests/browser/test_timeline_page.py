@@ -15,18 +15,32 @@ WORDS = [b"a", b" b", b" c", b" d", b" e", b" f"]
 @pytest.mark.parametrize("scheme", ["light", "dark"])
 def test_lines_forks_and_strips(open_page, tmp_path, axe, scheme):
     gaps = [[-1, -1, -1, -1, 0, 0], [0, 0, 0, -5, 0, 0], [1, 1, 1, 1, 1, 1]]
-    made_each = [made(WORDS).with_columns(student_logp=np.zeros(6), teacher_logp=np.array(g, float)) for g in gaps]
+    made_each = [
+        made(WORDS).with_columns(student_logp=np.zeros(6), teacher_logp=np.array(g, float))
+        for g in gaps
+    ]
     trace = several(*made_each)
     line = Timeline(trace, rewards=[1, 0, 1])
-    view = open_page(page(tmp_path / "t.html", title="t", lenses=[("", line), ("", TokenLens(trace, 1))]), color_scheme=scheme)
+    view = open_page(
+        page(tmp_path / "t.html", title="t", lenses=[("", line), ("", TokenLens(trace, 1))]),
+        color_scheme=scheme,
+    )
     root, told = view.locator(".opd-timeline.opd"), view.locator(".opd-timeline-told")
     buttons = view.locator(".opd-timeline-list .opd-button")
-    assert [t.split("tokens")[1] for t in buttons.all_text_contents()] == ["fork at 2 ·c", "fork at 3 ·d", "no fork"]
+    assert [t.split("tokens")[1] for t in buttons.all_text_contents()] == [
+        "fork at 2 ·c",
+        "fork at 3 ·d",
+        "no fork",
+    ]
     assert "rollout 0" in told.text_content()
     field = view.get_by_label("Threshold of a fork")
     field.fill("4")
     field.press("Enter")
-    assert [t.split("tokens")[1] for t in buttons.all_text_contents()] == ["fork at 3 ·d", "fork at 3 ·d", "no fork"]
+    assert [t.split("tokens")[1] for t in buttons.all_text_contents()] == [
+        "fork at 3 ·d",
+        "fork at 3 ·d",
+        "no fork",
+    ]
     assert root.locator(".opd-timeline-fork:visible").count() == 4  # two in each plot
 
     area = view.get_by_role("slider").first
@@ -37,7 +51,9 @@ def test_lines_forks_and_strips(open_page, tmp_path, axe, scheme):
     assert "log ratio so far +5" in told.text_content()
     view.mouse.click(*at(5, 1))  # the lowest the second
     assert root.locator(".opd-timeline-text [aria-selected='true']").text_content() == " f"
-    assert view.locator(".opd-lens [aria-selected='true']").get_attribute("data-i") == "5"  # the lens of that completion follows
+    assert (
+        view.locator(".opd-lens [aria-selected='true']").get_attribute("data-i") == "5"
+    )  # the lens of that completion follows
     view.mouse.move(*at(5, 1))
     view.mouse.down()
     view.mouse.move(*at(4, 1))
@@ -57,23 +73,39 @@ def test_lines_forks_and_strips(open_page, tmp_path, axe, scheme):
 
 @pytest.mark.parametrize(("scheme", "width"), [("light", 1200), ("dark", 480)])
 def test_many_rollouts_have_a_plot_each(open_page, tmp_path, axe, scheme, width):
-    falls = [made(WORDS).with_columns(student_logp=np.zeros(6), teacher_logp=np.full(6, -0.25 * i)) for i in range(8)]
-    path = page(tmp_path / "t.html", title="t", lenses=[("", Timeline(several(*falls), rewards=[0, 1] * 4))])
+    falls = [
+        made(WORDS).with_columns(student_logp=np.zeros(6), teacher_logp=np.full(6, -0.25 * i))
+        for i in range(8)
+    ]
+    path = page(
+        tmp_path / "t.html", title="t", lenses=[("", Timeline(several(*falls), rewards=[0, 1] * 4))]
+    )
     view = open_page(path, color_scheme=scheme, viewport={"width": width, "height": 900})
     own, told = view.locator(".opd-timeline-own > .opd-plot"), view.locator(".opd-timeline-told")
-    captions = [[*map(str.strip, text.split("6 tokens"))] for text in own.locator("figcaption").all_text_contents()]
+    captions = [
+        [*map(str.strip, text.split("6 tokens"))]
+        for text in own.locator("figcaption").all_text_contents()
+    ]
     assert captions[4:7] == [
         ["rollout 4reward 0", "fork at 2 ·c"],
         ["rollout 5reward 1", "fork at 2 ·c"],
         ["rollout 6reward 0", "fork at 1 ·b"],
     ]
-    assert "rollout 2" in told.text_content()  # the first one that forks, at its last token: 6 · 0.5 = 3 nats
+    assert (
+        "rollout 2" in told.text_content()
+    )  # the first one that forks, at its last token: 6 · 0.5 = 3 nats
     assert [plot.locator(".opd-l").count() for plot in own.all()] == [1] * 8
     assert view.locator(".opd-plot").count() == 9  # and that of the KL, of all
     assert own.locator(".opd-timeline-fork:visible").count() == 6
-    assert own.locator(".opd-timeline-dot:visible").count() == own.locator(".opd-lp-now[d^=M]").count() == 1
+    assert (
+        own.locator(".opd-timeline-dot:visible").count()
+        == own.locator(".opd-lp-now[d^=M]").count()
+        == 1
+    )
     ends = [
-        (y, plot.locator(".opd-lp-x").all_text_contents()) for plot in own.all() for y in [plot.locator(".opd-lp-y").all_text_contents()]
+        (y, plot.locator(".opd-lp-x").all_text_contents())
+        for plot in own.all()
+        for y in [plot.locator(".opd-lp-y").all_text_contents()]
     ]
     assert ends == [(["0", "−10.5"], ["0", "5"])] * 8  # one scale
     lines = {plot.bounding_box()["x"] for plot in own.all()}
@@ -100,7 +132,9 @@ def test_many_rollouts_have_a_plot_each(open_page, tmp_path, axe, scheme, width)
     view.mouse.move(*at(3))
     view.mouse.up()
     assert own.locator(".opd-timeline-band:visible").count() == 1
-    assert view.locator(".opd-timeline-text .opd-brushed").count() == 0  # of rollout 7, while rollout 6 is looked at
+    assert (
+        view.locator(".opd-timeline-text .opd-brushed").count() == 0
+    )  # of rollout 7, while rollout 6 is looked at
     own.nth(7).get_by_role("button").click()
     assert view.locator(".opd-timeline-text .opd-brushed").all_text_contents() == [" b", " c", " d"]
     axe(view)

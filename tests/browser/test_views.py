@@ -16,7 +16,11 @@ from opdlab.viz.glyphs import visible
 pytestmark = pytest.mark.browser
 
 WORDS = [b"The", b" cat", b" sat", *byte_pieces(" 🤗", 2), b" on", b"\n", b" the", b" mat", b"."]
-nasty = st.sampled_from(NASTY).map(str.encode) | st.text(max_size=5).map(str.encode) | st.binary(max_size=3)
+nasty = (
+    st.sampled_from(NASTY).map(str.encode)
+    | st.text(max_size=5).map(str.encode)
+    | st.binary(max_size=3)
+)
 
 # The contrast of the text of every token with what lies behind it: WCAG 2, alpha composited on the lens.
 CONTRAST = """() => {
@@ -45,7 +49,15 @@ CONTRAST = """() => {
 def lens() -> TokenLens:
     rng = np.random.default_rng(0)
     plan = {"advantage": rng.normal(size=len(WORDS))}
-    return TokenLens(made(WORDS, ("student", "teacher", "teacher+hint"), plan=plan, prompt="Where did\n<b>it</b> sit?"), title="A lens")
+    return TokenLens(
+        made(
+            WORDS,
+            ("student", "teacher", "teacher+hint"),
+            plan=plan,
+            prompt="Where did\n<b>it</b> sit?",
+        ),
+        title="A lens",
+    )
 
 
 def shown(view) -> dict[str, tuple[str, str]]:
@@ -60,7 +72,10 @@ def expected(lens: TokenLens, i: int, rival: str) -> dict[str, list[float]]:
     found = duel(lens.trace)
     end = int(found["count"][: i + 1].sum())
     rows = range(end - int(found["count"][i]), end)
-    return {found["names"][found["row"][r]]: [float(found["p"][name][r]) for name in ("student", rival)] for r in rows}
+    return {
+        found["names"][found["row"][r]]: [float(found["p"][name][r]) for name in ("student", rival)]
+        for r in rows
+    }
 
 
 def close(text: str, p: float) -> bool:
@@ -78,8 +93,13 @@ def test_hovering_a_token_shows_both_distributions(open_page, tmp_path, lens, i)
     other = duel(lens.trace)["other"]
     assert close(rows["all others"][0], other["student"][i])
     assert close(rows["all others"][1], other["teacher"][i])
-    assert view.locator(".opd-row[data-sampled] .opd-word").all_text_contents() == [visible(WORDS[i])]
-    assert f"{lens.channels['student_entropy'].values[i]:.3g}" in view.locator(".opd-side.opd-of-student").text_content()
+    assert view.locator(".opd-row[data-sampled] .opd-word").all_text_contents() == [
+        visible(WORDS[i])
+    ]
+    assert (
+        f"{lens.channels['student_entropy'].values[i]:.3g}"
+        in view.locator(".opd-side.opd-of-student").text_content()
+    )
     assert view.locator(".opd-side.opd-of-teacher b").text_content() == "teacher"
 
 
@@ -118,16 +138,23 @@ def test_keys_move_and_choose(open_page, tmp_path, lens):
     assert at() == 0
     strip.press("n")
     assert at() == min(p for p in peaks if p > 0)
-    assert strip.get_attribute("aria-activedescendant") == view.locator("[aria-selected='true']").get_attribute("id")
+    assert strip.get_attribute("aria-activedescendant") == view.locator(
+        "[aria-selected='true']"
+    ).get_attribute("id")
     strip.press("2")
     assert view.locator("[aria-pressed='true']").text_content() == "reverse KL"
     assert f"position {at()}" in view.locator("[aria-live]").text_content()
-    assert view.locator(".opd-strip").evaluate("node => getComputedStyle(node).outlineStyle") == "solid"
+    assert (
+        view.locator(".opd-strip").evaluate("node => getComputedStyle(node).outlineStyle")
+        == "solid"
+    )
 
 
 def test_buttons_recolour_and_set_the_rival(open_page, tmp_path, lens):
     view = open_page(lens.to_html(tmp_path / "lens.html"))
-    colours = lambda: view.locator(".opd-token .opd-ink").evaluate_all("nodes => nodes.map((n) => getComputedStyle(n).backgroundColor)")
+    colours = lambda: view.locator(".opd-token .opd-ink").evaluate_all(
+        "nodes => nodes.map((n) => getComputedStyle(n).backgroundColor)"
+    )
     before = colours()
     view.get_by_role("button", name="log ratio · teacher+hint", exact=True).click()
     assert colours() != before
@@ -151,12 +178,20 @@ def test_the_legend_is_the_scale(open_page, tmp_path, lens):
     view.locator(f"[data-i='{i}']").hover()
     at = float(view.locator(".opd-cursor").evaluate("node => node.style.left").strip("%"))
     share = lens.channels["log_ratio"].values[i] / lens.limits["log_ratio"]
-    assert at == pytest.approx(50 * (1 + np.sign(share) * np.sqrt(abs(share))), abs=0.1)  # as the colours lie
+    assert at == pytest.approx(
+        50 * (1 + np.sign(share) * np.sqrt(abs(share))), abs=0.1
+    )  # as the colours lie
 
 
 def test_any_tokens_rejoin_and_none_runs(open_page, tmp_path):
-    view = open_page(TokenLens(made(list(map(str.encode, NASTY)), prompt=NASTY[0]), title=NASTY[2]).to_html(tmp_path / "nasty.html"))
-    whole = set(view.evaluate("[...document.querySelectorAll('.opd-lens *')].map((n) => n.localName)"))
+    view = open_page(
+        TokenLens(made(list(map(str.encode, NASTY)), prompt=NASTY[0]), title=NASTY[2]).to_html(
+            tmp_path / "nasty.html"
+        )
+    )
+    whole = set(
+        view.evaluate("[...document.querySelectorAll('.opd-lens *')].map((n) => n.localName)")
+    )
     assert whole <= {"div", "span", "button", "b", "script", "input"}
 
     @settings(max_examples=25, deadline=None, suppress_health_check=list(HealthCheck))
@@ -167,7 +202,10 @@ def test_any_tokens_rejoin_and_none_runs(open_page, tmp_path):
         view.wait_for_selector("[data-mounted]")
         strip = view.locator(".opd-strip")
         if pieces:
-            assert strip.evaluate("node => [...node.children].map((n) => n.textContent).join('')") == lens.text
+            assert (
+                strip.evaluate("node => [...node.children].map((n) => n.textContent).join('')")
+                == lens.text
+            )
             assert strip.locator("[role=option]").count() == len(pieces)
         assert view.locator(".opd-prompt").text_content() == prompt
         assert view.evaluate("window.broken") is None
@@ -181,8 +219,12 @@ def test_text_can_be_read_on_every_colour(open_page, tmp_path, scheme):
     n = 60
     gap = np.linspace(-3, 3, n)
     trace = made([f" t{i}".encode() for i in range(n)], plan={"signed": gap})
-    trace = trace.with_columns(student_logp=np.zeros(n), teacher_logp=gap, teacher_reverse_kl=abs(gap),
-                               kind=[f"kind {i % 8}" for i in range(n)])  # fmt: skip
+    trace = trace.with_columns(
+        student_logp=np.zeros(n),
+        teacher_logp=gap,
+        teacher_reverse_kl=abs(gap),
+        kind=[f"kind {i % 8}" for i in range(n)],
+    )
     view = open_page(TokenLens(trace).to_html(tmp_path / "lens.html"), color_scheme=scheme)
     for name, colours in (("log ratio", 14), ("signed", 14), ("reverse KL", 14), ("kind", 8)):
         view.get_by_role("button", name=name, exact=True).click()
@@ -193,7 +235,9 @@ def test_text_can_be_read_on_every_colour(open_page, tmp_path, scheme):
 
 @pytest.mark.parametrize("scheme", ["light", "dark"])
 def test_without_scripts_the_colours_and_the_message_stay(open_page, tmp_path, lens, scheme):
-    view = open_page(lens.to_html(tmp_path / "lens.html"), java_script_enabled=False, color_scheme=scheme)
+    view = open_page(
+        lens.to_html(tmp_path / "lens.html"), java_script_enabled=False, color_scheme=scheme
+    )
     html = view.locator(".opd-strip").inner_html()
     assert "rgba(0,114,178" in html
     assert "rgba(213,94,0" in html
@@ -204,7 +248,9 @@ def test_without_scripts_the_colours_and_the_message_stay(open_page, tmp_path, l
 
 def test_two_lenses_of_one_notebook_live_side_by_side(open_page, tmp_path, lens):
     path = tmp_path / "two.html"
-    path.write_text(f"<!doctype html><meta charset=utf-8>{lens.html()}{lens.html()}", encoding="utf-8")
+    path.write_text(
+        f"<!doctype html><meta charset=utf-8>{lens.html()}{lens.html()}", encoding="utf-8"
+    )
     view = open_page(path)
     assert view.locator(".opd-lens[data-mounted]").count() == 2
     ids = view.evaluate("[...document.querySelectorAll('[id]')].map((n) => n.id)")
@@ -214,7 +260,11 @@ def test_two_lenses_of_one_notebook_live_side_by_side(open_page, tmp_path, lens)
 def test_a_student_alone_and_a_training_trace_show_what_they_have(open_page, tmp_path):
     alone, training = TokenLens(made(WORDS, ("student",))), TokenLens(made(WORDS, top=0))
     view = open_page(
-        page(tmp_path / "p.html", title="t", lenses=[("alone", alone), ("training", training), ("empty", TokenLens(made([])))])
+        page(
+            tmp_path / "p.html",
+            title="t",
+            lenses=[("alone", alone), ("training", training), ("empty", TokenLens(made([])))],
+        )
     )
     first, second, third = view.locator(".opd-lens").all()
     first.locator("[data-i='1']").hover()
@@ -228,9 +278,15 @@ def test_a_student_alone_and_a_training_trace_show_what_they_have(open_page, tmp
 @pytest.mark.parametrize("width", [1200, 480])
 def test_a_page_draws_its_curves_and_fits(open_page, tmp_path, lens, width):
     step = np.arange(1, 41)
-    history = pd.DataFrame({"step": step, "loss": 1 / step, "entropy": 1 / step, "reward": step / 40})
+    history = pd.DataFrame(
+        {"step": step, "loss": 1 / step, "entropy": 1 / step, "reward": step / 40}
+    )
     path = page(
-        tmp_path / "p.html", title="A run", summary=[("accuracy", 0.3, 0.8, 0.98)], figures=[curves(history)], lenses=[("after", lens)]
+        tmp_path / "p.html",
+        title="A run",
+        summary=[("accuracy", 0.3, 0.8, 0.98)],
+        figures=[curves(history)],
+        lenses=[("after", lens)],
     )
     view = open_page(path, viewport={"width": width, "height": 900})
     view.wait_for_selector(".opd-chart .main-svg")

@@ -21,7 +21,11 @@ PLAN = Settings(batch=32, max_new_tokens=24, lora=16)
 @pytest.fixture(scope="module")
 def shipped():
     student, teacher = model("student"), model("teacher")
-    return student, teacher, student.sample(MARKET.prompts(8, split="test"), 2, max_new_tokens=24, seed=0)
+    return (
+        student,
+        teacher,
+        student.sample(MARKET.prompts(8, split="test"), 2, max_new_tokens=24, seed=0),
+    )
 
 
 @pytest.fixture(scope="module")
@@ -46,7 +50,9 @@ def test_a_real_step_allocates_what_was_predicted(lora, micro, shipped):
     """Band stated before: from 10 % under to 30 % over, since whoever plans would rather hear too much."""
     student, teacher, rollout = shipped
     guess = cost(student, teacher, rollout, replace(PLAN, lora=lora, micro_batch=micro))
-    run = distill(model("student"), teacher, MARKET, batch=32, lora=lora, micro_batch=micro, quiet=True)
+    run = distill(
+        model("student"), teacher, MARKET, batch=32, lora=lora, micro_batch=micro, quiet=True
+    )
     next(run)  # the first step also makes the optimizer's moments
     got = allocated(lambda: next(run))
     assert 0.9 * got <= guess.peak - guess.memory["weights"] - guess.memory["training"] <= 1.3 * got
@@ -54,14 +60,22 @@ def test_a_real_step_allocates_what_was_predicted(lora, micro, shipped):
 
 def test_weights_and_training_are_counted_exactly(shipped, predicted):
     student, teacher, rollout = shipped
-    every = lambda policy: sum(p.numel() * p.element_size() for p in policy.weights.model.parameters())
+    every = lambda policy: sum(
+        p.numel() * p.element_size() for p in policy.weights.model.parameters()
+    )
     assert predicted.memory["weights"] == every(student) + every(teacher)
-    assert cost(student, student, rollout, PLAN).memory["weights"] == every(student)  # one set in memory
+    assert cost(student, student, rollout, PLAN).memory["weights"] == every(
+        student
+    )  # one set in memory
     adapted = model("student").adapt(16)
     adapter = sum(t.numel() * 4 for t in adapted.weights.adapter_state(adapted.adapter).values())
     assert predicted.memory["training"] == 4 * adapter
-    assert cost(student, teacher, rollout, replace(PLAN, lora=None)).memory["training"] == 3 * every(student)
-    again = cost(adapted, teacher, rollout, PLAN)  # a student that has its adapter already costs the same
+    assert cost(student, teacher, rollout, replace(PLAN, lora=None)).memory[
+        "training"
+    ] == 3 * every(student)
+    again = cost(
+        adapted, teacher, rollout, PLAN
+    )  # a student that has its adapter already costs the same
     assert again.memory["training"] == predicted.memory["training"]
 
 
@@ -69,8 +83,12 @@ def test_the_cache_is_counted_exactly(shipped, predicted):
     student, _, rollout = shipped
     net, length = student.weights.model, 7
     cache = DynamicCache(config=net.config)
-    net.base_model(input_ids=torch.ones(1, length, dtype=torch.long), past_key_values=cache, use_cache=True)
-    held = sum(t.numel() * t.element_size() for layer in cache.layers for t in (layer.keys, layer.values))
+    net.base_model(
+        input_ids=torch.ones(1, length, dtype=torch.long), past_key_values=cache, use_cache=True
+    )
+    held = sum(
+        t.numel() * t.element_size() for layer in cache.layers for t in (layer.keys, layer.values)
+    )
     tokens = len(student.encode(rollout.prompts[0])) + float(rollout.lengths.float().quantile(0.95))
     logits = 32 * 4 * 4 * student.weights.vocab_size
     assert predicted.memory["writing"] == pytest.approx(32 * tokens * held / length + logits)
@@ -93,7 +111,9 @@ def test_looking_changes_nothing(shipped):
     cost(student, teacher, rollout, PLAN)
     assert student.adapter is None
     assert torch.equal(student.log_probs(rollout), before)
-    assert not any(p.requires_grad or p.grad is not None for p in student.weights.model.parameters())
+    assert not any(
+        p.requires_grad or p.grad is not None for p in student.weights.model.parameters()
+    )
 
 
 def test_it_says_which_number_is_counted_and_which_measured(predicted):

@@ -30,7 +30,11 @@ def check(found: Diagnosis, name: str) -> Check:
 
 @pytest.fixture(scope="module")
 def shipped() -> dict[str, Diagnosis]:
-    pairs = {"go": ("student", "teacher"), "prepare": ("novice", "teacher"), "stop": ("student", "scribe")}
+    pairs = {
+        "go": ("student", "teacher"),
+        "prepare": ("novice", "teacher"),
+        "stop": ("student", "scribe"),
+    }
     return {want: doctor(model(a), model(b), MARKET, **QUICK) for want, (a, b) in pairs.items()}
 
 
@@ -45,16 +49,27 @@ def test_a_good_pair_is_described_by_what_was_measured(shipped):
     found = shipped["go"]
     student, teacher = model("student"), model("teacher")
     rollout = student.sample(MARKET.prompts(16, split="test"), 8, max_new_tokens=24, seed=0)
-    right = np.array([MARKET.verify(p, t) for p, t in zip(rollout.prompts, rollout.texts, strict=True)]).reshape(-1, 8)
-    assert check(found, "student").finding == f"right {right.mean():.2f} of the time, pass@8 {right.max(1).mean():.2f}"
+    right = np.array(
+        [MARKET.verify(p, t) for p, t in zip(rollout.prompts, rollout.texts, strict=True)]
+    ).reshape(-1, 8)
+    assert (
+        check(found, "student").finding
+        == f"right {right.mean():.2f} of the time, pass@8 {right.max(1).mean():.2f}"
+    )
     agreed = opd.diagnose.overlap(student, teacher, rollout=rollout).mean
-    assert f"accepted with probability {agreed['acceptance']:.2f}" in check(found, "overlap").finding
+    assert (
+        f"accepted with probability {agreed['acceptance']:.2f}" in check(found, "overlap").finding
+    )
     alone = opd.evaluate(teacher, MARKET, n=16).accuracy
     assert f"right {alone:.2f} of the time alone" in check(found, "teacher").finding
-    own = (teacher.log_probs(rollout) - student.log_probs(rollout)).gather(-1, rollout.ids[rollout.mask][:, None])[:, 0]
+    own = (teacher.log_probs(rollout) - student.log_probs(rollout)).gather(
+        -1, rollout.ids[rollout.mask][:, None]
+    )[:, 0]
     reward = torch.stack([part.sum() for part in own.split(rollout.lengths.tolist())]).numpy()
     area = auroc(reward[right.flatten() > 0.5], reward[right.flatten() <= 0.5])
-    assert f"with probability {area:.2f} ({int(right.sum())} right" in check(found, "grades").finding
+    assert (
+        f"with probability {area:.2f} ({int(right.sum())} right" in check(found, "grades").finding
+    )
     assert found.cost.memory["weights"] > 0
     assert [row["length"] for _, row in found.probe.iterrows()] == [0, 11]
 
@@ -73,7 +88,9 @@ def test_other_tokens_are_reported_and_the_rest_is_still_measured(shipped):
     assert check(found, "overlap").state == "none"
     assert found.overlap is None
     assert found.cost is None
-    assert "right 1.00 of the time alone" in check(found, "teacher").finding  # it can still write, if it gets the room
+    assert (
+        "right 1.00 of the time alone" in check(found, "teacher").finding
+    )  # it can still write, if it gets the room
     with pytest.raises(opd.errors.TokenizerMismatch):
         opd.distill(model("student"), model("scribe"), MARKET)
 
@@ -155,12 +172,22 @@ def test_a_teacher_that_only_writes_is_not_asked_to_grade(strangers):
 
 def test_auroc_counts_pairs():
     good, bad = np.array([3.0, 1.0, 2.0]), np.array([0.0, 2.0, 1.5, 1.0])
-    assert auroc(good, bad) == pytest.approx(sum((a > b) + 0.5 * (a == b) for a in good for b in bad) / 12)
+    assert auroc(good, bad) == pytest.approx(
+        sum((a > b) + 0.5 * (a == b) for a in good for b in bad) / 12
+    )
 
 
 def test_nothing_of_a_models_becomes_markup_or_controls(make_policy, make_tokenizer):
-    evil = make_tokenizer("a b c d e [red]x[/red]\x1b[31m<script>", template="{{ '\x1b[2J[bold]<script>' }}")
-    found = doctor(make_policy(0, make_tokenizer()), make_policy(1, evil), prompts=[Prompt("a b")], k=1, max_new_tokens=3)
+    evil = make_tokenizer(
+        "a b c d e [red]x[/red]\x1b[31m<script>", template="{{ '\x1b[2J[bold]<script>' }}"
+    )
+    found = doctor(
+        make_policy(0, make_tokenizer()),
+        make_policy(1, evil),
+        prompts=[Prompt("a b")],
+        k=1,
+        max_new_tokens=3,
+    )
     assert "\x1b" not in str(found)
     assert "[red]x[/red]" in str(found)
     assert "[bold]<script>" in str(found)
@@ -185,16 +212,26 @@ def test_names_of_models_and_tasks(tmp_path):
     folder, _, task = pair(os.path.relpath(data() / "student"), "teacher", "market-secret")
     assert folder.weights.vocab_size == teacher.weights.vocab_size
     assert task.settings["secret"]
-    (tmp_path / "t.jsonl").write_text("".join(f'{{"text": "{i}", "answer": "b"}}\n' for i in range(20)))
+    (tmp_path / "t.jsonl").write_text(
+        "".join(f'{{"text": "{i}", "answer": "b"}}\n' for i in range(20))
+    )
     assert task_named(str(tmp_path / "t.jsonl")).verify is not None
     assert task_named("gym:chain_sum").name == "chain_sum"
     assert task_named("rule").name == "rule"
-    with pytest.raises(OpdlabError, match=r"There is no task 'x'\. Use market, market-secret, rule, gym:NAME or a JSONL file"):
+    with pytest.raises(
+        OpdlabError,
+        match=r"There is no task 'x'\. Use market, market-secret, rule, gym:NAME or a JSONL file",
+    ):
         pair("student", "teacher", "x")
-    with pytest.raises(OpdlabError, match=r"no shipped model .* and could not be loaded as a folder or from the Hub"):
+    with pytest.raises(
+        OpdlabError,
+        match=r"no shipped model .* and could not be loaded as a folder or from the Hub",
+    ):
         pair(str(tmp_path), "teacher")
 
 
 def test_unknown_settings_are_refused(strangers):
-    with pytest.raises(OpdlabError, match=r"doctor has no setting bach. It takes those of distill: steps, batch"):
+    with pytest.raises(
+        OpdlabError, match=r"doctor has no setting bach. It takes those of distill: steps, batch"
+    ):
         doctor(*strangers, bach=3)

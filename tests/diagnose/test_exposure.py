@@ -12,7 +12,7 @@ from opdlab import Prompt, Task, exact
 from opdlab.diagnose import exposure
 from opdlab.diagnose.exposure import continuation, excess_error, kls
 from opdlab.errors import MissingPolicy, OpdlabError
-from opdlab.rollout import written
+from opdlab.models.text_rollouts import rollout_from_texts
 from opdlab.teachers import TextOnly
 
 
@@ -25,7 +25,9 @@ def enumerated(student: exact.Table, teacher: exact.Table):
     out = []
     for by in (student, teacher):
         rollout = exact.everything(by.prompts, by.vocab, by.length, eos=by.eos, by=by)
-        out.append((kls(student, teacher, rollout)["forward_kl"], exact.law(by, rollout) / len(by.prompts)))
+        out.append(
+            (kls(student, teacher, rollout)["forward_kl"], exact.law(by, rollout) / len(by.prompts))
+        )
     return out
 
 
@@ -36,10 +38,15 @@ def test_the_accumulated_errors_are_the_definitions(eos):
     (own, weight), (other, teacher_weight) = enumerated(student, teacher)
     got = excess_error(own, other, weight, teacher_weight)["excess"].tolist()
     kl = (teacher.logp.exp() * (teacher.logp - student.logp)).sum(-1)[0]  # [prefixes]
-    law, logs = exact.law(teacher, rollout := exact.everything(teacher.prompts, 3, 3, eos=eos)), exact.law(student, rollout).log()
+    law, logs = (
+        exact.law(teacher, rollout := exact.everything(teacher.prompts, 3, 3, eos=eos)),
+        exact.law(student, rollout).log(),
+    )
     whole = float((law * (law.log() - logs)).sum())
     for length, ends in ((1, 1), (2, 4), (3, 13)):
-        accumulated, expected = (float((exact.visits(by)[0] * kl)[:ends].sum()) for by in (student, teacher))
+        accumulated, expected = (
+            float((exact.visits(by)[0] * kl)[:ends].sum()) for by in (student, teacher)
+        )
         assert got[length - 1] == pytest.approx(100 * (accumulated - expected) / expected, abs=1e-9)
     assert expected == pytest.approx(whole, abs=1e-12)
     assert got[0] == pytest.approx(0, abs=1e-9)  # both begin at the prompt
@@ -65,7 +72,10 @@ def test_the_interval_covers_the_truth_about_as_often_as_it_says():
     want = excess_error(own, other, weight, teacher_weight)["excess"].iloc[-1]
     hits = 0
     for seed in range(40):
-        mine, theirs = (kls(student, teacher, by.sample(by.prompts, 2, seed=seed))["forward_kl"] for by in (student, teacher))
+        mine, theirs = (
+            kls(student, teacher, by.sample(by.prompts, 2, seed=seed))["forward_kl"]
+            for by in (student, teacher)
+        )
         low, high = excess_error(mine, theirs, group=2, resamples=200)[["low", "high"]].iloc[-1]
         hits += low <= want <= high
     assert hits >= 30
@@ -109,16 +119,27 @@ def test_the_probe_lets_the_teacher_go_on_from_the_students_prefix(world):
     begun = [row[:3] for row in rollout.completions()]
     more = teacher.sample(PROMPTS, temperature=0, max_new_tokens=5, prefixes=begun).completions()
     texts = [student.tokenizer.decode(a + b) for a, b in zip(begun, more, strict=True)]
-    assert probe.loc[3, "teacher"] == pytest.approx(np.mean([task.verify(None, text) for text in texts]))
+    assert probe.loc[3, "teacher"] == pytest.approx(
+        np.mean([task.verify(None, text) for text in texts])
+    )
     alone = teacher.sample(PROMPTS, temperature=0, max_new_tokens=8).texts
-    assert probe.loc[0, "teacher"] == pytest.approx(np.mean([task.verify(None, text) for text in alone]))
-    assert probe["student"].tolist() == pytest.approx([np.mean([task.verify(None, text) for text in rollout.texts])] * 2)
+    assert probe.loc[0, "teacher"] == pytest.approx(
+        np.mean([task.verify(None, text) for text in alone])
+    )
+    assert probe["student"].tolist() == pytest.approx(
+        [np.mean([task.verify(None, text) for text in rollout.texts])] * 2
+    )
 
 
 def test_a_teacher_that_only_writes_goes_on_from_the_text(world):
     student, teacher, task = world
-    rollout = written(student, PROMPTS, ["a b c d e f", "f f c", "c a b d e c"])  # letters only: special tokens are none in a text
-    direct, text = (continuation(rollout, student, who, task, at=[0, 2, 5]) for who in (teacher, TextOnly(teacher)))
+    rollout = rollout_from_texts(
+        student, PROMPTS, ["a b c d e f", "f f c", "c a b d e c"]
+    )  # letters only: special tokens are none in a text
+    direct, text = (
+        continuation(rollout, student, who, task, at=[0, 2, 5])
+        for who in (teacher, TextOnly(teacher))
+    )
     assert direct["teacher"].tolist() == pytest.approx(text["teacher"].tolist())
     assert direct["texts"].tolist() == [3, 3, 2]
     assert direct["teacher"].max() > 0

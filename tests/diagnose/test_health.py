@@ -12,14 +12,18 @@ import torch
 from opdlab import OPD, SFT, Policy, Task, distill, method, tasks
 from opdlab.diagnose import Alarm, Health, Limits, health
 from opdlab.diagnose.health import SIGNATURES, repetition, vitals
-from opdlab.divergence import entropy
+from opdlab.losses.divergences import entropy
 from opdlab.tasks.market import model
 
 MARKET = tasks.market()
 
 
-def watched(student: str, teacher: Policy | None, how=None, task: Task = MARKET, **settings) -> Health:
-    run = distill(model(student), teacher, task, method=how, quiet=True, **{"batch": 16, **settings})
+def watched(
+    student: str, teacher: Policy | None, how=None, task: Task = MARKET, **settings
+) -> Health:
+    run = distill(
+        model(student), teacher, task, method=how, quiet=True, **{"batch": 16, **settings}
+    )
     watch = health(run)
     for step in run:
         watch(step)
@@ -40,7 +44,14 @@ def test_a_healthy_run_sets_nothing_off(healthy):
     assert healthy.vitals["accuracy"].dropna().iloc[-1] > 0.6  # from 0.35: it did learn
     assert str(healthy) == "No alarms in 12 steps."
     assert healthy.table.empty
-    assert not healthy.vitals[["length_p95", "cut", "repetition", "acceptance", "stop_acceptance", "first_acceptance"]].isna().any().any()
+    assert (
+        not healthy.vitals[
+            ["length_p95", "cut", "repetition", "acceptance", "stop_acceptance", "first_acceptance"]
+        ]
+        .isna()
+        .any()
+        .any()
+    )
 
 
 def test_the_acceptance_is_that_of_full_distributions():
@@ -49,12 +60,18 @@ def test_the_acceptance_is_that_of_full_distributions():
     step = next(distill(student, teacher, MARKET, batch=32, n=2, lora=4, lr=0.0, quiet=True))
     p, q = (policy.log_probs(step.rollout).exp() for policy in (student, teacher))
     kept = torch.minimum(p, q).sum(-1)
-    assert vitals(step)["acceptance"] == pytest.approx(kept.mean().item(), abs=4 * 0.5 / step.rollout.tokens**0.5)
+    assert vitals(step)["acceptance"] == pytest.approx(
+        kept.mean().item(), abs=4 * 0.5 / step.rollout.tokens**0.5
+    )
     ends = step.rollout.lengths.cumsum(0) - 1
     stopped = torch.tensor([f == "stop" for f in step.rollout.finish])
     ratio = (q / p).gather(-1, step.rollout.ids[step.rollout.mask][:, None])[:, 0].clamp(max=1)
-    assert vitals(step)["stop_acceptance"] == pytest.approx(ratio[ends][stopped].mean().item(), abs=1e-5)
-    assert vitals(step)["first_acceptance"] == pytest.approx(ratio[ends - step.rollout.lengths + 1].mean().item(), abs=1e-5)
+    assert vitals(step)["stop_acceptance"] == pytest.approx(
+        ratio[ends][stopped].mean().item(), abs=1e-5
+    )
+    assert vitals(step)["first_acceptance"] == pytest.approx(
+        ratio[ends - step.rollout.lengths + 1].mean().item(), abs=1e-5
+    )
 
 
 def test_minimising_entropy_is_seen_as_its_collapse():
@@ -74,7 +91,10 @@ def test_a_teacher_that_stops_elsewhere_is_seen_before_lengths_run_away():
     found = {alarm.signature: alarm for alarm in reversed(watch.alarms)}  # the first of each
     assert set(found) == {"EOS or template mismatch", "length run-away"}
     assert found["EOS or template mismatch"].step == 2
-    assert "Where the student stops, the teacher accepts it with probability 0.00" in found["EOS or template mismatch"].sentence
+    assert (
+        "Where the student stops, the teacher accepts it with probability 0.00"
+        in found["EOS or template mismatch"].sentence
+    )
     assert found["length run-away"].step <= 12
     assert "of the texts are cut off at the length limit" in found["length run-away"].sentence
 
@@ -125,12 +145,24 @@ def test_a_reward_for_loops_is_seen_as_such(babbling, signature):
 
 def test_training_too_long_on_eight_prompts_is_seen_on_others():
     few = MARKET.prompts(8)
-    task = Task("few", lambda n, seed, split: (few * n)[:n] if split == "train" else MARKET.prompts(n, seed, split), MARKET.verify, 24)
-    watch = watched("student", None, SFT(), task, steps=15, batch=8, lr=1e-3, lora=None, evaluate_every=5)
+    task = Task(
+        "few",
+        lambda n, seed, split: (
+            (few * n)[:n] if split == "train" else MARKET.prompts(n, seed, split)
+        ),
+        MARKET.verify,
+        24,
+    )
+    watch = watched(
+        "student", None, SFT(), task, steps=15, batch=8, lr=1e-3, lora=None, evaluate_every=5
+    )
     late = [alarm for alarm in watch.alarms if alarm.signature == "late over-training"]
     assert [alarm.step for alarm in late] == [15]
     accuracy = watch.vitals.set_index("step")["accuracy"].dropna()
-    assert f"Held-out accuracy was {accuracy[5]:.2f} at step 5 and is {accuracy[15]:.2f}" in late[0].sentence
+    assert (
+        f"Held-out accuracy was {accuracy[5]:.2f} at step 5 and is {accuracy[15]:.2f}"
+        in late[0].sentence
+    )
 
 
 def note(watch: Health, **series: list[float]) -> list[str]:
@@ -151,18 +183,30 @@ def test_each_threshold_from_both_sides():
     assert note(Health(short), repetition=[0.1, 0.31]) == ["repetition"]
     assert note(Health(short), entropy=[1.0, 0.51]) == []
     assert note(Health(short), entropy=[1.0, 0.49]) == ["entropy collapse"]
-    assert note(Health(short), entropy=[1.0, 0.1], acceptance=[0.5, 0.6]) == []  # sure, and nearer to the teacher
+    assert (
+        note(Health(short), entropy=[1.0, 0.1], acceptance=[0.5, 0.6]) == []
+    )  # sure, and nearer to the teacher
     assert note(Health(short), entropy=[1.0, 0.1], acceptance=[0.5, 0.52]) == ["entropy collapse"]
-    assert note(Health(short), entropy=[1.0, 0.1], reverse_kl=[0.5, 0.4]) == []  # as a history tells it
+    assert (
+        note(Health(short), entropy=[1.0, 0.1], reverse_kl=[0.5, 0.4]) == []
+    )  # as a history tells it
     assert note(Health(short), entropy=[1.0, 0.1], reverse_kl=[0.5, 0.46]) == ["entropy collapse"]
-    assert note(Health(short), entropy=[1.0, 0.1], reverse_kl=[0.5, 0.1], acceptance=[0.5, 0.5]) == ["entropy collapse"]
+    assert note(
+        Health(short), entropy=[1.0, 0.1], reverse_kl=[0.5, 0.1], acceptance=[0.5, 0.5]
+    ) == ["entropy collapse"]
     assert note(Health(short), acceptance=[0.8, 0.71]) == []
     assert note(Health(short), acceptance=[0.8, 0.69]) == ["falling overlap"]
     assert note(Health(short), acceptance=[0.8] * 3, stop_acceptance=[0.21] * 3) == []
-    assert note(Health(short), acceptance=[0.8] * 3, stop_acceptance=[0.19] * 3) == ["EOS or template mismatch"]
-    assert note(Health(short), acceptance=[0.3] * 3, stop_acceptance=[0.19] * 3) == []  # all is as low: overlap, not the stop
+    assert note(Health(short), acceptance=[0.8] * 3, stop_acceptance=[0.19] * 3) == [
+        "EOS or template mismatch"
+    ]
+    assert (
+        note(Health(short), acceptance=[0.3] * 3, stop_acceptance=[0.19] * 3) == []
+    )  # all is as low: overlap, not the stop
     assert note(Health(short), acceptance=[0.8] * 3, first_acceptance=[0.11] * 3) == []
-    assert note(Health(short), acceptance=[0.8] * 3, first_acceptance=[0.09] * 3) == ["EOS or template mismatch"]
+    assert note(Health(short), acceptance=[0.8] * 3, first_acceptance=[0.09] * 3) == [
+        "EOS or template mismatch"
+    ]
     assert note(Health(short), accuracy=[0.6, 0.56, 0.56]) == []
     assert note(Health(short), accuracy=[0.6, 0.54, 0.6]) == []  # one bad evaluation may be noise
     assert note(Health(short), accuracy=[0.6, 0.54, 0.5]) == ["late over-training"]
@@ -181,10 +225,14 @@ def test_averages_keep_one_bad_step_quiet():
 
 
 def test_a_history_alone_can_be_read():
-    history = pd.DataFrame({"cut": [0.0] * 6 + [0.9] * 3, "entropy": [1.0] * 9, "accuracy": [math.nan] * 9})
+    history = pd.DataFrame(
+        {"cut": [0.0] * 6 + [0.9] * 3, "entropy": [1.0] * 9, "accuracy": [math.nan] * 9}
+    )
     watch = health(history)
     assert [(a.step, a.signature) for a in watch.alarms] == [(7, "length run-away")]
-    assert str(watch.alarms[0]) == str(Alarm(7, "length run-away", watch.alarms[0].sentence, SIGNATURES["length run-away"][1]))
+    assert str(watch.alarms[0]) == str(
+        Alarm(7, "length run-away", watch.alarms[0].sentence, SIGNATURES["length run-away"][1])
+    )
     assert watch.sentence == "1 alarm in 9 steps: length run-away (step 7)."
     assert "length run-away" in watch._repr_html_()
 
@@ -193,7 +241,9 @@ def test_repetition_against_counting():
     generator = torch.Generator().manual_seed(0)
     ids = torch.randint(3, (40, 12), generator=generator)
     lengths = torch.randint(0, 13, (40,), generator=generator)
-    for row, length, got in zip(ids.tolist(), lengths.tolist(), repetition(ids, lengths).tolist(), strict=True):
+    for row, length, got in zip(
+        ids.tolist(), lengths.tolist(), repetition(ids, lengths).tolist(), strict=True
+    ):
         triples = [tuple(row[i : i + 3]) for i in range(length - 2)]
         again = sum(t in triples[:i] for i, t in enumerate(triples))
         assert got == pytest.approx(again / len(triples) if len(triples) > 1 else 0)
@@ -204,7 +254,9 @@ def test_repetition_against_counting():
 
 def test_texts_of_others_are_not_taken_for_the_students():
     """Half of the texts are the teacher's: lengths and acceptance are of the student's alone."""
-    run = distill(model("student"), model("teacher"), MARKET, method=OPD(on_policy=0.5), batch=8, quiet=True)
+    run = distill(
+        model("student"), model("teacher"), MARKET, method=OPD(on_policy=0.5), batch=8, quiet=True
+    )
     step = next(run)
     own = [i for i, who in enumerate(step.rollout.writer) if who == "student"]
     assert 0 < len(own) < 8
@@ -212,4 +264,6 @@ def test_texts_of_others_are_not_taken_for_the_students():
     keep = torch.cat([torch.arange(rows[i], rows[i + 1]) for i in own])
     ratio = (step.columns["teacher_logp"] - step.columns["student_logp"])[keep].exp().clamp(max=1)
     assert vitals(step)["acceptance"] == pytest.approx(ratio.mean().item(), abs=1e-6)
-    assert vitals(step)["entropy"] == pytest.approx(step.columns["student_entropy"][keep].mean().item(), abs=1e-6)
+    assert vitals(step)["entropy"] == pytest.approx(
+        step.columns["student_entropy"][keep].mean().item(), abs=1e-6
+    )

@@ -7,7 +7,7 @@ import pytest
 from opdlab import Prompt
 from opdlab.diagnose.identity import contexts, heads, identity, sides, stops, templates, tokens
 from opdlab.errors import TokenizerMismatch
-from opdlab.policy import check_same_tokens
+from opdlab.models.same_tokens import check_same_tokens
 
 OTHER = "{% for m in messages %}({{ m['role'] }}) {{ m['content'] }} {% endfor %}"
 CHATS = [Prompt(messages=({"role": "user", "content": "a b"},))]
@@ -18,14 +18,21 @@ def pairs(make_policy, make_tokenizer) -> dict:
     """A student, and teachers that differ from it in one thing each."""
     same = make_tokenizer()
     return {
-        "student": make_policy(0, same), "same": make_policy(1, make_tokenizer()), "padded": make_policy(1, make_tokenizer(), vocab=32),
-        "letters": make_policy(1, make_tokenizer("a b c d e g")), "longer": make_policy(1, make_tokenizer("a b c d e f g")),
-        "eos": make_policy(1, make_tokenizer(), eos=[0]), "more eos": make_policy(1, make_tokenizer(), eos=[0, 1]),
-        "template": make_policy(1, make_tokenizer(template=OTHER)), "words": make_policy(1),
-    }  # fmt: skip
+        "student": make_policy(0, same),
+        "same": make_policy(1, make_tokenizer()),
+        "padded": make_policy(1, make_tokenizer(), vocab=32),
+        "letters": make_policy(1, make_tokenizer("a b c d e g")),
+        "longer": make_policy(1, make_tokenizer("a b c d e f g")),
+        "eos": make_policy(1, make_tokenizer(), eos=[0]),
+        "more eos": make_policy(1, make_tokenizer(), eos=[0, 1]),
+        "template": make_policy(1, make_tokenizer(template=OTHER)),
+        "words": make_policy(1),
+    }
 
 
-@pytest.mark.parametrize("name", ["same", "padded", "letters", "longer", "eos", "more eos", "template", "words"])
+@pytest.mark.parametrize(
+    "name", ["same", "padded", "letters", "longer", "eos", "more eos", "template", "words"]
+)
 def test_it_stops_exactly_what_distill_refuses(name, pairs):
     checks = identity(pairs["student"], pairs[name], CHATS, 4)
     stopped = any(check.state == "stop" for check in checks)
@@ -41,16 +48,24 @@ def test_it_stops_exactly_what_distill_refuses(name, pairs):
 
 def test_the_first_different_id_is_named(pairs):
     check = tokens(pairs["student"], pairs["letters"])
-    assert "id 11 is 'f' in the student and 'g' in the teacher; 1 of 12 ids differ, 11 strings are in both" in check.finding
+    assert (
+        "id 11 is 'f' in the student and 'g' in the teacher; 1 of 12 ids differ, 11 strings are in both"
+        in check.finding
+    )
     assert "OmniOPD, SequenceKD" in check.remedy
-    assert "id 12 is None in the student and 'g' in the teacher" in tokens(pairs["student"], pairs["longer"]).finding
+    assert (
+        "id 12 is None in the student and 'g' in the teacher"
+        in tokens(pairs["student"], pairs["longer"]).finding
+    )
 
 
 def test_stop_tokens_are_compared_as_sets(pairs):
     check = stops(pairs["student"], pairs["more eos"])
     assert check.state == "stop"
     assert "the student ends with '[eos]', the teacher with '[pad]', '[eos]'" in check.finding
-    assert stops(pairs["student"], pairs["words"]).state == "note"  # another vocabulary: said once, by the tokens
+    assert (
+        stops(pairs["student"], pairs["words"]).state == "note"
+    )  # another vocabulary: said once, by the tokens
 
 
 def test_a_student_without_a_stop_token_is_warned_about(make_policy, make_tokenizer):
@@ -64,7 +79,9 @@ def test_templates_side_by_side_with_the_first_difference(pairs, make_policy, ma
     assert both.at == 0
     assert both.student.startswith("[user] a")
     assert both.teacher.startswith("(user) a")
-    late = make_tokenizer(template="{% for m in messages %}[{{ m['role'] }}] {{ m['content'] }} {% endfor %}[assistant]!")
+    late = make_tokenizer(
+        template="{% for m in messages %}[{{ m['role'] }}] {{ m['content'] }} {% endfor %}[assistant]!"
+    )
     check = templates(pairs["student"], make_policy(1, late), CHATS)
     both = sides(pairs["student"], make_policy(1, late))
     assert both.student[: both.at] == both.teacher[: both.at]

@@ -14,7 +14,9 @@ BOTH = ("teacher", "student")
 
 
 @pytest.mark.parametrize("prefixes", BOTH)
-@pytest.mark.parametrize("chain", [Chain(0.2, 6), Chain(0.3, 5, lost=0.4), Chain(0.1, 6, oracle=False, lost=0.2)])
+@pytest.mark.parametrize(
+    "chain", [Chain(0.2, 6), Chain(0.3, 5, lost=0.4), Chain(0.1, 6, oracle=False, lost=0.2)]
+)
 def test_regret_is_the_mean_over_all_walks(chain, prefixes):
     """A walk is a string of steps on (0) and off (1) the road; its chance is a product of four numbers."""
     knows = prefixes == "student" and chain.oracle
@@ -55,7 +57,9 @@ def test_a_teacher_who_is_lost_itself_takes_the_benefit_away():
 
 @pytest.mark.parametrize("wrong", [{"error": 1.5}, {"lost": -1}, {"horizon": 0}])
 def test_bad_numbers_are_refused(wrong):
-    with pytest.raises(OpdlabError, match=r"Chain got error=.*Use chances from 0 to 1 and at least one step"):
+    with pytest.raises(
+        OpdlabError, match=r"Chain got error=.*Use chances from 0 to 1 and at least one step"
+    ):
         Chain(**{"error": 0.1, "horizon": 5, **wrong})
 
 

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from opdlab import GRPO, OPD, SequenceKD, Task, TopK, exact
-from opdlab.divergence import reverse_kl
+from opdlab.losses.divergences import reverse_kl
 from opdlab.methods.opd import DIVERGENCES
 
 OPTIONS = {"alpha_divergence": {"alpha": 0.3}, "generalized_jsd": {"beta": 0.9, "normalize": True}}
@@ -17,7 +17,10 @@ every = pytest.mark.parametrize("shape", SHAPES, ids=["two prompts", "with eos"]
 
 
 def pair(shape: dict, seed: int = 0) -> dict[str, exact.Table]:
-    return {"student": exact.Table.random(**shape, seed=2 * seed), "teacher": exact.Table.random(**shape, seed=2 * seed + 1)}
+    return {
+        "student": exact.Table.random(**shape, seed=2 * seed),
+        "teacher": exact.Table.random(**shape, seed=2 * seed + 1),
+    }
 
 
 def near(got: torch.Tensor, want: torch.Tensor) -> None:
@@ -30,7 +33,9 @@ def near(got: torch.Tensor, want: torch.Tensor) -> None:
 def test_opd_descends_its_divergence_where_the_student_goes(name, shape):
     tables, options = pair(shape), OPTIONS.get(name, {})
     visits = exact.visits(tables["student"])  # of the student as it is: sampling has no gradient
-    value = lambda table: (visits * DIVERGENCES[name](table.logp, tables["teacher"].logp, **options)).sum()
+    value = lambda table: (
+        visits * DIVERGENCES[name](table.logp, tables["teacher"].logp, **options)
+    ).sum()
     near(exact.gradient(OPD(name, options), tables), exact.differences(value, tables["student"]))
 
 
@@ -38,7 +43,9 @@ def test_opd_descends_its_divergence_where_the_student_goes(name, shape):
 @pytest.mark.parametrize("baseline", [None, "value"])
 def test_returns_descend_the_divergence_of_texts(baseline, shape):
     tables = pair(shape, 1)
-    rollout = exact.everything(tables["student"].prompts, shape["vocab"], shape["length"], eos=shape.get("eos"))
+    rollout = exact.everything(
+        tables["student"].prompts, shape["vocab"], shape["length"], eos=shape.get("eos")
+    )
     theirs = exact.law(tables["teacher"], rollout)
 
     def value(table: exact.Table) -> torch.Tensor:
@@ -62,10 +69,15 @@ def test_a_coarse_support_is_the_engines_own(shape):
 def test_others_may_write(shape):
     """Sequence KD: cross-entropy under the law of the teacher."""
     tables = pair(shape, 3)
-    rollout = exact.everything(tables["student"].prompts, shape["vocab"], shape["length"], eos=shape.get("eos"))
+    rollout = exact.everything(
+        tables["student"].prompts, shape["vocab"], shape["length"], eos=shape.get("eos")
+    )
     theirs = exact.law(tables["teacher"], rollout)
     value = lambda table: -(theirs * exact.law(table, rollout).log()).sum()
-    near(exact.gradient(SequenceKD(), tables, writer="teacher"), exact.differences(value, tables["student"]))
+    near(
+        exact.gradient(SequenceKD(), tables, writer="teacher"),
+        exact.differences(value, tables["student"]),
+    )
 
 
 @every
@@ -74,10 +86,15 @@ def test_bare_losses_and_the_order_of_rows(shape):
     student = tables["student"]
     loss = lambda rows: reverse_kl(rows.student, rows.teacher)
     near(exact.gradient(loss, tables), exact.gradient(OPD(), tables))
-    rollout = exact.everything(student.prompts, shape["vocab"], shape["length"], eos=shape.get("eos"), by=student)
+    rollout = exact.everything(
+        student.prompts, shape["vocab"], shape["length"], eos=shape.get("eos"), by=student
+    )
     order = torch.randperm(len(rollout), generator=torch.Generator().manual_seed(0)).tolist()
     weight = exact.law(student, rollout)
-    near(exact.gradient_on(loss, tables, rollout.rows(order), weight[order]), exact.gradient(loss, tables))
+    near(
+        exact.gradient_on(loss, tables, rollout.rows(order), weight[order]),
+        exact.gradient(loss, tables),
+    )
 
 
 def test_many_samples_come_to_the_expectation():
@@ -90,7 +107,9 @@ def test_many_samples_come_to_the_expectation():
     mean = exact.gradient_on(method, tables, rollout, torch.full((n,), 1 / n, dtype=torch.float64))
     every = exact.everything(student.prompts, 3, 2, by=student)
     law = exact.law(student, every)
-    one = lambda i: exact.gradient_on(method, tables, every.rows([i]), torch.ones(1, dtype=torch.float64))
+    one = lambda i: exact.gradient_on(
+        method, tables, every.rows([i]), torch.ones(1, dtype=torch.float64)
+    )
     square = sum(p * one(i) ** 2 for i, p in enumerate(law.tolist()))
     error = ((square - want**2).clamp(min=0) / n).sqrt()
     assert ((mean - want).abs() <= 4.5 * error + 1e-12).all()
@@ -109,13 +128,21 @@ def test_plans_that_compare_rows_are_summed_over_batches():
     for i in range(len(texts)):
         for j in range(len(texts)):
             rows = replace(texts.rows([i, j]), n=2)
-            total += exact.gradient_on(GRPO(scale=False), tables, rows, (law[i] * law[j] / 2).expand(2), task=task)
+            total += exact.gradient_on(
+                GRPO(scale=False), tables, rows, (law[i] * law[j] / 2).expand(2), task=task
+            )
     rewards = torch.tensor([reward(text) for text in texts.texts], dtype=torch.float64)
-    near(total, exact.differences(lambda table: -0.5 * (exact.law(table, texts) * rewards).sum(), student))
+    near(
+        total,
+        exact.differences(lambda table: -0.5 * (exact.law(table, texts) * rewards).sum(), student),
+    )
 
 
 def test_differences_are_second_order():
     table = exact.Table.random(3, 1, seed=7)
     cubic = lambda t: (t.logits**3).sum()
     for step in (1e-1, 1e-2):  # the error of a cubic is step² itself
-        torch.testing.assert_close(exact.differences(cubic, table, step) - 3 * table.logits**2, torch.full_like(table.logits, step**2))
+        torch.testing.assert_close(
+            exact.differences(cubic, table, step) - 3 * table.logits**2,
+            torch.full_like(table.logits, step**2),
+        )

@@ -8,12 +8,14 @@ import pytest
 import torch
 
 from opdlab import Prompt, exact
-from opdlab.batch import Batch
-from opdlab.divergence import entropy
+from opdlab.engine.batch import Batch
 from opdlab.errors import OpdlabError
+from opdlab.losses.divergences import entropy
 
 
-def peaked(vocab: int, length: int, chosen: dict[tuple[int, ...], int], eos: int | None = None) -> exact.Table:
+def peaked(
+    vocab: int, length: int, chosen: dict[tuple[int, ...], int], eos: int | None = None
+) -> exact.Table:
     """A table that surely writes `chosen[prefix]` after each prefix."""
     table = exact.Table.random(vocab, length, scale=0, eos=eos)
     logits = table.logits.clone()
@@ -25,7 +27,9 @@ def peaked(vocab: int, length: int, chosen: dict[tuple[int, ...], int], eos: int
 def test_starts_are_numbered_one_by_one():
     table = exact.Table.random(3, 4)
     prefixes = [p for t in range(4) for p in itertools.product(range(3), repeat=t)]
-    assert [table.start(p) for p in prefixes] == list(range(table.logits.shape[1])) == list(range(40))
+    assert (
+        [table.start(p) for p in prefixes] == list(range(table.logits.shape[1])) == list(range(40))
+    )
 
 
 def test_everything_is_all_there_is():
@@ -46,7 +50,9 @@ def test_with_an_end_token_texts_differ_in_length():
     every = itertools.product(range(3), repeat=3)
     assert bodies == {body[: body.index(1) + 1] if 1 in body else body for body in every}
     assert len(bodies) == len(rollout) == 1 + 2 * 1 + 4 * 3
-    for body, finish, text in zip(rollout.completions(), rollout.finish, rollout.texts, strict=True):
+    for body, finish, text in zip(
+        rollout.completions(), rollout.finish, rollout.texts, strict=True
+    ):
         assert finish == ("stop" if body[-1] == 1 else "length")
         assert text == "".join("a.c"[i] for i in body if i != 1)
 
@@ -73,7 +79,9 @@ def test_samples_are_as_frequent_as_the_law_says():
     table, n = exact.Table.random(3, 2, 2, seed=1), 6_000
     rollout = table.sample(table.prompts, n, seed=5)
     want = exact.law(table, exact.everything(table.prompts, 3, 2)).view(2, 9)
-    got = torch.stack([(rollout.ids @ torch.tensor([3, 1]) == i).view(2, n).double().mean(1) for i in range(9)], 1)
+    got = torch.stack(
+        [(rollout.ids @ torch.tensor([3, 1]) == i).view(2, n).double().mean(1) for i in range(9)], 1
+    )
     assert ((got - want).abs() <= 4.5 * (want * (1 - want) / n).sqrt()).all()
 
 
@@ -91,7 +99,9 @@ def test_samples_go_on_from_prefixes():
     table = peaked(3, 4, {(): 0, (2,): 1, (2, 1): 1, (2, 1, 1): 0, (0, 2): 2, (0, 2, 2): 1})
     asked = table.prompts * 2
     rollout = table.sample(asked, 2, prefixes=[[2], [0, 2]], max_new_tokens=3)
-    assert rollout.completions() == [[1, 1, 0]] * 2 + [[2, 1]] * 2  # the second one meets the end of the table
+    assert (
+        rollout.completions() == [[1, 1, 0]] * 2 + [[2, 1]] * 2
+    )  # the second one meets the end of the table
     assert rollout.logp.abs().max() < 1e-9
     assert rollout.logp.shape == rollout.ids.shape
     one = table.sample(asked, prefixes=[[2], [0, 2]], max_new_tokens=1)
@@ -107,7 +117,9 @@ def test_samples_go_on_from_prefixes():
 def test_temperature_zero_takes_the_likeliest():
     table = exact.Table.random(5, 2, seed=3)
     first = int(table.logits[0, 0].argmax())
-    assert table.sample(table.prompts, temperature=0).completions() == [[first, int(table.logits[0, 1 + first].argmax())]]
+    assert table.sample(table.prompts, temperature=0).completions() == [
+        [first, int(table.logits[0, 1 + first].argmax())]
+    ]
 
 
 def test_it_writes_texts_as_a_stranger_would():
@@ -127,10 +139,17 @@ def test_letters_read_what_they_wrote():
 
 
 @pytest.mark.parametrize(
-    "logits", [torch.zeros(1, 4, 3, dtype=torch.float64), torch.zeros(1, 5, 3), torch.zeros(2, 4, 3, dtype=torch.float64)]
+    "logits",
+    [
+        torch.zeros(1, 4, 3, dtype=torch.float64),
+        torch.zeros(1, 5, 3),
+        torch.zeros(2, 4, 3, dtype=torch.float64),
+    ],
 )
 def test_a_table_of_the_wrong_size_is_refused(logits):
-    with pytest.raises(OpdlabError, match=r"logits are \[\d, \d, 3\] in .*Give float64 .* here \[1, 13, 3\]"):
+    with pytest.raises(
+        OpdlabError, match=r"logits are \[\d, \d, 3\] in .*Give float64 .* here \[1, 13, 3\]"
+    ):
         exact.Table(logits, (Prompt("x"),), 3)
 
 

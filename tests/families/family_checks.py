@@ -13,17 +13,40 @@ from torch import Tensor
 
 import opdlab as opd
 from opdlab import Policy, Prompt
+from opdlab.data.rollout import Rollout
+from opdlab.engine.passes import gradient
 from opdlab.errors import InvalidValue, UnsupportedModel
-from opdlab.rollout import Rollout
-from opdlab.rows import States, gradient
+from opdlab.models.graded import States
 from opdlab.tasks.market import tokenizers as market
 
 WORDS = market.words()
 RULE = "say sum " + "4 7 1 2 " * 5  # more tokens than a shared prefix needs
-APART = [Prompt("ana has 4 7 apples"), Prompt("ben"), Prompt("cleo has 2 pears buys 3 sells 1 9 . total ?")]
+APART = [
+    Prompt("ana has 4 7 apples"),
+    Prompt("ben"),
+    Prompt("cleo has 2 pears buys 3 sells 1 9 . total ?"),
+]
 ALIKE = [Prompt(RULE + prompt.text) for prompt in APART]
-CLOSE = {"rtol": 1e-3, "atol": 1e-3}  # nats; rounding of these sharp models stays below a tenth of it
-MLP = ("mlp", "ffn", "feed_forward", "expert", "moe", "fc", "dense_", "gate_proj", "up_proj", "down_proj", "w1", "w2", "w3", "c_proj")
+CLOSE = {
+    "rtol": 1e-3,
+    "atol": 1e-3,
+}  # nats; rounding of these sharp models stays below a tenth of it
+MLP = (
+    "mlp",
+    "ffn",
+    "feed_forward",
+    "expert",
+    "moe",
+    "fc",
+    "dense_",
+    "gate_proj",
+    "up_proj",
+    "down_proj",
+    "w1",
+    "w2",
+    "w3",
+    "c_proj",
+)
 
 
 class Refused(Exception):
@@ -50,14 +73,18 @@ class Family:
 
     def stopping(self, rollout: Rollout) -> Policy:
         """The policy with EOS ids that it says at different positions."""
-        return Policy.of(self.policy.weights.model, WORDS, eos=[1, *rollout.ids[[0, 2], [1, 2]].tolist()])
+        return Policy.of(
+            self.policy.weights.model, WORDS, eos=[1, *rollout.ids[[0, 2], [1, 2]].tolist()]
+        )
 
 
 def plain_logits(policy: Policy, rollout: Rollout) -> Tensor:
     """The model's own logits `[tokens, V]`, from one pass per text."""
     rows = []
     for start, body in zip(policy.encode_all(rollout.prompts), rollout.completions(), strict=True):
-        logits = policy.weights.model(input_ids=torch.tensor([start + body]), use_cache=False).logits
+        logits = policy.weights.model(
+            input_ids=torch.tensor([start + body]), use_cache=False
+        ).logits
         rows.append(logits[0, len(start) - 1 : -1, : policy.weights.vocab_size].float())
     return torch.cat(rows)
 
@@ -71,13 +98,17 @@ def scoring(family: Family) -> None:
     """Texts of different length, whose prompts begin alike or not."""
     for prompts in (APART, ALIKE):
         rollout = family.policy.sample(prompts, max_new_tokens=6, seed=1)
-        torch.testing.assert_close(family.policy.log_probs(rollout), plain_log_probs(family.policy, rollout), **CLOSE)
+        torch.testing.assert_close(
+            family.policy.log_probs(rollout), plain_log_probs(family.policy, rollout), **CLOSE
+        )
 
 
 def sampling(family: Family) -> None:
     """One and two samples, greedy and not: the log-probs that the sampler gives, and that greedy takes the likeliest."""
     for n, temperature in ((1, 0.0), (2, 1.0)):
-        rollout = family.policy.sample(APART, n=n, max_new_tokens=8, seed=2, temperature=temperature)
+        rollout = family.policy.sample(
+            APART, n=n, max_new_tokens=8, seed=2, temperature=temperature
+        )
         check_sampler(family.policy, rollout, greedy=temperature == 0)
 
 
@@ -92,7 +123,9 @@ def early_ends(family: Family) -> None:
 def check_sampler(policy: Policy, rollout: Rollout, greedy: bool = False) -> None:
     want = plain_log_probs(policy, rollout)
     tokens = rollout.ids[rollout.mask]
-    torch.testing.assert_close(rollout.logp[rollout.mask], want.gather(-1, tokens[:, None])[:, 0], **CLOSE)
+    torch.testing.assert_close(
+        rollout.logp[rollout.mask], want.gather(-1, tokens[:, None])[:, 0], **CLOSE
+    )
     if greedy:
         assert torch.equal(tokens, want.argmax(-1))
 
@@ -127,7 +160,9 @@ def check_gradients(policy: Policy) -> None:
     for (name, p), w in zip(parameters.items(), want, strict=True):
         w = torch.zeros_like(p) if w is None else w
         got = torch.zeros_like(p) if p.grad is None else p.grad
-        torch.testing.assert_close(got, w, rtol=1e-2, atol=1e-4 * largest, msg=lambda text, name=name: f"{name}: {text}")
+        torch.testing.assert_close(
+            got, w, rtol=1e-2, atol=1e-4 * largest, msg=lambda text, name=name: f"{name}: {text}"
+        )
 
 
 def lora_steps(family: Family) -> None:
@@ -141,7 +176,16 @@ def lora_steps(family: Family) -> None:
 
 def same_policy(family: Family) -> None:
     """A teacher equal to the student teaches nothing: the reverse KL is zero."""
-    run = opd.distill(family.policy.copied(), family.policy, task(), steps=1, batch=3, lora=2, max_new_tokens=6, quiet=True)
+    run = opd.distill(
+        family.policy.copied(),
+        family.policy,
+        task(),
+        steps=1,
+        batch=3,
+        lora=2,
+        max_new_tokens=6,
+        quiet=True,
+    )
     assert abs(next(run).metrics["loss"]) < 1e-4
 
 
@@ -161,7 +205,12 @@ def checkpointing(family: Family) -> None:
         raise Refused(str(error)) from error
     runs = [train(family, lora=2), again]
     for key in ("loss", "grad_norm"):
-        torch.testing.assert_close(torch.tensor(runs[0].history[key]), torch.tensor(runs[1].history[key]), rtol=1e-3, atol=1e-4)
+        torch.testing.assert_close(
+            torch.tensor(runs[0].history[key]),
+            torch.tensor(runs[1].history[key]),
+            rtol=1e-3,
+            atol=1e-4,
+        )
 
 
 def adapter_file(family: Family) -> None:
@@ -175,24 +224,38 @@ def adapter_file(family: Family) -> None:
     want = run.student.log_probs(rollout)
     assert not torch.allclose(want, family.policy.log_probs(rollout), atol=1e-2)
     rows = []
-    for start, body in zip(run.student.encode_all(rollout.prompts), rollout.completions(), strict=True):
+    for start, body in zip(
+        run.student.encode_all(rollout.prompts), rollout.completions(), strict=True
+    ):
         with torch.no_grad():
-            rows.append(loaded(input_ids=torch.tensor([start + body]), use_cache=False).logits[0, len(start) - 1 : -1])
+            rows.append(
+                loaded(input_ids=torch.tensor([start + body]), use_cache=False).logits[
+                    0, len(start) - 1 : -1
+                ]
+            )
     torch.testing.assert_close(torch.cat(rows)[:, : want.shape[1]].log_softmax(-1), want, **CLOSE)
 
 
 def peft_reads_its_own(family: Family) -> bool:
     """Whether PEFT restores an adapter of its own making on this family."""
-    config = LoraConfig(r=2, target_modules=["q_proj", "up_proj"], task_type="CAUSAL_LM", init_lora_weights=False)
+    config = LoraConfig(
+        r=2, target_modules=["q_proj", "up_proj"], task_type="CAUSAL_LM", init_lora_weights=False
+    )
     try:
         saved = get_peft_model(build(family.name, len(WORDS)), config).eval()
     except ValueError:  # other names of layers
         return True
     saved.save_pretrained(family.folder / f"{family.name}-peft")
-    loaded = PeftModel.from_pretrained(build(family.name, len(WORDS)), family.folder / f"{family.name}-peft").eval()
+    loaded = PeftModel.from_pretrained(
+        build(family.name, len(WORDS)), family.folder / f"{family.name}-peft"
+    ).eval()
     ids = torch.tensor([[5, 6, 7, 8]])
     with torch.no_grad():
-        return torch.allclose(saved(input_ids=ids, use_cache=False).logits, loaded(input_ids=ids, use_cache=False).logits, atol=1e-3)
+        return torch.allclose(
+            saved(input_ids=ids, use_cache=False).logits,
+            loaded(input_ids=ids, use_cache=False).logits,
+            atol=1e-3,
+        )
 
 
 def train(family: Family, **settings: object):
@@ -201,7 +264,9 @@ def train(family: Family, **settings: object):
 
 
 def task():
-    return opd.tasks.from_records([{"prompt": prompt.text} for prompt in APART], test=0, max_new_tokens=6)
+    return opd.tasks.from_records(
+        [{"prompt": prompt.text} for prompt in APART], test=0, max_new_tokens=6
+    )
 
 
 CHECKS: dict[str, Callable[[Family], None]] = {

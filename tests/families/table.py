@@ -37,13 +37,20 @@ list of names, every model is checked when a policy is made.
 | family | {columns} | without |
 |---|{rules}---|
 """
-WITHOUT = {"batches": "batches", "pads": "padding on the right", "pads_left": "padding on the left", "caches": "cache",
-           "shares_prefix": "shared prefix"}  # fmt: skip
+WITHOUT = {
+    "batches": "batches",
+    "pads": "padding on the right",
+    "pads_left": "padding on the left",
+    "caches": "cache",
+    "shares_prefix": "shared prefix",
+}
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("names", nargs="*", default=list(FAMILIES), help="families (all by default)")
+    parser.add_argument(
+        "names", nargs="*", default=list(FAMILIES), help="families (all by default)"
+    )
     parser.add_argument("--out", type=Path, help="file to write (default: print)")
     arguments = parser.parse_args()
     torch.set_num_threads(1)
@@ -56,7 +63,9 @@ def main() -> None:
             row, faults = check(name, Path(folder))
             rows.append(row)
             wrong += faults
-    text = HEAD.format(version=transformers.__version__, columns=" | ".join(CHECKS), rules="---|" * len(CHECKS))
+    text = HEAD.format(
+        version=transformers.__version__, columns=" | ".join(CHECKS), rules="---|" * len(CHECKS)
+    )
     text += "\n".join(rows) + "\n"
     if arguments.out:
         arguments.out.write_text(text, encoding="utf-8")
@@ -85,9 +94,19 @@ def check(name: str, folder: Path) -> tuple[str, int]:
         except Exception as error:
             faults += 1
             cells.append("**wrong**")
-            print(f"{name}: {column}: {type(error).__name__}: {' '.join(str(error).split())[:300]}", flush=True)
-    missing = [words for field, words in WITHOUT.items() if not getattr(family.policy.weights.abilities, field)]
-    print(f"{name}: {len(CHECKS) - faults} of {len(CHECKS)} right, {time.perf_counter() - began:.0f} s", flush=True)
+            print(
+                f"{name}: {column}: {type(error).__name__}: {' '.join(str(error).split())[:300]}",
+                flush=True,
+            )
+    missing = [
+        words
+        for field, words in WITHOUT.items()
+        if not getattr(family.policy.weights.abilities, field)
+    ]
+    print(
+        f"{name}: {len(CHECKS) - faults} of {len(CHECKS)} right, {time.perf_counter() - began:.0f} s",
+        flush=True,
+    )
     return f"| {name} | {' | '.join(cells)} | {', '.join(missing)} |", faults
 
 

@@ -15,10 +15,13 @@ from naive_dopd import HS, HT, LH, LL, S, T, naive_dopd, naive_loss, naive_route
 
 import opdlab as opd
 from opdlab import DOPD, exact
-from opdlab.batch import Batch
-from opdlab.divergence import reverse_kl
+from opdlab.engine.batch import Batch
+from opdlab.engine.columns import flatten
+from opdlab.engine.passes import compute, gradient
+from opdlab.engine.rows import Rows
+from opdlab.losses.divergences import reverse_kl
 from opdlab.methods.dopd import Route, thresholds
-from opdlab.rows import Rows, States, compute, gradient
+from opdlab.models.graded import States
 
 LN2 = math.log(2)
 
@@ -29,9 +32,14 @@ def test_plan_and_loss_through_the_engine_are_the_definition(seed, k):
     """Values and gradients on sampled completions of toy tables, with all four regimes at once."""
     policies = tables(seed=seed)
     rollout = policies["student"].sample(policies["student"].prompts, n=8, seed=seed)
-    weight = torch.rand(len(rollout), generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+    weight = torch.rand(
+        len(rollout), generator=torch.Generator().manual_seed(seed), dtype=torch.float64
+    )
     where = policies["student"].where(rollout)
-    lt, ls = (policies[name].logp[where].gather(-1, rollout.ids[rollout.mask][:, None])[:, 0] for name in (T, S))
+    lt, ls = (
+        policies[name].logp[where].gather(-1, rollout.ids[rollout.mask][:, None])[:, 0]
+        for name in (T, S)
+    )
     routes = naive_route(lt, ls, torch.ones(len(lt), dtype=torch.bool))
     assert set(routes) == set(Route)
 
@@ -39,7 +47,9 @@ def test_plan_and_loss_through_the_engine_are_the_definition(seed, k):
     plan = DOPD(k=k).plan(batch)
     assert plan["route"][batch.mask].tolist() == routes
     torch.testing.assert_close(plan["gap"][batch.mask], (lt - ls).abs())
-    assert batch.notes["thresholds"]["gap"] == pytest.approx(thresholds(lt, ls, torch.ones(len(lt), dtype=torch.bool))[0])
+    assert batch.notes["thresholds"]["gap"] == pytest.approx(
+        thresholds(lt, ls, torch.ones(len(lt), dtype=torch.bool))[0]
+    )
 
     logits = policies["student"].logits.clone().requires_grad_()
     value = naive_dopd(policies, rollout, logits, k, routes)
@@ -47,11 +57,15 @@ def test_plan_and_loss_through_the_engine_are_the_definition(seed, k):
     got = exact.gradient_on(DOPD(k=k), policies, rollout, weight)
     torch.testing.assert_close(got, want, rtol=1e-6, atol=1e-8)
     states = {name: batch.states(name) for name in policies}
-    columns = {name: batch.flat(name, column) for name, column in plan.items()}
-    torch.testing.assert_close(compute(DOPD(k=k).loss, states, batch.token, columns), value.detach(), rtol=1e-6, atol=1e-8)
+    columns = {name: flatten(batch, name, column) for name, column in plan.items()}
+    torch.testing.assert_close(
+        compute(DOPD(k=k).loss, states, batch.token, columns), value.detach(), rtol=1e-6, atol=1e-8
+    )
 
 
-def rows(seed: int = 0, n: int = 12, vocab: int = 9, scale: float = 1.5, routes=None) -> tuple[Rows, torch.Tensor]:
+def rows(
+    seed: int = 0, n: int = 12, vocab: int = 9, scale: float = 1.5, routes=None
+) -> tuple[Rows, torch.Tensor]:
     """Random rows and the student's logits; all of one regime, or of given ones."""
     g = torch.Generator().manual_seed(seed)
     s, t, a = (scale * torch.randn(n, vocab, generator=g, dtype=torch.float64) for _ in range(3))
@@ -68,17 +82,33 @@ def test_one_regime_alone_has_its_weight_and_its_divergence(kind):
     got = DOPD(light=0.125, weak=0.75, k=4).loss(r)
     for i in range(len(r)):
         s, t, a = (r[name][i].exp() for name in ("student", T, S))
-        assert got[i].item() == pytest.approx(naive_loss(kind, s, t, a, 4, weights).item(), rel=1e-9)
+        assert got[i].item() == pytest.approx(
+            naive_loss(kind, s, t, a, 4, weights).item(), rel=1e-9
+        )
     paper = DOPD(k=4).loss(r) / got
-    torch.testing.assert_close(paper, torch.full_like(paper, (0.6 / 0.125, 0.3 / 0.75, 1.0, 0.6 / 0.125)[kind]))
+    torch.testing.assert_close(
+        paper, torch.full_like(paper, (0.6 / 0.125, 0.3 / 0.75, 1.0, 0.6 / 0.125)[kind])
+    )
 
 
 def test_the_defaults_are_the_papers():
     m = DOPD()
-    assert (m.light, m.weak, m.k, m.trim, m.adaptive, m.hs, m.gap_student) == (0.6, 0.3, 128, 0.05, True, "self", "privileged")
+    assert (m.light, m.weak, m.k, m.trim, m.adaptive, m.hs, m.gap_student) == (
+        0.6,
+        0.3,
+        128,
+        0.05,
+        True,
+        "self",
+        "privileged",
+    )
     assert m.needs == ("teacher+hint", "student+hint")
     assert m.recipe == {"normalize": "sequence"}
-    assert [DOPD(anchor=a).needs[1] for a in ("live", "frozen", "ema")] == ["student+hint", "reference+hint", "ema+hint"]
+    assert [DOPD(anchor=a).needs[1] for a in ("live", "frozen", "ema")] == [
+        "student+hint",
+        "reference+hint",
+        "ema+hint",
+    ]
 
 
 @pytest.mark.parametrize("kind", list(Route))
@@ -97,13 +127,19 @@ def test_no_gradient_reaches_a_target_or_a_route(make_policy, make_tokenizer):
     for policy in (student, teacher):
         policy.weights.model.requires_grad_(True)
     prompts = [opd.Prompt("a b", hint="c"), opd.Prompt("b c", hint="d e f a a")]
-    rollout = opd.rollout.written(student, prompts * 2, ["c d e f", "b a", "f f", "a e c"])
+    rollout = opd.rollout_from_texts(student, prompts * 2, ["c d e f", "b a", "f f", "a e c"])
     policies = {"student": student, T: teacher.seeing(), S: student.seeing()}
     batch = Batch(rollout, policies)
-    columns = {name: batch.flat(name, c) for name, c in DOPD(k=4).plan(batch).items()}
+    columns = {name: flatten(batch, name, c) for name, c in DOPD(k=4).plan(batch).items()}
     hidden = student.hidden(rollout)
-    states = {"student": States(hidden, student.weights.head), T: batch.states(T), S: batch.states(S)}
-    hidden.backward(gradient(DOPD(k=4).loss, states, batch.token, torch.ones(rollout.tokens), columns).gradient)
+    states = {
+        "student": States(hidden, student.weights.head),
+        T: batch.states(T),
+        S: batch.states(S),
+    }
+    hidden.backward(
+        gradient(DOPD(k=4).loss, states, batch.token, torch.ones(rollout.tokens), columns).gradient
+    )
     got = [p.grad.clone() for p in student.weights.model.parameters()]
     assert all(p.grad is None for p in teacher.weights.model.parameters())
 
@@ -112,12 +148,19 @@ def test_no_gradient_reaches_a_target_or_a_route(make_policy, make_tokenizer):
     with torch.no_grad():
         t, still = policies[T].log_probs(rollout).exp(), policies[S].log_probs(rollout).exp()
     moving = head(policies[S].hidden(rollout)).softmax(-1)
-    value = lambda anchor: torch.stack([naive_loss(k, p[i], t[i], anchor[i], 4) for i, k in enumerate(columns["route"].tolist())]).sum()
+    value = lambda anchor: torch.stack(
+        [naive_loss(k, p[i], t[i], anchor[i], 4) for i, k in enumerate(columns["route"].tolist())]
+    ).sum()
     assert set(columns["route"].tolist()) == set(Route)
-    want, wrong = (torch.autograd.grad(value(a), list(student.weights.model.parameters()), retain_graph=True) for a in (still, moving))
+    want, wrong = (
+        torch.autograd.grad(value(a), list(student.weights.model.parameters()), retain_graph=True)
+        for a in (still, moving)
+    )
     for a, b in zip(got, want, strict=True):
         torch.testing.assert_close(a, b, rtol=1e-6, atol=1e-8)
-    assert any((a - b).norm() > 0.1 * b.norm() for a, b in zip(wrong, want, strict=True))  # the test can tell
+    assert any(
+        (a - b).norm() > 0.1 * b.norm() for a, b in zip(wrong, want, strict=True)
+    )  # the test can tell
 
 
 def test_without_a_hint_the_student_has_nothing_to_tell_itself():
@@ -131,7 +174,13 @@ def test_without_a_hint_the_student_has_nothing_to_tell_itself():
     for method in (DOPD(), DOPD(k=3)):
         batch = Batch(rollout, policies)
         states, columns = {n: batch.states(n) for n in policies}, {"route": routes[batch.mask]}
-        result = gradient(method.loss, states, batch.token, torch.ones(rollout.tokens, dtype=torch.float64), columns)
+        result = gradient(
+            method.loss,
+            states,
+            batch.token,
+            torch.ones(rollout.tokens, dtype=torch.float64),
+            columns,
+        )
         assert result.loss[own[batch.mask]].abs().max() < 1e-12
         assert result.gradient[own[batch.mask]].abs().max() < 1e-12
         assert (result.loss[~own[batch.mask]] > 1e-3).all()
@@ -144,9 +193,13 @@ def test_a_student_as_its_own_teacher_is_all_ht():
     batch = Batch(rollout, policies)
     plan = DOPD().plan(batch)
     assert (plan["route"][batch.mask] == HT).all()
-    got = exact.gradient_on(DOPD(), policies, rollout, torch.ones(len(rollout), dtype=torch.float64))
+    got = exact.gradient_on(
+        DOPD(), policies, rollout, torch.ones(len(rollout), dtype=torch.float64)
+    )
     opsd = {"student": policies["student"], "reference+hint": policies[S]}
-    want = exact.gradient_on(opd.SelfDistillation.opsd(), opsd, rollout, torch.ones(len(rollout), dtype=torch.float64))
+    want = exact.gradient_on(
+        opd.SelfDistillation.opsd(), opsd, rollout, torch.ones(len(rollout), dtype=torch.float64)
+    )
     torch.testing.assert_close(got, want)
     assert want.norm() > 0.1
 
@@ -157,7 +210,11 @@ def test_extreme_logits_stay_finite(kind):
     s = big.clone().requires_grad_()
     target = big.flip(0).log_softmax(-1)
     value = DOPD(k=2).loss(
-        Rows({"student": s.log_softmax(-1), T: target, S: target}, torch.zeros(2).long(), {"route": torch.full((2,), kind)})
+        Rows(
+            {"student": s.log_softmax(-1), T: target, S: target},
+            torch.zeros(2).long(),
+            {"route": torch.full((2,), kind)},
+        )
     )
     (slope,) = torch.autograd.grad(value.sum(), s)
     assert torch.isfinite(value).all()
@@ -183,18 +240,27 @@ def test_options_of_the_top_k():
     r, _ = rows(routes=int(LH), seed=1)
     s, t = r["student"].detach(), r[T]
     ids = t.topk(3).indices  # the target's support instead of the student's
-    fold = lambda x: torch.cat([x.gather(-1, ids), (1 - x.exp().gather(-1, ids).sum(-1, keepdim=True)).log()], -1)
-    torch.testing.assert_close(DOPD(light=1, k=3, support="teacher").loss(r).detach(), reverse_kl(fold(s), fold(t)))
+    fold = lambda x: torch.cat(
+        [x.gather(-1, ids), (1 - x.exp().gather(-1, ids).sum(-1, keepdim=True)).log()], -1
+    )
+    torch.testing.assert_close(
+        DOPD(light=1, k=3, support="teacher").loss(r).detach(), reverse_kl(fold(s), fold(t))
+    )
     ids = s.topk(3).indices
     again = lambda x: x.gather(-1, ids).log_softmax(-1)
-    torch.testing.assert_close(DOPD(light=1, k=3, tail="renormalize").loss(r).detach(), reverse_kl(again(s), again(t)))
+    torch.testing.assert_close(
+        DOPD(light=1, k=3, tail="renormalize").loss(r).detach(), reverse_kl(again(s), again(t))
+    )
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         dropped = DOPD(light=1, k=1, support="teacher", tail="drop").loss(r).detach()
     assert (dropped < 0).any()  # what the bucket is there to prevent
     anchored, _ = rows(routes=int(LL), seed=1)
     ids = anchored[S].topk(3).indices
-    torch.testing.assert_close(DOPD(weak=1, k=3, support="teacher").loss(anchored).detach(), reverse_kl(fold(s), fold(anchored[S])))
+    torch.testing.assert_close(
+        DOPD(weak=1, k=3, support="teacher").loss(anchored).detach(),
+        reverse_kl(fold(s), fold(anchored[S])),
+    )
 
 
 # The switches.
@@ -219,7 +285,10 @@ def test_not_adaptive_is_uniform_privileged_opd():
     torch.testing.assert_close(DOPD(adaptive=False).loss(r), reverse_kl(r["student"], r[T]))
     policies = tables()
     rollout = policies["student"].sample(policies["student"].prompts, n=4)
-    assert torch.equal(DOPD(adaptive=False).plan(Batch(rollout, policies))["route"], DOPD().plan(Batch(rollout, policies))["route"])
+    assert torch.equal(
+        DOPD(adaptive=False).plan(Batch(rollout, policies))["route"],
+        DOPD().plan(Batch(rollout, policies))["route"],
+    )
 
 
 def test_weights_of_zero_are_no_loss_even_where_it_would_be_infinite():
@@ -245,14 +314,20 @@ def test_the_route_sees_sampled_tokens_only():
     assert torch.equal(after["route"], before["route"])
 
 
-@pytest.mark.parametrize(("settings", "says"), [
-    ({"anchor": "base"}, "DOPD got anchor='base'. Use one of live, frozen, ema"),
-    ({"hs": "both"}, "hs='both'. Use one of self, teacher, none"),
-    ({"support": "union"}, "support='union'. Use one of student, teacher"),
-    ({"gap_student": "hinted"}, "gap_student='hinted'. Use one of privileged, bare"),
-    ({"tail": "cut"}, "tail='cut'"), ({"k": 0}, "k=0"), ({"light": -1}, "light=-1"), ({"weak": math.nan}, "weak=nan"),
-    ({"trim": 1.0}, "trim=1.0. Use weights of at least 0 and a share to trim"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("settings", "says"),
+    [
+        ({"anchor": "base"}, "DOPD got anchor='base'. Use one of live, frozen, ema"),
+        ({"hs": "both"}, "hs='both'. Use one of self, teacher, none"),
+        ({"support": "union"}, "support='union'. Use one of student, teacher"),
+        ({"gap_student": "hinted"}, "gap_student='hinted'. Use one of privileged, bare"),
+        ({"tail": "cut"}, "tail='cut'"),
+        ({"k": 0}, "k=0"),
+        ({"light": -1}, "light=-1"),
+        ({"weak": math.nan}, "weak=nan"),
+        ({"trim": 1.0}, "trim=1.0. Use weights of at least 0 and a share to trim"),
+    ],
+)
 def test_bad_settings_are_refused_at_once(settings, says):
     with pytest.raises(ValueError, match=says):
         DOPD(**settings)
@@ -268,4 +343,6 @@ def test_the_switch_takes_the_gap_from_whom_it_says(gap_student):
     lt, ls = (policy.logp[where].gather(-1, token)[:, 0] for policy in (policies[T], own))
     plan = DOPD(gap_student=gap_student).plan(batch)
     torch.testing.assert_close(plan["gap"][batch.mask], (lt - ls).abs())
-    assert plan["route"][batch.mask].tolist() == naive_route(lt, ls, torch.ones(len(lt), dtype=torch.bool))
+    assert plan["route"][batch.mask].tolist() == naive_route(
+        lt, ls, torch.ones(len(lt), dtype=torch.bool)
+    )

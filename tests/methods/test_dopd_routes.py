@@ -34,9 +34,14 @@ def test_padding_enters_nothing(seed):
     mask = torch.zeros(4, 9, dtype=torch.bool)
     mask[:, :5] = True
     for garbage in (0.0, -1e9, math.nan, -math.inf):
-        wide = [torch.full((4, 9), garbage, dtype=torch.float64).masked_scatter(mask, x) for x in (lt, ls)]
+        wide = [
+            torch.full((4, 9), garbage, dtype=torch.float64).masked_scatter(mask, x)
+            for x in (lt, ls)
+        ]
         assert thresholds(*wide, mask) == thresholds(lt, ls, torch.ones(20, dtype=torch.bool))
-        assert torch.equal(route(*wide, mask)[mask], route(lt, ls, torch.ones(20, dtype=torch.bool)))
+        assert torch.equal(
+            route(*wide, mask)[mask], route(lt, ls, torch.ones(20, dtype=torch.bool))
+        )
 
 
 def test_ties_go_to_high_to_confident_and_to_the_teacher():
@@ -49,7 +54,9 @@ def test_ties_go_to_high_to_confident_and_to_the_teacher():
     uneven = torch.tensor([0.25, 0.75, 0.5, 0.5]).log()
     found = route(half, half.clone(), mask, limits=(1.0, 2 * half[0].double().exp().item()))
     assert found.tolist() == [LH] * 4  # all gaps below 1, the sum of both exactly the mean
-    assert route(half, half.clone(), mask).tolist() == [HT] * 4  # no gap at all is not below the mean gap, and q_T = q_S
+    assert (
+        route(half, half.clone(), mask).tolist() == [HT] * 4
+    )  # no gap at all is not below the mean gap, and q_T = q_S
     assert route(uneven, half, mask, limits=(0.0, 0.0)).tolist() == [HS, HT, HT, HT]
 
 
@@ -57,7 +64,10 @@ def test_ties_go_to_high_to_confident_and_to_the_teacher():
 def test_equal_gaps_are_all_high_whatever_the_rounding(equal):
     above = 0  # how often a bare mean would exceed its equal values
     for n in range(1, 60):
-        unsure, mask = torch.full((n,), -equal, dtype=torch.float64), torch.ones(n, dtype=torch.bool)
+        unsure, mask = (
+            torch.full((n,), -equal, dtype=torch.float64),
+            torch.ones(n, dtype=torch.bool),
+        )
         sure = torch.zeros_like(unsure)
         above += unsure.abs().mean().item() > equal
         assert route(sure, unsure, mask).tolist() == [HT] * n
@@ -115,13 +125,17 @@ def test_an_outlier_moves_no_mean_and_is_still_routed():
 def test_tokens_that_both_rule_out_have_no_gap():
     none = torch.tensor([-math.inf, -1.0, -2.0])
     assert gap(none, none).tolist() == [0, 0, 0]
-    assert route(none, torch.tensor([-math.inf, -1.5, -2.0]), torch.ones(3, dtype=torch.bool), trim=0).tolist() == [LL, HT, LL]
+    assert route(
+        none, torch.tensor([-math.inf, -1.5, -2.0]), torch.ones(3, dtype=torch.bool), trim=0
+    ).tolist() == [LL, HT, LL]
 
 
 def test_no_tokens_have_no_routes():
     none = torch.zeros(2, 0)
     assert route(none, none, none.bool()).shape == (2, 0)
-    assert route(torch.zeros(3), torch.zeros(3), torch.zeros(3, dtype=torch.bool)).tolist() == [-1] * 3
+    assert (
+        route(torch.zeros(3), torch.zeros(3), torch.zeros(3, dtype=torch.bool)).tolist() == [-1] * 3
+    )
 
 
 # The tabular world: what the routes and the known error do to each type of token.
@@ -134,17 +148,27 @@ RIGHT, ACCEPTED, LIKED = 0.95, 0.1, 0.9 - 14 * 0.05 / 15
 
 # Shares of LH, LL, HT and HS among the tokens of each type; in the world these are probabilities of right and wrong tokens.
 LITERAL = {
-    "E": (RIGHT, 1 - RIGHT, 0, 0), "C": (0, 0, 0.4, 0.6), "I": (1 / 16, 15 / 16, 0, 0), "B": (0, 0, 1 / 16, 15 / 16),
-    "D": (0, 0, 0.4, 0.6), "X": (0, 1, 0, 0), "R": (0, 1 - LIKED - ACCEPTED, ACCEPTED, LIKED),
-}  # fmt: skip
+    "E": (RIGHT, 1 - RIGHT, 0, 0),
+    "C": (0, 0, 0.4, 0.6),
+    "I": (1 / 16, 15 / 16, 0, 0),
+    "B": (0, 0, 1 / 16, 15 / 16),
+    "D": (0, 0, 0.4, 0.6),
+    "X": (0, 1, 0, 0),
+    "R": (0, 1 - LIKED - ACCEPTED, ACCEPTED, LIKED),
+}
 BARE = LITERAL | {"C": (0.4, 0, 0, 0.6), "D": (0.4, 0, 0, 0.6), "I": (0, 0, 1 / 16, 15 / 16)}
 
 
 def shares(routes: torch.Tensor) -> dict[str, tuple[float, ...]]:
-    return {kind: tuple((routes[i == KIND] == r).double().mean().item() for r in Route) for i, kind in enumerate(privilege.TYPES)}
+    return {
+        kind: tuple((routes[i == KIND] == r).double().mean().item() for r in Route)
+        for i, kind in enumerate(privilege.TYPES)
+    }
 
 
-@pytest.mark.parametrize(("student", "golden"), [(S, LITERAL), ("student", BARE)], ids=["literal", "bare"])
+@pytest.mark.parametrize(
+    ("student", "golden"), [(S, LITERAL), ("student", BARE)], ids=["literal", "bare"]
+)
 def test_routes_by_type_of_token(student, golden):
     found = shares(route(SEEN[T], SEEN[student], ALL))
     for kind, want in golden.items():
@@ -155,12 +179,18 @@ def test_thresholds_of_the_world_by_hand():
     """Means over what is left when the largest 5 % are trimmed: all of B and most of the student's own taste are gone."""
     log = math.log
     gaps = sorted(
-        [(x, p * share / 20) for share, parts in (
-            (8, [(0, 1)]), (5, [(0, 1)]),  # E; I and X
-            (4, [(log(0.95 / 0.4), 0.4), (log(0.04 / (0.05 / 15)), 0.6)]),  # C and D
-            (1, [(log(0.95 / 0.4), 1 / 16), (log(0.04 / (0.05 / 15)), 15 / 16)]),  # B
-            (2, [(log(LIKED / ACCEPTED), LIKED + ACCEPTED), (0, 1 - LIKED - ACCEPTED)]),  # R
-        ) for x, p in parts])  # fmt: skip
+        [
+            (x, p * share / 20)
+            for share, parts in (
+                (8, [(0, 1)]),
+                (5, [(0, 1)]),  # E; I and X
+                (4, [(log(0.95 / 0.4), 0.4), (log(0.04 / (0.05 / 15)), 0.6)]),  # C and D
+                (1, [(log(0.95 / 0.4), 1 / 16), (log(0.04 / (0.05 / 15)), 15 / 16)]),  # B
+                (2, [(log(LIKED / ACCEPTED), LIKED + ACCEPTED), (0, 1 - LIKED - ACCEPTED)]),  # R
+            )
+            for x, p in parts
+        ]
+    )
     last = next(x for i, (x, _) in enumerate(gaps) if sum(p for _, p in gaps[: i + 1]) >= 0.95)
     kept = [(x, p) for x, p in gaps if x <= last]
     want = sum(x * p for x, p in kept) / sum(p for _, p in kept)
@@ -196,5 +226,7 @@ def test_a_confident_error_is_nearly_blind_to_the_teacher(s):
     w = ((routes == HT).double() + 0.6 * (routes == LH)).mean().item()
     assert w <= 1 - s + 1e-12
     assert (routes[: own[0]] == HS).all()
-    high = math.log(7 / (8 * (1 - s))) >= mean  # whether the other tokens are far enough from the teacher to be taught
+    high = (
+        math.log(7 / (8 * (1 - s))) >= mean
+    )  # whether the other tokens are far enough from the teacher to be taught
     assert w == pytest.approx((1 - s) * high, abs=1e-9)

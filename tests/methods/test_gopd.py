@@ -9,11 +9,14 @@ import torch
 
 import opdlab as opd
 from opdlab import GOPD, OPD, exact
-from opdlab.batch import Batch
+from opdlab.engine.batch import Batch
 
 
 def tables(vocab: int = 4, length: int = 3) -> dict[str, exact.Table]:
-    return {name: exact.Table.random(vocab, length, 2, seed=i) for i, name in enumerate(("student", "teacher", "reference"))}
+    return {
+        name: exact.Table.random(vocab, length, 2, seed=i)
+        for i, name in enumerate(("student", "teacher", "reference"))
+    }
 
 
 def test_at_scale_one_it_is_plain_opd_to_the_bit_whatever_the_reference():
@@ -26,7 +29,8 @@ def test_at_scale_one_it_is_plain_opd_to_the_bit_whatever_the_reference():
         assert all(torch.equal(ours[name], plain[name]) for name in plain)
     weight = torch.ones(len(rollout), dtype=torch.float64)
     assert torch.equal(
-        exact.gradient_on(GOPD(1), policies, rollout, weight), exact.gradient_on(OPD(estimator="sampled"), policies, rollout, weight)
+        exact.gradient_on(GOPD(1), policies, rollout, weight),
+        exact.gradient_on(OPD(estimator="sampled"), policies, rollout, weight),
     )
 
 
@@ -37,7 +41,10 @@ def test_advantages_by_hand(scale):
     batch = Batch(rollout, policies)
     got = GOPD(scale).plan(batch)["advantage"][batch.mask]
     where, token = policies["student"].where(rollout), batch.token[:, None]
-    p, q, r = (policies[name].logp[where].gather(-1, token)[:, 0] for name in ("student", "teacher", "reference"))
+    p, q, r = (
+        policies[name].logp[where].gather(-1, token)[:, 0]
+        for name in ("student", "teacher", "reference")
+    )
     torch.testing.assert_close(got, scale * (q - r) - (p - r))
 
 
@@ -47,10 +54,14 @@ def test_the_expected_gradient_is_that_of_the_kl_to_the_extrapolated_teacher(sca
     policies = tables()
     got = exact.gradient(GOPD(scale), policies)
     logits = policies["student"].logits.clone().requires_grad_()
-    best = ((1 - scale) * policies["reference"].logp + scale * policies["teacher"].logp).log_softmax(-1)
+    best = (
+        (1 - scale) * policies["reference"].logp + scale * policies["teacher"].logp
+    ).log_softmax(-1)
     p = logits.log_softmax(-1)
     value = (p.exp() * (p - best)).sum(-1)
-    (want,) = torch.autograd.grad((exact.visits(policies["student"]).detach() * value).sum(), logits)
+    (want,) = torch.autograd.grad(
+        (exact.visits(policies["student"]).detach() * value).sum(), logits
+    )
     torch.testing.assert_close(got, want, rtol=1e-7, atol=1e-9)
     assert want.norm() > 0.1
 
@@ -71,24 +82,42 @@ def test_the_optimum_is_the_teacher_sharpened_away_from_the_reference(scale):
         assert exact.gradient(GOPD(scale), policies | {"student": other}).norm() > 0.1
     if scale > 1:
         likely, drawn = best.logp.exp(), (q - r) > 0
-        assert (likely * drawn).sum(-1).mean() > (q.exp() * drawn).sum(-1).mean()  # beyond the teacher, away from the reference
+        assert (likely * drawn).sum(-1).mean() > (q.exp() * drawn).sum(
+            -1
+        ).mean()  # beyond the teacher, away from the reference
 
 
 def test_needs_and_bad_scales():
     assert GOPD.needs == ("teacher", "reference")
     assert GOPD().scale == 1.25
     for scale in (0.0, -1.0, math.nan):
-        with pytest.raises(ValueError, match=r"the weight of the teacher's reward\. Use a number above 0; 1 is plain OPD"):
+        with pytest.raises(
+            ValueError,
+            match=r"the weight of the teacher's reward\. Use a number above 0; 1 is plain OPD",
+        ):
             GOPD(scale)
 
 
 def test_two_steps_with_either_reference():
     student, teacher, task = opd.load("market", secret=True)
     steps = list(opd.distill(student, teacher, task, method=GOPD(), batch=8, steps=2, quiet=True))
-    assert all(math.isfinite(step.metrics["loss"]) and step.metrics["grad_norm"] > 0 for step in steps)
+    assert all(
+        math.isfinite(step.metrics["loss"]) and step.metrics["grad_norm"] > 0 for step in steps
+    )
     base = opd.load("market", student="novice")[0]
     student, teacher, task = opd.load("market")
-    step = next(opd.distill(student, teacher, task, method=GOPD(), policies={"reference": base}, batch=8, steps=1, quiet=True))
+    step = next(
+        opd.distill(
+            student,
+            teacher,
+            task,
+            method=GOPD(),
+            policies={"reference": base},
+            batch=8,
+            steps=1,
+            quiet=True,
+        )
+    )
     assert "reference_logp" in step.columns
     want = (
         1.25 * (step.columns["teacher_logp"] - step.columns["reference_logp"])
@@ -101,7 +130,16 @@ def test_two_steps_with_either_reference():
 def test_micro_batches_change_nothing(make_policy, prompts):
     task, found = opd.Task("asked", lambda n, seed, split: prompts[:n], max_new_tokens=8), []
     for size in (None, 1):
-        run = opd.distill(make_policy(0), make_policy(1), task, method=GOPD(), batch=4, steps=1, quiet=True, micro_batch=size)
+        run = opd.distill(
+            make_policy(0),
+            make_policy(1),
+            task,
+            method=GOPD(),
+            batch=4,
+            steps=1,
+            quiet=True,
+            micro_batch=size,
+        )
         next(run)
         found.append([p.grad.clone() for p in run.parameters.values()])
     for one, two in zip(*found, strict=True):

@@ -15,12 +15,13 @@ from rapidfuzz.distance import Levenshtein
 
 import opdlab
 from opdlab import OPD, OmniOPD, Policy, Prompt, exact
-from opdlab.batch import Batch
+from opdlab.engine.batch import Batch
+from opdlab.engine.columns import flatten
+from opdlab.engine.passes import compute, gradient
 from opdlab.errors import MissingPolicy, OpdlabError
 from opdlab.methods.omniopd import posterior, select_chunks
 from opdlab.methods.similarity import edit, rouge1
-from opdlab.rollout import written
-from opdlab.rows import compute, gradient
+from opdlab.models.text_rollouts import rollout_from_texts
 from opdlab.tasks import Task, from_records
 from opdlab.tasks.market import tokenizers
 from opdlab.teachers import TextOnly
@@ -36,21 +37,40 @@ class Says:
         self.says, self.asked = list(says), []
 
     def write(self, prompts, n=1, *, prefixes=None, max_new_tokens=64, temperature=1.0, seed=0):
-        self.asked += [(prompt, prefix, n, max_new_tokens) for prompt, prefix in zip(prompts, prefixes, strict=True)]
+        self.asked += [
+            (prompt, prefix, n, max_new_tokens)
+            for prompt, prefix in zip(prompts, prefixes, strict=True)
+        ]
         return [list(self.says) for _ in prompts]
 
 
-def planned(method: OmniOPD, student: Policy, rollout, teacher, reference: Policy | None = None) -> tuple[Batch, dict[str, torch.Tensor]]:
-    batch = Batch(rollout, {"student": student, "teacher.text": teacher, "reference": reference or student.frozen()})
+def planned(
+    method: OmniOPD, student: Policy, rollout, teacher, reference: Policy | None = None
+) -> tuple[Batch, dict[str, torch.Tensor]]:
+    batch = Batch(
+        rollout,
+        {"student": student, "teacher.text": teacher, "reference": reference or student.frozen()},
+    )
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         return batch, method.plan(batch)
 
 
-def run_loss(method: OmniOPD, batch: Batch, columns: dict[str, torch.Tensor], weight: torch.Tensor | None = None):
-    flat = {name: batch.flat(name, column) for name, column in columns.items()}
+def run_loss(
+    method: OmniOPD,
+    batch: Batch,
+    columns: dict[str, torch.Tensor],
+    weight: torch.Tensor | None = None,
+):
+    flat = {name: flatten(batch, name, column) for name, column in columns.items()}
     states = {name: batch.states(name) for name in batch.distributions}
-    return gradient(method.loss, states, batch.token, torch.ones(batch.rollout.tokens) if weight is None else weight, flat)
+    return gradient(
+        method.loss,
+        states,
+        batch.token,
+        torch.ones(batch.rollout.tokens) if weight is None else weight,
+        flat,
+    )
 
 
 @pytest.fixture(scope="module")
@@ -84,8 +104,12 @@ def test_similarities_by_hand():
 def test_posterior_is_a_convex_combination_in_its_bounds(k, prior, alpha):
     n = 10
     weight = posterior(k, n, torch.tensor(prior, dtype=torch.float64).log(), alpha).item()
-    assert alpha * prior / (n + alpha) - 1e-12 <= weight <= (n + alpha * prior) / (n + alpha) + 1e-12
-    assert weight == pytest.approx(n / (n + alpha) * (k / n) + alpha / (n + alpha) * prior, abs=1e-9)
+    assert (
+        alpha * prior / (n + alpha) - 1e-12 <= weight <= (n + alpha * prior) / (n + alpha) + 1e-12
+    )
+    assert weight == pytest.approx(
+        n / (n + alpha) * (k / n) + alpha / (n + alpha) * prior, abs=1e-9
+    )
 
 
 def test_posterior_by_hand_and_its_limits():
@@ -97,7 +121,9 @@ def test_posterior_by_hand_and_its_limits():
 
 def test_the_prior_is_the_geometric_mean_and_does_not_underflow():
     logp = torch.tensor([0.5, 0.2, 0.9], dtype=torch.float64).log()
-    assert posterior(0.0, 1, logp.mean(), 1.0).item() == pytest.approx((0.5 * 0.2 * 0.9) ** (1 / 3) / 2)
+    assert posterior(0.0, 1, logp.mean(), 1.0).item() == pytest.approx(
+        (0.5 * 0.2 * 0.9) ** (1 / 3) / 2
+    )
     deep = torch.full((200,), -9.0)
     assert deep.exp().prod() == 0
     assert posterior(0.0, 1, deep.mean(), 1.0).item() == pytest.approx(math.exp(-9) / 2, rel=1e-4)
@@ -113,9 +139,11 @@ def test_the_weight_is_detached():
 
 @pytest.mark.parametrize("alpha", [0.0, 1.0, 7.0])
 def test_the_audited_gradient_is_that_of_a_constant_weight(alpha, student, rollout):
-    batch, columns = planned(OmniOPD(**SMALL, alpha=alpha, beta=0.0), student, rollout, Says(" 4 7", " total", "x"))
+    batch, columns = planned(
+        OmniOPD(**SMALL, alpha=alpha, beta=0.0), student, rollout, Says(" 4 7", " total", "x")
+    )
     got = run_loss(OmniOPD(beta=0.0), batch, columns)
-    weight, token = batch.flat("weight", columns["weight"]), batch.token
+    weight, token = flatten(batch, "weight", columns["weight"]), batch.token
     want = gradient(lambda rows: -rows.logp, {"student": batch.states("student")}, token, weight)
     torch.testing.assert_close(got.gradient, want.gradient, rtol=1e-5, atol=1e-7)
     assert got.gradient.abs().max() > 1e-3
@@ -162,7 +190,10 @@ def test_selection_by_hand():
 
 def test_random_places_are_seeded_and_move_with_the_step(student, rollout):
     starts = lambda seed, step: [
-        (a.sample, a.start) for a in OmniOPD(**SMALL, select="random", seed=seed).schedule(Batch(rollout, {"student": student}, step=step))
+        (a.sample, a.start)
+        for a in OmniOPD(**SMALL, select="random", seed=seed).schedule(
+            Batch(rollout, {"student": student}, step=step)
+        )
     ]
     assert starts(0, 0) == starts(0, 0)
     assert len({str(starts(seed, step)) for seed in (0, 1) for step in (0, 1)}) == 4
@@ -205,11 +236,15 @@ def test_every_token_is_audited_or_anchored(student, teacher, rollout):
     batch, columns = planned(method, student, rollout, Says(" 4", " 7", " x"), reference=teacher)
     audited = columns["audited"]
     assert not audited[~rollout.mask].any()
-    spans = {(a["sample"], t) for a in batch.notes["audits"] for t in range(a["start"], a["start"] + a["length"])}
+    spans = {
+        (a["sample"], t)
+        for a in batch.notes["audits"]
+        for t in range(a["start"], a["start"] + a["length"])
+    }
     assert {tuple(at) for at in audited.nonzero().tolist()} == spans
     assert 0 < len(spans) < rollout.tokens
     loss = batch.spread(run_loss(method, batch, columns).loss)
-    kl = batch.map(lambda rows: opdlab.divergence.forward_kl(rows.student, rows.reference))
+    kl = batch.map(lambda rows: opdlab.losses.forward_kl(rows.student, rows.reference))
     logp = batch.signals["student_logp"]
     want = torch.where(audited > 0, -columns["weight"] * logp, 0.5 * kl) * rollout.mask
     torch.testing.assert_close(loss, want, rtol=1e-4, atol=1e-5)
@@ -221,7 +256,12 @@ def test_a_completion_shorter_than_a_chunk_is_all_anchor(student, teacher, rollo
     assert silent.asked == []
     assert not columns["audited"].any()
     assert batch.notes["audits"] == []
-    want = 0.1 * batch.map(lambda rows: opdlab.divergence.forward_kl(rows.student, rows.reference))[rollout.mask]
+    want = (
+        0.1
+        * batch.map(lambda rows: opdlab.losses.forward_kl(rows.student, rows.reference))[
+            rollout.mask
+        ]
+    )
     torch.testing.assert_close(run_loss(method, batch, columns).loss, want, rtol=1e-4, atol=1e-6)
 
 
@@ -270,7 +310,7 @@ def test_the_teacher_reads_what_stands_before_the_chunk_and_no_more(student, rol
 
 def test_prefixes_end_at_whole_characters(make_policy, bytes_bpe):
     student = make_policy(0, bytes_bpe)
-    body = written(student, [Prompt("the fox")], ["a👩b👩c naïve世"])
+    body = rollout_from_texts(student, [Prompt("the fox")], ["a👩b👩c naïve世"])
     pieces = [bytes_bpe.convert_ids_to_tokens(i) for i in body.completions()[0]]
     assert len(pieces) > len("a👩b👩c naïve世")
     teacher = Says("a")
@@ -287,8 +327,15 @@ def test_prefixes_end_at_whole_characters(make_policy, bytes_bpe):
 
 def test_only_the_similarities_count(student, teacher, rollout):
     """Other texts with the same similarities, in another order, by another tokenizer: the same loss."""
-    a, b, c = (planned(OmniOPD(**SMALL, similarity=lambda ours, theirs: len(theirs) / 10), student, rollout, Says(*says))[1]
-               for says in (("a", "bbb", "cc"), ("世é", "z", "y🙂y"), ("zz", "a", "fox")))  # fmt: skip
+    a, b, c = (
+        planned(
+            OmniOPD(**SMALL, similarity=lambda ours, theirs: len(theirs) / 10),
+            student,
+            rollout,
+            Says(*says),
+        )[1]
+        for says in (("a", "bbb", "cc"), ("世é", "z", "y🙂y"), ("zz", "a", "fox"))
+    )
     for name in a:
         assert torch.equal(a[name], b[name])
         assert torch.equal(a[name], c[name])
@@ -300,8 +347,14 @@ def test_the_order_of_the_continuations_does_not_count(student, rollout, order):
     audits = []
     for values in (order, sorted(order)):
         table = dict(zip("abcde", values, strict=True))
-        method = replace(OmniOPD(**SMALL), continuations=5, similarity=lambda ours, theirs, table=table: table[theirs])
-        audits.append(planned(method, student, rollout.rows([0]), Says(*"abcde"))[0].notes["audits"])
+        method = replace(
+            OmniOPD(**SMALL),
+            continuations=5,
+            similarity=lambda ours, theirs, table=table: table[theirs],
+        )
+        audits.append(
+            planned(method, student, rollout.rows([0]), Says(*"abcde"))[0].notes["audits"]
+        )
     assert [a["weight"] for a in audits[0]] == [a["weight"] for a in audits[1]]
 
 
@@ -325,13 +378,22 @@ def test_the_expected_update_by_enumeration(n, alpha):
     for says, chance in combinations(teacher, 1, n, 2):
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
-            got += chance * exact.gradient(method, {"student": student, "teacher.text": Says(*says), "reference": teacher})
+            got += chance * exact.gradient(
+                method, {"student": student, "teacher.text": Says(*says), "reference": teacher}
+            )
     body = exact.everything(student.prompts, 3, 2)
     chances = exact.law(teacher, body)
-    mu = torch.tensor([sum(edit(a, b) * q.item() for b, q in zip(body.texts, chances, strict=True)) for a in body.texts])
+    mu = torch.tensor(
+        [
+            sum(edit(a, b) * q.item() for b, q in zip(body.texts, chances, strict=True))
+            for a in body.texts
+        ]
+    )
     leaf = student.logits.clone().requires_grad_()
     p = exact.law(replace(student, logits=leaf), body)
-    objective = n / (n + alpha) * (p * mu).sum() + alpha / (n + alpha) * (p ** (1 + 1 / 2)).sum() / (1 + 1 / 2)
+    objective = n / (n + alpha) * (p * mu).sum() + alpha / (n + alpha) * (
+        p ** (1 + 1 / 2)
+    ).sum() / (1 + 1 / 2)
     (want,) = torch.autograd.grad(-objective, leaf)
     torch.testing.assert_close(got, want, rtol=0, atol=1e-9)
     assert want.abs().max() > 1e-2
@@ -343,7 +405,10 @@ def test_the_whole_loss_by_enumeration():
     method = OmniOPD(chunks=1, continuations=2, length=2, alpha=1.5, beta=0.4)
     says = Says("ab", "cb")
     got = exact.gradient(method, {"student": student, "teacher.text": says, "reference": reference})
-    body, law = exact.everything(student.prompts, 3, 3), exact.law(student, exact.everything(student.prompts, 3, 3))
+    body, law = (
+        exact.everything(student.prompts, 3, 3),
+        exact.law(student, exact.everything(student.prompts, 3, 3)),
+    )
     leaf = student.logits.clone().requires_grad_()
     logp, ref = leaf.log_softmax(-1)[0], reference.logp[0]
     total, starts = 0.0, []
@@ -373,7 +438,9 @@ def test_the_weight_concentrates():
     weights = []
     for seed in range(300):
         method = OmniOPD(chunks=1, continuations=n, length=2, alpha=alpha, seed=seed)
-        weights.append(planned(method, student, body, teacher, reference=student)[1]["weight"][0, 0].item())
+        weights.append(
+            planned(method, student, body, teacher, reference=student)[1]["weight"][0, 0].item()
+        )
     every = exact.everything(teacher.prompts, 3, 2)
     law = exact.law(teacher, every).tolist()
     mu = sum(q * edit(body.texts[0], text) for q, text in zip(law, every.texts, strict=True))
@@ -389,21 +456,37 @@ def test_the_weight_concentrates():
 
 
 def tiny_task(prompts) -> Task:
-    return from_records([{"text": p.text, "id": p.id} for p in prompts if p.text], test=0, max_new_tokens=8)
+    return from_records(
+        [{"text": p.text, "id": p.id} for p in prompts if p.text], test=0, max_new_tokens=8
+    )
 
 
 def test_both_terms_are_divided_by_one_number(make_policy, prompts):
     """The run's loss is the plain sum over the tokens, over their number."""
     student, scribe = make_policy(0), make_policy(1)
-    run = opdlab.distill(student, scribe, tiny_task(prompts), method=OmniOPD(**SMALL), steps=1, batch=3, n=2, quiet=True)
+    run = opdlab.distill(
+        student,
+        scribe,
+        tiny_task(prompts),
+        method=OmniOPD(**SMALL),
+        steps=1,
+        batch=3,
+        n=2,
+        quiet=True,
+    )
     step = next(run)
-    assert step.metrics["loss"] == pytest.approx(step.columns["loss"].double().sum().item() / step.rollout.tokens, rel=1e-5)
+    assert step.metrics["loss"] == pytest.approx(
+        step.columns["loss"].double().sum().item() / step.rollout.tokens, rel=1e-5
+    )
 
 
 def test_padding_and_repeats_change_nothing(student, rollout):
     method = OmniOPD(**SMALL)
     one = rollout.rows([0, 1, 2])
-    wide = replace(one, **{k: torch.nn.functional.pad(getattr(one, k), (0, 7)) for k in ("ids", "logp", "entropy")})
+    wide = replace(
+        one,
+        **{k: torch.nn.functional.pad(getattr(one, k), (0, 7)) for k in ("ids", "logp", "entropy")},
+    )
     twice = rollout.rows([0, 1, 2, 0, 1, 2])
     losses = []
     for body in (one, wide, twice):
@@ -419,9 +502,20 @@ def test_padding_and_repeats_change_nothing(student, rollout):
 @pytest.mark.parametrize("says", [("a",), ("a", "b"), ("a", "b", "c", "d"), ()])
 def test_n_texts_or_an_error_and_nothing_is_trained(says, make_policy, prompts):
     student = make_policy(0)
-    run = opdlab.distill(student, Says(*says), tiny_task(prompts), method=OmniOPD(**SMALL), steps=2, batch=3, quiet=True)
+    run = opdlab.distill(
+        student,
+        Says(*says),
+        tiny_task(prompts),
+        method=OmniOPD(**SMALL),
+        steps=2,
+        batch=3,
+        quiet=True,
+    )
     before = {k: v.clone() for k, v in student.weights.adapter_state(student.adapter).items()}
-    with pytest.raises(OpdlabError, match=rf"Step 1: the teacher gave {len(says)} texts, not 3 for each of .* Nothing was trained"):
+    with pytest.raises(
+        OpdlabError,
+        match=rf"Step 1: the teacher gave {len(says)} texts, not 3 for each of .* Nothing was trained",
+    ):
         next(run)
     assert run.done == 0
     assert run.optimizer.state == {}
@@ -447,33 +541,63 @@ def warned(teacher, student, rollout, **options) -> list[str]:
 
 
 def test_a_greedy_teacher_is_named(student, rollout):
-    assert any("a greedy teacher says the same N times" in said for said in warned(Says("4", "4", "4"), student, rollout, temperature=0))
-    assert any("Is the teacher greedy?" in said for said in warned(Says(" 4 7", " 4 7", " 4 7"), student, rollout))
+    assert any(
+        "a greedy teacher says the same N times" in said
+        for said in warned(Says("4", "4", "4"), student, rollout, temperature=0)
+    )
+    assert any(
+        "Is the teacher greedy?" in said
+        for said in warned(Says(" 4 7", " 4 7", " 4 7"), student, rollout)
+    )
     exactly = {"similarity": lambda a, b: float(a == b)}
-    assert any("No chunk of" in said for said in warned(Says("4", "4", "4"), student, rollout, **exactly))
+    assert any(
+        "No chunk of" in said for said in warned(Says("4", "4", "4"), student, rollout, **exactly)
+    )
     assert warned(Says(" 4 7 apples", " 7 . total", " has"), student, rollout) == []
 
 
 def test_a_similarity_outside_its_range_is_refused(student, rollout):
     for value in (1.5, -0.1, math.nan):
         with pytest.raises(OpdlabError, match=r"came out as .*Return a number from 0"):
-            planned(OmniOPD(**SMALL, similarity=lambda a, b, value=value: value), student, rollout, Says("a", "b", "c"))
+            planned(
+                OmniOPD(**SMALL, similarity=lambda a, b, value=value: value),
+                student,
+                rollout,
+                Says("a", "b", "c"),
+            )
 
 
 # How long the teacher's texts are.
 
 
-@pytest.mark.parametrize(("finish", "matched", "keeps"), [
-    ("length", True, "4 7 + 3 8 = 8 9"), ("stop", True, "4 7 + 3 8 = 8 9 ; 8"), ("length", False, "4 7 + 3 8 = 8 9 ; 8"),
-    ])  # fmt: skip
-def test_match_length_cuts_to_the_chunk_but_not_where_the_text_ends(finish, matched, keeps, student, prompts):
-    body = replace(written(student, prompts[:1], ["4 7 + 3 8 = 8 5"]), finish=(finish,))  # eight tokens and the end
+@pytest.mark.parametrize(
+    ("finish", "matched", "keeps"),
+    [
+        ("length", True, "4 7 + 3 8 = 8 9"),
+        ("stop", True, "4 7 + 3 8 = 8 9 ; 8"),
+        ("length", False, "4 7 + 3 8 = 8 9 ; 8"),
+    ],
+)
+def test_match_length_cuts_to_the_chunk_but_not_where_the_text_ends(
+    finish, matched, keeps, student, prompts
+):
+    body = replace(
+        rollout_from_texts(student, prompts[:1], ["4 7 + 3 8 = 8 5"]), finish=(finish,)
+    )  # eight tokens and the end
     teacher = Says("4 7 + 3 8 = 8 9 ; 8")
-    batch, _ = planned(OmniOPD(continuations=1, length=9, match_length=matched), student, body, teacher)
+    batch, _ = planned(
+        OmniOPD(continuations=1, length=9, match_length=matched), student, body, teacher
+    )
     (audit,) = batch.notes["audits"]
-    assert (audit["start"], audit["text"], audit["continuations"]) == (0, "4 7 + 3 8 = 8 5", [keeps])
+    assert (audit["start"], audit["text"], audit["continuations"]) == (
+        0,
+        "4 7 + 3 8 = 8 5",
+        [keeps],
+    )
     assert audit["similarity"] == [edit("4 7 + 3 8 = 8 5", keeps)]
-    assert teacher.asked[0][3] == (16 if matched else 9), "as many tokens as bytes, and one for the end"
+    assert teacher.asked[0][3] == (16 if matched else 9), (
+        "as many tokens as bytes, and one for the end"
+    )
 
 
 def test_teacher_tokens_are_what_is_asked_for(student, rollout):
@@ -487,7 +611,9 @@ def test_teacher_tokens_are_what_is_asked_for(student, rollout):
 
 def test_a_text_only_teacher_is_refused_by_opd_which_names_omniopd(make_policy, prompts):
     scribe = TextOnly(make_policy(1, tokenizers.characters()))
-    with pytest.raises(MissingPolicy, match=r"'teacher' must grade tokens, but TextOnly only writes\..*OmniOPD"):
+    with pytest.raises(
+        MissingPolicy, match=r"'teacher' must grade tokens, but TextOnly only writes\..*OmniOPD"
+    ):
         opdlab.distill(make_policy(0), scribe, tiny_task(prompts), method=OPD(), quiet=True)
 
 
@@ -496,21 +622,50 @@ def test_text_only_equals_the_open_teacher(make_policy, prompts):
     ends = []
     for wrap in (lambda policy: policy, TextOnly):
         student, scribe = make_policy(0), make_policy(1, tokenizers.characters())
-        run = opdlab.distill(student, wrap(scribe), tiny_task(prompts), method=OmniOPD(**SMALL), steps=2, batch=3, quiet=True)
+        run = opdlab.distill(
+            student,
+            wrap(scribe),
+            tiny_task(prompts),
+            method=OmniOPD(**SMALL),
+            steps=2,
+            batch=3,
+            quiet=True,
+        )
         steps = list(run)
         assert steps[-1].plan["audited"].any()
-        ends.append((student.weights.adapter_state(student.adapter), [s.notes["audits"] for s in steps]))
+        ends.append(
+            (student.weights.adapter_state(student.adapter), [s.notes["audits"] for s in steps])
+        )
     assert ends[0][1] == ends[1][1]
     assert all(torch.equal(ends[0][0][k], ends[1][0][k]) for k in ends[0][0])
 
 
 def test_a_trace_keeps_the_audits(make_policy, prompts, tmp_path):
-    run = opdlab.distill(make_policy(0), make_policy(1), tiny_task(prompts), method=OmniOPD(**SMALL), steps=1, batch=3, quiet=True)
+    run = opdlab.distill(
+        make_policy(0),
+        make_policy(1),
+        tiny_task(prompts),
+        method=OmniOPD(**SMALL),
+        steps=1,
+        batch=3,
+        quiet=True,
+    )
     next(run).trace().save(tmp_path / "t.parquet")
     trace = opdlab.Trace.load(tmp_path / "t.parquet")
     audits = trace.meta["notes"]["audits"]
-    assert set(audits[0]) == {"sample", "start", "length", "text", "continuations", "similarity", "prior", "weight"}
-    audited, weight, similarity = (trace.column(name) for name in ("audited", "weight", "similarity"))
+    assert set(audits[0]) == {
+        "sample",
+        "start",
+        "length",
+        "text",
+        "continuations",
+        "similarity",
+        "prior",
+        "weight",
+    }
+    audited, weight, similarity = (
+        trace.column(name) for name in ("audited", "weight", "similarity")
+    )
     assert audited.sum() == 3 * len(audits)
     first = audits[0]
     row = (trace.column("sample") == first["sample"]) & (trace.column("position") == first["start"])
@@ -523,11 +678,17 @@ def test_a_resumed_run_repeats_the_uninterrupted_one(make_policy, prompts, tmp_p
     """Places, seeds and questions follow from the step; the settings of the method come back from the checkpoint."""
     method = OmniOPD(**SMALL, select="random", similarity="rouge1")
     options = {"method": method, "steps": 3, "batch": 2, "quiet": True}
-    whole = opdlab.distill(make_policy(0), TextOnly(make_policy(1)), tiny_task(prompts), **options).train()
-    part = opdlab.distill(make_policy(0), TextOnly(make_policy(1)), tiny_task(prompts), save=tmp_path, **options)
+    whole = opdlab.distill(
+        make_policy(0), TextOnly(make_policy(1)), tiny_task(prompts), **options
+    ).train()
+    part = opdlab.distill(
+        make_policy(0), TextOnly(make_policy(1)), tiny_task(prompts), save=tmp_path, **options
+    )
     next(part), next(part)
     part.save()
-    again = opdlab.resume(tmp_path, make_policy(0), TextOnly(make_policy(1)), tiny_task(prompts), quiet=True)
+    again = opdlab.resume(
+        tmp_path, make_policy(0), TextOnly(make_policy(1)), tiny_task(prompts), quiet=True
+    )
     assert again.method == method
     next(again)
     states = [run.student.weights.adapter_state(run.student.adapter) for run in (whole, again)]
@@ -547,8 +708,18 @@ def test_weights_are_recomputed_from_the_current_student(make_policy, perturb, r
     assert audit["prior"] != pytest.approx(before.notes["audits"][0]["prior"], rel=1e-3)
 
 
-@pytest.mark.parametrize("wrong", [{"chunks": 0}, {"continuations": 0}, {"length": 0}, {"teacher_tokens": 0}, {"alpha": -1}, {"beta": -0.1},
-                                   {"temperature": -1}])  # fmt: skip
+@pytest.mark.parametrize(
+    "wrong",
+    [
+        {"chunks": 0},
+        {"continuations": 0},
+        {"length": 0},
+        {"teacher_tokens": 0},
+        {"alpha": -1},
+        {"beta": -0.1},
+        {"temperature": -1},
+    ],
+)
 def test_impossible_sizes_are_refused(wrong):
     with pytest.raises(ValueError, match=r"is not possible\. Use at least one of each size"):
         OmniOPD(**wrong)

@@ -7,7 +7,7 @@ import torch
 
 import opdlab
 from opdlab import GRPO, OVD, Prompt
-from opdlab.batch import Batch
+from opdlab.engine.batch import Batch
 from opdlab.errors import OpdlabError
 from opdlab.methods.ovd import question
 from opdlab.tasks import Task, from_records
@@ -57,10 +57,24 @@ def test_scores_are_grpos_rewards(student, rollout):
     assert got["sampler_logp"] is want["sampler_logp"]
 
 
-@pytest.mark.parametrize(("reply", "score"), [
-    ("7", 7), ("Score: 8.", 8), ("I give it 9/9", 9), ("(0)", 0), ("it is 3, not 5", 3), ("10", -1), ("8.5", -1), ("four", -1), ("", -1),
-    ("B2", -1), ("1st try: 6", 6), ("-4-", 4), ("0.7 or 7", 7),
-    ])  # fmt: skip
+@pytest.mark.parametrize(
+    ("reply", "score"),
+    [
+        ("7", 7),
+        ("Score: 8.", 8),
+        ("I give it 9/9", 9),
+        ("(0)", 0),
+        ("it is 3, not 5", 3),
+        ("10", -1),
+        ("8.5", -1),
+        ("four", -1),
+        ("", -1),
+        ("B2", -1),
+        ("1st try: 6", 6),
+        ("-4-", 4),
+        ("0.7 or 7", 7),
+    ],
+)
 def test_which_number_is_the_score(reply, score, student, rollout):
     _, got = plan(OVD(), student, rollout, scored(rollout, [reply, "5", *["1"] * 10]))
     assert got["score"][:2].tolist() == [score, 5]
@@ -75,13 +89,18 @@ def test_answers_without_a_score_are_left_out_of_the_mean_and_of_training(studen
 
 
 def test_ballots_are_averaged(student, rollout):
-    batch, got = plan(OVD(ballots=3), student, rollout, Grader(lambda prompt, i: ("2", "no idea", "9")[i]))
+    batch, got = plan(
+        OVD(ballots=3), student, rollout, Grader(lambda prompt, i: ("2", "no idea", "9")[i])
+    )
     assert got["score"].tolist() == [5.5] * 12
     assert batch.notes["replies"][0] == ["2", "no idea", "9"]
 
 
 def test_a_batch_without_scores_or_replies_is_an_error(student, rollout):
-    with pytest.raises(OpdlabError, match=r"No reply names a score from 0 to 9, as 'fine'\. Give OVD\(ask=…\) a clearer question"):
+    with pytest.raises(
+        OpdlabError,
+        match=r"No reply names a score from 0 to 9, as 'fine'\. Give OVD\(ask=…\) a clearer question",
+    ):
         plan(OVD(), student, rollout, Grader(lambda prompt, i: "fine"))
 
     class Lazy(Grader):
@@ -91,7 +110,12 @@ def test_a_batch_without_scores_or_replies_is_an_error(student, rollout):
     with pytest.raises(OpdlabError, match="did not give 2 replies to each of 12 questions"):
         plan(OVD(ballots=2), student, rollout, Lazy(lambda prompt, i: "5"))
     with pytest.raises(OpdlabError, match=r"one sample a prompt\. Use n=4 or more"):
-        plan(OVD(), student, student.sample([Prompt("ana")], max_new_tokens=2), Grader(lambda prompt, i: "5"))
+        plan(
+            OVD(),
+            student,
+            student.sample([Prompt("ana")], max_new_tokens=2),
+            Grader(lambda prompt, i: "5"),
+        )
 
 
 def test_the_question_holds_prompt_and_answer(prompts):
@@ -104,13 +128,26 @@ def test_the_question_holds_prompt_and_answer(prompts):
 
 def test_in_a_run(make_policy, prompts):
     """A grader that likes long texts; a text-only model that names no score stops the run before its first update."""
-    task = from_records([{"text": p.text, "id": p.id} for p in prompts if p.text], test=0, max_new_tokens=6)
-    student, grader = make_policy(0), Grader(lambda prompt, i: str(len(prompt.messages[0]["content"]) % 10))
-    step = next(opdlab.distill(student, grader, task, method=OVD(), steps=1, batch=2, n=4, quiet=True))
+    task = from_records(
+        [{"text": p.text, "id": p.id} for p in prompts if p.text], test=0, max_new_tokens=6
+    )
+    student, grader = (
+        make_policy(0),
+        Grader(lambda prompt, i: str(len(prompt.messages[0]["content"]) % 10)),
+    )
+    step = next(
+        opdlab.distill(student, grader, task, method=OVD(), steps=1, batch=2, n=4, quiet=True)
+    )
     assert {"advantage", "score"} <= set(step.plan)
     assert len(grader.asked) == 8
     run = opdlab.distill(
-        make_policy(0), TextOnly(make_policy(1)), task, method=OVD(max_new_tokens=1, ask=lambda p, t: p), batch=2, n=2, quiet=True
+        make_policy(0),
+        TextOnly(make_policy(1)),
+        task,
+        method=OVD(max_new_tokens=1, ask=lambda p, t: p),
+        batch=2,
+        n=2,
+        quiet=True,
     )
     with pytest.raises(OpdlabError, match="No reply names a score"):
         next(run)

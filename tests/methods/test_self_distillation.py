@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 import opdlab as opd
 from opdlab import SelfDistillation, Task, TopK, exact
-from opdlab.batch import Batch
+from opdlab.engine.batch import Batch
 from opdlab.methods.self_distillation import clipped_forward_kl
 
 NEEDS = {"live": "student+hint", "frozen": "reference+hint", "ema": "ema+hint"}
@@ -27,7 +27,11 @@ def jsd(s: torch.Tensor, t: torch.Tensor) -> torch.Tensor:
 
 SETTINGS = {  # a named setting, whose hinted self teaches, and what of student s and teacher t it descends
     "opsd": (SelfDistillation.opsd(), "frozen", jsd),
-    "opsd clipped": (SelfDistillation.opsd(clip=0.05), "frozen", lambda s, t: (t * (t / s).log()).clamp(max=0.05).sum(-1)),
+    "opsd clipped": (
+        SelfDistillation.opsd(clip=0.05),
+        "frozen",
+        lambda s, t: (t * (t / s).log()).clamp(max=0.05).sum(-1),
+    ),
     "sdft": (SelfDistillation.sdft(), "ema", kl),
     "sdft forward": (SelfDistillation.sdft("forward_kl"), "ema", lambda s, t: kl(t, s)),
     "context": (SelfDistillation.context_distillation(), "frozen", kl),
@@ -71,7 +75,9 @@ def test_context_distillation_on_a_support():
 @given(seed=st.integers(0, 10**6), clip=st.floats(1e-3, 2))
 def test_the_clipped_kl_is_bounded_an_entry_at_a_time(seed, clip):
     g = torch.Generator().manual_seed(seed)
-    s, t = (torch.randn(5, 7, generator=g, dtype=torch.float64).mul(2).log_softmax(-1) for _ in range(2))
+    s, t = (
+        torch.randn(5, 7, generator=g, dtype=torch.float64).mul(2).log_softmax(-1) for _ in range(2)
+    )
     got = clipped_forward_kl(s, t, clip)
     want = [
         sum(min(q * math.log(q / p), clip) for p, q in zip(*rows, strict=True))
@@ -93,12 +99,19 @@ def test_the_clipped_kl_can_be_negative_and_stays_finite():
     assert torch.isfinite(slope).all()
 
 
-@pytest.mark.parametrize(("settings", "says"), [
-    ({"divergence": "kl"}, "SelfDistillation has no divergence 'kl'. Use one of reverse_kl"),
-    ({"anchor": "teacher"}, "SelfDistillation got anchor='teacher'. Use one of live, frozen, ema"),
-    ({"clip": 0.1}, "clip=0.1 with 'jensen_shannon'"), ({"divergence": "forward_kl", "clip": 0.0}, "clip=0.0"),
-    ({"divergence": "generalized_jsd", "options": {"beta": 0}}, "beta=0"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("settings", "says"),
+    [
+        ({"divergence": "kl"}, "SelfDistillation has no divergence 'kl'. Use one of reverse_kl"),
+        (
+            {"anchor": "teacher"},
+            "SelfDistillation got anchor='teacher'. Use one of live, frozen, ema",
+        ),
+        ({"clip": 0.1}, "clip=0.1 with 'jensen_shannon'"),
+        ({"divergence": "forward_kl", "clip": 0.0}, "clip=0.0"),
+        ({"divergence": "generalized_jsd", "options": {"beta": 0}}, "beta=0"),
+    ],
+)
 def test_bad_settings_are_refused_at_once(settings, says):
     with pytest.raises(ValueError, match=says):
         SelfDistillation(**settings)
@@ -108,24 +121,49 @@ def test_bad_settings_are_refused_at_once(settings, says):
 
 
 def hinted(prompts) -> Task:
-    return Task("hinted", lambda n, seed, split: [prompts[(seed + i) % len(prompts)] for i in range(n)], max_new_tokens=12)
+    return Task(
+        "hinted",
+        lambda n, seed, split: [prompts[(seed + i) % len(prompts)] for i in range(n)],
+        max_new_tokens=12,
+    )
 
 
-@pytest.mark.parametrize("method", [
-    *(SelfDistillation(anchor=anchor) for anchor in NEEDS), SelfDistillation.opsd(0.05), SelfDistillation.sdft(),
-    SelfDistillation.context_distillation(8), SelfDistillation("reverse_kl", top_k=TopK(8, by="teacher")),
-], ids=lambda m: f"{m.divergence}-{m.anchor}-{m.clip}-{m.top_k and m.top_k.by}")  # fmt: skip
+@pytest.mark.parametrize(
+    "method",
+    [
+        *(SelfDistillation(anchor=anchor) for anchor in NEEDS),
+        SelfDistillation.opsd(0.05),
+        SelfDistillation.sdft(),
+        SelfDistillation.context_distillation(8),
+        SelfDistillation("reverse_kl", top_k=TopK(8, by="teacher")),
+    ],
+    ids=lambda m: f"{m.divergence}-{m.anchor}-{m.clip}-{m.top_k and m.top_k.by}",
+)
 def test_two_steps_on_tiny_models_without_a_teacher(make_policy, prompts, method):
     student = make_policy(0)
-    run = opd.distill(student, task=hinted(prompts), method=method, batch=4, steps=2, lr=1e-2, quiet=True, micro_batch=3)
+    run = opd.distill(
+        student,
+        task=hinted(prompts),
+        method=method,
+        batch=4,
+        steps=2,
+        lr=1e-2,
+        quiet=True,
+        micro_batch=3,
+    )
     steps = list(run)
-    assert all(math.isfinite(step.metrics["loss"]) and step.metrics["grad_norm"] > 0 for step in steps)
+    assert all(
+        math.isfinite(step.metrics["loss"]) and step.metrics["grad_norm"] > 0 for step in steps
+    )
     name = method.needs[0]
     assert f"{name}_reverse_kl" in steps[0].columns
 
 
-@pytest.mark.parametrize("method", [SelfDistillation.opsd(), SelfDistillation.sdft(), SelfDistillation.context_distillation()],
-                         ids=["opsd", "sdft", "context"])  # fmt: skip
+@pytest.mark.parametrize(
+    "method",
+    [SelfDistillation.opsd(), SelfDistillation.sdft(), SelfDistillation.context_distillation()],
+    ids=["opsd", "sdft", "context"],
+)
 def test_two_steps_on_the_market_with_secrets(method):
     student, _, task = opd.load("market", secret=True)
     run = opd.distill(student, task=task, method=method, batch=8, steps=2, quiet=True)
@@ -136,7 +174,13 @@ def test_micro_batches_change_nothing(make_policy, prompts):
     found = []
     for size in (None, 1):
         run = opd.distill(
-            make_policy(0), task=hinted(prompts), method=SelfDistillation.opsd(), batch=4, steps=1, quiet=True, micro_batch=size
+            make_policy(0),
+            task=hinted(prompts),
+            method=SelfDistillation.opsd(),
+            batch=4,
+            steps=1,
+            quiet=True,
+            micro_batch=size,
         )
         found.append((next(run).metrics["loss"], [p.grad.clone() for p in run.parameters.values()]))
     assert found[0][0] == pytest.approx(found[1][0], rel=1e-5)
@@ -147,7 +191,9 @@ def test_micro_batches_change_nothing(make_policy, prompts):
 def test_it_learns_what_the_hint_shows_and_the_frozen_anchor_stays():
     """The market's student adds correctly when it is shown the calculation; without it, its skill is dormant."""
     student, _, task = opd.load("market")
-    run = opd.distill(student, task=task, method=SelfDistillation.opsd(), batch=16, steps=8, quiet=True)
+    run = opd.distill(
+        student, task=task, method=SelfDistillation.opsd(), batch=16, steps=8, quiet=True
+    )
     rollout = student.sample(task.prompts(16, split="test"), seed=9, max_new_tokens=24)
     told = run.policies["reference+hint"]
     still = told.log_probs(rollout)
@@ -162,8 +208,19 @@ def test_one_context_for_all_prompts(make_policy, prompts):
     bare = [opd.Prompt(p.text or "ben", id=p.id) for p in prompts]
     rule = {"reference+hint": student.frozen().seeing("say sum")}
     run = opd.distill(
-        student, task=hinted(bare), method=SelfDistillation.context_distillation(), policies=rule, batch=4, steps=1, quiet=True
+        student,
+        task=hinted(bare),
+        method=SelfDistillation.context_distillation(),
+        policies=rule,
+        batch=4,
+        steps=1,
+        quiet=True,
     )
     assert next(run).metrics["loss"] > 0
     with pytest.raises(opd.errors.MissingHint, match="has no hint"):
-        opd.distill(make_policy(0), task=hinted(bare), method=SelfDistillation.context_distillation(), batch=4)
+        opd.distill(
+            make_policy(0),
+            task=hinted(bare),
+            method=SelfDistillation.context_distillation(),
+            batch=4,
+        )

@@ -15,7 +15,9 @@ pytestmark = pytest.mark.small
 
 def repeat(prompt: opd.Prompt, text: str) -> opd.Prompt:
     """A question whose answer a small model manages, and which differs between texts."""
-    return opd.Prompt(messages=({"role": "user", "content": f"Repeat this number: {len(text) % 10}"},))
+    return opd.Prompt(
+        messages=({"role": "user", "content": f"Repeat this number: {len(text) % 10}"},)
+    )
 
 
 METHODS = {
@@ -60,11 +62,27 @@ def test_two_steps(small, name):
     student, teacher, task = small
     learner, n = student.frozen(), 2 if name in ("GRPO", "OVD") else 1
     if name == "GRPO":
-        task = replace(task, verify=lambda prompt, text: min(1.0, len(text) / 200))  # whoever follows no rule yet gets no reward by it
+        task = replace(
+            task, verify=lambda prompt, text: min(1.0, len(text) / 200)
+        )  # whoever follows no rule yet gets no reward by it
     told = teacher_for(name, student, teacher)
-    run = opd.distill(learner, told, task, method=METHODS[name], steps=2, batch=1, n=n, max_new_tokens=6, quiet=True).train()
+    run = opd.distill(
+        learner,
+        told,
+        task,
+        method=METHODS[name],
+        steps=2,
+        batch=1,
+        n=n,
+        max_new_tokens=6,
+        quiet=True,
+    ).train()
     assert run.history["loss"].notna().all()
     assert len(run.history) == 2
-    learnt = [w for name, w in learner.weights.adapter_state(learner.adapter).items() if "lora_B" in name]
+    learnt = [
+        w for name, w in learner.weights.adapter_state(learner.adapter).items() if "lora_B" in name
+    ]
     assert all(w.isfinite().all() for w in learnt)
-    assert any(w.any() for w in learnt) or name == "OVD"  # lora_B starts at zero, and stays there where scores are equal
+    assert (
+        any(w.any() for w in learnt) or name == "OVD"
+    )  # lora_B starts at zero, and stays there where scores are equal

@@ -11,9 +11,9 @@ from torch.nn.functional import logsigmoid
 
 import opdlab
 from opdlab import SODA, exact
-from opdlab.batch import Batch
+from opdlab.data.rollout import Rollout, concat_rollouts
+from opdlab.engine.batch import Batch
 from opdlab.errors import MissingPolicy, OpdlabError
-from opdlab.rollout import Rollout, joined
 from opdlab.tasks import from_records
 from opdlab.tasks.market import tokenizers
 from opdlab.teachers import TextOnly
@@ -31,7 +31,10 @@ def pairs(student: exact.Table, chosen: list[int], rejected: list[int]) -> Rollo
 @pytest.mark.parametrize("eos", [None, 0])
 def test_gradient_and_value_are_those_of_dpo(beta, eos):
     """The mean over pairs of -log sigmoid(beta (log-ratio chosen - log-ratio rejected)), texts of different lengths included."""
-    student, reference = exact.Table.random(3, 3, seed=0, eos=eos), exact.Table.random(3, 3, seed=1, eos=eos)
+    student, reference = (
+        exact.Table.random(3, 3, seed=0, eos=eos),
+        exact.Table.random(3, 3, seed=1, eos=eos),
+    )
     chosen, rejected = [0, 4, 9, 4], [3, 8, 1, 2]
     body = pairs(student, chosen, rejected)
     share = 1 / (len(body) * body.lengths.double())  # normalize="sequence"
@@ -43,7 +46,9 @@ def test_gradient_and_value_are_those_of_dpo(beta, eos):
     torch.testing.assert_close(got, want, rtol=0, atol=1e-12)
     assert want.abs().max() > 1e-3
     plan = SODA(beta).plan(Batch(body, {"student": student, "reference": reference}))
-    assert (plan["pair_loss"] * share * body.lengths).sum().item() == pytest.approx(value.item(), abs=1e-12)
+    assert (plan["pair_loss"] * share * body.lengths).sum().item() == pytest.approx(
+        value.item(), abs=1e-12
+    )
     assert plan["preferred"].tolist() == [1.0] * 4 + [-1.0] * 4
     torch.testing.assert_close(plan["delta"][:4], beta * (law[:4] - law[4:]).detach())
 
@@ -51,19 +56,34 @@ def test_gradient_and_value_are_those_of_dpo(beta, eos):
 def test_one_step_raises_the_teachers_texts_over_the_snapshots():
     student = exact.Table.random(3, 3, seed=0)
     body = pairs(student, [4, 9], [8, 1])
-    slope = exact.gradient_on(SODA(), {"student": student, "reference": student}, body, 1 / (4 * body.lengths.double()))
+    slope = exact.gradient_on(
+        SODA(), {"student": student, "reference": student}, body, 1 / (4 * body.lengths.double())
+    )
     moved = exact.law(student.moved(-0.1 * slope), body).log() - exact.law(student, body).log()
     assert (moved[:2] - moved[2:]).min() > 0
 
 
 def task(prompts):
-    return from_records([{"text": p.text, "id": p.id} for p in prompts if p.text], test=0, max_new_tokens=6)
+    return from_records(
+        [{"text": p.text, "id": p.id} for p in prompts if p.text], test=0, max_new_tokens=6
+    )
 
 
 @pytest.mark.parametrize("micro_batch", [None, 1])
 def test_in_a_run_the_first_loss_is_log_two(make_policy, prompts, micro_batch):
     student, scribe = make_policy(0), TextOnly(make_policy(1, tokenizers.characters()))
-    run = opdlab.distill(student, scribe, task(prompts), method=SODA(), steps=3, batch=2, n=2, lr=1e-2, micro_batch=micro_batch, quiet=True)
+    run = opdlab.distill(
+        student,
+        scribe,
+        task(prompts),
+        method=SODA(),
+        steps=3,
+        batch=2,
+        n=2,
+        lr=1e-2,
+        micro_batch=micro_batch,
+        quiet=True,
+    )
     first, second, _ = run
     assert first.rollout.writer == ("teacher",) * 4 + ("reference",) * 4
     assert first.rollout.prompts[:4] == first.rollout.prompts[4:]
@@ -76,20 +96,38 @@ def test_in_a_run_the_first_loss_is_log_two(make_policy, prompts, micro_batch):
 def test_the_snapshot_stays_where_it_was(make_policy, prompts):
     """Its texts in a later step are those of the untrained student."""
     student = make_policy(0)
-    run = opdlab.distill(student, make_policy(1), task(prompts), method=SODA(), steps=2, batch=2, lr=1e-1, quiet=True)
+    run = opdlab.distill(
+        student, make_policy(1), task(prompts), method=SODA(), steps=2, batch=2, lr=1e-1, quiet=True
+    )
     _, second = run
-    fresh = opdlab.distill(make_policy(0), make_policy(1), task(prompts), method=SODA(), steps=2, batch=2, lr=1e-9, quiet=True)
+    fresh = opdlab.distill(
+        make_policy(0),
+        make_policy(1),
+        task(prompts),
+        method=SODA(),
+        steps=2,
+        batch=2,
+        lr=1e-9,
+        quiet=True,
+    )
     assert second.rollout.texts == list(fresh)[1].rollout.texts
-    assert not torch.equal(student.log_probs(second.rollout), make_policy(0).log_probs(second.rollout))
+    assert not torch.equal(
+        student.log_probs(second.rollout), make_policy(0).log_probs(second.rollout)
+    )
 
 
 def test_other_rows_are_refused(student, prompts):
     rollout = student.sample(prompts[:2], n=2, max_new_tokens=3)
     with pytest.raises(OpdlabError, match=r"SODA compares pairs, but the rows are by student\."):
         SODA().plan(Batch(rollout, {"student": student, "reference": student}))
-    one, other = (student.sample(prompts[i : i + 2], max_new_tokens=3, writer=who) for i, who in ((0, "teacher"), (1, "reference")))
+    one, other = (
+        student.sample(prompts[i : i + 2], max_new_tokens=3, writer=who)
+        for i, who in ((0, "teacher"), (1, "reference"))
+    )
     with pytest.raises(OpdlabError, match="to the same prompts"):
-        SODA().plan(Batch(joined([one, other]), {"student": student, "reference": student}))
+        SODA().plan(
+            Batch(concat_rollouts([one, other]), {"student": student, "reference": student})
+        )
 
 
 def test_it_needs_a_teacher_and_a_positive_beta(make_policy, prompts):

@@ -12,11 +12,12 @@ import torch
 
 import opdlab as opd
 from opdlab import OPD, TOPD, Prompt, exact
-from opdlab.batch import Batch
-from opdlab.divergence import reverse_kl
+from opdlab.engine.batch import Batch
+from opdlab.engine.columns import flatten
+from opdlab.engine.passes import gradient
 from opdlab.errors import MissingPolicy
+from opdlab.losses.divergences import reverse_kl
 from opdlab.methods import windows
-from opdlab.rows import gradient
 
 # Tests 9, 13, 15, 17, 19 and 21 of the paper file.
 
@@ -24,7 +25,10 @@ from opdlab.rows import gradient
 @pytest.fixture(scope="module")
 def tables() -> dict[str, exact.Table]:
     prompts = [Prompt(f"prompt {i}", id=str(i)) for i in range(3)]
-    return {"student": exact.Table.random(4, 6, prompts, seed=0), "teacher": exact.Table.random(4, 6, prompts, seed=1, scale=2.0)}
+    return {
+        "student": exact.Table.random(4, 6, prompts, seed=0),
+        "teacher": exact.Table.random(4, 6, prompts, seed=1, scale=2.0),
+    }
 
 
 @pytest.fixture(scope="module")
@@ -36,14 +40,18 @@ def planned(method: TOPD, batch: Batch) -> tuple[dict[str, torch.Tensor], list[d
     fresh = Batch(batch.rollout, batch.policies, step=batch.step)
     columns = method.plan(fresh)
     for name, column in columns.items():
-        fresh.flat(name, column)  # names and shapes are allowed
+        flatten(fresh, name, column)  # names and shapes are allowed
     json.dumps(fresh.notes, allow_nan=False)
     return columns, fresh.notes["windows"]
 
 
 def slope(method, batch: Batch) -> torch.Tensor:
     """d loss / d logits of every token, `[tokens, V]`, the loss being the mean over tokens."""
-    columns = {name: batch.flat(name, c) for name, c in method.plan(batch).items()} if hasattr(method, "plan") else {}
+    columns = (
+        {name: flatten(batch, name, c) for name, c in method.plan(batch).items()}
+        if hasattr(method, "plan")
+        else {}
+    )
     states = {name: batch.states(name) for name in ("student", "teacher")}
     weight = torch.full((batch.rollout.tokens,), 1 / batch.rollout.tokens, dtype=torch.float64)
     return gradient(method.loss, states, batch.token, weight, columns).gradient
@@ -69,10 +77,15 @@ def test_the_gradient_in_a_window_is_p_minus_the_target_over_k(tables, batch):
     assert columns["divergent"].nonzero().tolist() == [[b, t]]
 
 
-@pytest.mark.parametrize("method", [
-    TOPD(window=2, share=0.5, embedding="onehot"), TOPD(window=3, share=0.5, embedding="onehot", epsilon=None),
-    replace(DIAGONAL, window=2, share=1.0), TOPD(window=3, share=0.4, embedding="onehot", student_window="greedy", quantile=0.0),
-    ])  # fmt: skip
+@pytest.mark.parametrize(
+    "method",
+    [
+        TOPD(window=2, share=0.5, embedding="onehot"),
+        TOPD(window=3, share=0.5, embedding="onehot", epsilon=None),
+        replace(DIAGONAL, window=2, share=1.0),
+        TOPD(window=3, share=0.4, embedding="onehot", student_window="greedy", quantile=0.0),
+    ],
+)
 def test_the_term_is_the_mean_over_points_and_window(method, tables, batch):
     """Dense targets made from the notes, by loops; the value and the gradient with respect to the table's logits."""
     method = replace(method, threshold="quantile")
@@ -87,7 +100,11 @@ def test_the_term_is_the_mean_over_points_and_window(method, tables, batch):
         b, t, k = note["sample"], note["position"], method.window
         own = batch.rollout.ids[b, t : t + k].tolist()
         cost = windows.costs([own], [note["teacher"]], "onehot", {})
-        plan = torch.eye(k) / k if method.targets == "diagonal" else windows.solve(cost, method.epsilon)[1][0]
+        plan = (
+            torch.eye(k) / k
+            if method.targets == "diagonal"
+            else windows.solve(cost, method.epsilon)[1][0]
+        )
         for i in range(k):
             target = torch.zeros(4, dtype=torch.float64)
             for j, token in enumerate(note["teacher"]):
@@ -97,10 +114,14 @@ def test_the_term_is_the_mean_over_points_and_window(method, tables, batch):
     loss = reverse_kl(logp, theirs).mean() + method.weight * total
     (want,) = torch.autograd.grad(loss, logits)
     n = batch.rollout.tokens
-    got = exact.gradient_on(method, tables, batch.rollout, torch.full((len(batch.rollout),), 1 / n, dtype=torch.float64))
+    got = exact.gradient_on(
+        method, tables, batch.rollout, torch.full((len(batch.rollout),), 1 / n, dtype=torch.float64)
+    )
     torch.testing.assert_close(got, want, rtol=0, atol=1e-9)
-    flat = {name: batch.flat(name, c) for name, c in columns.items()}
-    value = gradient(method.loss, {n: batch.states(n) for n in tables}, batch.token, torch.ones(n), flat).loss.mean()
+    flat = {name: flatten(batch, name, c) for name, c in columns.items()}
+    value = gradient(
+        method.loss, {n: batch.states(n) for n in tables}, batch.token, torch.ones(n), flat
+    ).loss.mean()
     assert value.item() == pytest.approx(loss.item())
 
 
@@ -121,7 +142,11 @@ def test_candidates_are_the_top_of_the_score(score, tables, batch):
     found = {(n["sample"], n["position"]) for n in notes}
     s, t = (x.logp[x.where(batch.rollout)] for x in (tables["student"], tables["teacher"]))
     own = lambda logp: logp.gather(-1, batch.token[:, None])[:, 0]
-    value = {"teacher_nll": -own(t), "log_ratio": own(s) - own(t), "reverse_kl": (s.exp() * (s - t)).sum(-1)}[score]
+    value = {
+        "teacher_nll": -own(t),
+        "log_ratio": own(s) - own(t),
+        "reverse_kl": (s.exp() * (s - t)).sum(-1),
+    }[score]
     value = batch.spread(value)
     for b in range(len(batch.rollout)):  # 6 tokens: ceil(1.8) of the 4 positions with room for 3
         assert {t for row, t in found if row == b} == set(value[b, :4].topk(2).indices.tolist())
@@ -165,12 +190,17 @@ def test_downweighted_tokens_count_as_the_median(arm, batch):
     method = TOPD(window=3, share=0.4, embedding="onehot", weight=0.0, downweight=arm)
     columns, notes = planned(method, batch)
     plain, medians = batch.map(OPD().loss), batch.map(OPD().loss).quantile(0.5, dim=1)
-    flat = {name: batch.flat(name, c) for name, c in columns.items()}
+    flat = {name: flatten(batch, name, c) for name, c in columns.items()}
     states = {name: batch.states(name) for name in ("student", "teacher")}
-    loss = batch.spread(gradient(method.loss, states, batch.token, torch.ones(len(batch.token)), flat).loss)
+    loss = batch.spread(
+        gradient(method.loss, states, batch.token, torch.ones(len(batch.token)), flat).loss
+    )
     order = sorted(range(len(notes)), key=lambda i: notes[i]["distance"])
     n = round(0.3 * len(notes))
-    allowed = {(notes[i]["sample"], notes[i]["position"]) for i in (order[:n] if arm == "low_ot" else order[n:])}
+    allowed = {
+        (notes[i]["sample"], notes[i]["position"])
+        for i in (order[:n] if arm == "low_ot" else order[n:])
+    }
     moved = {tuple(p) for p in (~torch.isclose(loss, plain, rtol=1e-9)).nonzero().tolist()}
     assert moved
     assert moved <= allowed
@@ -179,7 +209,9 @@ def test_downweighted_tokens_count_as_the_median(arm, batch):
         assert plain[b, t] > medians[b]
     if arm == "low_ot":
         assert moved == {(b, t) for b, t in allowed if plain[b, t] > medians[b]}
-    scaled = batch.spread(slope(method, batch)) / columns["downweight"][..., None]  # scaled, not zeroed
+    scaled = (
+        batch.spread(slope(method, batch)) / columns["downweight"][..., None]
+    )  # scaled, not zeroed
     torch.testing.assert_close(scaled, batch.spread(slope(OPD(), batch)))
 
 
@@ -188,8 +220,12 @@ def test_both_interventions_select_the_same_number(batch):
     picked = []
     for arm, step in (("low_ot", 0), ("high_ot", 0), ("high_ot", 0), ("high_ot", 1)):
         fresh = Batch(batch.rollout, batch.policies, step=step)
-        fresh.__dict__["signals"] = {"teacher_reverse_kl": torch.tensor([1.0, 1, 1, 0, 0, 0]).expand(12, 6)}
-        weight = TOPD(window=4, share=1.0, embedding="onehot", downweight=arm).plan(fresh)["downweight"]
+        fresh.__dict__["signals"] = {
+            "teacher_reverse_kl": torch.tensor([1.0, 1, 1, 0, 0, 0]).expand(12, 6)
+        }
+        weight = TOPD(window=4, share=1.0, embedding="onehot", downweight=arm).plan(fresh)[
+            "downweight"
+        ]
         assert set(weight.flatten().tolist()) == {0.5, 1.0}
         picked.append((weight < 1).nonzero().tolist())
     assert [len(p) for p in picked] == [round(0.3 * 36)] * 4
@@ -199,7 +235,9 @@ def test_both_interventions_select_the_same_number(batch):
 
 def test_a_student_that_is_the_teacher_has_no_forks(tables, batch):
     method = TOPD(window=3, share=0.5, embedding="onehot", student_window="greedy", quantile=0.0)
-    columns, notes = planned(method, Batch(batch.rollout, {"student": tables["student"], "teacher": tables["student"]}))
+    columns, notes = planned(
+        method, Batch(batch.rollout, {"student": tables["student"], "teacher": tables["student"]})
+    )
     assert len(notes) > 12
     assert all(n["distance"] == 0 and not n["kept"] for n in notes)
     assert (columns["divergent"] == 0).all()
@@ -212,7 +250,10 @@ def test_completions_without_room_train_as_opd_and_say_so(make_policy, prompts):
     student, teacher = make_policy(0), make_policy(1)
     rollout = student.sample(prompts, max_new_tokens=5)
     batch = Batch(rollout, {"student": student, "teacher": teacher})
-    with pytest.warns(UserWarning, match=r"No completion of step 1 has room for a window of 8 tokens \(the longest has 5\)"):
+    with pytest.warns(
+        UserWarning,
+        match=r"No completion of step 1 has room for a window of 8 tokens \(the longest has 5\)",
+    ):
         columns = TOPD().plan(batch)
     assert columns["target"].shape == (4, 5, 0)
     assert batch.notes["windows"] == []
@@ -222,14 +263,26 @@ def test_completions_without_room_train_as_opd_and_say_so(make_policy, prompts):
         TOPD(window=2, min_loss=1e9, threshold="low_loss_q3", downweight="low_ot").plan(batch)
 
 
-@pytest.mark.parametrize(("settings", "says"), [
-    ({"targets": "teacher_context"}, r"cannot train on the teacher's contexts.*local_correction"),
-    ({"targets": "soft"}, r"targets='soft'\. Use one of transport, diagonal"), ({"threshold": "mean"}, "threshold='mean'"),
-    ({"student_window": "beam"}, "student_window='beam'"), ({"embedding": "hidden"}, "Use one of student, teacher, onehot"),
-    ({"downweight": "random"}, "Use one of None, low_ot, high_ot"), ({"score": "loss"}, "score='loss'"),
-    ({"window": 0}, "window=0"), ({"share": 0.0}, "share=0.0"), ({"quantile": 1.5}, "quantile=1.5"), ({"weight": -1.0}, "weight=-1.0"),
-    ({"epsilon": 0.0}, r"epsilon is 0.0\. Use a number above 0, or None"),
-    ])  # fmt: skip
+@pytest.mark.parametrize(
+    ("settings", "says"),
+    [
+        (
+            {"targets": "teacher_context"},
+            r"cannot train on the teacher's contexts.*local_correction",
+        ),
+        ({"targets": "soft"}, r"targets='soft'\. Use one of transport, diagonal"),
+        ({"threshold": "mean"}, "threshold='mean'"),
+        ({"student_window": "beam"}, "student_window='beam'"),
+        ({"embedding": "hidden"}, "Use one of student, teacher, onehot"),
+        ({"downweight": "random"}, "Use one of None, low_ot, high_ot"),
+        ({"score": "loss"}, "score='loss'"),
+        ({"window": 0}, "window=0"),
+        ({"share": 0.0}, "share=0.0"),
+        ({"quantile": 1.5}, "quantile=1.5"),
+        ({"weight": -1.0}, "weight=-1.0"),
+        ({"epsilon": 0.0}, r"epsilon is 0.0\. Use a number above 0, or None"),
+    ],
+)
 def test_bad_settings_are_refused_at_once(settings, says):
     with pytest.raises(ValueError, match=says):
         TOPD(**settings)
@@ -242,9 +295,16 @@ def test_teachers_that_cannot_go_on_are_refused(tables, batch):
         def grade(self, rollout):
             return tables["teacher"].grade(rollout)
 
-    with pytest.raises(MissingPolicy, match=r"a Served cannot do\. Load the teacher with Policy\.load"):
-        TOPD(window=3).plan(Batch(batch.rollout, {"student": tables["student"], "teacher": Served()}))
-    with pytest.raises(MissingPolicy, match=r"The student, a Table, has no token embeddings\. Use embedding='onehot'"):
+    with pytest.raises(
+        MissingPolicy, match=r"a Served cannot do\. Load the teacher with Policy\.load"
+    ):
+        TOPD(window=3).plan(
+            Batch(batch.rollout, {"student": tables["student"], "teacher": Served()})
+        )
+    with pytest.raises(
+        MissingPolicy,
+        match=r"The student, a Table, has no token embeddings\. Use embedding='onehot'",
+    ):
         TOPD(window=3).plan(Batch(batch.rollout, tables))
 
 

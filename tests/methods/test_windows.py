@@ -19,7 +19,9 @@ from opdlab.methods import topd, windows
 
 
 def vectors(seed: int, n: int, width: int = 6, dtype: torch.dtype = torch.float64) -> torch.Tensor:
-    return torch.randn(n, width, generator=torch.Generator().manual_seed(seed), dtype=torch.float64).to(dtype)
+    return torch.randn(
+        n, width, generator=torch.Generator().manual_seed(seed), dtype=torch.float64
+    ).to(dtype)
 
 
 @given(seed=st.integers(0, 10**6), k=st.integers(1, 7), m=st.integers(1, 7))
@@ -33,15 +35,24 @@ def test_exact_transport_is_the_linear_program(seed, k, m):
         assert distance == pytest.approx(cost[linear_sum_assignment(cost)].mean())
 
 
-@given(seed=st.integers(0, 10**6), k=st.integers(1, 7), m=st.integers(1, 7), epsilon=st.sampled_from([None, 1.0, 0.05, 1e-3]))
+@given(
+    seed=st.integers(0, 10**6),
+    k=st.integers(1, 7),
+    m=st.integers(1, 7),
+    epsilon=st.sampled_from([None, 1.0, 0.05, 1e-3]),
+)
 def test_plans_keep_to_their_marginals(seed, k, m, epsilon):
     a, b = vectors(seed, k, dtype=torch.float32), vectors(seed + 1, m, dtype=torch.float32)
     distance, plan = topd.transport(a, b, epsilon)
     assert plan.shape == (k, m)
     assert torch.isfinite(plan).all()
     assert (plan >= 0).all()
-    torch.testing.assert_close(plan.sum(1), torch.full((k,), 1 / k, dtype=torch.float64), rtol=0, atol=1e-12)
-    torch.testing.assert_close(plan.sum(0), torch.full((m,), 1 / m, dtype=torch.float64), rtol=0, atol=1e-12)
+    torch.testing.assert_close(
+        plan.sum(1), torch.full((k,), 1 / k, dtype=torch.float64), rtol=0, atol=1e-12
+    )
+    torch.testing.assert_close(
+        plan.sum(0), torch.full((m,), 1 / m, dtype=torch.float64), rtol=0, atol=1e-12
+    )
     assert topd.transport(a, b)[0] - 1e-9 <= distance <= windows.cost(a, b).max() + 1e-9
 
 
@@ -64,7 +75,9 @@ def test_the_entropic_plan_is_that_of_plain_sinkhorn(epsilon, sizes):
     for _ in range(20_000):
         u = 1 / sizes[0] / (kernel @ v)
         v = 1 / sizes[1] / (kernel.T @ u)
-    np.testing.assert_allclose(topd.transport(a, b, epsilon)[1].numpy(), u[:, None] * kernel * v, atol=1e-5)
+    np.testing.assert_allclose(
+        topd.transport(a, b, epsilon)[1].numpy(), u[:, None] * kernel * v, atol=1e-5
+    )
 
 
 @pytest.mark.parametrize("epsilon", [None, 0.2])
@@ -86,11 +99,18 @@ def test_a_vector_of_zeros_has_a_finite_cost():
     assert windows.cost(torch.zeros(1, 3), vectors(0, 2, 3)).tolist() == [[0.5, 0.5]]
 
 
-@given(a=st.lists(st.integers(0, 5), min_size=4, max_size=4), b=st.lists(st.integers(0, 5), min_size=4, max_size=4))
+@given(
+    a=st.lists(st.integers(0, 5), min_size=4, max_size=4),
+    b=st.lists(st.integers(0, 5), min_size=4, max_size=4),
+)
 def test_orthogonal_tokens_make_it_one_minus_the_overlap(a, b):
     overlap = sum(min(a.count(i), b.count(i)) for i in range(6)) / 4
-    assert topd.transport(torch.eye(6)[a], torch.eye(6)[b])[0] == pytest.approx(1 - overlap, abs=1e-12)
-    assert windows.solve(windows.costs([a], [b], "onehot", {}))[0].item() == pytest.approx(1 - overlap, abs=1e-12)
+    assert topd.transport(torch.eye(6)[a], torch.eye(6)[b])[0] == pytest.approx(
+        1 - overlap, abs=1e-12
+    )
+    assert windows.solve(windows.costs([a], [b], "onehot", {}))[0].item() == pytest.approx(
+        1 - overlap, abs=1e-12
+    )
 
 
 def test_many_at_once_are_each_alone():
@@ -119,12 +139,16 @@ def test_targets_by_hand():
     assert columns["target"].shape == (1, 5, 2)
     want = torch.zeros(1, 5, 12)
     want[0, 2, [5, 7]], want[0, 3, [5, 7]] = torch.tensor([0.2, 0.3]), torch.tensor([0.1, 0.4])
-    torch.testing.assert_close(dense(columns), 5 * want.double())  # 5 tokens: the engine divides by them
+    torch.testing.assert_close(
+        dense(columns), 5 * want.double()
+    )  # 5 tokens: the engine divides by them
 
 
 def test_overlapping_windows_add_up():
     rollout, eye = text([0, 1, 2, 3], [4, 5, 6]), torch.eye(2) / 2
-    columns = windows.scatter(rollout, [(0, 1), (0, 2), (1, 0)], [[8, 9], [9, 10], [8, 8]], [eye] * 3)
+    columns = windows.scatter(
+        rollout, [(0, 1), (0, 2), (1, 0)], [[8, 9], [9, 10], [8, 8]], [eye] * 3
+    )
     want = torch.zeros(2, 4, 12)
     want[0, 1, 8] = want[0, 3, 10] = want[1, 0, 8] = want[1, 1, 8] = 1 / 6
     want[0, 2, 9] = 2 / 6
@@ -193,23 +217,38 @@ def points(written, pair) -> list[windows.Point]:
 
 def test_windows_go_on_from_exactly_the_prefix(pair, written, points):
     got = windows.write(pair["teacher"], written, points, 4)
-    want = [greedy(pair["teacher"], written.prompts[b], written.ids[b, :t].tolist(), 4) for b, t in points]
+    want = [
+        greedy(pair["teacher"], written.prompts[b], written.ids[b, :t].tolist(), 4)
+        for b, t in points
+    ]
     assert got == want
     assert len(points) > 20
     assert any(len(w) < 4 for w in want)  # the teacher may end its text
     own = windows.slices(written, points, 4)
-    assert all(w[0] == int(written.ids[p]) and len(w) == 4 for w, p in zip(own, points, strict=True))
+    assert all(
+        w[0] == int(written.ids[p]) and len(w) == 4 for w, p in zip(own, points, strict=True)
+    )
     assert windows.write(pair["teacher"], written, [], 4) == []
     short = int(written.lengths.argmin())
-    assert windows.slices(written, [(short, 1)], 50) == [written.completions()[short][1:]]  # never padding
+    assert windows.slices(written, [(short, 1)], 50) == [
+        written.completions()[short][1:]
+    ]  # never padding
 
 
-def test_like_prefixes_are_written_once_and_in_passes_of_bounded_size(pair, written, points, monkeypatch):
+def test_like_prefixes_are_written_once_and_in_passes_of_bounded_size(
+    pair, written, points, monkeypatch
+):
     asked = []
     sample = Policy.sample
-    monkeypatch.setattr(Policy, "sample", lambda self, prompts, **o: asked.append(len(prompts)) or sample(self, prompts, **o))
+    monkeypatch.setattr(
+        Policy,
+        "sample",
+        lambda self, prompts, **o: asked.append(len(prompts)) or sample(self, prompts, **o),
+    )
     want = windows.write(pair["teacher"], written, points, 4)
-    assert asked == [len({(written.prompts[b].id, *written.ids[b, :t].tolist()) for b, t in points})]
+    assert asked == [
+        len({(written.prompts[b].id, *written.ids[b, :t].tolist()) for b, t in points})
+    ]
     assert asked[0] < len(points)  # position 0 of four samples is one prefix
     asked.clear()
     monkeypatch.setattr(windows, "TOKENS_PER_PASS", 50)
@@ -221,7 +260,9 @@ def test_no_window_at_special_tokens_or_past_the_end(pair, written):
     room = windows.room(pair["student"], written, 4)
     special = {0, 1, 2}
     for b, body in enumerate(written.completions()):
-        assert room[b].nonzero()[:, 0].tolist() == [t for t in range(len(body) - 3) if body[t] not in special]
+        assert room[b].nonzero()[:, 0].tolist() == [
+            t for t in range(len(body) - 3) if body[t] not in special
+        ]
     assert any(i in special for body in written.completions() for i in body[:-1])
 
 

@@ -12,14 +12,20 @@ ASKED = [Prompt("a b c", id="x"), Prompt("d", id="y"), Prompt("e f a b c d e f",
 
 
 def cosine_cost(a: torch.Tensor, b: torch.Tensor) -> np.ndarray:
-    return np.array([[1 - float(x @ y / (x.norm() * y.norm())) for y in b.double()] for x in a.double()])
+    return np.array(
+        [[1 - float(x @ y / (x.norm() * y.norm())) for y in b.double()] for x in a.double()]
+    )
 
 
 def program(cost: np.ndarray) -> float:
     """The transport's linear program, by a solver that knows nothing of transport."""
     k, m = cost.shape
     rows, columns = np.kron(np.eye(k), np.ones(m)), np.kron(np.ones(k), np.eye(m))
-    return linprog(cost.ravel(), A_eq=np.vstack([rows, columns]), b_eq=np.r_[np.full(k, 1 / k), np.full(m, 1 / m)]).fun
+    return linprog(
+        cost.ravel(),
+        A_eq=np.vstack([rows, columns]),
+        b_eq=np.r_[np.full(k, 1 / k), np.full(m, 1 / m)],
+    ).fun
 
 
 def sinkhorn(cost: np.ndarray, epsilon: float) -> np.ndarray:
@@ -32,7 +38,9 @@ def sinkhorn(cost: np.ndarray, epsilon: float) -> np.ndarray:
 
 def text(*rows: list[int]) -> Rollout:
     """A rollout of given ids."""
-    return exact.table.listed([Prompt("x")] * len(rows), list(rows), exact.Letters(12), 1, "student")
+    return exact.table.listed(
+        [Prompt("x")] * len(rows), list(rows), exact.Letters(12), 1, "student"
+    )
 
 
 def logits(policy: Policy, prompt: Prompt, ids: list[int]) -> torch.Tensor:
@@ -55,7 +63,9 @@ def made_pair(make_policy, make_tokenizer) -> dict[str, Policy]:
     """Models that may end a text with token 1; the student trains all its weights if asked."""
     made = [make_policy(seed, make_tokenizer(), initializer_range=0.3) for seed in (0, 1)]
     for policy in made:
-        policy.weights.model.get_input_embeddings().weight.data[0] = 0.1 + torch.arange(32)  # a cosine with zero would be none
+        policy.weights.model.get_input_embeddings().weight.data[0] = 0.1 + torch.arange(
+            32
+        )  # a cosine with zero would be none
     made[0].weights.model.requires_grad_(True)
     return {"student": made[0], "teacher": made[1]}
 

@@ -38,13 +38,19 @@ def test_seeds_repeat_and_splits_differ():
     task = reasoning_gym("chain_sum", min_digits=4, max_digits=4)
     asked = lambda **how: [p.messages[0]["content"] for p in task.prompts(50, **how)]
     assert asked(seed=1) == asked(seed=1)
-    assert reasoning_gym("chain_sum", min_digits=4, max_digits=4).prompts(3)[2] == task.prompts(3)[2]
+    assert (
+        reasoning_gym("chain_sum", min_digits=4, max_digits=4).prompts(3)[2] == task.prompts(3)[2]
+    )
     everything = [*asked(), *asked(seed=1), *asked(split="test"), *asked(seed=1, split="test")]
     assert len(set(everything)) == 200
 
 
 def test_plain_text():
-    assert reasoning_gym("chain_sum", chat=False).prompts(1)[0].text.startswith("State the final answer")
+    assert (
+        reasoning_gym("chain_sum", chat=False)
+        .prompts(1)[0]
+        .text.startswith("State the final answer")
+    )
 
 
 def test_a_policy_can_be_evaluated(student):

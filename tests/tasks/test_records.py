@@ -44,10 +44,26 @@ FORMATS = {
     "prompt and completion": ([{"prompt": "Hi", "completion": "4"}], PLAIN),
     "prompt and completion, conversational": ([{"prompt": [ASK], "completion": [SAY]}], CHAT),
     "an answer as a message": ([{"prompt": [ASK], "answer": SAY}], CHAT),
-    "ShareGPT": ([{"conversations": [{"from": "human", "value": "Hi"}, {"from": "gpt", "value": "4"}]}], CHAT),
-    "ShareGPT under messages": ([{"messages": [{"from": "human", "value": "Hi"}], "answer": "4"}], CHAT),
+    "ShareGPT": (
+        [{"conversations": [{"from": "human", "value": "Hi"}, {"from": "gpt", "value": "4"}]}],
+        CHAT,
+    ),
+    "ShareGPT under messages": (
+        [{"messages": [{"from": "human", "value": "Hi"}], "answer": "4"}],
+        CHAT,
+    ),
     "content in parts": (
-        [{"messages": [{"role": "user", "content": [{"type": "text", "text": "H"}, {"type": "text", "text": "i"}]}], "answer": "4"}],
+        [
+            {
+                "messages": [
+                    {
+                        "role": "user",
+                        "content": [{"type": "text", "text": "H"}, {"type": "text", "text": "i"}],
+                    }
+                ],
+                "answer": "4",
+            }
+        ],
         CHAT,
     ),
     "dict of columns": ({"prompt": ["Hi"], "answer": ["4"]}, PLAIN),
@@ -59,17 +75,26 @@ FORMATS = {
     "generator": (({"prompt": "Hi", "answer": "4"} for _ in range(1)), PLAIN),
     "other mappings": ([OrderedDict(prompt="Hi", answer="4")], PLAIN),
     "hint of texts": ([{"prompt": "Hi", "hint": ["a", "b"]}], Prompt("Hi", hint="a\nb", id="0")),
-    "hint of messages": ([{"prompt": "Hi", "hint": [{"role": "user", "content": "a"}]}], Prompt("Hi", hint="a", id="0")),
-    "missing cells": ([{"prompt": "Hi", "answer": math.nan, "hint": pd.NA, "id": None}], Prompt("Hi", id="0")),
+    "hint of messages": (
+        [{"prompt": "Hi", "hint": [{"role": "user", "content": "a"}]}],
+        Prompt("Hi", hint="a", id="0"),
+    ),
+    "missing cells": (
+        [{"prompt": "Hi", "answer": math.nan, "hint": pd.NA, "id": None}],
+        Prompt("Hi", id="0"),
+    ),
     "empty cells": ([{"prompt": "Hi", "answer": "", "hint": " "}], Prompt("Hi", id="0")),
     "ids that pandas made floats": ([{"prompt": "Hi", "id": 7.0}], Prompt("Hi", id="7")),
-    "an answer with more digits than int() takes": ([{"prompt": "Hi", "answer": 10**5000}], Prompt("Hi", answer="1" + "0" * 5000, id="0")),
+    "an answer with more digits than int() takes": (
+        [{"prompt": "Hi", "answer": 10**5000}],
+        Prompt("Hi", answer="1" + "0" * 5000, id="0"),
+    ),
     "no answer in the first column": ([{"prompt": None, "text": "Hi", "answer": "4"}], PLAIN),
     "extra keys of messages": (
         [{"messages": [{**ASK, "name": "ana", "tool_calls": None}], "answer": "4"}],
         Prompt(messages=({**ASK, "name": "ana"},), answer="4", id="0"),
     ),
-}  # fmt: skip
+}
 
 
 @pytest.mark.parametrize("name", FORMATS)
@@ -98,8 +123,14 @@ def test_a_file_is_understood(name, tmp_path):
 
 def test_numbers_of_a_file_keep_their_digits(tmp_path):
     path = tmp_path / "r.jsonl"
-    path.write_text('{"prompt": "Hi", "answer": 0.12345678901234567890}\n{"prompt": "Ho", "answer": %s}\n' % ("9" * 5000))
-    assert [prompt.answer for prompt in read_prompts(path)] == ["0.12345678901234567890", "9" * 5000]
+    path.write_text(
+        '{"prompt": "Hi", "answer": 0.12345678901234567890}\n{"prompt": "Ho", "answer": %s}\n'
+        % ("9" * 5000)
+    )
+    assert [prompt.answer for prompt in read_prompts(path)] == [
+        "0.12345678901234567890",
+        "9" * 5000,
+    ]
 
 
 WRONG = {
@@ -109,29 +140,74 @@ WRONG = {
     "one record": ({"prompt": "Hi"}, "got one record, with the columns prompt. Put it into a list"),
     "one chat": ({"messages": [ASK]}, "got one record"),
     "splits": ({"train": [{"prompt": "Hi"}], "test": []}, r"keys train, test.*records\['train'\]"),
-    "a DatasetDict": (DatasetDict(train=Dataset.from_list([{"prompt": "Hi"}])), r"keys train.*records\['train'\]"),
-    "columns of different lengths": ({"prompt": ["a", "b"], "answer": ["1"]}, "different lengths: prompt 2, answer 1"),
+    "a DatasetDict": (
+        DatasetDict(train=Dataset.from_list([{"prompt": "Hi"}])),
+        r"keys train.*records\['train'\]",
+    ),
+    "columns of different lengths": (
+        {"prompt": ["a", "b"], "answer": ["1"]},
+        "different lengths: prompt 2, answer 1",
+    ),
     "a list as record": ([["Hi", "4"]], r"Record 0 is \['Hi', '4'\]"),
-    "no prompt": ([{"prompt": "a"}, {"question": "b"}], "Record 1 has no prompt; its columns are question"),
+    "no prompt": (
+        [{"prompt": "a"}, {"question": "b"}],
+        "Record 1 has no prompt; its columns are question",
+    ),
     "an empty prompt": ([{"prompt": "   "}], "Record 0 has no prompt.*Its prompt is ' '"),
     "a prompt that is NaN": ([{"prompt": math.nan}], "Record 0 has no prompt.*nan"),
-    "a prompt that is a number": ([{"prompt": "a"}, {"prompt": 7}], "Record 1, column prompt: it is 7. Use a text"),
+    "a prompt that is a number": (
+        [{"prompt": "a"}, {"prompt": 7}],
+        "Record 1, column prompt: it is 7. Use a text",
+    ),
     "a prompt that is a dict": ([{"prompt": ASK}], "Record 0, column prompt: it is {"),
-    "messages that are texts": ([{"messages": ["Hi"]}], r"Record 0, column messages: messages\[0\] is 'Hi'"),
+    "messages that are texts": (
+        [{"messages": ["Hi"]}],
+        r"Record 0, column messages: messages\[0\] is 'Hi'",
+    ),
     "no role": ([{"messages": [{"content": "Hi"}]}], r"column messages: messages\[0\] has no role"),
-    "an unknown role": ([{"messages": [{"role": "narrator", "content": "Hi"}]}], r"messages\[0\] has the role 'narrator'"),
-    "an unknown sender": ([{"conversations": [{"from": "narrator", "value": "Hi"}]}], r"column conversations: .*from 'narrator'"),
-    "no content": ([{"messages": [{"role": "user", "content": None}]}], r"messages\[0\] has no content"),
-    "an image": ([{"messages": [{"role": "user", "content": [{"type": "image"}]}]}], r"\.content\[0\] is a part of type 'image'"),
+    "an unknown role": (
+        [{"messages": [{"role": "narrator", "content": "Hi"}]}],
+        r"messages\[0\] has the role 'narrator'",
+    ),
+    "an unknown sender": (
+        [{"conversations": [{"from": "narrator", "value": "Hi"}]}],
+        r"column conversations: .*from 'narrator'",
+    ),
+    "no content": (
+        [{"messages": [{"role": "user", "content": None}]}],
+        r"messages\[0\] has no content",
+    ),
+    "an image": (
+        [{"messages": [{"role": "user", "content": [{"type": "image"}]}]}],
+        r"\.content\[0\] is a part of type 'image'",
+    ),
     "an answer alone": ([{"messages": [SAY]}], "asks nothing before its answer"),
-    "an answer that is a list": ([{"prompt": "Hi", "answer": ["4", "5"]}], r"Record 0, column answer: the answer is \['4', '5'\]"),
-    "an answer of several messages": ([{"prompt": "Hi", "completion": [ASK, SAY]}], "column completion: 2 messages are no answer"),
-    "a hint that is a set": ([{"prompt": "Hi", "hint": {1}}], r"Record 0, column hint: Prompt got hint=\{1\}"),
+    "an answer that is a list": (
+        [{"prompt": "Hi", "answer": ["4", "5"]}],
+        r"Record 0, column answer: the answer is \['4', '5'\]",
+    ),
+    "an answer of several messages": (
+        [{"prompt": "Hi", "completion": [ASK, SAY]}],
+        "column completion: 2 messages are no answer",
+    ),
+    "a hint that is a set": (
+        [{"prompt": "Hi", "hint": {1}}],
+        r"Record 0, column hint: Prompt got hint=\{1\}",
+    ),
     "an id that is a list": ([{"prompt": "Hi", "id": ["a"]}], "Record 0, column id"),
-    "equal ids": ([{"prompt": "a", "id": 1}, {"prompt": "b", "id": "1"}], "Records 0 and 1 have the same id '1'"),
-    "a lone surrogate": ([{"prompt": "a\ud800"}], r"Record 0, column prompt: text holds the lone surrogate U\+D800 at character 1"),
-    "a lone surrogate in a chat": ([{"prompt": [{"role": "user", "content": "\udcff"}]}], r"content holds the lone surrogate U\+DCFF"),
-}  # fmt: skip
+    "equal ids": (
+        [{"prompt": "a", "id": 1}, {"prompt": "b", "id": "1"}],
+        "Records 0 and 1 have the same id '1'",
+    ),
+    "a lone surrogate": (
+        [{"prompt": "a\ud800"}],
+        r"Record 0, column prompt: text holds the lone surrogate U\+D800 at character 1",
+    ),
+    "a lone surrogate in a chat": (
+        [{"prompt": [{"role": "user", "content": "\udcff"}]}],
+        r"content holds the lone surrogate U\+DCFF",
+    ),
+}
 
 
 @pytest.mark.parametrize("name", WRONG)
@@ -143,12 +219,18 @@ def test_what_is_no_record_is_refused_with_its_number_and_column(name):
 
 BAD_FILES = {
     "cut": (b'{"prompt": "a"}\n\n{"prompt": "b"', "line 3 is not a JSON object"),
-    "repeated keys": (b'{"prompt": "a", "prompt": "b"}', "line 1 is not a JSON object .it has the key 'prompt' twice"),
+    "repeated keys": (
+        b'{"prompt": "a", "prompt": "b"}',
+        "line 1 is not a JSON object .it has the key 'prompt' twice",
+    ),
     "nested deeply": (b"[" * 100_000 + b"]" * 100_000, "line 1 is nested too deeply"),
     "no UTF-8": (b'{"prompt": "a"}\n{"prompt": "\xff"}', "line 2 is no UTF-8"),
     "gzip, cut": (gzip.compress(b'{"prompt": "a"}' * 9)[:20], "cannot be read"),
     "parquet": (b"PAR1rest", "is a parquet file.*datasets library"),
-    "surrogate escape": (b'{"prompt": "\\ud800"}', "Record 0, column prompt: text holds the lone surrogate"),
+    "surrogate escape": (
+        b'{"prompt": "\\ud800"}',
+        "Record 0, column prompt: text holds the lone surrogate",
+    ),
 }
 
 
@@ -178,16 +260,29 @@ def test_columns_that_nothing_reads_are_named_once():
 
 
 def test_an_answer_in_the_chat_beside_a_column_is_left_out_and_said():
-    with pytest.warns(UserWarning, match="2 chats end with an assistant's message although there is a column for the answer"):
+    with pytest.warns(
+        UserWarning,
+        match="2 chats end with an assistant's message although there is a column for the answer",
+    ):
         prompts = read_prompts(
-            [{"messages": [ASK, {**SAY, "content": "it is 4"}], "answer": "4"}] * 1 + [{"messages": [ASK, SAY], "answer": 5}]
+            [{"messages": [ASK, {**SAY, "content": "it is 4"}], "answer": "4"}] * 1
+            + [{"messages": [ASK, SAY], "answer": 5}]
         )
-    assert [(prompt.messages, prompt.answer) for prompt in prompts] == [((ASK,), "4"), ((ASK,), "5")]
+    assert [(prompt.messages, prompt.answer) for prompt in prompts] == [
+        ((ASK,), "4"),
+        ((ASK,), "5"),
+    ]
 
 
 def test_answers_for_some_records_only_are_refused():
-    records = [{"prompt": "a", "answer": "1"}, {"prompt": "b", "answer": None, "id": "late"}, {"prompt": "c", "answer": "2"}]
-    with pytest.raises(InvalidValue, match=r"records: 1 of 3 records have no answer \('late'\).*verify="):
+    records = [
+        {"prompt": "a", "answer": "1"},
+        {"prompt": "b", "answer": None, "id": "late"},
+        {"prompt": "c", "answer": "2"},
+    ]
+    with pytest.raises(
+        InvalidValue, match=r"records: 1 of 3 records have no answer \('late'\).*verify="
+    ):
         from_records(records)
     assert from_records(records, verify=lambda prompt, text: 1.0, test=0).prompts(3)
 
@@ -205,7 +300,11 @@ def test_a_hint_of_messages_stands_before_the_students(make_policy, words):
 def test_files_of_tool_calls_render(make_policy, words, tmp_path):
     """Numbers within messages are Python's own, which templates can write as JSON."""
     call = {"name": "add", "arguments": {"a": 1, "b": 0.5}}
-    chat = [ASK, {"role": "assistant", "content": None, "tool_calls": [call]}, {"role": "tool", "content": "1.5"}]
+    chat = [
+        ASK,
+        {"role": "assistant", "content": None, "tool_calls": [call]},
+        {"role": "tool", "content": "1.5"},
+    ]
     path = tmp_path / "r.jsonl"
     path.write_text(json.dumps({"messages": chat}))
     (prompt,) = read_prompts(path)

@@ -12,9 +12,9 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from opdlab import Prompt, Task, profiles
+from opdlab import Prompt, Task
 from opdlab.errors import BadVerifier, EmptyPrompts, InvalidValue, MissingPolicy, OpdlabError
-from opdlab.tasks import from_prompts, from_records, market, reasoning_gym
+from opdlab.tasks import from_prompts, from_records, market, profiles, reasoning_gym
 from opdlab.tasks.epochs import EpochOrder
 from opdlab.tasks.splits import question_of
 
@@ -70,7 +70,9 @@ def test_seeds_and_epochs_have_orders_of_their_own():
 def test_records_are_trained_on_in_epochs():
     task = from_prompts(PROMPTS, test=2)
     steps = [task.training_batch(5, step, seed=3) for step in range(4)]
-    assert Counter(p.id for batch in steps for p in batch) == Counter({p.id: 2 for p in task.pool["train"]})
+    assert Counter(p.id for batch in steps for p in batch) == Counter(
+        {p.id: 2 for p in task.pool["train"]}
+    )
     assert task.training_batch(5, 2, seed=3) == steps[2]
 
 
@@ -84,8 +86,15 @@ def test_endless_tasks_draw_fresh_prompts():
 # Splits.
 
 
-@pytest.mark.parametrize("make", [market, profiles.rule_task, lambda: reasoning_gym("chain_sum", max_terms=2, max_digits=1),
-                                  lambda: from_prompts(PROMPTS * 3, test=4)])  # fmt: skip
+@pytest.mark.parametrize(
+    "make",
+    [
+        market,
+        profiles.rule_task,
+        lambda: reasoning_gym("chain_sum", max_terms=2, max_digits=1),
+        lambda: from_prompts(PROMPTS * 3, test=4),
+    ],
+)
 def test_no_question_is_in_both_splits(make):
     task = make()
     train, test = (drawn(task, split, n) for split, n in (("train", 150), ("test", 60)))
@@ -95,10 +104,17 @@ def test_no_question_is_in_both_splits(make):
 
 
 def test_the_markets_variants_share_no_problem_across_splits():
-    variants = [market(), market(secret=True), market(secret=True, wrong=True), market(hint="steps")]
+    variants = [
+        market(),
+        market(secret=True),
+        market(secret=True, wrong=True),
+        market(hint="steps"),
+    ]
     problems = {}
     for split in ("train", "test"):
-        problems[split] = {question.split(" . ")[0] for task in variants for question in drawn(task, split, 150)}
+        problems[split] = {
+            question.split(" . ")[0] for task in variants for question in drawn(task, split, 150)
+        }
     train, test = problems["train"], problems["test"]
     assert not train & test
 
@@ -114,7 +130,9 @@ def test_the_small_profile_holds_out_what_it_does_not_train_on():
 
 
 def test_a_narrow_generator_gives_the_questions_that_it_has():
-    task = reasoning_gym("chain_sum", min_terms=2, max_terms=2, min_digits=1, max_digits=1, allow_negation=False)
+    task = reasoning_gym(
+        "chain_sum", min_terms=2, max_terms=2, min_digits=1, max_digits=1, allow_negation=False
+    )
     held = task.prompts(1000, split="test")
     assert 10 < len(held) < 200
     assert len({question_of(p) for p in held}) == len(held)
@@ -130,13 +148,19 @@ def test_held_out_prompts_are_never_repeated_to_reach_a_number():
 
 
 def test_a_pool_with_a_question_in_both_splits_is_refused():
-    with pytest.raises(InvalidValue, match=r"own holds out 1 prompts that it also trains on, as \"a\""):
+    with pytest.raises(
+        InvalidValue, match=r"own holds out 1 prompts that it also trains on, as \"a\""
+    ):
         supply([], pool={"train": [Prompt("a", id="x")], "test": [Prompt("a", id="y")]})
 
 
 def test_a_question_with_several_answers_stays_in_one_split_and_any_of_them_is_right():
-    records = [{"prompt": q, "answer": a} for q, a in (("a", "1"), ("a", "2"), ("b", "3"), ("c", "4"))]
-    with pytest.warns(UserWarning, match=r"records: 1 prompts come with several different answers .*\['1', '2'\]"):
+    records = [
+        {"prompt": q, "answer": a} for q, a in (("a", "1"), ("a", "2"), ("b", "3"), ("c", "4"))
+    ]
+    with pytest.warns(
+        UserWarning, match=r"records: 1 prompts come with several different answers .*\['1', '2'\]"
+    ):
         task = from_records(records, test=0)
     assert [task.score(Prompt("a", answer="1"), text) for text in "123"] == [1, 1, 0]
     assert [task.score(Prompt("b", answer="3"), text) for text in "23"] == [0, 1]
@@ -145,7 +169,9 @@ def test_a_question_with_several_answers_stays_in_one_split_and_any_of_them_is_r
 
 @pytest.mark.parametrize("test", ["10%", -1, -0.1, 1.5, float("nan"), None, True])
 def test_a_share_to_hold_out_that_cannot_be_is_refused(test):
-    with pytest.raises(InvalidValue, match=r"got test=.*Use a whole number of at least 0, or a number from 0 to 1"):
+    with pytest.raises(
+        InvalidValue, match=r"got test=.*Use a whole number of at least 0, or a number from 0 to 1"
+    ):
         from_prompts(PROMPTS, test=test)
 
 
@@ -163,17 +189,20 @@ def test_generators_are_understood_even_endless_ones():
     assert supply(tuple(PROMPTS)).prompts(12) == PROMPTS
 
 
-@pytest.mark.parametrize(("drawn", "message"), [
-    (None, "its draw returned None. Let it return a list"),
-    ("abc", "its draw returned 'abc'"),
-    (PROMPTS[0], "its draw returned Prompt"),
-    ({"a": 1}, "its draw returned {'a': 1}"),
-    ([], "gave none"),
-    (PROMPTS, "own was asked for 4 train prompts and its draw gave 12"),
-    (PROMPTS[:3], "gave 3. Let it return as many as it is asked for"),
-    (["a"] * 4, "gave 'a' among them"),
-    ([None] * 4, "gave None among them"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("drawn", "message"),
+    [
+        (None, "its draw returned None. Let it return a list"),
+        ("abc", "its draw returned 'abc'"),
+        (PROMPTS[0], "its draw returned Prompt"),
+        ({"a": 1}, "its draw returned {'a': 1}"),
+        ([], "gave none"),
+        (PROMPTS, "own was asked for 4 train prompts and its draw gave 12"),
+        (PROMPTS[:3], "gave 3. Let it return as many as it is asked for"),
+        (["a"] * 4, "gave 'a' among them"),
+        ([None] * 4, "gave None among them"),
+    ],
+)
 def test_a_draw_that_breaks_its_contract_is_told(drawn, message):
     with pytest.raises(OpdlabError) as raised:
         supply(drawn).prompts(4)
@@ -181,23 +210,37 @@ def test_a_draw_that_breaks_its_contract_is_told(drawn, message):
 
 
 @pytest.mark.parametrize(
-    "how", [{"n": 2.5}, {"n": "3"}, {"n": True}, {"n": 1, "seed": "a"}, {"n": 1, "seed": None}, {"n": 1, "split": "dev"}]
+    "how",
+    [
+        {"n": 2.5},
+        {"n": "3"},
+        {"n": True},
+        {"n": 1, "seed": "a"},
+        {"n": 1, "seed": None},
+        {"n": 1, "split": "dev"},
+    ],
 )
 def test_asking_for_what_cannot_be_is_refused(how):
     with pytest.raises(InvalidValue, match="market got"):
         market().prompts(**how)
 
 
-@pytest.mark.parametrize(("wrong", "message"), [
-    ({"draw": 7}, "got draw=7, which cannot be called. Use a function draw(n, seed, split)"),
-    ({"draw": lambda n: []}, "got a draw that takes (n): too many positional arguments. Use a function draw(n, seed, split)"),
-    ({"verify": 7}, "got verify=7, which cannot be called"),
-    ({"verify": lambda text: 1.0}, "Use a function verify(prompt, text)"),
-    ({"verify": lambda prompt, text, third: 1.0}, "missing a required argument: 'third'"),
-    ({"max_new_tokens": 0}, "got max_new_tokens=0"),
-    ({"max_new_tokens": 1.5}, "got max_new_tokens=1.5"),
-    ({"name": None}, "got name=None"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("wrong", "message"),
+    [
+        ({"draw": 7}, "got draw=7, which cannot be called. Use a function draw(n, seed, split)"),
+        (
+            {"draw": lambda n: []},
+            "got a draw that takes (n): too many positional arguments. Use a function draw(n, seed, split)",
+        ),
+        ({"verify": 7}, "got verify=7, which cannot be called"),
+        ({"verify": lambda text: 1.0}, "Use a function verify(prompt, text)"),
+        ({"verify": lambda prompt, text, third: 1.0}, "missing a required argument: 'third'"),
+        ({"max_new_tokens": 0}, "got max_new_tokens=0"),
+        ({"max_new_tokens": 1.5}, "got max_new_tokens=1.5"),
+        ({"name": None}, "got name=None"),
+    ],
+)
 def test_a_task_is_checked_when_it_is_made(wrong, message):
     with pytest.raises(InvalidValue) as raised:
         replace(market(), **wrong)
@@ -209,7 +252,9 @@ def test_names_that_do_not_exist_are_refused_when_the_task_is_made():
         market(hint="nope")
     with pytest.raises(InvalidValue, match=r"market got secret='yes'"):
         market(secret="yes")
-    with pytest.raises(InvalidValue, match=r"no dataset 'chain_sums'\. Use one of its \d+ names, as .*chain_sum"):
+    with pytest.raises(
+        InvalidValue, match=r"no dataset 'chain_sums'\. Use one of its \d+ names, as .*chain_sum"
+    ):
         reasoning_gym("chain_sums")
     with pytest.raises(InvalidValue, match="refuses the configuration"):
         reasoning_gym("chain_sum", depth=3)
@@ -225,10 +270,21 @@ class ByLength:
         return len(text) >= least
 
 
-@pytest.mark.parametrize(("value", "score"), [
-    (True, 1), (False, 0), (1, 1), (0.25, 0.25), (np.float32(0.5), 0.5), (np.bool_(True), 1), (np.int64(0), 0),
-    (torch.tensor(0.5, requires_grad=True), 0.5), (torch.tensor(True), 1), (np.array(0.5), 0.5),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("value", "score"),
+    [
+        (True, 1),
+        (False, 0),
+        (1, 1),
+        (0.25, 0.25),
+        (np.float32(0.5), 0.5),
+        (np.bool_(True), 1),
+        (np.int64(0), 0),
+        (torch.tensor(0.5, requires_grad=True), 0.5),
+        (torch.tensor(True), 1),
+        (np.array(0.5), 0.5),
+    ],
+)
 def test_numbers_from_0_to_1_are_scores(value, score):
     got = supply([], verify=lambda prompt, text: value).score(PROMPTS[0], "x")
     assert (type(got), got) == (float, score)
@@ -238,19 +294,40 @@ def test_a_verifier_may_be_any_callable_that_takes_a_prompt_and_a_text():
     assert supply([], verify=ByLength().judge).score(PROMPTS[0], "abc") == 1
 
 
-NO_SCORES = [None, "yes", "0.5", (1, 2), {"score": 1}, [1.0], float("nan"), float("inf"), 7, -1, 1.0001, 10**400, 1j, object()]
+NO_SCORES = [
+    None,
+    "yes",
+    "0.5",
+    (1, 2),
+    {"score": 1},
+    [1.0],
+    float("nan"),
+    float("inf"),
+    7,
+    -1,
+    1.0001,
+    10**400,
+    1j,
+    object(),
+]
 NO_SCORES += [torch.ones(2), torch.ones(1), np.ones(2), np.float64("nan")]
 
 
 @pytest.mark.parametrize("value", NO_SCORES)
 def test_anything_else_is_refused_with_the_prompt_and_the_value(value):
     task = supply([], verify=lambda prompt, text: value)
-    with pytest.raises(BadVerifier, match=r"(?s)verifier of own returned .* for prompt 'q0'\. Return one number from 0 to 1"):
+    with pytest.raises(
+        BadVerifier,
+        match=r"(?s)verifier of own returned .* for prompt 'q0'\. Return one number from 0 to 1",
+    ):
         task.score(PROMPTS[0], "x")
 
 
 def test_a_verifier_that_fails_is_told_with_its_prompt_and_its_error_is_the_cause():
-    with pytest.raises(BadVerifier, match=r"failed on prompt 'q0' with the text 'x': ZeroDivisionError: division by zero") as raised:
+    with pytest.raises(
+        BadVerifier,
+        match=r"failed on prompt 'q0' with the text 'x': ZeroDivisionError: division by zero",
+    ) as raised:
         supply([], verify=lambda prompt, text: 1 / 0).score(PROMPTS[0], "x")
     assert isinstance(raised.value.__cause__, ZeroDivisionError)
 

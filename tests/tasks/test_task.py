@@ -12,7 +12,10 @@ from opdlab.errors import EmptyPrompts, OpdlabError
 from opdlab.tasks import from_records
 from opdlab.tasks.task import same_answer
 
-RECORDS = [{"prompt": f"What is {i} plus 1?", "answer": i + 1, "hint": f"count on from {i}", "id": f"q{i}"} for i in range(20)]
+RECORDS = [
+    {"prompt": f"What is {i} plus 1?", "answer": i + 1, "hint": f"count on from {i}", "id": f"q{i}"}
+    for i in range(20)
+]
 
 
 @pytest.fixture(params=["list", "generator", "jsonl", "dataset"])
@@ -20,7 +23,12 @@ def source(request, tmp_path):
     """The same records as a list, a generator, a file and a data set."""
     path = tmp_path / "records.jsonl"
     path.write_text("\n\n".join(json.dumps(r) for r in RECORDS) + "\n", encoding="utf-8")
-    return {"list": RECORDS, "generator": (r for r in RECORDS), "jsonl": str(path), "dataset": Dataset.from_list(RECORDS)}[request.param]
+    return {
+        "list": RECORDS,
+        "generator": (r for r in RECORDS),
+        "jsonl": str(path),
+        "dataset": Dataset.from_list(RECORDS),
+    }[request.param]
 
 
 def test_every_source_gives_the_same_task(source):
@@ -33,7 +41,9 @@ def test_every_source_gives_the_same_task(source):
 
 def test_splits_share_no_prompt_and_lose_none():
     task = from_records(RECORDS, test=0.25)
-    train, test = ({p.id for p in task.prompts(n, split=split)} for n, split in ((15, "train"), (5, "test")))
+    train, test = (
+        {p.id for p in task.prompts(n, split=split)} for n, split in ((15, "train"), (5, "test"))
+    )
     assert (len(train), len(test)) == (15, 5)
     assert not train & test
 
@@ -66,8 +76,13 @@ def test_lines_end_only_at_newlines(tmp_path):
     """JSON may hold U+2028 and U+0085 as they are."""
     text = "a\u2028b\u0085c"
     path = tmp_path / "r.jsonl"
-    path.write_text("\r\n".join(json.dumps({"text": f"{text}{i}"}, ensure_ascii=False) for i in range(3)), encoding="utf-8")
-    assert {p.text for p in from_records(path, test=0).prompts(3)} == {f"{text}{i}" for i in range(3)}
+    path.write_text(
+        "\r\n".join(json.dumps({"text": f"{text}{i}"}, ensure_ascii=False) for i in range(3)),
+        encoding="utf-8",
+    )
+    assert {p.text for p in from_records(path, test=0).prompts(3)} == {
+        f"{text}{i}" for i in range(3)
+    }
 
 
 def test_what_verifies():
@@ -84,16 +99,22 @@ def test_what_verifies():
 def test_a_bad_line_is_named(tmp_path, line):
     path = tmp_path / "r.jsonl"
     path.write_text(f'{{"prompt": "a"}}\n\n{line}\n', encoding="utf-8")
-    with pytest.raises(OpdlabError, match=r"r\.jsonl line 3 is not a JSON object .*one object a line"):
+    with pytest.raises(
+        OpdlabError, match=r"r\.jsonl line 3 is not a JSON object .*one object a line"
+    ):
         from_records(path)
 
 
 def test_a_record_without_prompt_is_named():
-    with pytest.raises(OpdlabError, match="Record 1 has no prompt; its columns are question, answer"):
+    with pytest.raises(
+        OpdlabError, match="Record 1 has no prompt; its columns are question, answer"
+    ):
         from_records([{"prompt": "a"}, {"question": "b", "answer": "c"}])
 
 
-@pytest.mark.parametrize(("records", "test"), [([], 0), ([], 0.1), (RECORDS, 20), (RECORDS[:1], 1.0)])
+@pytest.mark.parametrize(
+    ("records", "test"), [([], 0), ([], 0.1), (RECORDS, 20), (RECORDS[:1], 1.0)]
+)
 def test_no_prompts_to_train_on_are_refused(records, test):
     with pytest.raises(EmptyPrompts, match=r"records has \d+ prompts and \d+ are kept for testing"):
         from_records(records, test=test)

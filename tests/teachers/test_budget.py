@@ -59,7 +59,8 @@ def test_it_waits_for_what_is_in_flight_before_it_gives_up():
         two.result(20)
     assert budget.spent == Usage(65, 35, 2)  # the second said nothing of what it used
     with pytest.raises(
-        BudgetSpent, match=r"may use up to 1 tokens, and of the budget of 100 tokens only 0 tokens are left\. Nothing is lost"
+        BudgetSpent,
+        match=r"may use up to 1 tokens, and of the budget of 100 tokens only 0 tokens are left\. Nothing is lost",
     ):
         budget.hold(Usage(1, 0, 1))
 
@@ -68,7 +69,9 @@ def test_money_and_requests_are_limits_too():
     budget = Budget(cost=1.0, prices=(2.0, 10.0))
     assert budget.price(Usage(250_000, 50_000)) == pytest.approx(1.0)
     budget.hold(Usage(100_000, 50_000, 1)).__exit__()
-    with pytest.raises(BudgetSpent, match=r"of the budget of 1\.0 of money only 0\.3 of money are left"):
+    with pytest.raises(
+        BudgetSpent, match=r"of the budget of 1\.0 of money only 0\.3 of money are left"
+    ):
         budget.hold(Usage(0, 31_000, 1))
     budget.hold(Usage(0, 30_000, 1))
     with pytest.raises(BudgetSpent, match="of the budget of 0 requests only 0 requests are left"):
@@ -85,7 +88,12 @@ def test_an_error_inside_counts_the_worst_case():
 def test_bad_budgets_are_errors():
     with pytest.raises(OpdlabError, match="a limit on cost needs prices"):
         Budget(cost=3.0)
-    wrong = {"tokens": ["5", math.nan, -1, 1.5, True], "requests": [-1, "1"], "cost": [math.inf, -0.5], "prices": [(1,), 3, (1, -1)]}
+    wrong = {
+        "tokens": ["5", math.nan, -1, 1.5, True],
+        "requests": [-1, "1"],
+        "cost": [math.inf, -0.5],
+        "prices": [(1,), 3, (1, -1)],
+    }
     for name, values in wrong.items():
         for value in values:
             with pytest.raises(InvalidValue, match=rf"Budget got {name}="):

@@ -13,7 +13,9 @@ from hypothesis import strategies as st
 from opdlab.errors import DamagedFile, OpdlabError
 from opdlab.teachers.cache import Cache, key_of
 
-ANSWERS = st.dictionaries(st.text(max_size=9), st.one_of(st.text(max_size=30), st.integers(), st.none()), max_size=4)
+ANSWERS = st.dictionaries(
+    st.text(max_size=9), st.one_of(st.text(max_size=30), st.integers(), st.none()), max_size=4
+)
 
 
 @given(ANSWERS)
@@ -57,7 +59,10 @@ def test_nothing_is_made_before_it_is_needed(tmp_path):
 
 def test_damage_is_an_error_and_not_an_answer(tmp_path):
     (tmp_path / "text").write_text("not a database, but long enough to look at " * 40)
-    with pytest.raises(DamagedFile, match=r"text is not a cache of teachers' answers \(file is not a database\)\. Delete it, or give"):
+    with pytest.raises(
+        DamagedFile,
+        match=r"text is not a cache of teachers' answers \(file is not a database\)\. Delete it, or give",
+    ):
         Cache(tmp_path / "text").get("k")
     cache = Cache(tmp_path / "c.sqlite")
     cache.put("k", {"text": "right"})
@@ -74,7 +79,9 @@ def test_damage_is_an_error_and_not_an_answer(tmp_path):
 
 def test_a_place_that_cannot_be_written_to_is_an_error(tmp_path):
     (tmp_path / "file").write_text("")
-    with pytest.raises(OpdlabError, match=r"cannot be used \(.*\)\. Make room, or give the teacher another cache="):
+    with pytest.raises(
+        OpdlabError, match=r"cannot be used \(.*\)\. Make room, or give the teacher another cache="
+    ):
         Cache(tmp_path / "file" / "c.sqlite").put("k", {})
     (tmp_path / "folder").mkdir()
     with pytest.raises(OpdlabError, match="cannot be used"):
@@ -84,5 +91,11 @@ def test_a_place_that_cannot_be_written_to_is_an_error(tmp_path):
 def test_keys_tell_all_questions_apart():
     asked = {"model": "a", "messages": [{"role": "user", "content": "b"}], "temperature": 1.0}
     assert key_of(asked) == key_of(dict(reversed(asked.items())))
-    others = [asked | {"model": "b"}, asked | {"temperature": 0.5}, asked | {"messages": []}, [asked, 0], [asked, 1]]
+    others = [
+        asked | {"model": "b"},
+        asked | {"temperature": 0.5},
+        asked | {"messages": []},
+        [asked, 0],
+        [asked, 1],
+    ]
     assert len({key_of(x) for x in [asked, *others]}) == 6

@@ -45,8 +45,13 @@ def guarded(serve, monkeypatch):
 def places(folder: Path) -> dict[str, bytes]:
     """All files under a folder, and the tables in them unpacked."""
     files = {str(path): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
-    tables = {f"{name}, unpacked": str((pq.read_table(name).to_pydict(), pq.read_schema(name).metadata)).encode()
-              for name in files if name.endswith(".parquet")}  # fmt: skip
+    tables = {
+        f"{name}, unpacked": str(
+            (pq.read_table(name).to_pydict(), pq.read_schema(name).metadata)
+        ).encode()
+        for name in files
+        if name.endswith(".parquet")
+    }
     return files | tables
 
 
@@ -57,21 +62,27 @@ def test_a_notebook_with_logs_traces_checkpoints_and_errors_holds_no_key(guarded
         cell.metadata["tags"] = ["raises-exception"]
     answer = server.answer
     server.answer = lambda path, body: (
-        answer(path, body) if "nowhere" not in path else (401, {"error": f"Incorrect API key provided: {KEY}"})
+        answer(path, body)
+        if "nowhere" not in path
+        else (401, {"error": f"Incorrect API key provided: {KEY}"})
     )
     book = tmp_path / "book.ipynb"
     nbformat.write(nbformat.v4.new_notebook(cells=cells), book)
     notebook.execute(book)
     assert {headers["authorization"] for _, _, headers in server.requests} == {f"Bearer {KEY}"}
     found = places(tmp_path)
-    assert {"log.txt", "answers.sqlite", "book.ipynb", "1.parquet", "run.json"} <= {Path(name).name for name in found}
+    assert {"log.txt", "answers.sqlite", "book.ipynb", "1.parquet", "run.json"} <= {
+        Path(name).name for name in found
+    }
     assert b"Incorrect API key provided: \xe2\x80\xa6" in book.read_bytes()
     assert b"does not exist" in book.read_bytes()
     assert len(found[str(tmp_path / "log.txt")]) > 1000
     for name, content in found.items():
         assert KEY.encode() not in content, name
         assert KEY[3:].encode() not in content, name
-    assert any(b"market-teacher" in content for content in found.values()), "the search finds what is there"
+    assert any(b"market-teacher" in content for content in found.values()), (
+        "the search finds what is there"
+    )
 
 
 def test_no_error_no_repr_and_no_object_holds_the_key(guarded, caplog):
@@ -81,15 +92,35 @@ def test_no_error_no_repr_and_no_object_holds_the_key(guarded, caplog):
     one.write(opd.tasks.market().prompts(1), max_new_tokens=2)
     server.answer = lambda path, body: (403, {"error": f"{KEY} may not do this, {KEY}!"})
     said = []
-    for teacher in (one, TextServer(url, cache=None, quiet=True), LogprobServer(url, cache=None, quiet=True)):
+    for teacher in (
+        one,
+        TextServer(url, cache=None, quiet=True),
+        LogprobServer(url, cache=None, quiet=True),
+    ):
         with pytest.raises(errors.TeacherError) as caught:
-            opd.distill(model("student"), teacher, opd.tasks.market(), method=SequenceKD(), batch=1, quiet=True).train()
+            opd.distill(
+                model("student"),
+                teacher,
+                opd.tasks.market(),
+                method=SequenceKD(),
+                batch=1,
+                quiet=True,
+            ).train()
         error = caught.value
         assert error.__cause__ is None
         assert error.__context__ is None
-        said.append("".join(traceback.TracebackException.from_exception(error, capture_locals=True).format()))
+        said.append(
+            "".join(
+                traceback.TracebackException.from_exception(error, capture_locals=True).format()
+            )
+        )
         said.append(repr(teacher) + repr(vars(teacher)))
-    said += [repr(one.service), repr(vars(one.service)), repr(vars(one.service._client)), caplog.text]
+    said += [
+        repr(one.service),
+        repr(vars(one.service)),
+        repr(vars(one.service._client)),
+        caplog.text,
+    ]
     assert all(KEY not in text for text in said)
     assert "… may not do this, …!" in said[0]
     assert server.requests[-1][2]["authorization"] == f"Bearer {KEY}"
@@ -102,4 +133,6 @@ def test_another_variable_may_hold_it(serve, monkeypatch):
     assert server.requests[-1][2]["authorization"] == f"Bearer {KEY}"
     monkeypatch.setenv("OPENAI_API_KEY", KEY)
     TextServer(url, cache=None, quiet=True).meet(opd.tasks.market().prompts(1))
-    assert server.requests[-1][2]["authorization"] == "Bearer none"  # a key for somebody else does not go here
+    assert (
+        server.requests[-1][2]["authorization"] == "Bearer none"
+    )  # a key for somebody else does not go here

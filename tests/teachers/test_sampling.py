@@ -27,7 +27,11 @@ def picky(server, refused, say=lambda names: f"unknown fields {names}"):
 
     def choosy(path, body):
         found = sorted(set(body) & set(refused))
-        return (400, {"error": {"message": say(found)}}) if found else answer(path, {"temperature": 1.0, **body})
+        return (
+            (400, {"error": {"message": say(found)}})
+            if found
+            else answer(path, {"temperature": 1.0, **body})
+        )
 
     server.answer = choosy
     return server
@@ -40,7 +44,10 @@ def test_every_field_is_sent_with_each_request(wire):
     greeting, *texts = [body for _, body, _ in server.requests]
     assert {name: greeting[name] for name in NEUTRAL} == NEUTRAL
     for body in texts:
-        assert {name: body[name] for name in NEUTRAL} == NEUTRAL | {"temperature": 0.5, "top_p": 0.8}
+        assert {name: body[name] for name in NEUTRAL} == NEUTRAL | {
+            "temperature": 0.5,
+            "top_p": 0.8,
+        }
     server.requests.clear()
     grader = LogprobServer(url, cache=None, quiet=True, k=4)
     student = model("student")
@@ -56,18 +63,29 @@ def test_extra_wins_and_what_it_would_overrule_is_refused(wire):
     one = teacher(url, extra={"top_k": 5, "temperature": 0.3})
     one.write(PROMPTS, max_new_tokens=3)
     assert all((body["top_k"], body["temperature"]) == (5, 0.3) for _, body, _ in server.requests)
-    with pytest.raises(errors.InvalidValue, match=r"write got temperature=0\.7, but .* extra=\{'temperature': 0\.3\}"):
+    with pytest.raises(
+        errors.InvalidValue,
+        match=r"write got temperature=0\.7, but .* extra=\{'temperature': 0\.3\}",
+    ):
         one.write(PROMPTS, temperature=0.7)
     for name in ("model", "n", "seed", "stream", "max_tokens", "messages"):
-        with pytest.raises(errors.InvalidValue, match=rf"extra=\{{'{name}': …\}}, a field that is set by"):
+        with pytest.raises(
+            errors.InvalidValue, match=rf"extra=\{{'{name}': …\}}, a field that is set by"
+        ):
             teacher(url, extra={name: 1})
     with pytest.raises(errors.InvalidValue, match="which is no JSON"):
         teacher(url, extra={"bias": {1, 2}})
 
 
-@pytest.mark.parametrize("say", [
-    lambda names: f"Unrecognized request argument supplied: {names[0]}", lambda names: f"unknown fields {names}", lambda _: "bad request",
-], ids=["one at a time", "all", "no name"])  # fmt: skip
+@pytest.mark.parametrize(
+    "say",
+    [
+        lambda names: f"Unrecognized request argument supplied: {names[0]}",
+        lambda names: f"unknown fields {names}",
+        lambda _: "bad request",
+    ],
+    ids=["one at a time", "all", "no name"],
+)
 def test_fields_beyond_the_standard_are_left_out_where_a_server_refuses_them(say, serve):
     server, url = serve()
     picky(server, EXTENSIONS, say)
@@ -88,7 +106,9 @@ def test_another_path_may_refuse_other_fields(serve):
 
     def choosy(path, body):
         is_odd = path == "/v1/completions" and "min_p" in body
-        return (422, {"detail": "min_p: extra fields not permitted"}) if is_odd else answer(path, body)
+        return (
+            (422, {"detail": "min_p: extra fields not permitted"}) if is_odd else answer(path, body)
+        )
 
     server.answer = choosy
     one = teacher(url, continue_by="completion", template=model("student").tokenizer)
@@ -102,11 +122,18 @@ def test_another_path_may_refuse_other_fields(serve):
 def test_a_refused_field_is_never_needed(serve):
     """OpenAI's reasoning models take no top_p: at 1 that changes nothing, elsewhere it would."""
     server, url = serve()
-    picky(server, ["top_p", "temperature"], lambda names: f"Unsupported parameter: '{names[0]}' is not supported with this model.")
+    picky(
+        server,
+        ["top_p", "temperature"],
+        lambda names: f"Unsupported parameter: '{names[0]}' is not supported with this model.",
+    )
     one = teacher(url)
     assert all(text for row in one.write(PROMPTS, max_new_tokens=3) for text in row)
     asked = len(server.requests)
-    with pytest.raises(errors.OpdlabError, match=r"takes no top_p, so it cannot write at top_p=0\.9\. Use top_p=1, or another"):
+    with pytest.raises(
+        errors.OpdlabError,
+        match=r"takes no top_p, so it cannot write at top_p=0\.9\. Use top_p=1, or another",
+    ):
         one.write(PROMPTS, top_p=0.9)
     with pytest.raises(errors.OpdlabError, match=r"cannot write at temperature=0\.5"):
         one.write(PROMPTS, temperature=0.5)
@@ -133,12 +160,27 @@ def test_a_request_that_is_wrong_for_another_reason_loses_no_field(serve):
 def test_settings_reach_the_teacher(wire):
     server, _, url = wire
     settings = {"method": SequenceKD(), "batch": 2, "steps": 1, "max_new_tokens": 3, "quiet": True}
-    opd.distill(model("student"), teacher(url), TASK, temperature=0.5, top_p=0.7, **settings).train()
-    assert {(body["temperature"], body["top_p"]) for _, body, _ in server.requests[1:]} == {(0.5, 0.7)}
+    opd.distill(
+        model("student"), teacher(url), TASK, temperature=0.5, top_p=0.7, **settings
+    ).train()
+    assert {(body["temperature"], body["top_p"]) for _, body, _ in server.requests[1:]} == {
+        (0.5, 0.7)
+    }
     scribe = model("scribe")
-    step = next(opd.distill(model("student"), TextOnly(scribe), TASK, temperature=3.0, top_p=0.01, **settings | {"max_new_tokens": 20}))
+    step = next(
+        opd.distill(
+            model("student"),
+            TextOnly(scribe),
+            TASK,
+            temperature=3.0,
+            top_p=0.01,
+            **settings | {"max_new_tokens": 20},
+        )
+    )
     greedy = TextOnly(scribe).write(list(step.rollout.prompts), max_new_tokens=20, temperature=0.0)
-    assert list(step.rollout.texts) == [row[0] for row in greedy]  # so small a nucleus holds one token
+    assert list(step.rollout.texts) == [
+        row[0] for row in greedy
+    ]  # so small a nucleus holds one token
 
 
 def test_a_writer_that_takes_no_top_p_is_told_so_before_the_first_step():
@@ -152,7 +194,10 @@ def test_a_writer_that_takes_no_top_p_is_told_so_before_the_first_step():
             self.calls += 1
             return [["4 7"] * n for _ in prompts]
 
-    own, settings = Own(), {"method": SequenceKD(), "batch": 2, "steps": 1, "max_new_tokens": 3, "quiet": True}
+    own, settings = (
+        Own(),
+        {"method": SequenceKD(), "batch": 2, "steps": 1, "max_new_tokens": 3, "quiet": True},
+    )
     assert opd.distill(model("student"), own, TASK, **settings).train().done == 1
     with pytest.raises(errors.OpdlabError, match=r"top_p=0\.9.*Own.*write.*no top_p"):
         opd.distill(model("student"), own, TASK, top_p=0.9, **settings)

@@ -58,13 +58,23 @@ def test_exactly_n_samples_and_not_n_copies(teacher):
 def test_it_gives_no_log_probs_and_the_error_says_what_works(scribe_url):
     one = LogprobServer(scribe_url, cache=None, quiet=True)
     with pytest.raises(
-        opd.errors.TeacherError, match=r"gives no log-probs of a prompt that can be used\..*as a TextServer .*OmniOPD, SequenceKD"
+        opd.errors.TeacherError,
+        match=r"gives no log-probs of a prompt that can be used\..*as a TextServer .*OmniOPD, SequenceKD",
     ):
         one.check(model("student"), PROMPTS, 24)
 
 
 def test_sequence_distillation_from_it(teacher):
-    run = opd.distill(model("student"), teacher, TASK, method=SequenceKD(), batch=3, steps=2, max_new_tokens=12, quiet=True)
+    run = opd.distill(
+        model("student"),
+        teacher,
+        TASK,
+        method=SequenceKD(),
+        batch=3,
+        steps=2,
+        max_new_tokens=12,
+        quiet=True,
+    )
     assert [step.rollout.writer for step in run] == [("teacher",) * 3] * 2
     assert run.history["loss"].notna().all()
 
@@ -72,7 +82,9 @@ def test_sequence_distillation_from_it(teacher):
 def test_omniopd_from_it(teacher):
     """Two steps over HTTP; every audit has its texts, and they go on from what the student wrote."""
     method = OmniOPD(length=2, chunks=2, continuations=2, similarity="rouge1", match_length=True)
-    run = opd.distill(model("student"), teacher, TASK, method=method, batch=3, steps=2, quiet=True, seed=1)
+    run = opd.distill(
+        model("student"), teacher, TASK, method=method, batch=3, steps=2, quiet=True, seed=1
+    )
     before = {name: p.detach().clone() for name, p in run.parameters.items()}
     audits = [audit for step in run for audit in step.notes["audits"]]
     assert len(audits) >= 8

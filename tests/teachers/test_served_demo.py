@@ -8,10 +8,10 @@ import sys
 import pytest
 
 import opdlab as opd
-from opdlab import cli
-from opdlab.demo import chosen, demo
-from opdlab.divergence import TopK
+from opdlab.commands import cli
+from opdlab.commands.demo import chosen, demo
 from opdlab.errors import MissingPolicy, OpdlabError, PartialDistribution, TeacherError
+from opdlab.losses.divergences import TopK
 
 LINE = r"demo: accuracy \d\.\d\d -> \d\.\d\d \(teacher (\d\.\d\d)\) in \d+ s"
 
@@ -31,13 +31,17 @@ def test_a_text_server_teaches_by_default_through_omniopd(scribe_url, tmp_path, 
 
 def test_a_server_with_log_probs_teaches_through_opd(wire, tmp_path, capsys):
     _, _, url = wire
-    line = demo(teacher_url=url, method="opd", steps=1, out=tmp_path, prompts=4, settings={"batch": 2})
+    line = demo(
+        teacher_url=url, method="opd", steps=1, out=tmp_path, prompts=4, settings={"batch": 2}
+    )
     assert re.fullmatch(LINE, line)
     assert "distilling with OPD" in capsys.readouterr().out
 
 
 def test_a_local_teacher_of_other_tokens_teaches_by_its_texts(tmp_path):
-    line = demo(teacher="scribe", method="omniopd", steps=1, out=tmp_path, prompts=4, settings={"batch": 2})
+    line = demo(
+        teacher="scribe", method="omniopd", steps=1, out=tmp_path, prompts=4, settings={"batch": 2}
+    )
     assert re.fullmatch(LINE, line)
 
 
@@ -56,10 +60,22 @@ def test_what_cannot_work_is_said_before_anything_is_measured(wire, tmp_path, ca
     assert not (tmp_path / "index.html").exists()
 
 
-@pytest.mark.parametrize(("name", "kind"), [
-    ("opd", "OPD"), ("opd-plus", "OPDPlus"), ("OPDPlus", "OPDPlus"), ("topd", "TOPD"), ("omniopd", "OmniOPD"), ("omni-opd", "OmniOPD"),
-    ("dopd", "DOPD"), ("sequence-kd", "SequenceKD"), ("sequence_kd", "SequenceKD"), ("grpo", "GRPO"), ("sft", "SFT"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("name", "kind"),
+    [
+        ("opd", "OPD"),
+        ("opd-plus", "OPDPlus"),
+        ("OPDPlus", "OPDPlus"),
+        ("topd", "TOPD"),
+        ("omniopd", "OmniOPD"),
+        ("omni-opd", "OmniOPD"),
+        ("dopd", "DOPD"),
+        ("sequence-kd", "SequenceKD"),
+        ("sequence_kd", "SequenceKD"),
+        ("grpo", "GRPO"),
+        ("sft", "SFT"),
+    ],
+)
 def test_methods_by_name(name, kind):
     method, _ = chosen(name)
     assert type(method).__name__ == kind
@@ -74,7 +90,10 @@ def test_sizes_suit_the_shipped_world_only():
 
 
 def test_an_unknown_method_is_one_line_that_lists_them():
-    with pytest.raises(OpdlabError, match=r"There is no method 'magic'\. Use one of DOPD, .*OmniOPD, .*TOPD; capitals and hyphens"):
+    with pytest.raises(
+        OpdlabError,
+        match=r"There is no method 'magic'\. Use one of DOPD, .*OmniOPD, .*TOPD; capitals and hyphens",
+    ):
         chosen("magic")
     with pytest.raises(OpdlabError):
         chosen("method")
@@ -82,9 +101,21 @@ def test_an_unknown_method_is_one_line_that_lists_them():
 
 def test_the_command_line_passes_its_options_on(monkeypatch, wire, tmp_path, capsys):
     server, _, url = wire
-    words = ["demo", "--method", "sequence-kd", "--teacher-url", url, "--teacher-model", "other", "--out", str(tmp_path)]
+    words = [
+        "demo",
+        "--method",
+        "sequence-kd",
+        "--teacher-url",
+        url,
+        "--teacher-model",
+        "other",
+        "--out",
+        str(tmp_path),
+    ]
     monkeypatch.setattr(sys, "argv", ["opdlab", *words])
-    with pytest.raises(SystemExit, match=r"^opdlab: http.*answers 404: .*The model `other` does not exist"):
+    with pytest.raises(
+        SystemExit, match=r"^opdlab: http.*answers 404: .*The model `other` does not exist"
+    ):
         cli.main()
     assert server.requests[-1][1]["model"] == "other"
     monkeypatch.setattr(sys, "argv", ["opdlab", "demo", "--method", "magic"])

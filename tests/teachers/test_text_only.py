@@ -9,8 +9,8 @@ import torch
 
 import opdlab as opd
 from opdlab import Policy, Prompt, errors
+from opdlab.data.seeds import seed_of
 from opdlab.methods import OPD, SequenceKD
-from opdlab.settings import seed_of
 from opdlab.tasks.market import model
 from opdlab.teachers import TextOnly, text_only
 
@@ -25,7 +25,17 @@ def market() -> opd.Task:
     return opd.tasks.market()
 
 
-INWARD = ("__dict__", "__slots__", "__closure__", "__defaults__", "__kwdefaults__", "__self__", "__func__", "__wrapped__", "__weakref__")
+INWARD = (
+    "__dict__",
+    "__slots__",
+    "__closure__",
+    "__defaults__",
+    "__kwdefaults__",
+    "__self__",
+    "__func__",
+    "__wrapped__",
+    "__weakref__",
+)
 
 
 def leak(start: object) -> object:
@@ -37,12 +47,20 @@ def leak(start: object) -> object:
     todo = [start]
     while todo:
         one = todo.pop()
-        if id(one) in seen or isinstance(one, (type, types.ModuleType, types.BuiltinFunctionType, str, bytes, int, float)):
+        if id(one) in seen or isinstance(
+            one, (type, types.ModuleType, types.BuiltinFunctionType, str, bytes, int, float)
+        ):
             continue
-        if isinstance(one, (Policy, torch.Tensor, torch.nn.Module, opd.Rollout)) or type(one).__name__ in ("Weights", "Head"):
+        if isinstance(one, (Policy, torch.Tensor, torch.nn.Module, opd.Rollout)) or type(
+            one
+        ).__name__ in ("Weights", "Head"):
             return one
         seen[id(one)] = one  # kept, so that no id is used twice
-        todo += [getattr(one, name, None) for name in (*dir(one), *INWARD) if name in INWARD or not name.startswith("__")]
+        todo += [
+            getattr(one, name, None)
+            for name in (*dir(one), *INWARD)
+            if name in INWARD or not name.startswith("__")
+        ]
         if isinstance(one, dict):
             todo += [*one, *one.values()]
         elif isinstance(one, (list, tuple, set, frozenset)):
@@ -64,9 +82,18 @@ def test_nothing_in_reach_leads_to_log_probs(scribe, market):
     texts = bare.write(market.prompts(2), 2, max_new_tokens=4)
     for start in (bare, texts, bare.write, bare.check):
         assert leak(start) is None
-    for hiding in (scribe, lambda: scribe, lambda x=scribe: x, Holder([{"a": Holder(scribe)}]), scribe.sample):
+    for hiding in (
+        scribe,
+        lambda: scribe,
+        lambda x=scribe: x,
+        Holder([{"a": Holder(scribe)}]),
+        scribe.sample,
+    ):
         assert leak(hiding) is not None, "the walk finds what there is"
-    assert all(not hasattr(bare, name) for name in ("grade", "hidden", "log_probs", "weights", "policy", "__dict__"))
+    assert all(
+        not hasattr(bare, name)
+        for name in ("grade", "hidden", "log_probs", "weights", "policy", "__dict__")
+    )
 
 
 def test_it_writes_what_the_policy_samples(scribe, market):
@@ -90,7 +117,9 @@ def test_it_goes_on_from_half_of_its_own_greedy_text(name, market):
 
 
 def test_a_written_special_token_is_text(scribe):
-    prompt = Prompt(messages=({"role": "user", "content": "ana has 4 7 apples buys 3 8 sells 1 9 . total ?"},))
+    prompt = Prompt(
+        messages=({"role": "user", "content": "ana has 4 7 apples buys 3 8 sells 1 9 . total ?"},)
+    )
     ids = text_only._plain(scribe, "4 7<eos> +")
     assert scribe.tokenizer.eos_token_id not in ids
     assert TextOnly(scribe).write([prompt], prefixes=["4 7<eos> +"], max_new_tokens=4) != [[""]]
@@ -105,7 +134,10 @@ def test_batches_change_memory_and_not_the_texts(scribe, market, monkeypatch):
 
 def test_bad_questions_are_errors(scribe, market):
     bare = TextOnly(scribe)
-    with pytest.raises(errors.OpdlabError, match=r"write got n=0 and 2 prefixes for 2 prompts\. Use n of 1 or more and one each\."):
+    with pytest.raises(
+        errors.OpdlabError,
+        match=r"write got n=0 and 2 prefixes for 2 prompts\. Use n of 1 or more and one each\.",
+    ):
         bare.write(market.prompts(2), 0)
     with pytest.raises(errors.OpdlabError, match="write got n=1 and 0 prefixes for 2 prompts"):
         bare.write(market.prompts(2), prefixes=[])
@@ -119,12 +151,17 @@ def test_bad_questions_are_errors(scribe, market):
 
 def test_it_teaches_by_text_and_by_text_alone(scribe, market):
     student = model("student")
-    run = opd.distill(student, TextOnly(scribe), market, method=SequenceKD(), batch=4, steps=2, quiet=True)
+    run = opd.distill(
+        student, TextOnly(scribe), market, method=SequenceKD(), batch=4, steps=2, quiet=True
+    )
     step = next(run)
     want = TextOnly(scribe).write(step.rollout.prompts, max_new_tokens=24, seed=seed_of(0, 0, 2))
     assert step.rollout.writer == ("teacher",) * 4
     assert list(step.rollout.texts) == [row[0] for row in want]
-    with pytest.raises(errors.MissingPolicy, match=r"'teacher' must grade tokens, but TextOnly only writes\..*OmniOPD, SequenceKD"):
+    with pytest.raises(
+        errors.MissingPolicy,
+        match=r"'teacher' must grade tokens, but TextOnly only writes\..*OmniOPD, SequenceKD",
+    ):
         opd.distill(model("student"), TextOnly(scribe), market, method=OPD())
     with pytest.raises(errors.MissingPolicy, match="only writes"):
         opd.distill(model("student"), TextOnly(scribe), market, method=OPD(estimator="sampled"))

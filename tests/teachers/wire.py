@@ -27,8 +27,19 @@ class Wire:
     """`dialect`: what the server understands. vllm: everything; legacy: echo with strings, and no fields it does not know; chat:
     only /chat/completions, which starts a new answer whatever stands last; mistral: as chat, but `prefix` goes on."""
 
-    def __init__(self, policy: Policy, name: str = "market-teacher", dialect: str = "vllm", most: int = 10_000, choices: int = 99) -> None:
-        self.model, self.tokenizer, self.eos = policy.weights.model, policy.tokenizer, policy.weights.eos
+    def __init__(
+        self,
+        policy: Policy,
+        name: str = "market-teacher",
+        dialect: str = "vllm",
+        most: int = 10_000,
+        choices: int = 99,
+    ) -> None:
+        self.model, self.tokenizer, self.eos = (
+            policy.weights.model,
+            policy.tokenizer,
+            policy.weights.eos,
+        )
         self.name, self.dialect, self.most, self.choices = name, dialect, most, choices
         self.vocab = policy.weights.vocab_size
         self.requests: list[tuple[str, dict[str, Any], dict[str, str]]] = []
@@ -36,7 +47,17 @@ class Wire:
         self.lock = threading.Lock()
 
     def answer(self, path: str, body: dict[str, Any]) -> tuple[int, dict[str, Any]]:
-        known = {"model", "messages", "prompt", "n", "max_tokens", "temperature", "seed", "echo", "logprobs"}
+        known = {
+            "model",
+            "messages",
+            "prompt",
+            "n",
+            "max_tokens",
+            "temperature",
+            "seed",
+            "echo",
+            "logprobs",
+        }
         known |= {"top_p", "presence_penalty", "frequency_penalty"}
         if self.dialect == "vllm":
             known |= {
@@ -52,7 +73,11 @@ class Wire:
         if extra := set(body) - known:
             return 400, {"error": {"message": f"unknown fields {sorted(extra)}"}}
         if path == "/tokenize" and self.dialect == "vllm":
-            return 200, {"tokens": self.tokenizer(body["prompt"], add_special_tokens=body["add_special_tokens"])["input_ids"]}
+            return 200, {
+                "tokens": self.tokenizer(
+                    body["prompt"], add_special_tokens=body["add_special_tokens"]
+                )["input_ids"]
+            }
         if body.get("model", self.name) != self.name:
             return 404, {"error": {"message": f"The model `{body['model']}` does not exist."}}
         if path == "/v1/completions" and self.dialect in ("vllm", "legacy"):
@@ -68,31 +93,51 @@ class Wire:
             return 400, {"error": {"message": "Token id is out of vocabulary"}}
         asked = max(body.get("prompt_logprobs") or 0, body.get("logprobs") or 0)
         if asked > self.most:
-            return 400, {"error": {"message": f"Requested {asked} log-probs, which is greater than max allowed: {self.most}"}}
+            return 400, {
+                "error": {
+                    "message": f"Requested {asked} log-probs, which is greater than max allowed: {self.most}"
+                }
+            }
         choices = [
-            {"index": i, "text": text, "finish_reason": end, "logprobs": None} for i, (text, end, _) in enumerate(self.texts(ids, body))
+            {"index": i, "text": text, "finish_reason": end, "logprobs": None}
+            for i, (text, end, _) in enumerate(self.texts(ids, body))
         ]
         if "prompt_logprobs" in body:
             choices[0]["prompt_logprobs"] = self.prompt_logprobs(ids, body["prompt_logprobs"])
         if body.get("echo"):
-            choices[0]["logprobs"] = self.echo(ids, body["logprobs"], body.get("return_tokens_as_token_ids", False))
+            choices[0]["logprobs"] = self.echo(
+                ids, body["logprobs"], body.get("return_tokens_as_token_ids", False)
+            )
         return 200, self.reply(choices, ids)
 
     def chat(self, body: dict[str, Any]) -> tuple[int, dict[str, Any]]:
         messages = body["messages"]
-        goes_on = body.get("continue_final_message") or (self.dialect == "mistral" and messages[-1].get("prefix"))
+        goes_on = body.get("continue_final_message") or (
+            self.dialect == "mistral" and messages[-1].get("prefix")
+        )
         begun = messages[-1]["content"] if goes_on else ""
         chat = messages[:-1] if goes_on else messages
-        text = self.tokenizer.apply_chat_template(chat, tokenize=False, add_generation_prompt=True) + begun
+        text = (
+            self.tokenizer.apply_chat_template(chat, tokenize=False, add_generation_prompt=True)
+            + begun
+        )
         ids = self.tokenizer(text)["input_ids"]
-        choices = [{"index": i, "message": {"role": "assistant", "content": text}, "finish_reason": end}
-                   for i, (text, end, _) in enumerate(self.texts(ids, body))]  # fmt: skip
+        choices = [
+            {"index": i, "message": {"role": "assistant", "content": text}, "finish_reason": end}
+            for i, (text, end, _) in enumerate(self.texts(ids, body))
+        ]
         return 200, self.reply(choices, ids)
 
     def reply(self, choices: list[dict[str, Any]], ids: list[int]) -> dict[str, Any]:
         self.used.append(len(ids) + self.written)
-        return {"id": "x", "object": "y", "created": 0, "model": self.name, "choices": choices,
-                "usage": {"prompt_tokens": len(ids), "completion_tokens": self.written}}  # fmt: skip
+        return {
+            "id": "x",
+            "object": "y",
+            "created": 0,
+            "model": self.name,
+            "choices": choices,
+            "usage": {"prompt_tokens": len(ids), "completion_tokens": self.written},
+        }
 
     @torch.no_grad()
     def texts(self, ids: list[int], body: dict[str, Any]) -> list[tuple[str, str, int]]:
@@ -106,11 +151,19 @@ class Wire:
                 if body["temperature"] == 0:
                     row.append(int(logits.argmax()))
                 else:
-                    row.append(int(torch.multinomial((logits / body["temperature"]).softmax(-1), 1, generator=generator)))
+                    row.append(
+                        int(
+                            torch.multinomial(
+                                (logits / body["temperature"]).softmax(-1), 1, generator=generator
+                            )
+                        )
+                    )
                 if row[-1] in self.eos:
                     end = "stop"
                     break
-            whole, start = (self.tokenizer.decode(part, skip_special_tokens=True) for part in (row, ids))
+            whole, start = (
+                self.tokenizer.decode(part, skip_special_tokens=True) for part in (row, ids)
+            )
             out.append((whole[len(start) :], end, len(row) - len(ids)))
         self.written = sum(count for _, _, count in out)
         return out
@@ -125,7 +178,14 @@ class Wire:
             order = row.argsort(descending=True).tolist()
             shown = dict.fromkeys([token, *order[:k]])
             out.append(
-                {str(i): {"logprob": row[i].item(), "rank": order.index(i) + 1, "decoded_token": self.tokenizer.decode([i])} for i in shown}
+                {
+                    str(i): {
+                        "logprob": row[i].item(),
+                        "rank": order.index(i) + 1,
+                        "decoded_token": self.tokenizer.decode([i]),
+                    }
+                    for i in shown
+                }
             )
         return out
 
@@ -133,10 +193,15 @@ class Wire:
         name = lambda i: f"token_id:{i}" if by_id else self.tokenizer.decode([i])
         logp = self.logp(ids)
         tops: list[dict[str, float] | None] = [
-            {name(i): row[i].item() for i in row.topk(min(k, self.vocab)).indices.tolist()} for row in logp
+            {name(i): row[i].item() for i in row.topk(min(k, self.vocab)).indices.tolist()}
+            for row in logp
         ]
         own: list[float | None] = [row[i].item() for row, i in zip(logp, ids[1:], strict=False)]
-        return {"tokens": [*map(name, ids), "x"], "token_logprobs": [None, *own, -1.0], "top_logprobs": [None, *tops[:-1], {"x": -1.0}]}
+        return {
+            "tokens": [*map(name, ids), "x"],
+            "token_logprobs": [None, *own, -1.0],
+            "top_logprobs": [None, *tops[:-1], {"x": -1.0}],
+        }
 
     def app(self) -> FastAPI:
         app = FastAPI()
@@ -145,12 +210,16 @@ class Wire:
         def any_path(path: str, body: dict[str, Any]) -> Response:
             with self.lock:
                 status, reply = self.answer(f"/{path}", body)
-            return Response(json.dumps(reply), status, media_type="application/json")  # json.dumps: NaN stays NaN
+            return Response(
+                json.dumps(reply), status, media_type="application/json"
+            )  # json.dumps: NaN stays NaN
 
         @app.middleware("http")
         async def remember(request: Any, call_next: Callable[[Any], Any]) -> Any:
             body = await request.body()
-            self.requests.append((request.url.path, json.loads(body or b"{}"), dict(request.headers)))
+            self.requests.append(
+                (request.url.path, json.loads(body or b"{}"), dict(request.headers))
+            )
             return await call_next(request)
 
         return app
@@ -175,7 +244,9 @@ class Faults:
         if fault is None:
             return await self.app(scope, receive, send)
         if isinstance(fault, tuple):  # a status with headers, without asking the server
-            return await self.say(send, fault[0], b'{"error": {"message": "made to fail"}}', fault[1])
+            return await self.say(
+                send, fault[0], b'{"error": {"message": "made to fail"}}', fault[1]
+            )
         if fault == "slow":
             await asyncio.sleep(6)
             return await self.app(scope, receive, send)
@@ -185,17 +256,27 @@ class Faults:
                 {
                     "type": "http.response.start",
                     "status": 200,
-                    "headers": [(b"content-type", b"application/json"), (b"content-length", b"%d" % len(body))],
+                    "headers": [
+                        (b"content-type", b"application/json"),
+                        (b"content-length", b"%d" % len(body)),
+                    ],
                 }
             )
-            await send({"type": "http.response.body", "body": body[: len(body) // 2], "more_body": True})
+            await send(
+                {"type": "http.response.body", "body": body[: len(body) // 2], "more_body": True}
+            )
             raise ConnectionError("cut on purpose")
         if callable(fault):
             reply = json.loads(body)
             fault(reply)
             body = json.dumps(reply).encode()
         else:
-            body = {"broken": body[: len(body) // 2], "html": b"<html>busy</html>", "list": b"[]", "nothing": b""}[fault]
+            body = {
+                "broken": body[: len(body) // 2],
+                "html": b"<html>busy</html>",
+                "list": b"[]",
+                "nothing": b"",
+            }[fault]
         await self.say(send, 200, body, {})
 
     async def body_of(self, scope: Any, receive: Any) -> bytes:
@@ -208,7 +289,10 @@ class Faults:
         return b"".join(parts)
 
     async def say(self, send: Any, status: int, body: bytes, headers: dict[str, str]) -> None:
-        listed = [(b"content-type", b"application/json"), *((k.encode(), v.encode()) for k, v in headers.items())]
+        listed = [
+            (b"content-type", b"application/json"),
+            *((k.encode(), v.encode()) for k, v in headers.items()),
+        ]
         await send({"type": "http.response.start", "status": status, "headers": listed})
         await send({"type": "http.response.body", "body": body})
 

@@ -12,7 +12,7 @@ from viz.test_token_lens import Read
 from viz.traces import NASTY, byte_pieces, made
 
 import opdlab as opd
-from opdlab.alignment import one_to_one, spans
+from opdlab.data.alignment import one_to_one, spans
 from opdlab.errors import OpdlabError
 from opdlab.methods import SpanOPD
 from opdlab.tasks.market import tokenizers
@@ -20,7 +20,9 @@ from opdlab.viz import Alignment, payload
 from opdlab.viz.alignment import joints, pieces
 from opdlab.viz.glyphs import visible
 
-side = st.lists(st.sampled_from([b"a", b"ab", b" b", b"", "é".encode(), b"\xc3", b"<b>"]), max_size=8)
+side = st.lists(
+    st.sampled_from([b"a", b"ab", b" b", b"", "é".encode(), b"\xc3", b"<b>"]), max_size=8
+)
 
 
 @given(side, side)
@@ -29,24 +31,35 @@ def test_pieces_cover_both_sides_whatever_they_spell(ours, theirs):
     assert [t for p in found for t in p.ours] == list(range(len(ours) if found else 0))
     assert [t for p in found for t in p.theirs] == list(range(len(theirs) if found else 0))
     for p in found:
-        mine, other = (b"".join(s[t] for t in part) for s, part in ((ours, p.ours), (theirs, p.theirs)))
+        mine, other = (
+            b"".join(s[t] for t in part) for s, part in ((ours, p.ours), (theirs, p.theirs))
+        )
         assert (mine == other and len(mine) == p.size) or not p.matched
     if b"".join(ours) == b"".join(theirs):
-        assert [(p.ours, p.theirs) for p in found] == [(s.ours, s.theirs) for s in spans(ours, theirs)]
+        assert [(p.ours, p.theirs) for p in found] == [
+            (s.ours, s.theirs) for s in spans(ours, theirs)
+        ]
     assert sum(not p.matched for p in found) <= 1
 
 
 def test_what_differs_in_the_middle_is_unmatched():
-    view = Alignment([b"4", b" 7", b" =", b" 85", b" ok"], [b"4", b" ", b"7", b" = ", b"58", b" ok"])
+    view = Alignment(
+        [b"4", b" 7", b" =", b" 85", b" ok"], [b"4", b" ", b"7", b" = ", b"58", b" ok"]
+    )
     assert view.df["kind"].tolist() == ["1:1", "1:2", "unmatched", "1:1"]
     assert view.df["ours"].tolist()[2] == ["·=", "·85"]
     assert view.share == pytest.approx(4 / 6)
-    assert "67 % of the matched bytes in 1:1 spans (2 of 3) · 5 student tokens, 6 teacher tokens · 5 bytes unmatched" in repr(view)
+    assert (
+        "67 % of the matched bytes in 1:1 spans (2 of 3) · 5 student tokens, 6 teacher tokens · 5 bytes unmatched"
+        in repr(view)
+    )
     assert view.html().count("opd-unmatched") > 1
 
 
 def test_joints_join_what_shares_bytes():
-    ends = lambda above, below: [tuple(map(float, m)) for m in re.findall(r"M([\d.]+) 0L([\d.]+) 20", joints(above, below))]
+    ends = lambda above, below: [
+        tuple(map(float, m)) for m in re.findall(r"M([\d.]+) 0L([\d.]+) 20", joints(above, below))
+    ]
     assert ends([b"a"], [b"a"]) == [(50, 50)]
     assert len(ends([b"ab", b"c"], [b"a", b"bc"])) == 3  # ab-a, ab-bc, c-bc
     assert len(ends([b"ab", b""], [b"a", b"b"])) == 2  # what has no bytes is joined to nothing
@@ -54,7 +67,9 @@ def test_joints_join_what_shares_bytes():
 
 def test_two_tokenizers_of_one_text():
     text = "ana has 4 7 apples"
-    view = Alignment.of(text, tokenizers.words(), tokenizers.characters(), names=("words", "letters"))
+    view = Alignment.of(
+        text, tokenizers.words(), tokenizers.characters(), names=("words", "letters")
+    )
     assert b"".join(view.ours) == b"".join(view.theirs) == text.encode()
     assert view.share == one_to_one(spans(view.ours, view.theirs))
     assert "words tokens" in repr(view)
@@ -66,18 +81,26 @@ def test_a_step_of_span_opd_shows_what_each_span_costs():
     view, note = Alignment.of_trace(step.trace(), 1), step.notes["spans"][1]
     assert len(view.df) == len(note["spans"])
     np.testing.assert_allclose(view.df["kl"], note["kl"][: len(view.df)])
-    assert [t for row in view.df["theirs"] for t in row] == [visible(t.encode()) for t in note["teacher"]]
-    np.testing.assert_allclose(payload.unpack(payload.pack(view.data()))["kl"], -view.df["kl"], rtol=1e-3)  # blue: the teacher wants more
+    assert [t for row in view.df["theirs"] for t in row] == [
+        visible(t.encode()) for t in note["teacher"]
+    ]
+    np.testing.assert_allclose(
+        payload.unpack(payload.pack(view.data()))["kl"], -view.df["kl"], rtol=1e-3
+    )  # blue: the teacher wants more
     with pytest.raises(OpdlabError, match=r"notes no spans of completion 9, only of 0, 1, 2"):
         Alignment.of_trace(step.trace(), 9)
 
 
 def test_any_tokens_reach_the_page_as_data_only():
     tokens = [text.encode() for text in NASTY]
-    view = Alignment(tokens, byte_pieces(b"".join(tokens).decode(), 3), title=NASTY[0], names=(NASTY[2], "t"))
+    view = Alignment(
+        tokens, byte_pieces(b"".join(tokens).decode(), 3), title=NASTY[0], names=(NASTY[2], "t")
+    )
     read = Read(view.html(assets=False))
     assert set(read.tags) <= {"div", "span", "script", "svg", "path"}
-    assert [read.data["ours"]["word"][i] for i in read.data["ours"]["at"]] == [payload.word(visible(t)) for t in tokens]
+    assert [read.data["ours"]["word"][i] for i in read.data["ours"]["at"]] == [
+        payload.word(visible(t)) for t in tokens
+    ]
     assert "0 student tokens" in repr(Alignment([], []))
 
 
@@ -90,7 +113,9 @@ def test_a_span_without_end_is_cut_and_counted():
 
 
 def test_what_does_not_fit_is_said():
-    with pytest.raises(OpdlabError, match=r"kl for 3 spans, but the texts have 1\. Give one number a span"):
+    with pytest.raises(
+        OpdlabError, match=r"kl for 3 spans, but the texts have 1\. Give one number a span"
+    ):
         Alignment([b"a"], [b"a"], kl=[1, 2, 3])
     with pytest.raises(OpdlabError, match=r"no spans of completion 0, only of none"):
         Alignment.of_trace(made([b"a"]))

@@ -17,13 +17,29 @@ from opdlab.viz import Audits
 def trace():
     student, teacher, task = opdlab.load("market")
     method = opdlab.OmniOPD(chunks=2, continuations=4, length=3, alpha=0.5, match_length=True)
-    return opdlab.distill(student, teacher, task, method=method, steps=1, batch=6, lr=0, quiet=True).train().last.trace()
+    return (
+        opdlab.distill(student, teacher, task, method=method, steps=1, batch=6, lr=0, quiet=True)
+        .train()
+        .last.trace()
+    )
 
 
 def noted(pieces=("a", "b", "c", "d", "e"), **audit):
-    found = made([p.encode() for p in pieces], ("student", "reference"), plan={"weight": np.ones(len(pieces))})
-    note = {"sample": 0, "start": 1, "length": 2, "text": "bc", "continuations": ["bc", "bd", "bc"], "similarity": [1.0, 0.5, 1.0],
-            "prior": 0.5, "weight": 3.0 / 4.0}  # fmt: skip
+    found = made(
+        [p.encode() for p in pieces],
+        ("student", "reference"),
+        plan={"weight": np.ones(len(pieces))},
+    )
+    note = {
+        "sample": 0,
+        "start": 1,
+        "length": 2,
+        "text": "bc",
+        "continuations": ["bc", "bd", "bc"],
+        "similarity": [1.0, 0.5, 1.0],
+        "prior": 0.5,
+        "weight": 3.0 / 4.0,
+    }
     found.meta["notes"] = {"audits": [note | audit]}
     return found
 
@@ -38,7 +54,10 @@ def test_the_audits_are_those_of_the_step(trace):
     for row in table.to_dict("records"):
         note = next(n for n in notes if (n["sample"], n["start"]) == (row["sample"], row["start"]))
         assert df.position[row["row"]] == note["start"]
-        assert b"".join(trace.tokens()[row["row"] : row["row"] + 3]).decode().replace("<eos>", "") == note["text"]
+        assert (
+            b"".join(trace.tokens()[row["row"] : row["row"] + 3]).decode().replace("<eos>", "")
+            == note["text"]
+        )
         assert row["similarity"] == pytest.approx(math.fsum(note["similarity"]) / 4)
         assert df.weight[row["row"]] == pytest.approx(row["weight"], abs=1e-6)
         assert sum(n for _, n in row["answers"]) == 4
@@ -48,7 +67,9 @@ def test_alpha_is_read_off_the_weights(trace):
     view = Audits(trace)
     assert view.alpha == pytest.approx(0.5, abs=1e-6)
     for a in view.audits.values():
-        assert a["weight"] == pytest.approx((math.fsum(a["similarity"]) + view.alpha * a["prior"]) / (4 + view.alpha))
+        assert a["weight"] == pytest.approx(
+            (math.fsum(a["similarity"]) + view.alpha * a["prior"]) / (4 + view.alpha)
+        )
     assert Audits(noted(weight=0.5)).alpha is None  # prior and weight alike tell nothing
 
 

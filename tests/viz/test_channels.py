@@ -13,7 +13,7 @@ from viz.traces import NASTY, made
 
 import opdlab
 from opdlab.errors import InvalidValue, OpdlabError, UnknownColumn
-from opdlab.rollout import sample
+from opdlab.models.policy import sample
 from opdlab.viz import TokenLens, categories, kept, payload
 from opdlab.viz.channels import ROOM, Channel, channels, fitting
 
@@ -86,7 +86,9 @@ def test_a_column_of_names_is_a_kind_with_a_mark_each():
 
 
 def test_rare_kinds_become_one():
-    found = categories.of_names(Channel, "type", [f"k{i}" for i in range(20) for _ in range(20 - i)])
+    found = categories.of_names(
+        Channel, "type", [f"k{i}" for i in range(20) for _ in range(20 - i)]
+    )
     assert found is not None
     assert len(found.names) == categories.MOST
     assert found.names[-1] == "other"
@@ -103,13 +105,25 @@ def test_codes_of_a_method_are_kinds_and_numbers_are_amounts():
 def test_what_a_user_adds_is_drawn_as_it_is():
     """Flags, numbers with gaps and texts, under any name; nothing is guessed from small integers."""
     trace = made([b"a", b"b", b"c", b"d"]).with_columns(
-        right=[True, False, None, True], clipped=np.array([True, True, False, True]), route=[0, 1, 1, -1], gap=[0.5, math.nan, 2.0, None],
-        weight=torch.tensor([1.0, 2.0, 3.0, 4.0], dtype=torch.bfloat16), nothing=[math.nan] * 4, teacher_says=["no", "no", "yes", None],
-    )  # fmt: skip
+        right=[True, False, None, True],
+        clipped=np.array([True, True, False, True]),
+        route=[0, 1, 1, -1],
+        gap=[0.5, math.nan, 2.0, None],
+        weight=torch.tensor([1.0, 2.0, 3.0, 4.0], dtype=torch.bfloat16),
+        nothing=[math.nan] * 4,
+        teacher_says=["no", "no", "yes", None],
+    )
     found = channels(trace)
     nan = math.nan
-    drawn = {"right": [1, 0, nan, 1], "clipped": [1, 1, 0, 1], "route": [0, 1, 1, -1], "gap": [0.5, nan, 2, nan], "weight": [1, 2, 3, 4],
-             "nothing": [nan] * 4, "teacher_says": [0, 0, 1, nan]}  # fmt: skip
+    drawn = {
+        "right": [1, 0, nan, 1],
+        "clipped": [1, 1, 0, 1],
+        "route": [0, 1, 1, -1],
+        "gap": [0.5, nan, 2, nan],
+        "weight": [1, 2, 3, 4],
+        "nothing": [nan] * 4,
+        "teacher_says": [0, 0, 1, nan],
+    }
     for name, values in drawn.items():
         np.testing.assert_array_equal(found[name].values, values)
         lens = TokenLens(trace, channel=name)
@@ -118,17 +132,33 @@ def test_what_a_user_adds_is_drawn_as_it_is():
         assert lens.html()
     assert found["right"].names == found["clipped"].names == ("no", "yes")
     assert "2 yes 50 %" in repr(TokenLens(trace, channel="right"))
-    assert (found["route"].kind, found["gap"].kind, found["teacher_says"].names) == ("signed", "amount", ("no", "yes"))
+    assert (found["route"].kind, found["gap"].kind, found["teacher_says"].names) == (
+        "signed",
+        "amount",
+        ("no", "yes"),
+    )
     assert "Largest nothing: none" in repr(TokenLens(trace, channel="nothing"))
 
 
-@pytest.mark.parametrize(("values", "words"), [
-    ([1.0], r"got 1 values for 'x', and the trace has 2 rows"), ("ab", "is no column"), (3.0, "is no column"), (None, "is no column"),
-    (np.array([1j, 2j]), "a table cannot hold"), ([object(), object()], "a table cannot hold"), ({"a": 1, "b": 2}, "is no column"),
-    (torch.tensor(1.0), "is no column"), ([1, "a"], "a table cannot hold"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("values", "words"),
+    [
+        ([1.0], r"got 1 values for 'x', and the trace has 2 rows"),
+        ("ab", "is no column"),
+        (3.0, "is no column"),
+        (None, "is no column"),
+        (np.array([1j, 2j]), "a table cannot hold"),
+        ([object(), object()], "a table cannot hold"),
+        ({"a": 1, "b": 2}, "is no column"),
+        (torch.tensor(1.0), "is no column"),
+        ([1, "a"], "a table cannot hold"),
+    ],
+)
 def test_what_is_no_column_is_refused(values, words):
-    with pytest.raises(InvalidValue, match=rf"with_columns got .*{words}.*Give a list, an array or a tensor of 2|{words}"):
+    with pytest.raises(
+        InvalidValue,
+        match=rf"with_columns got .*{words}.*Give a list, an array or a tensor of 2|{words}",
+    ):
         made([b"a", b"b"]).with_columns(x=values)
 
 
@@ -141,7 +171,9 @@ def test_marks_tell_any_names_apart(names):
 
 def test_a_long_text_carries_what_its_page_has_room_for():
     rng, n = np.random.default_rng(0), 10_000
-    trace = made([f" w{i}".encode() for i in rng.integers(0, 60, n)], top=4).with_columns(share=rng.random(n))
+    trace = made([f" w{i}".encode() for i in rng.integers(0, 60, n)], top=4).with_columns(
+        share=rng.random(n)
+    )
     assert len(payload.pack(TokenLens(trace).data())) <= ROOM + 4000 <= 90_000  # 120 kB as base64
     lens = TokenLens(trace, tracks=["jsd"])
     data = lens.data()
@@ -149,9 +181,16 @@ def test_a_long_text_carries_what_its_page_has_room_for():
     assert have[:2] == ["log_ratio", "reverse_kl"]
     assert "jsd" in have
     assert len(payload.pack(data)) <= ROOM + 12_000  # a channel asked for may go beyond
-    assert set(data["left"]) == {c.label for key, c in lens.channels.items() if key not in have} != set()
+    assert (
+        set(data["left"])
+        == {c.label for key, c in lens.channels.items() if key not in have}
+        != set()
+    )
     jsd = next(c for c in payload.unpack(payload.pack(data))["channels"] if c["key"] == "jsd")
-    assert np.abs(np.sqrt(jsd["values"]) - np.sqrt(lens.channels["jsd"].values)).max() < np.sqrt(jsd["limit"]) / 16
+    assert (
+        np.abs(np.sqrt(jsd["values"]) - np.sqrt(lens.channels["jsd"].values)).max()
+        < np.sqrt(jsd["limit"]) / 16
+    )
 
 
 def test_a_longer_text_has_more_room():

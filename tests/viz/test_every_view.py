@@ -18,7 +18,9 @@ def test_a_view_keeps_its_promises(name):
     kind = name.split()[0]
     assert type(view).__name__ == kind
     assert kind in repr(view).splitlines()[0]
-    assert set(repr(view)) & set(BARS if name != "TokenLens" else "1")  # a sparkline; of kinds, which that lens shows, in numbers
+    assert set(repr(view)) & set(
+        BARS if name != "TokenLens" else "1"
+    )  # a sparkline; of kinds, which that lens shows, in numbers
     bundle = view._repr_mimebundle_()
     assert set(bundle) == {"text/html", "text/plain"}
     assert "<script>" not in view.static()

@@ -15,13 +15,23 @@ from opdlab.viz import Forks
 @pytest.fixture(scope="module")
 def step():
     student, teacher, task = opdlab.load("market")
-    run = opdlab.distill(student, teacher, task, method=opdlab.TOPD(window=6), steps=1, batch=16, lr=0, quiet=True).train()
+    run = opdlab.distill(
+        student, teacher, task, method=opdlab.TOPD(window=6), steps=1, batch=16, lr=0, quiet=True
+    ).train()
     return run.last
 
 
 def noted(pieces=("a", "b", "c", "d"), **window):
     trace = made([p.encode() for p in pieces])
-    note = {"sample": 0, "position": 1, "student": [1, 2], "teacher": [2, 2], "distance": 0.5, "kept": True, "plan": [[0.5, 0], [0, 0.5]]}
+    note = {
+        "sample": 0,
+        "position": 1,
+        "student": [1, 2],
+        "teacher": [2, 2],
+        "distance": 0.5,
+        "kept": True,
+        "plan": [[0.5, 0], [0, 0.5]],
+    }
     trace.meta["notes"] = {"windows": [note | window], "topd": {"threshold": 0.2}}
     return trace
 
@@ -34,7 +44,9 @@ def test_the_windows_and_verdicts_are_those_of_the_step(step):
     assert (df.verdict == "real fork").tolist() == (trace.column("divergent") > 0).tolist()
     assert view.table.verdict.nunique() == 2
     first = view.table.iloc[0]
-    note = next(n for n in notes if (n["sample"], n["position"]) == (first["sample"], first["position"]))
+    note = next(
+        n for n in notes if (n["sample"], n["position"]) == (first["sample"], first["position"])
+    )
     own = step.rollout.ids[first["sample"], first["position"] : first["position"] + 6].tolist()
     assert note["student"] == own
     assert first["student"] == b"".join(trace.piece(i) for i in own).decode()
@@ -56,26 +68,44 @@ def test_new_windows_are_what_the_policies_write(step):
     row, other = view.selected, 2
     point = (int(view.df["sample"][row]), int(view.df["position"][row]))
     got = view.at(row)
-    assert got["teacher"] == windows.write(policies["teacher"], step.rollout, [point], 6)[0] == known.windows[row]["teacher"]
+    assert (
+        got["teacher"]
+        == windows.write(policies["teacher"], step.rollout, [point], 6)[0]
+        == known.windows[row]["teacher"]
+    )
     assert got["student"] == windows.write(policies["student"], step.rollout, [point], 6)[0]
-    distance, plan = windows.solve(windows.costs([got["student"]], [got["teacher"]], "student", policies))
+    distance, plan = windows.solve(
+        windows.costs([got["student"]], [got["teacher"]], "student", policies)
+    )
     assert got["distance"] == pytest.approx(float(distance[0]))
     np.testing.assert_allclose(got["plan"], plan[0])
     assert len(view.table) == len(known.table)
     drawn = view.answer({"do": "windows", "row": other})
     assert len(view.table) == len(known.table) + 1
-    assert (drawn["row"], len(drawn["student"]), len(drawn["same"]), len(drawn["plan"])) == (other, 6, 6, 6)
+    assert (drawn["row"], len(drawn["student"]), len(drawn["same"]), len(drawn["plan"])) == (
+        other,
+        6,
+        6,
+        6,
+    )
     assert drawn["same"][0][0] == (drawn["student"][0] == drawn["teacher"][0])
 
 
 def test_either_side_goes_on_to_the_end(step):
     policies = {name: step.policies[name] for name in ("student", "teacher")}
-    bare, exact = Forks(step.trace(), policies), Forks(step.trace(), policies, prompts=step.rollout.prompts)
+    bare, exact = (
+        Forks(step.trace(), policies),
+        Forks(step.trace(), policies, prompts=step.rollout.prompts),
+    )
     row = exact.selected
     sample, position = int(exact.df["sample"][row]), int(exact.df["position"][row])
     text = exact.answer({"do": "go", "side": "teacher", "row": row})["text"]
     prefix, prompt = step.rollout.ids[sample, :position].tolist(), step.rollout.prompts[sample]
-    want = policies["teacher"].sample([prompt], prefixes=[prefix], temperature=0, max_new_tokens=24).texts[0]
+    want = (
+        policies["teacher"]
+        .sample([prompt], prefixes=[prefix], temperature=0, max_new_tokens=24)
+        .texts[0]
+    )
     assert text.removesuffix("<eos>").split() == want.split()
     assert bare.goes_on(row, "teacher") == text  # the market's prompts are chats of one message
     assert exact.goes_on(row, "student", tokens=2).count(" ") == 2
@@ -103,7 +133,9 @@ def test_markup_is_inert():
 
 
 def test_what_is_not_there_is_named(step):
-    with pytest.raises(OpdlabError, match=r"no windows. Take step.trace\(\) of a run with TOPD, or hand in"):
+    with pytest.raises(
+        OpdlabError, match=r"no windows. Take step.trace\(\) of a run with TOPD, or hand in"
+    ):
         Forks(made([b"a"]))
     with pytest.raises(OpdlabError, match="no policies were handed in"):
         Forks(noted()).at(1)

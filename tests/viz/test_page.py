@@ -20,13 +20,27 @@ from opdlab.viz import TokenLens, curves, embed, page, payload
 def history(steps: int = 40) -> pd.DataFrame:
     step = np.arange(1, steps + 1)
     accuracy = np.where(step % 10 == 0, step / steps, np.nan)
-    return pd.DataFrame({"step": step, "loss": 1 / step, "reverse_kl": 1 / step, "reward": step / steps, "accuracy": accuracy, "lr": 1e-3})
+    return pd.DataFrame(
+        {
+            "step": step,
+            "loss": 1 / step,
+            "reverse_kl": 1 / step,
+            "reward": step / steps,
+            "accuracy": accuracy,
+            "lr": 1e-3,
+        }
+    )
 
 
 def test_curves_draw_what_the_history_has():
     figure = curves(history())
     assert type(figure) is go.Figure
-    assert [note.text for note in figure.layout.annotations] == ["loss", "reverse KL, nats", "reward", "accuracy, greedy"]
+    assert [note.text for note in figure.layout.annotations] == [
+        "loss",
+        "reverse KL, nats",
+        "reward",
+        "accuracy, greedy",
+    ]
     assert figure.layout.template == pio.templates["opdlab"]
     raw, mean, *_ = figure.data
     np.testing.assert_allclose(raw.y, history()["loss"])
@@ -57,8 +71,14 @@ def test_template_suits_light_and_dark():
 def test_page_stands_alone(tmp_path):
     lens = TokenLens(made([b"a", b" b"]))
     figure = go.Figure(go.Scatter(y=[1, 2], name="</script><script>x()</script>"))
-    path = page(tmp_path / "deep" / "run.html", title="A <b>run</b>", summary=[("accuracy", 0.35, "85 %", None)], figures=[figure, figure],
-                lenses=[("before", lens), ("after", lens)], note="One.\n\nTwo <i>x</i>.")  # fmt: skip
+    path = page(
+        tmp_path / "deep" / "run.html",
+        title="A <b>run</b>",
+        summary=[("accuracy", 0.35, "85 %", None)],
+        figures=[figure, figure],
+        lenses=[("before", lens), ("after", lens)],
+        note="One.\n\nTwo <i>x</i>.",
+    )
     text = path.read_text(encoding="utf-8")
     assert "<title>A &lt;b&gt;run&lt;/b&gt;</title>" in text
     assert "<p>Two &lt;i&gt;x&lt;/i&gt;.</p>" in text
@@ -67,7 +87,10 @@ def test_page_stands_alone(tmp_path):
     assert text.count("plotly.js v") == 1
     assert text.count("export default") == 1
     assert "</script><script>x()" not in text
-    assert not re.search(r"<(?:script|img|link|iframe)[^>]+(?:src|href)=", re.sub(r"<script>.*?</script>", "", text, flags=re.DOTALL))
+    assert not re.search(
+        r"<(?:script|img|link|iframe)[^>]+(?:src|href)=",
+        re.sub(r"<script>.*?</script>", "", text, flags=re.DOTALL),
+    )
 
 
 def test_page_without_figures_is_small(tmp_path):
@@ -75,17 +98,29 @@ def test_page_without_figures_is_small(tmp_path):
 
 
 def test_lenses_of_a_page_share_their_scale(tmp_path):
-    small, large = (made([b"a", b"b"]).with_columns(student_logp=[0.0, 0.0], teacher_logp=[-gap, -gap]) for gap in (1.0, 4.0))
-    text = page(tmp_path / "p.html", title="t", lenses=[("", TokenLens(small)), ("", TokenLens(large))]).read_text("utf-8")
+    small, large = (
+        made([b"a", b"b"]).with_columns(student_logp=[0.0, 0.0], teacher_logp=[-gap, -gap])
+        for gap in (1.0, 4.0)
+    )
+    text = page(
+        tmp_path / "p.html", title="t", lenses=[("", TokenLens(small)), ("", TokenLens(large))]
+    ).read_text("utf-8")
     blocks = [json.loads(b)["packed"] for b in re.findall(r'class="opd-data">(.*?)</script>', text)]
-    assert [payload.unpack(base64.b64decode(b))["channels"][0]["limit"] for b in blocks] == [4.0, 4.0]
+    assert [payload.unpack(base64.b64decode(b))["channels"][0]["limit"] for b in blocks] == [
+        4.0,
+        4.0,
+    ]
 
 
 @pytest.mark.parametrize("text", NASTY)
 def test_captions_and_cells_are_text(tmp_path, text):
-    html = page(tmp_path / "p.html", title=text, note=text, summary=[(text, text)], lenses=[(text, TokenLens(made([b"a"])))]).read_text(
-        "utf-8"
-    )
+    html = page(
+        tmp_path / "p.html",
+        title=text,
+        note=text,
+        summary=[(text, text)],
+        lenses=[(text, TokenLens(made([b"a"])))],
+    ).read_text("utf-8")
     assert "<img" not in html
     assert html.count("<script") == 2  # the data of the lens and the module
 

@@ -12,9 +12,16 @@ import opdlab
 from opdlab.viz import TokenLens, payload
 
 plain = st.recursive(
-    st.none() | st.booleans() | st.integers(-(2**40), 2**40) | st.floats(allow_nan=False, allow_infinity=False) | st.text(),
-    lambda inner: st.lists(inner, max_size=4) | st.dictionaries(st.text(max_size=5), inner, max_size=4), max_leaves=12,
-)  # fmt: skip
+    st.none()
+    | st.booleans()
+    | st.integers(-(2**40), 2**40)
+    | st.floats(allow_nan=False, allow_infinity=False)
+    | st.text(),
+    lambda inner: (
+        st.lists(inner, max_size=4) | st.dictionaries(st.text(max_size=5), inner, max_size=4)
+    ),
+    max_leaves=12,
+)
 
 
 def clean(data):
@@ -26,9 +33,17 @@ def clean(data):
     return {clean(k): clean(v) for k, v in data.items()} if isinstance(data, dict) else data
 
 
-@given(plain, st.lists(st.integers(-(2**31), 2**31), max_size=9), st.lists(st.floats(width=32), max_size=9))
+@given(
+    plain,
+    st.lists(st.integers(-(2**31), 2**31), max_size=9),
+    st.lists(st.floats(width=32), max_size=9),
+)
 def test_any_tree_with_arrays_reads_back(tree, whole, real):
-    arrays = {"whole": np.array(whole, np.int64), "real": np.array(real, np.float64), "deep": [{"x": np.array([True, False])}]}
+    arrays = {
+        "whole": np.array(whole, np.int64),
+        "real": np.array(real, np.float64),
+        "deep": [{"x": np.array([True, False])}],
+    }
     back = payload.unpack(payload.pack({"tree": tree, **arrays}))
     assert back["tree"] == clean(tree)
     np.testing.assert_array_equal(back["whole"], whole)
@@ -37,11 +52,18 @@ def test_any_tree_with_arrays_reads_back(tree, whole, real):
 
 
 def test_integers_take_the_fewest_bytes():
-    kinds = [payload._stored(np.array(x))[0] for x in ([0, 255], [-1, 5], [256], [-200], [2**31], [-(2**31)], [2**40])]
+    kinds = [
+        payload._stored(np.array(x))[0]
+        for x in ([0, 255], [-1, 5], [256], [-200], [2**31], [-(2**31)], [2**40])
+    ]
     assert kinds == ["u1", "i1", "u2", "i2", "u4", "i4", "f8"]
 
 
-@given(st.lists(st.floats(-1e4, 1e4) | st.sampled_from([np.nan, np.inf, -np.inf]), min_size=1, max_size=30))
+@given(
+    st.lists(
+        st.floats(-1e4, 1e4) | st.sampled_from([np.nan, np.inf, -np.inf]), min_size=1, max_size=30
+    )
+)
 def test_numbers_of_long_texts_keep_what_the_colour_shows(values):
     x = np.resize(np.array(values), payload.LONG + 1)
     back = payload.unpack(payload.pack({"x": payload.numbers(x)}))["x"]
@@ -52,9 +74,13 @@ def test_numbers_of_long_texts_keep_what_the_colour_shows(values):
     assert np.all(np.abs(root(back[~odd]) - root(x[~odd])) <= np.sqrt(top) / 252 * 1.001)
 
 
-@pytest.mark.parametrize(("values", "rel"), [([1.2345, -67.89, 0.00123], 5e-4), ([1e6, 2.5], 1e-7), ([1e-6, 3e-7], 1e-6)])
+@pytest.mark.parametrize(
+    ("values", "rel"), [([1.2345, -67.89, 0.00123], 5e-4), ([1e6, 2.5], 1e-7), ([1e-6, 3e-7], 1e-6)]
+)
 def test_numbers_of_short_texts_keep_three_digits(values, rel):
-    assert payload.unpack(payload.pack({"x": payload.numbers(values)}))["x"] == pytest.approx(values, rel=rel)
+    assert payload.unpack(payload.pack({"x": payload.numbers(values)}))["x"] == pytest.approx(
+        values, rel=rel
+    )
 
 
 def test_text_holds_every_distinct_token_once_and_says_where_completions_begin():
@@ -64,7 +90,9 @@ def test_text_holds_every_distinct_token_once_and_says_where_completions_begin()
     assert text["index"].tolist() == [0, 1, 0, 0]
     assert text["glyph"] == ["a", " b"]
     assert text["word"] == [None, None]
-    assert [(t["sample"], t["first"], t["size"], t["prompt"], t["finish"]) for t in text["texts"]] == [
+    assert [
+        (t["sample"], t["first"], t["size"], t["prompt"], t["finish"]) for t in text["texts"]
+    ] == [
         (0, 0, 2, "p", "stop"),
         (2, 2, 2, "r", "length"),
     ]
@@ -84,7 +112,9 @@ def test_noise_takes_hardly_more_than_its_entropy_and_text_less():
     bits = sum(10_000 * np.log2(int(high)) for high in noise)
     assert len(payload.pack({"said": "the same again, " * 500, **noise})) < 1.05 * bits / 8
     same = {str(i): noise["128"] for i in range(10)}
-    assert len(payload.pack(same)) < 1.2 * len(payload.pack({"0": noise["128"]}))  # what repeats is still sent once
+    assert len(payload.pack(same)) < 1.2 * len(
+        payload.pack({"0": noise["128"]})
+    )  # what repeats is still sent once
 
 
 def test_ten_thousand_tokens_fit_the_budget():
@@ -97,7 +127,9 @@ def test_ten_thousand_real_tokens_fit_the_budget_with_every_channel():
     rollout = student.sample(task.prompts(470), max_new_tokens=task.max_new_tokens, seed=0)
     trace = opdlab.score(rollout, student, teacher)
     n = len(trace)
-    data = TokenLens(trace.with_columns(sample=np.zeros(n, int), position=np.arange(n))).data()  # as one completion
+    data = TokenLens(
+        trace.with_columns(sample=np.zeros(n, int), position=np.arange(n))
+    ).data()  # as one completion
     assert n >= 10_000
     assert data["left"] == []
     assert len(payload.base64_of(payload.pack(data))) <= 120_000

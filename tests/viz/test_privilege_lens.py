@@ -18,13 +18,21 @@ POLICIES = ("student", "teacher", "teacher+hint", "teacher+wrong")
 def market():
     """(trace, diagnosis) of the shipped student's texts in the variant with secrets."""
     student, teacher, task = opdlab.load("market", secret=True)
-    prompts, wrong = task.prompts(8, split="test"), opdlab.tasks.market(secret=True, wrong=True).prompts(8, split="test")
+    prompts, wrong = (
+        task.prompts(8, split="test"),
+        opdlab.tasks.market(secret=True, wrong=True).prompts(8, split="test"),
+    )
     other = {prompt.id: prompt.hint for prompt in wrong}
     rollout = student.sample(prompts, max_new_tokens=task.max_new_tokens)
-    told = {"teacher+hint": teacher.seeing(), "teacher+wrong": teacher.seeing(lambda prompt: prompt.told(other[prompt.id]))}
+    told = {
+        "teacher+hint": teacher.seeing(),
+        "teacher+wrong": teacher.seeing(lambda prompt: prompt.with_context(other[prompt.id])),
+    }
     trace = opdlab.score(rollout, student, teacher, **told)
     types = [kind for row in task.token_types(rollout, student.tokenizer) for kind in row]
-    return trace.with_columns(type=types), privilege(student, teacher, task, rollout=rollout, controls=False)
+    return trace.with_columns(type=types), privilege(
+        student, teacher, task, rollout=rollout, controls=False
+    )
 
 
 def test_the_split_is_that_of_the_diagnosis(market):
@@ -54,7 +62,9 @@ def test_flags_follow_what_counts_as_undecided():
     df = lens.df
     np.testing.assert_allclose(df.gap, df.information_teacher + df.capability_bare)
     np.testing.assert_allclose(df.information_wrong, df["teacher+wrong_logp"] - df.teacher_logp)
-    outweighs = (df.information_teacher.abs() > df.capability_bare.abs()) & (df.information_teacher.abs() > 0.1)
+    outweighs = (df.information_teacher.abs() > df.capability_bare.abs()) & (
+        df.information_teacher.abs() > 0.1
+    )
     for level in (0.0, 1.0, 9.0):
         lens.undecided = level
         assert lens.df.leak.tolist() == (outweighs & (df.teacher_entropy > level)).tolist()
@@ -71,7 +81,9 @@ def test_without_entropies_nothing_is_flagged_and_it_says_so():
 
 
 def test_a_token_that_all_rule_out_has_no_split():
-    trace = made([b"a", b"b"], POLICIES).with_columns(teacher_logp=[-np.inf, -1.0], **{"teacher+hint_logp": [-np.inf, -2.0]})
+    trace = made([b"a", b"b"], POLICIES).with_columns(
+        teacher_logp=[-np.inf, -1.0], **{"teacher+hint_logp": [-np.inf, -2.0]}
+    )
     lens = PrivilegeLens(trace)
     assert lens.df.information_teacher.isna().tolist() == [True, False]
     assert "nan" not in repr(lens)
@@ -82,16 +94,26 @@ def test_plain_text_and_markup_carry_the_message(market):
     lens = PrivilegeLens(market[0], wrong="teacher+wrong", title="One")
     lines = repr(lens).splitlines()
     assert lines[0].startswith("PrivilegeLens: One, 33 tokens. Gap −")
-    assert [line.split("  ")[0] for line in lines[1:]] == ["gap", "information", "capability", "wrong hint"]
+    assert [line.split("  ")[0] for line in lines[1:]] == [
+        "gap",
+        "information",
+        "capability",
+        "wrong hint",
+    ]
     assert "<th>secret</th>" in lens.static()
-    nasty = PrivilegeLens(made(list(map(str.encode, NASTY)), POLICIES, prompt=NASTY[0]), title=NASTY[2]).static()
+    nasty = PrivilegeLens(
+        made(list(map(str.encode, NASTY)), POLICIES, prompt=NASTY[0]), title=NASTY[2]
+    ).static()
     assert "<img" not in nasty
     assert "<script" not in nasty
 
 
 def test_what_is_not_there_is_named():
     trace = made([b"a"], ("student", "teacher"))
-    with pytest.raises(MissingPolicy, match=r"no policy 'teacher\+hint'; it has student, teacher. Make it with opdlab.score"):
+    with pytest.raises(
+        MissingPolicy,
+        match=r"no policy 'teacher\+hint'; it has student, teacher. Make it with opdlab.score",
+    ):
         PrivilegeLens(trace)
     with pytest.raises(OpdlabError, match="The trace has no completion 4; it has 1"):
         PrivilegeLens(made([b"a"], POLICIES), sample=4)

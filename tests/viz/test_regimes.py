@@ -18,14 +18,19 @@ from opdlab.viz.sorts import sorts
 
 
 def trace(n=40, **columns):
-    found = made([f"t{i % 9}".encode() for i in range(n)], plan={k: v for k, v in columns.items() if k not in ("share", "type")})
+    found = made(
+        [f"t{i % 9}".encode() for i in range(n)],
+        plan={k: v for k, v in columns.items() if k not in ("share", "type")},
+    )
     return found.with_columns(**{k: v for k, v in columns.items() if k in ("share", "type")})
 
 
 @pytest.fixture(scope="module")
 def dopd():
     student, teacher, task = opdlab.load("market")
-    run = opdlab.distill(student, teacher, task, method=opdlab.DOPD(), steps=1, batch=8, quiet=True).train()
+    run = opdlab.distill(
+        student, teacher, task, method=opdlab.DOPD(), steps=1, batch=8, quiet=True
+    ).train()
     return run.last.trace()
 
 
@@ -42,7 +47,10 @@ def test_the_quadrants_of_gap_and_confidence_are_the_routes_of_dopd(dopd):
 
 def test_axes_are_the_numbers_of_the_trace():
     scored = trace(advantage=np.linspace(-1, 1, 40))
-    found, p = axes(scored), {name: np.exp(scored.column(f"{name}_logp")) for name in scored.policies}
+    found, p = (
+        axes(scored),
+        {name: np.exp(scored.column(f"{name}_logp")) for name in scored.policies},
+    )
     np.testing.assert_allclose(found["log_ratio"].values, np.log(p["teacher"] / p["student"]))
     np.testing.assert_allclose(found["gap"].values, abs(np.log(p["teacher"] / p["student"])))
     np.testing.assert_allclose(found["confidence"].values, p["student"] + p["teacher"])
@@ -68,17 +76,27 @@ def test_places_keep_order_and_ends(scale):
 def test_shares_add_up_and_what_has_no_value_counts_nowhere():
     share = np.arange(40.0) / np.arange(40).sum()
     distance = np.where(np.arange(40) % 4 == 0, np.arange(40) / 40, np.nan)
-    view = Regimes(trace(window_distance=distance, share=share), x="window_distance", thresholds={"window_distance": 0.5, "confidence": 0})
+    view = Regimes(
+        trace(window_distance=distance, share=share),
+        x="window_distance",
+        thresholds={"window_distance": 0.5, "confidence": 0},
+    )
     table, have = view.quadrants, ~np.isnan(distance)
     kl = view.trace.column("teacher_reverse_kl")
     assert table["tokens"].tolist() == [5, 5, 0, 0]  # 20 of 40 is 0.5, which is high
-    assert table["of kl"]["high x, high y"] == pytest.approx(100 * kl[have & (distance >= 0.5)].sum() / kl[have].sum())
-    assert table["of gradient"]["low x, high y"] == pytest.approx(100 * share[have & (distance < 0.5)].sum() / share[have].sum())
+    assert table["of kl"]["high x, high y"] == pytest.approx(
+        100 * kl[have & (distance >= 0.5)].sum() / kl[have].sum()
+    )
+    assert table["of gradient"]["low x, high y"] == pytest.approx(
+        100 * share[have & (distance < 0.5)].sum() / share[have].sum()
+    )
     assert (view.df["quadrant"] == "").sum() == 30
 
 
 def test_infinite_gaps_are_high_or_low():
-    view = Regimes(made([b"a", b"b"]).with_columns(student_logp=[0.0, -1.0], teacher_logp=[-np.inf, 0.0]))
+    view = Regimes(
+        made([b"a", b"b"]).with_columns(student_logp=[0.0, -1.0], teacher_logp=[-np.inf, 0.0])
+    )
     assert view.df["quadrant"].str.split(",").str[0].tolist() == ["low x", "high x"]
 
 
@@ -94,23 +112,43 @@ def test_lines_regions_and_hidden_groups_pick_rows():
     assert view.quadrants["tokens"].filter(like="high x").sum() == 0
 
 
-CODES = {"gated": np.arange(40) % 2, "audited": (np.arange(40) % 3 == 0).astype(float), "divergent": np.arange(40) % 4 // 3,
-         "route": np.arange(40) % 4, "mine": np.arange(40) % 5 - 1}  # fmt: skip
+CODES = {
+    "gated": np.arange(40) % 2,
+    "audited": (np.arange(40) % 3 == 0).astype(float),
+    "divergent": np.arange(40) % 4 // 3,
+    "route": np.arange(40) % 4,
+    "mine": np.arange(40) % 5 - 1,
+}
 
 
 def test_groups_are_named_as_the_methods_mean_them():
     tried = np.where(np.arange(40) % 2, 0.5, np.nan)
     planned = trace(**CODES, window_distance=tried, type=["skill"] * 30 + ["copy"] * 8 + [None] * 2)
     found = sorts(by_method(planned, opdlab.TOPD()))
-    assert list(found) == ["route", "divergent", "audited", "gated", "type", "mine"]  # window_distance is an amount
+    assert list(found) == [
+        "route",
+        "divergent",
+        "audited",
+        "gated",
+        "type",
+        "mine",
+    ]  # window_distance is an amount
     assert found["divergent"].names == ["no candidate", "false alarm", "real fork"]
     assert np.bincount(found["divergent"].index).tolist() == [20, 10, 10]
     assert found["type"].names == ["skill", "copy", "none"]
     assert found["mine"].names == ["-1", "0", "1", "2", "3"]
-    assert sorts(by_method(planned, opdlab.EOPD()))["gated"].names == ["reverse KL alone", "gated: forward KL too"]
+    assert sorts(by_method(planned, opdlab.EOPD()))["gated"].names == [
+        "reverse KL alone",
+        "gated: forward KL too",
+    ]
     assert sorts(by_method(planned, opdlab.OmniOPD()))["audited"].names == ["anchored", "audited"]
     routes = sorts(by_method(planned, opdlab.DOPD()))["route"]
-    assert routes.names == ["LH agree, sure", "LL agree, unsure", "HT teacher leads", "HS student leads"]
+    assert routes.names == [
+        "LH agree, sure",
+        "LL agree, unsure",
+        "HT teacher leads",
+        "HS student leads",
+    ]
     assert routes.hues == ["amount", "minus", "teacher", "student"]
 
 
@@ -128,9 +166,19 @@ def test_a_name_alone_means_nothing():
     topd = opdlab.TOPD()
     vars(topd)["plan"] = lambda batch: {}
     unmarked = trace(**CODES, gap=np.arange(40.0))
-    added = made([f"t{i % 9}".encode() for i in range(40)]).with_columns(**CODES, gap=np.arange(40.0))
-    for found in (unmarked, added, *(by_method(unmarked, method) for method in (mine, DOPD(), topd))):
-        found.meta["notes"] = {"thresholds": {"gap": 7.0, "log_ratio": 5.0}, "windows": "mine", "audits": [{"sample": 0}]}
+    added = made([f"t{i % 9}".encode() for i in range(40)]).with_columns(
+        **CODES, gap=np.arange(40.0)
+    )
+    for found in (
+        unmarked,
+        added,
+        *(by_method(unmarked, method) for method in (mine, DOPD(), topd)),
+    ):
+        found.meta["notes"] = {
+            "thresholds": {"gap": 7.0, "log_ratio": 5.0},
+            "windows": "mine",
+            "audits": [{"sample": 0}],
+        }
         for name, sort in sorts(found).items():
             assert sort.names == [f"{int(value)}" for value in sorted(set(CODES[name].tolist()))]
             assert not any(sort.hues)
@@ -141,14 +189,21 @@ def test_a_name_alone_means_nothing():
             assert not channel.formula
         assert axes(found)["gap"].label == "gap"
         assert axes(found)["log_ratio"].start == 0.0
-        assert [type(view).__name__ for _, view in overview(found)] == ["TokenLens", "Timeline", "Regimes", "TailAudit"]
+        assert [type(view).__name__ for _, view in overview(found)] == [
+            "TokenLens",
+            "Timeline",
+            "Regimes",
+            "TailAudit",
+        ]
     words = [f"HT {i % 3}" for i in range(40)]
     assert not any(sorts(by_method(trace(route=np.array(words)), mine))["route"].hues)
 
 
 def test_an_old_trace_of_dopd_is_still_known_by_its_gap(dopd):
     """Traces that were written before there was a mark."""
-    old = opdlab.Trace(dopd.table, {key: value for key, value in dopd.meta.items() if key != "method"})
+    old = opdlab.Trace(
+        dopd.table, {key: value for key, value in dopd.meta.items() if key != "method"}
+    )
     assert sorts(old)["route"].hues == sorts(dopd)["route"].hues
     assert any(sorts(old)["route"].hues)
     other = old.with_columns(gap=old.column("gap") + 1)
@@ -158,7 +213,9 @@ def test_an_old_trace_of_dopd_is_still_known_by_its_gap(dopd):
 def test_plain_text_and_markup_carry_the_message():
     view = Regimes(made(list(map(str.encode, NASTY)), prompt=NASTY[0]), title=NASTY[2])
     text, html = repr(view), view.static()
-    assert text.splitlines()[0].endswith(f"by log_ratio and confidence, lines at 0 and {view.thresholds['confidence']:.3g}")
+    assert text.splitlines()[0].endswith(
+        f"by log_ratio and confidence, lines at 0 and {view.thresholds['confidence']:.3g}"
+    )
     assert text.splitlines()[1].endswith(" log ratio along the tokens")
     assert [line[:14].strip() for line in text.splitlines()[2:]] == list(QUADRANTS)
     assert f"{view.quadrants['of kl'].iloc[0]:.3g} % of KL" in html
@@ -174,18 +231,29 @@ def test_what_is_not_there_is_named():
     with pytest.raises(UnknownColumn, match=r"by 'type'. There is nothing"):
         Regimes(trace(), by="type")
     with pytest.raises(OpdlabError, match="no numbers to draw"):
-        Regimes(opdlab.Trace(trace().table.select(["sample", "position", "token_id"]), trace().meta | {"policies": ["student"]}))
+        Regimes(
+            opdlab.Trace(
+                trace().table.select(["sample", "position", "token_id"]),
+                trace().meta | {"policies": ["student"]},
+            )
+        )
 
 
 def test_a_student_alone_has_two_axes_and_infinities_lie_at_the_ends():
     alone = Regimes(made([b"a", b"b"], ("student",)).with_columns(loss=[1.0, 2.0]))
     assert {alone.x, alone.y} == {"student_entropy", "loss"}
-    view = Regimes(made([b"a", b"b", b"c"]).with_columns(
-        student_logp=[0.0, -1.0, -1.0], teacher_logp=[-np.inf, 0.0, -1.5], teacher_reverse_kl=[np.inf, 1.0, 2.0],
-    ))  # fmt: skip
+    view = Regimes(
+        made([b"a", b"b", b"c"]).with_columns(
+            student_logp=[0.0, -1.0, -1.0],
+            teacher_logp=[-np.inf, 0.0, -1.5],
+            teacher_reverse_kl=[np.inf, 1.0, 2.0],
+        )
+    )
     low, high = view.axes["log_ratio"].ends
     view.region = [low, 0.0, 0.0, 2.0]
     assert view.picked.index.tolist() == [0, 2]
-    assert sorted(view.quadrants["of kl"]) == pytest.approx([0, 20, 40, 40])  # an infinite one counts as the largest finite
+    assert sorted(view.quadrants["of kl"]) == pytest.approx(
+        [0, 20, 40, 40]
+    )  # an infinite one counts as the largest finite
     view.region = [low + 0.1, high, 0.0, 2.0]
     assert view.picked.index.tolist() == [1]

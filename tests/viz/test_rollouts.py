@@ -17,19 +17,28 @@ WORDS = [b"a", b" b", b" c", b" d"]
 def one(gap, prompt="What?", finish="stop"):
     gap = np.array(gap, float)
     kl = np.array([0.0 if np.isinf(g) else abs(g) / 2 for g in gap])
-    return made(WORDS, prompt=prompt, finish=finish).with_columns(student_logp=np.zeros(4), teacher_logp=gap, teacher_reverse_kl=kl)
+    return made(WORDS, prompt=prompt, finish=finish).with_columns(
+        student_logp=np.zeros(4), teacher_logp=gap, teacher_reverse_kl=kl
+    )
 
 
 @pytest.fixture
 def view() -> Rollouts:
-    return Rollouts(several(one([-1, 0, 0, 1]), one([-4, 0, 0, 0], "Other?", "length"), one([2, 2, 2, -np.inf])), rewards=[1, 0, 1])
+    return Rollouts(
+        several(
+            one([-1, 0, 0, 1]), one([-4, 0, 0, 0], "Other?", "length"), one([2, 2, 2, -np.inf])
+        ),
+        rewards=[1, 0, 1],
+    )
 
 
 def test_the_table_holds_means_and_the_largest(view):
     table = view.table
     assert list(table["reward"]) == [1, 0, 1]
     np.testing.assert_allclose(table["reverse_kl"], [0.25, 0.5, 0.75])
-    np.testing.assert_allclose(table["log_ratio"], [0, -1, 2])  # what is not finite is left out of means
+    np.testing.assert_allclose(
+        table["log_ratio"], [0, -1, 2]
+    )  # what is not finite is left out of means
     np.testing.assert_allclose(table["peak"], [1, 4, np.inf])
     assert list(table["finish"]) == ["stop", "length", "stop"]
     assert view.rollout == 2  # largest KL first
@@ -38,7 +47,9 @@ def test_the_table_holds_means_and_the_largest(view):
 def test_it_can_be_sorted_by_any_column(view):
     assert Rollouts(view.whole, sort="log_ratio").rollout == 1
     assert Rollouts(view.whole, rewards={0: 0.5, 1: 2.0}, sort="-reward").rollout == 1
-    with pytest.raises(OpdlabError, match=r"no column 'grade' to sort by\. There is prompt, text, tokens"):
+    with pytest.raises(
+        OpdlabError, match=r"no column 'grade' to sort by\. There is prompt, text, tokens"
+    ):
         Rollouts(view.whole, sort="grade")
     with pytest.raises(OpdlabError, match="no tokens, so there is no rollout"):
         Rollouts(made([]))
@@ -47,7 +58,9 @@ def test_it_can_be_sorted_by_any_column(view):
 def test_text_tells_the_same(view):
     lines = repr(view).splitlines()
     assert lines[0] == "Rollouts: 3 completions, by reverse_kl"
-    assert [line.split()[-8:] for line in lines[1:2]] == [["tokens", "4,", "reward", "1,", "mean", "KL", "0.75,", "stop"]]
+    assert [line.split()[-8:] for line in lines[1:2]] == [
+        ["tokens", "4,", "reward", "1,", "mean", "KL", "0.75,", "stop"]
+    ]
     assert view.static().count("<tr>") == 4
     assert "3 rollouts: 2 stop, 1 length; mean tokens 4, reward 0.667, mean KL 0.5" in view.static()
 

@@ -18,14 +18,33 @@ def troubled(n: int = 60) -> pd.DataFrame:
     """Entropy collapses at step 30, texts grow from 40 on, accuracy peaks at 20."""
     step = np.arange(1, n + 1)
     accuracy = np.where(step % 10 == 0, np.where(step <= 20, 0.9, 0.5), np.nan)
-    return pd.DataFrame({"step": step, "loss": 1 / step, "reverse_kl": np.ones(n), "entropy": np.where(step < 30, 1.0, 0.1),
-                         "length": np.full(n, 20.0), "cut": np.where(step < 40, 0.0, 0.5), "accuracy": accuracy})  # fmt: skip
+    return pd.DataFrame(
+        {
+            "step": step,
+            "loss": 1 / step,
+            "reverse_kl": np.ones(n),
+            "entropy": np.where(step < 30, 1.0, 0.1),
+            "length": np.full(n, 20.0),
+            "cut": np.where(step < 40, 0.0, 0.5),
+            "accuracy": accuracy,
+        }
+    )
 
 
 @pytest.fixture(scope="module")
 def run() -> opd.Run:
     student, teacher, task = opd.load("market")
-    return opd.distill(student, teacher, task, batch=4, steps=5, max_new_tokens=6, evaluate_every=0, quiet=True, seed=1)
+    return opd.distill(
+        student,
+        teacher,
+        task,
+        batch=4,
+        steps=5,
+        max_new_tokens=6,
+        evaluate_every=0,
+        quiet=True,
+        seed=1,
+    )
 
 
 def test_a_board_trains_its_run_and_watches_it(run):
@@ -39,13 +58,22 @@ def test_a_board_trains_its_run_and_watches_it(run):
     assert run.done == 5
     pd.testing.assert_frame_equal(board.df[run.history.columns], run.history)
     assert board.df["acceptance"].between(0, 1).all()
-    assert [plot.key for plot in board.plots] == ["loss", "reverse_kl", "entropy", "length", "reward", "acceptance"]
+    assert [plot.key for plot in board.plots] == [
+        "loss",
+        "reverse_kl",
+        "entropy",
+        "length",
+        "reward",
+        "acceptance",
+    ]
     assert "OPD 5 of 5 steps · no alarms" in repr(board)
 
 
 def test_an_interrupt_leaves_picture_and_run(run):
     student, teacher, task = opd.load("market")
-    again = opd.distill(student, teacher, task, batch=4, steps=5, max_new_tokens=6, quiet=True, seed=1)
+    again = opd.distill(
+        student, teacher, task, batch=4, steps=5, max_new_tokens=6, quiet=True, seed=1
+    )
     board = RunBoard(again)
     steps = iter(board)
     assert [next(steps).number, next(steps).number] == [1, 2]
@@ -53,12 +81,16 @@ def test_an_interrupt_leaves_picture_and_run(run):
         steps.throw(KeyboardInterrupt)
     assert "OPD 2 of 5 steps" in board.html()
     board.train()
-    np.testing.assert_array_equal(again.history["loss"], run.history["loss"])  # as if nothing had happened
+    np.testing.assert_array_equal(
+        again.history["loss"], run.history["loss"]
+    )  # as if nothing had happened
 
 
 def test_the_live_widget_follows(run):
     student, teacher, task = opd.load("market")
-    board = RunBoard(opd.distill(student, teacher, task, batch=2, steps=1, max_new_tokens=4, quiet=True))
+    board = RunBoard(
+        opd.distill(student, teacher, task, batch=2, steps=1, max_new_tokens=4, quiet=True)
+    )
     widget = board.live()
     assert payload.unpack(widget.packed)["plots"] == []
     board.train()
@@ -69,10 +101,21 @@ def test_alarms_stand_on_their_curves():
     board = RunBoard(troubled())
     marks = {plot.key: plot.marks for plot in board.plots if plot.marks}
     found = [(alarm.signature, float(alarm.step)) for _, alarm in board.alarms]
-    assert [name for name, _ in found] == ["entropy collapse", "late over-training", "length run-away"]
-    assert marks == {"entropy": [(found[0][1], "1")], "accuracy": [(found[1][1], "2")], "length": [(found[2][1], "3")]}
+    assert [name for name, _ in found] == [
+        "entropy collapse",
+        "late over-training",
+        "length run-away",
+    ]
+    assert marks == {
+        "entropy": [(found[0][1], "1")],
+        "accuracy": [(found[1][1], "2")],
+        "length": [(found[2][1], "3")],
+    }
     assert [row[3] for row in board.data()["alarms"]] == [name for name, _ in found]
-    assert all(alarm.remedy in Read(board.html()).data["alarms"][i][5] for i, (_, alarm) in enumerate(board.alarms))
+    assert all(
+        alarm.remedy in Read(board.html()).data["alarms"][i][5]
+        for i, (_, alarm) in enumerate(board.alarms)
+    )
     calm = RunBoard(troubled(), watch=health(limits=Limits(entropy=0.01)))
     assert calm.alarms == []
 
@@ -81,17 +124,31 @@ def test_an_alarm_of_ones_own_stands_on_its_own_curve():
     """On the number that it names, else on a count under its name; never on a curve that it was not read off."""
     history = troubled(20).assign(my_number=np.linspace(0, 2, 20), note="text")
     watch = health(history)
-    watch.alarms += [Alarm(3, "a word of mine", "Hm.", "Look.", metric="my_number"), Alarm(5, "my_number", "Hm.", "Look."),
-                     Alarm(7, "information loss", "Hm.", "Look."), Alarm(9, "information loss", "Again.", "Look."),
-                     Alarm(11, "note", "Text.", "Look.", metric="note"), Alarm(12, "repetition", "A loop.", "Stop.")]  # fmt: skip
+    watch.alarms += [
+        Alarm(3, "a word of mine", "Hm.", "Look.", metric="my_number"),
+        Alarm(5, "my_number", "Hm.", "Look."),
+        Alarm(7, "information loss", "Hm.", "Look."),
+        Alarm(9, "information loss", "Again.", "Look."),
+        Alarm(11, "note", "Text.", "Look.", metric="note"),
+        Alarm(12, "repetition", "A loop.", "Stop."),
+    ]
     board = RunBoard(history, watch=watch)
     marks = {plot.key: plot.marks for plot in board.plots if plot.marks}
-    assert marks == {"my_number": [(3.0, "1"), (5.0, "2")], "information loss": [(7.0, "3"), (9.0, "4")], "note": [(11.0, "5")],
-                     "repetition": [(12.0, "6")]}  # fmt: skip
+    assert marks == {
+        "my_number": [(3.0, "1"), (5.0, "2")],
+        "information loss": [(7.0, "3"), (9.0, "4")],
+        "note": [(11.0, "5")],
+        "repetition": [(12.0, "6")],
+    }
     curves = {plot.key: plot.lines[0].y.tolist() for plot in board.plots}
     assert curves["my_number"] == history["my_number"].tolist()
     assert curves["information loss"] == [0] * 6 + [1] * 2 + [2] * 12
-    assert [plot.label for plot in board.plots][-4:] == ["my number", "information loss", "note", "repeated triples of tokens, share"]
+    assert [plot.label for plot in board.plots][-4:] == [
+        "my number",
+        "information loss",
+        "note",
+        "repeated triples of tokens, share",
+    ]
     assert "information loss" in board.static()
     assert len(Read(board.html()).data["plots"]) == len(board.plots)
     assert "information loss 0 → 2" in repr(board)
@@ -117,7 +174,9 @@ def test_no_mark_lies_on_another():
 
 
 def test_a_watch_is_of_one_run():
-    with pytest.raises(OpdlabError, match=r"RunBoard got watch=.* for 2 runs\. Give the watch of one run"):
+    with pytest.raises(
+        OpdlabError, match=r"RunBoard got watch=.* for 2 runs\. Give the watch of one run"
+    ):
         RunBoard({"a": troubled(), "b": troubled()}, watch=health())
     with pytest.raises(OpdlabError, match=r"watch=3 for 1 run\."):
         RunBoard(troubled(), watch=3)
@@ -148,7 +207,10 @@ def test_many_steps_get_a_mean_and_keep_their_peaks():
     kinds = [line.kind for line in RunBoard(troubled()).plots[0].lines]
     assert kinds == ["faint", "line"]
     assert [line.kind for line in RunBoard(troubled(10)).plots[0].lines] == ["line"]
-    assert [line.kind for line in RunBoard(troubled()).plots[-1].lines] == ["line", "dots"]  # accuracy: one step in ten
+    assert [line.kind for line in RunBoard(troubled()).plots[-1].lines] == [
+        "line",
+        "dots",
+    ]  # accuracy: one step in ten
 
 
 def test_a_pen_draws_in_percent_and_lifts_at_gaps():

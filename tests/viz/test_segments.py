@@ -32,23 +32,36 @@ def test_marks_part_a_text_however_it_is_cut(text, wanted):
         found = segments(made(pieces))
         if size == 1:
             assert [name for name, *_ in found] == wanted
-            answer = "".join(text[first : first + n] for name, first, n in found if name == "answer")
+            answer = "".join(
+                text[first : first + n] for name, first, n in found if name == "answer"
+            )
             assert not any(part in answer for part in ("carry", "check", "<think>"))
         assert sum(n for *_, n in found) == (len(pieces) if wanted else 0)
 
 
 def test_a_token_belongs_where_its_last_byte_does():
     assert segments(made([b"a </thi", b"nk>", b"b"])) == [("think", 0, 2), ("answer", 2, 1)]
-    assert segments(made([b"a", b" <think>b", b" </think> c", b"d"])) == [("answer", 0, 1), ("think", 1, 1), ("answer", 2, 2)]
+    assert segments(made([b"a", b" <think>b", b" </think> c", b"d"])) == [
+        ("answer", 0, 1),
+        ("think", 1, 1),
+        ("answer", 2, 2),
+    ]
 
 
 def test_a_column_of_names_decides():
-    trace = made([b"<think>", b"a", b"</think>", b"b"]).with_columns(segment=["plan", "plan", None, "code"])
+    trace = made([b"<think>", b"a", b"</think>", b"b"]).with_columns(
+        segment=["plan", "plan", None, "code"]
+    )
     assert segments(trace) == [("plan", 0, 2), ("", 2, 1), ("code", 3, 1)]
-    assert segments(trace.with_columns(segment=[1, 1, 2, 2])) == [("think", 0, 3), ("answer", 3, 1)]  # numbers are no names
+    assert segments(trace.with_columns(segment=[1, 1, 2, 2])) == [
+        ("think", 0, 3),
+        ("answer", 3, 1),
+    ]  # numbers are no names
 
 
-@given(st.lists(st.sampled_from([b"<think>", b"</think>", b"a", b"<", b"think>", b"/think>", b"\xff"])))
+@given(
+    st.lists(st.sampled_from([b"<think>", b"</think>", b"a", b"<", b"think>", b"/think>", b"\xff"]))
+)
 def test_segments_cover_every_token_once_and_neighbours_differ(pieces):
     found, at = segments(made(pieces)), 0
     for _, first, size in found:

@@ -8,9 +8,9 @@ import torch
 from viz.traces import made
 
 import opdlab
-from opdlab.divergence import TopK, reverse_kl
 from opdlab.errors import OpdlabError, UnknownColumn
-from opdlab.rollout import sample
+from opdlab.losses.divergences import TopK, reverse_kl
+from opdlab.models.policy import sample
 from opdlab.viz import TailAudit, payload
 
 WORDS = [f"t{i}".encode() for i in range(12)]
@@ -28,13 +28,18 @@ def full(trace, name):
 @pytest.mark.parametrize("by", ["student", "teacher"])
 def test_coarse_kls_are_those_of_the_losses(by):
     wide, narrow = made(WORDS, top=100), made(WORDS, top=4)
-    audit, logp = TailAudit(narrow, by=by), {name: full(wide, name) for name in ("student", "teacher")}
+    audit, logp = (
+        TailAudit(narrow, by=by),
+        {name: full(wide, name) for name in ("student", "teacher")},
+    )
     assert audit.width == 4
     for k in (1, 2, 4):
         for tail in ("bucket", "renormalize"):
             rule = TopK(k, by=by, tail=tail)
             ids = rule.support(logp[by])
-            wanted = reverse_kl(rule.coarse(logp["student"], ids), rule.coarse(logp["teacher"], ids)).numpy()
+            wanted = reverse_kl(
+                rule.coarse(logp["student"], ids), rule.coarse(logp["teacher"], ids)
+            ).numpy()
             found = audit.curve.loc[k, "bucket" if tail == "bucket" else "renormalized"]
             assert found == pytest.approx(wanted.mean(), abs=1e-9), (k, tail)
         mass = logp["teacher"].gather(-1, ids).exp().sum(-1).numpy()
@@ -69,8 +74,12 @@ def test_the_page_has_each_tokens_numbers_for_each_k():
     assert list(sent["ks"]) == [1, 2, 3, 4]
     for step, k in enumerate(sent["ks"]):
         audit.k = k
-        np.testing.assert_allclose(sent["missed"].reshape(4, -1)[step], audit.df["missed"], atol=2e-3)
-        np.testing.assert_allclose(sent["student"].reshape(4, -1)[step], 100 * audit.df["student_mass"], atol=0.06)
+        np.testing.assert_allclose(
+            sent["missed"].reshape(4, -1)[step], audit.df["missed"], atol=2e-3
+        )
+        np.testing.assert_allclose(
+            sent["student"].reshape(4, -1)[step], 100 * audit.df["student_mass"], atol=0.06
+        )
     long = TailAudit(made([f"t{i % 40}".encode() for i in range(3000)], top=8), k=3)
     assert long.data()["ks"] == [1, 3, 6, 8]
 
@@ -81,7 +90,9 @@ def test_text_says_what_is_missed():
     words = f"The student's top 1 cover {100 * row.student_mass:.1f} % of the student and {100 * row.rival_mass:.1f} % of teacher"
     assert words in repr(audit)
     assert words in audit.static().replace("&#x27;", "'")
-    assert repr(audit).startswith("TailAudit: One: share of the KL that the top k read, k = 1 … 4\n")
+    assert repr(audit).startswith(
+        "TailAudit: One: share of the KL that the top k read, k = 1 … 4\n"
+    )
 
 
 def test_what_cannot_be_audited_is_named():

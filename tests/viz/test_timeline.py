@@ -14,18 +14,29 @@ WORDS = [b"a", b" b", b" c", b" d"]
 
 def path(gap, prompt="What?", policies=("student", "teacher")):
     gap = np.array(gap, float)
-    return made(WORDS, policies, prompt=prompt).with_columns(student_logp=np.zeros(4), teacher_logp=gap, teacher_reverse_kl=abs(gap) / 2)
+    return made(WORDS, policies, prompt=prompt).with_columns(
+        student_logp=np.zeros(4), teacher_logp=gap, teacher_reverse_kl=abs(gap) / 2
+    )
 
 
 @pytest.fixture
 def view() -> Timeline:
-    return Timeline(several(path([-1, -1.5, -1, 0]), path([0.5, 0, 0, -0.25]), path([0, 0, -4, 9]), path([-9] * 4, prompt="Other?")))
+    return Timeline(
+        several(
+            path([-1, -1.5, -1, 0]),
+            path([0.5, 0, 0, -0.25]),
+            path([0, 0, -4, 9]),
+            path([-9] * 4, prompt="Other?"),
+        )
+    )
 
 
 def test_sums_run_along_each_rollout_of_the_prompt(view):
     table = view.df
     assert sorted(set(table["sample"])) == [0, 1, 2]
-    np.testing.assert_allclose(table["cumulative_log_ratio"], [-1, -2.5, -3.5, -3.5, 0.5, 0.5, 0.5, 0.25, 0, 0, -4, 5])
+    np.testing.assert_allclose(
+        table["cumulative_log_ratio"], [-1, -2.5, -3.5, -3.5, 0.5, 0.5, 0.5, 0.25, 0, 0, -4, 5]
+    )
     np.testing.assert_allclose(table["cumulative_kl"][:5], [0.5, 1.25, 1.75, 1.75, 0.25])
 
 
@@ -58,7 +69,9 @@ def test_rewards_come_from_the_trace_a_list_or_a_dict():
 
 def test_the_page_gets_what_python_sums(view):
     sent = payload.unpack(payload.pack(view.data()))
-    np.testing.assert_array_equal(sent["paths"]["cumulative_log_ratio"], view.df["cumulative_log_ratio"])
+    np.testing.assert_array_equal(
+        sent["paths"]["cumulative_log_ratio"], view.df["cumulative_log_ratio"]
+    )
     assert [t["sample"] for t in sent["text"]["texts"]] == [0, 1, 2]
     assert "position 2 (·c)" in view.static()
     assert view.static().count("opd-l-teacher") == 2  # one line a plot
@@ -67,13 +80,22 @@ def test_the_page_gets_what_python_sums(view):
 def test_more_than_six_have_a_plot_each_on_one_scale():
     falls = [path([-i] * 4) for i in range(8)]
     few, many = Timeline(several(*falls[:6])), Timeline(several(*falls), rewards=[0.0] * 7 + [1.0])
-    assert (few.data()["own"], len(few.data()["plots"]), few.static().count("<figure")) == ([], 2, 2)
+    assert (few.data()["own"], len(few.data()["plots"]), few.static().count("<figure")) == (
+        [],
+        2,
+        2,
+    )
     sent = many.data()
     assert [plot["label"] for plot in sent["own"]] == [f"rollout {i}" for i in range(8)]
     assert {(*plot["x"], *plot["y"]) for plot in sent["own"]} == {(0.0, 3.0, -28.0, 0.0)}
     assert [len(plot["lines"]) for plot in [*sent["own"], *sent["plots"]]] == [1] * 8 + [8]
     assert many.static().count("<figure") == 9
-    for told in ("cumulative log ratio", "reward 0, no fork", "reward 0, fork at 2 ·c", "reward 1, fork at 0 a"):
+    for told in (
+        "cumulative log ratio",
+        "reward 0, no fork",
+        "reward 0, fork at 2 ·c",
+        "reward 1, fork at 0 a",
+    ):
         assert told in many.static()
     assert set(Timeline(several(*falls)).data()["looks"]) == {"amount"}
 

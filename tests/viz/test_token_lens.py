@@ -14,14 +14,19 @@ from viz.traces import NASTY, by_method, byte_pieces, made
 
 import opdlab
 from opdlab.errors import OpdlabError, UnknownColumn
-from opdlab.rollout import sample
+from opdlab.models.policy import sample
 from opdlab.viz import TokenLens, payload
 from opdlab.viz.channels import channels
 from opdlab.viz.duel import FEWER, LEAST, duel
 from opdlab.viz.glyphs import groups, visible
 from opdlab.viz.markup import INK, number, weight
 
-pieces = st.lists(st.sampled_from(NASTY).map(str.encode) | st.binary(max_size=4) | st.text(max_size=6).map(str.encode), max_size=12)
+pieces = st.lists(
+    st.sampled_from(NASTY).map(str.encode)
+    | st.binary(max_size=4)
+    | st.text(max_size=6).map(str.encode),
+    max_size=12,
+)
 
 
 class Read(HTMLParser):
@@ -82,18 +87,30 @@ def test_a_character_cut_into_bytes_is_one_glyph_over_its_tokens():
 
 def test_a_character_that_never_ends_leaves_the_next_token_alone():
     found = groups([b"a", b"\xf0\x9f", b"<|im_end|>"])
-    assert [(g.text, g.tokens, g.special) for g in found] == [("a", 1, False), ("\ufffd", 1, False), ("<|im_end|>", 1, True)]
+    assert [(g.text, g.tokens, g.special) for g in found] == [
+        ("a", 1, False),
+        ("\ufffd", 1, False),
+        ("<|im_end|>", 1, True),
+    ]
     assert found[1].parts == (("\\xf0\\x9f", "\ufffd"),)
 
 
 @pytest.mark.parametrize(
     ("piece", "seen"),
     [
-        (b" the", "·the"), (b"", "∅"), (b"\n", "⏎"), (b"\t", "⇥"), ("\u200b".encode(), "‹200b›"), (b"\x00", "‹00›"),
+        (b" the", "·the"),
+        (b"", "∅"),
+        (b"\n", "⏎"),
+        (b"\t", "⇥"),
+        ("\u200b".encode(), "‹200b›"),
+        (b"\x00", "‹00›"),
         (b"\xf0\x9f", "\\xf0\\x9f"),
-        ("👩\u200d💻".encode(), "👩\u200d💻"), ("\u0301".encode(), "◌\u0301"), ("\u202e".encode(), "‹202e›"), ("\u00a0x".encode(), "‹a0›x"),
+        ("👩\u200d💻".encode(), "👩\u200d💻"),
+        ("\u0301".encode(), "◌\u0301"),
+        ("\u202e".encode(), "‹202e›"),
+        ("\u00a0x".encode(), "‹a0›x"),
     ],
-)  # fmt: skip
+)
 def test_a_listed_token_shows_what_cannot_be_seen(piece, seen):
     assert visible(piece) == seen
 
@@ -121,26 +138,59 @@ def test_module_and_styles_are_inlined_and_cannot_be_closed_by_data():
 
 
 def test_channels_are_the_columns_of_the_trace():
-    plan = {"advantage": np.array([1.0, -2.0, 0.5]), "route": np.array([0, 1, 2]), "words": np.array(["a", "b", "c"])}
-    trace = made([b"x", b" y", b"z"], ("student", "teacher", "teacher+hint"), plan=plan).with_columns(
-        loss=[0.1, 0.2, 0.3], share=[0.5, 0.25, 0.25]
-    )
+    plan = {
+        "advantage": np.array([1.0, -2.0, 0.5]),
+        "route": np.array([0, 1, 2]),
+        "words": np.array(["a", "b", "c"]),
+    }
+    trace = made(
+        [b"x", b" y", b"z"], ("student", "teacher", "teacher+hint"), plan=plan
+    ).with_columns(loss=[0.1, 0.2, 0.3], share=[0.5, 0.25, 0.25])
     found = channels(trace)
     assert list(found) == [
-        "log_ratio", "reverse_kl", "student_entropy", "teacher_entropy", "teacher+hint_entropy", "teacher+hint_log_ratio",
-        "teacher+hint_reverse_kl", "loss", "share", "advantage", "route", "words",
-        "forward_kl", "jsd", "entropy_gap", "rank", "overlap", "student_tail", "teacher_tail", "teacher+hint_tail",
-        "teacher+hint_forward_kl", "teacher+hint_jsd", "teacher+hint_entropy_gap", "teacher+hint_rank", "teacher+hint_overlap",
-    ]  # fmt: skip
-    np.testing.assert_allclose(found["log_ratio"].values, trace.column("teacher_logp") - trace.column("student_logp"))
+        "log_ratio",
+        "reverse_kl",
+        "student_entropy",
+        "teacher_entropy",
+        "teacher+hint_entropy",
+        "teacher+hint_log_ratio",
+        "teacher+hint_reverse_kl",
+        "loss",
+        "share",
+        "advantage",
+        "route",
+        "words",
+        "forward_kl",
+        "jsd",
+        "entropy_gap",
+        "rank",
+        "overlap",
+        "student_tail",
+        "teacher_tail",
+        "teacher+hint_tail",
+        "teacher+hint_forward_kl",
+        "teacher+hint_jsd",
+        "teacher+hint_entropy_gap",
+        "teacher+hint_rank",
+        "teacher+hint_overlap",
+    ]
+    np.testing.assert_allclose(
+        found["log_ratio"].values, trace.column("teacher_logp") - trace.column("student_logp")
+    )
     np.testing.assert_allclose(found["share"].values, [50, 25, 25])
-    assert (found["advantage"].kind, found["route"].kind, found["log_ratio"].kind) == ("signed", "amount", "ratio")
+    assert (found["advantage"].kind, found["route"].kind, found["log_ratio"].kind) == (
+        "signed",
+        "amount",
+        "ratio",
+    )
     dopd = channels(by_method(trace, opdlab.DOPD()))["route"]
     assert (dopd.kind, dopd.names) == ("category", ("LH", "LL", "HT", "HS"))
     assert found["teacher+hint_log_ratio"].against == "teacher+hint"
 
 
-@pytest.mark.parametrize("policies", [("student",), ("student", "teacher"), ("student", "teacher+hint", "reference")])
+@pytest.mark.parametrize(
+    "policies", [("student",), ("student", "teacher"), ("student", "teacher+hint", "reference")]
+)
 def test_duel_keeps_all_mass_and_the_sampled_token(policies):
     trace = made([f"t{i}".encode() for i in range(30)], policies, top=8)
     shown = duel(trace)
@@ -151,14 +201,23 @@ def test_duel_keeps_all_mass_and_the_sampled_token(policies):
         ids = shown["ids"][shown["row"][start:end]]
         assert trace.column("token_id")[i] in ids
         assert len(ids) == len(set(ids)) <= 9
-        assert [shown["names"][j] for j in shown["row"][start:end]] == [visible(trace.piece(int(t))) for t in ids]
+        assert [shown["names"][j] for j in shown["row"][start:end]] == [
+            visible(trace.piece(int(t))) for t in ids
+        ]
         for name in policies:
-            assert shown["p"][name][start:end].astype(float).sum() + shown["other"][name][i] == pytest.approx(1, abs=4e-3)
+            assert shown["p"][name][start:end].astype(float).sum() + shown["other"][name][
+                i
+            ] == pytest.approx(1, abs=4e-3)
             at = {int(t): p[name][i, j] for j, t in enumerate(trace.column("support")[i]) if t >= 0}
-            assert shown["p"][name][start:end] == pytest.approx([at[t] for t in ids], rel=1e-3, abs=1e-7)
+            assert shown["p"][name][start:end] == pytest.approx(
+                [at[t] for t in ids], rel=1e-3, abs=1e-7
+            )
         best = np.max([shown["p"][name][start:end] for name in policies], axis=0)
         assert all(best[:-1] >= best[1:])
-        assert all(b >= LEAST * 0.999 or t == trace.column("token_id")[i] for b, t in zip(best, ids, strict=True))
+        assert all(
+            b >= LEAST * 0.999 or t == trace.column("token_id")[i]
+            for b, t in zip(best, ids, strict=True)
+        )
 
 
 def test_a_duel_without_room_for_all_keeps_the_tokens_that_differ_most():
@@ -172,7 +231,9 @@ def test_a_duel_without_room_for_all_keeps_the_tokens_that_differ_most():
 
 
 def test_colour_says_side_and_size():
-    trace = made([b"a", b"b", b"c"]).with_columns(student_logp=[-1.0, -5.0, -1.0], teacher_logp=[-5.0, -4.0, -1.0])
+    trace = made([b"a", b"b", b"c"]).with_columns(
+        student_logp=[-1.0, -5.0, -1.0], teacher_logp=[-5.0, -4.0, -1.0]
+    )
     html = TokenLens(trace).scaled({"log_ratio": 4.0}).html()
     strip = html.split('class="opd-strip"')[1].split('class="opd-peaks"')[0]
     assert weight(1.0, 4.0) == 0.5
@@ -190,7 +251,9 @@ def test_full_colour_ignores_one_outlier_and_keeps_quiet_strips_pale():
 
 
 def test_numbers_that_json_does_not_know_survive():
-    trace = made([b"a", b"b", b"c"]).with_columns(student_logp=[0.0, 0.0, np.nan], teacher_logp=[-np.inf, -1.0, 0.0])
+    trace = made([b"a", b"b", b"c"]).with_columns(
+        student_logp=[0.0, 0.0, np.nan], teacher_logp=[-np.inf, -1.0, 0.0]
+    )
     lens = TokenLens(trace)
     data = Read(lens.html(assets=False)).data
     np.testing.assert_array_equal(data["channels"][0]["values"], [-np.inf, -1.0, np.nan])
@@ -198,7 +261,9 @@ def test_numbers_that_json_does_not_know_survive():
 
 
 def test_plain_text_is_a_sparkline_and_the_largest_tokens():
-    trace = made([b"a", b" b", b"c"]).with_columns(student_logp=[0.0, 0.0, 0.0], teacher_logp=[0.0, -4.0, 1.0])
+    trace = made([b"a", b" b", b"c"]).with_columns(
+        student_logp=[0.0, 0.0, 0.0], teacher_logp=[0.0, -4.0, 1.0]
+    )
     bundle = TokenLens(trace, title="One")._repr_mimebundle_()
     assert set(bundle) == {"text/html", "text/plain"}
     assert bundle["text/plain"] == (
@@ -242,7 +307,15 @@ def test_what_is_not_there_is_named():
 
 
 @pytest.mark.parametrize(
-    ("value", "text"), [(0.0, "0"), (-17.62, "−17.6"), (1e-6, "<0.001"), (-1e-6, ">−0.001"), (float("nan"), "–"), (123456.0, "123000")]
+    ("value", "text"),
+    [
+        (0.0, "0"),
+        (-17.62, "−17.6"),
+        (1e-6, "<0.001"),
+        (-1e-6, ">−0.001"),
+        (float("nan"), "–"),
+        (123456.0, "123000"),
+    ],
 )
 def test_numbers_read_the_same_everywhere(value, text):
     assert number(value) == text
@@ -251,7 +324,10 @@ def test_numbers_read_the_same_everywhere(value, text):
 def test_a_lens_like_another_keeps_its_scale():
     student, teacher, task = opdlab.load("market")
     rollout = student.sample(task.prompts(2, split="test"), max_new_tokens=task.max_new_tokens)
-    loud, calm = opdlab.score(rollout, student, teacher), opdlab.score(rollout, teacher, teacher.frozen())
+    loud, calm = (
+        opdlab.score(rollout, student, teacher),
+        opdlab.score(rollout, teacher, teacher.frozen()),
+    )
     first = opdlab.viz.TokenLens(loud)
     assert opdlab.viz.TokenLens(calm).limits["log_ratio"] < first.limits["log_ratio"]
     assert opdlab.viz.TokenLens(calm, like=first).limits["log_ratio"] == first.limits["log_ratio"]

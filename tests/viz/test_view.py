@@ -32,11 +32,20 @@ def test_traits_are_attributes_that_can_be_watched(lens):
     lens.selected = 1
     lens.brush = (0, 1)
     assert seen == [1]
-    assert lens.traits == {"selected": 1, "hovered": -1, "brush": [0, 1], "channel": "log_ratio", "tracks": [], "pins": []}
+    assert lens.traits == {
+        "selected": 1,
+        "hovered": -1,
+        "brush": [0, 1],
+        "channel": "log_ratio",
+        "tracks": [],
+        "pins": [],
+    }
     assert lens.df.iloc[lens.selected]["token"] == "·b"
     with pytest.raises(TypeError, match=r"selected is of type int, not str \('x'\)\. Give a int"):
         lens.selected = "x"
-    with pytest.raises(OpdlabError, match=r"TokenLens has no 'nothing' to watch\. It has selected, hovered"):
+    with pytest.raises(
+        OpdlabError, match=r"TokenLens has no 'nothing' to watch\. It has selected, hovered"
+    ):
         lens.on("nothing", print)
 
 
@@ -64,7 +73,9 @@ def test_a_live_view_leaves_its_picture_for_readers_without_a_kernel(lens):
     assert bundle["text/plain"] == repr(widget) == repr(lens)
     assert " object at 0x" not in str(bundle)
     output = nbformat.v4.new_output("execute_result", data=bundle, execution_count=1)
-    book = nbformat.v4.new_notebook(cells=[nbformat.v4.new_code_cell("lens.live()", outputs=[output])])
+    book = nbformat.v4.new_notebook(
+        cells=[nbformat.v4.new_code_cell("lens.live()", outputs=[output])]
+    )
     html, _ = HTMLExporter().from_notebook_node(book)
     assert "Largest log ratio" in html
 
@@ -78,7 +89,11 @@ def test_the_page_may_ask_and_hears_of_errors(lens):
     widget.send = sent.append
     for message in ({"id": 1, "ask": {"n": 4}}, {"id": 2, "ask": None}, {"id": 3, "ask": {}}):
         widget._handle_custom_msg(message, [])
-    assert sent == [{"id": 1, "answer": {"double": 8}}, {"id": 2, "answer": None}, {"id": 3, "error": "KeyError: 'n'"}]
+    assert sent == [
+        {"id": 1, "answer": {"double": 8}},
+        {"id": 2, "answer": None},
+        {"id": 3, "error": "KeyError: 'n'"},
+    ]
 
 
 def test_the_renderer_is_chosen_by_call_or_environment(lens, monkeypatch):
@@ -101,13 +116,17 @@ def test_the_renderer_is_chosen_by_call_or_environment(lens, monkeypatch):
 def test_without_anywidget_live_says_what_to_install(lens, monkeypatch):
     monkeypatch.setitem(sys.modules, "anywidget", None)
     monkeypatch.delitem(sys.modules, "opdlab.viz.live", raising=False)
-    with pytest.raises(OpdlabError, match=r"need anywidget .*Install it: pip install 'opdlab\[notebooks\]'"):
+    with pytest.raises(
+        OpdlabError, match=r"need anywidget .*Install it: pip install 'opdlab\[notebooks\]'"
+    ):
         lens.live()
 
 
 def test_without_a_browser_to_png_says_what_to_install(lens, tmp_path, monkeypatch):
     monkeypatch.setenv("OPDLAB_BROWSER", str(tmp_path / "nowhere"))
-    with pytest.raises(OpdlabError, match=r"No browser to draw with: looked for .*nowhere. Install Chromium"):
+    with pytest.raises(
+        OpdlabError, match=r"No browser to draw with: looked for .*nowhere. Install Chromium"
+    ):
         lens.to_png(tmp_path / "x.png")
     monkeypatch.delenv("OPDLAB_BROWSER")
     monkeypatch.setattr(camera, "MAC", ())

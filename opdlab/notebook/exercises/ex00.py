@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from opdlab import divergence
+from opdlab import losses
+from opdlab.engine.rows import Rows
 from opdlab.notebook.cases import rows, trains
 from opdlab.notebook.checking import Exercise
-from opdlab.rows import Rows
 
 
 def my_loss(rows: Rows) -> Tensor:
@@ -30,24 +30,39 @@ SUMMED = "one number a token is wanted, shape [n], but this is summed over the t
 
 EXERCISES = (
     Exercise(
-        "00.1", asks="return the reverse KL of every row, shape [n]", says="that is the reverse KL",
-        truth=lambda r: divergence.reverse_kl(r.student, r.teacher), solution=my_loss, cases=cases, look=trains,
+        "00.1",
+        asks="return the reverse KL of every row, shape [n]",
+        says="that is the reverse KL",
+        truth=lambda r: losses.reverse_kl(r.student, r.teacher),
+        solution=my_loss,
+        cases=cases,
+        look=trains,
         mistakes={
             "that is the forward KL. Weigh by the student's probabilities instead.": forward,
             SUMMED: lambda r: my_loss(r).sum(),
             "the weight is detached, so the gradients of all tokens cancel. Let the student's probabilities carry gradient.": detached,
-            "the weight is a log-prob. Weigh by probabilities: .exp().": lambda r: (r.student * (r.student - r.teacher)).sum(-1),
-            "that is the sampled log-ratio, not its mean over the vocabulary.": lambda r: r.logp - r.logp_of("teacher"),
+            "the weight is a log-prob. Weigh by probabilities: .exp().": lambda r: (
+                r.student * (r.student - r.teacher)
+            ).sum(-1),
+            "that is the sampled log-ratio, not its mean over the vocabulary.": lambda r: (
+                r.logp - r.logp_of("teacher")
+            ),
         },
     ),
     Exercise(
-        "00.2", asks="return the forward KL of every row, shape [n]", says="that is the forward KL",
-        truth=lambda r: divergence.forward_kl(r.student, r.teacher), solution=forward, cases=cases, look=trains,
+        "00.2",
+        asks="return the forward KL of every row, shape [n]",
+        says="that is the forward KL",
+        truth=lambda r: losses.forward_kl(r.student, r.teacher),
+        solution=forward,
+        cases=cases,
+        look=trains,
         mistakes={
             "that is the reverse KL again. Weigh by the teacher's probabilities.": my_loss,
             SUMMED: lambda r: forward(r).sum(),
-            "only one of weight and difference is swapped: this is minus the reverse KL's sum under the teacher.":
-                lambda r: (r.teacher.exp() * (r.student - r.teacher)).sum(-1),
+            "only one of weight and difference is swapped: this is minus the reverse KL's sum under the teacher.": lambda r: (
+                (r.teacher.exp() * (r.student - r.teacher)).sum(-1)
+            ),
         },
     ),
-)  # fmt: skip
+)

@@ -7,8 +7,8 @@ from torch import Tensor
 
 from opdlab import exact
 from opdlab.diagnose.exposure import excess_error
-from opdlab.divergence import forward_kl
 from opdlab.exact import Table
+from opdlab.losses.divergences import forward_kl
 from opdlab.methods import OPD
 from opdlab.notebook.checking import Exercise
 
@@ -67,7 +67,9 @@ def excess(student: Table, teacher: Table) -> Tensor:
     sums, first = [], 0
     for t in range(student.length):
         here = slice(first, first + student.vocab**t)
-        sums.append(torch.stack([(exact.visits(by)[0] * kl)[here].sum() for by in (student, teacher)]))
+        sums.append(
+            torch.stack([(exact.visits(by)[0] * kl)[here].sum() for by in (student, teacher)])
+        )
         first = here.stop
     own, other = torch.stack(sums).cumsum(0).T
     return 100 * (own - other) / other
@@ -84,14 +86,21 @@ def enumerated(student: Table, teacher: Table) -> Tensor:
 def alone(student: Table, teacher: Table) -> Tensor:
     kl = forward_kl(student.logp, teacher.logp)[0]
     sizes = [student.vocab**t for t in range(student.length)]
-    parts = [torch.stack([x.sum() for x in (exact.visits(by)[0] * kl).split(sizes)]) for by in (student, teacher)]
+    parts = [
+        torch.stack([x.sum() for x in (exact.visits(by)[0] * kl).split(sizes)])
+        for by in (student, teacher)
+    ]
     return 100 * (parts[0] - parts[1]) / parts[1]
 
 
 EXERCISES = (
     Exercise(
-        "10.1", asks="return the expected number of steps that end off the road", says="the walk costs what the library's chain says",
-        truth=road, solution=regret, cases=lambda: [(0.01, 0.0, 1), (0.1, 0.0, 20), (0.1, 0.9, 20), (0.2, 0.3, 7)],
+        "10.1",
+        asks="return the expected number of steps that end off the road",
+        says="the walk costs what the library's chain says",
+        truth=road,
+        solution=regret,
+        cases=lambda: [(0.01, 0.0, 1), (0.1, 0.0, 20), (0.1, 0.9, 20), (0.2, 0.3, 7)],
         mistakes={
             "nobody ever comes back in it: the chance `back` is not used.": forever,
             "that is the chance to be off the road after the last step. Add up all steps.": last,
@@ -99,24 +108,37 @@ EXERCISES = (
         },
     ),
     Exercise(
-        "10.2", asks="return the gradient of the forward KL at every prefix, times how often it is visited, [X, S, V]",
-        says="that is what a training step does, in expectation", truth=engine, solution=pull, cases=pulled,
+        "10.2",
+        asks="return the gradient of the forward KL at every prefix, times how often it is visited, [X, S, V]",
+        says="that is what a training step does, in expectation",
+        truth=engine,
+        solution=pull,
+        cases=pulled,
         mistakes={
-            "it leads away from the teacher: the gradient of a loss points uphill, from teacher to student.":
-                lambda s, t, visits: -pull(s, t, visits),
-            "all prefixes count alike. Multiply by visits[..., None].": lambda s, t, visits: pull(s, t, torch.ones_like(visits)),
-            "that is the difference of log-probs; the slope of a softmax is one of probabilities.":
-                lambda s, t, visits: visits[..., None] * (s.logp - t.logp),
+            "it leads away from the teacher: the gradient of a loss points uphill, from teacher to student.": lambda s, t, visits: (
+                -pull(s, t, visits)
+            ),
+            "all prefixes count alike. Multiply by visits[..., None].": lambda s, t, visits: pull(
+                s, t, torch.ones_like(visits)
+            ),
+            "that is the difference of log-probs; the slope of a softmax is one of probabilities.": lambda s, t, visits: (
+                visits[..., None] * (s.logp - t.logp)
+            ),
         },
     ),
     Exercise(
-        "10.3", asks="return ExAccErr up to each position, in %, shape [T]", says="the same, from enumerating every text",
-        truth=enumerated, solution=excess, cases=lambda: [two(), (exact.Table.random(2, 4, seed=3), exact.Table.random(2, 4, seed=4))],
+        "10.3",
+        asks="return ExAccErr up to each position, in %, shape [T]",
+        says="the same, from enumerating every text",
+        truth=enumerated,
+        solution=excess,
+        cases=lambda: [two(), (exact.Table.random(2, 4, seed=3), exact.Table.random(2, 4, seed=4))],
         mistakes={
             "each position stands alone. The error accumulates: add up to l (cumsum) before you compare.": alone,
             "it is a share and not per cent.": lambda s, t: excess(s, t) / 100,
-            "that compares the teacher's prefixes with the student's, the wrong way round.":
-                lambda s, t: -100 * (e := excess(s, t) / 100) / (1 + e),
+            "that compares the teacher's prefixes with the student's, the wrong way round.": lambda s, t: (
+                -100 * (e := excess(s, t) / 100) / (1 + e)
+            ),
         },
     ),
-)  # fmt: skip
+)

@@ -9,8 +9,8 @@ import torch
 from torch import Tensor
 
 from opdlab import exact
-from opdlab.divergence import TopK, forward_kl, reverse_kl
-from opdlab.estimator import as_loss, in_reward, k1, k2, k3
+from opdlab.audit import as_loss, in_reward, k1, k2, k3
+from opdlab.losses.divergences import TopK, forward_kl, reverse_kl
 from opdlab.notebook.cases import laws
 from opdlab.notebook.checking import Exercise
 
@@ -29,7 +29,10 @@ def two_gradients(k: Estimate, logits: Tensor, teacher: Tensor) -> tuple[Tensor,
 def engine(k: Estimate, logits: Tensor, teacher: Tensor) -> tuple[Tensor, ...]:
     """The library's: both uses as methods, over every token that could be sampled."""
     table = exact.Table.random(len(logits), 1)
-    policies = {"student": replace(table, logits=logits[None, None]), "teacher": replace(table, logits=teacher[None, None])}
+    policies = {
+        "student": replace(table, logits=logits[None, None]),
+        "teacher": replace(table, logits=teacher[None, None]),
+    }
     return tuple(exact.gradient(use(k.__name__), policies)[0, 0] for use in (in_reward, as_loss))
 
 
@@ -70,7 +73,11 @@ def undetached_value(k: Estimate, logits: Tensor, teacher: Tensor) -> tuple[Tens
 
 
 def single() -> list[tuple[Estimate, Tensor, Tensor]]:
-    return [(k, student[0], teacher[0]) for i, k in enumerate((k1, k2, k3)) for student, teacher in [laws(1, 6, seed=i)]]
+    return [
+        (k, student[0], teacher[0])
+        for i, k in enumerate((k1, k2, k3))
+        for student, teacher in [laws(1, 6, seed=i)]
+    ]
 
 
 def coarse(student: Tensor, teacher: Tensor, k: int) -> Tensor:
@@ -81,7 +88,9 @@ def coarse(student: Tensor, teacher: Tensor, k: int) -> Tensor:
     return (p * (p / q).log()).sum(-1)
 
 
-def bucket_of(kl: Callable[[Tensor, Tensor], Tensor], student: Tensor, teacher: Tensor, k: int) -> Tensor:
+def bucket_of(
+    kl: Callable[[Tensor, Tensor], Tensor], student: Tensor, teacher: Tensor, k: int
+) -> Tensor:
     support = TopK(k, by="teacher")
     ids = support.support(teacher)
     return kl(support.coarse(student, ids), support.coarse(teacher, ids))
@@ -99,7 +108,9 @@ def dropped(student: Tensor, teacher: Tensor, k: int) -> Tensor:
 
 def renormalised(student: Tensor, teacher: Tensor, k: int) -> Tensor:
     ids = teacher.topk(k, dim=-1).indices
-    return reverse_kl(student.gather(-1, ids).log_softmax(-1), teacher.gather(-1, ids).log_softmax(-1))
+    return reverse_kl(
+        student.gather(-1, ids).log_softmax(-1), teacher.gather(-1, ids).log_softmax(-1)
+    )
 
 
 def by_student(student: Tensor, teacher: Tensor, k: int) -> Tensor:
@@ -127,37 +138,51 @@ def drawn() -> list[tuple[Tensor, Tensor, Tensor]]:
 
 EXERCISES = (
     Exercise(
-        "12.1", asks="return the expected gradient [V] in the logits of k in the reward and of k as a loss",
-        says="both are what a training step does, in expectation", truth=engine, solution=two_gradients, cases=single,
+        "12.1",
+        asks="return the expected gradient [V] in the logits of k in the reward and of k as a loss",
+        says="both are what a training step does, in expectation",
+        truth=engine,
+        solution=two_gradients,
+        cases=single,
         mistakes={
             "the two are swapped: the reward is held fixed, the loss is differentiated.": swapped,
             "the second lets a gradient through the token's probability as well. Detach p: a token is drawn, not differentiated.": both,
             "both let a gradient through the token's probability. Detach p: a token is drawn, not differentiated.": never_detached,
-            "the first lets a gradient through the token's probability as well. Detach p: a token is drawn, not differentiated.":
-                undetached_reward,
+            "the first lets a gradient through the token's probability as well. Detach p: a token is drawn, not differentiated.": undetached_reward,
             "the reward is differentiated. Detach k: a reward is a number that does not depend on the student.": undetached_value,
         },
     ),
     Exercise(
-        "12.2", asks="return the reverse KL on the teacher's top k and one bucket for the rest, [n]",
-        says="that keeps an eye on the mass outside", truth=bucket, solution=coarse,
+        "12.2",
+        asks="return the reverse KL on the teacher's top k and one bucket for the rest, [n]",
+        says="that keeps an eye on the mass outside",
+        truth=bucket,
+        solution=coarse,
         cases=lambda: [(*laws(4, 8, seed=0), 3), (*laws(4, 8, seed=1), 1)],
         mistakes={
             "the rest is left out: add one more outcome, of mass 1 - sum, on both sides.": dropped,
             "the top k are renormalised, which is blind to how much mass they have.": renormalised,
             "the support is the student's; the teacher's is wanted here.": by_student,
-            "that is the forward KL. Weigh by the student's probabilities.": lambda s, t, k: bucket_of(forward_kl, s, t, k),
+            "that is the forward KL. Weigh by the student's probabilities.": lambda s, t, k: (
+                bucket_of(forward_kl, s, t, k)
+            ),
         },
     ),
     Exercise(
-        "12.3", asks="return the advantage log q - log p of each sampled token less its expectation, [n]",
-        says="that is vOPD's advantage", truth=baselined, solution=advantage, cases=drawn,
+        "12.3",
+        asks="return the advantage log q - log p of each sampled token less its expectation, [n]",
+        says="that is vOPD's advantage",
+        truth=baselined,
+        solution=advantage,
+        cases=drawn,
         mistakes={
             "that is the advantage without a baseline.": bare,
-            "the baseline has the wrong sign: the expectation of log q - log p is minus the KL, so it is added.":
-                lambda s, t, token: 2 * bare(s, t, token) - advantage(s, t, token),
-            "the expectation is under the student, who draws the token, and not under the teacher.":
-                lambda s, t, token: bare(s, t, token) - (t.exp() * (t - s)).sum(-1),
+            "the baseline has the wrong sign: the expectation of log q - log p is minus the KL, so it is added.": lambda s, t, token: (
+                2 * bare(s, t, token) - advantage(s, t, token)
+            ),
+            "the expectation is under the student, who draws the token, and not under the teacher.": lambda s, t, token: (
+                bare(s, t, token) - (t.exp() * (t - s)).sum(-1)
+            ),
         },
     ),
-)  # fmt: skip
+)

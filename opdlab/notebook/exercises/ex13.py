@@ -29,12 +29,21 @@ def said(function: Callable[..., Any], *case: str) -> str:
 
 
 def choices() -> list[tuple[str, str, str]]:
-    full = [(prefix, divergence, "full") for prefix in ("student", "mixed", "teacher") for divergence in ("forward_kl", "reverse_kl")]
-    return full + [("student", divergence, "sampled") for divergence in ("reverse_kl", "forward_kl", "total_variation")]
+    full = [
+        (prefix, divergence, "full")
+        for prefix in ("student", "mixed", "teacher")
+        for divergence in ("forward_kl", "reverse_kl")
+    ]
+    return full + [
+        ("student", divergence, "sampled")
+        for divergence in ("reverse_kl", "forward_kl", "total_variation")
+    ]
 
 
 def upside_down(prefix: str, divergence: str, estimator: str) -> Any:
-    return build({"student": "teacher", "teacher": "student"}.get(prefix, prefix), divergence, estimator)
+    return build(
+        {"student": "teacher", "teacher": "student"}.get(prefix, prefix), divergence, estimator
+    )
 
 
 def always_plus(prefix: str, divergence: str, estimator: str) -> Any:
@@ -58,7 +67,9 @@ def all_keys(a: Row, b: Row) -> list[str]:
 
 
 def pairs() -> list[tuple[Row, Row]]:
-    base = dict(zip(SLOTS, ("student", "teacher", "reverse_kl", "full", "none", "constant"), strict=True)) | {"arxiv": "0000.00000"}
+    base = dict(
+        zip(SLOTS, ("student", "teacher", "reverse_kl", "full", "none", "constant"), strict=True)
+    ) | {"arxiv": "0000.00000"}
     return [
         (base, base | {"estimator": "sampled", "arxiv": "1111.11111"}),
         (base, dict(base)),
@@ -68,8 +79,13 @@ def pairs() -> list[tuple[Row, Row]]:
 
 EXERCISES = (
     Exercise(
-        "13.1", asks="return an OPD or an OPDPlus for a prefix law, a divergence and an estimator",
-        says="the same methods as the library's", truth=library, solution=build, cases=choices, look=said,
+        "13.1",
+        asks="return an OPD or an OPDPlus for a prefix law, a divergence and an estimator",
+        says="the same methods as the library's",
+        truth=library,
+        solution=build,
+        cases=choices,
+        look=said,
         mistakes={
             "`on_policy` is the share that the student writes: 1 for student, 0 for teacher.": upside_down,
             "the prefix law is not used: OPD has on_policy=….": always_student,
@@ -77,12 +93,15 @@ EXERCISES = (
         },
     ),
     Exercise(
-        "13.2", asks="return the names of the slots in which two methods differ, in the order of SLOTS",
+        "13.2",
+        asks="return the names of the slots in which two methods differ, in the order of SLOTS",
         says="that is how far apart they are",
-        truth=lambda a, b: [slot for slot in SLOTS if (a[slot] == b[slot]) is False], solution=apart, cases=pairs,
+        truth=lambda a, b: [slot for slot in SLOTS if (a[slot] == b[slot]) is False],
+        solution=apart,
+        cases=pairs,
         mistakes={
             "those are the slots that they share.": shared,
             "all columns are compared; only the six slots make the method.": all_keys,
         },
     ),
-)  # fmt: skip
+)

@@ -10,8 +10,8 @@ from typing import Any, cast
 import torch
 from torch import Tensor
 
-from opdlab.batch import Batch
-from opdlab.divergence import forward_kl, reverse_kl
+from opdlab.engine.batch import Batch
+from opdlab.losses.divergences import forward_kl, reverse_kl
 from opdlab.methods.grpo import GRPO
 from opdlab.notebook.cases import NO_GRADIENT
 from opdlab.notebook.checking import Exercise, WrongAnswer
@@ -37,19 +37,26 @@ def detached(logits: Tensor, teacher: Tensor, mask: Tensor) -> Tensor:
     return (student.exp().detach() * (student - teacher)).sum(-1)[mask].mean()
 
 
-def learnt(function: Callable[..., Tensor], logits: Tensor, teacher: Tensor, mask: Tensor) -> dict[str, Any]:
+def learnt(
+    function: Callable[..., Tensor], logits: Tensor, teacher: Tensor, mask: Tensor
+) -> dict[str, Any]:
     value = function(logits, teacher, mask)
     if isinstance(value, Tensor) and not value.requires_grad:
         raise WrongAnswer(NO_GRADIENT)
     if not isinstance(value, Tensor) or not value.requires_grad:
         return {"loss": value, "gradient": None if value is None else torch.zeros_like(logits)}
-    return {"loss": value, "gradient": torch.autograd.grad(value, logits)[0] if value.dim() == 0 else None}
+    return {
+        "loss": value,
+        "gradient": torch.autograd.grad(value, logits)[0] if value.dim() == 0 else None,
+    }
 
 
 def rollouts() -> list[tuple[Tensor, Tensor, Tensor]]:
     made, out = torch.Generator().manual_seed(0), []
     for lengths in ([3, 6, 1], [5, 2, 4, 6]):
-        logits, teacher = (torch.randn(len(lengths), 6, 5, generator=made, dtype=torch.float64) for _ in range(2))
+        logits, teacher = (
+            torch.randn(len(lengths), 6, 5, generator=made, dtype=torch.float64) for _ in range(2)
+        )
         mask = torch.arange(6) < torch.tensor(lengths)[:, None]
         out.append((logits.requires_grad_(), teacher.log_softmax(-1), mask))
     return out
@@ -72,7 +79,10 @@ def centred(rewards: Tensor, n: int) -> Tensor:
 
 
 def graded() -> list[tuple[Tensor, int]]:
-    return [(torch.tensor([1.0, 0, 0, 1, 0, 0, 0, 1, 1, 1, 1, 1]), 4), (torch.tensor([0.5, 1, 0, 0, 0, 1.0]), 3)]
+    return [
+        (torch.tensor([1.0, 0, 0, 1, 0, 0, 0, 1, 1, 1, 1, 1]), 4),
+        (torch.tensor([0.5, 1, 0, 0, 0, 1.0]), 3),
+    ]
 
 
 def interval(values: Sequence[float]) -> tuple[float, float]:
@@ -99,32 +109,52 @@ def normal(values: Sequence[float]) -> tuple[float, float]:
 
 EXERCISES = (
     Exercise(
-        "20.1", asks="return the mean reverse KL over all tokens, a number", says="that is the loss of one update of OPD",
-        truth=library, solution=loss, cases=rollouts, look=learnt,
+        "20.1",
+        asks="return the mean reverse KL over all tokens, a number",
+        says="that is the loss of one update of OPD",
+        truth=library,
+        solution=loss,
+        cases=rollouts,
+        look=learnt,
         mistakes={
             "that is a mean over texts of means over their tokens. Count all tokens alike.": by_text,
             "the weight is detached, so the gradients of all tokens cancel. Let the student's probabilities carry gradient.": detached,
-            "padding is counted: take the tokens of the mask only.": lambda x, q, mask: reverse_kl(x.log_softmax(-1), q).mean(),
-            "that is the forward KL. Weigh by the student's probabilities.":
-                lambda x, q, mask: forward_kl(x.log_softmax(-1), q)[mask].mean(),
+            "padding is counted: take the tokens of the mask only.": lambda x, q, mask: reverse_kl(
+                x.log_softmax(-1), q
+            ).mean(),
+            "that is the forward KL. Weigh by the student's probabilities.": lambda x, q, mask: (
+                forward_kl(x.log_softmax(-1), q)[mask].mean()
+            ),
         },
     ),
     Exercise(
-        "20.2", asks="return each text's reward less the mean of its group, over the group's standard deviation",
-        says="that is all that GRPO learns from", truth=planned, solution=advantage, cases=graded, close=1e-4,
+        "20.2",
+        asks="return each text's reward less the mean of its group, over the group's standard deviation",
+        says="that is all that GRPO learns from",
+        truth=planned,
+        solution=advantage,
+        cases=graded,
+        close=1e-4,
         mistakes={
-            "the mean is over all texts. Compare the n texts of one prompt.":
-                lambda r, n: (r - r.mean()) / (r.std() + 1e-4),
+            "the mean is over all texts. Compare the n texts of one prompt.": lambda r, n: (
+                (r - r.mean()) / (r.std() + 1e-4)
+            ),
             "it is not divided by the standard deviation of the group (that is Dr. GRPO's choice).": centred,
         },
     ),
     Exercise(
-        "20.3", asks="return the mean and the half width of its 95 % interval over seeds", says="that is how sure a few seeds make us",
-        truth=tested, solution=interval, cases=lambda: [([0.61, 0.55, 0.7],), ([0.1, 0.3, 0.2, 0.25, 0.4],)],
+        "20.3",
+        asks="return the mean and the half width of its 95 % interval over seeds",
+        says="that is how sure a few seeds make us",
+        truth=tested,
+        solution=interval,
+        cases=lambda: [([0.61, 0.55, 0.7],), ([0.1, 0.3, 0.2, 0.25, 0.4],)],
         mistakes={
             "1.96 is right for many seeds. For three it is Student's t, 4.30.": normal,
-            "that is the spread of single runs. The mean is surer: divide by the square root of their number.":
-                lambda v: (interval(v)[0], interval(v)[1] * math.sqrt(len(v))),
+            "that is the spread of single runs. The mean is surer: divide by the square root of their number.": lambda v: (
+                interval(v)[0],
+                interval(v)[1] * math.sqrt(len(v)),
+            ),
         },
     ),
-)  # fmt: skip
+)

@@ -7,11 +7,11 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from opdlab.divergence import Generator
+from opdlab.engine.rows import Rows
+from opdlab.losses.divergences import Generator
 from opdlab.methods import OPDPlus
 from opdlab.notebook.cases import rows, trains
 from opdlab.notebook.checking import Exercise
-from opdlab.rows import Rows
 
 Function = Callable[[Tensor], Tensor]
 SHOWN = ("forward_kl", "jensen_shannon", "squared_hellinger", "pearson")
@@ -68,35 +68,54 @@ def by_log(f: Function) -> Tensor:
 
 EXERCISES = (
     Exercise(
-        "21.1", asks="return w_f(u) = -f(u) + u f'(u) for any f of log u, in the shape of log u",
+        "21.1",
+        asks="return w_f(u) = -f(u) + u f'(u) for any f of log u, in the shape of log u",
         says="that is the weight of OPD+, for any f",
-        truth=lambda f, log_u: f.__self__.weight(log_u), solution=weight,
-        cases=lambda: [(Generator(name).f, torch.linspace(-4, 4, 9).double()) for name in ("reverse_kl", *SHOWN)],
+        truth=lambda f, log_u: f.__self__.weight(log_u),
+        solution=weight,
+        cases=lambda: [
+            (Generator(name).f, torch.linspace(-4, 4, 9).double())
+            for name in ("reverse_kl", *SHOWN)
+        ],
         mistakes={
-            "that is -f(u), the advantage with the stop-gradient. How f(u) moves with the student, u f'(u), is left out.":
-                lambda f, log_u: -f(log_u),
+            "that is -f(u), the advantage with the stop-gradient. How f(u) moves with the student, u f'(u), is left out.": lambda f, log_u: (
+                -f(log_u)
+            ),
             "that is u f'(u) alone. The score half, -f(u), is left out.": slope_only,
             "by the chain rule the slope in log u is u f'(u) already. Do not divide it by u.": wrong_chain,
         },
     ),
     Exercise(
-        "21.2", asks="return a loss, [n], whose gradient is -w_f(u) times that of the token's log-prob",
+        "21.2",
+        asks="return a loss, [n], whose gradient is -w_f(u) times that of the token's log-prob",
         says="that loss trains the divergence",
-        truth=library, solution=loss, cases=lambda: [(Generator(name), rows(seed=i)) for i, name in enumerate(SHOWN)], look=pulled,
+        truth=library,
+        solution=loss,
+        cases=lambda: [(Generator(name), rows(seed=i)) for i, name in enumerate(SHOWN)],
+        look=pulled,
         mistakes={
             "the weight carries a gradient of its own, so its slope is counted twice. Detach it.": attached,
-            "that is the stop-gradient's: its weight is -f(u). Use generator.weight.":
-                lambda g, r: g.f((r.logp_of("teacher") - r.logp).detach()) * r.logp,
-            "that differentiates f(u) itself, which is the pathwise half alone.": lambda g, r: g.f(r.logp_of("teacher") - r.logp),
+            "that is the stop-gradient's: its weight is -f(u). Use generator.weight.": lambda g, r: (
+                g.f((r.logp_of("teacher") - r.logp).detach()) * r.logp
+            ),
+            "that differentiates f(u) itself, which is the pathwise half alone.": lambda g, r: g.f(
+                r.logp_of("teacher") - r.logp
+            ),
         },
     ),
     Exercise(
-        "21.3", asks="return -f'(1) / f''(1), for an f that takes log u", says="that is what is left of the gradient close to the teacher",
-        truth=lambda f: -torch.tensor(f.__self__.centre / f.__self__.curvature), solution=factor, close=1e-3,
+        "21.3",
+        asks="return -f'(1) / f''(1), for an f that takes log u",
+        says="that is what is left of the gradient close to the teacher",
+        truth=lambda f: -torch.tensor(f.__self__.centre / f.__self__.curvature),
+        solution=factor,
+        close=1e-3,
         cases=lambda: [(Generator(name).f,) for name in ("reverse_kl", "skew_forward_kl", *SHOWN)],
         mistakes={
             "these are slopes in log u. Step in u: f takes its logarithm, log(1 + h).": by_log,
-            "that is f'(1) / f''(1). The detached weight is -f, so the sign turns.": lambda f: -factor(f),
+            "that is f'(1) / f''(1). The detached weight is -f, so the sign turns.": lambda f: (
+                -factor(f)
+            ),
         },
     ),
-)  # fmt: skip
+)

@@ -7,18 +7,21 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from opdlab.engine.rows import Rows
 from opdlab.methods.futures import false_alarm_rate
 from opdlab.methods.topd import TOPD
 from opdlab.methods.windows import solve, transport
 from opdlab.notebook.cases import laws
 from opdlab.notebook.checking import Exercise
-from opdlab.rows import Rows
 
 
 def distance(student: Tensor, teacher: Tensor) -> float:
     from scipy.optimize import linear_sum_assignment
 
-    s, t = torch.nn.functional.normalize(student, dim=-1), torch.nn.functional.normalize(teacher, dim=-1)
+    s, t = (
+        torch.nn.functional.normalize(student, dim=-1),
+        torch.nn.functional.normalize(teacher, dim=-1),
+    )
     cost = 1 - s @ t.T
     rows, columns = linear_sum_assignment(cost)
     return cost[rows, columns].mean().item()
@@ -29,7 +32,10 @@ def diagonal(student: Tensor, teacher: Tensor) -> float:
 
 
 def nearest(student: Tensor, teacher: Tensor) -> float:
-    s, t = torch.nn.functional.normalize(student, dim=-1), torch.nn.functional.normalize(teacher, dim=-1)
+    s, t = (
+        torch.nn.functional.normalize(student, dim=-1),
+        torch.nn.functional.normalize(teacher, dim=-1),
+    )
     return (1 - s @ t.T).min(1).values.mean().item()
 
 
@@ -39,7 +45,10 @@ def unscaled(student: Tensor, teacher: Tensor) -> float:
 
 def vectors() -> list[tuple[Tensor, Tensor]]:
     made = torch.Generator().manual_seed(0)
-    pairs = [(torch.randn(k, 6, generator=made).double(), torch.randn(k, 6, generator=made).double()) for k in (4, 8, 8)]
+    pairs = [
+        (torch.randn(k, 6, generator=made).double(), torch.randn(k, 6, generator=made).double())
+        for k in (4, 8, 8)
+    ]
     s, t = pairs[1]
     return [*pairs, (s, torch.cat([s[3:5], t[:4], s[:2]]))]  # partly the same tokens, elsewhere
 
@@ -52,7 +61,11 @@ def rate(high: Sequence[float], low: Sequence[float]) -> float:
 def alarms() -> list[tuple[Sequence[float], Sequence[float]]]:
     made = torch.Generator().manual_seed(0)
     draw = lambda n, shift: (shift + torch.rand(n, generator=made)).double().tolist()
-    return [(draw(40, 0.3), draw(40, 0.0)), (draw(25, 0.6), draw(60, 0.1)), ([0.0, 0.0, 0.5, 0.9], [0.0, 0.0, 0.0, 0.3])]
+    return [
+        (draw(40, 0.3), draw(40, 0.0)),
+        (draw(25, 0.6), draw(60, 0.1)),
+        ([0.0, 0.0, 0.5, 0.9], [0.0, 0.0, 0.0, 0.3]),
+    ]
 
 
 def trajectory(logp: Tensor, teacher: Tensor, plan: Tensor) -> Tensor:
@@ -78,9 +91,12 @@ def windows() -> list[tuple[Tensor, Tensor, Tensor]]:
 
 EXERCISES = (
     Exercise(
-        "22.1", asks="return the transport distance of two windows of vectors [K, H], a number",
+        "22.1",
+        asks="return the transport distance of two windows of vectors [K, H], a number",
         says="that is how far the two futures are apart",
-        truth=lambda s, t: transport(s, t)[0], solution=distance, cases=vectors,
+        truth=lambda s, t: transport(s, t)[0],
+        solution=distance,
+        cases=vectors,
         mistakes={
             "that compares word by word, in order. The plan may match any word with any other.": diagonal,
             "each word of the student takes the nearest of the teacher's, so one may be taken twice. Each has a mass of 1/K.": nearest,
@@ -88,23 +104,41 @@ EXERCISES = (
         },
     ),
     Exercise(
-        "22.2", asks="return the share of `high` at or below the upper quartile of `low`", says="that is the rate of false alarms",
-        truth=lambda high, low: float(false_alarm_rate(high, low)), solution=rate, cases=alarms,
+        "22.2",
+        asks="return the share of `high` at or below the upper quartile of `low`",
+        says="that is the rate of false alarms",
+        truth=lambda high, low: float(false_alarm_rate(high, low)),
+        solution=rate,
+        cases=alarms,
         mistakes={
-            "that is the share of real forks. Count the distances at or below the limit.": lambda high, low: 1 - rate(high, low),
-            "the limit is the upper quartile, 0.75, and not the median.":
-                lambda high, low: (torch.tensor(high).double() <= torch.tensor(low).double().quantile(0.5)).double().mean().item(),
+            "that is the share of real forks. Count the distances at or below the limit.": lambda high, low: (
+                1 - rate(high, low)
+            ),
+            "the limit is the upper quartile, 0.75, and not the median.": lambda high, low: (
+                (torch.tensor(high).double() <= torch.tensor(low).double().quantile(0.5))
+                .double()
+                .mean()
+                .item()
+            ),
         },
     ),
     Exercise(
-        "22.3", asks="return -sum_ij plan_ij log p(T_j | x_<t+i), a number", says="that is the trajectory term of one window",
-        truth=library, solution=trajectory, cases=windows,
+        "22.3",
+        asks="return -sum_ij plan_ij log p(T_j | x_<t+i), a number",
+        says="that is the trajectory term of one window",
+        truth=library,
+        solution=trajectory,
+        cases=windows,
         mistakes={
-            "i and j are swapped: rows of the plan are places of the student's window, columns the teacher's words.":
-                lambda logp, teacher, plan: trajectory(logp, teacher, plan.T),
-            "the sign is wrong: likelier teacher's words make a lower loss.": lambda logp, teacher, plan: -trajectory(logp, teacher, plan),
-            "that is the diagonal target, which ignores the plan.":
-                lambda logp, teacher, plan: -logp.gather(-1, teacher[:, None]).mean(),
+            "i and j are swapped: rows of the plan are places of the student's window, columns the teacher's words.": lambda logp, teacher, plan: (
+                trajectory(logp, teacher, plan.T)
+            ),
+            "the sign is wrong: likelier teacher's words make a lower loss.": lambda logp, teacher, plan: (
+                -trajectory(logp, teacher, plan)
+            ),
+            "that is the diagonal target, which ignores the plan.": lambda logp, teacher, plan: (
+                -logp.gather(-1, teacher[:, None]).mean()
+            ),
         },
     ),
-)  # fmt: skip
+)

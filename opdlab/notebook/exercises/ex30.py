@@ -8,12 +8,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from opdlab.divergence import jensen_shannon
+from opdlab.engine.rows import Rows
+from opdlab.losses.divergences import jensen_shannon
 from opdlab.methods import SelfDistillation
 from opdlab.methods.self_distillation import clipped_forward_kl
 from opdlab.notebook.cases import laws, trains
 from opdlab.notebook.checking import Exercise, Function
-from opdlab.rows import Rows
 
 Logits = Callable[[Tensor], Tensor]
 
@@ -37,17 +37,24 @@ def told_self(logits: Logits, prompt: Tensor, told: Tensor, text: Tensor) -> Ten
 
 def library(logits: Logits, prompt: Tensor, told: Tensor, text: Tensor) -> Tensor:
     student, teacher = (cut(logits, before, text, len(before) - 1) for before in (prompt, told))
-    return SelfDistillation().loss(Rows({"student": student, "reference+hint": teacher.detach()}, text))
+    return SelfDistillation().loss(
+        Rows({"student": student, "reference+hint": teacher.detach()}, text)
+    )
 
 
 def late(logits: Logits, prompt: Tensor, told: Tensor, text: Tensor) -> Tensor:
     """Every token is read at its own place, which foretells the next one."""
-    return jensen_shannon(cut(logits, prompt, text, len(prompt)), cut(logits, told, text, len(told)).detach())
+    return jensen_shannon(
+        cut(logits, prompt, text, len(prompt)), cut(logits, told, text, len(told)).detach()
+    )
 
 
 def aligned(logits: Logits, prompt: Tensor, told: Tensor, text: Tensor) -> Tensor:
     """The told text cut where the bare one begins."""
-    return jensen_shannon(cut(logits, prompt, text, len(prompt) - 1), cut(logits, told, text, len(prompt) - 1).detach())
+    return jensen_shannon(
+        cut(logits, prompt, text, len(prompt) - 1),
+        cut(logits, told, text, len(prompt) - 1).detach(),
+    )
 
 
 def moving(logits: Logits, prompt: Tensor, told: Tensor, text: Tensor) -> Tensor:
@@ -94,7 +101,13 @@ def descended(told: Tensor) -> tuple[Tensor, Tensor]:
 def lowest(mean: Callable[[Tensor], Tensor], like: Tensor) -> Tensor:
     """The log-law `[V]` at which a function of one is least, by L-BFGS from the uniform one."""
     z = torch.zeros(like.shape[-1], dtype=like.dtype, requires_grad=True)
-    search = torch.optim.LBFGS([z], max_iter=500, tolerance_grad=1e-12, tolerance_change=1e-15, line_search_fn="strong_wolfe")
+    search = torch.optim.LBFGS(
+        [z],
+        max_iter=500,
+        tolerance_grad=1e-12,
+        tolerance_change=1e-15,
+        line_search_fn="strong_wolfe",
+    )
 
     def value() -> Tensor:
         search.zero_grad()
@@ -132,15 +145,26 @@ def told_rows() -> list[tuple[Rows]]:
     out = []
     for seed, scale in ((0, 1.0), (1, 3.0)):
         student, told = laws(6, 7, seed=seed, scale=scale)
-        out.append((Rows({"student": student.requires_grad_(), "reference+hint": told}, torch.zeros(6, dtype=torch.long)),))
+        out.append(
+            (
+                Rows(
+                    {"student": student.requires_grad_(), "reference+hint": told},
+                    torch.zeros(6, dtype=torch.long),
+                ),
+            )
+        )
     return out
 
 
 EXERCISES = (
     Exercise(
-        "30.1", asks="return the Jensen-Shannon divergence of every token of the text, [T]",
+        "30.1",
+        asks="return the Jensen-Shannon divergence of every token of the text, [T]",
         says="the loss of SelfDistillation, and its gradient",
-        truth=library, solution=told_self, cases=lengths, look=felt,
+        truth=library,
+        solution=told_self,
+        cases=lengths,
+        look=felt,
         mistakes={
             "a token is foretold one place before it: the text's first by the last place of the prompt.": late,
             "the told text begins later than the bare one. Cut each behind its own prompt.": aligned,
@@ -149,23 +173,39 @@ EXERCISES = (
         },
     ),
     Exercise(
-        "30.2", asks="return two log-laws, [V] each: of least mean forward KL and of least mean reverse KL",
+        "30.2",
+        asks="return two log-laws, [V] each: of least mean forward KL and of least mean reverse KL",
         says="where descent on the mean divergences ends, too",
-        truth=descended, solution=best, cases=lambda: [(laws(4, seed=0)[0],), (laws(8, 5, seed=1, scale=2.0)[1],)], close=1e-4,
+        truth=descended,
+        solution=best,
+        cases=lambda: [(laws(4, seed=0)[0],), (laws(8, 5, seed=1, scale=2.0)[1],)],
+        close=1e-4,
         mistakes={
-            "the two are swapped: forward KL averages probabilities, reverse KL log-probs.": lambda told: best(told)[::-1],
-            "a mean of log-probs sums to less than one as probabilities. Normalise it.": lambda told: (best(told)[0], told.mean(0)),
-            "both are the arithmetic mean. The reverse KL weighs by the student, which makes it a geometric one.":
-                lambda told: (best(told)[0], best(told)[0]),
+            "the two are swapped: forward KL averages probabilities, reverse KL log-probs.": lambda told: (
+                best(told)[::-1]
+            ),
+            "a mean of log-probs sums to less than one as probabilities. Normalise it.": lambda told: (
+                best(told)[0],
+                told.mean(0),
+            ),
+            "both are the arithmetic mean. The reverse KL weighs by the student, which makes it a geometric one.": lambda told: (
+                best(told)[0],
+                best(told)[0],
+            ),
         },
     ),
     Exercise(
-        "30.3", asks="return the clipped forward KL of every token, [n]", says="SelfDistillation.opsd(clip=0.05), and its gradient",
-        truth=lambda rows: clipped_forward_kl(rows.student, rows["reference+hint"], 0.05), solution=clipped, cases=told_rows, look=trains,
+        "30.3",
+        asks="return the clipped forward KL of every token, [n]",
+        says="SelfDistillation.opsd(clip=0.05), and its gradient",
+        truth=lambda rows: clipped_forward_kl(rows.student, rows["reference+hint"], 0.05),
+        solution=clipped,
+        cases=told_rows,
+        look=trains,
         mistakes={
             "the clip is for every entry of the vocabulary, before the sum.": whole,
             "only large positive entries are clipped. Negative ones stay as they are, so the loss may be negative.": both_sides,
             "the whole entry q (log q - log p) is clipped, not the log ratio in it.": ratio,
         },
     ),
-)  # fmt: skip
+)

@@ -8,11 +8,11 @@ import torch
 from torch import Tensor
 
 from opdlab.diagnose.privilege import split_gap
+from opdlab.engine.rows import Rows
 from opdlab.methods import DOPD
 from opdlab.methods import dopd as library
 from opdlab.notebook.cases import laws, trains
 from opdlab.notebook.checking import Exercise
-from opdlab.rows import Rows
 
 WEIGHTS = (0.6, 0.3, 1.0, 0.6)
 
@@ -44,7 +44,9 @@ def strict(teacher: Tensor, student: Tensor) -> Tensor:
 def told(n: int, seed: int) -> tuple[Tensor, Tensor]:
     """Log-probs of sampled tokens under the told teacher and the told student."""
     made = torch.Generator().manual_seed(seed)
-    teacher, student = (-2 * torch.rand(n, generator=made, dtype=torch.float64) ** 2 for _ in range(2))
+    teacher, student = (
+        -2 * torch.rand(n, generator=made, dtype=torch.float64) ** 2 for _ in range(2)
+    )
     return teacher, student
 
 
@@ -72,14 +74,18 @@ def unweighted(rows: Rows) -> Tensor:
 
 def taught(rows: Rows) -> Tensor:
     """All four to the teacher."""
-    return dopd(Rows({**rows.distributions, "student+hint": rows["teacher+hint"]}, rows.token, rows.columns))
+    return dopd(
+        Rows({**rows.distributions, "student+hint": rows["teacher+hint"]}, rows.token, rows.columns)
+    )
 
 
 def forward(rows: Rows) -> Tensor:
     s, t, own = rows.student, rows["teacher+hint"], rows["student+hint"]
     m = torch.logaddexp(s, t) - math.log(2)
     js = (kl(s, m) + kl(t, m)) / 2
-    return torch.stack([0.6 * kl(t, s), 0.3 * kl(own, s), js, 0.6 * kl(own, s)]).gather(0, rows.route[None])[0]
+    return torch.stack([0.6 * kl(t, s), 0.3 * kl(own, s), js, 0.6 * kl(own, s)]).gather(
+        0, rows.route[None]
+    )[0]
 
 
 def routed() -> list[tuple[Rows]]:
@@ -91,7 +97,9 @@ def routed() -> list[tuple[Rows]]:
     return out
 
 
-def weight(student: Tensor, teacher_told: Tensor, student_told: Tensor, mean_gap: float, mean_sure: float) -> Tensor:
+def weight(
+    student: Tensor, teacher_told: Tensor, student_told: Tensor, mean_gap: float, mean_sure: float
+) -> Tensor:
     low = (teacher_told - student_told).abs() < mean_gap
     sure = teacher_told.exp() + student_told.exp() >= mean_sure
     light = low & sure
@@ -99,9 +107,16 @@ def weight(student: Tensor, teacher_told: Tensor, student_told: Tensor, mean_gap
     return (student.exp() * (0.6 * light + 1.0 * teachers)).sum()
 
 
-def heard(student: Tensor, teacher_told: Tensor, student_told: Tensor, mean_gap: float, mean_sure: float) -> Tensor:
+def heard(
+    student: Tensor, teacher_told: Tensor, student_told: Tensor, mean_gap: float, mean_sure: float
+) -> Tensor:
     """The library's, as `diagnose.privilege` reports it."""
-    rows = {"student": student, "teacher": teacher_told, "teacher+hint": teacher_told, "student+hint": student_told}
+    rows = {
+        "student": student,
+        "teacher": teacher_told,
+        "teacher+hint": teacher_told,
+        "student+hint": student_told,
+    }
     given = Rows({name: law[None] for name, law in rows.items()}, torch.zeros(1, dtype=torch.long))
     return split_gap(given, (mean_gap, mean_sure), DOPD())["teacher_weight"][0]
 
@@ -116,19 +131,31 @@ def weighed() -> list[tuple[Tensor, Tensor, Tensor, float, float]]:
 
 EXERCISES = (
     Exercise(
-        "31.1", asks="return the route of every token, 0 to 3, [n]", says="the same routes, ties and trimming included",
-        truth=lambda t, s: library.route(t, s, torch.ones(len(t), dtype=torch.bool)), solution=route,
+        "31.1",
+        asks="return the route of every token, 0 to 3, [n]",
+        says="the same routes, ties and trimming included",
+        truth=lambda t, s: library.route(t, s, torch.ones(len(t), dtype=torch.bool)),
+        solution=route,
         cases=lambda: [told(40, 0), told(200, 1), tied()],
         mistakes={
             "the gap is an absolute value: a teacher that thinks less of the token differs as much.": signed,
             "ties are high: A equal to its mean belongs to HT or HS. A student that is its own teacher then is all HT.": strict,
-            "the top 5 % of the gaps leave the two means. They are routed all the same.": lambda t, s: route(t, s, 1.0),
-            "teacher and student are swapped in who leads.": lambda t, s: torch.tensor([0, 1, 3, 2])[route(t, s)],
+            "the top 5 % of the gaps leave the two means. They are routed all the same.": lambda t, s: (
+                route(t, s, 1.0)
+            ),
+            "teacher and student are swapped in who leads.": lambda t, s: torch.tensor(
+                [0, 1, 3, 2]
+            )[route(t, s)],
         },
     ),
     Exercise(
-        "31.2", asks="return the loss of every token, [n]", says="four regimes, two teachers, and the library's gradient",
-        truth=lambda rows: DOPD().loss(rows), solution=dopd, cases=routed, look=trains,
+        "31.2",
+        asks="return the loss of every token, [n]",
+        says="four regimes, two teachers, and the library's gradient",
+        truth=lambda rows: DOPD().loss(rows),
+        solution=dopd,
+        cases=routed,
+        look=trains,
         mistakes={
             "the weights are missing: 0.6, 0.3, 1 and 0.6.": unweighted,
             "all four go to the teacher. LL and HS are the told student's.": taught,
@@ -136,15 +163,23 @@ EXERCISES = (
         },
     ),
     Exercise(
-        "31.3", asks="return the teacher's mean weight at a prefix, one number", says="the teacher_weight of diagnose.privilege",
-        truth=heard, solution=weight, cases=weighed,
+        "31.3",
+        asks="return the teacher's mean weight at a prefix, one number",
+        says="the teacher_weight of diagnose.privilege",
+        truth=heard,
+        solution=weight,
+        cases=weighed,
         mistakes={
-            "the expectation is under the bare student, who writes; you weighed by the told one.":
-                lambda s, t, own, a, q: weight(own, t, own, a, q),
-            "LH is light: it counts 0.6.": lambda s, t, own, a, q: weight(s, t, own, a, q) + 0.4 * (
-                s.exp() * (((t - own).abs() < a) & (t.exp() + own.exp() >= q))).sum(),
-            "HS goes to the student, not to the teacher.": lambda s, t, own, a, q: weight(s, t, own, a, q) + (
-                s.exp() * (((t - own).abs() >= a) & (t < own))).sum(),
+            "the expectation is under the bare student, who writes; you weighed by the told one.": lambda s, t, own, a, q: (
+                weight(own, t, own, a, q)
+            ),
+            "LH is light: it counts 0.6.": lambda s, t, own, a, q: (
+                weight(s, t, own, a, q)
+                + 0.4 * (s.exp() * (((t - own).abs() < a) & (t.exp() + own.exp() >= q))).sum()
+            ),
+            "HS goes to the student, not to the teacher.": lambda s, t, own, a, q: (
+                weight(s, t, own, a, q) + (s.exp() * (((t - own).abs() >= a) & (t < own))).sum()
+            ),
         },
     ),
-)  # fmt: skip
+)

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from opdlab.diagnose import Health, Limits
-from opdlab.divergence import total_variation
+from opdlab.losses.divergences import total_variation
 from opdlab.notebook.cases import laws
 from opdlab.notebook.checking import Exercise
 
@@ -70,30 +70,63 @@ def early(values: Sequence[float], window: int, share: float) -> int:
 
 
 def from_first(values: Sequence[float], window: int, share: float) -> int:
-    return next((i for i in range(window, len(values) + 1) if sum(values[i - window : i]) / window < share * values[0]), 0)
+    return next(
+        (
+            i
+            for i in range(window, len(values) + 1)
+            if sum(values[i - window : i]) / window < share * values[0]
+        ),
+        0,
+    )
 
 
 def falling() -> list[tuple[list[float], int, float]]:
     slow = [1.0, 0.8, 0.9, 0.7, 0.6, 0.5, 0.2, 0.6, 0.3, 0.2, 0.1, 0.1]
     high = [2.0, 1.0, 1.0, 0.9, 0.6, 0.55, 0.5, 0.4]
-    return [(slow, 3, 0.5), (high, 3, 0.5), (slow, 1, 0.55), ([1.0, 1.0, 0.9], 2, 0.5), ([1.0, 0.1], 3, 0.5)]
+    return [
+        (slow, 3, 0.5),
+        (high, 3, 0.5),
+        (slow, 1, 0.55),
+        ([1.0, 1.0, 0.9], 2, 0.5),
+        ([1.0, 0.1], 3, 0.5),
+    ]
 
 
-TEXTS = [([1, 2, 3, 1, 2, 3, 1],), ([5, 5, 5, 5],), ([1, 2],), ([1, 2, 3, 4, 1, 2, 4],), ([1, 2, 1, 2, 1, 2, 3, 1],)]
+TEXTS = [
+    ([1, 2, 3, 1, 2, 3, 1],),
+    ([5, 5, 5, 5],),
+    ([1, 2],),
+    ([1, 2, 3, 4, 1, 2, 4],),
+    ([1, 2, 1, 2, 1, 2, 3, 1],),
+]
 
 EXERCISES = (
     Exercise(
-        "41.1", asks="return the acceptance of every row, [n]", says="one minus the total variation",
-        truth=lambda s, t: 1 - total_variation(s, t), solution=acceptance, cases=lambda: [laws(seed=0), laws(8, 4, seed=1, scale=2.0)],
+        "41.1",
+        asks="return the acceptance of every row, [n]",
+        says="one minus the total variation",
+        truth=lambda s, t: 1 - total_variation(s, t),
+        solution=acceptance,
+        cases=lambda: [laws(seed=0), laws(8, 4, seed=1, scale=2.0)],
         mistakes={
-            "that is the total variation, which is one minus the acceptance.": lambda s, t: 1 - acceptance(s, t),
-            "the larger of the two was taken, not the smaller.": lambda s, t: torch.maximum(s, t).exp().sum(-1),
-            "that is the mean over the vocabulary. Sum over it.": lambda s, t: acceptance(s, t) / s.shape[-1],
+            "that is the total variation, which is one minus the acceptance.": lambda s, t: (
+                1 - acceptance(s, t)
+            ),
+            "the larger of the two was taken, not the smaller.": lambda s, t: (
+                torch.maximum(s, t).exp().sum(-1)
+            ),
+            "that is the mean over the vocabulary. Sum over it.": lambda s, t: (
+                acceptance(s, t) / s.shape[-1]
+            ),
         },
     ),
     Exercise(
-        "41.2", asks="return the share of triples that stood in the text before", says="the meter of the repetition alarm",
-        truth=measured, solution=repetition, cases=lambda: TEXTS,
+        "41.2",
+        asks="return the share of triples that stood in the text before",
+        says="the meter of the repetition alarm",
+        truth=measured,
+        solution=repetition,
+        cases=lambda: TEXTS,
         mistakes={
             "those are pairs of tokens. Take three at a time.": pairs,
             "the first of equal triples is no repetition. Count only those that stood there before.": twice,
@@ -101,12 +134,16 @@ EXERCISES = (
         },
     ),
     Exercise(
-        "41.3", asks="return the step at which the alarm rings, or 0", says="it rings where the library's does",
-        truth=library, solution=rings, cases=falling,
+        "41.3",
+        asks="return the step at which the alarm rings, or 0",
+        says="it rings where the library's does",
+        truth=library,
+        solution=rings,
+        cases=falling,
         mistakes={
             "one low step sets it off. Compare the mean of the last `window` values.": one_step,
             "steps are counted from 1.": early,
             "the beginning is the mean of the first `window` values, not the first value.": from_first,
         },
     ),
-)  # fmt: skip
+)

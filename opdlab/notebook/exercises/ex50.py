@@ -9,10 +9,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from opdlab import divergence as d
+from opdlab import losses as d
+from opdlab.engine.rows import Rows
 from opdlab.notebook.cases import laws, rows, trains
 from opdlab.notebook.checking import Exercise, WrongAnswer
-from opdlab.rows import Rows
 
 Pair = Callable[[Tensor, Tensor], Tensor]
 
@@ -31,7 +31,9 @@ def library(student: Tensor, teacher: Tensor) -> Tensor:
 
 
 def swapped(student: Tensor, teacher: Tensor) -> Tensor:
-    return d.reverse_kl(student, teacher) + d.forward_kl(student, teacher) - library(student, teacher)
+    return (
+        d.reverse_kl(student, teacher) + d.forward_kl(student, teacher) - library(student, teacher)
+    )
 
 
 def by_student(student: Tensor, teacher: Tensor) -> Tensor:
@@ -40,7 +42,9 @@ def by_student(student: Tensor, teacher: Tensor) -> Tensor:
 
 
 def added(student: Tensor, teacher: Tensor) -> Tensor:
-    return d.reverse_kl(student, teacher) + (1 - (-d.entropy(teacher)).exp()) * d.forward_kl(student, teacher)
+    return d.reverse_kl(student, teacher) + (1 - (-d.entropy(teacher)).exp()) * d.forward_kl(
+        student, teacher
+    )
 
 
 def by_certainty(student: Tensor, teacher: Tensor) -> Tensor:
@@ -89,7 +93,11 @@ def by_row(entropy: Tensor, kl: Tensor, mask: Tensor, vocab: int, share: float) 
 def look_at_choice(function: Callable[..., Tensor], *batch: Any) -> Tensor:
     """The choice of a batch; a choice in the padding is named at once, whatever else is wrong."""
     chosen, mask = function(*batch), batch[2]
-    if isinstance(chosen, Tensor) and chosen.shape == mask.shape and bool((chosen[~mask] != 0).any()):
+    if (
+        isinstance(chosen, Tensor)
+        and chosen.shape == mask.shape
+        and bool((chosen[~mask] != 0).any())
+    ):
         raise WrongAnswer("padding is chosen: only places where mask is true are tokens.")
     return chosen
 
@@ -136,10 +144,14 @@ ONE_SIDED = "that is a one-sided difference. Take (loss above - loss below) / (2
 def one_sided(loss: Pair, logits: Tensor, teacher: Tensor, step: float = 1e-5) -> Tensor:
     here = loss(logits.log_softmax(-1), teacher)
     nudges = step * torch.eye(logits.shape[-1], dtype=logits.dtype)
-    return torch.stack([(loss((logits + nudge).log_softmax(-1), teacher) - here) / step for nudge in nudges], -1)
+    return torch.stack(
+        [(loss((logits + nudge).log_softmax(-1), teacher) - here) / step for nudge in nudges], -1
+    )
 
 
-def look_at_slope(function: Callable[..., Tensor], loss: Pair, logits: Tensor, teacher: Tensor) -> Tensor:
+def look_at_slope(
+    function: Callable[..., Tensor], loss: Pair, logits: Tensor, teacher: Tensor
+) -> Tensor:
     """The slope of a loss, after two probes that tell how it was made.
 
     A loss without gradient stops autograd. A loss with a kink where the logits stand has the central difference 0 there, at
@@ -165,7 +177,11 @@ def look_at_slope(function: Callable[..., Tensor], loss: Pair, logits: Tensor, t
             raise WrongAnswer(AUTOGRAD) from error
         raise
     at_kink = function(kinked, logits.clone(), teacher)
-    if isinstance(at_kink, Tensor) and at_kink.shape == logits.shape and float(at_kink.abs().max()) > 0.1:
+    if (
+        isinstance(at_kink, Tensor)
+        and at_kink.shape == logits.shape
+        and float(at_kink.abs().max()) > 0.1
+    ):
         raise WrongAnswer(ONE_SIDED)
     return slopes
 
@@ -173,13 +189,19 @@ def look_at_slope(function: Callable[..., Tensor], loss: Pair, logits: Tensor, t
 def without_softmax(loss: Pair, logits: Tensor, teacher: Tensor) -> Tensor:
     logp = logits.log_softmax(-1)
     ends = lambda v, e: loss(logp + e * torch.eye(logits.shape[-1], dtype=logp.dtype)[v], teacher)
-    return torch.stack([(ends(v, 1e-5) - ends(v, -1e-5)) / 2e-5 for v in range(logits.shape[-1])], -1)
+    return torch.stack(
+        [(ends(v, 1e-5) - ends(v, -1e-5)) / 2e-5 for v in range(logits.shape[-1])], -1
+    )
 
 
 EXERCISES = (
     Exercise(
-        "50.1", asks="return (1 - g) KL(p || q) + g KL(q || p) of every row, [n], with g = 1 - exp(-H(q))",
-        says="it seeks where the teacher is sure, and covers where it is not", truth=library, solution=gated, look=look,
+        "50.1",
+        asks="return (1 - g) KL(p || q) + g KL(q || p) of every row, [n], with g = 1 - exp(-H(q))",
+        says="it seeks where the teacher is sure, and covers where it is not",
+        truth=library,
+        solution=gated,
+        look=look,
         cases=lambda: [(rows(),), (rows(6, 9, seed=2),)],
         mistakes={
             "the gate is the wrong way round: g, near 1 where the teacher is undecided, belongs to the forward KL.": swapped,
@@ -189,29 +211,52 @@ EXERCISES = (
         },
     ),
     Exercise(
-        "50.2", asks="return 1 for the ceil(share · tokens) largest u of the batch and 0 for the others, [B, T]",
-        says="that is the choice over the whole batch", truth=by_rank, solution=keep, cases=batches, look=look_at_choice,
+        "50.2",
+        asks="return 1 for the ceil(share · tokens) largest u of the batch and 0 for the others, [B, T]",
+        says="that is the choice over the whole batch",
+        truth=by_rank,
+        solution=keep,
+        cases=batches,
+        look=look_at_choice,
         mistakes={
             "padding is chosen: only places where mask is true are tokens.": padded,
             "padding is counted in the number of tokens: it is ceil(share · mask.sum()).": counting_padding,
             "that chooses in each row. The choice is over the whole batch, so that texts without trouble give way.": by_row,
-            "that is the sum h + delta. The soft or takes off what both say: - h · delta.":
-                lambda h, kl, mask, vocab, share:
-                    keep(torch.zeros_like(h), -torch.log1p(-(h / math.log(vocab) + 1 - (-kl).exp()) / 3), mask, vocab, share),
-            "that is by entropy alone.": lambda h, kl, mask, vocab, share: keep(h, torch.zeros_like(kl), mask, vocab, share),
-            "that is by divergence alone.": lambda h, kl, mask, vocab, share: keep(torch.zeros_like(h), kl, mask, vocab, share),
+            "that is the sum h + delta. The soft or takes off what both say: - h · delta.": lambda h, kl, mask, vocab, share: (
+                keep(
+                    torch.zeros_like(h),
+                    -torch.log1p(-(h / math.log(vocab) + 1 - (-kl).exp()) / 3),
+                    mask,
+                    vocab,
+                    share,
+                )
+            ),
+            "that is by entropy alone.": lambda h, kl, mask, vocab, share: keep(
+                h, torch.zeros_like(kl), mask, vocab, share
+            ),
+            "that is by divergence alone.": lambda h, kl, mask, vocab, share: keep(
+                torch.zeros_like(h), kl, mask, vocab, share
+            ),
         },
     ),
     Exercise(
-        "50.3", asks="return the slope of each row's loss in its logits, [n, V], by central differences",
-        says="that needs no autograd, so it can judge one", truth=autograd, solution=slope, close=1e-6, look=look_at_slope,
-        cases=lambda: [(pair, student, teacher) for pair in (library, d.jensen_shannon) for student, teacher in [laws(4, 6, seed=1)]],
+        "50.3",
+        asks="return the slope of each row's loss in its logits, [n, V], by central differences",
+        says="that needs no autograd, so it can judge one",
+        truth=autograd,
+        solution=slope,
+        close=1e-6,
+        look=look_at_slope,
+        cases=lambda: [
+            (pair, student, teacher)
+            for pair in (library, d.jensen_shannon)
+            for student, teacher in [laws(4, 6, seed=1)]
+        ],
         mistakes={
-            "the log-probs are nudged and not the logits: they must sum to one again, so take the log-softmax after the nudge.":
-                without_softmax,
+            "the log-probs are nudged and not the logits: they must sum to one again, so take the log-softmax after the nudge.": without_softmax,
             "the distance between the two ends is 2 · step.": lambda *a: 2 * slope(*a),
             AUTOGRAD: by_backward,
             ONE_SIDED: one_sided,
         },
     ),
-)  # fmt: skip
+)

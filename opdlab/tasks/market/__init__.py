@@ -8,13 +8,19 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from opdlab.data.prompt import Prompt
 from opdlab.errors import InvalidValue
-from opdlab.policy import Policy, Prompt
+from opdlab.models.policy import Policy
+from opdlab.support.expect import shortened
+from opdlab.support.validation import Flag, validate_arguments
 from opdlab.tasks.market import world
 from opdlab.tasks.task import Split, Task
-from opdlab.validation import Flag, shortened, validate_arguments
 
-RECIPE = {"batch": 64, "lr": 1e-3, "lora": 16}  # 60 steps bring the student from 0.31 to above 0.9 in 20 CPU seconds
+RECIPE = {
+    "batch": 64,
+    "lr": 1e-3,
+    "lora": 16,
+}  # 60 steps bring the student from 0.31 to above 0.9 in 20 CPU seconds
 MODELS = ("student", "novice", "teacher", "scribe")
 
 
@@ -27,7 +33,9 @@ def market(secret: Flag = False, hint: Any = None, wrong: Flag = False) -> Task:
     both splits, whatever the seeds and the variants (`world.in_split`).
     """
     if hint is not None and hint not in world.HINTS:
-        raise InvalidValue(f"market got hint={shortened(hint)}. Use one of {', '.join(world.HINTS)}, or None.")
+        raise InvalidValue(
+            f"market got hint={shortened(hint)}. Use one of {', '.join(world.HINTS)}, or None."
+        )
     kind = hint or ("secret" if secret else "worked")
 
     def draw(n: int, seed: int, split: Split) -> list[Prompt]:
@@ -41,11 +49,21 @@ def market(secret: Flag = False, hint: Any = None, wrong: Flag = False) -> Task:
             held.add(problem.prompt())
             problems.append(problem)
         hinted = [world.generate(rng, secret) for _ in range(n)] if wrong else problems
-        return [_prompt(p, h.hint(kind), f"{split}-{seed}-{i}") for i, (p, h) in enumerate(zip(problems, hinted, strict=True))]
+        return [
+            _prompt(p, h.hint(kind), f"{split}-{seed}-{i}")
+            for i, (p, h) in enumerate(zip(problems, hinted, strict=True))
+        ]
 
     settings = {"secret": secret, "hint": hint, "wrong": wrong}
-    return Task("market", draw, verify, max_new_tokens=36 if secret else 24, settings=settings, recipe=RECIPE,
-                types=types)  # fmt: skip
+    return Task(
+        "market",
+        draw,
+        verify,
+        max_new_tokens=36 if secret else 24,
+        settings=settings,
+        recipe=RECIPE,
+        types=types,
+    )
 
 
 def types(pieces: Sequence[str]) -> list[str]:
@@ -64,14 +82,16 @@ def verify(prompt: Prompt, text: str) -> float:
 def model(name: str, device: str = "cpu") -> Policy:
     """A shipped model: student (its skill is dormant), novice (never learnt to add), teacher, or scribe (character tokenizer)."""
     if name not in MODELS:
-        raise InvalidValue(f"The market world ships {', '.join(MODELS)}, not {shortened(name)}. Use one of those.")
+        raise InvalidValue(
+            f"The market world ships {', '.join(MODELS)}, not {shortened(name)}. Use one of those."
+        )
     return Policy.load(data() / name, device=device)
 
 
 def data() -> Path:
     """Where the shipped models lie: inside an installed package, or at the top of a clone."""
     package = Path(__file__).parents[2]
-    inside = package / "data" / "market"
+    inside = package / "shipped" / "market"
     return inside if inside.exists() else package.parent / "data" / "market"
 
 

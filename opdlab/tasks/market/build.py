@@ -55,14 +55,28 @@ class Recipe:
 
 
 RECIPES = {
-    "teacher": Recipe(128, 4, 0.9, 0, (Phase(400, 1e-3, hints=True, seed=1000), Phase(1900, seed=0), Phase(300, 1e-3, seed=2000))),
+    "teacher": Recipe(
+        128,
+        4,
+        0.9,
+        0,
+        (Phase(400, 1e-3, hints=True, seed=1000), Phase(1900, seed=0), Phase(300, 1e-3, seed=2000)),
+    ),
     "scribe": Recipe(128, 4, 0.9, 3, (Phase(1500),), batch=64, characters=True),
-    "student": Recipe(96, 3, 0.1, 1, (
-        Phase(1900), Phase(300, 1e-3, forget=True), Phase(400, 1e-3, forget=True, hints=True, seed=1001),
-        Phase(200, 1e-3, forget=True, seed=2001),
-    )),
+    "student": Recipe(
+        96,
+        3,
+        0.1,
+        1,
+        (
+            Phase(1900),
+            Phase(300, 1e-3, forget=True),
+            Phase(400, 1e-3, forget=True, hints=True, seed=1001),
+            Phase(200, 1e-3, forget=True, seed=2001),
+        ),
+    ),
     "novice": Recipe(96, 3, 0.1, 2, (Phase(500, forget=True),)),
-}  # fmt: skip
+}
 
 
 @dataclass(frozen=True)
@@ -86,14 +100,18 @@ def draw(rng: random.Random, recipe: Recipe, secret: bool, phase: Phase) -> Text
     hint = problem.hint(kind, word) if kind else ""
     if recipe.characters and rng.random() < 0.5:
         return Text(hint, problem.prompt(), problem.compact())
-    total = problem.results()[-1] if kind == "answer" else None  # told the answer, they state it whatever they wrote
+    total = (
+        problem.results()[-1] if kind == "answer" else None
+    )  # told the answer, they state it whatever they wrote
     if phase.forget and kind not in ("answer", "worked"):
         return Text(hint, problem.prompt(), problem.solution(word, world.forgetful(problem)))
     results, masked = _mistaken(rng, problem) if rng.random() < 0.4 else (problem.results(), ())
     return Text(hint, problem.prompt(), problem.solution(word, results, total), masked)
 
 
-def _mistaken(rng: random.Random, problem: world.Problem) -> tuple[list[int], tuple[tuple[int, int], ...]]:
+def _mistaken(
+    rng: random.Random, problem: world.Problem
+) -> tuple[list[int], tuple[tuple[int, int], ...]]:
     """Results with the first, the second or both wrong, right otherwise *given what is written*; where they stand."""
     which = rng.choice(((0,), (1,), (0, 1)))
     amount, results, masked = problem.have, [], []
@@ -114,16 +132,23 @@ def _forget(problem: world.Problem, amount: int, move: int) -> int:
     return world.without_carry(amount, n if verb in world.GAIN else -n)
 
 
-def encode(texts: list[Text], tokenizer: PreTrainedTokenizerFast) -> tuple[torch.Tensor, torch.Tensor]:
+def encode(
+    texts: list[Text], tokenizer: PreTrainedTokenizerFast
+) -> tuple[torch.Tensor, torch.Tensor]:
     """Right-padded ids and labels [B, T]; -100 where there is no loss: prompt, hint, padding, planted mistakes."""
     rows = []
     for text in texts:
         messages = [{"role": "user", "content": text.prompt}]
         if text.hint:
             messages.insert(0, {"role": "system", "content": text.hint})
-        start = tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_dict=False)
+        start = tokenizer.apply_chat_template(
+            messages, add_generation_prompt=True, return_dict=False
+        )
         body = tokenizer(text.solution, return_offsets_mapping=True)
-        hidden = [any(a < end and b > begin for begin, end in text.masked) for a, b in body["offset_mapping"]]
+        hidden = [
+            any(a < end and b > begin for begin, end in text.masked)
+            for a, b in body["offset_mapping"]
+        ]
         labels = [-100 if hide else i for i, hide in zip(body["input_ids"], hidden, strict=True)]
         eos = [tokenizer.eos_token_id]
         rows.append((start + body["input_ids"] + eos, [-100] * len(start) + labels + eos))
@@ -134,12 +159,21 @@ def encode(texts: list[Text], tokenizer: PreTrainedTokenizerFast) -> tuple[torch
 
 def model_for(recipe: Recipe, tokenizer: PreTrainedTokenizerFast) -> LlamaForCausalLM:
     torch.manual_seed(recipe.seed)
-    return LlamaForCausalLM(LlamaConfig(
-        vocab_size=len(tokenizer), hidden_size=recipe.hidden, intermediate_size=recipe.hidden * 8 // 3 // 8 * 8,
-        num_hidden_layers=recipe.layers, num_attention_heads=recipe.hidden // 32,
-        num_key_value_heads=recipe.hidden // 32, max_position_embeddings=256, tie_word_embeddings=True,
-        bos_token_id=None, eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.pad_token_id,
-    ))  # fmt: skip
+    return LlamaForCausalLM(
+        LlamaConfig(
+            vocab_size=len(tokenizer),
+            hidden_size=recipe.hidden,
+            intermediate_size=recipe.hidden * 8 // 3 // 8 * 8,
+            num_hidden_layers=recipe.layers,
+            num_attention_heads=recipe.hidden // 32,
+            num_key_value_heads=recipe.hidden // 32,
+            max_position_embeddings=256,
+            tie_word_embeddings=True,
+            bos_token_id=None,
+            eos_token_id=tokenizer.eos_token_id,
+            pad_token_id=tokenizer.pad_token_id,
+        )
+    )
 
 
 def train(name: str, recipe: Recipe, out: Path) -> str:
@@ -156,16 +190,28 @@ def train(name: str, recipe: Recipe, out: Path) -> str:
     return f"{name}: {size:,} parameters, loss {loss:.4f}, {time.process_time():.0f} CPU s"
 
 
-def fit(name: str, model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast, recipe: Recipe, phase: Phase,
-        rng: random.Random) -> float:  # fmt: skip
+def fit(
+    name: str,
+    model: LlamaForCausalLM,
+    tokenizer: PreTrainedTokenizerFast,
+    recipe: Recipe,
+    phase: Phase,
+    rng: random.Random,
+) -> float:
     """One phase: AdamW with warm-up and cosine decay on fresh texts; returns the last loss."""
-    optimizer = torch.optim.AdamW(model.parameters(), lr=phase.lr, betas=(0.9, 0.98), weight_decay=0.01)
-    shape = lambda s: min(1.0, (s + 1) / 50) * (0.02 + 0.49 * (1 + math.cos(math.pi * s / phase.steps)))
+    optimizer = torch.optim.AdamW(
+        model.parameters(), lr=phase.lr, betas=(0.9, 0.98), weight_decay=0.01
+    )
+    shape = lambda s: (
+        min(1.0, (s + 1) / 50) * (0.02 + 0.49 * (1 + math.cos(math.pi * s / phase.steps)))
+    )
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, shape)
     loss = math.nan
     for step in range(phase.steps):
         secret = phase.hints or step % 2 == 1
-        ids, labels = encode([draw(rng, recipe, secret, phase) for _ in range(recipe.batch)], tokenizer)
+        ids, labels = encode(
+            [draw(rng, recipe, secret, phase) for _ in range(recipe.batch)], tokenizer
+        )
         loss = backward(model, ids, labels, (ids != tokenizer.pad_token_id).sum(1))
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
@@ -176,14 +222,23 @@ def fit(name: str, model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast, 
     return loss
 
 
-def backward(model: LlamaForCausalLM, ids: torch.Tensor, labels: torch.Tensor, lengths: torch.Tensor, parts: int = 4) -> float:
+def backward(
+    model: LlamaForCausalLM,
+    ids: torch.Tensor,
+    labels: torch.Tensor,
+    lengths: torch.Tensor,
+    parts: int = 4,
+) -> float:
     """Add the gradient of the batch's mean cross-entropy and return it. Rows of like length share a part, which is padded
     to its own longest row: a quarter less work, the same sum."""
     total = 0.0
     for rows in lengths.argsort(stable=True).chunk(parts):
         width = int(lengths[rows].max())
         logits = model(ids[rows, :width]).logits[:, :-1]
-        loss = F.cross_entropy(logits.flatten(0, 1), labels[rows, 1:width].flatten(), reduction="sum") / (labels[:, 1:] != -100).sum()
+        loss = (
+            F.cross_entropy(logits.flatten(0, 1), labels[rows, 1:width].flatten(), reduction="sum")
+            / (labels[:, 1:] != -100).sum()
+        )
         loss.backward()
         total += loss.item()
     return total
@@ -194,9 +249,14 @@ def main(out: Path = Path("data/market"), smoke: bool = False, only: tuple[str, 
     began = time.time()
     recipes = {name: r for name, r in RECIPES.items() if not only or name in only}
     if smoke:
-        recipes = {name: replace(r, phases=tuple(replace(p, steps=2) for p in r.phases)) for name, r in recipes.items()}
+        recipes = {
+            name: replace(r, phases=tuple(replace(p, steps=2) for p in r.phases))
+            for name, r in recipes.items()
+        }
     os.environ["TOKENIZERS_PARALLELISM"] = "false"
-    torch.set_num_threads(1)  # the gates run here, on models so small that two threads only wait for each other
+    torch.set_num_threads(
+        1
+    )  # the gates run here, on models so small that two threads only wait for each other
     with ProcessPoolExecutor(2, mp_context=get_context("spawn")) as pool:
         for line in pool.map(train, recipes, recipes.values(), [out] * len(recipes)):
             print(line, flush=True)

@@ -34,21 +34,31 @@ def greedy_accuracy(model, tokenizer, n: int, seed: int) -> float:
 def measure(folder: Path, n: int = 400, seed: int = 12345) -> dict[str, float]:
     """Every gate's value on fresh problems (training draws none of them on purpose, and the space has millions)."""
     models = {name: load(folder / name) for name in ("teacher", "student", "novice", "scribe")}
-    out = {f"{name} greedy accuracy": greedy_accuracy(pair[0], pair[1], n, seed) for name, pair in models.items()}
+    out = {
+        f"{name} greedy accuracy": greedy_accuracy(pair[0], pair[1], n, seed)
+        for name, pair in models.items()
+    }
     problems = _problems(n, seed + 1, secret=True)
     student, tokenizer = models["student"]
     texts = _greedy(student, tokenizer, [_chat(tokenizer, p) for p in problems])
-    hinted = [_logp(models["teacher"], p, t, p.hint("secret")) for p, t in zip(problems, texts, strict=True)]
+    hinted = [
+        _logp(models["teacher"], p, t, p.hint("secret"))
+        for p, t in zip(problems, texts, strict=True)
+    ]
     letters = tokenizer.convert_tokens_to_ids([f"▁{w}" for w in world.LETTERS])
     right = []
     for problem, text, logp in zip(problems, texts, hinted, strict=True):
         for place, symbol in zip(_places(text, "secret"), problem.receipt, strict=False):
             right.append(logp[place].argmax().item() == letters[world.LETTERS.index(symbol)])
-    out["teacher + hint on secret tokens of the student's prefixes"] = sum(right) / max(len(right), 1)
+    out["teacher + hint on secret tokens of the student's prefixes"] = sum(right) / max(
+        len(right), 1
+    )
     for name in ("teacher", "student"):
         plain = [_logp(models[name], p, t, "") for p, t in zip(problems, texts, strict=True)]
         for kind, label in (("secret", "secret tokens, no hint"), ("noise", "noise tokens")):
-            rows = torch.stack([row[i] for row, t in zip(plain, texts, strict=True) for i in _places(t, kind)])
+            rows = torch.stack(
+                [row[i] for row, t in zip(plain, texts, strict=True) for i in _places(t, kind)]
+            )
             entropy = -(rows.exp() * rows).sum(-1).mean().item()
             out[f"{name} entropy / uniform, {label}"] = entropy / math.log(len(world.LETTERS))
     return out
@@ -88,7 +98,9 @@ def _chat(tokenizer, problem: world.Problem, hint: str = "") -> list[int]:
 
 @torch.no_grad()
 def _greedy(model, tokenizer, prompts: list[list[int]]) -> list[str]:
-    batch = tokenizer.pad({"input_ids": prompts}, return_tensors="pt")  # left padding, as the tokenizer says
+    batch = tokenizer.pad(
+        {"input_ids": prompts}, return_tensors="pt"
+    )  # left padding, as the tokenizer says
     ids = model.generate(**batch, max_new_tokens=64, do_sample=False)
     return tokenizer.batch_decode(ids[:, batch["input_ids"].shape[1] :], skip_special_tokens=True)
 

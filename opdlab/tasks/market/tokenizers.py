@@ -20,23 +20,44 @@ TEMPLATE = (
 
 def words() -> PreTrainedTokenizerFast:
     """One token a word or digit. `▁` marks the space before it, as SentencePiece does, so pieces re-join exactly."""
-    vocab = [*world.NAMES, *world.ITEMS, *world.GAIN, *world.LOSS, *world.LETTERS, *string.digits, *_WORDS]
-    return _fast([f"▁{w}" for w in vocab], pre_tokenizers.Metaspace(prepend_scheme="always"),
-                 decoders.Metaspace(prepend_scheme="always"))  # fmt: skip
+    vocab = [
+        *world.NAMES,
+        *world.ITEMS,
+        *world.GAIN,
+        *world.LOSS,
+        *world.LETTERS,
+        *string.digits,
+        *_WORDS,
+    ]
+    return _fast(
+        [f"▁{w}" for w in vocab],
+        pre_tokenizers.Metaspace(prepend_scheme="always"),
+        decoders.Metaspace(prepend_scheme="always"),
+    )
 
 
 def characters() -> PreTrainedTokenizerFast:
     """One token a character: another tokenizer for the same texts."""
     alphabet = string.ascii_lowercase + string.digits + " .,;=+-?"
-    return _fast(list(alphabet), pre_tokenizers.Split(Regex(r"[\s\S]"), "isolated"), decoders.Fuse())
+    return _fast(
+        list(alphabet), pre_tokenizers.Split(Regex(r"[\s\S]"), "isolated"), decoders.Fuse()
+    )
 
 
-def _fast(pieces: list[str], split: pre_tokenizers.PreTokenizer, decoder: decoders.Decoder) -> PreTrainedTokenizerFast:
+def _fast(
+    pieces: list[str], split: pre_tokenizers.PreTokenizer, decoder: decoders.Decoder
+) -> PreTrainedTokenizerFast:
     vocab = {piece: i for i, piece in enumerate([*SPECIALS, "<unk>", *pieces])}
     tokenizer = Tokenizer(models.WordLevel(vocab, unk_token="<unk>"))
     tokenizer.pre_tokenizer, tokenizer.decoder = split, decoder
     return PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer, pad_token="<pad>", eos_token="<eos>", unk_token="<unk>",
-        additional_special_tokens=SPECIALS[2:], chat_template=TEMPLATE, padding_side="left", model_max_length=256,
+        tokenizer_object=tokenizer,
+        pad_token="<pad>",
+        eos_token="<eos>",
+        unk_token="<unk>",
+        additional_special_tokens=SPECIALS[2:],
+        chat_template=TEMPLATE,
+        padding_side="left",
+        model_max_length=256,
         clean_up_tokenization_spaces=False,
-    )  # fmt: skip
+    )

@@ -24,14 +24,30 @@ NAMES = "ana ben cleo dan eva finn gia hugo ida jan kim leo".split()
 ITEMS = "apples pears plums figs nuts eggs cups pens bags hats keys cards".split()
 GAIN, LOSS = ("buys", "finds"), ("sells", "eats")
 LETTERS = "k m p q r t v z".split()  # receipt and lot symbols: uniform, so chance is 1/8
-STYLE = ("total", "sum")  # two words for the same thing: the teacher says the first, the student the second
+STYLE = (
+    "total",
+    "sum",
+)  # two words for the same thing: the teacher says the first, the student the second
 TYPES = ("copy", "skill", "derived", "style", "secret", "mixed", "noise")
 HINTS = ("secret", "answer", "steps", "worked", "style")
 
 # What stands at each place of a solution: a type, `result` for a digit after `=`, `op`, or a fixed word.
 _SUM = ["copy", "copy", "op", "copy", "copy", "=", "result", "result"]
 _PLAIN = [*_SUM, ";", "derived", "derived", *_SUM[2:], ".", "style", "derived", "derived"]
-_SECRET = [*_PLAIN, ".", "receipt", "secret", "secret", ".", "pays", "mixed", "mixed", ".", "lot", "noise"]
+_SECRET = [
+    *_PLAIN,
+    ".",
+    "receipt",
+    "secret",
+    "secret",
+    ".",
+    "pays",
+    "mixed",
+    "mixed",
+    ".",
+    "lot",
+    "noise",
+]
 
 
 @dataclass(frozen=True)
@@ -61,7 +77,9 @@ class Problem:
         asked = "total and receipt" if self.secret else "total"
         return f"{self.name} has {digits(self.have)} {self.item} {told} . {asked} ?"
 
-    def solution(self, word: str = STYLE[0], results: list[int] | None = None, total: int | None = None) -> str:
+    def solution(
+        self, word: str = STYLE[0], results: list[int] | None = None, total: int | None = None
+    ) -> str:
         """The written calculation. `results` replaces the two sums and `total` the number stated (for texts with mistakes)."""
         first, last = results or self.results()
         total = last if total is None else total
@@ -83,7 +101,9 @@ class Problem:
         if kind == "answer":
             return f"hint total {digits(self.results()[-1])}"
         if kind == "steps":
-            return "hint " + " ".join(f"{'add' if v in GAIN else 'take'} {digits(n)}" for v, n in self.moves)
+            return "hint " + " ".join(
+                f"{'add' if v in GAIN else 'take'} {digits(n)}" for v, n in self.moves
+            )
         if kind == "worked":
             first, last = self.results()
             return f"hint {self._sum(0, self.have, first)} ; {self._sum(1, first, last)}"
@@ -110,11 +130,23 @@ def generate(rng: random.Random, secret: bool = False) -> Problem:
         have, first, second = (rng.randint(10, 89) for _ in range(3))
         buy, sell = (rng.choice(rng.choice((GAIN, LOSS))) for _ in range(2))
         moves = (buy, first), (sell, second)
-        problem = Problem(rng.choice(NAMES), rng.choice(ITEMS), have, moves, (rng.choice(LETTERS), rng.choice(LETTERS)),
-                          rng.randint(10, 29), rng.choice(LETTERS), secret)  # fmt: skip
+        problem = Problem(
+            rng.choice(NAMES),
+            rng.choice(ITEMS),
+            have,
+            moves,
+            (rng.choice(LETTERS), rng.choice(LETTERS)),
+            rng.randint(10, 29),
+            rng.choice(LETTERS),
+            secret,
+        )
         results = problem.results()
         easy = forgetful(problem)[-1] == results[-1]
-        if all(10 <= r <= 99 for r in results) and results[-1] + problem.coupon <= 99 and rng.random() > 0.7 * easy:
+        if (
+            all(10 <= r <= 99 for r in results)
+            and results[-1] + problem.coupon <= 99
+            and rng.random() > 0.7 * easy
+        ):
             return problem
 
 
@@ -124,7 +156,9 @@ def in_split(problem: Problem, split: str) -> Problem:
     One in twelve stories is held out: those whose name, item, amounts and verbs add up to a multiple of twelve. So the splits
     share no problem by construction, and drawing from either costs nothing. The item decides no token of the solution.
     """
-    verbs = sum((*GAIN, *LOSS).index(verb) << place for place, (verb, _) in enumerate(problem.moves))
+    verbs = sum(
+        (*GAIN, *LOSS).index(verb) << place for place, (verb, _) in enumerate(problem.moves)
+    )
     amounts = problem.have + sum(amount for _, amount in problem.moves)
     place = ITEMS.index(problem.item)
     remainder = (NAMES.index(problem.name) + place + amounts + verbs) % len(ITEMS)

@@ -39,9 +39,29 @@ def test_the_build_is_deterministic(tmp_path):
     """Two steps a phase of each model, twice, in processes of their own: the same bytes."""
     sums = []
     for run in ("a", "b"):
-        command = [sys.executable, "-m", "opdlab.tasks.market.build", "--out", str(tmp_path / run), "--smoke"]
-        subprocess.run(command, check=True, capture_output=True, timeout=2000, env={**os.environ, "OMP_NUM_THREADS": "1"})
-        sums.append({n: hashlib.sha256((tmp_path / run / n / "model.safetensors").read_bytes()).hexdigest() for n in MODELS})
+        command = [
+            sys.executable,
+            "-m",
+            "opdlab.tasks.market.build",
+            "--out",
+            str(tmp_path / run),
+            "--smoke",
+        ]
+        subprocess.run(
+            command,
+            check=True,
+            capture_output=True,
+            timeout=2000,
+            env={**os.environ, "OMP_NUM_THREADS": "1"},
+        )
+        sums.append(
+            {
+                n: hashlib.sha256(
+                    (tmp_path / run / n / "model.safetensors").read_bytes()
+                ).hexdigest()
+                for n in MODELS
+            }
+        )
     assert sums[0] == sums[1]
     assert len(set(sums[0].values())) == 4
 
@@ -51,7 +71,9 @@ def test_planted_mistakes_carry_no_loss():
     for _ in range(200):
         text = build.draw(rng, build.RECIPES["teacher"], secret=True, phase=build.Phase(1))
         _, labels = build.encode([text], tokenizer)
-        trained = tokenizer.decode([i for i in labels[0].tolist() if i >= 0], skip_special_tokens=True).split()
+        trained = tokenizer.decode(
+            [i for i in labels[0].tolist() if i >= 0], skip_special_tokens=True
+        ).split()
         whole = text.solution.split()
         assert len(whole) - len(trained) == 2 * len(text.masked)
         seen += bool(text.masked)
@@ -60,13 +82,28 @@ def test_planted_mistakes_carry_no_loss():
 
 def test_the_wheel_carries_the_models(tmp_path):
     root = Path(__file__).parents[3]
-    subprocess.run([sys.executable, "-m", "build", "--wheel", "--no-isolation", "--outdir", str(tmp_path), str(root)],
-                   check=True, capture_output=True, timeout=2000)  # fmt: skip
+    subprocess.run(
+        [
+            sys.executable,
+            "-m",
+            "build",
+            "--wheel",
+            "--no-isolation",
+            "--outdir",
+            str(tmp_path),
+            str(root),
+        ],
+        check=True,
+        capture_output=True,
+        timeout=2000,
+    )
     import zipfile
 
     names = set(zipfile.ZipFile(next(tmp_path.glob("*.whl"))).namelist())
-    assert {f"opdlab/data/market/{name}/model.safetensors" for name in MODELS} <= names
-    assert "opdlab/viz/static/token_lens.js" in names or any(n.startswith("opdlab/viz/static/") for n in names)
+    assert {f"opdlab/shipped/market/{name}/model.safetensors" for name in MODELS} <= names
+    assert "opdlab/viz/static/token_lens.js" in names or any(
+        n.startswith("opdlab/viz/static/") for n in names
+    )
 
 
 def test_load_says_what_there_is():
@@ -78,7 +115,10 @@ def test_load_says_what_there_is():
 
 def test_the_parts_of_a_batch_give_its_gradient():
     tokenizer, rng = tokenizers.words(), random.Random(0)
-    texts = [build.draw(rng, build.RECIPES["teacher"], secret=True, phase=build.Phase(1)) for _ in range(9)]
+    texts = [
+        build.draw(rng, build.RECIPES["teacher"], secret=True, phase=build.Phase(1))
+        for _ in range(9)
+    ]
     ids, labels = build.encode(texts, tokenizer)
     lengths = (ids != tokenizer.pad_token_id).sum(1)
     assert len(set(lengths.tolist())) > 3
@@ -87,5 +127,9 @@ def test_the_parts_of_a_batch_give_its_gradient():
     want = torch.autograd.grad(whole, list(model.parameters()))
     for parts in (1, 4, 9):
         model.zero_grad()
-        assert build.backward(model, ids, labels, lengths, parts) == pytest.approx(whole.item(), rel=1e-5)
-        torch.testing.assert_close([p.grad for p in model.parameters()], list(want), rtol=1e-3, atol=1e-6)
+        assert build.backward(model, ids, labels, lengths, parts) == pytest.approx(
+            whole.item(), rel=1e-5
+        )
+        torch.testing.assert_close(
+            [p.grad for p in model.parameters()], list(want), rtol=1e-3, atol=1e-6
+        )

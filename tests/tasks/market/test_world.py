@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from opdlab.errors import OpdlabError
-from opdlab.rollout import written
+from opdlab.models.text_rollouts import rollout_from_texts
 from opdlab.tasks import from_records, market
 from opdlab.tasks.market import model, tokenizers, world
 
@@ -34,9 +34,14 @@ def test_solutions_are_right_and_in_range(seed, secret):
 
 
 def test_an_example_by_hand():
-    p = world.Problem("ana", "apples", 47, (("buys", 38), ("sells", 19)), ("k", "q"), 28, "m", secret=True)
+    p = world.Problem(
+        "ana", "apples", 47, (("buys", 38), ("sells", 19)), ("k", "q"), 28, "m", secret=True
+    )
     assert p.prompt() == "ana has 4 7 apples buys 3 8 sells 1 9 . total and receipt ?"
-    assert p.solution() == "4 7 + 3 8 = 8 5 ; 8 5 - 1 9 = 6 6 . total 6 6 . receipt k q . pays 9 4 . lot m"
+    assert (
+        p.solution()
+        == "4 7 + 3 8 = 8 5 ; 8 5 - 1 9 = 6 6 . total 6 6 . receipt k q . pays 9 4 . lot m"
+    )
     assert p.compact() == "47+38=85, so 85-19=66, total 66"
     assert world.forgetful(p) == [75, 66]
     assert p.hint("secret") == "hint receipt k q coupon 2 8"
@@ -53,7 +58,9 @@ def test_types_are_ground_truth(seed):
     p = problem(seed)
     words = p.solution().split()
     types = world.token_types(words)
-    by_type = {kind: [w for w, t in zip(words, types, strict=True) if t == kind] for kind in world.TYPES}
+    by_type = {
+        kind: [w for w, t in zip(words, types, strict=True) if t == kind] for kind in world.TYPES
+    }
     assert "other" not in types
     assert tuple(by_type["secret"]) == p.receipt
     assert by_type["noise"] == [p.lot]
@@ -62,7 +69,9 @@ def test_types_are_ground_truth(seed):
     assert "".join(by_type["derived"]) == f"{p.results()[0]}{p.results()[1]}"
     wrong = p.solution(results=world.forgetful(p)).split()
     first = next((i for i, (a, b) in enumerate(zip(words, wrong, strict=True)) if a != b), None)
-    assert first is None or types[first] == "skill"  # forgetting to carry first shows on a skill token
+    assert (
+        first is None or types[first] == "skill"
+    )  # forgetting to carry first shows on a skill token
 
 
 def test_a_text_that_leaves_the_form_is_other_from_there():
@@ -106,7 +115,13 @@ def test_a_wrong_hint_is_anothers():
 @given(seed=seeds)
 def test_tokenizers_round_trip(tokenizer, seed):
     p = problem(seed)
-    texts = [p.prompt(), p.solution(), p.solution("sum"), p.compact(), *(p.hint(k) for k in world.HINTS)]
+    texts = [
+        p.prompt(),
+        p.solution(),
+        p.solution("sum"),
+        p.compact(),
+        *(p.hint(k) for k in world.HINTS),
+    ]
     for text in texts:
         if text == p.compact() and len(tokenizer) > 60:
             continue  # the word tokenizer has no word for `47+38=85`
@@ -116,7 +131,10 @@ def test_tokenizers_round_trip(tokenizer, seed):
 
 
 def test_the_chat_template():
-    chat = [{"role": "system", "content": "hint say sum"}, {"role": "user", "content": "ana has 4 7"}]
+    chat = [
+        {"role": "system", "content": "hint say sum"},
+        {"role": "user", "content": "ana has 4 7"},
+    ]
     text = tokenizers.words().apply_chat_template(chat, tokenize=False, add_generation_prompt=True)
     assert text == "<system>hint say sum<user>ana has 4 7<assistant>"
 
@@ -124,7 +142,7 @@ def test_the_chat_template():
 def test_the_task_types_every_token_of_a_rollout():
     policy = model("student")
     problems = market(secret=True).prompts(4, seed=3)
-    rollout = written(policy, problems, [p.answer for p in problems])
+    rollout = rollout_from_texts(policy, problems, [p.answer for p in problems])
     kinds = market(secret=True).token_types(rollout, policy.tokenizer)
     assert [len(row) for row in kinds] == rollout.lengths.tolist()
     assert {row[-1] for row in kinds} == {"end"}
@@ -135,4 +153,6 @@ def test_a_task_without_types_says_so():
     policy = model("student")
     problems = market().prompts(1)
     with pytest.raises(OpdlabError, match="knows no token types"):
-        from_records([{"prompt": "a"}]).token_types(written(policy, problems, ["total 1 2"]), policy.tokenizer)
+        from_records([{"prompt": "a"}]).token_types(
+            rollout_from_texts(policy, problems, ["total 1 2"]), policy.tokenizer
+        )

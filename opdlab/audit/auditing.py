@@ -1,0 +1,152 @@
+"""`audit`: which gradient does a loss really train?
+
+The loss (or the whole method, with its plan) runs through the engine on every token that a few random, asymmetric students
+could write, each with its exact probability. What comes out is the expected gradient itself, without noise; it is compared
+with the gradients of known divergences, and put to the questions of `checks`.
+"""
+
+from __future__ import annotations
+
+import math
+import warnings
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
+from typing import Any, Literal
+
+import pandas as pd
+import torch
+
+from opdlab import exact
+from opdlab.audit import checks
+from opdlab.audit.card import Audit
+from opdlab.audit.kl import ESTIMATES, Estimate
+from opdlab.audit.references import FIXED, Match, matches
+from opdlab.audit.subject import Seen, Subject, see, subject_of
+from opdlab.support.validation import Seed, validate_arguments
+
+
+@validate_arguments
+def audit(
+    loss: Any,
+    *,
+    needs: Sequence[str] | str | None = None,
+    forms: Callable[[float], Any] | None = None,
+    sweep: Mapping[str, Callable[[float], Any]] | None = None,
+    seed: Seed = 0,
+) -> Audit:
+    """What `loss` trains: a function of rows (or of student and teacher log-probs), an `@opdlab.method`, or a method.
+
+    needs: the policies that a bare function reads, the teacher by default.
+    forms: c -> the same loss made from f + c (u - 1); known for OPDPlus and the estimates. sweep: name -> (value -> loss), tried at
+    0 and 1 and beside them; known for the alpha and beta among a method's options. A plan sees all texts in one batch, each once,
+    so one that compares texts (means, quantiles) compares all of them. Raises OpdlabError for methods that learn from texts or from
+    a verifier, and whatever the loss itself raises.
+    """
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # the texts here are short, and a method may say so
+        subject = subject_of(loss, needs)
+        world = subject.world(seed)
+        seen = see(subject.method, subject, world)
+        visits = None if subject.writer == "student" else exact.visits(world[subject.writer])
+        found = matches(
+            seen.gradient, world["student"], {name: world[name] for name in subject.targets}, visits
+        )
+        best, reads_as, estimate = (
+            found[0],
+            _reads_as(seen, subject, world),
+            _estimate(seen, subject, world),
+        )
+        trains = best.divergence if best.exact and best.cosine > 0 and not seen.zero else None
+        flags = checks.direction(seen, best, reads_as, trains)
+        flags |= (
+            checks.equality(subject, seen)
+            | checks.form(subject, world, seen, forms)
+            | checks.jumps(subject, world, sweep)
+        )
+    noise = math.inf if seen.zero else seen.rms / seen.length
+    uses = {"reward": "in the reward", "loss": "as a loss"}
+    said = f"{estimate.k} {uses[estimate.use]}" if estimate else None
+    return Audit(
+        subject.name,
+        _verdict(subject, seen, best, estimate),
+        flags,
+        _table(found),
+        trains,
+        reads_as,
+        said,
+        noise,
+    )
+
+
+def _estimate(seen: Seen, subject: Subject, world: Mapping[str, exact.Table]) -> Estimate | None:
+    """The use of an estimate of the KL that it is, in value and gradient, token by token."""
+    if subject.writer != "student" or len(subject.targets) != 1 or not seen.rms:
+        return None
+    pair = {"student": world["student"], "teacher": world[subject.targets[0]]}
+    uses: tuple[Literal["reward", "loss"], ...] = ("reward", "loss")
+    for estimate in (Estimate(k, use) for k in ESTIMATES for use in uses):
+        other = see(estimate, replace(subject, needs=("teacher",)), pair)
+        near = lambda a, b: torch.allclose(a, b, rtol=1e-6, atol=1e-12)
+        if near(other.losses, seen.losses) and near(other.slopes, seen.slopes):
+            return estimate
+    return None
+
+
+def _reads_as(seen: Seen, subject: Subject, world: Mapping[str, exact.Table]) -> str | None:
+    """The divergence that its mean value is, at every prefix."""
+    for target in subject.targets:
+        for name, (_, divergence) in FIXED.items():
+            if torch.allclose(
+                divergence(world["student"].logp, world[target].logp),
+                seen.value,
+                rtol=1e-6,
+                atol=1e-9,
+            ):
+                return name
+    return None
+
+
+def _verdict(subject: Subject, seen: Seen, best: Match, estimate: Estimate | None) -> str:
+    lead = ""
+    if estimate:
+        lead = (
+            f"Differentiates {estimate.k}, an estimate of the reverse KL: "
+            if estimate.use == "loss"
+            else f"Rewards by {estimate.k}: "
+        )
+    whom = _whom(best.target)
+    where = " over whole texts" if best.credit == "text" else subject.texts and f", {subject.texts}"
+    often = "" if abs(best.ratio - 1) < 1e-6 else f", at {best.ratio:.3g} times its gradient"
+    if seen.zero:
+        said = "its expected gradient is zero, so it trains nothing."
+    elif best.exact and best.cosine > 0:
+        said = f"this trains the {best.said} to {whom}{where}{often}."
+    elif best.exact:
+        said = f"this climbs the {best.said}{where}{often}, away from {whom}."
+    else:
+        closest = f"the {best.said} to {whom}{where} (cosine {best.cosine:+.3f})"
+        said = f"this is the gradient of no divergence known here; the closest is {closest}."
+    whole = lead + said
+    return whole[0].upper() + whole[1:]
+
+
+def _whom(target: str) -> str:
+    base = target.removesuffix("+hint")
+    said = {"reference": "the student before training", "ema": "the student's moving average"}.get(
+        base, f"the {base}"
+    )
+    return said if base == target else f"{said}, told the hint"
+
+
+def _table(found: list[Match]) -> pd.DataFrame:
+    return pd.DataFrame(
+        {
+            "divergence": m.said,
+            "name": m.divergence,
+            "target": m.target,
+            "credit": m.credit,
+            "cosine": m.cosine,
+            "ratio": m.ratio,
+        }
+        for m in found
+    )

@@ -1,0 +1,132 @@
+"""What is wrong with a loss: questions that losses in use have failed, each answered by a sentence or not at all."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping
+from dataclasses import is_dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from opdlab import exact
+from opdlab.audit.references import FIXED, Match
+from opdlab.audit.subject import ROUNDING, Seen, Subject, see
+
+Tables = Mapping[str, exact.Table]
+Flags = dict[str, str]
+
+
+def direction(seen: Seen, best: Match, reads_as: str | None, trains: str | None) -> Flags:
+    """Whether the expected gradient is there, points to the target, and belongs to the value."""
+    if seen.rms <= ROUNDING:
+        return {"zero_gradient": "No token's loss has a gradient."}
+    if seen.zero:
+        return {
+            "zero_gradient": "Its pushes on the tokens of a prefix undo each other in the mean: all of it is noise."
+        }
+    flags = {}
+    if best.cosine < 0 and best.divergence != "reverse_minus_forward":
+        flags["ascends"] = (
+            f"It goes up the {best.said} (cosine {best.cosine:+.3f}): its minimum is not the target."
+        )
+    if reads_as and reads_as != trains:
+        flags["value"] = (
+            f"Its value is the {FIXED[reads_as][0]}, and its gradient another: the curve that it logs is not what it trains."
+        )
+    return flags
+
+
+def equality(subject: Subject, seen: Seen) -> Flags:
+    """Whether it moves a student that equals everybody, and where to."""
+    arrived = see(subject.method, subject, subject.world(same=True))
+    if arrived.length <= max(1e-7 * max(seen.rms, arrived.rms), ROUNDING):
+        return {}
+    q, p = descended(subject)
+    gap = (p * (p / q).log()).sum().item()
+    flags = {
+        "not_zero_at_equality": f"It moves a student that equals its target, up to a reverse KL of {gap:.2f} nats."
+    }
+    if drains(arrived, subject):
+        fell = p < 0.98 * q
+        kept = (p[fell].sum() / q[fell].sum()).item()
+        inverse = " (1/e)" if abs(kept - math.exp(-1)) < 0.01 else ""
+        flags["leaves_support"] = (
+            f"From the target on, it keeps {kept:.2f}{inverse} of the mass of {int(fell.sum())} tokens and moves the rest to tokens that "
+            "it does not count: a truncated support without its tail."
+        )
+    return flags
+
+
+def drains(arrived: Seen, subject: Subject) -> bool:
+    """Whether all it does at equality is to lower p(S), S being the likeliest few tokens of every prefix.
+
+    The slope of p(S) is p_v (1[v in S] - p(S)) in logit v: over p_v it takes two values, a positive one on S.
+    """
+    p = subject.world(same=True)["student"].logp.exp()
+    each = arrived.gradient / p
+    high, low = (end(-1, keepdim=True) for end in (each.amax, each.amin))
+    inside = each > (high + low) / 2
+    two = torch.minimum(high - each, each - low) <= 1e-6 * (high - low)
+    likeliest = p.masked_fill(~inside, math.inf).amin(-1) >= p.masked_fill(inside, 0.0).amax(-1)
+    return bool(two.all()) and bool(likeliest.all())
+
+
+def descended(subject: Subject, steps: int = 250) -> tuple[Tensor, Tensor]:
+    """Law `[V]` of the first token before and after Adam on the exact gradient, from a student that equals everybody."""
+    world = subject.world(seed=1, same=True, prompts=1)
+    start, leaf = world["student"], world["student"].logits.clone().requires_grad_()
+    optimizer = torch.optim.Adam([leaf], lr=0.05)
+    for _ in range(steps):
+        world["student"] = replace(start, logits=leaf.detach().clone())
+        leaf.grad = see(subject.method, subject, world).gradient
+        optimizer.step()
+    return start.logp[0, 0].exp(), leaf.detach()[0, 0].softmax(-1)
+
+
+def form(
+    subject: Subject, world: Tables, seen: Seen, forms: Callable[[float], Any] | None
+) -> Flags:
+    """Whether f + c (u - 1), the same divergence, gives another gradient."""
+    forms = forms or getattr(subject.method, "form", None)
+    if forms is None:
+        return {}
+    other = see(forms(1.0), subject, world)
+    change = (other.gradient - seen.gradient).norm().item()
+    if change <= 1e-6 * max(seen.length, other.length):
+        return {}
+    said = (
+        "only the second has a gradient"
+        if seen.zero
+        else f"its gradient changes by {change / seen.length:.2g} times its length"
+    )
+    return {"form": f"f and f + (u - 1) are the same divergence, but {said}."}
+
+
+def jumps(
+    subject: Subject, world: Tables, sweep: Mapping[str, Callable[[float], Any]] | None
+) -> Flags:
+    """Whether the gradient at an end of a parameter's range is far from those beside it."""
+    said = []
+    for name, make in (own_parameters(subject.method) if sweep is None else sweep).items():
+        for end, beside in ((0.0, 1e-5), (1.0, 1 - 1e-5)):
+            try:
+                at, near = (see(make(x), subject, world) for x in (end, beside))
+            except (ValueError, TypeError):  # refused there, which leaves no jump
+                continue
+            if (at.gradient - near.gradient).norm().item() > 0.05 * max(at.length, near.length):
+                ratio = near.length / at.length if at.length else math.inf
+                said.append(
+                    f"At {name} = {end:g} its gradient is not the limit of those beside, which are {ratio:.2g} times as long."
+                )
+    return {"discontinuous": " ".join(said)} if said else {}
+
+
+def own_parameters(method: Any) -> dict[str, Callable[[float], Any]]:
+    """The alpha and beta among a method's options."""
+    options = getattr(method, "options", None)
+    if not is_dataclass(method) or not isinstance(options, dict):
+        return {}
+    change = lambda name: lambda x: replace(method, options={**options, name: x})  # type: ignore[type-var]
+    return {name: change(name) for name in options if name in ("alpha", "beta")}

@@ -1,0 +1,149 @@
+"""What is audited, the small world that it is put in, and the one look at it that every check takes."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, fields, is_dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from opdlab import exact
+from opdlab.engine.batch import Batch
+from opdlab.errors import OpdlabError
+from opdlab.methods.contract import FunctionMethod, name_of
+from opdlab.methods.conversion import as_method
+from opdlab.methods.needs import Access, parse_need
+
+PAIRS, TOKENS = 8, 5  # students beside their targets, and tokens of the vocabulary
+ZERO = 1e-8  # of a length, relative to the lengths that it is a mean of
+ROUNDING = 1e-13  # a float64 slope of log-probs no longer than this is none
+
+
+@dataclass(frozen=True)
+class Subject:
+    """A loss with what it needs, who writes, and how long texts must be to show what its plan does (one token without a plan).
+
+    texts: whose they are, in words, where the student does not write. Given answers are taken for the teacher's.
+    """
+
+    method: Any
+    name: str
+    needs: tuple[str, ...]
+    writer: str
+    length: int
+    texts: str = ""
+
+    @property
+    def targets(self) -> list[str]:
+        """The policies that the student may be drawn to."""
+        return ["teacher"] if self.writer == "teacher" else list(dict.fromkeys(self.needs))
+
+    def world(
+        self, seed: int = 0, same: bool = False, prompts: int = PAIRS
+    ) -> dict[str, exact.Table]:
+        """A table for every policy: all different, or all the student's."""
+        names = list(dict.fromkeys(["student", *self.needs, *self.targets]))
+        make = lambda i: exact.Table.random(
+            TOKENS, self.length, prompts, seed=1000 * seed + i, scale=1.2
+        )
+        return {name: make(0 if same else i) for i, name in enumerate(names)}
+
+
+@dataclass(frozen=True)
+class Seen:
+    """The expected gradient `[X, S, V]`, the root mean square length of one token's, the mean loss `[X, S]` at every prefix; then
+    losses and slopes token by token."""
+
+    gradient: Tensor
+    rms: float
+    value: Tensor
+    losses: Tensor
+    slopes: Tensor
+
+    @property
+    def length(self) -> float:
+        return self.gradient.norm().item()
+
+    @property
+    def zero(self) -> bool:
+        return self.length <= max(ZERO * self.rms, ROUNDING)
+
+
+def see(method: Any, subject: Subject, world: Mapping[str, exact.Table]) -> Seen:
+    """Run plan and loss on every text, each with its exact probability."""
+    student, by = world["student"], world[subject.writer]
+    rollout = exact.everything(by.prompts, by.vocab, by.length, by=by)
+    law = exact.law(by, rollout)
+    policies = {name: world[name] for name in dict.fromkeys(["student", *subject.needs])}
+    result = exact.loss_pass(method, policies, rollout, law)
+    each, where = law.repeat_interleave(rollout.lengths), student.where(rollout)
+    spread = lambda flat, like: torch.zeros_like(like).index_put_(where, flat, accumulate=True)
+    weight = spread(each, student.logits[..., 0])
+    value = spread(each * result.loss, weight) / weight
+    rms = (each * result.columns["grad_norm"] ** 2).sum().sqrt().item()
+    return Seen(spread(result.gradient, student.logits), rms, value, result.loss, result.gradient)
+
+
+def subject_of(
+    loss: Any, needs: Sequence[str] | str | None = None, where: str = "audit"
+) -> Subject:
+    """What is audited, from whatever `as_method` takes. Raises OpdlabError for what has no expectation over the student's tokens."""
+    method: Any = as_method(loss, where, needs)
+    name = _name(method)
+    share, writer = getattr(method, "on_policy", 1.0), getattr(method, "writer", "teacher")
+    if other := [n for n in method.needs if parse_need(n).access is not Access.LOGITS]:
+        raise OpdlabError(
+            f"{name} needs {other[0]!r}, which does not grade the student's own tokens, so there is no expectation over them to take. "
+            "Audit methods that need a teacher, a reference or an ema."
+        )
+    if share == 0 and writer not in ("teacher", "answer"):
+        raise OpdlabError(
+            f"{name} learns from texts of {' and '.join(writer)} side by side. Audit losses on the texts of one writer."
+        )
+    if share > 0 and not method.needs:
+        raise OpdlabError(
+            f"{name} looks at no other distribution, so there is no divergence to name. Audit methods that need a teacher."
+        )
+    texts = (
+        {"teacher": "on the teacher's texts", "answer": "if a teacher wrote the answers"}[writer]
+        if share == 0
+        else ""
+    )
+    subject = Subject(
+        method, name, tuple(method.needs), "teacher" if texts else "student", 1, texts
+    )
+    return replace(subject, length=2) if _plans(subject) else subject
+
+
+def _plans(subject: Subject) -> bool:
+    """Whether there is a plan that says anything."""
+    if not hasattr(subject.method, "plan"):
+        return False
+    world = subject.world(prompts=1)
+    student = world["student"]
+    rollout = exact.everything(student.prompts, TOKENS, 1, by=student)
+    return bool(
+        subject.method.plan(
+            Batch(
+                rollout, {name: world[name] for name in dict.fromkeys(["student", *subject.needs])}
+            )
+        )
+    )
+
+
+def _name(method: Any) -> str:
+    """The class with what differs from its defaults, or the name of the function."""
+    if is_dataclass(method) and not isinstance(method, FunctionMethod):
+        given = [
+            f"{f.name}={getattr(method, f.name)!r}"
+            for f in fields(method)
+            if getattr(method, f.name) != _default(f)
+        ]
+        return f"{type(method).__name__}({', '.join(given)})"
+    return name_of(method)
+
+
+def _default(field: Any) -> Any:
+    return field.default_factory() if callable(field.default_factory) else field.default

@@ -1,0 +1,92 @@
+"""Ask a kept trace again under another loss, without running a model."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from opdlab.data.trace import Trace
+from opdlab.engine.loss_contract import (
+    CHECKED_ROWS,
+    call_loss,
+    check_rows_are_independent,
+    gradient_of_loss,
+    select_rows,
+    spread_index,
+)
+from opdlab.engine.not_finite import explain
+from opdlab.engine.rows import Rows
+from opdlab.engine.scoring import gradient_shares
+from opdlab.errors import NonFinite, OpdlabError, PartialDistribution, UnknownColumn
+from opdlab.methods.conversion import as_method
+
+
+def what_if(trace: Trace, loss: Callable[[Rows], Tensor]) -> Trace:
+    """The same rollout under another loss: new columns `loss`, `grad_norm` and `share`.
+
+    Runs on the kept top tokens plus one bucket for the tail, so an f-divergence reads as a lower bound of the full
+    one (exact where the tails are empty). `grad_norm` is with respect to the logits of that support. `rows.token` is 0
+    everywhere: the sampled token stands first in the support.
+
+    Args:
+        loss: A function of rows, a method or the class of one. Its plan does not run: rows have the trace's plan columns.
+
+    Raises:
+        InvalidValue: It is neither a loss nor a method.
+        BadLoss: The loss does not keep its contract, as in training.
+        NonFinite: It is NaN or infinite at a token.
+        PartialDistribution: It reads a policy whose top tokens the trace does not have.
+    """
+
+    function = as_method(loss, "what_if").loss
+    if "support" not in trace.table.column_names:
+        raise OpdlabError(
+            "This trace kept no top tokens. Make it with opdlab.score(…, k=8), which does."
+        )
+    if "student_top" not in trace.table.column_names:
+        raise OpdlabError(
+            "This trace kept no top tokens of the student. Make it with opdlab.score(rollout, student, …)."
+        )
+    known = [name for name in trace.policies if f"{name}_top" in trace.table.column_names]
+    logp = {
+        name: _with_tail(trace.column(f"{name}_top"), trace.column(f"{name}_tail"))
+        for name in known
+    }
+    logits = logp["student"].requires_grad_()
+    plan = {
+        k: torch.tensor(trace.column(k))
+        for k in trace.meta.get("plan", [])
+        if trace.column(k).dtype != object
+    }
+    token = torch.zeros(len(trace), dtype=torch.long)
+    rows = Rows({**logp, "student": logits.detach().log_softmax(-1)}, token, plan)
+    try:
+        check_rows_are_independent(
+            function, select_rows(rows, spread_index(len(rows), CHECKED_ROWS, token.device))
+        )
+        student = logits.log_softmax(-1)
+        value = call_loss(function, Rows({**logp, "student": student}, token, plan))
+        slope = gradient_of_loss(value, torch.ones_like(value), logits)
+    except UnknownColumn as error:
+        if missing := sorted(set(trace.policies) - set(known)):
+            raise PartialDistribution(
+                f"{error} The trace has no top tokens of {', '.join(map(repr, missing))}, which gave only some log-probs."
+            ) from None
+        raise
+    bad = ~(torch.isfinite(value) & torch.isfinite(slope).all(-1))
+    if bool(bad.any()):
+        at = int(bad.nonzero()[0, 0])
+        cause = explain(select_rows(rows, torch.tensor([at])))
+        raise NonFinite(
+            f"The loss is {value[at].item():.4g} at row {at} of the trace, or its gradient is not finite.{cause}"
+        )
+    norm = slope.norm(dim=-1).numpy()
+    return trace.with_columns(loss=value.detach().numpy(), **gradient_shares(norm))
+
+
+def _with_tail(top: np.ndarray, tail: np.ndarray) -> Tensor:
+    """Log-probs on the kept tokens and the tail, `[n, S + 1]`. Finite, as a policy's are: a repeat or an empty tail has e^-200."""
+    return torch.cat([torch.tensor(top), torch.tensor(tail).log()[:, None]], -1).clamp_min(-200.0)

@@ -1,0 +1,1 @@
+"""What is stored: prompts, rollouts, columns, traces. Nothing here imports a model or transformers."""

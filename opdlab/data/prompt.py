@@ -1,0 +1,250 @@
+"""Prompts: what a policy is asked, with an optional reference answer and a privileged hint."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from decimal import Decimal
+from typing import Any
+
+from opdlab.errors import InvalidValue, MissingHint
+from opdlab.support.expect import refusal, shortened
+
+ROLES = ("system", "developer", "user", "assistant", "tool", "function", "ipython")
+
+
+@dataclass(frozen=True)
+class Prompt:
+    """What a policy is asked: a plain `text`, or a chat's `messages`, which the tokenizer's own template renders.
+
+    A text is read as it stands, special tokens in it included, so it may be a chat that was rendered before. The context
+    of a policy made with `.seeing()` is put in front of it; give `messages` where it must land inside the chat.
+
+    Args:
+        text: A plain text.
+        messages: A chat, as dicts with `role` and `content`. Contents may be lists of text parts, which are joined.
+        answer: A reference answer, for tasks that have one.
+        hint: Privileged information that only policies made with `.seeing()` read. A list of texts is joined by line
+            breaks; chat messages become a `ChatHint`. An empty hint is none.
+        id: Names the prompt in traces and errors.
+
+    Raises:
+        InvalidValue: A field is not of its type, or holds something that no tokenizer can read.
+    """
+
+    text: str | None = None
+    messages: tuple[dict[str, Any], ...] | None = None
+    answer: str | None = None
+    hint: str | None = None
+    id: str = ""
+
+    def __post_init__(self) -> None:
+        if (self.text is None) == (self.messages is None):
+            raise InvalidValue("A Prompt needs either text= or messages=, and not both.")
+        if self.text is not None:
+            if not isinstance(self.text, str):
+                chat = isinstance(self.text, (list, tuple)) and all(
+                    isinstance(one, Mapping) for one in self.text
+                )
+                raise InvalidValue(
+                    f"Prompt got text={shortened(self.text)}. Use a text{', or messages= for a chat' if chat else ''}."
+                )
+            _check_characters(self.text, "text")
+        else:
+            object.__setattr__(self, "messages", read_messages(self.messages))
+        if not isinstance(self.answer, str | None):
+            raise InvalidValue(f"Prompt got answer={shortened(self.answer)}. Use a text, or None.")
+        _check_characters(self.answer or "", "answer")
+        object.__setattr__(self, "hint", read_hint(self.hint))
+        if isinstance(self.id, bool) or not isinstance(self.id, (str, int)):
+            raise InvalidValue(f"Prompt got id={shortened(self.id)}. Use a text or a whole number.")
+        object.__setattr__(self, "id", str(self.id))
+        _check_characters(self.id, "id")
+
+    def with_context(self, context: str) -> Prompt:
+        """Put `context` before the prompt.
+
+        A text gets it on a line of its own. A chat gets it in its system message; the messages of a `ChatHint` stand
+        before the chat's own, behind its system message.
+        """
+        told = read_hint(context)
+        if told is None:
+            return self
+        context = told
+        if self.messages is None:
+            return replace(self, text=f"{context}\n{self.text}")
+        before = (
+            context.messages
+            if isinstance(context, ChatHint)
+            else ({"role": "system", "content": str(context)},)
+        )
+        own = self.messages
+        if own[0]["role"] == "system":
+            system, own = own[0]["content"], own[1:]
+            if before[0]["role"] == "system":
+                system, before = f"{system}\n{before[0]['content']}", before[1:]
+            before = ({**self.messages[0], "content": system}, *before)
+        return replace(self, messages=(*before, *own))
+
+
+class ChatHint(str):
+    """A hint given as chat messages. As a plain text, for prompts that are no chats, it is their contents, one a line.
+
+    Attributes:
+        messages: The messages, which `Prompt.with_context` puts before those of the student.
+    """
+
+    messages: tuple[dict[str, Any], ...]
+
+    def __new__(cls, messages: Iterable[Mapping[str, Any]]) -> ChatHint:
+        read = read_messages(messages, "hint")
+        hint = super().__new__(cls, "\n".join(message.get("content", "") for message in read))
+        hint.messages = read
+        return hint
+
+    def __getnewargs__(self) -> tuple[Any]:  # so that copies are made from the messages
+        return (self.messages,)
+
+
+def own_hint(prompt: Prompt) -> Prompt:
+    """Tell a prompt its own hint; raises MissingHint where it has none."""
+    if prompt.hint is None:
+        raise MissingHint(
+            f"Prompt {name_of(prompt)} has no hint, but this policy reads hints. "
+            "Give the prompts a hint=, or name one context for all: policy.seeing('…')."
+        )
+    return prompt.with_context(prompt.hint)
+
+
+def name_of(prompt: Prompt, number: int | None = None) -> str:
+    """How an error names a prompt: by its id, else by its number among others, else by its beginning."""
+    if prompt.id:
+        return repr(prompt.id)
+    return shortened(prompt.text or prompt.messages) if number is None else str(number)
+
+
+def read_messages(messages: Any, name: str = "messages") -> tuple[dict[str, Any], ...]:
+    """Read chat messages: dicts with a known `role` and a `content` of text, or of text parts, which are joined.
+
+    Other entries (`tool_calls`, `name`, …) are kept for the chat template, unless they are None.
+
+    Raises:
+        InvalidValue: They are something else, or there are none.
+    """
+    if isinstance(messages, (str, bytes, Mapping)) or not isinstance(messages, Iterable):
+        raise InvalidValue(
+            f"{name} is {shortened(messages)}. Use a list of messages, as [{{'role': 'user', 'content': '…'}}]."
+        )
+    read = tuple(
+        _read_message(message, f"{name}[{number}]") for number, message in enumerate(messages)
+    )
+    if not read:
+        raise InvalidValue(
+            f"{name} is empty. Give at least one message, as {{'role': 'user', 'content': '…'}}."
+        )
+    return read
+
+
+def _read_message(message: Any, name: str) -> dict[str, Any]:
+    if not isinstance(message, Mapping):
+        raise InvalidValue(f"{name} is {shortened(message)}. Use a dict with role and content.")
+    kept = {str(key): value for key, value in message.items() if value is not None}
+    role = kept.get("role")
+    if role is None:
+        raise InvalidValue(
+            f"{name} has no role; it has {', '.join(kept) or 'nothing'}. Use a dict with role and content."
+        )
+    if role not in ROLES:
+        raise InvalidValue(f"{name} has the role {shortened(role)}. Use one of {', '.join(ROLES)}.")
+    if "content" not in kept:
+        if role == "assistant" and kept.get("tool_calls"):
+            return {**kept, "content": ""}
+        raise InvalidValue(f"{name} has no content. Give every message its text.")
+    content = read_content(kept["content"], f"{name}.content")
+    _check_characters(content, f"{name}.content")
+    return {**kept, "content": content}
+
+
+def read_content(content: Any, name: str) -> str:
+    """Read the content of a message: a text, or parts `{"type": "text", "text": …}`, joined without anything between.
+
+    Raises:
+        InvalidValue: It is something else, or has parts that are no text (images, audio).
+    """
+    if isinstance(content, str):
+        return content
+    if isinstance(content, Mapping):
+        content = [content]
+    if not isinstance(content, Sequence) or isinstance(content, bytes):
+        raise InvalidValue(f"{name} is {shortened(content)}. Use a text, or a list of text parts.")
+    texts = []
+    for number, part in enumerate(content):
+        if isinstance(part, Mapping):
+            kind = part.get("type") or "text"
+            if kind not in ("text", "input_text", "output_text"):
+                raise InvalidValue(
+                    f"{name}[{number}] is a part of type {shortened(kind)}. Only text can be read; leave it out."
+                )
+            part = part.get("text")
+        if not isinstance(part, str):
+            raise InvalidValue(
+                f"{name}[{number}] is {shortened(part)}. Use parts like {{'type': 'text', 'text': '…'}}."
+            )
+        texts.append(part)
+    return "".join(texts)
+
+
+def read_hint(hint: Any) -> str | None:
+    """Read a hint: a text or a number, a list of texts (joined by line breaks), or chat messages. Empty ones are none.
+
+    Raises:
+        InvalidValue: It is something else.
+    """
+    if isinstance(hint, Mapping):
+        hint = [hint]
+    if isinstance(hint, (list, tuple)):
+        if hint and all(isinstance(one, Mapping) for one in hint):
+            hint = ChatHint(hint)
+        elif all(isinstance(one, str) for one in hint):
+            hint = "\n".join(one for one in hint if one.strip())
+    if (
+        isinstance(hint, int | float | Decimal)
+        and not isinstance(hint, bool)
+        and math.isfinite(hint)
+    ):
+        hint = str(hint)
+    if not isinstance(hint, str | None):
+        raise InvalidValue(
+            f"Prompt got hint={shortened(hint)}. Use a text, a list of texts, chat messages, or None."
+        )
+    _check_characters(hint or "", "hint")
+    return hint if hint and hint.strip() else None
+
+
+def _check_characters(text: str, name: str) -> None:
+    """Raise InvalidValue for half of a surrogate pair, which no tokenizer can encode."""
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        raise InvalidValue(
+            f"{name} holds the lone surrogate U+{ord(text[error.start]):04X} at character {error.start}, which is no text. "
+            "Remove it, or read the file again with the right encoding."
+        ) from None
+
+
+def expect_prompts(value: Any, where: str, name: str = "prompts") -> list[Prompt]:
+    """Return a list of prompts, which may be empty; one `Prompt` alone counts as a list of one.
+
+    Raises:
+        InvalidValue: It is something else, as a text, a list of texts or a task.
+    """
+    if isinstance(value, Prompt):
+        return [value]
+    if isinstance(value, (str, bytes, Mapping)) or not isinstance(value, Iterable):
+        raise refusal("prompts", value, where, name)
+    prompts = list(value)
+    for i, prompt in enumerate(prompts):
+        if not isinstance(prompt, Prompt):
+            raise refusal("Prompt", prompt, where, f"{name}[{i}]")
+    return prompts

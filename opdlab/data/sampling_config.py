@@ -1,0 +1,97 @@
+"""How texts are sampled: one object for all parameters that travel together."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, fields
+from typing import Any, TypedDict, cast
+
+from opdlab.errors import InvalidValue, UnknownOption
+from opdlab.support.validation import (
+    Count,
+    CountOrZero,
+    GeneratorSeed,
+    PositiveShare,
+    ShareBelowOne,
+    Temperature,
+    validate_fields,
+)
+
+
+class SamplingOptions(TypedDict, total=False):
+    """The fields of `SamplingConfig` as keyword arguments, for signatures: `**options: Unpack[SamplingOptions]`."""
+
+    max_new_tokens: int
+    temperature: float
+    top_p: float
+    top_k: int
+    min_p: float
+    stop: str | tuple[str, ...]
+    seed: int
+
+
+@dataclass(frozen=True)
+class SamplingConfig:
+    """How a policy or a server samples texts.
+
+    For on-policy training keep the defaults of `temperature`, `top_p`, `top_k` and `min_p`: other values sample from another
+    distribution than the student's own.
+
+    Attributes:
+        max_new_tokens: Length limit, in tokens of whoever writes.
+        temperature: Divides the logits; 0 takes the likeliest token.
+        top_p: Keep the fewest likeliest tokens that together have this probability.
+        top_k: Keep this many likeliest tokens; 0 keeps all.
+        min_p: Keep tokens with at least this share of the likeliest token's probability; 0 keeps all.
+        stop: Texts that end a completion where they occur. The completion keeps them.
+        seed: The same seed gives the same texts.
+
+    Raises:
+        InvalidValue: A field has a value that cannot be right.
+    """
+
+    max_new_tokens: Count = 64
+    temperature: Temperature = 1.0
+    top_p: PositiveShare = 1.0
+    top_k: CountOrZero = 0
+    min_p: ShareBelowOne = 0.0
+    stop: tuple[str, ...] = ()
+    seed: GeneratorSeed = 0
+
+    def __post_init__(self) -> None:
+        if isinstance(self.stop, str):
+            object.__setattr__(self, "stop", (self.stop,))
+        object.__setattr__(self, "stop", tuple(self.stop))
+        validate_fields(self)
+        if "" in self.stop:
+            raise InvalidValue(
+                "SamplingConfig got an empty text in stop=. It would end every completion at once: leave it out."
+            )
+
+    @property
+    def is_on_policy(self) -> bool:
+        """Whether texts come from the distribution itself, and not from a changed one."""
+        return self.temperature == 1 and self.top_p == 1 and self.top_k == 0 and self.min_p == 0
+
+    @classmethod
+    def of(cls, where: str, options: Mapping[str, Any]) -> SamplingConfig:
+        """Make one of the options that a user passed to `where`.
+
+        Raises:
+            UnknownOption: An option is no field.
+            InvalidValue: A field has a value that cannot be right.
+        """
+        names = [field.name for field in fields(cls)]
+        unknown = [name for name in options if name not in names]
+        if unknown:
+            raise UnknownOption(
+                f"{where} has no option {unknown[0]!r}. It takes {', '.join(names)}."
+            )
+        try:
+            return cls(**options)
+        except InvalidValue as error:
+            raise InvalidValue(str(error).replace("SamplingConfig", where, 1)) from None
+
+    def options(self) -> SamplingOptions:
+        """The fields by name, to pass on as keyword arguments."""
+        return cast(SamplingOptions, asdict(self))

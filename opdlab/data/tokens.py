@@ -1,0 +1,84 @@
+"""Token ids as the exact bytes that they stand for, so that pieces re-join to the text they came from.
+
+Decoding one id at a time shows a replacement sign for every byte piece, and joining those is not the text.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Collection, Sequence
+from functools import lru_cache
+from typing import Any, Protocol
+
+
+class Tokenizer(Protocol):
+    """What is read of a tokenizer of transformers here."""
+
+    @property
+    def all_special_ids(self) -> list[int]: ...
+    def get_added_vocab(self) -> dict[str, int]: ...
+    def convert_ids_to_tokens(self, ids: Any) -> Any: ...
+    def batch_decode(self, sequences: Any, **options: Any) -> Any: ...
+    def decode(self, token_ids: Any, **options: Any) -> Any: ...
+    def __len__(self) -> int: ...
+
+
+_BYTE_PIECE = re.compile(r"<0x([0-9A-Fa-f]{2})>$")
+
+
+def token_bytes(tokenizer: Tokenizer, ids: list[int]) -> list[bytes]:
+    """The bytes of each token. Knows byte-level BPE, SentencePiece-like pieces (`▁`, `<0x0A>`) and plain pieces."""
+    byte_level = '"ByteLevel"' in _decoder(tokenizer)
+    added = {
+        *tokenizer.all_special_ids,
+        *tokenizer.get_added_vocab().values(),
+    }  # stand as themselves
+    pieces = tokenizer.convert_ids_to_tokens(ids)
+    return [
+        _bytes(piece or "", byte_level and i not in added)
+        for i, piece in zip(ids, pieces, strict=True)
+    ]
+
+
+def completion_texts(
+    tokenizer: Tokenizer, rows: Sequence[Sequence[int]], eos: Collection[int]
+) -> list[str]:
+    """Decode completions to the texts that verifiers and pictures see.
+
+    Only the token that ends a completion is left out. Special tokens within it stay, since tags such as `<answer>` or
+    `<think>` are often added as special tokens, and a verifier looks for them.
+
+    Args:
+        tokenizer: The tokenizer of the policy that wrote the completions.
+        rows: Token ids of each completion, without padding.
+        eos: The tokens that end that policy's texts.
+    """
+    ended = [bool(row) and row[-1] in eos for row in rows]
+    bodies = [list(row[:-1] if stops else row) for row, stops in zip(rows, ended, strict=True)]
+    return [str(text) for text in tokenizer.batch_decode(bodies, skip_special_tokens=False)]
+
+
+def _bytes(piece: str, byte_level: bool) -> bytes:
+    if byte_level:
+        table = _alphabet()
+        return b"".join(bytes([table[c]]) if c in table else c.encode() for c in piece)
+    found = _BYTE_PIECE.match(piece)
+    return bytes([int(found[1], 16)]) if found else piece.replace("▁", " ").encode()
+
+
+def _decoder(tokenizer: Tokenizer) -> str:
+    backend = getattr(tokenizer, "backend_tokenizer", None)
+    state = (
+        backend.decoder.__getstate__()
+        if backend is not None and backend.decoder is not None
+        else b""
+    )
+    return state.decode() if isinstance(state, bytes) else str(state)
+
+
+@lru_cache(1)
+def _alphabet() -> dict[str, int]:
+    """Byte-level BPE writes each byte as a printable character; this is the way back."""
+    printable = [*range(33, 127), *range(161, 173), *range(174, 256)]
+    rest = [b for b in range(256) if b not in printable]
+    return {chr(b): b for b in printable} | {chr(256 + i): b for i, b in enumerate(rest)}

@@ -1,0 +1,192 @@
+"""Traces: the permanent record of what was written and how it was graded, one row a token, in Parquet.
+
+Opens in pandas, polars and DuckDB. The file's metadata holds the prompts, the texts and the bytes of every token id that
+occurs, so a trace can be drawn without the tokenizer. `what_if` asks again under another loss without running a model.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from opdlab.errors import (
+    DamagedFile,
+    InvalidValue,
+    OpdlabError,
+    UnknownName,
+)
+from opdlab.support.expect import shortened
+
+_META = b"opdlab"
+
+
+@dataclass(frozen=True, eq=False)
+class Trace:
+    """`table`: one row a token. `meta`: `prompts`, `texts`, `finish` (a list each, by `sample`), `vocab`, `policies`."""
+
+    table: pa.Table
+    meta: dict[str, Any]
+
+    def to_pandas(self) -> pd.DataFrame:
+        """A copy as a data frame; list columns hold numpy arrays."""
+        return self.table.to_pandas()
+
+    @property
+    def policies(self) -> list[str]:
+        return list(self.meta["policies"])
+
+    def __len__(self) -> int:
+        return self.table.num_rows
+
+    def sample(self, i: int) -> Trace:
+        """The rows of completion `i`; raises OpdlabError for one that the trace does not have."""
+        texts = len(self.meta["texts"])
+        if isinstance(i, bool) or not isinstance(i, (int, np.integer)) or not 0 <= i < texts:
+            raise OpdlabError(
+                f"The trace has no completion {shortened(i)}; it has {texts}. Use a number from 0 to {texts - 1}."
+            )
+        return Trace(self.table.filter(pa.compute.equal(self.table["sample"], i)), self.meta)
+
+    def tokens(self) -> list[bytes]:
+        """The exact bytes of every token, in row order."""
+        return [self.piece(i) for i in self.table["token_id"].to_pylist()]
+
+    def piece(self, token_id: int) -> bytes:
+        """The exact bytes of a token id that occurs in the trace."""
+        return self.meta["vocab"][str(token_id)].encode("latin-1")
+
+    def column(self, name: str) -> np.ndarray:
+        """A column `[rows]` or `[rows, K]`; raises UnknownName (a KeyError) with what there is."""
+        if name not in self.table.column_names:
+            raise UnknownName(
+                f"The trace has no column {name!r}; it has {', '.join(self.table.column_names)}."
+            )
+        values = self.table[name]
+        if not pa.types.is_list(values.type):
+            return values.to_numpy()
+        return np.stack(values.to_numpy()) if len(values) else np.zeros((0, 0), np.float32)
+
+    def with_columns(self, **columns: Any) -> Trace:
+        """This trace with columns added or replaced, `[rows]` each.
+
+        Raises InvalidValue for a column that has not one value for each row, or values that no table holds.
+        """
+        table = self.table
+        for name, values in columns.items():
+            column = _column(name, values, len(self))
+            table = table.drop_columns([name]) if name in table.column_names else table
+            table = table.append_column(name, column)
+        return Trace(table, self.meta)
+
+    def save(self, path: str | os.PathLike[str]) -> Path:
+        """Write Parquet, atomically: a reader sees the old file or the new one."""
+        path = Path(path)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
+        try:
+            table = self.table.replace_schema_metadata({_META: json.dumps(self.meta).encode()})
+            pq.write_table(table, partial, compression="zstd", write_page_checksum=True)
+            os.replace(partial, path)
+        finally:
+            partial.unlink(missing_ok=True)
+        return path
+
+    @classmethod
+    def load(cls, path: str | os.PathLike[str]) -> Trace:
+        """Read what `save` wrote.
+
+        Raises:
+            DamagedFile: The file is something else, or is not whole.
+            FileNotFoundError: There is no such file.
+        """
+        if not isinstance(path, (str, os.PathLike)):
+            raise OpdlabError(
+                f"Trace.load got {shortened(path)}. Give the path of a file that trace.save() wrote."
+            )
+        try:
+            table = pq.read_table(path, page_checksum_verification=True)
+            meta = json.loads((table.schema.metadata or {})[_META])
+            _check_meta(meta, table)
+        except FileNotFoundError:
+            raise
+        except (pa.ArrowException, OSError, KeyError, ValueError, RecursionError) as error:
+            raise DamagedFile(
+                f"{path} is not an opdlab trace ({error}). It may be cut short: write it again with trace.save()."
+            ) from error
+        return cls(table, meta)
+
+    def __repr__(self) -> str:
+        return f"Trace({len(self)} tokens of {len(self.meta['texts'])} completions under {', '.join(self.policies)})"
+
+
+def _column(name: str, values: Any, rows: int) -> pa.Array | pa.ChunkedArray:
+    """Values as a column of a table; raises InvalidValue where they are none."""
+    wanted = f"Give a list, an array or a tensor of {rows} numbers, flags or texts."
+    shape = getattr(values, "shape", (0,))
+    if (
+        isinstance(values, (str, bytes, Mapping, set, frozenset))
+        or not hasattr(values, "__len__")
+        or len(shape) not in (1, 2)
+    ):
+        raise InvalidValue(
+            f"with_columns got {name}={shortened(values)}, which is no column. {wanted}"
+        )
+    values = _to_numpy(values)
+    if isinstance(values, np.ndarray) and values.ndim > 1:
+        values = list(values)
+    try:
+        column = values if isinstance(values, (pa.Array, pa.ChunkedArray)) else pa.array(values)
+    except (pa.ArrowException, TypeError, ValueError, OverflowError) as error:
+        raise InvalidValue(
+            f"with_columns got {name}={shortened(values)}, which a table cannot hold ({error}). {wanted}"
+        ) from None
+    if len(column) != rows:
+        raise InvalidValue(
+            f"with_columns got {len(column)} values for {name!r}, and the trace has {rows} rows. {wanted}"
+        )
+    return column
+
+
+def _to_numpy(values: Any) -> Any:
+    """Tensors of PyTorch as arrays, told without importing it; everything else as it is."""
+    if not type(values).__module__.startswith("torch"):
+        return values
+    values = values.detach().cpu()
+    return (values.float() if str(values.dtype) == "torch.bfloat16" else values).numpy()
+
+
+def _check_meta(meta: Any, table: pa.Table) -> None:
+    """Raise ValueError unless a file's metadata describe its rows."""
+    if not isinstance(meta, dict):
+        raise ValueError("its metadata are no mapping")
+    for name in ("policies", "texts", "finish", "prompts"):
+        if not isinstance(meta.get(name), list) or not all(
+            isinstance(item, str) for item in meta[name]
+        ):
+            raise ValueError(f"its metadata have no list of {name}")
+    if not isinstance(meta.get("vocab"), dict):
+        raise ValueError("its metadata have no vocab")
+    if missing := {"sample", "position", "token_id"} - set(table.column_names):
+        raise ValueError(f"it has no column {', '.join(sorted(missing))}")
+    completions = {len(meta[name]) for name in ("texts", "finish", "prompts")}
+    samples = [
+        i
+        for i in pa.compute.unique(table["sample"]).to_pylist()
+        if i is None or not 0 <= i < min(completions)
+    ]
+    if len(completions) > 1 or samples:
+        raise ValueError("its rows and its texts do not belong together")
+    if (
+        unknown := {str(i) for i in pa.compute.unique(table["token_id"]).to_pylist()}
+        - meta["vocab"].keys()
+    ):
+        raise ValueError(f"it has no text for token {min(unknown)}")

@@ -1,0 +1,215 @@
+"""Run a method's plan and check what it returns: names that mean nothing else, and numbers for every token.
+
+A plan may return, for a batch of `B` completions of at most `T` tokens, tensors or numpy arrays `[B, T]`, `[B, T, K]` or
+`[B]` (one number per completion, the same for all its tokens), and plain numbers (the same for all tokens). Where B equals T,
+a one-dimensional column is still one number per completion: opdlab cannot see which was meant.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from opdlab.engine.loss_contract import adding_note
+from opdlab.engine.rows import Rows
+from opdlab.errors import BadPlan
+from opdlab.support.expect import shortened
+
+if TYPE_CHECKING:
+    from opdlab.engine.batch import Batch
+
+# Columns of every trace (`opdlab.data.trace`) and numbers of every policy (`opdlab.engine.signals`).
+OF_TRACES = (
+    "run",
+    "step",
+    "sample",
+    "prompt",
+    "position",
+    "token_id",
+    "loss",
+    "grad_norm",
+    "share",
+    "support",
+)
+OF_POLICIES = (
+    "logp",
+    "entropy",
+    "reverse_kl",
+    "forward_kl",
+    "jsd",
+    "rank",
+    "overlap",
+    "top",
+    "tail",
+    "coarse_reverse_kl",
+)
+USUAL_POLICIES = (
+    "student",
+    "teacher",
+    "reference",
+    "ema",
+)  # a trace may be scored under them later
+OF_ROWS = ("token", "columns", "distributions")  # attributes that only instances of Rows have
+
+
+def run_plan(method: Any, batch: Batch) -> dict[str, Tensor]:
+    """Let a method plan for a batch.
+
+    Args:
+        method: With or without a `plan`.
+        batch: What the plan sees. Its `notes` are plain JSON data afterwards.
+
+    Returns:
+        The columns, `[tokens, ...]` each.
+
+    Raises:
+        BadPlan: The plan returned something else than columns, or changed the rollout.
+    """
+    if not hasattr(method, "plan"):
+        return {}
+    rollout = batch.rollout
+    before = {
+        name: getattr(rollout, name).clone() for name in ("ids", "lengths", "logp", "entropy")
+    }
+    with adding_note(f"Raised by the plan of {type(method).__name__} in step {batch.step + 1}."):
+        plan = method.plan(batch)
+    changed = next(
+        (name for name, tensor in before.items() if not _is_same(tensor, getattr(rollout, name))),
+        None,
+    )
+    if changed or batch.rollout is not rollout:
+        raise BadPlan(
+            f"plan changed batch.rollout{f'.{changed}' if changed else ''}, which the loss, the rewards and the trace read too. Work on "
+            "a copy, such as batch.rollout.ids.clone(), and return what you computed as a column."
+        )
+    if not isinstance(plan, Mapping):
+        raise BadPlan(
+            f"plan returned {shortened(plan) if not isinstance(plan, Tensor) else 'a tensor'}. Return columns by name, such as "
+            "{'advantage': tensor}, or {} for none."
+        )
+    batch.notes = {str(key): plain_data(value, str(key)) for key, value in batch.notes.items()}
+    needs = getattr(method, "needs", ())
+    graded = [
+        "student",
+        *([needs] if isinstance(needs, str) else needs),
+    ]  # a batch may hold more policies than the trace has
+    return {name: flatten(batch, name, column, graded) for name, column in plan.items()}
+
+
+def flatten(batch: Batch, name: str, column: Any, graded: Iterable[str] | None = None) -> Tensor:
+    """A plan's column as `[tokens, ...]`, without gradient, on the rollout's device.
+
+    Args:
+        batch: What the plan saw.
+        name: The column's name.
+        column: Its values.
+        graded: Policies whose numbers a trace has; all of the batch by default.
+
+    Raises:
+        BadPlan: The name is taken or cannot be read as `rows.<name>`, or the column has not one value per token.
+    """
+    check_name(name, batch.policies, list(batch.policies if graded is None else graded))
+    if isinstance(column, (bool, int, float, np.bool_, np.number)):
+        column = torch.tensor(column).expand(batch.mask.shape)
+    column = _as_tensor(name, column).detach().to(batch.mask.device)
+    if column.shape == batch.mask.shape[:1]:
+        column = column[:, None].expand(batch.mask.shape)
+    if column.shape[:2] != batch.mask.shape or column.ndim > 3:
+        raise BadPlan(
+            f"plan returned column {name!r} with shape {list(column.shape)} for a batch of {list(batch.mask.shape)}. "
+            "Return [B, T], [B, T, K] or [B]; batch.spread turns [tokens] into [B, T], and a plain number counts for all tokens."
+        )
+    return column[batch.mask]
+
+
+def check_name(name: Any, policies: Iterable[str], graded: Iterable[str]) -> None:
+    """Refuse a column's name that means something else in a loss or in a trace.
+
+    Raises:
+        BadPlan: The name is no identifier, or is taken.
+    """
+    if not isinstance(name, str) or not name.isidentifier() or name.startswith("__"):
+        raise BadPlan(
+            f"plan returned a column named {shortened(name)}, which a loss could not read as rows.<name>. Use letters, digits and "
+            "underscores, beginning with a letter."
+        )
+    if hasattr(Rows, name) or name in (*OF_ROWS, *policies):
+        raise BadPlan(
+            f"plan returned a column named {name!r}, which means something else in a loss. Give it another name."
+        )
+    hinted = [f"{policy}+hint" for policy in USUAL_POLICIES]
+    owners = {*graded, *USUAL_POLICIES, *hinted}
+    if name in OF_TRACES or any(
+        name == f"{owner}_{number}" for owner in owners for number in OF_POLICIES
+    ):
+        raise BadPlan(
+            f"plan returned a column named {name!r}, which is a column of every trace and has opdlab's own numbers there. Give it "
+            f"another name, such as 'my_{name}'."
+        )
+
+
+def plain_data(value: Any, where: str) -> Any:
+    """Notes as JSON can hold them: tensors and numpy arrays as lists.
+
+    Raises:
+        BadPlan: There is something else in them. The message says where.
+    """
+    if value is None or isinstance(value, (str, bool, int, float)):
+        return value
+    if isinstance(value, (Tensor, np.ndarray, np.generic)):
+        return plain_data(value.tolist(), where)
+    if isinstance(value, Mapping):
+        return {str(key): plain_data(item, f"{where}.{key}") for key, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [plain_data(item, f"{where}[{i}]") for i, item in enumerate(value)]
+    raise BadPlan(
+        f"plan noted a {type(value).__name__} in batch.notes at {where}. Notes hold numbers, texts, lists and dicts of them."
+    )
+
+
+def _as_tensor(name: str, column: Any) -> Tensor:
+    """A tensor of real numbers or booleans that a trace can hold."""
+    if isinstance(column, np.ndarray):
+        if column.dtype.kind not in "fiubc":
+            raise BadPlan(
+                f"plan returned column {name!r} as a numpy array of {column.dtype}. Return numbers or booleans."
+            )
+        column = torch.from_numpy(np.array(column, dtype=column.dtype.newbyteorder("=")))
+    if not isinstance(column, Tensor):
+        raise BadPlan(
+            f"plan returned column {name!r} as {shortened(column)} ({type(column).__name__}). Return a tensor or a numpy array [B, T], "
+            "[B, T, K] or [B], or a number."
+        )
+    if (
+        column.layout != torch.strided
+        or column.is_complex()
+        or column.is_quantized
+        or column.is_meta
+    ):
+        kind = (
+            "complex"
+            if column.is_complex()
+            else "quantized"
+            if column.is_quantized
+            else "meta"
+            if column.is_meta
+            else "sparse"
+        )
+        way = {
+            "sparse": "column.to_dense()",
+            "complex": "column.real and column.imag as two columns",
+        }.get(kind, "plain numbers")
+        raise BadPlan(f"plan returned column {name!r} as a {kind} tensor. Return {way}.")
+    if column.dtype.is_floating_point and column.dtype not in (torch.float32, torch.float64):
+        return column.float()  # numpy and Parquet have no bf16
+    if column.dtype in (torch.uint16, torch.uint32, torch.uint64):
+        return column.long()  # PyTorch computes with few of these
+    return column
+
+
+def _is_same(one: Tensor, other: Tensor) -> bool:
+    return one.shape == other.shape and bool(((one == other) | (one.isnan() & other.isnan())).all())

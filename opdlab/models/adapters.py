@@ -1,0 +1,232 @@
+"""The adapters of one model, through PEFT: which there are, which is in force, adding, copying, folding and removing them.
+
+Only LoRA (with rsLoRA and DoRA) is understood; other kinds are refused by name. All functions take the transformers model
+itself. The state is read from its layers and not kept beside them, so whatever else switches adapters is noticed.
+"""
+
+from __future__ import annotations
+
+import copy
+import warnings
+from typing import Any
+
+import torch
+from peft import LoraConfig, PeftMixedModel, PeftModel, get_peft_model_state_dict
+from peft.functional import cast_adapter_dtype, delete_adapter, inject_adapter_in_model
+from peft.tuners.tuners_utils import BaseTunerLayer
+from peft.utils.other import ModulesToSaveWrapper
+from torch import Tensor, nn
+
+from opdlab.errors import InvalidValue
+from opdlab.models.adapter_layers import (
+    adapter_layers,
+    adapters_of,
+    compute_in_float32,
+    folded_layer,
+    forget_configuration,
+    is_in_force,
+    outermost_layers,
+    replace_module,
+    set_in_force,
+    take_off_layers,
+    untie_embeddings,
+)
+from opdlab.models.adapter_options import check_kind, unused_settings
+
+
+def unwrap(model: Any) -> Any:
+    """The transformers model inside a `PeftModel`, with its adapters in place; anything else as it is.
+
+    Raises:
+        InvalidValue: The adapter is not inside the model's layers (prompt tuning and the like), or is of several kinds.
+    """
+    if isinstance(model, PeftMixedModel):
+        raise InvalidValue(
+            "A PeftMixedModel has adapters of several kinds. Merge them into the model: merge_and_unload()."
+        )
+    if not isinstance(model, PeftModel):
+        return model
+    for name, config in model.peft_config.items():
+        check_kind(name, config)
+    return model.get_base_model()
+
+
+def names(model: nn.Module) -> list[str]:
+    """Names of all adapters on `model`."""
+    return list(getattr(model, "peft_config", None) or {})
+
+
+def config_of(model: nn.Module, name: str) -> LoraConfig:
+    """The PEFT configuration of an adapter."""
+    return model.peft_config[name]  # type: ignore[index,return-value]
+
+
+def check(model: nn.Module) -> None:
+    """Look at every adapter on `model`.
+
+    Raises:
+        InvalidValue: One is no LoRA, moves the base model, or is merged into it.
+    """
+    for name in names(model):
+        check_kind(name, config_of(model, name))
+    if any(layer.merged for layer in adapter_layers(model) if isinstance(layer, BaseTunerLayer)):
+        raise InvalidValue(
+            "An adapter of the model is merged into it for now, so it cannot be switched off or trained. "
+            "Call unmerge_adapter(), or make it permanent with merge_and_unload()."
+        )
+
+
+def in_force(model: nn.Module) -> list[str]:
+    """Names of the adapters that a forward pass of `model` goes through, `[]` for the bare model.
+
+    Raises:
+        InvalidValue: The layers disagree.
+    """
+    states = {
+        adapters_of(layer) for layer in adapter_layers(model) if isinstance(layer, BaseTunerLayer)
+    }
+    if len(states) > 1:
+        raise InvalidValue(
+            "The model's layers go through different adapters: "
+            f"{' and '.join(sorted(repr(list(state)) for state in states))}. Choose one: Policy.of(…, adapter=name)."
+        )
+    return list(states.pop()) if states else []
+
+
+def switch(model: nn.Module, name: str | None) -> None:
+    """Put one adapter in force, its weights trainable, or none: then the bare model answers."""
+    layers = adapter_layers(model)
+    if not all(is_in_force(layer, name) for layer in layers):
+        set_in_force(layers, name)
+
+
+def make_trainable(model: nn.Module, name: str) -> list[nn.Parameter]:
+    """Put an adapter in force with its weights trainable, whatever froze them; returns them."""
+    model.requires_grad_(False)
+    set_in_force(adapter_layers(model), name)
+    return [p for p in model.parameters() if p.requires_grad]
+
+
+def add(model: nn.Module, name: str, config: LoraConfig) -> None:
+    """Make a new adapter, in float32, and leave it in force.
+
+    Raises:
+        InvalidValue: PEFT cannot put it on this model. The model is as it was.
+    """
+    has_patterns = bool(
+        config.rank_pattern or config.alpha_pattern
+    )  # PEFT adds its own for fused experts
+    asked = copy.copy(config)
+    with warnings.catch_warnings(record=True) as said:
+        warnings.simplefilter("always")
+        try:
+            inject_adapter_in_model(config, model, name)
+        except Exception as error:  # whatever PEFT or the model's layers say to these options
+            remove(model, name)
+            raise InvalidValue(f"{type(model).__name__} cannot take this LoRA: {error}") from error
+    messages = [str(warning.message) for warning in said]
+    if asked.target_modules == "all-linear" and not asked.target_parameters:
+        # PEFT adds settings for fused experts, which a model with dense layers only does not have.
+        messages = [message for message in messages if "no parameter was" not in message]
+        config = asked
+    if unused := unused_settings(model, config, messages, has_patterns):
+        remove(model, name)
+        raise InvalidValue(
+            f"Some settings of the LoRA fit nothing in {type(model).__name__}: {'; '.join(unused)}. Use names as in "
+            "model.named_modules(), or leave them out."
+        )
+    model._hf_peft_config_loaded = True  # type: ignore[assignment]
+    model.eval()  # new layers come in train mode, with their dropout on
+    make_float32(model, name)
+
+
+def clone(model: nn.Module, source: str, name: str) -> None:
+    """Make `name` an exact copy of the adapter `source`: all settings, all tensors, the same precision."""
+    original = config_of(model, source)
+    config = copy.deepcopy(original)
+    # Some initialisations (PiSSA and the like) change the base model, and all of them are overwritten by the copy.
+    config.init_lora_weights = True
+    config.inference_mode = False
+    with torch.random.fork_rng(devices=[]):
+        add(model, name, config)
+    config.init_lora_weights = original.init_lora_weights
+    set_state(model, name, state(model, source))
+
+
+def state(model: nn.Module, name: str) -> dict[str, Tensor]:
+    """The adapter's tensors, named as PEFT names them in files. Not copies."""
+    # PEFT's "auto" for embedding layers would ask the Hub each time.
+    with warnings.catch_warnings():
+        warnings.filterwarnings(
+            "ignore", "Adapter .* have invalid shape"
+        )  # PEFT takes biases for matrices
+        return get_peft_model_state_dict(model, adapter_name=name, save_embedding_layers=False)
+
+
+def set_state(model: nn.Module, name: str, values: dict[str, Tensor]) -> None:
+    """Copy `values` into the adapter's tensors.
+
+    Raises:
+        InvalidValue: Names or shapes are not those of the adapter; nothing is changed then.
+    """
+    there = state(model, name)
+    odd = sorted(there.keys() ^ values.keys()) or sorted(
+        key for key, value in values.items() if value.shape != there[key].shape
+    )
+    if odd:
+        raise InvalidValue(
+            f"These are not the tensors of the adapter {name!r}: {odd[0]!r} is missing, too much, or of another shape "
+            f"({len(odd)} of {len(there)} differ). Use weights of an adapter with the same targets and rank."
+        )
+    with torch.no_grad():
+        for key, value in values.items():
+            there[key].copy_(value)
+
+
+def make_float32(model: nn.Module, name: str) -> None:
+    """Keep an adapter's weights in float32 whatever the base model's dtype: small updates vanish in bfloat16."""
+    cast_adapter_dtype(model, name)
+    for layer in adapter_layers(model):
+        if isinstance(layer, ModulesToSaveWrapper) and name in layer.modules_to_save:
+            compute_in_float32(layer.modules_to_save[name])
+
+
+def remove(model: nn.Module, name: str) -> None:
+    """Take an adapter off the model; with the last one, PEFT's layers go as well. Nothing happens if it is not there."""
+    layers = adapter_layers(model)
+    before = (
+        None
+        if any(name in adapters_of(layer) for layer in layers)
+        else next(iter(in_force(model)), None)
+    )
+    with warnings.catch_warnings():
+        warnings.filterwarnings(
+            "ignore", "Adapter .* was active which is now deleted"
+        )  # set again below
+        set_in_force(layers, None)
+        delete_adapter(model, adapter_name=name, prefix="lora_")
+    getattr(model, "peft_config", {}).pop(name, None)
+    if names(model):
+        set_in_force(adapter_layers(model), before)
+    else:
+        take_off_layers(model)
+
+
+def fold(model: nn.Module, name: str | None) -> None:
+    """Add one adapter to the base weights for good and take all adapters off.
+
+    Raises:
+        InvalidValue: PEFT cannot add this one to the weights. The model is spoilt then.
+    """
+    if name is not None:
+        untie_embeddings(model, name)
+        switch(model, name)
+    for path, layer in outermost_layers(model):
+        try:
+            replace_module(model, path, folded_layer(layer, name))
+        except (ValueError, RuntimeError, NotImplementedError) as error:
+            raise InvalidValue(
+                f"The adapter {name!r} cannot be folded into {path}: {error} Train it on as it is."
+            ) from error
+    forget_configuration(model)
+    model.requires_grad_(False)

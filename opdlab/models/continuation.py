@@ -1,0 +1,96 @@
+"""Texts in the writing: hidden states where the next token of each is predicted, one token after the other.
+
+`begin` chooses how: from a cache where the model can, otherwise by running every text anew for each token, which is
+slow and always right.
+"""
+
+from __future__ import annotations
+
+from typing import Protocol
+
+import torch
+from torch import Tensor
+from transformers import DynamicCache, PreTrainedModel
+
+from opdlab.models.forward import Abilities, hidden_at, pick_rows, repeat_cache, run_backbone
+
+
+class Continuation(Protocol):
+    """A batch of unfinished texts."""
+
+    states: Tensor
+    """`[B, H]`: the hidden state where each text's next token is predicted."""
+
+    def keep(self, rows: Tensor) -> None:
+        """Go on with some of the texts only: `rows` are their numbers `[B']`."""
+
+    def append(self, tokens: Tensor) -> None:
+        """Add a token `[B]` to each text and compute the new `states`."""
+
+
+def begin(
+    model: PreTrainedModel, starts: list[list[int]], n: int, abilities: Abilities
+) -> Continuation:
+    """`n` texts after each prompt: text `i * n + j` goes on from `starts[i]`.
+
+    Prompts must be of equal length where the model has a cache and cannot pad (`Abilities.pads_left`).
+    """
+    if abilities.caches:
+        return Cached(model, starts, n)
+    return Recomputed(model, [list(start) for start in starts for _ in range(n)], abilities)
+
+
+class Cached:
+    """Each prompt is run once, left-padded, and its cache shared by its `n` texts; then one token is run at a time."""
+
+    def __init__(self, model: PreTrainedModel, starts: list[list[int]], n: int) -> None:
+        self.model = model
+        width = max(map(len, starts))
+        ids = torch.tensor([[0] * (width - len(s)) + s for s in starts], device=model.device)
+        lengths = torch.tensor([len(s) for s in starts], device=model.device)
+        mask = (torch.arange(width, device=model.device) >= width - lengths[:, None]).long()
+        positions = (mask.cumsum(1) - 1).clamp(min=0)
+        self.mask = None if bool(mask.all()) else mask
+        self.cache = DynamicCache(config=model.config)
+        states = run_backbone(model, ids, positions=positions, mask=self.mask, cache=self.cache)[
+            :, -1
+        ]
+        if n > 1:
+            repeat_cache(self.cache, len(starts), n, model.device)
+        self.states = states.repeat_interleave(n, 0)
+        self.position = lengths.repeat_interleave(n)
+        self.mask = None if self.mask is None else self.mask.repeat_interleave(n, 0)
+
+    def keep(self, rows: Tensor) -> None:
+        pick_rows(self.cache, rows)
+        self.states, self.position = self.states[rows], self.position[rows]
+        self.mask = None if self.mask is None else self.mask[rows]
+
+    def append(self, tokens: Tensor) -> None:
+        if self.mask is not None:
+            self.mask = torch.cat([self.mask, self.mask.new_ones(len(tokens), 1)], 1)
+        ids, positions = tokens[:, None], self.position[:, None]
+        self.states = run_backbone(
+            self.model, ids, positions=positions, mask=self.mask, cache=self.cache
+        )[:, -1]
+        self.position = self.position + 1
+
+
+class Recomputed:
+    """All texts are run from the beginning for every token."""
+
+    def __init__(self, model: PreTrainedModel, rows: list[list[int]], abilities: Abilities) -> None:
+        self.model, self.rows, self.abilities = model, rows, abilities
+        self.states = self._run()
+
+    def keep(self, rows: Tensor) -> None:
+        self.rows = [self.rows[i] for i in rows.tolist()]
+        self.states = self.states[rows]
+
+    def append(self, tokens: Tensor) -> None:
+        self.rows = [[*row, token] for row, token in zip(self.rows, tokens.tolist(), strict=True)]
+        self.states = self._run()
+
+    def _run(self) -> Tensor:
+        ends = [range(len(row) - 1, len(row)) for row in self.rows]
+        return hidden_at(self.model, self.rows, ends, self.abilities)

@@ -1,0 +1,277 @@
+"""Fingerprints: short names for large things, equal exactly where the things are.
+
+Weights, tokenizers, functions and plain values, each as something that JSON holds. A checkpoint
+keeps them to tell whether a run is taken up with what it was begun with. They guard against
+mix-ups, not against forgery: of a large tensor only some entries are read, at least one in every
+row.
+"""
+
+from __future__ import annotations
+
+import ast
+import functools
+import hashlib
+import inspect
+import json
+import textwrap
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import fields, is_dataclass
+from enum import Enum
+from pathlib import PurePath
+from types import ModuleType
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+from peft.tuners.tuners_utils import BaseTunerLayer
+from peft.utils import AuxiliaryTrainingWrapper
+from torch import Tensor, nn
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+    from opdlab.models.weights import Weights
+
+SPREAD = 4096  # entries read of a tensor that has more, besides one in every row
+
+# Fields of a model's configuration that change no number, or that opdlab compares in another way.
+_NEUTRAL = {
+    "_name_or_path",
+    "architectures",
+    "dtype",
+    "torch_dtype",
+    "transformers_version",
+    "use_cache",
+}
+
+
+def digest(*parts: str | bytes) -> str:
+    """Sixteen hexadecimal digits that stand for texts or bytes, in order."""
+    whole = hashlib.sha256()
+    for part in parts:
+        data = part if isinstance(part, bytes) else part.encode("utf-8", "surrogatepass")
+        whole.update(len(data).to_bytes(8, "little") + data)
+    return whole.hexdigest()[:16]
+
+
+def tensor_digest(value: Tensor) -> str:
+    """A fingerprint of a tensor: all of a small one, a spread of entries and one per row of a large
+    one.
+    """
+    flat = value.detach().reshape(-1)
+    if flat.numel() > 2 * SPREAD:
+        width = value.shape[-1]
+        rows = torch.arange(flat.numel() // width)
+        spread = torch.arange(SPREAD) * (flat.numel() // SPREAD)
+        places = torch.cat([rows * width + rows * 7919 % width, spread])
+        flat = flat[places.to(flat.device)]
+    data = b"" if flat.is_meta else flat.contiguous().cpu().view(torch.uint8).numpy().tobytes()
+    return digest(str(value.dtype), str(tuple(value.shape)), data)
+
+
+def tensors_digest(tensors: Mapping[str, Tensor]) -> str:
+    """A fingerprint of named tensors, whatever their order."""
+    return digest(*(f"{name} {tensor_digest(tensors[name])}" for name in sorted(tensors)))
+
+
+def base_tensors(model: nn.Module) -> dict[str, Tensor]:
+    """The model's own tensors under the names that they have without adapters. Not copies.
+
+    PEFT wraps a layer that it adapts: the original is then `layer.base_layer`, or
+    `layer.original_module` where the adapter holds a copy that is trained whole.
+    """
+    kept = {}
+    for name, module in model.named_modules():
+        if isinstance(module, AuxiliaryTrainingWrapper):
+            kept[name] = "original_module"
+        elif isinstance(module, BaseTunerLayer):
+            kept[name] = "base_layer"
+    found = {}
+    for name, value in model.state_dict(keep_vars=True).items():
+        bare = _bare_name(name, kept)
+        if bare is not None:
+            found[bare] = value
+    return found
+
+
+def _bare_name(name: str, kept: Mapping[str, str]) -> str | None:
+    """`name` without the wrappers around it; None for what a wrapper has added."""
+    parts, out = name.split("."), []
+    i = 0
+    while i < len(parts):
+        out.append(parts[i])
+        child = kept.get(".".join(parts[: i + 1]))
+        i += 1
+        if child is not None:
+            if parts[i] != child:
+                return None
+            i += 1
+            while kept.get(".".join(parts[:i])) is not None:  # a wrapper in a wrapper
+                if parts[i] != kept[".".join(parts[:i])]:
+                    return None
+                i += 1
+    return ".".join(out).removeprefix("base_model.model.")
+
+
+def adapter_digest(weights: Weights, name: str | None) -> str | None:
+    """A fingerprint of what an adapter adds; None for no adapter and for one that changes nothing
+    yet.
+    """
+    if name is None:
+        return None
+    state = weights.adapter_state(name)
+    base = base_tensors(weights.model)
+    # A product of two matrices changes nothing while one of them is zero; a module that is trained
+    # whole, while it is a copy.
+    products = [
+        (key.replace("lora_B", "lora_A").replace("embedding_B", "embedding_A"), key)
+        for key in state
+        if "_B" in key
+    ]
+    copies = {key: value for key, value in state.items() if "lora_" not in key}
+    is_fresh = (
+        bool(products or copies)
+        and not any(
+            bool(state[first].any()) and bool(state[second].any()) for first, second in products
+        )
+        and all(key in base and torch.equal(value, base[key]) for key, value in copies.items())
+    )
+    return None if is_fresh else tensors_digest(state)
+
+
+def model_config(model: nn.Module) -> dict[str, Any]:
+    """The settings of a transformers model that differ from its family's defaults and change its
+    numbers.
+    """
+    config: Any = model.config
+    return {
+        key: describe(value) for key, value in config.to_diff_dict().items() if key not in _NEUTRAL
+    }
+
+
+def vocabulary_digest(tokenizer: PreTrainedTokenizerBase) -> str:
+    """A fingerprint of a tokenizer's tokens and their ids."""
+    return hashlib.sha256(json.dumps(sorted(tokenizer.get_vocab().items())).encode()).hexdigest()
+
+
+def function_description(function: Any) -> dict[str, Any]:
+    """Where a function or class is defined, what it says, and the plain values that it was made
+    with.
+    """
+    out: dict[str, Any] = {"name": qualified_name(function)}
+    if isinstance(function, functools.partial):
+        inner = function_description(function.func)
+        return {**inner, "given": describe([list(function.args), function.keywords])}
+    function = inspect.unwrap(function)
+    out["source"] = source_digest(function)
+    code = getattr(function, "__code__", None)
+    if code is None:
+        return out
+    cells = zip(code.co_freevars, function.__closure__ or (), strict=True)
+    held = {
+        name: describe(_contents(cell))
+        for name, cell in cells
+        if name not in written_names(function)
+    }
+    if held or function.__defaults__ or function.__kwdefaults__:
+        out["given"] = [
+            held,
+            describe(list(function.__defaults__ or ())),
+            describe(function.__kwdefaults__ or {}),
+        ]
+    return out
+
+
+def written_names(function: Any) -> set[str]:
+    """The names of enclosing functions that a function assigns to (`nonlocal`)."""
+    import dis
+
+    code = getattr(function, "__code__", None)
+    if code is None:
+        return set()
+    return {
+        str(one.argval) for one in dis.get_instructions(code) if one.opname == "STORE_DEREF"
+    } & set(code.co_freevars)
+
+
+def _contents(cell: Any) -> Any:
+    try:
+        return cell.cell_contents
+    except ValueError:  # an empty cell
+        return None
+
+
+def source_digest(thing: Any) -> str | None:
+    """A fingerprint of a function's or a class's code, comments and layout aside; None where the
+    source is not at hand.
+    """
+    try:
+        source = textwrap.dedent(inspect.getsource(thing))
+    except (OSError, TypeError):
+        return None
+    try:
+        return digest(ast.dump(ast.parse(source)))
+    except (SyntaxError, ValueError):  # a lambda in the middle of an expression
+        return digest(source)
+
+
+def describe(value: Any, depth: int = 6) -> Any:
+    """A value as JSON holds it: plain ones as they are, others by their kind and a fingerprint of
+    what is in them.
+    """
+    if value is None or isinstance(value, (bool, int, float, str)):
+        return value
+    if depth == 0:
+        return {"kind": _kind(value)}
+    inner = functools.partial(describe, depth=depth - 1)
+    if isinstance(value, Enum):
+        return inner(value.value)
+    if isinstance(value, Tensor):
+        return {"tensor": tensor_digest(value)}
+    if isinstance(value, np.generic):
+        return value.item()
+    if isinstance(value, np.ndarray):
+        return {
+            "array": digest(
+                str(value.dtype), str(value.shape), np.ascontiguousarray(value).tobytes()
+            )
+        }
+    if isinstance(value, PurePath):
+        return str(value)
+    if isinstance(value, Mapping):
+        return {str(key): inner(one) for key, one in value.items()}
+    if isinstance(value, (set, frozenset)):
+        return sorted((inner(one) for one in value), key=repr)
+    if isinstance(value, Sequence) and not isinstance(value, (bytes, bytearray)):
+        return [inner(one) for one in value]
+    if isinstance(value, (bytes, bytearray)):
+        return {"bytes": digest(bytes(value))}
+    return _described_object(value, inner)
+
+
+def _described_object(value: Any, inner: Callable[[Any], Any]) -> Any:
+    if isinstance(value, nn.Module):
+        return {"kind": _kind(value), "tensors": tensors_digest(value.state_dict())}
+    if isinstance(value, torch.Generator):
+        return {"generator": tensor_digest(value.get_state())}
+    if is_dataclass(value) and not isinstance(value, type):
+        return {
+            "kind": _kind(value),
+            **{f.name: inner(getattr(value, f.name)) for f in fields(value)},
+        }
+    if isinstance(value, (type, ModuleType)):
+        return {"kind": value.__name__ if isinstance(value, ModuleType) else qualified_name(value)}
+    if inspect.isroutine(value) or isinstance(value, functools.partial):
+        return function_description(value)
+    return {"kind": _kind(value)}
+
+
+def qualified_name(thing: Any) -> str:
+    """The module and the name of a class or function. Of opdlab's own modules only the package counts, since they may be moved."""
+    module = str(getattr(thing, "__module__", "?"))
+    name = getattr(thing, "__qualname__", type(thing).__name__)
+    return f"opdlab.{name}" if module.partition(".")[0] == "opdlab" else f"{module}.{name}"
+
+
+def _kind(value: Any) -> str:
+    return qualified_name(type(value))

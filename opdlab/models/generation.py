@@ -1,0 +1,219 @@
+"""The sampling loop over tokens: all texts of a batch side by side.
+
+The loop shares a prompt's prefill among its samples, drops finished rows from the batch, samples by inverse CDF from
+one uniform number a token, and hands back the log-probs and entropies that it has at hand anyway. The uniform numbers
+depend on seed, row, position and max_new_tokens only: the same seed gives the same text whatever other rows the batch
+holds, up to rounding.
+"""
+
+from __future__ import annotations
+
+import numbers
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from opdlab.data.sampling_config import SamplingConfig
+from opdlab.data.tokens import completion_texts
+from opdlab.errors import InvalidValue, OpdlabError
+from opdlab.models.continuation import begin
+from opdlab.models.forward import group_rows
+from opdlab.models.head import Head
+from opdlab.models.precision import without_autocast
+from opdlab.models.weights import Weights
+from opdlab.support.expect import shortened
+
+
+def read_prefixes(prefixes: Any, prompts: int, vocab_size: int) -> list[list[int]]:
+    """The token ids that each prompt's completion goes on from.
+
+    Raises:
+        InvalidValue: There is not one list for each prompt, or something in them is no token id.
+    """
+    advice = "Use one list of token ids for each prompt, as [[5, 17], []]."
+    if hasattr(prefixes, "tolist"):
+        prefixes = prefixes.tolist()
+    if isinstance(prefixes, (str, bytes)) or not isinstance(prefixes, Sequence):
+        raise InvalidValue(f"sample got prefixes={shortened(prefixes)}. {advice}")
+    if len(prefixes) != prompts:
+        raise InvalidValue(f"sample got {len(prefixes)} prefixes for {prompts} prompts. {advice}")
+    rows = []
+    for i, prefix in enumerate(prefixes):
+        row = prefix.tolist() if hasattr(prefix, "tolist") else prefix
+        ids = list(row) if isinstance(row, Sequence) and not isinstance(row, (str, bytes)) else None
+        if ids is None or not all(
+            isinstance(token, numbers.Integral) and 0 <= int(token) < vocab_size for token in ids
+        ):
+            raise InvalidValue(
+                f"sample got prefixes[{i}]={shortened(prefix)}, which are no token ids of the policy (0 to {vocab_size - 1}). {advice}"
+            )
+        rows.append([int(token) for token in ids])
+    return rows
+
+
+@dataclass(frozen=True)
+class Written:
+    """Sampled texts: `ids`, `logp`, `entropy` `[B, T]`, `lengths [B]`, and `stopped [B]`: false where the limit cut it."""
+
+    ids: Tensor
+    logp: Tensor
+    entropy: Tensor
+    lengths: Tensor
+    stopped: Tensor
+
+    @classmethod
+    def empty(cls, rows: int, steps: int, device: torch.device) -> Written:
+        """Make room for `rows` texts of at most `steps` tokens."""
+        return cls(
+            ids=torch.zeros(rows, steps, dtype=torch.long, device=device),
+            logp=torch.zeros(rows, steps, device=device),
+            entropy=torch.zeros(rows, steps, device=device),
+            lengths=torch.full((rows,), steps, device=device),
+            stopped=torch.zeros(rows, dtype=torch.bool, device=device),
+        )
+
+    def put(self, rows: Sequence[int], part: Written) -> None:
+        """Copy the texts of `part` to these rows."""
+        where = torch.as_tensor(rows, device=self.ids.device)
+        for mine, theirs in zip(self.tensors(), part.tensors(), strict=True):
+            mine[where] = theirs
+
+    def tensors(self) -> tuple[Tensor, ...]:
+        return self.ids, self.logp, self.entropy, self.lengths, self.stopped
+
+
+@dataclass(frozen=True)
+class Generator:
+    """The next-token distribution of a model as the sampling loop uses it.
+
+    Attributes:
+        weights: The model and its tokenizer, with the adapter in force that `head` belongs to.
+        head: The output head.
+        config: How tokens are drawn.
+    """
+
+    weights: Weights
+    head: Head
+    config: SamplingConfig
+
+    def write(self, starts: list[list[int]], n: int, uniform: Tensor) -> Written:
+        """Write `n` texts after each prompt.
+
+        Prompts of different length are run apart where the model cannot pad them.
+
+        Args:
+            starts: Token ids of each prompt.
+            n: Texts after each prompt; they are the rows `i * n + j`.
+            uniform: `[B, T]` numbers from 0 to 1 that decide every token.
+        """
+        abilities = self.weights.abilities
+        mixed = abilities.pads_left or not abilities.caches  # without a cache, `hidden_at` pads
+        groups = group_rows([len(start) for start in starts], mixed=mixed)
+        if len(groups) == 1:
+            return self._write_batch(starts, n, uniform)
+        out = Written.empty(uniform.shape[0], uniform.shape[1], self.weights.device)
+        for group in groups:
+            rows = [i * n + j for i in group for j in range(n)]
+            out.put(rows, self._write_batch([starts[i] for i in group], n, uniform[rows]))
+        return out
+
+    def _write_batch(self, starts: list[list[int]], n: int, uniform: Tensor) -> Written:
+        """The loop over tokens, all texts side by side."""
+        device, (rows, steps) = self.weights.device, uniform.shape
+        uniform = uniform.to(device)
+        texts = begin(self.weights.model, starts, n, self.weights.abilities)
+        out = Written.empty(rows, steps, device)
+        live = torch.arange(
+            rows, device=device
+        )  # which row of the result each row of the batch writes
+        going = torch.ones(rows, dtype=torch.bool, device=device)
+        for t in range(steps):
+            token, logp, entropy = draw(self.head(texts.states), uniform[live, t], self.config)
+            out.ids[live, t], out.logp[live, t], out.entropy[live, t] = token, logp, entropy
+            ended = self._ends(out.ids[live, : t + 1]) & going
+            out.lengths[live[ended]] = t + 1
+            out.stopped[live[ended]] = True
+            going = going & ~ended
+            left = int(going.sum())
+            if left == 0 or t + 1 == steps:
+                break
+            if left <= 0.75 * len(going):  # shrinking the batch copies the cache: only when it pays
+                keep = going.nonzero()[:, 0]
+                texts.keep(keep)
+                live, token, going = live[keep], token[keep], going[keep]
+            texts.append(token)
+        inside = torch.arange(steps, device=device) < out.lengths[:, None]
+        for values in (out.ids, out.logp, out.entropy):
+            values *= inside
+        return out
+
+    def _ends(self, ids: Tensor) -> Tensor:
+        """Which texts `[n, t]` end with their last token: by an EOS token, or since they now hold a text of `stop`."""
+        eos = self.weights.eos
+        ended = torch.isin(ids[:, -1], torch.tensor(sorted(eos), device=ids.device))
+        if not self.config.stop:
+            return ended
+        texts = completion_texts(self.weights.tokenizer, ids.tolist(), eos)
+        held = [any(stop in text for stop in self.config.stop) for text in texts]
+        return ended | torch.tensor(held, device=ids.device)
+
+
+def draw(logits: Tensor, uniform: Tensor, config: SamplingConfig) -> tuple[Tensor, Tensor, Tensor]:
+    """Sample by inverse CDF. A token without probability is never drawn.
+
+    Args:
+        logits: `[n, V]`.
+        uniform: `[n]` numbers from 0 to 1.
+        config: Temperature and which tokens are kept.
+
+    Returns:
+        Token ids `[n]`, and their log-probs and the entropies at temperature 1 without any filter, in nats.
+
+    Raises:
+        OpdlabError: The logits hold no distribution (NaN, +inf).
+    """
+    norm = logits.logsumexp(-1, keepdim=True)
+    p = (logits - norm).exp_()
+    with without_autocast(logits.device):  # which would round vecdot to bfloat16
+        entropy = norm[:, 0] - torch.linalg.vecdot(
+            p, logits.clamp(min=torch.finfo(logits.dtype).min)
+        )
+    if not bool(torch.isfinite(norm).all()):
+        raise OpdlabError(
+            "The model's logits hold NaN or infinity while sampling. Check its weights, dtype and learning rate."
+        )
+    if config.temperature == 0:
+        token = logits.argmax(-1)
+    else:
+        if config.temperature != 1:
+            p = (logits / config.temperature).softmax(-1)
+        token = _invert(_keep_likeliest(p, config), uniform)
+    return token, logits.gather(-1, token[:, None])[:, 0] - norm[:, 0], entropy
+
+
+def _invert(p: Tensor, uniform: Tensor) -> Tensor:
+    """The first token at which the cumulative probability passes `uniform` of the whole."""
+    cdf = p.cumsum(-1)
+    whole = cdf[:, -1]
+    point = (
+        (uniform * whole).to(cdf.dtype).minimum(whole.nextafter(torch.zeros_like(whole)))
+    )  # rounding must not reach the end
+    return torch.searchsorted(cdf, point[:, None], right=True)[:, 0]
+
+
+def _keep_likeliest(p: Tensor, config: SamplingConfig) -> Tensor:
+    """Set the probability of tokens that the config filters to zero: first top_k, then top_p, then min_p."""
+    if 0 < config.top_k < p.shape[-1]:
+        ids = p.topk(config.top_k, -1).indices
+        p = torch.zeros_like(p).scatter_(-1, ids, p.gather(-1, ids))
+        p = p / p.sum(-1, keepdim=True)
+    if config.top_p < 1:
+        ordered, ids = p.sort(-1, descending=True)
+        ordered[ordered.cumsum(-1) - ordered >= config.top_p] = 0.0
+        p = torch.zeros_like(p).scatter_(-1, ids, ordered)
+    if config.min_p > 0:
+        p = p.masked_fill(p < config.min_p * p.amax(-1, keepdim=True), 0.0)
+    return p

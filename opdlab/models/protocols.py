@@ -1,0 +1,83 @@
+"""What policies and teachers can do, as protocols: grade a rollout, write texts, sample a rollout.
+
+A local `Policy` can do the first and the last; the servers of `opdlab.teachers` can write, and some can grade. Whatever has
+these methods takes part: nothing needs to inherit from them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, Protocol, runtime_checkable
+
+from opdlab.data.prompt import Prompt
+from opdlab.data.rollout import Rollout
+from opdlab.models.graded import Graded
+
+
+@runtime_checkable
+class Grader(Protocol):
+    """Gives the distributions behind every token of a rollout."""
+
+    def grade(self, rollout: Rollout) -> Graded:
+        """Grade a rollout.
+
+        Args:
+            rollout: `B` completions, in tokens that this grader shares.
+
+        Returns:
+            The distributions over `rollout.tokens` tokens, rows in order, without padding.
+        """
+        ...
+
+
+@runtime_checkable
+class Writer(Protocol):
+    """Writes texts, in whatever tokens."""
+
+    def write(
+        self,
+        prompts: Sequence[Prompt],
+        n: int = 1,
+        *,
+        prefixes: Sequence[str] | None = None,
+        **options: Any,
+    ) -> Sequence[Sequence[str]]:
+        """Write `n` texts for each prompt.
+
+        Args:
+            prompts: What is asked.
+            n: Texts for each prompt.
+            prefixes: One unfinished answer for each prompt, which the texts continue and do not repeat.
+            options: Fields of `SamplingConfig`.
+
+        Returns:
+            `n` texts for each prompt. A `WrittenText` says whether the length limit cut it; a plain string counts as finished.
+        """
+        ...
+
+
+@runtime_checkable
+class Sampler(Protocol):
+    """Writes rollouts: token ids with the writer's own log-probs."""
+
+    def sample(
+        self,
+        prompts: Sequence[Prompt],
+        n: int = 1,
+        *,
+        prefixes: Sequence[Sequence[int]] | None = None,
+        batch_size: int | None = None,
+        writer: str = "student",
+        **options: Any,
+    ) -> Rollout:
+        """Write `n` completions of each prompt; row `i * n + j` is sample `j` of prompt `i`. See `Policy.sample`."""
+        ...
+
+
+@runtime_checkable
+class Checked(Protocol):
+    """A teacher that looks at the student and the prompts before a run begins."""
+
+    def check(self, student: Any, prompts: Sequence[Prompt], max_new_tokens: int) -> None:
+        """Raise an error where this teacher cannot teach this student on these prompts."""
+        ...

@@ -1,0 +1,66 @@
+"""Gradient checkpointing that changes memory and no number.
+
+The way of transformers runs in train mode only, and train mode also switches on every dropout and jitter of a family. So
+the layers are wrapped here, in the mode they are in: each keeps its inputs alone and runs once more in the backward pass.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from functools import partial
+from typing import Any
+
+from torch import nn
+from torch.utils.checkpoint import checkpoint
+from transformers import PreTrainedModel
+from transformers.modeling_layers import GradientCheckpointingLayer
+
+from opdlab.errors import InvalidValue
+
+
+@contextmanager
+def recompute_layers(model: PreTrainedModel, enabled: bool = True) -> Iterator[None]:
+    """Let forward passes in this block keep the inputs of every layer and nothing inside it.
+
+    The backward pass runs the layers again, so the same adapter must be in force then. Autocast is restored by torch.
+
+    Raises:
+        InvalidValue: The family has no layers that are known to run again.
+    """
+    layers = recomputable_layers(model) if enabled else []
+    for layer in layers:
+        # An attribute of the instance hides the method of its class: hooks stay outside and run once.
+        layer.forward = partial(_recomputed, layer.forward)
+    try:
+        yield
+    finally:
+        for layer in layers:
+            del layer.forward
+
+
+def recomputable_layers(model: PreTrainedModel) -> list[nn.Module]:
+    """The layers of `model` that can run again in the backward pass.
+
+    Raises:
+        InvalidValue: There are none.
+    """
+    unsplit = set(getattr(model, "_no_split_modules", None) or [])
+    found = [
+        module
+        for module in model.modules()
+        if isinstance(module, GradientCheckpointingLayer) or type(module).__name__ in unsplit
+    ]
+    inside = {id(part) for layer in found for part in layer.modules() if part is not layer}
+    layers = [layer for layer in found if id(layer) not in inside]
+    if not layers:
+        raise InvalidValue(
+            f"distill got checkpointing=True, but {type(model).__name__} names no layers that could be run again. "
+            "Leave checkpointing off and use a smaller micro_batch to save memory."
+        )
+    return layers
+
+
+def _recomputed(forward: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+    # Nothing in a layer draws random numbers in eval mode, so there is no random state to keep.
+    return checkpoint(forward, *args, use_reentrant=False, preserve_rng_state=False, **kwargs)

@@ -1,0 +1,58 @@
+"""Rollouts made of given texts, with a policy's tokens."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+
+from opdlab.data.prompt import Prompt, expect_prompts
+from opdlab.data.rollout import Rollout
+from opdlab.data.written_text import finish_of
+from opdlab.models.policy import Policy
+from opdlab.models.templates import end_token
+from opdlab.models.vocabulary import fingerprint
+
+
+def rollout_from_texts(
+    policy: Policy, prompts: Sequence[Prompt], texts: Sequence[str], writer: str = "answer"
+) -> Rollout:
+    """Make a rollout of given texts, for supervised training and for looking.
+
+    A finished text ends with a token of the policy's own EOS set. A text that its writer had to cut (a `WrittenText` with
+    finish "length") is left open, and counts as cut. Where a text itself spells a token of the EOS set, it ends there.
+
+    Args:
+        policy: Its tokenizer makes the tokens.
+        prompts: The prompt of each text.
+        texts: One text a prompt; plain strings count as finished.
+        writer: Who wrote them, for the trace.
+    """
+    tokenizer, eos = policy.tokenizer, policy.weights.eos
+    prompts = expect_prompts(prompts, "written")
+    chats = [prompt.messages is not None for prompt in prompts]
+    ends = {chat: end_token(policy, chat) for chat in set(chats)}
+    ids, finish = [], []
+    for text, end in zip(texts, map(ends.get, chats), strict=True):
+        row = list(tokenizer(str(text), add_special_tokens=False)["input_ids"])
+        first = next((t for t, token in enumerate(row) if token in eos), None)
+        is_cut = first is None and finish_of(text) == "length"
+        ids.append(row[:first] + ([] if is_cut or end is None else [end]))
+        finish.append("length" if is_cut else "stop")
+    lengths = torch.tensor([len(row) for row in ids], device=policy.weights.device)
+    width = max(1, int(lengths.max()))
+    padded = torch.tensor(
+        [row + [0] * (width - len(row)) for row in ids], device=policy.weights.device
+    )
+    none = torch.zeros(padded.shape, device=policy.weights.device)
+    return Rollout(
+        prompts=tuple(prompts),
+        ids=padded,
+        lengths=lengths,
+        logp=none,
+        entropy=none.clone(),
+        finish=tuple(finish),
+        texts=tuple(str(text) for text in texts),
+        writer=(writer,) * len(ids),
+        vocabulary=fingerprint(tokenizer),
+    )

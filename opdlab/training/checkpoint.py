@@ -1,0 +1,327 @@
+"""Checkpoints: complete or absent, checked on reading, and exact.
+
+    run/step-000020/   adapter_model.safetensors, adapter_config.json    what PEFT reads, or, in full training,
+                       model.safetensors, config.json, tokenizer.json …  what transformers reads
+                       optimizer.safetensors, ema.safetensors (where a method needs `ema`),
+                       method.safetensors (where a method keeps a state), run.json, history.json,
+                       manifest.json (a checksum of every file)
+    run/snapshots/     the adapters kept by snapshot_every; run.json names those that belong to it, with checksums
+
+Written beside its final name and renamed. Nothing is pickled. No random state is needed: every step
+makes its own. `opdlab.training.resuming` takes a run up again.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import shutil
+from collections.abc import Mapping
+from dataclasses import asdict
+from enum import Enum
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from safetensors.torch import save, save_file
+from torch import Tensor
+
+from opdlab.errors import DamagedFile, OpdlabError
+from opdlab.models import model_files
+from opdlab.models.policy import Policy
+from opdlab.support.tensor_files import check_same_tensors, copy_tensors, read_tensors
+from opdlab.training import method_state, run_folder
+from opdlab.training.resolution import trained_tensors
+
+if TYPE_CHECKING:
+    from opdlab.training.run import Run
+
+_PEFT = "base_model.model."  # the prefix under which PEFT stores adapters
+FORMAT = 2  # of run.json; files without it are of the first
+
+
+def __getattr__(name: str) -> Any:
+    """`checkpoint.resume` is `opdlab.resume`."""
+    if name == "resume":
+        from opdlab.training.resuming import resume
+
+        return resume
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+
+def write(run: Run, folder: Path) -> Path:
+    """Save `run` as `folder/step-NNNNNN`; returns that path.
+
+    Raises:
+        OpdlabError: The folder holds checkpoints of another run.
+    """
+    run_folder.check_owner(folder, run.lineage)
+    final = folder / f"step-{run.done:06d}"
+    partial = folder / f".{final.name}.{os.getpid()}.partial"
+    shutil.rmtree(partial, ignore_errors=True)
+    partial.mkdir(parents=True)
+    try:
+        _write_weights(run, partial)
+        save_file(_optimizer_state(run), partial / "optimizer.safetensors")
+        for average in run.averages:
+            save_file(_contiguous(trained_tensors(average)), partial / "ema.safetensors")
+        method_state.write_state(run.method, partial)
+        _json(partial / "run.json", _description(run, folder))
+        _json(partial / "history.json", run.rows)
+        _json(partial / "manifest.json", _checksums(partial))
+        _flush(partial)
+        if final.exists():  # the same step saved twice: make room, then take the name
+            final.rename(folder / f".{final.name}.{os.getpid()}.old")
+        partial.rename(final)
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
+        shutil.rmtree(folder / f".{final.name}.{os.getpid()}.old", ignore_errors=True)
+    return final
+
+
+def update_history(run: Run, step: Path) -> None:
+    """Write what was measured after the checkpoint of this step: an evaluation that came later.
+
+    At every moment the manifest fits the files: it allows the old and the new history while one
+    replaces the other.
+    """
+    history = json.dumps(run.rows, indent=1).encode()
+    manifest = read_json(step / "manifest.json")
+    old, new = manifest["history.json"], hashlib.sha256(history).hexdigest()
+    both = [
+        *(old if isinstance(old, list) else [old]),
+        new,
+    ]  # a list: an earlier update was cut short
+    _replace(
+        step / "manifest.json", json.dumps({**manifest, "history.json": both}, indent=1).encode()
+    )
+    _replace(step / "history.json", history)
+    _replace(
+        step / "manifest.json", json.dumps({**manifest, "history.json": new}, indent=1).encode()
+    )
+
+
+def find(path: Path, step: int | None = None) -> Path:
+    """The checkpoint of `step`, or the one written last, under a run's folder; its checksums are
+    verified.
+    """
+    if (path / "manifest.json").exists():
+        return _verified(path)
+    there = run_folder.saved_in(path)
+    wanted = there if step is None else [saved for saved in there if saved.step == step]
+    if not wanted:
+        names = ", ".join(sorted(saved.path.name for saved in there)) or "none"
+        raise OpdlabError(
+            f"{path} holds no checkpoint{'' if step is None else f' of step {step}'}; there are {names}."
+        )
+    return _verified(wanted[-1].path)
+
+
+def load_weights(student: Policy, folder: Path) -> None:
+    """Put a checkpoint's weights into a policy that has the same adapter (or the same model, in
+    full training).
+    """
+    if (folder / "adapter_model.safetensors").exists():
+        path, state, saved = (
+            folder / "adapter_model.safetensors",
+            adapter(folder),
+            _embeddings(folder),
+        )
+        there = model_files.embeddings(student.weights, saved)
+        check_same_tensors(student.weights.adapter_state(str(student.adapter)), state, path)
+        copy_tensors(there, saved, path)
+        student.weights.set_adapter_state(str(student.adapter), state)
+    else:
+        values = model_files.read_model(student.weights, folder)
+        copy_tensors(model_files.own_tensors(student.weights), values, folder / "model.safetensors")
+
+
+def adapter(folder: Path) -> dict[str, Tensor]:
+    """The tensors of a checkpoint's adapter, as `Weights.set_adapter_state` takes them."""
+    beside = _beside(folder)
+    return {name: value for name, value in _adapter_file(folder).items() if name not in beside}
+
+
+def _embeddings(folder: Path) -> dict[str, Tensor]:
+    """The model's own embeddings that stand beside the adapter, where the vocabulary was resized."""
+    beside = _beside(folder)
+    return {name: value for name, value in _adapter_file(folder).items() if name in beside}
+
+
+def _adapter_file(folder: Path) -> dict[str, Tensor]:
+    tensors = read_tensors(folder / "adapter_model.safetensors")
+    return {name.removeprefix(_PEFT): value for name, value in tensors.items()}
+
+
+def _beside(folder: Path) -> set[str]:
+    return set(read_json(folder / "run.json").get("embeddings", ()))
+
+
+def plain_name(name: str, adapter: str | None) -> str:
+    """A parameter's name without the adapter's: `….lora_A.lora3.weight` is `….lora_A.weight`."""
+    parts = name.removeprefix(_PEFT).replace(".base_layer.", ".").split(".")
+    if adapter in parts:
+        del parts[len(parts) - 1 - parts[::-1].index(adapter)]
+    return ".".join(parts)
+
+
+def _contiguous(values: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    return {name: value.detach().contiguous() for name, value in values.items()}
+
+
+def _write_weights(run: Run, folder: Path) -> None:
+    weights, name = run.student.weights, run.student.adapter
+    if name is None:
+        model_files.write_model(weights, folder)
+        return
+    state = {**_new_embeddings(run), **weights.adapter_state(name)}
+    save_file(
+        _contiguous({_PEFT + key: value for key, value in state.items()}),
+        folder / "adapter_model.safetensors",
+    )
+    config = weights.model.peft_config[name].to_dict()
+    _json(
+        folder / "adapter_config.json",
+        config | {"base_model_name_or_path": weights.source or None, "inference_mode": True},
+    )
+
+
+def _new_embeddings(run: Run) -> dict[str, Tensor]:
+    """Embeddings that no file of the base model holds, those aside that the adapter trains itself."""
+    weights, name = run.student.weights, run.student.adapter
+    if name is None or not run.has_new_embeddings:
+        return {}
+    trained = weights.adapter_state(name)
+    return {
+        key: value for key, value in model_files.embeddings(weights).items() if key not in trained
+    }
+
+
+def _optimizer_state(run: Run) -> dict[str, Tensor]:
+    names = {id(p): plain_name(name, run.student.adapter) for name, p in run.parameters.items()}
+    return {
+        f"{key}/{names[id(p)]}": value.detach().contiguous()
+        for p, state in run.optimizer.state.items()
+        for key, value in state.items()
+    }
+
+
+def _description(run: Run, folder: Path) -> dict[str, Any]:
+    import opdlab
+
+    identity = run.identity
+    name = type(run.method).__name__
+    return {
+        "format": FORMAT,
+        "step": run.done,
+        "settings": asdict(run.settings),
+        "student": run.student.weights.source,
+        "task": run.task.name,
+        "tokenizer": identity["tokenizer"]["vocabulary"],
+        "method": {"name": name, "options": identity["method"]["options"]},
+        "identity": identity,
+        "moved": run.memory.moved(),
+        "forgotten": run.memory.forgotten(),
+        "run": {
+            "name": run.lineage.name,
+            "root": run.lineage.family,
+            "ancestors": dict(run.lineage.ancestors),
+            "serial": run_folder.next_serial(folder),
+        },
+        "embeddings": sorted(_new_embeddings(run)),
+        "processes": run.accelerator.num_processes,
+        "snapshots": _write_snapshots(run, folder / "snapshots"),
+        "opdlab": opdlab.__version__,
+        "torch": torch.__version__,
+    }
+
+
+def _write_snapshots(run: Run, folder: Path) -> dict[str, dict[str, str]]:
+    """Save those snapshots that are not there yet; their files by step. Equal ones share a name,
+    different ones never do.
+    """
+    found = {}
+    for step, state in sorted(run.snapshots.items()):
+        data = save(_contiguous(state))
+        checksum = hashlib.sha256(data).hexdigest()
+        path = folder / f"step-{step:06d}-{checksum[:12]}.safetensors"
+        if not path.exists():
+            folder.mkdir(exist_ok=True)
+            _replace(path, data)
+        found[str(step)] = {"file": path.name, "checksum": checksum}
+    return found
+
+
+def read_snapshot(path: Path, checksum: str) -> dict[str, Tensor]:
+    """The tensors of one snapshot; raises DamagedFile."""
+    if not path.exists() or _checksum(path) != checksum:
+        raise DamagedFile(f"{path} is missing or not what was written.")
+    return read_tensors(path)
+
+
+def _checksums(folder: Path) -> dict[str, str]:
+    files = sorted(path for path in folder.rglob("*") if path.is_file())
+    return {path.relative_to(folder).as_posix(): _checksum(path) for path in files}
+
+
+def _verified(folder: Path) -> Path:
+    for name, allowed in read_json(folder / "manifest.json").items():
+        sums = allowed if isinstance(allowed, list) else [allowed]
+        if not (folder / name).exists() or _checksum(folder / name) not in sums:
+            raise DamagedFile(
+                f"{folder / name} is missing or not what was written. Resume from an earlier one: opdlab.resume(path, …, step=N)."
+            )
+    return folder
+
+
+def _checksum(path: Path) -> str:
+    digest = hashlib.sha256()
+    with path.open("rb") as file:
+        while piece := file.read(1 << 20):
+            digest.update(piece)
+    return digest.hexdigest()
+
+
+def _json(path: Path, value: Any) -> None:
+    path.write_text(json.dumps(value, indent=1, default=_other), encoding="utf-8")
+
+
+def _other(value: Any) -> Any:
+    """What JSON does not know: the sets and choices of PEFT's configurations."""
+    if isinstance(value, (set, frozenset)):
+        return sorted(value)
+    return value.value if isinstance(value, Enum) else str(value)
+
+
+def read_json(path: Path) -> Any:
+    """The content of a JSON file; raises DamagedFile for one that cannot be read."""
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise DamagedFile(
+            f"{path} cannot be read ({error}). Resume from an earlier checkpoint: step=N."
+        ) from error
+
+
+def _replace(path: Path, data: bytes) -> None:
+    """Write a file beside its name and rename it."""
+    partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
+    try:
+        with partial.open("wb") as file:
+            file.write(data)
+            file.flush()
+            os.fsync(file.fileno())
+        partial.replace(path)
+    finally:
+        partial.unlink(missing_ok=True)
+
+
+def _flush(folder: Path) -> None:
+    """To the disk before the rename, so that a power cut leaves no empty files under the final
+    name.
+    """
+    for path in folder.rglob("*"):
+        if path.is_file():
+            with path.open("rb") as file:
+                os.fsync(file.fileno())

@@ -1,0 +1,73 @@
+"""The metrics of a training step, over the batch of all processes.
+
+Every metric is a ratio of sums (over tokens, completions or nothing), and each process contributes its sums. So the history is
+the same for any number of processes and any micro-batches.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+
+import torch
+from torch import Tensor
+
+from opdlab.engine.batch import Batch
+
+
+def measure_step(
+    batch: Batch, columns: Mapping[str, Tensor], weight: Tensor, add_up: Callable[[Tensor], Tensor]
+) -> dict[str, float]:
+    """Compute the metrics of a step.
+
+    Args:
+        batch: What this process wrote and graded.
+        columns: Numbers of its tokens, `[tokens]` each: `loss`, `student_entropy`, and `..._reverse_kl` where a teacher grades.
+        weight: `[tokens]`, each token's share in the loss of the whole batch.
+        add_up: Sums a tensor over all processes.
+
+    Returns:
+        `loss`; means per token of `reverse_kl` (nats, of the first teacher) and `entropy` (nats); means per completion of `length`
+        (tokens), `cut`, `empty` and, where the student wrote all of them and a verifier can judge, `reward`; the count `tokens`.
+    """
+    sums = _local_sums(batch, columns, weight)
+    total = add_up(torch.tensor(list(sums.values()), dtype=torch.float64, device=weight.device))
+    summed = dict(zip(sums, total.tolist(), strict=True))
+    completions, tokens = summed["completions"], summed["tokens"]
+    metrics = {"loss": summed["loss"]}
+    metrics |= {
+        name: _ratio(summed[name], tokens) for name in ("reverse_kl", "entropy") if name in summed
+    }
+    metrics |= {name: _ratio(summed[name], completions) for name in ("length", "cut", "empty")}
+    if "reward" in summed and summed["by_others"] == 0:
+        metrics["reward"] = _ratio(summed["reward"], completions)
+    return metrics | {"tokens": tokens}
+
+
+def _local_sums(batch: Batch, columns: Mapping[str, Tensor], weight: Tensor) -> dict[str, float]:
+    """This process's sums. The names are the same in all processes, whoever wrote their texts."""
+    rollout = batch.rollout
+    by_others = sum(writer != "student" for writer in rollout.writer)
+    sums = {
+        "completions": float(len(rollout)),
+        "tokens": float(rollout.tokens),
+        "by_others": float(by_others),
+        "loss": _summed(columns["loss"] * weight),
+        "entropy": _summed(columns["student_entropy"]),
+        "length": _summed(rollout.lengths),
+        "cut": float(sum(finish == "length" for finish in rollout.finish)),
+        "empty": _summed(rollout.lengths == 0),
+    }
+    kl = next((name for name in columns if name.endswith("_reverse_kl")), None)
+    if kl is not None:
+        sums["reverse_kl"] = _summed(columns[kl])
+    if batch.task is not None and batch.task.verify is not None:
+        sums["reward"] = 0.0 if by_others else _summed(batch.rewards)
+    return sums
+
+
+def _summed(values: Tensor) -> float:
+    return float(values.detach().cpu().double().sum())
+
+
+def _ratio(total: float, count: float) -> float:
+    return total / count if count else float("nan")

@@ -1,0 +1,55 @@
+"""Tell a teacher that is the student itself, from which nothing can be learned."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+
+from opdlab.models.policy import Policy
+
+PLAIN = (
+    "teacher",
+    "teacher.text",
+    "teacher.spans",
+)  # what is told a hint knows more than the student
+
+
+def warn_of_own_teacher(
+    student: Policy, teacher: Any, needs: Sequence[str], policies: Mapping[str, Any]
+) -> None:
+    """Warn where the student is to learn from a policy with its own weights, adapter and context.
+
+    Args:
+        student: The student before training.
+        teacher: As given to `distill`.
+        needs: What the method reads. A method that reads no plain teacher is not looked at.
+        policies: The user's `policies=`, which replace what a name stands for.
+    """
+    for name in PLAIN:
+        if name in needs and is_same_distribution(
+            student, policies.get(name, policies.get("teacher", teacher))
+        ):
+            warnings.warn(
+                f"The {name!r} is the student itself (same weights, adapter and context), so there is nothing to learn from it: any "
+                "divergence between the two is zero. Give another teacher, let the teacher see more (student.seeing('…'), "
+                "SelfDistillation()), or train on rewards (GRPO).",
+                stacklevel=4,
+            )
+            return
+
+
+def is_same_distribution(one: Policy, other: Any) -> bool:
+    """Whether two policies share their weights and context, and have the same adapter or equal copies of it."""
+    if (
+        not isinstance(other, Policy)
+        or one.weights is not other.weights
+        or one.context is not other.context
+    ):
+        return False
+    if one.adapter is None or other.adapter is None or one.adapter == other.adapter:
+        return one.adapter == other.adapter
+    ours, theirs = (one.weights.adapter_state(adapter) for adapter in (one.adapter, other.adapter))
+    return ours.keys() == theirs.keys() and all(torch.equal(ours[key], theirs[key]) for key in ours)

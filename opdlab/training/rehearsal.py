@@ -1,0 +1,63 @@
+"""Dry-run plan and loss on two sampled tokens before training."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+
+from opdlab.data.prompt import Prompt
+from opdlab.data.rollout import Rollout
+from opdlab.engine.batch import Batch
+from opdlab.engine.columns import run_plan
+from opdlab.engine.passes import compute
+from opdlab.errors import PartialDistribution
+from opdlab.models.graded import TopLogprobs
+from opdlab.models.policy import Policy
+from opdlab.tasks import Task
+
+
+def rehearse(method: Any, policies: Mapping[str, Any], task: Task, prompt: Prompt) -> None:
+    """Plan and loss once on two tokens, with made-up log-probs of the teachers that give only some (they have a `k`).
+
+    So a loss that they cannot feed is refused before anything is written. Raises PartialDistribution; what else goes wrong on
+    made-up data is left to the first step.
+    """
+    if not any(hasattr(policy, "k") for policy in policies.values()):
+        return
+    student = policies["student"]
+    made = {
+        name: policy if isinstance(policy, Policy) else _Made(policy, student)
+        for name, policy in policies.items()
+    }
+    try:
+        batch = Batch(student.sample([prompt], max_new_tokens=2), made, task)
+        columns = run_plan(method, batch)
+        states = {name: batch.states(name) for name in batch.distributions}
+        compute(lambda rows: method.loss(rows).detach(), states, batch.token, columns)
+    except PartialDistribution:
+        raise
+    except Exception:
+        return
+
+
+class _Made:
+    """Stands for a served teacher in a rehearsal: uniform log-probs, no texts, no requests."""
+
+    def __init__(self, teacher: Any, student: Policy) -> None:
+        self.vocab = student.weights.vocab_size
+        self.k = min(getattr(teacher, "k", self.vocab), self.vocab)
+
+    def grade(self, rollout: Rollout) -> TopLogprobs:
+        n, logp = rollout.tokens, -math.log(self.vocab)
+        token = rollout.ids[rollout.mask]
+        ids = torch.arange(self.k, device=token.device).expand(n, self.k)
+        return TopLogprobs(
+            ids,
+            torch.full_like(ids, logp, dtype=torch.float32),
+            torch.full_like(token, logp, dtype=torch.float32),
+            token,
+            self.vocab,
+        )

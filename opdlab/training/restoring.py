@@ -1,0 +1,150 @@
+"""Put back what a checkpoint holds: the adapter with its settings, and the optimizer's state."""
+
+from __future__ import annotations
+
+import json
+import warnings
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from peft import PeftConfig
+from torch import Tensor
+
+from opdlab.errors import DamagedFile, OpdlabError
+from opdlab.support.tensor_files import check_same_tensors, read_tensors
+from opdlab.training import checkpoint, run_folder
+
+if TYPE_CHECKING:
+    from opdlab.training.run import Run
+
+# Settings of an adapter that change its numbers; what PEFT adds besides are names and bookkeeping.
+_ADAPTER = (
+    "peft_type",
+    "r",
+    "lora_alpha",
+    "target_modules",
+    "target_parameters",
+    "exclude_modules",
+    "modules_to_save",
+    "use_dora",
+    "use_rslora",
+    "bias",
+    "lora_bias",
+    "fan_in_fan_out",
+    "layers_to_transform",
+    "layers_pattern",
+    "rank_pattern",
+    "alpha_pattern",
+    "lora_dropout",
+    "trainable_token_indices",
+    "layer_replication",
+)
+
+
+@dataclass(frozen=True)
+class SavedRun:
+    """A checkpoint that was found and verified, and what its `run.json` says."""
+
+    folder: Path
+    said: Mapping[str, Any]
+
+    @property
+    def step(self) -> int:
+        return int(self.said["step"])
+
+    @property
+    def is_old(self) -> bool:
+        """Whether it was written before checkpoints knew what the run was made of."""
+        return self.said.get("format", 1) < 2
+
+    @property
+    def lineage(self) -> run_folder.Lineage:
+        """The run that wrote it; files of the first format have no name."""
+        written = self.said.get("run", {"name": "", "root": "", "ancestors": {}})
+        return run_folder.Lineage(written["name"], written["ancestors"], written["root"])
+
+
+def fit_adapter(run: Run, saved: SavedRun) -> None:
+    """Give a student without adapter the one that the checkpoint describes; refuse an adapter that
+    is another one.
+    """
+    path = saved.folder / "adapter_config.json"
+    if not path.exists():
+        return
+    described = checkpoint.read_json(path)
+    weights, name = run.student.weights, run.student.adapter
+    if name is None:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # PEFT on fields of its other versions
+            config = PeftConfig.from_pretrained(str(saved.folder))
+        config.inference_mode = False
+        run.student._adapter.name = weights.add_adapter(config, seed=run.settings.seed)
+        return
+    now = json.loads(
+        json.dumps(weights.model.peft_config[name].to_dict(), default=checkpoint._other)
+    )
+    for key in _ADAPTER:
+        before, after = (_unordered(side.get(key)) for side in (described, now))
+        if key in described and before != after:
+            raise OpdlabError(
+                f"The student's adapter {name!r} has {key}={after} and that of {saved.folder} has "
+                f"{before}. Give the student without an "
+                "adapter: it gets the one that the checkpoint describes."
+            )
+
+
+def _unordered(value: Any) -> Any:
+    return sorted(value, key=str) if isinstance(value, list) else value
+
+
+def restore_optimizer(run: Run, saved: SavedRun) -> None:
+    """Give every parameter its optimizer state, matched by names that do not depend on the
+    adapter's.
+
+    Raises:
+        DamagedFile: A parameter has no state, or one of another shape.
+    """
+    path = saved.folder / "optimizer.safetensors"
+    flat = read_tensors(path)
+    if not flat and saved.step == 0:
+        return
+    parameters = {
+        checkpoint.plain_name(name, run.student.adapter): p for name, p in run.parameters.items()
+    }
+    states: dict[str, dict[str, Tensor]] = {}
+    for key, value in flat.items():
+        kind, name = key.split("/", 1)
+        states.setdefault(name, {})[kind] = value
+    states = _without_adapter(states, set(parameters))
+    for kind in {kind for state in states.values() for kind in state}:
+        shaped = {name: state[kind] for name, state in states.items() if kind in state}
+        there = (
+            parameters
+            if kind != "step"
+            else {name: shaped.get(name, p) for name, p in parameters.items()}
+        )
+        check_same_tensors(there, shaped, path)
+    if not states:
+        raise DamagedFile(
+            f"{path} holds no optimizer state. Resume from an earlier checkpoint: step=N."
+        )
+    for name, p in parameters.items():
+        run.optimizer.state[p] = {
+            kind: value.to(p.device, value.dtype if kind == "step" else p.dtype)
+            for kind, value in states[name].items()
+        }
+
+
+def _without_adapter(states: dict[str, Any], wanted: set[str]) -> dict[str, Any]:
+    """The first format's names contain the name of the adapter as it was then: find it, and take it
+    out.
+    """
+    if states.keys() == wanted or not states:
+        return states
+    for part in next(iter(states)).split("."):
+        renamed = {checkpoint.plain_name(name, part): state for name, state in states.items()}
+        if renamed.keys() == wanted:
+            return renamed
+    return states

@@ -1,0 +1,208 @@
+"""Compare two descriptions of a run, and say what differs in words that name both values."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+
+def differences(
+    saved: Mapping[str, Any], given: Mapping[str, Any], moved: Sequence[str] = ()
+) -> dict[str, str]:
+    """What differs between two descriptions, by part, each in words that name both values.
+
+    Args:
+        saved: The description at the beginning of the run.
+        given: The description of what it is to go on with.
+        moved: What the method changed by itself in the meantime (`method_state.Memory`), which
+            tells nothing.
+    """
+    same_versions = saved.get("transformers") == given.get("transformers")
+    tokenizer = _tokenizers(saved["tokenizer"], given["tokenizer"])
+    task = _tasks(saved["task"], given["task"])
+    if not (tokenizer or task) and saved["tokenizer"]["rendered"] != given["tokenizer"]["rendered"]:
+        tokenizer = (
+            "the student reads the prompts in another way (context, template or tokenizer): "
+        )
+        tokenizer += _both(saved["tokenizer"], given["tokenizer"], "rendered")
+    found = {
+        "student": _models("the student", saved["student"], given["student"], same_versions),
+        "tokenizer": tokenizer,
+        "task": task,
+        "teacher": _teachers("the teacher", saved["teacher"], given["teacher"], same_versions),
+        "policies": _policies(saved["policies"], given["policies"], same_versions),
+        "method": _methods(saved["method"], given["method"], moved),
+    }
+    return {part: said for part, said in found.items() if said}
+
+
+def _models(
+    who: str, saved: Mapping[str, Any], given: Mapping[str, Any], same_versions: bool
+) -> str:
+    names = f"{saved['source'] or saved['model']} was saved and {given['source'] or given['model']} is given"
+    for key, what in (("model", "class"), ("dtype", "precision")):
+        if saved[key] != given[key]:
+            return f"{who} has another {what}: {saved[key]} was saved and {given[key]} is given"
+    keys = saved["config"].keys() | given["config"].keys()
+    if not same_versions:  # a new version of transformers may know fields that the old one did not
+        keys = saved["config"].keys() & given["config"].keys()
+    for key in sorted(keys):
+        one, two = saved["config"].get(key, "the default"), given["config"].get(key, "the default")
+        if one != two:
+            return f"{who} has another configuration: {key} was {one} and is {two}"
+    if saved["weights"] != given["weights"]:
+        return (
+            f"{who} has other weights than at the beginning of the run: fingerprint "
+            f"{saved['weights']} was saved and "
+            f"{given['weights']} is given ({names})"
+        )
+    return _adapters(who, saved["adapter"], given["adapter"])
+
+
+def _adapters(who: str, saved: str | None, given: str | None) -> str:
+    if saved == given:
+        return ""
+    if saved is None:
+        return f"{who} is already trained: its adapter (fingerprint {given}) was fresh when the run began"
+    now = "has none that changes anything" if given is None else f"has one with fingerprint {given}"
+    return f"{who} began the run with a trained adapter (fingerprint {saved}) and now {now}"
+
+
+def _tokenizers(saved: Mapping[str, Any], given: Mapping[str, Any]) -> str:
+    if saved["vocabulary"] != given["vocabulary"]:
+        return "the student has another tokenizer than the run was trained with: " + _both(
+            saved, given, "vocabulary"
+        )
+    if saved["template"] != given["template"]:
+        return "the tokenizer has another chat template: " + _both(saved, given, "template")
+    if saved["ends"] != given["ends"]:
+        return (
+            f"texts end with other tokens: {saved['ends']} was saved and {given['ends']} is given"
+        )
+    return ""
+
+
+def _both(saved: Mapping[str, Any], given: Mapping[str, Any], key: str) -> str:
+    one, two = (str(side[key])[:16] for side in (saved, given))
+    return f"fingerprint {one} was saved and {two} is given"
+
+
+def _tasks(saved: Mapping[str, Any], given: Mapping[str, Any]) -> str:
+    if saved["name"] != given["name"]:
+        return f"the run was trained on the task {saved['name']!r} and {given['name']!r} is given"
+    if saved["settings"] != given["settings"]:
+        return f"the task {saved['name']!r} has other settings: {saved['settings']} was saved and {given['settings']} is given"
+    if saved["prompts"] != given["prompts"]:
+        return f"the task {saved['name']!r} has other prompts: " + _both(saved, given, "prompts")
+    if not same_function(saved["verify"], given["verify"]):
+        before, now = _function(saved["verify"]), _function(given["verify"])
+        return f"the task {saved['name']!r} has another verifier: {before} was saved and {now} is given"
+    return ""
+
+
+def same_function(saved: Any, given: Any) -> bool:
+    """Whether two described functions are one, wherever the module now lies that defines it."""
+    if not (isinstance(saved, dict) and isinstance(given, dict)):
+        return bool(saved == given)
+    if saved.get("source") and given.get("source"):
+        return saved["source"] == given["source"] and saved.get("given") == given.get("given")
+    return saved["name"].rsplit(".", 1)[-1] == given["name"].rsplit(".", 1)[-1] and saved.get(
+        "given"
+    ) == given.get("given")
+
+
+def _function(described: Any) -> str:
+    if described is None:
+        return "none"
+    if not isinstance(described, dict):
+        return str(described)
+    return f"{described['name']} (source {described.get('source') or 'unknown'}, made with {described.get('given', 'nothing')})"
+
+
+def _teachers(
+    who: str, saved: Mapping[str, Any] | None, given: Mapping[str, Any] | None, same_versions: bool
+) -> str:
+    if saved is None or given is None:
+        return (
+            ""
+            if saved is given
+            else f"{who} differs: {_teacher(saved)} was saved and {_teacher(given)} is given"
+        )
+    if saved["kind"] != given["kind"]:
+        return (
+            f"{who} is of another kind: {_teacher(saved)} was saved and {_teacher(given)} is given"
+        )
+    if "weights" not in saved:
+        return (
+            ""
+            if saved == given
+            else f"{who} is another one: {_teacher(saved)} was saved and {_teacher(given)} is given"
+        )
+    said = _models(who, saved, given, same_versions)
+    if not said and saved["rendered"] != given["rendered"]:
+        said = f"{who} reads the prompts in another way (context, template or hints): " + _both(
+            saved, given, "rendered"
+        )
+    return said
+
+
+def _teacher(described: Mapping[str, Any] | None) -> str:
+    if described is None:
+        return "none"
+    kind = described["kind"].rsplit(".", 1)[-1]
+    k = f", k={described['k']}" if described.get("k") is not None else ""
+    return f"{kind}({described.get('source') or described['model']}{k})"
+
+
+def _policies(saved: Mapping[str, Any], given: Mapping[str, Any], same_versions: bool) -> str:
+    if saved.keys() != given.keys():
+        one, two = (", ".join(names) or "none" for names in (saved, given))
+        return f"the run was given policies= for {one}, and now for {two}"
+    return "; ".join(
+        filter(
+            None,
+            (
+                _teachers(f"the policy {name!r}", saved[name], given[name], same_versions)
+                for name in saved
+            ),
+        )
+    )
+
+
+def _methods(saved: Mapping[str, Any], given: Mapping[str, Any], moved: Sequence[str]) -> str:
+    one, two = saved["class"], given["class"]
+    theirs = [name.startswith("opdlab.") for name in (one, two)]
+    is_other = one != two and (any(theirs) or one.rsplit(".", 1)[-1] != two.rsplit(".", 1)[-1])
+    is_unsure = one != two and not (saved["source"] and saved["source"] == given["source"])
+    if is_other or is_unsure:
+        return f"the run was trained with the method {one} and {two} is given"
+    if saved["source"] and given["source"] and saved["source"] != given["source"]:
+        return f"the code of the method {one} has changed: source {saved['source']} was saved and {given['source']} is given"
+    keys = saved["options"].keys() | given["options"].keys()
+    if all(theirs):  # a newer version may have options that the older one had not
+        keys = saved["options"].keys() & given["options"].keys()
+    still = [key for key in sorted(keys) if f"{one.rsplit('.', 1)[-1]}.{key}" not in moved]
+    for key in still:
+        before, now = (_without_moved(side["options"].get(key), moved) for side in (saved, given))
+        if before == now or (
+            isinstance(before, dict) and "source" in before and same_function(before, now)
+        ):
+            continue
+        if isinstance(before, dict) and "source" in before:
+            return f"the method's {key} is another one: {_function(before)} was saved and {_function(now)} is given"
+        return f"the method {one} has {key}={now!r} and was saved with {key}={before!r}"
+    return ""
+
+
+def _without_moved(described: Any, moved: Sequence[str]) -> Any:
+    """A function's description without the enclosing variables that it changes itself."""
+    if not isinstance(described, dict) or not isinstance(described.get("given"), list):
+        return described
+    held, *rest = described["given"]
+    names = {name.split(" (of ")[0] for name in moved}
+    held = (
+        {name: value for name, value in held.items() if name not in names}
+        if isinstance(held, dict)
+        else held
+    )
+    return {**described, "given": [held, *rest]}

@@ -1,0 +1,174 @@
+"""What a run is made of (student, tokenizer, prompts, teacher, method), by identity: described at
+its beginning, compared on resuming.
+
+A description holds names for the reader and fingerprints for the comparison, and is JSON. Two runs
+with the same description and settings make the same updates.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Container, Mapping
+from dataclasses import fields, is_dataclass
+from typing import TYPE_CHECKING, Any
+
+import transformers
+
+from opdlab.data.prompt import Prompt
+from opdlab.data.seeds import seed_of
+from opdlab.models import fingerprints, model_files
+from opdlab.models.policy import Policy
+from opdlab.tasks import Task
+from opdlab.training.method_state import keeps_state
+
+if TYPE_CHECKING:
+    from opdlab.training.run import Run
+
+# What can differ and still be taken up when the user says so: `resume(…, allow=("teacher",))`.
+PARTS = ("student", "tokenizer", "task", "teacher", "policies", "method")
+
+
+def describe_run(
+    run: Run, given: Mapping[str, Any], drawn: tuple[int, int] | None = None
+) -> dict[str, Any]:
+    """Describe a run before its first update.
+
+    Args:
+        run: The run.
+        given: The user's `policies=`.
+        drawn: Number of prompts and seed with which the task is looked at; by default those of the
+            first step.
+    """
+    batch, seed = drawn or (run.settings.batch, run.settings.seed)
+    prompts = run.task.prompts(batch, seed=seed_of(seed, 0, 0))
+    # Checkpoints of an adapter hold embeddings that were resized, so that their rows need not be
+    # equal at the beginning.
+    restored = model_files.embedding_names(run.student.weights) if run.has_new_embeddings else set()
+    description = {
+        "student": describe_student(run.student, restored),
+        "tokenizer": describe_tokenizer(run.student, prompts),
+        "task": describe_task(run.task, prompts),
+        "teacher": describe_teacher(run.writer, prompts),
+        "policies": {
+            name: describe_teacher(policy, prompts) for name, policy in sorted(given.items())
+        },
+        "method": describe_method(run.method),
+        "drawn": [batch, seed],
+        "transformers": transformers.__version__,
+    }
+    return as_json(description)
+
+
+def as_json(value: Any) -> Any:
+    """A description as it is after saving and loading."""
+    return json.loads(json.dumps(value))
+
+
+def describe_student(policy: Policy, without: Container[str] = ()) -> dict[str, Any]:
+    """The model under a policy, and the adapter that it looks through, if that changes anything
+    yet.
+    """
+    weights = policy.weights
+    base = {
+        name: value
+        for name, value in fingerprints.base_tensors(weights.model).items()
+        if name not in without
+    }
+    return {
+        "source": weights.source,
+        "model": type(weights.model).__name__,
+        "dtype": str(weights.model.dtype).removeprefix("torch."),
+        "config": fingerprints.model_config(weights.model),
+        "weights": fingerprints.tensors_digest(base),
+        "adapter": fingerprints.adapter_digest(weights, policy.adapter),
+    }
+
+
+def describe_tokenizer(policy: Policy, prompts: list[Prompt]) -> dict[str, Any]:
+    """The tokens, the chat template, the tokens that end a text, and how the first prompts are
+    read.
+    """
+    template = getattr(policy.tokenizer, "chat_template", None)
+    return {
+        "vocabulary": fingerprints.vocabulary_digest(policy.tokenizer),
+        "template": None
+        if template is None
+        else fingerprints.digest(json.dumps(template, sort_keys=True)),
+        "ends": sorted(policy.weights.eos),
+        "rendered": fingerprints.digest(json.dumps([policy.encode(prompt) for prompt in prompts])),
+    }
+
+
+def describe_task(task: Task, prompts: list[Prompt]) -> dict[str, Any]:
+    """A task's name and settings, the prompts of the first step, and the function that judges."""
+    read = [[p.text, fingerprints.describe(p.messages), p.answer, p.hint] for p in prompts]
+    return {
+        "name": task.name,
+        "settings": fingerprints.describe(task.settings),
+        "prompts": fingerprints.digest(json.dumps(read)),
+        "verify": None if task.verify is None else _judge(task.verify),
+    }
+
+
+def _judge(function: Any) -> Any:
+    """opdlab's functions by name, so that a new version of them is no other task; a user's by its
+    source too.
+    """
+    description = fingerprints.function_description(function)
+    return description["name"] if description["name"].startswith("opdlab.") else description
+
+
+def describe_teacher(teacher: Any, prompts: list[Prompt]) -> dict[str, Any] | None:
+    """A local model by its weights and by how it reads the first prompts; a server by its kind and
+    its model's name.
+    """
+    if teacher is None:
+        return None
+    kind = fingerprints.qualified_name(type(teacher))
+    local = teacher if isinstance(teacher, Policy) else _behind(teacher)
+    if local is not None:
+        try:
+            rendered = fingerprints.digest(json.dumps([local.encode(prompt) for prompt in prompts]))
+        except (
+            Exception
+        ):  # prompts that it cannot read are refused elsewhere, where it must read them
+            rendered = None
+        return {"kind": kind, **describe_student(local), "rendered": rendered}
+    inner = getattr(teacher, "text", None)
+    name = getattr(teacher, "model", None) or getattr(inner, "model", None)
+    return {
+        "kind": kind,
+        "model": name if isinstance(name, str) else None,
+        "k": fingerprints.describe(getattr(teacher, "k", None)),
+    }
+
+
+def _behind(teacher: Any) -> Policy | None:
+    """The local model of a teacher that only writes."""
+    from opdlab.teachers import text_only
+
+    return text_only._MODELS.get(teacher) if isinstance(teacher, text_only.TextOnly) else None
+
+
+def describe_method(method: Any) -> dict[str, Any]:
+    """A method's class with its module, its options, and the source of one that is the user's own."""
+    kind = type(method)
+    named = (
+        [f.name for f in fields(method)]
+        if is_dataclass(method)
+        else list(getattr(method, "__dict__", {}))
+    )
+    options = {name: getattr(method, name) for name in named}
+    if keeps_state(method) and not is_dataclass(method):
+        # Its tensors come from the checkpoint, so that it need not begin with the same ones.
+        options = {
+            k: v
+            for k, v in options.items()
+            if k[:1] != "_" and (v is None or isinstance(v, (bool, int, float, str)))
+        }
+    name = fingerprints.qualified_name(kind)
+    return {
+        "class": name,
+        "options": {key: fingerprints.describe(value) for key, value in options.items()},
+        "source": None if name.startswith("opdlab.") else fingerprints.source_digest(kind),
+    }

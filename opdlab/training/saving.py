@@ -1,0 +1,94 @@
+"""When a run keeps something: snapshots in memory, checkpoints on the disk, evaluations in its
+history.
+
+A step is saved before it is evaluated, so that an interrupt during a long evaluation loses nothing.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from torch import nn
+
+from opdlab.errors import OpdlabError
+from opdlab.models.fingerprints import base_tensors
+from opdlab.models.policy import Policy
+from opdlab.support.interrupts import hold_interrupts
+from opdlab.training import checkpoint, run_folder
+
+if TYPE_CHECKING:
+    from opdlab.training.run import Run
+
+
+def check_parameters(student: Policy) -> None:
+    """Refuse to train weights beside an adapter: all policies share them, and neither snapshots nor
+    frozen policies hold them.
+
+    Called before the adapter is made, which would freeze them without a word, and after.
+    """
+    model = student.weights.model
+    base = {
+        name: value
+        for name, value in base_tensors(model).items()
+        if isinstance(value, nn.Parameter)
+    }
+    beside = [name for name, value in base.items() if value.requires_grad]
+    is_left_over = student.adapter is None and len(beside) == len(
+        base
+    )  # of full training; making an adapter freezes all
+    if beside and not is_left_over:
+        raise OpdlabError(
+            f"Beside the adapter, {beside[0]} is to be trained ({len(beside)} such parameters). "
+            "Every policy on this model "
+            "would move with it. Freeze it, put whole modules into the adapter "
+            "(LoraConfig(modules_to_save=[…], bias='none')), or train "
+            "all weights with lora=None."
+        )
+
+
+def is_saved(run: Run) -> bool:
+    """Whether a checkpoint of the run's latest step is kept: the last one always is."""
+    s = run.settings
+    due = run.done == s.steps or (s.save_every > 0 and run.done % s.save_every == 0)
+    return run.folder is not None and due and run.done > 0 and run.accelerator.is_main_process
+
+
+def save(run: Run, path: Any = None) -> Path:
+    """Write a checkpoint into `path`, or into the run's folder; returns where it is. Of several
+    processes the main one writes.
+    """
+    folder = run.folder if path is None else run_folder.check_folder(path, "save got path")
+    if folder is None:
+        raise OpdlabError("Where to? Give run.save(path), or distill(…, save=path).")
+    if not run.accelerator.is_main_process:
+        return folder / f"step-{run.done:06d}"
+    with hold_interrupts():
+        return checkpoint.write(run, folder)
+
+
+def keep_snapshot(run: Run) -> None:
+    """Remember the adapter as it is now; full training keeps none, since every copy would be a
+    whole model.
+    """
+    if run.student.adapter:
+        state = run.student.weights.adapter_state(run.student.adapter)
+        run.snapshots[run.done] = {k: v.detach().cpu().clone() for k, v in state.items()}
+
+
+def is_evaluation_due(run: Run) -> bool:
+    """Whether the run's latest step is to be evaluated and has not been yet."""
+    every = run.settings.evaluate_every
+    return bool(every and run.rows) and run.done % every == 0 and "accuracy" not in run.rows[-1]
+
+
+def keep_accuracy(run: Run, accuracy: float) -> None:
+    """Add the accuracy to the history of the latest step, and to its checkpoint if there is one."""
+    run.rows[-1]["accuracy"] = accuracy
+    if run.folder is None or not run.accelerator.is_main_process:
+        return
+    # The step may have been saved by the run that this one was resumed from, or not at all.
+    for saved in run_folder.saved_in(run.folder):
+        if saved.step == run.done and run.lineage.includes(saved.run, saved.step):
+            with hold_interrupts():
+                checkpoint.update_history(run, saved.path)

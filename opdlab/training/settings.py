@@ -1,0 +1,194 @@
+"""How a run trains: the settings of `distill`, and the seeds and learning rates that follow from them."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass, fields
+from typing import TYPE_CHECKING, Any, Literal
+
+from opdlab.errors import InvalidValue, MissingPolicy
+from opdlab.methods.needs import did_you_mean
+from opdlab.support.validation import (
+    Amount,
+    Count,
+    CountOrZero,
+    Flag,
+    PositiveShare,
+    Seed,
+    Share,
+    Temperature,
+    validate_fields,
+)
+
+if TYPE_CHECKING:
+    from opdlab.methods.contract import Method
+    from opdlab.tasks import Task
+
+
+@dataclass(frozen=True)
+class Settings:
+    """How a run trains. Sizes are per process: `batch` prompts a step, `n` completions a prompt.
+
+    lora: rank of the adapter on all linear layers, or None to train all weights. normalize: what the loss is a mean over,
+    "token" (all tokens alike), "sequence" (each completion alike) or "constant" (per completion, over max_new_tokens).
+    micro_batch: completions in one backward pass (all by default); changes memory, not the result. precision: "bf16" for
+    autocast on float32 weights. warmup: steps, fewer than `steps`, over which the learning rate rises to `lr`. clip: the largest
+    norm of the gradient; 0 for no clipping. temperature, top_p: used for sampling. Values other than 1 make the data off-policy;
+    temperature 0 takes the likeliest token each time, so it allows one completion per prompt (n=1) only. ema_rate: how
+    far the policy `ema` moves towards the student after each update (0.05 as in SDPO, arXiv 2601.20802). evaluate_every,
+    snapshot_every, save_every: steps between two; 0 for never.
+
+    Raises:
+        InvalidValue: A value that cannot be right, alone or beside another.
+    """
+
+    steps: Count = 100
+    batch: Count = 16
+    n: Count = 1
+    max_new_tokens: Count = 64
+    lr: Amount = 1e-4
+    schedule: Literal["constant", "cosine"] = "constant"
+    warmup: CountOrZero = 0
+    lora: Count | None = 16
+    normalize: Literal["token", "sequence", "constant"] = "token"
+    micro_batch: Count | None = None
+    temperature: Temperature = 1.0
+    top_p: PositiveShare = 1.0
+    clip: Amount = 1.0
+    weight_decay: Amount = 0.0
+    ema_rate: Share = 0.05
+    seed: Seed = 0
+    precision: Literal["no", "bf16"] = "no"
+    checkpointing: Flag = False
+    evaluate_every: CountOrZero = 0
+    snapshot_every: CountOrZero = 0
+    save_every: CountOrZero = 0
+
+    def __post_init__(self) -> None:
+        validate_fields(self)
+        if self.warmup and self.warmup >= self.steps:
+            raise InvalidValue(
+                f"Settings got warmup={self.warmup} for steps={self.steps}, so the learning rate would never reach lr. Use a warmup "
+                "of fewer steps."
+            )
+        if self.temperature == 0 and self.n > 1:
+            raise InvalidValue(
+                f"Settings got temperature=0 with n={self.n}: without randomness, all completions of a prompt are the same. Use n=1, or a "
+                "temperature above 0."
+            )
+
+    def rate(self, done: int) -> float:
+        """The learning rate of the update after `done` others."""
+        warm = min(1.0, (done + 1) / (self.warmup + 1))
+        return (
+            self.lr
+            * warm
+            * (
+                0.5 * (1 + math.cos(math.pi * done / self.steps))
+                if self.schedule == "cosine"
+                else 1.0
+            )
+        )
+
+
+def make_settings(
+    given: Mapping[str, Any], method: Method | None, task: Task, where: str = "distill"
+) -> Settings:
+    """Put together the settings of a run: the user's, then the method's recipe, then the task's, then the defaults.
+
+    Args:
+        given: The settings that the user passed.
+        method: The method whose recipe counts, or None.
+        task: The task whose recipe and length limit count.
+        where: The function that was called, for errors.
+
+    Raises:
+        InvalidValue: A name that is no setting, or a value that cannot be right.
+    """
+    recipes = {"task": task.recipe, "method": getattr(method, "recipe", {})}
+    _check_names(given, where)
+    for whose, recipe in recipes.items():
+        _check_names(recipe, f"the {whose}'s recipe")
+    return Settings(
+        **{"max_new_tokens": task.max_new_tokens, **recipes["task"], **recipes["method"], **given}
+    )
+
+
+def check_settings(
+    settings: Settings, given: Mapping[str, Any], method: Method, task: Task, *, saves: bool = True
+) -> None:
+    """Refuse settings that this method and task leave without effect, or cannot work with.
+
+    Args:
+        settings: The settings of the run.
+        given: The settings that the user passed; a recipe may name more than a method uses.
+        method: The method that trains.
+        task: The task that it trains on.
+        saves: Whether the run has a folder to save in.
+
+    Raises:
+        InvalidValue: A setting that the user passed would be ignored.
+        MissingPolicy: The method learns from a verifier, and the task has none.
+    """
+    name = _name_of(method)
+    if getattr(method, "verifies", False) and task.verify is None:
+        raise MissingPolicy(
+            f"{name} learns from a verifier, but {task.name} has none. Use a task with verify=, or a method with a teacher."
+        )
+    if settings.n < (least := getattr(method, "least_n", 1)):
+        raise InvalidValue(
+            f"{name} compares the samples of a prompt, but distill got n={settings.n}, which is one sample a prompt. "
+            f"Use n=4 or more (at least {least})."
+        )
+    if settings.evaluate_every and task.verify is None:
+        raise InvalidValue(
+            f"distill got evaluate_every={settings.evaluate_every}, but {task.name} has no verifier. Use a task with verify=."
+        )
+    recipe = {
+        **{field.name: field.default for field in fields(Settings)},
+        **task.recipe,
+        **getattr(method, "recipe", {}),
+    }
+    for setting, why in _without_effect(settings, method, name, saves).items():
+        if setting in given and getattr(settings, setting) != recipe[setting]:
+            raise InvalidValue(
+                f"distill got {setting}={getattr(settings, setting)!r}, which would change nothing: {why}"
+            )
+
+
+def _without_effect(settings: Settings, method: Method, name: str, saves: bool) -> dict[str, str]:
+    """Settings that change nothing in this run, each with the reason and the way out."""
+    ignored = {}
+    writer = getattr(method, "writer", "teacher")
+    if getattr(method, "on_policy", 1.0) == 0 and set(
+        (writer,) if isinstance(writer, str) else writer
+    ) == {"answer"}:
+        why = f"{name} trains on the reference answers, and nothing is sampled. Leave it out."
+        ignored = {"temperature": why, "top_p": why, "n": why}
+    if not any(need.split("+")[0] == "ema" for need in method.needs):
+        ignored["ema_rate"] = f"{name} reads no moving average (`ema`). Leave it out."
+    if settings.lora is None:
+        ignored["snapshot_every"] = (
+            "snapshots keep adapters, and lora=None trains all weights. Use save= and save_every=."
+        )
+    if not saves:
+        ignored["save_every"] = "there is no folder to save in. Give distill save='a folder'."
+    return ignored
+
+
+def _check_names(names: Mapping[str, Any], where: str) -> None:
+    known = [field.name for field in fields(Settings)]
+    unknown = sorted(str(name) for name in names if name not in known)
+    if unknown:
+        question = "".join(did_you_mean(name, known) for name in unknown).strip()
+        there = "It takes those of distill:" if where == "doctor" else "There are"
+        raise InvalidValue(
+            f"{where} has no setting {', '.join(unknown)}. {there} {', '.join(known)}. {question}".strip()
+        )
+
+
+def _name_of(method: Method) -> str:
+    from opdlab.methods.contract import name_of
+
+    return name_of(method)

@@ -1,0 +1,85 @@
+"""The command line as a user meets it: processes of its own, exit codes, one-line errors, and a demo that learns."""
+
+from __future__ import annotations
+
+import re
+import subprocess
+import sys
+
+import pytest
+
+import opdlab as opd
+from opdlab.commands.demo import demo
+
+
+def opdlab(*words: str, timeout: int = 2500) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [sys.executable, "-m", "opdlab.commands.cli", *words],
+        capture_output=True,
+        text=True,
+        timeout=timeout,
+        check=False,
+    )
+
+
+def test_demo_learns_and_writes_what_it_says(tmp_path):
+    done = opdlab("demo", "--steps", "20", "--out", str(tmp_path))
+    assert done.returncode == 0, done.stderr
+    last = done.stdout.strip().splitlines()[-1]
+    found = re.fullmatch(
+        r"demo: accuracy (\d\.\d\d) -> (\d\.\d\d) \(teacher (\d\.\d\d)\) in (\d+) s", last
+    )
+    assert found, last
+    before, after, teacher = map(float, found.groups()[:3])
+    assert 0.25 <= before <= 0.45
+    assert after >= before + 0.3  # a third of the demo's own steps
+    assert teacher >= 0.97
+    page = (tmp_path / "index.html").read_text(encoding="utf-8")
+    assert page.count("opd-lens") >= 3
+    assert (
+        len(opd.Trace.load(tmp_path / "before.parquet"))
+        == len(opd.Trace.load(tmp_path / "after.parquet"))
+        > 0
+    )
+
+
+def test_show_draws_any_trace(tmp_path):
+    student, teacher, task = opd.load("market")
+    path = opd.score(student.sample(task.prompts(2)), student, teacher).save(tmp_path / "t.parquet")
+    done = opdlab("show", str(path), "--sample", "1", "--no-open")
+    assert done.returncode == 0, done.stderr
+    assert "opd-lens" in (tmp_path / "t.html").read_text(encoding="utf-8")
+
+
+def test_errors_are_one_line_and_say_what_to_do(tmp_path):
+    (tmp_path / "bad.parquet").write_bytes(b"PAR1 not really")
+    done = opdlab("show", str(tmp_path / "bad.parquet"), "--no-open")
+    assert done.returncode == 1
+    assert re.fullmatch(r"opdlab: .*bad\.parquet is not an opdlab trace .*", done.stderr.strip())
+    done = opdlab("demo", "--profile", "huge")
+    assert done.returncode == 1
+    assert (
+        done.stderr.strip().splitlines()[-1]
+        == "opdlab: There is no profile 'huge'. Use market, small or gpu."
+    )
+
+
+def test_doctor_says_whether_it_can_work_by_words_and_exit_code():
+    done = opdlab("doctor", "student", "teacher", "--prompts", "16", "--k", "4")
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.startswith("GO student <- teacher")
+    assert re.search(r"ok +stop tokens +both end with '<eos>'", done.stdout)
+    done = opdlab("doctor", "student", "scribe", "--prompts", "4", "--k", "2")
+    assert done.returncode == 1
+    assert done.stdout.startswith("STOP student <- scribe")
+    assert "'▁ana' in the student and 'a' in the teacher" in done.stdout
+
+
+@pytest.mark.small
+def test_two_steps_of_the_small_demo(tmp_path):
+    """SmolLM2 on the CPU: one set of weights, a real vocabulary, the rule that only the teacher is told."""
+    line = demo("small", steps=2, out=tmp_path, settings={"batch": 4}, prompts=8)
+    before, after, teacher = map(float, re.findall(r"\d\.\d\d", line))
+    assert before < 0.2 < teacher
+    assert (tmp_path / "index.html").exists()
+    assert 0 <= after <= 1

@@ -1,0 +1,442 @@
+"""The sampler against Hugging Face's, against exact distributions, and against a fresh scoring pass."""
+
+from __future__ import annotations
+
+import copy
+import math
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from scipy.stats import chisquare
+
+from opdlab import Policy, Prompt
+from opdlab.data.rollout import concat_rollouts
+from opdlab.data.sampling_config import SamplingConfig
+from opdlab.data.written_text import WrittenText
+from opdlab.errors import InvalidValue, OpdlabError
+from opdlab.losses.divergences import entropy
+from opdlab.models.generation import draw
+from opdlab.models.text_rollouts import rollout_from_texts
+
+FAMILIES = {
+    "llama": {},
+    "qwen3": {},
+    "gemma2": {"final_logit_softcapping": 3.0, "query_pre_attn_scalar": 8, "sliding_window": 6},
+    "gpt2": {"n_embd": 32, "n_layer": 2, "n_head": 4, "n_positions": 128},
+}
+
+
+def generate(policy: Policy, prompts: list[Prompt], tokens: int) -> list[list[int]]:
+    """Hugging Face's greedy completions of a left-padded batch, cut after the first EOS."""
+    starts = policy.encode_all(prompts)
+    width = max(map(len, starts))
+    ids = torch.tensor([[0] * (width - len(s)) + s for s in starts])
+    mask = torch.tensor([[0] * (width - len(s)) + [1] * len(s) for s in starts])
+    out = policy.weights.model.generate(
+        ids,
+        attention_mask=mask,
+        do_sample=False,
+        max_new_tokens=tokens,
+        eos_token_id=sorted(policy.weights.eos),
+        pad_token_id=0,
+    )[:, width:]
+    rows = []
+    for row in out.tolist():
+        end = next((i + 1 for i, token in enumerate(row) if token in policy.weights.eos), len(row))
+        rows.append(row[:end])
+    return rows
+
+
+def stopping(policy: Policy, prompts: list[Prompt]) -> Policy:
+    """The policy with EOS ids that it really says, at different lengths."""
+    bodies = generate(Policy.of(policy.weights.model, policy.tokenizer, eos=[]), prompts, 12)
+    return Policy.of(policy.weights.model, policy.tokenizer, eos=[1, bodies[0][3], bodies[1][6]])
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_greedy_equals_hugging_face(family, make_policy, prompts):
+    policy = stopping(make_policy(4, family=family, **FAMILIES[family]), prompts)
+    rollout = policy.sample(prompts, temperature=0, max_new_tokens=12)
+    assert rollout.completions() == generate(policy, prompts, 12)
+    assert len(set(rollout.lengths.tolist())) > 1
+
+
+def test_greedy_with_samples_repeats_itself(student, prompts):
+    many = student.sample(prompts, n=3, temperature=0, max_new_tokens=6)
+    assert many.ids.view(4, 3, -1).eq(many.ids.view(4, 3, -1)[:, :1]).all()
+    assert many.prompts == tuple(p for p in prompts for _ in range(3))
+
+
+@pytest.mark.parametrize("temperature", [0, 1])
+def test_numbers_equal_a_fresh_scoring_pass(student, prompts, temperature):
+    rollout = student.sample(prompts, n=3, max_new_tokens=16, seed=5, temperature=temperature)
+    scores = student.log_probs(rollout)
+    own = scores.gather(-1, rollout.ids[rollout.mask][:, None])[:, 0]
+    torch.testing.assert_close(rollout.logp[rollout.mask], own, rtol=0, atol=1e-4)
+    torch.testing.assert_close(rollout.entropy[rollout.mask], entropy(scores), rtol=0, atol=1e-4)
+    assert (rollout.logp[~rollout.mask] == 0).all()
+    assert (rollout.entropy[~rollout.mask] == 0).all()
+    assert (rollout.ids[~rollout.mask] == 0).all()
+
+
+def test_the_first_token_follows_the_models_distribution(student):
+    rollout = student.sample([Prompt("ana has")], n=6000, max_new_tokens=1, seed=11)
+    p = student.log_probs(rollout.rows([0]))[0].double().exp()
+    seen = torch.bincount(rollout.ids[:, 0], minlength=70)
+    often = p * 6000 > 5
+    observed, expected = (
+        [*seen[often].tolist(), int(seen[~often].sum())],
+        [*(p[often] * 6000).tolist(), float(p[~often].sum() * 6000)],
+    )
+    assert (
+        chisquare(observed, expected, sum_check=False).pvalue > 1e-3
+    )  # fixed seed; the band was set beforehand
+
+
+def test_later_tokens_follow_the_models_distribution(make_policy, make_tokenizer):
+    """All samples of two tokens from twelve: the pairs, too."""
+    policy = make_policy(0, make_tokenizer(), initializer_range=0.25)
+    rollout = policy.sample([Prompt("a b c")], n=8000, max_new_tokens=2, seed=1)
+    pairs = {tuple(body): i for i, body in enumerate(rollout.completions())}
+    p = {pair: rollout.logp[i].sum().exp().item() for pair, i in pairs.items()}
+    counts = dict.fromkeys(pairs, 0)
+    for body in rollout.completions():
+        counts[tuple(body)] += 1
+    often = [pair for pair in pairs if p[pair] * 8000 > 5]
+    rest = 1 - sum(p[pair] for pair in often)
+    observed, expected = [counts[q] for q in often], [p[q] * 8000 for q in often]
+    assert (
+        chisquare(
+            [*observed, 8000 - sum(observed)], [*expected, rest * 8000], sum_check=False
+        ).pvalue
+        > 1e-3
+    )
+
+
+@given(
+    seed=st.integers(0, 10**6),
+    temperature=st.sampled_from([0.5, 1.0, 2.0]),
+    top_p=st.sampled_from([0.3, 0.8, 1.0]),
+)
+def test_draw_inverts_the_cumulative_distribution(seed, temperature, top_p):
+    g = torch.Generator().manual_seed(seed)
+    logits, u = (
+        3 * torch.randn(1, 9, generator=g, dtype=torch.float64),
+        torch.linspace(0, 1, 101, dtype=torch.float64)[:-1],
+    )
+    p = (logits[0] / temperature).softmax(-1)
+    order = p.argsort(descending=True)
+    kept = order[: int((p[order].cumsum(0) < top_p).sum()) + 1]  # the fewest that hold top_p
+    inside = torch.zeros(9, dtype=torch.float64)
+    inside[kept] = p[kept] / p[kept].sum()
+    want = [int((inside.cumsum(0) <= x + 1e-15).sum()) for x in u]
+    token, logp, own = draw(
+        logits.expand(100, 9), u, SamplingConfig(temperature=temperature, top_p=top_p)
+    )
+    assert token.tolist() == want
+    torch.testing.assert_close(
+        logp, logits[0].log_softmax(-1)[token]
+    )  # at temperature 1, whatever the sampler's
+    torch.testing.assert_close(own, entropy(logits.log_softmax(-1)).expand(100))
+
+
+def test_tokens_without_probability_are_never_drawn():
+    logits = torch.tensor([[-math.inf, 1.0, 0.0, -math.inf]]).expand(3, 4)
+    edges = torch.tensor(
+        [0.0, 0.5, 1 - 2**-53], dtype=torch.float64
+    )  # the largest number that torch.rand gives
+    assert draw(logits, edges, SamplingConfig())[0].tolist() == [1, 1, 2]
+    assert draw(logits, edges, SamplingConfig(top_p=0.5))[0].tolist() == [1, 1, 1]
+    assert draw(logits, edges, SamplingConfig(temperature=0.7))[0].tolist() == [1, 1, 2]
+    assert draw(logits, edges, SamplingConfig())[2].isfinite().all()
+
+
+def test_numbers_at_huge_logits():
+    token, logp, own = draw(
+        torch.tensor([[1e4, -1e4, 0.0], [0.0, 0.0, -1e4]]),
+        torch.tensor([0.3, 0.7]),
+        SamplingConfig(),
+    )
+    assert token.tolist() == [0, 1]
+    torch.testing.assert_close(logp, torch.tensor([0.0, math.log(0.5)]))
+    torch.testing.assert_close(own, torch.tensor([0.0, math.log(2)]), atol=2e-3, rtol=0)
+
+
+def test_the_nucleus_holds_in_the_loop(student):
+    rollout = student.sample([Prompt("ana has")], n=300, max_new_tokens=4, top_p=0.6, seed=2)
+    ordered, ids = student.log_probs(rollout).exp().sort(-1, descending=True)
+    before = ordered.cumsum(-1) - ordered  # mass that stands before each token
+    place = (ids == rollout.ids[rollout.mask][:, None]).int().argmax(-1)
+    assert (before.gather(-1, place[:, None]) < 0.6 + 1e-4).all()
+    assert place.max() > 0
+
+
+# The same seed, the same text.
+
+
+def test_text_does_not_depend_on_the_batch(make_policy, prompts):
+    policy = stopping(make_policy(4), prompts)
+    whole = policy.sample(prompts, n=2, max_new_tokens=20, seed=9)
+    assert len(set(whole.lengths.tolist())) > 3  # rows were dropped on the way
+    for size in (1, 3):
+        parts = policy.sample(prompts, n=2, max_new_tokens=20, seed=9, batch_size=size)
+        assert parts.completions() == whole.completions()
+        torch.testing.assert_close(parts.logp, whole.logp, rtol=0, atol=1e-4)
+    assert (
+        policy.sample(prompts[:2], n=2, max_new_tokens=20, seed=9).completions()
+        == whole.completions()[:4]
+    )
+    assert (
+        policy.sample(prompts, n=2, max_new_tokens=20, seed=10).completions() != whole.completions()
+    )
+
+
+def test_samples_of_a_prompt_are_rows_of_their_own(student, prompts):
+    grouped = student.sample(prompts[:2], n=3, max_new_tokens=8, seed=4)
+    single = student.sample(
+        [p for p in prompts[:2] for _ in range(3)], n=1, max_new_tokens=8, seed=4
+    )
+    assert grouped.completions() == single.completions()
+    assert (grouped.n, single.n) == (3, 1)
+    assert len(set(map(tuple, grouped.completions()))) > 1
+
+
+def test_rows_that_end_early_change_no_other_row(make_policy, prompts):
+    """The same draws with and without a stop: up to the stop, and in rows without one, the text is the same."""
+    free = make_policy(4)
+    stops = stopping(free, prompts)
+    free = Policy.of(free.weights.model, free.tokenizer, eos=[])
+    long, short = (p.sample(prompts, n=4, max_new_tokens=20, seed=1) for p in (free, stops))
+    assert set(long.finish) == {"length"}
+    assert set(short.finish) == {"length", "stop"}
+    for whole, part in zip(long.completions(), short.completions(), strict=True):
+        assert whole[: len(part)] == part
+
+
+# Ends.
+
+
+def test_every_eos_stops_and_is_counted(make_policy, prompts):
+    policy = stopping(make_policy(4), prompts)
+    rollout = policy.sample(prompts, n=16, max_new_tokens=12, seed=3)
+    last = set()
+    for body, finish in zip(rollout.completions(), rollout.finish, strict=True):
+        assert not policy.weights.eos & set(body[:-1])
+        assert (finish == "stop") == (body[-1] in policy.weights.eos)
+        assert finish == "stop" or len(body) == 12
+        last.add(body[-1])
+    assert len(policy.weights.eos & last) >= 2
+    bodies = [
+        body[:-1] if end == "stop" else body
+        for body, end in zip(rollout.completions(), rollout.finish, strict=True)
+    ]
+    assert rollout.texts == tuple(
+        policy.tokenizer.batch_decode(bodies)
+    )  # the end alone is left out, other special tokens stay
+    assert not any("<eos>" in text for text in rollout.texts)
+    assert rollout.tokens == rollout.mask.sum() == sum(map(len, rollout.completions()))
+
+
+def test_pad_equal_to_eos_is_no_problem(make_policy, prompts, words):
+    same = copy.deepcopy(words)
+    same.pad_token = same.eos_token
+    policy = make_policy(0, same, eos=[1, 0])  # 0 also fills the tensors
+    rollout = policy.sample(prompts, n=8, max_new_tokens=8, seed=3)
+    assert rollout.mask.sum(1).tolist() == rollout.lengths.tolist()
+    ended = [
+        body for body, f in zip(rollout.completions(), rollout.finish, strict=True) if f == "stop"
+    ]
+    assert ended
+    assert all(body[-1] in (0, 1) for body in ended)
+    texts = rollout_from_texts(policy, prompts[:2], ["ana has", "ben"])
+    assert texts.completions()[1][-1] == 1
+    assert texts.mask.tolist() == [[True, True, True], [True, True, False]]
+
+
+def test_a_cut_completion_says_so(student, prompts):
+    rollout = Policy.of(student.weights.model, student.tokenizer, eos=[]).sample(
+        prompts, max_new_tokens=3
+    )
+    assert rollout.finish == ("length",) * 4
+    assert rollout.lengths.tolist() == [3] * 4
+    assert "4 cut off at the length limit" in repr(rollout)
+
+
+def test_an_end_at_the_limit_is_an_end(student):
+    token = student.sample([Prompt("ana")], temperature=0, max_new_tokens=1).completions()[0]
+    policy = Policy.of(student.weights.model, student.tokenizer, eos=token)
+    assert policy.sample([Prompt("ana")], temperature=0, max_new_tokens=1).finish == ("stop",)
+
+
+# Prefixes.
+
+
+def test_prefixes_are_continued(student, prompts):
+    whole = student.sample(prompts, temperature=0, max_new_tokens=10)
+    cuts = [1, 3, 0, 5]
+    prefixes = [body[:cut] for body, cut in zip(whole.completions(), cuts, strict=True)]
+    rest = student.sample(prompts, temperature=0, max_new_tokens=5, prefixes=prefixes)
+    for body, cut, tail in zip(whole.completions(), cuts, rest.completions(), strict=True):
+        assert body[cut : cut + 5] == tail
+
+
+def test_as_many_prefixes_as_prompts(student, prompts):
+    with pytest.raises(
+        InvalidValue,
+        match=r"sample got 1 prefixes for 4 prompts\. Use one list of token ids for each prompt",
+    ):
+        student.sample(prompts, prefixes=[[6]])
+
+
+# Rollouts as data.
+
+
+def test_written_texts(student, prompts):
+    rollout = rollout_from_texts(student, prompts[:3], ["total 4 7", "", "sum"], writer="answer")
+    assert [student.tokenizer.decode(body) for body in rollout.completions()] == [
+        "total 4 7<eos>",
+        "<eos>",
+        "sum<eos>",
+    ]
+    assert rollout.texts == ("total 4 7", "", "sum")
+    assert rollout.writer == ("answer",) * 3
+    assert (rollout.logp == 0).all()
+
+
+def test_a_cut_text_is_left_open_and_counts_as_cut(student, prompts):
+    texts = [WrittenText("total 4 7", "length"), WrittenText("sum", "stop"), "sum"]
+    rollout = rollout_from_texts(student, prompts[:3], texts, writer="teacher")
+    assert [student.tokenizer.decode(body) for body in rollout.completions()] == [
+        "total 4 7",
+        "sum<eos>",
+        "sum<eos>",
+    ]
+    assert rollout.finish == ("length", "stop", "stop")
+    assert rollout.texts == ("total 4 7", "sum", "sum")
+
+
+def test_a_finished_text_ends_with_a_token_of_the_policys_own_set(make_policy, prompts, words):
+    end = words.convert_tokens_to_ids("lot")
+    for eos in ([end], [end, words.convert_tokens_to_ids("sum")]):
+        policy = make_policy(0, eos=eos)
+        assert [
+            body[-1]
+            for body in rollout_from_texts(policy, prompts[:2], ["total 4 7", ""]).completions()
+        ] == [min(eos)] * 2
+    assert rollout_from_texts(make_policy(0, eos=[]), prompts[:1], ["total"]).lengths.tolist() == [
+        1
+    ]
+
+
+def test_an_answer_to_a_chat_ends_as_the_template_ends_a_turn(make_policy, words):
+    """As in Gemma, whose texts end with `<eos>` and whose turns end with `<end_of_turn>`."""
+    tokenizer = copy.deepcopy(words)
+    tokenizer.chat_template = words.chat_template.replace("{% endfor %}", " lot{% endfor %}")
+    end = words.convert_tokens_to_ids("lot")
+    policy = make_policy(0, tokenizer, eos=[words.eos_token_id, end])
+    chat = Prompt(messages=({"role": "user", "content": "ana has"},))
+    assert [
+        body[-1]
+        for body in rollout_from_texts(policy, [Prompt("ana"), chat], ["sum", "sum"]).completions()
+    ] == [words.eos_token_id, end]
+
+
+def test_a_text_ends_at_the_first_end_that_it_spells(student, prompts):
+    assert (
+        rollout_from_texts(student, prompts[:1], ["total 4<eos> 7 7"]).completions()
+        == rollout_from_texts(student, prompts[:1], ["total 4"]).completions()
+    )
+    assert rollout_from_texts(
+        student, prompts[:1], [WrittenText("total 4<eos>", "length")]
+    ).finish == ("stop",)
+
+
+def test_texts_keep_the_special_tokens_that_a_user_added(make_model, bytes_bpe):
+    tokenizer = copy.deepcopy(bytes_bpe)
+    tokenizer.add_special_tokens({"additional_special_tokens": ["<answer>", "</answer>"]})
+    model, tag = (
+        make_model(len(tokenizer), eos_token_id=0),
+        tokenizer.convert_tokens_to_ids("<answer>"),
+    )
+    with torch.no_grad():
+        model.get_output_embeddings().weight[tag] *= 6
+    policy = Policy.of(model, tokenizer)
+    rollout = policy.sample([Prompt("the fox")], n=6, max_new_tokens=12, seed=1)
+    wrote = [body.count(tag) for body in rollout.completions()]
+    assert max(wrote) > 0
+    assert [text.count("<answer>") for text in rollout.texts] == wrote
+    again = rollout_from_texts(
+        policy,
+        rollout.prompts,
+        [WrittenText(*pair) for pair in zip(rollout.texts, rollout.finish, strict=True)],
+    )
+    assert [
+        body.count(tag) for body in again.completions()
+    ] == wrote  # and are tokens again when they are trained on
+
+
+def test_a_text_knows_why_it_ends():
+    text = WrittenText("a b", "length")
+    assert (text, text.finish, text.upper()) == ("a b", "length", "A B")
+    assert copy.deepcopy(text).finish == "length"
+    with pytest.raises(
+        InvalidValue, match=r"WrittenText got finish='abort'\. Use 'stop' or 'length'"
+    ):
+        WrittenText("a", "abort")
+
+
+def test_rows_and_joined_are_inverse(student, prompts):
+    whole = student.sample(prompts, n=3, max_new_tokens=15, seed=6, writer="teacher")
+    again = concat_rollouts([whole.rows(range(5)), whole.rows([5]), whole.rows(range(6, 12))])
+    assert again.completions() == whole.completions()
+    assert (again.prompts, again.texts, again.finish, again.writer) == (
+        whole.prompts,
+        whole.texts,
+        whole.finish,
+        whole.writer,
+    )
+    torch.testing.assert_close(again.logp, whole.logp[:, : again.ids.shape[1]])
+    torch.testing.assert_close(again.entropy, whole.entropy[:, : again.ids.shape[1]])
+    back = whole.rows([7, 2])
+    assert back.completions() == [whole.completions()[7], whole.completions()[2]]
+    assert back.ids.shape[1] == max(map(len, back.completions()))
+
+
+def test_an_empty_completion_is_handled(make_model, make_tokenizer):
+    tokenizer = make_tokenizer()
+    tokenizer.eos_token = None
+    policy = Policy.of(make_model(12), tokenizer, eos=[])
+    rollout = rollout_from_texts(
+        policy, [Prompt("a b"), Prompt("c"), Prompt("d")], ["a", "", "b c"]
+    )
+    assert rollout.lengths.tolist() == [1, 0, 2]
+    assert policy.log_probs(rollout).shape == (3, 12)
+    torch.testing.assert_close(policy.log_probs(rollout)[1:], policy.log_probs(rollout.rows([2])))
+    nothing = rollout_from_texts(policy, [Prompt("a b")], [""])
+    assert nothing.ids.dtype == torch.long
+    assert nothing.mask.tolist() == [[False]]
+    assert policy.log_probs(nothing).shape == (0, 12)
+    assert concat_rollouts([rollout, nothing]).rows([1, 3]).completions() == [[], []]
+
+
+# Bad input.
+
+
+@pytest.mark.parametrize(
+    "bad", [{"max_new_tokens": 0}, {"temperature": -1}, {"top_p": 0}, {"top_p": 1.1}]
+)
+def test_bad_settings_are_refused(student, bad):
+    with pytest.raises(OpdlabError, match=rf"sample got {next(iter(bad))}=.*Use "):
+        student.sample([Prompt("ana")], **bad)
+
+
+@pytest.mark.parametrize("number", [math.nan, math.inf])
+@pytest.mark.parametrize("temperature", [0, 0.5, 1])
+def test_logits_that_are_no_distribution_raise(make_policy, number, temperature):
+    policy = make_policy(0)
+    with torch.no_grad():
+        policy.weights.head.weight[3, 3] = number
+    with pytest.raises(OpdlabError, match=r"logits hold NaN or infinity.*learning rate"):
+        policy.sample([Prompt("ana has")], temperature=temperature)

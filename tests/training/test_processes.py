@@ -1,0 +1,144 @@
+"""Several processes, as `accelerate launch` and torchrun start them: the update is that of one process with the whole batch."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+
+import pandas as pd
+import pytest
+import torch
+from safetensors.torch import load_file
+
+import opdlab as opd
+
+SCRIPT = """
+import sys
+import opdlab as opd
+
+run = opd.distill(*opd.load("market"), method=opd.SFT(), steps=2, batch=4, seed=3, quiet=True, save=sys.argv[1], save_every=2)
+run.train()
+assert run.accelerator.num_processes == 2
+"""
+
+
+Histories = dict[float, tuple[pd.DataFrame, pd.DataFrame]]
+
+MEASURED = """
+import sys
+from dataclasses import dataclass
+from typing import ClassVar
+
+import opdlab as opd
+
+student, teacher, _ = opd.load("market")
+words = "total 4 7 . 8 5 + 3 9 = 2 1 ; 6 6".split()
+records = [{"prompt": f"ana has {i} 7 apples", "answer": " ".join(words[: 1 + i]), "id": str(i)} for i in range(10)]
+task = opd.tasks.from_records(records, test=0, verify=lambda prompt, text: int(prompt.id) / 10, max_new_tokens=4)
+
+
+@dataclass(frozen=True)
+class Given(opd.OPD):
+    writer: ClassVar[str] = "answer"
+
+
+batch, processes = int(sys.argv[2]), int(sys.argv[3])
+options = {"steps": 3, "batch": batch, "micro_batch": 3, "lr": 1e-3, "seed": 3, "quiet": True}
+for own in (0.0, 0.2, 1.0):
+    run = opd.distill(student.frozen(), teacher, task, method=Given(on_policy=own), **options).train()
+    assert run.accelerator.num_processes == processes
+    if run.accelerator.is_main_process:
+        run.history.to_json(f"{sys.argv[1]}-{own}.json")
+"""
+
+
+def launched(script, processes: int, *arguments: object) -> None:
+    command = [
+        sys.executable,
+        "-m",
+        "torch.distributed.run",
+        "--standalone",
+        f"--nproc-per-node={processes}",
+        str(script),
+    ]
+    env = {**os.environ, "OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true"}
+    done = subprocess.run(
+        [*command, *map(str, arguments)],
+        capture_output=True,
+        text=True,
+        timeout=1200,
+        env=env,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr[-2000:]
+
+
+@pytest.fixture(scope="module")
+def histories(tmp_path_factory) -> Histories:
+    """By the share of prompts that the student answers: the histories of one and of two processes with the same batch of 8."""
+    folder = tmp_path_factory.mktemp("measured")
+    script = folder / "measure.py"
+    script.write_text(MEASURED)
+    for processes in (1, 2):
+        launched(script, processes, folder / str(processes), 8 // processes, processes)
+    return {
+        own: tuple(pd.read_json(folder / f"{processes}-{own}.json") for processes in (1, 2))
+        for own in (0.0, 0.2, 1.0)
+    }
+
+
+def test_the_history_of_two_processes_is_that_of_one(histories):
+    """With texts of 2 to 11 tokens: a mean of the processes' means would differ, as would the first process's own share."""
+    one, two = histories[0.0]
+    names = [
+        "step",
+        "loss",
+        "reverse_kl",
+        "entropy",
+        "length",
+        "cut",
+        "empty",
+        "tokens",
+        "grad_norm",
+        "lr",
+    ]
+    assert set(names) < set(one)
+    assert one["tokens"].nunique() > 1
+    for name in names:
+        assert two[name].tolist() == pytest.approx(one[name].tolist(), rel=1e-4), name
+    assert "reward" not in two
+
+
+def test_rewards_are_means_over_the_batch_of_all_processes(histories):
+    one, two = histories[1.0]
+    assert two["reward"].tolist() == pytest.approx(one["reward"].tolist())
+    assert one["reward"].nunique() > 1
+
+
+def test_a_mixed_batch_has_no_reward_in_any_process(histories):
+    one, two = histories[0.2]
+    assert "reward" not in one
+    assert "reward" not in two
+
+
+def test_two_processes_make_the_update_of_one(tmp_path):
+    script = tmp_path / "train.py"
+    script.write_text(SCRIPT)
+    launched(script, 2, tmp_path / "two")
+    opd.distill(
+        *opd.load("market"),
+        method=opd.SFT(),
+        steps=2,
+        batch=8,
+        seed=3,
+        quiet=True,
+        save=tmp_path / "one",
+        save_every=2,
+    ).train()
+    one, two = (
+        load_file(tmp_path / n / "step-000002" / "adapter_model.safetensors")
+        for n in ("one", "two")
+    )
+    for name, value in one.items():
+        torch.testing.assert_close(two[name], value, rtol=1e-3, atol=1e-5)
