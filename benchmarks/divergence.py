@@ -1,8 +1,8 @@
 """Forward and backward of a divergence alone: hidden states and heads in, gradients out.
 
-opdlab's engine with built-in divergences and with an ordinary row function in plain PyTorch, TRL's chunked kernel, autograd
-on full logits, and, as the floor that nobody can beat, the bare matrix products. `python -m benchmarks.divergence CASE`
-measures one case and prints a JSON line.
+opdlab's engine with built-in divergences and with an ordinary row function in plain PyTorch, TRL's
+chunked kernel, autograd on full logits, and, as the floor that nobody can beat, the bare matrix
+products. `python -m benchmarks.divergence CASE` measures one case and prints a JSON line.
 """
 
 from __future__ import annotations
@@ -36,7 +36,9 @@ BETA = {"forward_kl": 0.0, "jensen_shannon": 0.5, "reverse_kl": 1.0}  # TRL's na
 
 @dataclass(frozen=True)
 class Case:
-    """watch: opdlab also notes log-probs, entropy and reverse KL of every token, as a training step does."""
+    """watch: opdlab also notes log-probs, entropy and reverse KL of every token, as a training step
+    does.
+    """
 
     side: str
     loss: str = "reverse_kl"
@@ -159,7 +161,9 @@ class Problem:
 
 
 def measure(name: str) -> dict[str, object]:
-    """One case in this process: every iteration's seconds, the largest peak, the value that the sides should agree on."""
+    """One case in this process: every iteration's seconds, the largest peak, the value that the
+    sides should agree on.
+    """
     case = CASES[name]
     problem, costs, value = Problem.of(case), [], float("nan")
     for _ in range(ITERATIONS):

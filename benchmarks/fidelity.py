@@ -1,8 +1,11 @@
-"""Do the papers' findings show on the shipped world? `python -m benchmarks.fidelity [--only opd_plus privilege …] [--seeds 3]`.
+"""Do the papers' findings show on the shipped world?
 
-Each experiment is a table of arms; an arm is a function of a seed that gives numbers. Every (arm, seed) is a process of its
-own with one thread, two at a time; results are kept as they come in `results/fidelity.json`, and `--show` prints them as
-mean and 95 % interval over seeds. What an arm needs to say is in its name: nothing is averaged over arms.
+`python -m benchmarks.fidelity [--only opd_plus privilege …] [--seeds 3]`.
+
+Each experiment is a table of arms; an arm is a function of a seed that gives numbers. Every (arm,
+seed) is a process of its own with one thread, two at a time; results are kept as they come in
+`results/fidelity.json`, and `--show` prints them as mean and 95 % interval over seeds. What an arm
+needs to say is in its name: nothing is averaged over arms.
 """
 
 from __future__ import annotations
@@ -32,7 +35,9 @@ Arm = Callable[[int], dict[str, float]]
 
 
 def divergence(seed: int, name: str, stop_gradient: bool, steps: int = 60) -> dict[str, float]:
-    """Sampled-token training with the weight of a divergence, right or with its pathwise half thrown away."""
+    """Sampled-token training with the weight of a divergence, right or with its pathwise half
+    thrown away.
+    """
     student, teacher, task = opd.load("market")
     before = opd.evaluate(student, task)
     method = opd.OPDPlus(name, stop_gradient=stop_gradient)

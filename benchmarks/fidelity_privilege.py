@@ -1,4 +1,6 @@
-"""What a hint does to a student that will have none: routes by the true type of the token, and the privilege illusion."""
+"""What a hint does to a student that will have none: routes by the true type of the token, and the
+privilege illusion.
+"""
 
 from __future__ import annotations
 
@@ -41,7 +43,9 @@ def fixed(task: Task, n: int, seed: int) -> Task:
 
 
 def looked_up(policy: Policy, task: Task, prompts: Sequence[Prompt]) -> dict[str, dict[str, float]]:
-    """By token type on the reference answers: negative log-likelihood (nats), accuracy of the favourite, entropy."""
+    """By token type on the reference answers: negative log-likelihood (nats), accuracy of the
+    favourite, entropy.
+    """
     rollout = rollout_from_texts(policy, prompts, [p.answer or "" for p in prompts])
     numbers = Batch(rollout, {"student": policy}).map(
         lambda rows: {
@@ -60,7 +64,9 @@ def looked_up(policy: Policy, task: Task, prompts: Sequence[Prompt]) -> dict[str
 
 
 def train(seed: int, arm: str) -> dict[str, float]:
-    """Train on few prompts with secret hints; look at the secret symbols of training and of fresh prompts."""
+    """Train on few prompts with secret hints; look at the secret symbols of training and of fresh
+    prompts.
+    """
     student, teacher, task = opd.load("market", secret=True)
     few = fixed(task, PROMPTS, seed)
     told, policies, method = teacher, {}, opd.OPD()

@@ -1,4 +1,6 @@
-"""A teacher that only writes: the scribe, with a tokenizer of characters and another handwriting, through `TextOnly`."""
+"""A teacher that only writes: the scribe, with a tokenizer of characters and another handwriting,
+through `TextOnly`.
+"""
 
 from __future__ import annotations
 
@@ -21,7 +23,9 @@ SIZES: dict[str, Any] = {
 
 
 def omniopd(seed: int, **changes: Any) -> dict[str, float]:
-    """Train on the scribe's texts; mean similarity in the first and last tenth of the steps; what the teacher wrote."""
+    """Train on the scribe's texts; mean similarity in the first and last tenth of the steps; what
+    the teacher wrote.
+    """
     student, _, task = opd.load("market")
     teacher = TextOnly(model("scribe"))
     before = opd.evaluate(student, task)

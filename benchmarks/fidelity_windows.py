@@ -12,9 +12,11 @@ WINDOW, POINTS = 8, 30
 
 
 def alarms(seed: int, secret: bool) -> dict[str, float]:
-    """Window distances after tokens of high, random and low loss (medians), and false-alarm rates, for both window choices.
+    """Window distances after tokens of high, random and low loss (medians), and false-alarm rates,
+    for both window choices.
 
-    high: the two tokens of highest loss in each completion; above 1 nat: those of them that have any loss to speak of. The
+    high: the two tokens of highest loss in each completion; above 1 nat: those of them that have
+        any loss to speak of. The
     last numbers say what kind of token the false alarms above 1 nat are.
     """
     student, teacher, task = opd.load("market", secret=secret)
@@ -45,7 +47,9 @@ def alarms(seed: int, secret: bool) -> dict[str, float]:
 
 
 def correction(seed: int) -> dict[str, float]:
-    """Mean distance of the student's greedy window to the teacher's at forks: before, and after five updates of each loss."""
+    """Mean distance of the student's greedy window to the teacher's at forks: before, and after
+    five updates of each loss.
+    """
     student, teacher, task = opd.load("market")
     rollout = student.sample(
         task.prompts(256, seed=100 + seed), max_new_tokens=task.max_new_tokens, seed=seed

@@ -1,7 +1,9 @@
-"""Measure opdlab against TRL: `python -m benchmarks.run [--only divergence|step] [--repeats 3] [--name …]`.
+"""Measure opdlab against TRL: `python -m benchmarks.run [--only divergence|step] [--repeats 3]
+[--name …]`.
 
-Every measurement is a process of its own with one thread. Repetitions go around all cases, so that the sides alternate
-and a disturbance of the machine hits all of them. Prints tables and writes every repetition to `results/<name>.json`.
+Every measurement is a process of its own with one thread. Repetitions go around all cases, so that
+the sides alternate and a disturbance of the machine hits all of them. Prints tables and writes
+every repetition to `results/<name>.json`.
 """
 
 from __future__ import annotations
@@ -57,7 +59,8 @@ def ratio(number: Callable[[Results, str], float], weights: str) -> Callable[[Re
     )
 
 
-# What is measured, unit, how, at most; for a CPU. The 1.25 stands for "independent of the number of tokens".
+# What is measured, unit, how, at most; for a CPU. The 1.25 stands for "independent of the number of
+# tokens".
 TARGETS: list[tuple[str, str, Callable[[Results], float], float]] = [
     ("divergence, trainable head", "CPU s", lambda r: best(r, f"{OURS}/trainable/1024"), 1.8),
     ("divergence, trainable head", "MiB", lambda r: peak(r, f"{OURS}/trainable/1024"), 350),
@@ -79,7 +82,9 @@ TARGETS: list[tuple[str, str, Callable[[Results], float], float]] = [
 def main(
     only: Literal["divergence", "step"] | None = None, repeats: int = 3, name: str = ""
 ) -> None:
-    """Run the cases, print the tables, write results/<name>.json (by default, the kind of device and the date)."""
+    """Run the cases, print the tables, write results/<name>.json (by default, the kind of device
+    and the date).
+    """
     console, results = Console(width=110), Results()
     tables: dict[str, Iterable[str]] = {"divergence": divergence.CASES, "step": step.CASES}
     cases = [
@@ -94,7 +99,8 @@ def main(
                 record = one(case, folder)
                 results.setdefault(case, []).append(record)
                 console.print(
-                    f"{i + 1}/{repeats} {case}: {min(record['seconds']):.2f} s, {record['peak_mib']:.0f} MiB",
+                    f"{i + 1}/{repeats} {case}: {min(record['seconds']):.2f} s,"
+                    f" {record['peak_mib']:.0f} MiB",
                     style="dim",
                 )
             path.write_text(
@@ -132,8 +138,10 @@ def about() -> dict[str, Any]:
             "system": platform.system(),
         },
         "seconds": "synchronised wall seconds" if gpu else "CPU seconds of the process, one thread",
-        "versions": {"python": platform.python_version()}
-        | {p: version(p) for p in ("opdlab", "torch", "transformers", "trl", "peft")},
+        "versions": (
+            {"python": platform.python_version()}
+            | {p: version(p) for p in ("opdlab", "torch", "transformers", "trl", "peft")}
+        ),
         "workload": {
             "vocabulary": workload.VOCAB,
             "batch": workload.BATCH,

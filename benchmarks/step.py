@@ -1,7 +1,8 @@
 """A whole training step on both sides: generate, score, learn; all weights of the student, or LoRA.
 
-`opdlab.distill` against `trl.DistillationTrainer`, the reverse KL on the full vocabulary, one update a step, no gradient
-checkpointing. `python -m benchmarks.step CASE TOKENIZER_FOLDER` measures one case and prints a JSON line.
+`opdlab.distill` against `trl.DistillationTrainer`, the reverse KL on the full vocabulary, one
+update a step, no gradient checkpointing. `python -m benchmarks.step CASE TOKENIZER_FOLDER` measures
+one case and prints a JSON line.
 """
 
 from __future__ import annotations
@@ -172,7 +173,9 @@ def trl_side(
 
 
 def measure(name: str, tokenizer: PreTrainedTokenizerFast) -> dict[str, object]:
-    """One case in this process: seconds of every step after the warm-up, and the peak of the whole run above its start."""
+    """One case in this process: seconds of every step after the warm-up, and the peak of the whole
+    run above its start.
+    """
     side, weights = CASES[name]
     prepare = opdlab_side if side == "opdlab" else trl_side
     student, teacher, watch = (

@@ -1,9 +1,11 @@
-"""How fast the views are in a browser, beside CircuitsVis: `python -m benchmarks.viz [--repeats 5] [--sizes 300 1000 10000 30000]`.
+"""How fast the views are in a browser, beside CircuitsVis: `python -m benchmarks.viz [--repeats 5]
+[--sizes 300 1000 10000 30000]`.
 
-Opens pages from files in the Chromium of this machine. `paint` is from the start of the navigation until every token is in
-the page and two frames have passed. Sides alternate; the tables give the best and the median. CircuitsVis is measured where it is
-installed (`pip install --no-deps circuitsvis "importlib-metadata<9" zipp`), with its bundle in the page, as it
-is without a network. Writes every repetition to `results/viz.json`.
+Opens pages from files in the Chromium of this machine. `paint` is from the start of the navigation
+until every token is in the page and two frames have passed. Sides alternate; the tables give the
+best and the median. CircuitsVis is measured where it is installed (`pip install --no-deps
+circuitsvis "importlib-metadata<9" zipp`), with its bundle in the page, as it is without a network.
+Writes every repetition to `results/viz.json`.
 """
 
 from __future__ import annotations
@@ -79,7 +81,9 @@ LINK = """() => {
 
 
 def trace_of(n: int) -> Trace:
-    """One completion of `n` tokens under two policies, each with its own top tokens; seeded, with the shape of a scored text."""
+    """One completion of `n` tokens under two policies, each with its own top tokens; seeded, with
+    the shape of a scored text.
+    """
     rng, rows = np.random.default_rng(0), np.arange(n)
     support = np.argsort(rng.random((n, len(WORDS))), 1)[:, : 2 * TOP]
     data: dict[str, Any] = {
@@ -167,7 +171,9 @@ def measure(browser: Browser, side: str, trace: Trace, folder: Path) -> dict[str
 
 
 def linked(browser: Browser, trace: Trace, folder: Path) -> dict[str, float]:
-    """Two lenses of one text on a page: a click in one until the other has moved, without any kernel."""
+    """Two lenses of one text on a page: a click in one until the other has moved, without any
+    kernel.
+    """
     path = page(
         folder / "two.html",
         title="two",

@@ -1,7 +1,10 @@
-"""The workload that both sides get, built on the spot without any hub, and the gauges that they are measured with.
+"""The workload that both sides get, built on the spot without any hub, and the gauges that they are
+measured with.
 
-A byte-level BPE tokenizer of 32,000 tokens trained on the standard library's own source, and two random models of Llama's
-shape: speed does not depend on what the weights say. Completions are forced to full length, so all sides do equal work.
+A byte-level BPE tokenizer of 32,000 tokens trained on the standard library's own source, and two
+random models of Llama's
+shape: speed does not depend on what the weights say. Completions are forced to full length, so all
+    sides do equal work.
 """
 
 from __future__ import annotations
@@ -51,7 +54,9 @@ def source_text(characters: int = 6_000_000) -> str:
 
 
 def build_tokenizer() -> PreTrainedTokenizerFast:
-    """Trains the tokenizer (seconds); `save_pretrained` and `load_tokenizer` carry it to other processes."""
+    """Trains the tokenizer (seconds); `save_pretrained` and `load_tokenizer` carry it to other
+    processes.
+    """
     bpe = Tokenizer(models.BPE())
     bpe.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     bpe.decoder = decoders.ByteLevel()
@@ -97,7 +102,9 @@ def build_model(
 
 
 def prompts(tokenizer: PreTrainedTokenizerFast, n: int) -> list[str]:
-    """`n` texts of exactly `PROMPT` tokens: windows of the source that survive decoding and encoding again."""
+    """`n` texts of exactly `PROMPT` tokens: windows of the source that survive decoding and
+    encoding again.
+    """
     ids = tokenizer(source_text(PROMPT * n * 40))["input_ids"]
     windows = (
         str(tokenizer.decode(ids[i : i + PROMPT])) for i in range(0, len(ids) - PROMPT, PROMPT)
@@ -109,7 +116,11 @@ def prompts(tokenizer: PreTrainedTokenizerFast, n: int) -> list[str]:
 
 @dataclass
 class Cost:
-    """`seconds`: CPU seconds of this process, or synchronised wall seconds on a GPU. `peak_mib`: memory above the start."""
+    """`seconds`:
+
+    CPU seconds of this process, or synchronised wall seconds on a GPU. `peak_mib`: memory above the
+    start.
+    """
 
     seconds: float = float("nan")
     peak_mib: float = float("nan")
@@ -117,7 +128,10 @@ class Cost:
 
 @contextmanager
 def measured() -> Iterator[Cost]:
-    """Fills in what the block costs once it is over. Memory on a CPU needs Linux with /proc: elsewhere it stays NaN."""
+    """Fills in what the block costs once it is over.
+
+    Memory on a CPU needs Linux with /proc: elsewhere it stays NaN.
+    """
     cost, before, began = Cost(), _reset_peak(), clock()
     yield cost
     cost.seconds = clock() - began
@@ -125,7 +139,9 @@ def measured() -> Iterator[Cost]:
 
 
 def clock() -> float:
-    """Seconds to take differences of: wall on a GPU, CPU time of the process otherwise (other processes do not count)."""
+    """Seconds to take differences of: wall on a GPU, CPU time of the process otherwise (other
+    processes do not count).
+    """
     if device().type == "cpu":
         return time.process_time()
     torch.cuda.synchronize()
@@ -154,6 +170,9 @@ def _peak() -> float:
 
 
 def _status(key: str) -> float:
-    """A line of the process's status in MiB. RssFile is program code read in from libraries: it is left out of memory."""
+    """A line of the process's status in MiB.
+
+    RssFile is program code read in from libraries: it is left out of memory.
+    """
     line = next(line for line in STATUS.read_text().splitlines() if line.startswith(key + ":"))
     return int(line.split()[1]) / 1024

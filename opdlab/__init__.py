@@ -1,7 +1,7 @@
 """opdlab: on-policy distillation of language models, one token at a time.
 
-The names that a notebook uses stand in `__init__.pyi`; each is imported when it is first used, so that the command line
-need not wait for PyTorch.
+The names that a notebook uses stand in `__init__.pyi`; each is imported when it is first used, so
+that the command line need not wait for PyTorch.
 """
 
 import lazy_loader

@@ -1,4 +1,7 @@
-"""The errors that opdlab raises on purpose. Each message says what is wrong, with the values, and then what to do."""
+"""The errors that opdlab raises on purpose.
+
+Each message says what is wrong, with the values, and then what to do.
+"""
 
 
 class OpdlabError(Exception):
@@ -18,7 +21,9 @@ class UnknownOption(InvalidValue, TypeError):
 
 
 class TokenizerMismatch(OpdlabError):
-    """Teacher and student do not speak the same tokens, or a tokenizer has tokens that its model lacks."""
+    """Teacher and student do not speak the same tokens, or a tokenizer has tokens that its model
+    lacks.
+    """
 
 
 class ContextTooLong(OpdlabError):

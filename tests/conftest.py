@@ -1,4 +1,6 @@
-"""Tiny real models and tokenizers that all tests share: random weights, sharp distributions, built in milliseconds."""
+"""Tiny real models and tokenizers that all tests share: random weights, sharp distributions, built
+in milliseconds.
+"""
 
 from __future__ import annotations
 
@@ -19,13 +21,18 @@ torch.set_num_threads(
     1
 )  # tiny tensors: waking a second thread costs more than the work, 30-fold on a busy machine
 
-TEMPLATE = "{% for m in messages %}[{{ m['role'] }}] {{ m['content'] }} {% endfor %}{% if add_generation_prompt %}[assistant]{% endif %}"
+TEMPLATE = (
+    "{% for m in messages %}[{{ m['role'] }}] {{ m['content'] }} {% endfor %}{% if"
+    " add_generation_prompt %}[assistant]{% endif %}"
+)
 
 
 def letters(
     pieces: str = "a b c d e f", template: str = TEMPLATE, pad: str = "[pad]"
 ) -> PreTrainedTokenizerFast:
-    """One token a letter, nine ids for the default pieces besides the roles: small enough to enumerate."""
+    """One token a letter, nine ids for the default pieces besides the roles: small enough to
+    enumerate.
+    """
     vocab = ["[pad]", "[eos]", "[unk]", "[system]", "[user]", "[assistant]", *pieces.split()]
     tokenizer = Tokenizer(
         models.WordLevel({piece: i for i, piece in enumerate(vocab)}, unk_token="[unk]")
@@ -67,7 +74,9 @@ def tiny_model(
     dtype: torch.dtype = torch.float32,
     **config: object,
 ):
-    """A random model with two layers of width 32; wide initial weights make its distributions far from uniform."""
+    """A random model with two layers of width 32; wide initial weights make its distributions far
+    from uniform.
+    """
     kind = CONFIG_MAPPING[family]
     sizes = {
         "hidden_size": 32,
@@ -114,7 +123,10 @@ def make_model() -> Callable[..., torch.nn.Module]:
 
 @pytest.fixture(scope="session")
 def make_policy(words) -> Callable[..., Policy]:
-    """Factory of policies on fresh tiny models: `make_policy(seed, tokenizer=…, eos=…, vocab=…, dtype=…, **config)`."""
+    """Factory of policies on fresh tiny models:
+
+    `make_policy(seed, tokenizer=…, eos=…, vocab=…, dtype=…, **config)`.
+    """
 
     def make(
         seed: int = 0, tokenizer=None, eos=None, vocab: int | None = None, **options

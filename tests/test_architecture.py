@@ -68,7 +68,7 @@ def imports_of(name: str) -> set[str]:
 
 
 def floor_of(name: str) -> int:
-    return FLOORS.index(name.split(".")[0])
+    return FLOORS.index(name.split(".", maxsplit=1)[0])
 
 
 def test_every_folder_is_on_one_floor():

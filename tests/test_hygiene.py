@@ -11,17 +11,29 @@ import pytest
 ROOT = Path(__file__).parents[1]
 SOURCES = sorted((ROOT / "opdlab").rglob("*.py"))
 
-# Each module imports only from its own floor and those below (imports inside functions and for typing aside).
+# Each module imports only from its own floor and those below (imports inside functions and for
+# typing aside).
 FLOORS = [
-    "errors progress interrupts intervals validation expect needs written_text writers tensor_files generator divergence",
-    "precision fingerprints tokens alignment vocabulary forward continuation head compatibility "
-    "adapter_layers adapter_options adapted_layers adapters loading weights",
-    "prompt templates same_tokens policy recomputation model_files turns own_teacher rollout settings",
+    (
+        "errors progress interrupts intervals validation expect needs written_text writers"
+        " tensor_files generator divergence"
+    ),
+    (
+        "precision fingerprints tokens alignment vocabulary forward continuation head compatibility"
+        " adapter_layers adapter_options adapted_layers adapters loading weights"
+    ),
+    (
+        "prompt templates same_tokens policy recomputation model_files turns own_teacher rollout"
+        " settings"
+    ),
     "partial loss_contract not_finite rows signals columns batch measures trace preflight",
     "tasks teachers roles trainable profiles",
     "methods",
     "exact estimator",
-    "run_folder run_identity run_differences method_state restoring checkpoint saving trackers evaluate step",
+    (
+        "run_folder run_identity run_differences method_state restoring checkpoint saving trackers"
+        " evaluate step"
+    ),
     "distill resuming snapshots",
     "diagnose",
     "viz notebook bridges",
@@ -52,13 +64,19 @@ def test_floors(path):
         above = {name for name in imports(tree) if floor(name) > floor(module)}
         assert not above, f"{module} imports {above} from above"
     if module == "viz":
-        assert not imports(tree) & {"policy", "rollout", "head", "distill"}, (
-            "viz draws traces and never imports a model"
-        )
+        assert not imports(tree) & {
+            "policy",
+            "rollout",
+            "head",
+            "distill",
+        }, "viz draws traces and never imports a model"
 
 
 def test_nothing_unpickles_or_runs_text():
-    words = r"\bimport pickle\b|torch\.(load|save)\(|(?<!\.)\b(eval|exec)\(|trust_remote_code|yaml\.load\(|innerHTML|document\.write"
+    words = (
+        r"\bimport"
+        r" pickle\b|torch\.(load|save)\(|(?<!\.)\b(eval|exec)\(|trust_remote_code|yaml\.load\(|innerHTML|document\.write"
+    )
     banned = re.compile(words)
     for path in [*SOURCES, *(ROOT / "opdlab").rglob("*.js")]:
         found = [

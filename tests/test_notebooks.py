@@ -17,7 +17,8 @@ from opdlab.notebook.freezing import CHART
 FOLDER = Path(__file__).parents[1] / "notebooks"
 NOTEBOOKS = sorted(FOLDER.glob("*.ipynb"))
 SOLUTION = re.compile(r"<summary>Solution</summary>\s*```python\n(.*?)```\s*</details>", re.DOTALL)
-FOLDED = "import math\n\nimport numpy as np\nimport torch\n\nimport opdlab as opd\n\n"  # before a solution that is folded away
+# before a solution that is folded away
+FOLDED = "import math\n\nimport numpy as np\nimport torch\n\nimport opdlab as opd\n\n"
 
 
 def read(path):

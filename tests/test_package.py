@@ -1,4 +1,6 @@
-"""`import opdlab`: all its names are there, none is imported before it is used, and functions win over modules of their name."""
+"""`import opdlab`: all its names are there, none is imported before it is used, and functions win
+over modules of their name.
+"""
 
 from __future__ import annotations
 
@@ -24,7 +26,8 @@ def test_every_name_is_there():
 def test_the_package_and_its_command_line_wait_for_no_torch():
     assert (
         python(
-            "import sys, opdlab, opdlab.commands.cli, opdlab.errors; print({'torch', 'transformers', 'pandas'} & set(sys.modules))"
+            "import sys, opdlab, opdlab.commands.cli, opdlab.errors; print({'torch',"
+            " 'transformers', 'pandas'} & set(sys.modules))"
         )
         == "set()"
     )
@@ -33,7 +36,8 @@ def test_the_package_and_its_command_line_wait_for_no_torch():
 def test_a_function_is_not_hidden_by_the_module_that_it_is_in():
     assert (
         python(
-            "import opdlab, opdlab.distill, opdlab.evaluate; print(opdlab.training.run.__name__, opdlab.training.evaluation.__name__)"
+            "import opdlab, opdlab.distill, opdlab.evaluate; print(opdlab.training.run.__name__,"
+            " opdlab.training.evaluation.__name__)"
         )
         == "distill evaluate"
     )

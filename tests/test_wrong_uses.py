@@ -1,4 +1,6 @@
-"""Wrong and odd uses: each is understood, or refused before compute in words that name the value and the way out."""
+"""Wrong and odd uses: each is understood, or refused before compute in words that name the value
+and the way out.
+"""
 
 from __future__ import annotations
 
@@ -416,7 +418,10 @@ METHODS = [
     (object(), "an object without a loss trains nothing."),
     (
         3,
-        "distill got 3. Give a loss (a function of rows), a method, as opdlab.OPD(), or the class of one",
+        (
+            "distill got 3. Give a loss (a function of rows), a method, as opdlab.OPD(), or the"
+            " class of one"
+        ),
     ),
     ([OPD()], "distill got [OPD("),
     ({}, "distill got {}."),
@@ -428,7 +433,10 @@ METHODS = [
     (lambda a, b, c: 0, "<lambda> takes a, b, c, but it is called with rows alone."),
     (
         lambda rows, batch: 0,
-        "<lambda> takes rows, batch, but it is called with rows alone. Write it as a function of one argument",
+        (
+            "<lambda> takes rows, batch, but it is called with rows alone. Write it as a function"
+            " of one argument"
+        ),
     ),
     (lambda *, rows: 0, "but it is called with rows alone."),
     (
@@ -521,7 +529,10 @@ def test_a_model_and_a_policy_are_no_methods(world):
 NEEDS = [
     (
         "teacher.text+hint",
-        "'+hint' and '.text' cannot be combined. Name 'teacher.text', and give distill policies={'teacher.text': …}",
+        (
+            "'+hint' and '.text' cannot be combined. Name 'teacher.text', and give distill"
+            " policies={'teacher.text': …}"
+        ),
     ),
     ("teacher+hint.text", "'+hint' and '.text' cannot be combined."),
     ("teacher+hint.spans", "'+hint' and '.spans' cannot be combined."),
@@ -557,8 +568,9 @@ def test_a_name_that_nobody_gives_is_told_with_what_exists(world):
     loss = opd.method(needs=("techer",))(of_rows)
     refused(
         lambda: world.distill(method=loss),
-        "of_rows needs 'techer', but there is no such policy. Did you mean 'teacher'? There are student, teacher, reference, ema; "
-        "give distill any other by name, policies={'techer': …}.",
+        "of_rows needs 'techer', but there is no such policy. Did you mean 'teacher'? There are"
+        " student, teacher, reference, ema; give distill any other by name,"
+        " policies={'techer': …}.",
         MissingPolicy,
     )
 
@@ -788,7 +800,10 @@ def test_prompts_in_the_wrong_form_are_told_apart(world):
         ("abc", "sample got prompts='abc'."),
         (
             ["a", "b"],
-            "sample got prompts[0]='a'. That is a text, a path or a name. Use Prompt('a') for plain text",
+            (
+                "sample got prompts[0]='a'. That is a text, a path or a name. Use Prompt('a') for"
+                " plain text"
+            ),
         ),
         (None, "sample got prompts=None. Use a list of Prompt objects"),
         (world.task, "That is a task. Ask it for some: task.prompts(8)."),

@@ -1,4 +1,5 @@
-"""Estimators of the KL from one sampled token, and `audit`: which gradient does a loss really train?
+"""Estimators of the KL from one sampled token, and `audit`: which gradient does a loss really
+train?
 
     audit(estimator.as_loss("k3"))           # differentiates k3, an estimate of the reverse KL: this trains the forward KL
     audit(OPDPlus("forward_kl", stop_gradient=True))

@@ -1,8 +1,9 @@
 """`audit`: which gradient does a loss really train?
 
-The loss (or the whole method, with its plan) runs through the engine on every token that a few random, asymmetric students
-could write, each with its exact probability. What comes out is the expected gradient itself, without noise; it is compared
-with the gradients of known divergences, and put to the questions of `checks`.
+The loss (or the whole method, with its plan) runs through the engine on every token that a few
+random, asymmetric students could write, each with its exact probability. What comes out is the
+expected gradient itself, without noise; it is compared with the gradients of known divergences, and
+put to the questions of `checks`.
 """
 
 from __future__ import annotations
@@ -34,13 +35,16 @@ def audit(
     sweep: Mapping[str, Callable[[float], Any]] | None = None,
     seed: Seed = 0,
 ) -> Audit:
-    """What `loss` trains: a function of rows (or of student and teacher log-probs), an `@opdlab.method`, or a method.
+    """What `loss` trains: a function of rows (or of student and teacher log-probs), an
+    `@opdlab.method`, or a method.
 
     needs: the policies that a bare function reads, the teacher by default.
-    forms: c -> the same loss made from f + c (u - 1); known for OPDPlus and the estimates. sweep: name -> (value -> loss), tried at
-    0 and 1 and beside them; known for the alpha and beta among a method's options. A plan sees all texts in one batch, each once,
-    so one that compares texts (means, quantiles) compares all of them. Raises OpdlabError for methods that learn from texts or from
-    a verifier, and whatever the loss itself raises.
+    forms: c -> the same loss made from f + c (u - 1); known for OPDPlus and the estimates. sweep:
+        name -> (value -> loss), tried at
+    0 and 1 and beside them; known for the alpha and beta among a method's options. A plan sees all
+    texts in one batch, each once, so one that compares texts (means, quantiles) compares all of
+    them. Raises OpdlabError for methods that learn from texts or from a verifier, and whatever the
+    loss itself raises.
     """
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # the texts here are short, and a method may say so

@@ -1,4 +1,6 @@
-"""What is wrong with a loss: questions that losses in use have failed, each answered by a sentence or not at all."""
+"""What is wrong with a loss: questions that losses in use have failed, each answered by a sentence
+or not at all.
+"""
 
 from __future__ import annotations
 
@@ -24,16 +26,21 @@ def direction(seen: Seen, best: Match, reads_as: str | None, trains: str | None)
         return {"zero_gradient": "No token's loss has a gradient."}
     if seen.zero:
         return {
-            "zero_gradient": "Its pushes on the tokens of a prefix undo each other in the mean: all of it is noise."
+            "zero_gradient": (
+                "Its pushes on the tokens of a prefix undo each other in the mean: all of it is"
+                " noise."
+            )
         }
     flags = {}
     if best.cosine < 0 and best.divergence != "reverse_minus_forward":
         flags["ascends"] = (
-            f"It goes up the {best.said} (cosine {best.cosine:+.3f}): its minimum is not the target."
+            f"It goes up the {best.said} (cosine {best.cosine:+.3f}): its minimum is not the"
+            " target."
         )
     if reads_as and reads_as != trains:
         flags["value"] = (
-            f"Its value is the {FIXED[reads_as][0]}, and its gradient another: the curve that it logs is not what it trains."
+            f"Its value is the {FIXED[reads_as][0]}, and its gradient another: the curve that it"
+            " logs is not what it trains."
         )
     return flags
 
@@ -46,23 +53,28 @@ def equality(subject: Subject, seen: Seen) -> Flags:
     q, p = descended(subject)
     gap = (p * (p / q).log()).sum().item()
     flags = {
-        "not_zero_at_equality": f"It moves a student that equals its target, up to a reverse KL of {gap:.2f} nats."
+        "not_zero_at_equality": (
+            f"It moves a student that equals its target, up to a reverse KL of {gap:.2f} nats."
+        )
     }
     if drains(arrived, subject):
         fell = p < 0.98 * q
         kept = (p[fell].sum() / q[fell].sum()).item()
         inverse = " (1/e)" if abs(kept - math.exp(-1)) < 0.01 else ""
         flags["leaves_support"] = (
-            f"From the target on, it keeps {kept:.2f}{inverse} of the mass of {int(fell.sum())} tokens and moves the rest to tokens that "
-            "it does not count: a truncated support without its tail."
+            f"From the target on, it keeps {kept:.2f}{inverse} of the mass of {int(fell.sum())}"
+            " tokens and moves the rest to tokens that it does not count: a truncated support"
+            " without its tail."
         )
     return flags
 
 
 def drains(arrived: Seen, subject: Subject) -> bool:
-    """Whether all it does at equality is to lower p(S), S being the likeliest few tokens of every prefix.
+    """Whether all it does at equality is to lower p(S), S being the likeliest few tokens of every
+    prefix.
 
-    The slope of p(S) is p_v (1[v in S] - p(S)) in logit v: over p_v it takes two values, a positive one on S.
+    The slope of p(S) is p_v (1[v in S] - p(S)) in logit v: over p_v it takes two values, a positive
+    one on S.
     """
     p = subject.world(same=True)["student"].logp.exp()
     each = arrived.gradient / p
@@ -74,7 +86,9 @@ def drains(arrived: Seen, subject: Subject) -> bool:
 
 
 def descended(subject: Subject, steps: int = 250) -> tuple[Tensor, Tensor]:
-    """Law `[V]` of the first token before and after Adam on the exact gradient, from a student that equals everybody."""
+    """Law `[V]` of the first token before and after Adam on the exact gradient, from a student that
+    equals everybody.
+    """
     world = subject.world(seed=1, same=True, prompts=1)
     start, leaf = world["student"], world["student"].logits.clone().requires_grad_()
     optimizer = torch.optim.Adam([leaf], lr=0.05)
@@ -118,7 +132,8 @@ def jumps(
             if (at.gradient - near.gradient).norm().item() > 0.05 * max(at.length, near.length):
                 ratio = near.length / at.length if at.length else math.inf
                 said.append(
-                    f"At {name} = {end:g} its gradient is not the limit of those beside, which are {ratio:.2g} times as long."
+                    f"At {name} = {end:g} its gradient is not the limit of those beside, which are"
+                    f" {ratio:.2g} times as long."
                 )
     return {"discontinuous": " ".join(said)} if said else {}
 

@@ -1,4 +1,5 @@
-"""k1, k2, k3: what one token, drawn by the student, says about KL(p || q); as a value, in a reward and as a loss.
+"""k1, k2, k3: what one token, drawn by the student, says about KL(p || q); as a value, in a reward
+and as a loss.
 
 With u = q/p at the token, S = grad log p(token) and p the law of the token:
 
@@ -7,8 +8,8 @@ With u = q/p at the token, S = grad log p(token) and p the law of the token:
     k2        biased, never negative      no first-order signal             grad KL(p || q)
     k3        unbiased, never negative    grad KL(p || q) - grad KL(q || p) grad KL(q || p)
 
-The gradient of E[k] is the sum of the two columns. Sources: http://joschu.net/blog/kl-approx.html for the values, arXiv
-2506.09477 (Tang and Munos), 2510.01555 and 2512.21852 for the gradients.
+The gradient of E[k] is the sum of the two columns. Sources: http://joschu.net/blog/kl-approx.html
+for the values, arXiv 2506.09477 (Tang and Munos), 2510.01555 and 2512.21852 for the gradients.
 """
 
 from __future__ import annotations
@@ -46,7 +47,10 @@ ESTIMATES: dict[str, Value] = {"k1": k1, "k2": k2, "k3": k3}
 
 @dataclass(frozen=True)
 class Estimate:
-    """An estimate of the KL made into a method. `shift` adds c (u - 1), whose mean is zero: k3 is k1 with a shift of 1."""
+    """An estimate of the KL made into a method.
+
+    `shift` adds c (u - 1), whose mean is zero: k3 is k1 with a shift of 1.
+    """
 
     k: str
     use: Literal["reward", "loss"]
@@ -62,14 +66,19 @@ class Estimate:
         )
         if self.k not in ESTIMATES or self.use not in ("reward", "loss"):
             raise InvalidValue(
-                f"There is no estimate {self.k!r} as {self.use!r}. Use {', '.join(ESTIMATES)}, and 'reward' or 'loss'."
+                f"There is no estimate {self.k!r} as {self.use!r}. Use {', '.join(ESTIMATES)}, and"
+                " 'reward' or 'loss'."
             )
 
     def value(self, log_u: Tensor) -> Tensor:
         return ESTIMATES[self.k](log_u) + (self.shift * log_u.expm1() if self.shift else 0)
 
     def loss(self, rows: Rows) -> Tensor:
-        """`[n]`. In the reward the number is held fixed and multiplies the token's own probability ratio (1, with a gradient)."""
+        """`[n]`.
+
+        In the reward the number is held fixed and multiplies the token's own probability ratio (1,
+        with a gradient).
+        """
         value = self.value(rows.logp_of("teacher") - rows.logp)
         return (
             value if self.use == "loss" else (rows.logp - rows.logp.detach()).exp() * value.detach()
@@ -81,7 +90,9 @@ class Estimate:
 
 
 def in_reward(k: str) -> Estimate:
-    """`k` as the price of a sampled token, which is made likelier or less likely by it: no gradient through the number."""
+    """`k` as the price of a sampled token, which is made likelier or less likely by it: no gradient
+    through the number.
+    """
     return Estimate(k, "reward")
 
 

@@ -1,4 +1,6 @@
-"""The gradients that a loss is compared with: divergences whose name and strength are known, and a few other functions."""
+"""The gradients that a loss is compared with: divergences whose name and strength are known, and a
+few other functions.
+"""
 
 from __future__ import annotations
 
@@ -51,9 +53,11 @@ FAMILIES = {  # name: what it is called, its parameter, where the parameter is l
 
 @dataclass(frozen=True)
 class Match:
-    """How a gradient compares with that of one divergence: `cosine`, and the `ratio` of their lengths.
+    """How a gradient compares with that of one divergence: `cosine`, and the `ratio` of their
+    lengths.
 
-    credit: "token" holds fixed where the writer goes, "text" is the gradient of the sum over the text through where it goes.
+    credit: "token" holds fixed where the writer goes, "text" is the gradient of the sum over the
+        text through where it goes.
     """
 
     divergence: str
@@ -73,7 +77,8 @@ def matches(
 ) -> list[Match]:
     """Every known divergence beside a gradient `[X, S, V]`, the closest first.
 
-    targets: what the student may be drawn to, by name. visits: how often somebody else's texts pass each prefix; None where
+    targets: what the student may be drawn to, by name. visits: how often somebody else's texts pass
+        each prefix; None where
     the student writes.
     """
     credits = ("token", "text") if visits is None and student.length > 1 else ("token",)
@@ -127,7 +132,9 @@ def _match(
 def _fitted(
     gradient: Tensor, slope: Callable[[Divergence], Tensor], name: str, target: str, credit: str
 ) -> Match:
-    """The member of a family that comes closest: the best of a grid, then a bounded search around it."""
+    """The member of a family that comes closest: the best of a grid, then a bounded search around
+    it.
+    """
     said, parameter, (low, high) = FAMILIES[name]
 
     def at(x: float) -> Match:

@@ -1,4 +1,6 @@
-"""What is audited, the small world that it is put in, and the one look at it that every check takes."""
+"""What is audited, the small world that it is put in, and the one look at it that every check
+takes.
+"""
 
 from __future__ import annotations
 
@@ -23,9 +25,11 @@ ROUNDING = 1e-13  # a float64 slope of log-probs no longer than this is none
 
 @dataclass(frozen=True)
 class Subject:
-    """A loss with what it needs, who writes, and how long texts must be to show what its plan does (one token without a plan).
+    """A loss with what it needs, who writes, and how long texts must be to show what its plan does
+    (one token without a plan).
 
-    texts: whose they are, in words, where the student does not write. Given answers are taken for the teacher's.
+    texts: whose they are, in words, where the student does not write. Given answers are taken for
+        the teacher's.
     """
 
     method: Any
@@ -53,8 +57,9 @@ class Subject:
 
 @dataclass(frozen=True)
 class Seen:
-    """The expected gradient `[X, S, V]`, the root mean square length of one token's, the mean loss `[X, S]` at every prefix; then
-    losses and slopes token by token."""
+    """The expected gradient `[X, S, V]`, the root mean square length of one token's, the mean loss
+    `[X, S]` at every prefix; then losses and slopes token by token.
+    """
 
     gradient: Tensor
     rms: float
@@ -89,22 +94,28 @@ def see(method: Any, subject: Subject, world: Mapping[str, exact.Table]) -> Seen
 def subject_of(
     loss: Any, needs: Sequence[str] | str | None = None, where: str = "audit"
 ) -> Subject:
-    """What is audited, from whatever `as_method` takes. Raises OpdlabError for what has no expectation over the student's tokens."""
+    """What is audited, from whatever `as_method` takes.
+
+    Raises OpdlabError for what has no expectation over the student's tokens.
+    """
     method: Any = as_method(loss, where, needs)
     name = _name(method)
     share, writer = getattr(method, "on_policy", 1.0), getattr(method, "writer", "teacher")
     if other := [n for n in method.needs if parse_need(n).access is not Access.LOGITS]:
         raise OpdlabError(
-            f"{name} needs {other[0]!r}, which does not grade the student's own tokens, so there is no expectation over them to take. "
-            "Audit methods that need a teacher, a reference or an ema."
+            f"{name} needs {other[0]!r}, which does not grade the student's own tokens, so there is"
+            " no expectation over them to take. Audit methods that need a teacher, a reference or"
+            " an ema."
         )
     if share == 0 and writer not in ("teacher", "answer"):
         raise OpdlabError(
-            f"{name} learns from texts of {' and '.join(writer)} side by side. Audit losses on the texts of one writer."
+            f"{name} learns from texts of {' and '.join(writer)} side by side. Audit losses on the"
+            " texts of one writer."
         )
     if share > 0 and not method.needs:
         raise OpdlabError(
-            f"{name} looks at no other distribution, so there is no divergence to name. Audit methods that need a teacher."
+            f"{name} looks at no other distribution, so there is no divergence to name. Audit"
+            " methods that need a teacher."
         )
     texts = (
         {"teacher": "on the teacher's texts", "answer": "if a teacher wrote the answers"}[writer]

@@ -27,12 +27,14 @@ from opdlab.methods.conversion import as_method
 def what_if(trace: Trace, loss: Callable[[Rows], Tensor]) -> Trace:
     """The same rollout under another loss: new columns `loss`, `grad_norm` and `share`.
 
-    Runs on the kept top tokens plus one bucket for the tail, so an f-divergence reads as a lower bound of the full
-    one (exact where the tails are empty). `grad_norm` is with respect to the logits of that support. `rows.token` is 0
+    Runs on the kept top tokens plus one bucket for the tail, so an f-divergence reads as a lower
+    bound of the full one (exact where the tails are empty). `grad_norm` is with respect to the
+    logits of that support. `rows.token` is 0
     everywhere: the sampled token stands first in the support.
 
     Args:
-        loss: A function of rows, a method or the class of one. Its plan does not run: rows have the trace's plan columns.
+        loss: A function of rows, a method or the class of one. Its plan does not run: rows have the
+            trace's plan columns.
 
     Raises:
         InvalidValue: It is neither a loss nor a method.
@@ -48,7 +50,8 @@ def what_if(trace: Trace, loss: Callable[[Rows], Tensor]) -> Trace:
         )
     if "student_top" not in trace.table.column_names:
         raise OpdlabError(
-            "This trace kept no top tokens of the student. Make it with opdlab.score(rollout, student, …)."
+            "This trace kept no top tokens of the student. Make it with opdlab.score(rollout,"
+            " student, …)."
         )
     known = [name for name in trace.policies if f"{name}_top" in trace.table.column_names]
     logp = {
@@ -73,7 +76,8 @@ def what_if(trace: Trace, loss: Callable[[Rows], Tensor]) -> Trace:
     except UnknownColumn as error:
         if missing := sorted(set(trace.policies) - set(known)):
             raise PartialDistribution(
-                f"{error} The trace has no top tokens of {', '.join(map(repr, missing))}, which gave only some log-probs."
+                f"{error} The trace has no top tokens of {', '.join(map(repr, missing))}, which"
+                " gave only some log-probs."
             ) from None
         raise
     bad = ~(torch.isfinite(value) & torch.isfinite(slope).all(-1))
@@ -81,12 +85,16 @@ def what_if(trace: Trace, loss: Callable[[Rows], Tensor]) -> Trace:
         at = int(bad.nonzero()[0, 0])
         cause = explain(select_rows(rows, torch.tensor([at])))
         raise NonFinite(
-            f"The loss is {value[at].item():.4g} at row {at} of the trace, or its gradient is not finite.{cause}"
+            f"The loss is {value[at].item():.4g} at row {at} of the trace, or its gradient is not"
+            f" finite.{cause}"
         )
     norm = slope.norm(dim=-1).numpy()
     return trace.with_columns(loss=value.detach().numpy(), **gradient_shares(norm))
 
 
 def _with_tail(top: np.ndarray, tail: np.ndarray) -> Tensor:
-    """Log-probs on the kept tokens and the tail, `[n, S + 1]`. Finite, as a policy's are: a repeat or an empty tail has e^-200."""
+    """Log-probs on the kept tokens and the tail, `[n, S + 1]`.
+
+    Finite, as a policy's are: a repeat or an empty tail has e^-200.
+    """
     return torch.cat([torch.tensor(top), torch.tensor(tail).log()[:, None]], -1).clamp_min(-200.0)

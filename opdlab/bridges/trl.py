@@ -1,11 +1,13 @@
-"""An opdlab method inside TRL, unchanged: TRL's data, generation, servers, callbacks and launchers, and your loss.
+"""An opdlab method inside TRL, unchanged: TRL's data, generation, servers, callbacks and launchers,
+and your loss.
 
-    trainer = MethodTrainer(my_loss, model=…, teacher_model=…, args=DistillationConfig(…), train_dataset=…)
-    trainer.train()
+    trainer = MethodTrainer(my_loss, model=…, teacher_model=…, args=DistillationConfig(…),
+    train_dataset=…) trainer.train()
 
-A subclass of `trl.DistillationTrainer` (1.16) that replaces its loss alone. TRL runs the backbones; opdlab's engine runs plan and
-loss on their hidden states, a chunk of tokens at a time, and its gradients are handed back to autograd, so accumulation, mixed
-precision and DDP work as for any loss. Left out: weights that are sharded (FSDP, ZeRO-3), and policies other than the teacher.
+A subclass of `trl.DistillationTrainer` (1.16) that replaces its loss alone. TRL runs the backbones;
+opdlab's engine runs plan and loss on their hidden states, a chunk of tokens at a time, and its
+gradients are handed back to autograd, so accumulation, mixed precision and DDP work as for any
+loss. Left out: weights that are sharded (FSDP, ZeRO-3), and policies other than the teacher.
 """
 
 from __future__ import annotations
@@ -36,15 +38,18 @@ try:
     from trl import DistillationTrainer
 except ImportError as error:
     raise ImportError(
-        "opdlab.bridges.trl needs TRL, which cannot be imported here. Install it: pip install 'opdlab[trl]'."
+        "opdlab.bridges.trl needs TRL, which cannot be imported here. Install it: pip install"
+        " 'opdlab[trl]'."
     ) from error
 
 
 class MethodTrainer(DistillationTrainer):
-    """`trl.DistillationTrainer` with the plan and loss of an opdlab method in place of its divergence (`beta` is not looked at).
+    """`trl.DistillationTrainer` with the plan and loss of an opdlab method in place of its
+    divergence (`beta` is not looked at).
 
-    A plan sees one micro-batch on one device, so what compares texts compares `per_device_train_batch_size` of them. Raises
-    OpdlabError for methods that need more than a teacher that grades, and for a temperature other than 1.
+    A plan sees one micro-batch on one device, so what compares texts compares
+    `per_device_train_batch_size` of them. Raises OpdlabError for methods that need more than a
+    teacher that grades, and for a temperature other than 1.
     """
 
     def __init__(self, method: Any, **arguments: Any) -> None:
@@ -54,7 +59,8 @@ class MethodTrainer(DistillationTrainer):
         super().__init__(**arguments)
         if self.temperature != 1:
             raise OpdlabError(
-                f"TRL's temperature is {self.temperature}, but opdlab's losses see the distributions as they are. Set it to 1."
+                f"TRL's temperature is {self.temperature}, but opdlab's losses see the"
+                " distributions as they are. Set it to 1."
             )
         rows = max(self.processing_class.get_vocab().values()) + 1
         self.heads = {
@@ -63,8 +69,8 @@ class MethodTrainer(DistillationTrainer):
         }
         if self.heads["student"].lora is not None:
             raise OpdlabError(
-                "The student has a LoRA on its output head, to which this bridge hands no gradient. Leave the head out of its "
-                "target_modules, or use opdlab.distill."
+                "The student has a LoRA on its output head, to which this bridge hands no gradient."
+                " Leave the head out of its target_modules, or use opdlab.distill."
             )
 
     def _head(self, model: Any, rows: int) -> Head:
@@ -161,7 +167,9 @@ class MethodTrainer(DistillationTrainer):
         )
 
     def _joined(self, found: Pass, weight: Tensor, hidden: Tensor, head: Head) -> Tensor:
-        """A scalar with the loss's value, and with the gradients that the engine found for the states and for a trainable head."""
+        """A scalar with the loss's value, and with the gradients that the engine found for the
+        states and for a trainable head.
+        """
         own = self.heads["student"]
         known = [
             (own.weight, head.weight.grad),
@@ -184,7 +192,9 @@ class _Graded:
 
 
 def _apart(head: Head) -> Head:
-    """The head on leaves of its own, so that the engine's gradient for it does not go into the model's before backward does."""
+    """The head on leaves of its own, so that the engine's gradient for it does not go into the
+    model's before backward does.
+    """
     weight, bias = (
         None if x is None else x.detach().requires_grad_(x.requires_grad)
         for x in (head.weight, head.bias)
@@ -197,13 +207,16 @@ def _check(method: Method) -> None:
     name = name_of(method)
     if others := [need for need in method.needs if need != "teacher"]:
         raise OpdlabError(
-            f"{name} needs {', '.join(others)}, and TRL's trainer holds a student and a teacher alone. Use opdlab.distill."
+            f"{name} needs {', '.join(others)}, and TRL's trainer holds a student and a teacher"
+            " alone. Use opdlab.distill."
         )
     if not method.needs:
         raise OpdlabError(
-            f"{name} looks at no teacher, which this bridge is for. Use opdlab.distill, or one of TRL's own trainers."
+            f"{name} looks at no teacher, which this bridge is for. Use opdlab.distill, or one of"
+            " TRL's own trainers."
         )
     if getattr(method, "on_policy", 1.0) < 1:
         raise OpdlabError(
-            f"{name} learns from texts of {getattr(method, 'writer', 'others')} too; here the student writes all. Use opdlab.distill."
+            f"{name} learns from texts of {getattr(method, 'writer', 'others')} too; here the"
+            " student writes all. Use opdlab.distill."
         )

@@ -1,4 +1,7 @@
-"""The command line: `opdlab demo`, `opdlab doctor`, `opdlab show`, `opdlab gallery`, `opdlab lab`, `opdlab freeze`."""
+"""The command line:
+
+`opdlab demo`, `opdlab doctor`, `opdlab show`, `opdlab gallery`, `opdlab lab`, `opdlab freeze`.
+"""
 
 from __future__ import annotations
 
@@ -37,14 +40,17 @@ def demo(
     """Distil a student and show what changed: a table here, a page to open.
 
     Args:
-        profile: market (shipped models, CPU), small (SmolLM2-135M, CPU) or gpu (any Hub pair, bf16).
+        profile: market (shipped models, CPU), small (SmolLM2-135M, CPU) or gpu (any Hub pair,
+            bf16).
         student: a shipped model's name, a Hub name or a folder, as the profile has it.
         teacher: likewise.
         steps: updates; the profile's own number by default.
         seed: of prompts, samples and the adapter.
         out: folder for the page and the traces.
-        method: a name of opdlab.methods, as opd, opd-plus, topd, omniopd, grpo; opd by default, omniopd with a server.
-        teacher_url: an OpenAI-compatible server that teaches, as http://127.0.0.1:8000/v1; its key is read from OPDLAB_API_KEY.
+        method: a name of opdlab.methods, as opd, opd-plus, topd, omniopd, grpo; opd by default,
+            omniopd with a server.
+        teacher_url: an OpenAI-compatible server that teaches, as http://127.0.0.1:8000/v1; its key
+            is read from OPDLAB_API_KEY.
         teacher_model: the model's name there; by default what the server says it is.
     """
     from opdlab.commands import demo as job
@@ -100,7 +106,8 @@ def gallery(
     out: Path = Path("runs/gallery"),
     pictures: bool = False,
 ) -> None:
-    """Write a page with every view, on models that run here: a minute on the market, some on SmolLM2.
+    """Write a page with every view, on models that run here: a minute on the market, some on
+    SmolLM2.
 
     Args:
         world: market (shipped models) or small (SmolLM2-135M).
@@ -122,12 +129,16 @@ def doctor(
     k: int = 8,
     seed: int = 0,
 ) -> None:
-    """Before any training: can on-policy distillation work between these two, and if not, why not? Exit code 1 if it cannot.
+    """Before any training: can on-policy distillation work between these two, and if not, why not?
+
+    Exit code 1 if it cannot.
 
     Args:
-        student: student, novice, teacher or scribe (shipped), small (SmolLM2), a folder or a Hub name.
+        student: student, novice, teacher or scribe (shipped), small (SmolLM2), a folder or a Hub
+            name.
         teacher: likewise; "small small" is SmolLM2 with itself, told a rule.
-        task: market, market-secret, rule, gym:NAME or a JSONL file; by default the shipped models' own, else plain questions.
+        task: market, market-secret, rule, gym:NAME or a JSONL file; by default the shipped models'
+            own, else plain questions.
         prompts: how many held-out prompts to ask.
         k: the student's samples of each, for pass@k.
         seed: of prompts and samples.
@@ -178,7 +189,8 @@ def lab(port: int = 8888) -> None:
 def freeze(
     notebooks: Annotated[tuple[Path, ...], tyro.conf.Positional], execute: bool = False
 ) -> None:
-    """Make executed notebooks small and stable for committing: no widgets, no timings, no folders of this machine.
+    """Make executed notebooks small and stable for committing: no widgets, no timings, no folders
+    of this machine.
 
     Args:
         notebooks: the files, changed in place.

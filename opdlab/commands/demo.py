@@ -1,4 +1,6 @@
-"""The main job in one call: evaluate, distil, evaluate again, print a table and write one page to look at."""
+"""The main job in one call: evaluate, distil, evaluate again, print a table and write one page to
+look at.
+"""
 
 from __future__ import annotations
 
@@ -27,7 +29,8 @@ from opdlab.teachers import LogprobServer, TextOnly, TextServer
 from opdlab.training.evaluation import Evaluation, evaluate, paired
 from opdlab.training.run import Run, distill
 
-# What each profile measures: how many held-out prompts, and whether greedily or by one sample each at temperature 1.
+# What each profile measures: how many held-out prompts, and whether greedily or by one sample each
+# at temperature 1.
 PROFILES: dict[str, dict[str, Any]] = {
     "market": {"steps": 60, "prompts": 400, "sampled": False, "score": "right totals"},
     "small": {
@@ -38,7 +41,8 @@ PROFILES: dict[str, dict[str, Any]] = {
     },
     "gpu": {"steps": 100, "prompts": 200, "sampled": False, "score": "right answers"},
 }
-# Sizes that suit the shipped world's answers of 24 tokens: options of a method, and settings of its run.
+# Sizes that suit the shipped world's answers of 24 tokens: options of a method, and settings of its
+# run.
 SIZES: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
     "OmniOPD": (
         {
@@ -52,12 +56,15 @@ SIZES: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
     ),
     "GRPO": ({}, {"batch": 16, "n": 8}),
 }
-ASKED = 48  # held-out prompts that a teacher which only writes is measured on: its answers may cost money
+# held-out prompts that a teacher which only writes is measured on: its answers may cost money
+ASKED = 48
 
 
 @dataclass(frozen=True, eq=False)
 class Seen:
-    """One policy as the demo sees it: its evaluation and, where it writes tokens, what it writes on the probe prompts."""
+    """One policy as the demo sees it: its evaluation and, where it writes tokens, what it writes on
+    the probe prompts.
+    """
 
     evaluation: Evaluation
     rollout: Rollout | None
@@ -81,10 +88,12 @@ def demo(
     teacher_url: str | None = None,
     teacher_model: str | None = None,
 ) -> str:
-    """Run the demo and return its last line: `demo: accuracy BEFORE -> AFTER (teacher T) in S s` (S: seconds of training).
+    """Run the demo and return its last line: `demo: accuracy BEFORE -> AFTER (teacher T) in S s`
+    (S: seconds of training).
 
-    steps, prompts (held out, to measure on) and `settings` (of `distill`) have the profile's own values by default. method: a
-    name of `opdlab.methods`; OPD by default, OmniOPD with a server. teacher_url: an OpenAI-compatible server that teaches instead.
+    steps, prompts (held out, to measure on) and `settings` (of `distill`) have the profile's own
+    values by default. method: a name of `opdlab.methods`; OPD by default, OmniOPD with a server.
+    teacher_url: an OpenAI-compatible server that teaches instead.
     """
     console, plan = Console(), PROFILES.get(profile, PROFILES["market"])
     checked = validate(
@@ -95,7 +104,8 @@ def demo(
     steps, prompts = checked["steps"], checked["prompts"]
     if teacher_model is not None and teacher_url is None:
         raise InvalidValue(
-            f"demo got teacher_model={teacher_model!r} without a server. Give teacher_url as well, or leave it out."
+            f"demo got teacher_model={teacher_model!r} without a server. Give teacher_url as well,"
+            " or leave it out."
         )
     plan = plan | {"prompts": prompts or plan["prompts"]}
     way, sizes = chosen(method or ("omniopd" if teacher_url else "opd"), profile, bool(teacher_url))
@@ -122,7 +132,8 @@ def demo(
     before, best = _look(start, task, plan, "student"), _look_at_teacher(grader, pupil, task, plan)
     fixed = _traced(before, start, grader)
     console.print(
-        f"student {before.accuracy:.2f}, teacher {best.accuracy:.2f} ({plan['score']}); distilling with {type(way).__name__} …"
+        f"student {before.accuracy:.2f}, teacher {best.accuracy:.2f} ({plan['score']}); distilling"
+        f" with {type(way).__name__} …"
     )
     began = time.perf_counter()
     run.train()
@@ -143,16 +154,22 @@ def demo(
     if isinstance(grader, TextServer | LogprobServer):
         service = grader.service if isinstance(grader, TextServer) else grader.text.service
         console.print(
-            f"teacher: {service.budget.spent.requests:,} requests, {service.budget.spent.tokens:,} tokens; answers kept in {out}"
+            f"teacher: {service.budget.spent.requests:,} requests, {service.budget.spent.tokens:,}"
+            f" tokens; answers kept in {out}"
         )
     console.print(f"page: {path}")
-    return f"demo: accuracy {before.accuracy:.2f} -> {after.accuracy:.2f} (teacher {best.accuracy:.2f}) in {seconds:.0f} s"
+    return (
+        f"demo: accuracy {before.accuracy:.2f} -> {after.accuracy:.2f} (teacher"
+        f" {best.accuracy:.2f}) in {seconds:.0f} s"
+    )
 
 
 def chosen(name: str, profile: str = "market", served: bool = False) -> tuple[Any, dict[str, Any]]:
-    """The method of that name (capitals and hyphens do not matter) and the settings that suit it; raises OpdlabError for others.
+    """The method of that name (capitals and hyphens do not matter) and the settings that suit it;
+    raises OpdlabError for others.
 
-    served: where the teacher's log-probs come from a server, OPD compares on as many tokens as that gives.
+    served: where the teacher's log-probs come from a server, OPD compares on as many tokens as that
+        gives.
     """
     kinds = {
         kind: getattr(methods, kind) for kind in methods.__all__ if kind not in ("Method", "method")
@@ -163,7 +180,8 @@ def chosen(name: str, profile: str = "market", served: bool = False) -> tuple[An
     )
     if found is None:
         raise OpdlabError(
-            f"There is no method {name!r}. Use one of {', '.join(sorted(kinds))}; capitals and hyphens do not matter."
+            f"There is no method {name!r}. Use one of {', '.join(sorted(kinds))}; capitals and"
+            " hyphens do not matter."
         )
     options, settings = SIZES.get(found, ({}, {})) if profile == "market" else ({}, {})
     if served and found == "OPD":
@@ -182,7 +200,9 @@ def _look(policy: Policy, task: Task, plan: dict[str, Any], name: str) -> Seen:
 
 
 def _look_at_teacher(teacher: Any, pupil: Policy, task: Task, plan: dict[str, Any]) -> Seen:
-    """As `_look`; of a teacher that is not a local model, or speaks other tokens, the scores of some texts."""
+    """As `_look`; of a teacher that is not a local model, or speaks other tokens, the scores of
+    some texts.
+    """
     if isinstance(teacher, Policy) and _same_tokens(pupil, teacher):
         return _look(teacher, task, plan, "teacher")
     writer = TextOnly(teacher) if isinstance(teacher, Policy) else teacher
@@ -209,7 +229,9 @@ def _same_tokens(pupil: Policy, teacher: Policy) -> bool:
 
 
 def _traced(seen: Seen, pupil: Policy, teacher: Any) -> Trace:
-    """What it wrote under the student and, where that is a local model of the same tokens, the teacher."""
+    """What it wrote under the student and, where that is a local model of the same tokens, the
+    teacher.
+    """
     assert seen.rollout is not None
     return score(
         seen.rollout,
@@ -301,11 +323,17 @@ def _page(
     ]
     if run.last is not None and run.last.notes.get("audits"):
         audit = run.last.notes["audits"][0]
-        told = f"In training: where the teacher was asked to go on, it wrote {', '.join(map(repr, audit['continuations']))} the first time"
+        told = (
+            "In training: where the teacher was asked to go on, it wrote"
+            f" {', '.join(map(repr, audit['continuations']))} the first time"
+        )
         lenses.append(
             (told, viz.TokenLens(run.last.trace(), audit["sample"], channel="similarity"))
         )
-    note = f"{name}: {plan['score']} on {seen[0].evaluation.prompts} held-out prompts; {len(run.rows)} updates of {type(run.method).__name__}."
+    note = (
+        f"{name}: {plan['score']} on {seen[0].evaluation.prompts} held-out prompts; {len(run.rows)}"
+        f" updates of {type(run.method).__name__}."
+    )
     keys = [key for key in ("reverse_kl", "reward", "entropy", "length") if key in run.history]
     curves = viz.curves(run.history, keys=keys)
     return viz.page(

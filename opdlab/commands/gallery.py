@@ -1,4 +1,6 @@
-"""The gallery: every view on the shipped world and on a small real model, and their pictures on request."""
+"""The gallery: every view on the shipped world and on a small real model, and their pictures on
+request.
+"""
 
 from __future__ import annotations
 
@@ -116,7 +118,9 @@ def market(quick: bool = False) -> Scene:
 
 
 def told() -> Trace:
-    """Secret problems under the student, the teacher bare, told the hint, and told another problem's; with DOPD's routes."""
+    """Secret problems under the student, the teacher bare, told the hint, and told another
+    problem's; with DOPD's routes.
+    """
     student, teacher, task = load("market", secret=True)
     prompts = task.prompts(24, split="test")
     other = {
@@ -148,7 +152,9 @@ def told() -> Trace:
 
 
 def small(quick: bool = False) -> Scene:
-    """The views of one scored text, and of a short run, on SmolLM2: real words, a vocabulary of 49,000, byte-level pieces."""
+    """The views of one scored text, and of a short run, on SmolLM2: real words, a vocabulary of
+    49,000, byte-level pieces.
+    """
     student, teacher, task = load("small")
     start, steps = student.frozen(), 1 if quick else 6
     rollout = student.sample(
@@ -191,7 +197,8 @@ def judged(task: Task, rollout: Rollout) -> list[float]:
     """The verifier's word on every text."""
     if task.verify is None:
         raise OpdlabError(
-            f"The task {task.name!r} has no verifier, so its texts have no rewards. Give it verify=."
+            f"The task {task.name!r} has no verifier, so its texts have no rewards. Give it"
+            " verify=."
         )
     return task.scores(rollout.prompts, rollout.texts)
 
@@ -212,7 +219,9 @@ def gallery(
     pictures: bool = False,
     quick: bool = False,
 ) -> Path:
-    """Write `out/<world>.html` with every view; with `pictures`, each in light and dark at 480 and 1200 pixels as well."""
+    """Write `out/<world>.html` with every view; with `pictures`, each in light and dark at 480 and
+    1200 pixels as well.
+    """
     if world not in WORLDS:
         raise OpdlabError(f"There is no gallery of {world!r}. Use {' or '.join(WORLDS)}.")
     views = list(WORLDS[world](quick))

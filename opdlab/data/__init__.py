@@ -1,1 +1,4 @@
-"""What is stored: prompts, rollouts, columns, traces. Nothing here imports a model or transformers."""
+"""What is stored: prompts, rollouts, columns, traces.
+
+Nothing here imports a model or transformers.
+"""

@@ -4,7 +4,8 @@
     theirs    4 | _ | 7_ | = | _8 | 5 |
     spans     4 | _7_=        | _85 |         the same bytes on both sides, each as short as can be
 
-Works on exact bytes, so half a character in a token is no problem. Left out: what either model thinks of the text.
+Works on exact bytes, so half a character in a token is no problem. Left out: what either model
+thinks of the text.
 """
 
 from __future__ import annotations
@@ -21,7 +22,9 @@ from opdlab.errors import OpdlabError
 
 @dataclass(frozen=True)
 class Span:
-    """A shortest piece of text at whose both ends both tokenizers have a boundary: token ranges, and its size in bytes."""
+    """A shortest piece of text at whose both ends both tokenizers have a boundary: token ranges,
+    and its size in bytes.
+    """
 
     ours: range
     theirs: range
@@ -36,8 +39,8 @@ class Span:
 def decode_bytes(tokenizer: Tokenizer, ids: Sequence[int]) -> list[bytes]:
     """The bytes that each token of a completion adds to its text; joined, they are the text.
 
-    Special tokens add nothing. The space that SentencePiece-like tokenizers put before a first piece, and drop when they
-    decode, is no part of the text.
+    Special tokens add nothing. The space that SentencePiece-like tokenizers put before a first
+    piece, and drop when they decode, is no part of the text.
     """
     silent = set(tokenizer.all_special_ids)
     said = [
@@ -52,10 +55,11 @@ def decode_bytes(tokenizer: Tokenizer, ids: Sequence[int]) -> list[bytes]:
 
 
 def spans(ours: Sequence[bytes], theirs: Sequence[bytes]) -> list[Span]:
-    """The finest common refinement of two tokenizations of one text, in order; together they cover all tokens.
+    """The finest common refinement of two tokenizations of one text, in order; together they cover
+    all tokens.
 
-    A token without bytes belongs to the span on its left (at the start, to the first). Raises OpdlabError where the two
-    spell different texts, and there are no spans where the text is empty.
+    A token without bytes belongs to the span on its left (at the start, to the first). Raises
+    OpdlabError where the two spell different texts, and there are no spans where the text is empty.
     """
     mine, other = b"".join(ours), b"".join(theirs)
     if mine != other:
@@ -64,8 +68,9 @@ def spans(ours: Sequence[bytes], theirs: Sequence[bytes]) -> list[Span]:
             min(len(mine), len(other)),
         )
         raise OpdlabError(
-            f"Only two tokenizations of one text can be aligned, but these differ from byte {at} on: {mine[at : at + 20]!r} and "
-            f"{other[at : at + 20]!r}. Tokenize the very text that was written."
+            f"Only two tokenizations of one text can be aligned, but these differ from byte {at}"
+            f" on: {mine[at : at + 20]!r} and {other[at : at + 20]!r}. Tokenize the very text that"
+            " was written."
         )
     ends = [list(accumulate(map(len, pieces))) for pieces in (ours, theirs)]
     cuts = [0, *sorted(set(ends[0]) & set(ends[1]) - {0})]
@@ -75,7 +80,9 @@ def spans(ours: Sequence[bytes], theirs: Sequence[bytes]) -> list[Span]:
 
 
 def one_to_one(found: Iterable[Span]) -> float:
-    """The share of the text's bytes that lie in spans of one token on either side; 1.0 where there is no text."""
+    """The share of the text's bytes that lie in spans of one token on either side; 1.0 where there
+    is no text.
+    """
     found = list(found)
     return (
         sum(s.size for s in found if s.single) / max(sum(s.size for s in found), 1)
@@ -85,23 +92,31 @@ def one_to_one(found: Iterable[Span]) -> float:
 
 
 def nats_per_byte(nats: Iterable[float], texts: Iterable[str]) -> float:
-    """All nats over all UTF-8 bytes: how runs with different tokenizers compare. Nats on an end token count, it has no bytes.
+    """All nats over all UTF-8 bytes: how runs with different tokenizers compare.
 
-    `nats_per_byte(trace.column("teacher_reverse_kl"), trace.meta["texts"])`. Raises OpdlabError where there is no text.
+    Nats on an end token count, it has no bytes.
+
+    `nats_per_byte(trace.column("teacher_reverse_kl"), trace.meta["texts"])`. Raises OpdlabError
+    where there is no text.
     """
     size = sum(len(text.encode()) for text in texts)
     if not size:
         raise OpdlabError(
-            "nats_per_byte got no text, so there are no bytes to divide by. Give the texts that the numbers belong to."
+            "nats_per_byte got no text, so there are no bytes to divide by. Give the texts that the"
+            " numbers belong to."
         )
     return float(sum(nats)) / size
 
 
 def text_of(pieces: Iterable[bytes]) -> str:
-    """The whole characters of some tokens' bytes: a last one that is cut in two is left out, what is no UTF-8 shows as �."""
+    """The whole characters of some tokens' bytes: a last one that is cut in two is left out, what
+    is no UTF-8 shows as �.
+    """
     return codecs.getincrementaldecoder("utf-8")("replace").decode(b"".join(pieces))
 
 
 def starts_character(piece: bytes) -> bool:
-    """Whether a text may be cut before this token: it does not go on with a character that the token before began."""
+    """Whether a text may be cut before this token: it does not go on with a character that the
+    token before began.
+    """
     return not piece or piece[0] & 0xC0 != 0x80

@@ -16,17 +16,20 @@ ROLES = ("system", "developer", "user", "assistant", "tool", "function", "ipytho
 
 @dataclass(frozen=True)
 class Prompt:
-    """What a policy is asked: a plain `text`, or a chat's `messages`, which the tokenizer's own template renders.
+    """What a policy is asked: a plain `text`, or a chat's `messages`, which the tokenizer's own
+    template renders.
 
-    A text is read as it stands, special tokens in it included, so it may be a chat that was rendered before. The context
-    of a policy made with `.seeing()` is put in front of it; give `messages` where it must land inside the chat.
+    A text is read as it stands, special tokens in it included, so it may be a chat that was
+    rendered before. The context of a policy made with `.seeing()` is put in front of it; give
+    `messages` where it must land inside the chat.
 
     Args:
         text: A plain text.
-        messages: A chat, as dicts with `role` and `content`. Contents may be lists of text parts, which are joined.
+        messages: A chat, as dicts with `role` and `content`. Contents may be lists of text parts,
+            which are joined.
         answer: A reference answer, for tasks that have one.
-        hint: Privileged information that only policies made with `.seeing()` read. A list of texts is joined by line
-            breaks; chat messages become a `ChatHint`. An empty hint is none.
+        hint: Privileged information that only policies made with `.seeing()` read. A list of texts
+            is joined by line breaks; chat messages become a `ChatHint`. An empty hint is none.
         id: Names the prompt in traces and errors.
 
     Raises:
@@ -48,7 +51,8 @@ class Prompt:
                     isinstance(one, Mapping) for one in self.text
                 )
                 raise InvalidValue(
-                    f"Prompt got text={shortened(self.text)}. Use a text{', or messages= for a chat' if chat else ''}."
+                    f"Prompt got text={shortened(self.text)}. Use a"
+                    f" text{', or messages= for a chat' if chat else ''}."
                 )
             _check_characters(self.text, "text")
         else:
@@ -65,8 +69,8 @@ class Prompt:
     def with_context(self, context: str) -> Prompt:
         """Put `context` before the prompt.
 
-        A text gets it on a line of its own. A chat gets it in its system message; the messages of a `ChatHint` stand
-        before the chat's own, behind its system message.
+        A text gets it on a line of its own. A chat gets it in its system message; the messages of a
+        `ChatHint` stand before the chat's own, behind its system message.
         """
         told = read_hint(context)
         if told is None:
@@ -89,7 +93,9 @@ class Prompt:
 
 
 class ChatHint(str):
-    """A hint given as chat messages. As a plain text, for prompts that are no chats, it is their contents, one a line.
+    """A hint given as chat messages.
+
+    As a plain text, for prompts that are no chats, it is their contents, one a line.
 
     Attributes:
         messages: The messages, which `Prompt.with_context` puts before those of the student.
@@ -118,14 +124,17 @@ def own_hint(prompt: Prompt) -> Prompt:
 
 
 def name_of(prompt: Prompt, number: int | None = None) -> str:
-    """How an error names a prompt: by its id, else by its number among others, else by its beginning."""
+    """How an error names a prompt: by its id, else by its number among others, else by its
+    beginning.
+    """
     if prompt.id:
         return repr(prompt.id)
     return shortened(prompt.text or prompt.messages) if number is None else str(number)
 
 
 def read_messages(messages: Any, name: str = "messages") -> tuple[dict[str, Any], ...]:
-    """Read chat messages: dicts with a known `role` and a `content` of text, or of text parts, which are joined.
+    """Read chat messages: dicts with a known `role` and a `content` of text, or of text parts,
+    which are joined.
 
     Other entries (`tool_calls`, `name`, …) are kept for the chat template, unless they are None.
 
@@ -134,7 +143,8 @@ def read_messages(messages: Any, name: str = "messages") -> tuple[dict[str, Any]
     """
     if isinstance(messages, (str, bytes, Mapping)) or not isinstance(messages, Iterable):
         raise InvalidValue(
-            f"{name} is {shortened(messages)}. Use a list of messages, as [{{'role': 'user', 'content': '…'}}]."
+            f"{name} is {shortened(messages)}. Use a list of messages, as [{{'role': 'user',"
+            " 'content': '…'}]."
         )
     read = tuple(
         _read_message(message, f"{name}[{number}]") for number, message in enumerate(messages)
@@ -153,7 +163,8 @@ def _read_message(message: Any, name: str) -> dict[str, Any]:
     role = kept.get("role")
     if role is None:
         raise InvalidValue(
-            f"{name} has no role; it has {', '.join(kept) or 'nothing'}. Use a dict with role and content."
+            f"{name} has no role; it has {', '.join(kept) or 'nothing'}. Use a dict with role and"
+            " content."
         )
     if role not in ROLES:
         raise InvalidValue(f"{name} has the role {shortened(role)}. Use one of {', '.join(ROLES)}.")
@@ -167,7 +178,8 @@ def _read_message(message: Any, name: str) -> dict[str, Any]:
 
 
 def read_content(content: Any, name: str) -> str:
-    """Read the content of a message: a text, or parts `{"type": "text", "text": …}`, joined without anything between.
+    """Read the content of a message: a text, or parts `{"type": "text", "text": …}`, joined without
+    anything between.
 
     Raises:
         InvalidValue: It is something else, or has parts that are no text (images, audio).
@@ -184,19 +196,23 @@ def read_content(content: Any, name: str) -> str:
             kind = part.get("type") or "text"
             if kind not in ("text", "input_text", "output_text"):
                 raise InvalidValue(
-                    f"{name}[{number}] is a part of type {shortened(kind)}. Only text can be read; leave it out."
+                    f"{name}[{number}] is a part of type {shortened(kind)}. Only text can be read;"
+                    " leave it out."
                 )
             part = part.get("text")
         if not isinstance(part, str):
             raise InvalidValue(
-                f"{name}[{number}] is {shortened(part)}. Use parts like {{'type': 'text', 'text': '…'}}."
+                f"{name}[{number}] is {shortened(part)}. Use parts like {{'type': 'text', 'text':"
+                " '…'}."
             )
         texts.append(part)
     return "".join(texts)
 
 
 def read_hint(hint: Any) -> str | None:
-    """Read a hint: a text or a number, a list of texts (joined by line breaks), or chat messages. Empty ones are none.
+    """Read a hint: a text or a number, a list of texts (joined by line breaks), or chat messages.
+
+    Empty ones are none.
 
     Raises:
         InvalidValue: It is something else.
@@ -216,7 +232,8 @@ def read_hint(hint: Any) -> str | None:
         hint = str(hint)
     if not isinstance(hint, str | None):
         raise InvalidValue(
-            f"Prompt got hint={shortened(hint)}. Use a text, a list of texts, chat messages, or None."
+            f"Prompt got hint={shortened(hint)}. Use a text, a list of texts, chat messages, or"
+            " None."
         )
     _check_characters(hint or "", "hint")
     return hint if hint and hint.strip() else None
@@ -228,8 +245,9 @@ def _check_characters(text: str, name: str) -> None:
         text.encode()
     except UnicodeEncodeError as error:
         raise InvalidValue(
-            f"{name} holds the lone surrogate U+{ord(text[error.start]):04X} at character {error.start}, which is no text. "
-            "Remove it, or read the file again with the right encoding."
+            f"{name} holds the lone surrogate U+{ord(text[error.start]):04X} at character"
+            f" {error.start}, which is no text. Remove it, or read the file again with the right"
+            " encoding."
         ) from None
 
 

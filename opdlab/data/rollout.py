@@ -14,11 +14,14 @@ from opdlab.data.prompt import Prompt
 
 @dataclass(frozen=True, eq=False)
 class Rollout:
-    """`B` completions, right-padded to `T`. Contains no hint: every policy renders the prompts as it sees them.
+    """`B` completions, right-padded to `T`.
 
-    `ids [B, T]`, `lengths [B]` (the EOS token counts), `logp [B, T]` and `entropy [B, T]` of the policy that wrote it, at
-    temperature 1, in nats; zero in the padding and where a text was not sampled. `finish[b]` is "stop" or "length".
-    `n`: completions of each prompt, which stand in groups of `n` rows; 1 where the prompts have different numbers of them.
+    Contains no hint: every policy renders the prompts as it sees them.
+
+    `ids [B, T]`, `lengths [B]` (the EOS token counts), `logp [B, T]` and `entropy [B, T]` of the
+    policy that wrote it, at temperature 1, in nats; zero in the padding and where a text was not
+    sampled. `finish[b]` is "stop" or "length". `n`: completions of each prompt, which stand in
+    groups of `n` rows; 1 where the prompts have different numbers of them.
     """
 
     prompts: tuple[Prompt, ...]
@@ -36,7 +39,10 @@ class Rollout:
 
     @property
     def mask(self) -> Tensor:
-        """`[B, T]`, true on completion tokens. Made from the lengths, so pad = EOS is no problem."""
+        """`[B, T]`, true on completion tokens.
+
+        Made from the lengths, so pad = EOS is no problem.
+        """
         return torch.arange(self.ids.shape[1], device=self.ids.device) < self.lengths[:, None]
 
     @property
@@ -78,7 +84,10 @@ class Rollout:
 
     def __repr__(self) -> str:
         cut = sum(f == "length" for f in self.finish)
-        return f"Rollout({len(self)} completions, {self.tokens} tokens, {cut} cut off at the length limit)"
+        return (
+            f"Rollout({len(self)} completions, {self.tokens} tokens, {cut} cut off at the length"
+            " limit)"
+        )
 
 
 def concat_rollouts(parts: Sequence[Rollout]) -> Rollout:

@@ -19,7 +19,10 @@ from opdlab.support.validation import (
 
 
 class SamplingOptions(TypedDict, total=False):
-    """The fields of `SamplingConfig` as keyword arguments, for signatures: `**options: Unpack[SamplingOptions]`."""
+    """The fields of `SamplingConfig` as keyword arguments, for signatures:
+
+    `**options: Unpack[SamplingOptions]`.
+    """
 
     max_new_tokens: int
     temperature: float
@@ -34,15 +37,16 @@ class SamplingOptions(TypedDict, total=False):
 class SamplingConfig:
     """How a policy or a server samples texts.
 
-    For on-policy training keep the defaults of `temperature`, `top_p`, `top_k` and `min_p`: other values sample from another
-    distribution than the student's own.
+    For on-policy training keep the defaults of `temperature`, `top_p`, `top_k` and `min_p`: other
+    values sample from another distribution than the student's own.
 
     Attributes:
         max_new_tokens: Length limit, in tokens of whoever writes.
         temperature: Divides the logits; 0 takes the likeliest token.
         top_p: Keep the fewest likeliest tokens that together have this probability.
         top_k: Keep this many likeliest tokens; 0 keeps all.
-        min_p: Keep tokens with at least this share of the likeliest token's probability; 0 keeps all.
+        min_p: Keep tokens with at least this share of the likeliest token's probability; 0 keeps
+            all.
         stop: Texts that end a completion where they occur. The completion keeps them.
         seed: The same seed gives the same texts.
 
@@ -65,7 +69,8 @@ class SamplingConfig:
         validate_fields(self)
         if "" in self.stop:
             raise InvalidValue(
-                "SamplingConfig got an empty text in stop=. It would end every completion at once: leave it out."
+                "SamplingConfig got an empty text in stop=. It would end every completion at once:"
+                " leave it out."
             )
 
     @property

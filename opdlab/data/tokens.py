@@ -1,6 +1,8 @@
-"""Token ids as the exact bytes that they stand for, so that pieces re-join to the text they came from.
+"""Token ids as the exact bytes that they stand for, so that pieces re-join to the text they came
+from.
 
-Decoding one id at a time shows a replacement sign for every byte piece, and joining those is not the text.
+Decoding one id at a time shows a replacement sign for every byte piece, and joining those is not
+the text.
 """
 
 from __future__ import annotations
@@ -27,7 +29,10 @@ _BYTE_PIECE = re.compile(r"<0x([0-9A-Fa-f]{2})>$")
 
 
 def token_bytes(tokenizer: Tokenizer, ids: list[int]) -> list[bytes]:
-    """The bytes of each token. Knows byte-level BPE, SentencePiece-like pieces (`▁`, `<0x0A>`) and plain pieces."""
+    """The bytes of each token.
+
+    Knows byte-level BPE, SentencePiece-like pieces (`▁`, `<0x0A>`) and plain pieces.
+    """
     byte_level = '"ByteLevel"' in _decoder(tokenizer)
     added = {
         *tokenizer.all_special_ids,
@@ -45,8 +50,9 @@ def completion_texts(
 ) -> list[str]:
     """Decode completions to the texts that verifiers and pictures see.
 
-    Only the token that ends a completion is left out. Special tokens within it stay, since tags such as `<answer>` or
-    `<think>` are often added as special tokens, and a verifier looks for them.
+    Only the token that ends a completion is left out. Special tokens within it stay, since tags
+    such as `<answer>` or `<think>` are often added as special tokens, and a verifier looks for
+    them.
 
     Args:
         tokenizer: The tokenizer of the policy that wrote the completions.

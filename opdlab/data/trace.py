@@ -1,7 +1,9 @@
-"""Traces: the permanent record of what was written and how it was graded, one row a token, in Parquet.
+"""Traces: the permanent record of what was written and how it was graded, one row a token, in
+Parquet.
 
-Opens in pandas, polars and DuckDB. The file's metadata holds the prompts, the texts and the bytes of every token id that
-occurs, so a trace can be drawn without the tokenizer. `what_if` asks again under another loss without running a model.
+Opens in pandas, polars and DuckDB. The file's metadata holds the prompts, the texts and the bytes
+of every token id that occurs, so a trace can be drawn without the tokenizer. `what_if` asks again
+under another loss without running a model.
 """
 
 from __future__ import annotations
@@ -31,7 +33,10 @@ _META = b"opdlab"
 
 @dataclass(frozen=True, eq=False)
 class Trace:
-    """`table`: one row a token. `meta`: `prompts`, `texts`, `finish` (a list each, by `sample`), `vocab`, `policies`."""
+    """`table`: one row a token.
+
+    `meta`: `prompts`, `texts`, `finish` (a list each, by `sample`), `vocab`, `policies`.
+    """
 
     table: pa.Table
     meta: dict[str, Any]
@@ -52,7 +57,8 @@ class Trace:
         texts = len(self.meta["texts"])
         if isinstance(i, bool) or not isinstance(i, (int, np.integer)) or not 0 <= i < texts:
             raise OpdlabError(
-                f"The trace has no completion {shortened(i)}; it has {texts}. Use a number from 0 to {texts - 1}."
+                f"The trace has no completion {shortened(i)}; it has {texts}. Use a number from 0"
+                f" to {texts - 1}."
             )
         return Trace(self.table.filter(pa.compute.equal(self.table["sample"], i)), self.meta)
 
@@ -78,7 +84,8 @@ class Trace:
     def with_columns(self, **columns: Any) -> Trace:
         """This trace with columns added or replaced, `[rows]` each.
 
-        Raises InvalidValue for a column that has not one value for each row, or values that no table holds.
+        Raises InvalidValue for a column that has not one value for each row, or values that no
+        table holds.
         """
         table = self.table
         for name, values in columns.items():
@@ -110,7 +117,8 @@ class Trace:
         """
         if not isinstance(path, (str, os.PathLike)):
             raise OpdlabError(
-                f"Trace.load got {shortened(path)}. Give the path of a file that trace.save() wrote."
+                f"Trace.load got {shortened(path)}. Give the path of a file that trace.save()"
+                " wrote."
             )
         try:
             table = pq.read_table(path, page_checksum_verification=True)
@@ -120,12 +128,16 @@ class Trace:
             raise
         except (pa.ArrowException, OSError, KeyError, ValueError, RecursionError) as error:
             raise DamagedFile(
-                f"{path} is not an opdlab trace ({error}). It may be cut short: write it again with trace.save()."
+                f"{path} is not an opdlab trace ({error}). It may be cut short: write it again with"
+                " trace.save()."
             ) from error
         return cls(table, meta)
 
     def __repr__(self) -> str:
-        return f"Trace({len(self)} tokens of {len(self.meta['texts'])} completions under {', '.join(self.policies)})"
+        return (
+            f"Trace({len(self)} tokens of {len(self.meta['texts'])} completions under"
+            f" {', '.join(self.policies)})"
+        )
 
 
 def _column(name: str, values: Any, rows: int) -> pa.Array | pa.ChunkedArray:
@@ -147,11 +159,13 @@ def _column(name: str, values: Any, rows: int) -> pa.Array | pa.ChunkedArray:
         column = values if isinstance(values, (pa.Array, pa.ChunkedArray)) else pa.array(values)
     except (pa.ArrowException, TypeError, ValueError, OverflowError) as error:
         raise InvalidValue(
-            f"with_columns got {name}={shortened(values)}, which a table cannot hold ({error}). {wanted}"
+            f"with_columns got {name}={shortened(values)}, which a table cannot hold ({error})."
+            f" {wanted}"
         ) from None
     if len(column) != rows:
         raise InvalidValue(
-            f"with_columns got {len(column)} values for {name!r}, and the trace has {rows} rows. {wanted}"
+            f"with_columns got {len(column)} values for {name!r}, and the trace has {rows} rows."
+            f" {wanted}"
         )
     return column
 

@@ -10,12 +10,15 @@ Finish = Literal["stop", "length"]
 
 
 class WrittenText(str):
-    """A text that knows whether its writer finished it. It is the plain text wherever a `str` is wanted.
+    """A text that knows whether its writer finished it.
 
-    Teachers return these from `write`. A text that was cut at its length limit is trained on without an EOS token, so that
-    the student does not learn to stop in the middle. Slices and other results of `str` methods are plain strings again, so
-    code that changes a text wraps the result: `WrittenText(text.strip(), text.finish)`. A plain `str` from a teacher of
-    your own counts as finished.
+    It is the plain text wherever a `str` is wanted.
+
+    Teachers return these from `write`. A text that was cut at its length limit is trained on
+    without an EOS token, so that the student does not learn to stop in the middle. Slices and other
+    results of `str` methods are plain strings again, so code that changes a text wraps the result:
+    `WrittenText(text.strip(), text.finish)`. A plain `str` from a teacher of your own counts as
+    finished.
 
     Args:
         text: The text, without the token that ends it.
@@ -36,5 +39,7 @@ class WrittenText(str):
 
 
 def finish_of(text: str) -> Finish:
-    """Return why a teacher's text ends: what a `WrittenText` says; a plain string counts as finished."""
+    """Return why a teacher's text ends: what a `WrittenText` says; a plain string counts as
+    finished.
+    """
     return text.finish if isinstance(text, WrittenText) else "stop"

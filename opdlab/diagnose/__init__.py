@@ -1,4 +1,7 @@
-"""Diagnoses: what a number alone does not say about a distillation. Each result has a `table` and a plain `sentence`."""
+"""Diagnoses: what a number alone does not say about a distillation.
+
+Each result has a `table` and a plain `sentence`.
+"""
 
 from opdlab.diagnose.cost import Cost, cost
 from opdlab.diagnose.doctor import Diagnosis, doctor

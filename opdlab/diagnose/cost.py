@@ -1,13 +1,18 @@
-"""What will a step of OPD cost? Memory from a model of the parts, time from small measurements, both before training.
+"""What will a step of OPD cost?
 
-Memory is counted in tensors (the interpreter and the libraries come on top): weights, adapter or full gradients with AdamW's two
-moments, the key-value cache while writing, and what the backward pass keeps. That last part is not guessed from a formula for one
-architecture: one completion is run with gradients on, the bytes that autograd saves are counted, and scaled to the tokens of a
-micro-batch. Time: one sampled batch of the run's own size for a few tokens, one pass of both models over the rollout at hand and
-one pass of the engine are timed, and scaled by tokens; a backward pass is taken as two forward passes (with LoRA it is less, but
-there the forward pass is slower). Measured on a CPU (market and SmolLM2-135M, LoRA and full): memory from 0 to 12 % too high, time
-within 25 %.
-Left out: several devices, data loading, the optimizer's own time, methods other than OPD.
+Memory from a model of the parts, time from small measurements, both before training.
+
+Memory is counted in tensors (the interpreter and the libraries come on top): weights, adapter or
+full gradients with AdamW's two moments, the key-value cache while writing, and what the backward
+pass keeps. That last part is not guessed from a formula for one
+architecture: one completion is run with gradients on, the bytes that autograd saves are counted,
+    and scaled to the tokens of a
+micro-batch. Time: one sampled batch of the run's own size for a few tokens, one pass of both models
+over the rollout at hand and one pass of the engine are timed, and scaled by tokens; a backward pass
+is taken as two forward passes (with LoRA it is less, but there the forward pass is slower).
+Measured on a CPU (market and SmolLM2-135M, LoRA and full): memory from 0 to 12 % too high, time
+within 25 %. Left out: several devices, data loading, the optimizer's own time, methods other than
+OPD.
 """
 
 from __future__ import annotations
@@ -33,12 +38,16 @@ from opdlab.models.policy import Policy, sample
 from opdlab.training.settings import Settings
 
 ADAM = 3  # gradient and two moments, each as large as what trains
-BUFFERS = 10  # [chunk, V] float32 tensors alive at once in the engine with two policies, counted in a profile
+# [chunk, V] float32 tensors alive at once in the engine with two policies, counted in a profile
+BUFFERS = 10
 
 
 @dataclass(frozen=True, eq=False)
 class Cost:
-    """`memory`: bytes by part. `seconds`: of a step, by part. `available`: bytes that are free on the device."""
+    """`memory`: bytes by part.
+
+    `seconds`: of a step, by part. `available`: bytes that are free on the device.
+    """
 
     memory: dict[str, float]
     seconds: dict[str, float]
@@ -72,8 +81,9 @@ class Cost:
     def sentence(self) -> str:
         parts = ", ".join(f"{name} {value:.2g}" for name, value in self.seconds.items())
         return (
-            f"A step takes about {_size(self.peak)} at its peak ({_size(self.available)} are free; counted from the models' parts) "
-            f"and about {self.step:.2g} s ({parts}; scaled from small measurements)."
+            f"A step takes about {_size(self.peak)} at its peak ({_size(self.available)} are free;"
+            f" counted from the models' parts) and about {self.step:.2g} s ({parts}; scaled from"
+            " small measurements)."
         )
 
     def __str__(self) -> str:
@@ -87,7 +97,9 @@ class Cost:
 
 
 def cost(student: Policy, teacher: Policy, rollout: Rollout, settings: Settings) -> Cost:
-    """Predict a step of OPD with these settings, from a `rollout` of the student's on typical prompts. Trains nothing."""
+    """Predict a step of OPD with these settings, from a `rollout` of the student's on typical
+    prompts. Trains nothing.
+    """
     rows = settings.batch * settings.n
     lengths = rollout.lengths.float()
     prompt = (
@@ -109,7 +121,9 @@ def cost(student: Policy, teacher: Policy, rollout: Rollout, settings: Settings)
 
 
 def available(policy: Policy) -> float:
-    """Bytes that are free on the policy's device; its own weights, being there already, count as free."""
+    """Bytes that are free on the policy's device; its own weights, being there already, count as
+    free.
+    """
     own = _bytes([*policy.weights.model.parameters()])
     if policy.weights.device.type == "cuda":
         return float(torch.cuda.mem_get_info(policy.weights.device)[0]) + own
@@ -118,7 +132,9 @@ def available(policy: Policy) -> float:
 
 @dataclass(frozen=True)
 class _Sizes:
-    """Completions a step and in one backward pass, the longest prompt (student's, teacher's), new tokens (mean, 95th percentile)."""
+    """Completions a step and in one backward pass, the longest prompt (student's, teacher's), new
+    tokens (mean, 95th percentile).
+    """
 
     rows: int
     micro: int
@@ -162,7 +178,9 @@ def _memory(
 
 
 def _saved(policy: Policy, rollout: Rollout) -> float:
-    """Bytes that autograd keeps for one token of a backward pass, counted on the longest completion at hand."""
+    """Bytes that autograd keeps for one token of a backward pass, counted on the longest completion
+    at hand.
+    """
     row = rollout.rows([int(rollout.lengths.argmax())])
     model = policy.weights.model
     own = {p.untyped_storage().data_ptr() for p in model.parameters()}
@@ -193,14 +211,18 @@ def _saved(policy: Policy, rollout: Rollout) -> float:
 
 
 def _lora_saves(linear: list[tuple[int, int, int]], settings: Settings) -> float:
-    """Bytes a token that adapters add: rank numbers a layer, and a float32 copy of the input where the weights are narrower."""
+    """Bytes a token that adapters add: rank numbers a layer, and a float32 copy of the input where
+    the weights are narrower.
+    """
     if settings.lora is None:
         return 0.0
     return sum(4 * settings.lora + (4 * inputs if size < 4 else 0) for inputs, _, size in linear)
 
 
 def _linear(policy: Policy) -> list[tuple[int, int, int]]:
-    """Inputs, outputs and bytes a weight of every linear layer but the head: those that get an adapter."""
+    """Inputs, outputs and bytes a weight of every linear layer but the head: those that get an
+    adapter.
+    """
     model = policy.weights.model
     head = model.get_output_embeddings()
     named = [
@@ -226,7 +248,9 @@ def _cache(policy: Policy) -> float:
 def _seconds(
     student: Policy, teacher: Policy, rollout: Rollout, settings: Settings, sizes: _Sizes
 ) -> dict[str, float]:
-    """Seconds of writing, grading (the teacher's pass) and learning (the student's passes and the engine)."""
+    """Seconds of writing, grading (the teacher's pass) and learning (the student's passes and the
+    engine).
+    """
     asked = (list(rollout.prompts[:: rollout.n]) * settings.batch)[: settings.batch]
     write = lambda tokens: _timed(
         lambda: sample(student, asked, settings.n, max_new_tokens=tokens, top_p=settings.top_p),

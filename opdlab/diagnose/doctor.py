@@ -1,10 +1,12 @@
 """Before any training: can on-policy distillation work between these two, and if not, why not?
 
-What it does to find out: it compares tokens, stops, templates and room without running a model, lets the student write `k`
-answers to each of some held-out prompts and the teacher grade them, lets the teacher answer alone and from half of the
-student's text, and predicts what a step will cost. The order and most thresholds are those of the survey's practice notes
-(sections 8.2, 8.6, 8.10); the numbers in `ENOUGH` are opdlab's starting guesses. `stop` is only said of what `distill` would refuse
-or what leaves no signal at all; what makes success unlikely is a `warn` with what to do first.
+What it does to find out: it compares tokens, stops, templates and room without running a model,
+lets the student write `k` answers to each of some held-out prompts and the teacher grade them, lets
+the teacher answer alone and from half of the student's text, and predicts what a step will cost.
+The order and most thresholds are those of the survey's practice notes (sections 8.2, 8.6, 8.10);
+the numbers in `ENOUGH` are opdlab's starting guesses. `stop` is only said of what `distill` would
+refuse or what leaves no signal at all; what makes success unlikely is a `warn` with what to do
+first.
 """
 
 from __future__ import annotations
@@ -53,7 +55,10 @@ PLAIN = tuple(
 
 @dataclass(frozen=True, eq=False)
 class Diagnosis:
-    """`verdict`: go, prepare (do what the warnings say first) or stop. `checks` in order, and what they were read from."""
+    """`verdict`: go, prepare (do what the warnings say first) or stop.
+
+    `checks` in order, and what they were read from.
+    """
 
     checks: tuple[Check, ...]
     templates: Sides | None = None
@@ -118,10 +123,13 @@ def doctor(
     seed: Seed = 0,
     **settings: Any,
 ) -> Diagnosis:
-    """Look at a pair before training it. Trains nothing and raises nothing about the pair: what is wrong is in the result. Raises
+    """Look at a pair before training it.
+
+    Trains nothing and raises nothing about the pair: what is wrong is in the result. Raises
     MissingHint where a hinted teacher meets a prompt without one.
 
-    task: without one, a few plain questions are asked and nothing can be scored. prompts, k: held-out prompts, and the student's
+    task: without one, a few plain questions are asked and nothing can be scored. prompts, k:
+        held-out prompts, and the student's
     samples of each. settings: of the planned `distill`, for the cost.
     """
     expect_teacher(teacher, "doctor")
@@ -168,7 +176,9 @@ def _measure(rows: Any) -> dict[str, torch.Tensor]:
 def _served(
     student: Policy, teacher: Any, prompts: Sequence[Prompt], planned: Settings
 ) -> list[Check]:
-    """A teacher that is no local model: it knows best what it can take, and nothing is asked of it here (it may cost money)."""
+    """A teacher that is no local model: it knows best what it can take, and nothing is asked of it
+    here (it may cost money).
+    """
     grades = hasattr(teacher, "grade")
     checks = [
         Check(
@@ -201,7 +211,10 @@ def _lengths(rollout: Rollout, limit: int) -> Check:
     cut = sum(f == "length" for f in rollout.finish) / len(rollout)
     empty = float((rollout.lengths <= 1).float().mean())
     usual = float(rollout.lengths.float().mean())
-    found = f"{usual:.0f} tokens on average, {cut:.0%} cut off at the limit of {limit} (on {count_distinct(rollout.prompts)} prompts)"
+    found = (
+        f"{usual:.0f} tokens on average, {cut:.0%} cut off at the limit of {limit} (on"
+        f" {count_distinct(rollout.prompts)} prompts)"
+    )
     if not rollout.tokens:
         return Check(name, "stop", "it writes nothing at all, so there is nothing to grade", form)
     if empty > 0.5:
@@ -217,11 +230,13 @@ def _lengths(rollout: Rollout, limit: int) -> Check:
 
 
 def _overlap(found: Overlap, rollout: Rollout, told: bool) -> list[Check]:
-    """Agreement everywhere, where the student stops, and at its first token (where a teacher that is told more may differ)."""
+    """Agreement everywhere, where the student stops, and at its first token (where a teacher that
+    is told more may differ).
+    """
     tokens, m = found.tokens, found.mean
     text = (
-        f"a token is accepted with probability {m['acceptance']:.2f}; the top {found.k} overlap {m['overlap']:.2f} and the teacher's "
-        f"hold {m['student_mass']:.0%} of the student's mass"
+        f"a token is accepted with probability {m['acceptance']:.2f}; the top {found.k} overlap"
+        f" {m['overlap']:.2f} and the teacher's hold {m['student_mass']:.0%} of the student's mass"
     )
     few = m["acceptance"] < ENOUGH["acceptance"]
     checks = [
@@ -237,11 +252,17 @@ def _overlap(found: Overlap, rollout: Rollout, told: bool) -> list[Check]:
     first = tokens.loc[tokens["position"] == 0, "acceptance"].mean()
     if stop < min(ENOUGH["stop"], m["acceptance"] / 2):  # false for nan: no text stops
         text = f"where the student stops, the teacher would accept it with probability {stop:.2f}"
-        remedy = "Lengths may run away: align the stop tokens, or teach the teacher's way of ending first (a short SFT)."
+        remedy = (
+            "Lengths may run away: align the stop tokens, or teach the teacher's way of ending"
+            " first (a short SFT)."
+        )
         checks.append(Check("stopping", "warn", text, remedy))
     if first < min(ENOUGH["first"], m["acceptance"] / 2) and not told:
         text = f"the teacher would accept the student's with probability {first:.2f}"
-        remedy = "One of them expects another form here (a think tag, a system prompt): align what comes before the answer."
+        remedy = (
+            "One of them expects another form here (a think tag, a system prompt): align what comes"
+            " before the answer."
+        )
         checks.append(Check("first token", "warn", text, remedy))
     return checks
 
@@ -282,13 +303,19 @@ def _scores(
 def _student(
     solved: float, mean: float, alone: float, helped: float, k: int, told: bool
 ) -> list[Check]:
-    """Does it ever get there by itself? One that is its own teacher lacks what it is not told, and not a skill."""
+    """Does it ever get there by itself?
+
+    One that is its own teacher lacks what it is not told, and not a skill.
+    """
     found = f"right {mean:.2f} of the time, pass@{k} {solved:.2f}"
     lost = (
         mean < ENOUGH["right"] and helped < alone / 2
     )  # hardly ever right, and what it writes is beyond help
     if (solved < ENOUGH["pass@k"] or lost) and solved < alone and not told:
-        remedy = "It hardly ever gets there by itself, so little of its text can be built on: short SFT on the teacher's texts first."
+        remedy = (
+            "It hardly ever gets there by itself, so little of its text can be built on: short SFT"
+            " on the teacher's texts first."
+        )
         return [Check("student", "warn", found, remedy)]
     return [Check("student", "ok", found + " (its own teacher, told more)" * told)]
 
@@ -313,14 +340,17 @@ def _teacher(mean: float, alone: float, helped: float, half: int) -> list[Check]
                 "teacher",
                 "note",
                 found,
-                "Its grades are worth less the further the student has gone: shorter completions may do.",
+                "Its grades are worth less the further the student has gone: shorter completions"
+                " may do.",
             )
         ]
     return [Check("teacher", "ok", found)]
 
 
 def _ranking(found: Overlap, rollout: Rollout, task: Task) -> list[Check]:
-    """Whether the reward of OPD, sum log T - log S over a text, tells the student's right texts from its wrong ones: AUROC."""
+    """Whether the reward of OPD, sum log T - log S over a text, tells the student's right texts
+    from its wrong ones: AUROC.
+    """
     if task.verify is None:
         return []
     right = _right(rollout, task) > 0.5
@@ -341,8 +371,8 @@ def _ranking(found: Overlap, rollout: Rollout, task: Task) -> list[Check]:
         return []
     area = auroc(reward[right], reward[~right])
     text = (
-        f"the teacher ranks a right text of the student's above a wrong one with probability {area:.2f} ({right.sum()} right, "
-        f"{(~right).sum()} wrong)"
+        "the teacher ranks a right text of the student's above a wrong one with probability"
+        f" {area:.2f} ({right.sum()} right, {(~right).sum()} wrong)"
     )
     if area + (area * (1 - area) / fewest) ** 0.5 * 2 < 0.5:
         return [
@@ -350,7 +380,8 @@ def _ranking(found: Overlap, rollout: Rollout, task: Task) -> list[Check]:
                 "grades",
                 "note",
                 text,
-                "They are about something else than the verifier's: look at them in opdlab.viz.TokenLens.",
+                "They are about something else than the verifier's: look at them in"
+                " opdlab.viz.TokenLens.",
             )
         ]
     return [Check("grades", "ok", text)]
@@ -379,7 +410,9 @@ def _right(rollout: Rollout, task: Task) -> np.ndarray:
 
 
 def _room(rollout: Rollout, student: Policy, teacher: Policy) -> float:
-    """How many of its tokens the teacher needs for one of the student's, with a quarter to spare; 1 where tokens are the same."""
+    """How many of its tokens the teacher needs for one of the student's, with a quarter to spare; 1
+    where tokens are the same.
+    """
     if teacher.tokenizer.get_vocab() == student.tokenizer.get_vocab():
         return 1.0
     counts = [

@@ -1,16 +1,19 @@
 """Exposure bias: does the student get worse on its own text, and can the teacher still help there?
 
-Three readings. The excess accumulated error (Arora et al., arXiv 2204.01171; MiniLLM's appendix, arXiv 2306.08543): with p
-the teacher, q the student,
+Three readings. The excess accumulated error (Arora et al., arXiv 2204.01171; MiniLLM's appendix,
+arXiv 2306.08543): with p the teacher, q the student,
 
     R(l)       = sum_{t<=l} E_{y_<t ~ q, y_t ~ p} log p(y_t|y_<t) / q(y_t|y_<t)      on the student's prefixes
     l eps(l)   = sum_{t<=l} E_{y_<t ~ p, y_t ~ p} log p(y_t|y_<t) / q(y_t|y_<t)      on the teacher's
     ExAccErr   = 100 (R(l) - l eps(l)) / (l eps(l))  %
 
-so 0 means that errors do not pile up. The next token is taken in expectation over the teacher's whole distribution, not
-sampled: each term is the forward KL at a prefix. A text that has ended adds nothing to either sum (ours: the definition has
-texts of one length), and l eps(l) is then the KL between the two laws of the first l tokens. Then the KLs by position, and
-the teacher-continuation probe: how often the teacher still gets it right when it goes on from the student's first L tokens.
+so 0 means that errors do not pile up. The next token is taken in expectation over the teacher's
+whole distribution, not
+sampled: each term is the forward KL at a prefix. A text that has ended adds nothing to either sum
+    (ours: the definition has
+texts of one length), and l eps(l) is then the KL between the two laws of the first l tokens. Then
+the KLs by position, and the teacher-continuation probe: how often the teacher still gets it right
+when it goes on from the student's first L tokens.
 """
 
 from __future__ import annotations
@@ -42,10 +45,11 @@ LEAST = 1e-6  # nats: below this an accumulated KL is rounding
 
 @dataclass(frozen=True, eq=False)
 class Exposure:
-    """`table`, one row a position (tokens written so far): `tokens` (student texts still open), `reverse_kl` and `forward_kl` there,
-    `teacher_tokens` and `on_teacher` (the forward KL on the teacher's own prefixes), `excess` (ExAccErr up to and including
-    it, %) with a 95 % bootstrap interval over prompts `low`, `high`. `probe`: see `continuation`; None where nothing can be checked.
-    `prompts`: how many different ones the interval rests on.
+    """`table`, one row a position (tokens written so far): `tokens` (student texts still open),
+    `reverse_kl` and `forward_kl` there, `teacher_tokens` and `on_teacher` (the forward KL on the
+    teacher's own prefixes), `excess` (ExAccErr up to and including it, %) with a 95 % bootstrap
+    interval over prompts `low`, `high`. `probe`: see `continuation`; None where nothing can be
+    checked. `prompts`: how many different ones the interval rests on.
     """
 
     table: pd.DataFrame
@@ -61,16 +65,21 @@ class Exposure:
     def sentence(self) -> str:
         low, high = self.table[["low", "high"]].iloc[-1]
         text = (
-            f"ExAccErr over {len(self.table)} tokens is {self.excess:+.1f} % [{low:+.1f}, {high:+.1f}] ({self.prompts} prompts): "
-            "so much more the student errs on its own prefixes than on the teacher's (0: errors do not pile up)."
+            f"ExAccErr over {len(self.table)} tokens is {self.excess:+.1f} % [{low:+.1f},"
+            f" {high:+.1f}] ({self.prompts} prompts): so much more the student errs on its own"
+            " prefixes than on the teacher's (0: errors do not pile up)."
         )
         if np.isnan(self.excess):
-            text = "On the teacher's prefixes student and teacher agree, so there is no error that could pile up (ExAccErr is undefined)."
+            text = (
+                "On the teacher's prefixes student and teacher agree, so there is no error that"
+                " could pile up (ExAccErr is undefined)."
+            )
         if self.probe is not None and len(self.probe):
             first, last = self.probe.iloc[0], self.probe.iloc[-1]
             text += (
-                f" The teacher scores {first['teacher']:.2f} from the student's first {int(first['length'])} tokens and "
-                f"{last['teacher']:.2f} from its first {int(last['length'])}."
+                f" The teacher scores {first['teacher']:.2f} from the student's first"
+                f" {int(first['length'])} tokens and {last['teacher']:.2f} from its first"
+                f" {int(last['length'])}."
             )
         return text
 
@@ -98,7 +107,8 @@ def exposure(
 ) -> Exposure:
     """All three readings, on `n` answers of each side to each prompt at temperature 1.
 
-    at: lengths L of the probe; by default five from 0 to the student's usual length. Raises TokenizerMismatch.
+    at: lengths L of the probe; by default five from 0 to the student's usual length. Raises
+        TokenizerMismatch.
     """
     for name, policy in (("student", student), ("teacher", teacher)):
         if not isinstance(policy, Table):
@@ -152,12 +162,14 @@ def excess_error(
     resamples: int = 1000,
     clusters: Sequence[Hashable] | None = None,
 ) -> pd.DataFrame:
-    """ExAccErr up to each position, %, from forward KLs `[B, T]` (0 in the padding) on the student's and on the teacher's texts.
+    """ExAccErr up to each position, %, from forward KLs `[B, T]` (0 in the padding) on the
+    student's and on the teacher's texts.
 
-    weight, teacher_weight: probability of each text `[B]`, for laws that are enumerated and not sampled (equal by default; no
-    interval then). group: texts a prompt, resampled together; or `clusters`: what each text was written for, `[B]`, the same in both.
-    Columns `excess`, `low`, `high`; nan where the teacher's own
-    prefixes show no error (`LEAST`).
+    weight, teacher_weight: probability of each text `[B]`, for laws that are enumerated and not
+        sampled (equal by default; no
+    interval then). group: texts a prompt, resampled together; or `clusters`: what each text was
+    written for, `[B]`, the same in both. Columns `excess`, `low`, `high`; nan where the teacher's
+    own prefixes show no error (`LEAST`).
     """
     width = max(on_student.shape[1], on_teacher.shape[1])
     sums = [
@@ -200,11 +212,13 @@ def continuation(
     at: Sequence[int] | None = None,
     room: float = 1.0,
 ) -> pd.DataFrame:
-    """The teacher goes on, greedily, from the first L tokens of each student text that is longer than L.
+    """The teacher goes on, greedily, from the first L tokens of each student text that is longer
+    than L.
 
-    One row a length: `texts` (how many are that long), `teacher` (the verifier's mean score of prefix and continuation) and
-    `student` (of the whole text as the student wrote it). With other tokens, or a teacher that only writes, prefixes are
-    handed over as text. room: the teacher's tokens a token of the task's.
+    One row a length: `texts` (how many are that long), `teacher` (the verifier's mean score of
+    prefix and continuation) and `student` (of the whole text as the student wrote it). With other
+    tokens, or a teacher that only writes, prefixes are handed over as text. room: the teacher's
+    tokens a token of the task's.
     """
     if task.verify is None:
         raise MissingPolicy(

@@ -5,10 +5,11 @@
         for alarm in watch(step):
             print(alarm)
 
-Everything is read off what a step has at hand, so watching runs no model. The acceptance E_{y~p} min(1, q/p) = sum min(p, q)
-needs nothing but the log-probs of the sampled tokens (at temperature 1 and top_p 1). Each signature compares a moving average
-with the run's own beginning. The thresholds of `Limits` are starting guesses: those of section 8.10 of the survey's practice
-notes (length +30 %, cut off above 10 %, entropy under a half) are untested there, the others are ours.
+Everything is read off what a step has at hand, so watching runs no model. The acceptance E_{y~p}
+min(1, q/p) = sum min(p, q) needs nothing but the log-probs of the sampled tokens (at temperature 1
+and top_p 1). Each signature compares a moving average with the run's own beginning. The thresholds
+of `Limits` are starting guesses: those of section 8.10 of the survey's practice notes (length +30
+%, cut off above 10 %, entropy under a half) are untested there, the others are ours.
 """
 
 from __future__ import annotations
@@ -37,9 +38,12 @@ Vitals = dict[str, float]
 class Limits:
     """When alarms go off; all are starting guesses.
 
-    window: steps in a moving average, and in what counts as the beginning. length: growth of the 95th percentile. cut: share cut
-    off at the length limit. repetition: growth of the share of repeated triples of tokens. entropy: share of the beginning's.
-    acceptance: fall of E min(1, q/p). stop, first: acceptance of the student's last and first tokens. accuracy: fall of the
+    window: steps in a moving average, and in what counts as the beginning. length: growth of the
+        95th percentile. cut: share cut
+    off at the length limit. repetition: growth of the share of repeated triples of tokens. entropy:
+    share of the beginning's.
+    acceptance: fall of E min(1, q/p). stop, first: acceptance of the student's last and first
+        tokens. accuracy: fall of the
     held-out accuracy since its peak, at two evaluations in a row.
     """
 
@@ -56,7 +60,9 @@ class Limits:
 
 @dataclass(frozen=True)
 class Alarm:
-    """One signature seen at one step. metric: the number of the run that it was read off, for the curve that shows it."""
+    """One signature seen at one step. metric: the number of the run that it was read off, for the
+    curve that shows it.
+    """
 
     step: int
     signature: str
@@ -70,7 +76,10 @@ class Alarm:
 
 @dataclass(eq=False)
 class Health:
-    """What `health` returns: call it with each step. `alarms` so far, `vitals` (a row a step) and, of the alarms, a `table`."""
+    """What `health` returns: call it with each step.
+
+    `alarms` so far, `vitals` (a row a step) and, of the alarms, a `table`.
+    """
 
     limits: Limits = field(default_factory=Limits)
     alarms: list[Alarm] = field(default_factory=list)
@@ -78,7 +87,10 @@ class Health:
     ringing: set[str] = field(default_factory=set, repr=False)
 
     def __call__(self, step: Step) -> list[Alarm]:
-        """The alarms that this step sets off. A signature is reported once, and again if it comes back after it has gone."""
+        """The alarms that this step sets off.
+
+        A signature is reported once, and again if it comes back after it has gone.
+        """
         return self.note(vitals(step))
 
     def note(self, now: Vitals) -> list[Alarm]:
@@ -107,7 +119,10 @@ class Health:
         if not self.alarms:
             return f"No alarms in {len(self.rows)} steps."
         what = "; ".join(f"{alarm.signature} (step {alarm.step})" for alarm in self.alarms)
-        return f"{len(self.alarms)} alarm{'s' * (len(self.alarms) > 1)} in {len(self.rows)} steps: {what}."
+        return (
+            f"{len(self.alarms)} alarm{'s' * (len(self.alarms) > 1)} in {len(self.rows)} steps:"
+            f" {what}."
+        )
 
     def __str__(self) -> str:
         return "\n".join([self.sentence, *map(str, self.alarms)])
@@ -116,7 +131,9 @@ class Health:
         return render(self.sentence, self.table)
 
     def pair(self, name: str, window: int | None = None) -> tuple[float, float]:
-        """A number at the beginning and now, averaged over the window; nan before there are steps enough, or without it."""
+        """A number at the beginning and now, averaged over the window; nan before there are steps
+        enough, or without it.
+        """
         seen = [row[name] for row in self.rows if not math.isnan(row.get(name, math.nan))]
         w = window or self.limits.window
         if len(seen) < w or math.isnan(self.rows[-1].get(name, math.nan)):
@@ -125,7 +142,10 @@ class Health:
 
 
 def health(run: Run | pd.DataFrame | None = None, limits: Limits | None = None) -> Health:
-    """A watch for a run. What the run (or a `history`) has already done is read first, as far as its history tells."""
+    """A watch for a run.
+
+    What the run (or a `history`) has already done is read first, as far as its history tells.
+    """
     watch = Health(limits or Limits())
     history = (
         run if isinstance(run, pd.DataFrame) else run.history if run is not None else pd.DataFrame()
@@ -138,7 +158,9 @@ def health(run: Run | pd.DataFrame | None = None, limits: Limits | None = None) 
 
 
 def vitals(step: Step) -> Vitals:
-    """A step's numbers: its metrics, and lengths, repetition and acceptances of what the student wrote."""
+    """A step's numbers: its metrics, and lengths, repetition and acceptances of what the student
+    wrote.
+    """
     rollout, columns = step.rollout, step.columns
     own = torch.tensor([w == "student" for w in rollout.writer], device=rollout.ids.device)
     out = {"step": float(step.number), **step.metrics}
@@ -166,7 +188,9 @@ def vitals(step: Step) -> Vitals:
 
 
 def repetition(ids: Tensor, lengths: Tensor) -> Tensor:
-    """`[B]`: the share of a text's triples of tokens that stand in it before; 0 for texts under four tokens. ids `[B, T]`."""
+    """`[B]`: the share of a text's triples of tokens that stand in it before; 0 for texts under
+    four tokens. ids `[B, T]`.
+    """
     if ids.shape[1] < 4:
         return torch.zeros(len(ids), device=ids.device)
     base = int(ids.max()) + 1
@@ -183,7 +207,9 @@ def repetition(ids: Tensor, lengths: Tensor) -> Tensor:
 
 
 def _teacher(step: Step) -> str | None:
-    """The policy that the student is drawn to: a teacher before a hinted or averaged self; a reference is none."""
+    """The policy that the student is drawn to: a teacher before a hinted or averaged self; a
+    reference is none.
+    """
     names = [
         n
         for n in grader_names(step.policies)
@@ -193,7 +219,9 @@ def _teacher(step: Step) -> str | None:
 
 
 def _acceptances(kept: Tensor, rollout: Rollout, mine: Tensor, told: bool) -> Vitals:
-    """E min(1, q/p) over all tokens, the stops, and the first tokens (not where the teacher is told more: it may differ there)."""
+    """E min(1, q/p) over all tokens, the stops, and the first tokens (not where the teacher is told
+    more: it may differ there).
+    """
     out = {"acceptance": float(kept[mine].mean())}
     stopped = torch.tensor([f == "stop" for f in rollout.finish], device=kept.device) & mine[:, 0]
     if bool(stopped.any()):
@@ -210,21 +238,32 @@ def _length(watch: Health) -> str | None:
     limits = watch.limits
     (start, now), (cut_before, cut) = watch.pair("length_p95"), watch.pair("cut")
     if now > max(limits.length * start, start + 4):
-        return f"95 % of the texts were under {start:.0f} tokens at the beginning, and now under {now:.0f}."
+        return (
+            f"95 % of the texts were under {start:.0f} tokens at the beginning, and now under"
+            f" {now:.0f}."
+        )
     if cut > max(limits.cut, cut_before + limits.cut / 2):
-        return f"{cut:.0%} of the texts are cut off at the length limit, {cut_before:.0%} were at the beginning."
+        return (
+            f"{cut:.0%} of the texts are cut off at the length limit, {cut_before:.0%} were at the"
+            " beginning."
+        )
     return None
 
 
 def _repetition(watch: Health) -> str | None:
     start, now = watch.pair("repetition")
     if now > start + watch.limits.repetition:
-        return f"{now:.0%} of the triples of tokens repeat an earlier one in their text, {start:.0%} did at the beginning."
+        return (
+            f"{now:.0%} of the triples of tokens repeat an earlier one in their text, {start:.0%}"
+            " did at the beginning."
+        )
     return None
 
 
 def _entropy(watch: Health) -> str | None:
-    """The student grows sure without coming nearer to the teacher: a student that learns from a sure teacher may."""
+    """The student grows sure without coming nearer to the teacher: a student that learns from a
+    sure teacher may.
+    """
     (start, now), (before, acceptance) = watch.pair("entropy"), watch.pair("acceptance")
     far, near = (
         (1 - before, 1 - acceptance) if not math.isnan(acceptance) else watch.pair("reverse_kl")
@@ -243,7 +282,10 @@ def _entropy(watch: Health) -> str | None:
 def _overlap(watch: Health) -> str | None:
     start, now = watch.pair("acceptance")
     if now < start - watch.limits.acceptance:
-        return f"A token of the student's is accepted by the teacher with probability {now:.2f}, {start:.2f} at the beginning."
+        return (
+            f"A token of the student's is accepted by the teacher with probability {now:.2f},"
+            f" {start:.2f} at the beginning."
+        )
     return None
 
 
@@ -252,9 +294,15 @@ def _mismatch(watch: Health) -> str | None:
         watch.pair(n, 2) for n in ("acceptance", "first_acceptance", "stop_acceptance")
     )
     if stop < watch.limits.stop and stop < everywhere / 2:
-        return f"Where the student stops, the teacher accepts it with probability {stop:.2f} ({everywhere:.2f} elsewhere)."
+        return (
+            f"Where the student stops, the teacher accepts it with probability {stop:.2f}"
+            f" ({everywhere:.2f} elsewhere)."
+        )
     if first < watch.limits.first and first < everywhere / 2:
-        return f"The teacher accepts the student's first token with probability {first:.2f} ({everywhere:.2f} elsewhere)."
+        return (
+            f"The teacher accepts the student's first token with probability {first:.2f}"
+            f" ({everywhere:.2f} elsewhere)."
+        )
     return None
 
 
@@ -268,26 +316,41 @@ def _late(watch: Health) -> str | None:
         return None
     step, best = max(seen[:-2], key=lambda pair: pair[1])
     if max(value for _, value in seen[-2:]) < best - watch.limits.accuracy:
-        return f"Held-out accuracy was {best:.2f} at step {step} and is {seen[-1][1]:.2f}: the peak is behind."
+        return (
+            f"Held-out accuracy was {best:.2f} at step {step} and is {seen[-1][1]:.2f}: the peak is"
+            " behind."
+        )
     return None
 
 
 SIGNATURES: dict[str, tuple[Callable[[Health], str | None], str]] = {
     "length run-away": (
         _length,
-        "Compare stop tokens and templates (opdlab.doctor); let the teacher write a share: OPD(on_policy=0.75).",
+        (
+            "Compare stop tokens and templates (opdlab.doctor); let the teacher write a share:"
+            " OPD(on_policy=0.75)."
+        ),
     ),
     "repetition": (
         _repetition,
-        "Go back to a snapshot (run.at(…)) and lower lr, or let the teacher write a share: OPD(on_policy=0.75).",
+        (
+            "Go back to a snapshot (run.at(…)) and lower lr, or let the teacher write a share:"
+            " OPD(on_policy=0.75)."
+        ),
     ),
     "entropy collapse": (
         _entropy,
-        "Try a divergence that covers the teacher (OPD('jensen_shannon')) or a lower lr, and watch pass@k.",
+        (
+            "Try a divergence that covers the teacher (OPD('jensen_shannon')) or a lower lr, and"
+            " watch pass@k."
+        ),
     ),
     "falling overlap": (
         _overlap,
-        "Lower lr; if it was low from the start, train on the teacher's own texts first (SequenceKD).",
+        (
+            "Lower lr; if it was low from the start, train on the teacher's own texts first"
+            " (SequenceKD)."
+        ),
     ),
     "EOS or template mismatch": (
         _mismatch,

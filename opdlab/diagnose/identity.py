@@ -1,7 +1,10 @@
-"""Do two models speak the same tokens? What can be told without running either: ids, stops, templates, heads, room.
+"""Do two models speak the same tokens?
 
-The same rules as `policy.check_same_tokens`, which refuses a pair at the first difference; here each is looked at by itself and
-nothing is raised, so that all differences of a pair can be read at once.
+What can be told without running either: ids, stops, templates, heads, room.
+
+The same rules as `policy.check_same_tokens`, which refuses a pair at the first difference; here
+each is looked at by itself and nothing is raised, so that all differences of a pair can be read at
+once.
 """
 
 from __future__ import annotations
@@ -14,12 +17,19 @@ from opdlab.data.prompt import Prompt
 from opdlab.models.policy import Policy
 
 State = Literal["ok", "note", "warn", "stop", "none"]
-WRITES = "Use a method that needs only its texts (OmniOPD, SequenceKD), or one that grades the bytes both share (SpanOPD)."
+WRITES = (
+    "Use a method that needs only its texts (OmniOPD, SequenceKD), or one that grades the bytes"
+    " both share (SpanOPD)."
+)
 
 
 @dataclass(frozen=True)
 class Check:
-    """One thing looked at: `ok`; `note`, worth knowing; `warn`, mend this first; `stop`, OPD cannot work; `none`, not looked at."""
+    """One thing looked at:
+
+    `ok`; `note`, worth knowing; `warn`, mend this first; `stop`, OPD cannot work; `none`, not
+    looked at.
+    """
 
     name: str
     state: State
@@ -29,7 +39,9 @@ class Check:
 
 @dataclass(frozen=True)
 class Sides:
-    """One chat as both tokenizers render it, and the first character at which they differ (None: nowhere)."""
+    """One chat as both tokenizers render it, and the first character at which they differ (None:
+    nowhere).
+    """
 
     student: str
     teacher: str
@@ -67,8 +79,9 @@ def tokens(student: Policy, teacher: Policy) -> Check:
     return Check(
         "tokens",
         "stop",
-        f"id {first} is {ours.get(first)!r} in the student and {theirs.get(first)!r} in the teacher; {len(differ)} of "
-        f"{len(ours.keys() | theirs.keys())} ids differ, {shared} strings are in both vocabularies",
+        f"id {first} is {ours.get(first)!r} in the student and {theirs.get(first)!r} in the"
+        f" teacher; {len(differ)} of {len(ours.keys() | theirs.keys())} ids differ, {shared}"
+        " strings are in both vocabularies",
         f"Token by token they cannot be compared. {WRITES}",
     )
 
@@ -98,7 +111,9 @@ def stops(student: Policy, teacher: Policy) -> Check:
 
 
 def sides(student: Policy, teacher: Policy, chat: Sequence[dict[str, str]] = CHAT) -> Sides:
-    """A chat, with what asks for an answer after it, under both templates; a tokenizer without one renders nothing."""
+    """A chat, with what asks for an answer after it, under both templates; a tokenizer without one
+    renders nothing.
+    """
     ours, theirs = (_rendered(policy, chat) for policy in (student, teacher))
     at = next(
         (i for i, (a, b) in enumerate(zip(ours, theirs, strict=False)) if a != b),
@@ -115,12 +130,13 @@ def templates(student: Policy, teacher: Policy, prompts: Sequence[Prompt]) -> Ch
             "template",
             "stop",
             "the prompts are chats and the student's tokenizer has no chat template",
-            "Give prompts as text, or load it with a tokenizer that has one: Policy.load(…, tokenizer=…).",
+            "Give prompts as text, or load it with a tokenizer that has one: Policy.load(…,"
+            " tokenizer=…).",
         )
     if both.at is not None:
         found = (
-            f"from character {both.at} on the student's is {both.student[both.at : both.at + 30]!r} and the teacher's "
-            f"{both.teacher[both.at : both.at + 30]!r}"
+            f"from character {both.at} on the student's is {both.student[both.at : both.at + 30]!r}"
+            f" and the teacher's {both.teacher[both.at : both.at + 30]!r}"
         )
         if tokens(student, teacher).state == "stop":
             return Check("template", "note", f"{found}, each for a vocabulary of its own")
@@ -128,7 +144,8 @@ def templates(student: Policy, teacher: Policy, prompts: Sequence[Prompt]) -> Ch
             "template",
             "stop",
             found,
-            "The teacher would grade texts in a form it never saw. Load it with tokenizer=student.tokenizer, or use the teacher's form.",
+            "The teacher would grade texts in a form it never saw. Load it with"
+            " tokenizer=student.tokenizer, or use the teacher's form.",
         )
     if not both.student:
         return Check("template", "ok", "neither has one; prompts are plain text")
@@ -147,7 +164,8 @@ def heads(student: Policy, teacher: Policy) -> Check:
     return Check(
         "head rows",
         "note",
-        f"{rows[0]} and {rows[1]}, of which {spare[0]} and {spare[1]} stand for no token; they are cut",
+        f"{rows[0]} and {rows[1]}, of which {spare[0]} and {spare[1]} stand for no token; they"
+        " are cut",
     )
 
 
@@ -155,7 +173,10 @@ def contexts(student: Policy, teacher: Policy, prompts: Sequence[Prompt], room: 
     """Does the longest prompt with `room` tokens after it fit both?"""
     longest = [max(map(len, map(policy.encode, prompts))) for policy in (student, teacher)]
     limits = [policy.weights.context_length for policy in (student, teacher)]
-    found = f"prompts of up to {_both(longest)} tokens and {room} to come, in a context of {_both(limits)}"
+    found = (
+        f"prompts of up to {_both(longest)} tokens and {room} to come, in a context of"
+        f" {_both(limits)}"
+    )
     if any(
         limit is not None and n + room > limit for n, limit in zip(longest, limits, strict=True)
     ):

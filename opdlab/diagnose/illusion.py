@@ -1,4 +1,6 @@
-"""The illusion index: how much of what training on hints won stays on the training prompts (opdlab's, after DOPD's account)."""
+"""The illusion index: how much of what training on hints won stays on the training prompts
+(opdlab's, after DOPD's account).
+"""
 
 from __future__ import annotations
 
@@ -17,20 +19,27 @@ LEAST = 0.01  # nats a token: a smaller fall on the training prompts says nothin
 
 @dataclass(frozen=True, eq=False)
 class Illusion:
-    """`table`, by (measurement, type): the falls of KL(T_xp || S_x) since the first measurement and the `index`; nan: undefined."""
+    """`table`, by (measurement, type): the falls of KL(T_xp || S_x) since the first measurement and
+    the `index`; nan: undefined.
+    """
 
     table: pd.DataFrame
 
     @property
     def index(self) -> float:
-        """Of all tokens, at the last measurement: 0, everything transfers; 1, nothing does; above, held-out prompts got worse."""
+        """Of all tokens, at the last measurement: 0, everything transfers; 1, nothing does; above,
+        held-out prompts got worse.
+        """
         return float(self.table["index"].xs(ALL, level="type").iloc[-1])
 
     @property
     def sentence(self) -> str:
         last = self.table.xs(self.table.index[-1][0], level="measurement")
         train, held = last.loc[ALL, ["train_fall", "held_out_fall"]]
-        text = f"KL(T_xp || S_x) fell by {train:.3f} nats a token on training prompts and by {held:.3f} on held-out ones: "
+        text = (
+            f"KL(T_xp || S_x) fell by {train:.3f} nats a token on training prompts and by"
+            f" {held:.3f} on held-out ones: "
+        )
         if np.isnan(self.index):
             return (
                 text
@@ -53,13 +62,15 @@ class Illusion:
 def illusion(train: Sequence[Privilege], held_out: Sequence[Privilege]) -> Illusion:
     """II = 1 - (held-out fall of KL(T_xp || S_x)) / (its fall on training prompts), by token type.
 
-    train, held_out: `privilege` of the same student before, during (as many as you like) and after training, on the prompts it
-    trains on and on others. Undefined (nan) where the training fall is not above `LEAST`: there was nothing to transfer.
+    train, held_out: `privilege` of the same student before, during (as many as you like) and after
+        training, on the prompts it
+    trains on and on others. Undefined (nan) where the training fall is not above `LEAST`: there was
+    nothing to transfer.
     """
     if len(train) != len(held_out) or len(train) < 2:
         raise OpdlabError(
-            f"illusion got {len(train)} measurements on training prompts and {len(held_out)} on held-out ones. Give at least two of "
-            "each, taken at the same moments."
+            f"illusion got {len(train)} measurements on training prompts and {len(held_out)} on"
+            " held-out ones. Give at least two of each, taken at the same moments."
         )
     kls = [[m.table["forward_kl"] for m in series] for series in (train, held_out)]
     parts = {}

@@ -16,10 +16,14 @@ SMALL = "small"
 
 
 def pair(student: str, teacher: str, task: str | None = None) -> tuple[Policy, Policy, Task | None]:
-    """Two models and a task. A name is a shipped model's (student, novice, teacher, scribe), `small`, a folder's or the Hub's.
+    """Two models and a task.
 
-    A folder that is called like a shipped model is `./student`. `small small` is SmolLM2 and the same told a rule. One model given
-    twice is loaded once. task: as `task_named`; by default the world that the names belong to, or none.
+    A name is a shipped model's (student, novice, teacher, scribe), `small`, a folder's or the
+    Hub's.
+
+    A folder that is called like a shipped model is `./student`. `small small` is SmolLM2 and the
+    same told a rule. One model given twice is loaded once. task: as `task_named`; by default the
+    world that the names belong to, or none.
     """
     shipped = [name in MODELS for name in (student, teacher)]
     world = task_named(
@@ -64,6 +68,7 @@ def _model(name: str) -> Policy:
     except (OSError, ValueError) as error:
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise OpdlabError(
-            f"{name!r} is no shipped model ({', '.join((*MODELS, SMALL))}) and could not be loaded as a folder or from the Hub "
-            f"({reason}). Check the name, and the network for a Hub name."
+            f"{name!r} is no shipped model ({', '.join((*MODELS, SMALL))}) and could not be loaded"
+            f" as a folder or from the Hub ({reason}). Check the name, and the network for a Hub"
+            " name."
         ) from error

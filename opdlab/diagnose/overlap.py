@@ -1,9 +1,12 @@
-"""Do student and teacher live in the same place? Agreement of two policies on the student's own prefixes.
+"""Do student and teacher live in the same place?
 
-On-policy distillation only grades what the student writes: where the teacher's tokens hold no mass of the student's, there
-is nothing to pull on. The numbers are those that users of this method watch ("Rethinking OPD", code thunlp/OPD: in runs that
-work the shared tokens carry 97-99 % of the mass), with DistillSpec's acceptance (arXiv 2310.08461). Small vocabularies make
-`overlap` look worse than it is, since most of the top k then have no mass: read the masses and the acceptance there.
+Agreement of two policies on the student's own prefixes.
+
+On-policy distillation only grades what the student writes: where the teacher's tokens hold no mass
+of the student's, there is nothing to pull on. The numbers are those that users of this method watch
+("Rethinking OPD", code thunlp/OPD: in runs that work the shared tokens carry 97-99 % of the mass),
+with DistillSpec's acceptance (arXiv 2310.08461). Small vocabularies make `overlap` look worse than
+it is, since most of the top k then have no mass: read the masses and the acceptance there.
 """
 
 from __future__ import annotations
@@ -31,7 +34,10 @@ NUMBERS = ("overlap", "advantage", "acceptance", "student_mass", "teacher_mass",
 
 @dataclass(frozen=True, eq=False)
 class Overlap:
-    """`tokens`: one row a token with the numbers of `agreement(k)`. `table`: their means by position, with counts."""
+    """`tokens`: one row a token with the numbers of `agreement(k)`.
+
+    `table`: their means by position, with counts.
+    """
 
     k: int
     tokens: pd.DataFrame
@@ -50,16 +56,21 @@ class Overlap:
     def sentence(self) -> str:
         m = self.mean
         return (
-            f"On the student's own prefixes the two share {m['overlap']:.0%} of their top {self.k} tokens; the teacher's hold "
-            f"{m['student_mass']:.1%} of the student's mass and the student's {m['teacher_mass']:.1%} of the teacher's. "
-            f"A token of the student's would be accepted with probability {m['acceptance']:.3f}."
+            f"On the student's own prefixes the two share {m['overlap']:.0%} of their top {self.k}"
+            f" tokens; the teacher's hold {m['student_mass']:.1%} of the student's mass and the"
+            f" student's {m['teacher_mass']:.1%} of the teacher's. A token of the student's would"
+            f" be accepted with probability {m['acceptance']:.3f}."
         )
 
     def __str__(self) -> str:
         return self.sentence
 
     def __repr__(self) -> str:
-        return f"Overlap(k={self.k}, {', '.join(f'{name} {value:.3g}' for name, value in self.mean.items())}, {len(self.tokens)} tokens)"
+        return (
+            f"Overlap(k={self.k},"
+            f" {', '.join(f'{name} {value:.3g}' for name, value in self.mean.items())},"
+            f" {len(self.tokens)} tokens)"
+        )
 
     def _repr_html_(self) -> str:
         return render(self.sentence, self.table)
@@ -77,9 +88,11 @@ def overlap(
     n: Count = 1,
     seed: Seed = 0,
 ) -> Overlap:
-    """Agreement on a `rollout` of the student's, written here if there is none (`n` answers to each of the `prompts`).
+    """Agreement on a `rollout` of the student's, written here if there is none (`n` answers to each
+    of the `prompts`).
 
-    k: how many top tokens of each side are compared (cut to the vocabulary). Raises TokenizerMismatch.
+    k: how many top tokens of each side are compared (cut to the vocabulary). Raises
+        TokenizerMismatch.
     """
     for name, policy in (("student", student), ("teacher", teacher)):
         expect_teacher(policy, "overlap", name)
@@ -92,7 +105,8 @@ def overlap(
 
 
 def agreement(k: int) -> Any:
-    """A function of rows: with p the student, q the teacher and the top k tokens K_p, K_q of each, `[n]` each,
+    """A function of rows: with p the student, q the teacher and the top k tokens K_p, K_q of each,
+    `[n]` each,
 
     overlap        |K_p & K_q| / k
     advantage      sum p' (log q' - log p') over K_p & K_q, both renormalised there: minus a KL, so 0 at best; nan for none

@@ -1,18 +1,21 @@
-"""Where does a hinted teacher's lead come from: what it can do, or what it was told? (section 1 of DOPD, arXiv 2606.30626)
+"""Where does a hinted teacher's lead come from: what it can do, or what it was told? (section 1 of
+DOPD, arXiv 2606.30626)
 
-With T the teacher, S the student, p the hint, on tokens y that the bare student S(.|x) wrote, the total gap
-G = log T(y|x,p) - log S(y|x) telescopes exactly, in two ways:
+With T the teacher, S the student, p the hint, on tokens y that the bare student S(.|x) wrote, the
+total gap G = log T(y|x,p) - log S(y|x) telescopes exactly, in two ways:
 
     G = [log T(y|x,p) - log S(y|x,p)] + [log S(y|x,p) - log S(y|x)]      capability given p + information seen by the student
     G = [log T(y|x,p) - log T(y|x)]   + [log T(y|x)   - log S(y|x)]      information seen by the teacher + capability without p
 
-Their difference is the interaction (large where using the hint takes a skill), their mean the Shapley split. Over whole
-distributions KL(S_x || T_xp) = KL(S_x || S_xp) + E_{y~S_x} log S_xp/T_xp, whose second term may be negative. The paper states the
-problem and uses the first bracket; the two splits, the floor and the illusion index are opdlab's readings of it.
+Their difference is the interaction (large where using the hint takes a skill), their mean the
+Shapley split. Over whole distributions KL(S_x || T_xp) = KL(S_x || S_xp) + E_{y~S_x} log S_xp/T_xp,
+whose second term may be negative. The paper states the problem and uses the first bracket; the two
+splits, the floor and the illusion index are opdlab's readings of it.
 
-No student without the hint can bring E_p KL(T_xp || S_x) under the floor I_T(Y;P|x), the information that the hint gives the
-teacher. `floor` here is KL(T_xp || T_x), which is that number where the teacher without the hint is the average of the teachers
-with it, and more where it is not calibrated; `information_floor` computes it from draws of the hint.
+No student without the hint can bring E_p KL(T_xp || S_x) under the floor I_T(Y;P|x), the
+information that the hint gives the teacher. `floor` here is KL(T_xp || T_x), which is that number
+where the teacher without the hint is the average of the teachers with it, and more where it is not
+calibrated; `information_floor` computes it from draws of the hint.
 """
 
 from __future__ import annotations
@@ -56,11 +59,14 @@ SHOWN = (
 
 @dataclass(frozen=True, eq=False)
 class Privilege:
-    """`tokens`: one row a token, every number of `split`. `table`: means by ground-truth type (all tokens in the row "all").
+    """`tokens`: one row a token, every number of `split`.
 
-    `controls`: what other hints do, by type: how far each kind of hint moves the teacher and the hinted student (forward KL from
-    the same policy without a hint), and the gap under it. `leak`: share of prompts whose rendering for the deployed student
-    changes with the hint; anything but 0 means that the student reads what it will not have.
+    `table`: means by ground-truth type (all tokens in the row "all").
+
+    `controls`: what other hints do, by type: how far each kind of hint moves the teacher and the
+    hinted student (forward KL from the same policy without a hint), and the gap under it. `leak`:
+    share of prompts whose rendering for the deployed student changes with the hint; anything but 0
+    means that the student reads what it will not have.
     """
 
     tokens: pd.DataFrame
@@ -91,9 +97,11 @@ class Privilege:
             else (f"LEAK: for {self.leak:.0%} of the prompts the deployed student reads the hint.")
         )
         return (
-            f"The gap log T(y|x,p) - log S(y|x) is {m['gap']:+.3f} nats a token: capability {m['capability']:+.3f}, information "
-            f"{m['information']:+.3f} (interaction {m['interaction']:+.3f}). KL(T_xp || S_x) is {m['forward_kl']:.3f}; what the hint "
-            f"tells the teacher, {m['floor']:.3f}{under}. DOPD would give the teacher a weight of {m['teacher_weight']:.2f}. {leak}"
+            f"The gap log T(y|x,p) - log S(y|x) is {m['gap']:+.3f} nats a token: capability"
+            f" {m['capability']:+.3f}, information {m['information']:+.3f} (interaction"
+            f" {m['interaction']:+.3f}). KL(T_xp || S_x) is {m['forward_kl']:.3f}; what the hint"
+            f" tells the teacher, {m['floor']:.3f}{under}. DOPD would give the teacher a weight of"
+            f" {m['teacher_weight']:.2f}. {leak}"
         )
 
     def __str__(self) -> str:
@@ -101,7 +109,10 @@ class Privilege:
 
     def __repr__(self) -> str:
         m = self.tokens[["gap", "capability", "information"]].mean()
-        return f"Privilege({', '.join(f'{name} {value:+.3g}' for name, value in m.items())}, {len(self.tokens)} tokens)"
+        return (
+            f"Privilege({', '.join(f'{name} {value:+.3g}' for name, value in m.items())},"
+            f" {len(self.tokens)} tokens)"
+        )
 
     def _repr_html_(self) -> str:
         return render(self.sentence, self.table)
@@ -122,16 +133,20 @@ def privilege(
     controls: Flag = True,
     method: DOPD | None = None,
 ) -> Privilege:
-    """Score T(x), T(x,p), S(x), S(x,p) on a `rollout` of the student's (written here if there is none) and split the gap.
+    """Score T(x), T(x,p), S(x), S(x,p) on a `rollout` of the student's (written here if there is
+    none) and split the gap.
 
-    hint: what the privileged sides are told, as in `Policy.seeing`; by default what the teacher already sees, else each prompt's
-    own hint. controls: also try another prompt's hint (two more passes). method: whose routes and weights count as the
-    teacher's (DOPD's defaults). Raises MissingHint, MissingPolicy, TokenizerMismatch.
+    hint: what the privileged sides are told, as in `Policy.seeing`; by default what the teacher
+        already sees, else each prompt's
+    own hint. controls: also try another prompt's hint (two more passes). method: whose routes and
+    weights count as the teacher's (DOPD's defaults). Raises MissingHint, MissingPolicy,
+    TokenizerMismatch.
     """
     expect_teacher(teacher, "privilege")
     if not isinstance(teacher, Policy):
         raise MissingPolicy(
-            f"privilege tells the teacher hints, and {type(teacher).__name__} takes none. Load it with Policy.load(…)."
+            f"privilege tells the teacher hints, and {type(teacher).__name__} takes none. Load it"
+            " with Policy.load(…)."
         )
     rollout = rollout or write(student, task, prompts, n, seed, split)
     policies = _four(student, teacher, hint)
@@ -154,10 +169,12 @@ def privilege(
 
 
 def split_gap(rows: Rows, limits: tuple[float, float], method: DOPD) -> dict[str, Tensor]:
-    """Everything about a token, `[n]` each, nats. `limits`: the batch means that DOPD routes by (`dopd.thresholds`).
+    """Everything about a token, `[n]` each, nats.
 
-    `teacher_weight`: E_{y~S_x} of the weight with which DOPD would send y to the teacher, exact over the vocabulary; 1 in
-    plain distillation.
+    `limits`: the batch means that DOPD routes by (`dopd.thresholds`).
+
+    `teacher_weight`: E_{y~S_x} of the weight with which DOPD would send y to the teacher, exact
+    over the vocabulary; 1 in plain distillation.
     """
     s, t, tp, sp = (rows[name] for name in ("student", "teacher", "teacher+hint", "student+hint"))
     ls, lt, ltp, lsp = (
@@ -196,13 +213,16 @@ def split_gap(rows: Rows, limits: tuple[float, float], method: DOPD) -> dict[str
 def information_floor(
     teacher: Policy, rollout: Rollout, hints: Sequence[str | Callable[[Prompt], Prompt]]
 ) -> np.ndarray:
-    """I_T(Y;P|x) at every token, `[tokens]`, nats: mean_k KL(T(.|x,p_k) || mean_j T(.|x,p_j)), for equally likely `hints` p_k.
+    """I_T(Y;P|x) at every token, `[tokens]`, nats: mean_k KL(T(.|x,p_k) || mean_j T(.|x,p_j)), for
+    equally likely `hints` p_k.
 
-    The hints are draws of p given x, as in `Policy.seeing`. With few draws it is too low, and never above log K.
+    The hints are draws of p given x, as in `Policy.seeing`. With few draws it is too low, and never
+    above log K.
     """
     if len(hints) < 2:
         raise MissingHint(
-            f"information_floor got {len(hints)} hints. Give at least two draws of what a prompt's hint could be."
+            f"information_floor got {len(hints)} hints. Give at least two draws of what a prompt's"
+            " hint could be."
         )
 
     def information(rows: Rows) -> dict[str, Tensor]:
@@ -227,7 +247,9 @@ def _four(student: Policy, teacher: Policy, hint: Hint) -> dict[str, Policy]:
 
 
 def _controls(rollout: Rollout, policies: dict[str, Policy], tokens: pd.DataFrame) -> pd.DataFrame:
-    """One row a type and kind of hint: its own, another prompt's (where that changes what is read), none."""
+    """One row a type and kind of hint: its own, another prompt's (where that changes what is read),
+    none.
+    """
     others = replace(rollout, prompts=_swapped(rollout.prompts))
     told = policies["teacher+hint"]
     kinds = {"own": rollout, "another's": others, "none": None}
@@ -247,7 +269,9 @@ def _controls(rollout: Rollout, policies: dict[str, Policy], tokens: pd.DataFram
 def _moves(
     rollout: Rollout, hinted: Rollout | None, policies: dict[str, Policy]
 ) -> dict[str, np.ndarray]:
-    """How far the hints of `hinted` (None: no hints) move teacher and student, and the gap that is left, `[tokens]` each."""
+    """How far the hints of `hinted` (None: no hints) move teacher and student, and the gap that is
+    left, `[tokens]` each.
+    """
     bare: dict[str, Any] = {name: policies[name] for name in ("student", "teacher")}
     told: dict[str, Any] = (
         bare

@@ -1,4 +1,6 @@
-"""What all diagnoses begin with: text that the student wrote, graded token by token under some policies."""
+"""What all diagnoses begin with: text that the student wrote, graded token by token under some
+policies.
+"""
 
 from __future__ import annotations
 
@@ -52,7 +54,9 @@ def write(
     split: Split = "test",
     max_new_tokens: int | None = None,
 ) -> Rollout:
-    """`n` completions a prompt at temperature 1, of the task's length unless told otherwise (64 without a task)."""
+    """`n` completions a prompt at temperature 1, of the task's length unless told otherwise (64
+    without a task).
+    """
     length = max_new_tokens or (task.max_new_tokens if task else 64)
     return policy.sample(ask(task, prompts, seed, split), n, max_new_tokens=length, seed=seed)
 
@@ -60,13 +64,15 @@ def write(
 def grade(
     rollout: Rollout, fn: Callable[[Rows], Mapping[str, Tensor]], policies: Mapping[str, Any]
 ) -> dict[str, np.ndarray]:
-    """Per-token numbers `[tokens]` of `fn` on the rows of all `policies` (the first is the student), in constant memory.
+    """Per-token numbers `[tokens]` of `fn` on the rows of all `policies` (the first is the
+    student), in constant memory.
 
     Raises TokenizerMismatch before any model runs, and OpdlabError for a rollout without tokens.
     """
     if not rollout.tokens:
         raise OpdlabError(
-            f"None of the {len(rollout)} completions has a token to grade. Allow more tokens, or mend the student first."
+            f"None of the {len(rollout)} completions has a token to grade. Allow more tokens, or"
+            " mend the student first."
         )
     student = next(iter(policies.values()))
     for name, policy in policies.items():
@@ -80,7 +86,11 @@ def grade(
 def frame(
     rollout: Rollout, columns: Mapping[str, Any], task: Task | None = None, tokenizer: Any = None
 ) -> pd.DataFrame:
-    """One row a token: `sample`, `position`, `token_id`, the `type` where the task knows it ("all" elsewhere), and the columns."""
+    """One row a token:
+
+    `sample`, `position`, `token_id`, the `type` where the task knows it ("all" elsewhere), and the
+    columns.
+    """
     lengths = rollout.lengths.tolist()
     types = (
         task.token_types(rollout, tokenizer)
@@ -99,7 +109,9 @@ def frame(
 
 
 def by_type(tokens: pd.DataFrame, columns: Sequence[str]) -> pd.DataFrame:
-    """Means of the columns over all tokens and by type, the commonest type first, with the count in `tokens`."""
+    """Means of the columns over all tokens and by type, the commonest type first, with the count in
+    `tokens`.
+    """
     parts = [(ALL, tokens), *((name, part) for name, part in tokens.groupby("type") if name != ALL)]
     rows = {name: {"tokens": len(part), **part[list(columns)].mean()} for name, part in parts}
     return (

@@ -1,6 +1,8 @@
-"""A diagnosis for the terminal: the verdict, a table of what was looked at, and two templates side by side if they differ.
+"""A diagnosis for the terminal: the verdict, a table of what was looked at, and two templates side
+by side if they differ.
 
-Everything that comes from a model, a tokenizer or a file is shown as text: no console markup, no control characters.
+Everything that comes from a model, a tokenizer or a file is shown as text: no console markup, no
+control characters.
 """
 
 from __future__ import annotations
@@ -58,7 +60,9 @@ def report(diagnosis: Diagnosis) -> Group:
 
 
 def side_by_side(both: Sides) -> Table:
-    """The same chat under both templates, the first difference marked and everything after it dimmed."""
+    """The same chat under both templates, the first difference marked and everything after it
+    dimmed.
+    """
     table = Table(
         title="the same chat as each of them reads it", title_justify="left", expand=False
     )
@@ -86,5 +90,7 @@ def text(diagnosis: Diagnosis, width: int = 100) -> str:
 
 
 def plain(value: str) -> str:
-    """Printable characters only: a line's end is shown as one, anything else that does not print as a space."""
+    """Printable characters only: a line's end is shown as one, anything else that does not print as
+    a space.
+    """
     return "".join("\u23ce" if c == "\n" else c if c.isprintable() else " " for c in value)

@@ -1,7 +1,8 @@
-"""A rollout under all policies of a method: what `plan` sees, and where the loss pass takes its states from.
+"""A rollout under all policies of a method: what `plan` sees, and where the loss pass takes its
+states from.
 
-Everything is lazy: a method that only asks for rewards runs no model. Batch statistics made here are over the whole
-batch, whatever the micro-batches of the loss pass.
+Everything is lazy: a method that only asks for rewards runs no model. Batch statistics made here
+are over the whole batch, whatever the micro-batches of the loss pass.
 """
 
 from __future__ import annotations
@@ -26,9 +27,11 @@ if TYPE_CHECKING:
 
 
 class Batch:
-    """`rollout` (`B` completions of at most `T` tokens), `policies` by name, the `task` with its verifier, the `step`.
+    """`rollout` (`B` completions of at most `T` tokens), `policies` by name, the `task` with its
+    verifier, the `step`.
 
-    `notes`: what a plan wants remembered beside its columns (texts, say); plain JSON data, kept in the step's trace.
+    `notes`: what a plan wants remembered beside its columns (texts, say); plain JSON data, kept in
+    the step's trace.
     """
 
     def __init__(
@@ -40,7 +43,9 @@ class Batch:
 
     @property
     def distributions(self) -> list[str]:
-        """Names of the policies that grade the student's own tokens (so without `.text` and `.spans`)."""
+        """Names of the policies that grade the student's own tokens (so without `.text` and
+        `.spans`).
+        """
         return [name for name in self.policies if not name.endswith((".text", ".spans"))]
 
     @property
@@ -54,11 +59,14 @@ class Batch:
         return self.rollout.ids[self.mask]
 
     def states(self, name: str) -> States:
-        """Hidden states of one policy on the whole rollout, without gradient; computed once. A teacher that is no local
-        model gives what its `grade(rollout)` returns."""
+        """Hidden states of one policy on the whole rollout, without gradient; computed once.
+
+        A teacher that is no local model gives what its `grade(rollout)` returns.
+        """
         if name not in self.policies:
             raise MissingPolicy(
-                f"There is no policy {name!r} here; there are {', '.join(self.policies)}. Name it in the method's `needs`."
+                f"There is no policy {name!r} here; there are {', '.join(self.policies)}. Name it"
+                " in the method's `needs`."
             )
         if name not in self._states:
             try:
@@ -73,8 +81,8 @@ class Batch:
     def map(self, fn: Callable[[Rows], Any], needs: Sequence[str] | None = None) -> Any:
         """Any function of rows over the whole batch, without gradient and in constant memory.
 
-        `[n, ...]` becomes `[B, T, ...]`, zero in the padding; a dict of tensors becomes a dict. `needs` names the
-        distributions that the rows carry (all policies by default).
+        `[n, ...]` becomes `[B, T, ...]`, zero in the padding; a dict of tensors becomes a dict.
+        `needs` names the distributions that the rows carry (all policies by default).
         """
         states = {name: self.states(name) for name in needs or self.distributions}
         out = compute(fn, states, self.token)
@@ -86,7 +94,10 @@ class Batch:
 
     @cached_property
     def signals(self) -> Signals:
-        """Numbers by name, `[B, T]`, computed when asked for: `batch.signals["teacher_entropy"]`. See `opdlab.engine.signals.full`."""
+        """Numbers by name, `[B, T]`, computed when asked for:
+
+        `batch.signals["teacher_entropy"]`. See `opdlab.engine.signals.full`.
+        """
         return Signals(self.distributions, self.states, self.map)
 
     @cached_property
@@ -94,7 +105,8 @@ class Batch:
         """The verifier's score of each completion, `[B]`."""
         if self.task is None or self.task.verify is None:
             raise MissingPolicy(
-                "This batch has no verifier. Use a task with verify=, or a method that learns from a teacher."
+                "This batch has no verifier. Use a task with verify=, or a method that learns from"
+                " a teacher."
             )
         return torch.tensor(
             self.task.scores(self.rollout.prompts, self.rollout.texts),
@@ -113,7 +125,9 @@ class Batch:
 
 
 def return_to_go(reward: Tensor, mask: Tensor, discount: float) -> Tensor:
-    """`sum over s >= t of discount^(s-t) reward_s`, `[B, T] -> [B, T]`: what a token's choice leads to."""
+    """`sum over s >= t of discount^(s-t) reward_s`, `[B, T] -> [B, T]`: what a token's choice leads
+    to.
+    """
     out, carry = torch.zeros_like(reward), torch.zeros_like(reward[:, 0])
     for t in reversed(range(reward.shape[1])):
         carry = reward[:, t] * mask[:, t] + discount * carry

@@ -1,8 +1,10 @@
-"""Run a method's plan and check what it returns: names that mean nothing else, and numbers for every token.
+"""Run a method's plan and check what it returns: names that mean nothing else, and numbers for
+every token.
 
-A plan may return, for a batch of `B` completions of at most `T` tokens, tensors or numpy arrays `[B, T]`, `[B, T, K]` or
-`[B]` (one number per completion, the same for all its tokens), and plain numbers (the same for all tokens). Where B equals T,
-a one-dimensional column is still one number per completion: opdlab cannot see which was meant.
+A plan may return, for a batch of `B` completions of at most `T` tokens, tensors or numpy arrays
+`[B, T]`, `[B, T, K]` or `[B]` (one number per completion, the same for all its tokens), and plain
+numbers (the same for all tokens). Where B equals T, a one-dimensional column is still one number
+per completion: opdlab cannot see which was meant.
 """
 
 from __future__ import annotations
@@ -22,7 +24,8 @@ from opdlab.support.expect import shortened
 if TYPE_CHECKING:
     from opdlab.engine.batch import Batch
 
-# Columns of every trace (`opdlab.data.trace`) and numbers of every policy (`opdlab.engine.signals`).
+# Columns of every trace (`opdlab.data.trace`) and numbers of every policy
+# (`opdlab.engine.signals`).
 OF_TRACES = (
     "run",
     "step",
@@ -83,13 +86,14 @@ def run_plan(method: Any, batch: Batch) -> dict[str, Tensor]:
     )
     if changed or batch.rollout is not rollout:
         raise BadPlan(
-            f"plan changed batch.rollout{f'.{changed}' if changed else ''}, which the loss, the rewards and the trace read too. Work on "
-            "a copy, such as batch.rollout.ids.clone(), and return what you computed as a column."
+            f"plan changed batch.rollout{f'.{changed}' if changed else ''}, which the loss, the"
+            " rewards and the trace read too. Work on a copy, such as batch.rollout.ids.clone(),"
+            " and return what you computed as a column."
         )
     if not isinstance(plan, Mapping):
         raise BadPlan(
-            f"plan returned {shortened(plan) if not isinstance(plan, Tensor) else 'a tensor'}. Return columns by name, such as "
-            "{'advantage': tensor}, or {} for none."
+            f"plan returned {shortened(plan) if not isinstance(plan, Tensor) else 'a tensor'}."
+            " Return columns by name, such as {'advantage': tensor}, or {} for none."
         )
     batch.notes = {str(key): plain_data(value, str(key)) for key, value in batch.notes.items()}
     needs = getattr(method, "needs", ())
@@ -110,7 +114,8 @@ def flatten(batch: Batch, name: str, column: Any, graded: Iterable[str] | None =
         graded: Policies whose numbers a trace has; all of the batch by default.
 
     Raises:
-        BadPlan: The name is taken or cannot be read as `rows.<name>`, or the column has not one value per token.
+        BadPlan: The name is taken or cannot be read as `rows.<name>`, or the column has not one
+            value per token.
     """
     check_name(name, batch.policies, list(batch.policies if graded is None else graded))
     if isinstance(column, (bool, int, float, np.bool_, np.number)):
@@ -120,8 +125,9 @@ def flatten(batch: Batch, name: str, column: Any, graded: Iterable[str] | None =
         column = column[:, None].expand(batch.mask.shape)
     if column.shape[:2] != batch.mask.shape or column.ndim > 3:
         raise BadPlan(
-            f"plan returned column {name!r} with shape {list(column.shape)} for a batch of {list(batch.mask.shape)}. "
-            "Return [B, T], [B, T, K] or [B]; batch.spread turns [tokens] into [B, T], and a plain number counts for all tokens."
+            f"plan returned column {name!r} with shape {list(column.shape)} for a batch of"
+            f" {list(batch.mask.shape)}. Return [B, T], [B, T, K] or [B]; batch.spread turns"
+            " [tokens] into [B, T], and a plain number counts for all tokens."
         )
     return column[batch.mask]
 
@@ -134,12 +140,13 @@ def check_name(name: Any, policies: Iterable[str], graded: Iterable[str]) -> Non
     """
     if not isinstance(name, str) or not name.isidentifier() or name.startswith("__"):
         raise BadPlan(
-            f"plan returned a column named {shortened(name)}, which a loss could not read as rows.<name>. Use letters, digits and "
-            "underscores, beginning with a letter."
+            f"plan returned a column named {shortened(name)}, which a loss could not read as"
+            " rows.<name>. Use letters, digits and underscores, beginning with a letter."
         )
     if hasattr(Rows, name) or name in (*OF_ROWS, *policies):
         raise BadPlan(
-            f"plan returned a column named {name!r}, which means something else in a loss. Give it another name."
+            f"plan returned a column named {name!r}, which means something else in a loss. Give it"
+            " another name."
         )
     hinted = [f"{policy}+hint" for policy in USUAL_POLICIES]
     owners = {*graded, *USUAL_POLICIES, *hinted}
@@ -147,8 +154,8 @@ def check_name(name: Any, policies: Iterable[str], graded: Iterable[str]) -> Non
         name == f"{owner}_{number}" for owner in owners for number in OF_POLICIES
     ):
         raise BadPlan(
-            f"plan returned a column named {name!r}, which is a column of every trace and has opdlab's own numbers there. Give it "
-            f"another name, such as 'my_{name}'."
+            f"plan returned a column named {name!r}, which is a column of every trace and has"
+            f" opdlab's own numbers there. Give it another name, such as 'my_{name}'."
         )
 
 
@@ -167,7 +174,8 @@ def plain_data(value: Any, where: str) -> Any:
     if isinstance(value, (list, tuple)):
         return [plain_data(item, f"{where}[{i}]") for i, item in enumerate(value)]
     raise BadPlan(
-        f"plan noted a {type(value).__name__} in batch.notes at {where}. Notes hold numbers, texts, lists and dicts of them."
+        f"plan noted a {type(value).__name__} in batch.notes at {where}. Notes hold numbers, texts,"
+        " lists and dicts of them."
     )
 
 
@@ -176,13 +184,14 @@ def _as_tensor(name: str, column: Any) -> Tensor:
     if isinstance(column, np.ndarray):
         if column.dtype.kind not in "fiubc":
             raise BadPlan(
-                f"plan returned column {name!r} as a numpy array of {column.dtype}. Return numbers or booleans."
+                f"plan returned column {name!r} as a numpy array of {column.dtype}. Return numbers"
+                " or booleans."
             )
         column = torch.from_numpy(np.array(column, dtype=column.dtype.newbyteorder("=")))
     if not isinstance(column, Tensor):
         raise BadPlan(
-            f"plan returned column {name!r} as {shortened(column)} ({type(column).__name__}). Return a tensor or a numpy array [B, T], "
-            "[B, T, K] or [B], or a number."
+            f"plan returned column {name!r} as {shortened(column)} ({type(column).__name__})."
+            " Return a tensor or a numpy array [B, T], [B, T, K] or [B], or a number."
         )
     if (
         column.layout != torch.strided

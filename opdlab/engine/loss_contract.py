@@ -1,9 +1,10 @@
-"""Call a user's loss and check that it keeps its contract: one number per token, from that token's row alone.
+"""Call a user's loss and check that it keeps its contract: one number per token, from that token's
+row alone.
 
-A loss sees the tokens of a batch in chunks whose size depends on the memory, so a loss that reads other rows of its chunk
-would train something else on another machine. `check_rows_are_independent` finds such a loss before the first update:
-it calls the loss on a few rows whole and in two parts, and compares values and gradients. A loss may therefore be called
-more often than there are chunks.
+A loss sees the tokens of a batch in chunks whose size depends on the memory, so a loss that reads
+other rows of its chunk would train something else on another machine. `check_rows_are_independent`
+finds such a loss before the first update: it calls the loss on a few rows whole and in two parts,
+and compares values and gradients. A loss may therefore be called more often than there are chunks.
 """
 
 from __future__ import annotations
@@ -23,8 +24,9 @@ if TYPE_CHECKING:
 
 CHECKED_ROWS = 64  # enough for statistics of the rows to show, a small part of a step
 ENOUGH_ROWS = 16  # with fewer, a statistic of the rows or a random number can go unseen
-# How far two evaluations of one row may be apart: relative to that row, and to the largest row of all. Rounding differs with
-# the number of rows, by about 1e-6 in float32; what other rows add to a loss is usually more than 1e-2.
+# How far two evaluations of one row may be apart: relative to that row, and to the largest row of
+# all. Rounding differs with the number of rows, by about 1e-6 in float32; what other rows add to a
+# loss is usually more than 1e-2.
 ROUNDING = {
     torch.float64: (1e-6, 1e-8),
     torch.float32: (1e-4, 1e-5),
@@ -47,8 +49,9 @@ def call_loss(loss: Loss, rows: Rows) -> Tensor:
         The loss of each token, `[n]`, in float32 or float64.
 
     Raises:
-        BadLoss: The loss gave something else than one real number per token that depends on the student, changed what it
-            was given in place, or called backward itself. What the loss itself raises comes through as it is.
+        BadLoss: The loss gave something else than one real number per token that depends on the
+            student, changed what it was given in place, or called backward itself. What the loss
+            itself raises comes through as it is.
     """
     student = rows["student"]
     before = _versions(rows)
@@ -56,12 +59,13 @@ def call_loss(loss: Loss, rows: Rows) -> Tensor:
         value = loss(rows)
     if changed := [name for name, version in _versions(rows).items() if before[name] != version]:
         raise BadLoss(
-            f"The loss changed rows.{changed[0]} in place. Other losses, the trace and the next call read the same numbers. "
-            f"Work on a copy: rows.{changed[0]}.clone()."
+            f"The loss changed rows.{changed[0]} in place. Other losses, the trace and the next"
+            f" call read the same numbers. Work on a copy: rows.{changed[0]}.clone()."
         )
     if student.is_leaf and student.grad is not None:
         raise BadLoss(
-            "The loss called backward itself. Return the loss of each token; opdlab computes the gradient."
+            "The loss called backward itself. Return the loss of each token; opdlab computes the"
+            " gradient."
         )
     return _checked_value(value, len(rows), student)
 
@@ -71,26 +75,29 @@ def check_rows_are_independent(loss: Loss, rows: Rows) -> bool:
 
     Args:
         loss: Any function of rows.
-        rows: Up to `CHECKED_ROWS` rows, best from many completions, since columns can be the same within one. The student's
-            log-probs need not require a gradient.
+        rows: Up to `CHECKED_ROWS` rows, best from many completions, since columns can be the same
+            within one. The student's log-probs need not require a gradient.
 
     Returns:
-        Whether the answer can be relied on. It cannot where all rows have the same loss and gradient (as where all rewards
-        are 0), since then a statistic of the rows changes nothing; check again later.
+        Whether the answer can be relied on. It cannot where all rows have the same loss and
+        gradient (as where all rewards are 0), since then a statistic of the rows changes nothing;
+        check again later.
 
     Raises:
-        BadLoss: The loss of a row depends on other rows, differs when the loss is called again, or depends on tensors other
-            than the student's that require a gradient.
+        BadLoss: The loss of a row depends on other rows, differs when the loss is called again, or
+            depends on tensors other than the student's that require a gradient.
     """
     n = len(rows)
     if not n:
         return False
-    # Each row has a weight of its own. With equal weights the gradient of a value minus its mean would cancel.
+    # Each row has a weight of its own. With equal weights the gradient of a value minus its mean
+    # would cancel.
     weight = torch.linspace(0.5, 1.5, n, device=rows.token.device)
     whole, slope, precision = _evaluate(loss, rows, weight)
     if not bool(torch.isfinite(whole).all() and torch.isfinite(slope).all()):
         return False  # the engine finds and names the row
-    # Large losses apart from small ones: the parts then have other means, quantiles and maxima than the whole.
+    # Large losses apart from small ones: the parts then have other means, quantiles and maxima than
+    # the whole.
     order = whole.argsort(descending=True)
     for part in (order[: (n + 1) // 2], order[(n + 1) // 2 :]):
         if not len(part):
@@ -101,8 +108,9 @@ def check_rows_are_independent(loss: Loss, rows: Rows) -> bool:
             raise
         except Exception as error:
             raise BadLoss(
-                f"The loss runs on {n} tokens but not on {len(part)} of them ({type(error).__name__}: {error}). It is called on "
-                "chunks of any size. Treat each row alone, and compute what needs several tokens in plan."
+                f"The loss runs on {n} tokens but not on {len(part)} of them"
+                f" ({type(error).__name__}: {error}). It is called on chunks of any size. Treat"
+                " each row alone, and compute what needs several tokens in plan."
             ) from error
         differs = _differs(whole[part], value, whole, precision) | _differs(
             slope[part], part_slope, slope, precision
@@ -116,7 +124,8 @@ def check_rows_are_independent(loss: Loss, rows: Rows) -> bool:
 def spread_index(tokens: int, most: int, device: torch.device) -> Tensor:
     """Indices of up to `most` tokens, evenly spread over all of them, and so over completions.
 
-    A single token is taken twice, so that a softmax over tokens shows there too; no tokens give none.
+    A single token is taken twice, so that a softmax over tokens shows there too; no tokens give
+    none.
     """
     n = min(max(2, min(most, CHECKED_ROWS, tokens)), 2 * tokens)
     return torch.linspace(0, tokens - 1, n, device=device).round().long()
@@ -124,7 +133,9 @@ def spread_index(tokens: int, most: int, device: torch.device) -> Tensor:
 
 @contextmanager
 def adding_note(note: str) -> Iterator[None]:
-    """Add a line to whatever is raised in the block, so that the user's own traceback says where opdlab was."""
+    """Add a line to whatever is raised in the block, so that the user's own traceback says where
+    opdlab was.
+    """
     try:
         yield
     except Exception as error:
@@ -134,7 +145,9 @@ def adding_note(note: str) -> Iterator[None]:
 
 
 def _evaluate(loss: Loss, rows: Rows, weight: Tensor) -> tuple[Tensor, Tensor, torch.dtype]:
-    """Loss `[n]`, gradient `[n, V]` of its weighted sum, and the lowest precision in which the loss was computed."""
+    """Loss `[n]`, gradient `[n, V]` of its weighted sum, and the lowest precision in which the loss
+    was computed.
+    """
     leaf = rows["student"].detach().clone().requires_grad_()
     seen = type(rows)({**rows.distributions, "student": leaf}, rows.token, rows.columns)
     with torch.enable_grad():
@@ -148,7 +161,8 @@ def gradient_of_loss(value: Tensor, weight: Tensor, student: Tensor) -> Tensor:
     """Gradient of `sum(weight * value)` with respect to the student's log-probs.
 
     Raises:
-        BadLoss: The loss does not depend on the student, or broke the graph by an operation in place.
+        BadLoss: The loss does not depend on the student, or broke the graph by an operation in
+            place.
     """
     try:
         (slope,) = torch.autograd.grad((value * weight).sum(), student, allow_unused=True)
@@ -156,12 +170,13 @@ def gradient_of_loss(value: Tensor, weight: Tensor, student: Tensor) -> Tensor:
         if "inplace operation" not in str(error):
             raise
         raise BadLoss(
-            "The loss changed a tensor in place that its gradient needs. Use operations without a trailing underscore, such as "
-            "x = x.clamp(min=-10) instead of x.clamp_(min=-10)."
+            "The loss changed a tensor in place that its gradient needs. Use operations without a"
+            " trailing underscore, such as x = x.clamp(min=-10) instead of x.clamp_(min=-10)."
         ) from error
     if slope is None:
         raise BadLoss(
-            "The loss does not depend on rows.student, so there is nothing to train. Use rows.student or rows.logp."
+            "The loss does not depend on rows.student, so there is nothing to train. Use"
+            " rows.student or rows.logp."
         )
     return slope
 
@@ -174,16 +189,20 @@ def _in_place_on_student() -> Iterator[None]:
         if "in-place operation" not in str(error):
             raise
         raise BadLoss(
-            "The loss changes rows.student in place. Work on a copy: rows.student.clone(), or use operations without a trailing underscore."
+            "The loss changes rows.student in place. Work on a copy: rows.student.clone(), or use"
+            " operations without a trailing underscore."
         ) from error
 
 
 def _checked_value(value: Any, n: int, student: Tensor) -> Tensor:
-    """The value as real numbers in float32 or float64; raises BadLoss for what is not one number per token."""
+    """The value as real numbers in float32 or float64; raises BadLoss for what is not one number
+    per token.
+    """
     if not isinstance(value, Tensor) or value.shape != (n,):
         got = f"shape {list(value.shape)}" if isinstance(value, Tensor) else type(value).__name__
         raise BadLoss(
-            f"The loss returned {got} for {n} tokens. Return one number a token, shape [{n}]: sum over the vocabulary, not over tokens."
+            f"The loss returned {got} for {n} tokens. Return one number a token, shape [{n}]: sum"
+            " over the vocabulary, not over tokens."
         )
     if value.is_complex() or value.layout != torch.strided:
         kind = "complex numbers" if value.is_complex() else "a sparse tensor"
@@ -192,11 +211,13 @@ def _checked_value(value: Any, n: int, student: Tensor) -> Tensor:
         )
     if value.device != student.device:
         raise BadLoss(
-            f"The loss is on {value.device}, the student on {student.device}. Return the loss on the student's device."
+            f"The loss is on {value.device}, the student on {student.device}. Return the loss on"
+            " the student's device."
         )
     if not value.requires_grad:
         raise BadLoss(
-            "The loss is constant: it carries no gradient. Make it depend on rows.student or rows.logp, without detach."
+            "The loss is constant: it carries no gradient. Make it depend on rows.student or"
+            " rows.logp, without detach."
         )
     return value if value.dtype in (torch.float32, torch.float64) else value.float()
 
@@ -205,7 +226,8 @@ def _check_graph(graph: Any, student: Tensor) -> torch.dtype:
     """Follow the graph of a loss to its leaves; the student's log-probs must be the only one.
 
     Returns:
-        The lowest precision on the way. A product in bf16 that is cast to float32 is only as exact as bf16.
+        The lowest precision on the way. A product in bf16 that is cast to float32 is only as exact
+        as bf16.
     """
     waiting, seen, dtypes = [graph], set[Any](), {student.dtype}
     while waiting:
@@ -217,8 +239,9 @@ def _check_graph(graph: Any, student: Tensor) -> torch.dtype:
         variable = getattr(node, "variable", None)
         if variable is not None and variable is not student:
             raise BadLoss(
-                f"The loss depends on a tensor of shape {list(variable.shape)} that requires a gradient and is not rows.student. "
-                "opdlab trains the student alone, so that tensor would never move. Detach it, or train it yourself in plan."
+                f"The loss depends on a tensor of shape {list(variable.shape)} that requires a"
+                " gradient and is not rows.student. opdlab trains the student alone, so that"
+                " tensor would never move. Detach it, or train it yourself in plan."
             )
         waiting.extend(next_node for next_node, _ in node.next_functions)
     return max(dtypes & ROUNDING.keys(), key=lambda dtype: ROUNDING[dtype])
@@ -258,7 +281,9 @@ def select_rows(rows: Rows, index: Tensor) -> Rows:
 
 
 def _differs(one: Tensor, other: Tensor, all_rows: Tensor, precision: torch.dtype) -> Tensor:
-    """Which rows are further apart than rounding explains, `[n]`; numbers `[n]` or gradients `[n, V]`."""
+    """Which rows are further apart than rounding explains, `[n]`; numbers `[n]` or gradients `[n,
+    V]`.
+    """
     relative, absolute = ROUNDING.get(precision, ROUNDING[torch.float32])
     size = one.abs() if one.ndim == 1 else one.norm(dim=-1)
     gap = (one - other).abs() if one.ndim == 1 else (one - other).norm(dim=-1)
@@ -293,15 +318,20 @@ def _refuse(
     ):
         most = int((whole - again).abs().argmax())
         raise BadLoss(
-            f"The loss is not the same when it is called again on the same rows: it was {whole[most]:.6g}, then {again[most]:.6g} for "
-            "one token. It draws random numbers or keeps something between calls, which can be neither split nor resumed. Draw in "
-            "plan, with torch.Generator().manual_seed(batch.step), and return the numbers as a column."
+            "The loss is not the same when it is called again on the same rows: it was"
+            f" {whole[most]:.6g}, then {again[most]:.6g} for one token. It draws random numbers or"
+            " keeps something between calls, which can be neither split nor resumed. Draw in plan,"
+            " with torch.Generator().manual_seed(batch.step), and return the numbers as a column."
         )
-    moved = f"it is {whole[row]:.6g} among {len(whole)} tokens and {value[at]:.6g} among {len(part)} of them"
+    moved = (
+        f"it is {whole[row]:.6g} among {len(whole)} tokens and {value[at]:.6g} among {len(part)} of"
+        " them"
+    )
     if not bool(_differs(whole[part], value, whole, precision)[at]):
         moved = f"its gradient is another among {len(whole)} tokens than among {len(part)} of them"
     raise BadLoss(
-        f"The loss of a token depends on the other rows that the loss is called with: {moved}. The engine calls a loss on chunks "
-        "of any size, so each row must be treated alone. Compute what needs several tokens (a mean, a quantile, a softmax or a shift "
-        "over tokens) in plan(batch), which sees the whole batch, and read it as a column of rows."
+        f"The loss of a token depends on the other rows that the loss is called with: {moved}. The"
+        " engine calls a loss on chunks of any size, so each row must be treated alone. Compute"
+        " what needs several tokens (a mean, a quantile, a softmax or a shift over tokens) in"
+        " plan(batch), which sees the whole batch, and read it as a column of rows."
     )

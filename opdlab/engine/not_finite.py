@@ -18,14 +18,19 @@ SHOWN = 3  # ids in a message
 
 
 def explain(row: Rows) -> str:
-    """Why the loss of a single row is not finite, as sentences with a space before; "" where the row does not tell."""
+    """Why the loss of a single row is not finite, as sentences with a space before; "" where the
+    row does not tell.
+    """
     student = row.distributions["student"]
     for name, logp in row.distributions.items():
         if bool(_nan(logp).any()):
             return f" {_broken(name)}"
     for name, column in row.columns.items():
         if column.dtype.is_floating_point and not bool(torch.isfinite(column).all()):
-            return f" The plan's column {name!r} is {_first_bad(column)} here. Return finite numbers from plan."
+            return (
+                f" The plan's column {name!r} is {_first_bad(column)} here. Return finite numbers"
+                " from plan."
+            )
     for name, logp in row.distributions.items():
         if isinstance(logp, Tensor) and name != "student":
             if ruled_out := _ruled_out(logp[0], student[0]):
@@ -68,10 +73,13 @@ def _nan(logp: Tensor | TopLogprobs) -> Tensor:
 def _broken(name: str) -> str:
     if name == "student":
         return (
-            "The student's log-probs are NaN: its weights or its precision are broken. Load it anew, or go back to an earlier "
-            "checkpoint and lower the learning rate."
+            "The student's log-probs are NaN: its weights or its precision are broken. Load it"
+            " anew, or go back to an earlier checkpoint and lower the learning rate."
         )
-    return f"The log-probs of {name!r} are NaN: its weights or its precision are broken. Load another {name}, or in float32."
+    return (
+        f"The log-probs of {name!r} are NaN: its weights or its precision are broken. Load another"
+        f" {name}, or in float32."
+    )
 
 
 def _first_bad(column: Tensor) -> float:
@@ -88,7 +96,9 @@ def _without_probability(name: str, other: str, ids: list[int]) -> str:
     more = f" and {len(ids) - SHOWN} more" if len(ids) > SHOWN else ""
     tokens = f"token{'s' * (len(ids) > 1)} {', '.join(map(str, ids[:SHOWN]))}{more}"
     return (
-        f"{name!r} gives {tokens} no probability at all (-inf), and {other} gives some, so a divergence that divides by it is "
-        "infinite. A lower learning rate does not help. Use a bounded divergence (jensen_shannon, total_variation), a mixture "
-        f"(skew_reverse_kl, skew_forward_kl, generalized_jsd), or a floor in a loss of your own: rows[{name!r}].clamp(min=-30)."
+        f"{name!r} gives {tokens} no probability at all (-inf), and {other} gives some, so a"
+        " divergence that divides by it is infinite. A lower learning rate does not help. Use a"
+        " bounded divergence (jensen_shannon, total_variation), a mixture (skew_reverse_kl,"
+        " skew_forward_kl, generalized_jsd), or a floor in a loss of your own:"
+        f" rows[{name!r}].clamp(min=-30)."
     )

@@ -1,9 +1,11 @@
-"""The engine: any loss on next-token distributions, its gradient and per-token numbers, in constant memory.
+"""The engine: any loss on next-token distributions, its gradient and per-token numbers, in constant
+memory.
 
-The backbone has run; what is left is `[tokens, H]`. The head is applied to a chunk of tokens at a time, the loss (any
-function of `Rows`) runs on the chunk's log-probs, and its gradient is carried back through softmax and head at once, so
-`[tokens, V]` never exists. One backward pass through the backbone, from the gradients collected here, completes the step.
-The result is that of autograd on full logits, whatever the chunk size.
+The backbone has run; what is left is `[tokens, H]`. The head is applied to a chunk of tokens at a
+time, the loss (any function of `Rows`) runs on the chunk's log-probs, and its gradient is carried
+back through softmax and head at once, so `[tokens, V]` never exists. One backward pass through the
+backbone, from the gradients collected here, completes the step. The result is that of autograd on
+full logits, whatever the chunk size.
 """
 
 from __future__ import annotations
@@ -34,9 +36,11 @@ CHUNK_BYTES = {
 
 @dataclass
 class Pass:
-    """What one pass over the tokens gives: `loss [n]`, `gradient [n, H]` (of the weighted sum), and named columns `[n]`.
+    """What one pass over the tokens gives: `loss [n]`, `gradient [n, H]` (of the weighted sum), and
+    named columns `[n]`.
 
-    `is_checked`: whether the loss was found to treat each row alone, so that later passes need not ask again.
+    `is_checked`: whether the loss was found to treat each row alone, so that later passes need not
+    ask again.
     """
 
     loss: Tensor
@@ -46,7 +50,9 @@ class Pass:
 
 
 def chunks(tokens: int, vocab: int, device: torch.device, chunk: int | None = None) -> list[slice]:
-    """Slices of tokens such that one `[chunk, V]` buffer keeps to the memory budget; no tokens give one empty slice."""
+    """Slices of tokens such that one `[chunk, V]` buffer keeps to the memory budget; no tokens give
+    one empty slice.
+    """
     size = chunk or max(32, CHUNK_BYTES.get(device.type, CHUNK_BYTES["cuda"]) // (4 * vocab))
     return [slice(i, min(i + size, tokens)) for i in range(0, max(tokens, 1), size)]
 
@@ -58,7 +64,9 @@ def compute(
     columns: Mapping[str, Tensor] | None = None,
     chunk: int | None = None,
 ) -> Any:
-    """Run any function of `Rows` over all tokens without gradient: a tensor `[n, ...]`, or a dict of them."""
+    """Run any function of `Rows` over all tokens without gradient: a tensor `[n, ...]`, or a dict
+    of them.
+    """
     first = next(iter(states.values()))
     results = []
     with torch.no_grad():
@@ -82,20 +90,23 @@ def gradient(
     chunk: int | None = None,
     check: bool = True,
 ) -> Pass:
-    """Gradient of `sum(weight * loss(rows))` with respect to the student's hidden states; a trainable head gets its own.
+    """Gradient of `sum(weight * loss(rows))` with respect to the student's hidden states; a
+    trainable head gets its own.
 
     Also notes `grad_norm [n]`: the length of d(loss)/d(hidden) of each token alone.
 
     Args:
-        loss: A function of rows; it is called once per chunk, and a few times more where it is checked.
+        loss: A function of rows; it is called once per chunk, and a few times more where it is
+            checked.
         states: Hidden states (or top log-probs) by policy; `student` is the one that learns.
         token: The sampled ids, `[n]`.
         weight: Each token's share of the mean, `[n]`.
         columns: Of the plan, `[n, ...]` each.
         watch: Numbers to note in the same pass, on detached rows.
         chunk: Tokens in one chunk; by default as many as keep to the memory budget.
-        check: Compare the loss of a few rows whole_distribution_error and in parts first, so that a loss that reads other rows of its chunk is
-            refused. Leave it out where an earlier pass of the same loss was `is_checked`.
+        check: Compare the loss of a few rows whole_distribution_error and in parts first, so that a
+            loss that reads other rows of its chunk is refused. Leave it out where an earlier pass
+            of the same loss was `is_checked`.
 
     Raises:
         BadLoss: The loss does not keep its contract (`opdlab.engine.loss_contract`).
@@ -147,7 +158,10 @@ def _one_chunk(
     columns: Mapping[str, Tensor],
     watch: Callable[[Rows], Mapping[str, Tensor]] | None,
 ) -> tuple[Tensor, dict[str, Tensor]]:
-    """Gradient `[n, H]` and columns of one chunk. A function of its own, so that its `[n, V]` buffers die before the next."""
+    """Gradient `[n, H]` and columns of one chunk.
+
+    A function of its own, so that its `[n, V]` buffers die before the next.
+    """
     student = states["student"]
     with torch.no_grad():
         fixed = {name: s.logp() for name, s in states.items() if name != "student"}

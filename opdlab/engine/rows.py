@@ -15,12 +15,14 @@ from opdlab.models.graded import TopLogprobs, whole_distribution_error
 class Rows:
     """A chunk of `n` tokens as a loss sees it.
 
-    `rows.student`, `rows.teacher`, `rows["teacher+hint"]`: aligned log-probs `[n, V]`, float32; the student's carry the
-    gradient. `rows.token [n]`: the sampled ids. `rows.logp [n]`: the student's log-prob of them. `rows.<column>`: what the
-    method's plan returned. An unknown name raises UnknownColumn and lists what there is.
+    `rows.student`, `rows.teacher`, `rows["teacher+hint"]`: aligned log-probs `[n, V]`, float32; the
+    student's carry the gradient. `rows.token [n]`: the sampled ids. `rows.logp [n]`: the student's
+    log-prob of them. `rows.<column>`: what the method's plan returned. An unknown name raises
+    UnknownColumn and lists what there is.
 
-    A loss treats each row alone and writes to none of them: chunks have any size, and what needs several tokens (a mean, a
-    quantile, a softmax over tokens) belongs in plan. It draws no random numbers and may be called more than once on a chunk.
+    A loss treats each row alone and writes to none of them: chunks have any size, and what needs
+    several tokens (a mean, a quantile, a softmax over tokens) belongs in plan. It draws no random
+    numbers and may be called more than once on a chunk.
     """
 
     def __init__(
@@ -43,7 +45,10 @@ class Rows:
         )
 
     def on(self, policy: str, support: TopK) -> tuple[Tensor, Tensor]:
-        """Student and `policy` on a coarse support, `[n, k + 1]` each: `reverse_kl(*rows.on("teacher", TopK(64)))`."""
+        """Student and `policy` on a coarse support, `[n, k + 1]` each:
+
+        `reverse_kl(*rows.on("teacher", TopK(64)))`.
+        """
         by, theirs = self.distributions.get(support.by), self.distributions.get(policy)
         ids = (
             by.support(support)
@@ -63,7 +68,8 @@ class Rows:
                 return _all_of(name, place[name])
         known = ", ".join([*self.distributions, "token", "logp", *self.columns])
         raise UnknownColumn(
-            f"rows has no {name!r}; there are {known}. Name the policy in `needs`, or return the column from plan."
+            f"rows has no {name!r}; there are {known}. Name the policy in `needs`, or return the"
+            " column from plan."
         )
 
     def __getattr__(self, name: str) -> Tensor:

@@ -32,24 +32,28 @@ def score(
     Args:
         rollout: What was written, by a policy with the student's tokens.
         student: The first policy, with which the others are compared.
-        teacher: A policy, or anything that grades a rollout, such as a LogprobServer. Of one that gives only some log-probs,
-            the trace has what can be known: the log-prob of the sampled token, a lower bound of the reverse KL
-            (`teacher_coarse_reverse_kl`) and the overlap of the favourites.
+        teacher: A policy, or anything that grades a rollout, such as a LogprobServer. Of one that
+            gives only some log-probs, the trace has what can be known: the log-prob of the sampled
+            token, a lower bound of the reverse KL (`teacher_coarse_reverse_kl`) and the overlap of
+            the favourites.
         k: Top tokens that are kept of each policy.
         others: More of them by name, `reference=…`; pass `**{"teacher+hint": …}` for such names.
 
     Raises:
-        TokenizerMismatch: The rollout or a policy has other tokens than the student. Nothing has run then.
+        TokenizerMismatch: The rollout or a policy has other tokens than the student. Nothing has
+            run then.
         MissingPolicy: One of them cannot grade.
         InvalidValue: k is no count.
     """
     if not isinstance(rollout, Rollout):
         raise OpdlabError(
-            f"score got {_named(rollout)} for a rollout. Write one with student.sample(prompts) or opdlab.rollout_from_texts(…)."
+            f"score got {_named(rollout)} for a rollout. Write one with student.sample(prompts) or"
+            " opdlab.rollout_from_texts(…)."
         )
     if not isinstance(student, Policy):
         raise MissingPolicy(
-            f"score got {_named(student)} for the student. Give a Policy: opdlab.score(rollout, student, teacher)."
+            f"score got {_named(student)} for the student. Give a Policy: opdlab.score(rollout,"
+            " student, teacher)."
         )
     k = validate("score", {"k": k}, {"k": Count})["k"]
     policies = {"student": student, **({} if teacher is None else {"teacher": teacher}), **others}
@@ -69,8 +73,9 @@ def _check_grades(name: str, policy: Any, student: Policy, rollout: Rollout) -> 
         check_same_tokens(student, policy, name)
     elif not hasattr(policy, "grade"):
         raise MissingPolicy(
-            f"score got {_named(policy)} for {name!r}, which has no log-probs of given tokens. Give a Policy or a LogprobServer; "
-            "what only writes can be compared by its texts (OmniOPD, SequenceKD)."
+            f"score got {_named(policy)} for {name!r}, which has no log-probs of given tokens. Give"
+            " a Policy or a LogprobServer; what only writes can be compared by its texts (OmniOPD,"
+            " SequenceKD)."
         )
     elif hasattr(policy, "check"):  # a server is compared with the student before it grades
         policy.check(student, list(dict.fromkeys(rollout.prompts)), int(rollout.lengths.max()))
@@ -87,9 +92,11 @@ def record_trace(
     notes: Mapping[str, Any] | None = None,
     method: Mapping[str, str] | None = None,
 ) -> Trace:
-    """A trace from flat columns `[tokens, ...]`; `grad_norm`, where there is one, gives each token's `share` too.
+    """A trace from flat columns `[tokens, ...]`; `grad_norm`, where there is one, gives each
+    token's `share` too.
 
-    notes: plain data that a plan left in `batch.notes`; kept in `meta`. method: who planned the columns (`planner_of`).
+    notes: plain data that a plan left in `batch.notes`; kept in `meta`. method: who planned the
+        columns (`planner_of`).
     """
     ids = [i for row in rollout.completions() for i in row]
     sample = np.repeat(np.arange(len(rollout)), rollout.lengths.tolist())
@@ -132,10 +139,11 @@ def record_trace(
 
 
 def planner_of(method: Any) -> dict[str, str]:
-    """Return which method planned, as a trace keeps it: its `name`, and the class that holds its `plan` as `planner`.
+    """Return which method planned, as a trace keeps it: its `name`, and the class that holds its
+    `plan` as `planner`.
 
-    So pictures give a column `route` the meaning that it has in DOPD only where DOPD's own plan made it, and not a method of
-    the same name or a subclass with a plan of its own.
+    So pictures give a column `route` the meaning that it has in DOPD only where DOPD's own plan
+    made it, and not a method of the same name or a subclass with a plan of its own.
     """
     kind = type(method)
     planner = next((owner for owner in kind.__mro__ if "plan" in vars(owner)), kind)
@@ -166,7 +174,9 @@ def _prompt_text(prompt: Prompt) -> str:
 
 
 def _noted_tokens(notes: Mapping[str, Any]) -> Iterator[int]:
-    """Token ids in the windows that TOPD notes; notes of the same name of somebody else's have another form."""
+    """Token ids in the windows that TOPD notes; notes of the same name of somebody else's have
+    another form.
+    """
     windows = notes.get("windows")
     for window in windows if isinstance(windows, list) else []:
         for name in ("student", "teacher"):

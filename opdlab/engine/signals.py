@@ -1,6 +1,8 @@
-"""Per-token numbers under all policies that a method looks at: functions of `Rows`, run by the engine in its own pass.
+"""Per-token numbers under all policies that a method looks at: functions of `Rows`, run by the
+engine in its own pass.
 
-Column names are `<policy>_<number>`: `student_logp`, `teacher_entropy`, `teacher+hint_reverse_kl`. All in nats.
+Column names are `<policy>_<number>`: `student_logp`, `teacher_entropy`, `teacher+hint_reverse_kl`.
+All in nats.
 """
 
 from __future__ import annotations
@@ -20,9 +22,11 @@ TOP = 8  # tokens of each policy that `Signals` keeps
 
 
 def cheap(rows: Rows) -> dict[str, Tensor]:
-    """What training notes at every step: log-probs of the sampled token, the student's entropy, reverse KLs. `[n]` each.
+    """What training notes at every step: log-probs of the sampled token, the student's entropy,
+    reverse KLs. `[n]` each.
 
-    `<policy>_coarse_reverse_kl` for one of which only some log-probs are known: a lower bound, its tail being one bucket.
+    `<policy>_coarse_reverse_kl` for one of which only some log-probs are known: a lower bound, its
+    tail being one bucket.
     """
     out = {f"{name}_logp": rows.logp_of(name) for name in rows.distributions}
     if "student" in rows.distributions:
@@ -37,16 +41,19 @@ def cheap(rows: Rows) -> dict[str, Tensor]:
 
 
 def full(k: int = TOP, allow_partial: bool = False) -> Callable[[Rows], dict[str, Tensor]]:
-    """Everything a picture shows: `cheap`, plus entropies, forward KL, JSD, ranks, overlap and the top `k` of all policies.
+    """Everything a picture shows: `cheap`, plus entropies, forward KL, JSD, ranks, overlap and the
+    top `k` of all policies.
 
-    `support [n, S]` holds the sampled token, then the top `k` of each policy in turn; a repeated id is -1. Each
-    `<policy>_top [n, S]` holds log-probs on it (-inf at repeats) and `<policy>_tail [n]` the mass outside it.
-    `<policy>_rank`: 1 for the policy's favourite. `<policy>_overlap`: share of its top k that the student's has too.
+    `support [n, S]` holds the sampled token, then the top `k` of each policy in turn; a repeated id
+    is -1. Each `<policy>_top [n, S]` holds log-probs on it (-inf at repeats) and `<policy>_tail
+    [n]` the mass outside it. `<policy>_rank`: 1 for the policy's favourite. `<policy>_overlap`:
+    share of its top k that the student's has too.
 
     Args:
         k: Top tokens of each policy.
-        allow_partial: Of a policy that gives only some log-probs, give what can be known (the numbers of `cheap` and the
-            overlap; its own top tokens are in the support). By default such a policy raises PartialDistribution.
+        allow_partial: Of a policy that gives only some log-probs, give what can be known (the
+            numbers of `cheap` and the overlap; its own top tokens are in the support). By default
+            such a policy raises PartialDistribution.
     """
 
     def measure(rows: Rows) -> dict[str, Tensor]:
@@ -84,14 +91,17 @@ def full(k: int = TOP, allow_partial: bool = False) -> Callable[[Rows], dict[str
 
 
 class Signals(Mapping[str, Tensor]):
-    """All numbers of `full` for a batch by name, as `[B, T]` or `[B, T, S]`, each computed when it is first asked for.
+    """All numbers of `full` for a batch by name, as `[B, T]` or `[B, T, S]`, each computed when it
+    is first asked for.
 
-    Iterating goes over the numbers of `cheap` alone, which come from one pass over the vocabulary. The top tokens (`support`,
-    `<policy>_top`, `<policy>_tail`, `<policy>_overlap`) come from one pass too, every other number from one of its own.
+    Iterating goes over the numbers of `cheap` alone, which come from one pass over the vocabulary.
+    The top tokens (`support`, `<policy>_top`, `<policy>_tail`, `<policy>_overlap`) come from one
+    pass too, every other number from one of its own.
 
     Raises:
         UnknownName: There is no such number; the message lists what there is.
-        PartialDistribution: The policy is a server that gives some log-probs, and the number needs all of them.
+        PartialDistribution: The policy is a server that gives some log-probs, and the number needs
+            all of them.
     """
 
     def __init__(
@@ -157,17 +167,18 @@ class Signals(Mapping[str, Tensor]):
         names = self._names()
         if name not in names:
             raise UnknownName(
-                f"The batch has no signal {name!r}; there are {', '.join(self._available())}. Compute others with "
-                "batch.map(function of rows)."
+                f"The batch has no signal {name!r}; there are {', '.join(self._available())}."
+                " Compute others with batch.map(function of rows)."
             )
         if policy := names[name]:
             have = [known for known in self._available() if known.startswith(f"{policy}_")]
             states: Any = self._states(policy)
             k = states.k
             raise PartialDistribution(
-                f"The signal {name!r} needs the whole distribution of {policy!r}, whose server gives its {k} likeliest tokens and the "
-                f"sampled one. There are {', '.join(have)}. Use OPD(top_k=TopK({k}, by={policy!r})), OPD(estimator='sampled'), or "
-                f"rows.on({policy!r}, TopK({k}, by={policy!r})) in batch.map."
+                f"The signal {name!r} needs the whole distribution of {policy!r}, whose server"
+                f" gives its {k} likeliest tokens and the sampled one. There are {', '.join(have)}."
+                f" Use OPD(top_k=TopK({k}, by={policy!r})), OPD(estimator='sampled'), or"
+                f" rows.on({policy!r}, TopK({k}, by={policy!r})) in batch.map."
             )
         policy, number = _parts(name, self._distributions)
         if self._is_cheap(name):
@@ -207,7 +218,9 @@ _ALONE: dict[str, _Number] = {
 
 
 def _parts(name: str, policies: list[str]) -> tuple[str, str]:
-    """Policy and number of a name; the longest policy that fits, since one may be called `teacher_2`."""
+    """Policy and number of a name; the longest policy that fits, since one may be called
+    `teacher_2`.
+    """
     fitting = [policy for policy in policies if name.startswith(f"{policy}_")]
     policy = max(fitting, key=len, default="")
     return policy, name.removeprefix(f"{policy}_")

@@ -1,9 +1,11 @@
-"""A road and the ground beside it: why the prefixes that a student is trained on matter, in closed form.
+"""A road and the ground beside it: why the prefixes that a student is trained on matter, in closed
+form.
 
-A text is a walk of `T` steps. One wrong step leads off the road, and every step that ends off it costs 1. A student is
-trained until it errs with chance `error` where it was trained. On the teacher's prefixes that is the road only: once off
-it, the student has never been told what to do. On its own prefixes it is wherever it walks, as far as the teacher
-knows (Ross, Gordon and Bagnell 2011, arXiv 1011.0686: regret of order error T² against error T).
+A text is a walk of `T` steps. One wrong step leads off the road, and every step that ends off it
+costs 1. A student is trained until it errs with chance `error` where it was trained. On the
+teacher's prefixes that is the road only: once off it, the student has never been told what to do.
+On its own prefixes it is wherever it walks, as far as the teacher knows (Ross, Gordon and Bagnell
+2011, arXiv 1011.0686: regret of order error T² against error T).
 """
 
 from __future__ import annotations
@@ -23,8 +25,10 @@ Prefixes = Literal["teacher", "student"]
 class Chain:
     """`error`: chance of a wrong step where the student was trained. `horizon`: steps `T`.
 
-    oracle: whether the teacher knows the way back; one that does not stays off the road, and so does who learns from it.
-    lost: chance that a step leads back where nobody taught it (0: the ground beside the road is absorbing).
+    oracle: whether the teacher knows the way back; one that does not stays off the road, and so
+        does who learns from it.
+    lost: chance that a step leads back where nobody taught it (0: the ground beside the road is
+        absorbing).
     """
 
     error: float
@@ -35,7 +39,8 @@ class Chain:
     def __post_init__(self) -> None:
         if not 0 <= self.error <= 1 or not 0 <= self.lost <= 1 or self.horizon < 1:
             raise OpdlabError(
-                f"Chain got error={self.error}, lost={self.lost}, horizon={self.horizon}. Use chances from 0 to 1 and at least one step."
+                f"Chain got error={self.error}, lost={self.lost}, horizon={self.horizon}. Use"
+                " chances from 0 to 1 and at least one step."
             )
 
     def matrix(self, prefixes: Prefixes) -> Tensor:
@@ -47,7 +52,9 @@ class Chain:
         return torch.tensor([[1 - self.error, self.error], [back, 1 - back]], dtype=torch.float64)
 
     def visits(self, prefixes: Prefixes) -> Tensor:
-        """Chance to be on the road and off it after each step, `[T, 2]`, for a student trained on these prefixes."""
+        """Chance to be on the road and off it after each step, `[T, 2]`, for a student trained on
+        these prefixes.
+        """
         move, at, out = self.matrix(prefixes), torch.tensor([1.0, 0.0], dtype=torch.float64), []
         for _ in range(self.horizon):
             at = at @ move

@@ -1,8 +1,9 @@
-"""What a method really does to a student, exactly: its own plan and loss, through the engine, over every completion.
+"""What a method really does to a student, exactly: its own plan and loss, through the engine, over
+every completion.
 
-Nothing here knows a formula of any method. The expected gradient is the sum over all completions of their probability
-times what a training step would do with them; no gradient runs through the sampling, as in training. Central differences
-of any objective are the other side of the comparison.
+Nothing here knows a formula of any method. The expected gradient is the sum over all completions of
+their probability times what a training step would do with them; no gradient runs through the
+sampling, as in training. Central differences of any objective are the other side of the comparison.
 """
 
 from __future__ import annotations
@@ -29,11 +30,13 @@ if TYPE_CHECKING:
 def gradient(
     method: Any, policies: Mapping[str, Any], *, writer: str = "student", task: Task | None = None
 ) -> Tensor:
-    """The expected gradient `[X, S, V]` for the student's logits of `sum_t loss_t`, a completion being written by `writer`.
+    """The expected gradient `[X, S, V]` for the student's logits of `sum_t loss_t`, a completion
+    being written by `writer`.
 
-    policies: tables by name (`student`, and what the method needs). Each prompt counts once. The plan sees all completions
-    in one batch, so it must give a row what it would give that row alone: for a plan that compares rows (group means,
-    quantiles), sum `gradient_on` over the batches that may occur.
+    policies: tables by name (`student`, and what the method needs). Each prompt counts once. The
+        plan sees all completions
+    in one batch, so it must give a row what it would give that row alone: for a plan that compares
+    rows (group means, quantiles), sum `gradient_on` over the batches that may occur.
     """
     by: Table = policies[writer]
     rollout = everything(by.prompts, by.vocab, by.length, eos=by.eos, by=by)
@@ -48,9 +51,11 @@ def gradient_on(
     *,
     task: Task | None = None,
 ) -> Tensor:
-    """Gradient `[X, S, V]` of `sum_b weight_b sum_t loss_bt` on a given rollout: one training step's plan and loss pass.
+    """Gradient `[X, S, V]` of `sum_b weight_b sum_t loss_bt` on a given rollout: one training
+    step's plan and loss pass.
 
-    weight: `[N]`, one a completion. A bare loss function is a method without a plan, a class is made with its defaults.
+    weight: `[N]`, one a completion. A bare loss function is a method without a plan, a class is
+        made with its defaults.
     """
     student: Table = policies["student"]
     flat = loss_pass(method, policies, rollout, weight, task=task).gradient
@@ -67,7 +72,10 @@ def loss_pass(
     *,
     task: Task | None = None,
 ) -> Pass:
-    """The engine's own numbers for `gradient_on`, token by token: `loss`, weighted `gradient [tokens, V]`, `grad_norm`."""
+    """The engine's own numbers for `gradient_on`, token by token:
+
+    `loss`, weighted `gradient [tokens, V]`, `grad_norm`.
+    """
     chosen: Any = as_method(method, "exact.gradient")
     batch = Batch(rollout, policies, task)
     columns = run_plan(chosen, batch)
@@ -78,7 +86,9 @@ def loss_pass(
 
 
 def differences(objective: Callable[[Table], Tensor], table: Table, step: float = 1e-5) -> Tensor:
-    """Central differences of a number in every logit, `[X, S, V]`; the error is about step² (and 1e-16 / step)."""
+    """Central differences of a number in every logit, `[X, S, V]`; the error is about step² (and
+    1e-16 / step).
+    """
     out = torch.zeros_like(table.logits).flatten()
     with torch.no_grad():
         for i in range(out.numel()):

@@ -1,4 +1,7 @@
-"""Exact probabilities of what a table writes, and the expectations that follow. All differentiable in `table.logits`."""
+"""Exact probabilities of what a table writes, and the expectations that follow.
+
+All differentiable in `table.logits`.
+"""
 
 from __future__ import annotations
 
@@ -19,8 +22,10 @@ def law(table: Table, rollout: Rollout) -> Tensor:
 
 
 def visits(table: Table) -> Tensor:
-    """The probability that a text of the table passes through each prefix, `[X, S]`. The prefixes of one length sum to one,
-    less what has ended before."""
+    """The probability that a text of the table passes through each prefix, `[X, S]`.
+
+    The prefixes of one length sum to one, less what has ended before.
+    """
     p, level, out, first = table.logp.exp(), table.logits.new_ones(len(table.prompts), 1), [], 0
     for _ in range(table.length):
         out.append(level)
@@ -33,7 +38,10 @@ def visits(table: Table) -> Tensor:
 
 
 def expectation(table: Table, value: Callable[[Rollout], Tensor]) -> Tensor:
-    """`E_{y ~ table(.|x)} value(y)` for every prompt, `[X, ...]`: `value` maps all completions to `[N, ...]`."""
+    """`E_{y ~ table(.|x)} value(y)` for every prompt, `[X, ...]`:
+
+    `value` maps all completions to `[N, ...]`.
+    """
     rollout = everything(table.prompts, table.vocab, table.length, eos=table.eos, by=table)
     values = value(rollout)
     weighted = law(table, rollout).view(-1, *[1] * (values.dim() - 1)) * values

@@ -11,7 +11,9 @@ from opdlab.errors import OpdlabError
 
 @dataclass(frozen=True)
 class Letters:
-    """As much of a tokenizer as methods ask for: one token a letter, and perhaps one that ends a text."""
+    """As much of a tokenizer as methods ask for: one token a letter, and perhaps one that ends a
+    text.
+    """
 
     vocab: int
     eos_token_id: int | None = None
@@ -45,6 +47,7 @@ class Letters:
         known = self.get_vocab()
         if strange := sorted(set(text) - set(known)):
             raise OpdlabError(
-                f"A table of {self.vocab} tokens cannot read {strange[0]!r}. Write with {' '.join(known)}."
+                f"A table of {self.vocab} tokens cannot read {strange[0]!r}. Write with"
+                f" {' '.join(known)}."
             )
         return {"input_ids": [known[letter] for letter in text]}

@@ -1,15 +1,17 @@
 """A world of single tokens in which it is known what a hint tells and what it takes skill to do.
 
-Every token has a type; the hint p is a symbol z, uniform and independent of the prompt x. Each policy is a table of
-probabilities [type, hint, token], so that every expectation is a sum over all tokens y, weighted as the bare student S(y|x)
-would write them: nothing is sampled. The total gap of a token splits in two exact ways (both sums are telescopes):
+Every token has a type; the hint p is a symbol z, uniform and independent of the prompt x. Each
+policy is a table of probabilities [type, hint, token], so that every expectation is a sum over all
+tokens y, weighted as the bare student S(y|x) would write them: nothing is sampled. The total gap of
+a token splits in two exact ways (both sums are telescopes):
 
     G = log T(y|x,p) - log S(y|x)
       = [log T(x,p) - log S(x,p)] + [log S(x,p) - log S(x)]      capability with the hint    + the student's information
       = [log T(x,p) - log T(x)]   + [log T(x)   - log S(x)]      the teacher's information   + capability without the hint
 
-Half of both is the Shapley split; their difference, the interaction, is what needs the hint *and* the skill.
-Left out: everything that depends on earlier tokens (`opdlab.exact` has tables over prefixes).
+Half of both is the Shapley split; their difference, the interaction, is what needs the hint *and*
+the skill. Left out: everything that depends on earlier tokens (`opdlab.exact` has tables over
+prefixes).
 """
 
 from __future__ import annotations
@@ -48,7 +50,9 @@ class Split:
 
     @property
     def interaction(self) -> Tensor:
-        """What only hint and skill together explain: the difference of the two capabilities (and of the two informations)."""
+        """What only hint and skill together explain: the difference of the two capabilities (and of
+        the two informations).
+        """
         return self.capability_with_hint - self.capability_without_hint
 
     @property
@@ -78,8 +82,10 @@ def split(logp: Mapping[str, Any]) -> Split:
 
 @dataclass(frozen=True)
 class World:
-    """error: what "knows" leaves to the other tokens, together. weak: what the student puts on the right token where it is weak.
-    second: what either side puts on the other right answer of type R. shares: how many of the tokens are of each type."""
+    """error: what "knows" leaves to the other tokens, together. weak: what the student puts on the
+    right token where it is weak. second: what either side puts on the other right answer of type
+    R. shares: how many of the tokens are of each type.
+    """
 
     vocab: int = 16
     error: float = 0.05
@@ -95,21 +101,27 @@ class World:
             or not sum(self.shares)
         ):
             raise OpdlabError(
-                f"World got vocab={self.vocab}, shares={self.shares}. Use at least 3 tokens and one share for each of {', '.join(TYPES)}."
+                f"World got vocab={self.vocab}, shares={self.shares}. Use at least 3 tokens and one"
+                f" share for each of {', '.join(TYPES)}."
             )
         if not (0 < self.error < 1 and 0 < self.weak < 1 and 0 < self.second < 1 - self.error):
             raise OpdlabError(
-                f"World got error={self.error}, weak={self.weak}, second={self.second}. Use probabilities between 0 and 1, "
-                "second below 1 - error."
+                f"World got error={self.error}, weak={self.weak}, second={self.second}. Use"
+                " probabilities between 0 and 1, second below 1 - error."
             )
 
     def logp(self, policy: str) -> Tensor:
-        """`[types, hints, V]` float64; `policy` is one of `POLICIES`. Without a hint it is the same for all hints."""
+        """`[types, hints, V]` float64; `policy` is one of `POLICIES`.
+
+        Without a hint it is the same for all hints.
+        """
         place = POLICIES.index(policy)
         return torch.stack([row[place] for row in self._rows()]).log()
 
     def law(self) -> Tensor:
-        """`[types, hints, V]`: how likely a token of the bare student is of this type, this hint and this y. Sums to one."""
+        """`[types, hints, V]`: how likely a token of the bare student is of this type, this hint
+        and this y. Sums to one.
+        """
         shares = torch.tensor(self.shares, dtype=torch.float64) / sum(self.shares)
         return shares[:, None, None] / self.vocab * self.logp("student").exp()
 
@@ -123,15 +135,18 @@ class World:
         return dict(zip(TYPES, (weight * value).sum((1, 2)).tolist(), strict=True))
 
     def tokens(self, size: int = 1200) -> tuple[Tensor, Tensor, Tensor]:
-        """Type, hint and token ids of a batch in which every y occurs exactly as often as it is likely: `[n]` each.
+        """Type, hint and token ids of a batch in which every y occurs exactly as often as it is
+        likely: `[n]` each.
 
-        size: tokens a hint and share. What holds on it holds in expectation. Raises OpdlabError where `size` is no such number.
+        size: tokens a hint and share. What holds on it holds in expectation. Raises OpdlabError
+            where `size` is no such number.
         """
         want = self.law() * size * self.vocab * sum(self.shares)
         count = want.round()
         if (want - count).abs().max() > 1e-6:
             raise OpdlabError(
-                f"In {size} tokens the probabilities of this world are no whole numbers. Use a common multiple of them."
+                f"In {size} tokens the probabilities of this world are no whole numbers. Use a"
+                " common multiple of them."
             )
         kind, hint, token = torch.unravel_index(
             torch.arange(count.numel()).repeat_interleave(count.flatten().long()), count.shape
@@ -176,7 +191,9 @@ class World:
 
 @dataclass(frozen=True)
 class Floor:
-    """The least mean divergence from a hinted teacher that a student without the hint can reach, in nats."""
+    """The least mean divergence from a hinted teacher that a student without the hint can reach, in
+    nats.
+    """
 
     forward_kl: float
     reverse_kl: float
@@ -184,10 +201,11 @@ class Floor:
 
 
 def floor(vocab: int = 16, error: float = 0.05) -> Floor:
-    """Closed forms for a token that only the hint tells (type I): the uniform student is best for all three.
+    """Closed forms for a token that only the hint tells (type I): the uniform student is best for
+    all three.
 
-    The teacher puts 1 - error on z and spreads the rest over the other tokens. Whoever goes lower on given prompts has memorised
-    their hints.
+    The teacher puts 1 - error on z and spreads the rest over the other tokens. Whoever goes lower
+    on given prompts has memorised their hints.
     """
     right, wrong, flat = 1 - error, error / (vocab - 1), 1 / vocab
     kl = lambda a, b: sum(
@@ -201,7 +219,8 @@ def floor(vocab: int = 16, error: float = 0.05) -> Floor:
 
 
 def information(logp: Tensor) -> Tensor:
-    """I(Y; P) in nats of `[..., hints, V]` log-probs under equally likely hints: the floor of the mean forward KL, `[...]`.
+    """I(Y; P) in nats of `[..., hints, V]` log-probs under equally likely hints: the floor of the
+    mean forward KL, `[...]`.
 
     It is reached at the mean of the hinted teachers: E_p KL(T_p || S) = I(Y; P) + KL(mean || S).
     """
@@ -210,5 +229,7 @@ def information(logp: Tensor) -> Tensor:
 
 
 def geometric_floor(logp: Tensor) -> Tensor:
-    """-log Z, Z = sum_y exp(E_p log T_p(y)): the floor of the mean reverse KL, reached at the geometric mean, `[...]`."""
+    """-log Z, Z = sum_y exp(E_p log T_p(y)): the floor of the mean reverse KL, reached at the
+    geometric mean, `[...]`.
+    """
     return -logp.mean(-2).logsumexp(-1)

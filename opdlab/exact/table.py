@@ -1,8 +1,10 @@
-"""A language model small enough to be written down: one row of logits for every prompt and every text begun.
+"""A language model small enough to be written down: one row of logits for every prompt and every
+text begun.
 
-A `Table` stands wherever a method's plan or loss meets a policy: the batch takes its states (an identity head, so the
-hidden states are the logits), a plan can have it write on from any tokens. All in float64. Left out: training; the
-gradients of `opdlab.exact` are for `table.logits`, and a step is a new table.
+A `Table` stands wherever a method's plan or loss meets a policy: the batch takes its states (an
+identity head, so the hidden states are the logits), a plan can have it write on from any tokens.
+All in float64. Left out: training; the gradients of `opdlab.exact` are for `table.logits`, and a
+step is a new table.
 """
 
 from __future__ import annotations
@@ -28,10 +30,11 @@ LARGEST = 200_000  # completions that are listed at once
 
 @dataclass(frozen=True, eq=False)
 class Table:
-    """A next-token distribution for each of `S` beginnings: all texts of fewer than `length` of `V` tokens.
+    """A next-token distribution for each of `S` beginnings: all texts of fewer than `length` of `V`
+    tokens.
 
-    `logits [X, S, V]`, float64: row `start(prefix)` of prompt `x` is what follows `prefix`. A text ends after `length` tokens,
-    or with `eos` where that is a token.
+    `logits [X, S, V]`, float64: row `start(prefix)` of prompt `x` is what follows `prefix`. A text
+    ends after `length` tokens, or with `eos` where that is a token.
     """
 
     logits: Tensor
@@ -43,8 +46,9 @@ class Table:
         want = (len(self.prompts), starts(self.vocab, self.length), self.vocab)
         if tuple(self.logits.shape) != want or self.logits.dtype != torch.float64:
             raise OpdlabError(
-                f"A table's logits are {list(self.logits.shape)} in {self.logits.dtype} for {want[0]} prompts and texts of "
-                f"{self.length} tokens. Give float64 [prompts, prefixes, tokens], here {list(want)}."
+                f"A table's logits are {list(self.logits.shape)} in {self.logits.dtype} for"
+                f" {want[0]} prompts and texts of {self.length} tokens. Give float64 [prompts,"
+                f" prefixes, tokens], here {list(want)}."
             )
 
     @classmethod
@@ -88,7 +92,9 @@ class Table:
         return replace(self, logits=self.logits + change)
 
     def start(self, prefix: Sequence[int]) -> int:
-        """Index of the row that follows `prefix`: shorter ones first, then in the order of counting."""
+        """Index of the row that follows `prefix`: shorter ones first, then in the order of
+        counting.
+        """
         number = 0
         for token in prefix:
             number = number * self.vocab + token
@@ -98,12 +104,16 @@ class Table:
         """Index of a prompt; raises OpdlabError for one that the table was not made for."""
         if prompt not in self.prompts:
             raise OpdlabError(
-                f"The table has no row for prompt {prompt.id or prompt.text!r}. Use the prompts that it was made with."
+                f"The table has no row for prompt {prompt.id or prompt.text!r}. Use the prompts"
+                " that it was made with."
             )
         return self.prompts.index(prompt)
 
     def where(self, rollout: Rollout) -> tuple[Tensor, Tensor]:
-        """Prompt and prefix of every completion token, `[tokens]` each: `logits[where]` is what it was drawn from."""
+        """Prompt and prefix of every completion token, `[tokens]` each:
+
+        `logits[where]` is what it was drawn from.
+        """
         known = {
             id(prompt): self.place(prompt)
             for prompt in {id(p): p for p in rollout.prompts}.values()
@@ -116,14 +126,18 @@ class Table:
         return x.repeat_interleave(rollout.lengths), torch.stack(at, 1)[rollout.mask]
 
     def grade(self, rollout: Rollout) -> States:
-        """What a batch asks of a policy: hidden states `[tokens, V]` that are the logits, and the head that leaves them so."""
+        """What a batch asks of a policy: hidden states `[tokens, V]` that are the logits, and the
+        head that leaves them so.
+        """
         return States(
             self.logits[self.where(rollout)],
             Head(torch.eye(self.vocab, dtype=torch.float64), None, self.vocab),
         )
 
     def own(self, rollout: Rollout) -> Rollout:
-        """The same completions with this table's log-probs and entropies, as if it had written them."""
+        """The same completions with this table's log-probs and entropies, as if it had written
+        them.
+        """
         logp = self.logp.detach()[self.where(rollout)]
         logp, entropy = (
             logp.gather(-1, rollout.ids[rollout.mask][:, None])[:, 0],
@@ -146,7 +160,10 @@ class Table:
         writer: str = "student",
         **options: Any,
     ) -> Rollout:
-        """As `Policy.sample`, by the same draws. A text ends where the table does, however many tokens were asked for."""
+        """As `Policy.sample`, by the same draws.
+
+        A text ends where the table does, however many tokens were asked for.
+        """
         config = SamplingConfig.of("sample", {"max_new_tokens": self.length, **options})
         begun = [
             list(prefix)
@@ -191,7 +208,10 @@ class Table:
         prefixes: Sequence[str] | None = None,
         **options: Any,
     ) -> list[list[str]]:
-        """As a teacher that only writes: `n` texts a prompt, which go on from `prefixes` and do not repeat them."""
+        """As a teacher that only writes:
+
+        `n` texts a prompt, which go on from `prefixes` and do not repeat them.
+        """
         begun = (
             None if prefixes is None else [self.tokenizer(text)["input_ids"] for text in prefixes]
         )
@@ -218,14 +238,17 @@ def everything(
     eos: int | None = None,
     by: Table | None = None,
 ) -> Rollout:
-    """Every completion of every prompt: all `V^length` sequences, or with `eos` those that end with it or are that long.
+    """Every completion of every prompt: all `V^length` sequences, or with `eos` those that end with
+    it or are that long.
 
-    `by`: whose log-probs and entropies the rollout carries (zero otherwise). Raises OpdlabError for more than LARGEST.
+    `by`: whose log-probs and entropies the rollout carries (zero otherwise). Raises OpdlabError for
+    more than LARGEST.
     """
     if len(prompts) * vocab**length > LARGEST:
         raise OpdlabError(
-            f"{len(prompts)} prompts and {vocab} tokens at {length} places make {len(prompts) * vocab**length} completions; at most "
-            f"{LARGEST} are listed. Use fewer tokens or shorter texts, as vocab=4, length=3."
+            f"{len(prompts)} prompts and {vocab} tokens at {length} places make"
+            f" {len(prompts) * vocab**length} completions; at most {LARGEST} are listed. Use fewer"
+            " tokens or shorter texts, as vocab=4, length=3."
         )
     bodies: list[list[int]] = [[]]
     for _ in range(length):

@@ -1,4 +1,7 @@
-"""Divergences between next-token distributions, with their generators and supports. Pure PyTorch."""
+"""Divergences between next-token distributions, with their generators and supports.
+
+Pure PyTorch.
+"""
 
 from opdlab.losses.divergences import (
     TopK,

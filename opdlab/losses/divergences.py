@@ -1,9 +1,11 @@
-"""Divergences between two next-token distributions: pure functions on log-probs, `[..., V] -> [...]`, in nats.
+"""Divergences between two next-token distributions: pure functions on log-probs, `[..., V] ->
+[...]`, in nats.
 
 Names carry the direction: the first argument is always the student p, the second the teacher q, and
-`forward_kl(student, teacher)` is KL(q || p). All work in float32 at least, in log space, and are exact and
-differentiable where a log-prob is -inf (a token that a model rules out); a KL to a distribution that rules out what the
-other one does is +inf, which is its true value. Left out: reductions, masks and weights (they belong to a method).
+`forward_kl(student, teacher)` is KL(q || p). All work in float32 at least, in log space, and are
+exact and differentiable where a log-prob is -inf (a token that a model rules out); a KL to a
+distribution that rules out what the other one does is +inf, which is its true value. Left out:
+reductions, masks and weights (they belong to a method).
 """
 
 from __future__ import annotations
@@ -39,36 +41,47 @@ __all__ = [
 
 
 def forward_kl(student: Tensor, teacher: Tensor) -> Tensor:
-    """KL(teacher || student) = sum q (log q - log p): covers what the teacher does. `[..., V] -> [...]`, nats."""
+    """KL(teacher || student) = sum q (log q - log p): covers what the teacher does.
+
+    `[..., V] -> [...]`, nats.
+    """
     return _kl(teacher, student)
 
 
 def reverse_kl(student: Tensor, teacher: Tensor) -> Tensor:
-    """KL(student || teacher) = sum p (log p - log q): keeps to what the teacher allows. `[..., V] -> [...]`, nats."""
+    """KL(student || teacher) = sum p (log p - log q): keeps to what the teacher allows.
+
+    `[..., V] -> [...]`, nats.
+    """
     return _kl(student, teacher)
 
 
 def jensen_shannon(student: Tensor, teacher: Tensor) -> Tensor:
-    """½ KL(q || m) + ½ KL(p || m), m = ½ q + ½ p: symmetric, between 0 and log 2. `[..., V] -> [...]`, nats."""
+    """½ KL(q || m) + ½ KL(p || m), m = ½ q + ½ p: symmetric, between 0 and log 2.
+
+    `[..., V] -> [...]`, nats.
+    """
     return generalized_jsd(student, teacher, 0.5)
 
 
 def generalized_jsd(
     student: Tensor, teacher: Tensor, beta: float = 0.5, normalize: bool = False
 ) -> Tensor:
-    """beta KL(q || m) + (1 - beta) KL(p || m), m = beta q + (1 - beta) p (GKD, arXiv 2306.13649, section 2).
+    """beta KL(q || m) + (1 - beta) KL(p || m), m = beta q + (1 - beta) p (GKD, arXiv 2306.13649,
+    section 2).
 
-    Small beta behaves like the forward, large beta like the reverse KL, but the bare form shrinks to zero at both ends,
-    so that beta also turns the learning rate. `normalize=True` divides by beta (1 - beta): the limits are then the two
-    KLs themselves, and beta = 0 and 1 are allowed. `[..., V] -> [...]`, nats. Raises InvalidValue for other betas.
+    Small beta behaves like the forward, large beta like the reverse KL, but the bare form shrinks
+    to zero at both ends, so that beta also turns the learning rate. `normalize=True` divides by
+    beta (1 - beta): the limits are then the two KLs themselves, and beta = 0 and 1 are allowed.
+    `[..., V] -> [...]`, nats. Raises InvalidValue for other betas.
     """
     _check_number("generalized_jsd", "beta", beta)
     if normalize and beta in (0, 1):
         return reverse_kl(student, teacher) if beta else forward_kl(student, teacher)
     if not 0 < beta < 1:
         raise InvalidValue(
-            f"generalized_jsd got beta={beta}; the bare form is zero at 0 and 1. Use a beta between, "
-            "normalize=True, or forward_kl / reverse_kl themselves."
+            f"generalized_jsd got beta={beta}; the bare form is zero at 0 and 1. Use a beta"
+            " between, normalize=True, or forward_kl / reverse_kl themselves."
         )
     middle = _mix(teacher, student, beta)
     value = beta * _kl(teacher, middle) + (1 - beta) * _kl(student, middle)
@@ -76,17 +89,22 @@ def generalized_jsd(
 
 
 def skew_forward_kl(student: Tensor, teacher: Tensor, alpha: float = 0.1) -> Tensor:
-    """KL(q || alpha q + (1 - alpha) p), at most -log alpha (DistiLLM, arXiv 2402.03898). alpha = 0 is forward KL."""
+    """KL(q || alpha q + (1 - alpha) p), at most -log alpha (DistiLLM, arXiv 2402.03898). alpha = 0
+    is forward KL.
+    """
     return _kl(teacher, _mix(teacher, student, _share(alpha)))
 
 
 def skew_reverse_kl(student: Tensor, teacher: Tensor, alpha: float = 0.1) -> Tensor:
-    """KL(p || (1 - alpha) q + alpha p), at most -log alpha (DistiLLM, arXiv 2402.03898). alpha = 0 is reverse KL."""
+    """KL(p || (1 - alpha) q + alpha p), at most -log alpha (DistiLLM, arXiv 2402.03898). alpha = 0
+    is reverse KL.
+    """
     return _kl(student, _mix(student, teacher, _share(alpha)))
 
 
 def alpha_divergence(student: Tensor, teacher: Tensor, alpha: float = 0.5) -> Tensor:
-    """(sum q^alpha p^(1-alpha) - 1) / (alpha (alpha - 1)): reverse KL at 0, forward KL at 1, 4 Hellinger² at ½.
+    """(sum q^alpha p^(1-alpha) - 1) / (alpha (alpha - 1)): reverse KL at 0, forward KL at 1, 4
+    Hellinger² at ½.
 
     The Cressie-Read form, so Pearson's chi² / 2 at 2 and Neyman's at -1. `[..., V] -> [...]`.
     """
@@ -100,7 +118,9 @@ def alpha_divergence(student: Tensor, teacher: Tensor, alpha: float = 0.5) -> Te
 
 
 def total_variation(student: Tensor, teacher: Tensor) -> Tensor:
-    """½ sum |p - q|: between 0 and 1; 1 - TV is the chance that a token survives speculative checking."""
+    """½ sum |p - q|: between 0 and 1; 1 - TV is the chance that a token survives speculative
+    checking.
+    """
     return 0.5 * (_float(student).exp() - _float(teacher).exp()).abs().sum(-1)
 
 
@@ -114,11 +134,13 @@ def entropy(logp: Tensor) -> Tensor:
 
 @dataclass(frozen=True)
 class TopK:
-    """A coarse support: the `k` likeliest tokens of one policy, and what becomes of the mass outside.
+    """A coarse support: the `k` likeliest tokens of one policy, and what becomes of the mass
+    outside.
 
-    `by` names the policy whose top tokens are taken. `tail`: "bucket" keeps the rest as one more outcome, so that a
-    divergence on it is a lower bound of the full one and zero only if top and tail agree; "renormalize" forgets the
-    rest on both sides; "drop" leaves it out, which lets a reverse KL win by leaving the support.
+    `by` names the policy whose top tokens are taken. `tail`: "bucket" keeps the rest as one more
+    outcome, so that a divergence on it is a lower bound of the full one and zero only if top and
+    tail agree; "renormalize" forgets the rest on both sides; "drop" leaves it out, which lets a
+    reverse KL win by leaving the support.
     """
 
     k: int
@@ -130,12 +152,14 @@ class TopK:
         validate("TopK", {"by": self.by}, {"by": Text})
         if self.k < 1 or self.tail not in ("bucket", "renormalize", "drop"):
             raise InvalidValue(
-                f"TopK got k={self.k}, tail={self.tail!r}. Use k >= 1 and bucket, renormalize or drop."
+                f"TopK got k={self.k}, tail={self.tail!r}. Use k >= 1 and bucket, renormalize or"
+                " drop."
             )
         if self.tail == "drop":
             warnings.warn(
-                "TopK(tail='drop'): truncated log-probs do not sum to one, so the loss can turn negative and a student can "
-                "lower it by moving mass off the support. Use tail='bucket' unless you study just that.",
+                "TopK(tail='drop'): truncated log-probs do not sum to one, so the loss can turn"
+                " negative and a student can lower it by moving mass off the support. Use"
+                " tail='bucket' unless you study just that.",
                 stacklevel=3,
             )
 
@@ -144,7 +168,10 @@ class TopK:
         return by.detach().topk(min(self.k, by.shape[-1]), dim=-1).indices
 
     def coarse(self, logp: Tensor, ids: Tensor) -> Tensor:
-        """`[n, V]` on the support: `[n, k]`, or `[n, k + 1]` with the bucket (none where k covers all of V)."""
+        """`[n, V]` on the support:
+
+        `[n, k]`, or `[n, k + 1]` with the bucket (none where k covers all of V).
+        """
         top = logp.gather(-1, ids)
         if self.tail == "renormalize":
             return top.log_softmax(-1)
@@ -156,13 +183,16 @@ class TopK:
 
 
 class _KL(torch.autograd.Function):
-    """sum a (log a - log b) with both gradients by hand: half the passes over memory, and no 0 * inf."""
+    """sum a (log a - log b) with both gradients by hand: half the passes over memory, and no 0 *
+    inf.
+    """
 
     @staticmethod
     def forward(ctx: Any, a: Tensor, b: Tensor) -> Tensor:
         p = a.exp()
-        # A token without mass under `a` adds nothing, whatever `b` says. +inf is a true value elsewhere, and NaN stays NaN:
-        # a teacher with broken weights must not look like one that agrees.
+        # A token without mass under `a` adds nothing, whatever `b` says. +inf is a true value
+        # elsewhere, and NaN stays NaN: a teacher with broken weights must not look like one that
+        # agrees.
         gap = (a - b).masked_fill_(a.isneginf(), 0.0)
         value = torch.linalg.vecdot(p, gap)
         slope = (
@@ -204,7 +234,8 @@ def _share(alpha: float) -> float:
     _check_number("A skew divergence", "alpha", alpha)
     if not 0 <= alpha < 1:
         raise InvalidValue(
-            f"The skew alpha is {alpha}; it is the share of a distribution in a mixture. Use 0 <= alpha < 1."
+            f"The skew alpha is {alpha}; it is the share of a distribution in a mixture. Use 0 <="
+            " alpha < 1."
         )
     return alpha
 

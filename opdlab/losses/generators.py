@@ -3,9 +3,10 @@
     D_f(q || p)  =  E_{a ~ p} f(u),     u = q(a) / p(a),  f convex, f(1) = 0          (q the teacher, p the student)
     -grad D_f    =  E_{a ~ p} w_f(u) grad log p(a),       w_f(u) = -f(u) + u f'(u)     (OPD+, arXiv 2606.01039)
 
-All functions take `log_u = log q - log p`, of any shape, in forms that neither overflow early nor cancel near u = 1. Forward
-KL, reverse KL and Jensen-Shannon are the paper's (table 1, as a public reproduction quotes it); the other rows are derived
-here by the same rule. Left out: losses on a whole vocabulary, which `divergence.py` has in constant memory.
+All functions take `log_u = log q - log p`, of any shape, in forms that neither overflow early nor
+cancel near u = 1. Forward KL, reverse KL and Jensen-Shannon are the paper's (table 1, as a public
+reproduction quotes it); the other rows are derived here by the same rule. Left out: losses on a
+whole vocabulary, which `divergence.py` has in constant memory.
 """
 
 from __future__ import annotations
@@ -24,11 +25,13 @@ from opdlab.support.validation import Number, Text, validate
 
 @dataclass(frozen=True)
 class Generator:
-    """`f` of a divergence by name, in the convention above: "forward_kl" is KL(q || p), f = u log u.
+    """`f` of a divergence by name, in the convention above: "forward_kl" is KL(q || p), f = u log
+    u.
 
-    alpha: of "alpha" (0 reverse KL, ½ four times squared Hellinger, 1 forward KL) and of the two skews. beta: of
-    "generalized_jsd". shift: `f + shift (u - 1)` is another form of the same divergence. scale: its unit. Raises InvalidValue
-    for a name or a parameter that is none.
+    alpha: of "alpha" (0 reverse KL, ½ four times squared Hellinger, 1 forward KL) and of the two
+        skews. beta: of
+    "generalized_jsd". shift: `f + shift (u - 1)` is another form of the same divergence. scale: its
+    unit. Raises InvalidValue for a name or a parameter that is none.
     """
 
     name: str
@@ -55,17 +58,21 @@ class Generator:
                 object.__setattr__(self, name, own.default)
             elif getattr(self, name) is not None and (own is None or name != own.name):
                 raise InvalidValue(
-                    f"The generator {self.name!r} has no {name}, but got {name}={getattr(self, name)}. Leave it out."
+                    f"The generator {self.name!r} has no {name}, but got"
+                    f" {name}={getattr(self, name)}. Leave it out."
                 )
         if own is not None and not own.allows(self._parameter):
             raise InvalidValue(f"{self!r} is no divergence. Use {own.says}.")
         if not 0 < self.scale < math.inf or not math.isfinite(self.shift):
             raise InvalidValue(
-                f"{self!r} has shift={self.shift}, scale={self.scale}. Use finite numbers and a scale above 0."
+                f"{self!r} has shift={self.shift}, scale={self.scale}. Use finite numbers and a"
+                " scale above 0."
             )
 
     def f(self, log_u: Tensor) -> Tensor:
-        """`f(u)`; its mean under the student is the divergence (in nats where that is a KL or a JSD)."""
+        """`f(u)`; its mean under the student is the divergence (in nats where that is a KL or a
+        JSD).
+        """
         log_u = _float(log_u)
         value = self._form.f(log_u) + (self.shift * log_u.expm1() if self.shift else 0)
         value = value.masked_fill(log_u.isneginf(), self._form.at_zero - self.shift)
@@ -80,12 +87,17 @@ class Generator:
         return self.scale * (self._form.slope(_float(log_u)) + self.shift)
 
     def weight(self, log_u: Tensor) -> Tensor:
-        """`w_f(u) = -f(u) + u f'(u)`: the advantage of OPD+, never decreasing in u. `shift` adds a constant to it."""
+        """`w_f(u) = -f(u) + u f'(u)`: the advantage of OPD+, never decreasing in u.
+
+        `shift` adds a constant to it.
+        """
         return self.scale * (self._form.weight(_float(log_u)) + self.shift)
 
     def stop_gradient_weight(self, log_u: Tensor) -> Tensor:
-        """`-f(u)`: the advantage that forgets how f(u) moves with the student. Right for the reverse KL and few others, and
-        `shift` changes what it trains."""
+        """`-f(u)`: the advantage that forgets how f(u) moves with the student.
+
+        Right for the reverse KL and few others, and `shift` changes what it trains.
+        """
         return -self.f(log_u)
 
     @property
@@ -105,7 +117,9 @@ class Generator:
 
     @property
     def at_infinity(self) -> float:
-        """`lim f(u) / u`: the price of a unit of the teacher's mass that the student rules out, and so never shows."""
+        """`lim f(u) / u`: the price of a unit of the teacher's mass that the student rules out, and
+        so never shows.
+        """
         return self.scale * (self._form.at_infinity + self.shift)
 
     def shifted(self, c: float) -> Generator:
@@ -117,8 +131,9 @@ class Generator:
         return replace(self, scale=self.scale * factor)
 
     def divergence(self, student: Tensor, teacher: Tensor) -> Tensor:
-        """`D_f(q || p)` from log-probs, `[..., V] -> [...]`; what one of the two rules out counts at its price. For ratios that
-        fit a float: `opdlab.losses` has no such limit."""
+        """`D_f(q || p)` from log-probs, `[..., V] -> [...]`; what one of the two rules out counts
+        at its price. For ratios that fit a float: `opdlab.losses` has no such limit.
+        """
         student, teacher = torch.broadcast_tensors(_float(student), _float(teacher))
         here, there = ~student.isneginf(), ~teacher.isneginf()
         shared = student.exp() * self.f(torch.where(here & there, teacher - student, 0.0))
@@ -154,7 +169,9 @@ class Generator:
 
 
 class Form(NamedTuple):
-    """One row of the table: three functions of `x = log u`, and what they come to at u = 1, 0 and infinity."""
+    """One row of the table: three functions of `x = log u`, and what they come to at u = 1, 0 and
+    infinity.
+    """
 
     f: Callable[[Tensor], Tensor]
     weight: Callable[[Tensor], Tensor]
@@ -257,7 +274,10 @@ def _neyman(_: float) -> Form:
 
 
 def _alpha(a: float) -> Form:
-    """(u^a - a u - (1 - a)) / (a (a - 1)): Amari's, Cressie and Read's. The weight is the Box-Cox transform of u."""
+    """(u^a - a u - (1 - a)) / (a (a - 1)):
+
+    Amari's, Cressie and Read's. The weight is the Box-Cox transform of u.
+    """
     f = lambda x: x.exp() * _power(x, a - 1) - _power(x, a)  # u f' - w: no division by a (a - 1)
     ends = 1 / a if a > 0 else math.inf, 1 / (1 - a) if a < 1 else math.inf
     return Form(f, lambda x: _power(x, a), lambda x: _power(x, a - 1), 0, 1, *ends)

@@ -1,4 +1,7 @@
-"""Methods: what each token is told (`plan`) and how (`loss`). One file a technique, each readable beside its paper."""
+"""Methods: what each token is told (`plan`) and how (`loss`).
+
+One file a technique, each readable beside its paper.
+"""
 
 from opdlab.methods.contract import Method, method
 from opdlab.methods.dopd import DOPD

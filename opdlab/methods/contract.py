@@ -3,8 +3,8 @@
     plan(batch) -> columns      no gradient, whole batch: what should each token be told?
     loss(rows)  -> [n]          gradient, a chunk of tokens: tell it
 
-A method is any object with `needs` and `loss`; the rest is optional. `as_method` makes one of a class or of a bare function,
-and refuses everything else in words.
+A method is any object with `needs` and `loss`; the rest is optional. `as_method` makes one of a
+class or of a bare function, and refuses everything else in words.
 """
 
 from __future__ import annotations
@@ -32,14 +32,18 @@ DEFAULT_NEEDS = ("teacher",)  # what a bare function reads unless it says otherw
 
 @runtime_checkable
 class Method(Protocol):
-    """`needs` names what the method looks at besides the student's own distribution (`opdlab.training.resolution`): `teacher`, `reference`
-    (the student before training), `ema`, any of them told hints (`teacher+hint`), or `teacher.text` (a teacher that only writes).
+    """`needs` names what the method looks at besides the student's own distribution
+    (`opdlab.training.resolution`): `teacher`, `reference` (the student before training), `ema`,
+    any of them told hints (`teacher+hint`), or `teacher.text` (a teacher that only writes).
 
-    Optional: `plan(batch) -> {name: [B, T] or [B, T, K] or [B]}`; `on_policy`, the share of prompts whose completion the
-    student writes (1); `writer`, who writes the others ("teacher", "answer", a policy of `needs`, or several of them, each of
-    whom writes all, in that order); `recipe`, the settings of `distill` that the
-    method's paper trains with, as `{"normalize": "sequence"}` (they go before the task's own); `state_dict()` and
-    `load_state_dict(state)`, for a method that keeps something from step to step (`opdlab.training.method_state`)."""
+    Optional: `plan(batch) -> {name: [B, T] or [B, T, K] or [B]}`; `on_policy`, the share of prompts
+        whose completion the
+    student writes (1); `writer`, who writes the others ("teacher", "answer", a policy of `needs`,
+    or several of them, each of whom writes all, in that order); `recipe`, the settings of `distill`
+    that the method's paper trains with, as `{"normalize": "sequence"}` (they go before the task's
+    own); `state_dict()` and `load_state_dict(state)`, for a method that keeps something from step
+    to step (`opdlab.training.method_state`).
+    """
 
     @property
     def needs(self) -> tuple[str, ...]: ...
@@ -102,7 +106,8 @@ def name_of(method: Any) -> str:
 def method_of_function(function: Any, needs: Sequence[str], plan: Planner | None) -> FunctionMethod:
     if not callable(function):
         raise InvalidValue(
-            f"opdlab.method got {shortened(function)}. Put it above a loss function: def my_loss(rows)."
+            f"opdlab.method got {shortened(function)}. Put it above a loss function: def"
+            " my_loss(rows)."
         )
     name = name_of(function)
     names = tuple(str(need) for need in parse_needs(needs, name))
@@ -111,7 +116,8 @@ def method_of_function(function: Any, needs: Sequence[str], plan: Planner | None
     if plan is not None:
         if not callable(plan):
             raise InvalidValue(
-                f"{name} has plan={shortened(plan)}. Make it a function of the batch, or leave it out."
+                f"{name} has plan={shortened(plan)}. Make it a function of the batch, or leave it"
+                " out."
             )
         check_takes_one(plan, f"the plan of {name}", "batch")
     if _takes_two_distributions(function):
@@ -125,7 +131,9 @@ def _of_rows(pair: Callable[..., Tensor], rows: Rows) -> Tensor:
 
 
 def _takes_two_distributions(function: Callable[..., Any]) -> bool:
-    """Whether it takes the student's and the teacher's log-probs, as those of `opdlab.losses`, rather than rows."""
+    """Whether it takes the student's and the teacher's log-probs, as those of `opdlab.losses`,
+    rather than rows.
+    """
     required = [
         name
         for name, one in parameters_of(function)
@@ -153,7 +161,8 @@ def check_takes_one(function: Callable[..., Any], name: str, what: str) -> None:
     except TypeError:
         takes = ", ".join(str(one) for _, one in parameters_of(function)) or "nothing"
         raise InvalidValue(
-            f"{name} takes {takes}, but it is called with {what} alone. Write it as a function of one argument, {what}."
+            f"{name} takes {takes}, but it is called with {what} alone. Write it as a function of"
+            f" one argument, {what}."
         ) from None
     except (
         ValueError

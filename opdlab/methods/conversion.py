@@ -28,8 +28,9 @@ def as_method(
     """Make a method of what a user gives as one.
 
     Args:
-        value: A method, the class of one (made with its defaults), or a loss function of rows, or of the student's and the
-            teacher's log-probs. A function reads the teacher, unless it has an attribute `needs` or `needs` is given.
+        value: A method, the class of one (made with its defaults), or a loss function of rows, or
+            of the student's and the teacher's log-probs. A function reads the teacher, unless it
+            has an attribute `needs` or `needs` is given.
         where: The function that was called, for errors.
         needs: What a bare function reads.
 
@@ -46,13 +47,14 @@ def as_method(
     if hasattr(value, "loss"):
         if needs is not None:
             raise InvalidValue(
-                f"{where} got needs={shortened(needs)} beside {name_of(value)}, which names its own. Leave needs out."
+                f"{where} got needs={shortened(needs)} beside {name_of(value)}, which names its"
+                " own. Leave needs out."
             )
         return _checked(value, where)
     if not callable(value) or is_model(value):
         raise InvalidValue(
-            f"{where} got {shortened(value)}. Give a loss (a function of rows), a method, as opdlab.OPD(), or the class of one: an object "
-            "without a loss trains nothing."
+            f"{where} got {shortened(value)}. Give a loss (a function of rows), a method, as"
+            " opdlab.OPD(), or the class of one: an object without a loss trains nothing."
         )
     own = getattr(value, "needs", DEFAULT_NEEDS) if needs is None else needs
     return method_of_function(
@@ -64,7 +66,8 @@ def _instance(kind: type, where: str) -> Any:
     """An object of a class, made with its defaults."""
     if kind is Method or not (hasattr(kind, "loss") or _is_callable_class(kind)):
         raise InvalidValue(
-            f"{where} got the class {kind.__name__}, which has no loss. Use a method, as opdlab.OPD()."
+            f"{where} got the class {kind.__name__}, which has no loss. Use a method, as"
+            " opdlab.OPD()."
         )
     required = [
         name
@@ -80,12 +83,15 @@ def _instance(kind: type, where: str) -> Any:
         return kind()
     except TypeError as error:
         raise InvalidValue(
-            f"{where} got the class {kind.__name__}, which cannot be made without arguments ({error}). Make an object of it."
+            f"{where} got the class {kind.__name__}, which cannot be made without arguments"
+            f" ({error}). Make an object of it."
         ) from None
 
 
 def _is_callable_class(kind: type) -> bool:
-    """Whether objects of the class can be called; calling the class itself makes one, which every class can."""
+    """Whether objects of the class can be called; calling the class itself makes one, which every
+    class can.
+    """
     return any("__call__" in vars(base) for base in kind.__mro__ if base is not object)
 
 
@@ -94,24 +100,28 @@ def _checked(value: Any, where: str) -> Method:
     name = name_of(value)
     if not callable(value.loss):
         raise InvalidValue(
-            f"{where} got {name}, whose loss is {shortened(value.loss)}. Make it a function of rows: def loss(self, rows)."
+            f"{where} got {name}, whose loss is {shortened(value.loss)}. Make it a function of"
+            " rows: def loss(self, rows)."
         )
     check_takes_one(value.loss, f"{name}.loss", "rows")
     if not hasattr(value, "needs"):
         raise InvalidValue(
-            f"{where} got {name}, which does not say what it reads. Give it needs = ('teacher',), or () for nothing."
+            f"{where} got {name}, which does not say what it reads. Give it needs = ('teacher',),"
+            " or () for nothing."
         )
     parse_needs(value.needs, name)
     if hasattr(value, "plan"):
         if not callable(value.plan):
             raise InvalidValue(
-                f"{where} got {name}, whose plan is {shortened(value.plan)}. Make it a function of the batch, or leave it out."
+                f"{where} got {name}, whose plan is {shortened(value.plan)}. Make it a function of"
+                " the batch, or leave it out."
             )
         check_takes_one(value.plan, f"{name}.plan", "batch")
     _check_writers(value, name)
     if not isinstance(getattr(value, "recipe", {}), Mapping):
         raise InvalidValue(
-            f"{name} has recipe={shortened(value.recipe)}. Use a dict of settings, as {{'normalize': 'sequence'}}."
+            f"{name} has recipe={shortened(value.recipe)}. Use a dict of settings, as"
+            " {'normalize': 'sequence'}."
         )
     return value
 
@@ -124,7 +134,8 @@ def _check_writers(value: Any, name: str) -> None:
     known = ("teacher", "answer", *value.needs)
     if not isinstance(names, Sequence) or not names or any(one not in known for one in names):
         raise InvalidValue(
-            f"{name} has writer={shortened(writer)}. Use {', '.join(map(repr, dict.fromkeys(known)))}, or a tuple of these."
+            f"{name} has writer={shortened(writer)}. Use"
+            f" {', '.join(map(repr, dict.fromkeys(known)))}, or a tuple of these."
         )
 
 
@@ -135,4 +146,7 @@ def _named(name: str) -> str:
     found = same.get(name.lower().replace("-", "").replace("_", "").replace("+", "plus"))
     if found:
         return f"Use the method itself: opdlab.{found}()."
-    return f"{did_you_mean(name, known)}Use one of opdlab's methods itself, as opdlab.OPD(); there are {', '.join(known)}."
+    return (
+        f"{did_you_mean(name, known)}Use one of opdlab's methods itself, as opdlab.OPD(); there are"
+        f" {', '.join(known)}."
+    )

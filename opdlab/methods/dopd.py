@@ -1,6 +1,8 @@
-"""Dual on-policy distillation: each token is taught by the privileged teacher or by the privileged student (arXiv 2606.30626).
+"""Dual on-policy distillation: each token is taught by the privileged teacher or by the privileged
+student (arXiv 2606.30626).
 
-With a hint p that both sides are told, and y_n the token that the bare student sampled (equation 1 and the table of regimes):
+With a hint p that both sides are told, and y_n the token that the bare student sampled (equation 1
+and the table of regimes):
 
     A_n = | log T(y_n|x,p,y_<n) - log S(y_n|x,p,y_<n) |,      q_T, q_S the two probabilities
 
@@ -9,10 +11,12 @@ With a hint p that both sides are told, and y_n the token that the bare student 
     HT  A >= Ā, q_T >= q_S                     JS( S(.|x),    T(.|x,p) )       the teacher can do more: transfer all of it
     HS  A >= Ā, q_T <  q_S                 β_l KL( S(.|x) || sg S(.|x,p) )     the student knows its way: keep it
 
-The paper has no official code. It confirms the masks, the divergences, the weights, K and the 5 %. Ours are: the support of the
-top K (the student's, with a bucket for the rest), the trimming (tokens in the top 5 % of A leave the two means, and are still
-routed and trained), and that means run over all tokens of a step. Every target sees the hint, so the pull towards what only the
-hint tells is weakened and not removed. `anchor`, `hs`, `gap_student` and `adaptive` are switches of opdlab's, not the paper's.
+The paper has no official code. It confirms the masks, the divergences, the weights, K and the 5 %.
+Ours are: the support of the top K (the student's, with a bucket for the rest), the trimming (tokens
+in the top 5 % of A leave the two means, and are still routed and trained), and that means run over
+all tokens of a step. Every target sees the hint, so the pull towards what only the hint tells is
+weakened and not removed. `anchor`, `hs`, `gap_student` and `adaptive` are switches of opdlab's, not
+the paper's.
 """
 
 from __future__ import annotations
@@ -43,7 +47,9 @@ CHOICES = {
 
 
 class Route(IntEnum):
-    """The four regimes: low or high gap; high or low confidence (L), teacher's or student's lead (H)."""
+    """The four regimes: low or high gap; high or low confidence (L), teacher's or student's lead
+    (H).
+    """
 
     LH = 0
     LL = 1
@@ -59,7 +65,9 @@ def gap(logp_teacher: Tensor, logp_student: Tensor) -> Tensor:
 def thresholds(
     logp_teacher: Tensor, logp_student: Tensor, mask: Tensor, trim: float = 0.05
 ) -> tuple[float, float]:
-    """Ā and the mean of q_S + q_T over the tokens in `mask` whose gap is not above the quantile 1 - trim; zeros for no tokens."""
+    """Ā and the mean of q_S + q_T over the tokens in `mask` whose gap is not above the quantile 1 -
+    trim; zeros for no tokens.
+    """
     logp_teacher, logp_student = (
         logp_teacher.detach()[mask].double(),
         logp_student.detach()[mask].double(),
@@ -80,7 +88,8 @@ def route(
 ) -> Tensor:
     """The `Route` of every token, and -1 outside the mask: int64, in the shape of `mask`.
 
-    logp_teacher, logp_student: log-probs of the sampled tokens, both told the hint. limits: `thresholds` from elsewhere, as of
+    logp_teacher, logp_student: log-probs of the sampled tokens, both told the hint. limits:
+        `thresholds` from elsewhere, as of
     all processes. Ties go to High, to LH and to HT.
     """
     mean_gap, mean_confidence = limits or thresholds(logp_teacher, logp_student, mask, trim)
@@ -94,17 +103,22 @@ def route(
 
 @dataclass(frozen=True)
 class DOPD:
-    """Route each token to the privileged teacher or student. Defaults are the paper's; loss a mean over sequences, as there.
+    """Route each token to the privileged teacher or student.
 
-    light, weak: β_l and β_w. k, trim: the top K of the reverse KLs, and the share of gaps that leave the means.
+    Defaults are the paper's; loss a mean over sequences, as there.
+
+    light, weak: β_l and β_w. k, trim: the top K of the reverse KLs, and the share of gaps that
+        leave the means.
     support, tail: whose top K, and what becomes of the rest (see `TopK`). Switches of ours:
-    anchor: the privileged student of gap and targets: live (the paper's), frozen before training, or a moving average. A live
-        one drifts where no token is sent to the teacher.
-    hs: what the fourth regime does: "self" (the paper's), "teacher" (as HT), or "none" (no loss). "self" leaves a student that is
-        confidently wrong to itself, since it never samples what the teacher would say.
-    gap_student: "bare" takes the gap from the student without the hint, a known error of implementations: it counts missing
-        information as missing capability.
-    adaptive: False gives every token the top-K reverse KL to the privileged teacher at weight 1; routes are still recorded.
+    anchor: the privileged student of gap and targets: live (the paper's), frozen before training,
+        or a moving average. A live one drifts where no token is sent to the teacher.
+    hs: what the fourth regime does: "self" (the paper's), "teacher" (as HT), or "none" (no loss).
+        "self" leaves a student that is confidently wrong to itself, since it never samples what the
+        teacher would say.
+    gap_student: "bare" takes the gap from the student without the hint, a known error of
+        implementations: it counts missing information as missing capability.
+    adaptive: False gives every token the top-K reverse KL to the privileged teacher at weight 1;
+        routes are still recorded.
     """
 
     light: Finite = 0.6
@@ -132,8 +146,8 @@ class DOPD:
         validate_fields(self)
         if not (self.light >= 0 and self.weak >= 0 and 0 <= self.trim < 1):
             raise InvalidValue(
-                f"DOPD got light={self.light}, weak={self.weak}, trim={self.trim}. Use weights of at least 0 and a share to trim "
-                "from 0 to below 1."
+                f"DOPD got light={self.light}, weak={self.weak}, trim={self.trim}. Use weights of"
+                " at least 0 and a share to trim from 0 to below 1."
             )
         TopK(self.k, tail=self.tail)
 
@@ -194,7 +208,9 @@ def _mean(values: Tensor) -> float:
 
 
 def _limits(logp: Tensor, trim: float) -> tuple[float, float]:
-    """`thresholds` of `[tokens, 2]`, over the tokens of all processes: the means are the step's, however many share it."""
+    """`thresholds` of `[tokens, 2]`, over the tokens of all processes: the means are the step's,
+    however many share it.
+    """
     if torch.distributed.is_available() and torch.distributed.is_initialized():
         logp = gather(pad_across_processes(logp, dim=0, pad_index=torch.nan))
     return thresholds(logp[:, 0], logp[:, 1], ~logp[:, 0].isnan(), trim)

@@ -2,8 +2,8 @@
 
     loss_t = KL(p || q)  +  weight · 1[ H(q) > threshold ] · KL(q || p) on the teacher's top k
 
-The forward KL is added to the reverse KL and does not replace it. Reverse KL alone picks one of the tokens that an undecided
-teacher allows, and loses the others.
+The forward KL is added to the reverse KL and does not replace it. Reverse KL alone picks one of the
+tokens that an undecided teacher allows, and loses the others.
 """
 
 from __future__ import annotations
@@ -21,11 +21,12 @@ from opdlab.support.validation import Amount, AmountOrInfinity, Count, validate_
 
 @dataclass(frozen=True)
 class EOPD:
-    """threshold: of the teacher's entropy, in nats; infinity closes the gate. k: size of the support of the forward KL. weight: of
-    the forward KL.
+    """threshold: of the teacher's entropy, in nats; infinity closes the gate. k: size of the
+    support of the forward KL. weight: of the forward KL.
 
-    The paper confirms the sum, the gate by the teacher's entropy and the teacher's top k. Ours are the numbers, as far as we could
-    check, and that the mass outside the top k counts as one more outcome.
+    The paper confirms the sum, the gate by the teacher's entropy and the teacher's top k. Ours are
+    the numbers, as far as we could check, and that the mass outside the top k counts as one more
+    outcome.
     """
 
     threshold: AmountOrInfinity = 0.8

@@ -1,8 +1,10 @@
-"""What comes after a fork: the window distances at tokens of high and low loss, and what a few updates on one window change.
+"""What comes after a fork: the window distances at tokens of high and low loss, and what a few
+updates on one window change.
 
-These are the two diagnoses of arXiv 2606.00305 (figures 2 and 5), for any pair of policies. The paper finds 29 % false alarms (a
-high loss before futures as alike as those after tokens of low loss) and window distances of 0.538 before, 0.350 after five updates
-of OPD and 0.204 after five of TOPD. Both depend on choices that it does not report, so both functions name theirs: above all
+These are the two diagnoses of arXiv 2606.00305 (figures 2 and 5), for any pair of policies. The
+paper finds 29 % false alarms (a high loss before futures as alike as those after tokens of low
+loss) and window distances of 0.538 before, 0.350 after five updates of OPD and 0.204 after five of
+TOPD. Both depend on choices that it does not report, so both functions name theirs: above all
 whether the student's window is the rollout's own text or a greedy one.
 """
 
@@ -43,11 +45,13 @@ def forks(
     embedding: str = "student",
     seed: int = 0,
 ) -> pd.DataFrame:
-    """Window distances at the tokens of highest and lowest score and at random ones: a data frame, one row a probed position.
+    """Window distances at the tokens of highest and lowest score and at random ones: a data frame,
+    one row a probed position.
 
-    Columns: `group` ("high", "random", "low": ceil(share N) positions of each completion, the random ones may be in another
-    group too), `sample`, `position`, `token_id`, `score` (nats), and the exact transport distance of the teacher's greedy
-    window to the student's `rollout` text and to its `greedy` one.
+    Columns: `group` ("high", "random", "low": ceil(share N) positions of each completion, the
+        random ones may be in another
+    group too), `sample`, `position`, `token_id`, `score` (nats), and the exact transport distance
+    of the teacher's greedy window to the student's `rollout` text and to its `greedy` one.
     """
     check_same_tokens(student, teacher)
     policies = {"student": student, "teacher": teacher}
@@ -89,7 +93,8 @@ def forks(
 
 
 def false_alarm_rate(high: Sequence[float] | pd.Series, low: Sequence[float] | pd.Series) -> float:
-    """The share of high-loss positions whose window distance is at most the upper quartile of the low-loss positions' ones.
+    """The share of high-loss positions whose window distance is at most the upper quartile of the
+    low-loss positions' ones.
 
     0.75, and not 0.5, where the loss says nothing about the future. NaN where one group is empty.
     """
@@ -102,7 +107,9 @@ def false_alarm_rate(high: Sequence[float] | pd.Series, low: Sequence[float] | p
 
 @dataclass(frozen=True)
 class Pair:
-    """A prefix and the two windows after it, with the teacher's log-probs `[K, V]` along the student's."""
+    """A prefix and the two windows after it, with the teacher's log-probs `[K, V]` along the
+    student's.
+    """
 
     prompt: Prompt
     prefix: list[int]
@@ -127,14 +134,19 @@ def local_correction(
     embedding: str = "student",
     rank: int = 16,
 ) -> pd.DataFrame:
-    """Train a copy of the student's adapter on one window alone, let it write again, measure: a row for each point and arm.
+    """Train a copy of the student's adapter on one window alone, let it write again, measure: a row
+    for each point and arm.
 
-    Columns: `sample`, `position`, `arm` ("origin" is before), `distance` (exact, of the new greedy window to the teacher's greedy
-    window, which stays) and `first_token` (whether the new text begins with the teacher's token: the trap is one that does and
-    goes wrong after it). All arms take the reverse KL over the student's window ("opd"), plus weight times the cross-entropy to
-    the plan's targets ("topd" entropic, "exact"), to the teacher's token at the same place ("diagonal"), or along the
-    teacher's own window ("teacher_context"). Adam, `updates` steps from the same start for every point and arm.
-    student_window: the text that is trained on, the student's greedy one or its rollout's. The student is left as it was;
+    Columns: `sample`, `position`, `arm` ("origin" is before), `distance` (exact, of the new greedy
+        window to the teacher's greedy
+    window, which stays) and `first_token` (whether the new text begins with the teacher's token:
+    the trap is one that does and goes wrong after it). All arms take the reverse KL over the
+    student's window ("opd"), plus weight times the cross-entropy to the plan's targets ("topd"
+    entropic, "exact"), to the teacher's token at the same place ("diagonal"), or along the
+    teacher's own window ("teacher_context"). Adam, `updates` steps from the same start for every
+    point and arm.
+    student_window: the text that is trained on, the student's greedy one or its rollout's. The
+        student is left as it was;
     one without an adapter gets a passing one of that rank.
     """
     if strange := sorted(set(arms) - set(ARMS)):

@@ -3,8 +3,9 @@
     max  E_{y ~ p} sum_t [ λ log( q(y_t) / r(y_t) ) - KL(p || r) ],      q the teacher, r a reference
     A_t = sg[ λ (log q - log r) - (log p - log r) ]  at the sampled token,      loss_t = -A_t p(y_t) / sg p(y_t)
 
-At every prefix the optimum is p* ∝ r^(1-λ) q^λ: the teacher for λ = 1 (plain OPD, whatever the reference), and for λ > 1 the
-teacher sharpened away from the reference. Left out: the same on the full vocabulary.
+At every prefix the optimum is p* ∝ r^(1-λ) q^λ: the teacher for λ = 1 (plain OPD, whatever the
+reference), and for λ > 1 the teacher sharpened away from the reference. Left out: the same on the
+full vocabulary.
 """
 
 from __future__ import annotations
@@ -26,8 +27,9 @@ from opdlab.support.validation import Number, validate_fields
 class GOPD:
     """`scale` is λ; the paper extrapolates with 1.25 and finds 1.5 worse.
 
-    The reference is the student before training. The paper's "reward correction" takes the model that the teacher was trained
-    from instead: `policies={"reference": base}`. Token-local, as `OPD(estimator="sampled")` without a discount.
+    The reference is the student before training. The paper's "reward correction" takes the model
+    that the teacher was trained from instead: `policies={"reference": base}`. Token-local, as
+    `OPD(estimator="sampled")` without a discount.
     """
 
     scale: Number = 1.25
@@ -38,7 +40,8 @@ class GOPD:
         validate_fields(self)
         if not 0 < self.scale < math.inf:
             raise InvalidValue(
-                f"GOPD got scale={self.scale}, the weight of the teacher's reward. Use a number above 0; 1 is plain OPD."
+                f"GOPD got scale={self.scale}, the weight of the teacher's reward. Use a number"
+                " above 0; 1 is plain OPD."
             )
 
     def plan(self, batch: Batch) -> dict[str, Tensor]:

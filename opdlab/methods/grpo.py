@@ -1,8 +1,10 @@
-"""GRPO, the reinforcement-learning baseline: only the verifier teaches (Shao et al., arXiv 2402.03300).
+"""GRPO, the reinforcement-learning baseline: only the verifier teaches (Shao et al., arXiv
+2402.03300).
 
     A = (r - mean r) / std r   over the n samples of a prompt,     loss_t = -min(ratio A, clip(ratio, 1 ± eps) A)
 
-Left out: the KL to a reference, as most current recipes do; use a method with `reference` in its needs to have one.
+Left out: the KL to a reference, as most current recipes do; use a method with `reference` in its
+needs to have one.
 """
 
 from __future__ import annotations
@@ -21,8 +23,11 @@ from opdlab.support.validation import Flag, PositiveShare, validate_fields
 
 @dataclass(frozen=True)
 class GRPO:
-    """`scale=False` leaves out the division by the standard deviation (Dr. GRPO, arXiv 2503.20783). clip: how far the ratio may
-    leave 1 before a token stops counting, above 0 and at most 1."""
+    """`scale=False` leaves out the division by the standard deviation (Dr.
+
+    GRPO, arXiv 2503.20783). clip: how far the ratio may leave 1 before a token stops counting,
+    above 0 and at most 1.
+    """
 
     scale: Flag = True
     clip: PositiveShare = 0.2
@@ -38,7 +43,8 @@ class GRPO:
         n = batch.rollout.n
         if n < 2:
             raise OpdlabError(
-                "GRPO compares the samples of a prompt, but there is one sample a prompt. Use n=4 or more."
+                "GRPO compares the samples of a prompt, but there is one sample a prompt. Use n=4"
+                " or more."
             )
         groups = batch.rewards.view(-1, n)
         advantage = groups - groups.mean(1, keepdim=True)

@@ -5,7 +5,8 @@
     teacher.text        only the texts that it writes (any tokenizer, any server)
     teacher.spans       its log-probs on the same bytes, in its own tokens (any tokenizer)
 
-The policy is `student`, `teacher`, `reference`, `ema`, or a name of the user's own that `policies=` gives.
+The policy is `student`, `teacher`, `reference`, `ema`, or a name of the user's own that `policies=`
+gives.
 """
 
 from __future__ import annotations
@@ -22,13 +23,16 @@ from opdlab.support.expect import shortened
 
 HINT = "+hint"
 KNOWN = ("student", "teacher", "reference", "ema")
-# `rows.token` and the like mean something else in a loss, and `answer` is the writer of the reference answers.
+# `rows.token` and the like mean something else in a loss, and `answer` is the writer of the
+# reference answers.
 _TAKEN = ("answer", "columns", "distributions", "logp", "logp_of", "on", "token")
 _POLICY = re.compile(r"[^\W\d][\w-]*")
 
 
 class Access(Enum):
-    """What a method reads of a policy: log-probs on the student's tokens, written texts, or log-probs on spans of bytes."""
+    """What a method reads of a policy: log-probs on the student's tokens, written texts, or
+    log-probs on spans of bytes.
+    """
 
     LOGITS = ""
     TEXT = ".text"
@@ -37,7 +41,10 @@ class Access(Enum):
 
 @dataclass(frozen=True)
 class Need:
-    """One distribution that a method reads. `str(need)` is the name by which `rows` and `batch` know it."""
+    """One distribution that a method reads.
+
+    `str(need)` is the name by which `rows` and `batch` know it.
+    """
 
     policy: str
     hinted: bool = False
@@ -59,17 +66,20 @@ def parse_need(name: Any, owner: str = "needs") -> Need:
     """
     if not isinstance(name, str):
         raise InvalidValue(
-            f"{owner} names {shortened(name)} in `needs`. Use names of policies, as ('teacher', 'reference')."
+            f"{owner} names {shortened(name)} in `needs`. Use names of policies, as ('teacher',"
+            " 'reference')."
         )
     policy = re.split(r"[+.]", name, maxsplit=1)[0]
     suffix = name[len(policy) :]
     if not _POLICY.fullmatch(policy):
         raise InvalidValue(
-            f"{owner} names {shortened(name)} in `needs`, which is no name of a policy. Use letters, digits and _, as 'teacher' or 'maths'."
+            f"{owner} names {shortened(name)} in `needs`, which is no name of a policy. Use"
+            " letters, digits and _, as 'teacher' or 'maths'."
         )
     if policy in _TAKEN:
         raise InvalidValue(
-            f"{owner} names {name!r} in `needs`, but {policy!r} means something else in a loss. Use another name."
+            f"{owner} names {name!r} in `needs`, but {policy!r} means something else in a loss. Use"
+            " another name."
         )
     forms = {
         str(need): need
@@ -86,11 +96,13 @@ def parse_need(name: Any, owner: str = "needs") -> Need:
         other = Access.TEXT if Access.TEXT.value in suffix else Access.SPANS
         plain = f"{policy}{other.value}"
         raise InvalidValue(
-            f"{owner} names {name!r} in `needs`, but '+hint' and {other.value!r} cannot be combined. Name {plain!r}, and give distill "
-            f"policies={{{plain!r}: …}} a policy that sees the hint, as {_hinted_policy(other)}."
+            f"{owner} names {name!r} in `needs`, but '+hint' and {other.value!r} cannot be"
+            f" combined. Name {plain!r}, and give distill policies={{{plain!r}: …}} a policy that"
+            f" sees the hint, as {_hinted_policy(other)}."
         )
     raise InvalidValue(
-        f"{owner} names {name!r} in `needs`, and {suffix!r} is no suffix. Use {', '.join(map(repr, forms))}."
+        f"{owner} names {name!r} in `needs`, and {suffix!r} is no suffix. Use"
+        f" {', '.join(map(repr, forms))}."
     )
 
 
@@ -98,21 +110,26 @@ def parse_needs(names: Any, owner: str = "needs") -> tuple[Need, ...]:
     """Read all names of a method's `needs`, each once, in order.
 
     Raises:
-        InvalidValue: It is one bare text or no sequence, or a name cannot be read (see `parse_need`).
+        InvalidValue: It is one bare text or no sequence, or a name cannot be read (see
+            `parse_need`).
     """
     if isinstance(names, str):
         raise InvalidValue(
-            f"{owner} has needs={names!r}, which is one text. Write a tuple of names: needs=({names!r},)."
+            f"{owner} has needs={names!r}, which is one text. Write a tuple of names:"
+            f" needs=({names!r},)."
         )
     if not isinstance(names, Sequence) or isinstance(names, bytes):
         raise InvalidValue(
-            f"{owner} has needs={shortened(names)}. Write a tuple of names of policies, as needs=('teacher',)."
+            f"{owner} has needs={shortened(names)}. Write a tuple of names of policies, as"
+            " needs=('teacher',)."
         )
     return tuple(dict.fromkeys(parse_need(name, owner) for name in names))
 
 
 def did_you_mean(name: str, known: Iterable[str]) -> str:
-    """A question with the most alike of the known names and a space behind it; "" where none is alike."""
+    """A question with the most alike of the known names and a space behind it; "" where none is
+    alike.
+    """
     by_lower_case = {one.lower(): one for one in known}
     close = difflib.get_close_matches(name.lower(), list(by_lower_case), n=1)
     return f"Did you mean {by_lower_case[close[0]]!r}? " if close else ""

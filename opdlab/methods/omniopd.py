@@ -5,15 +5,17 @@
     pi_c   = (k_c + alpha exp(mean_{t in c} log p(y_t))) / (N + alpha)                        detached: a weight
     L      = - sum_c pi_c sum_{t in c} log p(y_t)  +  beta sum_{t in no chunk} KL(reference || student)_t
 
-Both sums are divided by one number (the engine's mean over all tokens): means of their own would shrink the anchor.
-What the first term trains is the expected similarity to what the teacher would go on with, by REINFORCE without a
-baseline, and (its alpha part) the student's own confidence: a student learns nothing here that it never writes. So look at
-`similarity` beside the loss, which falls by self-reinforcement alone.
+Both sums are divided by one number (the engine's mean over all tokens): means of their own would
+shrink the anchor. What the first term trains is the expected similarity to what the teacher would
+go on with, by REINFORCE without a baseline, and (its alpha part) the student's own confidence: a
+student learns nothing here that it never writes. So look at `similarity` beside the loss, which
+falls by self-reinforcement alone.
 
-Confirmed by readers of the paper: the formulas, M, N, C, alpha, beta. Our reading: greedy choice of chunks, characters as the
-unit of phi, whole chunks only, temperature 1, one normaliser. Entropy and log-prob are recomputed from the states that the
-loss pass sees, over the full vocabulary in float32: a sampler's own may come from other kernels or another precision, and
-near-ties then choose other chunks.
+Confirmed by readers of the paper: the formulas, M, N, C, alpha, beta. Our reading: greedy choice of
+chunks, characters as the unit of phi, whole chunks only, temperature 1, one normaliser. Entropy and
+log-prob are recomputed from the states that the loss pass sees, over the full vocabulary in
+float32: a sampler's own may come from other kernels or another precision, and near-ties then choose
+other chunks.
 """
 
 from __future__ import annotations
@@ -49,7 +51,9 @@ SELECT, ASK = 4000, 4001  # uses of randomness, see `seed_of`
 
 @dataclass(frozen=True)
 class Audit:
-    """A chunk of completion `sample`: where it starts, the text before it, its own, and whether the completion ends in it."""
+    """A chunk of completion `sample`: where it starts, the text before it, its own, and whether the
+    completion ends in it.
+    """
 
     sample: int
     start: int
@@ -62,17 +66,22 @@ class Audit:
 
 @dataclass(frozen=True)
 class OmniOPD:
-    """Learn from `continuations` (N) texts at each of at most `chunks` (M) places of `length` (C) tokens a completion.
+    """Learn from `continuations` (N) texts at each of at most `chunks` (M) places of `length` (C)
+    tokens a completion.
 
-    similarity: "edit" (characters), "rouge1" (words), or a function of two texts. select: "entropy", or "random" places.
-    match_length: cut the teacher's texts to the chunk's number of characters, since C tokens of another tokenizer are more or
-    less text; where the chunk holds the end of the completion they stay whole. teacher_tokens: how long they may be in the
-    teacher's tokens; by default `length`, and with match_length as many as the longest chunk has bytes. temperature: the
-    teacher's; 0 makes all N the same. The paper's sizes suit 4000-token answers: keep chunks * length at or below a quarter of yours.
+    similarity: "edit" (characters), "rouge1" (words), or a function of two texts. select:
+        "entropy", or "random" places.
+    match_length: cut the teacher's texts to the chunk's number of characters, since C tokens of
+        another tokenizer are more or
+    less text; where the chunk holds the end of the completion they stay whole. teacher_tokens: how
+    long they may be in the teacher's tokens; by default `length`, and with match_length as many as
+    the longest chunk has bytes. temperature: the teacher's; 0 makes all N the same. The paper's
+    sizes suit 4000-token answers: keep chunks * length at or below a quarter of yours.
 
-    All weights are positive and only their differences teach, so what similarity gives to unlike texts is noise in the gradient:
-    where a wrong chunk still scores 0.8, lower the learning rate or shorten the chunks. Answers of twenty tokens, measured on
-    the market: OmniOPD(chunks=4, continuations=4, length=1, similarity="rouge1", match_length=True).
+    All weights are positive and only their differences teach, so what similarity gives to unlike
+    texts is noise in the gradient: where a wrong chunk still scores 0.8, lower the learning rate or
+    shorten the chunks. Answers of twenty tokens, measured on the market: OmniOPD(chunks=4,
+    continuations=4, length=1, similarity="rouge1", match_length=True).
     """
 
     chunks: Whole = 10
@@ -93,8 +102,9 @@ class OmniOPD:
         known = isinstance(self.similarity, str) and self.similarity in SIMILARITIES
         if self.select not in ("entropy", "random") or not (callable(self.similarity) or known):
             raise InvalidValue(
-                f"OmniOPD got similarity={self.similarity!r}, select={self.select!r}. Use edit, rouge1 or a function of two "
-                "texts (a resumed run must be given it again), and entropy or random."
+                f"OmniOPD got similarity={self.similarity!r}, select={self.select!r}. Use edit,"
+                " rouge1 or a function of two texts (a resumed run must be given it again), and"
+                " entropy or random."
             )
         validate_fields(self)
         sizes = (
@@ -105,12 +115,14 @@ class OmniOPD:
         )
         if min(sizes) < 1 or min(self.alpha, self.beta, self.temperature) < 0:
             raise InvalidValue(
-                f"{self} is not possible. Use at least one of each size, and alpha, beta and temperature of 0 or more."
+                f"{self} is not possible. Use at least one of each size, and alpha, beta and"
+                " temperature of 0 or more."
             )
         validate("OmniOPD", {"temperature": self.temperature}, {"temperature": Temperature})
         if self.temperature == 0:
             warnings.warn(
-                "OmniOPD(temperature=0): a greedy teacher says the same N times, so one vote counts as N. Use 1.",
+                "OmniOPD(temperature=0): a greedy teacher says the same N times, so one vote counts"
+                " as N. Use 1.",
                 stacklevel=3,
             )
 
@@ -161,7 +173,10 @@ class OmniOPD:
         return torch.where(rows.audited > 0, audit, anchor)
 
     def schedule(self, batch: Batch) -> list[Audit]:
-        """The chunks of all completions, in order. None starts inside a character: the teacher reads text."""
+        """The chunks of all completions, in order.
+
+        None starts inside a character: the teacher reads text.
+        """
         logp, rank = (
             batch.map(fn, needs=("student",))
             for fn in (lambda rows: rows.logp, lambda rows: entropy(rows.student))
@@ -187,7 +202,10 @@ class OmniOPD:
         return out
 
     def ask(self, batch: Batch, audits: Sequence[Audit]) -> list[list[str]]:
-        """N texts an audit, all asked for at once. Raises OpdlabError for fewer: a text that is missing is no disagreement."""
+        """N texts an audit, all asked for at once.
+
+        Raises OpdlabError for fewer: a text that is missing is no disagreement.
+        """
         if not audits:
             return []
         limit = (
@@ -206,18 +224,22 @@ class OmniOPD:
         if counts != [n] * len(audits):
             short = next((c for c in counts if c != n), None)
             raise OpdlabError(
-                f"Step {batch.step + 1}: the teacher gave {'no answer to some chunks' if short is None else f'{short} texts'}, not {n} "
-                f"for each of {len(audits)} chunks. Nothing was trained on it: ask a teacher that gives all n, or lower continuations."
+                f"Step {batch.step + 1}: the teacher gave"
+                f" {'no answer to some chunks' if short is None else f'{short} texts'}, not {n} for"
+                f" each of {len(audits)} chunks. Nothing was trained on it: ask a teacher that"
+                " gives all n, or lower continuations."
             )
         cut = lambda a, text: text[: len(a.text)] if self.match_length and not a.ends else text
         return [[cut(a, text) for text in row] for a, row in zip(audits, texts, strict=True)]
 
 
 def select_chunks(entropy: Tensor, chunk: int, limit: int) -> list[int]:
-    """Starts of at most `limit` chunks of `chunk` tokens, none overlapping, in order; `entropy [T]`.
+    """Starts of at most `limit` chunks of `chunk` tokens, none overlapping, in order; `entropy
+    [T]`.
 
-    The highest entropy that leaves room for a chunk goes first, then the highest that overlaps no chosen chunk; of equal
-    ones the earliest. Positions of -inf never start a chunk. A text shorter than `chunk` has none.
+    The highest entropy that leaves room for a chunk goes first, then the highest that overlaps no
+    chosen chunk; of equal ones the earliest. Positions of -inf never start a chunk. A text shorter
+    than `chunk` has none.
     """
     chosen: list[int] = []
     values = entropy.tolist()
@@ -232,23 +254,29 @@ def select_chunks(entropy: Tensor, chunk: int, limit: int) -> list[int]:
 
 
 def posterior(k: Tensor | float, n: int, mean_logp: Tensor, alpha: float) -> Tensor:
-    """(k + alpha p) / (n + alpha), p = exp(mean_logp): `k` fractional matches of `n`, and the student's own prior. Detached."""
+    """(k + alpha p) / (n + alpha), p = exp(mean_logp):
+
+    `k` fractional matches of `n`, and the student's own prior. Detached.
+    """
     return ((k + alpha * mean_logp.exp()) / (n + alpha)).detach()
 
 
 def _warn(audits: Sequence[dict]) -> None:
-    """Say so where the teacher's texts carry no information: all the same, or nothing between a miss and a match."""
+    """Say so where the teacher's texts carry no information: all the same, or nothing between a
+    miss and a match.
+    """
     if not audits:
         return
     if all(len(a["similarity"]) > 1 and len(set(a["continuations"])) == 1 for a in audits):
         warnings.warn(
-            f"All continuations of each of the {len(audits)} chunks are the same. Is the teacher greedy? One vote counts as N: "
-            "sample it at temperature 1.",
+            f"All continuations of each of the {len(audits)} chunks are the same. Is the teacher"
+            " greedy? One vote counts as N: sample it at temperature 1.",
             stacklevel=4,
         )
     if not any(0.05 < math.fsum(a["similarity"]) / len(a["similarity"]) < 0.95 for a in audits):
         warnings.warn(
-            f"No chunk of {len(audits)} has a mean similarity between 0.05 and 0.95, so the weights tell no chunk from another "
-            "of its kind. Use another similarity, shorter chunks, or a teacher that samples.",
+            f"No chunk of {len(audits)} has a mean similarity between 0.05 and 0.95, so the weights"
+            " tell no chunk from another of its kind. Use another similarity, shorter chunks, or a"
+            " teacher that samples.",
             stacklevel=4,
         )

@@ -3,14 +3,17 @@
     u_t = q(y_t) / p(y_t),   D_f(q || p) = E_p f(u)
     A_t = w_f(u_t) = -f(u_t) + u_t f'(u_t)                 detached;     loss_t = -(p / p_old)(y_t) A_t
 
-The advantage that others use, -f(u), forgets that u moves with the student: `stop_gradient=True` has it, for comparison. It is
-right for the reverse KL, whose u f'(u) is the constant -1; with the forward KL it climbs. With a discount, what a token leads
-to is rewarded by -f alone, and its own correction u f'(u) stays with it:
+The advantage that others use, -f(u), forgets that u moves with the student: `stop_gradient=True`
+has it, for comparison. It is right for the reverse KL, whose u f'(u) is the constant -1; with the
+forward KL it climbs. With a discount, what a token leads to is rewarded by -f alone, and its own
+correction u f'(u) stays with it:
 
     A_t = sum_{s >= t} discount^(s - t) (-f(u_s)) + u_t f'(u_t)
 
-Confirmed of the paper, as far as its text could be read: the weight, the three divergences of its table, sampled tokens only.
-Ours: the other generators, the discount, the centre and the value baseline; the clip is that of a public reproduction.
+Confirmed of the paper, as far as its text could be read: the weight, the three divergences of its
+table, sampled tokens only.
+Ours: the other generators, the discount, the centre and the value baseline; the clip is that of a
+    public reproduction.
 """
 
 from __future__ import annotations
@@ -31,15 +34,20 @@ from opdlab.support.validation import Finite, Flag, validate, validate_fields
 
 @dataclass(frozen=True)
 class OPDPlus:
-    """Descend D_f(teacher || student) where the student goes, knowing one log-prob of the teacher a token.
+    """Descend D_f(teacher || student) where the student goes, knowing one log-prob of the teacher a
+    token.
 
     divergence: a name of `opdlab.losses.Generator`; options: its keywords, as `{"alpha": 0.25}`.
-    discount: 0 leaves out how a token changes what follows (common practice); 1 is the gradient of the sum over the text.
-    clip: log u is held within ±clip (None: as it is). This biases the gradient a little, and the forward KL's the most.
-    centred: subtract f'(1), so that a token on which both agree says nothing. baseline="value": subtract E_p[w_f], from the whole
-    distributions, and count its expectation -D_f at later tokens instead of the sampled -f. Neither moves the expected gradient.
-    Divergences differ in unit: divide the learning rate by `generator.curvature` before comparing them. Write at temperature 1
-    and top_p 1, where the student's own probabilities are those of the sampler.
+    discount: 0 leaves out how a token changes what follows (common practice); 1 is the gradient of
+        the sum over the text.
+    clip: log u is held within ±clip (None: as it is). This biases the gradient a little, and the
+        forward KL's the most.
+    centred: subtract f'(1), so that a token on which both agree says nothing. baseline="value":
+        subtract E_p[w_f], from the whole
+    distributions, and count its expectation -D_f at later tokens instead of the sampled -f. Neither
+    moves the expected gradient. Divergences differ in unit: divide the learning rate by
+    `generator.curvature` before comparing them. Write at temperature 1 and top_p 1, where the
+    student's own probabilities are those of the sampler.
     """
 
     divergence: str = "reverse_kl"
@@ -58,7 +66,8 @@ class OPDPlus:
             name for name in self.options if name not in ("alpha", "beta", "shift", "scale")
         ]:
             raise UnknownOption(
-                f"OPDPlus got options={self.options!r}, but no divergence has {strange[0]!r}. Use alpha, beta, shift or scale."
+                f"OPDPlus got options={self.options!r}, but no divergence has {strange[0]!r}. Use"
+                " alpha, beta, shift or scale."
             )
         _ = self.generator  # a bad name or option raises here, not after the first rollout
         if self.baseline not in (None, "value"):
@@ -66,11 +75,13 @@ class OPDPlus:
         validate_fields(self)
         if not 0 <= self.discount <= 1 or (self.clip is not None and not self.clip > 0):
             raise InvalidValue(
-                f"OPDPlus got discount={self.discount}, clip={self.clip}. Use a discount from 0 to 1, and a clip above 0 or None for none."
+                f"OPDPlus got discount={self.discount}, clip={self.clip}. Use a discount from 0 to"
+                " 1, and a clip above 0 or None for none."
             )
         if self.stop_gradient and self.centred:
             raise InvalidValue(
-                "OPDPlus(stop_gradient=True) has the advantage -f(u), which is 0 at u = 1 as it is. Leave out centred=True."
+                "OPDPlus(stop_gradient=True) has the advantage -f(u), which is 0 at u = 1 as it is."
+                " Leave out centred=True."
             )
 
     @property
@@ -78,11 +89,15 @@ class OPDPlus:
         return Generator(self.divergence, **self.options)
 
     def form(self, c: float) -> OPDPlus:
-        """The same method from `f + c (u - 1)`, another form of the same divergence: the stop-gradient trains something else."""
+        """The same method from `f + c (u - 1)`, another form of the same divergence: the
+        stop-gradient trains something else.
+        """
         return replace(self, options={**self.options, "shift": self.options.get("shift", 0.0) + c})
 
     def plan(self, batch: Batch) -> dict[str, Tensor]:
-        """`advantage`, `clipped` (1 where log u was outside ±clip) and `sampler_logp`, `[B, T]` each."""
+        """`advantage`, `clipped` (1 where log u was outside ±clip) and `sampler_logp`, `[B, T]`
+        each.
+        """
         logp = batch.rollout.logp
         log_u = batch.map(lambda rows: rows.logp_of("teacher"), needs=("teacher",)) - logp
         reward, advantage = self.reward(log_u), self.weight(log_u)

@@ -3,10 +3,12 @@
     Delta = beta [ log p(y_T)/p_0(y_T) - log p(y_0)/p_0(y_0) ]      y_T by the teacher, y_0 by p_0, the student before training
     L     = - log sigmoid(Delta),     dL = - beta sigmoid(-Delta) [ d log p(y_T) - d log p(y_0) ]
 
-Confirmed by the abstract: the pair, the frozen snapshot, a preference objective. Our reading: the standard DPO form (arXiv
-2305.18290), beta, and that the snapshot writes anew in each step, from the same frozen law that a data set made once would hold.
-A sequence's loss as one of its tokens: the plan knows Delta at the current parameters, so every token is told the pair's loss
-as a value and -+ beta sigmoid(-Delta) as the slope of its log-prob. That is the exact gradient, for one update a rollout.
+Confirmed by the abstract: the pair, the frozen snapshot, a preference objective. Our reading: the
+standard DPO form (arXiv 2305.18290), beta, and that the snapshot writes anew in each step, from the
+same frozen law that a data set made once would hold. A sequence's loss as one of its tokens: the
+plan knows Delta at the current parameters, so every token is told the pair's loss as a value and -+
+beta sigmoid(-Delta) as the slope of its log-prob. That is the exact gradient, for one update a
+rollout.
 """
 
 from __future__ import annotations
@@ -26,8 +28,11 @@ from opdlab.support.validation import Finite, validate_fields
 
 @dataclass(frozen=True)
 class SODA:
-    """Any teacher that writes will do. `distill` gives the first half of the rows to the teacher and the second, prompt by
-    prompt, to the snapshot. Keep normalize="sequence" (the recipe's): then the loss is the mean over pairs."""
+    """Any teacher that writes will do.
+
+    `distill` gives the first half of the rows to the teacher and the second, prompt by prompt, to
+    the snapshot. Keep normalize="sequence" (the recipe's): then the loss is the mean over pairs.
+    """
 
     beta: Finite = 0.1
 
@@ -40,7 +45,8 @@ class SODA:
         validate_fields(self)
         if self.beta <= 0:
             raise InvalidValue(
-                f"SODA got beta={self.beta}, which weighs the distance to the snapshot. Use a positive number."
+                f"SODA got beta={self.beta}, which weighs the distance to the snapshot. Use a"
+                " positive number."
             )
 
     def plan(self, batch: Batch) -> dict[str, Tensor]:
@@ -52,8 +58,9 @@ class SODA:
             or batch.rollout.prompts[:half] != batch.rollout.prompts[half:]
         ):
             raise OpdlabError(
-                f"SODA compares pairs, but the rows are by {', '.join(sorted(set(who)))}. Give it the teacher's answers first and "
-                "then the snapshot's to the same prompts, as distill does."
+                f"SODA compares pairs, but the rows are by {', '.join(sorted(set(who)))}. Give it"
+                " the teacher's answers first and then the snapshot's to the same prompts, as"
+                " distill does."
             )
         gap = batch.map(
             lambda rows: rows.logp - rows.logp_of("reference"), needs=("student", "reference")

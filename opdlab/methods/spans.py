@@ -1,20 +1,24 @@
-"""Distillation from log-probs across tokenizers: both models grade the same bytes of what the student wrote.
+"""Distillation from log-probs across tokenizers: both models grade the same bytes of what the
+student wrote.
 
     y     = s_1 s_2 … s_K            the student's text, cut wherever both tokenizers have a boundary (`opdlab.data.alignment`)
     r_k   = log p(s_k | x, before) - log q(s_k | x, before)        all tokens of the span, each model's own; its end is a span too
     A_t   = - r_k                    for every student's token t of s_k; credit="later": - sum_{j >= k} r_j; "all": - sum_j r_j
     L     = - sum_t ratio_t A_t      ratio_t = p(y_t) / sg p(y_t): one, but it carries the gradient
 
-The alignment is that of GOLD and rLLM (by byte offsets); the objective is the sampled reverse KL, for spans. In expectation
+The alignment is that of GOLD and rLLM (by byte offsets); the objective is the sampled reverse KL,
+for spans. In expectation
 
     "all"     the gradient of KL(p || q) over whole texts, whatever the tokenizers: p over the student's token sequences, q over texts
-              in the teacher's usual tokenization (what q gives to unusual ones is a constant and moves nothing)
+              in the teacher's usual tokenization (what q gives to unusual ones is a constant and
+              moves nothing)
     "later"   the same with less variance, where the text so far decides where its spans end (characters, bytes, words)
     "span"    under the same condition the gradient of sum_k KL(p(s_k|before) || q(s_k|before)), the way there held fixed, as OPD's is
 
-With one tokenizer on both sides this is OPD(estimator="sampled"), with "later" at discount 1. Neglected: q's mass on unusual
-tokenizations of the same bytes (the student pays for it), texts of the student's that differ in tokens only (it is paid for
-writing one text in several ways), and, where a text was cut off, that its last teacher's token might have been a longer one.
+With one tokenizer on both sides this is OPD(estimator="sampled"), with "later" at discount 1.
+Neglected: q's mass on unusual tokenizations of the same bytes (the student pays for it), texts of
+the student's that differ in tokens only (it is paid for writing one text in several ways), and,
+where a text was cut off, that its last teacher's token might have been a longer one.
 """
 
 from __future__ import annotations
@@ -40,8 +44,10 @@ SHOWN = 16  # completions whose alignment is kept in the notes of a step
 
 @dataclass(frozen=True)
 class Reading:
-    """Completion `sample` of `length` student tokens as the teacher reads it: the text, its ids and their bytes, the spans (the
-    end is none of them), and whether the text ends in a way that both models can say."""
+    """Completion `sample` of `length` student tokens as the teacher reads it: the text, its ids and
+    their bytes, the spans (the end is none of them), and whether the text ends in a way that
+    both models can say.
+    """
 
     sample: int
     length: int
@@ -60,11 +66,14 @@ class Reading:
 
 @dataclass(frozen=True)
 class SpanOPD:
-    """Learn from the log-probs of a teacher that speaks other tokens. `credit`: see the module; "span" has the least variance.
+    """Learn from the log-probs of a teacher that speaks other tokens.
 
-    Leaves in the trace: `span` (its number in the text, -1 for a completion that could not be aligned), `one_to_one`, `advantage`,
-    `span_kl` (r_k, in equal parts on the student's tokens of the span; they sum to log p(y) - log q(y)), and in the notes the share
-    of bytes in 1:1 spans, the sampled KL per UTF-8 byte and the spans of some completions. A completion that the teacher's
+    `credit`: see the module; "span" has the least variance.
+
+    Leaves in the trace: `span` (its number in the text, -1 for a completion that could not be
+    aligned), `one_to_one`, `advantage`, `span_kl` (r_k, in equal parts on the student's tokens of
+    the span; they sum to log p(y) - log q(y)), and in the notes the share of bytes in 1:1 spans,
+    the sampled KL per UTF-8 byte and the spans of some completions. A completion that the teacher's
     tokenizer cannot spell, or with special tokens amid its text, is not trained on, and counted.
     """
 
@@ -109,7 +118,9 @@ def _credit(gap: Tensor, k: int, credit: str) -> Tensor:
 
 
 def _shown(reading: Reading, gap: Tensor) -> dict[str, Any]:
-    """A reading as plain data: the teacher's tokens, and `[start, stop, start, stop]` of every span, ours and theirs."""
+    """A reading as plain data: the teacher's tokens, and `[start, stop, start, stop]` of every
+    span, ours and theirs.
+    """
     cuts = [[s.ours.start, s.ours.stop, s.theirs.start, s.theirs.stop] for s in reading.spans]
     teacher = [piece.decode(errors="replace") for piece in reading.pieces]
     return {"sample": reading.sample, "teacher": teacher, "spans": cuts, "kl": gap.tolist()}
@@ -128,12 +139,14 @@ def _summary(batch: Batch, readings: Sequence[Reading], span_kl: Tensor) -> dict
 
 
 def _read(batch: Batch) -> list[Reading]:
-    """The completions that the teacher's tokenizer spells byte for byte; raises OpdlabError where there is none."""
+    """The completions that the teacher's tokenizer spells byte for byte; raises OpdlabError where
+    there is none.
+    """
     student, teacher = batch.policies["student"], batch.policies["teacher.spans"]
     if not hasattr(teacher, "tokenizer"):
         raise MissingPolicy(
-            f"SpanOPD reads the text in the teacher's own tokens, but {type(teacher).__name__} has no tokenizer here. Load the teacher "
-            "with Policy.load(…), or use OmniOPD."
+            f"SpanOPD reads the text in the teacher's own tokens, but {type(teacher).__name__} has"
+            " no tokenizer here. Load the teacher with Policy.load(…), or use OmniOPD."
         )
     out = []
     for b, ids in enumerate(batch.rollout.completions()):
@@ -172,14 +185,18 @@ def _read(batch: Batch) -> list[Reading]:
     out = [reading for reading in out if reading.parts]
     if not out:
         raise OpdlabError(
-            f"Step {batch.step + 1}: the teacher's tokenizer spells none of the {len(batch.rollout)} completions as they were written, "
-            f"as {batch.rollout.texts[0][:60]!r}. Use a teacher that knows these characters, or OmniOPD."
+            f"Step {batch.step + 1}: the teacher's tokenizer spells none of the"
+            f" {len(batch.rollout)} completions as they were written, as"
+            f" {batch.rollout.texts[0][:60]!r}. Use a teacher that knows these characters, or"
+            " OmniOPD."
         )
     return out
 
 
 def _teacher_logp(batch: Batch, readings: Sequence[Reading]) -> list[Tensor]:
-    """Log-probs of each text's teacher tokens, and of the end where it ends (by any of the tokens that end the teacher's texts)."""
+    """Log-probs of each text's teacher tokens, and of the end where it ends (by any of the tokens
+    that end the teacher's texts).
+    """
     teacher = batch.policies["teacher.spans"]
     stops = sorted(_ends(teacher))
     bodies = [r.ids + stops[:1] * r.ends for r in readings]

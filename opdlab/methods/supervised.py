@@ -1,6 +1,7 @@
 """Off-policy baselines: cross-entropy on text that somebody else wrote.
 
-Sequence KD (Kim and Rush, arXiv 1606.07947) trains on the teacher's samples, SFT on the task's reference answers.
+Sequence KD (Kim and Rush, arXiv 1606.07947) trains on the teacher's samples, SFT on the task's
+reference answers.
 """
 
 from __future__ import annotations
@@ -15,7 +16,10 @@ from opdlab.engine.rows import Rows
 
 @dataclass(frozen=True)
 class SequenceKD:
-    """`-log p(y_t)` on completions that the teacher writes. Looks at no distribution, so any teacher that writes will do."""
+    """`-log p(y_t)` on completions that the teacher writes.
+
+    Looks at no distribution, so any teacher that writes will do.
+    """
 
     needs: ClassVar[tuple[str, ...]] = ()
     on_policy: ClassVar[float] = 0.0

@@ -1,18 +1,21 @@
-"""TOPD: reverse KL on all tokens, plus a target over a window where the teacher really goes elsewhere (arXiv 2606.00305).
+"""TOPD: reverse KL on all tokens, plus a target over a window where the teacher really goes
+elsewhere (arXiv 2606.00305).
 
     H = the positions of highest loss;    T_t, S_t, D_OT(t): the windows from the same prefix and their distance (`windows`)
     D = { t ∈ H : D_OT(t) > τ }                                                              real divergent points
     ỹ_{t+i} = Σ_j γ_ij onehot(T_{t+j}),      L_traj = Σ_i KL( ỹ_{t+i} || p_S(.|q, x_{<t+i}) )
     L_TOPD = L_OPD + λ L_traj
 
-The plan γ is a constant. With uniform marginals ỹ sums to 1/K, so the printed sum is the window's mean of a proper cross-entropy
-to ȳ = Kỹ, up to a constant: what is trained here is -Σ_ij γ_ij log p_S(T_{t+j} | x_{<t+i}), a mean over the window, then a mean
-over D. Not reported by the paper, and ours: the score (teacher's NLL of the student's token; its figure 6 has that axis), ρ (its
-218 points in 9688 tokens), τ, λ, ε, embeddings, the mean over D. Known traps, kept because they are the method: the distance is
-blind to order, a teacher who only inserts one token gets a distance of 1/K and targets that are the student's own tokens, and
-where both windows agree the loss would only sharpen the student, hence the gate. `targets="diagonal"` is a control that in small
-experiments does better. Left out: cross-entropy on the teacher's own contexts. They hold tokens that the student never wrote, so
-that loss is not one on rows of the rollout; `local_correction` compares it.
+The plan γ is a constant. With uniform marginals ỹ sums to 1/K, so the printed sum is the window's
+mean of a proper cross-entropy to ȳ = Kỹ, up to a constant: what is trained here is -Σ_ij γ_ij log
+p_S(T_{t+j} | x_{<t+i}), a mean over the window, then a mean over D. Not reported by the paper, and
+ours: the score (teacher's NLL of the student's token; its figure 6 has that axis), ρ (its 218
+points in 9688 tokens), τ, λ, ε, embeddings, the mean over D. Known traps, kept because they are the
+method: the distance is blind to order, a teacher who only inserts one token gets a distance of 1/K
+and targets that are the student's own tokens, and where both windows agree the loss would only
+sharpen the student, hence the gate. `targets="diagonal"` is a control that in small experiments
+does better. Left out: cross-entropy on the teacher's own contexts. They hold tokens that the
+student never wrote, so that loss is not one on rows of the rollout; `local_correction` compares it.
 """
 
 from __future__ import annotations
@@ -53,23 +56,31 @@ CHOICES: dict[str, tuple[Any, ...]] = {
 class TOPD:
     """OPD with a trajectory term at real divergent points.
 
-    window: K. The paper's 50 suits texts of thousands of tokens; 8 to 16 suit hundreds. No point is taken closer to the end.
-    share: ρ, the part of a completion's tokens that are candidates, by highest `score` ("teacher_nll" = -log p_T(x_t),
-        "log_ratio" = log p_S - log p_T of it, "reverse_kl"), rounded up: in short texts that is one token each, an error or not,
-        unless min_loss asks for a least score (1 nat, say). max_points: most candidates in a step.
-    threshold: τ, the `quantile` of the candidates' distances in the step, or "low_loss_q3": the upper quartile of distances
-        at as many positions of lowest score (twice the teacher's writing).
-    weight: λ. epsilon: of the entropic plan that makes the targets; None takes the exact plan. The distance is always exact.
-    student_window: what is compared with the teacher's window: the rollout's own tokens, or a greedy text of the student from
-        the same prefix. The targets are for the rollout's tokens in both cases, since only those are trained.
-    targets: from the transport plan, or "diagonal": token i of the teacher for token i of the student.
+    window: K. The paper's 50 suits texts of thousands of tokens; 8 to 16 suit hundreds. No point is
+        taken closer to the end.
+    share: ρ, the part of a completion's tokens that are candidates, by highest `score`
+        ("teacher_nll" = -log p_T(x_t), "log_ratio" = log p_S - log p_T of it, "reverse_kl"),
+        rounded up: in short texts that is one token each, an error or not, unless min_loss asks for
+        a least score (1 nat, say). max_points: most candidates in a step.
+    threshold: τ, the `quantile` of the candidates' distances in the step, or "low_loss_q3": the
+        upper quartile of distances at as many positions of lowest score (twice the teacher's
+        writing).
+    weight: λ. epsilon: of the entropic plan that makes the targets; None takes the exact plan. The
+        distance is always exact.
+    student_window: what is compared with the teacher's window: the rollout's own tokens, or a
+        greedy text of the student from the same prefix. The targets are for the rollout's tokens in
+        both cases, since only those are trained.
+    targets: from the transport plan, or "diagonal": token i of the teacher for token i of the
+        student.
     embedding: whose token embeddings the cost is between; "onehot" knows equal and different only.
-    downweight: the paper's intervention (use weight=0 to have it alone): "low_ot" lowers the loss of the `quantile` of
-        candidates with least distance to the median of their completion, "high_ot" that of as many drawn from the others.
+    downweight: the paper's intervention (use weight=0 to have it alone): "low_ot" lowers the loss
+        of the `quantile` of candidates with least distance to the median of their completion,
+        "high_ot" that of as many drawn from the others.
 
-    The trajectory term is exactly the mean over points and window where the loss is a mean over tokens (the recipe). With
-    normalize="sequence" a point counts by mean length / own length, as the other losses of its completion do; with "constant"
-    both terms shrink alike. Over several processes it is the mean of theirs, by tokens.
+    The trajectory term is exactly the mean over points and window where the loss is a mean over
+    tokens (the recipe). With normalize="sequence" a point counts by mean length / own length, as
+    the other losses of its completion do; with "constant" both terms shrink alike. Over several
+    processes it is the mean of theirs, by tokens.
     """
 
     window: Count = 8
@@ -92,13 +103,15 @@ class TOPD:
     def __post_init__(self) -> None:
         if self.targets == "teacher_context":
             raise InvalidValue(
-                "TOPD cannot train on the teacher's contexts: they hold tokens that are not in the student's rollout, and a loss "
-                "sees rows of the rollout only. Compare that target with opdlab.topd.local_correction(…, arms=('teacher_context',))."
+                "TOPD cannot train on the teacher's contexts: they hold tokens that are not in the"
+                " student's rollout, and a loss sees rows of the rollout only. Compare that target"
+                " with opdlab.topd.local_correction(…, arms=('teacher_context',))."
             )
         for name, known in CHOICES.items():
             if getattr(self, name) not in known:
                 raise InvalidValue(
-                    f"TOPD got {name}={getattr(self, name)!r}. Use one of {', '.join(map(str, known))}."
+                    f"TOPD got {name}={getattr(self, name)!r}. Use one of"
+                    f" {', '.join(map(str, known))}."
                 )
         validate_fields(self)
         windows.solve([], self.epsilon)  # raises for a bad epsilon
@@ -159,7 +172,9 @@ class TOPD:
         return windows.slices(batch.rollout, points, self.window)
 
     def _plans(self, batch: Batch, points: list[Point], teacher: list[list[int]]) -> list[Tensor]:
-        """The plans between the rollout's own tokens and the teacher's windows, of which the targets are made."""
+        """The plans between the rollout's own tokens and the teacher's windows, of which the
+        targets are made.
+        """
         student = windows.slices(batch.rollout, points, self.window)
         if self.targets == "diagonal":
             return [windows.diagonal(s, t) for s, t in zip(student, teacher, strict=True)]
@@ -170,7 +185,10 @@ class TOPD:
     def _limit(
         self, batch: Batch, score: Tensor, room: Tensor, points: list[Point], distance: Tensor
     ) -> tuple[float, int]:
-        """τ, and the tokens that the teacher wrote to find it. Only distances above τ are real divergences."""
+        """τ, and the tokens that the teacher wrote to find it.
+
+        Only distances above τ are real divergences.
+        """
         if not points:
             return 0.0, 0
         if self.threshold == "quantile":
@@ -184,7 +202,9 @@ class TOPD:
         return float(windows.solve(costs)[0].quantile(0.75)), sum(map(len, texts))
 
     def _downweights(self, batch: Batch, points: list[Point], distance: Tensor) -> Tensor:
-        """min(1, median / ℓ_t) at the selected points, 1 elsewhere: such a token's loss counts as the median of its completion."""
+        """min(1, median / ℓ_t) at the selected points, 1 elsewhere: such a token's loss counts as
+        the median of its completion.
+        """
         loss, order, n = (
             batch.signals["teacher_reverse_kl"],
             distance.argsort(stable=True),
@@ -207,15 +227,17 @@ class TOPD:
 def _check_writes(teacher: Any) -> None:
     if not hasattr(teacher, "sample"):
         raise MissingPolicy(
-            f"TOPD has the teacher write on from the student's own tokens, which a {type(teacher).__name__} cannot do. "
-            "Load the teacher with Policy.load(…), or use OmniOPD, which only needs texts."
+            "TOPD has the teacher write on from the student's own tokens, which a"
+            f" {type(teacher).__name__} cannot do. Load the teacher with Policy.load(…), or use"
+            " OmniOPD, which only needs texts."
         )
 
 
 def _warn_no_room(batch: Batch, window: int) -> None:
     warnings.warn(
-        f"No completion of step {batch.step + 1} has room for a window of {window} tokens (the longest has "
-        f"{int(batch.rollout.lengths.max())}), so TOPD trains as OPD there. Use TOPD(window=…) well below the usual length.",
+        f"No completion of step {batch.step + 1} has room for a window of {window} tokens (the"
+        f" longest has {int(batch.rollout.lengths.max())}), so TOPD trains as OPD there. Use"
+        " TOPD(window=…) well below the usual length.",
         stacklevel=3,
     )
 

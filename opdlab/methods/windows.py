@@ -1,13 +1,16 @@
-"""Near-future windows: what two policies write next from one prefix, and the transport distance between the two texts.
+"""Near-future windows: what two policies write next from one prefix, and the transport distance
+between the two texts.
 
-For a position t of a rollout x, with K tokens in a window (arXiv 2606.00305, sections 2.1, 2.2 and 3):
+For a position t of a rollout x, with K tokens in a window (arXiv 2606.00305, sections 2.1, 2.2 and
+3):
 
     T = the teacher's continuation of (q, x_<t)        S = (x_t, …, x_{t+K-1}), or the student's own continuation
     C_ij = 1 - cos(e(S_i), e(T_j)),     D_OT = min_{γ ∈ Π(1/K, 1/K)} Σ_ij γ_ij C_ij
 
-Confirmed by the paper: K = 50, the same prefix for both, windows that start at t itself, optimal transport between embedded
-tokens. Not reported there, and ours: static token embeddings, the cosine cost, uniform marginals, greedy continuations. The
-distance compares bags of tokens: it does not see their order. Rows are the student's window, columns the teacher's, everywhere.
+Confirmed by the paper: K = 50, the same prefix for both, windows that start at t itself, optimal
+transport between embedded tokens. Not reported there, and ours: static token embeddings, the cosine
+cost, uniform marginals, greedy continuations. The distance compares bags of tokens: it does not see
+their order. Rows are the student's window, columns the teacher's, everywhere.
 """
 
 from __future__ import annotations
@@ -37,17 +40,20 @@ SWEEPS, TOLERANCE = (
 def transport(
     student_vectors: Tensor, teacher_vectors: Tensor, epsilon: float | None = None
 ) -> tuple[float, Tensor]:
-    """Transport distance between two windows of vectors `[K, H]` and `[K', H]`, and the plan `[K, K']`, float64 on the CPU.
+    """Transport distance between two windows of vectors `[K, H]` and `[K', H]`, and the plan `[K,
+    K']`, float64 on the CPU.
 
-    Uniform marginals (rows of the plan sum to 1/K, columns to 1/K'), cost 1 - cosine. epsilon: None is exact; otherwise the
-    entropic plan, whose cost is then the distance. Raises InvalidValue for an epsilon of 0 or less.
+    Uniform marginals (rows of the plan sum to 1/K, columns to 1/K'), cost 1 - cosine. epsilon: None
+    is exact; otherwise the entropic plan, whose cost is then the distance. Raises InvalidValue for
+    an epsilon of 0 or less.
     """
     distances, plans = solve([cost(student_vectors, teacher_vectors)], epsilon)
     return float(distances[0]), plans[0]
 
 
 def cost(student_vectors: Tensor, teacher_vectors: Tensor) -> Tensor:
-    """1 - cosine, `[K, H]`, `[K', H]` -> `[K, K']`, as half the squared distance of unit vectors: exactly 0 for equal ones.
+    """1 - cosine, `[K, H]`, `[K', H]` -> `[K, K']`, as half the squared distance of unit vectors:
+    exactly 0 for equal ones.
 
     A zero vector is at 1/2 from all others.
     """
@@ -56,10 +62,14 @@ def cost(student_vectors: Tensor, teacher_vectors: Tensor) -> Tensor:
 
 
 def solve(costs: Sequence[Tensor], epsilon: float | None = None) -> tuple[Tensor, list[Tensor]]:
-    """Transport for many cost matrices: distances `[P]` and plans. Those of one shape are solved side by side."""
+    """Transport for many cost matrices: distances `[P]` and plans.
+
+    Those of one shape are solved side by side.
+    """
     if epsilon is not None and not epsilon > 0:
         raise InvalidValue(
-            f"The transport's epsilon is {epsilon}. Use a number above 0, or None for the exact plan."
+            f"The transport's epsilon is {epsilon}. Use a number above 0, or None for the exact"
+            " plan."
         )
     plans: list[Tensor] = [torch.empty(0)] * len(costs)
     for shape in sorted({tuple(c.shape) for c in costs}):
@@ -80,10 +90,11 @@ def _exact(costs: Tensor) -> Tensor:
 
 
 def _entropic(costs: Tensor, epsilon: float) -> Tensor:
-    """Sinkhorn in the log domain on `[P, K, K']`, then rounded to exact marginals (Altschuler et al., arXiv 1705.09634, alg. 2).
+    """Sinkhorn in the log domain on `[P, K, K']`, then rounded to exact marginals (Altschuler et
+    al., arXiv 1705.09634, alg. 2).
 
-    Where windows share some tokens and not others the iteration converges slowly, whatever the solver; rounding moves no
-    more mass than the marginals are off, so it may stop early.
+    Where windows share some tokens and not others the iteration converges slowly, whatever the
+    solver; rounding moves no more mass than the marginals are off, so it may stop early.
     """
     from ot.batch import bregman_log_projection_batch
 
@@ -99,7 +110,9 @@ def _entropic(costs: Tensor, epsilon: float) -> Tensor:
 
 
 def diagonal(student: Sequence[int], teacher: Sequence[int]) -> Tensor:
-    """The plan that matches token i with token i, `[K, K']` with mass 1: the control that ignores the embeddings."""
+    """The plan that matches token i with token i, `[K, K']` with mass 1: the control that ignores
+    the embeddings.
+    """
     both = min(len(student), len(teacher))
     return torch.eye(len(student), len(teacher), dtype=torch.float64) / both
 
@@ -110,7 +123,9 @@ def costs(
     embedding: str,
     policies: Mapping[str, Any],
 ) -> list[Tensor]:
-    """Cost matrices of pairs of windows, by the token embeddings of a policy, or "onehot": any two tokens are at distance 1."""
+    """Cost matrices of pairs of windows, by the token embeddings of a policy, or "onehot": any two
+    tokens are at distance 1.
+    """
     pairs = [
         (torch.tensor(list(s)), torch.tensor(list(t)))
         for s, t in zip(students, teachers, strict=True)
@@ -120,7 +135,8 @@ def costs(
     policy = policies[embedding]
     if not isinstance(policy, Policy):
         raise MissingPolicy(
-            f"The {embedding}, a {type(policy).__name__}, has no token embeddings. Use embedding='onehot'."
+            f"The {embedding}, a {type(policy).__name__}, has no token embeddings. Use"
+            " embedding='onehot'."
         )
     table = policy.weights.model.get_input_embeddings().weight
     return [cost(table[s.to(table.device)], table[t.to(table.device)]) for s, t in pairs]
@@ -149,7 +165,8 @@ def top(
     least: float | None = None,
     most: int | None = None,
 ) -> list[Point]:
-    """The `counts[b]` positions of highest score `[B, T]` in each completion, among those that `where` allows, in order.
+    """The `counts[b]` positions of highest score `[B, T]` in each completion, among those that
+    `where` allows, in order.
 
     least: lower scores do not count. most: how many in all, the highest first.
     """
@@ -170,7 +187,10 @@ def top(
 
 
 def scores(batch: Batch, name: str) -> Tensor:
-    """How much a token looks like an error, `[B, T]`, nats: `teacher_nll`, `log_ratio` (student over teacher) or `reverse_kl`."""
+    """How much a token looks like an error, `[B, T]`, nats:
+
+    `teacher_nll`, `log_ratio` (student over teacher) or `reverse_kl`.
+    """
     if name == "reverse_kl":
         return batch.signals["teacher_reverse_kl"]
     theirs = batch.map(lambda rows: rows.logp_of("teacher"), needs=("teacher",))
@@ -185,10 +205,11 @@ def slices(rollout: Rollout, points: Sequence[Point], window: int) -> list[list[
 
 
 def write(policy: Any, rollout: Rollout, points: Sequence[Point], window: int) -> list[list[int]]:
-    """What `policy` writes greedily, at most `window` tokens, after the prompt and exactly the tokens before each point.
+    """What `policy` writes greedily, at most `window` tokens, after the prompt and exactly the
+    tokens before each point.
 
-    Points with the same prompt and prefix are written once; the others side by side, as many as fit a pass, those of like
-    length together. Draws no random numbers.
+    Points with the same prompt and prefix are written once; the others side by side, as many as fit
+    a pass, those of like length together. Draws no random numbers.
     """
     begun = [(id(rollout.prompts[b]), tuple(rollout.ids[b, :t].tolist())) for b, t in points]
     jobs = {key: rollout.prompts[b] for key, (b, _) in zip(begun, points, strict=True)}
@@ -210,7 +231,9 @@ def _length(policy: Any, prompt: Any) -> int:
 
 
 def _groups(jobs: list[Any], size: Callable[[Any], int]) -> list[list[Any]]:
-    """Jobs in ascending size, cut so that a group, padded to its longest, keeps to what a scoring pass may hold."""
+    """Jobs in ascending size, cut so that a group, padded to its longest, keeps to what a scoring
+    pass may hold.
+    """
     groups: list[list[Any]] = []
     for job in jobs:
         if groups and (len(groups[-1]) + 1) * size(job) <= TOKENS_PER_PASS:
@@ -226,10 +249,12 @@ def scatter(
     texts: Sequence[Sequence[int]],
     plans: Sequence[Tensor],
 ) -> dict[str, Tensor]:
-    """Soft targets as columns: `target [B, T, M]` token ids and `target_weight [B, T, M]`, zero where a place is not used.
+    """Soft targets as columns: `target [B, T, M]` token ids and `target_weight [B, T, M]`, zero
+    where a place is not used.
 
-    The mean over all tokens of `-sum(weight * logp[target])` is the mean over points of `-Σ_ij γ_ij log p(text_j | x_<t+i)`, γ
-    having mass 1. Windows that overlap add up; equal tokens at one place are one target.
+    The mean over all tokens of `-sum(weight * logp[target])` is the mean over points of `-Σ_ij γ_ij
+    log p(text_j | x_<t+i)`, γ having mass 1. Windows that overlap add up; equal tokens at one place
+    are one target.
     """
     b_t, token, mass = [], [], []
     for (b, t), text, plan in zip(points, texts, plans, strict=True):
@@ -254,7 +279,9 @@ def scatter(
 
 
 def _merged(place: Tensor, token: Tensor, mass: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Entries with equal place and token as one: places, their running numbers within a place, tokens, masses."""
+    """Entries with equal place and token as one: places, their running numbers within a place,
+    tokens, masses.
+    """
     vocab = 1 + int(token.max()) if len(token) else 1
     key, back = torch.unique(place * vocab + token, return_inverse=True)
     place = key // vocab

@@ -1,1 +1,3 @@
-"""Local models: weights and adapters, policies, output heads, sampling, and checks that their numbers are right."""
+"""Local models: weights and adapters, policies, output heads, sampling, and checks that their
+numbers are right.
+"""

@@ -1,4 +1,6 @@
-"""Which layers a LoRA on "all linear layers" leaves out, by need or because they are no linear layers."""
+"""Which layers a LoRA on "all linear layers" leaves out, by need or because they are no linear
+layers.
+"""
 
 from __future__ import annotations
 
@@ -14,11 +16,14 @@ from opdlab.models.compatibility import ordinary_tokens
 from opdlab.models.forward import backbone, run_backbone
 from opdlab.models.vocabulary import vocabulary_rows
 
-SHARE_TOLD = 0.1  # of the model's weights; smaller parts (a recurrence's decay, a router) are not worth a warning
+# of the model's weights; smaller parts (a recurrence's decay, a router) are not worth a warning
+SHARE_TOLD = 0.1
 
 
 def incompatible_layers(model: nn.Module) -> list[str]:
-    """Names of linear layers that PEFT refuses, because a family reads their weights without calling them."""
+    """Names of linear layers that PEFT refuses, because a family reads their weights without
+    calling them.
+    """
     refuses = getattr(tuners_utils, "_check_lora_target_modules_mamba", None)
     if refuses is None:
         return []
@@ -38,7 +43,9 @@ def incompatible_layers(model: nn.Module) -> list[str]:
 
 @torch.no_grad()
 def unused_layers(model: PreTrainedModel) -> list[str]:
-    """Paths of the linear layers in parts that plain text never enters, as an image encoder: they could not learn."""
+    """Paths of the linear layers in parts that plain text never enters, as an image encoder: they
+    could not learn.
+    """
     inner = backbone(model)
     parts = [
         part
@@ -75,7 +82,9 @@ def unused_layers(model: PreTrainedModel) -> list[str]:
 
 
 def unreached_weights(model: nn.Module) -> dict[str, int]:
-    """Matrices outside of PyTorch's layers that no adapter wraps, as fused experts: how many numbers each has in all layers."""
+    """Matrices outside of PyTorch's layers that no adapter wraps, as fused experts: how many
+    numbers each has in all layers.
+    """
     found: dict[str, int] = {}
     for path, module in model.named_modules():
         parts = path.split(".")
@@ -96,8 +105,8 @@ def warn_about_unreached_weights(model: nn.Module) -> None:
         return
     largest = sorted(left, key=lambda place: -left[place])[:3]
     warnings.warn(
-        f"The LoRA does not reach {share:.0%} of {type(model).__name__}'s weights, which are no linear layers (as fused "
-        f"experts are): {', '.join(largest)}. They stay as they are, the rest learns. To train them too, train all weights: "
-        "lora=None.",
+        f"The LoRA does not reach {share:.0%} of {type(model).__name__}'s weights, which are no"
+        f" linear layers (as fused experts are): {', '.join(largest)}. They stay as they are, the"
+        " rest learns. To train them too, train all weights: lora=None.",
         stacklevel=3,
     )

@@ -1,4 +1,6 @@
-"""The layers that PEFT puts into a model: find them, switch them, run them in float32, fold them or take them off."""
+"""The layers that PEFT puts into a model: find them, switch them, run them in float32, fold them or
+take them off.
+"""
 
 from __future__ import annotations
 
@@ -13,7 +15,9 @@ from torch import Tensor, nn
 
 
 def adapter_layers(model: nn.Module) -> list[Any]:
-    """PEFT's layers: those that carry adapters, and wrappers around whole modules that an adapter replaces."""
+    """PEFT's layers: those that carry adapters, and wrappers around whole modules that an adapter
+    replaces.
+    """
     return [m for m in model.modules() if isinstance(m, (BaseTunerLayer, ModulesToSaveWrapper))]
 
 
@@ -57,7 +61,9 @@ def _inputs_to_float32(module: nn.Module, args: Any, kwargs: Any) -> tuple[Any, 
 
 @dataclasses.dataclass(frozen=True)
 class _ToDtype:
-    """A forward hook that gives a tensor back in a dtype; a class, so that it can be deep-copied with its module."""
+    """A forward hook that gives a tensor back in a dtype; a class, so that it can be deep-copied
+    with its module.
+    """
 
     dtype: torch.dtype
 
@@ -90,7 +96,9 @@ def folded_layer(layer: Any, name: str | None) -> nn.Module:
 
 
 def untie_embeddings(model: Any, name: str) -> None:
-    """Give embeddings and head matrices of their own where they share one and the adapter changes either."""
+    """Give embeddings and head matrices of their own where they share one and the adapter changes
+    either.
+    """
     embeddings, head = model.get_input_embeddings(), model.get_output_embeddings()
     if head is None or not (_is_changed(embeddings, name) or _is_changed(head, name)):
         return

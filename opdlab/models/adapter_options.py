@@ -1,4 +1,6 @@
-"""The settings of LoRA adapters: which opdlab takes, and which it refuses before anything is made of them."""
+"""The settings of LoRA adapters: which opdlab takes, and which it refuses before anything is made
+of them.
+"""
 
 from __future__ import annotations
 
@@ -14,7 +16,8 @@ from opdlab.errors import InvalidValue
 from opdlab.support.expect import shortened
 from opdlab.support.validation import Count, Flag, Positive, Text, validate
 
-# Options of LoraConfig with names of opdlab's own, and those that would change or replace the shared base model.
+# Options of LoraConfig with names of opdlab's own, and those that would change or replace the
+# shared base model.
 _OUR_NAMES = {"r": "rank", "lora_alpha": "alpha", "target_modules": "targets"}
 _SET_HERE = {
     "peft_type",
@@ -67,7 +70,8 @@ def configuration(
         options: Further fields of `peft.LoraConfig`, by their names there.
 
     Raises:
-        InvalidValue: An option is unknown, has a value that it cannot have, or would not be honoured.
+        InvalidValue: An option is unknown, has a value that it cannot have, or would not be
+            honoured.
     """
     values = validate("adapt", {"rank": rank}, {"rank": Count})
     if alpha is not None:
@@ -82,18 +86,21 @@ def configuration(
             )
         if name not in OPTIONS:
             raise InvalidValue(
-                f"adapt has no option {name!r}. There are rank, alpha, targets, seed and {', '.join(OPTIONS)}."
+                f"adapt has no option {name!r}. There are rank, alpha, targets, seed and"
+                f" {', '.join(OPTIONS)}."
             )
         validate("adapt", {name: value}, {name: _type_of(name)})
     if options.get("lora_dropout"):
         raise InvalidValue(
-            f"adapt got lora_dropout={shortened(options['lora_dropout'])}, but opdlab trains without dropout, so that the "
-            "policy that is graded is the one that trains. Leave it out."
+            f"adapt got lora_dropout={shortened(options['lora_dropout'])}, but opdlab trains"
+            " without dropout, so that the policy that is graded is the one that trains. Leave it"
+            " out."
         )
     if options.get("init_lora_weights", True) not in _INITIALISATIONS:
         raise InvalidValue(
-            f"adapt got init_lora_weights={shortened(options['init_lora_weights'])}, which would change the base model that "
-            "other policies share, or needs data. Use True, False, 'gaussian' or 'orthogonal'."
+            f"adapt got init_lora_weights={shortened(options['init_lora_weights'])}, which would"
+            " change the base model that other policies share, or needs data. Use True, False,"
+            " 'gaussian' or 'orthogonal'."
         )
     fields: dict[str, Any] = {
         "r": values["rank"],
@@ -113,27 +120,33 @@ def check_kind(name: str, config: Any) -> None:
     kind = getattr(config.peft_type, "value", config.peft_type)
     if config.peft_type != PeftType.LORA:
         raise InvalidValue(
-            f"The adapter {name!r} is of the kind {kind}, and opdlab works with LoRA adapters (rsLoRA and DoRA included). "
-            "Merge it into the model where PEFT can (merge_and_unload()), or use a LoRA."
+            f"The adapter {name!r} is of the kind {kind}, and opdlab works with LoRA adapters"
+            " (rsLoRA and DoRA included). Merge it into the model where PEFT can"
+            " (merge_and_unload()), or use a LoRA."
         )
     if config.bias != "none":
         raise InvalidValue(
-            f"The adapter {name!r} has bias={config.bias!r}: it moves biases of the base model, which every policy on these "
-            "weights shares. Use bias='none', or merge the adapter into the model: merge_and_unload()."
+            f"The adapter {name!r} has bias={config.bias!r}: it moves biases of the base model,"
+            " which every policy on these weights shares. Use bias='none', or merge the adapter"
+            " into the model: merge_and_unload()."
         )
     if odd := sorted(field for field in _NOT_SUPPORTED if getattr(config, field, None)):
         raise InvalidValue(
-            f"The adapter {name!r} has {odd[0]}={shortened(getattr(config, odd[0]))}, a variant of LoRA that opdlab does not "
-            "compute. Leave it out, or merge the adapter into the model: merge_and_unload()."
+            f"The adapter {name!r} has {odd[0]}={shortened(getattr(config, odd[0]))}, a variant of"
+            " LoRA that opdlab does not compute. Leave it out, or merge the adapter into the"
+            " model: merge_and_unload()."
         )
     if str(config.init_lora_weights).lower() == "mica":
         raise InvalidValue(
-            f"The adapter {name!r} has init_lora_weights='mica', a variant of LoRA that opdlab does not train."
+            f"The adapter {name!r} has init_lora_weights='mica', a variant of LoRA that opdlab does"
+            " not train."
         )
 
 
 def special_linear_layers(model: nn.Module) -> list[str]:
-    """Linear layers that a family computes in a way of its own (routers that return several tensors): LoRA would break them."""
+    """Linear layers that a family computes in a way of its own (routers that return several
+    tensors): LoRA would break them.
+    """
     return [
         path
         for path, module in model.named_modules()
@@ -146,7 +159,9 @@ def special_linear_layers(model: nn.Module) -> list[str]:
 
 @torch.no_grad()
 def _is_plain(layer: nn.Linear) -> bool:
-    """Whether a linear layer with a `forward` of its own (as Falcon's) computes what any linear layer does."""
+    """Whether a linear layer with a `forward` of its own (as Falcon's) computes what any linear
+    layer does.
+    """
     some = torch.ones(2, layer.in_features, device=layer.weight.device, dtype=layer.weight.dtype)
     try:
         out = layer(some)
@@ -160,7 +175,9 @@ def _is_plain(layer: nn.Linear) -> bool:
 def unused_settings(
     model: nn.Module, config: LoraConfig, said: list[str], has_patterns: bool
 ) -> list[str]:
-    """List settings that fit nothing in the model; PEFT only warns of some (`said`), and passes over others."""
+    """List settings that fit nothing in the model; PEFT only warns of some (`said`), and passes
+    over others.
+    """
     paths = [path for path, _ in model.named_modules()]
     wanted = [*(config.modules_to_save or []), *(config.target_parameters or [])]
     if not isinstance(config.target_modules, str):

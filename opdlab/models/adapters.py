@@ -1,7 +1,9 @@
-"""The adapters of one model, through PEFT: which there are, which is in force, adding, copying, folding and removing them.
+"""The adapters of one model, through PEFT: which there are, which is in force, adding, copying,
+folding and removing them.
 
-Only LoRA (with rsLoRA and DoRA) is understood; other kinds are refused by name. All functions take the transformers model
-itself. The state is read from its layers and not kept beside them, so whatever else switches adapters is noticed.
+Only LoRA (with rsLoRA and DoRA) is understood; other kinds are refused by name. All functions take
+the transformers model itself. The state is read from its layers and not kept beside them, so
+whatever else switches adapters is noticed.
 """
 
 from __future__ import annotations
@@ -35,14 +37,17 @@ from opdlab.models.adapter_options import check_kind, unused_settings
 
 
 def unwrap(model: Any) -> Any:
-    """The transformers model inside a `PeftModel`, with its adapters in place; anything else as it is.
+    """The transformers model inside a `PeftModel`, with its adapters in place; anything else as it
+    is.
 
     Raises:
-        InvalidValue: The adapter is not inside the model's layers (prompt tuning and the like), or is of several kinds.
+        InvalidValue: The adapter is not inside the model's layers (prompt tuning and the like), or
+            is of several kinds.
     """
     if isinstance(model, PeftMixedModel):
         raise InvalidValue(
-            "A PeftMixedModel has adapters of several kinds. Merge them into the model: merge_and_unload()."
+            "A PeftMixedModel has adapters of several kinds. Merge them into the model:"
+            " merge_and_unload()."
         )
     if not isinstance(model, PeftModel):
         return model
@@ -71,8 +76,8 @@ def check(model: nn.Module) -> None:
         check_kind(name, config_of(model, name))
     if any(layer.merged for layer in adapter_layers(model) if isinstance(layer, BaseTunerLayer)):
         raise InvalidValue(
-            "An adapter of the model is merged into it for now, so it cannot be switched off or trained. "
-            "Call unmerge_adapter(), or make it permanent with merge_and_unload()."
+            "An adapter of the model is merged into it for now, so it cannot be switched off or"
+            " trained. Call unmerge_adapter(), or make it permanent with merge_and_unload()."
         )
 
 
@@ -87,8 +92,9 @@ def in_force(model: nn.Module) -> list[str]:
     }
     if len(states) > 1:
         raise InvalidValue(
-            "The model's layers go through different adapters: "
-            f"{' and '.join(sorted(repr(list(state)) for state in states))}. Choose one: Policy.of(…, adapter=name)."
+            "The model's layers go through different adapters:"
+            f" {' and '.join(sorted(repr(list(state)) for state in states))}. Choose one:"
+            " Policy.of(…, adapter=name)."
         )
     return list(states.pop()) if states else []
 
@@ -132,8 +138,8 @@ def add(model: nn.Module, name: str, config: LoraConfig) -> None:
     if unused := unused_settings(model, config, messages, has_patterns):
         remove(model, name)
         raise InvalidValue(
-            f"Some settings of the LoRA fit nothing in {type(model).__name__}: {'; '.join(unused)}. Use names as in "
-            "model.named_modules(), or leave them out."
+            f"Some settings of the LoRA fit nothing in {type(model).__name__}: {'; '.join(unused)}."
+            " Use names as in model.named_modules(), or leave them out."
         )
     model._hf_peft_config_loaded = True  # type: ignore[assignment]
     model.eval()  # new layers come in train mode, with their dropout on
@@ -141,10 +147,13 @@ def add(model: nn.Module, name: str, config: LoraConfig) -> None:
 
 
 def clone(model: nn.Module, source: str, name: str) -> None:
-    """Make `name` an exact copy of the adapter `source`: all settings, all tensors, the same precision."""
+    """Make `name` an exact copy of the adapter `source`: all settings, all tensors, the same
+    precision.
+    """
     original = config_of(model, source)
     config = copy.deepcopy(original)
-    # Some initialisations (PiSSA and the like) change the base model, and all of them are overwritten by the copy.
+    # Some initialisations (PiSSA and the like) change the base model, and all of them are
+    # overwritten by the copy.
     config.init_lora_weights = True
     config.inference_mode = False
     with torch.random.fork_rng(devices=[]):
@@ -175,8 +184,9 @@ def set_state(model: nn.Module, name: str, values: dict[str, Tensor]) -> None:
     )
     if odd:
         raise InvalidValue(
-            f"These are not the tensors of the adapter {name!r}: {odd[0]!r} is missing, too much, or of another shape "
-            f"({len(odd)} of {len(there)} differ). Use weights of an adapter with the same targets and rank."
+            f"These are not the tensors of the adapter {name!r}: {odd[0]!r} is missing, too much,"
+            f" or of another shape ({len(odd)} of {len(there)} differ). Use weights of an adapter"
+            " with the same targets and rank."
         )
     with torch.no_grad():
         for key, value in values.items():
@@ -184,7 +194,9 @@ def set_state(model: nn.Module, name: str, values: dict[str, Tensor]) -> None:
 
 
 def make_float32(model: nn.Module, name: str) -> None:
-    """Keep an adapter's weights in float32 whatever the base model's dtype: small updates vanish in bfloat16."""
+    """Keep an adapter's weights in float32 whatever the base model's dtype: small updates vanish in
+    bfloat16.
+    """
     cast_adapter_dtype(model, name)
     for layer in adapter_layers(model):
         if isinstance(layer, ModulesToSaveWrapper) and name in layer.modules_to_save:
@@ -192,7 +204,10 @@ def make_float32(model: nn.Module, name: str) -> None:
 
 
 def remove(model: nn.Module, name: str) -> None:
-    """Take an adapter off the model; with the last one, PEFT's layers go as well. Nothing happens if it is not there."""
+    """Take an adapter off the model; with the last one, PEFT's layers go as well.
+
+    Nothing happens if it is not there.
+    """
     layers = adapter_layers(model)
     before = (
         None

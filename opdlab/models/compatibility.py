@@ -1,8 +1,10 @@
-"""Checks a model, when a policy is made, against itself: do batches, padding, caches and prefixes give plain passes' numbers?
+"""Checks a model, when a policy is made, against itself: do batches, padding, caches and prefixes
+give plain passes' numbers?
 
-Model families differ in what they keep between tokens (attention caches, recurrent states, compressed blocks) and in what
-they do about padding. No list of names says which are right; a few made-up tokens do. Shortcuts that change numbers are
-not taken (`Abilities`), and a model whose plain passes cannot be used is refused.
+Model families differ in what they keep between tokens (attention caches, recurrent states,
+compressed blocks) and in what they do about padding. No list of names says which are right; a few
+made-up tokens do. Shortcuts that change numbers are not taken (`Abilities`), and a model whose
+plain passes cannot be used is refused.
 """
 
 from __future__ import annotations
@@ -31,20 +33,35 @@ _CHANGING_ROTARY = (
 TOY_SIZE = 20_000_000  # parameters
 
 COSTS = {
-    "batches": "texts are run one at a time, because a text's numbers depend on the others in its batch",
-    "pads": "texts of different length are scored and trained in separate batches, because padding changes their numbers",
-    "pads_left": "prompts of different length are sampled in separate batches, because padding changes their numbers",
-    "caches": "each new token is sampled by running the whole text again, because its cache does not give the same numbers",
-    "shares_prefix": "the beginning that several prompts share is run again for each of them, because going on from it "
-    "changes their numbers",
+    "batches": (
+        "texts are run one at a time, because a text's numbers depend on the others in its batch"
+    ),
+    "pads": (
+        "texts of different length are scored and trained in separate batches, because padding"
+        " changes their numbers"
+    ),
+    "pads_left": (
+        "prompts of different length are sampled in separate batches, because padding changes their"
+        " numbers"
+    ),
+    "caches": (
+        "each new token is sampled by running the whole text again, because its cache does not give"
+        " the same numbers"
+    ),
+    "shares_prefix": (
+        "the beginning that several prompts share is run again for each of them, because going on"
+        " from it changes their numbers"
+    ),
 }
 
 
 def check_rotary(model: PreTrainedModel, context_length: int | None) -> None:
-    """Refuse rotary embeddings that change as a text grows, unless the context is limited to where they do not.
+    """Refuse rotary embeddings that change as a text grows, unless the context is limited to where
+    they do not.
 
     Raises:
-        UnsupportedModel: Rows that fit the context would change the numbers of the tokens before them.
+        UnsupportedModel: Rows that fit the context would change the numbers of the tokens before
+            them.
     """
     config = model.config.get_text_config()
     rope = getattr(config, "rope_parameters", None) or {}
@@ -65,9 +82,10 @@ def check_rotary(model: PreTrainedModel, context_length: int | None) -> None:
         extends = name == "dynamic" or config.max_position_embeddings > fixed
         if (context_length is None and extends) or (context_length or 0) > fixed:
             raise UnsupportedModel(
-                f"{type(model).__name__} changes its rotary embedding in rows of more than {fixed} tokens (rope_type "
-                f"{name!r}), so that the log-probs of a text change as it grows, and with the rows beside it. Limit the "
-                f"policy to rows that it does not change for: context_length={fixed}, for Policy.load and Policy.of alike."
+                f"{type(model).__name__} changes its rotary embedding in rows of more than {fixed}"
+                f" tokens (rope_type {name!r}), so that the log-probs of a text change as it grows,"
+                " and with the rows beside it. Limit the policy to rows that it does not change"
+                f" for: context_length={fixed}, for Policy.load and Policy.of alike."
             )
 
 
@@ -75,8 +93,8 @@ def check_rotary(model: PreTrainedModel, context_length: int | None) -> None:
 class Tolerance:
     """How far logits may lie from those of plain passes, as a share of their spread over positions.
 
-    Rounding moves all positions a little; a wrong state moves all of them a lot. A near tie in a router or an index may
-    move single ones far, hence two limits.
+    Rounding moves all positions a little; a wrong state moves all of them a lot. A near tie in a
+    router or an index may move single ones far, hence two limits.
     """
 
     typical: float  # at half of the positions
@@ -87,17 +105,19 @@ class Tolerance:
         return bool(off.median() <= self.typical) and bool(off.max() <= self.worst)
 
 
-# Measured over some 130 random families. In single precision rounding moves no position by more than 1e-4; a state that is
-# computed by another formula while sampling moves some by 1e-3. In half precision rounding moves half of the positions by
-# at most 0.01 in shallow models and 0.03 in one of thirty layers.
+# Measured over some 130 random families. In single precision rounding moves no position by more
+# than 1e-4; a state that is computed by another formula while sampling moves some by 1e-3. In half
+# precision rounding moves half of the positions by at most 0.01 in shallow models and 0.03 in one
+# of thirty layers.
 FINE = Tolerance(typical=3e-4, worst=3e-4)
 COARSE = Tolerance(typical=0.05, worst=0.5)
 
 
 @torch.no_grad()
 def find_abilities(model: PreTrainedModel, head: Head, longest: int | None = None) -> Abilities:
-    """Find which shortcuts give the numbers of plain passes. Nine passes of a dozen tokens (twenty for
-    toy models) where all of them do.
+    """Find which shortcuts give the numbers of plain passes.
+
+    Nine passes of a dozen tokens (twenty for toy models) where all of them do.
 
     Args:
         model: In evaluation mode.
@@ -165,13 +185,17 @@ def _kind(model: PreTrainedModel) -> tuple[Any, ...]:
 
 
 class _Check:
-    """Three made-up texts and their plain passes. The first two begin alike, the third is shorter."""
+    """Three made-up texts and their plain passes.
+
+    The first two begin alike, the third is shorter.
+    """
 
     def __init__(self, model: PreTrainedModel, head: Head, longest: int | None) -> None:
         self.model, self.head = model, head
         self.is_fine = all(parameter.dtype in _FINE for parameter in model.parameters())
         self.tolerance = FINE if self.is_fine else COARSE
-        # Long enough to leave the windows and blocks of toy models; those of real ones are out of reach either way.
+        # Long enough to leave the windows and blocks of toy models; those of real ones are out of
+        # reach either way.
         toy = sum(parameter.numel() for parameter in model.parameters()) < TOY_SIZE
         length = SHORTEST_SHARED_PREFIX + 5 if toy else 12
         length = length if longest is None else min(length, longest)
@@ -197,14 +221,18 @@ class _Check:
         self.spread = spread.pow(2).mean().sqrt().clamp(min=torch.finfo(torch.float32).tiny)
 
     def holds(self, test: Callable[[], bool]) -> bool:
-        """Whether a shortcut gives the right numbers; one that the model cannot take at all gives none."""
+        """Whether a shortcut gives the right numbers; one that the model cannot take at all gives
+        none.
+        """
         try:
             return test()
         except Exception:  # whatever a family does about an argument that it does not know
             return False
 
     def scores(self, abilities: Abilities, *, shared: bool = False, equal: bool = False) -> bool:
-        """Compare a batch of all texts (with `equal`: cut to one length; with `shared`: of those that begin alike)."""
+        """Compare a batch of all texts (with `equal`: cut to one length; with `shared`: of those
+        that begin alike).
+        """
         rows = self.rows[:2] if shared else self.rows
         if equal:
             rows = [row[: min(map(len, self.rows))] for row in rows]
@@ -225,7 +253,9 @@ class _Check:
             self.model, [text[:length] for text, length in zip(texts, prompts, strict=True)], n=2
         )
         if not _is_filled(batch.cache):
-            return False  # the family keeps its states elsewhere; with small weights the numbers might not show it
+            # the family keeps its states elsewhere; with small weights the numbers might not show
+            # it
+            return False
         live = [0, 0, 1, 1]
         states, want = (
             [batch.states],
@@ -243,14 +273,17 @@ class _Check:
         return self._agree(self._logits(torch.cat(states)), torch.stack(want))
 
     def refuse_if_not_causal(self) -> None:
-        """Raise UnsupportedModel where the beginning of a text has other numbers than in the whole text."""
+        """Raise UnsupportedModel where the beginning of a text has other numbers than in the whole
+        text.
+        """
         row = self.rows[0]
         for length in {max(1, len(row) // 2), max(1, len(row) - 1)}:
             got = self._logits(hidden_at(self.model, [row[:length]], [range(length)], PLAIN))
             if not self._agree(got, self.plain[0][:length]):
                 raise UnsupportedModel(
-                    f"{type(self.model).__name__} is not causal: a token's distribution changes with the tokens after it. "
-                    "Use a causal language model (for BERT-like models: is_decoder=True)."
+                    f"{type(self.model).__name__} is not causal: a token's distribution changes"
+                    " with the tokens after it. Use a causal language model (for BERT-like models:"
+                    " is_decoder=True)."
                 )
 
     def _logits(self, states: Tensor) -> Tensor:
@@ -265,10 +298,11 @@ class _Check:
 
     @functools.cached_property
     def rounding(self) -> Tolerance:
-        """What rounding does to this model: deep ones in half precision can exceed the usual limits, loops too.
+        """What rounding does to this model: deep ones in half precision can exceed the usual
+        limits, loops too.
 
-        Measured on plain passes of beginnings of a text, which only rounding can change, unless the model is not causal;
-        hence the upper bounds.
+        Measured on plain passes of beginnings of a text, which only rounding can change, unless the
+        model is not causal; hence the upper bounds.
         """
         row, offs = self.rows[0], []
         for length in (1, 2, 3, len(row) // 2):

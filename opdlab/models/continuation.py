@@ -1,7 +1,8 @@
-"""Texts in the writing: hidden states where the next token of each is predicted, one token after the other.
+"""Texts in the writing: hidden states where the next token of each is predicted, one token after
+the other.
 
-`begin` chooses how: from a cache where the model can, otherwise by running every text anew for each token, which is
-slow and always right.
+`begin` chooses how: from a cache where the model can, otherwise by running every text anew for each
+token, which is slow and always right.
 """
 
 from __future__ import annotations
@@ -33,7 +34,8 @@ def begin(
 ) -> Continuation:
     """`n` texts after each prompt: text `i * n + j` goes on from `starts[i]`.
 
-    Prompts must be of equal length where the model has a cache and cannot pad (`Abilities.pads_left`).
+    Prompts must be of equal length where the model has a cache and cannot pad
+    (`Abilities.pads_left`).
     """
     if abilities.caches:
         return Cached(model, starts, n)
@@ -41,7 +43,9 @@ def begin(
 
 
 class Cached:
-    """Each prompt is run once, left-padded, and its cache shared by its `n` texts; then one token is run at a time."""
+    """Each prompt is run once, left-padded, and its cache shared by its `n` texts; then one token
+    is run at a time.
+    """
 
     def __init__(self, model: PreTrainedModel, starts: list[list[int]], n: int) -> None:
         self.model = model

@@ -267,7 +267,10 @@ def _described_object(value: Any, inner: Callable[[Any], Any]) -> Any:
 
 
 def qualified_name(thing: Any) -> str:
-    """The module and the name of a class or function. Of opdlab's own modules only the package counts, since they may be moved."""
+    """The module and the name of a class or function.
+
+    Of opdlab's own modules only the package counts, since they may be moved.
+    """
     module = str(getattr(thing, "__module__", "?"))
     name = getattr(thing, "__qualname__", type(thing).__name__)
     return f"opdlab.{name}" if module.partition(".")[0] == "opdlab" else f"{module}.{name}"

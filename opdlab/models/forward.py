@@ -1,8 +1,8 @@
 """Teacher-forced passes of the backbone: hidden states where completion tokens are predicted.
 
-Every pass of a model in opdlab goes through `run_backbone`. The functions here take the shortcuts (one batch for rows of
-different length, one pass for what all prompts begin with) that `Abilities` says are right for the model, and run rows
-apart where they are not.
+Every pass of a model in opdlab goes through `run_backbone`. The functions here take the shortcuts
+(one batch for rows of different length, one pass for what all prompts begin with) that `Abilities`
+says are right for the model, and run rows apart where they are not.
 """
 
 from __future__ import annotations
@@ -22,16 +22,20 @@ SHORTEST_SHARED_PREFIX = 16  # tokens; sharing fewer does not pay for another pa
 
 @dataclass(frozen=True)
 class Abilities:
-    """Which shortcuts give a model the numbers of plain passes: one row at a time, without padding or cache.
+    """Which shortcuts give a model the numbers of plain passes: one row at a time, without padding
+    or cache.
 
-    `opdlab.models.compatibility.find_abilities` finds out. A shortcut that is not right is not taken.
+    `opdlab.models.compatibility.find_abilities` finds out. A shortcut that is not right is not
+    taken.
 
     Attributes:
         batches: Rows of equal length side by side. Without it, none of the others holds.
         pads: Rows of different length in one batch, padded on the right (scoring and training).
-        pads_left: Prompts of different length in one batch, padded on the left under a mask (sampling).
+        pads_left: Prompts of different length in one batch, padded on the left under a mask
+            (sampling).
         caches: Going on from a cache whose rows are repeated and picked (sampling).
-        shares_prefix: Going on with several tokens from a cache of what all prompts begin with (scoring).
+        shares_prefix: Going on with several tokens from a cache of what all prompts begin with
+            (scoring).
     """
 
     batches: bool = True
@@ -45,7 +49,10 @@ PLAIN = Abilities(batches=False, pads=False, pads_left=False, caches=False, shar
 
 
 def backbone(model: PreTrainedModel) -> Any:
-    """The model without its head. Its output has `last_hidden_state`, what the head is applied to."""
+    """The model without its head.
+
+    Its output has `last_hidden_state`, what the head is applied to.
+    """
     inner = model.base_model
     if inner is model:  # some families keep it under another name than the one that they announce
         inner = next(child for child in model.children() if isinstance(child, PreTrainedModel))
@@ -60,7 +67,8 @@ def run_backbone(
     mask: Tensor | None = None,
     cache: DynamicCache | None = None,
 ) -> Tensor:
-    """Hidden states `[B, T, H]` for token ids `[B, T]`, going on from `cache` and adding to it if there is one.
+    """Hidden states `[B, T, H]` for token ids `[B, T]`, going on from `cache` and adding to it if
+    there is one.
 
     Arguments that a family does not have (positions, where it uses none) are left out.
     """
@@ -93,13 +101,16 @@ def last_hidden(
     bodies: list[list[int]],
     abilities: Abilities | None = None,
 ) -> Tensor:
-    """Hidden states `[tokens, H]` where the tokens of `bodies` are predicted, each after its prompt in `starts`.
+    """Hidden states `[tokens, H]` where the tokens of `bodies` are predicted, each after its prompt
+    in `starts`.
 
-    Without a gradient, what all prompts begin with (a rule, examples, a system message) is run once and not once a row.
+    Without a gradient, what all prompts begin with (a rule, examples, a system message) is run once
+    and not once a row.
     """
     abilities = abilities or Abilities()
     rows = [start + body for start, body in zip(starts, bodies, strict=True)]
-    # The state at a token predicts the next one, so a body's states begin at the prompt's last token.
+    # The state at a token predicts the next one, so a body's states begin at the prompt's last
+    # token.
     spans = [range(len(start) - 1, len(row) - 1) for start, row in zip(starts, rows, strict=True)]
     shared = 0 if torch.is_grad_enabled() or not abilities.shares_prefix else _shared(starts)
     return hidden_at(model, rows, spans, abilities, shared)
@@ -128,7 +139,9 @@ def hidden_at(
 
 
 def group_rows(lengths: Sequence[int], *, mixed: bool, batches: bool = True) -> list[list[int]]:
-    """Which rows run side by side: all of them (`mixed`), those of equal length, or (without `batches`) none."""
+    """Which rows run side by side: all of them (`mixed`), those of equal length, or (without
+    `batches`) none.
+    """
     if not batches:
         return [[i] for i in range(len(lengths))]
     if mixed:
@@ -142,7 +155,9 @@ def group_rows(lengths: Sequence[int], *, mixed: bool, batches: bool = True) -> 
 def _one_batch(
     model: PreTrainedModel, rows: list[list[int]], spans: list[range], shared: int
 ) -> Tensor:
-    """Right-padded, so that under causal attention padding cannot touch a real token and no mask is needed."""
+    """Right-padded, so that under causal attention padding cannot touch a real token and no mask is
+    needed.
+    """
     width = max(map(len, rows)) - shared
     batch = torch.tensor(
         [row[shared:] + [0] * (width + shared - len(row)) for row in rows], device=model.device
@@ -172,7 +187,9 @@ def pick_rows(cache: DynamicCache, rows: Tensor) -> None:
 
 
 def _shared(starts: list[list[int]]) -> int:
-    """How many tokens all prompts begin with, leaving one of each; 0 where that would not pay for another pass."""
+    """How many tokens all prompts begin with, leaving one of each; 0 where that would not pay for
+    another pass.
+    """
     room = min(map(len, starts)) - 1
     tokens = next(
         (i for i, column in enumerate(zip(*starts, strict=False)) if len(set(column)) > 1), room + 1

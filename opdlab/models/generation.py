@@ -1,9 +1,9 @@
 """The sampling loop over tokens: all texts of a batch side by side.
 
-The loop shares a prompt's prefill among its samples, drops finished rows from the batch, samples by inverse CDF from
-one uniform number a token, and hands back the log-probs and entropies that it has at hand anyway. The uniform numbers
-depend on seed, row, position and max_new_tokens only: the same seed gives the same text whatever other rows the batch
-holds, up to rounding.
+The loop shares a prompt's prefill among its samples, drops finished rows from the batch, samples by
+inverse CDF from one uniform number a token, and hands back the log-probs and entropies that it has
+at hand anyway. The uniform numbers depend on seed, row, position and max_new_tokens only: the same
+seed gives the same text whatever other rows the batch holds, up to rounding.
 """
 
 from __future__ import annotations
@@ -48,7 +48,8 @@ def read_prefixes(prefixes: Any, prompts: int, vocab_size: int) -> list[list[int
             isinstance(token, numbers.Integral) and 0 <= int(token) < vocab_size for token in ids
         ):
             raise InvalidValue(
-                f"sample got prefixes[{i}]={shortened(prefix)}, which are no token ids of the policy (0 to {vocab_size - 1}). {advice}"
+                f"sample got prefixes[{i}]={shortened(prefix)}, which are no token ids of the"
+                f" policy (0 to {vocab_size - 1}). {advice}"
             )
         rows.append([int(token) for token in ids])
     return rows
@@ -56,7 +57,11 @@ def read_prefixes(prefixes: Any, prompts: int, vocab_size: int) -> list[list[int
 
 @dataclass(frozen=True)
 class Written:
-    """Sampled texts: `ids`, `logp`, `entropy` `[B, T]`, `lengths [B]`, and `stopped [B]`: false where the limit cut it."""
+    """Sampled texts:
+
+    `ids`, `logp`, `entropy` `[B, T]`, `lengths [B]`, and `stopped [B]`: false where the limit cut
+    it.
+    """
 
     ids: Tensor
     logp: Tensor
@@ -151,7 +156,9 @@ class Generator:
         return out
 
     def _ends(self, ids: Tensor) -> Tensor:
-        """Which texts `[n, t]` end with their last token: by an EOS token, or since they now hold a text of `stop`."""
+        """Which texts `[n, t]` end with their last token: by an EOS token, or since they now hold a
+        text of `stop`.
+        """
         eos = self.weights.eos
         ended = torch.isin(ids[:, -1], torch.tensor(sorted(eos), device=ids.device))
         if not self.config.stop:
@@ -170,7 +177,8 @@ def draw(logits: Tensor, uniform: Tensor, config: SamplingConfig) -> tuple[Tenso
         config: Temperature and which tokens are kept.
 
     Returns:
-        Token ids `[n]`, and their log-probs and the entropies at temperature 1 without any filter, in nats.
+        Token ids `[n]`, and their log-probs and the entropies at temperature 1 without any filter,
+        in nats.
 
     Raises:
         OpdlabError: The logits hold no distribution (NaN, +inf).
@@ -183,7 +191,8 @@ def draw(logits: Tensor, uniform: Tensor, config: SamplingConfig) -> tuple[Tenso
         )
     if not bool(torch.isfinite(norm).all()):
         raise OpdlabError(
-            "The model's logits hold NaN or infinity while sampling. Check its weights, dtype and learning rate."
+            "The model's logits hold NaN or infinity while sampling. Check its weights, dtype and"
+            " learning rate."
         )
     if config.temperature == 0:
         token = logits.argmax(-1)
@@ -205,7 +214,9 @@ def _invert(p: Tensor, uniform: Tensor) -> Tensor:
 
 
 def _keep_likeliest(p: Tensor, config: SamplingConfig) -> Tensor:
-    """Set the probability of tokens that the config filters to zero: first top_k, then top_p, then min_p."""
+    """Set the probability of tokens that the config filters to zero: first top_k, then top_p, then
+    min_p.
+    """
     if 0 < config.top_k < p.shape[-1]:
         ids = p.topk(config.top_k, -1).indices
         p = torch.zeros_like(p).scatter_(-1, ids, p.gather(-1, ids))

@@ -1,9 +1,9 @@
 """What a grader returns for the tokens of a rollout: hidden states with a head, or top-k log-probs.
 
-A local model knows its whole distribution and gives `States`; the log-probs `[tokens, V]` are made a chunk at a time. A
-server gives the log-probs of its `k` likeliest tokens and of the sampled one, `TopLogprobs`. What these leave out has a known
-total mass and nothing else, so a loss gets it as one bucket or not at all, and a loss that asks for the whole distribution
-gets an error.
+A local model knows its whole distribution and gives `States`; the log-probs `[tokens, V]` are made
+a chunk at a time. A server gives the log-probs of its `k` likeliest tokens and of the sampled one,
+`TopLogprobs`. What these leave out has a known total mass and nothing else, so a loss gets it as
+one bucket or not at all, and a loss that asks for the whole distribution gets an error.
 """
 
 from __future__ import annotations
@@ -65,7 +65,8 @@ RESOLUTION = (
 
 @dataclass(frozen=True)
 class TopLogprobs:
-    """`ids [n, k]`, likeliest first, with log-probs `top [n, k]`; `sampled [n]` is that of the token that was written.
+    """`ids [n, k]`, likeliest first, with log-probs `top [n, k]`; `sampled [n]` is that of the
+    token that was written.
 
     `vocab` is the vocabulary size. Same interface as `States`, so the engine accepts either.
     """
@@ -96,16 +97,22 @@ class TopLogprobs:
         return self
 
     def support(self, support: TopK) -> Tensor:
-        """Ids `[n, k']` of its likeliest tokens; raises PartialDistribution where more are asked for than it has."""
+        """Ids `[n, k']` of its likeliest tokens; raises PartialDistribution where more are asked
+        for than it has.
+        """
         if support.k > self.k and self.k < self.vocab:
             raise PartialDistribution(
-                f"{support} wants {support.k} tokens of {support.by!r}, whose server gives {self.k}. Use "
-                f"TopK({self.k}, by={support.by!r}), or LogprobServer(…, k={support.k}) if the server allows that many."
+                f"{support} wants {support.k} tokens of {support.by!r}, whose server gives"
+                f" {self.k}. Use TopK({self.k}, by={support.by!r}), or LogprobServer(…,"
+                f" k={support.k}) if the server allows that many."
             )
         return self.ids[:, : support.k]
 
     def coarse(self, support: TopK) -> Tensor:
-        """Log-probs on its own top tokens as `TopK.coarse` gives them: `[n, k']`, or `[n, k' + 1]` with the bucket."""
+        """Log-probs on its own top tokens as `TopK.coarse` gives them:
+
+        `[n, k']`, or `[n, k' + 1]` with the bucket.
+        """
         k = min(support.k, self.k)
         top = self.top[:, :k]
         if support.tail == "renormalize":
@@ -118,8 +125,9 @@ class TopLogprobs:
     def tail(self) -> Tensor:
         """Log of the mass outside the top `k`, `[n]`; -inf where they are all tokens.
 
-        It is what the top tokens leave over. Below `RESOLUTION` that is rounding, so it is kept between what is known: at
-        least the sampled token's share where that is outside, at most as much as if each token had the last one's.
+        It is what the top tokens leave over. Below `RESOLUTION` that is rounding, so it is kept
+        between what is known: at least the sampled token's share where that is outside, at most as
+        much as if each token had the last one's.
         """
         top = self.top.double()
         most = (self.vocab - self.k) * top[:, -1].exp()
@@ -138,9 +146,10 @@ class TopLogprobs:
 def whole_distribution_error(name: str, some: TopLogprobs) -> PartialDistribution:
     """The error for a loss that asks for all of it."""
     return PartialDistribution(
-        f"This loss needs the whole distribution of {name!r}, but its server gives the {some.k} likeliest of {some.vocab} tokens and the "
-        f"sampled one. Use OPD(top_k=TopK({some.k}, by={name!r})), OPD(estimator='sampled'), or rows.on(…) and rows.logp_of(…) in a "
-        "loss of your own."
+        f"This loss needs the whole distribution of {name!r}, but its server gives the {some.k}"
+        f" likeliest of {some.vocab} tokens and the sampled one. Use OPD(top_k=TopK({some.k},"
+        f" by={name!r})), OPD(estimator='sampled'), or rows.on(…) and rows.logp_of(…) in a loss of"
+        " your own."
     )
 
 

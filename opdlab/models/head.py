@@ -1,8 +1,10 @@
-"""The output head of a causal language model, apart from its backbone: hidden states in, float32 logits out.
+"""The output head of a causal language model, apart from its backbone: hidden states in, float32
+logits out.
 
-A head is one matrix, with what adapters may do to it: replace it (`modules_to_save`) or add a low-rank matrix (LoRA). It
-knows the three things that model families do after the linear layer (scale, divide, soft-cap) and checks itself against the
-model's own logits when it is made, so that a family that does something else is an error and not a wrong loss.
+A head is one matrix, with what adapters may do to it: replace it (`modules_to_save`) or add a
+low-rank matrix (LoRA). It knows the three things that model families do after the linear layer
+(scale, divide, soft-cap) and checks itself against the model's own logits when it is made, so that
+a family that does something else is an error and not a wrong loss.
 """
 
 from __future__ import annotations
@@ -37,7 +39,9 @@ class LowRank:
 
 @dataclass(frozen=True)
 class Head:
-    """`rows` tokens from `weight [rows', H]` (padding rows beyond are cut), then `* scale` and a tanh cap."""
+    """`rows` tokens from `weight [rows', H]` (padding rows beyond are cut), then `* scale` and a
+    tanh cap.
+    """
 
     weight: Tensor
     bias: Tensor | None
@@ -48,11 +52,13 @@ class Head:
 
     @classmethod
     def of(cls, model: PreTrainedModel, rows: int, adapter: str | None = None) -> Head:
-        """Find the head of `model` under `adapter`, which must be in force, and check it against the model's logits.
+        """Find the head of `model` under `adapter`, which must be in force, and check it against
+        the model's logits.
 
         Raises:
             InvalidValue: The head is no plain matrix.
-            UnsupportedModel: The model's logits are something else than the head gives. The message says how far off.
+            UnsupportedModel: The model's logits are something else than the head gives. The message
+                says how far off.
         """
         head = cls.read(model, rows, adapter)
         head._check(model)
@@ -93,10 +99,11 @@ class Head:
 
     @torch.no_grad()
     def backward(self, slope: Tensor, logits: Tensor, hidden: Tensor) -> Tensor:
-        """Gradient `[n, H]` for the hidden states, given d/d(logits) `slope [n, rows]`, which is used up.
+        """Gradient `[n, H]` for the hidden states, given d/d(logits) `slope [n, rows]`, which is
+        used up.
 
-        Float32, or float64 where the states and the head are. A trainable head gets its own gradient added on the way:
-        straight into `.grad`, without a copy the size of the head.
+        Float32, or float64 where the states and the head are. A trainable head gets its own
+        gradient added on the way: straight into `.grad`, without a copy the size of the head.
         """
         with without_autocast(hidden.device):
             if self.cap is not None:
@@ -114,7 +121,9 @@ class Head:
             return out if through_lora is None else out.add_(through_lora)
 
     def _backward_lora(self, lora: LowRank, slope: Tensor, hidden: Tensor) -> Tensor:
-        """The LoRA's part of `backward`: its own gradients into `.grad`, that of the hidden states returned."""
+        """The LoRA's part of `backward`: its own gradients into `.grad`, that of the hidden states
+        returned.
+        """
         up, down = lora.up[: self.rows], lora.down
         hidden = hidden.to(down.dtype)
         slope = slope.to(up.dtype)
@@ -126,7 +135,9 @@ class Head:
         return inner @ down
 
     def precision(self, hidden: Tensor) -> torch.dtype:
-        """What gradients for `hidden` come in: float64 where the states and the head are, as for proofs, else float32."""
+        """What gradients for `hidden` come in: float64 where the states and the head are, as for
+        proofs, else float32.
+        """
         return (
             torch.float64 if hidden.dtype == self.weight.dtype == torch.float64 else torch.float32
         )
@@ -152,17 +163,18 @@ class Head:
 
     def _unsupported(self, model: PreTrainedModel, reason: str) -> UnsupportedModel:
         return UnsupportedModel(
-            f"{type(model).__name__} computes its logits in a way that opdlab does not know ({_line(reason)}). opdlab knows one "
-            "linear layer on the last hidden states, times a constant, with a tanh cap. Please report the model; until "
-            "then use one with a plain linear head."
+            f"{type(model).__name__} computes its logits in a way that opdlab does not know"
+            f" ({_line(reason)}). opdlab knows one linear layer on the last hidden states, times a"
+            " constant, with a tanh cap. Please report the model; until then use one with a plain"
+            " linear head."
         )
 
 
 def cannot_run(model: PreTrainedModel, error: Exception) -> UnsupportedModel:
     """The error for a model that fails on plain token ids."""
     return UnsupportedModel(
-        f"{type(model).__name__} cannot be run on plain token ids ({type(error).__name__}: {_line(str(error))}). Use a causal "
-        "language model that needs nothing else."
+        f"{type(model).__name__} cannot be run on plain token ids ({type(error).__name__}:"
+        f" {_line(str(error))}). Use a causal language model that needs nothing else."
     )
 
 
@@ -203,9 +215,10 @@ def _matrix(
     )
     if weight is None or not is_plain:
         raise InvalidValue(
-            f"The output head of {name} is no plain matrix but {_kind(layer)}, so opdlab cannot tell its log-probs and their "
-            "gradient. Keep the head as an ordinary torch.nn.Linear: leave it out of quantisation (llm_int8_skip_modules and "
-            "the like), remove parametrizations from it, and merge adapters of other kinds than LoRA."
+            f"The output head of {name} is no plain matrix but {_kind(layer)}, so opdlab cannot"
+            " tell its log-probs and their gradient. Keep the head as an ordinary torch.nn.Linear:"
+            " leave it out of quantisation (llm_int8_skip_modules and the like), remove"
+            " parametrizations from it, and merge adapters of other kinds than LoRA."
         )
     return weight, bias, lora
 
@@ -215,8 +228,9 @@ def _low_rank(layer: Any, adapter: str | None) -> LowRank | None:
         return None
     if adapter in layer.lora_variant or layer.lora_bias[adapter]:
         raise InvalidValue(
-            f"The adapter {adapter!r} puts a special kind of LoRA (DoRA, or one with a bias) on the output head, where opdlab "
-            "computes plain LoRA only. Leave the head out of its targets."
+            f"The adapter {adapter!r} puts a special kind of LoRA (DoRA, or one with a bias) on the"
+            " output head, where opdlab computes plain LoRA only. Leave the head out of its"
+            " targets."
         )
     return LowRank(
         layer.lora_B[adapter].weight, layer.lora_A[adapter].weight, float(layer.scaling[adapter])

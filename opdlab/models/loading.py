@@ -1,4 +1,6 @@
-"""Load models and look at what a user hands over: is it a causal language model with a tokenizer, in a precision that works?"""
+"""Load models and look at what a user hands over: is it a causal language model with a tokenizer,
+in a precision that works?
+"""
 
 from __future__ import annotations
 
@@ -40,7 +42,8 @@ _UNREADABLE = (
 
 
 def load_model(source: Any, dtype: Any = None, device: Any = None) -> PreTrainedModel:
-    """Load a causal language model from a folder or the Hub, with the adapter if it is an adapter's folder.
+    """Load a causal language model from a folder or the Hub, with the adapter if it is an adapter's
+    folder.
 
     Args:
         source: A folder, or a name on the Hub.
@@ -65,7 +68,8 @@ def load_model(source: Any, dtype: Any = None, device: Any = None) -> PreTrained
 
 
 def load_tokenizer(source: Any) -> PreTrainedTokenizerBase:
-    """Load the tokenizer that belongs to a model; an adapter's folder without one takes its base model's.
+    """Load the tokenizer that belongs to a model; an adapter's folder without one takes its base
+    model's.
 
     Raises:
         InvalidValue: There is none.
@@ -81,7 +85,8 @@ def load_tokenizer(source: Any) -> PreTrainedTokenizerBase:
         except _UNREADABLE as error:
             failed = error
     raise InvalidValue(
-        f"No tokenizer can be loaded from {places[-1]!r}: {_first_line(failed)} Load it yourself and give it: Policy.load(…, tokenizer=…)."
+        f"No tokenizer can be loaded from {places[-1]!r}: {_first_line(failed)} Load it yourself"
+        " and give it: Policy.load(…, tokenizer=…)."
     ) from failed
 
 
@@ -100,11 +105,13 @@ def checked_dtype(dtype: Any) -> torch.dtype | None:
         isinstance(dtype, str) and dtype.removeprefix("torch.") in ("float16", "fp16", "half")
     ):
         raise InvalidValue(
-            f"Policy.load got dtype={shortened(dtype)}: float16 overflows in training without a scaler, which opdlab has not. "
-            "Use torch.bfloat16, or torch.float32 where the GPU has no bfloat16."
+            f"Policy.load got dtype={shortened(dtype)}: float16 overflows in training without a"
+            " scaler, which opdlab has not. Use torch.bfloat16, or torch.float32 where the GPU has"
+            " no bfloat16."
         )
     raise InvalidValue(
-        f"Policy.load got dtype={shortened(dtype)}. Use torch.float32, torch.bfloat16 or torch.float64, or their names."
+        f"Policy.load got dtype={shortened(dtype)}. Use torch.float32, torch.bfloat16 or"
+        " torch.float64, or their names."
     )
 
 
@@ -124,7 +131,8 @@ def checked_device(device: Any) -> torch.device:
         ) from error
     if place.type == "cuda" and not torch.cuda.is_available():
         raise InvalidValue(
-            f"Policy.load got device={str(place)!r}, but PyTorch sees no GPU here. Use device='cpu', or leave it out."
+            f"Policy.load got device={str(place)!r}, but PyTorch sees no GPU here. Use"
+            " device='cpu', or leave it out."
         )
     if (
         place.type == "cuda"
@@ -132,19 +140,22 @@ def checked_device(device: Any) -> torch.device:
         and place.index >= torch.cuda.device_count()
     ):
         raise InvalidValue(
-            f"Policy.load got device={str(place)!r}, but there are {torch.cuda.device_count()} GPUs, counted from 0."
+            f"Policy.load got device={str(place)!r}, but there are {torch.cuda.device_count()}"
+            " GPUs, counted from 0."
         )
     if place.type not in ("cuda", "cpu", "mps", "xpu") or (
         place.type == "mps" and not torch.backends.mps.is_available()
     ):
         raise InvalidValue(
-            f"Policy.load got device={str(place)!r}, on which no model can run here. Use 'cpu' or 'cuda'."
+            f"Policy.load got device={str(place)!r}, on which no model can run here. Use 'cpu' or"
+            " 'cuda'."
         )
     return place
 
 
 def check_model(model: Any) -> PreTrainedModel:
-    """See that something is a causal language model of transformers in a precision that opdlab computes in.
+    """See that something is a causal language model of transformers in a precision that opdlab
+    computes in.
 
     Raises:
         InvalidValue: It is not.
@@ -160,11 +171,13 @@ def check_model(model: Any) -> PreTrainedModel:
         elif isinstance(model, (str, os.PathLike)):
             hint = f" To load one from there: Policy.load({str(model)!r})."
         raise InvalidValue(
-            f"Policy.of got a {type(model).__name__} as model. Use a causal language model of transformers.{hint}"
+            f"Policy.of got a {type(model).__name__} as model. Use a causal language model of"
+            f" transformers.{hint}"
         )
     if model.config.is_encoder_decoder:
         raise InvalidValue(
-            f"{type(model).__name__} has an encoder and a decoder. Use a causal language model (decoder only)."
+            f"{type(model).__name__} has an encoder and a decoder. Use a causal language model"
+            " (decoder only)."
         )
     if model.get_output_embeddings() is None:
         raise InvalidValue(
@@ -174,12 +187,14 @@ def check_model(model: Any) -> PreTrainedModel:
     kinds = {p.dtype for p in model.parameters() if p.is_floating_point()}
     if torch.float16 in kinds:
         raise InvalidValue(
-            f"{type(model).__name__} is in float16, which overflows in training without a scaler, and opdlab has none. "
-            "Load it with dtype=torch.bfloat16 or torch.float32 (for a quantised model: as its compute dtype)."
+            f"{type(model).__name__} is in float16, which overflows in training without a scaler,"
+            " and opdlab has none. Load it with dtype=torch.bfloat16 or torch.float32 (for a"
+            " quantised model: as its compute dtype)."
         )
     if any(p.device.type == "meta" for p in model.parameters()):
         raise InvalidValue(
-            f"Some weights of {type(model).__name__} are not in memory (offloaded). Load the model whole, on one device."
+            f"Some weights of {type(model).__name__} are not in memory (offloaded). Load the model"
+            " whole, on one device."
         )
     return model
 
@@ -196,7 +211,8 @@ def check_tokenizer(tokenizer: Any) -> None:
     if isinstance(tokenizer, (str, os.PathLike)):
         hint = f" To load one from there: AutoTokenizer.from_pretrained({str(tokenizer)!r})."
     raise InvalidValue(
-        f"Policy got a {type(tokenizer).__name__} as tokenizer. Use a tokenizer of transformers.{hint}"
+        f"Policy got a {type(tokenizer).__name__} as tokenizer. Use a tokenizer of"
+        f" transformers.{hint}"
     )
 
 
@@ -235,7 +251,8 @@ def eos_tokens(
 def _checked_source(source: Any) -> str:
     if not isinstance(source, (str, os.PathLike)) or not str(source).strip():
         raise InvalidValue(
-            f"Policy.load got {shortened(source)}. Use the folder of a model, or its name on the Hub."
+            f"Policy.load got {shortened(source)}. Use the folder of a model, or its name on the"
+            " Hub."
         )
     if "\0" in str(source):
         raise InvalidValue(

@@ -1,8 +1,8 @@
 """Policies: one next-token distribution each, many of them on one set of weights.
 
-A `Policy` is shared `Weights` seen through an adapter (a LoRA, or none) and, optionally, a context that only it sees
-(a hint, a rule, examples). Student, teacher, reference, hinted student, snapshot: all are policies, and switching
-between those that share weights moves no memory.
+A `Policy` is shared `Weights` seen through an adapter (a LoRA, or none) and, optionally, a context
+that only it sees (a hint, a rule, examples). Student, teacher, reference, hinted student, snapshot:
+all are policies, and switching between those that share weights moves no memory.
 """
 
 from __future__ import annotations
@@ -47,7 +47,10 @@ class Active(Enum):
 
 
 class _Adapter:
-    """Which adapter a policy looks through. Live views share one object, so a training run moves them together."""
+    """Which adapter a policy looks through.
+
+    Live views share one object, so a training run moves them together.
+    """
 
     def __init__(self, name: str | None = None) -> None:
         self.name = name
@@ -68,7 +71,10 @@ def live_policies(model: PreTrainedModel) -> list[Policy]:
 
 
 class Policy:
-    """A next-token distribution: `weights` through an adapter and, optionally, a `context` that only it sees."""
+    """A next-token distribution:
+
+    `weights` through an adapter and, optionally, a `context` that only it sees.
+    """
 
     def __init__(
         self,
@@ -79,7 +85,8 @@ class Policy:
     ) -> None:
         if not isinstance(weights, Weights):
             raise InvalidValue(
-                f"Policy got a {type(weights).__name__}. Use Policy.load(path) or Policy.of(model, tokenizer)."
+                f"Policy got a {type(weights).__name__}. Use Policy.load(path) or Policy.of(model,"
+                " tokenizer)."
             )
         self.weights, self.context, self._adapter = weights, context, adapter or _Adapter()
         self.chat_template_kwargs = dict(chat_template_kwargs or {})
@@ -100,16 +107,17 @@ class Policy:
         """Load a causal language model from a folder or the Hub.
 
         Args:
-            source: A folder or a name on the Hub. The folder of an adapter (a checkpoint of opdlab is one) loads its base
-                model and looks through the adapter.
-            dtype: torch.float32, torch.bfloat16 or torch.float64, or its name; bfloat16 on a GPU and float32 on a CPU by
-                default. float16 is refused.
+            source: A folder or a name on the Hub. The folder of an adapter (a checkpoint of opdlab
+                is one) loads its base model and looks through the adapter.
+            dtype: torch.float32, torch.bfloat16 or torch.float64, or its name; bfloat16 on a GPU
+                and float32 on a CPU by default. float16 is refused.
             device: "cpu", "cuda", "cuda:1", …; the GPU if there is one by default.
             tokenizer: In place of the one in the folder.
             eos: Ids of the tokens that end a text, in place of the model's own.
-            context_length: Tokens that a prompt and its completion may have together, if fewer than the model allows.
-            chat_template_kwargs: Arguments for the tokenizer's chat template, as `{"enable_thinking": False}`; see
-                `with_template`.
+            context_length: Tokens that a prompt and its completion may have together, if fewer than
+                the model allows.
+            chat_template_kwargs: Arguments for the tokenizer's chat template, as
+                `{"enable_thinking": False}`; see `with_template`.
 
         Raises:
             InvalidValue: There is no such model, device or dtype.
@@ -135,27 +143,32 @@ class Policy:
         chat_template_kwargs: Mapping[str, Any] | None = None,
         adapter: str | Active | None = Active.ACTIVE,
     ) -> Policy:
-        """Make a policy of a model that is already in memory; its parameters are frozen until something trains it.
+        """Make a policy of a model that is already in memory; its parameters are frozen until
+        something trains it.
 
-        The model may carry LoRA adapters: loaded (`model.load_adapter`, `from_pretrained` on an adapter's folder) or as a
-        `PeftModel`. The policy looks through the one that is active, so a second stage of training has three ways:
+        The model may carry LoRA adapters: loaded (`model.load_adapter`, `from_pretrained` on an
+        adapter's folder) or as a `PeftModel`. The policy looks through the one that is active, so a
+        second stage of training has three ways:
 
             Policy.of(model, tokenizer)                  trains that adapter on
             Policy.of(model, tokenizer).merged()         folds it into a copy of the weights; a new LoRA stacks on it
             Policy.of(model, tokenizer, adapter=None)    starts from the bare model
 
         Args:
-            model: A causal language model of transformers, or a `PeftModel` around one. Adapters of other kinds than LoRA
-                are refused, and so are several that are active at once.
+            model: A causal language model of transformers, or a `PeftModel` around one. Adapters of
+                other kinds than LoRA are refused, and so are several that are active at once.
             tokenizer: Its tokenizer.
             eos: Ids of the tokens that end a text, in place of the model's own.
-            context_length: Tokens that a prompt and its completion may have together, if fewer than the model allows.
-            chat_template_kwargs: Arguments for the tokenizer's chat template, as `{"enable_thinking": False}`; see
-                `with_template`.
-            adapter: Name of the adapter to look through, or None for the bare model; the active one by default.
+            context_length: Tokens that a prompt and its completion may have together, if fewer than
+                the model allows.
+            chat_template_kwargs: Arguments for the tokenizer's chat template, as
+                `{"enable_thinking": False}`; see `with_template`.
+            adapter: Name of the adapter to look through, or None for the bare model; the active one
+                by default.
 
         Raises:
-            InvalidValue: The model, its precision, its output head or one of its adapters is none that opdlab computes.
+            InvalidValue: The model, its precision, its output head or one of its adapters is none
+                that opdlab computes.
             UnsupportedModel: The model's numbers would not be right.
             TokenizerMismatch: The tokenizer has tokens that the model lacks.
         """
@@ -171,7 +184,8 @@ class Policy:
             return cls._through_active(weights, options)
         if adapter is not None and not isinstance(adapter, str):
             raise InvalidValue(
-                f"Policy.of got adapter={shortened(adapter)}. Use the name of an adapter, or None for the bare model."
+                f"Policy.of got adapter={shortened(adapter)}. Use the name of an adapter, or None"
+                " for the bare model."
             )
         weights.check_adapter(adapter)
         return cls(weights, adapter=_Adapter(adapter), chat_template_kwargs=options)
@@ -195,12 +209,14 @@ class Policy:
     def seeing(
         self, context: str | Callable[[Prompt], Prompt] | Sequence[Mapping[str, Any]] | None = None
     ) -> Policy:
-        """This policy with privileged information: each prompt's own hint, one text for all, or any rewriting of prompts.
+        """This policy with privileged information: each prompt's own hint, one text for all, or any
+        rewriting of prompts.
 
-        A text lands in the system message of a chat, in the user's turn where the template has no system role; chat
-        messages land before those of the prompt.
+        A text lands in the system message of a chat, in the user's turn where the template has no
+        system role; chat messages land before those of the prompt.
 
-        It stays live: when training moves this policy, the seeing one moves too. For a still one: `.frozen().seeing()`.
+        It stays live: when training moves this policy, the seeing one moves too. For a still one:
+        `.frozen().seeing()`.
         """
         if context is None:
             return self._view(context=own_hint)
@@ -209,17 +225,19 @@ class Policy:
         text = read_hint(context) if isinstance(context, (str, list, tuple)) else None
         if text is None:
             raise InvalidValue(
-                f"seeing got {shortened(context)}. Give a text, chat messages or a function of prompts; nothing stands for each prompt's "
-                "own hint."
+                f"seeing got {shortened(context)}. Give a text, chat messages or a function of"
+                " prompts; nothing stands for each prompt's own hint."
             )
         return self._view(context=lambda prompt: prompt.with_context(text))
 
     def with_template(self, **chat_template_kwargs: Any) -> Policy:
-        """This policy with more arguments for its chat template, as `policy.with_template(enable_thinking=False)`.
+        """This policy with more arguments for its chat template, as
+        `policy.with_template(enable_thinking=False)`.
 
-        Those that it has already stay, unless they are given again. What transformers reads itself is allowed too:
-        `tools`, `documents`, `add_generation_prompt`, `continue_final_message` (for chats that end with the beginning of
-        an answer), `sanitize_control_tokens` (special tokens that a message spells are read letter by letter).
+        Those that it has already stay, unless they are given again. What transformers reads itself
+        is allowed too: `tools`, `documents`, `add_generation_prompt`, `continue_final_message` (for
+        chats that end with the beginning of an answer), `sanitize_control_tokens` (special tokens
+        that a message spells are read letter by letter).
 
         Raises:
             InvalidValue: Neither the template nor transformers reads one of them.
@@ -238,7 +256,10 @@ class Policy:
         return Policy(**{**parts, **changes})
 
     def frozen(self) -> Policy:
-        """This policy as it is now, for good. Costs no memory before training, a copy of the adapter after."""
+        """This policy as it is now, for good.
+
+        Costs no memory before training, a copy of the adapter after.
+        """
         if self.adapter is None:
             return self._view(adapter=_Adapter())
         return self._on_copy_of(self.adapter)
@@ -249,15 +270,18 @@ class Policy:
         return still
 
     def copied(self) -> Policy:
-        """This policy on weights of its own, with its adapter and no other: what full training needs, since it moves shared ones."""
+        """This policy on weights of its own, with its adapter and no other: what full training
+        needs, since it moves shared ones.
+        """
         return self._view(weights=self._copied_weights(), adapter=_Adapter(self.adapter))
 
     def merged(self) -> Policy:
-        """This policy on weights of its own into which its adapter is folded, so that a new LoRA stacks on it.
+        """This policy on weights of its own into which its adapter is folded, so that a new LoRA
+        stacks on it.
 
-        The sums are rounded to the model's precision: exact to float32 rounding in float32, about three digits in bfloat16.
-        Costs the memory of one more model. Embeddings and head that were tied get matrices of their own if the adapter
-        changes either.
+        The sums are rounded to the model's precision: exact to float32 rounding in float32, about
+        three digits in bfloat16. Costs the memory of one more model. Embeddings and head that were
+        tied get matrices of their own if the adapter changes either.
         """
         fresh = self._copied_weights()
         adapters.fold(fresh.model, self.adapter)
@@ -281,16 +305,20 @@ class Policy:
 
         Args:
             rank: Of the LoRA's matrices.
-            options: `alpha`, `targets`, `seed` and further fields of `peft.LoraConfig`; see `Weights.add_lora`.
+            options: `alpha`, `targets`, `seed` and further fields of `peft.LoraConfig`; see
+                `Weights.add_lora`.
 
         Raises:
-            InvalidValue: The policy looks through an adapter that was trained, or the options make no LoRA for this model.
+            InvalidValue: The policy looks through an adapter that was trained, or the options make
+                no LoRA for this model.
         """
-        # An adapter that changes nothing yet can be replaced: a notebook's cell that is run twice loses nothing.
+        # An adapter that changes nothing yet can be replaced: a notebook's cell that is run twice
+        # loses nothing.
         if self.adapter is not None and adapter_digest(self.weights, self.adapter) is not None:
             raise InvalidValue(
-                f"adapt would put a new LoRA in the place of the adapter {self.adapter!r}, which this policy looks through. "
-                "Train that one on as it is, or stack a new one on it: policy.merged().adapt(…)."
+                f"adapt would put a new LoRA in the place of the adapter {self.adapter!r}, which"
+                " this policy looks through. Train that one on as it is, or stack a new one on it:"
+                " policy.merged().adapt(…)."
             )
         replaced, self._adapter.name = self.adapter, self.weights.add_lora(rank=rank, **options)
         if replaced is not None:
@@ -303,7 +331,9 @@ class Policy:
         return self.weights.head_of(self.adapter)
 
     def encode(self, prompt: Prompt) -> list[int]:
-        """Token ids of the prompt as this policy sees it: with its context, through the chat template where it is a chat."""
+        """Token ids of the prompt as this policy sees it: with its context, through the chat
+        template where it is a chat.
+        """
         (prompt,) = expect_prompts([prompt], "encode")
         return encode_prompts(
             self.tokenizer, [self._in_context(prompt)], self.chat_template_kwargs, self.weights.eos
@@ -335,8 +365,9 @@ class Policy:
                 advice = f", or ask for at most {left} new tokens" if left > 0 else ""
                 hinted = " or its hint" if self.context is not None else ""
                 raise ContextTooLong(
-                    f"Prompt {name_of(prompt, number)} has {len(row)} tokens and {more + room} more are to come, but {self.name}'s "
-                    f"context is {limit}. Shorten the prompt{hinted}{advice}."
+                    f"Prompt {name_of(prompt, number)} has {len(row)} tokens and {more + room} more"
+                    f" are to come, but {self.name}'s context is {limit}. Shorten the"
+                    f" prompt{hinted}{advice}."
                 )
         return rows
 
@@ -347,7 +378,8 @@ class Policy:
         for number, (prompt, row) in enumerate(zip(prompts, rows, strict=True)):
             if not row:
                 raise EmptyPrompts(
-                    f"Prompt {name_of(prompt, number)} has no tokens to go on from. Give it some text."
+                    f"Prompt {name_of(prompt, number)} has no tokens to go on from. Give it some"
+                    " text."
                 )
         return rows
 
@@ -357,7 +389,8 @@ class Policy:
         seen = self.context(prompt)
         if not isinstance(seen, Prompt):
             raise InvalidValue(
-                f"The context of {self} made {shortened(seen)} of a prompt. Let it return an opdlab.Prompt."
+                f"The context of {self} made {shortened(seen)} of a prompt. Let it return an"
+                " opdlab.Prompt."
             )
         return seen
 
@@ -382,10 +415,13 @@ class Policy:
         Args:
             prompts: A single prompt counts as a list of one.
             n: Completions of each prompt.
-            prefixes: Token ids already written after each prompt, to be continued; they are not part of the result.
-            batch_size: Prompts held in memory at once; all by default. Changes memory and not the texts.
+            prefixes: Token ids already written after each prompt, to be continued; they are not
+                part of the result.
+            batch_size: Prompts held in memory at once; all by default. Changes memory and not the
+                texts.
             writer: Who writes, for the trace.
-            options: Fields of `SamplingConfig`: `max_new_tokens`, `temperature`, `top_p`, `top_k`, `min_p`, `stop`, `seed`.
+            options: Fields of `SamplingConfig`: `max_new_tokens`, `temperature`, `top_p`, `top_k`,
+                `min_p`, `stop`, `seed`.
 
         Raises:
             InvalidValue: An option is not what it must be.
@@ -438,10 +474,12 @@ class Policy:
         return States(self.hidden(rollout), self.head)
 
     def hidden(self, rollout: Rollout) -> Tensor:
-        """The backbone's last hidden state where each completion token is predicted: `[tokens, H]`, rows in order.
+        """The backbone's last hidden state where each completion token is predicted: `[tokens, H]`,
+        rows in order.
 
-        `rollout.mask` puts them back into `[B, T]`. The prompt is rendered as this policy sees it, so a longer hint moves
-        nothing. Carries a gradient when grad mode is on and the policy trains.
+        `rollout.mask` puts them back into `[B, T]`. The prompt is rendered as this policy sees it,
+        so a longer hint moves nothing. Carries a gradient when grad mode is on and the policy
+        trains.
         """
         starts = self.encode_all(rollout.prompts)
         bodies = rollout.completions()
@@ -452,9 +490,10 @@ class Policy:
             worst = lengths.index(longest)
             shorten = "the hint" if self.context is not None else "the prompt"
             raise ContextTooLong(
-                f"A prompt with its completion has {longest} tokens (prompt {name_of(rollout.prompts[worst], worst)}, "
-                f"{len(starts[worst])} and {len(bodies[worst])}), but the context of {self.name} is {limit}. "
-                f"Shorten {shorten} or sample fewer tokens."
+                f"A prompt with its completion has {longest} tokens (prompt"
+                f" {name_of(rollout.prompts[worst], worst)}, {len(starts[worst])} and"
+                f" {len(bodies[worst])}), but the context of {self.name} is {limit}. Shorten"
+                f" {shorten} or sample fewer tokens."
             )
         rows = max(1, len(bodies) if torch.is_grad_enabled() else TOKENS_PER_PASS // longest)
         with self.weights.using(self.adapter) as model:
@@ -467,7 +506,10 @@ class Policy:
         return torch.cat(parts)
 
     def log_probs(self, rollout: Rollout) -> Tensor:
-        """Full log-probs `[tokens, V]` in float32. For looking at: training never makes them (see `rows.py`)."""
+        """Full log-probs `[tokens, V]` in float32.
+
+        For looking at: training never makes them (see `rows.py`).
+        """
         with torch.no_grad(), self.weights.using(self.adapter):
             return self.head(self.hidden(rollout)).log_softmax(-1)
 
@@ -480,7 +522,10 @@ class Policy:
             f"template with {name}={shortened(value)}"
             for name, value in self.chat_template_kwargs.items()
         ]
-        return f"Policy({self.weights.source or type(self.weights.model).__name__}: {', '.join(looks)})"
+        return (
+            f"Policy({self.weights.source or type(self.weights.model).__name__}:"
+            f" {', '.join(looks)})"
+        )
 
 
 def sample(policy: Policy, prompts: Sequence[Prompt], n: int = 1, **options: Any) -> Rollout:
@@ -491,7 +536,9 @@ def sample(policy: Policy, prompts: Sequence[Prompt], n: int = 1, **options: Any
 def find_too_long(
     policy: Policy, prompts: Sequence[Prompt], behind: Sequence[int]
 ) -> dict[int, int]:
-    """Find the prompts that do not fit a policy's context with `behind` more tokens; returns their lengths by number."""
+    """Find the prompts that do not fit a policy's context with `behind` more tokens; returns their
+    lengths by number.
+    """
     limit = policy.weights.context_length
     too_long = {}
     for start in range(0, len(prompts), PROMPTS_AT_ONCE):

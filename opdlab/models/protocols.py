@@ -1,7 +1,7 @@
 """What policies and teachers can do, as protocols: grade a rollout, write texts, sample a rollout.
 
-A local `Policy` can do the first and the last; the servers of `opdlab.teachers` can write, and some can grade. Whatever has
-these methods takes part: nothing needs to inherit from them.
+A local `Policy` can do the first and the last; the servers of `opdlab.teachers` can write, and some
+can grade. Whatever has these methods takes part: nothing needs to inherit from them.
 """
 
 from __future__ import annotations
@@ -47,11 +47,13 @@ class Writer(Protocol):
         Args:
             prompts: What is asked.
             n: Texts for each prompt.
-            prefixes: One unfinished answer for each prompt, which the texts continue and do not repeat.
+            prefixes: One unfinished answer for each prompt, which the texts continue and do not
+                repeat.
             options: Fields of `SamplingConfig`.
 
         Returns:
-            `n` texts for each prompt. A `WrittenText` says whether the length limit cut it; a plain string counts as finished.
+            `n` texts for each prompt. A `WrittenText` says whether the length limit cut it; a plain
+            string counts as finished.
         """
         ...
 
@@ -70,7 +72,10 @@ class Sampler(Protocol):
         writer: str = "student",
         **options: Any,
     ) -> Rollout:
-        """Write `n` completions of each prompt; row `i * n + j` is sample `j` of prompt `i`. See `Policy.sample`."""
+        """Write `n` completions of each prompt; row `i * n + j` is sample `j` of prompt `i`.
+
+        See `Policy.sample`.
+        """
         ...
 
 

@@ -1,7 +1,8 @@
 """Gradient checkpointing that changes memory and no number.
 
-The way of transformers runs in train mode only, and train mode also switches on every dropout and jitter of a family. So
-the layers are wrapped here, in the mode they are in: each keeps its inputs alone and runs once more in the backward pass.
+The way of transformers runs in train mode only, and train mode also switches on every dropout and
+jitter of a family. So the layers are wrapped here, in the mode they are in: each keeps its inputs
+alone and runs once more in the backward pass.
 """
 
 from __future__ import annotations
@@ -23,14 +24,16 @@ from opdlab.errors import InvalidValue
 def recompute_layers(model: PreTrainedModel, enabled: bool = True) -> Iterator[None]:
     """Let forward passes in this block keep the inputs of every layer and nothing inside it.
 
-    The backward pass runs the layers again, so the same adapter must be in force then. Autocast is restored by torch.
+    The backward pass runs the layers again, so the same adapter must be in force then. Autocast is
+    restored by torch.
 
     Raises:
         InvalidValue: The family has no layers that are known to run again.
     """
     layers = recomputable_layers(model) if enabled else []
     for layer in layers:
-        # An attribute of the instance hides the method of its class: hooks stay outside and run once.
+        # An attribute of the instance hides the method of its class: hooks stay outside and run
+        # once.
         layer.forward = partial(_recomputed, layer.forward)
     try:
         yield
@@ -55,8 +58,8 @@ def recomputable_layers(model: PreTrainedModel) -> list[nn.Module]:
     layers = [layer for layer in found if id(layer) not in inside]
     if not layers:
         raise InvalidValue(
-            f"distill got checkpointing=True, but {type(model).__name__} names no layers that could be run again. "
-            "Leave checkpointing off and use a smaller micro_batch to save memory."
+            f"distill got checkpointing=True, but {type(model).__name__} names no layers that could"
+            " be run again. Leave checkpointing off and use a smaller micro_batch to save memory."
         )
     return layers
 

@@ -1,4 +1,7 @@
-"""Do two policies speak the same tokens? Compares whole vocabularies, EOS sets and rendered chats, before compute is spent."""
+"""Do two policies speak the same tokens?
+
+Compares whole vocabularies, EOS sets and rendered chats, before compute is spent.
+"""
 
 from __future__ import annotations
 
@@ -10,9 +13,11 @@ from opdlab.models.templates import render_chat
 
 
 def check_same_tokens(student: Policy, teacher: Policy, name: str = "teacher") -> None:
-    """Raise TokenizerMismatch unless both speak the same tokens; the message shows the first difference.
+    """Raise TokenizerMismatch unless both speak the same tokens; the message shows the first
+    difference.
 
-    Compares id -> string over the whole vocabulary, EOS sets and a rendered chat. Padding rows of the head do not matter.
+    Compares id -> string over the whole vocabulary, EOS sets and a rendered chat. Padding rows of
+    the head do not matter.
     """
     if student.weights is teacher.weights:
         return
@@ -21,13 +26,15 @@ def check_same_tokens(student: Policy, teacher: Policy, name: str = "teacher") -
     for i in sorted(mine.keys() | other.keys()):
         if mine.get(i) != other.get(i):
             raise TokenizerMismatch(
-                f"The {name}'s tokenizer differs from the student's: id {i} is {other.get(i)!r} there and {mine.get(i)!r} here. "
-                "A token-level loss would compare unrelated tokens. Use a teacher of the same family, or one that only writes."
+                f"The {name}'s tokenizer differs from the student's: id {i} is {other.get(i)!r}"
+                f" there and {mine.get(i)!r} here. A token-level loss would compare unrelated"
+                " tokens. Use a teacher of the same family, or one that only writes."
             )
     if student.weights.eos != teacher.weights.eos:
         raise TokenizerMismatch(
-            f"The {name} stops at tokens {_named(theirs, teacher.weights.eos)}, the student at {_named(ours, student.weights.eos)}: "
-            "trained like this, lengths run away. Load one of them with the other's set: Policy.load(…, eos=[…])."
+            f"The {name} stops at tokens {_named(theirs, teacher.weights.eos)}, the student at"
+            f" {_named(ours, student.weights.eos)}: trained like this, lengths run away. Load one"
+            " of them with the other's set: Policy.load(…, eos=[…])."
         )
     _check_same_template(student, teacher, name)
 
@@ -44,16 +51,23 @@ def _check_same_template(student: Policy, teacher: Policy, name: str) -> None:
         )
         given = ""
         if student.chat_template_kwargs != teacher.chat_template_kwargs:
-            given = f" The {name} has chat_template_kwargs={teacher.chat_template_kwargs}, the student {student.chat_template_kwargs}."
+            given = (
+                f" The {name} has chat_template_kwargs={teacher.chat_template_kwargs}, the student"
+                f" {student.chat_template_kwargs}."
+            )
         raise TokenizerMismatch(
-            f"The {name}'s chat template differs from the student's from character {at} on: {there[at : at + 40]!r} there, "
-            f"{here[at : at + 40]!r} here.{given} To score the student's form, load the {name} with tokenizer=student.tokenizer and "
-            f"the same chat_template_kwargs (both of Policy.load); to let each read its own template, use the method SpanOPD()."
+            f"The {name}'s chat template differs from the student's from character {at} on:"
+            f" {there[at : at + 40]!r} there, {here[at : at + 40]!r} here.{given} To score the"
+            f" student's form, load the {name} with tokenizer=student.tokenizer and the same"
+            " chat_template_kwargs (both of Policy.load); to let each read its own template, use"
+            " the method SpanOPD()."
         )
 
 
 def _rendered(policy: Policy) -> list[str]:
-    """Chats as the policy reads them, with and without a system message; empty where it has no template for them."""
+    """Chats as the policy reads them, with and without a system message; empty where it has no
+    template for them.
+    """
     turns = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]
     asked = (
         turns

@@ -1,8 +1,10 @@
-"""Render prompts to token ids: chat templates with their arguments, and special tokens at the beginning and the end.
+"""Render prompts to token ids: chat templates with their arguments, and special tokens at the
+beginning and the end.
 
-A policy reads a prompt as its model was trained to: a chat through the tokenizer's template, a text with the token of the
-beginning that the tokenizer puts before it. Both are prompts that the model goes on from, so there is never an EOS token
-that the tokenizer added behind them, and never two tokens of the beginning.
+A policy reads a prompt as its model was trained to: a chat through the tokenizer's template, a text
+with the token of the beginning that the tokenizer puts before it. Both are prompts that the model
+goes on from, so there is never an EOS token that the tokenizer added behind them, and never two
+tokens of the beginning.
 """
 
 from __future__ import annotations
@@ -25,7 +27,8 @@ if TYPE_CHECKING:
 
 Chat = list[dict[str, Any]]
 
-# Arguments of `apply_chat_template` that would change what it returns, and not what the model reads.
+# Arguments of `apply_chat_template` that would change what it returns, and not what the model
+# reads.
 _RESERVED = {
     "conversation",
     "tokenize",
@@ -84,8 +87,9 @@ def render_chat(
 ) -> str:
     """Render a chat to the text that the model reads, ready for its answer.
 
-    Templates without a system role (they raise an error, or leave the message out) get its content in front of the first
-    user's message, and templates that insist on alternating roles get neighbours of one role as one message.
+    Templates without a system role (they raise an error, or leave the message out) get its content
+    in front of the first user's message, and templates that insist on alternating roles get
+    neighbours of one role as one message.
 
     Raises:
         OpdlabError: The tokenizer has no template, or the template refuses the chat.
@@ -96,21 +100,25 @@ def render_chat(
 
 
 def check_template_options(tokenizer: PreTrainedTokenizerBase, options: Any) -> dict[str, Any]:
-    """Check the arguments for a chat template when a policy is made, before they are used for the first time.
+    """Check the arguments for a chat template when a policy is made, before they are used for the
+    first time.
 
     Raises:
-        InvalidValue: One of them is read neither by the template nor by transformers, or the template fails with them.
+        InvalidValue: One of them is read neither by the template nor by transformers, or the
+            template fails with them.
     """
     if not isinstance(options, Mapping) or not all(isinstance(name, str) for name in options):
         raise InvalidValue(
-            f"chat_template_kwargs is {shortened(options)}. Use a dict of names and values, as {{'enable_thinking': False}}."
+            f"chat_template_kwargs is {shortened(options)}. Use a dict of names and values, as"
+            " {'enable_thinking': False}."
         )
     templates = options.get("chat_template", tokenizer.chat_template)
     if not options:
         return {}
     if not templates:
         raise InvalidValue(
-            f"The tokenizer has no chat template that could read chat_template_kwargs={shortened(dict(options))}. Leave them out."
+            "The tokenizer has no chat template that could read"
+            f" chat_template_kwargs={shortened(dict(options))}. Leave them out."
         )
     source = (
         " ".join(map(str, templates.values())) if isinstance(templates, Mapping) else str(templates)
@@ -122,7 +130,8 @@ def check_template_options(tokenizer: PreTrainedTokenizerBase, options: Any) -> 
             )
         if name not in _READ_BY_TRANSFORMERS and not re.search(rf"\b{re.escape(name)}\b", source):
             raise InvalidValue(
-                f"chat_template_kwargs has {name}, which this tokenizer's chat template does not read. Leave it out."
+                f"chat_template_kwargs has {name}, which this tokenizer's chat template does not"
+                " read. Leave it out."
             )
     turns = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]
     probe = turns if options.get("continue_final_message") else turns[:1]
@@ -130,7 +139,8 @@ def check_template_options(tokenizer: PreTrainedTokenizerBase, options: Any) -> 
         _apply(tokenizer, probe, options)
     except Exception as error:
         raise InvalidValue(
-            f"The chat template fails with chat_template_kwargs={shortened(dict(options))}: {_said(error)}"
+            f"The chat template fails with chat_template_kwargs={shortened(dict(options))}:"
+            f" {_said(error)}"
         ) from error
     return dict(options)
 
@@ -138,8 +148,9 @@ def check_template_options(tokenizer: PreTrainedTokenizerBase, options: Any) -> 
 def end_token(policy: Policy, chat: bool) -> int | None:
     """Choose the token of the policy's EOS set that ends its answers; None where the set is empty.
 
-    Several models end a turn of a chat with another token than a text: Gemma with `<end_of_turn>`, not with `<eos>`. So
-    for a chat it is the first token of the set behind an assistant's turn, as the chat template writes it.
+    Several models end a turn of a chat with another token than a text: Gemma with `<end_of_turn>`,
+    not with `<eos>`. So for a chat it is the first token of the set behind an assistant's turn, as
+    the chat template writes it.
     """
     eos, tokenizer = policy.weights.eos, policy.tokenizer
     if chat:
@@ -183,7 +194,8 @@ def _encode_texts(
     if spelled is not None and tokenizer not in _warned:
         written_by_template = _template_tokens(tokenizer)
         for prompt, row in zip(prompts[spelled:], rows[spelled:], strict=True):
-            # a chat that was rendered before, as its markers of roles show, rightly holds the ends of its turns
+            # a chat that was rendered before, as its markers of roles show, rightly holds the ends
+            # of its turns
             is_rendered = not (written_by_template - ends).isdisjoint(row)
             _warn_of_special_tokens(
                 tokenizer,
@@ -194,7 +206,9 @@ def _encode_texts(
 
 
 def _added_behind(tokenizer: PreTrainedTokenizerBase, eos: Collection[int]) -> list[int]:
-    """The tokens that the tokenizer is set to put behind every text, where they would end the prompt."""
+    """The tokens that the tokenizer is set to put behind every text, where they would end the
+    prompt.
+    """
     bare, whole = (
         [*tokenizer("a", add_special_tokens=special)["input_ids"]] for special in (False, True)
     )
@@ -206,7 +220,9 @@ def _added_behind(tokenizer: PreTrainedTokenizerBase, eos: Collection[int]) -> l
 
 
 def _with_one_beginning(row: list[int], begin: int) -> list[int]:
-    """A text that was rendered before may spell the token of the beginning, and the tokenizer adds its own."""
+    """A text that was rendered before may spell the token of the beginning, and the tokenizer adds
+    its own.
+    """
     while row[:2] == [begin, begin]:
         row = row[1:]
     return row
@@ -269,8 +285,9 @@ def _rendered(
 def _check_template(tokenizer: PreTrainedTokenizerBase, options: Mapping[str, Any]) -> None:
     if not tokenizer.chat_template and "chat_template" not in options:
         raise OpdlabError(
-            "there is no chat template in the tokenizer. Give plain texts (Prompt(text)), set tokenizer.chat_template, or load "
-            "the policy with the tokenizer of a chat model: Policy.load(…, tokenizer=…)."
+            "there is no chat template in the tokenizer. Give plain texts (Prompt(text)), set"
+            " tokenizer.chat_template, or load the policy with the tokenizer of a chat model:"
+            " Policy.load(…, tokenizer=…)."
         )
 
 
@@ -298,7 +315,10 @@ def _first_that_renders(
 def _takes_system(
     tokenizer: PreTrainedTokenizerBase, prompts: Sequence[Prompt], options: Mapping[str, Any]
 ) -> bool:
-    """Whether a system message reaches the model. Some templates raise an error for one, some leave it out in silence."""
+    """Whether a system message reaches the model.
+
+    Some templates raise an error for one, some leave it out in silence.
+    """
     if not any(
         message["role"] == "system" for prompt in prompts for message in prompt.messages or ()
     ):
@@ -359,7 +379,10 @@ def _said(error: Exception) -> str:
 
 
 def _ends(tokenizer: PreTrainedTokenizerBase, eos: Collection[int]) -> set[int]:
-    """The special tokens that begin, end or fill a text. A policy may also stop at an ordinary token, as a line break."""
+    """The special tokens that begin, end or fill a text.
+
+    A policy may also stop at an ordinary token, as a line break.
+    """
     special = set(tokenizer.all_special_ids) - {tokenizer.unk_token_id}
     return special & {*eos, tokenizer.bos_token_id, tokenizer.eos_token_id, tokenizer.pad_token_id}
 
@@ -386,17 +409,23 @@ def _template_tokens(tokenizer: PreTrainedTokenizerBase) -> set[int]:
 def _warn_of_special_tokens(
     tokenizer: PreTrainedTokenizerBase, prompt: Prompt, ids: Sequence[int]
 ) -> None:
-    """Say once for each tokenizer that a prompt's text holds special tokens, since it may not be meant."""
+    """Say once for each tokenizer that a prompt's text holds special tokens, since it may not be
+    meant.
+    """
     if not ids or tokenizer in _warned:
         return
     _warned.add(tokenizer)
     way = (
         "If it is not meant, take it out of the text."
         if prompt.messages is None
-        else "To read such texts letter by letter: Policy.load(…, chat_template_kwargs={'sanitize_control_tokens': True})."
+        else (
+            "To read such texts letter by letter: Policy.load(…,"
+            " chat_template_kwargs={'sanitize_control_tokens': True})."
+        )
     )
     warnings.warn(
-        f"Prompt {name_of(prompt)} spells the special token {tokenizer.convert_ids_to_tokens(ids[0])!r} in its text, and the "
-        f"model reads it as that token. {way}",
+        f"Prompt {name_of(prompt)} spells the special token"
+        f" {tokenizer.convert_ids_to_tokens(ids[0])!r} in its text, and the model reads it as that"
+        f" token. {way}",
         stacklevel=2,
     )

@@ -19,8 +19,9 @@ def rollout_from_texts(
 ) -> Rollout:
     """Make a rollout of given texts, for supervised training and for looking.
 
-    A finished text ends with a token of the policy's own EOS set. A text that its writer had to cut (a `WrittenText` with
-    finish "length") is left open, and counts as cut. Where a text itself spells a token of the EOS set, it ends there.
+    A finished text ends with a token of the policy's own EOS set. A text that its writer had to cut
+    (a `WrittenText` with finish "length") is left open, and counts as cut. Where a text itself
+    spells a token of the EOS set, it ends there.
 
     Args:
         policy: Its tokenizer makes the tokens.

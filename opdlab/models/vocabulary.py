@@ -1,4 +1,6 @@
-"""Checks that a tokenizer's ids exist in its model: a missing row is an IndexError in the first step, or a crashed GPU."""
+"""Checks that a tokenizer's ids exist in its model: a missing row is an IndexError in the first
+step, or a crashed GPU.
+"""
 
 from __future__ import annotations
 
@@ -34,16 +36,18 @@ def check_tokens(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> 
     more = f" and {len(missing) - NAMED} more" if len(missing) > NAMED else ""
     tokens = "a token" if len(missing) == 1 else f"{len(missing)} tokens"
     raise TokenizerMismatch(
-        f"The tokenizer has {tokens} that {type(model).__name__} lacks: {named}{more}. The model has {rows} rows, for ids "
-        f"up to {rows - 1}. Give the model rows for them first: model.resize_token_embeddings({missing[-1][0] + 1}); "
-        "or use the tokenizer that the model was trained with."
+        f"The tokenizer has {tokens} that {type(model).__name__} lacks: {named}{more}. The model"
+        f" has {rows} rows, for ids up to {rows - 1}. Give the model rows for them first:"
+        f" model.resize_token_embeddings({missing[-1][0] + 1}); or use the tokenizer that the model"
+        " was trained with."
     )
 
 
 def check_eos(
     model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, eos: Sequence[int]
 ) -> None:
-    """Refuse EOS ids that the model can never write: rows beyond the tokenizer's last token are padding.
+    """Refuse EOS ids that the model can never write: rows beyond the tokenizer's last token are
+    padding.
 
     Raises:
         InvalidValue: An id is negative, or beyond the last row or token.
@@ -52,7 +56,8 @@ def check_eos(
     for id in eos:
         if not 0 <= id < rows:
             raise InvalidValue(
-                f"Policy got eos={list(eos)}, but {type(model).__name__} has tokens from 0 to {rows - 1}. Use ids of these."
+                f"Policy got eos={list(eos)}, but {type(model).__name__} has tokens from 0 to"
+                f" {rows - 1}. Use ids of these."
             )
 
 
@@ -76,7 +81,9 @@ def fingerprint(tokenizer: PreTrainedTokenizerBase) -> str:
 def check_written_with(
     tokenizer: PreTrainedTokenizerBase, vocab_size: int, rollout: Rollout, name: str
 ) -> None:
-    """Check that the ids of a rollout are those of a policy's tokenizer. Of a rollout made by hand nothing is known.
+    """Check that the ids of a rollout are those of a policy's tokenizer.
+
+    Of a rollout made by hand nothing is known.
 
     Args:
         tokenizer: The tokenizer of the policy that is to read the rollout.
@@ -89,12 +96,14 @@ def check_written_with(
     """
     if rollout.vocabulary is not None and rollout.vocabulary != fingerprint(tokenizer):
         raise TokenizerMismatch(
-            f"The rollout was written with another tokenizer than that of {name}, so its ids would be read as unrelated "
-            "tokens. Score it with the policy that wrote it, or write its texts with these tokens: "
-            "opdlab.rollout_from_texts(policy, rollout.prompts, rollout.texts)."
+            f"The rollout was written with another tokenizer than that of {name}, so its ids would"
+            " be read as unrelated tokens. Score it with the policy that wrote it, or write its"
+            " texts with these tokens: opdlab.rollout_from_texts(policy, rollout.prompts,"
+            " rollout.texts)."
         )
     largest = int(rollout.ids[rollout.mask].max()) if rollout.tokens else 0
     if largest >= vocab_size:
         raise TokenizerMismatch(
-            f"The rollout holds the token id {largest}, but {name} has {vocab_size} tokens. Score it with the policy that wrote it."
+            f"The rollout holds the token id {largest}, but {name} has {vocab_size} tokens. Score"
+            " it with the policy that wrote it."
         )

@@ -1,4 +1,7 @@
-"""One model in memory with its tokenizer, its output head and its adapters. Every `Policy` on it shares them."""
+"""One model in memory with its tokenizer, its output head and its adapters.
+
+Every `Policy` on it shares them.
+"""
 
 from __future__ import annotations
 
@@ -51,7 +54,8 @@ class Weights:
         self._names = itertools.count()
         self._passes = 0  # how many `using` blocks are open
         self._dropped: list[tuple[str, Any]] = []  # adapters that nobody looks through any more
-        # The model's own parameters are frozen until something trains them; adapters are kept in float32.
+        # The model's own parameters are frozen until something trains them; adapters are kept in
+        # float32.
         present = adapters.names(self.model)
         if present:
             self.model._hf_peft_config_loaded = True
@@ -73,12 +77,16 @@ class Weights:
 
     @property
     def vocab_size(self) -> int:
-        """Tokens that the head can say: rows beyond the tokenizer's last id are padding and are cut."""
+        """Tokens that the head can say: rows beyond the tokenizer's last id are padding and are
+        cut.
+        """
         return self.head.rows
 
     @property
     def context_length(self) -> int | None:
-        """Tokens that a prompt and its completion may have together: the model's limit, or the user's lower one."""
+        """Tokens that a prompt and its completion may have together: the model's limit, or the
+        user's lower one.
+        """
         limits = (
             self.own_context_length,
             getattr(self.model.config.get_text_config(), "max_position_embeddings", None),
@@ -110,17 +118,19 @@ class Weights:
             name: Its name; made up by default.
             rank: Rank of the matrices.
             alpha: The update is scaled by `alpha / rank`; twice the rank by default.
-            targets: "all-linear" (all linear layers but the head, the routers of some mixtures of experts, and parts that
-                text does not enter, as image encoders), names of layers, or a regular expression over them.
+            targets: "all-linear" (all linear layers but the head, the routers of some mixtures of
+                experts, and parts that text does not enter, as image encoders), names of layers, or
+                a regular expression over them.
             seed: Of its initial weights.
-            options: Other fields of `peft.LoraConfig`, as `use_dora=True`, `use_rslora=True`, `modules_to_save=["lm_head"]`,
-                `rank_pattern={…}`.
+            options: Other fields of `peft.LoraConfig`, as `use_dora=True`, `use_rslora=True`,
+                `modules_to_save=["lm_head"]`, `rank_pattern={…}`.
 
         Returns:
             The adapter's name.
 
         Raises:
-            InvalidValue: An option is unknown or cannot be honoured, or the model cannot take this adapter.
+            InvalidValue: An option is unknown or cannot be honoured, or the model cannot take this
+                adapter.
         """
         validate("adapt", {"seed": seed}, {"seed": Seed})
         if targets == "all-linear" and not isinstance(options.get("exclude_modules"), str):
@@ -137,7 +147,10 @@ class Weights:
         return name
 
     def add_adapter(self, config: LoraConfig, name: str = "", seed: int = 0) -> str:
-        """Make a new adapter as PEFT's `config` describes it; its random entries follow `seed`. Returns its name."""
+        """Make a new adapter as PEFT's `config` describes it; its random entries follow `seed`.
+
+        Returns its name.
+        """
         return self._add(name, lambda new: self._make(new, config, seed))
 
     def clone_adapter(self, source: str) -> str:
@@ -149,14 +162,18 @@ class Weights:
         adapters.remove(self.model, name)
 
     def drop_adapter(self, name: str, config: Any) -> None:
-        """Let an adapter be taken off when the next one is made, unless its name then belongs to another one.
+        """Let an adapter be taken off when the next one is made, unless its name then belongs to
+        another one.
 
         Not at once: the garbage collector calls this at any time, in the middle of a pass too.
         """
         self._dropped.append((name, config))
 
     def tidy(self) -> None:
-        """Take off the adapters that nobody looks through any more. Not during a pass: layers would go away under it."""
+        """Take off the adapters that nobody looks through any more.
+
+        Not during a pass: layers would go away under it.
+        """
         while self._dropped and not self._passes:
             name, config = self._dropped.pop()
             if getattr(self.model, "peft_config", {}).get(name) is config:
@@ -171,7 +188,10 @@ class Weights:
         return adapters.state(self.model, name)
 
     def set_adapter_state(self, name: str, state: dict[str, Tensor]) -> None:
-        """Copy tensors into an adapter. Raises InvalidValue where names or shapes are not its own."""
+        """Copy tensors into an adapter.
+
+        Raises InvalidValue where names or shapes are not its own.
+        """
         adapters.set_state(self.model, name, state)
 
     def head_of(self, adapter: str | None) -> Head:
@@ -179,10 +199,12 @@ class Weights:
         return self.head if adapter is None else Head.read(self.model, self.head.rows, adapter)
 
     def check_adapter(self, name: str | None) -> None:
-        """See that an adapter is there and that the engine computes the model's own logits under it.
+        """See that an adapter is there and that the engine computes the model's own logits under
+        it.
 
         Raises:
-            InvalidValue: It is not there, or changes the output head in a way that opdlab does not compute.
+            InvalidValue: It is not there, or changes the output head in a way that opdlab does not
+                compute.
         """
         if name is None:
             return
@@ -196,7 +218,8 @@ class Weights:
 
     @contextmanager
     def using(self, adapter: str | None) -> Iterator[PreTrainedModel]:
-        """The model with `adapter` in force (None: bare); what was in force before comes back afterwards.
+        """The model with `adapter` in force (None: bare); what was in force before comes back
+        afterwards.
 
         Forward passes in the block compute in the precision of `opdlab.models.precision`.
         """
@@ -214,7 +237,8 @@ class Weights:
         """Put `adapter` in force (None: the bare model) until something else is."""
         if adapter is not None and adapter not in self.adapters:
             raise OpdlabError(
-                f"The adapter {adapter!r} was taken off the model, and a policy looks through it. Make that policy again."
+                f"The adapter {adapter!r} was taken off the model, and a policy looks through it."
+                " Make that policy again."
             )
         if self.model.training:  # somebody's trainer left dropout on
             self.model.eval()
@@ -224,8 +248,10 @@ class Weights:
         active = adapters.in_force(self.model)
         if len(active) > 1:
             raise InvalidValue(
-                f"The model goes through {len(active)} adapters at once ({', '.join(map(repr, active))}), and a policy looks through "
-                "one. Choose it with model.set_adapter(name), or merge them (PEFT's add_weighted_adapter, merge_and_unload)."
+                f"The model goes through {len(active)} adapters at once"
+                f" ({', '.join(map(repr, active))}), and a policy looks through one. Choose it with"
+                " model.set_adapter(name), or merge them (PEFT's add_weighted_adapter,"
+                " merge_and_unload)."
             )
         return next(iter(active), None)
 
@@ -254,6 +280,6 @@ class Weights:
         except Exception as error:  # a layer that returns no single tensor, say
             adapters.remove(self.model, name)
             raise InvalidValue(
-                f"{type(self.model).__name__} does not run with this LoRA ({type(error).__name__}: {error}). "
-                "Leave the layer out of targets, or use targets='all-linear'."
+                f"{type(self.model).__name__} does not run with this LoRA ({type(error).__name__}:"
+                f" {error}). Leave the layer out of targets, or use targets='all-linear'."
             ) from error

@@ -1,6 +1,8 @@
-"""What the notebooks share: the one-line set-up, exercises that check themselves, and freezing for committing.
+"""What the notebooks share: the one-line set-up, exercises that check themselves, and freezing for
+committing.
 
-A profile (`OPDLAB_PROFILE=ci|cpu|gpu`) sets models and sizes; the cells stay the same. Nothing here is needed to use opdlab.
+A profile (`OPDLAB_PROFILE=ci|cpu|gpu`) sets models and sizes; the cells stay the same. Nothing here
+is needed to use opdlab.
 """
 
 from opdlab.notebook.checking import Exercise, author, exercise

@@ -1,4 +1,6 @@
-"""What exercises are tried on: random laws in float64, rows as a loss gets them, and what a loss trains on them."""
+"""What exercises are tried on: random laws in float64, rows as a loss gets them, and what a loss
+trains on them.
+"""
 
 from __future__ import annotations
 
@@ -33,10 +35,12 @@ def rows(n: int = 5, vocab: int = 7, seed: int = 0, **columns: Tensor) -> Rows:
 
 
 def trains(loss: Callable[[Rows], Any], given: Rows) -> dict[str, Any]:
-    """What a loss says and does: its value `[n]` and the slope of its sum in the student's logits, `[n, V]`.
+    """What a loss says and does: its value `[n]` and the slope of its sum in the student's logits,
+    `[n, V]`.
 
     Raises:
-        WrongAnswer: The loss is a tensor without gradient, which no comparison tells from a gradient that cancels.
+        WrongAnswer: The loss is a tensor without gradient, which no comparison tells from a
+            gradient that cancels.
     """
     value = loss(given)
     if isinstance(value, Tensor) and value.is_floating_point() and not value.requires_grad:

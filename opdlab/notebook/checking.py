@@ -1,11 +1,13 @@
-"""Exercises that check themselves: what the reader wrote is compared with the library, and what is wrong with it is said.
+"""Exercises that check themselves: what the reader wrote is compared with the library, and what is
+wrong with it is said.
 
     @opd.notebook.exercise("00.1")
     def my_loss(rows):
         raise NotImplementedError
 
-Running the cell prints ✓ or what is wrong, and `my_loss` is then the reader's function if it is right, else the solution, so
-the notebook goes on either way. Exercises are data (`opdlab.notebook.exercises`); hints stay in the notebook.
+Running the cell prints ✓ or what is wrong, and `my_loss` is then the reader's function if it is
+right, else the solution, so the notebook goes on either way. Exercises are data
+(`opdlab.notebook.exercises`); hints stay in the notebook.
 """
 
 from __future__ import annotations
@@ -31,7 +33,8 @@ _authors: dict[
 
 
 class WrongAnswer(Exception):
-    """Raised by an exercise's `look` when it recognises a mistake that no comparison of values can name.
+    """Raised by an exercise's `look` when it recognises a mistake that no comparison of values can
+    name.
 
     The message is the sentence that the reader sees.
     """
@@ -46,10 +49,14 @@ def call(function: Function, *case: Any) -> Any:
 class Exercise:
     """One thing to write.
 
-    key: notebook and number, "11.1". asks: what to return, after "return …" or "let it …". says: what the right answer is, after ✓.
-    truth: the library's own, which the reader's must agree with on every case. solution: a dozen lines as the notebook shows
-    them. cases: makes the arguments, anew at every call. look: what is compared of a function at a case, its value by default.
-    mistakes: functions that readers write instead, by the sentence that says so. close: relative tolerance.
+    key: notebook and number, "11.1". asks: what to return, after "return …" or "let it …". says:
+        what the right answer is, after ✓.
+    truth: the library's own, which the reader's must agree with on every case. solution: a dozen
+        lines as the notebook shows
+    them. cases: makes the arguments, anew at every call. look: what is compared of a function at a
+    case, its value by default.
+    mistakes: functions that readers write instead, by the sentence that says so. close: relative
+        tolerance.
     """
 
     key: str
@@ -63,7 +70,9 @@ class Exercise:
     close: float = 1e-5
 
     def judge(self, function: Function) -> str | None:
-        """What is wrong with a function, in a sentence, or None; raises NotImplementedError where the function does."""
+        """What is wrong with a function, in a sentence, or None; raises NotImplementedError where
+        the function does.
+        """
         for mine, yours in zip(self.cases(), self.cases(), strict=True):
             want = self.look(self.truth, *mine)
             try:
@@ -94,7 +103,9 @@ class Exercise:
 
 
 def exercise(key: str) -> Callable[[Function], Function]:
-    """Decorator of what the reader writes: says how it does, and gives back the reader's function or the solution."""
+    """Decorator of what the reader writes: says how it does, and gives back the reader's function
+    or the solution.
+    """
     task = find(key)
 
     def check(function: Function) -> Function:
@@ -122,8 +133,8 @@ def author(key: str) -> str:
         key: The exercise, e.g. "20.1". Its cell must have run.
 
     Returns:
-        "yours" if the reader's own answer passed, else "the reference solution's". Both fit into "loss of the first update:
-        {author} 0.39, the library's 0.39".
+        "yours" if the reader's own answer passed, else "the reference solution's". Both fit into
+        "loss of the first update: {author} 0.39, the library's 0.39".
 
     Raises:
         OpdlabError: The exercise has not run in this session.
@@ -138,7 +149,8 @@ def find(key: str) -> Exercise:
     number = key.split(".", maxsplit=1)[0]
     if number not in numbers():
         raise OpdlabError(
-            f"There is no exercise {key!r}. There are exercises for the notebooks {', '.join(numbers())}."
+            f"There is no exercise {key!r}. There are exercises for the notebooks"
+            f" {', '.join(numbers())}."
         )
     known = of(number)
     if key not in known:
@@ -180,7 +192,10 @@ def compared(got: Any, want: Any, close: float) -> str | None:
             else f"it returned {got!r}, wanted {want!r}."
         )
     if numbers is None or numbers.shape != wanted.shape:
-        return f"{_shape(wanted)} is wanted; you returned {_shape(numbers) if numbers is not None else _kind(got)}."
+        return (
+            f"{_shape(wanted)} is wanted; you returned"
+            f" {_shape(numbers) if numbers is not None else _kind(got)}."
+        )
     return _compared_numbers(numbers, wanted, close)
 
 

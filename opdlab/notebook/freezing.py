@@ -1,4 +1,6 @@
-"""Running notebooks, and making what they show fit for committing: small, stable, and readable where no script runs."""
+"""Running notebooks, and making what they show fit for committing: small, stable, and readable
+where no script runs.
+"""
 
 from __future__ import annotations
 
@@ -17,7 +19,9 @@ from opdlab.errors import OpdlabError
 LIMIT = 1_000_000  # bytes of a committed notebook
 CHART = "application/vnd.plotly.v1+json"
 _KEPT = ("text/html", "text/plain", "image/png", CHART)
-_WIDTH = 760  # pixels of a chart's picture: JupyterLab shows it unscaled until the mouse is over it, and would cut off a wider one
+# pixels of a chart's picture: JupyterLab shows it unscaled until the mouse is over it, and would
+# cut off a wider one
+_WIDTH = 760
 
 
 def source_hash(notebook: Mapping[str, Any]) -> str:
@@ -35,7 +39,8 @@ def read_notebook(path: str | os.PathLike[str]) -> dict[str, Any]:
         why = " ".join(str(error).split())[:200]
     if why:
         raise OpdlabError(
-            f"{path} is no notebook that can be read ({why}). Give the path of an .ipynb file, saved by Jupyter."
+            f"{path} is no notebook that can be read ({why}). Give the path of an .ipynb file,"
+            " saved by Jupyter."
         )
     return dict(book)
 
@@ -61,7 +66,9 @@ def _fault(book: Any) -> str:
 
 
 def execute(path: str | os.PathLike[str], timeout: int | None = None) -> None:
-    """Run a notebook in place, in its own folder. timeout: seconds a cell may take; a GPU run may take hours, so none."""
+    """Run a notebook in place, in its own folder. timeout: seconds a cell may take; a GPU run may
+    take hours, so none.
+    """
     import nbformat
     from nbclient import NotebookClient
 
@@ -80,9 +87,10 @@ def execute(path: str | os.PathLike[str], timeout: int | None = None) -> None:
 def freeze(path: str | os.PathLike[str]) -> int:
     """Make an executed notebook fit for committing, in place; returns its size in bytes.
 
-    Drops widgets and their state, timings, addresses and stderr, numbers pandas' tables (it names them at random), replaces the
-    home and working folders in outputs, adds a picture to charts (which GitHub and nbconvert cannot draw), and notes the checksum
-    of the code. Raises OpdlabError for what is no notebook, an error output, more than 1 MB, or charts where there is no Chromium.
+    Drops widgets and their state, timings, addresses and stderr, numbers pandas' tables (it names
+    them at random), replaces the home and working folders in outputs, adds a picture to charts
+    (which GitHub and nbconvert cannot draw), and notes the checksum of the code. Raises OpdlabError
+    for what is no notebook, an error output, more than 1 MB, or charts where there is no Chromium.
     """
     path = Path(path)
     book = read_notebook(path)
@@ -121,7 +129,8 @@ def freeze(path: str | os.PathLike[str]) -> int:
 def _frozen(output: dict[str, Any]) -> dict[str, Any] | None:
     if output["output_type"] == "error":
         raise OpdlabError(
-            f"The notebook holds an error ({output['ename']}: {output['evalue']}). Run it to the end first."
+            f"The notebook holds an error ({output['ename']}: {output['evalue']}). Run it to the"
+            " end first."
         )
     if output["output_type"] == "stream":
         return output if output["name"] == "stdout" else None
@@ -156,7 +165,9 @@ def _joined(outputs: list[dict[str, Any]]) -> list[dict[str, Any]]:
 
 
 def _numbered(text: str) -> str:
-    """A notebook whose styled tables are called by their order, so that the same results are the same file."""
+    """A notebook whose styled tables are called by their order, so that the same results are the
+    same file.
+    """
     order = {
         name: f"T_{i:05d}"
         for i, name in enumerate(
@@ -169,18 +180,25 @@ def _numbered(text: str) -> str:
 
 
 def _picture(figure: Mapping[str, Any]) -> str:
-    """A plotly chart as a PNG in base64, on white. Raises OpdlabError for one that needs WebGL, which many browsers lack."""
+    """A plotly chart as a PNG in base64, on white.
+
+    Raises OpdlabError for one that needs WebGL, which many browsers lack.
+    """
     from plotly.offline import get_plotlyjs
 
     from opdlab.viz import camera, embed
 
     if any(str(trace.get("type", "")).endswith("gl") for trace in figure["data"]):
         raise OpdlabError(
-            "A chart needs WebGL, which plotly.express uses from 1000 points on. Give it render_mode='svg', or fewer points."
+            "A chart needs WebGL, which plotly.express uses from 1000 points on. Give it"
+            " render_mode='svg', or fewer points."
         )
 
     head = f"<style>body{{margin:0;background:Canvas;--opd-chart-text:#555}}figure{{margin:0}}</style><script>{get_plotlyjs()}</script>"
-    body = f'<figure class="opd-chart"><div></div>{embed.script_json(figure, "opd-figure")}</figure>{embed.plain_module("charts.js")}'
+    body = (
+        "<figure"
+        f' class="opd-chart"><div></div>{embed.script_json(figure, "opd-figure")}</figure>{embed.plain_module("charts.js")}'
+    )
     with tempfile.TemporaryDirectory(prefix="opdlab-") as folder:
         picture = camera.shoot(
             embed.document("chart", head, body),

@@ -28,7 +28,10 @@ class Context:
         return self.device.startswith("cuda")
 
     def pick(self, **sizes: Any) -> Any:
-        """The value for this profile: `ctx.pick(ci=8, cpu=64, gpu=512)`; a profile left out takes the one before it."""
+        """The value for this profile:
+
+        `ctx.pick(ci=8, cpu=64, gpu=512)`; a profile left out takes the one before it.
+        """
         known = [p for p in PROFILES[: PROFILES.index(self.profile) + 1] if p in sizes]
         if not known:
             raise OpdlabError(f"pick has no size for profile {self.profile!r}. Name at least ci=….")
@@ -36,7 +39,10 @@ class Context:
 
 
 def setup(minutes: Mapping[str, float] | None = None) -> Context:
-    """Print versions, device, profile and the time to expect; quieten progress bars of loading. Returns the `Context`."""
+    """Print versions, device, profile and the time to expect; quieten progress bars of loading.
+
+    Returns the `Context`.
+    """
     import transformers
 
     import opdlab.viz.curves  # registers the Plotly template "opdlab"
@@ -48,6 +54,9 @@ def setup(minutes: Mapping[str, float] | None = None) -> Context:
     warnings.filterwarnings("ignore", message=".*IProgress not found.*")
     device = "cuda" if profile == "gpu" and torch.cuda.is_available() else "cpu"
     expect = f" · about {minutes[profile]:g} min" if minutes and profile in minutes else ""
-    versions = f"opdlab {opdlab.__version__} · torch {torch.__version__.split('+')[0]} · transformers {transformers.__version__}"
+    versions = (
+        f"opdlab {opdlab.__version__} · torch {torch.__version__.split('+')[0]} · transformers"
+        f" {transformers.__version__}"
+    )
     print(f"{versions} · Python {platform.python_version()}\nprofile {profile} · {device}{expect}")
     return Context(profile, device)

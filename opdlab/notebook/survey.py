@@ -1,8 +1,10 @@
-"""The methods of the survey as data, and the six choices that make one: from choices to a method that runs.
+"""The methods of the survey as data, and the six choices that make one: from choices to a method
+that runs.
 
-A distillation loss is six slots: whose `prefix`es, which `target`, which `divergence`, by which `estimator`, with what `weight` a
-token, on what `schedule` (the formulation of arXiv 2604.00626, with the estimator that it leaves open). `data/survey.json` has
-the slots of the methods whose formulas tell them.
+A distillation loss is six slots: whose `prefix`es, which `target`, which `divergence`, by which
+`estimator`, with what `weight` a token, on what `schedule` (the formulation of arXiv 2604.00626,
+with the estimator that it leaves open). `data/survey.json` has the slots of the methods whose
+formulas tell them.
 """
 
 from __future__ import annotations
@@ -25,8 +27,10 @@ SHARES = {"student": 1.0, "mixed": 0.5, "teacher": 0.0}
 
 
 def survey() -> pd.DataFrame:
-    """One row a method, by name: `arxiv`, `axis` (of version 4), `access`, `granularity`, `loss` class, `line`, the six slots and
-    where each comes from (`row_from`, `loss_from`, `slots_from`); None where unknown, `date` from the arXiv id."""
+    """One row a method, by name: `arxiv`, `axis` (of version 4), `access`, `granularity`, `loss`
+    class, `line`, the six slots and where each comes from (`row_from`, `loss_from`,
+    `slots_from`); None where unknown, `date` from the arXiv id.
+    """
     package = Path(__file__).parents[1]
     inside = package / "shipped" / "survey.json"
     path = inside if inside.exists() else package.parent / "data" / "survey.json"
@@ -50,7 +54,10 @@ def compose(
     weight: str = "none",
     schedule: str = "constant",
 ) -> Any:
-    """The method of opdlab that six choices make. Raises OpdlabError for what it does not have, and says which slot."""
+    """The method of opdlab that six choices make.
+
+    Raises OpdlabError for what it does not have, and says which slot.
+    """
     if schedule != "constant":
         raise _lacks("schedule", schedule, "constant")
     if made := SPECIAL.get((prefix, target, estimator, weight)):
@@ -61,7 +68,8 @@ def compose(
         raise _lacks("weight", weight, "none")
     if target in ANCHORS and (prefix, estimator) != ("student", "full"):
         raise OpdlabError(
-            f"opdlab has the target {target!r} on whole distributions. Use prefix='student' and estimator='full'."
+            f"opdlab has the target {target!r} on whole distributions. Use prefix='student' and"
+            " estimator='full'."
         )
     if target in ANCHORS:
         return m.SelfDistillation(_known(divergence, DIVERGENCES), anchor=ANCHORS[target])  # type: ignore[arg-type]
@@ -81,12 +89,14 @@ def _on_logits(share: float, divergence: str, estimator: str) -> Any:
         )
     if share < 1:
         raise OpdlabError(
-            f"The estimator {estimator!r} grades tokens that the student sampled. Use prefix='student', or estimator='full'."
+            f"The estimator {estimator!r} grades tokens that the student sampled. Use"
+            " prefix='student', or estimator='full'."
         )
     if divergence != "reverse_kl":
         if estimator != "sampled":
             raise OpdlabError(
-                f"opdlab has {estimator!r} for the reverse KL only, not for {divergence!r}. Use estimator='sampled'."
+                f"opdlab has {estimator!r} for the reverse KL only, not for {divergence!r}. Use"
+                " estimator='sampled'."
             )
         return m.OPDPlus(Generator(_known(divergence, FORMS)).name)
     if estimator == "return":

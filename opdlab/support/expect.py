@@ -1,9 +1,10 @@
 """Recognise an object in the wrong place, and say what it is and how to get the right one.
 
-    distill got task='data.jsonl'. That is a path or a name. Make a task of the file: opdlab.tasks.from_records('data.jsonl').
+    distill got task='data.jsonl'. That is a path or a name. Make a task of the file:
+    opdlab.tasks.from_records('data.jsonl').
 
-Classes are told by their names, so that nothing is imported to make a sentence. `opdlab.support.validation` uses the same
-sentences for arguments that are annotated with a class.
+Classes are told by their names, so that nothing is imported to make a sentence.
+`opdlab.support.validation` uses the same sentences for arguments that are annotated with a class.
 """
 
 from __future__ import annotations
@@ -29,7 +30,8 @@ def expect(value: Any, kind: type[Kind], where: str, name: str) -> Kind:
         name: The argument's name, for the error.
 
     Raises:
-        InvalidValue: It is something else. The message says what it is and how to get the right thing.
+        InvalidValue: It is something else. The message says what it is and how to get the right
+            thing.
     """
     if not isinstance(value, kind):
         raise refusal(kind.__name__, value, where, name)
@@ -46,7 +48,8 @@ def shortened(value: Any) -> str:
 
 
 def advice(wanted: str, value: Any) -> str:
-    """Say what `value` is, where that can be told, and how to get an object of the class named `wanted`.
+    """Say what `value` is, where that can be told, and how to get an object of the class named
+    `wanted`.
 
     Returns:
         One or two sentences; "" for a class that is not known here.
@@ -71,28 +74,49 @@ def _make_policy(value: Any) -> str:
         return f"Load it: Policy.load({shortened(os.fspath(value))})."
     if _is_pair(value):
         return "Unpack it with a star: distill(*opdlab.load('market'))."
-    return "Use a Policy: Policy.load('a folder or a name on the Hub'), or Policy.of(model, tokenizer)."
+    return (
+        "Use a Policy: Policy.load('a folder or a name on the Hub'), or Policy.of(model,"
+        " tokenizer)."
+    )
 
 
 def _make_teacher(value: Any) -> str:
     if is_model(value) or isinstance(value, (str, os.PathLike)):
         return _make_policy(value)
-    return "Use a Policy, as Policy.load('…') gives, or a server of opdlab.teachers; the order is distill(student, teacher, task)."
+    return (
+        "Use a Policy, as Policy.load('…') gives, or a server of opdlab.teachers; the order is"
+        " distill(student, teacher, task)."
+    )
 
 
 def _make_task(value: Any) -> str:
     if isinstance(value, (str, os.PathLike)):
-        return f"Make a task of the file: opdlab.tasks.from_records({shortened(os.fspath(value))}); or use opdlab.tasks.market()."
+        return (
+            f"Make a task of the file: opdlab.tasks.from_records({shortened(os.fspath(value))}); or"
+            " use opdlab.tasks.market()."
+        )
     if _kind(value) in ("Policy", "method"):
-        return "The order is distill(student, teacher, task, method=…): use a task there, as opdlab.tasks.from_records(…)."
-    return "Use a task: opdlab.tasks.from_records([{'prompt': …, 'answer': …}, …]), opdlab.tasks.market() or reasoning_gym(…)."
+        return (
+            "The order is distill(student, teacher, task, method=…): use a task there, as"
+            " opdlab.tasks.from_records(…)."
+        )
+    return (
+        "Use a task: opdlab.tasks.from_records([{'prompt': …, 'answer': …}, …]),"
+        " opdlab.tasks.market() or reasoning_gym(…)."
+    )
 
 
 def _make_prompt(value: Any) -> str:
     if isinstance(value, str):
         text = shortened(value)
-        return f"Use Prompt({text}) for plain text, or Prompt(messages=({{'role': 'user', 'content': {text}}},)) for a chat."
-    return "Use a Prompt: Prompt('some text'), or Prompt(messages=({'role': 'user', 'content': …},)) for a chat."
+        return (
+            f"Use Prompt({text}) for plain text, or Prompt(messages=({{'role': 'user', 'content':"
+            f" {text}}},)) for a chat."
+        )
+    return (
+        "Use a Prompt: Prompt('some text'), or Prompt(messages=({'role': 'user', 'content': …},))"
+        " for a chat."
+    )
 
 
 def _make_prompts(value: Any) -> str:
@@ -104,7 +128,10 @@ def _make_prompts(value: Any) -> str:
 
 
 def _make_rollout(value: Any) -> str:
-    return "Use a Rollout, as policy.sample(prompts) gives; several are put together by opdlab.concat_rollouts([…])."
+    return (
+        "Use a Rollout, as policy.sample(prompts) gives; several are put together by"
+        " opdlab.concat_rollouts([…])."
+    )
 
 
 def _make_trace(value: Any) -> str:
@@ -118,12 +145,18 @@ def _make_trace(value: Any) -> str:
         return (
             "Take the trace of its last step, run.last.trace(), or draw the run: viz.RunBoard(run)."
         )
-    return "Use a Trace, as opdlab.score(rollout, student, teacher), step.trace() or Trace.load('….parquet') gives."
+    return (
+        "Use a Trace, as opdlab.score(rollout, student, teacher), step.trace() or"
+        " Trace.load('….parquet') gives."
+    )
 
 
 def _make_run(value: Any) -> str:
     if isinstance(value, (str, os.PathLike)):
-        return f"Take the saved run up again: opdlab.resume({shortened(os.fspath(value))}, student, teacher, task)."
+        return (
+            f"Take the saved run up again: opdlab.resume({shortened(os.fspath(value))}, student,"
+            " teacher, task)."
+        )
     return "Use a Run, as opdlab.distill(student, teacher, task) gives."
 
 

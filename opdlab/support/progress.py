@@ -1,4 +1,6 @@
-"""One live line of progress: a bar in a terminal, a line of HTML in a notebook (no widget, so it survives saving)."""
+"""One live line of progress: a bar in a terminal, a line of HTML in a notebook (no widget, so it
+survives saving).
+"""
 
 from __future__ import annotations
 
@@ -19,7 +21,9 @@ def in_notebook() -> bool:
 
 
 class Progress:
-    """`update(done, loss=…, …)` redraws the line; `close()` leaves its last state standing, or nothing (`leave=False`)."""
+    """`update(done, loss=…, …)` redraws the line; `close()` leaves its last state standing, or
+    nothing (`leave=False`).
+    """
 
     def __init__(
         self, total: int, name: str, unit: str = "step", quiet: bool = False, leave: bool = True
@@ -50,7 +54,8 @@ class Progress:
 
         facts = " · ".join(f"{html.escape(k)} {html.escape(v)}" for k, v in shown.items())
         line = HTML(
-            f"<code>{html.escape(self.name)} {done}/{self.total}</code> <progress max={self.total} value={done}></progress> {facts}"
+            f"<code>{html.escape(self.name)} {done}/{self.total}</code> <progress max={self.total}"
+            f" value={done}></progress> {facts}"
         )
         if self._bar is None:
             self._bar = display(line, display_id=True)

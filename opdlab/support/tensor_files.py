@@ -33,16 +33,19 @@ def check_same_tensors(
     """
     if missing := sorted(there.keys() - values.keys()):
         raise DamagedFile(
-            f"{path} has nothing for {missing[0]} ({len(missing)} of {len(there)} tensors are missing). It does not fit this run."
+            f"{path} has nothing for {missing[0]} ({len(missing)} of {len(there)} tensors are"
+            " missing). It does not fit this run."
         )
     if unknown := sorted(values.keys() - there.keys()):
         raise DamagedFile(
-            f"{path} holds {unknown[0]}, which this run does not have ({len(unknown)} such tensors). It does not fit this run."
+            f"{path} holds {unknown[0]}, which this run does not have ({len(unknown)} such"
+            " tensors). It does not fit this run."
         )
     for name, value in values.items():
         if value.shape != there[name].shape:
             raise DamagedFile(
-                f"{path} holds {name} of shape {list(value.shape)}, but the run has {list(there[name].shape)}. It does not fit this run."
+                f"{path} holds {name} of shape {list(value.shape)}, but the run has"
+                f" {list(there[name].shape)}. It does not fit this run."
             )
 
 

@@ -1,12 +1,12 @@
 """Validate what a user passes, with pydantic, and answer in opdlab's own words.
 
-A value is described once, by its type: `steps: Count` in a dataclass, `seed: Seed` in a signature. The types below carry a
-sentence that completes "Use …", which becomes the second half of the error:
+A value is described once, by its type: `steps: Count` in a dataclass, `seed: Seed` in a signature.
+The types below carry a sentence that completes "Use …", which becomes the second half of the error:
 
     Settings got micro_batch=-1. Use a whole number of at least 1, or None.
 
-Numbers of numpy count as Python's own; booleans, strings and tensors are no numbers, and nothing is rounded or converted
-from text.
+Numbers of numpy count as Python's own; booleans, strings and tensors are no numbers, and nothing is
+rounded or converted from text.
 """
 
 from __future__ import annotations
@@ -160,11 +160,12 @@ Text = Annotated[str, Field(strict=True, description="a text")]
 
 
 def validate_fields(instance: Any) -> None:
-    """Check the annotated fields of a frozen dataclass, from its `__post_init__`; converted values are put back.
+    """Check the annotated fields of a frozen dataclass, from its `__post_init__`; converted values
+    are put back.
 
     Raises:
-        InvalidValue: A field has a value that its type does not allow. The message names the class, the field, the value
-            and what would be right.
+        InvalidValue: A field has a value that its type does not allow. The message names the class,
+            the field, the value and what would be right.
     """
     kind = type(instance)
     for name, adapter in _adapters(cast(Hashable, kind)).items():
@@ -175,10 +176,11 @@ def validate_fields(instance: Any) -> None:
 
 
 def validate_arguments(function: _Function) -> _Function:
-    """Check a function's annotated arguments before it runs, and refuse those that it does not have.
+    """Check a function's annotated arguments before it runs, and refuse those that it does not
+    have.
 
-    Only arguments whose annotation says something that can be checked here are looked at: types that are imported for type
-    checkers alone pass.
+    Only arguments whose annotation says something that can be checked here are looked at: types
+    that are imported for type checkers alone pass.
 
     Raises:
         InvalidValue: An argument is unknown, missing or has a value that its type does not allow.
@@ -201,7 +203,8 @@ def validate_arguments(function: _Function) -> _Function:
 
 
 def validate(owner: str, values: Mapping[str, Any], types: Mapping[str, Any]) -> dict[str, Any]:
-    """Check some values by name against types, as `validate("distill", {"steps": 3}, {"steps": Count})`.
+    """Check some values by name against types, as `validate("distill", {"steps": 3}, {"steps":
+    Count})`.
 
     Raises:
         InvalidValue: A value is not what its type allows.
@@ -222,7 +225,9 @@ class _Names(dict[str, Any]):
 
 @functools.cache
 def _adapters(owner: Hashable) -> dict[str, TypeAdapter[Any]]:
-    """The checks of a class's fields or a function's arguments, by name; those that only `Any` describes are left out."""
+    """The checks of a class's fields or a function's arguments, by name; those that only `Any`
+    describes are left out.
+    """
     if isinstance(owner, type):
         hints = {
             name: hint for base in reversed(owner.__mro__) for name, hint in _hints(base).items()
@@ -239,7 +244,9 @@ def _adapters(owner: Hashable) -> dict[str, TypeAdapter[Any]]:
 
 
 def _hints(owner: Any) -> dict[str, Any]:
-    """The annotations that stand at a function or a class itself, read in the module that it is from."""
+    """The annotations that stand at a function or a class itself, read in the module that it is
+    from.
+    """
     module = inspect.getmodule(owner)
     names = _Names({**vars(builtins), **vars(module)} if module else {})
     hints = {}
@@ -265,7 +272,9 @@ def _adapter(hint: Any) -> TypeAdapter[Any] | None:
 
 
 def _by_instance(hint: Any) -> Any:
-    """The same hint, but dataclasses and models are checked by `isinstance`: pydantic would make one of a dict."""
+    """The same hint, but dataclasses and models are checked by `isinstance`: pydantic would make
+    one of a dict.
+    """
     if isinstance(hint, type) and (
         hasattr(hint, "__dataclass_fields__") or hasattr(hint, "model_fields")
     ):
@@ -289,7 +298,9 @@ def _validated(owner: str, name: str, value: Any, adapter: TypeAdapter[Any]) -> 
 
 
 def _advice(adapter: TypeAdapter[Any], error: ValidationError, value: Any) -> str:
-    """What to do instead: objects that are known to be mixed up are told apart, for the rest the type says what is right."""
+    """What to do instead: objects that are known to be mixed up are told apart, for the rest the
+    type says what is right.
+    """
     wanted = [
         str(one["ctx"]["class"])
         for one in error.errors()

@@ -1,8 +1,9 @@
-r"""Compare a text with a reference answer: `same_answer`, the verifier of tasks that bring none of their own.
+r"""Compare a text with a reference answer: `same_answer`, the verifier of tasks that bring none of
+their own.
 
-Values are read from both texts and compared exactly, with Python's `decimal`, at any length. The library math-verify was
-tried first: it rounds to six places (1/3 equals 0.333333333), reads only the year of a date, compares no words, and takes
-three seconds to import.
+Values are read from both texts and compared exactly, with Python's `decimal`, at any length. The
+library math-verify was tried first: it rounds to six places (1/3 equals 0.333333333), reads only
+the year of a date, compares no words, and takes three seconds to import.
 
 These count as one value each, and those on one line are equal:
 
@@ -12,7 +13,8 @@ These count as one value each, and those on one line are equal:
     2021-03-04     March 4, 2021     4th of March 2021  a date
     4/5/2021       1.2.3      3x4       2^10            other things in several parts, all of which must agree
 
-A unit counts where both texts name one: 5 km is not 5 m. Digits inside a word (H2O, B12) belong to the word.
+A unit counts where both texts name one: 5 km is not 5 m. Digits inside a word (H2O, B12) belong to
+the word.
 """
 
 from __future__ import annotations
@@ -38,7 +40,8 @@ _DATE = re.compile(
     """,
     re.VERBOSE,
 )
-# A sign belongs to a number unless it stands between two things, as in 10-5. Units are letters right behind a number.
+# A sign belongs to a number unless it stands between two things, as in 10-5. Units are letters
+# right behind a number.
 _VALUE = re.compile(
     r"""
     (?P<sign> (?<![\w)\]}]) [-+] )? (?: [$€£¥] \s? (?P<inner_sign>[-+])? )? (?<![^\W_])
@@ -81,19 +84,21 @@ _SAME_AS = str.maketrans(
 
 
 def same_answer(prompt: Prompt, text: str) -> float:
-    """Return 1.0 where the last values of a text are those of the answer; texts without values are compared whole.
+    """Return 1.0 where the last values of a text are those of the answer; texts without values are
+    compared whole.
 
-    An answer usually holds one value, and the last one of the text must equal it. All values of an answer with several (a
-    date, two solutions) must be the last ones of the text, in order. Of a worked solution only the result counts: what
-    follows `####` or the last `=`, what stands in `\\boxed{…}`, or the last value where it has several lines.
+    An answer usually holds one value, and the last one of the text must equal it. All values of an
+    answer with several (a date, two solutions) must be the last ones of the text, in order. Of a
+    worked solution only the result counts: what follows `####` or the last `=`, what stands in
+    `\\boxed{…}`, or the last value where it has several lines.
 
     Raises:
         OpdlabError: The prompt has no answer.
     """
     if prompt.answer is None:
         raise OpdlabError(
-            f"Prompt {prompt.id or prompt.text!r} has no answer that a text could be compared with. "
-            "Give every prompt an answer=, or the task its own verify=."
+            f"Prompt {prompt.id or prompt.text!r} has no answer that a text could be compared with."
+            " Give every prompt an answer=, or the task its own verify=."
         )
     wanted, written = _result(prompt.answer, worked=True), _result(text, worked=False)
     want = read_values(wanted)
@@ -107,9 +112,11 @@ def same_answer(prompt: Prompt, text: str) -> float:
 
 @dataclass(frozen=True)
 class Value:
-    """One value of a text: a number (`above / below`), or several `parts` that a mark holds together, as in 9:30.
+    """One value of a text: a number (`above / below`), or several `parts` that a mark holds
+    together, as in 9:30.
 
-    `unit` is what stands behind a number, am or pm behind a time. `None` in the parts of a date is unknown.
+    `unit` is what stands behind a number, am or pm behind a time. `None` in the parts of a date is
+    unknown.
     """
 
     above: Decimal | None = None
@@ -148,9 +155,12 @@ def read_values(text: str) -> list[Value]:
 
 
 def _last_values(text: str, count: int, length: int) -> list[Value]:
-    """The last `count` values of a text. Reads no more of its end than it must, since texts can be long.
+    """The last `count` values of a text.
 
-    The first values of a part may be half of a date or of a fraction, so a part must hold three more than are asked for.
+    Reads no more of its end than it must, since texts can be long.
+
+    The first values of a part may be half of a date or of a fraction, so a part must hold three
+    more than are asked for.
     """
     while True:
         cut = max(0, len(text) - length)
@@ -162,7 +172,9 @@ def _last_values(text: str, count: int, length: int) -> list[Value]:
 
 
 def _result(text: str, worked: bool) -> str:
-    r"""What a text gives as its result: behind `####`, in `\boxed{…}`, and in worked solutions behind the last `=`."""
+    r"""What a text gives as its result: behind `####`, in `\boxed{…}`, and in worked solutions
+    behind the last `=`.
+    """
     marked = text.rpartition("####")[2]
     if marked is not text and re.match(r"\s*[-+$\u2212]?\s?[\d.]", marked):
         return marked

@@ -1,7 +1,9 @@
-"""The order in which training passes over the prompts of a finite task: in epochs, without replacement.
+"""The order in which training passes over the prompts of a finite task: in epochs, without
+replacement.
 
-Nothing is remembered between steps: the prompts of a step follow from the number of prompts, the batch size, the seed and
-the step alone, so a resumed run goes on exactly where it stopped and every process can work out the whole batch.
+Nothing is remembered between steps: the prompts of a step follow from the number of prompts, the
+batch size, the seed and the step alone, so a resumed run goes on exactly where it stopped and every
+process can work out the whole batch.
 """
 
 from __future__ import annotations
@@ -13,8 +15,9 @@ from functools import lru_cache
 class EpochOrder:
     """Shuffled passes over `count` prompts, cut into batches of `size`.
 
-    Every prompt is drawn once before any is drawn twice. A batch that ends one epoch and begins the next holds no prompt
-    twice either; only a batch larger than `count` does, since there is no other way to fill it.
+    Every prompt is drawn once before any is drawn twice. A batch that ends one epoch and begins the
+    next holds no prompt twice either; only a batch larger than `count` does, since there is no
+    other way to fill it.
     """
 
     def __init__(self, count: int, size: int, seed: int) -> None:
@@ -39,7 +42,10 @@ class EpochOrder:
         return [index for epoch in epochs for index in self._shuffled(epoch)][:n]
 
     def _epoch_order(self, epoch: int) -> list[int]:
-        """The order of one epoch. Each depends on how the one before ends, so they are made in turn."""
+        """The order of one epoch.
+
+        Each depends on how the one before ends, so they are made in turn.
+        """
         if self.size > self.count:
             return self._shuffled(epoch)
         if epoch < self._epoch:
@@ -52,7 +58,9 @@ class EpochOrder:
         return self._order
 
     def _without_repeats(self, order: list[int], begun: int) -> list[int]:
-        """Move what the last epoch put into the shared batch (its last `begun` prompts) behind that batch's end."""
+        """Move what the last epoch put into the shared batch (its last `begun` prompts) behind that
+        batch's end.
+        """
         if not begun:
             return order
         taken = set(self._order[-begun:])

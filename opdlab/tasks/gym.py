@@ -1,7 +1,7 @@
 """Any task of the reasoning-gym package, which generates prompts and checks answers.
 
-Different seeds can yield the same question, so the split is decided by the question and not by the seed: a quarter of all
-questions, by a checksum of their text, is held out.
+Different seeds can yield the same question, so the split is decided by the question and not by the
+seed: a quarter of all questions, by a checksum of their text, is held out.
 """
 
 from __future__ import annotations
@@ -34,7 +34,8 @@ def reasoning_gym(
         name: The dataset's name.
         chat: Whether to ask in a chat or in plain text.
         max_new_tokens: How long answers may be.
-        config: Goes to the package. Fewer held-out prompts than asked for come back where it allows no more questions.
+        config: Goes to the package. Fewer held-out prompts than asked for come back where it allows
+            no more questions.
 
     Raises:
         OpdlabError: The package is not installed.
@@ -52,7 +53,8 @@ def reasoning_gym(
 
     @lru_cache(maxsize=256)
     def chunk(seed: int, split: Split, number: int) -> Any:
-        # The package draws entry i from seed + i: neighbouring seeds would share nearly all their prompts.
+        # The package draws entry i from seed + i: neighbouring seeds would share nearly all their
+        # prompts.
         start = random.Random(seed).randrange(1 << 30) + (split == "test") * (1 << 30)
         return gym.create_dataset(name, size=CHUNK, seed=start + CHUNK * number, **config)
 
@@ -84,7 +86,8 @@ def reasoning_gym(
             )
         if not prompts:
             raise EmptyPrompts(
-                f"{name} has too few questions to give any to the {split} split. Use a wider configuration."
+                f"{name} has too few questions to give any to the {split} split. Use a wider"
+                " configuration."
             )
         return prompts
 
@@ -107,11 +110,13 @@ def _check_dataset(gym: Any, name: str, config: dict[str, Any]) -> None:
     if name not in known:
         near = difflib.get_close_matches(str(name), known, 3) or known[:3]
         raise InvalidValue(
-            f"reasoning-gym has no dataset {shortened(name)}. Use one of its {len(known)} names, as {', '.join(near)}."
+            f"reasoning-gym has no dataset {shortened(name)}. Use one of its {len(known)} names, as"
+            f" {', '.join(near)}."
         )
     try:
         gym.create_dataset(name, size=1, seed=0, **config)
     except (AssertionError, TypeError, ValueError) as error:
         raise InvalidValue(
-            f"reasoning-gym refuses the configuration {config} of {name!r}: {error}. Use the fields of that dataset's own configuration."
+            f"reasoning-gym refuses the configuration {config} of {name!r}: {error}. Use the fields"
+            " of that dataset's own configuration."
         ) from error

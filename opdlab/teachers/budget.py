@@ -1,5 +1,8 @@
-"""What a served teacher may cost. Every request is held back from the budget at its worst case before it is sent, so that
-the limit stops a run before it is passed and not after, also with many requests in flight."""
+"""What a served teacher may cost.
+
+Every request is held back from the budget at its worst case before it is sent, so that the limit
+stops a run before it is passed and not after, also with many requests in flight.
+"""
 
 from __future__ import annotations
 
@@ -16,12 +19,17 @@ Prices = Annotated[
     tuple[Amount, Amount],
     Field(description="two finite numbers of at least 0, for a million tokens read and written"),
 ]
-TEMPLATE = 256  # tokens that a server's chat template may add to a prompt; the rest of a prompt has at most one a byte
+# tokens that a server's chat template may add to a prompt; the rest of a prompt has at most one a
+# byte
+TEMPLATE = 256
 
 
 @dataclass(frozen=True)
 class Usage:
-    """What requests used: tokens read, tokens written, how many requests. Raises InvalidValue for less than nothing."""
+    """What requests used: tokens read, tokens written, how many requests.
+
+    Raises InvalidValue for less than nothing.
+    """
 
     prompt: CountOrZero = 0
     completion: CountOrZero = 0
@@ -58,8 +66,10 @@ def worst(texts: str, n: int, max_tokens: int) -> Usage:
 class Budget:
     """Limits over the life of this object; None is no limit. One budget may serve several teachers.
 
-    tokens: read and written together. cost: in the currency of `prices`, which are for a million tokens read and written.
-    requests: sent, the repeated ones too. What a lost reply has cost is unknown and counted at its worst case. Raises
+    tokens: read and written together. cost: in the currency of `prices`, which are for a million
+        tokens read and written.
+    requests: sent, the repeated ones too. What a lost reply has cost is unknown and counted at its
+        worst case. Raises
     InvalidValue for limits that are none.
     """
 
@@ -73,7 +83,8 @@ class Budget:
         validate_fields(self)
         if self.cost is not None and not any(self.prices):
             raise InvalidValue(
-                f"Budget got cost={self.cost}: a limit on cost needs prices. Give prices=(in, out) a million tokens."
+                f"Budget got cost={self.cost}: a limit on cost needs prices. Give prices=(in, out)"
+                " a million tokens."
             )
         self._held, self._changed = Usage(), threading.Condition()
 
@@ -82,13 +93,16 @@ class Budget:
         return (usage.prompt * self.prices[0] + usage.completion * self.prices[1]) / 1e6
 
     def hold(self, worst: Usage) -> Hold:
-        """Set `worst` aside, waiting for requests in flight where that may help; raises BudgetSpent where it does not fit."""
+        """Set `worst` aside, waiting for requests in flight where that may help; raises BudgetSpent
+        where it does not fit.
+        """
         with self._changed:
             while over := self._over(self.spent + self._held + worst):
                 if not self._held.requests:
                     raise BudgetSpent(
-                        f"The next request may use up to {worst.tokens} tokens, and of the budget of {over} only {self._left()} are left. "
-                        "Nothing is lost: what was answered is in the cache. Give the teacher a larger budget to go on."
+                        f"The next request may use up to {worst.tokens} tokens, and of the budget"
+                        f" of {over} only {self._left()} are left. Nothing is lost: what was"
+                        " answered is in the cache. Give the teacher a larger budget to go on."
                     )
                 self._changed.wait()
             self._held = self._held + worst
@@ -128,7 +142,9 @@ class Budget:
 
 
 class Hold:
-    """A request's share of a budget while it is under way: at the end, `used` is charged, or the worst case."""
+    """A request's share of a budget while it is under way: at the end, `used` is charged, or the
+    worst case.
+    """
 
     def __init__(self, budget: Budget, worst: Usage) -> None:
         self._budget, self._worst, self.used = budget, worst, worst

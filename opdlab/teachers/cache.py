@@ -1,6 +1,8 @@
-"""Answers of a served teacher on disk, so that what was paid for once is never paid for again: SQLite rows of JSON.
+"""Answers of a served teacher on disk, so that what was paid for once is never paid for again:
+SQLite rows of JSON.
 
-A row's key is a hash of all that was asked (server, model, messages, prefix, sampling, seed) and of which sample it is.
+A row's key is a hash of all that was asked (server, model, messages, prefix, sampling, seed) and of
+which sample it is.
 """
 
 from __future__ import annotations
@@ -41,9 +43,12 @@ def _log_ahead(rows: sqlite3.Connection) -> None:
 
 
 class Cache:
-    """`get(key)`, `put(key, answer)`: JSON objects, each written at once or not at all. None as path keeps them in memory.
+    """`get(key)`, `put(key, answer)`: JSON objects, each written at once or not at all.
 
-    Threads share it, and so may processes. Raises DamagedFile for a file that is not what was written.
+    None as path keeps them in memory.
+
+    Threads share it, and so may processes. Raises DamagedFile for a file that is not what was
+    written.
     """
 
     def __init__(self, path: str | os.PathLike[str] | None = None) -> None:
@@ -81,7 +86,8 @@ class Cache:
             OSError,
         ) as error:  # a full disk, a folder that may not be written to
             raise OpdlabError(
-                f"The cache {self.path} cannot be used ({error}). Make room, or give the teacher another cache=…."
+                f"The cache {self.path} cannot be used ({error}). Make room, or give the teacher"
+                " another cache=…."
             ) from None
         except sqlite3.DatabaseError as error:
             raise self._damaged(str(error)) from None
@@ -94,13 +100,15 @@ class Cache:
         rows.execute("PRAGMA synchronous=NORMAL")
         with rows:
             rows.execute(
-                "CREATE TABLE IF NOT EXISTS answers (key TEXT PRIMARY KEY, answer TEXT NOT NULL, checksum TEXT NOT NULL)"
+                "CREATE TABLE IF NOT EXISTS answers (key TEXT PRIMARY KEY, answer TEXT NOT NULL,"
+                " checksum TEXT NOT NULL)"
             )
         return rows
 
     def _damaged(self, why: str) -> DamagedFile:
         return DamagedFile(
-            f"{self.path} is not a cache of teachers' answers ({why}). Delete it, or give the teacher another cache=…."
+            f"{self.path} is not a cache of teachers' answers ({why}). Delete it, or give the"
+            " teacher another cache=…."
         )
 
     def __repr__(self) -> str:

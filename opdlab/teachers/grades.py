@@ -1,4 +1,6 @@
-"""Reading a server's log-probs of a prompt, in the two forms that servers give them. All of it is checked, none is believed.
+"""Reading a server's log-probs of a prompt, in the two forms that servers give them.
+
+All of it is checked, none is believed.
 
 prompt_logprobs   vLLM: a list of {token id: {"logprob": …, "rank": …, "decoded_token": …}}, one a prompt token, null first
 echo              legacy completions with `echo` and `logprobs`: tokens, token_logprobs, top_logprobs; names are strings,
@@ -19,13 +21,17 @@ from transformers import PreTrainedTokenizerBase
 from opdlab.teachers.redaction import plain
 from opdlab.teachers.service import Fault
 
-LEAST = -500.0  # no model gives less: what is below stands for "no probability", as -9999.0 does at OpenAI and vLLM
+# no model gives less: what is below stands for "no probability", as -9999.0 does at OpenAI and vLLM
+LEAST = -500.0
 SLACK = 1e-3  # what rounding on a server may add to a log-prob or to a sum of probabilities
 
 
 @dataclass(frozen=True)
 class Names:
-    """A tokenizer's strings, to read servers that name tokens by them: `ids[s]` are the ids that decode to `s`."""
+    """A tokenizer's strings, to read servers that name tokens by them:
+
+    `ids[s]` are the ids that decode to `s`.
+    """
 
     strings: tuple[str, ...]
     ids: Mapping[str, tuple[int, ...]]
@@ -45,8 +51,8 @@ class Names:
         found = self.ids.get(name, ())
         if len(found) != 1:
             raise Fault(
-                f"the server names a token {plain(name)!r}, which is {len(found)} of the student's tokens. Serve the teacher with vLLM, "
-                "which names tokens by id",
+                f"the server names a token {plain(name)!r}, which is {len(found)} of the student's"
+                " tokens. Serve the teacher with vLLM, which names tokens by id",
                 final=True,
             )
         return found[0]
@@ -55,12 +61,15 @@ class Names:
 def tops(
     choice: Mapping[str, Any], ids: Sequence[int], way: str, names: Names
 ) -> list[dict[int, float]]:
-    """Of each token of `ids` but the first: log-probs by id, of the likeliest tokens and the token itself. Raises Fault."""
+    """Of each token of `ids` but the first: log-probs by id, of the likeliest tokens and the token
+    itself. Raises Fault.
+    """
     if way == "prompt_logprobs":
         listed = choice.get("prompt_logprobs")
         if not isinstance(listed, list) or len(listed) != len(ids):
             raise Fault(
-                f"prompt_logprobs has {len(listed) if isinstance(listed, list) else 'no'} entries for {len(ids)} tokens"
+                f"prompt_logprobs has {len(listed) if isinstance(listed, list) else 'no'} entries"
+                f" for {len(ids)} tokens"
             )
         seen = choice.get("prompt_token_ids")
         if isinstance(seen, list) and seen != list(ids):
@@ -87,13 +96,16 @@ def tops(
 def table(
     entries: Sequence[Mapping[int, float]], ids: Sequence[int], k: int, vocab: int
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """`ids [n, k]`, `top [n, k]`, `sampled [n]` (float32) of the tokens `ids`; raises Fault for what is no grade of them."""
+    """`ids [n, k]`, `top [n, k]`, `sampled [n]` (float32) of the tokens `ids`; raises Fault for
+    what is no grade of them.
+    """
     k = min(k, vocab)
     order = [sorted(entry, key=lambda i: (-entry[i], i)) for entry in entries]
     for entry, ranked, token in zip(entries, order, ids, strict=True):
         if not all(0 <= i < vocab for i in ranked):
             raise Fault(
-                f"the server names token {max(ranked)}, and the student has {vocab}: these are other tokenizers",
+                f"the server names token {max(ranked)}, and the student has {vocab}: these are"
+                " other tokenizers",
                 final=True,
             )
         if token not in entry:
@@ -102,14 +114,16 @@ def table(
             )
         if len(ranked) < k:
             raise Fault(
-                f"the server gives {len(ranked)} log-probs a token where {k} were asked for: ask for k={len(ranked)}",
+                f"the server gives {len(ranked)} log-probs a token where {k} were asked for: ask"
+                f" for k={len(ranked)}",
                 final=True,
             )
         if len(ranked) > k + 1 or (
             len(ranked) == k + 1 and entry[token] > entry[ranked[k]] + SLACK
         ):
             raise Fault(
-                f"the server gives {len(ranked)} log-probs for a token, and they are not the {k} likeliest and its own",
+                f"the server gives {len(ranked)} log-probs for a token, and they are not the {k}"
+                " likeliest and its own",
                 final=True,
             )
         if sum(map(math.exp, entry.values())) > 1 + SLACK:
@@ -149,7 +163,9 @@ def _by_id(entry: Any) -> dict[int, float]:
 
 
 def _by_name(name: Any, logp: Any, top: Any, token: int, names: Names) -> dict[int, float]:
-    """Of an echoed token, which must be the one that was sent; strings that several ids share are no names."""
+    """Of an echoed token, which must be the one that was sent; strings that several ids share are
+    no names.
+    """
     if not isinstance(name, str) or not isinstance(top, dict):
         raise Fault("a token of the echo has no log-probs")
     same = (
@@ -159,12 +175,14 @@ def _by_name(name: Any, logp: Any, top: Any, token: int, names: Names) -> dict[i
     )
     if not same:
         raise Fault(
-            f"the server graded other tokens than were sent: {plain(name)!r} and not {names.strings[token]!r}"
+            f"the server graded other tokens than were sent: {plain(name)!r} and not"
+            f" {names.strings[token]!r}"
         )
     own = _logp(logp)
     if name in top and abs(_logp(top[name]) - own) > SLACK:
         raise Fault(
-            f"the server gives the token {plain(name)!r} two log-probs, {own:g} and {plain(top[name])}"
+            f"the server gives the token {plain(name)!r} two log-probs, {own:g} and"
+            f" {plain(top[name])}"
         )
     rest = [(names.find(other), _logp(value)) for other, value in top.items() if other != name]
     return _distinct([*rest, (token, own)])
@@ -197,6 +215,7 @@ def _logp(value: Any) -> float:
         raise Fault(f"a log-prob is {plain(value)}")
     if value < LEAST:
         raise Fault(
-            f"a log-prob is {plain(value)}, which servers send for a token without any probability: nothing can be learned from it"
+            f"a log-prob is {plain(value)}, which servers send for a token without any probability:"
+            " nothing can be learned from it"
         )
     return min(0.0, float(value))

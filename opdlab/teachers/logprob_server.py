@@ -1,8 +1,9 @@
-"""A teacher behind a server that gives log-probs: of the `k` likeliest tokens and of the student's own, at every position.
+"""A teacher behind a server that gives log-probs: of the `k` likeliest tokens and of the student's
+own, at every position.
 
-The student's token ids go out, and what comes back must be about just these ids. With it, `OPD(top_k=TopK(k, by="teacher"))`
-and `OPD(estimator="sampled")` train as with a local teacher; a loss that needs the whole distribution is refused when the
-run is made. Memory is `[tokens, k]`.
+The student's token ids go out, and what comes back must be about just these ids. With it,
+`OPD(top_k=TopK(k, by="teacher"))` and `OPD(estimator="sampled")` train as with a local teacher; a
+loss that needs the whole distribution is refused when the run is made. Memory is `[tokens, k]`.
 """
 
 from __future__ import annotations
@@ -41,10 +42,13 @@ PROBE = 256  # ids of the vocabulary whose strings are compared
 
 
 class LogprobServer:
-    """`LogprobServer("http://127.0.0.1:8000/v1", k=20)`: it grades (`grade`) and writes (`write`, as a `TextServer`).
+    """`LogprobServer("http://127.0.0.1:8000/v1", k=20)`: it grades (`grade`) and writes (`write`,
+    as a `TextServer`).
 
-    k: how many of the likeliest tokens to ask for; vLLM allows 20 unless started with --max-logprobs. model and options: see
-    `TextServer`. The chat template is the student's, since the teacher grades the very ids that the student read.
+    k: how many of the likeliest tokens to ask for; vLLM allows 20 unless started with
+        --max-logprobs. model and options: see
+    `TextServer`. The chat template is the student's, since the teacher grades the very ids that the
+    student read.
     """
 
     K: ClassVar[int] = 20  # what vLLM allows by default
@@ -53,14 +57,17 @@ class LogprobServer:
     def __init__(
         self, url: Text, model: Text | None = None, *, k: Count = K, **options: Any
     ) -> None:
-        # the teacher reads what the student reads, so its prompts are those of the student, rendered
+        # the teacher reads what the student reads, so its prompts are those of the student,
+        # rendered
         self.k, self.text = k, TextServer(url, model, **{"continue_by": "completion", **options})
         self._student: Policy | None = None
         self._names = grades.Names((), {})
         self._way = ""
 
     def check(self, student: Policy, prompts: Sequence[Prompt], max_new_tokens: int) -> None:
-        """Raise TeacherError where the server gives no log-probs, TokenizerMismatch where its tokens are not the student's."""
+        """Raise TeacherError where the server gives no log-probs, TokenizerMismatch where its
+        tokens are not the student's.
+        """
         bare = student._view(
             context=None, adapter=None
         )  # the teacher sees no context of the student's
@@ -88,10 +95,13 @@ class LogprobServer:
         self._compare_texts(student.tokenizer, prompts)
 
     def grade(self, rollout: Rollout) -> TopLogprobs:
-        """The teacher's log-probs of every completion token, in row order; one request a completion."""
+        """The teacher's log-probs of every completion token, in row order; one request a
+        completion.
+        """
         if self._student is None:
             raise OpdlabError(
-                "This server has not been compared with a student yet. Call check(student, prompts, max_new_tokens) first."
+                "This server has not been compared with a student yet. Call check(student, prompts,"
+                " max_new_tokens) first."
             )
         starts, bodies = self._student.encode_all(rollout.prompts), rollout.completions()
         rows = self.text.service.many(
@@ -125,7 +135,11 @@ class LogprobServer:
         read: Callable[[list[dict[int, float]], dict[str, Any]], T],
         retries: int | None = None,
     ) -> T:
-        """One sequence graded: `read` makes something of the log-probs at each token but the first, and of the reply's choice."""
+        """One sequence graded:
+
+        `read` makes something of the log-probs at each token but the first, and of the reply's
+        choice.
+        """
         text = self.text
         body = {"prompt": ids, "max_tokens": 1, **WAYS[way](self.k)}
 
@@ -158,8 +172,9 @@ class LogprobServer:
                     raise
                 refusals.append(f"{way}: {error}")
         raise TeacherError(
-            f"{self.text.service.url} gives no log-probs of a prompt that can be used. Serve the teacher with vLLM or SGLang, or use it as "
-            f"a TextServer with a method that learns from texts alone (OmniOPD, SequenceKD). It was asked so: {' | '.join(refusals)}"
+            f"{self.text.service.url} gives no log-probs of a prompt that can be used. Serve the"
+            " teacher with vLLM or SGLang, or use it as a TextServer with a method that learns"
+            f" from texts alone (OmniOPD, SequenceKD). It was asked so: {' | '.join(refusals)}"
         )
 
     def _compare_texts(self, tokenizer: PreTrainedTokenizerBase, prompts: Sequence[Prompt]) -> None:
@@ -193,7 +208,9 @@ def _tokens(reply: dict[str, Any]) -> list[int]:
 
 
 def _spread(tokenizer: PreTrainedTokenizerBase, vocab: int, most: int) -> list[int]:
-    """Ids from all over the vocabulary that are no special tokens, about `most`; one more before them, since a first has no grade."""
+    """Ids from all over the vocabulary that are no special tokens, about `most`; one more before
+    them, since a first has no grade.
+    """
     special = set(tokenizer.all_special_ids)
     ids = [i for i in range(vocab) if i not in special]
     ids = ids[:: -(-len(ids) // max(1, min(most, PROBE)))]
@@ -202,6 +219,6 @@ def _spread(tokenizer: PreTrainedTokenizerBase, vocab: int, most: int) -> list[i
 
 def _mismatch(what: str) -> TokenizerMismatch:
     return TokenizerMismatch(
-        f"The server's tokenizer differs from the student's: {what}. A token-level loss would compare unrelated tokens. Serve a teacher of "
-        "the same family, or use it as a TextServer."
+        f"The server's tokenizer differs from the student's: {what}. A token-level loss would"
+        " compare unrelated tokens. Serve a teacher of the same family, or use it as a TextServer."
     )

@@ -1,4 +1,6 @@
-"""Foreign words in error messages: short, printable, and without the key, however a server spells it."""
+"""Foreign words in error messages: short, printable, and without the key, however a server spells
+it.
+"""
 
 from __future__ import annotations
 
@@ -18,7 +20,9 @@ def plain(said: object, key: str = "") -> str:
 
 
 def without_key(text: str, key: str) -> str:
-    """Replace the key by "…": whole, in pieces of `WINDOW` characters or more, and URL-, JSON- or base64-encoded."""
+    """Replace the key by "…": whole, in pieces of `WINDOW` characters or more, and URL-, JSON- or
+    base64-encoded.
+    """
     if not key:
         return text
     hidden = [False] * len(text)
@@ -39,7 +43,10 @@ def without_key(text: str, key: str) -> str:
 
 
 def _forms(key: str) -> set[str]:
-    """The key and its encodings. Base64 depends on how many bytes stand before the key, modulo 3."""
+    """The key and its encodings.
+
+    Base64 depends on how many bytes stand before the key, modulo 3.
+    """
     raw = key.encode("utf-8", "surrogateescape")
     forms = {key, quote(raw, safe=""), json.dumps(key)[1:-1]}
     for before in range(3):

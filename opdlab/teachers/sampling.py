@@ -1,7 +1,10 @@
-"""The sampling fields of a request. All are sent, since servers fill what is missing from a model's generation_config.json.
+"""The sampling fields of a request.
 
-A server that does not know a field refuses the request. Then the field is left out from there on: a server cannot fill in
-what it does not know. Only fields with their neutral value are left out; a value that was asked for is sent or an error.
+All are sent, since servers fill what is missing from a model's generation_config.json.
+
+A server that does not know a field refuses the request. Then the field is left out from there on: a
+server cannot fill in what it does not know. Only fields with their neutral value are left out; a
+value that was asked for is sent or an error.
 """
 
 from __future__ import annotations
@@ -14,8 +17,8 @@ from typing import Any
 from opdlab.errors import OpdlabError, TeacherError
 from opdlab.teachers.redaction import plain
 
-# Fields of OpenAI's API, and those that vLLM, SGLang and llama.cpp add, each with the value that changes nothing. top_k is
-# off at -1: 0 is refused by older vLLM and by SGLang.
+# Fields of OpenAI's API, and those that vLLM, SGLang and llama.cpp add, each with the value that
+# changes nothing. top_k is off at -1: 0 is refused by older vLLM and by SGLang.
 STANDARD: dict[str, Any] = {
     "temperature": 1.0,
     "top_p": 1.0,

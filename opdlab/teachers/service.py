@@ -1,8 +1,10 @@
-"""Talking to an OpenAI-compatible server: one request until it is answered well, many at once, nothing else.
+"""Talking to an OpenAI-compatible server: one request until it is answered well, many at once,
+nothing else.
 
-The `openai` client does the talking. The loop around it is ours, because here a reply with broken JSON, another model's
-name or a missing text is as good as none: it is asked for again, with back-off, and each time is charged to the budget
-before it is sent. The key is read from the environment for the time of a request and kept nowhere.
+The `openai` client does the talking. The loop around it is ours, because here a reply with broken
+JSON, another model's name or a missing text is as good as none: it is asked for again, with
+back-off, and each time is charged to the budget before it is sent. The key is read from the
+environment for the time of a request and kept nowhere.
 """
 
 from __future__ import annotations
@@ -37,7 +39,10 @@ ABSURD_USAGE = (
 
 
 class Fault(Exception):
-    """A reply that cannot be used; unless `final`, asking again may help. `paid`: the server did the work."""
+    """A reply that cannot be used; unless `final`, asking again may help.
+
+    `paid`: the server did the work.
+    """
 
     def __init__(
         self,
@@ -54,11 +59,12 @@ class Fault(Exception):
 
 @dataclass(eq=False)
 class Service:
-    """A server at `url` (with its /v1). timeout: seconds from a request to the end of its reply. retries: of one request.
-    concurrency: requests in flight.
+    """A server at `url` (with its /v1). timeout: seconds from a request to the end of its reply.
+    retries: of one request. concurrency: requests in flight.
 
-    key_env names the environment variable that holds the key; where it is not set, none is sent. cache: a file, or a
-    `Cache`; None remembers answers as long as this object lives. Raises InvalidValue for values that cannot be right.
+    key_env names the environment variable that holds the key; where it is not set, none is sent.
+    cache: a file, or a `Cache`; None remembers answers as long as this object lives. Raises
+    InvalidValue for values that cannot be right.
     """
 
     url: Text
@@ -74,12 +80,14 @@ class Service:
         validate_fields(self)
         if not isinstance(self.cache, (str, os.PathLike, Cache, type(None))):
             raise InvalidValue(
-                f"The cache of a teacher is {shortened(self.cache)}. Use the path of a file, a Cache, or None."
+                f"The cache of a teacher is {shortened(self.cache)}. Use the path of a file, a"
+                " Cache, or None."
             )
         if not _is_address(self.url):
             raise InvalidValue(
-                "The url of a teacher must look like http://127.0.0.1:8000/v1, without a name, password or query in it. "
-                f"Put the key into the environment variable {self.key_env}."
+                "The url of a teacher must look like http://127.0.0.1:8000/v1, without a name,"
+                " password or query in it. Put the key into the environment variable"
+                f" {self.key_env}."
             )
         self.url = self.url.rstrip("/")
         self.cache = self.cache if isinstance(self.cache, Cache) else Cache(self.cache)
@@ -96,7 +104,9 @@ class Service:
         accept: Callable[[dict[str, Any]], T],
         retries: int | None = None,
     ) -> T:
-        """The answer to one request as `accept` reads it (it raises Fault for what cannot be used). `path` may be a whole url.
+        """The answer to one request as `accept` reads it (it raises Fault for what cannot be used).
+
+        `path` may be a whole url.
 
         Raises BudgetSpent before sending, TeacherError where no usable reply came.
         """
@@ -120,8 +130,9 @@ class Service:
                 break
         times = f" (asked {i + 1} times)" if i else ""
         error = TeacherError(
-            f"{self.url}{'' if '://' in path else path}: {self.without_key(str(fault))}{times}. Nothing was trained on it and nothing "
-            f"paid for is lost. {_advice(fault.status, self.key_env)}"
+            f"{self.url}{'' if '://' in path else path}: {self.without_key(str(fault))}{times}."
+            " Nothing was trained on it and nothing paid for is lost."
+            f" {_advice(fault.status, self.key_env)}"
         )
         error.status = fault.status
         raise error
@@ -131,7 +142,8 @@ class Service:
         return without_key(text, os.environ.get(self.key_env, ""))
 
     def many(self, jobs: Sequence[Callable[[], T]], unit: int = 1) -> list[T]:
-        """Run all jobs, some at once, and give their results in order; the first error stops those that have not begun.
+        """Run all jobs, some at once, and give their results in order; the first error stops those
+        that have not begun.
 
         unit: texts a job, for the progress bar.
         """
@@ -164,7 +176,10 @@ class Service:
         self._progress.update(self._done, tokens=f"{spent.tokens:,}", **cost)
 
     def _once(self, path: str, body: Mapping[str, Any]) -> dict[str, Any] | Fault:
-        """Send one request. A fault is returned and not raised, so that no traceback leads to the request and its key."""
+        """Send one request.
+
+        A fault is returned and not raised, so that no traceback leads to the request and its key.
+        """
         client = self._talk()
         from openai import APIConnectionError, APIStatusError, APITimeoutError, OpenAIError
 
@@ -210,7 +225,8 @@ class Service:
                     from openai import OpenAI
                 except ImportError:
                     raise OpdlabError(
-                        "Teachers behind a server need the openai client. Install it: pip install 'opdlab[servers]'."
+                        "Teachers behind a server need the openai client. Install it: pip install"
+                        " 'opdlab[servers]'."
                     ) from None
                 from opdlab.teachers.transport import bounded_client
 
@@ -224,7 +240,9 @@ class Service:
             return self._client
 
     def _usage(self, reply: dict[str, Any] | Fault, worst: Usage) -> Usage:
-        """What the request is charged: the server's count where that can be right, else the worst case."""
+        """What the request is charged: the server's count where that can be right, else the worst
+        case.
+        """
         if isinstance(reply, Fault):
             return worst if reply.paid else Usage(requests=1)
         said = reply.get("usage")
@@ -240,8 +258,9 @@ class Service:
             if count is not None and not is_right and not self._has_warned:
                 self._has_warned = True
                 warnings.warn(
-                    f"{self.url} says that a request used {name}={plain(count)}, which cannot be right. The budget is charged "
-                    f"{most} instead, the most that the request can use; so are further ones of this kind.",
+                    f"{self.url} says that a request used {name}={plain(count)}, which cannot be"
+                    f" right. The budget is charged {most} instead, the most that the request can"
+                    " use; so are further ones of this kind.",
                     stacklevel=2,
                 )
         prompt, completion = counts
@@ -249,10 +268,11 @@ class Service:
 
 
 def raise_error_of(answer: Mapping[str, Any]) -> None:
-    """Raise Fault for a reply, or one of its choices, that carries an error beside or instead of an answer.
+    """Raise Fault for a reply, or one of its choices, that carries an error beside or instead of an
+    answer.
 
-    Routers answer so with status 200: `{"error": {"message": "…", "code": 403}}`, or a text in place of the object, or the
-    object alone, as `{"object": "error", "message": "…"}`.
+    Routers answer so with status 200: `{"error": {"message": "…", "code": 403}}`, or a text in
+    place of the object, or the object alone, as `{"object": "error", "message": "…"}`.
     """
     error = answer if answer.get("object") == "error" else answer.get("error")
     if not error:  # some servers say `"error": null` in every reply
@@ -273,12 +293,16 @@ def raise_error_of(answer: Mapping[str, Any]) -> None:
 
 
 def _pause(i: int) -> float:
-    """Seconds before try `i + 2`: half a second, doubling up to 8, and somewhat random so that many do not come back at once."""
+    """Seconds before try `i + 2`: half a second, doubling up to 8, and somewhat random so that many
+    do not come back at once.
+    """
     return min(8.0, 0.5 * 2**i) * random.uniform(0.75, 1.0)
 
 
 def _is_address(url: str) -> bool:
-    """Whether this is an http(s) address of a host, without user, password, query or fragment, which may hold a key."""
+    """Whether this is an http(s) address of a host, without user, password, query or fragment,
+    which may hold a key.
+    """
     try:
         parts = urlsplit(url)
         port = parts.port

@@ -1,8 +1,9 @@
-"""A local model with its log-probs taken away: what a service that only returns text would be, without the service.
+"""A local model with its log-probs taken away: what a service that only returns text would be,
+without the service.
 
-The model is kept in a table of this module and not in the object, so nothing that can be reached from a `TextOnly`
-(attributes, slots, closures, results) leads to weights, logits or log-probs: a method that trains with it would train
-with a stranger's API too.
+The model is kept in a table of this module and not in the object, so nothing that can be reached
+from a `TextOnly` (attributes, slots, closures, results) leads to weights, logits or log-probs: a
+method that trains with it would train with a stranger's API too.
 """
 
 from __future__ import annotations
@@ -22,7 +23,10 @@ _MODELS: WeakKeyDictionary[TextOnly, Policy] = WeakKeyDictionary()
 
 
 class TextOnly:
-    """`policy` reduced to `write`: prompts in, texts out. It reads and writes with its own tokenizer and chat template."""
+    """`policy` reduced to `write`: prompts in, texts out.
+
+    It reads and writes with its own tokenizer and chat template.
+    """
 
     __slots__ = ("__weakref__",)
 
@@ -30,7 +34,10 @@ class TextOnly:
         _MODELS[self] = policy
 
     def check(self, student: Policy, prompts: Sequence[Prompt], max_new_tokens: int) -> None:
-        """Raise EmptyPrompts or ContextTooLong where a prompt does not fit. Any tokenizer will do."""
+        """Raise EmptyPrompts or ContextTooLong where a prompt does not fit.
+
+        Any tokenizer will do.
+        """
         _MODELS[self].encode_all(prompts, room=max_new_tokens)
 
     def write(
@@ -44,15 +51,18 @@ class TextOnly:
         top_p: float = 1.0,
         seed: int = 0,
     ) -> list[list[WrittenText]]:
-        """`n` texts a prompt, of at most `max_new_tokens` of the teacher's tokens each; each says whether it was cut there.
+        """`n` texts a prompt, of at most `max_new_tokens` of the teacher's tokens each; each says
+        whether it was cut there.
 
-        prefixes: one unfinished answer a prompt, which the texts continue and do not repeat. The text of a special token in
+        prefixes: one unfinished answer a prompt, which the texts continue and do not repeat. The
+            text of a special token in
         it is read as text, not as the token. Raises ContextTooLong and EmptyPrompts.
         """
         if n < 1 or (prefixes is not None and len(prefixes) != len(prompts)):
             many = len(prompts if prefixes is None else prefixes)
             raise OpdlabError(
-                f"write got n={n} and {many} prefixes for {len(prompts)} prompts. Use n of 1 or more and one each."
+                f"write got n={n} and {many} prefixes for {len(prompts)} prompts. Use n of 1 or"
+                " more and one each."
             )
         policy = _MODELS[self]
         begun = [_plain(policy, text) for text in prefixes] if prefixes is not None else None
@@ -90,7 +100,9 @@ def _plain(policy: Policy, text: str) -> list[int]:
 
 
 def _after(policy: Policy, begun: list[int], more: list[int]) -> str:
-    """What `more` adds to the text of `begun`: decoded together, since a decoder drops the space before a first piece."""
+    """What `more` adds to the text of `begun`: decoded together, since a decoder drops the space
+    before a first piece.
+    """
     start, whole, bare = completion_texts(
         policy.tokenizer, [begun, begun + more, more], policy.weights.eos
     )

@@ -1,8 +1,9 @@
 """A teacher behind an OpenAI-compatible server that returns nothing but text.
 
-It writes exactly as many texts as it is asked for, or raises: a server that gives one choice where two were asked for
-(`transformers serve`, among others) is counted and asked again. All of it is remembered on disk, sample by sample, so a
-run that is repeated or taken up after an error pays for nothing twice. Left out: streaming, tools, images.
+It writes exactly as many texts as it is asked for, or raises: a server that gives one choice where
+two were asked for (`transformers serve`, among others) is counted and asked again. All of it is
+remembered on disk, sample by sample, so a run that is repeated or taken up after an error pays for
+nothing twice. Left out: streaming, tools, images.
 """
 
 from __future__ import annotations
@@ -39,7 +40,9 @@ from opdlab.teachers.sampling import NEUTRAL, REFUSED, Sampling, refused_fields,
 from opdlab.teachers.service import Fault, Service
 
 T = TypeVar("T")
-FORMAT = 2  # of what the cache holds. In format 1, replies that a server had broken off counted as finished: not read again.
+# of what the cache holds. In format 1, replies that a server had broken off counted as finished:
+# not read again.
+FORMAT = 2
 PROBES = 3  # prompts that a way of going on is tried on
 GREEDY = 48  # tokens of an answer that a way of going on is tried with
 # Fields of a request that are not the user's to set, and what sets them.
@@ -59,14 +62,17 @@ SAMPLE = {
 
 
 class TextServer:
-    """`TextServer("http://127.0.0.1:8000/v1")`, with the environment variable OPDLAB_API_KEY where a key is needed.
+    """`TextServer("http://127.0.0.1:8000/v1")`, with the environment variable OPDLAB_API_KEY where
+    a key is needed.
 
-    model: as the server names it; by default what the server says it is. continue_by: how to go on with a student's
-    unfinished text, one of `asking.WAYS`; by default what is found to work (see `way`). template: a tokenizer whose chat
-    template is the teacher's, for `completion`; by default the student's, if it proves right. extra: more fields for every
-    request, as `{"top_k": 50}`; they win over the sampling fields that are sent otherwise (temperature and top_p as `write`
-    is told; top_k, min_p and all penalties switched off). cache, budget, timeout, retries, concurrency, key_env, quiet: see
-    `Service`. Raises InvalidValue for values that cannot be right.
+    model: as the server names it; by default what the server says it is. continue_by: how to go on
+        with a student's
+    unfinished text, one of `asking.WAYS`; by default what is found to work (see `way`). template: a
+    tokenizer whose chat template is the teacher's, for `completion`; by default the student's, if
+    it proves right. extra: more fields for every request, as `{"top_k": 50}`; they win over the
+    sampling fields that are sent otherwise (temperature and top_p as `write` is told; top_k, min_p
+    and all penalties switched off). cache, budget, timeout, retries, concurrency, key_env, quiet:
+    see `Service`. Raises InvalidValue for values that cannot be right.
     """
 
     @validate_arguments
@@ -89,7 +95,8 @@ class TextServer:
         known = [field.name for field in dataclasses.fields(Service) if field.name != "url"]
         if unknown := sorted(set(options) - set(known)):
             raise InvalidValue(
-                f"TextServer has no option {', '.join(unknown)}. It has model, continue_by, template, extra, {', '.join(known)}."
+                f"TextServer has no option {', '.join(unknown)}. It has model, continue_by,"
+                f" template, extra, {', '.join(known)}."
             )
         self.model, self.template, self.extra = model, template, _checked_extra(extra or {})
         self._given = "" if continue_by == "auto" else continue_by
@@ -104,7 +111,10 @@ class TextServer:
         ] = {}  # by path, the sampling fields that the server does not know
 
     def check(self, student: Policy, prompts: Sequence[Prompt], max_new_tokens: int) -> None:
-        """Ask the server for one token: is it there, who is it, how does it want to be asked? Any tokenizer will do."""
+        """Ask the server for one token: is it there, who is it, how does it want to be asked?
+
+        Any tokenizer will do.
+        """
         self.template = self.template or student.tokenizer
         self.meet(prompts)
 
@@ -139,16 +149,20 @@ class TextServer:
         top_p: PositiveShare = 1.0,
         seed: CountOrZero = 0,
     ) -> list[list[WrittenText]]:
-        """Exactly `n` texts a prompt, of at most `max_new_tokens` of the teacher's tokens each; each says whether it was cut there.
+        """Exactly `n` texts a prompt, of at most `max_new_tokens` of the teacher's tokens each;
+        each says whether it was cut there.
 
-        prefixes: one unfinished answer a prompt, which the texts continue and do not repeat. temperature, top_p: how the
-        teacher samples; nothing else shapes its distribution but `extra`. Raises InvalidValue, TeacherError and BudgetSpent;
-        the answers that came before are kept, and asking again goes on from them.
+        prefixes: one unfinished answer a prompt, which the texts continue and do not repeat.
+            temperature, top_p: how the
+        teacher samples; nothing else shapes its distribution but `extra`. Raises InvalidValue,
+        TeacherError and BudgetSpent; the answers that came before are kept, and asking again goes
+        on from them.
         """
         begun = [""] * len(prompts) if prefixes is None else list(prefixes)
         if len(begun) != len(prompts):
             raise InvalidValue(
-                f"write got {len(begun)} prefixes for {len(prompts)} prompts. Use one each, or none at all."
+                f"write got {len(begun)} prefixes for {len(prompts)} prompts. Use one each, or none"
+                " at all."
             )
         asking.check_texts(prompts, begun)
         sampling = Sampling(temperature, top_p)
@@ -183,12 +197,15 @@ class TextServer:
         return [[self._written(key, prefix, way) for key in keys] for prefix, keys in asked]
 
     def _check_extra_agrees(self, sampling: Sampling) -> None:
-        """Refuse a temperature or top_p that the fields of `extra` would overrule: one of the two would be ignored."""
+        """Refuse a temperature or top_p that the fields of `extra` would overrule: one of the two
+        would be ignored.
+        """
         for name, value in sampling.fields().items():
             if value != NEUTRAL[name] and self.extra.get(name, value) != value:
                 raise InvalidValue(
-                    f"write got {name}={value}, but this teacher was made with extra={{{name!r}: {self.extra[name]!r}}}. "
-                    f"Leave {name} out of extra, or give both the same value."
+                    f"write got {name}={value}, but this teacher was made with extra={{{name!r}:"
+                    f" {self.extra[name]!r}}}. Leave {name} out of extra, or give both the same"
+                    " value."
                 )
 
     def _written(self, key: str, prefix: str, way: str) -> WrittenText:
@@ -199,7 +216,8 @@ class TextServer:
         found = self.service.cache.get(key)
         if found is None:
             raise OpdlabError(
-                "The cache lost an answer while it was in use. Do not delete it during a run; ask again."
+                "The cache lost an answer while it was in use. Do not delete it during a run; ask"
+                " again."
             )
         return found
 
@@ -212,10 +230,13 @@ class TextServer:
         keys: list[str],
         retries: int | None = None,
     ) -> None:
-        """Fill the cache under `keys`, one text each, in as many requests as the server needs for that."""
+        """Fill the cache under `keys`, one text each, in as many requests as the server needs for
+        that.
+        """
         while keys:
             several = {"n": len(keys)} if len(keys) > 1 else {}
-            # a seed of its own for every sample: with one for all, a server that gives one text a request would repeat it
+            # a seed of its own for every sample: with one for all, a server that gives one text a
+            # request would repeat it
             whole = {**body, self._limit: limit, **several, "seed": int(keys[0][:8], 16) >> 1}
             accept = partial(self._checked, n=len(keys), limit=limit, short=[])
             texts = self.post(
@@ -237,8 +258,9 @@ class TextServer:
     ) -> T:
         """`Service.post` with the model, all sampling fields that the server knows, and `extra`.
 
-        Fields that it refuses are left out, and remembered once a request without them was answered. guess: leave out all
-        fields beyond OpenAI's where the server does not name the one that it refuses.
+        Fields that it refuses are left out, and remembered once a request without them was
+        answered. guess: leave out all fields beyond OpenAI's where the server does not name the one
+        that it refuses.
         """
         refused = self._refused.get(path, ())
         while True:
@@ -274,7 +296,10 @@ class TextServer:
     def _checked(
         self, reply: Mapping[str, Any], n: int, limit: int, short: list[int]
     ) -> list[dict[str, Any]]:
-        """The texts of a reply. Fewer than asked for may be an accident: taken only when it happens again (`short`)."""
+        """The texts of a reply.
+
+        Fewer than asked for may be an accident: taken only when it happens again (`short`).
+        """
         self.named(reply)
         texts = asking.choices(reply, n * limit)
         if len(texts) > n:
@@ -289,7 +314,9 @@ class TextServer:
     # Getting to know a server.
 
     def _met(self, path: str, body: dict[str, Any]) -> dict[str, Any]:
-        """What one request for two texts of a token shows: names, fields that the server takes, whether `n` is served."""
+        """What one request for two texts of a token shows: names, fields that the server takes,
+        whether `n` is served.
+        """
         fields, guess = {self._limit: 1, "n": 2}, False
         while True:
             try:
@@ -325,19 +352,25 @@ class TextServer:
             name.startswith(self.model) or self.model.endswith(f"/{name}")
         ):  # a dated snapshot, a router's name
             raise Fault(
-                f"the model {plain(name)!r} answered and not {self.model!r}. Name it as the server does, or leave model= out"
+                f"the model {plain(name)!r} answered and not {self.model!r}. Name it as the server"
+                " does, or leave model= out"
             )
         return name, len(listed)
 
     def _way(self, prompts: Sequence[Prompt]) -> str:
-        """How this server goes on with an unfinished answer: as the user said, else as its own greedy answers show, once."""
+        """How this server goes on with an unfinished answer: as the user said, else as its own
+        greedy answers show, once.
+        """
         chats = [prompt for prompt in prompts if prompt.messages is not None]
         if not self.way and chats:
             self.way = self._found(chats[:PROBES])
         return self.way or "completion"
 
     def _found(self, prompts: Sequence[Prompt]) -> str:
-        """The first way that, given half of a greedy answer, goes on with its other half. Needs no knowledge of the model."""
+        """The first way that, given half of a greedy answer, goes on with its other half.
+
+        Needs no knowledge of the model.
+        """
         try:
             halves = [(prompt, *_halves(self._greedy(prompt, "", ""))) for prompt in prompts]
         except TeacherError as error:
@@ -353,8 +386,9 @@ class TextServer:
         found = next((way for way in ways if halves and self._works(way, halves)), None)
         if found is None:
             warnings.warn(
-                f"{self.service.url} goes on with no unfinished answer in a way that could be shown to work, so it is told to go on by "
-                "an instruction, and what it repeats is cut. Texts continue less exactly so; TextServer(continue_by=…) names another way.",
+                f"{self.service.url} goes on with no unfinished answer in a way that could be shown"
+                " to work, so it is told to go on by an instruction, and what it repeats is cut."
+                " Texts continue less exactly so; TextServer(continue_by=…) names another way.",
                 stacklevel=5,
             )
         return found or "instruct"
@@ -393,7 +427,8 @@ def _checked_extra(extra: Mapping[str, Any]) -> dict[str, Any]:
     for name in extra:
         if name in TAKEN:
             raise InvalidValue(
-                f"TextServer got extra={{{name!r}: …}}, a field that is set by {TAKEN[name]}. Leave it out of extra."
+                f"TextServer got extra={{{name!r}: …}}, a field that is set by {TAKEN[name]}. Leave"
+                " it out of extra."
             )
     try:
         json.dumps(extra, allow_nan=False)
@@ -414,9 +449,11 @@ def _halves(text: str) -> tuple[str, str]:
 def _after_refusal(
     fields: dict[str, int], guess: bool, error: TeacherError
 ) -> tuple[dict[str, int], bool]:
-    """How to greet a server that refused a greeting: `fields`, and whether to `guess` (see `post`); raises the error at the end.
+    """How to greet a server that refused a greeting: `fields`, and whether to `guess` (see `post`);
+    raises the error at the end.
 
-    Where it does not say what it refuses, `n` goes first: without it texts come one at a time, which changes none of them.
+    Where it does not say what it refuses, `n` goes first: without it texts come one at a time,
+    which changes none of them.
     """
     if error.status not in REFUSED:
         raise error

@@ -1,4 +1,7 @@
-"""The HTTP client that servers are asked through. It bounds a reply in time and size, and follows no redirect to another origin."""
+"""The HTTP client that servers are asked through.
+
+It bounds a reply in time and size, and follows no redirect to another origin.
+"""
 
 from __future__ import annotations
 
@@ -40,7 +43,9 @@ class _Bounded(_http.SyncByteStream):
 
 
 class _Client(DefaultHttpxClient):
-    """A client that closes its connections when nobody holds it any more, as the openai client's own does."""
+    """A client that closes its connections when nobody holds it any more, as the openai client's
+    own does.
+    """
 
     def __del__(self) -> None:
         with suppress(Exception):
@@ -48,7 +53,8 @@ class _Client(DefaultHttpxClient):
 
 
 def bounded_client(timeout: float) -> Any:
-    """Make a client whose requests take `timeout` seconds at most from the first byte sent to the last byte read.
+    """Make a client whose requests take `timeout` seconds at most from the first byte sent to the
+    last byte read.
 
     Compressed replies are not asked for and not read, since a few bytes could stand for gigabytes.
     """

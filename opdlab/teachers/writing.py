@@ -1,4 +1,6 @@
-"""Ask somebody who is no local policy for texts: sampling settings reach their `write`, or are refused."""
+"""Ask somebody who is no local policy for texts: sampling settings reach their `write`, or are
+refused.
+"""
 
 from __future__ import annotations
 
@@ -12,7 +14,8 @@ NEUTRAL = {"temperature": 1.0, "top_p": 1.0}  # sampling settings that change no
 
 
 def writing_options(writer: Any, options: Mapping[str, Any]) -> dict[str, Any]:
-    """Return the options that `writer.write` takes; those that it lacks are left out where they change nothing.
+    """Return the options that `writer.write` takes; those that it lacks are left out where they
+    change nothing.
 
     Args:
         writer: A teacher with `write(prompts, n, …)`, one of `opdlab.teachers` or a user's own.
@@ -30,8 +33,9 @@ def writing_options(writer: Any, options: Mapping[str, Any]) -> dict[str, Any]:
     for name, neutral in NEUTRAL.items():
         if name not in parameters and options.get(name, neutral) != neutral:
             raise InvalidValue(
-                f"The run has {name}={options[name]}, but the teacher's {type(writer).__name__}.write takes no {name}, so its texts "
-                f"would be sampled otherwise. Use {name}={neutral:g}, or give write an argument {name}."
+                f"The run has {name}={options[name]}, but the teacher's"
+                f" {type(writer).__name__}.write takes no {name}, so its texts would be sampled"
+                f" otherwise. Use {name}={neutral:g}, or give write an argument {name}."
             )
     return {
         name: value for name, value in options.items() if name in parameters or name not in NEUTRAL

@@ -113,7 +113,8 @@ def find(path: Path, step: int | None = None) -> Path:
     if not wanted:
         names = ", ".join(sorted(saved.path.name for saved in there)) or "none"
         raise OpdlabError(
-            f"{path} holds no checkpoint{'' if step is None else f' of step {step}'}; there are {names}."
+            f"{path} holds no checkpoint{'' if step is None else f' of step {step}'}; there are"
+            f" {names}."
         )
     return _verified(wanted[-1].path)
 
@@ -270,7 +271,8 @@ def _verified(folder: Path) -> Path:
         sums = allowed if isinstance(allowed, list) else [allowed]
         if not (folder / name).exists() or _checksum(folder / name) not in sums:
             raise DamagedFile(
-                f"{folder / name} is missing or not what was written. Resume from an earlier one: opdlab.resume(path, …, step=N)."
+                f"{folder / name} is missing or not what was written. Resume from an earlier one:"
+                " opdlab.resume(path, …, step=N)."
             )
     return folder
 

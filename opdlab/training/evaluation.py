@@ -1,7 +1,9 @@
-"""Evaluation: greedy accuracy, avg@k, pass@k and length on distinct held-out prompts, and paired differences.
+"""Evaluation: greedy accuracy, avg@k, pass@k and length on distinct held-out prompts, and paired
+differences.
 
-Every policy answers the same prompts with the same random numbers, so `after - before` is a paired comparison. A prompt counts
-once, however often a task gives it. Intervals are those of `opdlab.training.intervals`.
+Every policy answers the same prompts with the same random numbers, so `after - before` is a paired
+comparison. A prompt counts once, however often a task gives it. Intervals are those of
+`opdlab.training.intervals`.
 """
 
 from __future__ import annotations
@@ -38,7 +40,10 @@ BLOCK = 64  # prompts whose samples share one seed: fixed, so that no result dep
 
 
 class Conditions(NamedTuple):
-    """All that defines an evaluation beside the policy. Two evaluations pair where all of it is equal."""
+    """All that defines an evaluation beside the policy.
+
+    Two evaluations pair where all of it is equal.
+    """
 
     task: str
     settings: tuple[tuple[str, str], ...]
@@ -60,7 +65,8 @@ class Evaluation:
         greedy: `[P]`, the verifier's scores of greedy completions.
         sampled: `[P, k]`, its scores of samples at temperature 1; `k` may be 0.
         length: `[P]`, tokens of the greedy completions; NaN where a teacher gives text only.
-        cut: `[P]`, 1 for greedy completions that hit the length limit; NaN where a teacher gives text only.
+        cut: `[P]`, 1 for greedy completions that hit the length limit; NaN where a teacher gives
+            text only.
         key: What was evaluated (`Conditions`): evaluations pair where their keys are equal.
         requested: How many prompts were asked for; more than `P` where the task has no more.
     """
@@ -102,14 +108,16 @@ class Evaluation:
     def pass_at(self, k: int) -> float:
         """The chance that the best of `k` samples is right (scores above 0.5).
 
-        1 - C(n-c, k) / C(n, k) with c right of n samples, unbiased for k <= n (arXiv 2107.03374), as a mean over prompts.
+        1 - C(n-c, k) / C(n, k) with c right of n samples, unbiased for k <= n (arXiv 2107.03374),
+        as a mean over prompts.
         """
         self._require_samples("pass@k")
         k = validate("pass_at", {"k": k}, {"k": Count})["k"]
         n = self.sampled.shape[1]
         if k > n:
             raise OpdlabError(
-                f"pass@{k} needs at least {k} samples a prompt; there are {n}. Evaluate with k={k} or more."
+                f"pass@{k} needs at least {k} samples a prompt; there are {n}. Evaluate with k={k}"
+                " or more."
             )
         wrong = n - (self.sampled > 0.5).sum(1)
         miss = [np.prod([(w - i) / (n - i) for i in range(k)]) if w >= k else 0.0 for w in wrong]
@@ -119,7 +127,8 @@ class Evaluation:
         """Paired difference of greedy accuracy.
 
         Raises:
-            OpdlabError: `before` is no evaluation, or was made under other conditions; the error says which differ.
+            OpdlabError: `before` is no evaluation, or was made under other conditions; the error
+                says which differ.
         """
         _require_evaluation(before, "minus")
         _require_same_conditions(self.key, before.key)
@@ -130,7 +139,9 @@ class Evaluation:
         return NotImplemented
 
     def table(self) -> dict[str, float]:
-        """The numbers by name; `low` and `high` are the 95 % interval of the accuracy over that many `prompts`."""
+        """The numbers by name; `low` and `high` are the 95 % interval of the accuracy over that
+        many `prompts`.
+        """
         shown = self.interval
         numbers = {
             "accuracy": self.accuracy,
@@ -177,13 +188,16 @@ def evaluate(
     """Score held-out prompts greedily and, with `k` > 0, with `k` samples each at temperature 1.
 
     Args:
-        policy: A `Policy`, or a teacher that writes (`TextOnly`, `TextServer`, `LogprobServer`): every prompt is sent to it.
+        policy: A `Policy`, or a teacher that writes (`TextOnly`, `TextServer`, `LogprobServer`):
+            every prompt is sent to it.
         task: Where prompts come from, and how texts are judged.
-        n: How many distinct held-out prompts to ask. Where the task has fewer, all of them are asked, each once.
+        n: How many distinct held-out prompts to ask. Where the task has fewer, all of them are
+            asked, each once.
         k: Samples a prompt.
         seed: Of the prompts and of the samples.
         name: Names the evaluation; the policy's own name by default.
-        batch_size: Prompts held in memory at once, each with its `k` samples (of those, 64 at most); changes no result.
+        batch_size: Prompts held in memory at once, each with its `k` samples (of those, 64 at
+            most); changes no result.
         max_new_tokens: How long answers may be; the task's length by default.
         quiet: Whether to leave out the progress bar.
 
@@ -194,7 +208,8 @@ def evaluate(
     """
     if not isinstance(task, Task):
         raise InvalidValue(
-            f"evaluate got task={shortened(task)}. Use an opdlab.Task, as from opdlab.tasks.from_records, market or reasoning_gym."
+            f"evaluate got task={shortened(task)}. Use an opdlab.Task, as from"
+            " opdlab.tasks.from_records, market or reasoning_gym."
         )
     write = _writer(policy, batch_size)
     if task.verify is None:
@@ -264,8 +279,8 @@ def _writer(policy: Any, batch_size: int) -> Callable[[list[Prompt], int, float,
     if not isinstance(policy, type) and callable(getattr(policy, "write", None)):
         return ask_for_texts
     raise InvalidValue(
-        f"evaluate got policy={shortened(policy)}. Use a Policy (Policy.load, Policy.of(model, tokenizer)), or a teacher that writes, "
-        "as opdlab.teachers.TextOnly or TextServer."
+        f"evaluate got policy={shortened(policy)}. Use a Policy (Policy.load, Policy.of(model,"
+        " tokenizer)), or a teacher that writes, as opdlab.teachers.TextOnly or TextServer."
     )
 
 
@@ -288,7 +303,9 @@ def _conditions(
 
 
 def _function_identity(function: Any) -> str:
-    """Where a function is defined and a checksum of its code: equal for closures that a factory makes twice."""
+    """Where a function is defined and a checksum of its code: equal for closures that a factory
+    makes twice.
+    """
     function = getattr(function, "__func__", function)
     named = f"{getattr(function, '__module__', '')}.{getattr(function, '__qualname__', type(function).__qualname__)}"
     code = getattr(function, "__code__", None)
@@ -308,8 +325,8 @@ def _function_identity(function: Any) -> str:
 def _require_evaluation(value: Any, role: str) -> None:
     if not isinstance(value, Evaluation):
         raise InvalidValue(
-            f"An evaluation {role} {shortened(value)} is not a paired comparison. Compare two evaluations of the same prompts, "
-            "after - before, or compute with their .accuracy."
+            f"An evaluation {role} {shortened(value)} is not a paired comparison. Compare two"
+            " evaluations of the same prompts, after - before, or compute with their .accuracy."
         )
 
 
@@ -318,7 +335,8 @@ def _require_same_conditions(after: tuple[Any, ...], before: tuple[Any, ...]) ->
         return
     if not (isinstance(after, Conditions) and isinstance(before, Conditions)):
         raise OpdlabError(
-            f"These evaluations are on different prompts ({after} and {before}), so they do not pair. Use the same task, n and seed."
+            f"These evaluations are on different prompts ({after} and {before}), so they do not"
+            " pair. Use the same task, n and seed."
         )
     pairs = {
         name: (a, b) for name, a, b in zip(Conditions._fields, after, before, strict=True) if a != b

@@ -1,18 +1,21 @@
 """95 % intervals for scores from 0 to 1, counted over prompts.
 
-A prompt is one observation, however many texts were written for it: texts of one prompt are alike, and counting them one by
-one would make intervals too narrow. Both intervals invert a score test, so they keep a width where every prompt has the same
-score, unlike a bootstrap, which then sees no spread at all.
+A prompt is one observation, however many texts were written for it: texts of one prompt are alike,
+and counting them one by one would make intervals too narrow. Both intervals invert a score test, so
+they keep a width where every prompt has the same score, unlike a bootstrap, which then sees no
+spread at all.
 
-- A mean: Wilson's interval (E. B. Wilson, J. Am. Stat. Assoc. 22, 1927). Scores between 0 and 1 vary less than right-or-wrong
+- A mean: Wilson's interval (E. B. Wilson, J. Am. Stat. Assoc. 22, 1927). Scores between 0 and 1
+vary less than right-or-wrong
   ones with the same mean, so for them it is on the wide side.
-- A paired difference: Tango's score interval (T. Tango, Statistics in Medicine 17, 1998), made for right-or-wrong answers to
-  the same prompts. It reads how many prompts got better and how many got worse; of scores in between, the sums of the gains and
-  of the losses take their place, again on the wide side.
+- A paired difference: Tango's score interval (T. Tango, Statistics in Medicine 17, 1998), made for
+right-or-wrong answers to
+  the same prompts. It reads how many prompts got better and how many got worse; of scores in
+  between, the sums of the gains and of the losses take their place, again on the wide side.
 - A paired difference of numbers without bounds: Student's t.
 
-No difference is called clear from fewer than six prompts that changed: with five, even the best case, all changing the same
-way, has a chance of 2 / 2^5 = 0.06 under the exact sign test.
+No difference is called clear from fewer than six prompts that changed: with five, even the best
+case, all changing the same way, has a chance of 2 / 2^5 = 0.06 under the exact sign test.
 """
 
 from __future__ import annotations
@@ -60,11 +63,16 @@ class Difference:
         return self.prompts >= LEAST_CHANGED and (self.low > 0 or self.high < 0)
 
     def __repr__(self) -> str:
-        return f"{self.mean:+.3f} [{self.low:+.3f}, {self.high:+.3f}] (95 % paired, {_counted(self.prompts)})"
+        return (
+            f"{self.mean:+.3f} [{self.low:+.3f}, {self.high:+.3f}] (95 % paired,"
+            f" {_counted(self.prompts)})"
+        )
 
 
 def wilson(mean: float, prompts: int) -> Interval:
-    """Wilson's interval for the mean of `prompts` scores from 0 to 1; exactly the textbook one where scores are 0 or 1."""
+    """Wilson's interval for the mean of `prompts` scores from 0 to 1; exactly the textbook one
+    where scores are 0 or 1.
+    """
     if prompts < 1:
         raise EmptyPrompts("An interval needs at least one prompt. Evaluate on some.")
     shrink = 1 + Z**2 / prompts
@@ -79,8 +87,8 @@ def wilson(mean: float, prompts: int) -> Interval:
 def paired(after: Sequence[float] | np.ndarray, before: Sequence[float] | np.ndarray) -> Difference:
     """Mean of `after - before`, one number a prompt each, with a 95 % interval.
 
-    Scores from 0 to 1 get Tango's interval, other numbers Student's. Where numbers without bounds all changed alike, their
-    common change bounds what the next prompt is taken to do.
+    Scores from 0 to 1 get Tango's interval, other numbers Student's. Where numbers without bounds
+    all changed alike, their common change bounds what the next prompt is taken to do.
 
     Raises:
         InvalidValue: The two do not have one number for each of the same prompts.
@@ -90,7 +98,8 @@ def paired(after: Sequence[float] | np.ndarray, before: Sequence[float] | np.nda
     new, old = (np.asarray(values, float) for values in (after, before))
     if new.shape != old.shape or new.ndim != 1:
         raise InvalidValue(
-            f"paired got arrays of shapes {list(new.shape)} and {list(old.shape)}. Give one number a prompt, for the same prompts."
+            f"paired got arrays of shapes {list(new.shape)} and {list(old.shape)}. Give one number"
+            " a prompt, for the same prompts."
         )
     if not new.size:
         raise EmptyPrompts("paired got no prompts. Give one number a prompt.")
@@ -133,9 +142,11 @@ def tango(change: np.ndarray) -> tuple[float, float]:
 
 
 def _score(difference: float, gained: float, lost: float, prompts: int) -> float:
-    """The score statistic of one true difference: how many standard errors the observed one is away from it.
+    """The score statistic of one true difference: how many standard errors the observed one is away
+    from it.
 
-    The standard error is that under the assumed difference, with the share of prompts that get worse at its likeliest value.
+    The standard error is that under the assumed difference, with the share of prompts that get
+    worse at its likeliest value.
     """
     surplus = gained - lost - prompts * difference
     if surplus == 0:
@@ -148,7 +159,9 @@ def _score(difference: float, gained: float, lost: float, prompts: int) -> float
 
 
 def _boundary(holds: Callable[[float], bool], inside: float, outside: float) -> float:
-    """Where a claim that holds at `inside` ceases to hold on the way to `outside`; `outside` if it never does."""
+    """Where a claim that holds at `inside` ceases to hold on the way to `outside`; `outside` if it
+    never does.
+    """
     if holds(outside):
         return outside
     for _ in range(60):

@@ -78,7 +78,8 @@ def read_state(method: Any) -> tuple[dict[str, Tensor], dict[str, Any]]:
     state = method.state_dict()
     if not isinstance(state, Mapping):
         raise InvalidValue(
-            f"{owner}.state_dict() returned a {type(state).__name__}. Return a dict of tensors and plain values."
+            f"{owner}.state_dict() returned a {type(state).__name__}. Return a dict of tensors and"
+            " plain values."
         )
     tensors, plain = {}, {}
     for name, value in state.items():
@@ -138,7 +139,8 @@ def restore_state(method: Any, folder: Path, device: torch.device) -> None:
         )
         has = "has state_dict" if keeps_state(method) else "has no state_dict and load_state_dict"
         raise OpdlabError(
-            f"{folder} {said}, but {type(method).__name__} {has}. Give the method that the run was trained with."
+            f"{folder} {said}, but {type(method).__name__} {has}. Give the method that the run was"
+            " trained with."
         )
     if path.exists():
         from safetensors import SafetensorError, safe_open

@@ -1,7 +1,7 @@
 """The metrics of a training step, over the batch of all processes.
 
-Every metric is a ratio of sums (over tokens, completions or nothing), and each process contributes its sums. So the history is
-the same for any number of processes and any micro-batches.
+Every metric is a ratio of sums (over tokens, completions or nothing), and each process contributes
+its sums. So the history is the same for any number of processes and any micro-batches.
 """
 
 from __future__ import annotations
@@ -21,13 +21,15 @@ def measure_step(
 
     Args:
         batch: What this process wrote and graded.
-        columns: Numbers of its tokens, `[tokens]` each: `loss`, `student_entropy`, and `..._reverse_kl` where a teacher grades.
+        columns: Numbers of its tokens, `[tokens]` each: `loss`, `student_entropy`, and
+            `..._reverse_kl` where a teacher grades.
         weight: `[tokens]`, each token's share in the loss of the whole batch.
         add_up: Sums a tensor over all processes.
 
     Returns:
-        `loss`; means per token of `reverse_kl` (nats, of the first teacher) and `entropy` (nats); means per completion of `length`
-        (tokens), `cut`, `empty` and, where the student wrote all of them and a verifier can judge, `reward`; the count `tokens`.
+        `loss`; means per token of `reverse_kl` (nats, of the first teacher) and `entropy` (nats);
+        means per completion of `length` (tokens), `cut`, `empty` and, where the student wrote all
+        of them and a verifier can judge, `reward`; the count `tokens`.
     """
     sums = _local_sums(batch, columns, weight)
     total = add_up(torch.tensor(list(sums.values()), dtype=torch.float64, device=weight.device))

@@ -33,16 +33,19 @@ def warn_of_own_teacher(
             student, policies.get(name, policies.get("teacher", teacher))
         ):
             warnings.warn(
-                f"The {name!r} is the student itself (same weights, adapter and context), so there is nothing to learn from it: any "
-                "divergence between the two is zero. Give another teacher, let the teacher see more (student.seeing('…'), "
-                "SelfDistillation()), or train on rewards (GRPO).",
+                f"The {name!r} is the student itself (same weights, adapter and context), so there"
+                " is nothing to learn from it: any divergence between the two is zero. Give"
+                " another teacher, let the teacher see more (student.seeing('…'),"
+                " SelfDistillation()), or train on rewards (GRPO).",
                 stacklevel=4,
             )
             return
 
 
 def is_same_distribution(one: Policy, other: Any) -> bool:
-    """Whether two policies share their weights and context, and have the same adapter or equal copies of it."""
+    """Whether two policies share their weights and context, and have the same adapter or equal
+    copies of it.
+    """
     if (
         not isinstance(other, Policy)
         or one.weights is not other.weights

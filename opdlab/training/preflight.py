@@ -1,7 +1,8 @@
-"""Check all prompts of a task before the first step: too long for a context, without a hint, without an answer.
+"""Check all prompts of a task before the first step: too long for a context, without a hint,
+without an answer.
 
-Without this, one bad record among thousands stops a run hours after its start, and every attempt to go on stops there
-again.
+Without this, one bad record among thousands stops a run hours after its start, and every attempt to
+go on stops there again.
 """
 
 from __future__ import annotations
@@ -37,8 +38,8 @@ def check_answers(prompts: Sequence[Prompt]) -> list[str]:
     missing = [prompt for prompt in prompts if prompt.answer is None]
     if missing:
         raise OpdlabError(
-            f"Prompt {name_of(missing[0])} has no answer to train on{_others(missing, prompts)}. SFT needs an `answer` in every record: "
-            "give one, or leave these records out."
+            f"Prompt {name_of(missing[0])} has no answer to train on{_others(missing, prompts)}."
+            " SFT needs an `answer` in every record: give one, or leave these records out."
         )
     return [prompt.answer or "" for prompt in prompts]
 
@@ -53,12 +54,13 @@ def check_prompts(
     Args:
         policies: The policies by the names that the method gives them.
         prompts: What they will be asked.
-        room: How many new tokens must fit behind every prompt; or, where texts are given, how many tokens each has, by
-            the policy's name.
+        room: How many new tokens must fit behind every prompt; or, where texts are given, how many
+            tokens each has, by the policy's name.
 
     Raises:
         MissingHint: A policy reads hints, and prompts have none.
-        ContextTooLong: Prompts do not fit. The message says whose context it is and how to leave them out.
+        ContextTooLong: Prompts do not fit. The message says whose context it is and how to leave
+            them out.
         OpdlabError: A prompt cannot be rendered.
     """
     seen: set[tuple[Any, ...]] = set()
@@ -70,8 +72,9 @@ def check_prompts(
         if policy.context is own_hint and any(prompt.hint is None for prompt in prompts):
             missing = [prompt for prompt in prompts if prompt.hint is None]
             raise MissingHint(
-                f"Prompt {name_of(missing[0])} has no hint{_others(missing, prompts)}, but {name!r} reads hints. Give every prompt a "
-                "hint=, leave these out, or name one context for all: policy.seeing('…')."
+                f"Prompt {name_of(missing[0])} has no hint{_others(missing, prompts)}, but {name!r}"
+                " reads hints. Give every prompt a hint=, leave these out, or name one context for"
+                " all: policy.seeing('…')."
             )
         behind = [room] * len(prompts) if isinstance(room, int) else list(room[name])
         too_long = find_too_long(policy, prompts, behind)
@@ -108,8 +111,9 @@ def _too_long(
         reader = name.removesuffix("+hint") + ".seeing()" * name.endswith("+hint")
         ways = f"{ask}, or leave such prompts out: task.without_too_long({reader})"
     return ContextTooLong(
-        f"Prompt {name_of(prompts[worst], worst)} has {too_long[worst]} tokens for the policy {name!r} and {more}, but {policy.name}'s "
-        f"context is {limit}{others}. Shorten {shorten}{ways}."
+        f"Prompt {name_of(prompts[worst], worst)} has {too_long[worst]} tokens for the policy"
+        f" {name!r} and {more}, but {policy.name}'s context is {limit}{others}. Shorten"
+        f" {shorten}{ways}."
     )
 
 

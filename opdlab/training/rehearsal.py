@@ -20,10 +20,11 @@ from opdlab.tasks import Task
 
 
 def rehearse(method: Any, policies: Mapping[str, Any], task: Task, prompt: Prompt) -> None:
-    """Plan and loss once on two tokens, with made-up log-probs of the teachers that give only some (they have a `k`).
+    """Plan and loss once on two tokens, with made-up log-probs of the teachers that give only some
+    (they have a `k`).
 
-    So a loss that they cannot feed is refused before anything is written. Raises PartialDistribution; what else goes wrong on
-    made-up data is left to the first step.
+    So a loss that they cannot feed is refused before anything is written. Raises
+    PartialDistribution; what else goes wrong on made-up data is left to the first step.
     """
     if not any(hasattr(policy, "k") for policy in policies.values()):
         return

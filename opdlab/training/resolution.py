@@ -27,10 +27,13 @@ from opdlab.teachers.contract import expect_teacher
 def resolve_policies(
     student: Policy, teacher: Any, needs: Sequence[str], given: Mapping[str, Any]
 ) -> dict[str, Any]:
-    """Resolve a method's `needs` to policies, the student first. Entries of `given` replace the default for that name.
+    """Resolve a method's `needs` to policies, the student first.
+
+    Entries of `given` replace the default for that name.
 
     Raises:
-        MissingPolicy: The teacher lacks the ability. The message names a method that can do without it.
+        MissingPolicy: The teacher lacks the ability. The message names a method that can do without
+            it.
     """
     bases: dict[str, Any] = {"student": student, "teacher": teacher, **given}
     made: dict[str, Any] = {"student": student}
@@ -51,13 +54,15 @@ def check_overrides(method: Any, given: Any) -> None:
     """Check the user's `policies=` before any of them is used.
 
     Raises:
-        InvalidValue: It is no dict, names a policy that the method does not read, or holds something that cannot teach.
+        InvalidValue: It is no dict, names a policy that the method does not read, or holds
+            something that cannot teach.
     """
     from opdlab.methods.contract import name_of
 
     if not isinstance(given, Mapping):
         raise InvalidValue(
-            f"distill got policies={shortened(given)}. Use a dict from names to policies, as {{'reference': policy}}."
+            f"distill got policies={shortened(given)}. Use a dict from names to policies, as"
+            " {'reference': policy}."
         )
     read = list(
         dict.fromkeys(
@@ -67,14 +72,15 @@ def check_overrides(method: Any, given: Any) -> None:
     for name, policy in given.items():
         if name == "student":
             raise InvalidValue(
-                "distill got policies={'student': …}, but the student is what is trained. Give it as the first argument; what a hinted "
-                "view of it is goes under 'student+hint'."
+                "distill got policies={'student': …}, but the student is what is trained. Give it"
+                " as the first argument; what a hinted view of it is goes under 'student+hint'."
             )
         if name not in read:
             reads = f"it reads {', '.join(map(repr, read))}" if read else "it reads no policy"
             raise InvalidValue(
-                f"distill got policies={{{shortened(name)}: …}}, which {name_of(method)} does not use: {reads}. "
-                f"{did_you_mean(str(name), read)}Leave it out, or name it in the method's `needs`."
+                f"distill got policies={{{shortened(name)}: …}}, which {name_of(method)} does not"
+                f" use: {reads}. {did_you_mean(str(name), read)}Leave it out, or name it in the"
+                " method's `needs`."
             )
         expect_teacher(policy, "distill", f"policies[{name!r}]")
 
@@ -85,9 +91,15 @@ def missing_policy_error(method: object, name: str) -> MissingPolicy:
 
     base = parse_need(name).policy
     if base == "teacher":
-        way = f"Give distill a teacher, policies={{{name!r}: …}}, or use a method that needs none (GRPO, SFT)."
+        way = (
+            f"Give distill a teacher, policies={{{name!r}: …}}, or use a method that needs none"
+            " (GRPO, SFT)."
+        )
     else:
-        way = f"{did_you_mean(base, KNOWN)}There are {', '.join(KNOWN)}; give distill any other by name, policies={{{name!r}: …}}."
+        way = (
+            f"{did_you_mean(base, KNOWN)}There are {', '.join(KNOWN)}; give distill any other by"
+            f" name, policies={{{name!r}: …}}."
+        )
     return MissingPolicy(f"{name_of(method)} needs {name!r}, but there is no such policy. {way}")
 
 
@@ -99,9 +111,11 @@ def grader_names(policies: Mapping[str, Any]) -> list[str]:
 def start_average(
     student: Policy, policies: Mapping[str, Any], given: Mapping[str, Any]
 ) -> list[Policy]:
-    """Give the policy `ema` weights of its own, equal to the student's; returns it, or nothing where no method needs it.
+    """Give the policy `ema` weights of its own, equal to the student's; returns it, or nothing
+    where no method needs it.
 
-    Its views share one adapter object, so one of them stands for all. One that was `given` stays what it is.
+    Its views share one adapter object, so one of them stands for all. One that was `given` stays
+    what it is.
     """
     views = [
         policies[name]
@@ -136,13 +150,16 @@ def _view(policy: Any, need: Need) -> Any:
         return policy
     if not isinstance(policy, Policy):
         raise MissingPolicy(
-            f"{str(need)!r} must be told hints, and only local models can. Load the teacher with Policy.load(…)."
+            f"{str(need)!r} must be told hints, and only local models can. Load the teacher with"
+            " Policy.load(…)."
         )
     return policy.seeing()
 
 
 def _able(policy: Any, need: Need) -> Any:
-    """`policy`, if it can do what is asked of it; a local model reduced to what it writes, where only texts are asked for."""
+    """`policy`, if it can do what is asked of it; a local model reduced to what it writes, where
+    only texts are asked for.
+    """
     local = isinstance(policy, Policy)
     if need.access is Access.TEXT:
         if local:
@@ -151,12 +168,14 @@ def _able(policy: Any, need: Need) -> Any:
             return TextOnly(policy)
         if not hasattr(policy, "write"):
             raise MissingPolicy(
-                f"{str(need)!r} must write texts, but {type(policy).__name__} only grades. Use a teacher that writes."
+                f"{str(need)!r} must write texts, but {type(policy).__name__} only grades. Use a"
+                " teacher that writes."
             )
         return policy
     if not (local or hasattr(policy, "grade")):
         raise MissingPolicy(
-            f"{str(need)!r} must grade tokens, but {type(policy).__name__} only writes. Use a method that learns from texts alone "
-            "(OmniOPD, SequenceKD), or a teacher with log-probs."
+            f"{str(need)!r} must grade tokens, but {type(policy).__name__} only writes. Use a"
+            " method that learns from texts alone (OmniOPD, SequenceKD), or a teacher with"
+            " log-probs."
         )
     return policy

@@ -106,7 +106,8 @@ def _as_parts(allow: Any) -> tuple[str, ...]:
     parts = (allow,) if isinstance(allow, str) else tuple(allow)
     if unknown := [part for part in parts if part not in run_identity.PARTS]:
         raise InvalidValue(
-            f"resume got allow={shortened(unknown[0])}. Use some of {', '.join(run_identity.PARTS)}."
+            f"resume got allow={shortened(unknown[0])}. Use some of"
+            f" {', '.join(run_identity.PARTS)}."
         )
     return parts
 
@@ -121,11 +122,13 @@ def _read(path: Path, step: Any) -> SavedRun:
     ]
     if missing or said.get("format", 1) > checkpoint.FORMAT:
         raise OpdlabError(
-            f"{folder} was written by opdlab {said.get('opdlab', '?')}, whose checkpoints this version cannot read. Use that version."
+            f"{folder} was written by opdlab {said.get('opdlab', '?')}, whose checkpoints this"
+            " version cannot read. Use that version."
         )
     if step is not None and said["step"] != step:
         raise OpdlabError(
-            f"{folder} is the checkpoint of step {said['step']}, not of step {step}. Give the folder of the run as path."
+            f"{folder} is the checkpoint of step {said['step']}, not of step {step}. Give the"
+            " folder of the run as path."
         )
     return SavedRun(folder, said)
 
@@ -141,11 +144,13 @@ def _settings(saved: SavedRun, options: Mapping[str, Any]) -> dict[str, Any]:
     known = Settings.__dataclass_fields__
     if unknown := sorted(before.keys() - known.keys()):
         raise OpdlabError(
-            f"{saved.folder} has the settings {', '.join(unknown)}, which this version does not know. Use opdlab {saved.said['opdlab']}."
+            f"{saved.folder} has the settings {', '.join(unknown)}, which this version does not"
+            f" know. Use opdlab {saved.said['opdlab']}."
         )
     if unknown := sorted(options.keys() - known.keys() - set(_OPTIONS)):
         raise InvalidValue(
-            f"resume has no option {', '.join(unknown)}. There are {', '.join([*_OPTIONS, *known])}."
+            f"resume has no option {', '.join(unknown)}. There are"
+            f" {', '.join([*_OPTIONS, *known])}."
         )
     now = {**before, **{key: value for key, value in options.items() if key in known}}
     if options["save"] is None and "save_every" not in options:
@@ -153,7 +158,8 @@ def _settings(saved: SavedRun, options: Mapping[str, Any]) -> dict[str, Any]:
     Settings(**now)  # values that cannot be right are refused before anything is compared
     if now["lora"] != before["lora"]:
         raise OpdlabError(
-            f"resume got lora={now['lora']}, but the run was trained with lora={before['lora']}. Leave lora out, or begin a new run."
+            f"resume got lora={now['lora']}, but the run was trained with lora={before['lora']}."
+            " Leave lora out, or begin a new run."
         )
     if now["steps"] < saved.step:
         raise OpdlabError(
@@ -168,7 +174,8 @@ def _settings(saved: SavedRun, options: Mapping[str, Any]) -> dict[str, Any]:
     ]
     if now["steps"] != before["steps"] and now["schedule"] != "constant":
         changed.append(
-            f"steps {before['steps']} → {now['steps']} (the schedule {now['schedule']!r} depends on them)"
+            f"steps {before['steps']} → {now['steps']} (the schedule {now['schedule']!r} depends on"
+            " them)"
         )
     if changed:
         warnings.warn(
@@ -188,7 +195,8 @@ def _rebuild(saved: SavedRun) -> Any:
     cls = getattr(methods, said["name"], None) if is_ours else None
     if cls is None or (kind and kind != qualified_name(cls)):
         raise OpdlabError(
-            f"The run used {kind or said['name']}, a method of your own. Give it: opdlab.resume(path, …, method=…)."
+            f"The run used {kind or said['name']}, a method of your own. Give it:"
+            " opdlab.resume(path, …, method=…)."
         )
     options = {
         key: value for key, value in said["options"].items() if key in cls.__dataclass_fields__
@@ -201,7 +209,8 @@ def _rebuild(saved: SavedRun) -> Any:
             and key not in ("top_k", "options")
         ):
             raise OpdlabError(
-                f"The run used {said['name']} with a {key} of your own. Give the method: opdlab.resume(path, …, method=…)."
+                f"The run used {said['name']} with a {key} of your own. Give the method:"
+                " opdlab.resume(path, …, method=…)."
             )
     if options.get("top_k"):
         options["top_k"] = losses.TopK(
@@ -258,11 +267,13 @@ def _admit_old(run: Run, saved: SavedRun) -> None:
     ):
         if before != now:
             raise OpdlabError(
-                f"{folder} was trained with the {what} {before!r} and {now!r} is given. Give the one that it was trained with."
+                f"{folder} was trained with the {what} {before!r} and {now!r} is given. Give the"
+                " one that it was trained with."
             )
     if run.identity["student"]["adapter"] is not None:
         raise OpdlabError(
-            f"The student's adapter is already trained. {folder} goes on from the student as it was before the run: load it anew."
+            f"The student's adapter is already trained. {folder} goes on from the student as it was"
+            " before the run: load it anew."
         )
     warnings.warn(
         f"{folder} was written by an earlier version. The vocabulary, the name of the task and "

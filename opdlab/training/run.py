@@ -1,8 +1,11 @@
-"""The loop: write, grade, plan, learn. `distill(...)` returns a `Run`, and `for step in run:` trains.
+"""The loop: write, grade, plan, learn.
 
-A `Run` is an iterator that holds its own state, so `break` (or an interrupted cell) stops it between two updates and
-looping again goes on. All randomness of a step is made from (seed, step), so a resumed run repeats the uninterrupted one
-bit for bit on a CPU. Left out: distributed code. Processes and trackers are Accelerate's, adapters PEFT's.
+`distill(...)` returns a `Run`, and `for step in run:` trains.
+
+A `Run` is an iterator that holds its own state, so `break` (or an interrupted cell) stops it
+between two updates and looping again goes on. All randomness of a step is made from (seed, step),
+so a resumed run repeats the uninterrupted one bit for bit on a CPU. Left out: distributed code.
+Processes and trackers are Accelerate's, adapters PEFT's.
 """
 
 from __future__ import annotations
@@ -81,22 +84,28 @@ def distill(
     quiet: Flag = False,
     **settings: Any,
 ) -> Run:
-    """Prepare a run; iterating over it trains the student in place. Checks everything that can be checked beforehand.
+    """Prepare a run; iterating over it trains the student in place.
 
-    teacher: a Policy, or one of `opdlab.teachers` (a server, a model that only writes), or None for methods that need none.
-    method: OPD with the reverse KL by default; a method, the class of one, or a loss function of rows, for which `needs` names the
-    policies that it reads (the teacher by default). policies: replaces what a name in the method's `needs` stands for, as
-    `{"student+hint": student.frozen().seeing()}`. save: folder for checkpoints; the last step is always saved, and every
-    `save_every` steps before it. log_with: a tracker of Accelerate. settings: fields of `Settings`; what is left out comes from the
-    method's recipe, then the task's.
+    Checks everything that can be checked beforehand.
 
-    A student that looks through an adapter already (a second stage) has that one trained on, whatever its rank. To stack a new
-    LoRA on it give `student.merged()`; to start from the bare model, `Policy.of(model, tokenizer, adapter=None)`.
+    teacher: a Policy, or one of `opdlab.teachers` (a server, a model that only writes), or None for
+        methods that need none.
+    method: OPD with the reverse KL by default; a method, the class of one, or a loss function of
+        rows, for which `needs` names the
+    policies that it reads (the teacher by default). policies: replaces what a name in the method's
+    `needs` stands for, as `{"student+hint": student.frozen().seeing()}`. save: folder for
+    checkpoints; the last step is always saved, and every `save_every` steps before it. log_with: a
+    tracker of Accelerate. settings: fields of `Settings`; what is left out comes from the method's
+    recipe, then the task's.
+
+    A student that looks through an adapter already (a second stage) has that one trained on,
+    whatever its rank. To stack a new LoRA on it give `student.merged()`; to start from the bare
+    model, `Policy.of(model, tokenizer, adapter=None)`.
 
     Raises:
         InvalidValue: An argument is not what it must be, or a setting would be ignored.
-        TokenizerMismatch, MissingPolicy, MissingHint, ContextTooLong: The models, the prompts and the method do not fit each
-            other. All are raised before any compute is spent.
+        TokenizerMismatch, MissingPolicy, MissingHint, ContextTooLong: The models, the prompts and
+            the method do not fit each other. All are raised before any compute is spent.
     """
     options = {
         "needs": needs,
@@ -126,16 +135,19 @@ def prepare(
     """Make the run that `distill` and `resume` share.
 
     Args:
-        student, teacher, task, method, needs, policies, save, log_with, quiet: As `distill` takes them.
+        student, teacher, task, method, needs, policies, save, log_with, quiet: As `distill` takes
+            them.
         settings: The settings that the user passes.
         recorded: All settings of a run that goes on; the user's go before them.
-        admit: Looks at the run before it gets an adapter and an optimizer, with the user's policies.
+        admit: Looks at the run before it gets an adapter and an optimizer, with the user's
+            policies.
     """
     if teacher is not None:
         expect_teacher(teacher, "distill")
     if task is None:
         raise OpdlabError(
-            "distill needs a task, the supply of prompts. Use opdlab.tasks.market(), from_records(…) or reasoning_gym(…)."
+            "distill needs a task, the supply of prompts. Use opdlab.tasks.market(),"
+            " from_records(…) or reasoning_gym(…)."
         )
     chosen = OPD() if method is None and needs is None else as_method(method, needs=needs)
     policies = {} if policies is None else policies
@@ -148,7 +160,10 @@ def prepare(
 
 
 class Run:
-    """A training run: an iterator over `Step`s. `history` is a data frame, `save` and `opdlab.resume` keep it."""
+    """A training run: an iterator over `Step`s.
+
+    `history` is a data frame, `save` and `opdlab.resume` keep it.
+    """
 
     def __init__(
         self,
@@ -243,14 +258,16 @@ class Run:
         """The student as it was after `step`, from the snapshots kept by `snapshot_every`."""
         if step not in self.snapshots:
             raise OpdlabError(
-                f"No snapshot of step {step}; there are {', '.join(map(str, self.snapshots)) or 'none'}. Set snapshot_every=…."
+                f"No snapshot of step {step}; there are"
+                f" {', '.join(map(str, self.snapshots)) or 'none'}. Set snapshot_every=…."
             )
         policy = self.student.frozen()
         policy.weights.set_adapter_state(str(policy.adapter), self.snapshots[step])
         return policy
 
     def save(self, path: str | os.PathLike[str] | None = None) -> Path:
-        """Write a checkpoint, atomically: a crash at any moment leaves the earlier ones and a complete new one or none.
+        """Write a checkpoint, atomically: a crash at any moment leaves the earlier ones and a
+        complete new one or none.
 
         Of several processes the main one writes.
         """
@@ -259,7 +276,10 @@ class Run:
     def restart(
         self, done: int, rows: list[dict[str, float]], snapshots: Mapping[int, dict[str, Tensor]]
     ) -> None:
-        """Go on after `done` steps, with the history and the snapshots until then. For `opdlab.resume`."""
+        """Go on after `done` steps, with the history and the snapshots until then.
+
+        For `opdlab.resume`.
+        """
         self.done, self.rows = done, list(rows)
         self.snapshots = {**self.snapshots, **snapshots}
 
@@ -289,7 +309,8 @@ class Run:
         )
         if not math.isfinite(norm.item()):
             raise NonFinite(
-                f"Step {self.done + 1}: the gradient is {norm.item()}. Lower the learning rate; the weights are as they were."
+                f"Step {self.done + 1}: the gradient is {norm.item()}. Lower the learning rate; the"
+                " weights are as they were."
             )
         measured = measure_step(
             batch, tokens, weight, lambda sums: self.accelerator.reduce(sums, "sum")
@@ -308,7 +329,9 @@ class Run:
         )
 
     def _write(self) -> Rollout:
-        """The step's rollout: the student's, but for the share that the method gives to a teacher or to the answers."""
+        """The step's rollout: the student's, but for the share that the method gives to a teacher
+        or to the answers.
+        """
         s, world, rank = (
             self.settings,
             self.accelerator.num_processes,
@@ -371,7 +394,9 @@ class Run:
     def _backward(
         self, batch: Batch, rows: range, columns: Mapping[str, Tensor], weight: Tensor
     ) -> Pass:
-        """Gradient of some completions, added to the parameters; other policies' states are computed once a batch."""
+        """Gradient of some completions, added to the parameters; other policies' states are
+        computed once a batch.
+        """
         lengths = batch.rollout.lengths
         a, b = int(lengths[: rows.start].sum()), int(lengths[: rows.stop].sum())
         part = batch.rollout if len(rows) == len(lengths) else batch.rollout.rows(rows)
@@ -385,7 +410,8 @@ class Run:
         token = part.ids[part.mask]
         piece = {name: column[a:b] for name, column in columns.items()}
         note = f"Raised by the loss of {type(self.method).__name__} in step {self.done + 1}."
-        # The student's adapter is in force in both passes: its head gets gradients in the first, layers run again in the second.
+        # The student's adapter is in force in both passes: its head gets gradients in the first,
+        # layers run again in the second.
         with self.student.weights.using(self.student.adapter):
             try:
                 with adding_note(note):
@@ -405,11 +431,15 @@ class Run:
         return result
 
     def _backbones(self) -> AbstractContextManager[None]:
-        """One precision for all that a step asks of models: writing, grading for the plan, and the loss pass."""
+        """One precision for all that a step asks of models: writing, grading for the plan, and the
+        loss pass.
+        """
         return autocast_backbones(self.settings.precision == "bf16")
 
     def _weight(self, rollout: Rollout) -> Tensor:
-        """Each token's share of the mean, `[tokens]`: counted over all processes, so the split does not matter."""
+        """Each token's share of the mean, `[tokens]`: counted over all processes, so the split does
+        not matter.
+        """
         rule, lengths = self.settings.normalize, rollout.lengths
         local = torch.tensor(
             [len(rollout), rollout.tokens], device=lengths.device, dtype=torch.float64
@@ -418,8 +448,10 @@ class Run:
         per_row = {
             "token": torch.full_like(lengths, 1, dtype=torch.float64) / max(tokens, 1),
             "sequence": 1 / (completions * lengths.clamp(min=1).double()),
-            "constant": torch.full_like(lengths, 1, dtype=torch.float64)
-            / (completions * self.settings.max_new_tokens),
+            "constant": (
+                torch.full_like(lengths, 1, dtype=torch.float64)
+                / (completions * self.settings.max_new_tokens)
+            ),
         }
         return per_row[rule].float().repeat_interleave(lengths)
 
@@ -449,7 +481,10 @@ class Run:
                 self.save()
 
     def _evaluate(self) -> None:
-        """Evaluate where that is due. The step is saved by then, so an interrupt here loses nothing."""
+        """Evaluate where that is due.
+
+        The step is saved by then, so an interrupt here loses nothing.
+        """
         if saving.is_evaluation_due(self):
             saving.keep_accuracy(self, evaluate(self.student, self.task).accuracy)
 
@@ -507,8 +542,8 @@ class Run:
             else " Lower the learning rate, or look at the loss on this token."
         )
         return (
-            f"Step {self.done + 1}, prompt {part.prompts[b].id or b!r}, token {t} ({token!r}): {error} The weights are as they were "
-            f"and earlier checkpoints are intact.{advice}"
+            f"Step {self.done + 1}, prompt {part.prompts[b].id or b!r}, token {t} ({token!r}):"
+            f" {error} The weights are as they were and earlier checkpoints are intact.{advice}"
         )
 
 
@@ -522,7 +557,8 @@ def _check_writers(method: Method, teacher: Any) -> None:
         )
     if not (isinstance(teacher, Policy) or hasattr(teacher, "write")):
         raise MissingPolicy(
-            f"{name_of(method)} lets the teacher write, but {type(teacher).__name__} only grades. Use one that writes."
+            f"{name_of(method)} lets the teacher write, but {type(teacher).__name__} only grades."
+            " Use one that writes."
         )
 
 

@@ -39,7 +39,10 @@ def differences(
 def _models(
     who: str, saved: Mapping[str, Any], given: Mapping[str, Any], same_versions: bool
 ) -> str:
-    names = f"{saved['source'] or saved['model']} was saved and {given['source'] or given['model']} is given"
+    names = (
+        f"{saved['source'] or saved['model']} was saved and {given['source'] or given['model']} is"
+        " given"
+    )
     for key, what in (("model", "class"), ("dtype", "precision")):
         if saved[key] != given[key]:
             return f"{who} has another {what}: {saved[key]} was saved and {given[key]} is given"
@@ -63,7 +66,10 @@ def _adapters(who: str, saved: str | None, given: str | None) -> str:
     if saved == given:
         return ""
     if saved is None:
-        return f"{who} is already trained: its adapter (fingerprint {given}) was fresh when the run began"
+        return (
+            f"{who} is already trained: its adapter (fingerprint {given}) was fresh when the run"
+            " began"
+        )
     now = "has none that changes anything" if given is None else f"has one with fingerprint {given}"
     return f"{who} began the run with a trained adapter (fingerprint {saved}) and now {now}"
 
@@ -91,12 +97,18 @@ def _tasks(saved: Mapping[str, Any], given: Mapping[str, Any]) -> str:
     if saved["name"] != given["name"]:
         return f"the run was trained on the task {saved['name']!r} and {given['name']!r} is given"
     if saved["settings"] != given["settings"]:
-        return f"the task {saved['name']!r} has other settings: {saved['settings']} was saved and {given['settings']} is given"
+        return (
+            f"the task {saved['name']!r} has other settings: {saved['settings']} was saved and"
+            f" {given['settings']} is given"
+        )
     if saved["prompts"] != given["prompts"]:
         return f"the task {saved['name']!r} has other prompts: " + _both(saved, given, "prompts")
     if not same_function(saved["verify"], given["verify"]):
         before, now = _function(saved["verify"]), _function(given["verify"])
-        return f"the task {saved['name']!r} has another verifier: {before} was saved and {now} is given"
+        return (
+            f"the task {saved['name']!r} has another verifier: {before} was saved and {now} is"
+            " given"
+        )
     return ""
 
 
@@ -116,7 +128,10 @@ def _function(described: Any) -> str:
         return "none"
     if not isinstance(described, dict):
         return str(described)
-    return f"{described['name']} (source {described.get('source') or 'unknown'}, made with {described.get('given', 'nothing')})"
+    return (
+        f"{described['name']} (source {described.get('source') or 'unknown'}, made with"
+        f" {described.get('given', 'nothing')})"
+    )
 
 
 def _teachers(
@@ -177,7 +192,10 @@ def _methods(saved: Mapping[str, Any], given: Mapping[str, Any], moved: Sequence
     if is_other or is_unsure:
         return f"the run was trained with the method {one} and {two} is given"
     if saved["source"] and given["source"] and saved["source"] != given["source"]:
-        return f"the code of the method {one} has changed: source {saved['source']} was saved and {given['source']} is given"
+        return (
+            f"the code of the method {one} has changed: source {saved['source']} was saved and"
+            f" {given['source']} is given"
+        )
     keys = saved["options"].keys() | given["options"].keys()
     if all(theirs):  # a newer version may have options that the older one had not
         keys = saved["options"].keys() & given["options"].keys()
@@ -189,7 +207,10 @@ def _methods(saved: Mapping[str, Any], given: Mapping[str, Any], moved: Sequence
         ):
             continue
         if isinstance(before, dict) and "source" in before:
-            return f"the method's {key} is another one: {_function(before)} was saved and {_function(now)} is given"
+            return (
+                f"the method's {key} is another one: {_function(before)} was saved and"
+                f" {_function(now)} is given"
+            )
         return f"the method {one} has {key}={now!r} and was saved with {key}={before!r}"
     return ""
 

@@ -138,11 +138,13 @@ def check_folder(folder: Any, owner: str = "distill got save") -> Path | None:
     except OSError as error:
         reason = error.strerror or str(error)
         raise InvalidValue(
-            f"{owner}={shortened(folder)}, where nothing can be written ({reason}). Use a folder that can be made."
+            f"{owner}={shortened(folder)}, where nothing can be written ({reason}). Use a folder"
+            " that can be made."
         ) from None
     if is_checkpoint:
         raise InvalidValue(
-            f"{owner}={shortened(folder)}, which is itself a checkpoint. Use the folder of the run: {str(path.parent)!r}."
+            f"{owner}={shortened(folder)}, which is itself a checkpoint. Use the folder of the run:"
+            f" {str(path.parent)!r}."
         )
     return path
 

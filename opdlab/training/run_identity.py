@@ -91,9 +91,9 @@ def describe_tokenizer(policy: Policy, prompts: list[Prompt]) -> dict[str, Any]:
     template = getattr(policy.tokenizer, "chat_template", None)
     return {
         "vocabulary": fingerprints.vocabulary_digest(policy.tokenizer),
-        "template": None
-        if template is None
-        else fingerprints.digest(json.dumps(template, sort_keys=True)),
+        "template": (
+            None if template is None else fingerprints.digest(json.dumps(template, sort_keys=True))
+        ),
         "ends": sorted(policy.weights.eos),
         "rendered": fingerprints.digest(json.dumps([policy.encode(prompt) for prompt in prompts])),
     }

@@ -1,4 +1,6 @@
-"""How a run trains: the settings of `distill`, and the seeds and learning rates that follow from them."""
+"""How a run trains: the settings of `distill`, and the seeds and learning rates that follow from
+them.
+"""
 
 from __future__ import annotations
 
@@ -30,14 +32,18 @@ if TYPE_CHECKING:
 class Settings:
     """How a run trains. Sizes are per process: `batch` prompts a step, `n` completions a prompt.
 
-    lora: rank of the adapter on all linear layers, or None to train all weights. normalize: what the loss is a mean over,
-    "token" (all tokens alike), "sequence" (each completion alike) or "constant" (per completion, over max_new_tokens).
-    micro_batch: completions in one backward pass (all by default); changes memory, not the result. precision: "bf16" for
-    autocast on float32 weights. warmup: steps, fewer than `steps`, over which the learning rate rises to `lr`. clip: the largest
-    norm of the gradient; 0 for no clipping. temperature, top_p: used for sampling. Values other than 1 make the data off-policy;
-    temperature 0 takes the likeliest token each time, so it allows one completion per prompt (n=1) only. ema_rate: how
-    far the policy `ema` moves towards the student after each update (0.05 as in SDPO, arXiv 2601.20802). evaluate_every,
-    snapshot_every, save_every: steps between two; 0 for never.
+    lora: rank of the adapter on all linear layers, or None to train all weights. normalize: what
+        the loss is a mean over,
+    "token" (all tokens alike), "sequence" (each completion alike) or "constant" (per completion,
+    over max_new_tokens).
+    micro_batch: completions in one backward pass (all by default); changes memory, not the result.
+        precision: "bf16" for
+    autocast on float32 weights. warmup: steps, fewer than `steps`, over which the learning rate
+    rises to `lr`. clip: the largest norm of the gradient; 0 for no clipping. temperature, top_p:
+    used for sampling. Values other than 1 make the data off-policy; temperature 0 takes the
+    likeliest token each time, so it allows one completion per prompt (n=1) only. ema_rate: how far
+    the policy `ema` moves towards the student after each update (0.05 as in SDPO, arXiv
+    2601.20802). evaluate_every, snapshot_every, save_every: steps between two; 0 for never.
 
     Raises:
         InvalidValue: A value that cannot be right, alone or beside another.
@@ -69,13 +75,13 @@ class Settings:
         validate_fields(self)
         if self.warmup and self.warmup >= self.steps:
             raise InvalidValue(
-                f"Settings got warmup={self.warmup} for steps={self.steps}, so the learning rate would never reach lr. Use a warmup "
-                "of fewer steps."
+                f"Settings got warmup={self.warmup} for steps={self.steps}, so the learning rate"
+                " would never reach lr. Use a warmup of fewer steps."
             )
         if self.temperature == 0 and self.n > 1:
             raise InvalidValue(
-                f"Settings got temperature=0 with n={self.n}: without randomness, all completions of a prompt are the same. Use n=1, or a "
-                "temperature above 0."
+                f"Settings got temperature=0 with n={self.n}: without randomness, all completions"
+                " of a prompt are the same. Use n=1, or a temperature above 0."
             )
 
     def rate(self, done: int) -> float:
@@ -95,7 +101,8 @@ class Settings:
 def make_settings(
     given: Mapping[str, Any], method: Method | None, task: Task, where: str = "distill"
 ) -> Settings:
-    """Put together the settings of a run: the user's, then the method's recipe, then the task's, then the defaults.
+    """Put together the settings of a run: the user's, then the method's recipe, then the task's,
+    then the defaults.
 
     Args:
         given: The settings that the user passed.
@@ -134,16 +141,18 @@ def check_settings(
     name = _name_of(method)
     if getattr(method, "verifies", False) and task.verify is None:
         raise MissingPolicy(
-            f"{name} learns from a verifier, but {task.name} has none. Use a task with verify=, or a method with a teacher."
+            f"{name} learns from a verifier, but {task.name} has none. Use a task with verify=, or"
+            " a method with a teacher."
         )
     if settings.n < (least := getattr(method, "least_n", 1)):
         raise InvalidValue(
-            f"{name} compares the samples of a prompt, but distill got n={settings.n}, which is one sample a prompt. "
-            f"Use n=4 or more (at least {least})."
+            f"{name} compares the samples of a prompt, but distill got n={settings.n}, which is one"
+            f" sample a prompt. Use n=4 or more (at least {least})."
         )
     if settings.evaluate_every and task.verify is None:
         raise InvalidValue(
-            f"distill got evaluate_every={settings.evaluate_every}, but {task.name} has no verifier. Use a task with verify=."
+            f"distill got evaluate_every={settings.evaluate_every}, but {task.name} has no"
+            " verifier. Use a task with verify=."
         )
     recipe = {
         **{field.name: field.default for field in fields(Settings)},
@@ -153,7 +162,8 @@ def check_settings(
     for setting, why in _without_effect(settings, method, name, saves).items():
         if setting in given and getattr(settings, setting) != recipe[setting]:
             raise InvalidValue(
-                f"distill got {setting}={getattr(settings, setting)!r}, which would change nothing: {why}"
+                f"distill got {setting}={getattr(settings, setting)!r}, which would change nothing:"
+                f" {why}"
             )
 
 

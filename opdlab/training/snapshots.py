@@ -4,8 +4,9 @@
     traces = snapshots.rescored(run, rollout, teacher)         # the same tokens, graded again at steps 0, 10, 20, …
     traces = snapshots.rewritten(run, task.prompts(1), teacher) # what each of these students writes
 
-Kept are the adapters in `run.snapshots` and, where the run saves checkpoints, those on the disk. All are looked at through
-one adapter of the shared weights, so looking back costs the memory of one. Left out: full training, which keeps no adapters.
+Kept are the adapters in `run.snapshots` and, where the run saves checkpoints, those on the disk.
+All are looked at through one adapter of the shared weights, so looking back costs the memory of
+one. Left out: full training, which keeps no adapters.
 """
 
 from __future__ import annotations
@@ -36,7 +37,9 @@ if TYPE_CHECKING:
 
 
 def steps(run: Run) -> list[int]:
-    """The steps whose student is known, in order: those of `run.snapshots` and of the checkpoints in the run's folder."""
+    """The steps whose student is known, in order: those of `run.snapshots` and of the checkpoints
+    in the run's folder.
+    """
     return sorted({*run.snapshots, *_saved(run)})
 
 
@@ -49,10 +52,12 @@ def rescored(
     k: int = 8,
     **others: Policy,
 ) -> dict[int, Trace]:
-    """The same rollout under the student of every kept step (or those of `at`): `opdlab.score`, step by step.
+    """The same rollout under the student of every kept step (or those of `at`): `opdlab.score`,
+    step by step.
 
-    What does not move (`teacher`, `others`) runs once. A teacher that follows the student would, too: give it `.frozen()`.
-    Raises OpdlabError for a run that kept nothing and for steps that it did not keep.
+    What does not move (`teacher`, `others`) runs once. A teacher that follows the student would,
+    too: give it `.frozen()`. Raises OpdlabError for a run that kept nothing and for steps that it
+    did not keep.
     """
     expect(run, Run, "rescored", "run")
     expect(rollout, Rollout, "rescored", "rollout")
@@ -82,8 +87,10 @@ def rewritten(
     seed: int = 0,
     temperature: float = 0.0,
 ) -> dict[int, Trace]:
-    """What the student of every kept step (or those of `at`) writes to the same prompts, graded. Greedy unless told otherwise;
-    with a temperature, all steps draw with the same random numbers."""
+    """What the student of every kept step (or those of `at`) writes to the same prompts, graded.
+
+    Greedy unless told otherwise; with a temperature, all steps draw with the same random numbers.
+    """
     expect(run, Run, "rewritten", "run")
     prompts = expect_prompts(prompts, "rewritten")
     width, out = run.settings.max_new_tokens, {}
@@ -98,11 +105,13 @@ def _students(run: Run, at: Sequence[int]) -> Iterator[tuple[int, Policy]]:
     known = steps(run)
     if not known:
         raise OpdlabError(
-            "This run kept no student but the last. Train a LoRA with snapshot_every=…, or with save= and save_every=…."
+            "This run kept no student but the last. Train a LoRA with snapshot_every=…, or with"
+            " save= and save_every=…."
         )
     if missing := [step for step in at if step not in known]:
         raise OpdlabError(
-            f"The run kept no step {missing[0]}; it kept {', '.join(map(str, known))}. Give at= some of these."
+            f"The run kept no step {missing[0]}; it kept {', '.join(map(str, known))}. Give at="
+            " some of these."
         )
     with _looking_glass(run) as policy:
         for step in at or known:
@@ -129,7 +138,9 @@ def _state(run: Run, step: int) -> dict[str, Tensor]:
 
 
 def _saved(run: Run) -> dict[int, Path]:
-    """The checkpoints of adapters on the run's path so far, by step: those of other runs in the folder do not count."""
+    """The checkpoints of adapters on the run's path so far, by step: those of other runs in the
+    folder do not count.
+    """
     found = run_folder.saved_in(run.folder) if run.folder else []
     return {
         saved.step: saved.path

@@ -15,7 +15,9 @@ from opdlab.training.resolution import grader_names
 
 @dataclass(frozen=True, eq=False)
 class Step:
-    """One update: its number (from 1), its `metrics`, what was written, and every token's numbers and plan columns."""
+    """One update: its number (from 1), its `metrics`, what was written, and every token's numbers
+    and plan columns.
+    """
 
     number: int
     metrics: dict[str, float]
@@ -27,7 +29,9 @@ class Step:
     planner: dict[str, str] = field(default_factory=dict, repr=False)
 
     def trace(self) -> Trace:
-        """The step's tokens as a `Trace`; without top tokens (`opdlab.score` on `step.rollout` adds them)."""
+        """The step's tokens as a `Trace`; without top tokens (`opdlab.score` on `step.rollout` adds
+        them).
+        """
         graded = {name: self.policies[name] for name in grader_names(self.policies)}
         return record_trace(
             self.rollout,

@@ -34,12 +34,16 @@ def check_trackers(log_with: Any) -> None:
     for one in log_with if isinstance(log_with, (list, tuple)) else [log_with]:
         if one is None or isinstance(one, GeneralTracker) or str(one) == "all":
             continue
-        names = f"Use {', '.join(sorted(known))}, 'all', or a tracker of your own (accelerate.tracking.GeneralTracker)."
+        names = (
+            f"Use {', '.join(sorted(known))}, 'all', or a tracker of your own"
+            " (accelerate.tracking.GeneralTracker)."
+        )
         if not isinstance(one, str) or str(one) not in known:
             raise InvalidValue(
                 f"distill got log_with={shortened(one)}, which is no tracker. {names}"
             )
         if str(one) not in installed:
             raise InvalidValue(
-                f"distill got log_with={str(one)!r}, whose package is not installed. Install it, or leave log_with out."
+                f"distill got log_with={str(one)!r}, whose package is not installed. Install it, or"
+                " leave log_with out."
             )

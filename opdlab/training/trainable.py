@@ -1,4 +1,7 @@
-"""What a run trains: the student's adapter, a new LoRA, or all weights. Decided and prepared before the first step."""
+"""What a run trains: the student's adapter, a new LoRA, or all weights.
+
+Decided and prepared before the first step.
+"""
 
 from __future__ import annotations
 
@@ -32,9 +35,10 @@ def lora_setting(student: Policy, given: Mapping[str, Any]) -> dict[str, int]:
     asked = given.get("lora", rank)
     if asked is not None and asked != rank:
         raise InvalidValue(
-            f"distill got lora={asked}, but the student looks through the adapter {student.adapter!r} of rank {rank}, which a run trains "
-            f"on. Leave lora out to do that, give student.merged() to stack a new LoRA of rank {asked} on it, or "
-            "Policy.of(…, adapter=None) to start from the bare model."
+            f"distill got lora={asked}, but the student looks through the adapter"
+            f" {student.adapter!r} of rank {rank}, which a run trains on. Leave lora out to do"
+            f" that, give student.merged() to stack a new LoRA of rank {asked} on it, or"
+            " Policy.of(…, adapter=None) to start from the bare model."
         )
     return {"lora": rank}
 
@@ -45,8 +49,10 @@ def prepare(
     """Make the student's weights trainable.
 
     Args:
-        student: The policy to be trained. It gets a new LoRA (`settings.lora`) if it has no adapter.
-        policies: Those that the run grades with, by name. In full training they move to copies of the weights.
+        student: The policy to be trained. It gets a new LoRA (`settings.lora`) if it has no
+            adapter.
+        policies: Those that the run grades with, by name. In full training they move to copies of
+            the weights.
         settings: How the run trains.
 
     Returns:
@@ -72,8 +78,9 @@ def _prepare_all_weights(student: Policy, policies: Mapping[str, Any]) -> None:
     weights = student.weights
     if student.adapter is not None:
         raise OpdlabError(
-            f"The student looks through the adapter {student.adapter!r}, which lora=None would leave beside the weights that "
-            "it trains. Leave lora as it is to train the adapter on, or fold it in and train all weights: student.merged()."
+            f"The student looks through the adapter {student.adapter!r}, which lora=None would"
+            " leave beside the weights that it trains. Leave lora as it is to train the adapter"
+            " on, or fold it in and train all weights: student.merged()."
         )
     if low := sorted(
         {
@@ -83,9 +90,10 @@ def _prepare_all_weights(student: Policy, policies: Mapping[str, Any]) -> None:
         }
     ):
         raise InvalidValue(
-            f"lora=None trains the weights themselves, and some of these are {low[0].removeprefix('torch.')}, in which most small "
-            "updates are rounded away. Load the student with dtype=torch.float32 (precision='bf16' still computes in bfloat16), "
-            "or train a LoRA."
+            "lora=None trains the weights themselves, and some of these are"
+            f" {low[0].removeprefix('torch.')}, in which most small updates are rounded away. Load"
+            " the student with dtype=torch.float32 (precision='bf16' still computes in bfloat16),"
+            " or train a LoRA."
         )
     gc.collect()  # policies that nobody holds any more need no copy
     weights.tidy()
@@ -101,15 +109,17 @@ def _refuse_strangers(student: Policy, others: list[Policy]) -> None:
     known = {policy.adapter for policy in others}
     if strangers := [name for name in student.weights.adapters if name not in known]:
         raise OpdlabError(
-            f"The model carries the adapter {strangers[0]!r}, and lora=None would train the weights under it. Load the model without "
-            "adapters, or give distill a student on weights of its own: student.merged()."
+            f"The model carries the adapter {strangers[0]!r}, and lora=None would train the weights"
+            " under it. Load the model without adapters, or give distill a student on weights of"
+            " its own: student.merged()."
         )
 
 
 def _move_to_copies(others: list[Policy], in_run: set[int]) -> None:
     """Give policies that share the student's weights, and are not to move with it, copies of them.
 
-    Views of one policy stay together. Policies outside the run that are the bare model share one copy.
+    Views of one policy stay together. Policies outside the run that are the bare model share one
+    copy.
     """
     copies: dict[Any, Policy] = {}
     moving = {id(policy._adapter) for policy in others if id(policy) in in_run}
@@ -127,7 +137,8 @@ def _warn_of_dropout(student: Policy) -> None:
     share = student.weights.config_of(str(student.adapter)).lora_dropout
     if share:
         warnings.warn(
-            f"The adapter {student.adapter!r} was made with lora_dropout={share}. opdlab trains without dropout, so that the policy "
-            "that is graded is the one that trains. The setting stays in the adapter's configuration.",
+            f"The adapter {student.adapter!r} was made with lora_dropout={share}. opdlab trains"
+            " without dropout, so that the policy that is graded is the one that trains. The"
+            " setting stays in the adapter's configuration.",
             stacklevel=4,
         )

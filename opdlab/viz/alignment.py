@@ -28,7 +28,9 @@ STILL = 400  # spans that the picture without script holds
 
 @dataclass(frozen=True)
 class Piece:
-    """A span as it is drawn: token places on both sides, bytes, and whether both sides spell the same there."""
+    """A span as it is drawn: token places on both sides, bytes, and whether both sides spell the
+    same there.
+    """
 
     ours: range
     theirs: range
@@ -46,9 +48,11 @@ class Alignment(View):
         viz.Alignment.of(text, student.tokenizer, teacher.tokenizer)
         viz.Alignment.of_trace(step.trace(), sample=0)       # of SpanOPD, coloured by what each span costs
 
-    ours, theirs: the bytes that each token adds to the text (`opdlab.data.alignment.spoken`). Where the two spell different texts,
-    what lies between their common beginning and end is unmatched, and hatched; so are tokens without bytes. kl: log p - log q
-    of each span in nats, as SpanOPD notes it; orange where the student is over-confident, blue where the teacher wants more of it.
+    ours, theirs: the bytes that each token adds to the text (`opdlab.data.alignment.spoken`). Where
+        the two spell different texts,
+    what lies between their common beginning and end is unmatched, and hatched; so are tokens
+    without bytes. kl: log p - log q of each span in nats, as SpanOPD notes it; orange where the
+    student is over-confident, blue where the teacher wants more of it.
     cuts: spans that are known already, [start, stop, start, stop] in tokens of either side.
 
     `selected` is a span, a row of `df`.
@@ -82,7 +86,8 @@ class Alignment(View):
             matched + 1,
         ):  # SpanOPD also notes the end, which is no span of the text
             raise OpdlabError(
-                f"Alignment got kl for {len(kl)} spans, but the texts have {matched}. Give one number a span."
+                f"Alignment got kl for {len(kl)} spans, but the texts have {matched}. Give one"
+                " number a span."
             )
         self.kl = None if kl is None else np.asarray(kl, float)
 
@@ -96,13 +101,16 @@ class Alignment(View):
 
     @classmethod
     def of_trace(cls, trace: Trace, sample: int = 0, **options: Any) -> Alignment:
-        """A completion of a step that SpanOPD trained on, with its KL; raises OpdlabError for one whose spans were not noted."""
+        """A completion of a step that SpanOPD trained on, with its KL; raises OpdlabError for one
+        whose spans were not noted.
+        """
         expect(trace, Trace, "Alignment.of_trace", "trace")
         noted = {one["sample"]: one for one in notes_of(trace, "SpanOPD").get("spans", [])}
         if sample not in noted:
             there = ", ".join(map(str, noted)) or "none"
             raise OpdlabError(
-                f"The trace notes no spans of completion {sample}, only of {there}. Give step.trace() of a run with SpanOPD."
+                f"The trace notes no spans of completion {sample}, only of {there}. Give"
+                " step.trace() of a run with SpanOPD."
             )
         one = noted[sample]
         last = one["spans"][-1][1] if one["spans"] else 0
@@ -121,7 +129,9 @@ class Alignment(View):
 
     @property
     def df(self) -> pd.DataFrame:
-        """One row a span: its tokens on both sides, bytes, kind ("1:1", "2:3", "unmatched") and KL where it is known."""
+        """One row a span: its tokens on both sides, bytes, kind ("1:1", "2:3", "unmatched") and KL
+        where it is known.
+        """
         rows = [
             {
                 "ours": [visible(self.ours[t]) for t in p.ours],
@@ -157,8 +167,10 @@ class Alignment(View):
             else ""
         )
         return (
-            f'{title}<div class="opd-bar"><span>{markup.safe(self._said())}</span></div><div class="opd-rows2">{cells}{more}</div>'
-            f'<div class="opd-peaks">{markup.safe(" above, ".join(self.names))} below; · is a space</div>'
+            f'{title}<div class="opd-bar"><span>{markup.safe(self._said())}</span></div><div'
+            f' class="opd-rows2">{cells}{more}</div><div'
+            f' class="opd-peaks">{markup.safe(" above, ".join(self.names))} below; · is a'
+            " space</div>"
         )
 
     def __repr__(self) -> str:
@@ -170,7 +182,8 @@ class Alignment(View):
                 else self._kl()
             )
             lines.append(
-                f"{markup.sparkline(Channel('', '', np.array(size, float)))} {'tokens' if self.kl is None else 'KL'} by span"
+                f"{markup.sparkline(Channel('', '', np.array(size, float)))}"
+                f" {'tokens' if self.kl is None else 'KL'} by span"
             )
         for i, name in enumerate(self.names):
             side, parts = (
@@ -178,7 +191,8 @@ class Alignment(View):
                 ((p.ours, p.theirs)[i] for p in self.pieces[:24]),
             )
             lines.append(
-                f"{name:>10} | {' | '.join(' '.join(_seen(side[part.start : part.stop])) or '∅' for part in parts)}"
+                f"{name:>10} |"
+                f" {' | '.join(' '.join(_seen(side[part.start : part.stop])) or '∅' for part in parts)}"
             )
         return "\n".join(lines)
 
@@ -203,8 +217,9 @@ class Alignment(View):
         )
         lines = "" if loose else joints(*sides)
         return (
-            f'<span class="{look}" style="min-width:min({wide_cell}ch, 100%)">{top}'
-            f'<svg viewBox="0 0 100 20" preserveAspectRatio="none" aria-hidden="true"><path d="{lines}"/></svg>{foot}</span>'
+            f'<span class="{look}" style="min-width:min({wide_cell}ch, 100%)">{top}<svg viewBox="0'
+            ' 0 100 20" preserveAspectRatio="none" aria-hidden="true"><path'
+            f' d="{lines}"/></svg>{foot}</span>'
         )
 
     def _piece(self, a: int, b: int, c: int, d: int) -> Piece:
@@ -229,7 +244,10 @@ class Alignment(View):
             sum(p.kind == "1:1" for p in matched),
             sum(p.size for p in self.pieces if not p.matched),
         )
-        said = f"{100 * self.share:.0f} % of the {'matched ' * bool(unmatched)}bytes in 1:1 spans ({single} of {len(matched)})"
+        said = (
+            f"{100 * self.share:.0f} % of the {'matched ' * bool(unmatched)}bytes in 1:1 spans"
+            f" ({single} of {len(matched)})"
+        )
         counts = (
             f"{len(self.ours)} {self.names[0]} tokens, {len(self.theirs)} {self.names[1]} tokens"
         )
@@ -237,7 +255,9 @@ class Alignment(View):
 
 
 def pieces(ours: Sequence[bytes], theirs: Sequence[bytes]) -> Iterator[Piece]:
-    """The spans of the common beginning, what differs as one unmatched piece, and the spans of the common end."""
+    """The spans of the common beginning, what differs as one unmatched piece, and the spans of the
+    common end.
+    """
     n, m = len(ours), len(theirs)
     a, b = _together(ours, theirs)
     c, d = (0, 0) if (a, b) == (n, m) else _together(ours[a:][::-1], theirs[b:][::-1], back=True)
@@ -262,7 +282,9 @@ def width(piece: bytes) -> int:
 
 
 def joints(above: Sequence[bytes], below: Sequence[bytes]) -> str:
-    """A line from each token above to each below that it shares bytes with; hundredths of the cell's width, twenty high."""
+    """A line from each token above to each below that it shares bytes with; hundredths of the
+    cell's width, twenty high.
+    """
     out, (tops, feet) = [], (_places(side) for side in (above, below))
     for x, a, b in tops:
         out += [f"M{x:.1f} 0L{y:.1f} 20" for y, c, d in feet if min(b, d) - max(a, c) > 1e-9]
@@ -270,7 +292,9 @@ def joints(above: Sequence[bytes], below: Sequence[bytes]) -> str:
 
 
 def _places(side: Sequence[bytes]) -> list[tuple[float, float, float]]:
-    """Of each token of a cell its centre in percent, and where its bytes begin and end as shares of the cell's."""
+    """Of each token of a cell its centre in percent, and where its bytes begin and end as shares of
+    the cell's.
+    """
     x, y = (
         np.cumsum([0, *sizes]) / (sum(sizes) or 1)
         for sizes in ([width(p) for p in side], [len(p) for p in side])
@@ -281,7 +305,9 @@ def _places(side: Sequence[bytes]) -> list[tuple[float, float, float]]:
 def _together(
     ours: Sequence[bytes], theirs: Sequence[bytes], back: bool = False
 ) -> tuple[int, int]:
-    """How many tokens of either side, from the start, spell the same bytes (`back`: both sides come reversed)."""
+    """How many tokens of either side, from the start, spell the same bytes (`back`: both sides come
+    reversed).
+    """
     way = -1 if back else 1
     whole = [b"".join(piece[::way] for piece in side) for side in (ours, theirs)]
     same = next(

@@ -1,4 +1,6 @@
-"""Audits: where the student was asked to show its work, what the teacher would have written there, and what that weighs (OmniOPD)."""
+"""Audits: where the student was asked to show its work, what the teacher would have written there,
+and what that weighs (OmniOPD).
+"""
 
 from __future__ import annotations
 
@@ -25,11 +27,15 @@ READ = 4000  # characters of a text that the page shows
 
 
 class Audits(View):
-    """What did the teacher say to each chunk that was audited? Entropy along the text, the chunks, the teacher's continuations.
+    """What did the teacher say to each chunk that was audited?
 
-    trace: of an OmniOPD step, `step.trace()`, whose notes hold the audits. For a chunk with k = the sum of its N similarities and
-    p = the student's own prior, its weight is (k + alpha p) / (N + alpha); `alpha` is read off the audits. Raises OpdlabError
-    for a trace without audits. `selected` is a row of `df`, at first in the chunk of least weight; `table` has the audits.
+    Entropy along the text, the chunks, the teacher's continuations.
+
+    trace: of an OmniOPD step, `step.trace()`, whose notes hold the audits. For a chunk with k = the
+        sum of its N similarities and
+    p = the student's own prior, its weight is (k + alpha p) / (N + alpha); `alpha` is read off the
+    audits. Raises OpdlabError for a trace without audits. `selected` is a row of `df`, at first in
+    the chunk of least weight; `table` has the audits.
     """
 
     name, scripts, styles = (
@@ -58,15 +64,19 @@ class Audits(View):
 
     @property
     def df(self) -> pd.DataFrame:
-        """The trace's rows with `token` and the first row of the `audit` that each lies in (-1: none)."""
+        """The trace's rows with `token` and the first row of the `audit` that each lies in (-1:
+        none).
+        """
         return self.trace.to_pandas().assign(
             token=[visible(p) for p in self.trace.tokens()], audit=self._audit
         )
 
     @property
     def table(self) -> pd.DataFrame:
-        """One row an audit, the least weight first: `row`, `sample`, `start`, `length`, `text`, mean `similarity`, `prior`,
-        `weight`, and the commonest of the teacher's texts with their number, `answers`."""
+        """One row an audit, the least weight first: `row`, `sample`, `start`, `length`, `text`,
+        mean `similarity`, `prior`, `weight`, and the commonest of the teacher's texts with their
+        number, `answers`.
+        """
         rows = [
             {
                 "row": row,
@@ -125,8 +135,9 @@ class Audits(View):
 
     def __repr__(self) -> str:
         lines = [
-            f"{a['sample']}:{a['start']}  weight {markup.number(a['weight'])} = prior {markup.number(a['prior'])}, similarity "
-            f"{markup.number(a['similarity'])}  {a['text']!r} | {_said(a['answers'])}"
+            f"{a['sample']}:{a['start']}  weight {markup.number(a['weight'])} = prior"
+            f" {markup.number(a['prior'])}, similarity {markup.number(a['similarity'])} "
+            f" {a['text']!r} | {_said(a['answers'])}"
             for a in self.table.head(SHOWN).to_dict("records")
         ]
         more = [f"… {len(self.audits) - SHOWN} more"] if len(self.audits) > SHOWN else []
@@ -158,8 +169,8 @@ class Audits(View):
             [a[key] for a in self.table.to_dict("records")] for key in ("weight", "similarity")
         )
         return (
-            f"{len(self.audits)} audited chunks: mean similarity {markup.number(_mean(similar))}, weights {markup.number(min(weights))} to "
-            f"{markup.number(max(weights))}"
+            f"{len(self.audits)} audited chunks: mean similarity {markup.number(_mean(similar))},"
+            f" weights {markup.number(min(weights))} to {markup.number(max(weights))}"
         )
 
     def _column(self, name: str) -> np.ndarray:
@@ -170,7 +181,9 @@ class Audits(View):
         )
 
     def _drawn(self, row: int, audit: Mapping[str, Any]) -> dict[str, Any]:
-        """An audit as the page reads it: the texts as glyphs, equal ones of the teacher counted, the most similar first."""
+        """An audit as the page reads it: the texts as glyphs, equal ones of the teacher counted,
+        the most similar first.
+        """
         said = Counter(zip(audit["continuations"], audit["similarity"], strict=True))
         answers = [
             {"glyph": _glyph(text), "similarity": phi, "count": n}

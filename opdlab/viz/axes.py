@@ -1,4 +1,6 @@
-"""Axes: the numbers of a trace's tokens that a scatter can be drawn over, each with its scale and a line to begin with."""
+"""Axes: the numbers of a trace's tokens that a scatter can be drawn over, each with its scale and a
+line to begin with.
+"""
 
 from __future__ import annotations
 
@@ -18,7 +20,8 @@ HEAVY = 8  # times the mean size from which a largest value counts as a tail
 class Axis:
     """`values [n]` in `unit`. `start`: where its line lies at first; values from it on are high.
 
-    `scale`: "linear", "log", or "asinh": linear to about `soft` and logarithmic from there, on both sides of zero.
+    `scale`: "linear", "log", or "asinh": linear to about `soft` and logarithmic from there, on both
+    sides of zero.
     """
 
     key: str
@@ -39,7 +42,9 @@ class Axis:
         return (low, high) if high > low else (low, low + 1.0)
 
     def spread(self, values: Any) -> np.ndarray:
-        """Values as places from 0 (least) to 1 (largest), as the page draws them; infinities lie at the ends."""
+        """Values as places from 0 (least) to 1 (largest), as the page draws them; infinities lie at
+        the ends.
+        """
         low, high = (self._bent(np.array(end)) for end in self.ends)
         return np.clip((self._bent(np.asarray(values, float)) - low) / (high - low), 0, 1)
 
@@ -50,10 +55,12 @@ class Axis:
 
 
 def axes(trace: Trace) -> dict[str, Axis]:
-    """All axes that the trace has columns for: the channels, and the gap, confidence, rank and certainty of the first rival.
+    """All axes that the trace has columns for: the channels, and the gap, confidence, rank and
+    certainty of the first rival.
 
-    `gap` is |log q_T - log q_S| of the sampled token and `confidence` q_S + q_T, as DOPD routes by them; where the trace
-    has the gap of DOPD's plan, they are of the two policies that it was taken from, and their lines those of that step.
+    `gap` is |log q_T - log q_S| of the sampled token and `confidence` q_S + q_T, as DOPD routes by
+    them; where the trace has the gap of DOPD's plan, they are of the two policies that it was taken
+    from, and their lines those of that step.
     """
     amounts = [c for c in channels(trace).values() if c.kind in ("ratio", "signed", "amount")]
     found = {c.key: _of_channel(c, _noted(trace).get(c.key)) for c in amounts}
@@ -65,7 +72,9 @@ def axes(trace: Trace) -> dict[str, Axis]:
 
 
 def gap_sides(trace: Trace) -> tuple[str, str] | None:
-    """Teacher and student of the gap: those of DOPD's plan where its column is there, else the first rival and the student."""
+    """Teacher and student of the gap: those of DOPD's plan where its column is there, else the
+    first rival and the student.
+    """
     first = rivals(trace)[:1]
     graded = first and {"student_logp", f"{first[0]}_logp"} <= set(trace.table.column_names)
     return provenance.gap_of_plan(trace) or ((first[0], "student") if graded else None)
@@ -94,7 +103,9 @@ def _pair(trace: Trace) -> list[Axis]:
 
 
 def _sure(trace: Trace) -> list[Axis]:
-    """How certain the first rival is: its largest probability and the rank that it gives the sampled token."""
+    """How certain the first rival is: its largest probability and the rank that it gives the
+    sampled token.
+    """
     out, have = [], trace.table.column_names
     for name in rivals(trace)[:1]:
         if f"{name}_top" in have:
@@ -126,7 +137,9 @@ def _sure(trace: Trace) -> list[Axis]:
 
 
 def _of_channel(channel: Channel, line: float | None) -> Axis:
-    """A channel as an axis; its line lies at `line`, else at zero where there are two sides, else at the mean."""
+    """A channel as an axis; its line lies at `line`, else at zero where there are two sides, else
+    at the mean.
+    """
     size = np.abs(channel.values[np.isfinite(channel.values)])
     mean = _mean(size)
     tail = channel.unit == "nats" or (len(size) > 0 and size.max() > HEAVY * mean)

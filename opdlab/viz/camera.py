@@ -1,4 +1,6 @@
-"""Pictures of pages by a headless Chromium found on the machine, through its debugging pipe: no driver, no port, no network."""
+"""Pictures of pages by a headless Chromium found on the machine, through its debugging pipe: no
+driver, no port, no network.
+"""
 
 from __future__ import annotations
 
@@ -31,19 +33,34 @@ MAC = (
     "/Applications/Chromium.app/Contents/MacOS/Chromium",
 )
 FLAGS = (
-    "--headless=new --remote-debugging-pipe --disable-gpu --hide-scrollbars --no-first-run --disable-background-networking "
-    "--disable-component-update --disable-sync --disable-dev-shm-usage --disable-quic --disable-extensions"
+    "--headless=new --remote-debugging-pipe --disable-gpu --hide-scrollbars --no-first-run"
+    " --disable-background-networking --disable-component-update --disable-sync"
+    " --disable-dev-shm-usage --disable-quic --disable-extensions"
 ).split()
 PATIENCE = 60  # seconds without a word from the browser
-_SILENT = "The browser stopped or fell silent before the picture was made. See what it says: chromium --headless=new about:blank."
-_HEIGHT = "Math.ceil(document.documentElement.getBoundingClientRect().height)"  # of what there is, in however high a window
-_SETTLED = "new Promise((done) => requestAnimationFrame(() => requestAnimationFrame(() => setTimeout(done, 150))))"
-# The browser reads commands from descriptor 3 and writes to 4: this child puts the pipes there and becomes the browser.
-_BECOME = "import os, sys; os.dup2(int(sys.argv[1]), 3); os.dup2(int(sys.argv[2]), 4); os.execv(sys.argv[3], sys.argv[3:])"
+_SILENT = (
+    "The browser stopped or fell silent before the picture was made. See what it says: chromium"
+    " --headless=new about:blank."
+)
+# of what there is, in however high a window
+_HEIGHT = "Math.ceil(document.documentElement.getBoundingClientRect().height)"
+_SETTLED = (
+    "new Promise((done) => requestAnimationFrame(() => requestAnimationFrame(() => setTimeout(done,"
+    " 150))))"
+)
+# The browser reads commands from descriptor 3 and writes to 4: this child puts the pipes there and
+# becomes the browser.
+_BECOME = (
+    "import os, sys; os.dup2(int(sys.argv[1]), 3); os.dup2(int(sys.argv[2]), 4);"
+    " os.execv(sys.argv[3], sys.argv[3:])"
+)
 
 
 def browser() -> str:
-    """The path of a Chromium-like browser; OPDLAB_BROWSER overrides. Raises OpdlabError with what to install."""
+    """The path of a Chromium-like browser; OPDLAB_BROWSER overrides.
+
+    Raises OpdlabError with what to install.
+    """
     named = os.environ.get("OPDLAB_BROWSER")
     found = (
         [named]
@@ -55,7 +72,8 @@ def browser() -> str:
             return path
     looked = named or ", ".join(NAMES)
     raise OpdlabError(
-        f"No browser to draw with: looked for {looked}. Install Chromium (apt-get install chromium) or Chrome."
+        f"No browser to draw with: looked for {looked}. Install Chromium (apt-get install chromium)"
+        " or Chrome."
     )
 
 
@@ -68,7 +86,9 @@ def shoot(
     density: float = 2.0,
     least: int = 600,
 ) -> Path:
-    """Write a PNG of a whole HTML document, as high as it is; `width`, and `least`, the height of the window, in CSS pixels."""
+    """Write a PNG of a whole HTML document, as high as it is; `width`, and `least`, the height of
+    the window, in CSS pixels.
+    """
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     with (
@@ -135,7 +155,8 @@ class _Pipe:
             if reply.get("id") == self.number:
                 if "error" in reply:
                     raise OpdlabError(
-                        f"The browser refused {method}: {reply['error'].get('message')}. Try a newer Chromium."
+                        f"The browser refused {method}: {reply['error'].get('message')}. Try a"
+                        " newer Chromium."
                     )
                 return reply["result"]
 
@@ -148,7 +169,8 @@ class _Pipe:
             chunk = os.read(self.read, 1 << 20) if select([self.read], [], [], PATIENCE)[0] else b""
             if not chunk:
                 raise OpdlabError(
-                    "The browser stopped or fell silent before the picture was made. Try it by hand: chromium --headless=new about:blank."
+                    "The browser stopped or fell silent before the picture was made. Try it by"
+                    " hand: chromium --headless=new about:blank."
                 )
             self.buffer += chunk
         line, self.buffer = self.buffer.split(b"\0", 1)

@@ -1,4 +1,6 @@
-"""Kinds of tokens: names and small codes as channels, each with a letter of its own, so that colour never stands alone."""
+"""Kinds of tokens: names and small codes as channels, each with a letter of its own, so that colour
+never stands alone.
+"""
 
 from __future__ import annotations
 
@@ -14,14 +16,18 @@ if TYPE_CHECKING:
 
 MOST = 8  # kinds that get a colour of their own; the rest are one
 REST = "other"
-# What small integers in a column mean, by the method that planned it; the same name means nothing in a column of another's.
+# What small integers in a column mean, by the method that planned it; the same name means nothing
+# in a column of another's.
 CODES: dict[str, dict[str, tuple[str, ...]]] = {
     "DOPD": {"route": ("LH", "LL", "HT", "HS")},  # as `opdlab.methods.dopd.Route`; -1 is none
     "EOPD": {"gated": ("no", "yes")},
     "TOPD": {"divergent": ("no", "yes")},
 }
 MEANINGS = {
-    "route": "DOPD: gap low or high (L, H); confidence high or low, or the teacher's or the student's lead"
+    "route": (
+        "DOPD: gap low or high (L, H); confidence high or low, or the teacher's or the student's"
+        " lead"
+    )
 }
 RANKS = (1, 10, 100)
 RANK_NAMES = ("1", "2–10", "11–100", "over 100")
@@ -39,7 +45,9 @@ def is_text(kind: pa.DataType) -> bool:
 def of_names(
     make: Callable[..., Channel], key: str, values: Sequence[str | None]
 ) -> Channel | None:
-    """A channel of a column of names, commonest first; where there are more than `MOST`, the rarest are one. None for no name."""
+    """A channel of a column of names, commonest first; where there are more than `MOST`, the rarest
+    are one. None for no name.
+    """
     counted = Counter(v for v in values if v is not None)
     names = [name for name, _ in counted.most_common(MOST if len(counted) <= MOST else MOST - 1)]
     if not names:
@@ -63,7 +71,9 @@ def of_codes(
     names: Sequence[str],
     formula: str = "",
 ) -> Channel | None:
-    """A channel of integers that stand for `names`, -1 for none of them; None where a value is something else."""
+    """A channel of integers that stand for `names`, -1 for none of them; None where a value is
+    something else.
+    """
     if (
         values.dtype.kind not in "iub"
         or not len(values)
@@ -93,7 +103,9 @@ def ranked(make: Callable[..., Channel], key: str, label: str, rank: np.ndarray)
 
 
 def marks(names: Sequence[str]) -> tuple[str, ...]:
-    """Short marks of names, each its own: the first letters that tell it apart, two at most, else its number."""
+    """Short marks of names, each its own: the first letters that tell it apart, two at most, else
+    its number.
+    """
     out: list[str] = []
     short = max(map(len, names), default=0) <= 2
     for i, name in enumerate(names):

@@ -1,4 +1,6 @@
-"""Channels: the numbers and kinds of a trace that can colour its tokens, each with its unit, its sign, its range and formula."""
+"""Channels: the numbers and kinds of a trace that can colour its tokens, each with its unit, its
+sign, its range and formula.
+"""
 
 from __future__ import annotations
 
@@ -13,7 +15,8 @@ import pyarrow as pa
 from opdlab.data.trace import Trace
 from opdlab.viz import categories, kept, payload, provenance
 
-# Columns that every trace may have, and the numbers that it may have of each policy, as `<policy>_logp`: drawn in their own way.
+# Columns that every trace may have, and the numbers that it may have of each policy, as
+# `<policy>_logp`: drawn in their own way.
 GIVEN = ("run", "step", "sample", "prompt", "position", "token_id", "support", "grad_norm")
 NUMBERS = (
     "logp",
@@ -30,16 +33,22 @@ NUMBERS = (
     "coarse_jsd",
 )
 _FLOOR = {"nats": 0.1}  # a strip where nothing happens stays pale
-ROOM = 85_000  # deflated bytes that a page of a text of 10,000 tokens carries, about: 115 kB as base64; of longer ones more
+# deflated bytes that a page of a text of 10,000 tokens carries, about: 115 kB as base64; of longer
+# ones more
+ROOM = 85_000
 
 
 @dataclass(frozen=True, eq=False)
 class Channel:
-    """`values [n]` in `unit`. `kind`: "ratio" (orange - blue), "signed" (grey - violet), "amount" (violet, from zero), "ordinal" or
-    "category" (values index `names`, NaN for none; `marks` are their letters, so that colour is never alone).
+    """`values [n]` in `unit`.
 
-    `less` and `more` say what the two ends mean; `against` is the policy that the student is compared with, if any; `formula`
-    says in one line what it is; `fixed` gets full colour, instead of the 98th percentile. `minor`: offered under "more".
+    `kind`: "ratio" (orange - blue), "signed" (grey - violet), "amount" (violet, from zero),
+    "ordinal" or "category" (values index `names`, NaN for none; `marks` are their letters, so that
+    colour is never alone).
+
+    `less` and `more` say what the two ends mean; `against` is the policy that the student is
+    compared with, if any; `formula` says in one line what it is; `fixed` gets full colour, instead
+    of the 98th percentile. `minor`: offered under "more".
     """
 
     key: str
@@ -58,7 +67,9 @@ class Channel:
 
     @property
     def limit(self) -> float:
-        """The size that gets full colour: the 98th percentile, so that one outlier does not pale the rest."""
+        """The size that gets full colour: the 98th percentile, so that one outlier does not pale
+        the rest.
+        """
         if self.names or self.fixed:
             return self.fixed or max(1.0, len(self.names) - 1.0)
         size = np.abs(self.values[np.isfinite(self.values)])
@@ -66,7 +77,9 @@ class Channel:
         return max(top, _FLOOR.get(self.unit, 0.0)) or 1.0
 
     def peaks(self, n: int = 5) -> list[int]:
-        """The tokens of largest size, largest first; NaN and what is pale do not count, and kinds have none."""
+        """The tokens of largest size, largest first; NaN and what is pale do not count, and kinds
+        have none.
+        """
         if self.kind == "category":
             return []
         size = np.nan_to_num(np.abs(self.values), nan=0.0, posinf=np.inf)
@@ -74,9 +87,11 @@ class Channel:
 
 
 def described(channel: Channel, limit: float) -> dict[str, Any]:
-    """A channel as the page reads it (`payload`): its words, the value that gets full colour, its values and peaks.
+    """A channel as the page reads it (`payload`): its words, the value that gets full colour, its
+    values and peaks.
 
-    Kinds travel as small integers, -1 for none; minor channels of long texts in the 16 steps that colours have.
+    Kinds travel as small integers, -1 for none; minor channels of long texts in the 16 steps that
+    colours have.
     """
     keys = (
         "key",
@@ -104,7 +119,8 @@ def fitting(
     keep: Sequence[str] = (),
     spent: int = 0,
 ) -> list[dict[str, Any]]:
-    """The channels, described, that a page has room for: all of a short text; of a long one those that fit, the first ones first.
+    """The channels, described, that a page has room for: all of a short text; of a long one those
+    that fit, the first ones first.
 
     keep: keys that are carried in any case. spent: bytes of `ROOM` that something else takes.
     """
@@ -126,7 +142,8 @@ def rivals(trace: Trace) -> list[str]:
 def channels(trace: Trace) -> dict[str, Channel]:
     """All channels that the trace has columns or top tokens for, by key, minor ones last.
 
-    Those of the first rival carry plain keys (`log_ratio`), those of others the rival's name (`teacher+hint_log_ratio`).
+    Those of the first rival carry plain keys (`log_ratio`), those of others the rival's name
+    (`teacher+hint_log_ratio`).
     """
     made = [_against(trace, name, first=i == 0) for i, name in enumerate(rivals(trace))]
     first, rest = made[0] if made else [], [c for some in made[1:] for c in some]
@@ -144,7 +161,10 @@ def _drawn(channel: Channel, limit: float) -> np.ndarray:
 
 
 def _against(trace: Trace, name: str, first: bool) -> list[Channel | None]:
-    """What the student is to one rival. T and S are the two distributions at a position, y the token sampled there."""
+    """What the student is to one rival.
+
+    T and S are the two distributions at a position, y the token sampled there.
+    """
     prefix, suffix = ("", "") if first else (f"{name}_", f" · {name}")
     have, minor = set(trace.table.column_names), partial(Channel, against=name, minor=True)
 
@@ -223,14 +243,17 @@ def _against(trace: Trace, name: str, first: bool) -> list[Channel | None]:
 
 
 def _divergence(trace: Trace, name: str, key: str) -> tuple[np.ndarray | None, str]:
-    """The exact column, else a coarse one, else what the kept top tokens say; and how it came about where it is not exact."""
+    """The exact column, else a coarse one, else what the kept top tokens say; and how it came about
+    where it is not exact.
+    """
     columns = trace.table.column_names
     if f"{name}_{key}" in columns:
         return _numbers(trace, f"{name}_{key}"), ""
     if f"{name}_coarse_{key}" in columns:
-        return _numbers(
-            trace, f"{name}_coarse_{key}"
-        ), ", on the tokens that the teacher told: a lower bound"
+        return (
+            _numbers(trace, f"{name}_coarse_{key}"),
+            ", on the tokens that the teacher told: a lower bound",
+        )
     if not kept.has_top(trace, "student", name):
         return None, ""
     student, rival = kept.coarse(trace, "student"), kept.coarse(trace, name)
@@ -271,7 +294,9 @@ def _alone(trace: Trace, name: str) -> list[Channel]:
 
 
 def _own(trace: Trace) -> list[Channel | None]:
-    """What the method did and what the user added: loss, share of the gradient, the plan's columns, further columns by name."""
+    """What the method did and what the user added: loss, share of the gradient, the plan's columns,
+    further columns by name.
+    """
     known = [
         name
         for name in ("loss", "share", *trace.meta.get("plan", []))
@@ -288,7 +313,9 @@ def _is_given(trace: Trace, name: str) -> bool:
 
 
 def _column(trace: Trace, name: str) -> Channel | None:
-    """A column as a channel, with the values that it holds; codes of a method are named where that method made them."""
+    """A column as a channel, with the values that it holds; codes of a method are named where that
+    method made them.
+    """
     kind = trace.table[name].type
     if categories.is_text(kind):
         return categories.of_names(Channel, name, trace.table[name].to_pylist())

@@ -1,4 +1,6 @@
-"""Compare: one text as several losses, teachers, checkpoints or runs see it, on one scale, and where they differ."""
+"""Compare: one text as several losses, teachers, checkpoints or runs see it, on one scale, and
+where they differ.
+"""
 
 from __future__ import annotations
 
@@ -25,14 +27,19 @@ ROOM = 60_000  # deflated bytes of channels in pages of long texts
 
 
 class Compare(View):
-    """What do several losses, teachers, checkpoints or runs make of the same tokens? A strip each on one scale, and a difference.
+    """What do several losses, teachers, checkpoints or runs make of the same tokens?
 
-    traces: traces or TokenLenses by name, or a list of TokenLenses, named by their titles. channel: a key that all of them have.
-    Raises OpdlabError for fewer than two, or where tokens differ, and UnknownColumn for a channel that one lacks.
+    A strip each on one scale, and a difference.
 
-    Traits: `channel`, and `pair` [minuend, subtrahend] by place: at first the second minus the first. `correlation` is
-    Spearman's, of the sizes of the channel's values: whether two put their weight on the same tokens. `changed` lists the tokens
-    on which the pair differs most.
+    traces: traces or TokenLenses by name, or a list of TokenLenses, named by their titles. channel:
+        a key that all of them have.
+    Raises OpdlabError for fewer than two, or where tokens differ, and UnknownColumn for a channel
+    that one lacks.
+
+    Traits: `channel`, and `pair` [minuend, subtrahend] by place: at first the second minus the
+        first. `correlation` is
+    Spearman's, of the sizes of the channel's values: whether two put their weight on the same
+    tokens. `changed` lists the tokens on which the pair differs most.
     """
 
     name, scripts, styles = "compare", ("compare.js",), ("compare.css",)
@@ -51,11 +58,13 @@ class Compare(View):
         _check_same(self.traces)
         if channel not in self.channels and channel != "log_ratio":
             raise UnknownColumn(
-                f"Not all of the traces have {channel!r}. They share {', '.join(self.channels) or 'no channel'}."
+                f"Not all of the traces have {channel!r}. They share"
+                f" {', '.join(self.channels) or 'no channel'}."
             )
         if not self.channels:
             raise OpdlabError(
-                "The traces share no numbers to compare. Score the same rollout for each: opdlab.score(rollout, …)."
+                "The traces share no numbers to compare. Score the same rollout for each:"
+                " opdlab.score(rollout, …)."
             )
         self.channel = channel if channel in self.channels else next(iter(self.channels))
         self.selected = int(self.changed.index[0]) if len(self.changed) else 0
@@ -102,7 +111,9 @@ class Compare(View):
 
     @property
     def changed(self) -> pd.DataFrame:
-        """The rows of `df` with the largest differences, largest first; those of less than a hundredth of it are left out."""
+        """The rows of `df` with the largest differences, largest first; those of less than a
+        hundredth of it are left out.
+        """
         size = self.df["difference"].abs()
         return self.df.loc[size[(size > 0) & (size >= size.max() / 100)].nlargest(CHANGED).index]
 
@@ -113,14 +124,15 @@ class Compare(View):
         )
         look = "white-space:pre-wrap;font-family:monospace;line-height:1.9"
         strips = [
-            f'<div class="opd-versus"><b>{markup.safe(name)}</b></div><div class="opd-strip" style="{look}" dir="auto">'
-            f"{markup.strip(tokens, channel, self.limit)}</div>"
+            f'<div class="opd-versus"><b>{markup.safe(name)}</b></div><div class="opd-strip"'
+            f' style="{look}" dir="auto">{markup.strip(tokens, channel, self.limit)}</div>'
             for name, channel in zip(self.names, chosen, strict=True)
         ]
         title = markup.title(self.title)
         return (
-            f'{title}<div class="opd-bar">{markup.legend(chosen[0], self.limit)}</div>{"".join(strips)}'
-            f'<div class="opd-peaks">{markup.safe(self._summary())}</div>'
+            f"{title}<div"
+            f' class="opd-bar">{markup.legend(chosen[0], self.limit)}</div>{"".join(strips)}<div'
+            f' class="opd-peaks">{markup.safe(self._summary())}</div>'
         )
 
     def data(self) -> dict[str, Any]:
@@ -139,7 +151,10 @@ class Compare(View):
             f"{name:{width}}  {markup.sparkline(replace(c, fixed=self.limit))}"
             for name, c in zip(self.names, chosen, strict=True)
         ]
-        head = f"Compare: {self.title or f'completion {self.sample}'}, {chosen[0].label}{f' in {chosen[0].unit}' if chosen[0].unit else ''}"
+        head = (
+            f"Compare: {self.title or f'completion {self.sample}'},"
+            f" {chosen[0].label}{f' in {chosen[0].unit}' if chosen[0].unit else ''}"
+        )
         return "\n".join([head, *lines, self._summary()])
 
     def _carried(self) -> list[dict[str, Any]]:
@@ -172,7 +187,10 @@ class Compare(View):
             f"{row.token} {markup.number(row.difference, True)} (position {i})"
             for i, row in self.changed.head(5).iterrows()
         ]
-        return f"{a} minus {b}, {chosen.label}: rank correlation {markup.number(rho)}; changed most: {', '.join(words) or 'none'}"
+        return (
+            f"{a} minus {b}, {chosen.label}: rank correlation {markup.number(rho)}; changed most:"
+            f" {', '.join(words) or 'none'}"
+        )
 
 
 def _named(
@@ -197,13 +215,16 @@ def _named(
         }
     if not 2 <= len(out) <= MOST:
         raise OpdlabError(
-            f"Compare got {len(out)} traces; it shows two to {MOST}. Give them by name: Compare({{'old': a, 'new': b}})."
+            f"Compare got {len(out)} traces; it shows two to {MOST}. Give them by name:"
+            " Compare({'old': a, 'new': b})."
         )
     return out
 
 
 def _check_same(traces: Mapping[str, Trace]) -> None:
-    """Raises OpdlabError where two traces are not of the same tokens, with the first place where they part."""
+    """Raises OpdlabError where two traces are not of the same tokens, with the first place where
+    they part.
+    """
     (first, base), *others = traces.items()
     wanted = base.tokens()
     for name, trace in others:
@@ -216,8 +237,9 @@ def _check_same(traces: Mapping[str, Trace]) -> None:
         )
         seen = [visible(some[at]) if at < len(some) else "the end" for some in (wanted, tokens)]
         raise OpdlabError(
-            f"{first!r} and {name!r} are not of the same text: they part at position {at} ({seen[0]} and {seen[1]}). "
-            "Score one rollout under each: opdlab.score(rollout, …), or compare TokenLenses side by side with viz.page."
+            f"{first!r} and {name!r} are not of the same text: they part at position {at}"
+            f" ({seen[0]} and {seen[1]}). Score one rollout under each: opdlab.score(rollout, …),"
+            " or compare TokenLenses side by side with viz.page."
         )
 
 

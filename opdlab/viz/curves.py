@@ -1,4 +1,6 @@
-"""Curves of a run: small multiples over steps, and the plotly template that suits light and dark pages alike."""
+"""Curves of a run: small multiples over steps, and the plotly template that suits light and dark
+pages alike.
+"""
 
 from __future__ import annotations
 
@@ -35,8 +37,8 @@ _GREY, _GRID = "#808080", "rgba(128,128,128,0.22)"
 def curves(history: pd.DataFrame, keys: Sequence[str] | None = None, columns: int = 2) -> go.Figure:
     """Small multiples of `run.history` over its steps: by default those of `KEYS` that it has.
 
-    From 24 points on, a running mean lies over the pale raw values. Raises OpdlabError for an empty history and KeyError
-    for a key that it lacks.
+    From 24 points on, a running mean lies over the pale raw values. Raises OpdlabError for an empty
+    history and KeyError for a key that it lacks.
     """
     if history.empty:
         raise OpdlabError(
@@ -44,7 +46,8 @@ def curves(history: pd.DataFrame, keys: Sequence[str] | None = None, columns: in
         )
     if missing := [key for key in keys or () if key not in history]:
         raise KeyError(
-            f"The history has no {', '.join(missing)}; it has {', '.join(map(str, history.columns))}."
+            f"The history has no {', '.join(missing)}; it has"
+            f" {', '.join(map(str, history.columns))}."
         )
     shown = [key for key in keys or KEYS if key in history and history[key].notna().any()]
     columns = max(1, min(columns, len(shown)))
@@ -74,7 +77,9 @@ def curves(history: pd.DataFrame, keys: Sequence[str] | None = None, columns: in
 
 
 def _lines(key: str, steps: pd.Series, values: pd.Series) -> list[go.Scatter]:
-    """The raw values, and their running mean where there are many; sparse values (accuracy) as dots."""
+    """The raw values, and their running mean where there are many; sparse values (accuracy) as
+    dots.
+    """
     there = values.notna()
     steps, values = steps[there], values[there].astype(float)
     colour = {"reward": TEACHER, "accuracy": TEACHER, "reverse_kl": STUDENT, "loss": STUDENT}.get(

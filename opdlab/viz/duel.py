@@ -1,4 +1,6 @@
-"""The duel: at each token, the few tokens that the policies wanted most, side by side, and the mass of all others."""
+"""The duel: at each token, the few tokens that the policies wanted most, side by side, and the mass
+of all others.
+"""
 
 from __future__ import annotations
 
@@ -21,9 +23,10 @@ ENTRIES, FEWER = (
 def duel(trace: Trace) -> dict[str, Any] | None:
     """Who wanted what. None for a trace that kept no top tokens.
 
-    `count [n]`: rows of each token, 0 where there was no room (the tokens on which the policies differ most come first).
-    Then, row after row: `row`, an index into `names` and `ids`, likeliest under any policy first, with the sampled token
-    always among them; `p[policy]`; and for each token that has rows `other[policy]`, the mass not shown. `rank[policy] [n]`.
+    `count [n]`: rows of each token, 0 where there was no room (the tokens on which the policies
+    differ most come first). Then, row after row: `row`, an index into `names` and `ids`, likeliest
+    under any policy first, with the sampled token always among them; `p[policy]`; and for each
+    token that has rows `other[policy]`, the mass not shown. `rank[policy] [n]`.
     """
     have = set(trace.table.column_names)
     policies = [name for name in trace.policies if f"{name}_top" in have]
@@ -51,7 +54,9 @@ def duel(trace: Trace) -> dict[str, Any] | None:
 
 
 def _wanted(trace: Trace, policies: list[str]) -> tuple[np.ndarray, dict[str, np.ndarray]]:
-    """`[n, S]` token ids (-1: a repeat; the first is the sampled token) and their probabilities under each policy."""
+    """`[n, S]` token ids (-1: a repeat; the first is the sampled token) and their probabilities
+    under each policy.
+    """
     ids = trace.column("support")
     return ids, {
         name: np.where(ids < 0, 0.0, np.exp(trace.column(f"{name}_top").astype(float)))
@@ -60,7 +65,9 @@ def _wanted(trace: Trace, policies: list[str]) -> tuple[np.ndarray, dict[str, np
 
 
 def _best(ids: np.ndarray, p: dict[str, np.ndarray]) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Ids of the rows to show `[n, ROWS]`, where they stand in the support, and which of them are real."""
+    """Ids of the rows to show `[n, ROWS]`, where they stand in the support, and which of them are
+    real.
+    """
     best = np.where(ids < 0, -1.0, np.max(list(p.values()), axis=0))
     first = np.where(np.arange(ids.shape[1]) == 0, np.inf, best)
     shown = np.argsort(-first, axis=1, kind="stable")[:, :ROWS]

@@ -1,4 +1,6 @@
-"""What goes into one HTML file with it: styles, module and data, so that nothing is fetched and no text becomes markup."""
+"""What goes into one HTML file with it: styles, module and data, so that nothing is fetched and no
+text becomes markup.
+"""
 
 from __future__ import annotations
 
@@ -21,9 +23,13 @@ SHARED = (
     "dots.js",
 )  # known to all files of a module, where a view lists them
 AFTER = ("mount.js",)
-_IDLE = r'(?P<quoted>"[^"]*")|(?:\s*;)?\s*(?P<sign>\}|[{;,])\s*|(?<=[a-z]): '  # spaces that a style sheet can do without
+# spaces that a style sheet can do without
+_IDLE = r'(?P<quoted>"[^"]*")|(?:\s*;)?\s*(?P<sign>\}|[{;,])\s*|(?<=[a-z]): '
 _UNSAFE = {"<": "\\u003c", ">": "\\u003e", "&": "\\u0026"}
-POLICY = "default-src 'none'; script-src 'unsafe-inline'; style-src 'unsafe-inline'; img-src data: blob:; font-src data:"
+POLICY = (
+    "default-src 'none'; script-src 'unsafe-inline'; style-src 'unsafe-inline'; img-src data:"
+    " blob:; font-src data:"
+)
 
 
 @lru_cache
@@ -43,7 +49,9 @@ def style(*names: str) -> str:
 
 
 def script_text(scripts: Iterable[str]) -> str:
-    """One ES module: the base, each view's file in a scope of its own, and what mounts them; comments and indents left out."""
+    """One ES module: the base, each view's file in a scope of its own, and what mounts them;
+    comments and indents left out.
+    """
     names = dict.fromkeys(scripts)
     own = "".join(f"{{\n{asset(name)}}}\n" for name in names if name not in SHARED)
     text = "\n".join(
@@ -70,19 +78,25 @@ def plain_module(name: str) -> str:
 
 
 def script_json(data: Any, css_class: str) -> str:
-    """Data as an inert block. Numbers that JSON does not know are written as strings: "NaN", "Infinity", "-Infinity"."""
+    """Data as an inert block.
+
+    Numbers that JSON does not know are written as strings: "NaN", "Infinity", "-Infinity".
+    """
     text = json.dumps(_plain(data), ensure_ascii=True, allow_nan=False, separators=(",", ":"))
     text = re.sub("[<>&]", lambda found: _UNSAFE[found[0]], text)
     return f'<script type="application/json" class="{css_class}">{text}</script>'
 
 
 def document(title: str, head: str, body: str) -> str:
-    """A whole page; `title` is markup already escaped. Its content policy forbids every request to the outside."""
+    """A whole page; `title` is markup already escaped.
+
+    Its content policy forbids every request to the outside.
+    """
     return (
-        '<!doctype html>\n<html lang="en">\n<head>\n<meta charset="utf-8">\n'
-        f'<meta http-equiv="Content-Security-Policy" content="{POLICY}">\n'
-        '<meta name="viewport" content="width=device-width, initial-scale=1">\n<meta name="color-scheme" content="light dark">\n'
-        f"<title>{title}</title>\n{head}\n</head>\n<body>\n{body}\n</body>\n</html>\n"
+        '<!doctype html>\n<html lang="en">\n<head>\n<meta charset="utf-8">\n<meta'
+        f' http-equiv="Content-Security-Policy" content="{POLICY}">\n<meta name="viewport"'
+        ' content="width=device-width, initial-scale=1">\n<meta name="color-scheme" content="light'
+        f' dark">\n<title>{title}</title>\n{head}\n</head>\n<body>\n{body}\n</body>\n</html>\n'
     )
 
 

@@ -1,4 +1,6 @@
-"""Forks: where student and teacher would go from the same prefix, and whether a high loss is a real fork or a false alarm (TOPD)."""
+"""Forks: where student and teacher would go from the same prefix, and whether a high loss is a real
+fork or a false alarm (TOPD).
+"""
 
 from __future__ import annotations
 
@@ -27,15 +29,19 @@ VERDICTS = ("false alarm", "real fork")
 
 
 class Forks(View):
-    """Is a token of high loss a real fork, or a false alarm? The two windows from its prefix, their transport plan and distance.
+    """Is a token of high loss a real fork, or a false alarm?
 
-    trace: of a TOPD step, `step.trace()`, whose notes hold the windows. policies: `student` and `teacher`, to ask for new windows
-    at any token and for the rest of the text, here by `at` and `goes_on`, on the page where the view is `.live()`; `prompts`, one
-    a completion (`step.rollout.prompts`), are then what they read; without them each prompt of the trace is taken for a chat of
-    one message where the tokenizer has a template. Raises OpdlabError for a trace without windows and no policies.
+    The two windows from its prefix, their transport plan and distance.
 
-    `threshold` (a trait; TOPD's own at first) parts real forks, whose distance is above it, from false alarms. `selected` is a
-    row of `df`; `table` has the windows.
+    trace: of a TOPD step, `step.trace()`, whose notes hold the windows. policies: `student` and
+        `teacher`, to ask for new windows
+    at any token and for the rest of the text, here by `at` and `goes_on`, on the page where the
+    view is `.live()`; `prompts`, one a completion (`step.rollout.prompts`), are then what they
+    read; without them each prompt of the trace is taken for a chat of one message where the
+    tokenizer has a template. Raises OpdlabError for a trace without windows and no policies.
+
+    `threshold` (a trait; TOPD's own at first) parts real forks, whose distance is above it, from
+    false alarms. `selected` is a row of `df`; `table` has the windows.
     """
 
     name, scripts, styles = "forks", ("dots.js", "forks.js"), ("dots.css", "forks.css")
@@ -64,14 +70,17 @@ class Forks(View):
         }
         if not self.windows and not {"student", "teacher"} <= set(self.policies):
             raise OpdlabError(
-                "The trace has no windows. Take step.trace() of a run with TOPD, or hand in policies={'student': …, 'teacher': …} to ask."
+                "The trace has no windows. Take step.trace() of a run with TOPD, or hand in"
+                " policies={'student': …, 'teacher': …} to ask."
             )
         self.threshold = float(notes.get("topd", {}).get("threshold", 0.0))
         self.selected = max(self.windows, key=lambda row: self.windows[row]["distance"], default=0)
 
     @property
     def df(self) -> pd.DataFrame:
-        """The trace's rows with `token`, the `distance` of the windows from there (NaN: none) and the `verdict`."""
+        """The trace's rows with `token`, the `distance` of the windows from there (NaN: none) and
+        the `verdict`.
+        """
         distance = np.full(len(self.trace), np.nan)
         for row, window in self.windows.items():
             distance[row] = window["distance"]
@@ -86,7 +95,11 @@ class Forks(View):
 
     @property
     def table(self) -> pd.DataFrame:
-        """One row a window: `row`, `sample`, `position`, `distance`, `verdict` and the two texts, the largest distance first."""
+        """One row a window:
+
+        `row`, `sample`, `position`, `distance`, `verdict` and the two texts, the largest distance
+        first.
+        """
         columns = ["row", "sample", "position", "distance", "verdict", "student", "teacher"]
         rows = [
             {
@@ -105,7 +118,8 @@ class Forks(View):
         )
 
     def at(self, row: int, window: int | None = None) -> dict[str, Any]:
-        """New windows from before a token: greedy texts of both policies, their exact distance and plan; kept in `table`.
+        """New windows from before a token: greedy texts of both policies, their exact distance and
+        plan; kept in `table`.
 
         Raises OpdlabError where no policies were handed in or there is no such row.
         """
@@ -124,7 +138,10 @@ class Forks(View):
         return self.windows[row]
 
     def goes_on(self, row: int, side: str, tokens: int | None = None) -> str:
-        """What `student` or `teacher` writes greedily from before a token: `tokens`, by default as the longest completion has left."""
+        """What `student` or `teacher` writes greedily from before a token:
+
+        `tokens`, by default as the longest completion has left.
+        """
         prompt, prefix = self._begun(row)
         room = tokens or max(int(self._positions.max()) + 1 - len(prefix), LEFT)
         return b"".join(self._pieces(self._write(side, prompt, prefix, room))).decode(
@@ -159,13 +176,17 @@ class Forks(View):
             f"<td>{markup.safe(w['student'])}</td><td>{markup.safe(w['teacher'])}</td></tr>"
             for w in self.table.to_dict("records")
         )
-        head = "<tr><th>token</th><th>distance</th><th>verdict</th><th>the student goes on</th><th>the teacher goes on</th></tr>"
+        head = (
+            "<tr><th>token</th><th>distance</th><th>verdict</th><th>the student goes on</th><th>the"
+            " teacher goes on</th></tr>"
+        )
         bar = f'<div class="opd-bar"><span>{markup.safe(self._count)}</span></div>'
         return f'{title}{bar}<div class="opd-fork-table"><table>{head}{rows}</table></div>'
 
     def __repr__(self) -> str:
         lines = [
-            f"{w['sample']}:{w['position']}  {markup.number(w['distance'])}  {w['verdict']}  {w['student']!r} | {w['teacher']!r}"
+            f"{w['sample']}:{w['position']}  {markup.number(w['distance'])}  {w['verdict']} "
+            f" {w['student']!r} | {w['teacher']!r}"
             for w in self.table.head(SHOWN).to_dict("records")
         ]
         more = [f"… {len(self.windows) - SHOWN} more"] if len(self.windows) > SHOWN else []
@@ -195,8 +216,9 @@ class Forks(View):
     def _count(self) -> str:
         real = sum(self._verdict(w) == VERDICTS[1] for w in self.windows.values())
         return (
-            f"{len(self.windows)} tokens of high loss: {real} real forks, {len(self.windows) - real} false alarms "
-            f"(distance above {markup.number(self.threshold)} or not)"
+            f"{len(self.windows)} tokens of high loss: {real} real forks,"
+            f" {len(self.windows) - real} false alarms (distance above"
+            f" {markup.number(self.threshold)} or not)"
         )
 
     @property
@@ -224,7 +246,8 @@ class Forks(View):
         """The prompt of a row's completion and the tokens before it."""
         if not {"student", "teacher"} <= set(self.policies):
             raise OpdlabError(
-                "Nobody can be asked: no policies were handed in. Make it with Forks(trace, policies={'student': …, 'teacher': …})."
+                "Nobody can be asked: no policies were handed in. Make it with Forks(trace,"
+                " policies={'student': …, 'teacher': …})."
             )
         if not 0 <= row < len(self.trace):
             raise OpdlabError(
@@ -259,7 +282,9 @@ class Forks(View):
         return b"".join(self._pieces(ids)).decode("utf-8", "replace")
 
     def _drawn(self, row: int, window: Mapping[str, Any]) -> dict[str, Any]:
-        """A window as the page reads it: names of tokens, which of them are the same, the plan row by row."""
+        """A window as the page reads it: names of tokens, which of them are the same, the plan row
+        by row.
+        """
         words = {
             side: [payload.word(visible(piece)) for piece in self._pieces(window[side])]
             for side in ("student", "teacher")

@@ -1,7 +1,8 @@
 """Tokens as they are drawn: byte-exact groups that decode, with what cannot be seen made visible.
 
-A piece of UTF-8 is no text, so tokens are joined until their bytes decode; the group is one glyph and its tokens lie under
-it. Nothing is stripped or replaced: a mark (`⏎`) stands beside the text that it shows, so the parts always re-join.
+A piece of UTF-8 is no text, so tokens are joined until their bytes decode; the group is one glyph
+and its tokens lie under it. Nothing is stripped or replaced: a mark (`⏎`) stands beside the text
+that it shows, so the parts always re-join.
 """
 
 from __future__ import annotations
@@ -14,7 +15,8 @@ from dataclasses import dataclass
 from functools import lru_cache
 
 _NAMED = {"\n": "⏎", "\t": "⇥"}
-_JOINERS = "\u200c\u200d"  # they shape what they stand between, so they are drawn only where they stand alone
+# they shape what they stand between, so they are drawn only where they stand alone
+_JOINERS = "\u200c\u200d"
 _SPECIAL = re.compile(
     r"<\|[^<>|\s]+\|>|</?s>|<(?:bos|eos|pad|unk|system|user|assistant|start_of_turn|end_of_turn)>|\[(?:CLS|SEP|PAD|UNK|EOS|BOS)\]"
 )
@@ -23,7 +25,9 @@ Part = tuple[str, str]  # what is seen, the text it stands for
 
 @dataclass(frozen=True)
 class Group:
-    """`tokens` neighbouring tokens whose bytes decode together: leading spaces `lead`, then `parts`; `special` like `<eos>`."""
+    """`tokens` neighbouring tokens whose bytes decode together: leading spaces `lead`, then
+    `parts`; `special` like `<eos>`.
+    """
 
     lead: str
     parts: tuple[Part, ...]
@@ -37,7 +41,9 @@ class Group:
 
 
 def groups(pieces: Iterable[bytes]) -> list[Group]:
-    """The pieces of a text as groups; their texts re-join to the whole, decoded (bytes that are no UTF-8 give U+FFFD)."""
+    """The pieces of a text as groups; their texts re-join to the whole, decoded (bytes that are no
+    UTF-8 give U+FFFD).
+    """
     decoder = codecs.getincrementaldecoder("utf-8")("replace")
     out: list[Group] = []
     raw, text, count = b"", "", 0
@@ -61,7 +67,9 @@ def groups(pieces: Iterable[bytes]) -> list[Group]:
 
 @lru_cache(maxsize=65_536)
 def visible(piece: bytes) -> str:
-    """One token in a list: spaces as `·`, controls by name, stray bytes as `\\xf0`, and `∅` for nothing."""
+    """One token in a list: spaces as `·`, controls by name, stray bytes as `\\xf0`, and `∅` for
+    nothing.
+    """
     text = _decoded(piece)
     if _plain(text):
         return text.replace(" ", "·") or "∅"
@@ -75,7 +83,9 @@ def clean(text: str) -> str:
 
 @lru_cache(maxsize=65_536)
 def _alone(piece: bytes) -> Group | None:
-    """The group of a piece that ends no character of others and leaves none open; None where it leaves one open."""
+    """The group of a piece that ends no character of others and leaves none open; None where it
+    leaves one open.
+    """
     decoder = codecs.getincrementaldecoder("utf-8")("replace")
     text = decoder.decode(piece)
     return None if decoder.getstate()[0] else _group(piece, text, 1)
@@ -96,7 +106,9 @@ def _decoded(piece: bytes) -> str:
 
 
 def _plain(text: str) -> bool:
-    """Whether all of a text is seen as it is, spaces within it apart: the quick way through long ones."""
+    """Whether all of a text is seen as it is, spaces within it apart: the quick way through long
+    ones.
+    """
     return text.isprintable() and not any(
         unicodedata.category(c)[0] == "M" for c in (*text[:1], *text[-1:])
     )

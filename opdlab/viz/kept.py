@@ -1,7 +1,9 @@
-"""What the kept top tokens say by themselves: divergences on them plus one bucket for all other tokens.
+"""What the kept top tokens say by themselves: divergences on them plus one bucket for all other
+tokens.
 
-By the data-processing inequality such a divergence is a lower bound of the one over the whole vocabulary, and equals it where
-the policies agree on all that lies in the bucket. The columns of a trace, where it has them, are exact: these fill the gaps.
+By the data-processing inequality such a divergence is a lower bound of the one over the whole
+vocabulary, and equals it where the policies agree on all that lies in the bucket. The columns of a
+trace, where it has them, are exact: these fill the gaps.
 """
 
 from __future__ import annotations
@@ -23,7 +25,10 @@ def has_top(trace: Trace, *policies: str) -> bool:
 
 
 def coarse(trace: Trace, policy: str) -> np.ndarray:
-    """Log-probs of the kept tokens, then of the bucket: `[n, S + 1]`, -inf at repeats and where a tail is only dust."""
+    """Log-probs of the kept tokens, then of the bucket:
+
+    `[n, S + 1]`, -inf at repeats and where a tail is only dust.
+    """
     top, tail = (
         trace.column(f"{policy}_top").astype(float),
         trace.column(f"{policy}_tail").astype(float),
@@ -50,14 +55,18 @@ def jsd(p: np.ndarray, q: np.ndarray) -> np.ndarray:
 
 
 def overlap(trace: Trace, policy: str) -> np.ndarray:
-    """Share of the policy's k likeliest tokens that are among the student's, where k is what the trace kept of each."""
+    """Share of the policy's k likeliest tokens that are among the student's, where k is what the
+    trace kept of each.
+    """
     k = width(trace)
     mine, theirs = (_likeliest(trace.column(f"{name}_top"), k) for name in ("student", policy))
     return (mine & theirs).sum(1) / k if k else np.zeros(len(trace))
 
 
 def width(trace: Trace) -> int:
-    """How many likeliest tokens of each policy the trace kept: the support is the sampled token and as many of each."""
+    """How many likeliest tokens of each policy the trace kept: the support is the sampled token and
+    as many of each.
+    """
     have = [name for name in trace.policies if f"{name}_top" in trace.table.column_names]
     return (trace.column("support").shape[1] - 1) // len(have) if len(trace) and have else 0
 

@@ -1,4 +1,6 @@
-"""Lines over steps as SVG that stretches with its box: the still half of `static/lines.js`, with the same look."""
+"""Lines over steps as SVG that stretches with its box: the still half of `static/lines.js`, with
+the same look.
+"""
 
 from __future__ import annotations
 
@@ -24,7 +26,10 @@ HUES = (
 
 @dataclass(frozen=True, eq=False)
 class Line:
-    """`y` over `x`. look: one of `HUES`. kind: "line", "faint" (raw values under a mean), "dots" (few values) or "dash"."""
+    """`y` over `x`. look: one of `HUES`. kind:
+
+    "line", "faint" (raw values under a mean), "dots" (few values) or "dash".
+    """
 
     name: str
     x: np.ndarray
@@ -35,8 +40,9 @@ class Line:
 
 @dataclass(frozen=True, eq=False)
 class Plot:
-    """Lines on one scale, with a heading in words. marks: (x, sign) of vertical marks, as of alarms;
-    a mark without a sign has no flag."""
+    """Lines on one scale, with a heading in words. marks: (x, sign) of vertical marks, as of
+    alarms; a mark without a sign has no flag.
+    """
 
     key: str
     label: str
@@ -89,11 +95,14 @@ class Plot:
             f'<path class="opd-lp-mark" d="M{_at(x, self.x):.2f} 0V100"/>' for x, _ in self.marks
         )
         return (
-            f'<figure class="opd-plot"><figcaption><b>{safe(self.label)}</b> <span class="opd-soft">{safe(self.told)}</span></figcaption>'
-            f'<div class="opd-lp-box"><span class="opd-lp-y">{top}</span><span class="opd-lp-y opd-lp-low">{low}</span>'
-            f'<div class="opd-lp-area"><svg viewBox="0 0 100 100" preserveAspectRatio="none" role="img" aria-label="{safe(self.label)}">'
-            f'<path class="opd-lp-grid" d="{GRID}"/>{rules}{drawn}</svg>{flags}</div>'
-            f'<span class="opd-lp-x">{first}</span><span class="opd-lp-x opd-lp-last">{last}</span></div></figure>'
+            f'<figure class="opd-plot"><figcaption><b>{safe(self.label)}</b> <span'
+            f' class="opd-soft">{safe(self.told)}</span></figcaption><div class="opd-lp-box"><span'
+            f' class="opd-lp-y">{top}</span><span class="opd-lp-y opd-lp-low">{low}</span><div'
+            ' class="opd-lp-area"><svg viewBox="0 0 100 100" preserveAspectRatio="none" role="img"'
+            f' aria-label="{safe(self.label)}"><path class="opd-lp-grid"'
+            f' d="{GRID}"/>{rules}{drawn}</svg>{flags}</div><span'
+            f' class="opd-lp-x">{first}</span><span class="opd-lp-x'
+            f' opd-lp-last">{last}</span></div></figure>'
         )
 
 
@@ -101,7 +110,9 @@ GRID = "M0 0H100M0 50H100M0 100H100"
 
 
 def path(line: Line, x: tuple[float, float], y: tuple[float, float]) -> str:
-    """The way of the pen, in hundredths of the box; gaps where a value is not finite, a dot where it stands alone."""
+    """The way of the pen, in hundredths of the box; gaps where a value is not finite, a dot where
+    it stands alone.
+    """
     out, pen = [], False
     for a, b in zip(line.x.tolist(), line.y.tolist(), strict=True):
         if not math.isfinite(b):
@@ -114,7 +125,9 @@ def path(line: Line, x: tuple[float, float], y: tuple[float, float]) -> str:
 
 
 def span(arrays: Sequence[np.ndarray], zero: bool = False) -> tuple[float, float]:
-    """The range that holds all finite values, a little wider where they are all the same; from zero on if `zero`."""
+    """The range that holds all finite values, a little wider where they are all the same; from zero
+    on if `zero`.
+    """
     finite = np.concatenate([a[np.isfinite(a)] for a in arrays]) if arrays else np.zeros(0)
     if not finite.size:
         return 0.0, 1.0
@@ -126,7 +139,9 @@ def span(arrays: Sequence[np.ndarray], zero: bool = False) -> tuple[float, float
 
 
 def thinned(x: np.ndarray, y: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """At most `POINTS` points: of each stretch the least and the largest value, so that peaks survive."""
+    """At most `POINTS` points: of each stretch the least and the largest value, so that peaks
+    survive.
+    """
     if len(x) <= POINTS:
         return x, y
     keep = {0, len(x) - 1}

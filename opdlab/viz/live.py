@@ -32,16 +32,20 @@ _classes: dict[Any, type[LiveView]] = {}
 
 
 class LiveView(anywidget.AnyWidget):
-    """A view as a widget: its traits, its data as one binary block, and replies to what its page asks."""
+    """A view as a widget: its traits, its data as one binary block, and replies to what its page
+    asks.
+    """
 
     view = traitlets.Unicode().tag(sync=True)
     packed = traitlets.Bytes().tag(sync=True)
     _shown: View | None = None  # the view that this is the widget of
 
     def _repr_mimebundle_(self, **options: Any) -> tuple[dict[str, Any], dict[str, Any]]:
-        """The widget, with the still picture and the text summary beside it, for readers that have no kernel or know no widgets.
+        """The widget, with the still picture and the text summary beside it, for readers that have
+        no kernel or know no widgets.
 
-        JupyterLab shows the first kind that it knows, which is the widget; GitHub and nbconvert show the picture.
+        JupyterLab shows the first kind that it knows, which is the widget; GitHub and nbconvert
+        show the picture.
         """
         found = super()._repr_mimebundle_(**options)
         data, metadata = found if isinstance(found, tuple) else (found or {}, {})

@@ -1,4 +1,6 @@
-"""The static half of a lens: coloured tokens, legend and peaks as plain HTML, for where no script runs."""
+"""The static half of a lens: coloured tokens, legend and peaks as plain HTML, for where no script
+runs.
+"""
 
 from __future__ import annotations
 
@@ -12,7 +14,8 @@ from opdlab.data.trace import Trace
 from opdlab.viz.channels import Channel
 from opdlab.viz.glyphs import Group, clean
 
-# Colour and strongest alpha by side. One set for light and dark pages: black or white text on it keeps 4.5 to 1.
+# Colour and strongest alpha by side. One set for light and dark pages: black or white text on it
+# keeps 4.5 to 1.
 INK = {
     "teacher": ((0, 114, 178), 0.70),  # #0072B2
     "student": ((213, 94, 0), 0.62),  # #D55E00
@@ -47,7 +50,9 @@ def side(kind: str, value: float) -> str:
 
 
 def weight(value: float, limit: float, kind: str = "amount") -> float:
-    """How strong the colour is, 0 to 1: the square root of the size, so that middling values show; of bins, their place."""
+    """How strong the colour is, 0 to 1: the square root of the size, so that middling values show;
+    of bins, their place.
+    """
     if math.isnan(value):
         return 0.0
     if kind == "category":
@@ -56,9 +61,11 @@ def weight(value: float, limit: float, kind: str = "amount") -> float:
 
 
 def strip(groups: Sequence[Group], channel: Channel, limit: float) -> str:
-    """The tokens, coloured; their text content is the text itself (NUL, which HTML cannot hold, apart).
+    """The tokens, coloured; their text content is the text itself (NUL, which HTML cannot hold,
+    apart).
 
-    Of texts longer than `WHOLE` groups the beginning and what surrounds the peaks, with the rest counted.
+    Of texts longer than `WHOLE` groups the beginning and what surrounds the peaks, with the rest
+    counted.
     """
     values, out, at = list(_strongest(groups, channel)), [], 0
     shown = _shown(values)
@@ -72,12 +79,15 @@ def strip(groups: Sequence[Group], channel: Channel, limit: float) -> str:
 
 
 def legend(channel: Channel, limit: float) -> str:
-    """The colour scale from its least to its most, with the unit; of kinds, the mark and name of each."""
+    """The colour scale from its least to its most, with the unit; of kinds, the mark and name of
+    each.
+    """
     if channel.names:
         return _key(channel, limit)
     ends = range(-_STEPS, _STEPS + 1) if channel.kind != "amount" else range(_STEPS + 1)
     cells = "".join(
-        f'<span class="opd-cell" style="{_tint(channel.kind, i * limit / _STEPS, limit)}">&nbsp;</span>'
+        '<span class="opd-cell"'
+        f' style="{_tint(channel.kind, i * limit / _STEPS, limit)}">&nbsp;</span>'
         for i in ends
     )
     ticks = [f"−{number(limit)}"] * (channel.kind != "amount") + [
@@ -86,15 +96,18 @@ def legend(channel: Channel, limit: float) -> str:
     ]
     meaning = f"{channel.less} ↔ {channel.more}" if channel.less else ""
     return (
-        f'<div class="opd-legend"><span>{escape(channel.label)}</span> <span class="opd-scale">{cells}</span> '
+        f'<div class="opd-legend"><span>{escape(channel.label)}</span> <span'
+        f' class="opd-scale">{cells}</span> '
         f"<span>{' … '.join(map(escape, ticks))}</span> <span>{escape(meaning)}</span></div>"
     )
 
 
 def sparkline(channel: Channel, width: int = 64) -> str:
-    """The size of the channel along the text; where many tokens share a character it shows the largest.
+    """The size of the channel along the text; where many tokens share a character it shows the
+    largest.
 
-    Of kinds it shows numbers, from 1 in the order of their names; the commonest where many tokens share one.
+    Of kinds it shows numbers, from 1 in the order of their names; the commonest where many tokens
+    share one.
     """
     if channel.kind == "category":
         parts = np.array_split(
@@ -114,13 +127,16 @@ def sparkline(channel: Channel, width: int = 64) -> str:
 
 
 def sparkline_of(trace: Trace, channel: Channel, row: int) -> list[str]:
-    """The sparkline of the completion that a row lies in, as a line of its own; none where there is no such row."""
+    """The sparkline of the completion that a row lies in, as a line of its own; none where there is
+    no such row.
+    """
     samples = trace.column("sample")
     if not 0 <= row < len(samples):
         return []
     values = channel.values[samples == samples[row]]
     return [
-        f"{sparkline(Channel('', '', values, fixed=channel.limit))} {channel.label} along completion {samples[row]}"
+        f"{sparkline(Channel('', '', values, fixed=channel.limit))} {channel.label} along"
+        f" completion {samples[row]}"
     ]
 
 
@@ -135,14 +151,18 @@ def number(value: float, sign: bool = False) -> str:
 
 
 def said(value: float, channel: Channel) -> str:
-    """A value of a channel, without its unit: signed where it has two sides, its name where it has names."""
+    """A value of a channel, without its unit: signed where it has two sides, its name where it has
+    names.
+    """
     if channel.names:
         return channel.names[int(value)] if value >= 0 else "–"
     return number(value, channel.kind in ("ratio", "signed"))
 
 
 def safe(text: str) -> str:
-    """Text as HTML that reads back as that text: markup escaped, CR kept, NUL (which HTML cannot hold) dropped."""
+    """Text as HTML that reads back as that text: markup escaped, CR kept, NUL (which HTML cannot
+    hold) dropped.
+    """
     return escape(clean(text)).replace("\r", "&#13;").replace("\0", "")
 
 
@@ -153,7 +173,8 @@ def title(text: str) -> str:
 
 def _key(channel: Channel, limit: float) -> str:
     cells = [
-        f'<span class="opd-kind" style="{_tint(channel.kind, i, limit)}">&nbsp;{safe(mark)}&nbsp;</span>'
+        '<span class="opd-kind"'
+        f' style="{_tint(channel.kind, i, limit)}">&nbsp;{safe(mark)}&nbsp;</span>'
         + ("" if mark == name else f" <span>{safe(name)}</span>")
         for i, (mark, name) in enumerate(zip(channel.marks, channel.names, strict=True))
     ]
@@ -184,9 +205,11 @@ def _strongest(groups: Sequence[Group], channel: Channel) -> Iterator[float]:
 def _glyph(group: Group, kind: str, value: float, limit: float) -> str:
     look = "opd-ink opd-special" if group.special else "opd-ink"
     parts = "".join(
-        safe(raw)
-        if seen == raw
-        else f'<span class="opd-mark" data-mark="{safe(seen)}">{safe(raw)}</span>'
+        (
+            safe(raw)
+            if seen == raw
+            else f'<span class="opd-mark" data-mark="{safe(seen)}">{safe(raw)}</span>'
+        )
         for seen, raw in group.parts
     )
     tint = _tint(kind, value, limit)

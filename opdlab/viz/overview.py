@@ -1,4 +1,7 @@
-"""Every view that a trace has something for, in the order in which one looks: `opdlab show trace.parquet` draws these."""
+"""Every view that a trace has something for, in the order in which one looks:
+
+`opdlab show trace.parquet` draws these.
+"""
 
 from __future__ import annotations
 
@@ -29,9 +32,11 @@ CAPTIONS = {
 
 
 def overview(trace: Trace, sample: int = 0) -> list[tuple[str, View]]:
-    """Captions and views, as `page(lenses=…)` takes them; `sample` is the completion that the close views show.
+    """Captions and views, as `page(lenses=…)` takes them; `sample` is the completion that the close
+    views show.
 
-    A trace of a student alone has a lens and nothing to compare. Raises OpdlabError for a completion that is not there.
+    A trace of a student alone has a lens and nothing to compare. Raises OpdlabError for a
+    completion that is not there.
     """
     expect(trace, Trace, "overview", "trace")
     rivals = [name for name in trace.policies if name != "student"]

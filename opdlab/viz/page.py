@@ -1,4 +1,6 @@
-"""A page: what a run changed, in one file that opens anywhere, offline: a table, curves and token strips."""
+"""A page: what a run changed, in one file that opens anywhere, offline: a table, curves and token
+strips.
+"""
 
 from __future__ import annotations
 
@@ -28,9 +30,11 @@ def page(
     note: str = "",
     columns: Sequence[str] = COLUMNS,
 ) -> Path:
-    """Write one HTML file that fetches nothing and follows the system's light or dark theme; returns its path.
+    """Write one HTML file that fetches nothing and follows the system's light or dark theme;
+    returns its path.
 
-    summary: rows (label, before, after, teacher), or as `columns` names them; numbers get three digits. lenses: (caption,
+    summary: rows (label, before, after, teacher), or as `columns` names them; numbers get three
+        digits. lenses: (caption,
     view); TokenLenses share one colour scale a channel, so that before and after compare.
     """
     views = [
@@ -40,7 +44,8 @@ def page(
     body = [f"<header><h1>{safe(title)}</h1>{_paragraphs(note)}</header>"]
     body += [_table(summary, columns)] if summary else []
     body += [
-        f'<figure class="opd-chart"><div></div>{embed.script_json(_drawn(f), "opd-figure")}</figure>'
+        "<figure"
+        f' class="opd-chart"><div></div>{embed.script_json(_drawn(f), "opd-figure")}</figure>'
         for f in figures
     ]
     for caption, view in views:
@@ -71,10 +76,14 @@ def _limits(lenses: Sequence[tuple[str, View]]) -> dict[str, float]:
 def _table(rows: Sequence[Sequence[object]], columns: Sequence[str]) -> str:
     head = "".join(f'<th scope="col">{safe(name)}</th>' for name in columns)
     lines = [
-        f'<tr><th scope="row">{_cell(label)}</th>{"".join(f"<td>{_cell(v)}</td>" for v in values)}</tr>'
+        "<tr><th"
+        f' scope="row">{_cell(label)}</th>{"".join(f"<td>{_cell(v)}</td>" for v in values)}</tr>'
         for label, *values in rows
     ]
-    return f'<div class="opd-table"><table><thead><tr>{head}</tr></thead><tbody>{"".join(lines)}</tbody></table></div>'
+    return (
+        "<div"
+        f' class="opd-table"><table><thead><tr>{head}</tr></thead><tbody>{"".join(lines)}</tbody></table></div>'
+    )
 
 
 def _cell(value: object) -> str:

@@ -1,8 +1,10 @@
-"""What a view carries into the page: plain data and arrays in one deflated block, read back by `static/payload.js`.
+"""What a view carries into the page: plain data and arrays in one deflated block, read back by
+`static/payload.js`.
 
-The block, before deflating: the length of the JSON (4 bytes, little-endian), the JSON, then each array from a multiple of 8
-on. The JSON is `{"tree": …, "arrays": [[path, kind, start, length, top], …]}`: the arrays lie outside the tree, so no key
-of foreign data can pose as one. `text` and `numbers` are the same for every view of a trace.
+The block, before deflating: the length of the JSON (4 bytes, little-endian), the JSON, then each
+array from a multiple of 8 on. The JSON is `{"tree": …, "arrays": [[path, kind, start, length, top],
+…]}`: the arrays lie outside the tree, so no key of foreign data can pose as one. `text` and
+`numbers` are the same for every view of a trace.
 """
 
 from __future__ import annotations
@@ -27,13 +29,18 @@ _LEVELS = 126
 
 
 class Coarse(np.ndarray):
-    """Floats that may travel in 8 bits: `sign · (level / 126)² · top`. Marked by `numbers`; nothing else is special."""
+    """Floats that may travel in 8 bits:
+
+    `sign · (level / 126)² · top`. Marked by `numbers`; nothing else is special.
+    """
 
 
 def numbers(values: Any) -> np.ndarray:
-    """Numbers for drawing: half precision (three digits), or 126 levels a sign in texts of more than `LONG` tokens.
+    """Numbers for drawing: half precision (three digits), or 126 levels a sign in texts of more
+    than `LONG` tokens.
 
-    The levels are squares, so that what the colour shows (square roots) has even steps. NaN and infinities survive.
+    The levels are squares, so that what the colour shows (square roots) has even steps. NaN and
+    infinities survive.
     """
     values = np.asarray(values, np.float64)
     if len(values) > LONG:
@@ -45,7 +52,9 @@ def numbers(values: Any) -> np.ndarray:
 
 
 def coarser(values: np.ndarray, limit: float) -> np.ndarray:
-    """`numbers`, in long texts rounded to the 16 steps up to `limit` that colours have (and as many beyond as there are)."""
+    """`numbers`, in long texts rounded to the 16 steps up to `limit` that colours have (and as many
+    beyond as there are).
+    """
     values = np.asarray(values, np.float64)
     if len(values) > LONG:
         values = np.sign(values) * (np.rint(16 * np.sqrt(np.abs(values) / limit)) / 16) ** 2 * limit
@@ -60,9 +69,9 @@ def cost(values: np.ndarray) -> int:
 def text(trace: Trace) -> dict[str, Any]:
     """The tokens of a trace, every distinct one once, and where each of its completions begins.
 
-    `index [n]` points into the vocabulary `id`, `word` (what lists show), `glyph` (what the strip shows). `joined` names the
-    groups of several tokens. `texts`: `key` (equal for the same sample, prompt and tokens: what links views), `sample`,
-    `first`, `size`, `prompt`, `finish`.
+    `index [n]` points into the vocabulary `id`, `word` (what lists show), `glyph` (what the strip
+    shows). `joined` names the groups of several tokens. `texts`: `key` (equal for the same sample,
+    prompt and tokens: what links views), `sample`, `first`, `size`, `prompt`, `finish`.
     """
     ids, where = trace.column("token_id"), list(spans(trace))
     seen, first, index = np.unique(ids, return_index=True, return_inverse=True)
@@ -110,7 +119,10 @@ def key(ids: np.ndarray, prompt: str, sample: int) -> str:
 
 
 def pack(tree: Mapping[str, Any]) -> bytes:
-    """Plain data with numpy arrays in it (1-d; 2-d ones flat), deflated. Non-finite floats outside arrays become strings."""
+    """Plain data with numpy arrays in it (1-d; 2-d ones flat), deflated.
+
+    Non-finite floats outside arrays become strings.
+    """
     arrays: list[tuple[list[Any], str, np.ndarray, float]] = []
     plain = _split(tree, [], arrays)
     start, listed, parts = 0, [], [b""]
@@ -133,7 +145,9 @@ def base64_of(block: bytes) -> str:
 
 
 def unpack(block: bytes) -> dict[str, Any]:
-    """The way back in Python, arrays as float64 or integers: the reference that `payload.js` is tested against."""
+    """The way back in Python, arrays as float64 or integers: the reference that `payload.js` is
+    tested against.
+    """
     raw = zlib.decompress(block, -15)
     size = int.from_bytes(raw[:4], "little")
     head, base = json.loads(raw[4 : 4 + size]), -(-(4 + size) // 8) * 8
@@ -157,7 +171,9 @@ def _padded(raw: bytes) -> bytes:
 
 
 def _deflated(parts: Sequence[bytes]) -> bytes:
-    """One stream, each part with codes of its own and in the shorter way: repetitions pay in text, in noise they only cost."""
+    """One stream, each part with codes of its own and in the shorter way: repetitions pay in text,
+    in noise they only cost.
+    """
     out = b""
     for i, part in enumerate(parts):
         end, ways = zlib.Z_FINISH if i == len(parts) - 1 else zlib.Z_FULL_FLUSH, []
@@ -186,7 +202,10 @@ def _split(data: Any, path: list[Any], arrays: list[Any]) -> Any:
 
 
 def _stored(array: np.ndarray) -> tuple[str, np.ndarray, float]:
-    """Kind, little-endian values, and the largest size for levels. Integers take the fewest bytes that hold them."""
+    """Kind, little-endian values, and the largest size for levels.
+
+    Integers take the fewest bytes that hold them.
+    """
     array = array.ravel()
     if isinstance(array, Coarse):
         levels, top = _to_levels(np.asarray(array))

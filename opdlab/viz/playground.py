@@ -1,4 +1,6 @@
-"""Playground: what a loss would do, in worlds small enough to see all of it, and to a token of a trace."""
+"""Playground: what a loss would do, in worlds small enough to see all of it, and to a token of a
+trace.
+"""
 
 from __future__ import annotations
 
@@ -36,17 +38,20 @@ ALONE = 0.1  # a hill with less of the student's mass is left out
 class Playground(View):
     """What would this loss do to a token, and to a whole distribution?
 
-    Curves over the log ratio: the push per unit of the student's probability, and on the logit of a token that the teacher
-    gives `mass`. A triangle of three outcomes: where a gradient step moves each student, with a teacher and a student to drag.
-    One Gaussian under two hills: does it cover both? The built-in divergences are computed in the page, so it lives on
-    without Python. losses: what is shown, names of generators, `Generator`s, and your own by name or as they are: functions of
-    rows, of (student, teacher) log-probs, or methods without a plan; they are audited, and checked by finite differences. Own
-    losses are evaluated by Python, so the sliders move them in `.live()` only. trace: one scored text, `sample` of it, to see
-    the push of the built-in losses on the tokens wanted at a position, at first where the two sides differ most. Raises
-    OpdlabError for names that are none, for more than four losses, and what an own loss raises.
+    Curves over the log ratio: the push per unit of the student's probability, and on the logit of a
+    token that the teacher gives `mass`. A triangle of three outcomes: where a gradient step moves
+    each student, with a teacher and a student to drag. One Gaussian under two hills: does it cover
+    both? The built-in divergences are computed in the page, so it lives on without Python. losses:
+    what is shown, names of generators, `Generator`s, and your own by name or as they are: functions
+    of rows, of (student, teacher) log-probs, or methods without a plan; they are audited, and
+    checked by finite differences. Own losses are evaluated by Python, so the sliders move them in
+    `.live()` only. trace: one scored text, `sample` of it, to see the push of the built-in losses
+    on the tokens wanted at a position, at first where the two sides differ most. Raises OpdlabError
+    for names that are none, for more than four losses, and what an own loss raises.
 
-    `parameter` is the beta or alpha of those that have one, `clip` the largest push (0: all), `temperature` the teacher's,
-    `steps` how many are taken; `teacher` and `student` the probabilities of three outcomes.
+    `parameter` is the beta or alpha of those that have one, `clip` the largest push (0: all),
+    `temperature` the teacher's, `steps` how many are taken; `teacher` and `student` the
+    probabilities of three outcomes.
     """
 
     name, scripts, styles = (
@@ -81,7 +86,8 @@ class Playground(View):
                 self.own[names[-1]] = loss
         if len(names) > len(HUES):
             raise OpdlabError(
-                f"A Playground compares up to {len(HUES)} losses at a time, and got {len(names)}. Give {len(HUES)} of them."
+                f"A Playground compares up to {len(HUES)} losses at a time, and got {len(names)}."
+                f" Give {len(HUES)} of them."
             )
         self.shown = list(dict.fromkeys(names))
         self.trace = trace.sample(sample) if trace is not None and len(trace) else None
@@ -109,7 +115,9 @@ class Playground(View):
 
     @property
     def table(self) -> pd.DataFrame:
-        """One row a loss: where the Gaussian ends, its mass left and right, and whether it covers both hills."""
+        """One row a loss: where the Gaussian ends, its mass left and right, and whether it covers
+        both hills.
+        """
         rows = []
         for name in self.shown:
             at, width = toys.fit(self.push(name), self.steps, self.temperature)
@@ -172,11 +180,15 @@ class Playground(View):
         )
         said = "".join(f"<div>{markup.safe(line)}</div>" for line in self._lines())
         curves = "".join(plot.html() for plot in (self._plot("weights"), self._plot("pulls")))
-        return f'{title}<div class="opd-knobs">{keys}</div><div class="opd-curves">{curves}</div><div class="opd-peaks">{said}</div>'
+        return (
+            f'{title}<div class="opd-knobs">{keys}</div><div class="opd-curves">{curves}</div><div'
+            f' class="opd-peaks">{said}</div>'
+        )
 
     def __repr__(self) -> str:
         rows = [
-            "Playground: push by log ratio, from the student's over-confidence to the teacher's preference"
+            "Playground: push by log ratio, from the student's over-confidence to the teacher's"
+            " preference"
         ]
         for name in self.shown:
             w = np.clip(toys.weights(self.push(name)), -TALL, TALL)
@@ -186,16 +198,19 @@ class Playground(View):
     def _lines(self) -> list[str]:
         """What the Gaussian does under each loss, then what is wrong with one's own."""
         fits = [
-            f"{_said(r.loss)}: {told(r.left, r.right)} (centre {markup.number(r.centre)}, width {markup.number(r.width)})"
+            f"{_said(r.loss)}: {told(r.left, r.right)} (centre {markup.number(r.centre)}, width"
+            f" {markup.number(r.width)})"
             for r in self.table.itertuples()
         ]
         return [*fits, *(f"{name}: {a.verdict}" for name, a in self.audits.items())]
 
     def _plot(self, what: str) -> Plot:
         values = {
-            name: toys.weights(self.push(name))
-            if what == "weights"
-            else toys.pulls(self.push(name), self.mass)
+            name: (
+                toys.weights(self.push(name))
+                if what == "weights"
+                else toys.pulls(self.push(name), self.mass)
+            )
             for name in self.shown
         }
         tall = TALL if what == "weights" else 0.5
@@ -230,9 +245,11 @@ class Playground(View):
             "weights": toys.weights(push).astype(np.float32),
             "pulls": toys.pulls(push, s["mass"]).astype(np.float32),
             "field": toys.field(push, teacher, s["temperature"]).ravel().astype(np.float32),
-            "walk": toys.path(push, student, teacher, s["steps"], s["temperature"])
-            .ravel()
-            .astype(np.float32),
+            "walk": (
+                toys.path(push, student, teacher, s["steps"], s["temperature"])
+                .ravel()
+                .astype(np.float32)
+            ),
             "fit": list(toys.fit(push, s["steps"], s["temperature"])),
         }
 
@@ -240,7 +257,8 @@ class Playground(View):
         found, (gap, top) = self.audits[name], self.checks[name]
         held = gap > 1e-6 * max(top, 1.0)
         check = (
-            f"Differs from finite differences by up to {markup.number(gap)}: a part is held back (detach): it does not descend its value."
+            f"Differs from finite differences by up to {markup.number(gap)}: a part is held back"
+            " (detach): it does not descend its value."
             if held
             else "Agrees with finite differences."
         )
@@ -283,7 +301,8 @@ def _free(name: str, taken: Sequence[str]) -> str:
 def _known(name: str) -> str:
     if name not in FORMS:
         raise InvalidValue(
-            f"There is no divergence {name!r}. Use {', '.join(FORMS)}, or give your own loss itself."
+            f"There is no divergence {name!r}. Use {', '.join(FORMS)}, or give your own loss"
+            " itself."
         )
     return name
 

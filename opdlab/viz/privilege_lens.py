@@ -1,4 +1,7 @@
-"""PrivilegeLens: is the hinted teacher teaching a skill, or telling what it was told? The gap of every token, taken apart."""
+"""PrivilegeLens: is the hinted teacher teaching a skill, or telling what it was told?
+
+The gap of every token, taken apart.
+"""
 
 from __future__ import annotations
 
@@ -23,17 +26,20 @@ _MEANS = ["gap", "information", "capability", "leak"]
 
 
 class PrivilegeLens(View):
-    """Is the teacher teaching a skill, or leaking the answer? One completion under three policies, by token and in sum.
+    """Is the teacher teaching a skill, or leaking the answer?
+
+    One completion under three policies, by token and in sum.
 
         log p_T+ - log p_S  =  (log p_T+ - log p_T-)  +  (log p_T- - log p_S)
               gap                   information              capability
 
-    as `opdlab.diagnose.privilege` defines `gap`, `information_teacher` and `capability_bare`. student, informed (T+), plain
-    (T-), wrong (the teacher told another problem's hint, for control): policies of the trace, as in
-    `opdlab.score(rollout, student, teacher, **{"teacher+hint": teacher.seeing()})`. A token is flagged as a leak where
-    information outweighs capability, is more than 0.1 nats, and T- is undecided: its entropy is above `undecided` nats (a
-    trait; 0.69 is two equal choices). Raises MissingPolicy and OpdlabError. `selected` is the position looked at, at first
-    the one of largest gap.
+    as `opdlab.diagnose.privilege` defines `gap`, `information_teacher` and `capability_bare`.
+    student, informed (T+), plain (T-), wrong (the teacher told another problem's hint, for
+    control): policies of the trace, as in `opdlab.score(rollout, student, teacher,
+    **{"teacher+hint": teacher.seeing()})`. A token is flagged as a leak where information outweighs
+    capability, is more than 0.1 nats, and T- is undecided: its entropy is above `undecided` nats (a
+    trait; 0.69 is two equal choices). Raises MissingPolicy and OpdlabError. `selected` is the
+    position looked at, at first the one of largest gap.
     """
 
     name, scripts, styles = (
@@ -61,15 +67,17 @@ class PrivilegeLens(View):
         for name in self.sides.values():
             if f"{name}_logp" not in trace.table.column_names:
                 raise MissingPolicy(
-                    f"The trace has no policy {name!r}; it has {', '.join(trace.policies)}. Make it with "
-                    f"opdlab.score(rollout, student, teacher, **{{'teacher+hint': teacher.seeing()}})."
+                    f"The trace has no policy {name!r}; it has {', '.join(trace.policies)}. Make it"
+                    " with opdlab.score(rollout, student, teacher, **{'teacher+hint':"
+                    " teacher.seeing()})."
                 )
         self.whole, self.sample, self.title = trace, sample, title
         self.trace = trace.sample(sample)
         if not len(self.trace):
             held = ", ".join(map(str, sorted(set(trace.column("sample").tolist())))) or "none"
             raise OpdlabError(
-                f"The trace holds no row of completion {sample}, only of {held}. Give sample= one of these."
+                f"The trace holds no row of completion {sample}, only of {held}. Give sample= one"
+                " of these."
             )
         self.selected = next(iter(self.channels["gap"].peaks()), 0)
 
@@ -113,7 +121,9 @@ class PrivilegeLens(View):
 
     @property
     def df(self) -> pd.DataFrame:
-        """The trace's rows of this completion with `token`, `gap`, `information_teacher`, `capability_bare` and `leak`."""
+        """The trace's rows of this completion with `token`, `gap`, `information_teacher`,
+        `capability_bare` and `leak`.
+        """
         parts = _parts(self.trace, self.sides)
         names = {
             "information": "information_teacher",
@@ -126,7 +136,9 @@ class PrivilegeLens(View):
 
     @property
     def table(self) -> pd.DataFrame:
-        """Means in nats by type over all completions of the trace, with the share of flagged tokens; all of them in the row "all"."""
+        """Means in nats by type over all completions of the trace, with the share of flagged
+        tokens; all of them in the row "all".
+        """
         parts = pd.DataFrame(_parts(self.whole, self.sides)).assign(
             leak=self._leaks(self.whole).astype(float)
         )
@@ -153,8 +165,9 @@ class PrivilegeLens(View):
             else ""
         )
         return (
-            f"Gap {markup.number(m['gap'], True)} nats a token = information {markup.number(m['information'], True)} + capability "
-            f"{markup.number(m['capability'], True)}; {flags}.{control}"
+            f"Gap {markup.number(m['gap'], True)} nats a token = information"
+            f" {markup.number(m['information'], True)} + capability"
+            f" {markup.number(m['capability'], True)}; {flags}.{control}"
         )
 
     def data(self) -> dict[str, Any]:
@@ -195,16 +208,22 @@ class PrivilegeLens(View):
             for kind, row in self.table.iterrows()
         )
         return (
-            f'{title}<div class="opd-prompt" style="white-space:pre-wrap" dir="auto">{markup.safe(self._prompt)}</div>'
+            f'{title}<div class="opd-prompt" style="white-space:pre-wrap"'
+            f' dir="auto">{markup.safe(self._prompt)}</div>'
             f'<div class="opd-bar">{markup.legend(gap, self.limit)}</div>'
-            '<div class="opd-strip" dir="auto" style="white-space:pre-wrap;font-family:monospace;line-height:1.9">'
+            '<div class="opd-strip" dir="auto"'
+            ' style="white-space:pre-wrap;font-family:monospace;line-height:1.9">'
             f"{markup.strip(groups(tokens), gap, self.limit)}</div>"
-            f'<div class="opd-peaks">{markup.safe(self.sentence)}<table><tr><th>type</th><th>tokens</th><th>gap</th><th>information</th>'
+            "<div"
+            f' class="opd-peaks">{markup.safe(self.sentence)}<table><tr><th>type</th><th>tokens</th><th>gap</th><th>information</th>'
             f"<th>capability</th></tr>{rows}</table></div>"
         )
 
     def __repr__(self) -> str:
-        head = f"PrivilegeLens: {self.title or f'completion {self.sample}'}, {len(self.trace)} tokens. {self.sentence}"
+        head = (
+            f"PrivilegeLens: {self.title or f'completion {self.sample}'}, {len(self.trace)} tokens."
+            f" {self.sentence}"
+        )
         shared = [
             Channel(c.key, c.label, c.values, kind="ratio", fixed=self.limit)
             for c in self.channels.values()
@@ -259,7 +278,9 @@ class PrivilegeLens(View):
 
 
 def _parts(trace: Trace, sides: dict[str, str]) -> dict[str, np.ndarray]:
-    """The gap and what it is made of, `[n]` each, nats; NaN where two policies both rule the token out."""
+    """The gap and what it is made of, `[n]` each, nats; NaN where two policies both rule the token
+    out.
+    """
     logp = {key: trace.column(f"{name}_logp").astype(float) for key, name in sides.items()}
     with np.errstate(invalid="ignore"):
         parts = {

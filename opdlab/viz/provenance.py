@@ -1,7 +1,8 @@
-"""Which method made the columns and notes of a trace, so that a name alone never gives a column a meaning or a colour.
+"""Which method made the columns and notes of a trace, so that a name alone never gives a column a
+meaning or a colour.
 
-`Step.trace()` marks a trace with the class whose plan made its columns (`trace.planner_of`). Traces that were written before
-there was a mark count as a method's only if the values show it.
+`Step.trace()` marks a trace with the class whose plan made its columns (`trace.planner_of`). Traces
+that were written before there was a mark count as a method's only if the values show it.
 """
 
 from __future__ import annotations
@@ -13,7 +14,8 @@ import numpy as np
 
 from opdlab.data.trace import Trace
 
-# What a note of each method holds: by name, the keys of each entry of a list, or of the note itself.
+# What a note of each method holds: by name, the keys of each entry of a list, or of the note
+# itself.
 _NOTES: dict[str, dict[str, tuple[str, ...]]] = {
     "DOPD": {"thresholds": ("gap", "confidence")},
     "TOPD": {
@@ -37,7 +39,9 @@ _NOTES: dict[str, dict[str, tuple[str, ...]]] = {
 
 
 def is_planned_by(trace: Trace, method: str) -> bool:
-    """Whether the plan of opdlab's `method` ("DOPD", …) made the columns that this trace lists as planned."""
+    """Whether the plan of opdlab's `method` ("DOPD", …) made the columns that this trace lists as
+    planned.
+    """
     mark = trace.meta.get("method")
     if isinstance(mark, Mapping):
         planner = str(mark.get("planner", ""))
@@ -46,7 +50,9 @@ def is_planned_by(trace: Trace, method: str) -> bool:
 
 
 def notes_of(trace: Trace, method: str) -> dict[str, Any]:
-    """The notes that opdlab's `method` left in this trace, by name; nothing of what others have noted under these names."""
+    """The notes that opdlab's `method` left in this trace, by name; nothing of what others have
+    noted under these names.
+    """
     found = trace.meta.get("notes")
     if not isinstance(found, Mapping) or (
         "method" in trace.meta and not is_planned_by(trace, method)
@@ -60,7 +66,9 @@ def notes_of(trace: Trace, method: str) -> dict[str, Any]:
 
 
 def gap_of_plan(trace: Trace) -> tuple[str, str] | None:
-    """The two policies that a column `gap` is between, as DOPD plans it, found by its values; None for any other column."""
+    """The two policies that a column `gap` is between, as DOPD plans it, found by its values; None
+    for any other column.
+    """
     columns = trace.table.column_names
     if (
         "gap" not in columns

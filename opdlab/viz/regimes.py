@@ -30,16 +30,22 @@ WIDE, HIGH = 48, 30  # cells of the picture that needs no script
 
 
 class Regimes(View):
-    """Which tokens does a routing rule touch? All tokens of a trace as points, two lines to drag, and what each quadrant holds.
+    """Which tokens does a routing rule touch?
 
-    x, y: keys of `axes` (`log_ratio`, `gap`, `confidence`, `reverse_kl`, entropies, `max_p`, `rank`, any plan column);
-    `log_ratio` gives way to the first there is. thresholds: where the lines lie, by axis; the others begin at DOPD's means of the
-    step where the trace has them, else at zero or the mean. by: what sorts the points, a key of `sorts` (`route`, `gated`,
-    `audited`, `divergent`, `type`); the first there is by default, "" for none. Raises UnknownColumn for a key that is not there.
+    All tokens of a trace as points, two lines to drag, and what each quadrant holds.
 
-    Traits: `x`, `y`, `by`, `thresholds` {axis: value}, `hidden` (names of groups), and `region` [x low, x high, y low, y high],
-    what is brushed ([]: nothing). `quadrants` is the table, `picked` the brushed rows of `df`. In the text that is looked at,
-    `brush` becomes the runs of picked rows, [first, last, first, last, …].
+    x, y: keys of `axes` (`log_ratio`, `gap`, `confidence`, `reverse_kl`, entropies, `max_p`,
+        `rank`, any plan column);
+    `log_ratio` gives way to the first there is. thresholds: where the lines lie, by axis; the
+    others begin at DOPD's means of the step where the trace has them, else at zero or the mean. by:
+    what sorts the points, a key of `sorts` (`route`, `gated`, `audited`, `divergent`, `type`); the
+    first there is by default, "" for none. Raises UnknownColumn for a key that is not there.
+
+    Traits: `x`, `y`, `by`, `thresholds` {axis: value}, `hidden` (names of groups), and `region` [x
+        low, x high, y low, y high],
+    what is brushed ([]: nothing). `quadrants` is the table, `picked` the brushed rows of `df`. In
+    the text that is looked at, `brush` becomes the runs of picked rows, [first, last, first, last,
+    …].
     """
 
     name, scripts, styles = "regimes", ("regimes.js",), ("regimes.css",)
@@ -64,7 +70,8 @@ class Regimes(View):
         self.trace, self.title = trace, title
         if not self.axes:
             raise OpdlabError(
-                "The trace has no numbers to draw. Make it with opdlab.score(…), or take one of training: step.trace()."
+                "The trace has no numbers to draw. Make it with opdlab.score(…), or take one of"
+                " training: step.trace()."
             )
         spare = [key for key in self.axes if key not in (x, y)] or list(
             self.axes
@@ -79,7 +86,8 @@ class Regimes(View):
                 )
         if by and by not in self.sorts:
             raise UnknownColumn(
-                f"Nothing sorts the tokens by {by!r}. There is {', '.join(self.sorts) or 'nothing that does'}."
+                f"Nothing sorts the tokens by {by!r}. There is"
+                f" {', '.join(self.sorts) or 'nothing that does'}."
             )
         self.x, self.y = wanted["x"], wanted["y"]
         self.thresholds = lines | {key: float(value) for key, value in (thresholds or {}).items()}
@@ -95,7 +103,9 @@ class Regimes(View):
 
     @property
     def df(self) -> pd.DataFrame:
-        """The trace's rows with `token`, the two numbers `x` and `y`, the `quadrant` ("" where a number is missing) and the `kind`."""
+        """The trace's rows with `token`, the two numbers `x` and `y`, the `quadrant` ("" where a
+        number is missing) and the `kind`.
+        """
         x, y = self._values(self.x), self._values(self.y)
         right, up = x >= self.thresholds[self.x], y >= self.thresholds[self.y]
         quadrant = np.where(
@@ -111,7 +121,10 @@ class Regimes(View):
 
     @property
     def quadrants(self) -> pd.DataFrame:
-        """What each quadrant holds of the tokens that are shown: `tokens`, and shares of tokens, `kl` and `gradient`, in percent."""
+        """What each quadrant holds of the tokens that are shown:
+
+        `tokens`, and shares of tokens, `kl` and `gradient`, in percent.
+        """
         return _table(self._shown(), self._amounts())
 
     @property
@@ -162,13 +175,20 @@ class Regimes(View):
         x, y = self.axes[self.x], self.axes[self.y]
         head = markup.safe(f"{_named(y)} over {_named(x)}, {len(self.trace):,} tokens")
         return (
-            f'{title}<div class="opd-bar"><span>{head}</span></div>'
-            f'<div class="opd-stage">{_picture(x, y, self.thresholds)}</div><div class="opd-still">{_rows(self.quadrants)}</div>'
+            f'{title}<div class="opd-bar"><span>{head}</span></div><div'
+            f' class="opd-stage">{_picture(x, y, self.thresholds)}</div><div'
+            f' class="opd-still">{_rows(self.quadrants)}</div>'
         )
 
     def __repr__(self) -> str:
-        head = f"Regimes: {self.title + ', ' if self.title else ''}{len(self.trace)} tokens by {self.x} and {self.y}"
-        lines = f"lines at {markup.number(self.thresholds[self.x])} and {markup.number(self.thresholds[self.y])}"
+        head = (
+            f"Regimes: {self.title + ', ' if self.title else ''}{len(self.trace)} tokens by"
+            f" {self.x} and {self.y}"
+        )
+        lines = (
+            f"lines at {markup.number(self.thresholds[self.x])} and"
+            f" {markup.number(self.thresholds[self.y])}"
+        )
         rows = [f"{name:<14} {', '.join(_shares(row))}" for name, row in self.quadrants.iterrows()]
         bars = markup.sparkline(Channel("", "", self._values(self.x)))
         return "\n".join(
@@ -185,7 +205,10 @@ class Regimes(View):
         return df[~df["kind"].isin(self.hidden)] if self.hidden else df
 
     def _amounts(self) -> dict[str, np.ndarray]:
-        """What a token has of the total: `kl` to the teacher of the gap, and the `gradient`, where the trace has them."""
+        """What a token has of the total:
+
+        `kl` to the teacher of the gap, and the `gradient`, where the trace has them.
+        """
         out, have = {}, self.trace.table.column_names
         sides = gap_sides(self.trace)
         if sides and f"{sides[0]}_reverse_kl" in have:
@@ -242,13 +265,15 @@ def _picture(x: Axis, y: Axis, lines: Mapping[str, float]) -> str:
     np.add.at(count, tuple(cells), 1)
     strong = np.sqrt(count / (count.max() or 1.0))
     marks = "".join(
-        f'<rect x="{i}" y="{HIGH - 1 - j}" width="1" height="1" fill="rgb(138,111,192)" fill-opacity="{0.15 + 0.85 * strong[i, j]:.2f}"/>'
+        f'<rect x="{i}" y="{HIGH - 1 - j}" width="1" height="1" fill="rgb(138,111,192)"'
+        f' fill-opacity="{0.15 + 0.85 * strong[i, j]:.2f}"/>'
         for i, j in np.argwhere(count > 0)
     )
     right, up = (float(axis.spread(lines[axis.key])) for axis in (x, y))
     stroke = 'stroke="#808080" stroke-width="0.15"'
     return (
-        f'<svg viewBox="0 0 {WIDE} {HIGH}" width="100%" style="max-height:320px">{marks}'
-        f'<line x1="{WIDE * right:.2f}" x2="{WIDE * right:.2f}" y1="0" y2="{HIGH}" {stroke}/>'
-        f'<line y1="{HIGH * (1 - up):.2f}" y2="{HIGH * (1 - up):.2f}" x1="0" x2="{WIDE}" {stroke}/></svg>'
+        f'<svg viewBox="0 0 {WIDE} {HIGH}" width="100%" style="max-height:320px">{marks}<line'
+        f' x1="{WIDE * right:.2f}" x2="{WIDE * right:.2f}" y1="0" y2="{HIGH}" {stroke}/><line'
+        f' y1="{HIGH * (1 - up):.2f}" y2="{HIGH * (1 - up):.2f}" x1="0" x2="{WIDE}"'
+        f" {stroke}/></svg>"
     )

@@ -1,4 +1,6 @@
-"""Rollouts: all completions of a trace as a table to sort and filter, and the tokens of the one chosen."""
+"""Rollouts: all completions of a trace as a table to sort and filter, and the tokens of the one
+chosen.
+"""
 
 from __future__ import annotations
 
@@ -28,13 +30,18 @@ COLUMNS = ("tokens", "reward", "reverse_kl", "log_ratio", "peak")
 
 
 class Rollouts(View):
-    """Which rollouts are worth reading? One row each: prompt, end of the text, length, finish, reward, mean KL, a sparkline.
+    """Which rollouts are worth reading?
 
-    rewards: by completion, a list or a dict; by default the trace's column `reward`, if it has one. sort: a column of `table`, with
-    a minus for largest first. Choosing a row shows its tokens below. Raises OpdlabError for a trace without tokens.
+    One row each: prompt, end of the text, length, finish, reward, mean KL, a sparkline.
 
-    `table` has a row for each rollout, and `rollout` is the one chosen; `selected`, `hovered` and `brush` are rows of `df`, the
-    tokens. A page carries the tokens of as many rollouts as 20,000 tokens make, those with the largest KL; a live view fetches others.
+    rewards: by completion, a list or a dict; by default the trace's column `reward`, if it has one.
+        sort: a column of `table`, with
+    a minus for largest first. Choosing a row shows its tokens below. Raises OpdlabError for a trace
+    without tokens.
+
+    `table` has a row for each rollout, and `rollout` is the one chosen; `selected`, `hovered` and
+    `brush` are rows of `df`, the tokens. A page carries the tokens of as many rollouts as 20,000
+    tokens make, those with the largest KL; a live view fetches others.
     """
 
     name, scripts, styles = "rollouts", ("rollouts.js",), ("rollouts.css",)
@@ -52,14 +59,16 @@ class Rollouts(View):
         expect(trace, Trace, type(self).__name__, "trace")
         if not len(trace):
             raise OpdlabError(
-                "The trace has no tokens, so there is no rollout to show. Sample with max_new_tokens above 0."
+                "The trace has no tokens, so there is no rollout to show. Sample with"
+                " max_new_tokens above 0."
             )
         self.whole, self.title = trace, title
         self.rewards = rewards_of(trace, rewards, [s for s, *_ in payload.spans(trace)])
         self.sort = sort or ("-reverse_kl" if "reverse_kl" in self.table else "-tokens")
         if self.sort.lstrip("-") not in self.table:
             raise OpdlabError(
-                f"There is no column {self.sort.lstrip('-')!r} to sort by. There is {', '.join(self.table.columns)}."
+                f"There is no column {self.sort.lstrip('-')!r} to sort by. There is"
+                f" {', '.join(self.table.columns)}."
             )
         self.rollout = int(
             self.table.sort_values(
@@ -69,7 +78,10 @@ class Rollouts(View):
 
     @cached_property
     def table(self) -> pd.DataFrame:
-        """One row a rollout, by its place in the trace: `prompt`, `text`, `tokens`, `finish`, means in nats, `peak` |log ratio|."""
+        """One row a rollout, by its place in the trace:
+
+        `prompt`, `text`, `tokens`, `finish`, means in nats, `peak` |log ratio|.
+        """
         meta, rows = self.whole.meta, []
         for sample, first, size in payload.spans(self.whole):
             row: dict[str, Any] = {
@@ -134,8 +146,9 @@ class Rollouts(View):
         more = f" (the first 20 of {len(table)})" if len(table) > 20 else ""
         title = markup.title(self.title)
         return (
-            f'{title}<table class="opd-rollouts-still"><thead><tr>{head}</tr></thead><tbody>{lines}</tbody></table>'
-            f'<div class="opd-peaks">{markup.safe(self._summary() + more)}</div>'
+            f"{title}<table"
+            f' class="opd-rollouts-still"><thead><tr>{head}</tr></thead><tbody>{lines}</tbody></table><div'
+            f' class="opd-peaks">{markup.safe(self._summary() + more)}</div>'
         )
 
     def data(self) -> dict[str, Any]:
@@ -175,7 +188,10 @@ class Rollouts(View):
         more = [f"… {len(self.table) - 8} more"] if len(self.table) > 8 else []
         return "\n".join(
             [
-                f"Rollouts: {self.title or f'{len(self.table)} completions'}, by {self.sort.lstrip('-')}",
+                (
+                    f"Rollouts: {self.title or f'{len(self.table)} completions'}, by"
+                    f" {self.sort.lstrip('-')}"
+                ),
                 *lines,
                 *more,
             ]
@@ -241,7 +257,9 @@ def _words(row: pd.Series) -> str:
 
 
 def _pooled(values: np.ndarray) -> np.ndarray:
-    """The value of largest size in each of `BINS` stretches; of fewer tokens each stands alone, with NaN after them."""
+    """The value of largest size in each of `BINS` stretches; of fewer tokens each stands alone,
+    with NaN after them.
+    """
     out = np.full(BINS, np.nan)
     for i, part in enumerate(np.array_split(values, min(BINS, len(values)) or 1)):
         known = part[~np.isnan(part)]

@@ -1,4 +1,6 @@
-"""RunBoard: the curves of a run while it trains, with the alarms of `diagnose.health` where they went off."""
+"""RunBoard: the curves of a run while it trains, with the alarms of `diagnose.health` where they
+went off.
+"""
 
 from __future__ import annotations
 
@@ -53,16 +55,19 @@ FLAT = ("reward", "accuracy", "acceptance")  # between 0 and 1, and drawn so
 
 
 class RunBoard(View):
-    """How is the run going, and what goes wrong? Curves over steps, alarms marked where they went off.
+    """How is the run going, and what goes wrong?
+
+    Curves over steps, alarms marked where they went off.
 
         board = viz.RunBoard(run)
         board.train()                 # or: for step in board: …
 
-    The picture follows the run while the cell trains. An interrupt leaves it standing and the run between two steps, so that
-    another `board.train()` goes on. runs: a run, its `history`, or several by name, which are overlaid; finished ones need no
-    training. watch: one of your own (`diagnose.health`), of a single run. An alarm of your own stands on the curve of its `metric`,
-    or, where the run has no such number, on a curve that counts how often it went off. Raises OpdlabError where there is nothing
-    to show.
+    The picture follows the run while the cell trains. An interrupt leaves it standing and the run
+    between two steps, so that another `board.train()` goes on. runs: a run, its `history`, or
+    several by name, which are overlaid; finished ones need no training. watch: one of your own
+    (`diagnose.health`), of a single run. An alarm of your own stands on the curve of its `metric`,
+    or, where the run has no such number, on a curve that counts how often it went off. Raises
+    OpdlabError where there is nothing to show.
 
     `hidden` names the runs that are not drawn.
     """
@@ -78,17 +83,20 @@ class RunBoard(View):
         )
         if not self.runs:
             raise OpdlabError(
-                "A RunBoard needs a run, and there is none. Give RunBoard(run), a history, or {'name': run, …}."
+                "A RunBoard needs a run, and there is none. Give RunBoard(run), a history, or"
+                " {'name': run, …}."
             )
         for name, run in self.runs.items():
             if not hasattr(run, "history") and not isinstance(run, pd.DataFrame):
                 raise OpdlabError(
-                    f"RunBoard got {type(run).__name__} for {name!r}. Give a run, or the data frame run.history."
+                    f"RunBoard got {type(run).__name__} for {name!r}. Give a run, or the data frame"
+                    " run.history."
                 )
         if watch is not None and (len(self.runs) > 1 or not isinstance(watch, Health)):
             raise OpdlabError(
-                f"RunBoard got watch={shortened(watch)} for {len(self.runs)} run{'s' * (len(self.runs) > 1)}. Give the watch of one run, "
-                "diagnose.health(run), or leave it out: each run gets its own."
+                f"RunBoard got watch={shortened(watch)} for {len(self.runs)}"
+                f" run{'s' * (len(self.runs) > 1)}. Give the watch of one run,"
+                " diagnose.health(run), or leave it out: each run gets its own."
             )
         self.watches = {
             name: watch if watch is not None and len(self.runs) == 1 else health(run)
@@ -128,7 +136,9 @@ class RunBoard(View):
 
     @property
     def plots(self) -> list[Plot]:
-        """A plot for every curve that a run has, and one for every further number or name that an alarm went off by."""
+        """A plot for every curve that a run has, and one for every further number or name that an
+        alarm went off by.
+        """
         tables = {name: self._rows(name) for name in self.runs}
         rung = list(dict.fromkeys(self._where(alarm, tables) for _, alarm in self.alarms))
         for key in rung:
@@ -164,13 +174,15 @@ class RunBoard(View):
             for name, hue in self._hues().items()
         )
         alarms = "".join(
-            f"<li><b>{i}</b> {markup.safe(self._place(name, alarm))}: {markup.safe(alarm.sentence)} "
+            f"<li><b>{i}</b> {markup.safe(self._place(name, alarm))}:"
+            f" {markup.safe(alarm.sentence)} "
             f'<span class="opd-soft">{markup.safe(alarm.remedy)}</span></li>'
             for i, (name, alarm) in enumerate(self.alarms, 1)
         )
         return (
-            f'{title}<div class="opd-said">{markup.safe(self._said())} {keys if len(self.runs) > 1 else ""}</div>'
-            f'<div class="opd-plots">{"".join(plot.html() for plot in self.plots)}</div>'
+            f'{title}<div class="opd-said">{markup.safe(self._said())}'
+            f" {keys if len(self.runs) > 1 else ''}</div><div"
+            f' class="opd-plots">{"".join(plot.html() for plot in self.plots)}</div>'
             + (f'<ol class="opd-alarms">{alarms}</ol>' if alarms else "")
         )
 
@@ -183,7 +195,8 @@ class RunBoard(View):
                         Channel("", "", line.y - min(0.0, float(np.nanmin(line.y)))), 32
                     )
                     lines.append(
-                        f"{bars} {plot.label}{f', {line.name}' if len(self.runs) > 1 else ''} {_course(line)}"
+                        f"{bars} {plot.label}{f', {line.name}' if len(self.runs) > 1 else ''}"
+                        f" {_course(line)}"
                     )
         return "\n".join(
             [*lines, *(f"! {self._place(name, a)}: {a.sentence}" for name, a in self.alarms)]
@@ -194,7 +207,8 @@ class RunBoard(View):
         if more or isinstance(run, pd.DataFrame):
             what = f"{len(self.runs)} runs" if more else "a history"
             raise OpdlabError(
-                f"This board shows {what}, so there is nothing to train. Train with a board of one run: RunBoard(run)."
+                f"This board shows {what}, so there is nothing to train. Train with a board of one"
+                " run: RunBoard(run)."
             )
         return run, self.watches[name]
 
@@ -234,7 +248,9 @@ class RunBoard(View):
         return Plot(key, label, lines, told=told, x=ends, y=(low, top), marks=_apart(marks, ends))
 
     def _where(self, alarm: Alarm, tables: Mapping[str, pd.DataFrame]) -> str:
-        """The curve that an alarm stands on: that of the number it was read off, else one of its own under its name."""
+        """The curve that an alarm stands on: that of the number it was read off, else one of its
+        own under its name.
+        """
         named = (alarm.metric, SEEN_ON.get(alarm.signature, ""), alarm.signature)
         return next((key for key in named if key and _has(tables, key)), alarm.signature)
 
@@ -261,11 +277,16 @@ class RunBoard(View):
             done, total = len(self._rows(name)), getattr(getattr(run, "settings", None), "steps", 0)
             told.append(f"{name} {done} of {total} steps" if total else f"{name} {done} steps")
         alarms = len(self.alarms)
-        return f"{' · '.join(told)} · {f'{alarms} alarm' + 's' * (alarms > 1) if alarms else 'no alarms'}"
+        return (
+            f"{' · '.join(told)} ·"
+            f" {f'{alarms} alarm' + 's' * (alarms > 1) if alarms else 'no alarms'}"
+        )
 
 
 class _Screen:
-    """The output in which a board is redrawn while its run trains: at most twice a second, and a tenth of the time."""
+    """The output in which a board is redrawn while its run trains: at most twice a second, and a
+    tenth of the time.
+    """
 
     def __init__(self, board: RunBoard) -> None:
         self.board, self.handle, self.due = board, None, 0.0
@@ -285,7 +306,9 @@ class _Screen:
         self.due = time.monotonic() + max(0.5, 10 * (time.monotonic() - now))
 
     def _show(self, bundle: Mapping[str, Any], metadata: Mapping[str, Any]) -> None:
-        """No script until the run rests, so that nothing flickers and whatever happens leaves a whole picture."""
+        """No script until the run rests, so that nothing flickers and whatever happens leaves a
+        whole picture.
+        """
         from IPython.display import display
 
         if self.handle is None:
@@ -305,7 +328,9 @@ def _has(tables: Mapping[str, pd.DataFrame], key: str) -> bool:
 def _apart(
     marks: Sequence[tuple[float, str]], ends: tuple[float, float]
 ) -> list[tuple[float, str]]:
-    """Marks whose numbers do not lie on each other: those that stand too near share the first one's flag, "2 3"."""
+    """Marks whose numbers do not lie on each other: those that stand too near share the first one's
+    flag, "2 3".
+    """
     out: list[tuple[float, str]] = []
     flag = 0
     for x, sign in sorted(marks, key=lambda mark: mark[0]):
@@ -324,7 +349,9 @@ def _named(run: Any) -> str:
 
 
 def _lines(name: str, table: pd.DataFrame, key: str, hue: str) -> list[Line]:
-    """The values, and their running mean where there are many; the few of an evaluation as dots on a line."""
+    """The values, and their running mean where there are many; the few of an evaluation as dots on
+    a line.
+    """
     there = table[key].notna()
     x, y = np.asarray(table["step"][there], float), np.asarray(table[key][there], float)
     if len(x) < MANY:

@@ -25,14 +25,20 @@ STRIPS = 3
 
 
 class RunCard(View):
-    """What did this run change? Curves, accuracy before and after with its interval, and up to three texts as the teacher sees them.
+    """What did this run change?
 
-        viz.RunCard(run, before, after, samples=opdlab.score(rollout, student, teacher)).to_png("card.png")
+    Curves, accuracy before and after with its interval, and up to three texts as the teacher sees
+    them.
 
-    run: a run or its `history`. before, after: `opdlab.evaluate(…)` of the same prompts; without them the first and last accuracy
-    that the history knows. samples: a scored trace (its first three completions), or traces by caption (the first completion of
-    each). note: a line of your own. A still picture without a script: `live()` says to use a RunBoard. Raises OpdlabError for a
-    run without steps, and for evaluations of different prompts.
+        viz.RunCard(run, before, after, samples=opdlab.score(rollout, student,
+        teacher)).to_png("card.png")
+
+    run: a run or its `history`. before, after: `opdlab.evaluate(…)` of the same prompts; without
+        them the first and last accuracy
+    that the history knows. samples: a scored trace (its first three completions), or traces by
+    caption (the first completion of each). note: a line of your own. A still picture without a
+    script: `live()` says to use a RunBoard. Raises OpdlabError for a run without steps, and for
+    evaluations of different prompts.
     """
 
     name, scripts, styles = "run-card", (), ("lines.css", "run_card.css")
@@ -52,11 +58,13 @@ class RunCard(View):
         for name, result in (("before", before), ("after", after)):
             if result is not None and not isinstance(result, Evaluation):
                 raise InvalidValue(
-                    f"RunCard got {name}={shortened(result)}. Use what opdlab.evaluate(policy, task) returns."
+                    f"RunCard got {name}={shortened(result)}. Use what opdlab.evaluate(policy,"
+                    " task) returns."
                 )
         if (before is None) != (after is None):
             raise OpdlabError(
-                "A RunCard compares two evaluations, and got one. Give both before= and after=, or neither."
+                "A RunCard compares two evaluations, and got one. Give both before= and after=, or"
+                " neither."
             )
         self.board, self.title, self.note = RunBoard(run), title, note
         if self.board.df.empty:
@@ -82,7 +90,8 @@ class RunCard(View):
 
     def live(self) -> Any:
         raise OpdlabError(
-            "A RunCard is a still picture and has no widget. Show the card itself, or a RunBoard for a live one."
+            "A RunCard is a still picture and has no widget. Show the card itself, or a RunBoard"
+            " for a live one."
         )
 
     def static(self) -> str:
@@ -147,10 +156,15 @@ class RunCard(View):
             )
             return f"{said} (steps {first} and {last})"
         low, high = (markup.number(x, sign=True) for x in (self.gain.low, self.gain.high))
-        return f"{said}, {markup.number(self.gain.mean, sign=True)} [{low}, {high}], 95 % paired over {self.gain.prompts} prompts"
+        return (
+            f"{said}, {markup.number(self.gain.mean, sign=True)} [{low}, {high}], 95 % paired over"
+            f" {self.gain.prompts} prompts"
+        )
 
     def _accuracy(self) -> str:
-        """A scale from 0 to 1: hollow before, filled after, and the interval of the gain as whiskers around after."""
+        """A scale from 0 to 1: hollow before, filled after, and the interval of the gain as
+        whiskers around after.
+        """
         ends = self._ends()
         if ends is None:
             return ""
@@ -163,11 +177,15 @@ class RunCard(View):
                 f'<i class="opd-whisker" style="left:{at(low)};right:calc(100% - {at(high)})"></i>'
             )
         low, high = sorted((before, after))
-        dots = f'<i class="opd-was" style="left:{at(before)}"></i><i class="opd-is" style="left:{at(after)}"></i>'
+        dots = (
+            f'<i class="opd-was" style="left:{at(before)}"></i><i class="opd-is"'
+            f' style="left:{at(after)}"></i>'
+        )
         way = f'<i class="opd-way" style="left:{at(low)};right:calc(100% - {at(high)})"></i>'
         return (
-            f'<div class="opd-card-gain"><b>{markup.safe(self._gained())}</b><div class="opd-scale01"><span>0</span>'
-            f'<div class="opd-line01">{way}{whiskers}{dots}</div><span>1</span></div></div>'
+            f'<div class="opd-card-gain"><b>{markup.safe(self._gained())}</b><div'
+            ' class="opd-scale01"><span>0</span><div'
+            f' class="opd-line01">{way}{whiskers}{dots}</div><span>1</span></div></div>'
         )
 
     def _texts(self) -> str:
@@ -179,8 +197,10 @@ class RunCard(View):
         for (caption, trace, sample), channel in zip(self.strips, found, strict=True):
             prompt = str(trace.meta["prompts"][sample])
             out.append(
-                f'<div class="opd-card-text"><div class="opd-soft" dir="auto">{markup.safe(caption)}{markup.safe(prompt)}</div>'
-                f'<div class="opd-strip" dir="auto" style="white-space:pre-wrap;font-family:monospace">'
+                '<div class="opd-card-text"><div class="opd-soft"'
+                f' dir="auto">{markup.safe(caption)}{markup.safe(prompt)}</div>'
+                '<div class="opd-strip" dir="auto"'
+                ' style="white-space:pre-wrap;font-family:monospace">'
                 f"{markup.strip(groups(trace.tokens()), channel, limit)}</div></div>"
             )
         return "".join(out)

@@ -31,15 +31,19 @@ KPIS = {
 
 
 class Scrubber(View):
-    """How did this token's fate change? The same tokens graded at every step, or what was written at every step.
+    """How did this token's fate change?
 
-    traces: a trace a step, as `opdlab.training.snapshots.rescored` (the same tokens: only the colours move, and a token's panel shows
-    its path) or `rewritten` (the text moves, with the words that changed) make them. history: `run.history`, for the small
-    curves above. sample: which completion. channel: what colours at first. Raises OpdlabError for no traces or for answers to
-    different prompts, UnknownColumn for a channel that not all of them have.
+    The same tokens graded at every step, or what was written at every step.
 
-    `step` is the step shown, at first the last; `delta` shows the change since the first step; `against` is what the words are
-    compared with, "previous" or "first".
+    traces: a trace a step, as `opdlab.training.snapshots.rescored` (the same tokens: only the
+        colours move, and a token's panel shows
+    its path) or `rewritten` (the text moves, with the words that changed) make them. history:
+    `run.history`, for the small curves above. sample: which completion. channel: what colours at
+    first. Raises OpdlabError for no traces or for answers to different prompts, UnknownColumn for a
+    channel that not all of them have.
+
+    `step` is the step shown, at first the last; `delta` shows the change since the first step;
+    `against` is what the words are compared with, "previous" or "first".
     """
 
     name, scripts, styles = "scrubber", ("scrubber.js",), ("lines.css", "scrubber.css")
@@ -59,12 +63,14 @@ class Scrubber(View):
         super().__init__()
         if not isinstance(traces, Mapping):
             raise InvalidValue(
-                f"Scrubber got traces={shortened(traces)}. Use traces by step, as snapshots.rescored(run, rollout) gives."
+                f"Scrubber got traces={shortened(traces)}. Use traces by step, as"
+                " snapshots.rescored(run, rollout) gives."
             )
         given_traces(traces, "Scrubber", "{0: trace, 10: trace}")
         if not traces:
             raise OpdlabError(
-                "A Scrubber needs a trace of at least one step, and there is none. Give those of snapshots.rescored(…)."
+                "A Scrubber needs a trace of at least one step, and there is none. Give those of"
+                " snapshots.rescored(…)."
             )
         self.sample, self.title, self.history = sample, title, history
         self.steps = sorted(int(step) for step in traces)
@@ -81,7 +87,8 @@ class Scrubber(View):
         self.channels = {key: [f[key] for f in found] for key in kept}
         if channel not in self.channels and channel != "log_ratio":
             raise UnknownColumn(
-                f"The traces have no channel {channel!r} in common. They have {', '.join(self.channels)}."
+                f"The traces have no channel {channel!r} in common. They have"
+                f" {', '.join(self.channels)}."
             )
         self.channel = channel if channel in self.channels else next(iter(self.channels))
         self.step = self.steps[-1]
@@ -89,7 +96,9 @@ class Scrubber(View):
 
     @property
     def df(self) -> pd.DataFrame:
-        """One row a token: of the step shown where all steps have the same tokens, else of all steps."""
+        """One row a token: of the step shown where all steps have the same tokens, else of all
+        steps.
+        """
         pairs = (
             [(self.step, self.traces[self.steps.index(self.step)])]
             if self.probe
@@ -131,31 +140,39 @@ class Scrubber(View):
         }
 
     def static(self) -> str:
-        """The first and the last step, coloured on one scale, under the curve of what is between them."""
+        """The first and the last step, coloured on one scale, under the curve of what is between
+        them.
+        """
         found, title = self.channels[self.channel], markup.title(self.title)
         limit, out = _limit(found), []
         for at in dict.fromkeys((0, len(self.steps) - 1)):
             out.append(
-                f'<div class="opd-soft">step {self.steps[at]}</div><div class="opd-strip" dir="auto" '
+                f'<div class="opd-soft">step {self.steps[at]}</div><div class="opd-strip"'
+                ' dir="auto" '
                 'style="white-space:pre-wrap;font-family:monospace;line-height:1.9">'
                 f"{markup.strip(groups(self.traces[at].tokens()), found[at], limit)}</div>"
             )
         return (
-            f'{title}<div class="opd-prompt" style="white-space:pre-wrap" dir="auto">{markup.safe(self._prompt)}</div>'
-            f'<div class="opd-bar">{markup.legend(found[0], limit)}</div>{"".join(out)}'
-            f'<div class="opd-peaks">{markup.safe(self._course())}</div>'
+            f'{title}<div class="opd-prompt" style="white-space:pre-wrap"'
+            f' dir="auto">{markup.safe(self._prompt)}</div><div'
+            f' class="opd-bar">{markup.legend(found[0], limit)}</div>{"".join(out)}<div'
+            f' class="opd-peaks">{markup.safe(self._course())}</div>'
         )
 
     def __repr__(self) -> str:
         kind = "the same tokens, graded" if self.probe else "what was written"
         means = np.array([_mean(np.abs(c.values)) for c in self.channels[self.channel]])
         bars = markup.sparkline(Channel("", "", means))
-        return f"Scrubber: {self.title or f'completion {self.sample}'}, {kind} at {len(self.steps)} steps\n{bars}\n{self._course()}"
+        return (
+            f"Scrubber: {self.title or f'completion {self.sample}'}, {kind} at {len(self.steps)}"
+            f" steps\n{bars}\n{self._course()}"
+        )
 
     def _set(self, name: str, value: Any) -> None:
         if name == "step" and value not in self.steps:
             raise OpdlabError(
-                f"There is no step {value} here, only {', '.join(map(str, self.steps))}. Set step to one of these."
+                f"There is no step {value} here, only {', '.join(map(str, self.steps))}. Set step"
+                " to one of these."
             )
         super()._set(name, value)
 
@@ -167,20 +184,25 @@ class Scrubber(View):
         for step, trace in zip(self.steps, self.traces, strict=True):
             if trace.meta["prompts"][self.sample] != self._prompt:
                 raise OpdlabError(
-                    f"Completion {self.sample} answers {self._prompt[:60]!r} at step {self.steps[0]} and another prompt at step {step}. "
-                    "Give traces of one prompt."
+                    f"Completion {self.sample} answers {self._prompt[:60]!r} at step"
+                    f" {self.steps[0]} and another prompt at step {step}. Give traces of one"
+                    " prompt."
                 )
 
     def _course(self) -> str:
         """From what to what, in words."""
         found = self.channels[self.channel]
         first, last = (markup.number(_mean(np.abs(c.values))) for c in (found[0], found[-1]))
-        said = f"Mean size of the {found[0].label}: {first} at step {self.steps[0]}, {last} at step {self.steps[-1]}"
+        said = (
+            f"Mean size of the {found[0].label}: {first} at step {self.steps[0]}, {last} at step"
+            f" {self.steps[-1]}"
+        )
         if not self.probe:
             return said
         tokens = self.traces[0].tokens()
         moved = [
-            f"{visible(tokens[i])} {markup.number(found[0].values[i], True)} → {markup.number(found[-1].values[i], True)}"
+            f"{visible(tokens[i])} {markup.number(found[0].values[i], True)} →"
+            f" {markup.number(found[-1].values[i], True)}"
             for i in self._most_moved()
         ]
         return f"{said}. Moved most: {', '.join(moved) or 'none'}"
@@ -190,7 +212,9 @@ class Scrubber(View):
         return _largest(found[-1].values - found[0].values)
 
     def _channel(self, found: Sequence[Channel]) -> dict[str, Any]:
-        """All steps of a channel, one after the other, on one scale; and how the change since the first step is drawn."""
+        """All steps of a channel, one after the other, on one scale; and how the change since the
+        first step is drawn.
+        """
         values, starts = (
             np.concatenate([c.values for c in found]),
             np.cumsum([0, *(len(c.values) for c in found)]),
@@ -246,9 +270,11 @@ class Scrubber(View):
             )
         if self.history is not None and len(self.history):
             x = np.asarray(
-                self.history["step"]
-                if "step" in self.history
-                else np.arange(1, len(self.history) + 1),
+                (
+                    self.history["step"]
+                    if "step" in self.history
+                    else np.arange(1, len(self.history) + 1)
+                ),
                 float,
             )
             lines += [
@@ -263,7 +289,9 @@ class Scrubber(View):
         ]
 
     def _fate(self) -> dict[str, Any] | None:
-        """Probabilities of the sampled tokens at every step, in 255ths, and what each policy wanted most instead."""
+        """Probabilities of the sampled tokens at every step, in 255ths, and what each policy wanted
+        most instead.
+        """
         have = set(self.traces[0].table.column_names)
         if "student_logp" not in have:
             return None
@@ -304,7 +332,10 @@ class Scrubber(View):
         return out
 
     def _words(self) -> dict[str, list[Any]]:
-        """Of each step, its text against that of the step before and of the first: [[kind, words], …]."""
+        """Of each step, its text against that of the step before and of the first:
+
+        [[kind, words], …].
+        """
         texts = [b"".join(trace.tokens()).decode("utf-8", "replace") for trace in self.traces]
         return {
             "previous": [word_diff(a, b) for a, b in zip([texts[0], *texts], texts, strict=False)],
@@ -313,7 +344,10 @@ class Scrubber(View):
 
 
 def word_diff(before: str, after: str) -> list[list[str]]:
-    """What stayed, went and came, word by word: `[["same" | "gone" | "new", text], …]`. Spaces belong to the word after them."""
+    """What stayed, went and came, word by word:
+
+    `[["same" | "gone" | "new", text], …]`. Spaces belong to the word after them.
+    """
     a, b = (re.findall(r"\s*\S+|\s+", text) for text in (before, after))
     out: list[list[str]] = []
     gone, new = "", ""
@@ -333,7 +367,9 @@ def word_diff(before: str, after: str) -> list[list[str]]:
 
 
 def change(first: Channel, now: Channel) -> np.ndarray:
-    """How a channel moved since the first step: by how much nearer to the teacher where it is a distance, else the difference."""
+    """How a channel moved since the first step: by how much nearer to the teacher where it is a
+    distance, else the difference.
+    """
     with np.errstate(invalid="ignore"):
         if _measures_distance(first):
             return np.asarray(np.abs(first.values) - np.abs(now.values))
@@ -348,7 +384,8 @@ def _completion(trace: Trace, sample: int, step: int) -> Trace:
     held = len(trace.meta["texts"])
     if not 0 <= sample < held:
         raise OpdlabError(
-            f"The trace of step {step} has completions 0 to {held - 1}, not {sample}. Give sample=0 up to {held - 1}."
+            f"The trace of step {step} has completions 0 to {held - 1}, not {sample}. Give sample=0"
+            f" up to {held - 1}."
         )
     return trace.sample(sample)
 

@@ -1,4 +1,6 @@
-"""Segments: which stretches of a completion are thought and which are its answer, as the trace or the text itself tells."""
+"""Segments: which stretches of a completion are thought and which are its answer, as the trace or
+the text itself tells.
+"""
 
 from __future__ import annotations
 
@@ -16,10 +18,11 @@ THINK = re.compile(
 
 
 def segments(trace: Trace) -> list[tuple[str, int, int]]:
-    """`(name, first row, rows)` of each stretch of a completion, in order; none where nothing tells.
+    """`(name, first row, rows)` of each stretch of a completion, in order; none where nothing
+    tells.
 
-    A column `segment` of names decides, else `<think>` and `</think>` in the text: "think" with both marks, "answer" besides.
-    There is none for the prompt, which has no rows in a trace.
+    A column `segment` of names decides, else `<think>` and `</think>` in the text: "think" with
+    both marks, "answer" besides. There is none for the prompt, which has no rows in a trace.
     """
     if "segment" in trace.table.column_names and categories.is_text(trace.table["segment"].type):
         names = [name or "" for name in trace.table["segment"].to_pylist()]
@@ -34,7 +37,10 @@ def segments(trace: Trace) -> list[tuple[str, int, int]]:
 
 
 def _told(pieces: list[bytes]) -> list[str]:
-    """think or answer for each token; nothing for a text without marks. A token belongs where its last byte does."""
+    """think or answer for each token; nothing for a text without marks.
+
+    A token belongs where its last byte does.
+    """
     thoughts = list(_thoughts(b"".join(pieces)))
     starts, names = [start for start, _ in thoughts], []
     for end in accumulate(map(len, pieces)) if thoughts else ():

@@ -1,4 +1,6 @@
-"""Sorts: what parts the tokens of a trace into a few groups, such as a method's routes and gates, or ground-truth types."""
+"""Sorts: what parts the tokens of a trace into a few groups, such as a method's routes and gates,
+or ground-truth types.
+"""
 
 from __future__ import annotations
 
@@ -22,7 +24,8 @@ _ROUTES = {
     -1: "none",
 }
 _FORKS = ("no candidate", "false alarm", "real fork")
-# What a column's numbers mean where the method planned it; a column of the same name of somebody else keeps its numbers.
+# What a column's numbers mean where the method planned it; a column of the same name of somebody
+# else keeps its numbers.
 _MEANT = {
     "route": ("DOPD", _ROUTES),
     "audited": ("OmniOPD", {0: "anchored", 1: "audited"}),
@@ -39,7 +42,10 @@ _HUES = {
 
 @dataclass(frozen=True, eq=False)
 class Sort:
-    """`names` of the groups and, for each token, which it is in: `index [n]`. `hues`: a side's colour, or "" for one of its own."""
+    """`names` of the groups and, for each token, which it is in:
+
+    `index [n]`. `hues`: a side's colour, or "" for one of its own.
+    """
 
     key: str
     names: list[str]
@@ -48,7 +54,9 @@ class Sort:
 
 
 def sorts(trace: Trace) -> dict[str, Sort]:
-    """All that can sort the tokens: columns of the plan and `type`, with 2 to `MOST` different values."""
+    """All that can sort the tokens: columns of the plan and `type`, with 2 to `MOST` different
+    values.
+    """
     columns = [
         name for name in ("type", *trace.meta.get("plan", [])) if name in trace.table.column_names
     ]
@@ -101,7 +109,9 @@ def _word(value: object, meant: Mapping[int, str]) -> str:
 
 
 def _forks(trace: Trace, values: np.ndarray) -> list[str]:
-    """TOPD's column says which tokens are real forks; its window distance, which were candidates at all."""
+    """TOPD's column says which tokens are real forks; its window distance, which were candidates at
+    all.
+    """
     tried = (
         ~np.isnan(trace.column("window_distance"))
         if "window_distance" in trace.table.column_names

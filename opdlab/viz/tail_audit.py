@@ -1,4 +1,6 @@
-"""Tail audit: how much of a divergence a scoring of the top k tokens would miss, told by the tokens that the trace kept."""
+"""Tail audit: how much of a divergence a scoring of the top k tokens would miss, told by the tokens
+that the trace kept.
+"""
 
 from __future__ import annotations
 
@@ -23,14 +25,19 @@ MANY, FEW = 12, 4  # values of k that a page carries for each token, of short an
 
 
 class TailAudit(View):
-    """What would a loss on the top k tokens not see? Mass covered and KL read against k over the trace, and both at each token.
+    """What would a loss on the top k tokens not see?
 
-    sample: whose tokens are shown; the curves are over all completions. by: whose likeliest tokens are taken, by default the
-    student's. against: the other side of the KL, by default the first rival. k: at first all that the trace kept. Raises
-    OpdlabError for a trace without top tokens, a student alone or a k that was not kept, and UnknownColumn for an unknown policy.
+    Mass covered and KL read against k over the trace, and both at each token.
 
-    The KL is KL(student ‖ teacher). "bucket" puts all other tokens into one outcome and is a lower bound; "renormalized" forgets
-    them. What they are compared with is the trace's exact KL, else the bucket of all kept tokens. `curve` has a row for each k.
+    sample: whose tokens are shown; the curves are over all completions. by: whose likeliest tokens
+        are taken, by default the
+    student's. against: the other side of the KL, by default the first rival. k: at first all that
+    the trace kept. Raises OpdlabError for a trace without top tokens, a student alone or a k that
+    was not kept, and UnknownColumn for an unknown policy.
+
+    The KL is KL(student ‖ teacher). "bucket" puts all other tokens into one outcome and is a lower
+    bound; "renormalized" forgets them. What they are compared with is the trace's exact KL, else
+    the bucket of all kept tokens. `curve` has a row for each k.
     """
 
     name, scripts, styles = "tail", ("tail.js",), ("lines.css", "tail.css")
@@ -51,7 +58,8 @@ class TailAudit(View):
         rivals = [name for name in trace.policies if name != "student"]
         if not rivals:
             raise OpdlabError(
-                "The trace has the student alone, so there is no KL to miss. Score it under a teacher too: opdlab.score(…)."
+                "The trace has the student alone, so there is no KL to miss. Score it under a"
+                " teacher too: opdlab.score(…)."
             )
         self.against, self.by = against or rivals[0], by
         for name in (self.against, by):
@@ -61,7 +69,8 @@ class TailAudit(View):
                 )
         if not kept.has_top(trace, "student", self.against, by):
             raise OpdlabError(
-                "The trace kept no top tokens, so nothing is known of tails. Make it with opdlab.score(…, k=8)."
+                "The trace kept no top tokens, so nothing is known of tails. Make it with"
+                " opdlab.score(…, k=8)."
             )
         self.whole, self.trace, self.sample, self.title = (
             trace,
@@ -72,14 +81,17 @@ class TailAudit(View):
         self.width = max(1, kept.width(trace))
         if not 0 <= k <= self.width:
             raise OpdlabError(
-                f"The trace kept the {self.width} likeliest tokens, not {k}. Give k from 1 to {self.width}."
+                f"The trace kept the {self.width} likeliest tokens, not {k}. Give k from 1 to"
+                f" {self.width}."
             )
         self.k = k or self.width
         self.selected = next(iter(self._missed(self.k).peaks()), self._widest)
 
     @cached_property
     def curve(self) -> pd.DataFrame:
-        """By k: the mass that the top k cover of each side, the KL read by each rule, `exact`, and `read`, the share that bucket reads."""
+        """By k: the mass that the top k cover of each side, the KL read by each rule, `exact`, and
+        `read`, the share that bucket reads.
+        """
         ks = pd.RangeIndex(1, self.width + 1, name="k")
         rows = [self._at(self.whole, k) for k in ks]
         full = float(self._full(self.whole, rows[-1]["bucket"]).mean())
@@ -91,7 +103,9 @@ class TailAudit(View):
 
     @property
     def df(self) -> pd.DataFrame:
-        """One row a token: the mass covered of each side at `k`, the KL that the bucket reads there, `exact`, and what is `missed`."""
+        """One row a token: the mass covered of each side at `k`, the KL that the bucket reads
+        there, `exact`, and what is `missed`.
+        """
         row = self._at(self.trace, self.k)
         full = self._full(self.trace, self._at(self.trace, self.width)["bucket"])
         tokens = [visible(piece) for piece in self.trace.tokens()]
@@ -110,11 +124,12 @@ class TailAudit(View):
         missed = self._missed(self.k)
         title = markup.title(self.title)
         return (
-            f'{title}<div class="opd-tail-plots">{"".join(plot.html() for plot in self._plots())}</div>'
-            f'<div class="opd-bar">{markup.legend(missed, missed.limit)}</div>'
-            f'<div class="opd-strip" dir="auto" style="white-space:pre-wrap;font-family:monospace;line-height:1.9">'
-            f"{markup.strip(groups(self.trace.tokens()), missed, missed.limit)}</div>"
-            f'<div class="opd-peaks">{markup.safe(self._summary())}</div>'
+            f"{title}<div"
+            f' class="opd-tail-plots">{"".join(plot.html() for plot in self._plots())}</div><div'
+            f' class="opd-bar">{markup.legend(missed, missed.limit)}</div><div class="opd-strip"'
+            ' dir="auto"'
+            f' style="white-space:pre-wrap;font-family:monospace;line-height:1.9">{markup.strip(groups(self.trace.tokens()), missed, missed.limit)}</div><div'
+            f' class="opd-peaks">{markup.safe(self._summary())}</div>'
         )
 
     def data(self) -> dict[str, Any]:
@@ -146,10 +161,15 @@ class TailAudit(View):
     def __repr__(self) -> str:
         line = "".join("▁▂▃▄▅▆▇█"[min(7, int(8 * max(0.0, share)))] for share in self.curve["read"])
         title = f"{self.title}: " if self.title else ""
-        return f"TailAudit: {title}share of the KL that the top k read, k = 1 … {self.width}\n{line}\n{self._summary()}"
+        return (
+            f"TailAudit: {title}share of the KL that the top k read, k = 1 …"
+            f" {self.width}\n{line}\n{self._summary()}"
+        )
 
     def _at(self, trace: Trace, k: int) -> dict[str, np.ndarray]:
-        """Of each token: mass of both sides on the k likeliest tokens of `by`, and both coarse KLs there, nats."""
+        """Of each token: mass of both sides on the k likeliest tokens of `by`, and both coarse KLs
+        there, nats.
+        """
         if not len(trace):
             return {
                 key: np.zeros(0) for key in ("student_mass", "rival_mass", "bucket", "renormalized")
@@ -187,7 +207,9 @@ class TailAudit(View):
         )
 
     def _ks(self) -> list[int]:
-        """The values of k that the page carries: all, or evenly many of them, with the first, the last and the one asked for."""
+        """The values of k that the page carries: all, or evenly many of them, with the first, the
+        last and the one asked for.
+        """
         most = MANY if len(self.trace) <= payload.LONG else FEW
         return sorted(
             {int(k) for k in np.linspace(1, self.width, min(most, self.width)).round()} | {self.k}
@@ -242,8 +264,10 @@ class TailAudit(View):
     def _summary(self) -> str:
         row = self.curve.loc[self.k]
         return (
-            f"The {self.by}'s top {self.k} cover {100 * row.student_mass:.1f} % of the student and {100 * row.rival_mass:.1f} % of "
-            f"{self.against}; they read {markup.number(row.bucket)} of {markup.number(row.exact)} nats ({100 * row['read']:.0f} %)"
+            f"The {self.by}'s top {self.k} cover {100 * row.student_mass:.1f} % of the student and"
+            f" {100 * row.rival_mass:.1f} % of {self.against}; they read"
+            f" {markup.number(row.bucket)} of {markup.number(row.exact)} nats"
+            f" ({100 * row['read']:.0f} %)"
         )
 
 

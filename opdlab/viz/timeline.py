@@ -1,4 +1,7 @@
-"""Timeline: when rollouts leave the teacher's road. Cumulative log ratio and cumulative KL along the tokens, one line a rollout."""
+"""Timeline: when rollouts leave the teacher's road.
+
+Cumulative log ratio and cumulative KL along the tokens, one line a rollout.
+"""
 
 from __future__ import annotations
 
@@ -25,17 +28,23 @@ TOGETHER = 6  # rollouts whose lines can be told apart in one plot; more get a p
 
 
 class Timeline(View):
-    """When did a rollout leave the teacher's road? Sums along its tokens, and the first token beyond a threshold, its fork.
+    """When did a rollout leave the teacher's road?
 
-    The upper plot sums log T(y) − log S(y): at −3 the path so far is e³ = 20 times less likely under the teacher than under the
-    student. There the rollout forks, if `threshold` is 3. The lower one sums the KL of the student to the teacher. More than six
-    rollouts get an upper plot each, all on one scale.
+    Sums along its tokens, and the first token beyond a threshold, its fork.
 
-    samples: which completions; by default those of the first one's prompt, 16 at most. rewards: by completion, a list or a dict;
-    by default the trace's column `reward`, if it has one. against: the policy compared with, by default the first. Raises
-    OpdlabError for a student alone and for completions that are not there, UnknownColumn for an unknown policy.
+    The upper plot sums log T(y) − log S(y): at −3 the path so far is e³ = 20 times less likely
+    under the teacher than under the student. There the rollout forks, if `threshold` is 3. The
+    lower one sums the KL of the student to the teacher. More than six rollouts get an upper plot
+    each, all on one scale.
 
-    `selected` and `brush` are rows of `df`; `threshold`, in nats, can be moved. `forks` has a row for each rollout.
+    samples: which completions; by default those of the first one's prompt, 16 at most. rewards: by
+        completion, a list or a dict;
+    by default the trace's column `reward`, if it has one. against: the policy compared with, by
+    default the first. Raises OpdlabError for a student alone and for completions that are not
+    there, UnknownColumn for an unknown policy.
+
+    `selected` and `brush` are rows of `df`; `threshold`, in nats, can be moved. `forks` has a row
+    for each rollout.
     """
 
     name, scripts, styles = "timeline", ("timeline.js",), ("lines.css", "timeline.css")
@@ -59,9 +68,13 @@ class Timeline(View):
         rivals = [name for name in trace.policies if name != "student"]
         if not rivals or (against and against not in rivals):
             raise (UnknownColumn if rivals else OpdlabError)(
-                f"There is no policy {against!r} to compare with, only {', '.join(rivals)}. Name one of these."
+                f"There is no policy {against!r} to compare with, only {', '.join(rivals)}. Name"
+                " one of these."
                 if rivals
-                else "The trace has the student alone, so nothing to depart from. Score it under a teacher too: opdlab.score(…)."
+                else (
+                    "The trace has the student alone, so nothing to depart from. Score it under a"
+                    " teacher too: opdlab.score(…)."
+                )
             )
         self.against, self._prefix = (
             against or rivals[0],
@@ -73,7 +86,11 @@ class Timeline(View):
 
     @cached_property
     def _paths(self) -> dict[str, np.ndarray]:
-        """Per token: `log_ratio`, and the sums `cumulative_log_ratio` and `cumulative_kl`, in the precision of the page."""
+        """Per token:
+
+        `log_ratio`, and the sums `cumulative_log_ratio` and `cumulative_kl`, in the precision of
+        the page.
+        """
         found = channels(self.trace)
         ratio = found[f"{self._prefix}log_ratio"].values
         kl = (
@@ -99,7 +116,10 @@ class Timeline(View):
 
     @property
     def df(self) -> pd.DataFrame:
-        """One row a token of the rollouts: `sample`, `position`, `token`, `log_ratio`, `kl`, and the two sums up to it."""
+        """One row a token of the rollouts:
+
+        `sample`, `position`, `token`, `log_ratio`, `kl`, and the two sums up to it.
+        """
         base = {
             "sample": self.trace.column("sample"),
             "position": self.trace.column("position"),
@@ -109,7 +129,11 @@ class Timeline(View):
 
     @property
     def forks(self) -> pd.DataFrame:
-        """One row a rollout: `fork`, the first position beyond the threshold (NaN for none), with its `token` and `row` of `df`."""
+        """One row a rollout:
+
+        `fork`, the first position beyond the threshold (NaN for none), with its `token` and `row`
+        of `df`.
+        """
         rows = []
         for sample, first, size in payload.spans(self.trace):
             path = self._paths["cumulative_log_ratio"][first : first + size].astype(float)
@@ -141,9 +165,15 @@ class Timeline(View):
         own, shared = ("".join(plot.html() for plot in plots) for plots in self._plots())
         if own:
             label, told = self._names["cumulative_log_ratio"]
-            head = f'<div class="opd-timeline-head"><b>{label}</b> <span class="opd-soft">{markup.safe(told)}</span></div>'
+            head = (
+                f'<div class="opd-timeline-head"><b>{label}</b> <span'
+                f' class="opd-soft">{markup.safe(told)}</span></div>'
+            )
             own = f'{head}<div class="opd-timeline-own">{own}</div>'
-        return f'{title}<div class="opd-timeline">{own}{shared}</div><div class="opd-peaks">{markup.safe(self._summary())}</div>'
+        return (
+            f'{title}<div class="opd-timeline">{own}{shared}</div><div'
+            f' class="opd-peaks">{markup.safe(self._summary())}</div>'
+        )
 
     def data(self) -> dict[str, Any]:
         paths = {
@@ -161,9 +191,9 @@ class Timeline(View):
             "own": [p.data() for p in own],
             "plots": [p.data() for p in shared],
             "head": self._names["cumulative_log_ratio"],
-            "rewards": [self.rewards.get(s, np.nan) for s in self.samples]
-            if self.rewards
-            else None,
+            "rewards": (
+                [self.rewards.get(s, np.nan) for s in self.samples] if self.rewards else None
+            ),
         }
 
     def __repr__(self) -> str:
@@ -172,13 +202,18 @@ class Timeline(View):
         for sample, first, size in payload.spans(self.trace):
             bins = np.array_split(lost[first : first + size], min(48, size))
             lines.append(
-                f"{''.join('▁▂▃▄▅▆▇█'[min(7, int(8 * b.max() / most))] for b in bins)}  rollout {sample}"
+                f"{''.join('▁▂▃▄▅▆▇█'[min(7, int(8 * b.max() / most))] for b in bins)}  rollout"
+                f" {sample}"
             )
-        head = f"Timeline: {self.title or f'{len(self.samples)} rollouts'}, nats lost against {self.against} so far"
+        head = (
+            f"Timeline: {self.title or f'{len(self.samples)} rollouts'}, nats lost against"
+            f" {self.against} so far"
+        )
         return "\n".join([head, *lines, self._summary()])
 
     def _look(self, sample: int) -> str:
-        """Rewards at or above the middle are violet and whole, those below grey and dashed; without rewards each has its own.
+        """Rewards at or above the middle are violet and whole, those below grey and dashed; without
+        rewards each has its own.
 
         Where each has a plot of its own, no rewards are violet too.
         """
@@ -205,7 +240,10 @@ class Timeline(View):
         return {key: names[key] for key in names if key != "cumulative_kl" or "kl" in self._paths}
 
     def _plots(self) -> tuple[list[Plot], list[Plot]]:
-        """Plots of one rollout each, if there are many, and those of all; thinned. The page marks forks and threshold itself."""
+        """Plots of one rollout each, if there are many, and those of all; thinned.
+
+        The page marks forks and threshold itself.
+        """
         own, shared, spans, forks = [], [], list(payload.spans(self.trace)), self.forks
         x = (0.0, float(max(1, *(size - 1 for *_, size in spans))))
         for key, (label, told) in self._names.items():
@@ -242,18 +280,21 @@ def _chosen(trace: Trace, samples: Sequence[int] | None) -> list[int]:
     held = [sample for sample, *_ in payload.spans(trace)]
     if not held:
         raise OpdlabError(
-            "The trace has no tokens, so there is no road to follow. Sample with max_new_tokens above 0."
+            "The trace has no tokens, so there is no road to follow. Sample with max_new_tokens"
+            " above 0."
         )
     if samples is None:
         prompts = trace.meta["prompts"]
         return [s for s in held if prompts[s] == prompts[held[0]]][:MOST]
     if missing := [s for s in samples if s not in held]:
         raise OpdlabError(
-            f"The trace holds no row of completion {missing[0]}, only of {', '.join(map(str, held)) or 'none'}. Name these."
+            f"The trace holds no row of completion {missing[0]}, only of"
+            f" {', '.join(map(str, held)) or 'none'}. Name these."
         )
     if len(samples) > MOST:
         raise OpdlabError(
-            f"{len(samples)} rollouts are too many for one picture. Name {MOST} completions at most."
+            f"{len(samples)} rollouts are too many for one picture. Name {MOST} completions at"
+            " most."
         )
     return sorted(int(s) for s in samples)
 
@@ -267,7 +308,8 @@ def rewards_of(
     if rewards is not None:
         if len(rewards) != len(trace.meta["texts"]):
             raise OpdlabError(
-                f"There are {len(rewards)} rewards for {len(trace.meta['texts'])} completions. Give one for each, or a dict."
+                f"There are {len(rewards)} rewards for {len(trace.meta['texts'])} completions. Give"
+                " one for each, or a dict."
             )
         return {s: float(rewards[s]) for s in samples}
     if "reward" not in trace.table.column_names:

@@ -22,19 +22,23 @@ TRACKS = 4  # that fit under a line
 
 
 class TokenLens(View):
-    """A heat strip of one completion with, under it, the duel of the policies at the token looked at.
+    """A heat strip of one completion with, under it, the duel of the policies at the token looked
+    at.
 
-    channel: what colours the tokens at first, a key of `channels` (`log_ratio`, `reverse_kl`, `student_entropy`, `loss`, a
-    plan column, a column of names such as `type`, …). Under a student alone there is no `log_ratio`, and the first that there
-    is takes its place. tracks: up to four further channels, as thin bars under each line. like: another lens whose colour
-    scale this one keeps to, so that the two compare. Raises OpdlabError for a completion that the trace does not hold and
+    channel: what colours the tokens at first, a key of `channels` (`log_ratio`, `reverse_kl`,
+        `student_entropy`, `loss`, a
+    plan column, a column of names such as `type`, …). Under a student alone there is no
+    `log_ratio`, and the first that there is takes its place. tracks: up to four further channels,
+    as thin bars under each line. like: another lens whose colour scale this one keeps to, so that
+    the two compare. Raises OpdlabError for a completion that the trace does not hold and
     UnknownColumn for a channel it does not have.
 
-    Texts of more than 400 tokens have a map, with bands of their segments: think and answer by `<think>` and `</think>` in the
-    text, or a column `segment` of names. `selected` is the position looked at, at first the channel's largest; `channel` the key
-    of what colours; `pins` up to three positions that stay in view side by side. Of a text of more than 2,500 tokens the page
-    carries as many channels as 120 kB for 10,000 tokens hold: the one asked for and the tracks, then those that `channels` lists
-    first; the page says what is left out.
+    Texts of more than 400 tokens have a map, with bands of their segments: think and answer by
+    `<think>` and `</think>` in the text, or a column `segment` of names. `selected` is the position
+    looked at, at first the channel's largest; `channel` the key of what colours; `pins` up to three
+    positions that stay in view side by side. Of a text of more than 2,500 tokens the page carries
+    as many channels as 120 kB for 10,000 tokens hold: the one asked for and the tracks, then those
+    that `channels` lists first; the page says what is left out.
     """
 
     name, scripts = "lens", ("tracks.js", "minimap.js", "tools.js", "lens.js")
@@ -63,11 +67,13 @@ class TokenLens(View):
                 )
         if not self.channels:
             raise OpdlabError(
-                f"The trace has no numbers to draw, only {', '.join(trace.table.column_names)}. Make it with opdlab.score(…)."
+                f"The trace has no numbers to draw, only {', '.join(trace.table.column_names)}."
+                " Make it with opdlab.score(…)."
             )
         if len(tracks) > TRACKS:
             raise OpdlabError(
-                f"There is room for {TRACKS} tracks under a line, not {len(tracks)}. Leave some out."
+                f"There is room for {TRACKS} tracks under a line, not {len(tracks)}. Leave some"
+                " out."
             )
         self.channel = channel if channel in self.channels else next(iter(self.channels))
         self.tracks = list(tracks)
@@ -75,7 +81,9 @@ class TokenLens(View):
 
     @property
     def limits(self) -> dict[str, float]:
-        """The value that gets full colour, by channel: its own, or that of `like` where that is larger."""
+        """The value that gets full colour, by channel: its own, or that of `like` where that is
+        larger.
+        """
         return {key: max(c.limit, self._least.get(key, 0.0)) for key, c in self.channels.items()}
 
     def scaled(self, limits: Mapping[str, float]) -> TokenLens:
@@ -109,11 +117,12 @@ class TokenLens(View):
         )
         title = markup.title(self.title)
         return (
-            f'{title}<div class="opd-prompt" style="white-space:pre-wrap" dir="auto">{markup.safe(self._prompt)}</div>'
-            f'<div class="opd-bar">{markup.legend(chosen, limit)}</div>'
-            f'<div class="opd-strip" data-finish="{markup.safe(self._finish)}" dir="auto"'
-            f' style="white-space:pre-wrap;font-family:monospace;line-height:1.9">{markup.strip(groups(tokens), chosen, limit)}</div>'
-            f'<div class="opd-peaks">{markup.safe(self._peaks())}</div>'
+            f'{title}<div class="opd-prompt" style="white-space:pre-wrap"'
+            f' dir="auto">{markup.safe(self._prompt)}</div><div'
+            f' class="opd-bar">{markup.legend(chosen, limit)}</div><div class="opd-strip"'
+            f' data-finish="{markup.safe(self._finish)}" dir="auto"'
+            f' style="white-space:pre-wrap;font-family:monospace;line-height:1.9">{markup.strip(groups(tokens), chosen, limit)}</div><div'
+            f' class="opd-peaks">{markup.safe(self._peaks())}</div>'
         )
 
     def data(self) -> dict[str, Any]:
@@ -136,7 +145,10 @@ class TokenLens(View):
 
     def __repr__(self) -> str:
         chosen = self.channels[self.channel]
-        head = f"TokenLens: {self.title or f'completion {self.sample}'}, {len(self.trace)} tokens, {chosen.label}"
+        head = (
+            f"TokenLens: {self.title or f'completion {self.sample}'}, {len(self.trace)} tokens,"
+            f" {chosen.label}"
+        )
         meaning = (
             f" (− {chosen.less}, + {chosen.more})" if chosen.kind in ("ratio", "signed") else ""
         )
@@ -171,12 +183,14 @@ def rows_of(trace: Trace, sample: int) -> Trace:
     texts = trace.meta["texts"]
     if not 0 <= sample < len(texts):
         raise OpdlabError(
-            f"The trace has completions 0 to {len(texts) - 1}, not {sample}. Give sample=0 up to {len(texts) - 1}."
+            f"The trace has completions 0 to {len(texts) - 1}, not {sample}. Give sample=0 up to"
+            f" {len(texts) - 1}."
         )
     rows = trace.sample(sample) if len(trace) else trace
     if not len(rows) and texts[sample]:
         held = ", ".join(map(str, sorted(set(trace.column("sample").tolist()))))
         raise OpdlabError(
-            f"The trace holds no row of completion {sample}, only of {held or 'none'}. Give sample= one of these."
+            f"The trace holds no row of completion {sample}, only of {held or 'none'}. Give sample="
+            " one of these."
         )
     return rows

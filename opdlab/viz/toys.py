@@ -1,8 +1,9 @@
-"""Small worlds in which a loss shows what it does: 121 log ratios, two tokens, three tokens, a Gaussian under two hills.
+"""Small worlds in which a loss shows what it does: 121 log ratios, two tokens, three tokens, a
+Gaussian under two hills.
 
-Everything follows from one function, `Push.gradient`: -dE[L]/dlogits of students `[n, V]` against teachers `[n, V]`, in
-float64, where E is over the tokens that the student samples, as in training. `static/toys.js` does the same for the
-built-in divergences; the tests hold the two together.
+Everything follows from one function, `Push.gradient`: -dE[L]/dlogits of students `[n, V]` against
+teachers `[n, V]`, in float64, where E is over the tokens that the student samples, as in training.
+`static/toys.js` does the same for the built-in divergences; the tests hold the two together.
 """
 
 from __future__ import annotations
@@ -32,7 +33,9 @@ Gradient = Callable[[Tensor, Tensor], Tensor]
 
 @dataclass(frozen=True)
 class Push:
-    """A loss by what it does. curvature: sets the step, so that different units compare (1 where it is not known)."""
+    """A loss by what it does. curvature: sets the step, so that different units compare (1 where it
+    is not known).
+    """
 
     name: str
     gradient: Gradient
@@ -47,7 +50,9 @@ class Push:
 
 
 def of_generator(generator: Generator, clip: float = 0.0, name: str = "") -> Push:
-    """A built-in divergence: p_k (w_k - mean w), with weights within `clip` of that of a token on which both agree (0: all)."""
+    """A built-in divergence: p_k (w_k - mean w), with weights within `clip` of that of a token on
+    which both agree (0: all).
+    """
 
     def gradient(logits: Tensor, teacher: Tensor) -> Tensor:
         student = logits.log_softmax(-1)
@@ -60,7 +65,9 @@ def of_generator(generator: Generator, clip: float = 0.0, name: str = "") -> Pus
 
 
 def of_loss(loss: Any, name: str = "") -> Push:
-    """A loss of one's own: a function of rows, or of student and teacher log-probs, or a method without a plan."""
+    """A loss of one's own: a function of rows, or of student and teacher log-probs, or a method
+    without a plan.
+    """
     subject = subject_of(loss, where="Playground")
     return Push(
         name or subject.name,
@@ -88,9 +95,11 @@ def slope(function: Callable[[Rows], Tensor], logits: Tensor, teacher: Tensor) -
 
 
 def finite_difference(loss: Any, seed: int = 0, step: float = 1e-5) -> tuple[float, float]:
-    """How far autograd is from central differences of the mean loss with the sampling held still: (largest gap, largest slope).
+    """How far autograd is from central differences of the mean loss with the sampling held still:
+    (largest gap, largest slope).
 
-    They differ where a loss holds part of itself back (`detach`), as estimates in the reward do on purpose.
+    They differ where a loss holds part of itself back (`detach`), as estimates in the reward do on
+    purpose.
     """
     function = subject_of(loss, where="Playground").method.loss
     generator = torch.Generator().manual_seed(seed)
@@ -111,7 +120,8 @@ def finite_difference(loss: Any, seed: int = 0, step: float = 1e-5) -> tuple[flo
 
 
 def weights(push: Push) -> np.ndarray:
-    """How hard a token is pushed per unit of the student's probability, by its log ratio `X`; 0 where both agree.
+    """How hard a token is pushed per unit of the student's probability, by its log ratio `X`; 0
+    where both agree.
 
     Read off one world that has every ratio at once: p ~ e^(-x/2), q ~ e^(x/2).
     """
@@ -121,7 +131,9 @@ def weights(push: Push) -> np.ndarray:
 
 
 def pulls(push: Push, mass: float = 0.5) -> np.ndarray:
-    """The push on the logit of a token that the teacher gives `mass`, by log ratio; nan where the student would give it more than 1."""
+    """The push on the logit of a token that the teacher gives `mass`, by log ratio; nan where the
+    student would give it more than 1.
+    """
     p = mass * (-X).exp()
     there = p < 1 - 1e-9
     student = torch.stack([p[there], 1 - p[there]], -1).log()

@@ -1,7 +1,10 @@
-"""View: what every picture has in common. A subclass says what it shows; this shows it in a notebook, a file or a PNG.
+"""View: what every picture has in common.
 
-The picture is one ES module without imports (`static/`), mounted three ways: in a self-contained HTML output (the default),
-as a live widget from `.live()`, and by the tests. How to add a view: `opdlab/viz/README.md`.
+A subclass says what it shows; this shows it in a notebook, a file or a PNG.
+
+The picture is one ES module without imports (`static/`), mounted three ways: in a self-contained
+HTML output (the default), as a live widget from `.live()`, and by the tests. How to add a view:
+`opdlab/viz/README.md`.
 """
 
 from __future__ import annotations
@@ -27,7 +30,8 @@ V = TypeVar("V", bound="View")
 
 
 def set_renderer(name: str) -> None:
-    """How views show themselves in a notebook: "html" (interactive, needs no kernel), "live" (widgets) or "static" (no script).
+    """How views show themselves in a notebook: "html" (interactive, needs no kernel), "live"
+    (widgets) or "static" (no script).
 
     The default is the environment's OPDLAB_RENDERER, else "html".
     """
@@ -40,7 +44,8 @@ def renderer() -> str:
 
 
 class Trait:
-    """An attribute that the page shares: what a reader clicks changes it, and setting it changes the page of the live widget.
+    """An attribute that the page shares: what a reader clicks changes it, and setting it changes
+    the page of the live widget.
 
     The default's type is the trait's type; a value of another type raises TypeError.
     """
@@ -65,16 +70,21 @@ class Trait:
             return list(value)
         if not isinstance(value, kind):
             raise TypeError(
-                f"{self.name} is of type {kind.__name__}, not {type(value).__name__} ({value!r}). Give a {kind.__name__}."
+                f"{self.name} is of type {kind.__name__}, not {type(value).__name__} ({value!r})."
+                f" Give a {kind.__name__}."
             )
         return value
 
 
 class View:
-    """The base of all views. A subclass sets `name`, `scripts`, `styles` and implements `data`, `static`, `__repr__` and `df`.
+    """The base of all views.
 
-    `selected` and `hovered` are rows of `df` (-1: none), `brush` is [first, last] of a range of rows ([]: none). Views of
-    one completion on the same page follow each other's, in the browser, without the kernel.
+    A subclass sets `name`, `scripts`, `styles` and implements `data`, `static`, `__repr__` and
+    `df`.
+
+    `selected` and `hovered` are rows of `df` (-1: none), `brush` is [first, last] of a range of
+    rows ([]: none). Views of one completion on the same page follow each other's, in the browser,
+    without the kernel.
     """
 
     name: ClassVar[
@@ -102,7 +112,9 @@ class View:
         raise NotImplementedError
 
     def static(self) -> str:
-        """Markup that carries the message where no script runs; every foreign string in it through `markup.safe`."""
+        """Markup that carries the message where no script runs; every foreign string in it through
+        `markup.safe`.
+        """
         raise NotImplementedError
 
     @property
@@ -117,7 +129,9 @@ class View:
     # What all views can do.
 
     def html(self, assets: bool = True, script: bool = True) -> str:
-        """An HTML fragment that needs nothing else; `assets=False` leaves styles and module to the page around it."""
+        """An HTML fragment that needs nothing else; `assets=False` leaves styles and module to the
+        page around it.
+        """
         style = embed.style(*embed.STYLES, *self.styles) if assets else ""
         block = (
             embed.script_json(
@@ -140,7 +154,9 @@ class View:
         return page(path, title=self.title or self.name, lenses=[("", self)])
 
     def to_png(self, path: str | os.PathLike[str], dark: bool = False, width: int = 1200) -> Path:
-        """A picture of the view, `width` pixels wide at double density, by the Chromium or Chrome on this machine."""
+        """A picture of the view, `width` pixels wide at double density, by the Chromium or Chrome
+        on this machine.
+        """
         from opdlab.viz import camera
 
         look = "body{margin:0;background:Canvas}.opd{max-width:none!important}.opd-block{content-visibility:visible!important}"
@@ -148,7 +164,9 @@ class View:
         return camera.shoot(page, path, dark=dark, width=width)
 
     def live(self) -> LiveView:
-        """The same picture as a widget whose traits are this view's attributes; one a view, made at the first call."""
+        """The same picture as a widget whose traits are this view's attributes; one a view, made at
+        the first call.
+        """
         from opdlab.viz.live import widget
 
         if self._widget is None:

@@ -121,11 +121,13 @@ def test_verdicts_in_words():
     said = lambda loss: audit(loss).verdict
     assert (
         said(as_loss("k3"))
-        == "Differentiates k3, an estimate of the reverse KL: this trains the forward KL to the teacher."
+        == "Differentiates k3, an estimate of the reverse KL: this trains the forward KL to the"
+        " teacher."
     )
     assert (
         said(as_loss("k1"))
-        == "Differentiates k1, an estimate of the reverse KL: its expected gradient is zero, so it trains nothing."
+        == "Differentiates k1, an estimate of the reverse KL: its expected gradient is zero, so it"
+        " trains nothing."
     )
     assert (
         said(in_reward("k1"))
@@ -272,7 +274,9 @@ def test_a_loss_with_another_optimum_is_found_out():
 
 
 def special_cased(rows, beta: float) -> torch.Tensor:
-    """As a public trainer does: the forward KL at 0, the reverse at 1, the bare generalised JSD between."""
+    """As a public trainer does: the forward KL at 0, the reverse at 1, the bare generalised JSD
+    between.
+    """
     if beta in (0, 1):
         return (d.reverse_kl if beta else d.forward_kl)(rows.student, rows.teacher)
     return d.generalized_jsd(rows.student, rows.teacher, beta)

@@ -150,7 +150,9 @@ def rao_blackwell(batch) -> dict[str, torch.Tensor]:
 
 
 def test_the_rao_blackwellised_gradient_is_that_of_whole_texts_and_varies_less():
-    """grad KL_t + (later KLs) S_t (arXiv 2504.10637), as a user's method; against the plain policy gradient with returns."""
+    """grad KL_t + (later KLs) S_t (arXiv 2504.10637), as a user's method; against the plain policy
+    gradient with returns.
+    """
     ours = opd.method(plan=rao_blackwell)(
         lambda rows: (
             d.reverse_kl(rows.student, rows.teacher)

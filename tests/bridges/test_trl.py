@@ -1,4 +1,6 @@
-"""opdlab inside TRL: the same losses as TRL's own where it has them, and the same gradients as autograd where it has not."""
+"""opdlab inside TRL: the same losses as TRL's own where it has them, and the same gradients as
+autograd where it has not.
+"""
 
 import sys
 

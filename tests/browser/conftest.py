@@ -12,8 +12,8 @@ from browser.jupyter import Lab
 from playwright.sync_api import Browser, BrowserContext, Page, expect, sync_playwright
 
 FLAGS = (
-    "--no-sandbox --disable-gpu --disable-quic --no-first-run --disable-background-networking --disable-component-update --disable-sync "
-    "--disable-dev-shm-usage"
+    "--no-sandbox --disable-gpu --disable-quic --no-first-run --disable-background-networking"
+    " --disable-component-update --disable-sync --disable-dev-shm-usage"
 ).split()
 
 
@@ -58,7 +58,9 @@ def browser() -> Iterator[PatientBrowser]:
 
 @pytest.fixture
 def open_page(browser) -> Iterator[Callable[..., Page]]:
-    """Opens a file; afterwards, no page may have thrown, complained, asked for a dialog or fetched anything, but those foreseen."""
+    """Opens a file; afterwards, no page may have thrown, complained, asked for a dialog or fetched
+    anything, but those foreseen.
+    """
     troubles: list[str] = []
     foreseen: list[str] = []
     contexts = []
@@ -99,7 +101,9 @@ def open_page(browser) -> Iterator[Callable[..., Page]]:
 
 @pytest.fixture(scope="session")
 def axe() -> Callable[..., None]:
-    """Asserts that axe finds nothing serious or critical in the views of a page; `only` some of its rules, where many nodes take long."""
+    """Asserts that axe finds nothing serious or critical in the views of a page; `only` some of its
+    rules, where many nodes take long.
+    """
     checker = Axe()
 
     def check(page: Page, within: str = ".opd", only: Sequence[str] = ()) -> None:
@@ -117,7 +121,9 @@ def axe() -> Callable[..., None]:
 
 @pytest.fixture(scope="session")
 def lab(browser, tmp_path_factory) -> Iterator[Lab]:
-    """One real JupyterLab for all tests; afterwards, no page may have asked for anything outside of it."""
+    """One real JupyterLab for all tests; afterwards, no page may have asked for anything outside of
+    it.
+    """
     server = Lab(tmp_path_factory.mktemp("lab"), browser)
     yield server
     server.close()

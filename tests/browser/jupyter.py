@@ -1,4 +1,6 @@
-"""A real JupyterLab for the tests: no network, no token, folders of its own; notebooks made from sources, opened in Chromium."""
+"""A real JupyterLab for the tests: no network, no token, folders of its own; notebooks made from
+sources, opened in Chromium.
+"""
 
 from __future__ import annotations
 
@@ -16,7 +18,10 @@ from playwright.sync_api import Browser, Page, Request
 
 KERNEL = "window.jupyterapp?.shell.currentWidget?.sessionContext?.session?.kernel"
 IDLE = f"{KERNEL}?.status === 'idle'"
-RAN = "[...document.querySelectorAll('.jp-CodeCell .jp-InputArea-prompt')].every((n) => /\\[\\d+\\]/.test(n.textContent))"
+RAN = (
+    "[...document.querySelectorAll('.jp-CodeCell .jp-InputArea-prompt')].every((n) =>"
+    " /\\[\\d+\\]/.test(n.textContent))"
+)
 SAY = """(source) => {
   window.said = null;
   let text = "";
@@ -46,10 +51,12 @@ ALONE = """async ([name, kernel]) => {
 
 
 class Lab:
-    """A running server. `write` a notebook, `open` it, `run` it, `python` in it, `save` and `restart` it.
+    """A running server.
 
-    A window of JupyterLab takes four seconds and a kernel that knows opdlab six, so tests share one of each: names and settings
-    that a cell leaves behind are there in the next test.
+    `write` a notebook, `open` it, `run` it, `python` in it, `save` and `restart` it.
+
+    A window of JupyterLab takes four seconds and a kernel that knows opdlab six, so tests share one
+    of each: names and settings that a cell leaves behind are there in the next test.
     """
 
     def __init__(self, root: Path, browser: Browser) -> None:
@@ -120,7 +127,9 @@ class Lab:
         return self.window
 
     def open_afresh(self, name: str, *, dark: bool = False) -> Page:
-        """The notebook in a window of its own, as one finds it that opens JupyterLab at it; its kernel may not be ready."""
+        """The notebook in a window of its own, as one finds it that opens JupyterLab at it; its
+        kernel may not be ready.
+        """
         self.theme.write_text(
             json.dumps({"theme": "JupyterLab Dark" if dark else "JupyterLab Light"})
         )
@@ -159,8 +168,9 @@ class Lab:
     def restart(self, page: Page) -> None:
         """The kernel, without the question."""
         page.evaluate(
-            "void (window.restarted = false, window.jupyterapp.shell.currentWidget.sessionContext.session.kernel.restart()"
-            ".then(() => (window.restarted = true)))"
+            "void (window.restarted = false,"
+            " window.jupyterapp.shell.currentWidget.sessionContext.session.kernel.restart().then(()"
+            " => (window.restarted = true)))"
         )
         page.wait_for_function("window.restarted", timeout=600_000)
         page.wait_for_function(IDLE, timeout=600_000)

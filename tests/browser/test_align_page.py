@@ -1,4 +1,6 @@
-"""The alignment view in a real browser: the page draws what the still picture does, keys walk it, nothing in it runs."""
+"""The alignment view in a real browser: the page draws what the still picture does, keys walk it,
+nothing in it runs.
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,6 @@
-"""The audit view in a real browser: chunks, the teacher's texts and the weights are those of the notes."""
+"""The audit view in a real browser: chunks, the teacher's texts and the weights are those of the
+notes.
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,6 @@
-"""What every view stands on, in a real browser: the data block, the links between views, accessibility, pictures."""
+"""What every view stands on, in a real browser: the data block, the links between views,
+accessibility, pictures.
+"""
 
 from __future__ import annotations
 
@@ -18,8 +20,14 @@ pytestmark = pytest.mark.browser
 WORDS = [b"The", b" cat", b" sat", *byte_pieces(" 🤗", 2), b" on", b"\n", b" the", b" mat", b"."]
 
 # The shipped decoder, with its two entries in reach of the tests.
-PROBE = f"<script type=module>{embed.asset('payload.js')}; Object.assign(window, {{ bytesOf, inflate, decode }})</script>"
-HASHED = "(b) => { let h = 0; const r = inflate(bytesOf(b)); for (const x of r) h = (h * 31 + x) >>> 0; return [r.length, h]; }"
+PROBE = (
+    f"<script type=module>{embed.asset('payload.js')}; Object.assign(window, {{ bytesOf, inflate,"
+    " decode })</script>"
+)
+HASHED = (
+    "(b) => { let h = 0; const r = inflate(bytesOf(b)); for (const x of r) h = (h * 31 + x) >>> 0;"
+    " return [r.length, h]; }"
+)
 PLAIN = """(base64) => {
   const plain = (x) => ArrayBuffer.isView(x) ? [...x].map((v) => Number.isFinite(v) ? v : String(v))
     : Array.isArray(x) ? x.map(plain)
@@ -63,7 +71,10 @@ def test_inflate_reads_parts_packed_each_in_its_own_way(probe):
 
 
 def test_style_sheets_mean_the_same_without_their_spaces(probe):
-    """The rules as the browser reads them, of each style sheet as it is written and as it is sent. It keeps spaces in values with var()."""
+    """The rules as the browser reads them, of each style sheet as it is written and as it is sent.
+
+    It keeps spaces in values with var().
+    """
     read = """(text) => {
       const sheet = new CSSStyleSheet();
       sheet.replaceSync(text);

@@ -1,4 +1,6 @@
-"""Compare in a real browser: strips that move together, the pair that is subtracted, what changed most."""
+"""Compare in a real browser: strips that move together, the pair that is subtracted, what changed
+most.
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,6 @@
-"""The fork explorer in a real browser: what is shown at a token, what the threshold says, and that nothing foreign runs."""
+"""The fork explorer in a real browser: what is shown at a token, what the threshold says, and that
+nothing foreign runs.
+"""
 
 from __future__ import annotations
 
@@ -112,7 +114,8 @@ def test_counts_of_crowded_distances_keep_clear_of_the_line_and_of_each_other(
     handle = view.locator(".opd-line-handle")
     for _ in range(2):  # at 0, and on the crowd in the middle
         boxes = counts.evaluate_all(
-            "nodes => nodes.map((n) => n.getBoundingClientRect()).map(({ left, right, top }) => [left, right, top])"
+            "nodes => nodes.map((n) => n.getBoundingClientRect()).map(({ left, right, top }) =>"
+            " [left, right, top])"
         )
         line = handle.bounding_box()
         middle, low = (

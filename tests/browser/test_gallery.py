@@ -1,4 +1,6 @@
-"""The gallery of the shipped world: every view on one page, in a real browser, and what `opdlab show` makes of any trace."""
+"""The gallery of the shipped world: every view on one page, in a real browser, and what `opdlab
+show` makes of any trace.
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,6 @@
-"""Views in a real JupyterLab: values go to Python and back, outputs survive, keys are safe, cells train and are interrupted."""
+"""Views in a real JupyterLab: values go to Python and back, outputs survive, keys are safe, cells
+train and are interrupted.
+"""
 
 from __future__ import annotations
 
@@ -37,7 +39,10 @@ scale = [1.0]
 def mine(rows):
     return scale[0] * (rows.student.exp() * (rows.student - rows.teacher)).sum(-1)
 play = viz.Playground({'mine': mine})"""
-DARKNESS = "node => getComputedStyle(node).backgroundColor.match(/[\\d.]+/g).slice(0, 3).every((v) => Number(v) < 60)"
+DARKNESS = (
+    "node => getComputedStyle(node).backgroundColor.match(/[\\d.]+/g).slice(0, 3).every((v) =>"
+    " Number(v) < 60)"
+)
 CHOSEN = ".jp-OutputArea-output .opd-lens [aria-selected='true']"
 
 
@@ -102,7 +107,8 @@ def test_a_restarted_kernel_leaves_a_badge_and_a_view_that_still_moves(lab):
     assert page.locator(CHOSEN).get_attribute("data-i") == "3"
     lab.run(page)
     page.wait_for_function(
-        "!document.querySelector('.opd-detached') || [...document.querySelectorAll('.opd-detached')].every((n) => n.hidden)"
+        "!document.querySelector('.opd-detached') ||"
+        " [...document.querySelectorAll('.opd-detached')].every((n) => n.hidden)"
     )
     page.locator(".opd-lens .opd-strip [data-i='0']").click()
     lab.until(page, "lens.selected", "0")
@@ -173,7 +179,8 @@ def test_a_live_table_fetches_the_tokens_that_its_page_lacks(lab):
     strip.locator("[data-i='1']").hover()
     shown = lab.python(
         page,
-        "print(viz.markup.number(viz.channels.channels(view.whole.sample(view.rollout))['log_ratio'].values[1], True))",
+        "print(viz.markup.number(viz.channels.channels(view.whole.sample(view.rollout))['log_ratio'].values[1],"
+        " True))",
     )
     assert (
         f"log ratio {shown} nats" in page.locator(".opd-rollouts .opd-timeline-told").text_content()

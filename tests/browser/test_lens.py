@@ -173,7 +173,8 @@ def test_a_map_of_a_long_text_keeps_peaks_and_scrolls(open_page, tmp_path, axe):
         "log ratio · other",
         "all agree",
     ]
-    # The one peak, a third of a pixel wide, is drawn in full height in the student's colour, in each row.
+    # The one peak, a third of a pixel wide, is drawn in full height in the student's colour, in
+    # each row.
     column = """(canvas, part) => {
       const { width, height } = canvas, x = Math.floor(part * width), pen = canvas.getContext("2d");
       const orange = (dx) => {

@@ -14,7 +14,10 @@ from opdlab.viz import Playground, embed, page, toys
 
 pytestmark = pytest.mark.browser
 
-PROBE = f"<script type=module>{embed.asset('core.js')}; {embed.asset('toys.js')}; window.toys = define.toys</script>"
+PROBE = (
+    f"<script type=module>{embed.asset('core.js')}; {embed.asset('toys.js')}; window.toys ="
+    " define.toys</script>"
+)
 READ = """([name, parameter, clip, mass, temperature, steps, teacher, student]) => {
   const T = window.toys, push = T.pushOf(name, parameter, clip), plain = (v) => [...v].map((x) => (Number.isNaN(x) ? null : x));
   const form = T.FORMS[name](parameter);

@@ -1,4 +1,6 @@
-"""Rollouts in a real browser: only rows in sight exist; sorting, filtering, choosing; the strip below."""
+"""Rollouts in a real browser: only rows in sight exist; sorting, filtering, choosing; the strip
+below.
+"""
 
 from __future__ import annotations
 
@@ -94,7 +96,8 @@ def test_no_heading_is_cut_and_nothing_scrolls_sideways(open_page, tmp_path, wid
         each.click()
         assert (
             heads.evaluate_all(
-                "nodes => nodes.filter((n) => n.scrollWidth > n.clientWidth).map((n) => n.textContent)"
+                "nodes => nodes.filter((n) => n.scrollWidth > n.clientWidth).map((n) =>"
+                " n.textContent)"
             )
             == []
         )

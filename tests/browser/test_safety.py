@@ -1,4 +1,6 @@
-"""Tokens, prompts, titles and names are data: in every view nothing of them runs, becomes markup or gets lost."""
+"""Tokens, prompts, titles and names are data: in every view nothing of them runs, becomes markup or
+gets lost.
+"""
 
 from __future__ import annotations
 

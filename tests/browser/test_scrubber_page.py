@@ -1,4 +1,6 @@
-"""The scrubber in a real browser: steps by slider, key and button; what each step shows; words that changed."""
+"""The scrubber in a real browser: steps by slider, key and button; what each step shows; words that
+changed.
+"""
 
 from __future__ import annotations
 

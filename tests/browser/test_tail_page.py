@@ -32,8 +32,8 @@ def test_k_moves_everything(open_page, tmp_path, axe, scheme):
         assert f"top-{audit.k} covers {100 * row.student_mass:.3g} %" in seen[-1]
         assert f"reads {row.bucket:.2g}"[:9] in seen[-1]
         assert (
-            f"The student's top {audit.k} cover {100 * audit.curve.loc[audit.k, 'student_mass']:.3g} %"
-            in told.text_content()
+            f"The student's top {audit.k} cover"
+            f" {100 * audit.curve.loc[audit.k, 'student_mass']:.3g} %" in told.text_content()
         )
     assert colours() != before
     view.get_by_role("button", name="uncovered mass").click()

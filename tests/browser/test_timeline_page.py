@@ -1,4 +1,6 @@
-"""Timeline in a real browser: lines answer the pointer and keys, the threshold moves the forks, strips follow."""
+"""Timeline in a real browser: lines answer the pointer and keys, the threshold moves the forks,
+strips follow.
+"""
 
 from __future__ import annotations
 
@@ -120,7 +122,8 @@ def test_many_rollouts_have_a_plot_each(open_page, tmp_path, axe, scheme, width)
     view.keyboard.press("ArrowDown")
     view.keyboard.press("ArrowRight")
     focused = view.evaluate(
-        "[...document.querySelectorAll('.opd-timeline-own > .opd-plot')].findIndex((p) => p.contains(document.activeElement) )"
+        "[...document.querySelectorAll('.opd-timeline-own > .opd-plot')].findIndex((p) =>"
+        " p.contains(document.activeElement) )"
     )
     assert focused == 6
     assert reached.get_attribute("aria-valuetext").startswith("rollout 6, position 3, ·d")

@@ -22,7 +22,8 @@ nasty = (
     | st.binary(max_size=3)
 )
 
-# The contrast of the text of every token with what lies behind it: WCAG 2, alpha composited on the lens.
+# The contrast of the text of every token with what lies behind it: WCAG 2, alpha composited on the
+# lens.
 CONTRAST = """() => {
   const canvas = document.createElement("canvas").getContext("2d", { willReadFrequently: true });
   const over = (...colours) => {

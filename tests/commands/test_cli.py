@@ -1,4 +1,6 @@
-"""The command line as a user meets it: processes of its own, exit codes, one-line errors, and a demo that learns."""
+"""The command line as a user meets it: processes of its own, exit codes, one-line errors, and a
+demo that learns.
+"""
 
 from __future__ import annotations
 
@@ -77,7 +79,9 @@ def test_doctor_says_whether_it_can_work_by_words_and_exit_code():
 
 @pytest.mark.small
 def test_two_steps_of_the_small_demo(tmp_path):
-    """SmolLM2 on the CPU: one set of weights, a real vocabulary, the rule that only the teacher is told."""
+    """SmolLM2 on the CPU: one set of weights, a real vocabulary, the rule that only the teacher is
+    told.
+    """
     line = demo("small", steps=2, out=tmp_path, settings={"batch": 4}, prompts=8)
     before, after, teacher = map(float, re.findall(r"\d\.\d\d", line))
     assert before < 0.2 < teacher

@@ -21,7 +21,9 @@ from opdlab.tasks.market import market, tokenizers
 
 @st.composite
 def two_cuts(draw) -> tuple[list[bytes], list[bytes]]:
-    """One text and two ways to cut it, inside characters too, with tokens that add nothing anywhere."""
+    """One text and two ways to cut it, inside characters too, with tokens that add nothing
+    anywhere.
+    """
     text = draw(st.text(max_size=12)).encode()
     sides = []
     for _ in range(2):
@@ -124,9 +126,11 @@ def test_a_space_that_is_text_stays(bytes_bpe, words):
     assert decode_bytes(bytes_bpe, bytes_bpe(" the")["input_ids"])[0].startswith(b" ")
     ids = words("4 7")["input_ids"]
     assert decode_bytes(words, ids) == [b"4", b" 7"]
-    assert decode_bytes(words, [words.eos_token_id, *ids]) == [b"", b"4", b" 7"], (
-        "the first token that says something"
-    )
+    assert decode_bytes(words, [words.eos_token_id, *ids]) == [
+        b"",
+        b"4",
+        b" 7",
+    ], "the first token that says something"
 
 
 def test_two_real_tokenizers_of_one_text(words, bytes_bpe):

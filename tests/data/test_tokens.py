@@ -27,7 +27,10 @@ def rejoined(tokenizer, text: str) -> bytes:
 
 @pytest.fixture(scope="module")
 def sentencepiece() -> PreTrainedTokenizerFast:
-    """Pieces as SentencePiece writes them: `▁` for a space, `<0x0A>` for a byte without a piece of its own."""
+    """Pieces as SentencePiece writes them:
+
+    `▁` for a space, `<0x0A>` for a byte without a piece of its own.
+    """
     pieces = [
         "<s>",
         "</s>",

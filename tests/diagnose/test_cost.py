@@ -47,7 +47,9 @@ def allocated(step) -> int:
 
 @pytest.mark.parametrize(("lora", "micro"), [(16, None), (16, 8), (None, None)])
 def test_a_real_step_allocates_what_was_predicted(lora, micro, shipped):
-    """Band stated before: from 10 % under to 30 % over, since whoever plans would rather hear too much."""
+    """Band stated before: from 10 % under to 30 % over, since whoever plans would rather hear too
+    much.
+    """
     student, teacher, rollout = shipped
     guess = cost(student, teacher, rollout, replace(PLAN, lora=lora, micro_batch=micro))
     run = distill(

@@ -1,4 +1,6 @@
-"""The pre-flight check on pairs whose fate is known: the shipped models, and pairs with one thing wrong."""
+"""The pre-flight check on pairs whose fate is known: the shipped models, and pairs with one thing
+wrong.
+"""
 
 from __future__ import annotations
 
@@ -40,7 +42,9 @@ def shipped() -> dict[str, Diagnosis]:
 
 @pytest.mark.parametrize("want", ["go", "prepare", "stop"])
 def test_the_verdict_on_the_shipped_pairs(want, shipped):
-    """The student's skill is dormant and 60 steps bring it back; the novice learns nothing in 60; the scribe has other tokens."""
+    """The student's skill is dormant and 60 steps bring it back; the novice learns nothing in 60;
+    the scribe has other tokens.
+    """
     assert shipped[want].verdict == want
     assert str(shipped[want]).startswith(want.upper())
 

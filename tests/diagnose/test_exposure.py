@@ -33,7 +33,9 @@ def enumerated(student: exact.Table, teacher: exact.Table):
 
 @pytest.mark.parametrize("eos", [None, 2])
 def test_the_accumulated_errors_are_the_definitions(eos):
-    """R(l) by the prefixes that the student passes through; l eps(l) as the KL between the laws of whole texts."""
+    """R(l) by the prefixes that the student passes through; l eps(l) as the KL between the laws of
+    whole texts.
+    """
     student, teacher = tables(eos=eos)
     (own, weight), (other, teacher_weight) = enumerated(student, teacher)
     got = excess_error(own, other, weight, teacher_weight)["excess"].tolist()
@@ -66,7 +68,9 @@ def test_sampled_texts_come_near_the_enumeration():
 
 
 def test_the_interval_covers_the_truth_about_as_often_as_it_says():
-    """Of 40 repetitions on fresh samples of the same prompts, at least 30 intervals hold the exact value."""
+    """Of 40 repetitions on fresh samples of the same prompts, at least 30 intervals hold the exact
+    value.
+    """
     student, teacher = tables(prompts=24)
     (own, weight), (other, teacher_weight) = enumerated(student, teacher)
     want = excess_error(own, other, weight, teacher_weight)["excess"].iloc[-1]

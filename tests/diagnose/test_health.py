@@ -1,4 +1,6 @@
-"""Each alarm goes off on a run that truly breaks that way, and none on a healthy run of the shipped world."""
+"""Each alarm goes off on a run that truly breaks that way, and none on a healthy run of the shipped
+world.
+"""
 
 from __future__ import annotations
 
@@ -55,7 +57,9 @@ def test_a_healthy_run_sets_nothing_off(healthy):
 
 
 def test_the_acceptance_is_that_of_full_distributions():
-    """E min(1, q/p) over the sampled tokens against 1 - TV; the bound is four standard errors of a sample of this size."""
+    """E min(1, q/p) over the sampled tokens against 1 - TV; the bound is four standard errors of a
+    sample of this size.
+    """
     student, teacher = model("novice"), model("teacher")
     step = next(distill(student, teacher, MARKET, batch=32, n=2, lora=4, lr=0.0, quiet=True))
     p, q = (policy.log_probs(step.rollout).exp() for policy in (student, teacher))
@@ -112,7 +116,9 @@ def test_a_teacher_that_reads_another_template_is_seen_at_the_first_token():
 
 
 def test_a_teacher_that_is_told_more_may_begin_otherwise():
-    """Where the teacher is given another context on purpose, its first token says nothing about templates."""
+    """Where the teacher is given another context on purpose, its first token says nothing about
+    templates.
+    """
     blind = model("teacher").seeing(lambda prompt: type(prompt)(text="ana has"))
     watch = watched("student", blind, steps=2)
     assert "first_acceptance" not in watch.vitals

@@ -1,4 +1,6 @@
-"""What can be told of a pair without running it: the same judgement as the check that distill makes, but all of it at once."""
+"""What can be told of a pair without running it: the same judgement as the check that distill
+makes, but all of it at once.
+"""
 
 from __future__ import annotations
 
@@ -49,8 +51,8 @@ def test_it_stops_exactly_what_distill_refuses(name, pairs):
 def test_the_first_different_id_is_named(pairs):
     check = tokens(pairs["student"], pairs["letters"])
     assert (
-        "id 11 is 'f' in the student and 'g' in the teacher; 1 of 12 ids differ, 11 strings are in both"
-        in check.finding
+        "id 11 is 'f' in the student and 'g' in the teacher; 1 of 12 ids differ, 11 strings are in"
+        " both" in check.finding
     )
     assert "OmniOPD, SequenceKD" in check.remedy
     assert (
@@ -80,7 +82,9 @@ def test_templates_side_by_side_with_the_first_difference(pairs, make_policy, ma
     assert both.student.startswith("[user] a")
     assert both.teacher.startswith("(user) a")
     late = make_tokenizer(
-        template="{% for m in messages %}[{{ m['role'] }}] {{ m['content'] }} {% endfor %}[assistant]!"
+        template=(
+            "{% for m in messages %}[{{ m['role'] }}] {{ m['content'] }} {% endfor %}[assistant]!"
+        )
     )
     check = templates(pairs["student"], make_policy(1, late), CHATS)
     both = sides(pairs["student"], make_policy(1, late))

@@ -1,4 +1,6 @@
-"""Where a hinted teacher's lead comes from: against the exact tabular world, closed forms, and real policies by hand."""
+"""Where a hinted teacher's lead comes from: against the exact tabular world, closed forms, and real
+policies by hand.
+"""
 
 from __future__ import annotations
 
@@ -27,7 +29,9 @@ NAMES = ("student", "teacher", "teacher+hint", "student+hint")
 
 @pytest.fixture(scope="module")
 def batch() -> tuple[Rows, torch.Tensor, tuple[float, float]]:
-    """Tokens of the world, each as often as it is likely: their types, and the thresholds that DOPD would route by."""
+    """Tokens of the world, each as often as it is likely: their types, and the thresholds that DOPD
+    would route by.
+    """
     kind, hint, token = WORLD.tokens(20)
     rows = Rows({name: WORLD.logp(name)[kind, hint] for name in NAMES}, token)
     pair = [rows.logp_of(name) for name in ("teacher+hint", "student+hint")]
@@ -73,7 +77,9 @@ def test_both_telescopes_and_the_shapley_split_add_up_to_the_gap(batch):
 
 
 def test_the_reverse_kl_splits_over_whole_distributions(batch):
-    """KL(S_x || T_xp) = KL(S_x || S_xp) + E log S_xp / T_xp, and each is the mean over y of its sampled part."""
+    """KL(S_x || T_xp) = KL(S_x || S_xp) + E log S_xp / T_xp, and each is the mean over y of its
+    sampled part.
+    """
     rows, kind, limits = batch
     got = split_gap(rows, limits, DOPD())
     torch.testing.assert_close(
@@ -116,7 +122,9 @@ def test_what_each_type_of_token_shows(batch):
 
 
 def test_the_teachers_weight_is_the_mean_weight_of_its_routes(batch):
-    """Exact over y for every prefix: on a batch that holds each y as often as it is likely, both means agree."""
+    """Exact over y for every prefix: on a batch that holds each y as often as it is likely, both
+    means agree.
+    """
     rows, kind, limits = batch
     for method in (DOPD(), DOPD(light=0.25), DOPD(hs="teacher")):
         got = split_gap(rows, limits, method)
@@ -272,7 +280,9 @@ def test_the_information_floor_is_the_mutual_information(pair, prompts):
 
 
 def test_a_student_under_the_floor_has_memorised_hints(pair, prompts):
-    """No student without the hint can be there, unless it knows the hints of these prompts: here, since it is told them."""
+    """No student without the hint can be there, unless it knows the hints of these prompts: here,
+    since it is told them.
+    """
     student, teacher = pair
     honest = privilege(student, teacher, prompts=prompts, controls=False)
     assert "under that floor" not in str(honest)

@@ -95,7 +95,9 @@ def test_asking_for_one_signal_runs_no_other_policy(student, teacher, prompts):
 def test_a_signal_that_does_not_exist_is_answered_with_those_that_do(batch):
     with pytest.raises(
         UnknownName,
-        match=r"no signal 'teacher_entrpy'; there are student_logp, .*teacher_entropy, .*batch\.map",
+        match=(
+            r"no signal 'teacher_entrpy'; there are student_logp, .*teacher_entropy, .*batch\.map"
+        ),
     ):
         batch.signals["teacher_entrpy"]
     assert batch.signals.get("reference_logp") is None
@@ -151,7 +153,10 @@ def test_rewards_are_the_verifiers(batch):
 def test_what_is_missing_is_named(batch):
     with pytest.raises(
         MissingPolicy,
-        match=r"no policy 'reference' here; there are student, teacher\. Name it in the method's `needs`",
+        match=(
+            r"no policy 'reference' here; there are student, teacher\. Name it in the method's"
+            r" `needs`"
+        ),
     ):
         batch.states("reference")
     with pytest.raises(MissingPolicy, match="no verifier"):

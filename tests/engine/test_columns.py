@@ -145,8 +145,10 @@ def test_columns_of_every_type_survive_the_file(
     def plan(b):
         values = torch.arange(b.mask.numel()).view(b.mask.shape) % 2
         return {
-            "x": (values if width is None else values[..., None].expand(*b.mask.shape, width)).to(
-                dtype
+            "x": (
+                (values if width is None else values[..., None].expand(*b.mask.shape, width)).to(
+                    dtype
+                )
             )
         }
 
@@ -265,7 +267,9 @@ def test_a_nan_that_the_loss_reads_is_named_and_one_that_it_does_not_read_is_kep
 
     with pytest.raises(
         OpdlabError,
-        match=r"Step 1, .*The plan's column 'weight' is nan here\. Return finite numbers from plan\.",
+        match=(
+            r"Step 1, .*The plan's column 'weight' is nan here\. Return finite numbers from plan\."
+        ),
     ):
         next(run(reads))
 

@@ -1,4 +1,6 @@
-"""What a loss must keep: one number per token from that token's row alone, nothing changed, nothing else trained."""
+"""What a loss must keep: one number per token from that token's row alone, nothing changed, nothing
+else trained.
+"""
 
 from __future__ import annotations
 
@@ -73,13 +75,15 @@ READS_ONE_ROW = {
     "reverse KL": kl,
     "in bf16": lambda rows: kl(rows).bfloat16(),
     "on float16 log-probs": lambda rows: reverse_kl(rows.student.half(), rows.teacher.half()),
-    "by way of bf16": lambda rows: (
-        rows.student.exp().bfloat16() @ torch.linspace(0, 1, V).bfloat16()
-    ).float(),
+    "by way of bf16": (
+        lambda rows: (rows.student.exp().bfloat16() @ torch.linspace(0, 1, V).bfloat16()).float()
+    ),
     "in float64": lambda rows: kl(rows).double(),
     "gated by a column": lambda rows: kl(rows) * (rows.advantage > 0),
-    "some rows only": lambda rows: kl(rows).index_add(
-        0, (rows.advantage > 0).nonzero()[:, 0], rows.logp[rows.advantage > 0]
+    "some rows only": (
+        lambda rows: kl(rows).index_add(
+            0, (rows.advantage > 0).nonzero()[:, 0], rows.logp[rows.advantage > 0]
+        )
     ),
     "softmax over the vocabulary": lambda rows: -(rows.teacher.softmax(-1) * rows.student).sum(-1),
     "a product over the vocabulary": lambda rows: (
@@ -113,7 +117,9 @@ def test_a_single_token_shows_a_softmax_over_tokens():
 
 
 def test_the_rows_that_are_compared_come_from_all_completions():
-    """An advantage is the same for all tokens of a completion, so the first rows alone would not show its mean."""
+    """An advantage is the same for all tokens of a completion, so the first rows alone would not
+    show its mean.
+    """
     states, token, weight, _ = make_case(300)
     columns = {"advantage": torch.tensor([1.0, -1.0, 0.5]).repeat_interleave(100)}
     with pytest.raises(BadLoss, match="depends on the other rows"):

@@ -91,7 +91,9 @@ def full_logits(state: States) -> torch.Tensor:
 
 
 def oracle(loss, states, token, weight, columns):
-    """Loss, gradient wrt hidden (weighted, and a token alone), gradients of weight and bias: one graph over `[n, V]`."""
+    """Loss, gradient wrt hidden (weighted, and a token alone), gradients of weight and bias: one
+    graph over `[n, V]`.
+    """
     hidden = states["student"].hidden.clone().requires_grad_()
     head = states["student"].head
     leaves = [hidden, head.weight.detach().clone().requires_grad_()]
@@ -289,7 +291,10 @@ def test_an_unknown_name_lists_what_exists():
     states, token, weight, columns = make_case()
     with pytest.raises(
         UnknownColumn,
-        match=r"no 'advantge'; there are student, teacher, token, logp, advantage, sampler_logp, keys\.",
+        match=(
+            r"no 'advantge'; there are student, teacher, token, logp, advantage, sampler_logp,"
+            r" keys\."
+        ),
     ):
         gradient(lambda rows: rows.logp * rows.advantge, states, token, weight, columns)
 

@@ -1,4 +1,6 @@
-"""Some log-probs of a distribution against all of them: what a served teacher gives must mean what a local one does."""
+"""Some log-probs of a distribution against all of them: what a served teacher gives must mean what
+a local one does.
+"""
 
 from __future__ import annotations
 
@@ -87,14 +89,17 @@ def test_what_is_not_known_is_an_error_that_says_what_is(pair):
         with pytest.raises(
             errors.PartialDistribution,
             match=(
-                r"whole distribution of 'teacher', but its server gives the 4 likeliest of 30 tokens and the sampled one\. "
+                r"whole distribution of 'teacher', but its server gives the 4 likeliest of 30"
+                r" tokens and the sampled one\. "
                 r"Use OPD\(top_k=TopK\(4, by='teacher'\)\), OPD\(estimator='sampled'\), or rows\.on"
             ),
         ):
             ask()
     with pytest.raises(
         errors.PartialDistribution,
-        match=r"wants 5 tokens of 'teacher', whose server gives 4\. Use TopK\(4, by='teacher'\), or ",
+        match=(
+            r"wants 5 tokens of 'teacher', whose server gives 4\. Use TopK\(4, by='teacher'\), or "
+        ),
     ):
         rows.on("teacher", TopK(5, by="teacher"))
 
@@ -210,7 +215,8 @@ def test_a_signal_that_needs_everything_says_what_there_is(student, teacher, pro
         with pytest.raises(
             errors.PartialDistribution,
             match=(
-                rf"signal '{name}' needs the whole distribution of 'teacher', whose server gives its 5 likeliest tokens and the sampled "
+                rf"signal '{name}' needs the whole distribution of 'teacher', whose server gives"
+                r" its 5 likeliest tokens and the sampled "
                 r"one\. There are teacher_logp, teacher_overlap, teacher_coarse_reverse_kl\."
             ),
         ):

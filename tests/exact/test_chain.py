@@ -18,7 +18,9 @@ BOTH = ("teacher", "student")
     "chain", [Chain(0.2, 6), Chain(0.3, 5, lost=0.4), Chain(0.1, 6, oracle=False, lost=0.2)]
 )
 def test_regret_is_the_mean_over_all_walks(chain, prefixes):
-    """A walk is a string of steps on (0) and off (1) the road; its chance is a product of four numbers."""
+    """A walk is a string of steps on (0) and off (1) the road; its chance is a product of four
+    numbers.
+    """
     knows = prefixes == "student" and chain.oracle
     back = 1 - chain.error if knows else chain.lost
     go = {(0, 0): 1 - chain.error, (0, 1): chain.error, (1, 0): back, (1, 1): 1 - back}

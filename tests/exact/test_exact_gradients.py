@@ -1,4 +1,6 @@
-"""The real method classes against finite differences of the objectives that their papers write down."""
+"""The real method classes against finite differences of the objectives that their papers write
+down.
+"""
 
 from __future__ import annotations
 
@@ -98,7 +100,9 @@ def test_bare_losses_and_the_order_of_rows(shape):
 
 
 def test_many_samples_come_to_the_expectation():
-    """Central limit: 4000 sampled completions give the exact gradient within 4.5 standard errors of every entry."""
+    """Central limit: 4000 sampled completions give the exact gradient within 4.5 standard errors of
+    every entry.
+    """
     tables, n = pair({"vocab": 3, "length": 2}, 5), 4000
     student = tables["student"]
     rollout = student.sample(student.prompts, n, seed=8)
@@ -117,7 +121,10 @@ def test_many_samples_come_to_the_expectation():
 
 
 def test_plans_that_compare_rows_are_summed_over_batches():
-    """GRPO with two samples: half the gradient of the expected reward, by all pairs of texts (Dr. GRPO, no division)."""
+    """GRPO with two samples: half the gradient of the expected reward, by all pairs of texts (Dr.
+
+    GRPO, no division).
+    """
     tables = {"student": exact.Table.random(3, 2, seed=6)}
     student = tables["student"]
     reward = lambda text: (ord(text[0]) - 96 + (text[1] == "a")) / 4

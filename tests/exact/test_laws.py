@@ -99,8 +99,10 @@ def test_all_are_differentiable_in_the_logits(world):
 
 @every
 def test_chain_rules(world):
-    """What tokens add up to (f-DISTILL, arXiv 2307.15190): reverse KL on the student's prefixes and forward KL on the teacher's
-    are those of whole texts; the rest are not, and total variation is a bound."""
+    """What tokens add up to (f-DISTILL, arXiv 2307.15190): reverse KL on the student's prefixes and
+    forward KL on the teacher's are those of whole texts; the rest are not, and total variation
+    is a bound.
+    """
     student, teacher = (exact.Table.random(3, 3, seed=s, **world) for s in (5, 6))
     rollout = exact.everything(student.prompts, 3, 3, eos=student.eos)
     p, q = exact.law(student, rollout).log(), exact.law(teacher, rollout).log()
@@ -118,7 +120,9 @@ def test_chain_rules(world):
 
 @every
 def test_expected_divergences_along_a_text_are_less_noisy_than_its_log_ratio(world):
-    """Both are unbiased for the KL of whole texts; the sum of KLs at the prefixes varies less (arXiv 2504.10637)."""
+    """Both are unbiased for the KL of whole texts; the sum of KLs at the prefixes varies less
+    (arXiv 2504.10637).
+    """
     student, teacher = (exact.Table.random(3, 3, seed=s, **world) for s in (7, 8))
     rollout = exact.everything(student.prompts, 3, 3, eos=student.eos)
     p, q = exact.law(student, rollout), exact.law(teacher, rollout)

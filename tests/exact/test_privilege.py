@@ -1,4 +1,6 @@
-"""The tabular world of privileged distillation: golden values, each also derived by hand from the definitions."""
+"""The tabular world of privileged distillation: golden values, each also derived by hand from the
+definitions.
+"""
 
 from __future__ import annotations
 
@@ -50,7 +52,9 @@ PARTS = (
 
 
 def by_hand() -> dict[str, tuple[float, ...]]:
-    """The same table from the definitions, outcome by outcome: right token, or one of the wrong ones."""
+    """The same table from the definitions, outcome by outcome: right token, or one of the wrong
+    ones.
+    """
     log = math.log
     skill = WEAK * log(RIGHT / WEAK) + (1 - WEAK) * log(MISS / DULL)
     told = log(RIGHT / FLAT) / V + 15 / V * log(
@@ -158,7 +162,9 @@ def test_floors_in_closed_form():
 
 @pytest.mark.parametrize("seed", range(3))
 def test_no_student_without_the_hint_goes_below_the_floor(seed):
-    """Hinted teachers at random: minimise each mean divergence over all students; the minimum is the floor."""
+    """Hinted teachers at random: minimise each mean divergence over all students; the minimum is
+    the floor.
+    """
     g = torch.Generator().manual_seed(seed)
     logp = torch.randn(5, 6, generator=g, dtype=torch.float64).mul(1.5).log_softmax(-1)
 

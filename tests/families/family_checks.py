@@ -1,4 +1,6 @@
-"""What must be right of a model family, each against plain passes of its own: one text at a time, no padding, no cache."""
+"""What must be right of a model family, each against plain passes of its own: one text at a time,
+no padding, no cache.
+"""
 
 from __future__ import annotations
 
@@ -104,7 +106,9 @@ def scoring(family: Family) -> None:
 
 
 def sampling(family: Family) -> None:
-    """One and two samples, greedy and not: the log-probs that the sampler gives, and that greedy takes the likeliest."""
+    """One and two samples, greedy and not: the log-probs that the sampler gives, and that greedy
+    takes the likeliest.
+    """
     for n, temperature in ((1, 0.0), (2, 1.0)):
         rollout = family.policy.sample(
             APART, n=n, max_new_tokens=8, seed=2, temperature=temperature
@@ -166,7 +170,9 @@ def check_gradients(policy: Policy) -> None:
 
 
 def lora_steps(family: Family) -> None:
-    """Two steps move the adapter in attention (or what stands for it) and in the MLP, where the MLP is made of linear layers."""
+    """Two steps move the adapter in attention (or what stands for it) and in the MLP, where the MLP
+    is made of linear layers.
+    """
     run = train(family, lora=2)
     moved = {name for name, p in run.parameters.items() if "lora_B" in name and bool(p.any())}
     mlp = {name for name in run.parameters if any(word in name for word in MLP)}

@@ -1,4 +1,7 @@
-"""Run all checks on all families and write docs/families.md. Exits with an error where a family is wrong."""
+"""Run all checks on all families and write docs/families.md.
+
+Exits with an error where a family is wrong.
+"""
 
 from __future__ import annotations
 
@@ -104,7 +107,8 @@ def check(name: str, folder: Path) -> tuple[str, int]:
         if not getattr(family.policy.weights.abilities, field)
     ]
     print(
-        f"{name}: {len(CHECKS) - faults} of {len(CHECKS)} right, {time.perf_counter() - began:.0f} s",
+        f"{name}: {len(CHECKS) - faults} of {len(CHECKS)} right,"
+        f" {time.perf_counter() - began:.0f} s",
         flush=True,
     )
     return f"| {name} | {' | '.join(cells)} | {', '.join(missing)} |", faults

@@ -1,4 +1,7 @@
-"""Families of every kind are right in all that `family_checks` asks, or refused by name. `make families` runs all of them."""
+"""Families of every kind are right in all that `family_checks` asks, or refused by name.
+
+`make families` runs all of them.
+"""
 
 from __future__ import annotations
 

@@ -21,7 +21,8 @@ def mix(a: torch.Tensor, b: torch.Tensor, share: float) -> torch.Tensor:
     return share * a + (1 - share) * b
 
 
-# Every divergence, with the naive sum over probabilities that defines it: p the student, q the teacher.
+# Every divergence, with the naive sum over probabilities that defines it: p the student, q the
+# teacher.
 CASES = {
     "forward_kl": (d.forward_kl, lambda p, q: naive_kl(q, p)),
     "reverse_kl": (d.reverse_kl, naive_kl),

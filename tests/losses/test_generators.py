@@ -1,4 +1,6 @@
-"""Generators against their definitions in u, autograd, closed forms, limits and each other (opd_plus: what each token is told)."""
+"""Generators against their definitions in u, autograd, closed forms, limits and each other
+(opd_plus: what each token is told).
+"""
 
 from __future__ import annotations
 
@@ -57,7 +59,9 @@ def pair(seed: int, vocab: int = 6, scale: float = 1.0) -> tuple[torch.Tensor, t
 
 
 def pushed(weight: torch.Tensor, logits: torch.Tensor) -> torch.Tensor:
-    """E_p[w grad log p] in the logits: a detached weight times the score, summed over the vocabulary."""
+    """E_p[w grad log p] in the logits: a detached weight times the score, summed over the
+    vocabulary.
+    """
     p = logits.softmax(-1)
     return p * (weight - (p * weight).sum(-1, keepdim=True))
 
@@ -301,7 +305,9 @@ def test_for_the_reverse_kl_it_changes_nothing_but_a_constant():
 
 
 def test_for_the_forward_kl_it_climbs():
-    """E_p[-u log u score] is the gradient of ½ E_q log² u, upwards; near equality it is the gradient's opposite."""
+    """E_p[-u log u score] is the gradient of ½ E_q log² u, upwards; near equality it is the
+    gradient's opposite.
+    """
     g, (student, teacher) = Generator("forward_kl"), pair(7)
     q = teacher.log_softmax(-1)
     got = pushed(g.stop_gradient_weight(q - student.log_softmax(-1)), student)
@@ -321,7 +327,9 @@ def test_for_the_forward_kl_it_climbs():
 
 @pytest.mark.parametrize("name", SMOOTH)
 def test_the_local_rule_of_signs(name):
-    """Close to equality the stop-gradient pushes -f'(1) / f''(1) times as far as the divergence's own gradient."""
+    """Close to equality the stop-gradient pushes -f'(1) / f''(1) times as far as the divergence's
+    own gradient.
+    """
     g, (student, teacher) = CASES[name][0], pair(8)
     near = teacher + 1e-5 * student
     x = teacher.log_softmax(-1) - near.log_softmax(-1)

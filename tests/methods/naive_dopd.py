@@ -75,7 +75,9 @@ def naive_loss(kind: int, s, t, anchor, k: int, weights=(0.6, 0.3, 1.0, 0.6)) ->
 
 
 def naive_dopd(policies, rollout, logits, k: int, routes) -> torch.Tensor:
-    """Loss of each token of the rollout, in order, differentiable in the student's `logits [X, S, V]` alone."""
+    """Loss of each token of the rollout, in order, differentiable in the student's `logits [X, S,
+    V]` alone.
+    """
     where = policies["student"].where(rollout)
     p = [logits[where].softmax(-1), *(policies[name].logits[where].softmax(-1) for name in (T, S))]
     return torch.stack([naive_loss(r, *(x[i] for x in p), k) for i, r in enumerate(routes)])

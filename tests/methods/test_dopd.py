@@ -1,4 +1,6 @@
-"""DOPD's plan and loss through the engine, against a naive float64 copy of its definition and closed forms; its switches."""
+"""DOPD's plan and loss through the engine, against a naive float64 copy of its definition and
+closed forms; its switches.
+"""
 
 from __future__ import annotations
 
@@ -122,7 +124,9 @@ def test_gradients_in_closed_form(kind):
 
 
 def test_no_gradient_reaches_a_target_or_a_route(make_policy, make_tokenizer):
-    """Teacher, student and hinted student on trainable float64 weights, the last two on the same ones."""
+    """Teacher, student and hinted student on trainable float64 weights, the last two on the same
+    ones.
+    """
     student, teacher = (make_policy(seed, make_tokenizer(), dtype=torch.float64) for seed in (0, 1))
     for policy in (student, teacher):
         policy.weights.model.requires_grad_(True)

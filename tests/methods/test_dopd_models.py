@@ -1,4 +1,6 @@
-"""DOPD on real models with hints: alignment, leaks, training, invariance, several processes, and its blind spot on the market."""
+"""DOPD on real models with hints: alignment, leaks, training, invariance, several processes, and
+its blind spot on the market.
+"""
 
 from __future__ import annotations
 
@@ -23,7 +25,9 @@ from opdlab.methods.dopd import Route
 
 
 def test_contexts_of_unequal_length_are_aligned_on_the_completion(student, teacher, prompts):
-    """Each row alone, through the plain model on hint + prompt + completion, without batch and padding."""
+    """Each row alone, through the plain model on hint + prompt + completion, without batch and
+    padding.
+    """
     rollout = student.sample(prompts, n=2, max_new_tokens=7, seed=3)
     policies = {"student": student, T: teacher.seeing(), S: student.seeing()}
     plan = DOPD().plan(Batch(rollout, policies))
@@ -134,7 +138,9 @@ def test_two_steps_on_the_market_with_secrets(method):
 
 
 def test_the_markets_confident_mistakes_are_left_to_the_student():
-    """Blind spots on shipped models: where the student forgets to carry, it is sure; the teacher has no say there."""
+    """Blind spots on shipped models: where the student forgets to carry, it is sure; the teacher
+    has no say there.
+    """
     student, teacher, task = opd.load("market", secret=True)
     rollout = student.sample(
         task.prompts(64, split="test"), max_new_tokens=task.max_new_tokens, seed=1
@@ -206,7 +212,9 @@ def test_the_loss_is_a_mean_over_sequences_of_means_over_tokens(pair, prompts):
 
 
 def test_a_batch_said_twice_is_the_same_batch(student, teacher, prompts):
-    """Every token twice: the same routes (untrimmed means are the same; trimming is of the same share) and losses."""
+    """Every token twice: the same routes (untrimmed means are the same; trimming is of the same
+    share) and losses.
+    """
     policies = {"student": student, T: teacher.seeing(), S: student.seeing()}
     rollout = student.sample(prompts, n=2, max_new_tokens=7, seed=5)
     twice = opd.concat_rollouts([rollout, rollout])
@@ -278,7 +286,8 @@ def test_two_processes_route_by_the_means_of_both(tmp_path):
     )  # alone it would differ
 
 
-# The gap of real models is capability: what the split of the diagnostics says about the same tokens.
+# The gap of real models is capability: what the split of the diagnostics says about the same
+# tokens.
 
 
 def test_telescopes_on_real_models(student, teacher, prompts):

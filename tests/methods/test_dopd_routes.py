@@ -45,7 +45,10 @@ def test_padding_enters_nothing(seed):
 
 
 def test_ties_go_to_high_to_confident_and_to_the_teacher():
-    """Two gaps of ½ and one of 1 and of 0 each: the mean is ½. Powers of two, so that equal is equal."""
+    """Two gaps of ½ and one of 1 and of 0 each: the mean is ½.
+
+    Powers of two, so that equal is equal.
+    """
     lt, ls = torch.tensor([-1.0, -0.5, -1.0, -2.0]), torch.tensor([-0.5, -1.0, -2.0, -2.0])
     mask = torch.ones(4, dtype=torch.bool)
     assert thresholds(lt, ls, mask, trim=0)[0] == 0.5
@@ -146,7 +149,8 @@ ALL = torch.ones(len(KIND), dtype=torch.bool)
 SEEN = {name: WORLD.logp(name)[KIND, HINT, TOKEN] for name in privilege.POLICIES}
 RIGHT, ACCEPTED, LIKED = 0.95, 0.1, 0.9 - 14 * 0.05 / 15
 
-# Shares of LH, LL, HT and HS among the tokens of each type; in the world these are probabilities of right and wrong tokens.
+# Shares of LH, LL, HT and HS among the tokens of each type; in the world these are probabilities of
+# right and wrong tokens.
 LITERAL = {
     "E": (RIGHT, 1 - RIGHT, 0, 0),
     "C": (0, 0, 0.4, 0.6),
@@ -176,7 +180,9 @@ def test_routes_by_type_of_token(student, golden):
 
 
 def test_thresholds_of_the_world_by_hand():
-    """Means over what is left when the largest 5 % are trimmed: all of B and most of the student's own taste are gone."""
+    """Means over what is left when the largest 5 % are trimmed: all of B and most of the student's
+    own taste are gone.
+    """
     log = math.log
     gaps = sorted(
         [
@@ -198,7 +204,9 @@ def test_thresholds_of_the_world_by_hand():
 
 
 def auroc(positive: torch.Tensor, negative: torch.Tensor) -> float:
-    """P(a positive scores higher than a negative) + half the ties, from all pairs of distinct values."""
+    """P(a positive scores higher than a negative) + half the ties, from all pairs of distinct
+    values.
+    """
     (a, m), (b, n) = (x.unique(return_counts=True) for x in (positive, negative))
     wins = (a[:, None] > b).double() + 0.5 * (a[:, None] == b)
     return ((wins * m[:, None] * n).sum() / (m.sum() * n.sum())).item()
@@ -212,8 +220,10 @@ def test_the_gap_tells_capability_from_information_if_both_are_told(student, wan
 
 @pytest.mark.parametrize("s", [0.5, 0.65, 0.8, 0.95])
 def test_a_confident_error_is_nearly_blind_to_the_teacher(s):
-    """V = 8, a flat teacher, a student with mass s on one token, among as many tokens on which all agree. The pull of the
-    teacher at a prefix is w = sum_y S(y) [light 1_LH(y) + 1_HT(y)]; it is 1 in plain OPD, and at most 1 - s here."""
+    """V = 8, a flat teacher, a student with mass s on one token, among as many tokens on which all
+    agree. The pull of the teacher at a prefix is w = sum_y S(y) [light 1_LH(y) + 1_HT(y)]; it is
+    1 in plain OPD, and at most 1 - s here.
+    """
     n = 1400
     own = torch.tensor([round(n * s)] + [round(n * (1 - s) / 7)] * 7)
     assert own.sum() == n

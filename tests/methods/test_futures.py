@@ -88,8 +88,11 @@ def corrected() -> tuple:
 
 
 def test_local_updates_bring_the_windows_together(corrected):
-    """Statistical: means over four points, fixed seed. All updates help; which helps most differs between sets of prompts
-    (on these, OPD), as `benchmarks/README.md` says, so no order is asserted."""
+    """Statistical: means over four points, fixed seed.
+
+    All updates help; which helps most differs between sets of prompts (on these, OPD), as
+    `benchmarks/README.md` says, so no order is asserted.
+    """
     worst, table = corrected[3], corrected[5]
     assert len(table) == 4 * 5
     mean = table.groupby("arm")["distance"].mean()

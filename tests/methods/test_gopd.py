@@ -1,4 +1,6 @@
-"""G-OPD: the exact expected gradient, its relation to OPD, and the optimum of the extrapolated reward."""
+"""G-OPD: the exact expected gradient, its relation to OPD, and the optimum of the extrapolated
+reward.
+"""
 
 from __future__ import annotations
 
@@ -50,7 +52,10 @@ def test_advantages_by_hand(scale):
 
 @pytest.mark.parametrize("scale", [0.5, 1.0, 1.25, 2.0])
 def test_the_expected_gradient_is_that_of_the_kl_to_the_extrapolated_teacher(scale):
-    """Every completion: E[grad] = grad of KL(p || p*) at each prefix, weighted by how often the student comes there."""
+    """Every completion:
+
+    E[grad] = grad of KL(p || p*) at each prefix, weighted by how often the student comes there.
+    """
     policies = tables()
     got = exact.gradient(GOPD(scale), policies)
     logits = policies["student"].logits.clone().requires_grad_()
@@ -68,7 +73,9 @@ def test_the_expected_gradient_is_that_of_the_kl_to_the_extrapolated_teacher(sca
 
 @pytest.mark.parametrize("scale", [0.5, 1.25, 2.0])
 def test_the_optimum_is_the_teacher_sharpened_away_from_the_reference(scale):
-    """At p* ∝ r^(1-λ) q^λ there is no gradient, the objective is log Z, and every other student has less."""
+    """At p* ∝ r^(1-λ) q^λ there is no gradient, the objective is log Z, and every other student has
+    less.
+    """
     policies = tables(length=2)
     q, r = policies["teacher"].logp, policies["reference"].logp
     unnormalised = (1 - scale) * r + scale * q

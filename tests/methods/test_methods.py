@@ -35,7 +35,9 @@ def pair(make_policy, make_tokenizer) -> tuple[Policy, Policy]:
 
 
 def every_completion(student: Policy, length: int) -> tuple[Rollout, torch.Tensor]:
-    """All completions of at most `length` tokens as one rollout, and their log-probs (with gradient), in float64."""
+    """All completions of at most `length` tokens as one rollout, and their log-probs (with
+    gradient), in float64.
+    """
     bodies = [[]]
     for _ in range(length):
         bodies = [[*b, i] for b in bodies for i in range(12) if not b or b[-1] != 1] + [
@@ -127,7 +129,9 @@ def test_without_returns_it_is_that_of_the_full_loss(name, pair):
 
 
 def spread(method: OPD, student: Policy, teacher: Policy, length: int) -> float:
-    """Expected squared length of a completion's gradient with respect to the hidden state of its first token."""
+    """Expected squared length of a completion's gradient with respect to the hidden state of its
+    first token.
+    """
     rollout, logp = every_completion(student, length)
     batch = Batch(rollout, {"student": student, "teacher": teacher})
     columns = {name: flatten(batch, name, column) for name, column in method.plan(batch).items()}
@@ -141,7 +145,10 @@ def spread(method: OPD, student: Policy, teacher: Policy, length: int) -> float:
 
 @pytest.mark.parametrize("seed", range(4))
 def test_the_value_baseline_cuts_the_variance(seed, make_policy, make_tokenizer):
-    """The mean is the same, so the second moment tells. Soft students: one that is nearly sure of a token can lose by it."""
+    """The mean is the same, so the second moment tells.
+
+    Soft students: one that is nearly sure of a token can lose by it.
+    """
     student, teacher = (
         make_policy(2 * seed + i, make_tokenizer(), dtype=torch.float64, initializer_range=0.1)
         for i in (0, 1)

@@ -269,7 +269,9 @@ def test_a_completion_shorter_than_a_chunk_is_all_anchor(student, teacher, rollo
 
 
 def test_the_anchor_holds_to_the_reference_and_looks_from_it():
-    """KL(reference || student): zero with its gradient at the reference, and not the KL the other way round."""
+    """KL(reference || student): zero with its gradient at the reference, and not the KL the other
+    way round.
+    """
     sure = exact.Table(torch.tensor([[[3.0, 0.0, -1.0]]], dtype=torch.float64), (Prompt("x"),), 1)
     flat = exact.Table(torch.tensor([[[0.0, 0.5, 0.0]]], dtype=torch.float64), (Prompt("x"),), 1)
     body = exact.everything(sure.prompts, 3, 1).rows([0])
@@ -326,7 +328,9 @@ def test_prefixes_end_at_whole_characters(make_policy, bytes_bpe):
 
 
 def test_only_the_similarities_count(student, teacher, rollout):
-    """Other texts with the same similarities, in another order, by another tokenizer: the same loss."""
+    """Other texts with the same similarities, in another order, by another tokenizer: the same
+    loss.
+    """
     a, b, c = (
         planned(
             OmniOPD(**SMALL, similarity=lambda ours, theirs: len(theirs) / 10),
@@ -362,7 +366,9 @@ def test_the_order_of_the_continuations_does_not_count(student, rollout, order):
 
 
 def combinations(teacher: exact.Table, prefixes: int, n: int, length: int):
-    """All ways in which a table may continue `n` times from each row `s < prefixes`, with their probability."""
+    """All ways in which a table may continue `n` times from each row `s < prefixes`, with their
+    probability.
+    """
     rollout = exact.everything(teacher.prompts, teacher.vocab, length)
     law = exact.law(teacher, rollout)
     for some in itertools.product(range(len(law)), repeat=n):
@@ -371,7 +377,9 @@ def combinations(teacher: exact.Table, prefixes: int, n: int, length: int):
 
 @pytest.mark.parametrize(("n", "alpha"), [(1, 0.0), (1, 4.0), (2, 1.0)])
 def test_the_expected_update_by_enumeration(n, alpha):
-    """-E[update] = N/(N+a) grad E_y mu(y) + a/(N+a) grad sum_y p(y)^(1+1/C) / (1+1/C), mu the mean similarity (V=3, C=2)."""
+    """-E[update] = N/(N+a) grad E_y mu(y) + a/(N+a) grad sum_y p(y)^(1+1/C) / (1+1/C), mu the mean
+    similarity (V=3, C=2).
+    """
     student, teacher = exact.Table.random(3, 2, seed=0), exact.Table.random(3, 2, seed=1)
     method = OmniOPD(chunks=1, continuations=n, length=2, alpha=alpha, beta=0.3)
     got = torch.zeros_like(student.logits)
@@ -400,7 +408,9 @@ def test_the_expected_update_by_enumeration(n, alpha):
 
 
 def test_the_whole_loss_by_enumeration():
-    """Three tokens, a chunk of two where the entropy peaks, the anchor on the third: against a plain sum over everything."""
+    """Three tokens, a chunk of two where the entropy peaks, the anchor on the third: against a
+    plain sum over everything.
+    """
     student, reference = exact.Table.random(3, 3, seed=3), exact.Table.random(3, 3, seed=5)
     method = OmniOPD(chunks=1, continuations=2, length=2, alpha=1.5, beta=0.4)
     says = Says("ab", "cb")
@@ -514,7 +524,9 @@ def test_n_texts_or_an_error_and_nothing_is_trained(says, make_policy, prompts):
     before = {k: v.clone() for k, v in student.weights.adapter_state(student.adapter).items()}
     with pytest.raises(
         OpdlabError,
-        match=rf"Step 1: the teacher gave {len(says)} texts, not 3 for each of .* Nothing was trained",
+        match=(
+            rf"Step 1: the teacher gave {len(says)} texts, not 3 for each of .* Nothing was trained"
+        ),
     ):
         next(run)
     assert run.done == 0
@@ -618,7 +630,9 @@ def test_a_text_only_teacher_is_refused_by_opd_which_names_omniopd(make_policy, 
 
 
 def test_text_only_equals_the_open_teacher(make_policy, prompts):
-    """Another tokenizer, the same seeds: the open model is only ever read, so both runs are the same to the last bit."""
+    """Another tokenizer, the same seeds: the open model is only ever read, so both runs are the
+    same to the last bit.
+    """
     ends = []
     for wrap in (lambda policy: policy, TextOnly):
         student, scribe = make_policy(0), make_policy(1, tokenizers.characters())
@@ -675,7 +689,9 @@ def test_a_trace_keeps_the_audits(make_policy, prompts, tmp_path):
 
 
 def test_a_resumed_run_repeats_the_uninterrupted_one(make_policy, prompts, tmp_path):
-    """Places, seeds and questions follow from the step; the settings of the method come back from the checkpoint."""
+    """Places, seeds and questions follow from the step; the settings of the method come back from
+    the checkpoint.
+    """
     method = OmniOPD(**SMALL, select="random", similarity="rouge1")
     options = {"method": method, "steps": 3, "batch": 2, "quiet": True}
     whole = opdlab.distill(

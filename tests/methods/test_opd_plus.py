@@ -1,4 +1,6 @@
-"""OPD+: the class itself, over every completion of small tables, against finite differences of the divergences it names."""
+"""OPD+: the class itself, over every completion of small tables, against finite differences of the
+divergences it names.
+"""
 
 from __future__ import annotations
 
@@ -38,7 +40,9 @@ def pair(
 
 
 def total(method: OPDPlus, tables: dict[str, exact.Table], live: bool):
-    """Sum over a text of D_f, as a function of the student; `live`: also through where the student goes."""
+    """Sum over a text of D_f, as a function of the student; `live`: also through where the student
+    goes.
+    """
     still = exact.visits(tables["student"])
     value = lambda table: method.generator.divergence(table.logp, tables["teacher"].logp)
     return lambda table: ((exact.visits(table) if live else still) * value(table)).sum()
@@ -174,7 +178,9 @@ def test_centre_and_baseline_leave_the_expectation(name, discount):
 
 
 def test_the_constant_of_the_reverse_kl_costs_variance():
-    """E (log u - 1)² = E log² u + 2 KL + 1, and the baseline + KL is better than either: by the law, on one step."""
+    """E (log u - 1)² = E log² u + 2 KL + 1, and the baseline + KL is better than either: by the
+    law, on one step.
+    """
     tables = pair(6, length=1, prompts=1, scale=1.2)
     p, q = (tables[name].logp[0, 0] for name in ("student", "teacher"))
     batch = Batch(exact.everything(tables["student"].prompts, 4, 1, by=tables["student"]), tables)
@@ -193,7 +199,9 @@ def test_the_constant_of_the_reverse_kl_costs_variance():
 
 @every
 def test_the_baseline_is_the_mean_of_the_weight(name):
-    """So at every prefix the second moment of the advantage falls by the mean squared, and its mean to zero."""
+    """So at every prefix the second moment of the advantage falls by the mean squared, and its mean
+    to zero.
+    """
     tables = pair(7, vocab=4, length=1)
     student = tables["student"]
     batch = Batch(exact.everything(student.prompts, 4, 1, by=student), tables)
@@ -226,7 +234,9 @@ def test_for_the_forward_kl_the_centre_is_the_baseline():
 
 @pytest.mark.parametrize("name", ["forward_kl", "jensen_shannon"])
 def test_sampled_gradients_come_to_the_exact_one(name):
-    """Within 4.5 standard errors in every entry at 2000 texts; a hundred times fewer texts err 10 times as much (3 to 30)."""
+    """Within 4.5 standard errors in every entry at 2000 texts; a hundred times fewer texts err 10
+    times as much (3 to 30).
+    """
     tables = pair(9, vocab=3, prompts=1)
     student, method = tables["student"], plus(name)
     want = exact.gradient(method, tables)

@@ -99,7 +99,9 @@ def test_ballots_are_averaged(student, rollout):
 def test_a_batch_without_scores_or_replies_is_an_error(student, rollout):
     with pytest.raises(
         OpdlabError,
-        match=r"No reply names a score from 0 to 9, as 'fine'\. Give OVD\(ask=…\) a clearer question",
+        match=(
+            r"No reply names a score from 0 to 9, as 'fine'\. Give OVD\(ask=…\) a clearer question"
+        ),
     ):
         plan(OVD(), student, rollout, Grader(lambda prompt, i: "fine"))
 
@@ -127,7 +129,9 @@ def test_the_question_holds_prompt_and_answer(prompts):
 
 
 def test_in_a_run(make_policy, prompts):
-    """A grader that likes long texts; a text-only model that names no score stops the run before its first update."""
+    """A grader that likes long texts; a text-only model that names no score stops the run before
+    its first update.
+    """
     task = from_records(
         [{"text": p.text, "id": p.id} for p in prompts if p.text], test=0, max_new_tokens=6
     )

@@ -1,4 +1,6 @@
-"""Privileged self-distillation: its settings against the divergences they name, through the engine, and in training."""
+"""Privileged self-distillation: its settings against the divergences they name, through the engine,
+and in training.
+"""
 
 from __future__ import annotations
 
@@ -25,7 +27,8 @@ def jsd(s: torch.Tensor, t: torch.Tensor) -> torch.Tensor:
     return kl(t, (s + t) / 2) / 2 + kl(s, (s + t) / 2) / 2
 
 
-SETTINGS = {  # a named setting, whose hinted self teaches, and what of student s and teacher t it descends
+# a named setting, whose hinted self teaches, and what of student s and teacher t it descends
+SETTINGS = {
     "opsd": (SelfDistillation.opsd(), "frozen", jsd),
     "opsd clipped": (
         SelfDistillation.opsd(clip=0.05),
@@ -40,7 +43,9 @@ SETTINGS = {  # a named setting, whose hinted self teaches, and what of student 
 
 @pytest.mark.parametrize("name", SETTINGS)
 def test_a_setting_descends_what_its_paper_says(name):
-    """Exact expected gradient over every completion of toy tables, against autograd on the naive sum."""
+    """Exact expected gradient over every completion of toy tables, against autograd on the naive
+    sum.
+    """
     method, anchor, naive = SETTINGS[name]
     assert method.anchor == anchor
     assert method.needs == (NEEDS[anchor],)
@@ -189,7 +194,9 @@ def test_micro_batches_change_nothing(make_policy, prompts):
 
 
 def test_it_learns_what_the_hint_shows_and_the_frozen_anchor_stays():
-    """The market's student adds correctly when it is shown the calculation; without it, its skill is dormant."""
+    """The market's student adds correctly when it is shown the calculation; without it, its skill
+    is dormant.
+    """
     student, _, task = opd.load("market")
     run = opd.distill(
         student, task=task, method=SelfDistillation.opsd(), batch=16, steps=8, quiet=True

@@ -1,4 +1,7 @@
-"""Every method trains a real model for two steps: SmolLM2-135M, its 49k vocabulary, its chat template."""
+"""Every method trains a real model for two steps:
+
+SmolLM2-135M, its 49k vocabulary, its chat template.
+"""
 
 from __future__ import annotations
 
@@ -49,7 +52,9 @@ def small():
 
 
 def teacher_for(name: str, student: opd.Policy, teacher: opd.Policy) -> object:
-    """What the method asks for: nobody, the plain self (the hint makes it a teacher), a writer, or one with log-probs."""
+    """What the method asks for: nobody, the plain self (the hint makes it a teacher), a writer, or
+    one with log-probs.
+    """
     if name in ("GRPO", "OPSD", "SDFT", "context distillation"):
         return None
     if name.startswith("DOPD"):

@@ -30,7 +30,9 @@ def pairs(student: exact.Table, chosen: list[int], rejected: list[int]) -> Rollo
 @pytest.mark.parametrize("beta", [0.1, 3.0])
 @pytest.mark.parametrize("eos", [None, 0])
 def test_gradient_and_value_are_those_of_dpo(beta, eos):
-    """The mean over pairs of -log sigmoid(beta (log-ratio chosen - log-ratio rejected)), texts of different lengths included."""
+    """The mean over pairs of -log sigmoid(beta (log-ratio chosen - log-ratio rejected)), texts of
+    different lengths included.
+    """
     student, reference = (
         exact.Table.random(3, 3, seed=0, eos=eos),
         exact.Table.random(3, 3, seed=1, eos=eos),

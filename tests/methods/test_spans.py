@@ -23,7 +23,10 @@ from opdlab.teachers import TextOnly
 
 @dataclass(frozen=True)
 class Pieces(Letters):
-    """A tokenizer by a list of pieces: the longest that fits is taken, as WordPiece does. `.` ends a text."""
+    """A tokenizer by a list of pieces: the longest that fits is taken, as WordPiece does.
+
+    `.` ends a text.
+    """
 
     pieces: tuple[str, ...] = ()
 
@@ -69,7 +72,9 @@ def judged(teacher: Model, text: str, ended: bool) -> float:
 
 
 def sequence_gradient(student: Model, teacher: Model) -> torch.Tensor:
-    """d KL(p || q) over whole texts by autograd through the law: sum_y p(y) (log p(y) - log q(text of y))."""
+    """d KL(p || q) over whole texts by autograd through the law: sum_y p(y) (log p(y) - log q(text
+    of y)).
+    """
     leaf = student.logits.clone().requires_grad_()
     model = replace(student, logits=leaf)
     body = exact.everything(student.prompts, student.vocab, student.length, eos=student.eos)
@@ -85,7 +90,8 @@ def sequence_gradient(student: Model, teacher: Model) -> torch.Tensor:
     return slope
 
 
-# Student's pieces, its length, the teacher's pieces, and whether the text so far decides where its spans end.
+# Student's pieces, its length, the teacher's pieces, and whether the text so far decides where its
+# spans end.
 PAIRS = {
     "one tokenizer": ("a b c", 3, "a b c", True),
     "words and characters": ("a b ab", 3, "a b", True),
@@ -120,7 +126,9 @@ def test_later_is_the_same_where_the_past_decides_the_spans(name):
 
 
 def test_span_is_the_kl_of_spans_with_the_way_there_held_fixed():
-    """A teacher of pairs and a student of single letters: two spans of two tokens; prefixes are weighted by a fixed law."""
+    """A teacher of pairs and a student of single letters: two spans of two tokens; prefixes are
+    weighted by a fixed law.
+    """
     student, teacher = Model.of("a b", 4, 2), Model.of("aa ab ba bb", 2, 3)
     got = exact.gradient(SpanOPD(), {"student": student, "teacher.spans": teacher})
     leaf = student.logits.clone().requires_grad_()
@@ -144,7 +152,9 @@ def test_span_is_the_kl_of_spans_with_the_way_there_held_fixed():
 
 
 def test_unusual_spellings_only_shift_the_teacher_by_a_constant():
-    """What the teacher gives to `a b` where it would write `ab` changes nothing: the law over texts is renormalized."""
+    """What the teacher gives to `a b` where it would write `ab` changes nothing: the law over texts
+    is renormalized.
+    """
     student, teacher = Model.of("a b", 2, 0), Model.of("a b ab", 2, 1)
     body = exact.everything(student.prompts, 2, 2)
     q = torch.tensor(
@@ -246,7 +256,9 @@ def test_words_and_characters(student, scribe):
 
 
 def test_characters_and_words(student, scribe):
-    """The other way round a span has several of the student's tokens: they share its nats, and each answers for all of them."""
+    """The other way round a span has several of the student's tokens: they share its nats, and each
+    answers for all of them.
+    """
     text = "4 7 + 3"
     body = rollout_from_texts(scribe, [Prompt("ana has")], [text])
     batch, columns = planned(scribe, student, body)

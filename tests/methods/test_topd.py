@@ -87,7 +87,9 @@ def test_the_gradient_in_a_window_is_p_minus_the_target_over_k(tables, batch):
     ],
 )
 def test_the_term_is_the_mean_over_points_and_window(method, tables, batch):
-    """Dense targets made from the notes, by loops; the value and the gradient with respect to the table's logits."""
+    """Dense targets made from the notes, by loops; the value and the gradient with respect to the
+    table's logits.
+    """
     method = replace(method, threshold="quantile")
     columns, notes = planned(method, batch)
     kept = [note for note in notes if note["kept"]]
@@ -216,7 +218,9 @@ def test_downweighted_tokens_count_as_the_median(arm, batch):
 
 
 def test_both_interventions_select_the_same_number(batch):
-    """Losses of 1 wherever there can be a candidate and 0 elsewhere, so that the median is 1/2 and all selected ones show."""
+    """Losses of 1 wherever there can be a candidate and 0 elsewhere, so that the median is 1/2 and
+    all selected ones show.
+    """
     picked = []
     for arm, step in (("low_ot", 0), ("high_ot", 0), ("high_ot", 0), ("high_ot", 1)):
         fresh = Batch(batch.rollout, batch.policies, step=step)

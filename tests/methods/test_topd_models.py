@@ -1,4 +1,5 @@
-"""TOPD on models: the whole loss against full logits and targets as long as the vocabulary; notes, micro-batches, runs.
+"""TOPD on models: the whole loss against full logits and targets as long as the vocabulary; notes,
+micro-batches, runs.
 
 Tests 7, 13, 14 and 18 of the paper file.
 """
@@ -35,7 +36,9 @@ def written(pair) -> Rollout:
 
 
 def oracle(method: TOPD, pair, rollout: Rollout, normalize: str) -> torch.Tensor:
-    """The loss from full logits by its definition, with targets of the size of the vocabulary; carries a gradient."""
+    """The loss from full logits by its definition, with targets of the size of the vocabulary;
+    carries a gradient.
+    """
     student, teacher = pair["student"], pair["teacher"]
     bodies, lengths = rollout.completions(), rollout.lengths.tolist()
     p = [
@@ -90,7 +93,9 @@ def oracle(method: TOPD, pair, rollout: Rollout, normalize: str) -> torch.Tensor
     ],
 )
 def test_the_whole_loss_is_that_of_full_logits(method, normalize, pair, written):
-    """Value and every parameter's gradient, through plan, engine and backbone: contexts, offsets, weights, normalisation."""
+    """Value and every parameter's gradient, through plan, engine and backbone: contexts, offsets,
+    weights, normalisation.
+    """
     student = pair["student"]
     want = oracle(method, pair, written, normalize)
     parameters = [
@@ -144,7 +149,9 @@ def test_the_threshold_of_low_loss_positions(pair, written):
 
 
 def test_an_unused_place_may_hold_a_token_that_the_student_rules_out():
-    """One token has two targets, the other one; the student gives the id that fills the gap, 0, no probability."""
+    """One token has two targets, the other one; the student gives the id that fills the gap, 0, no
+    probability.
+    """
     columns = windows.scatter(
         text([1, 2]), [(0, 0)], [[3, 4]], [torch.tensor([[0.3, 0.2], [0.5, 0.0]])]
     )

@@ -156,7 +156,9 @@ def test_overlapping_windows_add_up():
 
 
 def test_the_loss_is_the_kl_to_the_targets_up_to_their_entropy():
-    """And the printed form, with targets of mass 1/K, has its gradient divided by K: value relation and gradient by autograd."""
+    """And the printed form, with targets of mass 1/K, has its gradient divided by K: value relation
+    and gradient by autograd.
+    """
     g, k = torch.Generator().manual_seed(0), 4
     a, b = vectors(0, k), vectors(1, k)
     taught = [3, 5, 3, 8]
@@ -187,7 +189,9 @@ def test_agreement_is_the_likelihood_of_the_own_tokens():
 
 
 def test_an_inserted_token_is_nearly_no_distance_and_teaches_the_own_tokens():
-    """The pathology of the method: the teacher opens a bracket, and every place but the last is told what it already says."""
+    """The pathology of the method: the teacher opens a bracket, and every place but the last is
+    told what it already says.
+    """
     student, teacher = [1, 2, 3, 4, 5, 6, 7, 8], [0, 1, 2, 3, 4, 5, 6, 7]
     distance, plan = topd.transport(torch.eye(12)[student], torch.eye(12)[teacher])
     assert distance == pytest.approx(1 / 8)

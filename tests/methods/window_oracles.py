@@ -1,4 +1,6 @@
-"""Oracles for windows: transport as a linear program, plain Sinkhorn, text token by token from full passes."""
+"""Oracles for windows: transport as a linear program, plain Sinkhorn, text token by token from full
+passes.
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,6 @@
-"""Adapters of all sorts: those that a model brings along, those that are made, their copies, and what is refused."""
+"""Adapters of all sorts: those that a model brings along, those that are made, their copies, and
+what is refused.
+"""
 
 from __future__ import annotations
 

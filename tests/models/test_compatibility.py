@@ -1,4 +1,6 @@
-"""Model families whose caches, batches or embeddings are not attention's: right numbers, or refused when the policy is made."""
+"""Model families whose caches, batches or embeddings are not attention's: right numbers, or refused
+when the policy is made.
+"""
 
 from __future__ import annotations
 
@@ -77,8 +79,12 @@ def test_a_recurrent_state_cannot_be_padded_on_the_left_nor_entered_with_several
 ):
     with pytest.warns(
         UserWarning,
-        match=r"^MambaForCausalLM: prompts of different length are sampled in separate batches, .*; the "
-        r"beginning that several prompts share is run again .*\. The numbers are right, it takes longer\.$",
+        match=(
+            r"^MambaForCausalLM: prompts of different length are sampled in separate batches, .*;"
+            r" the "
+            r"beginning that several prompts share is run again .*\. The numbers are right, it"
+            r" takes longer\.$"
+        ),
     ):
         policy = make_policy(3, family="mamba", state_size=8)
     assert policy.weights.abilities == Abilities(pads_left=False, shares_prefix=False)
@@ -168,7 +174,9 @@ def test_a_model_that_sees_later_tokens_is_refused(words):
     )
     with pytest.raises(
         UnsupportedModel,
-        match=r"^BertGenerationDecoder is not causal: a token's distribution changes with the tokens",
+        match=(
+            r"^BertGenerationDecoder is not causal: a token's distribution changes with the tokens"
+        ),
     ):
         Policy.of(model, words, eos=[1])
 
@@ -264,7 +272,10 @@ EXPERTS = {
 }
 
 
-TOLD = r"^The LoRA does not reach \d\d% of GptOssForCausalLM's weights, .*: mlp\.experts\.gate_up_proj, .*lora=None"
+TOLD = (
+    r"^The LoRA does not reach \d\d% of GptOssForCausalLM's weights, .*:"
+    r" mlp\.experts\.gate_up_proj, .*lora=None"
+)
 
 
 def test_fused_experts_without_an_adapter_are_told(make_policy):

@@ -60,7 +60,10 @@ def test_an_unknown_kind_of_head_is_refused():
     )
     with pytest.raises(
         ValueError,
-        match=r"Doubled computes its logits in a way that opdlab does not know \(largest difference \d",
+        match=(
+            r"Doubled computes its logits in a way that opdlab does not know \(largest"
+            r" difference \d"
+        ),
     ):
         Head.of(Doubled(config).eval(), 20)
 

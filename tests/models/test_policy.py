@@ -1,4 +1,6 @@
-"""Policies: scoring against manual forward passes, many policies on one set of weights, and what bad input gets."""
+"""Policies: scoring against manual forward passes, many policies on one set of weights, and what
+bad input gets.
+"""
 
 from __future__ import annotations
 
@@ -313,7 +315,10 @@ def test_another_tokenizer_of_the_same_size_is_refused(make_policy, student, wor
     first, second = words.convert_ids_to_tokens([20, 31])
     with pytest.raises(
         TokenizerMismatch,
-        match=f"The judge's tokenizer differs.*id 20 is '{second}' there and '{first}' here.*same family",
+        match=(
+            f"The judge's tokenizer differs.*id 20 is '{second}' there and '{first}' here.*same"
+            " family"
+        ),
     ):
         check_same_tokens(student, make_policy(1, other), "judge")
 
@@ -321,7 +326,10 @@ def test_another_tokenizer_of_the_same_size_is_refused(make_policy, student, wor
 def test_other_eos_sets_are_refused(make_policy, student):
     with pytest.raises(
         TokenizerMismatch,
-        match=r"The teacher stops at tokens 1 '<eos>', 3 '<user>', the student at 1 '<eos>'.*eos=\[…\]",
+        match=(
+            r"The teacher stops at tokens 1 '<eos>', 3 '<user>', the student at 1"
+            r" '<eos>'.*eos=\[…\]"
+        ),
     ):
         check_same_tokens(student, make_policy(1, eos=[1, 3]))
 
@@ -331,7 +339,9 @@ def test_other_templates_are_refused(make_policy, student, words):
     other.chat_template = words.chat_template.replace("<assistant>", "<assistant>= ")
     with pytest.raises(
         TokenizerMismatch,
-        match=r"chat template differs.*from character \d+ on: '= ' there, '' here.*tokenizer=student",
+        match=(
+            r"chat template differs.*from character \d+ on: '= ' there, '' here.*tokenizer=student"
+        ),
     ):
         check_same_tokens(student, make_policy(1, other))
 

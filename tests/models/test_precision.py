@@ -1,4 +1,6 @@
-"""One precision per policy and step: what the plan sees is what the loss sees, and heads and log-probs stay in float32."""
+"""One precision per policy and step: what the plan sees is what the loss sees, and heads and
+log-probs stay in float32.
+"""
 
 from __future__ import annotations
 

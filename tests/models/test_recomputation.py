@@ -1,4 +1,6 @@
-"""Gradient checkpointing changes memory and no number, whatever dropout a family's configuration asks for."""
+"""Gradient checkpointing changes memory and no number, whatever dropout a family's configuration
+asks for.
+"""
 
 from __future__ import annotations
 

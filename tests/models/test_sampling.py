@@ -1,4 +1,6 @@
-"""The sampler against Hugging Face's, against exact distributions, and against a fresh scoring pass."""
+"""The sampler against Hugging Face's, against exact distributions, and against a fresh scoring
+pass.
+"""
 
 from __future__ import annotations
 
@@ -204,7 +206,9 @@ def test_samples_of_a_prompt_are_rows_of_their_own(student, prompts):
 
 
 def test_rows_that_end_early_change_no_other_row(make_policy, prompts):
-    """The same draws with and without a stop: up to the stop, and in rows without one, the text is the same."""
+    """The same draws with and without a stop: up to the stop, and in rows without one, the text is
+    the same.
+    """
     free = make_policy(4)
     stops = stopping(free, prompts)
     free = Policy.of(free.weights.model, free.tokenizer, eos=[])

@@ -1,4 +1,6 @@
-"""Prompts as policies read them: chat templates of all kinds, their arguments, and special tokens at both ends."""
+"""Prompts as policies read them: chat templates of all kinds, their arguments, and special tokens
+at both ends.
+"""
 
 from __future__ import annotations
 
@@ -14,15 +16,18 @@ from opdlab.models.same_tokens import check_same_tokens
 from opdlab.models.text_rollouts import rollout_from_texts
 from opdlab.teachers import TextOnly
 
-TURNS = "{% for m in messages %}<{{ m.role }}> {{ m.content }}{% endfor %}{% if add_generation_prompt %}<assistant>{% endif %}"
+TURNS = (
+    "{% for m in messages %}<{{ m.role }}> {{ m.content }}{% endfor %}{% if add_generation_prompt"
+    " %}<assistant>{% endif %}"
+)
 RAISES = (
-    "{% if messages[0].role == 'system' %}{{ raise_exception('System role not supported') }}{% endif %}"
-    + TURNS
+    "{% if messages[0].role == 'system' %}{{ raise_exception('System role not supported') }}{%"
+    " endif %}" + TURNS
 )
 SILENT = TURNS.replace("{% for m in messages %}", "{% for m in messages if m.role != 'system' %}")
 ALTERNATES = (
-    "{% for m in messages %}{% if (m.role == 'user') != (loop.index0 % 2 == 0) %}{{ raise_exception('Roles must alternate') }}{% endif %}"
-    "{% endfor %}" + TURNS
+    "{% for m in messages %}{% if (m.role == 'user') != (loop.index0 % 2 == 0) %}{{"
+    " raise_exception('Roles must alternate') }}{% endif %}{% endfor %}" + TURNS
 )
 THINKS = TURNS.replace(
     "<assistant>",
@@ -92,7 +97,10 @@ def test_a_chat_without_template_is_refused_in_words(with_template):
     policy = with_template(None)
     with pytest.raises(
         OpdlabError,
-        match=r"Prompt 'c' is a chat, but there is no chat template in the tokenizer\. Give plain texts",
+        match=(
+            r"Prompt 'c' is a chat, but there is no chat template in the tokenizer\. Give plain"
+            r" texts"
+        ),
     ):
         policy.sample([Prompt("ana"), CHAT])
     with pytest.raises(OpdlabError, match="there is no chat template"):
@@ -146,9 +154,11 @@ def test_a_run_keeps_them_for_the_policies_that_it_makes(with_template):
     )()
     for lora in (2, None):
         run = distill(
-            student
-            if lora
-            else with_template(THINKS, chat_template_kwargs={"enable_thinking": False}),
+            (
+                student
+                if lora
+                else with_template(THINKS, chat_template_kwargs={"enable_thinking": False})
+            ),
             None,
             task,
             method=method,
@@ -207,8 +217,11 @@ def test_they_are_compared_between_student_and_teacher(with_template):
     )
     with pytest.raises(
         TokenizerMismatch,
-        match=r"teacher's chat template differs.*: '' there, ' 0' here.*has chat_template_kwargs=\{\}, the student "
-        r"\{'enable_thinking': False\}.*tokenizer=student\.tokenizer.*SpanOPD\(\)",
+        match=(
+            r"teacher's chat template differs.*: '' there, ' 0' here.*has"
+            r" chat_template_kwargs=\{\}, the student "
+            r"\{'enable_thinking': False\}.*tokenizer=student\.tokenizer.*SpanOPD\(\)"
+        ),
     ):
         check_same_tokens(student, with_template(THINKS, 1))
 
@@ -258,7 +271,10 @@ def test_special_tokens_that_a_prompt_spells_are_told_once(make_policy, words):
         policy = Policy.of(make_policy(0).weights.model, copy.deepcopy(words))
         with pytest.warns(
             UserWarning,
-            match=f"Prompt 'p' spells the special token '{token}' in its text, and the model reads it as that",
+            match=(
+                f"Prompt 'p' spells the special token '{token}' in its text, and the model reads it"
+                " as that"
+            ),
         ):
             policy.encode(prompt)
         with warnings.catch_warnings():

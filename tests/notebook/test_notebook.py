@@ -52,7 +52,10 @@ def test_freeze_keeps_what_tells_and_drops_what_changes(tmp_path):
 
 def test_the_same_results_are_the_same_file(tmp_path):
     sources = (
-        "import pandas as pd\ntable = lambda n: pd.DataFrame({'T_abcde': [n]}).style.highlight_max()\ntable(1)",
+        (
+            "import pandas as pd\ntable = lambda n: pd.DataFrame({'T_abcde':"
+            " [n]}).style.highlight_max()\ntable(1)"
+        ),
         "table(2)",
         "object()",
         "import sys, time\nprint('a')\nsys.stdout.flush()\ntime.sleep(0.5)\nprint('b')",
@@ -80,7 +83,8 @@ def test_the_same_results_are_the_same_file(tmp_path):
 def test_freeze_drops_the_progress_of_others(tmp_path):
     path = book(
         tmp_path,
-        "from tqdm.notebook import tqdm\nfor x in tqdm(range(3), desc='Loading'):\n    pass\nprint('kept')",
+        "from tqdm.notebook import tqdm\nfor x in tqdm(range(3), desc='Loading'):\n   "
+        " pass\nprint('kept')",
     )
     notebook.execute(path)
     shown = [
@@ -130,7 +134,10 @@ def test_what_is_no_notebook_is_refused_and_left_alone(text, why, tmp_path):
     for act in (notebook.freeze, notebook.execute):
         with pytest.raises(
             opd.OpdlabError,
-            match=rf"odd\.ipynb is no notebook that can be read \(.*{why}.*Give the path of an \.ipynb",
+            match=(
+                rf"odd\.ipynb is no notebook that can be read \(.*{why}.*Give the path of an"
+                r" \.ipynb"
+            ),
         ):
             act(path)
     assert path.read_bytes() == raw
@@ -148,7 +155,8 @@ def test_freeze_adds_a_picture_to_charts(tmp_path):
     }
     path = book(
         tmp_path,
-        f"from IPython.display import display\ndisplay({{{notebook.freezing.CHART!r}: {figure!r}}}, raw=True)",
+        f"from IPython.display import display\ndisplay({{{notebook.freezing.CHART!r}: {figure!r}}},"
+        " raw=True)",
     )
     notebook.execute(path)
     first = notebook.freeze(path)
@@ -212,8 +220,8 @@ def test_solutions_agree_with_the_library_and_stubs_go_on(key, capsys):
     assert notebook.exercise(key)(stub) is task.solution
     said = capsys.readouterr().out
     assert (
-        said
-        == f"… {key} is not written yet: {task.asks}. Until then the notebook goes on with the library's.\n"
+        said == f"… {key} is not written yet: {task.asks}. Until then the notebook goes on with the"
+        " library's.\n"
     )
     assert notebook.exercise(key)(task.solution) is task.solution
     assert capsys.readouterr().out == f"✓ {key}: {task.says}.\n"
@@ -321,8 +329,8 @@ def test_the_line_that_stopped_is_shown(tmp_path):
     )
     made = runpy.run_path(str(source))
     assert (
-        "AttributeError: 'Tensor' object has no attribute 'foo' (in the line `return gap / rows.token.foo`)"
-        in find("00.1").judge(made["loss"])
+        "AttributeError: 'Tensor' object has no attribute 'foo' (in the line `return gap /"
+        " rows.token.foo`)" in find("00.1").judge(made["loss"])
     )
 
 

@@ -1,4 +1,6 @@
-"""What users pass is taken as it is or refused in words; numpy's numbers are numbers, booleans and texts are not."""
+"""What users pass is taken as it is or refused in words; numpy's numbers are numbers, booleans and
+texts are not.
+"""
 
 from __future__ import annotations
 
@@ -93,7 +95,10 @@ def test_arguments_are_refused_in_words(student):
         sample(student, 0)
     with pytest.raises(
         InvalidValue,
-        match=r"^sample: got an unexpected keyword argument 'top_k'\. It takes policy, n, seed, temperature\.$",
+        match=(
+            r"^sample: got an unexpected keyword argument 'top_k'\. It takes policy, n, seed,"
+            r" temperature\.$"
+        ),
     ):
         sample(student, top_k=3)
     with pytest.raises(

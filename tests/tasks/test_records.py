@@ -1,4 +1,6 @@
-"""Records in every format in which data sets come: understood, or refused with their number and column."""
+"""Records in every format in which data sets come: understood, or refused with their number and
+column.
+"""
 
 from __future__ import annotations
 
@@ -311,5 +313,8 @@ def test_files_of_tool_calls_render(make_policy, words, tmp_path):
     assert prompt.messages[1] == {"role": "assistant", "content": "", "tool_calls": [call]}
     assert json.loads(json.dumps(prompt.messages)) == list(prompt.messages)
     tokenizer = copy.deepcopy(words)
-    tokenizer.chat_template = "{% for m in messages %}{{ m.content }} {{ m.tool_calls | tojson if m.tool_calls }} {% endfor %}"
+    tokenizer.chat_template = (
+        "{% for m in messages %}{{ m.content }} {{ m.tool_calls | tojson if m.tool_calls }} {%"
+        " endfor %}"
+    )
     assert Policy.of(make_policy(0).weights.model, tokenizer).encode(prompt)

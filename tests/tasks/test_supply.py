@@ -1,4 +1,6 @@
-"""The supply of prompts: epochs, splits that share nothing, what a user's `draw` may give, and what a verifier may return."""
+"""The supply of prompts: epochs, splits that share nothing, what a user's `draw` may give, and what
+a verifier may return.
+"""
 
 from __future__ import annotations
 
@@ -231,7 +233,10 @@ def test_asking_for_what_cannot_be_is_refused(how):
         ({"draw": 7}, "got draw=7, which cannot be called. Use a function draw(n, seed, split)"),
         (
             {"draw": lambda n: []},
-            "got a draw that takes (n): too many positional arguments. Use a function draw(n, seed, split)",
+            (
+                "got a draw that takes (n): too many positional arguments. Use a function draw(n,"
+                " seed, split)"
+            ),
         ),
         ({"verify": 7}, "got verify=7, which cannot be called"),
         ({"verify": lambda text: 1.0}, "Use a function verify(prompt, text)"),

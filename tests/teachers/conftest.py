@@ -1,4 +1,6 @@
-"""Real servers for the whole session: one in vLLM's wire format on a shipped model, with faults on demand."""
+"""Real servers for the whole session: one in vLLM's wire format on a shipped model, with faults on
+demand.
+"""
 
 from __future__ import annotations
 

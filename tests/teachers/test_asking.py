@@ -1,4 +1,6 @@
-"""Requests and replies as plain data: what goes out for each way of going on, and what of a reply is believed."""
+"""Requests and replies as plain data: what goes out for each way of going on, and what of a reply
+is believed.
+"""
 
 from __future__ import annotations
 
@@ -121,7 +123,9 @@ def test_texts_of_both_kinds_of_reply():
 
 @pytest.mark.parametrize("half", ["\ufffd", "\ufffd\ufffd", chr(0xD83D)])
 def test_a_cut_text_ends_before_the_character_that_was_cut(half):
-    """A server that stops between the bytes of a character shows a replacement sign, which the teacher did not write."""
+    """A server that stops between the bytes of a character shows a replacement sign, which the
+    teacher did not write.
+    """
     assert asking.choices(reply(said(f"ab{half}", "length")), 5) == [
         {"text": "ab", "finish": "length"}
     ]

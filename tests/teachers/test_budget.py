@@ -18,7 +18,9 @@ USED = st.builds(Usage, st.integers(0, 30), st.integers(0, 30), st.just(1))
 
 @given(st.lists(USED, max_size=40), st.integers(0, 400), st.integers(0, 15))
 def test_requests_in_flight_never_pass_a_limit(used, tokens, requests):
-    """Every request holds its worst case while it runs, so at no moment can spent and held pass the limit."""
+    """Every request holds its worst case while it runs, so at no moment can spent and held pass the
+    limit.
+    """
     budget, stopped = Budget(tokens=tokens, requests=requests), []
 
     def request(usage: Usage) -> None:
@@ -60,7 +62,10 @@ def test_it_waits_for_what_is_in_flight_before_it_gives_up():
     assert budget.spent == Usage(65, 35, 2)  # the second said nothing of what it used
     with pytest.raises(
         BudgetSpent,
-        match=r"may use up to 1 tokens, and of the budget of 100 tokens only 0 tokens are left\. Nothing is lost",
+        match=(
+            r"may use up to 1 tokens, and of the budget of 100 tokens only 0 tokens are left\."
+            r" Nothing is lost"
+        ),
     ):
         budget.hold(Usage(1, 0, 1))
 

@@ -1,4 +1,6 @@
-"""Answers on disk: whole or absent, shared by threads and connections, and never unpickled or believed when damaged."""
+"""Answers on disk: whole or absent, shared by threads and connections, and never unpickled or
+believed when damaged.
+"""
 
 from __future__ import annotations
 
@@ -61,7 +63,10 @@ def test_damage_is_an_error_and_not_an_answer(tmp_path):
     (tmp_path / "text").write_text("not a database, but long enough to look at " * 40)
     with pytest.raises(
         DamagedFile,
-        match=r"text is not a cache of teachers' answers \(file is not a database\)\. Delete it, or give",
+        match=(
+            r"text is not a cache of teachers' answers \(file is not a database\)\. Delete it, or"
+            r" give"
+        ),
     ):
         Cache(tmp_path / "text").get("k")
     cache = Cache(tmp_path / "c.sqlite")

@@ -1,8 +1,9 @@
 """Everything that a server and a line can do wrong, while a run trains.
 
-Each fault comes twice. Once or twice in passing: the run must end with the very weights of a run without it. And for good:
-the step must fail with an error that says what happened, leave the weights as they were, and once the fault is gone the
-same run must go on to the weights of the undisturbed one. So nothing is ever trained on missing or wrong feedback.
+Each fault comes twice. Once or twice in passing: the run must end with the very weights of a run
+without it. And for good: the step must fail with an error that says what happened, leave the
+weights as they were, and once the fault is gone the same run must go on to the weights of the
+undisturbed one. So nothing is ever trained on missing or wrong feedback.
 """
 
 from __future__ import annotations
@@ -66,7 +67,9 @@ def choices(change):
 
 
 def graded(change):
-    """A fault that changes the log-probs of the last tokens of a prompt, `{id: {"logprob": …}}` each."""
+    """A fault that changes the log-probs of the last tokens of a prompt, `{id: {"logprob": …}}`
+    each.
+    """
 
     def fault(reply):
         listed = reply["choices"][0]["prompt_logprobs"]
@@ -230,7 +233,10 @@ def test_the_same_weights_or_an_error_and_nothing_lost(kind, name, fault, says, 
 
 
 def test_fewer_choices_than_asked_for(wire, undisturbed):
-    """In passing: asked again for all. For good: the rest is asked for, so there are always as many as asked for."""
+    """In passing: asked again for all.
+
+    For good: the rest is asked for, so there are always as many as asked for.
+    """
     _, faults, url = wire
     run = run_on(url, "texts")
     faults.queue = [lambda r: r["choices"].pop()]
@@ -241,7 +247,9 @@ def test_fewer_choices_than_asked_for(wire, undisturbed):
 
 
 def patience(run: opd.Run, seconds: float) -> None:
-    """Seconds until a request counts as lost, from now on: short only while a fault is to be met, since this machine may be busy."""
+    """Seconds until a request counts as lost, from now on: short only while a fault is to be met,
+    since this machine may be busy.
+    """
     one = run.writer.service if isinstance(run.writer, TextServer) else run.writer.text.service
     one.timeout, one._client = seconds, None
 
@@ -291,7 +299,8 @@ def test_a_line_that_breaks(kind, mode, wire, undisturbed):
         end = weights(run.train())
     finally:
         proxy.close()
-    # another address is another server, so its texts have seeds of their own; grades are the same from anywhere
+    # another address is another server, so its texts have seeds of their own; grades are the same
+    # from anywhere
     assert kind == "texts" or same(end, undisturbed[kind])
 
 

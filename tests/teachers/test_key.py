@@ -20,14 +20,26 @@ KEY = "sk-opdlab-3141592653589793"
 CELLS = [
     "import logging, torch; torch.set_num_threads(1)",
     "logging.basicConfig(filename='log.txt', level=logging.DEBUG, force=True)",
-    "import opdlab as opd\nfrom opdlab.teachers import TextServer, LogprobServer\nstudent, _, task = opd.load('market')",
+    (
+        "import opdlab as opd\nfrom opdlab.teachers import TextServer, LogprobServer\nstudent, _,"
+        " task = opd.load('market')"
+    ),
     "teacher = TextServer(URL, cache='answers.sqlite')\nteacher",
-    "vars(teacher), vars(teacher.service), teacher.service._client and vars(teacher.service._client)",
-    "run = opd.distill(student, teacher, task, method=opd.SequenceKD(), batch=2, steps=2, max_new_tokens=6, save='run', save_every=1)",
+    (
+        "vars(teacher), vars(teacher.service), teacher.service._client and"
+        " vars(teacher.service._client)"
+    ),
+    (
+        "run = opd.distill(student, teacher, task, method=opd.SequenceKD(), batch=2, steps=2,"
+        " max_new_tokens=6, save='run', save_every=1)"
+    ),
     "for step in run:\n    step.trace().save(f'{step.number}.parquet')\nrun.history",
     "vars(teacher.service._client)",
-    "grader = LogprobServer(URL, k=4, cache=None)\nopd.distill(student, grader, task, batch=2, steps=1, max_new_tokens=6,"
-    "            method=opd.OPD(top_k=opd.TopK(4, by='teacher'))).train().history",
+    (
+        "grader = LogprobServer(URL, k=4, cache=None)\nopd.distill(student, grader, task, batch=2,"
+        " steps=1, max_new_tokens=6,            method=opd.OPD(top_k=opd.TopK(4,"
+        " by='teacher'))).train().history"
+    ),
     "%xmode Verbose",
     "TextServer(URL.replace('/v1', '/nowhere'), cache=None, retries=0).write(task.prompts(2))",
     "TextServer(URL, 'another model', cache=None, retries=0).write(task.prompts(2))",
@@ -46,9 +58,9 @@ def places(folder: Path) -> dict[str, bytes]:
     """All files under a folder, and the tables in them unpacked."""
     files = {str(path): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
     tables = {
-        f"{name}, unpacked": str(
-            (pq.read_table(name).to_pydict(), pq.read_schema(name).metadata)
-        ).encode()
+        f"{name}, unpacked": (
+            str((pq.read_table(name).to_pydict(), pq.read_schema(name).metadata)).encode()
+        )
         for name in files
         if name.endswith(".parquet")
     }

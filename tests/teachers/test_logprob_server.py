@@ -1,4 +1,6 @@
-"""A teacher that grades over HTTP against the same teacher in memory: the same numbers, the same training, little memory."""
+"""A teacher that grades over HTTP against the same teacher in memory: the same numbers, the same
+training, little memory.
+"""
 
 from __future__ import annotations
 
@@ -85,7 +87,10 @@ def trained(teacher, method, **options) -> tuple[opd.Run, dict[str, torch.Tensor
     ids=["all", "top-k", "forward", "renormalized", "sampled", "returns"],
 )
 def test_training_is_that_of_the_local_teacher(method, k, wire, market_teacher):
-    """Losses and weights after three updates. A tail is known to 1e-7 and not exactly, and this teacher's are smaller."""
+    """Losses and weights after three updates.
+
+    A tail is known to 1e-7 and not exactly, and this teacher's are smaller.
+    """
     (local, want), (served, got) = (
         trained(t, method) for t in (market_teacher, grader(wire[2], k=k))
     )
@@ -189,7 +194,10 @@ def test_tokens_that_mean_something_else(serve, student, make_tokenizer):
     )
     with pytest.raises(
         errors.TokenizerMismatch,
-        match=r"The server's tokenizer differs from the student's: id 6 is 'ben' there and 'ana' here\.",
+        match=(
+            r"The server's tokenizer differs from the student's: id 6 is 'ben' there and 'ana'"
+            r" here\."
+        ),
     ):
         grader(url).check(student, PROMPTS, 16)
 
@@ -229,7 +237,10 @@ def test_strings_that_name_no_single_token(serve, student, bytes_bpe, make_polic
     )
     with pytest.raises(
         errors.TeacherError,
-        match=r"the server names a token '.', which is \d+ of the student's tokens\. Serve the teacher with vLLM",
+        match=(
+            r"the server names a token '.', which is \d+ of the student's tokens\. Serve the"
+            r" teacher with vLLM"
+        ),
     ):
         grader(url).check(other, [opd.Prompt("the dog 世界")], 16)
 

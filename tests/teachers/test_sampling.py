@@ -1,4 +1,6 @@
-"""What shapes a teacher's distribution is said in every request, sent as it was asked for, or refused in words."""
+"""What shapes a teacher's distribution is said in every request, sent as it was asked for, or
+refused in words.
+"""
 
 from __future__ import annotations
 
@@ -22,7 +24,9 @@ def teacher(url: str, **options: Any) -> TextServer:
 
 
 def picky(server, refused, say=lambda names: f"unknown fields {names}"):
-    """Make the server refuse these fields, in these words; a server without top_k stays one if it was one."""
+    """Make the server refuse these fields, in these words; a server without top_k stays one if it
+    was one.
+    """
     answer = server.answer
 
     def choosy(path, body):
@@ -100,7 +104,9 @@ def test_fields_beyond_the_standard_are_left_out_where_a_server_refuses_them(say
 
 
 def test_another_path_may_refuse_other_fields(serve):
-    """The greeting goes to /chat/completions; to go on with a text, /completions is asked, which knows less here."""
+    """The greeting goes to /chat/completions; to go on with a text, /completions is asked, which
+    knows less here.
+    """
     server, url = serve()
     answer = server.answer
 

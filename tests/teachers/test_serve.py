@@ -1,4 +1,6 @@
-"""`transformers serve`, started as a user starts it, on the shipped scribe: another tokenizer, another handwriting, only texts."""
+"""`transformers serve`, started as a user starts it, on the shipped scribe: another tokenizer,
+another handwriting, only texts.
+"""
 
 from __future__ import annotations
 
@@ -31,8 +33,9 @@ def teacher(scribe_url, cache) -> TextServer:
 
 
 def test_it_is_met_as_it_is(teacher):
-    """It names itself with a revision that it does not know when asked for it, gives one text whatever n says, and is greedy
-    unless told otherwise."""
+    """It names itself with a revision that it does not know when asked for it, gives one text
+    whatever n says, and is greedy unless told otherwise.
+    """
     assert teacher.model == str(data() / "scribe")
     assert teacher._names == (str(data() / "scribe") + "@main",)
     assert not teacher._several
@@ -59,7 +62,10 @@ def test_it_gives_no_log_probs_and_the_error_says_what_works(scribe_url):
     one = LogprobServer(scribe_url, cache=None, quiet=True)
     with pytest.raises(
         opd.errors.TeacherError,
-        match=r"gives no log-probs of a prompt that can be used\..*as a TextServer .*OmniOPD, SequenceKD",
+        match=(
+            r"gives no log-probs of a prompt that can be used\..*as a TextServer .*OmniOPD,"
+            r" SequenceKD"
+        ),
     ):
         one.check(model("student"), PROMPTS, 24)
 

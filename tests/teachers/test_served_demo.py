@@ -1,4 +1,6 @@
-"""The main job with a teacher behind a server: what `opdlab demo --teacher-url` does, in one process."""
+"""The main job with a teacher behind a server: what `opdlab demo --teacher-url` does, in one
+process.
+"""
 
 from __future__ import annotations
 
@@ -92,7 +94,9 @@ def test_sizes_suit_the_shipped_world_only():
 def test_an_unknown_method_is_one_line_that_lists_them():
     with pytest.raises(
         OpdlabError,
-        match=r"There is no method 'magic'\. Use one of DOPD, .*OmniOPD, .*TOPD; capitals and hyphens",
+        match=(
+            r"There is no method 'magic'\. Use one of DOPD, .*OmniOPD, .*TOPD; capitals and hyphens"
+        ),
     ):
         chosen("magic")
     with pytest.raises(OpdlabError):

@@ -1,4 +1,6 @@
-"""A local model with its log-probs taken away: what it writes, and that nothing else can be had from it."""
+"""A local model with its log-probs taken away: what it writes, and that nothing else can be had
+from it.
+"""
 
 from __future__ import annotations
 
@@ -39,7 +41,8 @@ INWARD = (
 
 
 def leak(start: object) -> object:
-    """The first model, tensor or policy that attributes, slots, closures, defaults and containers lead to, or None.
+    """The first model, tensor or policy that attributes, slots, closures, defaults and containers
+    lead to, or None.
 
     Left out are the globals of functions and classes, which lead to everything in a process.
     """

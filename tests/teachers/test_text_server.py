@@ -1,4 +1,6 @@
-"""A teacher that only writes, over HTTP: how it is asked, that it is counted, remembered and paid for once."""
+"""A teacher that only writes, over HTTP: how it is asked, that it is counted, remembered and paid
+for once.
+"""
 
 from __future__ import annotations
 
@@ -72,7 +74,9 @@ def test_a_server_that_wants_another_name_for_the_limit_gets_it(serve):
         if "max_tokens" in body:
             return 400, {
                 "error": {
-                    "message": "Unsupported parameter: 'max_tokens'. Use 'max_completion_tokens' instead."
+                    "message": (
+                        "Unsupported parameter: 'max_tokens'. Use 'max_completion_tokens' instead."
+                    )
                 }
             }
         return answer(
@@ -103,7 +107,9 @@ def test_the_same_question_twice_has_two_answers(wire):
 
 
 def test_a_second_run_asks_for_nothing(serve, tmp_path, student):
-    """With another object, after the server is gone, for all that was asked: greeting, trials and texts."""
+    """With another object, after the server is gone, for all that was asked: greeting, trials and
+    texts.
+    """
     server, url = serve()
     file = tmp_path / "c.sqlite"
     ask = lambda one, **more: [
@@ -165,7 +171,9 @@ def lied(student: opd.Policy, template: str):
 def test_the_way_to_go_on_is_found_by_asking(
     dialect, template, way, serve, student, market_teacher
 ):
-    """A template that is not the teacher's shows in what it writes, so another way is found; each way gives the same text."""
+    """A template that is not the teacher's shows in what it writes, so another way is found; each
+    way gives the same text.
+    """
     server, url = serve(dialect=dialect)
     one = teacher(url, template=lied(student, template) if template else None)
     one.check(student, PROMPTS, 24)
@@ -236,7 +244,10 @@ def test_the_name_of_the_model_is_the_servers(serve):
     assert one.model == "market-teacher-2026-01-01"
     with pytest.raises(
         errors.TeacherError,
-        match=r"answers 404: .*The model `gpt-9` does not exist.*Check the address .* and the model's name",
+        match=(
+            r"answers 404: .*The model `gpt-9` does not exist.*Check the address .* and the model's"
+            r" name"
+        ),
     ):
         teacher(url, model="gpt-9").meet(PROMPTS)
 
@@ -247,7 +258,10 @@ def test_another_models_name_is_no_answer(serve):
     server.reply = lambda *args: reply(*args) | {"model": "cheaper-model"}
     with pytest.raises(
         errors.TeacherError,
-        match=r"the model 'cheaper-model' answered and not 'market-teacher'\. Name it as the server does",
+        match=(
+            r"the model 'cheaper-model' answered and not 'market-teacher'\. Name it as the server"
+            r" does"
+        ),
     ):
         teacher(url, model="market-teacher", retries=1).meet(PROMPTS)
 
@@ -352,7 +366,10 @@ def test_a_method_that_needs_grades_says_what_works_instead(wire):
     server, _, url = wire
     with pytest.raises(
         errors.MissingPolicy,
-        match=r"TextServer only writes\. Use a method that learns from texts alone \(OmniOPD, SequenceKD\)",
+        match=(
+            r"TextServer only writes\. Use a method that learns from texts alone \(OmniOPD,"
+            r" SequenceKD\)"
+        ),
     ):
         opd.distill(model("student"), teacher(url), TASK, method=OPD())
     assert not server.requests

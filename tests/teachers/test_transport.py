@@ -1,4 +1,6 @@
-"""A reply ends in time and within bounds, comes from the origin that was named, and gives away nothing of the key."""
+"""A reply ends in time and within bounds, comes from the origin that was named, and gives away
+nothing of the key.
+"""
 
 from __future__ import annotations
 

@@ -1,8 +1,9 @@
-"""A server in the wire format of vLLM and of the legacy completions, on a real model, with the true log-probs of its prompts.
+"""A server in the wire format of vLLM and of the legacy completions, on a real model, with the true
+log-probs of its prompts.
 
-It shares no code with what it tests: log-probs are those of the model's own forward pass, and the sampling is a plain loop.
-What was asked is kept in `requests`. Between server and client stand two layers of faults: `Faults` (statuses, bodies) inside
-it, and `Proxy` (the connection) before it.
+It shares no code with what it tests: log-probs are those of the model's own forward pass, and the
+sampling is a plain loop. What was asked is kept in `requests`. Between server and client stand two
+layers of faults: `Faults` (statuses, bodies) inside it, and `Proxy` (the connection) before it.
 """
 
 from __future__ import annotations
@@ -24,8 +25,10 @@ from opdlab import Policy
 
 
 class Wire:
-    """`dialect`: what the server understands. vllm: everything; legacy: echo with strings, and no fields it does not know; chat:
-    only /chat/completions, which starts a new answer whatever stands last; mistral: as chat, but `prefix` goes on."""
+    """`dialect`: what the server understands. vllm: everything; legacy: echo with strings, and no
+    fields it does not know; chat: only /chat/completions, which starts a new answer whatever
+    stands last; mistral: as chat, but `prefix` goes on.
+    """
 
     def __init__(
         self,
@@ -95,7 +98,10 @@ class Wire:
         if asked > self.most:
             return 400, {
                 "error": {
-                    "message": f"Requested {asked} log-probs, which is greater than max allowed: {self.most}"
+                    "message": (
+                        f"Requested {asked} log-probs, which is greater than max allowed:"
+                        f" {self.most}"
+                    )
                 }
             }
         choices = [
@@ -141,7 +147,9 @@ class Wire:
 
     @torch.no_grad()
     def texts(self, ids: list[int], body: dict[str, Any]) -> list[tuple[str, str, int]]:
-        """One text a sample, of a seed of its own; decoded together with what stands before, as vLLM does."""
+        """One text a sample, of a seed of its own; decoded together with what stands before, as
+        vLLM does.
+        """
         out = []
         for j in range(min(body.get("n", 1), self.choices)):
             generator = torch.Generator().manual_seed(body.get("seed", 0) + j)
@@ -226,7 +234,9 @@ class Wire:
 
 
 class Faults:
-    """ASGI layer: the next requests meet the faults in `queue`, one each (None: no fault); then all meet `always`."""
+    """ASGI layer: the next requests meet the faults in `queue`, one each (None: no fault); then all
+    meet `always`.
+    """
 
     def __init__(self, app: Any) -> None:
         self.app, self.queue, self.always, self.met = app, [], None, 0
@@ -298,7 +308,9 @@ class Faults:
 
 
 class Proxy:
-    """A TCP proxy before a port. mode: pass, refuse (nobody listens), drop (closes at once), silent (answers nothing)."""
+    """A TCP proxy before a port. mode: pass, refuse (nobody listens), drop (closes at once), silent
+    (answers nothing).
+    """
 
     def __init__(self, port: int) -> None:
         self.target, self.mode, self.dropped = port, "pass", 0

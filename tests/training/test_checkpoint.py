@@ -1,4 +1,6 @@
-"""Checkpoints: exact resume, a process killed at the worst moments, damage that is noticed, no pickle."""
+"""Checkpoints: exact resume, a process killed at the worst moments, damage that is noticed, no
+pickle.
+"""
 
 from __future__ import annotations
 

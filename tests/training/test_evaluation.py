@@ -1,4 +1,7 @@
-"""Evaluation: pass@k against brute force, distinct prompts, and what pairs with what. Intervals: see test_intervals."""
+"""Evaluation: pass@k against brute force, distinct prompts, and what pairs with what.
+
+Intervals: see test_intervals.
+"""
 
 from __future__ import annotations
 

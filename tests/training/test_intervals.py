@@ -1,4 +1,8 @@
-"""Intervals: Wilson's against scipy, Tango's against a direct inversion of the score test, and both by how often they hold the truth."""
+"""Intervals:
+
+Wilson's against scipy, Tango's against a direct inversion of the score test, and both by how often
+they hold the truth.
+"""
 
 from __future__ import annotations
 
@@ -74,7 +78,9 @@ def test_tango_has_closed_forms_where_all_prompts_are_alike():
     [(20, 0.5, 0.1), (30, 0.1, 0.1), (50, 0.6, 0.02), (200, 0.7, 0.01)],
 )
 def test_95_of_100_paired_intervals_hold_the_truth(prompts, better, worse):
-    """Band stated beforehand: 93 to 98 %, for a nominal 95 % and 4000 draws (standard error 0.35 %)."""
+    """Band stated beforehand: 93 to 98 %, for a nominal 95 % and 4000 draws (standard error 0.35
+    %).
+    """
     draws = np.random.default_rng(0).multinomial(
         prompts, [better, worse, 1 - better - worse], size=4000
     )

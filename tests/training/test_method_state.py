@@ -1,4 +1,6 @@
-"""What a method remembers between steps: saved by its own words, undone with a failed step, or said to be lost."""
+"""What a method remembers between steps: saved by its own words, undone with a failed step, or said
+to be lost.
+"""
 
 from __future__ import annotations
 
@@ -90,7 +92,10 @@ def test_a_state_that_is_kept_makes_the_resumed_run_exact(make_policy, tmp_path)
 def test_a_state_that_is_not_kept_is_said_when_it_is_lost(make_policy, tmp_path):
     with pytest.warns(
         UserWarning,
-        match=r"Running keeps Running.mean, Running.steps from step to step, and checkpoints do not hold that",
+        match=(
+            r"Running keeps Running.mean, Running.steps from step to step, and checkpoints do not"
+            r" hold that"
+        ),
     ):
         train(make_policy, tmp_path, Running(), steps=2)
     with pytest.warns(

@@ -37,8 +37,11 @@ def test_a_long_prompt_is_refused_before_the_first_step(pair):
     task = tasks.from_records(records(prompt=many("ana", 25)), test=0)
     with pytest.raises(
         ContextTooLong,
-        match=r"Prompt 'r7' has 25 tokens for the policy 'teacher' and 4 more are to come, but .*context is 24\. "
-        r"Shorten the prompt, or leave such prompts out: task\.without_too_long\(teacher\)",
+        match=(
+            r"Prompt 'r7' has 25 tokens for the policy 'teacher' and 4 more are to come, but"
+            r" .*context is 24\. "
+            r"Shorten the prompt, or leave such prompts out: task\.without_too_long\(teacher\)"
+        ),
     ) as caught:
         distill(student, teacher, task, **OPTIONS)
     assert "-" not in str(caught.value).replace("…", "")  # no advice of a negative number
@@ -53,7 +56,10 @@ def test_the_policy_that_reads_most_is_named(pair):
     task = tasks.from_records(records(hint=many("sum", 40)), test=0)
     with pytest.raises(
         ContextTooLong,
-        match=r"'r7' has 42 tokens for the policy 'reference\+hint'.*Shorten the prompt or its hint, or leave .*\(reference\.seeing\(\)\)",
+        match=(
+            r"'r7' has 42 tokens for the policy 'reference\+hint'.*Shorten the prompt or its hint,"
+            r" or leave .*\(reference\.seeing\(\)\)"
+        ),
     ):
         distill(student, None, task, method=SelfDistillation(), **OPTIONS)
 
@@ -63,7 +69,10 @@ def test_a_teacher_that_only_writes_is_asked_about_all_prompts(pair):
     task = tasks.from_records(records(prompt=many("ana", 25)), test=0)
     with pytest.raises(
         ContextTooLong,
-        match=r"Prompt 'r7' has 25 tokens and 4 more are to come, but LlamaForCausalLM's context is 24",
+        match=(
+            r"Prompt 'r7' has 25 tokens and 4 more are to come, but LlamaForCausalLM's context"
+            r" is 24"
+        ),
     ):
         distill(student, TextOnly(teacher), task, method=SequenceKD(), **OPTIONS)
 
@@ -81,7 +90,9 @@ def test_what_many_prompts_lack_is_counted(pair):
     task = tasks.from_records([{"prompt": f"ana {i}", "id": f"r{i}"} for i in range(9)], test=0)
     with pytest.raises(
         MissingHint,
-        match=r"Prompt 'r0' has no hint \(nor have 'r1', 'r2', 'r3', 'r4', …: 9 of 9 prompts\), but",
+        match=(
+            r"Prompt 'r0' has no hint \(nor have 'r1', 'r2', 'r3', 'r4', …: 9 of 9 prompts\), but"
+        ),
     ):
         distill(pair[0], None, task, method=SelfDistillation(), **OPTIONS)
 
@@ -119,7 +130,10 @@ def test_an_answer_counts_with_its_own_length(pair):
     task = tasks.from_records(records(answer=many("total", 29)), test=0)
     with pytest.raises(
         ContextTooLong,
-        match=r"'r7' has 3 tokens for the policy 'student' and its answer 30, .* is 32\. Shorten the prompt or its answer",
+        match=(
+            r"'r7' has 3 tokens for the policy 'student' and its answer 30, .* is 32\. Shorten the"
+            r" prompt or its answer"
+        ),
     ):
         distill(student, None, task, method=SFT(), **OPTIONS)
 
@@ -164,7 +178,9 @@ def test_what_leaves_nothing_or_is_no_policy_is_refused(pair):
 
 
 def test_a_hundred_thousand_prompts_are_checked_in_one_pass(pair, monkeypatch):
-    """As many prompts are tokenized at once as memory allows, and policies that read the same are checked once."""
+    """As many prompts are tokenized at once as memory allows, and policies that read the same are
+    checked once.
+    """
     student, _ = pair
     task = tasks.from_records([f"ana has {i}" for i in range(9000)], test=0)
     calls = []

@@ -1,4 +1,6 @@
-"""Several processes, as `accelerate launch` and torchrun start them: the update is that of one process with the whole batch."""
+"""Several processes, as `accelerate launch` and torchrun start them: the update is that of one
+process with the whole batch.
+"""
 
 from __future__ import annotations
 
@@ -76,7 +78,9 @@ def launched(script, processes: int, *arguments: object) -> None:
 
 @pytest.fixture(scope="module")
 def histories(tmp_path_factory) -> Histories:
-    """By the share of prompts that the student answers: the histories of one and of two processes with the same batch of 8."""
+    """By the share of prompts that the student answers: the histories of one and of two processes
+    with the same batch of 8.
+    """
     folder = tmp_path_factory.mktemp("measured")
     script = folder / "measure.py"
     script.write_text(MEASURED)
@@ -89,7 +93,9 @@ def histories(tmp_path_factory) -> Histories:
 
 
 def test_the_history_of_two_processes_is_that_of_one(histories):
-    """With texts of 2 to 11 tokens: a mean of the processes' means would differ, as would the first process's own share."""
+    """With texts of 2 to 11 tokens: a mean of the processes' means would differ, as would the first
+    process's own share.
+    """
     one, two = histories[0.0]
     names = [
         "step",

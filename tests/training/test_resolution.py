@@ -1,4 +1,6 @@
-"""Casting: who plays what a method names, which of them move with training, and that a run with an average resumes exactly."""
+"""Casting: who plays what a method names, which of them move with training, and that a run with an
+average resumes exactly.
+"""
 
 from __future__ import annotations
 
@@ -106,7 +108,10 @@ def test_other_teachers_play_what_they_can(make_policy):
     for name in ("teacher", "teacher+hint", "teacher.spans"):
         with pytest.raises(
             MissingPolicy,
-            match=rf"'{name.replace('+', '.')}' must grade tokens, but Writer only writes\. Use a method",
+            match=(
+                rf"'{name.replace('+', '.')}' must grade tokens, but Writer only writes\. Use a"
+                r" method"
+            ),
         ):
             resolve_policies(student, writer, (name,), {})
     with pytest.raises(
@@ -238,7 +243,9 @@ def test_a_student_that_was_trained_before_is_its_own_reference(make_policy, pro
 
 
 def test_a_given_average_is_what_was_given(make_policy, prompts):
-    """Replacing `ema` means a policy that somebody else takes care of: it is neither moved nor touched."""
+    """Replacing `ema` means a policy that somebody else takes care of: it is neither moved nor
+    touched.
+    """
     student, other = make_policy(0), make_policy(1)
     run = opd.distill(
         student,
@@ -284,7 +291,10 @@ def test_full_training_of_a_student_with_an_adapter_is_refused(make_policy, prom
     student = make_policy(0).adapt(4)
     with pytest.raises(
         OpdlabError,
-        match=r"looks through the adapter 'lora\d', which lora=None would leave beside.*Leave lora as it is",
+        match=(
+            r"looks through the adapter 'lora\d', which lora=None would leave beside.*Leave lora as"
+            r" it is"
+        ),
     ):
         opd.distill(student, make_policy(1), hinted(prompts), batch=4, lora=None)
     assert not any(
@@ -368,7 +378,9 @@ def test_resume_with_an_average_is_bit_identical(make_policy, prompts, tmp_path,
 
 
 def test_the_average_is_kept_and_matters(make_policy, prompts, tmp_path):
-    """The saved average is neither the student nor the start, and a run that lost it goes elsewhere."""
+    """The saved average is neither the student nor the start, and a run that lost it goes
+    elsewhere.
+    """
     options = {"batch": 4, "seed": 5, "quiet": True, "lr": 2e-2, "ema_rate": 0.2}
     run = opd.distill(
         make_policy(0),

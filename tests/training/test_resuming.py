@@ -94,7 +94,9 @@ def test_names_of_modules_and_adapters_that_coincide():
 
 
 def as_first_format(folder: Path) -> None:
-    """Rewrite a checkpoint as the first version wrote it: the adapter's name in the optimizer's names, no identities."""
+    """Rewrite a checkpoint as the first version wrote it: the adapter's name in the optimizer's
+    names, no identities.
+    """
     import hashlib
 
     state = load_file(folder / "optimizer.safetensors")

@@ -1,4 +1,6 @@
-"""The loop: iteration, invariance of the update, sharing of weights, interrupts, and errors before any compute."""
+"""The loop: iteration, invariance of the update, sharing of weights, interrupts, and errors before
+any compute.
+"""
 
 from __future__ import annotations
 

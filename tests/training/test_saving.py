@@ -1,4 +1,6 @@
-"""What a run keeps and when: the last step always, nothing half, snapshots across resume, files that others read."""
+"""What a run keeps and when: the last step always, nothing half, snapshots across resume, files
+that others read.
+"""
 
 from __future__ import annotations
 
@@ -97,7 +99,9 @@ def test_an_interrupt_during_an_evaluation_loses_nothing(make_policy, tmp_path, 
 
 
 def test_every_state_of_the_manifest_fits_the_files(make_policy, tmp_path, monkeypatch):
-    """A kill between any two of the writes that add an evaluation leaves a checkpoint that verifies."""
+    """A kill between any two of the writes that add an evaluation leaves a checkpoint that
+    verifies.
+    """
     from opdlab.training import checkpoint
 
     made = run(make_policy, tmp_path, steps=1).train()
@@ -452,7 +456,10 @@ def test_two_runs_do_not_take_turns_on_one_student(make_policy):
     next(one)
     with pytest.raises(
         errors.OpdlabError,
-        match=r"Another run has made 1 updates to this student since the last step of Run\(OPD, step 0",
+        match=(
+            r"Another run has made 1 updates to this student since the last step of Run\(OPD,"
+            r" step 0"
+        ),
     ):
         next(two)
     three = run(make_policy, student=student)  # prepared afterwards: it goes on from there

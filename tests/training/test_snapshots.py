@@ -1,4 +1,6 @@
-"""Looking back: exactly what the student was at each step, from memory or disk, and the run none the wiser."""
+"""Looking back: exactly what the student was at each step, from memory or disk, and the run none
+the wiser.
+"""
 
 from __future__ import annotations
 

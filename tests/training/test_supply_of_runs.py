@@ -1,4 +1,6 @@
-"""What a run asks, and what it learns from users' verifiers: epochs, groups of samples, refused scores."""
+"""What a run asks, and what it learns from users' verifiers: epochs, groups of samples, refused
+scores.
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,6 @@
-"""The alignment view without a browser: spans of equal texts, what differs as one piece, joints by shared bytes, SpanOPD's notes."""
+"""The alignment view without a browser: spans of equal texts, what differs as one piece, joints by
+shared bytes, SpanOPD's notes.
+"""
 
 from __future__ import annotations
 
@@ -50,8 +52,8 @@ def test_what_differs_in_the_middle_is_unmatched():
     assert view.df["ours"].tolist()[2] == ["·=", "·85"]
     assert view.share == pytest.approx(4 / 6)
     assert (
-        "67 % of the matched bytes in 1:1 spans (2 of 3) · 5 student tokens, 6 teacher tokens · 5 bytes unmatched"
-        in repr(view)
+        "67 % of the matched bytes in 1:1 spans (2 of 3) · 5 student tokens, 6 teacher tokens · 5"
+        " bytes unmatched" in repr(view)
     )
     assert view.html().count("opd-unmatched") > 1
 

@@ -1,4 +1,6 @@
-"""The audit view without a browser: what it shows is what OmniOPD noted, and its formula gives the weights."""
+"""The audit view without a browser: what it shows is what OmniOPD noted, and its formula gives the
+weights.
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,6 @@
-"""Channels beyond the columns: what the kept top tokens say, kinds and their marks, what a page of a long text carries."""
+"""Channels beyond the columns: what the kept top tokens say, kinds and their marks, what a page of
+a long text carries.
+"""
 
 from __future__ import annotations
 

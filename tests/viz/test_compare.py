@@ -1,4 +1,6 @@
-"""Compare without a browser: one scale, differences, rank correlation, and texts that are not the same."""
+"""Compare without a browser: one scale, differences, rank correlation, and texts that are not the
+same.
+"""
 
 from __future__ import annotations
 
@@ -64,9 +66,10 @@ def test_all_strips_have_one_scale(compared):
 
 
 def test_text_tells_the_same(compared):
-    assert repr(compared) == (
-        "Compare: completion 0, log ratio in nats\none  ▁▅▆▁▃\ntwo  ▁█▆▅▃\n"
-        "two minus one, log ratio: rank correlation 0.718; changed most: ·b −3 (position 1), ·d +1 (position 3)"
+    assert (
+        repr(compared)
+        == "Compare: completion 0, log ratio in nats\none  ▁▅▆▁▃\ntwo  ▁█▆▅▃\ntwo minus one, log"
+        " ratio: rank correlation 0.718; changed most: ·b −3 (position 1), ·d +1 (position 3)"
     )
 
 
@@ -85,7 +88,10 @@ def test_other_tokens_are_refused():
     other = made([b"a", b" b", b" x", b" d", b" e"])
     with pytest.raises(
         OpdlabError,
-        match=r"'p' and 'q' are not of the same text: they part at position 2 \(·c and ·x\)\. Score one",
+        match=(
+            r"'p' and 'q' are not of the same text: they part at position 2 \(·c and ·x\)\."
+            r" Score one"
+        ),
     ):
         Compare({"p": made(WORDS), "q": other})
     with pytest.raises(OpdlabError, match=r"position 4 \(·e and the end\)"):

@@ -1,4 +1,6 @@
-"""What all views promise, of every view: a live twin, text, a still picture, rows that `selected` points into."""
+"""What all views promise, of every view: a live twin, text, a still picture, rows that `selected`
+points into.
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,6 @@
-"""The fork explorer without a browser: its windows are TOPD's, its verdicts the threshold's, and what it asks is what is written."""
+"""The fork explorer without a browser: its windows are TOPD's, its verdicts the threshold's, and
+what it asks is what is written.
+"""
 
 from __future__ import annotations
 

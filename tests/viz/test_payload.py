@@ -1,4 +1,6 @@
-"""The block that views carry: it reads back, in as few bytes as it says, and foreign data cannot pose as ours."""
+"""The block that views carry: it reads back, in as few bytes as it says, and foreign data cannot
+pose as ours.
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,6 @@
-"""The playground without a browser: its small worlds agree with the divergences themselves, and with what is known of them."""
+"""The playground without a browser: its small worlds agree with the divergences themselves, and
+with what is known of them.
+"""
 
 from __future__ import annotations
 
@@ -69,7 +71,9 @@ def test_the_way_of_a_student_leads_to_the_tempered_teacher(name):
 
 
 def test_forward_kl_matches_moments_and_reverse_kl_sits_on_a_hill():
-    """The Gaussian is an exponential family, so forward KL ends where first and second moments agree."""
+    """The Gaussian is an exponential family, so forward KL ends where first and second moments
+    agree.
+    """
     q = toys.hills().exp()
     at, width = toys.fit(toys.of_generator(Generator("forward_kl")), 400)
     p = (-(((toys.SPACE - at) / width) ** 2) / 2).softmax(-1)

@@ -1,4 +1,6 @@
-"""The privilege lens without a browser: its split is that of the diagnosis, and what it flags is what the market made unknowable."""
+"""The privilege lens without a browser: its split is that of the diagnosis, and what it flags is
+what the market made unknowable.
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,6 @@
-"""The regimes map without a browser: axes, groups and quadrants are those of the trace and of the methods."""
+"""The regimes map without a browser: axes, groups and quadrants are those of the trace and of the
+methods.
+"""
 
 from __future__ import annotations
 
@@ -153,7 +155,9 @@ def test_groups_are_named_as_the_methods_mean_them():
 
 
 def test_a_name_alone_means_nothing():
-    """Columns of a user's own, called as opdlab's methods call theirs, keep their values and have no side's colour."""
+    """Columns of a user's own, called as opdlab's methods call theirs, keep their values and have
+    no side's colour.
+    """
 
     @opdlab.method(needs=("teacher",), plan=lambda batch: {})
     def mine(rows):

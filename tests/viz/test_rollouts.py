@@ -1,4 +1,6 @@
-"""Rollouts without a browser: the table's numbers, the tokens a page carries, what a live page may ask."""
+"""Rollouts without a browser: the table's numbers, the tokens a page carries, what a live page may
+ask.
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,6 @@
-"""The board without a browser: it trains the run it shows, draws what the history says, and puts alarms where they belong."""
+"""The board without a browser: it trains the run it shows, draws what the history says, and puts
+alarms where they belong.
+"""
 
 from __future__ import annotations
 
@@ -121,7 +123,9 @@ def test_alarms_stand_on_their_curves():
 
 
 def test_an_alarm_of_ones_own_stands_on_its_own_curve():
-    """On the number that it names, else on a count under its name; never on a curve that it was not read off."""
+    """On the number that it names, else on a count under its name; never on a curve that it was not
+    read off.
+    """
     history = troubled(20).assign(my_number=np.linspace(0, 2, 20), note="text")
     watch = health(history)
     watch.alarms += [

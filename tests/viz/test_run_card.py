@@ -1,4 +1,6 @@
-"""The card of a run: the numbers are those of the evaluations, the strips those of the trace, nothing in it is markup or script."""
+"""The card of a run: the numbers are those of the evaluations, the strips those of the trace,
+nothing in it is markup or script.
+"""
 
 from __future__ import annotations
 
@@ -36,8 +38,8 @@ def test_the_gain_is_the_paired_difference():
     card = RunCard(troubled(), BEFORE, AFTER)
     gain = AFTER - BEFORE
     assert (
-        f"accuracy 0.250 → 0.750, +0.5 [+{gain.low:.3g}, +{gain.high:.3g}], 95 % paired over 40 prompts"
-        in repr(card)
+        f"accuracy 0.250 → 0.750, +0.5 [+{gain.low:.3g}, +{gain.high:.3g}], 95 % paired over 40"
+        " prompts" in repr(card)
     )
     places = re.findall(r'class="opd-(way|whisker|was|is)" style="left:([\d.]+)%', card.html())
     want = {"way": 25, "whisker": 25 + 100 * gain.low, "was": 25, "is": 75}

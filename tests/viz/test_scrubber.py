@@ -1,4 +1,6 @@
-"""The scrubber without a browser: which steps, on one scale, changes with the right sign, words that re-join, errors."""
+"""The scrubber without a browser: which steps, on one scale, changes with the right sign, words
+that re-join, errors.
+"""
 
 from __future__ import annotations
 
@@ -22,7 +24,9 @@ TOKENS = [b"The", b" cat", b" sat", b"."]
 
 
 def probe(n: int = 3):
-    """The same four tokens at n steps: the student moves towards the teacher on all but the last token, where it moves away."""
+    """The same four tokens at n steps: the student moves towards the teacher on all but the last
+    token, where it moves away.
+    """
     base = made(TOKENS)
     teacher = np.array([-1.0, -1.0, -1.0, -1.0])
     gap = np.array([4.0, -2.0, 1.0, 0.5])

@@ -1,4 +1,6 @@
-"""The tail audit without a browser: masses and coarse KLs against full distributions, and what it says."""
+"""The tail audit without a browser: masses and coarse KLs against full distributions, and what it
+says.
+"""
 
 from __future__ import annotations
 
@@ -87,7 +89,10 @@ def test_the_page_has_each_tokens_numbers_for_each_k():
 def test_text_says_what_is_missed():
     audit = TailAudit(made(WORDS, top=4), k=1, title="One")
     row = audit.curve.loc[1]
-    words = f"The student's top 1 cover {100 * row.student_mass:.1f} % of the student and {100 * row.rival_mass:.1f} % of teacher"
+    words = (
+        f"The student's top 1 cover {100 * row.student_mass:.1f} % of the student and"
+        f" {100 * row.rival_mass:.1f} % of teacher"
+    )
     assert words in repr(audit)
     assert words in audit.static().replace("&#x27;", "'")
     assert repr(audit).startswith(

@@ -101,9 +101,11 @@ def test_more_than_six_have_a_plot_each_on_one_scale():
 
 
 def test_text_tells_the_same(view):
-    assert repr(view) == (
-        "Timeline: 3 rollouts, nats lost against teacher so far\n▃▆██  rollout 0\n▁▁▁▁  rollout 1\n▁▁█▁  rollout 2\n"
-        "Forks beyond 3 nats: rollout 0 at position 2 (·c), rollout 2 at position 2 (·c)"
+    assert (
+        repr(view)
+        == "Timeline: 3 rollouts, nats lost against teacher so far\n▃▆██  rollout 0\n▁▁▁▁  rollout"
+        " 1\n▁▁█▁  rollout 2\nForks beyond 3 nats: rollout 0 at position 2 (·c), rollout 2 at"
+        " position 2 (·c)"
     )
 
 

@@ -1,4 +1,6 @@
-"""The lens without a browser: tokens re-join, nothing becomes markup, numbers are those of the trace."""
+"""The lens without a browser: tokens re-join, nothing becomes markup, numbers are those of the
+trace.
+"""
 
 from __future__ import annotations
 
@@ -65,7 +67,9 @@ def raw(glyph) -> str:
 
 
 def rejoined(text: dict) -> str:
-    """What the page's script reads: single tokens from the vocabulary, groups of several where `joined` says so."""
+    """What the page's script reads: single tokens from the vocabulary, groups of several where
+    `joined` says so.
+    """
     joined, out, i = {at: (n, glyph) for at, n, glyph in text["joined"]}, "", 0
     while i < len(text["index"]):
         n, glyph = joined.get(i, (1, text["glyph"][int(text["index"][i])]))
@@ -266,9 +270,10 @@ def test_plain_text_is_a_sparkline_and_the_largest_tokens():
     )
     bundle = TokenLens(trace, title="One")._repr_mimebundle_()
     assert set(bundle) == {"text/html", "text/plain"}
-    assert bundle["text/plain"] == (
-        "TokenLens: One, 3 tokens, log ratio in nats (− student over-confident, + teacher prefers)\n▁█▅\n"
-        "Largest log ratio: ·b −4 (position 1), c +1 (position 2)"
+    assert (
+        bundle["text/plain"]
+        == "TokenLens: One, 3 tokens, log ratio in nats (− student over-confident, + teacher"
+        " prefers)\n▁█▅\nLargest log ratio: ·b −4 (position 1), c +1 (position 2)"
     )
 
 

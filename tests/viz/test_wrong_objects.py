@@ -1,4 +1,6 @@
-"""A view that is given something else than it draws says what that is and how to get the right thing."""
+"""A view that is given something else than it draws says what that is and how to get the right
+thing.
+"""
 
 from __future__ import annotations
 

@@ -105,7 +105,9 @@ def by_method(trace: Trace, method: object) -> Trace:
 
 
 def several(*traces: Trace) -> Trace:
-    """Completions of their own as one trace; their vocabularies must agree where they use the same ids."""
+    """Completions of their own as one trace; their vocabularies must agree where they use the same
+    ids.
+    """
     tables = [
         t.table.set_column(t.table.column_names.index("sample"), "sample", pa.array([i] * len(t)))
         for i, t in enumerate(traces)

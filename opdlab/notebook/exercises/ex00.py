@@ -26,7 +26,10 @@ def detached(rows: Rows) -> Tensor:
     return (rows.student.exp().detach() * (rows.student - rows.teacher)).sum(-1)
 
 
-SUMMED = "one number a token is wanted, shape [n], but this is summed over the tokens as well. Sum over the vocabulary only, dim=-1."
+SUMMED = (
+    "one number a token is wanted, shape [n], but this is summed over the tokens as well. Sum over"
+    " the vocabulary only, dim=-1."
+)
 
 EXERCISES = (
     Exercise(
@@ -40,10 +43,12 @@ EXERCISES = (
         mistakes={
             "that is the forward KL. Weigh by the student's probabilities instead.": forward,
             SUMMED: lambda r: my_loss(r).sum(),
-            "the weight is detached, so the gradients of all tokens cancel. Let the student's probabilities carry gradient.": detached,
-            "the weight is a log-prob. Weigh by probabilities: .exp().": lambda r: (
-                r.student * (r.student - r.teacher)
-            ).sum(-1),
+            "the weight is detached, so the gradients of all tokens cancel. Let the student's probabilities carry gradient.": (
+                detached
+            ),
+            "the weight is a log-prob. Weigh by probabilities: .exp().": (
+                lambda r: (r.student * (r.student - r.teacher)).sum(-1)
+            ),
             "that is the sampled log-ratio, not its mean over the vocabulary.": lambda r: (
                 r.logp - r.logp_of("teacher")
             ),

@@ -47,7 +47,9 @@ def pull(student: Table, teacher: Table, visits: Tensor) -> Tensor:
 
 
 def engine(student: Table, teacher: Table, visits: Tensor) -> Tensor:
-    """The library's: what a step of OPD with the forward KL does on texts of whoever `visits` is of."""
+    """The library's: what a step of OPD with the forward KL does on texts of whoever `visits` is
+    of.
+    """
     policies = {"student": student, "teacher": teacher}
     writer = "student" if torch.equal(visits, exact.visits(student)) else "teacher"
     return exact.gradient(OPD("forward_kl"), policies, writer=writer)
@@ -109,7 +111,10 @@ EXERCISES = (
     ),
     Exercise(
         "10.2",
-        asks="return the gradient of the forward KL at every prefix, times how often it is visited, [X, S, V]",
+        asks=(
+            "return the gradient of the forward KL at every prefix, times how often it is visited,"
+            " [X, S, V]"
+        ),
         says="that is what a training step does, in expectation",
         truth=engine,
         solution=pull,
@@ -134,10 +139,12 @@ EXERCISES = (
         solution=excess,
         cases=lambda: [two(), (exact.Table.random(2, 4, seed=3), exact.Table.random(2, 4, seed=4))],
         mistakes={
-            "each position stands alone. The error accumulates: add up to l (cumsum) before you compare.": alone,
+            "each position stands alone. The error accumulates: add up to l (cumsum) before you compare.": (
+                alone
+            ),
             "it is a share and not per cent.": lambda s, t: excess(s, t) / 100,
-            "that compares the teacher's prefixes with the student's, the wrong way round.": lambda s, t: (
-                -100 * (e := excess(s, t) / 100) / (1 + e)
+            "that compares the teacher's prefixes with the student's, the wrong way round.": (
+                lambda s, t: -100 * (e := excess(s, t) / 100) / (1 + e)
             ),
         },
     ),

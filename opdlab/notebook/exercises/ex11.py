@@ -1,4 +1,6 @@
-"""Notebook 11: every f-divergence in one line, the generalised JSD in its own strength, and strength itself."""
+"""Notebook 11: every f-divergence in one line, the generalised JSD in its own strength, and
+strength itself.
+"""
 
 from __future__ import annotations
 
@@ -74,8 +76,8 @@ EXERCISES = (
             "the ratio is upside down: u is teacher over student.": lambda f, s, t: divergence(
                 lambda x: f(-x), s, t
             ),
-            "the expectation is under the student, but the weight here is the teacher's.": lambda f, s, t: (
-                (t.exp() * f(t - s)).sum(-1)
+            "the expectation is under the student, but the weight here is the teacher's.": (
+                lambda f, s, t: (t.exp() * f(t - s)).sum(-1)
             ),
             "f takes log u here, not u.": lambda f, s, t: (s.exp() * f((t - s).exp())).sum(-1),
         },
@@ -109,7 +111,9 @@ EXERCISES = (
             "it is half of what is wanted: D is about ½ f''(1) chi².": lambda d, teacher: (
                 strength(d, teacher) / 2
             ),
-            "the student does not sum to one. Take the mean of the tilt under the teacher out of it.": spread,
+            "the student does not sum to one. Take the mean of the tilt under the teacher out of it.": (
+                spread
+            ),
         },
     ),
 )

@@ -1,4 +1,6 @@
-"""Notebook 12: both gradients of an estimate, a top-k support with its tail, and the value baseline."""
+"""Notebook 12: both gradients of an estimate, a top-k support with its tail, and the value
+baseline.
+"""
 
 from __future__ import annotations
 
@@ -146,10 +148,18 @@ EXERCISES = (
         cases=single,
         mistakes={
             "the two are swapped: the reward is held fixed, the loss is differentiated.": swapped,
-            "the second lets a gradient through the token's probability as well. Detach p: a token is drawn, not differentiated.": both,
-            "both let a gradient through the token's probability. Detach p: a token is drawn, not differentiated.": never_detached,
-            "the first lets a gradient through the token's probability as well. Detach p: a token is drawn, not differentiated.": undetached_reward,
-            "the reward is differentiated. Detach k: a reward is a number that does not depend on the student.": undetached_value,
+            "the second lets a gradient through the token's probability as well. Detach p: a token is drawn, not differentiated.": (
+                both
+            ),
+            "both let a gradient through the token's probability. Detach p: a token is drawn, not differentiated.": (
+                never_detached
+            ),
+            "the first lets a gradient through the token's probability as well. Detach p: a token is drawn, not differentiated.": (
+                undetached_reward
+            ),
+            "the reward is differentiated. Detach k: a reward is a number that does not depend on the student.": (
+                undetached_value
+            ),
         },
     ),
     Exercise(

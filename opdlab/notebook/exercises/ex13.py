@@ -87,9 +87,13 @@ EXERCISES = (
         cases=choices,
         look=said,
         mistakes={
-            "`on_policy` is the share that the student writes: 1 for student, 0 for teacher.": upside_down,
+            "`on_policy` is the share that the student writes: 1 for student, 0 for teacher.": (
+                upside_down
+            ),
             "the prefix law is not used: OPD has on_policy=….": always_student,
-            "for the reverse KL plain OPD(estimator='sampled') will do; OPDPlus is for the others.": always_plus,
+            "for the reverse KL plain OPD(estimator='sampled') will do; OPDPlus is for the others.": (
+                always_plus
+            ),
         },
     ),
     Exercise(

@@ -1,4 +1,6 @@
-"""Notebook 20: the loss of one update of OPD, what GRPO is told instead, and an interval over seeds."""
+"""Notebook 20: the loss of one update of OPD, what GRPO is told instead, and an interval over
+seeds.
+"""
 
 from __future__ import annotations
 
@@ -117,11 +119,15 @@ EXERCISES = (
         cases=rollouts,
         look=learnt,
         mistakes={
-            "that is a mean over texts of means over their tokens. Count all tokens alike.": by_text,
-            "the weight is detached, so the gradients of all tokens cancel. Let the student's probabilities carry gradient.": detached,
-            "padding is counted: take the tokens of the mask only.": lambda x, q, mask: reverse_kl(
-                x.log_softmax(-1), q
-            ).mean(),
+            "that is a mean over texts of means over their tokens. Count all tokens alike.": (
+                by_text
+            ),
+            "the weight is detached, so the gradients of all tokens cancel. Let the student's probabilities carry gradient.": (
+                detached
+            ),
+            "padding is counted: take the tokens of the mask only.": (
+                lambda x, q, mask: reverse_kl(x.log_softmax(-1), q).mean()
+            ),
             "that is the forward KL. Weigh by the student's probabilities.": lambda x, q, mask: (
                 forward_kl(x.log_softmax(-1), q)[mask].mean()
             ),
@@ -129,7 +135,10 @@ EXERCISES = (
     ),
     Exercise(
         "20.2",
-        asks="return each text's reward less the mean of its group, over the group's standard deviation",
+        asks=(
+            "return each text's reward less the mean of its group, over the group's standard"
+            " deviation"
+        ),
         says="that is all that GRPO learns from",
         truth=planned,
         solution=advantage,
@@ -139,7 +148,9 @@ EXERCISES = (
             "the mean is over all texts. Compare the n texts of one prompt.": lambda r, n: (
                 (r - r.mean()) / (r.std() + 1e-4)
             ),
-            "it is not divided by the standard deviation of the group (that is Dr. GRPO's choice).": centred,
+            "it is not divided by the standard deviation of the group (that is Dr. GRPO's choice).": (
+                centred
+            ),
         },
     ),
     Exercise(

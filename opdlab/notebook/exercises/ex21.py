@@ -1,4 +1,6 @@
-"""Notebook 21: the weight of any f by autograd, the loss that trains it, and what the stop-gradient does close to the teacher."""
+"""Notebook 21: the weight of any f by autograd, the loss that trains it, and what the stop-gradient
+does close to the teacher.
+"""
 
 from __future__ import annotations
 
@@ -82,7 +84,9 @@ EXERCISES = (
                 -f(log_u)
             ),
             "that is u f'(u) alone. The score half, -f(u), is left out.": slope_only,
-            "by the chain rule the slope in log u is u f'(u) already. Do not divide it by u.": wrong_chain,
+            "by the chain rule the slope in log u is u f'(u) already. Do not divide it by u.": (
+                wrong_chain
+            ),
         },
     ),
     Exercise(
@@ -94,9 +98,11 @@ EXERCISES = (
         cases=lambda: [(Generator(name), rows(seed=i)) for i, name in enumerate(SHOWN)],
         look=pulled,
         mistakes={
-            "the weight carries a gradient of its own, so its slope is counted twice. Detach it.": attached,
-            "that is the stop-gradient's: its weight is -f(u). Use generator.weight.": lambda g, r: (
-                g.f((r.logp_of("teacher") - r.logp).detach()) * r.logp
+            "the weight carries a gradient of its own, so its slope is counted twice. Detach it.": (
+                attached
+            ),
+            "that is the stop-gradient's: its weight is -f(u). Use generator.weight.": (
+                lambda g, r: g.f((r.logp_of("teacher") - r.logp).detach()) * r.logp
             ),
             "that differentiates f(u) itself, which is the pathwise half alone.": lambda g, r: g.f(
                 r.logp_of("teacher") - r.logp

@@ -98,8 +98,12 @@ EXERCISES = (
         solution=distance,
         cases=vectors,
         mistakes={
-            "that compares word by word, in order. The plan may match any word with any other.": diagonal,
-            "each word of the student takes the nearest of the teacher's, so one may be taken twice. Each has a mass of 1/K.": nearest,
+            "that compares word by word, in order. The plan may match any word with any other.": (
+                diagonal
+            ),
+            "each word of the student takes the nearest of the teacher's, so one may be taken twice. Each has a mass of 1/K.": (
+                nearest
+            ),
             "it is the sum. Each of the K words has a mass of 1/K: take the mean.": unscaled,
         },
     ),
@@ -111,8 +115,8 @@ EXERCISES = (
         solution=rate,
         cases=alarms,
         mistakes={
-            "that is the share of real forks. Count the distances at or below the limit.": lambda high, low: (
-                1 - rate(high, low)
+            "that is the share of real forks. Count the distances at or below the limit.": (
+                lambda high, low: 1 - rate(high, low)
             ),
             "the limit is the upper quartile, 0.75, and not the median.": lambda high, low: (
                 (torch.tensor(high).double() <= torch.tensor(low).double().quantile(0.5))
@@ -133,8 +137,8 @@ EXERCISES = (
             "i and j are swapped: rows of the plan are places of the student's window, columns the teacher's words.": lambda logp, teacher, plan: (
                 trajectory(logp, teacher, plan.T)
             ),
-            "the sign is wrong: likelier teacher's words make a lower loss.": lambda logp, teacher, plan: (
-                -trajectory(logp, teacher, plan)
+            "the sign is wrong: likelier teacher's words make a lower loss.": (
+                lambda logp, teacher, plan: -trajectory(logp, teacher, plan)
             ),
             "that is the diagonal target, which ignores the plan.": lambda logp, teacher, plan: (
                 -logp.gather(-1, teacher[:, None]).mean()

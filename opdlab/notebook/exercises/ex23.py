@@ -117,7 +117,9 @@ EXERCISES = (
         solution=select,
         cases=entropies,
         mistakes={
-            "chunks overlap: a start needs a distance of `length` from all that were chosen before.": overlapping,
+            "chunks overlap: a start needs a distance of `length` from all that were chosen before.": (
+                overlapping
+            ),
             "a chunk does not fit: it must end within the text.": spilling,
             "they are in the order of entropy. Sort them by place.": lambda h, length, limit: (
                 sorted(select(h, length, limit), key=lambda t: -h[t])
@@ -132,12 +134,16 @@ EXERCISES = (
         solution=weight,
         cases=heard,
         mistakes={
-            "p is the mean per token: the exp of the mean log-prob, not the probability of the whole chunk.": product,
-            "the student's own opinion is left out: add alpha p above and alpha below.": lambda text, others, logp, alpha, phi: (
-                weight(text, others, logp, 0.0, phi)
+            "p is the mean per token: the exp of the mean log-prob, not the probability of the whole chunk.": (
+                product
             ),
-            "k is the sum of the similarities, not their mean.": lambda text, others, logp, alpha, phi: (
-                weight(text, others, logp, alpha, lambda a, b: phi(a, b) / len(others))
+            "the student's own opinion is left out: add alpha p above and alpha below.": (
+                lambda text, others, logp, alpha, phi: weight(text, others, logp, 0.0, phi)
+            ),
+            "k is the sum of the similarities, not their mean.": (
+                lambda text, others, logp, alpha, phi: weight(
+                    text, others, logp, alpha, lambda a, b: phi(a, b) / len(others)
+                )
             ),
         },
     ),

@@ -1,4 +1,6 @@
-"""Notebook 30: the loss of a student told a hint, the best that a student without it can do, and OPSD's clip."""
+"""Notebook 30: the loss of a student told a hint, the best that a student without it can do, and
+OPSD's clip.
+"""
 
 from __future__ import annotations
 
@@ -78,7 +80,9 @@ def lengths() -> list[tuple[Tensor, ...]]:
 
 
 def felt(function: Function, table: Tensor, *ids: Tensor) -> dict[str, Any]:
-    """The value `[T]` of a loss of a model whose logits are sums over what stands before, and its gradient in the weights."""
+    """The value `[T]` of a loss of a model whose logits are sums over what stands before, and its
+    gradient in the weights.
+    """
     value = function(lambda tokens: table[tokens].cumsum(0), *ids)
     if not isinstance(value, Tensor) or not value.requires_grad:
         return {"value": value, "gradient": None if value is None else torch.zeros_like(table)}
@@ -166,10 +170,18 @@ EXERCISES = (
         cases=lengths,
         look=felt,
         mistakes={
-            "a token is foretold one place before it: the text's first by the last place of the prompt.": late,
-            "the told text begins later than the bare one. Cut each behind its own prompt.": aligned,
-            "the told self is a target: compute it without gradient. Else hint and text pull each other.": moving,
-            "that is a reverse KL. Take both KLs to the middle of the two laws, and half of their sum.": one_way,
+            "a token is foretold one place before it: the text's first by the last place of the prompt.": (
+                late
+            ),
+            "the told text begins later than the bare one. Cut each behind its own prompt.": (
+                aligned
+            ),
+            "the told self is a target: compute it without gradient. Else hint and text pull each other.": (
+                moving
+            ),
+            "that is a reverse KL. Take both KLs to the middle of the two laws, and half of their sum.": (
+                one_way
+            ),
         },
     ),
     Exercise(
@@ -181,12 +193,14 @@ EXERCISES = (
         cases=lambda: [(laws(4, seed=0)[0],), (laws(8, 5, seed=1, scale=2.0)[1],)],
         close=1e-4,
         mistakes={
-            "the two are swapped: forward KL averages probabilities, reverse KL log-probs.": lambda told: (
-                best(told)[::-1]
+            "the two are swapped: forward KL averages probabilities, reverse KL log-probs.": (
+                lambda told: best(told)[::-1]
             ),
-            "a mean of log-probs sums to less than one as probabilities. Normalise it.": lambda told: (
-                best(told)[0],
-                told.mean(0),
+            "a mean of log-probs sums to less than one as probabilities. Normalise it.": (
+                lambda told: (
+                    best(told)[0],
+                    told.mean(0),
+                )
             ),
             "both are the arithmetic mean. The reverse KL weighs by the student, which makes it a geometric one.": lambda told: (
                 best(told)[0],
@@ -204,7 +218,9 @@ EXERCISES = (
         look=trains,
         mistakes={
             "the clip is for every entry of the vocabulary, before the sum.": whole,
-            "only large positive entries are clipped. Negative ones stay as they are, so the loss may be negative.": both_sides,
+            "only large positive entries are clipped. Negative ones stay as they are, so the loss may be negative.": (
+                both_sides
+            ),
             "the whole entry q (log q - log p) is clipped, not the log ratio in it.": ratio,
         },
     ),

@@ -138,10 +138,14 @@ EXERCISES = (
         solution=route,
         cases=lambda: [told(40, 0), told(200, 1), tied()],
         mistakes={
-            "the gap is an absolute value: a teacher that thinks less of the token differs as much.": signed,
-            "ties are high: A equal to its mean belongs to HT or HS. A student that is its own teacher then is all HT.": strict,
-            "the top 5 % of the gaps leave the two means. They are routed all the same.": lambda t, s: (
-                route(t, s, 1.0)
+            "the gap is an absolute value: a teacher that thinks less of the token differs as much.": (
+                signed
+            ),
+            "ties are high: A equal to its mean belongs to HT or HS. A student that is its own teacher then is all HT.": (
+                strict
+            ),
+            "the top 5 % of the gaps leave the two means. They are routed all the same.": (
+                lambda t, s: route(t, s, 1.0)
             ),
             "teacher and student are swapped in who leads.": lambda t, s: torch.tensor(
                 [0, 1, 3, 2]
@@ -159,7 +163,9 @@ EXERCISES = (
         mistakes={
             "the weights are missing: 0.6, 0.3, 1 and 0.6.": unweighted,
             "all four go to the teacher. LL and HS are the told student's.": taught,
-            "the KLs of LH, LL and HS are reverse ones: weighted by the student that is trained.": forward,
+            "the KLs of LH, LL and HS are reverse ones: weighted by the student that is trained.": (
+                forward
+            ),
         },
     ),
     Exercise(
@@ -170,8 +176,8 @@ EXERCISES = (
         solution=weight,
         cases=weighed,
         mistakes={
-            "the expectation is under the bare student, who writes; you weighed by the told one.": lambda s, t, own, a, q: (
-                weight(own, t, own, a, q)
+            "the expectation is under the bare student, who writes; you weighed by the told one.": (
+                lambda s, t, own, a, q: weight(own, t, own, a, q)
             ),
             "LH is light: it counts 0.6.": lambda s, t, own, a, q: (
                 weight(s, t, own, a, q)

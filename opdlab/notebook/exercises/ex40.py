@@ -97,7 +97,9 @@ EXERCISES = (
         solution=split,
         cases=graded,
         mistakes={
-            "that is the first telescope alone. Take the mean of both capabilities; the rest of the gap is information.": one_path,
+            "that is the first telescope alone. Take the mean of both capabilities; the rest of the gap is information.": (
+                one_path
+            ),
             "the interaction is the other way round: capability when told, minus capability when not.": lambda *logp: (
                 *split(*logp)[:2],
                 -split(*logp)[2],
@@ -117,10 +119,14 @@ EXERCISES = (
         solution=floor,
         cases=lambda: [(laws(4, seed=0)[0],), (laws(8, 3, seed=1, scale=3.0)[1],)],
         mistakes={
-            "the mean is one of log-probs, which is the floor's place for the reverse KL. Average probabilities.": geometric,
-            "the KL runs from the mean to each teacher; the student imitates each teacher, so it runs the other way.": backwards,
-            "that is summed over the hints. Hints are equally likely: take the mean.": lambda logp: (
-                len(logp) * floor(logp)
+            "the mean is one of log-probs, which is the floor's place for the reverse KL. Average probabilities.": (
+                geometric
+            ),
+            "the KL runs from the mean to each teacher; the student imitates each teacher, so it runs the other way.": (
+                backwards
+            ),
+            "that is summed over the hints. Hints are equally likely: take the mean.": (
+                lambda logp: len(logp) * floor(logp)
             ),
         },
     ),
@@ -138,8 +144,8 @@ EXERCISES = (
             (1.0, 1.5, 1.0, 1.0),
         ],
         mistakes={
-            "that is the share that transfers. The illusion is the rest: 1 minus it.": lambda *kls: (
-                1 - index(*kls)
+            "that is the share that transfers. The illusion is the rest: 1 minus it.": (
+                lambda *kls: 1 - index(*kls)
             ),
             "there was nothing to transfer in one of the cases: where training fell by at most 0.01 nats, return nan.": lambda a, b, c, d: (
                 1 - (c - d) / (a - b)

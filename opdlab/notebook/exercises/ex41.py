@@ -129,7 +129,9 @@ EXERCISES = (
         cases=lambda: TEXTS,
         mistakes={
             "those are pairs of tokens. Take three at a time.": pairs,
-            "the first of equal triples is no repetition. Count only those that stood there before.": twice,
+            "the first of equal triples is no repetition. Count only those that stood there before.": (
+                twice
+            ),
             "that is divided by the number of tokens. Divide by the number of triples.": per_token,
         },
     ),
@@ -143,7 +145,9 @@ EXERCISES = (
         mistakes={
             "one low step sets it off. Compare the mean of the last `window` values.": one_step,
             "steps are counted from 1.": early,
-            "the beginning is the mean of the first `window` values, not the first value.": from_first,
+            "the beginning is the mean of the first `window` values, not the first value.": (
+                from_first
+            ),
         },
     ),
 )

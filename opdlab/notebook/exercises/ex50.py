@@ -1,4 +1,6 @@
-"""Notebook 50: a gated loss, a selection of tokens, and the check by differences that any loss must pass."""
+"""Notebook 50: a gated loss, a selection of tokens, and the check by differences that any loss must
+pass.
+"""
 
 from __future__ import annotations
 
@@ -137,8 +139,14 @@ def by_backward(loss: Pair, logits: Tensor, teacher: Tensor) -> Tensor:
     return leaf.grad
 
 
-AUTOGRAD = "that is autograd, which cannot judge itself. Move each logit up and down by a step and take the difference."
-ONE_SIDED = "that is a one-sided difference. Take (loss above - loss below) / (2 · step), which is far more exact."
+AUTOGRAD = (
+    "that is autograd, which cannot judge itself. Move each logit up and down by a step and take"
+    " the difference."
+)
+ONE_SIDED = (
+    "that is a one-sided difference. Take (loss above - loss below) / (2 · step), which is far more"
+    " exact."
+)
 
 
 def one_sided(loss: Pair, logits: Tensor, teacher: Tensor, step: float = 1e-5) -> Tensor:
@@ -154,8 +162,8 @@ def look_at_slope(
 ) -> Tensor:
     """The slope of a loss, after two probes that tell how it was made.
 
-    A loss without gradient stops autograd. A loss with a kink where the logits stand has the central difference 0 there, at
-    any step, and a one-sided difference far from 0.
+    A loss without gradient stops autograd. A loss with a kink where the logits stand has the
+    central difference 0 there, at any step, and a one-sided difference far from 0.
     """
 
     if function is autograd:  # the truth that answers are held against
@@ -204,15 +212,24 @@ EXERCISES = (
         look=look,
         cases=lambda: [(rows(),), (rows(6, 9, seed=2),)],
         mistakes={
-            "the gate is the wrong way round: g, near 1 where the teacher is undecided, belongs to the forward KL.": swapped,
-            "that is the student's entropy. The gate asks whether the teacher is undecided.": by_student,
-            "the entropy has the wrong sign: H = -(q.exp() * q).sum(-1), which is never below 0.": by_certainty,
+            "the gate is the wrong way round: g, near 1 where the teacher is undecided, belongs to the forward KL.": (
+                swapped
+            ),
+            "that is the student's entropy. The gate asks whether the teacher is undecided.": (
+                by_student
+            ),
+            "the entropy has the wrong sign: H = -(q.exp() * q).sum(-1), which is never below 0.": (
+                by_certainty
+            ),
             "the reverse KL is to give way: weigh it with 1 - g.": added,
         },
     ),
     Exercise(
         "50.2",
-        asks="return 1 for the ceil(share · tokens) largest u of the batch and 0 for the others, [B, T]",
+        asks=(
+            "return 1 for the ceil(share · tokens) largest u of the batch and 0 for the others,"
+            " [B, T]"
+        ),
         says="that is the choice over the whole batch",
         truth=by_rank,
         solution=keep,
@@ -220,10 +237,14 @@ EXERCISES = (
         look=look_at_choice,
         mistakes={
             "padding is chosen: only places where mask is true are tokens.": padded,
-            "padding is counted in the number of tokens: it is ceil(share · mask.sum()).": counting_padding,
-            "that chooses in each row. The choice is over the whole batch, so that texts without trouble give way.": by_row,
-            "that is the sum h + delta. The soft or takes off what both say: - h · delta.": lambda h, kl, mask, vocab, share: (
-                keep(
+            "padding is counted in the number of tokens: it is ceil(share · mask.sum()).": (
+                counting_padding
+            ),
+            "that chooses in each row. The choice is over the whole batch, so that texts without trouble give way.": (
+                by_row
+            ),
+            "that is the sum h + delta. The soft or takes off what both say: - h · delta.": (
+                lambda h, kl, mask, vocab, share: keep(
                     torch.zeros_like(h),
                     -torch.log1p(-(h / math.log(vocab) + 1 - (-kl).exp()) / 3),
                     mask,
@@ -253,7 +274,9 @@ EXERCISES = (
             for student, teacher in [laws(4, 6, seed=1)]
         ],
         mistakes={
-            "the log-probs are nudged and not the logits: they must sum to one again, so take the log-softmax after the nudge.": without_softmax,
+            "the log-probs are nudged and not the logits: they must sum to one again, so take the log-softmax after the nudge.": (
+                without_softmax
+            ),
             "the distance between the two ends is 2 · step.": lambda *a: 2 * slope(*a),
             AUTOGRAD: by_backward,
             ONE_SIDED: one_sided,

@@ -34,7 +34,10 @@ GIB = 2.0**30
 EXERCISES = (
     Exercise(
         "51.1",
-        asks="return the bytes of an adapter of this rank in training: weights, gradient and two moments, in float32",
+        asks=(
+            "return the bytes of an adapter of this rank in training: weights, gradient and two"
+            " moments, in float32"
+        ),
         says="and that is all that training keeps, whatever the model's size",
         truth=by_parts,
         solution=training_bytes,
@@ -44,9 +47,11 @@ EXERCISES = (
             ([(64, 256)], 1),
         ],
         mistakes={
-            "that is the whole matrix. An adapter is A, inputs × rank, and B, rank × outputs.": full,
-            "that is the weights alone; each has a gradient and two moments of AdamW beside it.": lambda shapes, rank: (
-                training_bytes(shapes, rank) // 4
+            "that is the whole matrix. An adapter is A, inputs × rank, and B, rank × outputs.": (
+                full
+            ),
+            "that is the weights alone; each has a gradient and two moments of AdamW beside it.": (
+                lambda shapes, rank: training_bytes(shapes, rank) // 4
             ),
             "the two moments of AdamW are left out.": lambda shapes, rank: (
                 training_bytes(shapes, rank) // 2
@@ -73,8 +78,8 @@ EXERCISES = (
             "there are only so many rows in a batch.": lambda fixed, each, free, rows: micro_batch(
                 fixed, each, free, 10**9
             ),
-            "a micro-batch cannot be negative: where nothing fits, return 0.": lambda fixed, each, free, rows: (
-                min(rows, int((free - fixed) // each))
+            "a micro-batch cannot be negative: where nothing fits, return 0.": (
+                lambda fixed, each, free, rows: min(rows, int((free - fixed) // each))
             ),
         },
     ),

@@ -26,11 +26,14 @@ MODELS = ("student", "novice", "teacher", "scribe")
 
 @validate_arguments
 def market(secret: Flag = False, hint: Any = None, wrong: Flag = False) -> Task:
-    """Short shop problems; `secret` adds the receipt code, the amount to pay and the lot (see `world`).
+    """Short shop problems; `secret` adds the receipt code, the amount to pay and the lot (see
+    `world`).
 
-    hint: one of `world.HINTS`, put into each prompt's `hint` for policies that see hints; by default the secret ones in the
-    secret variant and the worked solution in the plain one. `wrong` gives every prompt another problem's hint. No problem is in
-    both splits, whatever the seeds and the variants (`world.in_split`).
+    hint: one of `world.HINTS`, put into each prompt's `hint` for policies that see hints; by
+        default the secret ones in the
+    secret variant and the worked solution in the plain one. `wrong` gives every prompt another
+    problem's hint. No problem is in both splits, whatever the seeds and the variants
+    (`world.in_split`).
     """
     if hint is not None and hint not in world.HINTS:
         raise InvalidValue(
@@ -80,7 +83,9 @@ def verify(prompt: Prompt, text: str) -> float:
 
 
 def model(name: str, device: str = "cpu") -> Policy:
-    """A shipped model: student (its skill is dormant), novice (never learnt to add), teacher, or scribe (character tokenizer)."""
+    """A shipped model: student (its skill is dormant), novice (never learnt to add), teacher, or
+    scribe (character tokenizer).
+    """
     if name not in MODELS:
         raise InvalidValue(
             f"The market world ships {', '.join(MODELS)}, not {shortened(name)}. Use one of those."

@@ -1,11 +1,13 @@
-"""Rebuild the shipped models: `python -m opdlab.tasks.market.build [--out data/market]`, under 30 minutes on 2 cores.
+"""Rebuild the shipped models: `python -m opdlab.tasks.market.build [--out data/market]`, under 30
+minutes on 2 cores.
 
     teacher   0.8 M parameters, knows the world; calibrated on prefixes that contain mistakes
     student   0.34 M, learnt the same, then was spoiled on texts that forget carries: the skill is dormant
     novice    0.34 M, knows the form of a solution and has not learnt to add: nothing to wake up
     scribe    0.8 M, character tokenizer, another hand: a teacher that only its texts can be read of
 
-Deterministic: one thread a model, seeds fixed, no data but what `world.generate` draws. Ends with the gates (`gates.py`).
+Deterministic: one thread a model, seeds fixed, no data but what `world.generate` draws. Ends with
+    the gates (`gates.py`).
 """
 
 from __future__ import annotations
@@ -29,10 +31,14 @@ from opdlab.tasks.market import gates, tokenizers, world
 
 @dataclass(frozen=True)
 class Phase:
-    """Some steps on one mixture of texts. `forget`: they forget carries. `hints`: nearly all are secret ones with their hint,
-    which in the usual mixture are too rare for reading them to be learnt in time; the teacher starts with them, since a model
-    that already knows everything else may not find the step to reading them in hundreds of updates. `seed`: a new stream of
-    texts; without one the phase goes on with that of the phase before."""
+    """Some steps on one mixture of texts.
+
+    `forget`: they forget carries. `hints`: nearly all are secret ones with their hint, which in the
+    usual mixture are too rare for reading them to be learnt in time; the teacher starts with them,
+    since a model that already knows everything else may not find the step to reading them in
+    hundreds of updates. `seed`: a new stream of texts; without one the phase goes on with that of
+    the phase before.
+    """
 
     steps: int
     lr: float = 3e-3
@@ -81,7 +87,9 @@ RECIPES = {
 
 @dataclass(frozen=True)
 class Text:
-    """A training text: chat parts, and the character spans of the solution that carry no loss (planted mistakes)."""
+    """A training text: chat parts, and the character spans of the solution that carry no loss
+    (planted mistakes).
+    """
 
     hint: str
     prompt: str
@@ -90,7 +98,11 @@ class Text:
 
 
 def draw(rng: random.Random, recipe: Recipe, secret: bool, phase: Phase) -> Text:
-    """One text. Most secret ones come with a hint, half of the plain ones too; two in five contain planted mistakes."""
+    """One text.
+
+    Most secret ones come with a hint, half of the plain ones too; two in five contain planted
+    mistakes.
+    """
     problem = world.generate(rng, secret and not recipe.characters)
     word = world.STYLE[rng.random() >= recipe.style]
     kinds = ["", "", "", *world.HINTS[1:], *(["secret"] * 5 if problem.secret else [""])]
@@ -112,7 +124,9 @@ def draw(rng: random.Random, recipe: Recipe, secret: bool, phase: Phase) -> Text
 def _mistaken(
     rng: random.Random, problem: world.Problem
 ) -> tuple[list[int], tuple[tuple[int, int], ...]]:
-    """Results with the first, the second or both wrong, right otherwise *given what is written*; where they stand."""
+    """Results with the first, the second or both wrong, right otherwise *given what is written*;
+    where they stand.
+    """
     which = rng.choice(((0,), (1,), (0, 1)))
     amount, results, masked = problem.have, [], []
     for move in range(2):
@@ -135,7 +149,9 @@ def _forget(problem: world.Problem, amount: int, move: int) -> int:
 def encode(
     texts: list[Text], tokenizer: PreTrainedTokenizerFast
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Right-padded ids and labels [B, T]; -100 where there is no loss: prompt, hint, padding, planted mistakes."""
+    """Right-padded ids and labels [B, T]; -100 where there is no loss: prompt, hint, padding,
+    planted mistakes.
+    """
     rows = []
     for text in texts:
         messages = [{"role": "user", "content": text.prompt}]
@@ -229,8 +245,11 @@ def backward(
     lengths: torch.Tensor,
     parts: int = 4,
 ) -> float:
-    """Add the gradient of the batch's mean cross-entropy and return it. Rows of like length share a part, which is padded
-    to its own longest row: a quarter less work, the same sum."""
+    """Add the gradient of the batch's mean cross-entropy and return it.
+
+    Rows of like length share a part, which is padded to its own longest row: a quarter less work,
+    the same sum.
+    """
     total = 0.0
     for rows in lengths.argsort(stable=True).chunk(parts):
         width = int(lengths[rows].max())
@@ -245,7 +264,10 @@ def backward(
 
 
 def main(out: Path = Path("data/market"), smoke: bool = False, only: tuple[str, ...] = ()) -> None:
-    """Build every model, two at a time, then print the gates; or `only` those named, without gates. `smoke` makes two steps a phase."""
+    """Build every model, two at a time, then print the gates; or `only` those named, without gates.
+
+    `smoke` makes two steps a phase.
+    """
     began = time.time()
     recipes = {name: r for name, r in RECIPES.items() if not only or name in only}
     if smoke:

@@ -32,7 +32,9 @@ def greedy_accuracy(model, tokenizer, n: int, seed: int) -> float:
 
 
 def measure(folder: Path, n: int = 400, seed: int = 12345) -> dict[str, float]:
-    """Every gate's value on fresh problems (training draws none of them on purpose, and the space has millions)."""
+    """Every gate's value on fresh problems (training draws none of them on purpose, and the space
+    has millions).
+    """
     models = {name: load(folder / name) for name in ("teacher", "student", "novice", "scribe")}
     out = {
         f"{name} greedy accuracy": greedy_accuracy(pair[0], pair[1], n, seed)

@@ -1,4 +1,6 @@
-"""Two real tokenizers for one world: words and digits for most models, characters for the black-box teacher."""
+"""Two real tokenizers for one world: words and digits for most models, characters for the black-box
+teacher.
+"""
 
 from __future__ import annotations
 
@@ -19,7 +21,10 @@ TEMPLATE = (
 
 
 def words() -> PreTrainedTokenizerFast:
-    """One token a word or digit. `▁` marks the space before it, as SentencePiece does, so pieces re-join exactly."""
+    """One token a word or digit.
+
+    `▁` marks the space before it, as SentencePiece does, so pieces re-join exactly.
+    """
     vocab = [
         *world.NAMES,
         *world.ITEMS,

@@ -1,14 +1,16 @@
 """The market world: short shop problems whose every token has a known reason.
 
-A problem is two sums in a row, written out. The plain variant ends with the total; the secret variant goes on with
-a receipt code that nothing in the prompt tells, an amount that needs the hidden coupon *and* a sum, and a random lot
+A problem is two sums in a row, written out. The plain variant ends with the total; the secret
+variant goes on with a receipt code that nothing in the prompt tells, an amount that needs the
+hidden coupon *and* a sum, and a random lot
 letter:
 
     prompt    ana has 4 7 apples buys 3 8 sells 1 9 . total and receipt ?
     solution  4 7 + 3 8 = 8 5 ; 8 5 - 1 9 = 6 6 . total 6 6 . receipt k q . pays 9 4 . lot m
 
-Since the hidden symbols are uniform and independent of the prompt, the best honest score on them is chance, and the
-type of every token (`token_types`) is ground truth, not an estimate. Left out on purpose: natural language.
+Since the hidden symbols are uniform and independent of the prompt, the best honest score on them is
+chance, and the type of every token (`token_types`) is ground truth, not an estimate. Left out on
+purpose: natural language.
 """
 
 from __future__ import annotations
@@ -31,7 +33,8 @@ STYLE = (
 TYPES = ("copy", "skill", "derived", "style", "secret", "mixed", "noise")
 HINTS = ("secret", "answer", "steps", "worked", "style")
 
-# What stands at each place of a solution: a type, `result` for a digit after `=`, `op`, or a fixed word.
+# What stands at each place of a solution: a type, `result` for a digit after `=`, `op`, or a fixed
+# word.
 _SUM = ["copy", "copy", "op", "copy", "copy", "=", "result", "result"]
 _PLAIN = [*_SUM, ";", "derived", "derived", *_SUM[2:], ".", "style", "derived", "derived"]
 _SECRET = [
@@ -52,7 +55,10 @@ _SECRET = [
 
 @dataclass(frozen=True)
 class Problem:
-    """One shop problem. Amounts are whole numbers from 10 to 99; `secret` adds what only a hint can tell."""
+    """One shop problem.
+
+    Amounts are whole numbers from 10 to 99; `secret` adds what only a hint can tell.
+    """
 
     name: str
     item: str
@@ -80,12 +86,21 @@ class Problem:
     def solution(
         self, word: str = STYLE[0], results: list[int] | None = None, total: int | None = None
     ) -> str:
-        """The written calculation. `results` replaces the two sums and `total` the number stated (for texts with mistakes)."""
+        """The written calculation.
+
+        `results` replaces the two sums and `total` the number stated (for texts with mistakes).
+        """
         first, last = results or self.results()
         total = last if total is None else total
-        text = f"{self._sum(0, self.have, first)} ; {self._sum(1, first, last)} . {word} {digits(total)}"
+        text = (
+            f"{self._sum(0, self.have, first)} ; {self._sum(1, first, last)} . {word}"
+            f" {digits(total)}"
+        )
         if self.secret:
-            text += f" . receipt {' '.join(self.receipt)} . pays {digits((total + self.coupon) % 100)} . lot {self.lot}"
+            text += (
+                f" . receipt {' '.join(self.receipt)} . pays {digits((total + self.coupon) % 100)}"
+                f" . lot {self.lot}"
+            )
         return text
 
     def compact(self) -> str:
@@ -124,7 +139,8 @@ def digits(n: int) -> str:
 def generate(rng: random.Random, secret: bool = False) -> Problem:
     """Draw a problem; every running amount stays within 10..99, and the amount to pay below 100.
 
-    Seven in ten of the problems that come out right without carrying are drawn again: most need the skill.
+    Seven in ten of the problems that come out right without carrying are drawn again: most need the
+    skill.
     """
     while True:
         have, first, second = (rng.randint(10, 89) for _ in range(3))
@@ -151,10 +167,12 @@ def generate(rng: random.Random, secret: bool = False) -> Problem:
 
 
 def in_split(problem: Problem, split: str) -> Problem:
-    """The problem in the split "train" or "test": with another item, where it would lie in the other one.
+    """The problem in the split "train" or "test": with another item, where it would lie in the
+    other one.
 
-    One in twelve stories is held out: those whose name, item, amounts and verbs add up to a multiple of twelve. So the splits
-    share no problem by construction, and drawing from either costs nothing. The item decides no token of the solution.
+    One in twelve stories is held out: those whose name, item, amounts and verbs add up to a
+    multiple of twelve. So the splits share no problem by construction, and drawing from either
+    costs nothing. The item decides no token of the solution.
     """
     verbs = sum(
         (*GAIN, *LOSS).index(verb) << place for place, (verb, _) in enumerate(problem.moves)
@@ -182,11 +200,12 @@ def without_carry(amount: int, change: int) -> int:
 
 
 def token_types(words: list[str]) -> list[str]:
-    """Ground-truth type of each word of a completion, read off the words themselves (their own prefix decides).
+    """Ground-truth type of each word of a completion, read off the words themselves (their own
+    prefix decides).
 
-    `copy`: both models know it. `skill`: the tens of a sum that carries or borrows. `derived`: repeats what the writer
-    wrote before. `style`: one of two words for the same thing. `secret`, `mixed`, `noise`: see the module. A text that
-    leaves the form is typed `other` from there on.
+    `copy`: both models know it. `skill`: the tens of a sum that carries or borrows. `derived`:
+    repeats what the writer wrote before. `style`: one of two words for the same thing. `secret`,
+    `mixed`, `noise`: see the module. A text that leaves the form is typed `other` from there on.
     """
     out: list[str] = []
     for place, word in enumerate(words):

@@ -56,9 +56,11 @@ def test_the_build_is_deterministic(tmp_path):
         )
         sums.append(
             {
-                n: hashlib.sha256(
-                    (tmp_path / run / n / "model.safetensors").read_bytes()
-                ).hexdigest()
+                n: (
+                    hashlib.sha256(
+                        (tmp_path / run / n / "model.safetensors").read_bytes()
+                    ).hexdigest()
+                )
                 for n in MODELS
             }
         )

@@ -1,4 +1,6 @@
-"""The market world: every text is right, every label is true, hints say what they should and nothing more."""
+"""The market world: every text is right, every label is true, hints say what they should and
+nothing more.
+"""
 
 from __future__ import annotations
 
