@@ -6,5 +6,7 @@ that the command line need not wait for PyTorch.
 
 import lazy_loader
 
+from opdlab.support.version import VERSION
+
 __getattr__, __dir__, __all__ = lazy_loader.attach_stub(__name__, __file__)
-__version__ = "0.1.0"
+__version__ = VERSION

@@ -33,12 +33,12 @@ from opdlab import (
     TopK,
 )
 from opdlab.audit import as_loss
+from opdlab.engine.needs import Access, Need, parse_need
 from opdlab.errors import InvalidValue, MissingPolicy, OpdlabError, UnknownOption
 from opdlab.losses.divergences import forward_kl, reverse_kl
 from opdlab.methods import SequenceKD
 from opdlab.methods.contract import FunctionMethod
 from opdlab.methods.conversion import as_method
-from opdlab.methods.needs import Access, Need, parse_need
 
 
 @dataclass(frozen=True)

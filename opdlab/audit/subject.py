@@ -13,10 +13,10 @@ from torch import Tensor
 
 from opdlab import exact
 from opdlab.engine.batch import Batch
+from opdlab.engine.needs import Access, parse_need
 from opdlab.errors import OpdlabError
 from opdlab.methods.contract import FunctionMethod, name_of
 from opdlab.methods.conversion import as_method
-from opdlab.methods.needs import Access, parse_need
 
 PAIRS, TOKENS = 8, 5  # students beside their targets, and tokens of the vocabulary
 ZERO = 1e-8  # of a length, relative to the lengths that it is a mean of

@@ -24,8 +24,8 @@ from opdlab.data.rollout import Rollout
 from opdlab.data.tokens import completion_texts
 from opdlab.engine import signals
 from opdlab.engine.batch import Batch
-from opdlab.engine.columns import run_plan
-from opdlab.engine.passes import Pass, compute, gradient
+from opdlab.engine.passes import Pass, compute
+from opdlab.engine.planned import Planned, run_plan
 from opdlab.errors import OpdlabError
 from opdlab.methods import Method
 from opdlab.methods.contract import name_of
@@ -101,15 +101,8 @@ class MethodTrainer(DistillationTrainer):
             "teacher": States(theirs, self.heads["teacher"]),
         }
         with torch.autocast(hidden.device.type, enabled=False):
-            columns = self._plan(rollout, states)
-            found = gradient(
-                self.method.loss,
-                states,
-                rollout.ids[mask],
-                weight,
-                columns,
-                watch=signals.cheap,
-                check=not self._loss_is_checked,
+            found = self._plan(rollout, states).gradient(
+                weight, watch=signals.cheap, check=not self._loss_is_checked
             )
             self._loss_is_checked |= found.is_checked
         return (
@@ -150,21 +143,17 @@ class MethodTrainer(DistillationTrainer):
             ("student",) * len(ids),
         )
 
-    def _plan(self, rollout: Rollout, states: Mapping[str, States]) -> dict[str, Tensor]:
-        if not hasattr(self.method, "plan"):
-            return {}
-        seen = compute(signals.cheap, {"student": states["student"]}, rollout.ids[rollout.mask])
-        logp, entropy = rollout.logp.clone(), rollout.entropy.clone()
-        logp[rollout.mask], entropy[rollout.mask] = seen["student_logp"], seen["student_entropy"]
-        rollout = replace(rollout, logp=logp, entropy=entropy)
-        return run_plan(
-            self.method,
-            Batch(
-                rollout,
-                {name: _Graded(s) for name, s in states.items()},
-                step=self.state.global_step,
-            ),
-        )
+    def _plan(self, rollout: Rollout, states: Mapping[str, States]) -> Planned:
+        """Let the method plan, with the student's own log-probs as those of the sampler."""
+        if hasattr(self.method, "plan"):
+            student = {"student": states["student"]}
+            seen = compute(signals.cheap, student, rollout.ids[rollout.mask])
+            logp, entropy = rollout.logp.clone(), rollout.entropy.clone()
+            logp[rollout.mask] = seen["student_logp"]
+            entropy[rollout.mask] = seen["student_entropy"]
+            rollout = replace(rollout, logp=logp, entropy=entropy)
+        policies = {name: _Graded(graded) for name, graded in states.items()}
+        return run_plan(self.method, Batch(rollout, policies, step=self.state.global_step))
 
     def _joined(self, found: Pass, weight: Tensor, hidden: Tensor, head: Head) -> Tensor:
         """A scalar with the loss's value, and with the gradients that the engine found for the

@@ -9,10 +9,12 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from opdlab.data.column import Column
 from opdlab.data.rollout import Rollout
 from opdlab.data.trace import Trace
 from opdlab.engine.batch import Batch
-from opdlab.engine.scoring import planner_of, score
+from opdlab.engine.planned import run_plan
+from opdlab.engine.scoring import score
 from opdlab.errors import OpdlabError
 from opdlab.methods import DOPD, TOPD, OmniOPD
 from opdlab.models.policy import Policy
@@ -140,15 +142,13 @@ def told() -> Trace:
         },
         task,
     )
-    plan = {
-        name: values[rollout.mask].numpy()
-        for name, values in DOPD().plan(batch).items()
-        if name in ("route", "gap")
+    planned = run_plan(DOPD(), batch)
+    trace = typed(score(rollout, student, teacher, **seen), task, rollout, student)
+    columns = {
+        name: Column(values, planned.descriptions[name]) for name, values in planned.columns.items()
     }
-    trace = typed(score(rollout, student, teacher, **seen), task, rollout, student).with_columns(
-        **plan
-    )
-    return Trace(trace.table, {**trace.meta, "plan": list(plan), "method": planner_of(DOPD())})
+    trace = trace.with_columns(**columns)
+    return Trace(trace.table, {**trace.meta, "plan": list(columns), "method": "DOPD"})
 
 
 def small(quick: bool = False) -> Scene:

@@ -3,25 +3,40 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from opdlab.data.prompt import Prompt
+from opdlab.errors import InvalidValue
+
+_PER_TOKEN = ("ids", "logp", "entropy", "learn", "turn")
+_PER_COMPLETION = ("prompts", "finish", "texts", "writer")
 
 
 @dataclass(frozen=True, eq=False)
 class Rollout:
-    """`B` completions, right-padded to `T`.
+    """`B` completions of at most `T` tokens after their prompts, right-padded.
 
-    Contains no hint: every policy renders the prompts as it sees them.
+    Holds no hint: every policy renders the prompts as it sees them.
 
-    `ids [B, T]`, `lengths [B]` (the EOS token counts), `logp [B, T]` and `entropy [B, T]` of the
-    policy that wrote it, at temperature 1, in nats; zero in the padding and where a text was not
-    sampled. `finish[b]` is "stop" or "length". `n`: completions of each prompt, which stand in
-    groups of `n` rows; 1 where the prompts have different numbers of them.
+    Attributes:
+        prompts: The prompt of each completion.
+        ids: Token ids `[B, T]`.
+        lengths: Tokens of each completion `[B]`; the EOS token counts.
+        logp: Log-probs of the tokens under the policy that wrote them, at temperature 1, in nats, `[B, T]`; zero in
+            the padding and where a text was not sampled.
+        entropy: Entropies of that policy in nats, `[B, T]`; zero as `logp` is.
+        finish: Why each completion ends: "stop", or "length" where the limit cut it.
+        texts: The text of each completion.
+        writer: Who wrote each completion: "student", "teacher", …
+        n: Completions of each prompt, which stand in groups of `n` rows; 1 where prompts have different numbers of them.
+        vocabulary: Fingerprint of the tokenizer whose ids these are; None if it is not known.
+        learn: `[B, T]`, true on the tokens that the loss sees: those that a policy wrote, and not what a tool or a user
+            said between them. All of `mask` by default.
+        turn: `[B, T]`, the number of the turn that each token belongs to, from 0; all 0 by default.
     """
 
     prompts: tuple[Prompt, ...]
@@ -33,24 +48,48 @@ class Rollout:
     texts: tuple[str, ...]
     writer: tuple[str, ...]
     n: int = 1
-    vocabulary: str | None = (
-        None  # fingerprint of the tokenizer whose ids these are; None: not known
-    )
+    vocabulary: str | None = None
+    learn: Tensor = field(default=None)  # type: ignore[assignment]  # set from the mask below
+    turn: Tensor = field(default=None)  # type: ignore[assignment]
+
+    def __post_init__(self) -> None:
+        if self.learn is None:
+            object.__setattr__(self, "learn", self.mask)
+        if self.turn is None:
+            object.__setattr__(self, "turn", torch.zeros_like(self.ids))
+        for name in ("learn", "turn"):
+            values = getattr(self, name)
+            if values.shape != self.ids.shape:
+                raise InvalidValue(
+                    f"Rollout got {name} of shape {list(values.shape)} for ids of shape"
+                    f" {list(self.ids.shape)}. Give one value for each token."
+                )
+        if self.learn.dtype != torch.bool or bool((self.learn & ~self.mask).any()):
+            raise InvalidValue(
+                "Rollout got a learn mask that is not boolean or is true in the padding. Use booleans"
+                " [B, T], true only on tokens of the completion."
+            )
 
     @property
     def mask(self) -> Tensor:
-        """`[B, T]`, true on completion tokens.
+        """`[B, T]`, true on the tokens of the completions.
 
-        Made from the lengths, so pad = EOS is no problem.
+        Made from the lengths, so a padding token that is also an EOS token does no harm.
         """
         return torch.arange(self.ids.shape[1], device=self.ids.device) < self.lengths[:, None]
 
     @property
     def tokens(self) -> int:
+        """How many tokens there are, without the padding."""
         return int(self.lengths.sum())
 
+    @property
+    def learned(self) -> Tensor:
+        """`[tokens]`: `learn` of the tokens in a row, without the padding."""
+        return self.learn[self.mask]
+
     def completions(self) -> list[list[int]]:
-        """The completion ids, a list a row."""
+        """The token ids of each completion, without padding."""
         return [
             row[:length]
             for row, length in zip(self.ids.tolist(), self.lengths.tolist(), strict=True)
@@ -60,16 +99,11 @@ class Rollout:
         """The rollout of some rows only, in that order."""
         pick = torch.as_tensor(list(which), dtype=torch.long, device=self.ids.device)
         width = max(1, int(self.lengths[pick].max())) if len(which) else 1
-        parts: dict[str, Any] = {
-            k: getattr(self, k)[pick][:, :width] for k in ("ids", "logp", "entropy")
-        }
-        parts |= {
-            k: tuple(getattr(self, k)[i] for i in which)
-            for k in ("prompts", "finish", "texts", "writer")
-        }
-        return replace(
-            self, **parts, lengths=self.lengths[pick], n=self.n if self._keeps_groups(which) else 1
-        )
+        parts: dict[str, Any] = {name: getattr(self, name)[pick][:, :width] for name in _PER_TOKEN}
+        for name in _PER_COMPLETION:
+            parts[name] = tuple(getattr(self, name)[i] for i in which)
+        n = self.n if self._keeps_groups(which) else 1
+        return replace(self, **parts, lengths=self.lengths[pick], n=n)
 
     def _keeps_groups(self, which: Sequence[int]) -> bool:
         """Whether these rows are whole groups of `n`, each in its order."""
@@ -83,30 +117,29 @@ class Rollout:
         return len(self.prompts)
 
     def __repr__(self) -> str:
-        cut = sum(f == "length" for f in self.finish)
-        return (
-            f"Rollout({len(self)} completions, {self.tokens} tokens, {cut} cut off at the length"
-            " limit)"
-        )
+        cut = sum(finish == "length" for finish in self.finish)
+        return f"Rollout({len(self)} completions, {self.tokens} tokens, {cut} cut off at the length limit)"
 
 
 def concat_rollouts(parts: Sequence[Rollout]) -> Rollout:
-    """Several rollouts as one, rows in order. Its `n` is theirs, or 1 where they differ."""
+    """Put several rollouts together, rows in order. `n` is theirs, or 1 where they differ."""
     width = max(part.ids.shape[1] for part in parts)
-    wide = lambda x: torch.nn.functional.pad(x, (0, width - x.shape[1]))
-    whole: dict[str, Any] = {
-        k: torch.cat([wide(getattr(part, k)) for part in parts]) for k in ("ids", "logp", "entropy")
-    }
-    whole |= {
-        k: sum((getattr(part, k) for part in parts), ())
-        for k in ("prompts", "finish", "texts", "writer")
-    }
+
+    def widened(values: Tensor) -> Tensor:
+        return torch.nn.functional.pad(values, (0, width - values.shape[1]))
+
+    whole: dict[str, Any] = {}
+    for name in _PER_TOKEN:
+        whole[name] = torch.cat([widened(getattr(part, name)) for part in parts])
+    for name in _PER_COMPLETION:
+        whole[name] = tuple(value for part in parts for value in getattr(part, name))
     vocabularies = {part.vocabulary for part in parts}
-    vocabulary = vocabularies.pop() if len(vocabularies) == 1 else None
     counts = {
         part.n for part in parts
-    }  # samples of a prompt stand side by side only if all parts have as many
-    n = counts.pop() if len(counts) == 1 else 1
+    }  # completions of a prompt stand side by side only if all have as many
     return Rollout(
-        **whole, lengths=torch.cat([part.lengths for part in parts]), n=n, vocabulary=vocabulary
+        **whole,
+        lengths=torch.cat([part.lengths for part in parts]),
+        n=counts.pop() if len(counts) == 1 else 1,
+        vocabulary=vocabularies.pop() if len(vocabularies) == 1 else None,
     )

@@ -20,6 +20,9 @@ import pandas as pd
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from opdlab.data.column import Column, Description
+from opdlab.data.notes import AnyNote, read_note
+from opdlab.data.trace_formats import upgrade
 from opdlab.errors import (
     DamagedFile,
     InvalidValue,
@@ -29,6 +32,7 @@ from opdlab.errors import (
 from opdlab.support.expect import shortened
 
 _META = b"opdlab"
+FORMAT = 2  # of the metadata; files without a number are of the first format
 
 
 @dataclass(frozen=True, eq=False)
@@ -51,6 +55,18 @@ class Trace:
 
     def __len__(self) -> int:
         return self.table.num_rows
+
+    def describe(self, name: str) -> Description:
+        """What a column is, as the plan that made it says; empty for columns that nobody described."""
+        return Description.from_json(self.meta.get("columns", {}).get(name, {}))
+
+    def note(self, kind: type[AnyNote]) -> AnyNote | None:
+        """The plan's note of a type, such as `Windows`; None where there is none."""
+        for notes in self.meta.get("notes", {}).values():
+            for stored in notes.values():
+                if (found := read_note(stored, kind)) is not None:
+                    return found
+        return None
 
     def sample(self, i: int) -> Trace:
         """The rows of completion `i`; raises OpdlabError for one that the trace does not have."""
@@ -82,17 +98,24 @@ class Trace:
         return np.stack(values.to_numpy()) if len(values) else np.zeros((0, 0), np.float32)
 
     def with_columns(self, **columns: Any) -> Trace:
-        """This trace with columns added or replaced, `[rows]` each.
+        """This trace with columns added or replaced.
 
-        Raises InvalidValue for a column that has not one value for each row, or values that no
-        table holds.
+        Args:
+            columns: By name: a list, array or tensor `[rows]`, or a `Column` of them that describes itself.
+
+        Raises:
+            InvalidValue: A column has not one value for each row, or values that no table holds.
         """
-        table = self.table
-        for name, values in columns.items():
+        table, described = self.table, dict(self.meta.get("columns", {}))
+        for name, given in columns.items():
+            described.pop(name, None)
+            values = given
+            if isinstance(given, Column):
+                values, described[name] = given.values, given.description.as_json()
             column = _column(name, values, len(self))
             table = table.drop_columns([name]) if name in table.column_names else table
             table = table.append_column(name, column)
-        return Trace(table, self.meta)
+        return Trace(table, {**self.meta, "columns": described})
 
     def save(self, path: str | os.PathLike[str]) -> Path:
         """Write Parquet, atomically: a reader sees the old file or the new one."""
@@ -123,6 +146,7 @@ class Trace:
         try:
             table = pq.read_table(path, page_checksum_verification=True)
             meta = json.loads((table.schema.metadata or {})[_META])
+            meta = upgrade(meta)
             _check_meta(meta, table)
         except FileNotFoundError:
             raise

@@ -9,44 +9,87 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from functools import cached_property
-from typing import TYPE_CHECKING, Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 
+from opdlab.data.prompt import Prompt
 from opdlab.data.rollout import Rollout
+from opdlab.engine.needs import Access, parse_need
 from opdlab.engine.not_finite import check_graded
 from opdlab.engine.passes import compute
 from opdlab.engine.rows import Rows
 from opdlab.engine.signals import Signals
 from opdlab.errors import MissingPolicy, TokenizerMismatch
-from opdlab.models.graded import States
+from opdlab.models.graded import Graded
 
-if TYPE_CHECKING:
-    from opdlab.tasks import Task
+
+class Judge(Protocol):
+    """What a batch asks of a task: whether there is a verifier, and its scores."""
+
+    @property
+    def verify(self) -> Callable[[Prompt, str], Any] | None: ...
+
+    def scores(self, prompts: Sequence[Prompt], texts: Sequence[str]) -> list[float]:
+        """The verifier's score of each text, from 0 to 1."""
+        ...
+
+
+class Processes(Protocol):
+    """The processes that share a training step."""
+
+    def sum(self, values: Tensor) -> Tensor:
+        """Add up a tensor over all processes."""
+        ...
+
+    def gather(self, values: Tensor) -> Tensor:
+        """Put the rows `[n, ...]` of all processes together, in the order of their ranks; `n` may differ."""
+        ...
+
+
+class OneProcess:
+    """A step that runs in this process alone."""
+
+    def sum(self, values: Tensor) -> Tensor:
+        """The values themselves."""
+        return values
+
+    def gather(self, values: Tensor) -> Tensor:
+        """The values themselves."""
+        return values
 
 
 class Batch:
-    """`rollout` (`B` completions of at most `T` tokens), `policies` by name, the `task` with its
-    verifier, the `step`.
+    """A rollout under all policies of a method.
 
-    `notes`: what a plan wants remembered beside its columns (texts, say); plain JSON data, kept in
-    the step's trace.
+    Attributes:
+        rollout: `B` completions of at most `T` tokens.
+        policies: What the method reads, by name: graders of the rollout, and writers under `….text`.
+        task: Where the prompts are from, with its verifier; None for rollouts of no task.
+        step: Number of the training step, from 0.
+        notes: What a plan wants remembered beside its columns: notes of `opdlab.data.notes`, or plain JSON data.
     """
 
     def __init__(
-        self, rollout: Rollout, policies: Mapping[str, Any], task: Task | None = None, step: int = 0
+        self,
+        rollout: Rollout,
+        policies: Mapping[str, Any],
+        task: Judge | None = None,
+        step: int = 0,
+        processes: Processes | None = None,
     ) -> None:
         self.rollout, self.policies, self.task, self.step = rollout, dict(policies), task, step
         self.notes: dict[str, Any] = {}
-        self._states: dict[str, States] = {}
+        self._processes = processes or OneProcess()
+        self._states: dict[str, Graded] = {}
 
     @property
     def distributions(self) -> list[str]:
         """Names of the policies that grade the student's own tokens (so without `.text` and
         `.spans`).
         """
-        return [name for name in self.policies if not name.endswith((".text", ".spans"))]
+        return [name for name in self.policies if parse_need(name).access is Access.LOGITS]
 
     @property
     def mask(self) -> Tensor:
@@ -54,11 +97,16 @@ class Batch:
         return self.rollout.mask
 
     @property
+    def learn(self) -> Tensor:
+        """`[B, T]`, true on the tokens that the loss sees."""
+        return self.rollout.learn
+
+    @property
     def token(self) -> Tensor:
         """The completion tokens in a row, `[tokens]`."""
         return self.rollout.ids[self.mask]
 
-    def states(self, name: str) -> States:
+    def states(self, name: str) -> Graded:
         """Hidden states of one policy on the whole rollout, without gradient; computed once.
 
         A teacher that is no local model gives what its `grade(rollout)` returns.
@@ -112,6 +160,36 @@ class Batch:
             self.task.scores(self.rollout.prompts, self.rollout.texts),
             device=self.rollout.ids.device,
         )
+
+    def sum(self, values: Tensor) -> Tensor:
+        """Add up a tensor of any shape over all processes."""
+        return self._processes.sum(values)
+
+    def gather(self, values: Tensor, where: Tensor | None = None) -> Tensor:
+        """The values of the learned tokens of all processes together, `[N, ...]`.
+
+        Args:
+            values: `[B, T, ...]` of this process.
+            where: `[B, T]`, which tokens count; those of `learn` by default.
+
+        Returns:
+            The same in every process, for statistics of the whole step: quantiles, thresholds, counts.
+        """
+        return self._processes.gather(values[self.learn if where is None else where])
+
+    def mean(self, values: Tensor, where: Tensor | None = None) -> Tensor:
+        """The mean of `values [B, T, ...]` over the learned tokens of all processes; NaN where there are none.
+
+        Args:
+            values: `[B, T, ...]` of this process.
+            where: `[B, T]`, which tokens count; those of `learn` by default.
+
+        Returns:
+            `[...]` in float64, the same in every process.
+        """
+        chosen = values[self.learn if where is None else where].double()
+        count = torch.full_like(chosen.sum(0), len(chosen))
+        return self._processes.sum(chosen.sum(0)) / self._processes.sum(count)
 
     def flatten(self, values: Tensor) -> Tensor:
         """`[B, T, ...]` to `[tokens, ...]`, rows in order, without the padding."""

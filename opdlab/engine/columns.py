@@ -10,19 +10,17 @@ per completion: opdlab cannot see which was meant.
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from opdlab.engine.loss_contract import adding_note
+from opdlab.data.column import Column
+from opdlab.engine.batch import Batch
 from opdlab.engine.rows import Rows
 from opdlab.errors import BadPlan
 from opdlab.support.expect import shortened
-
-if TYPE_CHECKING:
-    from opdlab.engine.batch import Batch
 
 # Columns of every trace (`opdlab.data.trace`) and numbers of every policy
 # (`opdlab.engine.signals`).
@@ -59,51 +57,6 @@ USUAL_POLICIES = (
 OF_ROWS = ("token", "columns", "distributions")  # attributes that only instances of Rows have
 
 
-def run_plan(method: Any, batch: Batch) -> dict[str, Tensor]:
-    """Let a method plan for a batch.
-
-    Args:
-        method: With or without a `plan`.
-        batch: What the plan sees. Its `notes` are plain JSON data afterwards.
-
-    Returns:
-        The columns, `[tokens, ...]` each.
-
-    Raises:
-        BadPlan: The plan returned something else than columns, or changed the rollout.
-    """
-    if not hasattr(method, "plan"):
-        return {}
-    rollout = batch.rollout
-    before = {
-        name: getattr(rollout, name).clone() for name in ("ids", "lengths", "logp", "entropy")
-    }
-    with adding_note(f"Raised by the plan of {type(method).__name__} in step {batch.step + 1}."):
-        plan = method.plan(batch)
-    changed = next(
-        (name for name, tensor in before.items() if not _is_same(tensor, getattr(rollout, name))),
-        None,
-    )
-    if changed or batch.rollout is not rollout:
-        raise BadPlan(
-            f"plan changed batch.rollout{f'.{changed}' if changed else ''}, which the loss, the"
-            " rewards and the trace read too. Work on a copy, such as batch.rollout.ids.clone(),"
-            " and return what you computed as a column."
-        )
-    if not isinstance(plan, Mapping):
-        raise BadPlan(
-            f"plan returned {shortened(plan) if not isinstance(plan, Tensor) else 'a tensor'}."
-            " Return columns by name, such as {'advantage': tensor}, or {} for none."
-        )
-    batch.notes = {str(key): plain_data(value, str(key)) for key, value in batch.notes.items()}
-    needs = getattr(method, "needs", ())
-    graded = [
-        "student",
-        *([needs] if isinstance(needs, str) else needs),
-    ]  # a batch may hold more policies than the trace has
-    return {name: flatten(batch, name, column, graded) for name, column in plan.items()}
-
-
 def flatten(batch: Batch, name: str, column: Any, graded: Iterable[str] | None = None) -> Tensor:
     """A plan's column as `[tokens, ...]`, without gradient, on the rollout's device.
 
@@ -117,6 +70,8 @@ def flatten(batch: Batch, name: str, column: Any, graded: Iterable[str] | None =
         BadPlan: The name is taken or cannot be read as `rows.<name>`, or the column has not one
             value per token.
     """
+    if isinstance(column, Column):
+        column = column.values
     check_name(name, batch.policies, list(batch.policies if graded is None else graded))
     if isinstance(column, (bool, int, float, np.bool_, np.number)):
         column = torch.tensor(column).expand(batch.mask.shape)
@@ -220,5 +175,5 @@ def _as_tensor(name: str, column: Any) -> Tensor:
     return column
 
 
-def _is_same(one: Tensor, other: Tensor) -> bool:
+def is_same(one: Tensor, other: Tensor) -> bool:
     return one.shape == other.shape and bool(((one == other) | (one.isnan() & other.isnan())).all())

@@ -26,7 +26,7 @@ from opdlab.engine.loss_contract import (
 from opdlab.engine.not_finite import explain
 from opdlab.engine.rows import Rows
 from opdlab.errors import MissingPolicy, NonFinite
-from opdlab.models.graded import States, log_softmax_in_place
+from opdlab.models.graded import Graded, States, log_softmax_in_place
 
 CHUNK_BYTES = {
     "cpu": 16 << 20,
@@ -48,6 +48,27 @@ class Pass:
     columns: dict[str, Tensor] = field(default_factory=dict)
     is_checked: bool = False
 
+    def spread(self, index: Tensor, tokens: int) -> Pass:
+        """The same for `tokens` tokens, of which these are the numbers at `index`; zero elsewhere."""
+
+        def placed(values: Tensor) -> Tensor:
+            out = values.new_zeros(tokens, *values.shape[1:])
+            out[index] = values
+            return out
+
+        columns = {name: placed(column) for name, column in self.columns.items()}
+        return Pass(placed(self.loss), placed(self.gradient), columns, self.is_checked)
+
+
+def student_states(states: Mapping[str, Graded]) -> States:
+    """The student's states, which are always a local model's."""
+    student = states["student"]
+    if not isinstance(student, States):
+        raise MissingPolicy(
+            "The student must be a local model. Its top log-probs alone cannot be trained."
+        )
+    return student
+
 
 def chunks(tokens: int, vocab: int, device: torch.device, chunk: int | None = None) -> list[slice]:
     """Slices of tokens such that one `[chunk, V]` buffer keeps to the memory budget; no tokens give
@@ -59,7 +80,7 @@ def chunks(tokens: int, vocab: int, device: torch.device, chunk: int | None = No
 
 def compute(
     fn: Callable[[Rows], Any],
-    states: Mapping[str, States],
+    states: Mapping[str, Graded],
     token: Tensor,
     columns: Mapping[str, Tensor] | None = None,
     chunk: int | None = None,
@@ -82,7 +103,7 @@ def compute(
 
 def gradient(
     loss: Callable[[Rows], Tensor],
-    states: Mapping[str, States],
+    states: Mapping[str, Graded],
     token: Tensor,
     weight: Tensor,
     columns: Mapping[str, Tensor] | None = None,
@@ -114,7 +135,7 @@ def gradient(
     """
     if "student" not in states:
         raise MissingPolicy("gradient needs the student's states. Pass states={'student': …}.")
-    student = states["student"]
+    student = student_states(states)
     is_checked = not check or _check_loss(loss, states, token, columns or {}, chunk)
     noted: dict[str, Tensor] = {}
     out = torch.empty_like(student.hidden, dtype=student.head.precision(student.hidden))
@@ -136,7 +157,7 @@ def gradient(
 
 def _check_loss(
     loss: Callable[[Rows], Tensor],
-    states: Mapping[str, States],
+    states: Mapping[str, Graded],
     token: Tensor,
     columns: Mapping[str, Tensor],
     chunk: int | None,
@@ -152,7 +173,7 @@ def _check_loss(
 
 def _one_chunk(
     loss: Callable[[Rows], Tensor],
-    states: Mapping[str, States],
+    states: Mapping[str, Graded],
     token: Tensor,
     weight: Tensor,
     columns: Mapping[str, Tensor],
@@ -162,7 +183,7 @@ def _one_chunk(
 
     A function of its own, so that its `[n, V]` buffers die before the next.
     """
-    student = states["student"]
+    student = student_states(states)
     with torch.no_grad():
         fixed = {name: s.logp() for name, s in states.items() if name != "student"}
         logits = student.head(student.hidden)
@@ -185,7 +206,7 @@ def _one_chunk(
 
 
 def _check_finite(
-    result: Pass, states: Mapping[str, States], token: Tensor, columns: Mapping[str, Tensor]
+    result: Pass, states: Mapping[str, Graded], token: Tensor, columns: Mapping[str, Tensor]
 ) -> None:
     bad = ~(torch.isfinite(result.loss) & torch.isfinite(result.gradient).all(-1))
     if not bool(bad.any()):

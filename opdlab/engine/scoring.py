@@ -9,13 +9,15 @@ import numpy as np
 import pyarrow as pa
 from torch import Tensor
 
+from opdlab.data.notes import Windows, read_note
 from opdlab.data.prompt import Prompt
 from opdlab.data.rollout import Rollout
 from opdlab.data.tokens import token_bytes
-from opdlab.data.trace import Trace
+from opdlab.data.trace import FORMAT, Trace
 from opdlab.engine import signals
 from opdlab.engine.batch import Batch
 from opdlab.engine.passes import compute
+from opdlab.engine.planned import Planned
 from opdlab.errors import MissingPolicy, OpdlabError
 from opdlab.models.policy import Policy
 from opdlab.models.same_tokens import check_same_tokens
@@ -83,21 +85,26 @@ def _check_grades(name: str, policy: Any, student: Policy, rollout: Rollout) -> 
 
 def record_trace(
     rollout: Rollout,
-    policies: Mapping[str, Policy],
+    policies: Mapping[str, Any],
     columns: Mapping[str, Tensor],
     *,
     run: str = "",
     step: int = -1,
-    plan: Mapping[str, Tensor] | None = None,
-    notes: Mapping[str, Any] | None = None,
-    method: Mapping[str, str] | None = None,
+    planned: Planned | None = None,
 ) -> Trace:
-    """A trace from flat columns `[tokens, ...]`; `grad_norm`, where there is one, gives each
-    token's `share` too.
+    """Make a trace of a rollout.
 
-    notes: plain data that a plan left in `batch.notes`; kept in `meta`. method: who planned the
-        columns (`planner_of`).
+    Args:
+        rollout: What was written.
+        policies: Who graded it, by name; the student's tokenizer gives the bytes of the tokens.
+        columns: Numbers of every token, `[tokens, ...]` each. `grad_norm`, where there is one, gives each token's
+            `share` too.
+        run: Names the run.
+        step: The training step, from 1; -1 for none.
+        planned: What a method planned for the rollout: its columns, their descriptions and its notes are kept.
     """
+    plan = {} if planned is None else planned.columns
+    notes = {} if planned is None else planned.notes
     ids = [i for row in rollout.completions() for i in row]
     sample = np.repeat(np.arange(len(rollout)), rollout.lengths.tolist())
     data: dict[str, Any] = {
@@ -108,50 +115,48 @@ def record_trace(
         "position": np.concatenate([np.arange(n) for n in rollout.lengths.tolist()]),
         "token_id": np.array(ids, np.int64),
     }
-    for name, value in {**columns, **(plan or {})}.items():
-        array = value.detach().cpu().numpy()
-        data[name] = (
-            pa.array(list(array), pa.list_(pa.from_numpy_dtype(array.dtype)))
-            if array.ndim > 1
-            else array
-        )
+    if not bool(rollout.learned.all()) or bool(rollout.turn.any()):  # several turns
+        data["turn"] = rollout.turn[rollout.mask].cpu().numpy()
+        data["learn"] = rollout.learned.cpu().numpy()
+    for name, value in {**columns, **plan}.items():
+        data[name] = _table_column(value)
     if "grad_norm" in columns:
         data |= gradient_shares(data["grad_norm"])
     tokenizer = policies["student"].tokenizer
     support = columns["support"].flatten().tolist() if "support" in columns else []
-    noted = [i for i in _noted_tokens(notes or {}) if i < len(tokenizer)]
+    noted = [i for i in _tokens_in_notes(notes) if i < len(tokenizer)]
     seen = sorted({*ids, *support, *noted} - {-1})
-    vocab = {
-        str(i): piece.decode("latin-1")
-        for i, piece in zip(seen, token_bytes(tokenizer, seen), strict=True)
-    }
+    pieces = zip(seen, token_bytes(tokenizer, seen), strict=True)
+    name = "" if planned is None else name_of_planner(planned.method)
     meta = {
+        "format": FORMAT,
         "policies": list(policies),
-        "plan": list(plan or {}),
+        "plan": list(plan),
+        "columns": {}
+        if planned is None
+        else {k: d.as_json() for k, d in planned.descriptions.items()},
         "texts": list(rollout.texts),
         "finish": list(rollout.finish),
-        "prompts": [_prompt_text(p) for p in rollout.prompts],
-        "vocab": vocab,
-        "notes": dict(notes or {}),
-        **({} if method is None else {"method": dict(method)}),
+        "prompts": [_prompt_text(prompt) for prompt in rollout.prompts],
+        "vocab": {str(i): piece.decode("latin-1") for i, piece in pieces},
+        "method": name,
+        "notes": {name: dict(notes)} if notes else {},
     }
     return Trace(pa.table(data), meta)
 
 
-def planner_of(method: Any) -> dict[str, str]:
-    """Return which method planned, as a trace keeps it: its `name`, and the class that holds its
-    `plan` as `planner`.
+def name_of_planner(method: Any) -> str:
+    """The name under which a trace keeps a method's notes: its class, or the function it was made of."""
+    function = getattr(method, "function", None)
+    return str(getattr(function, "__name__", type(method).__name__))
 
-    So pictures give a column `route` the meaning that it has in DOPD only where DOPD's own plan
-    made it, and not a method of the same name or a subclass with a plan of its own.
-    """
-    kind = type(method)
-    planner = next((owner for owner in kind.__mro__ if "plan" in vars(owner)), kind)
-    is_own = "plan" in getattr(method, "__dict__", {})  # set on this object alone
-    return {
-        "name": kind.__name__,
-        "planner": "" if is_own else f"{planner.__module__}.{planner.__qualname__}",
-    }
+
+def _table_column(value: Tensor) -> Any:
+    """A flat column as a table holds it: an array, or lists where each token has several values."""
+    array = value.detach().cpu().numpy()
+    if array.ndim == 1:
+        return array
+    return pa.array(list(array), pa.list_(pa.from_numpy_dtype(array.dtype)))
 
 
 def _named(value: Any) -> str:
@@ -173,17 +178,13 @@ def _prompt_text(prompt: Prompt) -> str:
     return content or ""
 
 
-def _noted_tokens(notes: Mapping[str, Any]) -> Iterator[int]:
-    """Token ids in the windows that TOPD notes; notes of the same name of somebody else's have
-    another form.
-    """
-    windows = notes.get("windows")
-    for window in windows if isinstance(windows, list) else []:
-        for name in ("student", "teacher"):
-            ids = window.get(name) if isinstance(window, Mapping) else None
-            yield from (
-                i for i in (ids if isinstance(ids, list) else []) if type(i) is int and i >= 0
-            )
+def _tokens_in_notes(notes: Mapping[str, Any]) -> Iterator[int]:
+    """Token ids in a step's `Windows`, whose texts the pictures show."""
+    for stored in notes.values():
+        note = read_note(stored, Windows)
+        for window in note.windows if note else []:
+            for side in ("student", "teacher"):
+                yield from (int(i) for i in window.get(side) or [])
 
 
 def gradient_shares(norm: np.ndarray) -> dict[str, np.ndarray]:

@@ -16,9 +16,8 @@ from torch import Tensor
 
 from opdlab.data.rollout import Rollout
 from opdlab.engine.batch import Batch
-from opdlab.engine.columns import run_plan
 from opdlab.engine.passes import Pass
-from opdlab.engine.passes import gradient as engine
+from opdlab.engine.planned import run_plan
 from opdlab.exact.laws import law
 from opdlab.exact.table import Table, everything
 from opdlab.methods.conversion import as_method
@@ -77,12 +76,8 @@ def loss_pass(
     `loss`, weighted `gradient [tokens, V]`, `grad_norm`.
     """
     chosen: Any = as_method(method, "exact.gradient")
-    batch = Batch(rollout, policies, task)
-    columns = run_plan(chosen, batch)
-    states = {name: batch.states(name) for name in batch.distributions}
-    return engine(
-        chosen.loss, states, batch.token, weight.repeat_interleave(rollout.lengths), columns
-    )
+    planned = run_plan(chosen, Batch(rollout, policies, task))
+    return planned.gradient(weight.repeat_interleave(rollout.lengths))
 
 
 def differences(objective: Callable[[Table], Tensor], table: Table, step: float = 1e-5) -> Tensor:

@@ -18,8 +18,8 @@ from typing import TYPE_CHECKING, Any, Protocol, overload, runtime_checkable
 from torch import Tensor
 
 from opdlab.engine.batch import Batch
+from opdlab.engine.needs import parse_needs
 from opdlab.errors import InvalidValue
-from opdlab.methods.needs import parse_needs
 from opdlab.support.expect import shortened
 
 if TYPE_CHECKING:
@@ -93,6 +93,17 @@ def method(needs: Any = DEFAULT_NEEDS, plan: Planner | None = None) -> Any:
     names = (needs,) if isinstance(needs, str) else needs
     parse_needs(names, "opdlab.method")
     return lambda function: method_of_function(function, names, plan)
+
+
+def student_share(method: Any) -> float:
+    """The share of prompts whose completion the student writes: the method's `on_policy`, 1 by default."""
+    return float(getattr(method, "on_policy", 1.0))
+
+
+def writer_names(method: Any) -> tuple[str, ...]:
+    """Who writes the other completions: the method's `writer`, the teacher by default."""
+    writer = getattr(method, "writer", "teacher")
+    return (writer,) if isinstance(writer, str) else tuple(writer)
 
 
 def name_of(method: Any) -> str:

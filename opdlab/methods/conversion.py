@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from opdlab import methods
+from opdlab.engine.needs import did_you_mean, parse_needs
 from opdlab.errors import InvalidValue
 from opdlab.methods.contract import (
     DEFAULT_NEEDS,
@@ -17,7 +18,6 @@ from opdlab.methods.contract import (
     name_of,
     parameters_of,
 )
-from opdlab.methods.needs import did_you_mean, parse_needs
 from opdlab.support.expect import is_model, shortened
 from opdlab.support.validation import Share, validate
 

@@ -27,9 +27,9 @@ from enum import IntEnum
 from typing import Any, ClassVar, Literal
 
 import torch
-from accelerate.utils import gather, pad_across_processes
 from torch import Tensor
 
+from opdlab.data.column import Column, Kind
 from opdlab.engine.batch import Batch
 from opdlab.engine.rows import Rows
 from opdlab.errors import InvalidValue
@@ -55,6 +55,10 @@ class Route(IntEnum):
     LL = 1
     HT = 2
     HS = 3
+
+
+ROUTE_LABELS = ("LH agree, sure", "LL agree, unsure", "HT teacher leads", "HS student leads")
+ROUTE_HUES = ("amount", "minus", "teacher", "student")
 
 
 def gap(logp_teacher: Tensor, logp_student: Tensor) -> Tensor:
@@ -155,16 +159,46 @@ class DOPD:
     def needs(self) -> tuple[str, ...]:
         return (TEACHER, ANCHORS[self.anchor])
 
-    def plan(self, batch: Batch) -> dict[str, Tensor]:
+    def plan(self, batch: Batch) -> dict[str, Column]:
         student = ANCHORS[self.anchor] if self.gap_student == "privileged" else "student"
         logp = batch.map(
             lambda rows: torch.stack([rows.logp_of(TEACHER), rows.logp_of(student)], -1),
             needs=(TEACHER, student),
         )
         ours, theirs = logp[..., 1], logp[..., 0]
-        limits = _limits(logp[batch.mask], self.trim)
-        batch.notes["thresholds"] = {"gap": limits[0], "confidence": limits[1]}
-        return {"route": route(theirs, ours, batch.mask, limits=limits), "gap": gap(theirs, ours)}
+        everyone = batch.gather(
+            logp
+        )  # the means are those of the step, however many processes share it
+        is_token = torch.ones(len(everyone), dtype=torch.bool, device=everyone.device)
+        limits = thresholds(everyone[:, 0], everyone[:, 1], is_token, self.trim)
+        sides = (TEACHER, student)
+        return {
+            "route": Column(
+                route(theirs, ours, batch.mask, limits=limits),
+                "gap low or high (L, H); then confidence high or low, or who leads",
+                labels=ROUTE_LABELS,
+                hues=ROUTE_HUES,
+            ),
+            "gap": Column(
+                gap(theirs, ours),
+                "|log T(y) − log S(y)|, y the sampled token",
+                unit="nats",
+                kind=Kind.AMOUNT,
+                compares=sides,
+                threshold=limits[0],
+                less="agree",
+                more="apart",
+            ),
+            "confidence": Column(
+                (theirs.exp() + ours.exp()) * batch.mask,
+                "T(y) + S(y), y the sampled token",
+                kind=Kind.AMOUNT,
+                compares=sides,
+                threshold=limits[1],
+                less="unsure",
+                more="sure",
+            ),
+        }
 
     def loss(self, rows: Rows) -> Tensor:
         if not self.adaptive:
@@ -205,12 +239,3 @@ class DOPD:
 def _mean(values: Tensor) -> float:
     """The mean, kept from rounding past the least or the greatest: equal values must tie with it."""
     return float(values.mean().clamp(values.min(), values.max()))
-
-
-def _limits(logp: Tensor, trim: float) -> tuple[float, float]:
-    """`thresholds` of `[tokens, 2]`, over the tokens of all processes: the means are the step's,
-    however many share it.
-    """
-    if torch.distributed.is_available() and torch.distributed.is_initialized():
-        logp = gather(pad_across_processes(logp, dim=0, pad_index=torch.nan))
-    return thresholds(logp[:, 0], logp[:, 1], ~logp[:, 0].isnan(), trim)

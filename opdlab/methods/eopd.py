@@ -13,6 +13,7 @@ from typing import ClassVar
 
 from torch import Tensor
 
+from opdlab.data.column import Column
 from opdlab.engine.batch import Batch
 from opdlab.engine.rows import Rows
 from opdlab.losses.divergences import TopK, entropy, forward_kl, reverse_kl
@@ -38,9 +39,15 @@ class EOPD:
     def __post_init__(self) -> None:
         validate_fields(self)
 
-    def plan(self, batch: Batch) -> dict[str, Tensor]:
+    def plan(self, batch: Batch) -> dict[str, Column]:
         high = batch.map(lambda rows: entropy(rows.teacher), needs=("teacher",)) > self.threshold
-        return {"gated": high.long()}
+        return {
+            "gated": Column(
+                high.long(),
+                "whether the teacher's entropy is above the threshold",
+                labels=("reverse KL alone", "gated: forward KL too"),
+            )
+        }
 
     def loss(self, rows: Rows) -> Tensor:
         loss = reverse_kl(rows.student, rows.teacher)

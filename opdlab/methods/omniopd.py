@@ -24,12 +24,14 @@ import math
 import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import ClassVar, Literal
+from typing import Any, ClassVar, Literal
 
 import torch
 from torch import Tensor
 
 from opdlab.data.alignment import decode_bytes, starts_character, text_of
+from opdlab.data.column import Column
+from opdlab.data.notes import Chunks
 from opdlab.data.seeds import seed_of
 from opdlab.engine.batch import Batch
 from opdlab.engine.rows import Rows
@@ -126,17 +128,17 @@ class OmniOPD:
                 stacklevel=3,
             )
 
-    def plan(self, batch: Batch) -> dict[str, Tensor]:
+    def plan(self, batch: Batch) -> dict[str, Tensor | Column]:
         audits = self.schedule(batch)
         texts = self.ask(batch, audits)
         similarity = (
             SIMILARITIES[self.similarity] if isinstance(self.similarity, str) else self.similarity
         )
-        columns = {
+        columns: dict[str, Any] = {
             name: torch.zeros_like(batch.rollout.logp)
             for name in ("audited", "weight", "similarity")
         }
-        batch.notes["audits"] = []
+        chunks: list[dict[str, Any]] = []
         for audit, written in zip(audits, texts, strict=True):
             phi = [checked(similarity, audit.text, text) for text in written]
             weight = posterior(
@@ -152,7 +154,7 @@ class OmniOPD:
                 ("similarity", math.fsum(phi) / len(phi)),
             ):
                 columns[name][where] = value
-            batch.notes["audits"].append(
+            chunks.append(
                 {
                     "sample": audit.sample,
                     "start": audit.start,
@@ -164,8 +166,14 @@ class OmniOPD:
                     "weight": weight,
                 }
             )
-        _warn(batch.notes["audits"])
-        return columns
+        _warn(chunks)
+        batch.notes["chunks"] = Chunks(chunks, facts={"alpha": self.alpha})
+        audited = Column(
+            columns["audited"].long(),
+            "whether the token is in a chunk that was compared with the teacher's texts",
+            labels=("anchored", "audited"),
+        )
+        return columns | {"audited": audited}
 
     def loss(self, rows: Rows) -> Tensor:
         audit = -rows.weight * rows.logp

@@ -31,6 +31,7 @@ import torch
 from torch import Tensor
 
 from opdlab.data.alignment import Span, decode_bytes, nats_per_byte, one_to_one, spans
+from opdlab.data.notes import Alignments
 from opdlab.data.prompt import Prompt
 from opdlab.data.rollout import Rollout
 from opdlab.engine.batch import Batch
@@ -91,7 +92,7 @@ class SpanOPD:
         logp = batch.map(lambda rows: rows.logp, needs=("student",))
         columns = {name: torch.zeros_like(logp) for name in ("advantage", "one_to_one", "span_kl")}
         columns |= {"planned_logp": logp, "span": torch.full_like(logp, -1)}
-        batch.notes["spans"] = []
+        shown: list[dict[str, Any]] = []
         for reading, theirs in zip(readings, _teacher_logp(batch, readings), strict=True):
             b = reading.sample
             gap = torch.stack(
@@ -102,9 +103,10 @@ class SpanOPD:
                 columns["span_kl"][b, ours] = gap[k] / len(ours)
                 columns["one_to_one"][b, ours] = float(len(ours) == len(other) == 1)
                 columns["span"][b, ours] = k
-            if len(batch.notes["spans"]) < SHOWN:
-                batch.notes["spans"].append(_shown(reading, gap))
-        batch.notes["alignment"] = _summary(batch, readings, columns["span_kl"])
+            if len(shown) < SHOWN:
+                shown.append(_shown(reading, gap))
+        facts = _summary(batch, readings, columns["span_kl"])
+        batch.notes["alignments"] = Alignments(shown, facts=facts)
         return columns
 
     def loss(self, rows: Rows) -> Tensor:

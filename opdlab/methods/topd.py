@@ -30,6 +30,8 @@ from typing import Any, ClassVar, Literal
 import torch
 from torch import Tensor
 
+from opdlab.data.column import Column, Kind
+from opdlab.data.notes import Windows
 from opdlab.engine.batch import Batch
 from opdlab.engine.rows import Rows
 from opdlab.errors import InvalidValue, MissingPolicy
@@ -116,7 +118,7 @@ class TOPD:
         validate_fields(self)
         windows.solve([], self.epsilon)  # raises for a bad epsilon
 
-    def plan(self, batch: Batch) -> dict[str, Tensor]:
+    def plan(self, batch: Batch) -> dict[str, Tensor | Column]:
         began, rollout, policies = time.perf_counter(), batch.rollout, batch.policies
         _check_writes(policies["teacher"])
         score, room = (
@@ -135,20 +137,31 @@ class TOPD:
         kept = distance > limit + 1e-9  # equal up to rounding is not above
         plans = self._plans(batch, points, teacher)
         drawn = plans if self.student_window == "rollout" else exact
-        batch.notes["windows"] = _notes(points, student, teacher, distance, kept, drawn)
-        batch.notes["topd"] = {
+        facts = {
             "candidates": len(points),
             "divergent": int(kept.sum()),
-            "threshold": limit,
             "teacher_tokens": sum(map(len, teacher)) + more,
             "seconds": time.perf_counter() - began,
         }
+        compared = _notes(points, student, teacher, distance, kept, drawn)
+        batch.notes["windows"] = Windows(compared, threshold=limit, facts=facts)
         real = [i for i in range(len(points)) if kept[i]]
-        columns = windows.scatter(
+        told = windows.scatter(
             rollout, [points[i] for i in real], [teacher[i] for i in real], [plans[i] for i in real]
         )
-        columns["divergent"] = _placed(batch, points, kept.long(), 0)
-        columns["window_distance"] = _placed(batch, points, distance.float(), math.nan)
+        columns: dict[str, Tensor | Column] = {**told}
+        columns["divergent"] = Column(
+            _placed(batch, points, kept.long() + 1, 0),
+            "whether the windows of student and teacher differ from here on",
+            labels=("no candidate", "false alarm", "real fork"),
+        )
+        columns["window_distance"] = Column(
+            _placed(batch, points, distance.float(), math.nan),
+            "optimal transport cost between the windows of student and teacher",
+            kind=Kind.AMOUNT,
+            compares=("teacher", "student"),
+            threshold=limit,
+        )
         return columns | (
             {"downweight": self._downweights(batch, points, distance)} if self.downweight else {}
         )

@@ -21,7 +21,7 @@ from collections.abc import Mapping
 from dataclasses import asdict
 from enum import Enum
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from safetensors.torch import save, save_file
@@ -31,26 +31,16 @@ from opdlab.errors import DamagedFile, OpdlabError
 from opdlab.models import model_files
 from opdlab.models.policy import Policy
 from opdlab.support.tensor_files import check_same_tensors, copy_tensors, read_tensors
+from opdlab.support.version import VERSION
 from opdlab.training import method_state, run_folder
 from opdlab.training.resolution import trained_tensors
-
-if TYPE_CHECKING:
-    from opdlab.training.run import Run
+from opdlab.training.state import RunState
 
 _PEFT = "base_model.model."  # the prefix under which PEFT stores adapters
 FORMAT = 2  # of run.json; files without it are of the first
 
 
-def __getattr__(name: str) -> Any:
-    """`checkpoint.resume` is `opdlab.resume`."""
-    if name == "resume":
-        from opdlab.training.resuming import resume
-
-        return resume
-    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-
-
-def write(run: Run, folder: Path) -> Path:
+def write(run: RunState, folder: Path) -> Path:
     """Save `run` as `folder/step-NNNNNN`; returns that path.
 
     Raises:
@@ -80,7 +70,7 @@ def write(run: Run, folder: Path) -> Path:
     return final
 
 
-def update_history(run: Run, step: Path) -> None:
+def update_history(run: RunState, step: Path) -> None:
     """Write what was measured after the checkpoint of this step: an evaluation that came later.
 
     At every moment the manifest fits the files: it allows the old and the new history while one
@@ -171,7 +161,7 @@ def _contiguous(values: Mapping[str, Tensor]) -> dict[str, Tensor]:
     return {name: value.detach().contiguous() for name, value in values.items()}
 
 
-def _write_weights(run: Run, folder: Path) -> None:
+def _write_weights(run: RunState, folder: Path) -> None:
     weights, name = run.student.weights, run.student.adapter
     if name is None:
         model_files.write_model(weights, folder)
@@ -188,7 +178,7 @@ def _write_weights(run: Run, folder: Path) -> None:
     )
 
 
-def _new_embeddings(run: Run) -> dict[str, Tensor]:
+def _new_embeddings(run: RunState) -> dict[str, Tensor]:
     """Embeddings that no file of the base model holds, those aside that the adapter trains itself."""
     weights, name = run.student.weights, run.student.adapter
     if name is None or not run.has_new_embeddings:
@@ -199,7 +189,7 @@ def _new_embeddings(run: Run) -> dict[str, Tensor]:
     }
 
 
-def _optimizer_state(run: Run) -> dict[str, Tensor]:
+def _optimizer_state(run: RunState) -> dict[str, Tensor]:
     names = {id(p): plain_name(name, run.student.adapter) for name, p in run.parameters.items()}
     return {
         f"{key}/{names[id(p)]}": value.detach().contiguous()
@@ -208,9 +198,7 @@ def _optimizer_state(run: Run) -> dict[str, Tensor]:
     }
 
 
-def _description(run: Run, folder: Path) -> dict[str, Any]:
-    import opdlab
-
+def _description(run: RunState, folder: Path) -> dict[str, Any]:
     identity = run.identity
     name = type(run.method).__name__
     return {
@@ -233,12 +221,12 @@ def _description(run: Run, folder: Path) -> dict[str, Any]:
         "embeddings": sorted(_new_embeddings(run)),
         "processes": run.accelerator.num_processes,
         "snapshots": _write_snapshots(run, folder / "snapshots"),
-        "opdlab": opdlab.__version__,
+        "opdlab": VERSION,
         "torch": torch.__version__,
     }
 
 
-def _write_snapshots(run: Run, folder: Path) -> dict[str, dict[str, str]]:
+def _write_snapshots(run: RunState, folder: Path) -> dict[str, dict[str, str]]:
     """Save those snapshots that are not there yet; their files by step. Equal ones share a name,
     different ones never do.
     """

@@ -6,7 +6,7 @@ its sums. So the history is the same for any number of processes and any micro-b
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 
 import torch
 from torch import Tensor
@@ -14,9 +14,7 @@ from torch import Tensor
 from opdlab.engine.batch import Batch
 
 
-def measure_step(
-    batch: Batch, columns: Mapping[str, Tensor], weight: Tensor, add_up: Callable[[Tensor], Tensor]
-) -> dict[str, float]:
+def measure_step(batch: Batch, columns: Mapping[str, Tensor], weight: Tensor) -> dict[str, float]:
     """Compute the metrics of a step.
 
     Args:
@@ -24,7 +22,6 @@ def measure_step(
         columns: Numbers of its tokens, `[tokens]` each: `loss`, `student_entropy`, and
             `..._reverse_kl` where a teacher grades.
         weight: `[tokens]`, each token's share in the loss of the whole batch.
-        add_up: Sums a tensor over all processes.
 
     Returns:
         `loss`; means per token of `reverse_kl` (nats, of the first teacher) and `entropy` (nats);
@@ -32,7 +29,7 @@ def measure_step(
         of them and a verifier can judge, `reward`; the count `tokens`.
     """
     sums = _local_sums(batch, columns, weight)
-    total = add_up(torch.tensor(list(sums.values()), dtype=torch.float64, device=weight.device))
+    total = batch.sum(torch.tensor(list(sums.values()), dtype=torch.float64, device=weight.device))
     summed = dict(zip(sums, total.tolist(), strict=True))
     completions, tokens = summed["completions"], summed["tokens"]
     metrics = {"loss": summed["loss"]}
@@ -47,21 +44,21 @@ def measure_step(
 
 def _local_sums(batch: Batch, columns: Mapping[str, Tensor], weight: Tensor) -> dict[str, float]:
     """This process's sums. The names are the same in all processes, whoever wrote their texts."""
-    rollout = batch.rollout
+    rollout, learned = batch.rollout, batch.rollout.learned
     by_others = sum(writer != "student" for writer in rollout.writer)
     sums = {
         "completions": float(len(rollout)),
-        "tokens": float(rollout.tokens),
+        "tokens": float(rollout.learn.sum()),
         "by_others": float(by_others),
         "loss": _summed(columns["loss"] * weight),
-        "entropy": _summed(columns["student_entropy"]),
-        "length": _summed(rollout.lengths),
+        "entropy": _summed(columns["student_entropy"] * learned),
+        "length": float(rollout.learn.sum()),
         "cut": float(sum(finish == "length" for finish in rollout.finish)),
         "empty": _summed(rollout.lengths == 0),
     }
     kl = next((name for name in columns if name.endswith("_reverse_kl")), None)
     if kl is not None:
-        sums["reverse_kl"] = _summed(columns[kl])
+        sums["reverse_kl"] = _summed(columns[kl] * learned)
     if batch.task is not None and batch.task.verify is not None:
         sums["reward"] = 0.0 if by_others else _summed(batch.rewards)
     return sums

@@ -8,18 +8,93 @@ go on stops there again.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from opdlab.data.prompt import Prompt, name_of, own_hint
-from opdlab.errors import ContextTooLong, MissingHint, OpdlabError
+from opdlab.data.sampling_config import SamplingConfig
+from opdlab.engine.needs import Access, parse_need
+from opdlab.errors import ContextTooLong, MissingHint, MissingPolicy, OpdlabError
+from opdlab.methods import Method
+from opdlab.methods.contract import name_of as name_of_method
+from opdlab.methods.contract import student_share, writer_names
 from opdlab.models.policy import Policy, find_too_long
+from opdlab.models.protocols import Checked, Sampler, Writer
+from opdlab.models.same_tokens import check_same_tokens
+from opdlab.models.text_rollouts import rollout_from_texts
+from opdlab.tasks import Task
+from opdlab.teachers.writing import options_for
+from opdlab.training.rehearsal import rehearse
+from opdlab.training.resolution import missing_policy_error
 from opdlab.training.settings import Settings
-
-if TYPE_CHECKING:
-    from opdlab.tasks import Task
+from opdlab.training.state import RunState
 
 DRAWN = 128  # prompts that are looked at where a task draws new ones without end
 NAMED = 5  # prompts that an error names
+
+
+def check_run(run: RunState) -> None:
+    """Check models, method and every prompt of the task, before any compute is spent.
+
+    Args:
+        run: A run whose policies are resolved.
+
+    Raises:
+        MissingPolicy: The method needs a policy that nobody gave, or an ability that the policy lacks.
+        TokenizerMismatch: A policy that grades does not share the student's tokens.
+        MissingHint: A policy reads hints, and a prompt has none.
+        ContextTooLong: A prompt does not fit a policy's context.
+    """
+    settings, method, student = run.settings, run.method, run.student
+    for name in method.needs:
+        if name not in run.policies:
+            raise missing_policy_error(method, name)
+    prompts = prompts_to_check(run.task, settings)
+    share = student_share(method)
+    writers = writer_names(method) if share < 1 else ()
+    answers = check_answers(prompts) if "answer" in writers else None
+    config = SamplingConfig(temperature=settings.temperature, top_p=settings.top_p)
+    for name in writers:
+        writer = run.teacher if name == "teacher" else run.policies.get(name)
+        if isinstance(writer, Writer) and not isinstance(writer, Sampler):
+            options_for(writer, config)
+    rehearse(method, run.policies, run.task, prompts[0])
+    everyone = dict(run.policies)
+    if writers and run.teacher is not None:
+        everyone["writer"] = run.teacher
+    local: dict[str, Policy] = {}
+    for name, policy in everyone.items():
+        if isinstance(policy, Policy):
+            if name == "writer" or parse_need(name).access is not Access.SPANS:
+                check_same_tokens(student, policy, name)
+            local[name] = policy
+        elif isinstance(policy, Checked):  # a teacher of another kind knows best what it can take
+            policy.check(student, prompts, settings.max_new_tokens)
+    if answers is not None:
+        lengths = rollout_from_texts(student, prompts, answers).lengths.tolist()
+        check_prompts(local, prompts, dict.fromkeys(local, lengths))
+    if answers is None or share > 0 or len(writers) > 1:
+        check_prompts(local, prompts, settings.max_new_tokens)
+    if settings.evaluate_every and run.task.pool.get("test"):
+        check_prompts({"student": student}, run.task.pool["test"], run.task.max_new_tokens)
+
+
+def check_writers(method: Method, teacher: Any) -> None:
+    """Check that a method that lets the teacher write has one that can.
+
+    Raises:
+        MissingPolicy: There is no teacher, or it only grades.
+    """
+    if student_share(method) == 1 or "teacher" not in writer_names(method):
+        return
+    if teacher is None:
+        raise MissingPolicy(
+            f"{name_of_method(method)} lets a teacher write, but there is none. Give distill a teacher."
+        )
+    if not isinstance(teacher, (Sampler, Writer)):
+        raise MissingPolicy(
+            f"{name_of_method(method)} lets the teacher write, but {type(teacher).__name__} only grades. Use one"
+            " that writes."
+        )
 
 
 def prompts_to_check(task: Task, settings: Settings) -> list[Prompt]:

@@ -11,8 +11,7 @@ import torch
 from opdlab.data.prompt import Prompt
 from opdlab.data.rollout import Rollout
 from opdlab.engine.batch import Batch
-from opdlab.engine.columns import run_plan
-from opdlab.engine.passes import compute
+from opdlab.engine.planned import run_plan
 from opdlab.errors import PartialDistribution
 from opdlab.models.graded import TopLogprobs
 from opdlab.models.policy import Policy
@@ -35,9 +34,7 @@ def rehearse(method: Any, policies: Mapping[str, Any], task: Task, prompt: Promp
     }
     try:
         batch = Batch(student.sample([prompt], max_new_tokens=2), made, task)
-        columns = run_plan(method, batch)
-        states = {name: batch.states(name) for name in batch.distributions}
-        compute(lambda rows: method.loss(rows).detach(), states, batch.token, columns)
+        run_plan(method, batch).compute(lambda rows: method.loss(rows).detach())
     except PartialDistribution:
         raise
     except Exception:

@@ -17,8 +17,8 @@ from typing import Any
 
 import torch
 
+from opdlab.engine.needs import KNOWN, Access, Need, did_you_mean, parse_need, parse_needs
 from opdlab.errors import InvalidValue, MissingPolicy
-from opdlab.methods.needs import KNOWN, Access, Need, did_you_mean, parse_need, parse_needs
 from opdlab.models.policy import Policy
 from opdlab.support.expect import shortened
 from opdlab.teachers.contract import expect_teacher

@@ -7,7 +7,7 @@ import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from peft import PeftConfig
 from torch import Tensor
@@ -15,9 +15,7 @@ from torch import Tensor
 from opdlab.errors import DamagedFile, OpdlabError
 from opdlab.support.tensor_files import check_same_tensors, read_tensors
 from opdlab.training import checkpoint, run_folder
-
-if TYPE_CHECKING:
-    from opdlab.training.run import Run
+from opdlab.training.state import RunState
 
 # Settings of an adapter that change its numbers; what PEFT adds besides are names and bookkeeping.
 _ADAPTER = (
@@ -66,7 +64,7 @@ class SavedRun:
         return run_folder.Lineage(written["name"], written["ancestors"], written["root"])
 
 
-def fit_adapter(run: Run, saved: SavedRun) -> None:
+def fit_adapter(run: RunState, saved: SavedRun) -> None:
     """Give a student without adapter the one that the checkpoint describes; refuse an adapter that
     is another one.
     """
@@ -99,7 +97,7 @@ def _unordered(value: Any) -> Any:
     return sorted(value, key=str) if isinstance(value, list) else value
 
 
-def restore_optimizer(run: Run, saved: SavedRun) -> None:
+def restore_optimizer(run: RunState, saved: SavedRun) -> None:
     """Give every parameter its optimizer state, matched by names that do not depend on the
     adapter's.
 

@@ -8,7 +8,7 @@ import os
 import warnings
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from torch import Tensor
 
@@ -23,10 +23,8 @@ from opdlab.tasks import Task
 from opdlab.training import checkpoint, method_state, run_differences, run_identity
 from opdlab.training.resolution import trained_tensors
 from opdlab.training.restoring import SavedRun, fit_adapter, restore_optimizer
+from opdlab.training.run import Run, prepare
 from opdlab.training.settings import Settings
-
-if TYPE_CHECKING:
-    from opdlab.training.run import Run
 
 # Settings that change what is kept and how much memory is used, but no number.
 FREE = ("steps", "micro_batch", "checkpointing", "evaluate_every", "snapshot_every", "save_every")
@@ -68,7 +66,6 @@ def resume(
         DamagedFile: The checkpoint is not what was written, or does not fit the run.
         OpdlabError: What is given is not what the run was trained with; or `steps` lie behind it.
     """
-    from opdlab.training.run import prepare
 
     saved = _read(_as_folder(path), step)
     allowed = _as_parts(allow)

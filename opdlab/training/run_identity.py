@@ -10,7 +10,7 @@ from __future__ import annotations
 import json
 from collections.abc import Container, Mapping
 from dataclasses import fields, is_dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import transformers
 
@@ -20,16 +20,14 @@ from opdlab.models import fingerprints, model_files
 from opdlab.models.policy import Policy
 from opdlab.tasks import Task
 from opdlab.training.method_state import keeps_state
-
-if TYPE_CHECKING:
-    from opdlab.training.run import Run
+from opdlab.training.state import RunState
 
 # What can differ and still be taken up when the user says so: `resume(…, allow=("teacher",))`.
 PARTS = ("student", "tokenizer", "task", "teacher", "policies", "method")
 
 
 def describe_run(
-    run: Run, given: Mapping[str, Any], drawn: tuple[int, int] | None = None
+    run: RunState, given: Mapping[str, Any], drawn: tuple[int, int] | None = None
 ) -> dict[str, Any]:
     """Describe a run before its first update.
 
@@ -48,7 +46,7 @@ def describe_run(
         "student": describe_student(run.student, restored),
         "tokenizer": describe_tokenizer(run.student, prompts),
         "task": describe_task(run.task, prompts),
-        "teacher": describe_teacher(run.writer, prompts),
+        "teacher": describe_teacher(run.teacher, prompts),
         "policies": {
             name: describe_teacher(policy, prompts) for name, policy in sorted(given.items())
         },

@@ -7,7 +7,7 @@ A step is saved before it is evaluated, so that an interrupt during a long evalu
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from torch import nn
 
@@ -16,9 +16,7 @@ from opdlab.models.fingerprints import base_tensors
 from opdlab.models.policy import Policy
 from opdlab.support.interrupts import hold_interrupts
 from opdlab.training import checkpoint, run_folder
-
-if TYPE_CHECKING:
-    from opdlab.training.run import Run
+from opdlab.training.state import RunState
 
 
 def check_parameters(student: Policy) -> None:
@@ -47,14 +45,14 @@ def check_parameters(student: Policy) -> None:
         )
 
 
-def is_saved(run: Run) -> bool:
+def is_saved(run: RunState) -> bool:
     """Whether a checkpoint of the run's latest step is kept: the last one always is."""
     s = run.settings
     due = run.done == s.steps or (s.save_every > 0 and run.done % s.save_every == 0)
     return run.folder is not None and due and run.done > 0 and run.accelerator.is_main_process
 
 
-def save(run: Run, path: Any = None) -> Path:
+def save(run: RunState, path: Any = None) -> Path:
     """Write a checkpoint into `path`, or into the run's folder; returns where it is. Of several
     processes the main one writes.
     """
@@ -67,7 +65,7 @@ def save(run: Run, path: Any = None) -> Path:
         return checkpoint.write(run, folder)
 
 
-def keep_snapshot(run: Run) -> None:
+def keep_snapshot(run: RunState) -> None:
     """Remember the adapter as it is now; full training keeps none, since every copy would be a
     whole model.
     """
@@ -76,13 +74,13 @@ def keep_snapshot(run: Run) -> None:
         run.snapshots[run.done] = {k: v.detach().cpu().clone() for k, v in state.items()}
 
 
-def is_evaluation_due(run: Run) -> bool:
+def is_evaluation_due(run: RunState) -> bool:
     """Whether the run's latest step is to be evaluated and has not been yet."""
     every = run.settings.evaluate_every
     return bool(every and run.rows) and run.done % every == 0 and "accuracy" not in run.rows[-1]
 
 
-def keep_accuracy(run: Run, accuracy: float) -> None:
+def keep_accuracy(run: RunState, accuracy: float) -> None:
     """Add the accuracy to the history of the latest step, and to its checkpoint if there is one."""
     run.rows[-1]["accuracy"] = accuracy
     if run.folder is None or not run.accelerator.is_main_process:

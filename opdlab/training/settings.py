@@ -9,8 +9,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass, fields
 from typing import TYPE_CHECKING, Any, Literal
 
+from opdlab.engine.needs import did_you_mean
 from opdlab.errors import InvalidValue, MissingPolicy
-from opdlab.methods.needs import did_you_mean
 from opdlab.support.validation import (
     Amount,
     Count,

@@ -14,7 +14,6 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 from torch import Tensor
 
@@ -31,9 +30,7 @@ from opdlab.models.same_tokens import check_same_tokens
 from opdlab.support.expect import expect
 from opdlab.teachers.contract import expect_teacher
 from opdlab.training import checkpoint, run_folder
-
-if TYPE_CHECKING:
-    from opdlab.training.run import Run
+from opdlab.training.run import Run
 
 
 def steps(run: Run) -> list[int]:

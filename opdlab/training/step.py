@@ -9,43 +9,56 @@ from torch import Tensor
 
 from opdlab.data.rollout import Rollout
 from opdlab.data.trace import Trace
+from opdlab.engine.planned import Planned
 from opdlab.engine.scoring import record_trace
 from opdlab.training.resolution import grader_names
 
 
 @dataclass(frozen=True, eq=False)
 class Step:
-    """One update: its number (from 1), its `metrics`, what was written, and every token's numbers
-    and plan columns.
+    """One update.
+
+    Attributes:
+        number: The step, from 1.
+        metrics: Means and counts over the whole step, by name.
+        planned: The batch with what the method planned for it.
+        columns: `loss`, `grad_norm` and further numbers of every token, `[tokens]` each.
     """
 
     number: int
     metrics: dict[str, float]
-    rollout: Rollout
-    columns: dict[str, Tensor]
-    plan: dict[str, Tensor]
-    policies: dict[str, Any] = field(repr=False)
-    notes: dict[str, Any] = field(default_factory=dict, repr=False)
-    planner: dict[str, str] = field(default_factory=dict, repr=False)
+    planned: Planned = field(repr=False)
+    columns: dict[str, Tensor] = field(repr=False)
+
+    @property
+    def rollout(self) -> Rollout:
+        """What was written."""
+        return self.planned.batch.rollout
+
+    @property
+    def plan(self) -> dict[str, Tensor]:
+        """The plan's columns, `[tokens, ...]` each."""
+        return self.planned.columns
+
+    @property
+    def notes(self) -> dict[str, Any]:
+        """What the plan noted, as plain JSON data."""
+        return self.planned.notes
+
+    @property
+    def policies(self) -> dict[str, Any]:
+        """Who graded, by name."""
+        return self.planned.batch.policies
 
     def trace(self) -> Trace:
-        """The step's tokens as a `Trace`; without top tokens (`opdlab.score` on `step.rollout` adds
-        them).
-        """
-        graded = {name: self.policies[name] for name in grader_names(self.policies)}
+        """The step's tokens as a `Trace`; without top tokens (`opdlab.score` on `step.rollout` adds them)."""
+        graders = {name: self.policies[name] for name in grader_names(self.policies)}
         return record_trace(
-            self.rollout,
-            graded,
-            self.columns,
-            step=self.number,
-            plan=self.plan,
-            notes=self.notes,
-            method=self.planner,
+            self.rollout, graders, self.columns, step=self.number, planned=self.planned
         )
 
     def __repr__(self) -> str:
-        return (
-            f"Step({self.number}: "
-            + ", ".join(f"{k} {v:.3g}" for k, v in self.metrics.items() if k != "step")
-            + ")"
+        said = ", ".join(
+            f"{name} {value:.3g}" for name, value in self.metrics.items() if name != "step"
         )
+        return f"Step({self.number}: {said})"

@@ -60,7 +60,7 @@ CHILD = """
 import os, signal, sys
 from pathlib import Path
 import opdlab as opd
-from opdlab import checkpoint
+from opdlab.training import checkpoint, phases
 
 folder, where = Path(sys.argv[1]), sys.argv[2]
 kill = lambda *_: os.kill(os.getpid(), signal.SIGKILL)
@@ -68,7 +68,7 @@ run = opd.distill(*opd.load("market"), save=folder, steps=4, batch=4, seed=5, qu
 for step in run:
     if step.number == 2:
         if where == "in the middle of a step":
-            run._reduce = kill
+            phases.reduce_gradients = kill
         elif where == "before the rename":
             checkpoint._flush = kill
         else:

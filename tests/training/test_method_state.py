@@ -13,7 +13,7 @@ from safetensors.torch import load_file
 
 import opdlab as opd
 from opdlab import errors
-from opdlab.training import method_state
+from opdlab.training import method_state, phases
 
 OPTIONS = {"batch": 2, "steps": 4, "seed": 5, "lr": 1e-2, "quiet": True, "save_every": 2}
 TASK = opd.tasks.from_records(
@@ -168,16 +168,19 @@ def test_globals_are_seen(make_policy, tmp_path):
         train(make_policy, tmp_path, method, steps=2)
 
 
-def test_a_failed_step_leaves_the_state_as_it_was(make_policy):
+def interrupt(run):
+    raise KeyboardInterrupt
+
+
+def test_a_failed_step_leaves_the_state_as_it_was(make_policy, monkeypatch):
     method = Kept()
     run = opd.distill(
         make_policy(0), make_policy(1), TASK, method=method, **{**OPTIONS, "save_every": 0}
     )
-    reduce, run._reduce = run._reduce, lambda: (_ for _ in ()).throw(KeyboardInterrupt)
-    with pytest.raises(KeyboardInterrupt):
+    with monkeypatch.context() as patched, pytest.raises(KeyboardInterrupt):
+        patched.setattr(phases, "reduce_gradients", interrupt)
         next(run)
     assert (method.steps, method.mean.tolist()) == (0, [0.0, 0.0])
-    run._reduce = reduce
     next(run)
     assert method.steps == 1
 

@@ -17,6 +17,7 @@ import opdlab as opd
 from opdlab import errors
 from opdlab.data.seeds import seed_of
 from opdlab.methods import GRPO, OPD, SFT, SequenceKD
+from opdlab.training import phases
 from opdlab.training.run import _uninterrupted
 from opdlab.training.settings import Settings
 
@@ -110,7 +111,7 @@ def test_gradient_checkpointing_changes_memory_and_not_the_update():
 def test_the_update_is_autograd_on_full_logits(market):
     student, teacher, task = market
     run = small(student, teacher, task, steps=1, clip=0)
-    rollout = run._write()
+    rollout = phases.write_rollout(run)
     next(run)
     ours = {name: p.grad.clone() for name, p in run.parameters.items()}
     for p in run.parameters.values():
@@ -266,13 +267,16 @@ def test_an_interrupt_waits_until_the_step_is_whole(market, heard):
     assert [s.number for s in run] == [2, 3]
 
 
-def test_an_interrupt_before_the_update_leaves_the_weights(market):
+def interrupt(run):
+    raise KeyboardInterrupt
+
+
+def test_an_interrupt_before_the_update_leaves_the_weights(market, monkeypatch):
     run = small(*market, steps=2)
     start = adapter(run)
-    run._reduce = lambda: (_ for _ in ()).throw(KeyboardInterrupt)
-    with pytest.raises(KeyboardInterrupt):
+    with monkeypatch.context() as patched, pytest.raises(KeyboardInterrupt):
+        patched.setattr(phases, "reduce_gradients", interrupt)
         next(run)
-    del run._reduce
     assert all(torch.equal(p, start[name]) for name, p in adapter(run).items())
     assert [s.number for s in run] == [1, 2]
 

@@ -8,7 +8,7 @@ import numpy as np
 import pyarrow as pa
 
 from opdlab.data.trace import Trace
-from opdlab.engine.scoring import planner_of
+from opdlab.data.trace_formats import upgrade
 
 NASTY = (
     "<script>window.broken=1</script>",
@@ -100,8 +100,11 @@ def _tops(ids: np.ndarray, logp: Mapping[str, np.ndarray], k: int) -> dict[str, 
 
 
 def by_method(trace: Trace, method: object) -> Trace:
-    """The trace as a step of this method leaves it: with its mark."""
-    return Trace(trace.table, {**trace.meta, "method": planner_of(method)})
+    """The trace as the first format kept it after a step of this method, read with the present one."""
+    meta = {name: value for name, value in trace.meta.items() if name not in ("format", "columns")}
+    kind = type(method)
+    mark = {"name": kind.__name__, "planner": f"{kind.__module__}.{kind.__qualname__}"}
+    return Trace(trace.table, upgrade({**meta, "method": mark}))
 
 
 def several(*traces: Trace) -> Trace:

@@ -1,0 +1,146 @@
+"""A batch that a method has planned for, and the loss pass on it.
+
+The order is the same everywhere (training, rehearsal, exact gradients, the TRL bridge): the method plans on the whole
+batch, the policies grade it, the loss runs on the tokens.
+
+    planned = run_plan(method, batch)
+    result = planned.gradient(weight)
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from torch import Tensor
+
+from opdlab.data.column import Column, Description
+from opdlab.data.notes import Note
+from opdlab.engine.batch import Batch
+from opdlab.engine.columns import flatten, is_same, plain_data
+from opdlab.engine.loss_contract import adding_note
+from opdlab.engine.passes import Pass, compute, gradient
+from opdlab.engine.rows import Rows
+from opdlab.errors import BadPlan
+from opdlab.models.graded import Graded, States
+from opdlab.support.expect import shortened
+
+
+@dataclass(frozen=True, eq=False)
+class Planned:
+    """A batch with what a method's plan said about it.
+
+    Attributes:
+        method: The method.
+        batch: What it planned for.
+        columns: What the plan returned, `[tokens, ...]` each.
+        descriptions: What the plan's `Column`s say about themselves, by name.
+        notes: What the plan left in `batch.notes`, as plain JSON data.
+    """
+
+    method: Any
+    batch: Batch
+    columns: dict[str, Tensor]
+    descriptions: dict[str, Description]
+    notes: dict[str, Any]
+
+    def compute(self, function: Callable[[Rows], Any]) -> Any:
+        """Run a function of rows, with the plan's columns, over all tokens without gradient."""
+        states = {name: self.batch.states(name) for name in self.batch.distributions}
+        return compute(function, states, self.batch.token, self.columns)
+
+    def gradient(
+        self,
+        weight: Tensor,
+        *,
+        student: States | None = None,
+        rows: range | None = None,
+        watch: Callable[[Rows], dict[str, Tensor]] | None = None,
+        check: bool = True,
+    ) -> Pass:
+        """Loss and gradient of some completions, over the tokens that the loss sees.
+
+        Args:
+            weight: `[tokens]`, each token's share of the mean, for all tokens of the batch.
+            student: The student's states on these completions, which carry its gradient; those of the batch by default.
+            rows: Which completions, side by side; all by default.
+            watch: Numbers to note in the same pass, on detached rows.
+            check: Whether to check that the loss treats each row alone (see `opdlab.engine.passes.gradient`).
+
+        Returns:
+            Loss, gradient and numbers of every token of these completions. Tokens that the loss does not see have a loss
+            and a gradient of zero.
+        """
+        rollout = self.batch.rollout
+        chosen = range(len(rollout)) if rows is None else rows
+        start, stop = (int(rollout.lengths[:end].sum()) for end in (chosen.start, chosen.stop))
+        piece = slice(start, stop)
+        states: dict[str, Graded] = {}
+        for name in self.batch.distributions:
+            if name == "student" and student is not None:
+                states[name] = student
+            else:
+                states[name] = self.batch.states(name).part(piece)
+        columns = {name: column[piece] for name, column in self.columns.items()}
+        token, learned = self.batch.token[piece], rollout.learned[piece]
+        if bool(learned.all()):
+            return gradient(
+                self.method.loss, states, token, weight[piece], columns, watch=watch, check=check
+            )
+        index = learned.nonzero()[:, 0]
+        found = gradient(
+            self.method.loss,
+            {name: graded.part(index) for name, graded in states.items()},
+            token[index],
+            weight[piece][index],
+            {name: column[index] for name, column in columns.items()},
+            watch=watch,
+            check=check,
+        )
+        return found.spread(index, len(token))
+
+
+def run_plan(method: Any, batch: Batch) -> Planned:
+    """Let a method plan for a batch.
+
+    Args:
+        method: With or without a `plan`.
+        batch: What the plan sees.
+
+    Raises:
+        BadPlan: The plan returned something else than columns, or changed the rollout.
+    """
+    if not hasattr(method, "plan"):
+        return Planned(method, batch, {}, {}, {})
+    rollout = batch.rollout
+    tensors = ("ids", "lengths", "logp", "entropy", "learn", "turn")
+    before = {name: getattr(rollout, name).clone() for name in tensors}
+    with adding_note(f"Raised by the plan of {type(method).__name__} in step {batch.step + 1}."):
+        plan = method.plan(batch)
+    changed = [
+        name for name, tensor in before.items() if not is_same(tensor, getattr(rollout, name))
+    ]
+    if changed or batch.rollout is not rollout:
+        raise BadPlan(
+            f"plan changed batch.rollout{f'.{changed[0]}' if changed else ''}, which the loss, the"
+            " rewards and the trace read too. Work on a copy, such as batch.rollout.ids.clone(),"
+            " and return what you computed as a column."
+        )
+    if not isinstance(plan, Mapping):
+        raise BadPlan(
+            f"plan returned {shortened(plan) if not isinstance(plan, Tensor) else 'a tensor'}."
+            " Return columns by name, such as {'advantage': tensor}, or {} for none."
+        )
+    notes = {str(name): _stored(note, str(name)) for name, note in batch.notes.items()}
+    needs = getattr(method, "needs", ())
+    # A batch may hold more policies than the trace has.
+    graded = ["student", *([needs] if isinstance(needs, str) else needs)]
+    columns = {name: flatten(batch, name, column, graded) for name, column in plan.items()}
+    said = {name: column.description for name, column in plan.items() if isinstance(column, Column)}
+    return Planned(method, batch, columns, said, notes)
+
+
+def _stored(note: Any, name: str) -> Any:
+    """A note as plain JSON data."""
+    return plain_data(note.as_json() if isinstance(note, Note) else note, name)

@@ -1,0 +1,251 @@
+"""The phases of one training step, in order: write, plan, learn, update, measure.
+
+    rollout = write_rollout(run)              the student writes (or whoever the method lets write)
+    planned = plan_step(run, rollout)         the policies grade, the method plans
+    learned = accumulate_gradient(run, planned)   the loss runs, gradients are added up
+    update_weights(run)                       the optimizer moves the student
+    measure_step(…)                           metrics of the whole step (`opdlab.training.metrics`)
+
+Each phase takes the run's state and returns a frozen result; only `update_weights` changes the run.
+"""
+
+from __future__ import annotations
+
+import math
+from contextlib import AbstractContextManager
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+from opdlab.data.prompt import Prompt
+from opdlab.data.rollout import Rollout, concat_rollouts
+from opdlab.data.sampling_config import SamplingConfig
+from opdlab.data.seeds import seed_of
+from opdlab.engine import signals
+from opdlab.engine.batch import Batch
+from opdlab.engine.loss_contract import adding_note
+from opdlab.engine.passes import Pass
+from opdlab.engine.planned import Planned, run_plan
+from opdlab.errors import NonFinite
+from opdlab.methods.contract import student_share, writer_names
+from opdlab.models.graded import States
+from opdlab.models.precision import autocast_backbones
+from opdlab.models.protocols import Sampler
+from opdlab.models.recomputation import recompute_layers
+from opdlab.models.text_rollouts import rollout_from_texts
+from opdlab.teachers.writing import write_texts
+from opdlab.training.preflight import check_answers
+from opdlab.training.processes import AcceleratedProcesses
+from opdlab.training.resolution import move_average
+from opdlab.training.state import RunState
+
+
+@dataclass(frozen=True)
+class Learned:
+    """What the loss pass of a step gave, before the weights move.
+
+    Attributes:
+        columns: `loss`, `grad_norm` and the numbers of `signals.cheap` of every token, `[tokens]` each.
+        weight: Each token's share in the loss of the step, over all processes, `[tokens]`.
+        grad_norm: Length of the gradient of all parameters, before clipping.
+        is_checked: Whether the loss was found to treat each row alone.
+    """
+
+    columns: dict[str, Tensor]
+    weight: Tensor
+    grad_norm: float
+    is_checked: bool
+
+
+# Write.
+
+
+def write_rollout(run: RunState) -> Rollout:
+    """Write the step's rollout: the student's, but for the share that the method gives to others."""
+    settings = run.settings
+    world, rank = run.accelerator.num_processes, run.accelerator.process_index
+    prompts = run.task.training_batch(settings.batch * world, run.done, settings.seed)
+    own = _written_by_student(run, len(prompts))
+    # Every world-th prompt, so that each process gets its part of what each writer answers.
+    for_student, for_others = prompts[rank:own:world], prompts[own + (rank - own) % world :: world]
+    config = SamplingConfig(
+        max_new_tokens=settings.max_new_tokens,
+        temperature=settings.temperature,
+        top_p=settings.top_p,
+        seed=seed_of(settings.seed, run.done, 2 + rank),
+    )
+    parts = []
+    with backbone_precision(run):
+        if for_student:
+            parts.append(run.student.sample(for_student, settings.n, **config.options()))
+        if for_others:
+            parts += [_write_by(run, name, for_others, config) for name in writer_names(run.method)]
+    return concat_rollouts(parts)
+
+
+def _written_by_student(run: RunState, prompts: int) -> int:
+    """How many of the step's prompts the student answers; a fraction is drawn, the same in every process."""
+    share = student_share(run.method)
+    if share == 1:
+        return prompts
+    seed = torch.Generator().manual_seed(seed_of(run.settings.seed, run.done, 1))
+    return min(prompts, math.floor(share * prompts + torch.rand((), generator=seed).item()))
+
+
+def _write_by(run: RunState, name: str, prompts: list[Prompt], config: SamplingConfig) -> Rollout:
+    """What one of the method's writers answers to all these prompts."""
+    if name == "answer":
+        return rollout_from_texts(run.student, prompts, check_answers(prompts))
+    writer = run.teacher if name == "teacher" else run.policies[name]
+    n = run.settings.n
+    if isinstance(writer, Sampler):
+        return writer.sample(prompts, n, writer=name, **config.options())
+    texts = write_texts(writer, prompts, n, config)
+    repeated = [prompt for prompt in prompts for _ in range(n)]
+    rollout = rollout_from_texts(
+        run.student, repeated, [text for row in texts for text in row], name
+    )
+    return replace(rollout, n=n)
+
+
+# Grade and plan.
+
+
+def plan_step(run: RunState, rollout: Rollout) -> Planned:
+    """Let the method plan on the whole batch; policies grade it when the plan asks for them."""
+    processes = AcceleratedProcesses(run.accelerator)
+    batch = Batch(rollout, run.policies, run.task, run.done, processes)
+    with backbone_precision(run):
+        return run_plan(run.method, batch)
+
+
+# Learn.
+
+
+def accumulate_gradient(run: RunState, planned: Planned) -> Learned:
+    """Run the loss on all micro-batches and add its gradient to the parameters, over all processes.
+
+    Raises:
+        NonFinite: A loss or the gradient is NaN or infinite. The weights are as they were.
+    """
+    rollout = planned.batch.rollout
+    weight = token_weights(run, rollout)
+    size = run.settings.micro_batch or len(rollout)
+    passes: list[Pass] = []
+    for start in range(0, len(rollout), size):
+        is_checked = run.loss_is_checked or any(one.is_checked for one in passes)
+        rows = range(start, min(start + size, len(rollout)))
+        passes.append(_backward(run, planned, rows, weight, check=not is_checked))
+    columns = {name: torch.cat([one.columns[name] for one in passes]) for name in passes[0].columns}
+    columns["loss"] = torch.cat([one.loss for one in passes])
+    reduce_gradients(run)
+    norm = torch.nn.utils.clip_grad_norm_(
+        run.parameters.values(), run.settings.clip or math.inf
+    ).item()
+    if not math.isfinite(norm):
+        raise NonFinite(
+            f"Step {run.done + 1}: the gradient is {norm}. Lower the learning rate; the weights are as they were."
+        )
+    return Learned(columns, weight, norm, any(one.is_checked for one in passes))
+
+
+def _backward(run: RunState, planned: Planned, rows: range, weight: Tensor, check: bool) -> Pass:
+    """Add the gradient of some completions to the parameters."""
+    batch = planned.batch
+    rollout = batch.rollout
+    part = rollout if len(rows) == len(rollout) else rollout.rows(rows)
+    model = run.student.weights.model
+    with backbone_precision(run):
+        for name in batch.distributions:
+            if name != "student":
+                batch.states(name)  # once for the whole batch, in the precision of the step
+        with torch.enable_grad(), recompute_layers(model, run.settings.checkpointing):
+            hidden = run.student.hidden(part)
+    note = f"Raised by the loss of {type(run.method).__name__} in step {run.done + 1}."
+    # The student's adapter is in force in both passes: its head gets gradients in the first, layers
+    # run again in the second.
+    with run.student.weights.using(run.student.adapter):
+        try:
+            with adding_note(note):
+                found = planned.gradient(
+                    weight,
+                    student=States(hidden, run.student.head),
+                    rows=rows,
+                    watch=signals.cheap,
+                    check=check,
+                )
+        except NonFinite as error:
+            raise NonFinite(_place_of(error, run, part)) from None
+        hidden.backward(found.gradient.to(hidden.dtype))
+    return found
+
+
+def token_weights(run: RunState, rollout: Rollout) -> Tensor:
+    """Each token's share of the step's mean, `[tokens]`, by `Settings.normalize`.
+
+    Counted over the tokens that the loss sees and over all processes, so neither micro-batches nor the split among
+    processes matter. Tokens that the loss does not see have no share.
+    """
+    learned = rollout.learn.sum(1).double()  # [B]
+    local = torch.stack([torch.full_like(learned[:1].sum(), len(rollout)), learned.sum()])
+    completions, tokens = run.accelerator.reduce(local, "sum").tolist()
+    rule = run.settings.normalize
+    if rule == "token":
+        per_row = torch.full_like(learned, 1 / max(tokens, 1))
+    elif rule == "sequence":
+        per_row = 1 / (completions * learned.clamp(min=1))
+    else:  # constant
+        per_row = torch.full_like(learned, 1 / (completions * run.settings.max_new_tokens))
+    spread = per_row.float().repeat_interleave(rollout.lengths)
+    return torch.where(rollout.learned, spread, 0.0)
+
+
+def reduce_gradients(run: RunState) -> None:
+    """Add up the gradients of all processes; parameters without one get zeros."""
+    for parameter in run.parameters.values():
+        if parameter.grad is None:
+            parameter.grad = torch.zeros_like(parameter)
+        if run.accelerator.num_processes > 1:
+            parameter.grad = run.accelerator.reduce(parameter.grad, "sum")
+
+
+# Update.
+
+
+def update_weights(run: RunState) -> float:
+    """Move the student and its average, and count the step.
+
+    Returns:
+        The learning rate that was used.
+    """
+    rate = run.settings.rate(run.done)
+    for group in run.optimizer.param_groups:
+        group["lr"] = rate
+    run.optimizer.step()
+    for policy in run.averages:
+        move_average(policy, run.student, run.settings.ema_rate)
+    run.done += 1
+    run.claim.count()
+    return rate
+
+
+def backbone_precision(run: RunState) -> AbstractContextManager[None]:
+    """One precision for all that a step asks of models: writing, grading for the plan, and the loss pass."""
+    return autocast_backbones(run.settings.precision == "bf16")
+
+
+def _place_of(error: NonFinite, run: RunState, part: Rollout) -> str:
+    """The step, prompt and token of an engine's error, in words."""
+    row = int(part.learned.nonzero()[error.row, 0]) if error.row is not None else 0
+    ends = part.lengths.cumsum(0)
+    b = int((ends <= row).sum())
+    t = row - int(ends[b] - part.lengths[b])
+    token = run.student.tokenizer.convert_ids_to_tokens(int(part.ids[b, t]))
+    advice = (
+        "" if error.is_explained else " Lower the learning rate, or look at the loss on this token."
+    )
+    return (
+        f"Step {run.done + 1}, prompt {part.prompts[b].id or b!r}, token {t} ({token!r}): {error} The weights are as"
+        f" they were and earlier checkpoints are intact.{advice}"
+    )

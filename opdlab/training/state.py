@@ -1,0 +1,66 @@
+"""What a run consists of. Saving, resuming and the phases of a step work on this; `Run` adds the loop."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+from torch import Tensor
+
+from opdlab.methods import Method
+from opdlab.models.policy import Policy
+from opdlab.tasks import Task
+from opdlab.training.exclusive import Turn
+from opdlab.training.method_state import Memory
+from opdlab.training.run_folder import Lineage
+from opdlab.training.settings import Settings
+
+
+class RunState:
+    """A run between two steps.
+
+    Attributes:
+        student: The policy that trains.
+        teacher: The teacher as the user gave it, who may also write texts; None for none.
+        task: Where the prompts come from.
+        method: The method.
+        settings: How the run trains.
+        policies: Who grades, by the names in the method's `needs`; the student first.
+        averages: The moving average of the student, if the method reads one.
+        parameters: What trains, by name.
+        optimizer: AdamW over the parameters.
+        accelerator: The processes and trackers of Accelerate.
+        done: How many steps are done.
+        rows: The metrics of each step done.
+        snapshots: The student's adapter after some steps, by step.
+        folder: Where checkpoints go; None for nowhere.
+        lineage: The name of the run and those that it was resumed from.
+        identity: What the run is made of, for comparison on resuming.
+        memory: What the method keeps from step to step.
+        has_new_embeddings: Whether the student has embeddings that no file of its base model holds.
+        claim: Notices when another run moves the student's weights.
+        loss_is_checked: Whether the loss was found to treat each row alone.
+    """
+
+    student: Policy
+    teacher: Any
+    task: Task
+    method: Method
+    settings: Settings
+    policies: dict[str, Any]
+    averages: list[Policy]
+    parameters: dict[str, torch.nn.Parameter]
+    optimizer: torch.optim.AdamW
+    accelerator: Accelerator
+    done: int
+    rows: list[dict[str, float]]
+    snapshots: dict[int, dict[str, Tensor]]
+    folder: Path | None
+    lineage: Lineage
+    identity: dict[str, Any]
+    memory: Memory
+    has_new_embeddings: bool
+    claim: Turn
+    loss_is_checked: bool
