@@ -34,14 +34,5 @@ def test_the_package_and_its_command_line_wait_for_no_torch():
 
 
 def test_a_function_is_not_hidden_by_the_module_that_it_is_in():
-    assert (
-        python(
-            "import opdlab, opdlab.distill, opdlab.evaluate; print(opdlab.training.run.__name__,"
-            " opdlab.training.evaluation.__name__)"
-        )
-        == "distill evaluate"
-    )
-    assert (
-        python("from opdlab import distill, evaluate; print(callable(distill), callable(evaluate))")
-        == "True True"
-    )
+    assert python("import opdlab.audit.kl, opdlab; print(opdlab.audit.__name__)") == "audit"
+    assert python("from opdlab import audit; import opdlab.audit; print(callable(audit))") == "True"

@@ -12,9 +12,8 @@ first.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -24,9 +23,10 @@ from opdlab.data.prompt import Prompt
 from opdlab.data.rollout import Rollout
 from opdlab.diagnose.cost import Cost, cost
 from opdlab.diagnose.exposure import continuation
-from opdlab.diagnose.identity import Check, Sides, identity, sides
+from opdlab.diagnose.identity import Check, identity, sides
 from opdlab.diagnose.overlap import Overlap, agreement
-from opdlab.diagnose.probe import ask, frame, grade, render
+from opdlab.diagnose.probe import ask, frame, grade
+from opdlab.diagnose.report import Diagnosis
 from opdlab.errors import OpdlabError
 from opdlab.models.policy import Policy, sample
 from opdlab.support.validation import Count, Seed, Unchecked, validate_arguments
@@ -51,65 +51,6 @@ PLAIN = tuple(
         ]
     )
 )
-
-
-@dataclass(frozen=True, eq=False)
-class Diagnosis:
-    """`verdict`: go, prepare (do what the warnings say first) or stop.
-
-    `checks` in order, and what they were read from.
-    """
-
-    checks: tuple[Check, ...]
-    templates: Sides | None = None
-    overlap: Overlap | None = None
-    probe: pd.DataFrame | None = None
-    cost: Cost | None = None
-    names: tuple[str, str] = ("student", "teacher")
-
-    @property
-    def verdict(self) -> Literal["go", "prepare", "stop"]:
-        states = {check.state for check in self.checks}
-        return "stop" if "stop" in states else "prepare" if "warn" in states else "go"
-
-    @property
-    def reasons(self) -> tuple[str, ...]:
-        """What decided: every stop and warning, or else what speaks for it."""
-        bad = [check for check in self.checks if check.state in ("stop", "warn")]
-        return tuple(
-            f"{check.name}: {check.finding}"
-            for check in bad
-            or [c for c in self.checks if c.name in ("overlap", "student", "teacher")]
-        )
-
-    @property
-    def table(self) -> pd.DataFrame:
-        return pd.DataFrame([vars(check) for check in self.checks]).set_index("name")
-
-    @property
-    def sentence(self) -> str:
-        remedies = list(
-            dict.fromkeys(c.remedy for c in self.checks if c.state in ("stop", "warn") and c.remedy)
-        )
-        return f"{self.verdict}: {'; '.join(self.reasons)}." + "".join(
-            f" {remedy}" for remedy in remedies
-        )
-
-    def __str__(self) -> str:
-        from opdlab.diagnose.report import text
-
-        return text(self)
-
-    def __repr__(self) -> str:
-        bad = [
-            f"{check.name} {check.state}"
-            for check in self.checks
-            if check.state in ("stop", "warn")
-        ]
-        return f"Diagnosis({self.verdict}{': ' * bool(bad)}{', '.join(bad)})"
-
-    def _repr_html_(self) -> str:
-        return render(self.sentence, self.table)
 
 
 @validate_arguments

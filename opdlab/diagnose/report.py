@@ -7,15 +7,18 @@ control characters.
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from dataclasses import dataclass
+from typing import Literal
 
+import pandas as pd
 from rich.console import Console, Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
-if TYPE_CHECKING:
-    from opdlab.diagnose.doctor import Diagnosis
-    from opdlab.diagnose.identity import Sides
+from opdlab.diagnose.cost import Cost
+from opdlab.diagnose.identity import Check, Sides
+from opdlab.diagnose.overlap import Overlap
+from opdlab.diagnose.probe import render
 
 MARKS = {
     "ok": ("ok", "green"),
@@ -29,6 +32,63 @@ VERDICTS = {
     "prepare": ("PREPARE", "bold yellow", "it would run, but do what is said below first."),
     "stop": ("STOP", "bold red", "on-policy distillation cannot work on this pair as it is."),
 }
+
+
+@dataclass(frozen=True, eq=False)
+class Diagnosis:
+    """`verdict`: go, prepare (do what the warnings say first) or stop.
+
+    `checks` in order, and what they were read from.
+    """
+
+    checks: tuple[Check, ...]
+    templates: Sides | None = None
+    overlap: Overlap | None = None
+    probe: pd.DataFrame | None = None
+    cost: Cost | None = None
+    names: tuple[str, str] = ("student", "teacher")
+
+    @property
+    def verdict(self) -> Literal["go", "prepare", "stop"]:
+        states = {check.state for check in self.checks}
+        return "stop" if "stop" in states else "prepare" if "warn" in states else "go"
+
+    @property
+    def reasons(self) -> tuple[str, ...]:
+        """What decided: every stop and warning, or else what speaks for it."""
+        bad = [check for check in self.checks if check.state in ("stop", "warn")]
+        return tuple(
+            f"{check.name}: {check.finding}"
+            for check in bad
+            or [c for c in self.checks if c.name in ("overlap", "student", "teacher")]
+        )
+
+    @property
+    def table(self) -> pd.DataFrame:
+        return pd.DataFrame([vars(check) for check in self.checks]).set_index("name")
+
+    @property
+    def sentence(self) -> str:
+        remedies = list(
+            dict.fromkeys(c.remedy for c in self.checks if c.state in ("stop", "warn") and c.remedy)
+        )
+        return f"{self.verdict}: {'; '.join(self.reasons)}." + "".join(
+            f" {remedy}" for remedy in remedies
+        )
+
+    def __str__(self) -> str:
+        return text(self)
+
+    def __repr__(self) -> str:
+        bad = [
+            f"{check.name} {check.state}"
+            for check in self.checks
+            if check.state in ("stop", "warn")
+        ]
+        return f"Diagnosis({self.verdict}{': ' * bool(bad)}{', '.join(bad)})"
+
+    def _repr_html_(self) -> str:
+        return render(self.sentence, self.table)
 
 
 def report(diagnosis: Diagnosis) -> Group:

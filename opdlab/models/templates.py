@@ -13,7 +13,7 @@ import re
 import warnings
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from itertools import groupby
-from typing import TYPE_CHECKING, Any
+from typing import Any
 from weakref import WeakSet
 
 from transformers import PreTrainedTokenizerBase
@@ -21,9 +21,6 @@ from transformers import PreTrainedTokenizerBase
 from opdlab.data.prompt import Prompt, name_of
 from opdlab.errors import InvalidValue, OpdlabError
 from opdlab.support.expect import shortened
-
-if TYPE_CHECKING:
-    from opdlab.models.policy import Policy
 
 Chat = list[dict[str, Any]]
 
@@ -145,18 +142,23 @@ def check_template_options(tokenizer: PreTrainedTokenizerBase, options: Any) -> 
     return dict(options)
 
 
-def end_token(policy: Policy, chat: bool) -> int | None:
-    """Choose the token of the policy's EOS set that ends its answers; None where the set is empty.
+def end_token(
+    tokenizer: PreTrainedTokenizerBase,
+    eos: Collection[int],
+    chat_template_kwargs: Mapping[str, Any],
+    *,
+    is_chat: bool,
+) -> int | None:
+    """Choose the token of an EOS set that ends a policy's answers; None where the set is empty.
 
     Several models end a turn of a chat with another token than a text: Gemma with `<end_of_turn>`,
     not with `<eos>`. So for a chat it is the first token of the set behind an assistant's turn, as
     the chat template writes it.
     """
-    eos, tokenizer = policy.weights.eos, policy.tokenizer
-    if chat:
+    if is_chat:
         turns = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]
         options = {
-            **policy.chat_template_kwargs,
+            **chat_template_kwargs,
             "add_generation_prompt": False,
             "continue_final_message": False,
         }

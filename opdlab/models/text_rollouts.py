@@ -32,7 +32,10 @@ def rollout_from_texts(
     tokenizer, eos = policy.tokenizer, policy.weights.eos
     prompts = expect_prompts(prompts, "written")
     chats = [prompt.messages is not None for prompt in prompts]
-    ends = {chat: end_token(policy, chat) for chat in set(chats)}
+    ends = {
+        chat: end_token(tokenizer, eos, policy.chat_template_kwargs, is_chat=chat)
+        for chat in set(chats)
+    }
     ids, finish = [], []
     for text, end in zip(texts, map(ends.get, chats), strict=True):
         row = list(tokenizer(str(text), add_special_tokens=False)["input_ids"])

@@ -6,7 +6,7 @@ import math
 
 import pytest
 import torch
-from estimator.pairs import near, pair, slope
+from audit.pairs import near, pair, slope
 
 import opdlab as opd
 from opdlab import OPD, OPDPlus, TopK, audit, exact

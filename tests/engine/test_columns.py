@@ -8,7 +8,7 @@ import torch
 
 from opdlab import Task, Trace, distill, method
 from opdlab.engine.batch import Batch
-from opdlab.engine.columns import run_plan
+from opdlab.engine.planned import run_plan
 from opdlab.errors import BadPlan, OpdlabError
 from opdlab.losses.divergences import reverse_kl
 
@@ -98,7 +98,9 @@ def test_a_name_that_means_something_else_is_refused(batch, name):
     ],
 )
 def test_any_other_name_is_taken(batch, name):
-    assert list(run_plan(Planned(lambda b: {name: torch.zeros(b.mask.shape)}), batch)) == [name]
+    assert list(run_plan(Planned(lambda b: {name: torch.zeros(b.mask.shape)}), batch).columns) == [
+        name
+    ]
 
 
 @pytest.mark.parametrize(
@@ -128,7 +130,7 @@ def test_any_other_name_is_taken(batch, name):
 def test_numbers_of_every_kind_reach_loss_and_trace_unchanged(batch, column, want, tmp_path):
     """All columns are 1 on every token, however they are given."""
     ones = torch.ones(batch.mask.shape, dtype=torch.bool)
-    got = run_plan(Planned(lambda b: {"x": column(ones)}), batch)["x"]
+    got = run_plan(Planned(lambda b: {"x": column(ones)}), batch).columns["x"]
     assert got.shape == (batch.rollout.tokens,)
     assert not got.requires_grad
     assert got.dtype not in (torch.bfloat16, torch.float16, torch.uint16)
@@ -204,8 +206,8 @@ def test_a_plan_that_gives_no_columns_by_name_is_refused(batch, plan):
 
 
 def test_no_plan_and_an_empty_one_give_no_columns(batch):
-    assert run_plan(object(), batch) == {}
-    assert run_plan(Planned(lambda b: {}), batch) == {}
+    assert run_plan(object(), batch).columns == {}
+    assert run_plan(Planned(lambda b: {}), batch).columns == {}
 
 
 def write_ids(batch):
@@ -240,8 +242,8 @@ def test_notes_are_plain_data_afterwards(batch):
         b.notes = {"mean": torch.tensor(0.5), "ids": np.arange(2), 3: {"deep": (1, None, "a")}}
         return {}
 
-    run_plan(Planned(plan), batch)
-    assert batch.notes == {"mean": 0.5, "ids": [0, 1], "3": {"deep": [1, None, "a"]}}
+    planned = run_plan(Planned(plan), batch)
+    assert planned.notes == {"mean": 0.5, "ids": [0, 1], "3": {"deep": [1, None, "a"]}}
 
 
 def test_notes_that_no_file_can_hold_are_refused(student, prompts):

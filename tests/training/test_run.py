@@ -17,8 +17,8 @@ import opdlab as opd
 from opdlab import errors
 from opdlab.data.seeds import seed_of
 from opdlab.methods import GRPO, OPD, SFT, SequenceKD
+from opdlab.support.interrupts import hold_interrupts
 from opdlab.training import phases
-from opdlab.training.run import _uninterrupted
 from opdlab.training.settings import Settings
 
 
@@ -284,7 +284,7 @@ def test_an_interrupt_before_the_update_leaves_the_weights(market, monkeypatch):
 def test_other_threads_are_not_held_up():
     done = []
     thread = threading.Thread(
-        target=lambda: [done.append(1) for _ in [0] if _uninterrupted().__enter__() is None]
+        target=lambda: [done.append(1) for _ in [0] if hold_interrupts().__enter__() is None]
     )
     thread.start()
     thread.join()
