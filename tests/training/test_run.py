@@ -88,7 +88,7 @@ def test_normalisation_is_the_mean_it_says(market):
     step = next(run)
     lengths, total = step.rollout.lengths, step.rollout.tokens
     weights = {
-        rule: small(*opd.load("market"), normalize=rule)._weight(step.rollout)
+        rule: phases.token_weights(small(*opd.load("market"), normalize=rule), step.rollout)
         for rule in ("token", "sequence", "constant")
     }
     assert weights["token"].unique().tolist() == pytest.approx([1 / total])
@@ -198,8 +198,11 @@ def test_on_policy_share_is_who_writes(market):
     run = small(*market, method=OPD(on_policy=0.25), batch=8, steps=4)
     writers = [step.rollout.writer.count("student") for step in run]
     assert sum(writers) == pytest.approx(8, abs=2)
-    assert small(*opd.load("market"), method=SequenceKD())._write().writer == ("teacher",) * 8
-    answers = small(*opd.load("market"), method=SFT())._write()
+    assert (
+        phases.write_rollout(small(*opd.load("market"), method=SequenceKD())).writer
+        == ("teacher",) * 8
+    )
+    answers = phases.write_rollout(small(*opd.load("market"), method=SFT()))
     assert answers.texts[0] == answers.prompts[0].answer
 
 
