@@ -12,7 +12,11 @@ import torch
 
 import opdlab
 from opdlab import Policy, Prompt, Trace, score, what_if
+from opdlab.data.column import Column, Description
+from opdlab.data.notes import Windows
 from opdlab.data.rollout import Rollout, concat_rollouts
+from opdlab.engine.batch import Batch
+from opdlab.engine.planned import Planned, run_plan
 from opdlab.engine.scoring import record_trace
 from opdlab.errors import (
     BadLoss,
@@ -69,19 +73,31 @@ def test_pieces_rejoin_to_the_texts(trace, rollout, student):
         ).decode().strip() == student.tokenizer.convert_ids_to_tokens(int(i)).replace("▁", "")
 
 
+def plan_of(rollout, student, columns=None, notes=None) -> Planned:
+    """A rollout as a plan that returns `columns` and leaves `notes` hands it on."""
+
+    class Noting:
+        def plan(self, batch):
+            batch.notes.update(notes or {})
+            return columns or {}
+
+    return run_plan(Noting(), Batch(rollout, {"student": student}))
+
+
 def test_tokens_of_noted_windows_can_be_read(rollout, student):
     written_ids = {i for body in rollout.completions() for i in body}
     unseen = next(i for i in range(student.weights.vocab_size) if i not in written_ids)
-    notes = {
-        "windows": [
+    windows = Windows(
+        [
             {"student": [unseen], "teacher": []},
             {"student": [], "teacher": [next(iter(written_ids))]},
         ]
-    }
-    trace = record_trace(rollout, {"student": student}, {}, notes=notes)
-    assert trace.piece(unseen) == record_trace(
-        rollout, {"student": student}, {"support": torch.tensor([[unseen]] * rollout.tokens)}
-    ).piece(unseen)
+    )
+    planned = plan_of(rollout, student, notes={"pairs": windows})
+    trace = record_trace(rollout, {"student": student}, {}, planned=planned)
+    shown = {"support": torch.tensor([[unseen]] * rollout.tokens)}
+    assert trace.piece(unseen) == record_trace(rollout, {"student": student}, shown).piece(unseen)
+    assert trace.note(Windows) == windows
 
 
 def test_byte_pieces_survive_the_file(bytes_bpe, make_model, tmp_path):
@@ -225,9 +241,11 @@ def test_what_if_needs_top_tokens(rollout, student):
 
 def test_records_name_the_run_and_share_the_gradient(rollout, student):
     norm = torch.rand(rollout.tokens)
-    plan = {"route": torch.randint(4, (rollout.tokens,)), "targets": torch.randn(rollout.tokens, 3)}
+    shape = rollout.ids.shape
+    route = Column(torch.randint(2, shape), labels=("imitate", "steady"), description="how")
+    planned = plan_of(rollout, student, {"route": route, "targets": torch.randn(*shape, 3)})
     trace = record_trace(
-        rollout, {"student": student}, {"grad_norm": norm}, run="r1", step=7, plan=plan
+        rollout, {"student": student}, {"grad_norm": norm}, run="r1", step=7, planned=planned
     )
     frame = trace.to_pandas()
     assert set(frame["run"]) == {"r1"}
@@ -236,6 +254,9 @@ def test_records_name_the_run_and_share_the_gradient(rollout, student):
     assert trace.column("targets").shape == (rollout.tokens, 3)
     assert trace.meta["plan"] == ["route", "targets"]
     assert trace.meta["finish"] == list(rollout.finish)
+    assert trace.meta["method"] == "Noting"
+    assert trace.describe("route") == route.description
+    assert trace.describe("targets") == Description()
 
 
 @pytest.mark.parametrize("texts", [["a b", "", "c"], ["", ""]])
@@ -383,9 +404,12 @@ def test_what_if_takes_a_method_and_nothing_that_is_none(trace):
     "windows",
     [3, "text", [1, 2], [{"student": "abc", "teacher": [10**9, -1, "a"]}], {"a": 1}, [{"x": 1}]],
 )
-def test_notes_named_like_opdlabs_own_are_kept_and_not_read(rollout, student, windows, tmp_path):
-    trace = record_trace(rollout, {"student": student}, {}, notes={"windows": windows})
-    assert Trace.load(trace.save(tmp_path / "t.parquet")).meta["notes"] == {"windows": windows}
+def test_plain_notes_are_kept_under_the_method_and_not_read(rollout, student, windows, tmp_path):
+    planned = plan_of(rollout, student, notes={"windows": windows})
+    trace = record_trace(rollout, {"student": student}, {}, planned=planned)
+    again = Trace.load(trace.save(tmp_path / "t.parquet"))
+    assert again.meta["notes"] == {"Noting": {"windows": windows}}
+    assert again.note(Windows) is None
 
 
 def test_a_prompt_in_parts_shows_its_text(rollout, student):
