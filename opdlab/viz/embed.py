@@ -14,17 +14,10 @@ from pathlib import Path
 from typing import Any
 
 STYLES = ("opd.css",)  # of every view; its own come after
-# Of the module of every view: what lies before and after its own files.
-BEFORE = ("core.js", "payload.js", "state.js", "strip.js", "duel.js", "lines.js")
-SHARED = (
-    "tracks.js",
-    "minimap.js",
-    "tools.js",
-    "dots.js",
-)  # known to all files of a module, where a view lists them
-AFTER = ("mount.js",)
+MOUNT = "mount.js"  # the last module of every page
 # spaces that a style sheet can do without
 _IDLE = r'(?P<quoted>"[^"]*")|(?:\s*;)?\s*(?P<sign>\}|[{;,])\s*|(?<=[a-z]): '
+_IMPORT = re.compile(r'^import \{[^}]*\} from "\./([\w.]+)";\n', re.MULTILINE)
 _UNSAFE = {"<": "\\u003c", ">": "\\u003e", "&": "\\u0026"}
 POLICY = (
     "default-src 'none'; script-src 'unsafe-inline'; style-src 'unsafe-inline'; img-src data:"
@@ -48,27 +41,44 @@ def style(*names: str) -> str:
     return f"<style>\n{style_text(*names)}\n</style>"
 
 
-def script_text(scripts: Iterable[str]) -> str:
-    """One ES module: the base, each view's file in a scope of its own, and what mounts them;
-    comments and indents left out.
+def bundle(names: Iterable[str]) -> str:
+    """Join ES modules of `static/` and everything they import into one module without imports.
+
+    Each file is included once, after the files that it imports. All files share one scope, so their
+    top-level names must differ (`tests/viz/test_embed.py`). Comments, JSDoc types and indentation
+    are left out. Only `import { names } from "./file.js"` and `export const` (or `function`) are
+    understood.
+
+    Args:
+        names: Files of `static/`, in the order in which they are to run.
     """
-    names = dict.fromkeys(scripts)
-    own = "".join(f"{{\n{asset(name)}}}\n" for name in names if name not in SHARED)
-    text = "\n".join(
-        [
-            *map(asset, BEFORE),
-            *(asset(name) for name in SHARED if name in names),
-            own,
-            *map(asset, AFTER),
-        ]
-    )
+    ordered: list[str] = []
+
+    def add(name: str) -> None:
+        if name in ordered:
+            return
+        for imported in _IMPORT.findall(asset(name)):
+            add(imported)
+        if name not in ordered:
+            ordered.append(name)
+
+    for name in names:
+        add(name)
+    text = _IMPORT.sub("", "\n".join(asset(name) for name in ordered))
+    text = re.sub(r"^export (?!default)", "", text, flags=re.MULTILINE)
+    text = re.sub(r"/\*\*.*?\*/ ?", "", text, flags=re.DOTALL)
     lines = [line.strip() for line in text.splitlines()]
     text = "\n".join(line for line in lines if line and not line.startswith("//"))
     return re.sub("</(?=script)", r"<\\/", text, flags=re.IGNORECASE)
 
 
+def script_text(scripts: Iterable[str]) -> str:
+    """Return one ES module that draws the views of `scripts` and mounts them."""
+    return bundle([*scripts, MOUNT])
+
+
 def module(scripts: Iterable[str]) -> str:
-    """`script_text` inline."""
+    """Return `script_text` as an inline script."""
     return f'<script type="module">\n{script_text(scripts)}</script>'
 
 

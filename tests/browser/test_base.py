@@ -21,7 +21,7 @@ WORDS = [b"The", b" cat", b" sat", *byte_pieces(" 🤗", 2), b" on", b"\n", b" t
 
 # The shipped decoder, with its two entries in reach of the tests.
 PROBE = (
-    f"<script type=module>{embed.asset('payload.js')}; Object.assign(window, {{ bytesOf, inflate,"
+    f"<script type=module>{embed.bundle(['payload.js'])}; Object.assign(window, {{ bytesOf, inflate,"
     " decode })</script>"
 )
 HASHED = (

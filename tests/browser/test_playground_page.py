@@ -15,8 +15,8 @@ from opdlab.viz import Playground, embed, page, toys
 pytestmark = pytest.mark.browser
 
 PROBE = (
-    f"<script type=module>{embed.asset('core.js')}; {embed.asset('toys.js')}; window.toys ="
-    " define.toys</script>"
+    f"<script type=module>{embed.bundle(['toys.js'])}\nwindow.toys = {{ FORMS, RATIOS, pushOf,"
+    " pullsOf, fieldOf, walkOf, fitHills };</script>"
 )
 READ = """([name, parameter, clip, mass, temperature, steps, teacher, student]) => {
   const T = window.toys, push = T.pushOf(name, parameter, clip), plain = (v) => [...v].map((x) => (Number.isNaN(x) ? null : x));
@@ -24,7 +24,7 @@ READ = """([name, parameter, clip, mass, temperature, steps, teacher, student]) 
   return { f: plain(T.RATIOS.map((x) => form.f(x))), weight: plain(T.RATIOS.map((x) => form.weight(x))),
            push: plain(T.RATIOS.map((x) => push.weight(x))), pulls: plain(T.pullsOf(push, mass)),
            field: T.fieldOf(push, teacher, temperature).flat(), walk: T.walkOf(push, student, teacher, steps, temperature).flat(),
-           fit: T.fitOf(push, steps, temperature) };
+           fit: T.fitHills(push, steps, temperature) };
 }"""
 DRAWN = "() => new Promise((done) => requestAnimationFrame(() => requestAnimationFrame(done)))"
 

@@ -6,6 +6,12 @@ for (const figure of document.querySelectorAll(".opd-chart")) {
   const box = figure.querySelector("div");
   layout.autosize = true;
   layout.font = { ...layout.font, color: ink() };
-  Plotly.newPlot(box, data, layout, { displaylogo: false, displayModeBar: false, responsive: true });
-  matchMedia("(prefers-color-scheme: dark)").addEventListener("change", () => Plotly.relayout(box, { "font.color": ink() }));
+  Plotly.newPlot(box, data, layout, {
+    displaylogo: false,
+    displayModeBar: false,
+    responsive: true,
+  });
+  matchMedia("(prefers-color-scheme: dark)").addEventListener("change", () =>
+    Plotly.relayout(box, { "font.color": ink() }),
+  );
 }

@@ -7,13 +7,15 @@ const LINKED = ["selected", "hovered", "brush"];
 const WAIT = 60; // ms between what changes here and what Python hears
 const PATIENCE = 2500; // ms after which an unanswered message means that nobody listens
 
-const equal = (a, b) => JSON.stringify(a) === JSON.stringify(b);
+export const equal = (a, b) => JSON.stringify(a) === JSON.stringify(b);
 
 // What stands in for a widget's model in a page without kernel.
-const fakeModel = (traits, heard = new EventTarget()) => ({
+export const fakeModel = (traits, heard = new EventTarget()) => ({
   get: (name) => traits[name],
   set: (name, value) => ((traits[name] = value), heard.dispatchEvent(new Event(`change:${name}`))),
-  on: (name, act) => heard.addEventListener(name, act), off: (name, act) => heard.removeEventListener(name, act), save_changes() {},
+  on: (name, act) => heard.addEventListener(name, act),
+  off: (name, act) => heard.removeEventListener(name, act),
+  save_changes() {},
 });
 
 // Rows as (completion, position), which mean the same in every view; null for a row of none.
@@ -27,17 +29,24 @@ const rowOf = (texts, place) => {
   return text ? text.first + place.at : -1;
 };
 
-const connect = (model, texts, badge) => {
-  const own = {}, offs = [], waiting = new Map(), live = typeof model.send === "function";
-  let following = false, timer = 0, question = 0;
+export const connect = (model, texts, badge) => {
+  const own = {};
+  const offs = [];
+  const waiting = new Map();
+  const live = typeof model.send === "function";
+  let following = false;
+  let timer = 0;
+  let question = 0;
   const listen = (name, act) => (model.on(name, act), offs.push(() => model.off(name, act)));
   const on = (name, act) => listen(`change:${name}`, () => act(model.get(name)));
 
-  const ask = (content = null) => new Promise((done, fail) => {
-    const id = ++question, late = setTimeout(() => badge(true), PATIENCE);
-    waiting.set(id, { done, fail, late });
-    model.send({ id, ask: content });
-  });
+  const ask = (content = null) =>
+    new Promise((done, fail) => {
+      const id = ++question;
+      const late = setTimeout(() => badge(true), PATIENCE);
+      waiting.set(id, { done, fail, late });
+      model.send({ id, ask: content });
+    });
   // After a restart of the kernel the channel may be closed, which throws, or lead nowhere, which only an echo would tell.
   const save = () => {
     clearTimeout(timer);
@@ -78,7 +87,8 @@ const connect = (model, texts, badge) => {
     else asked.done(message.answer);
   };
 
-  for (const name of LINKED) if (model.get(name) !== undefined) on(name, (value) => announce(name, value));
+  for (const name of LINKED)
+    if (model.get(name) !== undefined) on(name, (value) => announce(name, value));
   document.addEventListener(LINK, follow);
   if (live) listen("msg:custom", hear);
   const close = () => {
