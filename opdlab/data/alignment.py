@@ -1,11 +1,10 @@
-"""Tokens of different tokenizers matched by the bytes of the text that they spell, never by index.
+"""Match the tokens of different tokenizers by the bytes of their text, never by index.
 
     ours      4 | _7 | _= | _85 |             tokens of `4 7 = 85`, a space shown as _
     theirs    4 | _ | 7_ | = | _8 | 5 |
     spans     4 | _7_=        | _85 |         the same bytes on both sides, each as short as can be
 
-Works on exact bytes, so half a character in a token is no problem. Left out: what either model
-thinks of the text.
+Works on exact bytes, so half a character in a token is no problem. No model is asked.
 """
 
 from __future__ import annotations
@@ -22,8 +21,12 @@ from opdlab.errors import OpdlabError
 
 @dataclass(frozen=True)
 class Span:
-    """A shortest piece of text at whose both ends both tokenizers have a boundary: token ranges,
-    and its size in bytes.
+    """A shortest piece of text at whose both ends both tokenizers have a boundary.
+
+    Attributes:
+        ours: Our tokens of the piece.
+        theirs: Their tokens of the piece.
+        size: Its size in bytes.
     """
 
     ours: range
@@ -37,10 +40,14 @@ class Span:
 
 
 def decode_bytes(tokenizer: Tokenizer, ids: Sequence[int]) -> list[bytes]:
-    """The bytes that each token of a completion adds to its text; joined, they are the text.
+    """Give the bytes that each token of a completion adds to its text; joined, they are the text.
 
     Special tokens add nothing. The space that SentencePiece-like tokenizers put before a first
     piece, and drop when they decode, is no part of the text.
+
+    Args:
+        tokenizer: The tokenizer that the ids are of.
+        ids: Token ids of one completion.
     """
     silent = set(tokenizer.all_special_ids)
     said = [
@@ -55,11 +62,19 @@ def decode_bytes(tokenizer: Tokenizer, ids: Sequence[int]) -> list[bytes]:
 
 
 def spans(ours: Sequence[bytes], theirs: Sequence[bytes]) -> list[Span]:
-    """The finest common refinement of two tokenizations of one text, in order; together they cover
-    all tokens.
+    """Find the shortest spans that two tokenizations of one text share.
 
-    A token without bytes belongs to the span on its left (at the start, to the first). Raises
-    OpdlabError where the two spell different texts, and there are no spans where the text is empty.
+    A token without bytes belongs to the span on its left (at the start, to the first).
+
+    Args:
+        ours: The bytes of each of our tokens.
+        theirs: The bytes of each of their tokens.
+
+    Returns:
+        Spans in order, which together cover all tokens; none where the text is empty.
+
+    Raises:
+        OpdlabError: The two spell different texts.
     """
     mine, other = b"".join(ours), b"".join(theirs)
     if mine != other:
@@ -80,24 +95,27 @@ def spans(ours: Sequence[bytes], theirs: Sequence[bytes]) -> list[Span]:
 
 
 def one_to_one(found: Iterable[Span]) -> float:
-    """The share of the text's bytes that lie in spans of one token on either side; 1.0 where there
-    is no text.
-    """
+    """Share of the bytes in spans of one token on either side; 1.0 where there is no text."""
     found = list(found)
-    return (
-        sum(s.size for s in found if s.single) / max(sum(s.size for s in found), 1)
-        if found
-        else 1.0
-    )
+    if not found:
+        return 1.0
+    single = sum(span.size for span in found if span.single)
+    return single / max(sum(span.size for span in found), 1)
 
 
 def nats_per_byte(nats: Iterable[float], texts: Iterable[str]) -> float:
-    """All nats over all UTF-8 bytes: how runs with different tokenizers compare.
+    """Divide all nats by all UTF-8 bytes, to compare runs with different tokenizers.
 
-    Nats on an end token count, it has no bytes.
+        nats_per_byte(trace.column("teacher_reverse_kl"), trace.meta["texts"])
 
-    `nats_per_byte(trace.column("teacher_reverse_kl"), trace.meta["texts"])`. Raises OpdlabError
-    where there is no text.
+    Nats on an end token count, though it has no bytes.
+
+    Args:
+        nats: One number per token.
+        texts: The texts that the tokens spell.
+
+    Raises:
+        OpdlabError: There is no text.
     """
     size = sum(len(text.encode()) for text in texts)
     if not size:
@@ -109,14 +127,16 @@ def nats_per_byte(nats: Iterable[float], texts: Iterable[str]) -> float:
 
 
 def text_of(pieces: Iterable[bytes]) -> str:
-    """The whole characters of some tokens' bytes: a last one that is cut in two is left out, what
-    is no UTF-8 shows as �.
+    """Decode some tokens' bytes to whole characters.
+
+    A last character that is cut in two is left out; bytes that are no UTF-8 show as �.
     """
     return codecs.getincrementaldecoder("utf-8")("replace").decode(b"".join(pieces))
 
 
 def starts_character(piece: bytes) -> bool:
-    """Whether a text may be cut before this token: it does not go on with a character that the
-    token before began.
+    """Whether a text may be cut before this token.
+
+    It may not where the token goes on with a character that the token before began.
     """
     return not piece or piece[0] & 0xC0 != 0x80

@@ -1,7 +1,8 @@
 """Notes of a plan that a picture can draw: what a method looked at besides single tokens.
 
-A plan writes `batch.notes["windows"] = Windows(…)`; any method may. A trace keeps each note with its type, and a view asks
-for the type: `trace.notes_of(Windows)`. Other notes are plain JSON data under a name of the method's own.
+A plan writes `batch.notes["windows"] = Windows(…)`; any method may. A trace keeps each note with
+its type, and a view asks for the type: `trace.note(Windows)`. Other notes are plain JSON data under
+a name of the method's own.
 """
 
 from __future__ import annotations
@@ -15,12 +16,16 @@ TYPE = "opdlab note"  # the key under which a stored note tells its type
 
 @dataclass(frozen=True)
 class Note:
-    """A note of a known type. `kind` names the type in files."""
+    """A note of a known type.
+
+    Attributes:
+        kind: The name of the type in files.
+    """
 
     kind: ClassVar[str] = ""
 
     def as_json(self) -> dict[str, Any]:
-        """Plain data for a file."""
+        """Give plain data for a file."""
         return {TYPE: self.kind, **asdict(self)}
 
 
@@ -29,10 +34,11 @@ AnyNote = TypeVar("AnyNote", bound=Note)
 
 @dataclass(frozen=True)
 class Windows(Note):
-    """Two continuations from the same place, compared.
+    """Pairs of continuations from the same place, compared.
 
     Attributes:
-        windows: For each: `sample` and `position` (where it starts), `student` and `teacher` (token ids), `distance`.
+        windows: For each pair: `sample` and `position` (where it starts), `student` and `teacher`
+            (token ids), `distance`.
         threshold: The distance from which the two count as different.
         facts: Further numbers, by name.
     """
@@ -48,7 +54,8 @@ class Chunks(Note):
     """Chunks of a completion that were compared with texts of a teacher.
 
     Attributes:
-        chunks: For each: `sample`, `start`, `length` (in tokens), `text`, `continuations`, `similarity`, `prior`, `weight`.
+        chunks: For each chunk: `sample`, `start`, `length` (in tokens), `text`, `continuations`,
+            `similarity`, `prior`, `weight`.
         facts: Further numbers, by name, such as `alpha`.
     """
 
@@ -62,7 +69,7 @@ class Alignments(Note):
     """Completions as two tokenizers cut them.
 
     Attributes:
-        alignments: For each: `sample`, `teacher` (its pieces), `spans`, `kl`.
+        alignments: For each completion: `sample`, `teacher` (its pieces), `spans`, `kl`.
         facts: Further numbers, by name.
     """
 
@@ -72,7 +79,15 @@ class Alignments(Note):
 
 
 def read_note(stored: Any, note: type[AnyNote]) -> AnyNote | None:
-    """A stored note as its type; None where it is of another, or does not hold what the type says."""
+    """Read a stored note as its type.
+
+    Args:
+        stored: Plain data of a trace.
+        note: The type to read, such as `Windows`.
+
+    Returns:
+        The note; None where the data are of another type, or lack what the type needs.
+    """
     if not isinstance(stored, Mapping) or stored.get(TYPE) != note.kind:
         return None
     known = {field.name for field in fields(note)}

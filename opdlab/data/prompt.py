@@ -16,12 +16,11 @@ ROLES = ("system", "developer", "user", "assistant", "tool", "function", "ipytho
 
 @dataclass(frozen=True)
 class Prompt:
-    """What a policy is asked: a plain `text`, or a chat's `messages`, which the tokenizer's own
-    template renders.
+    """Ask a policy something: with a plain `text`, or with a chat's `messages`.
 
-    A text is read as it stands, special tokens in it included, so it may be a chat that was
-    rendered before. The context of a policy made with `.seeing()` is put in front of it; give
-    `messages` where it must land inside the chat.
+    The tokenizer's own template renders a chat. A text is read as it stands, special tokens in it
+    included, so it may be a chat that was rendered before. The context of a policy made with
+    `.seeing()` is put in front of a text; give `messages` where it must land inside the chat.
 
     Args:
         text: A plain text.
@@ -104,6 +103,7 @@ class ChatHint(str):
     messages: tuple[dict[str, Any], ...]
 
     def __new__(cls, messages: Iterable[Mapping[str, Any]]) -> ChatHint:
+        """Read the messages; see `read_messages`."""
         read = read_messages(messages, "hint")
         hint = super().__new__(cls, "\n".join(message.get("content", "") for message in read))
         hint.messages = read
@@ -114,7 +114,11 @@ class ChatHint(str):
 
 
 def own_hint(prompt: Prompt) -> Prompt:
-    """Tell a prompt its own hint; raises MissingHint where it has none."""
+    """Tell a prompt its own hint.
+
+    Raises:
+        MissingHint: It has none.
+    """
     if prompt.hint is None:
         raise MissingHint(
             f"Prompt {name_of(prompt)} has no hint, but this policy reads hints. "
@@ -124,19 +128,19 @@ def own_hint(prompt: Prompt) -> Prompt:
 
 
 def name_of(prompt: Prompt, number: int | None = None) -> str:
-    """How an error names a prompt: by its id, else by its number among others, else by its
-    beginning.
-    """
+    """Name a prompt in an error: by its id, else by its number, else by its beginning."""
     if prompt.id:
         return repr(prompt.id)
     return shortened(prompt.text or prompt.messages) if number is None else str(number)
 
 
 def read_messages(messages: Any, name: str = "messages") -> tuple[dict[str, Any], ...]:
-    """Read chat messages: dicts with a known `role` and a `content` of text, or of text parts,
-    which are joined.
+    """Read chat messages: dicts with a known `role` and a `content`.
 
-    Other entries (`tool_calls`, `name`, …) are kept for the chat template, unless they are None.
+    Args:
+        messages: The content of each is a text, or a list of text parts, which are joined. Other
+            entries (`tool_calls`, `name`, …) are kept for the chat template, unless they are None.
+        name: The argument's name, for errors.
 
     Raises:
         InvalidValue: They are something else, or there are none.
@@ -178,8 +182,12 @@ def _read_message(message: Any, name: str) -> dict[str, Any]:
 
 
 def read_content(content: Any, name: str) -> str:
-    """Read the content of a message: a text, or parts `{"type": "text", "text": …}`, joined without
-    anything between.
+    """Read the content of a message.
+
+    Args:
+        content: A text, or parts `{"type": "text", "text": …}`, which are joined without anything
+            between them.
+        name: Its place, for errors.
 
     Raises:
         InvalidValue: It is something else, or has parts that are no text (images, audio).

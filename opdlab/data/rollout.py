@@ -18,25 +18,29 @@ _PER_COMPLETION = ("prompts", "finish", "texts", "writer")
 
 @dataclass(frozen=True, eq=False)
 class Rollout:
-    """`B` completions of at most `T` tokens after their prompts, right-padded.
+    """Hold `B` completions of at most `T` tokens after their prompts, right-padded.
 
-    Holds no hint: every policy renders the prompts as it sees them.
+    No hint is in it: every policy renders the prompts as it sees them.
 
     Attributes:
         prompts: The prompt of each completion.
         ids: Token ids `[B, T]`.
         lengths: Tokens of each completion `[B]`; the EOS token counts.
-        logp: Log-probs of the tokens under the policy that wrote them, at temperature 1, in nats, `[B, T]`; zero in
-            the padding and where a text was not sampled.
+        logp: Log-probs of the tokens under the policy that wrote them, at temperature 1, in nats,
+            `[B, T]`; zero in the padding and where a text was not sampled.
         entropy: Entropies of that policy in nats, `[B, T]`; zero as `logp` is.
         finish: Why each completion ends: "stop", or "length" where the limit cut it.
         texts: The text of each completion.
         writer: Who wrote each completion: "student", "teacher", …
-        n: Completions of each prompt, which stand in groups of `n` rows; 1 where prompts have different numbers of them.
+        n: Completions of each prompt, which stand in groups of `n` rows; 1 where prompts have
+            different numbers of them.
         vocabulary: Fingerprint of the tokenizer whose ids these are; None if it is not known.
-        learn: `[B, T]`, true on the tokens that the loss sees: those that a policy wrote, and not what a tool or a user
-            said between them. All of `mask` by default.
+        learn: `[B, T]`, true on the tokens that the loss sees: those that a policy wrote, without
+            the text that a tool or a user put between them. All of `mask` by default.
         turn: `[B, T]`, the number of the turn that each token belongs to, from 0; all 0 by default.
+
+    Raises:
+        InvalidValue: `learn` or `turn` has another shape than `ids`, or values that it cannot have.
     """
 
     prompts: tuple[Prompt, ...]
@@ -49,7 +53,8 @@ class Rollout:
     writer: tuple[str, ...]
     n: int = 1
     vocabulary: str | None = None
-    learn: Tensor = field(default=None)  # type: ignore[assignment]  # set from the mask below
+    # None stands for the defaults, which `__post_init__` makes of the other fields.
+    learn: Tensor = field(default=None)  # type: ignore[assignment]
     turn: Tensor = field(default=None)  # type: ignore[assignment]
 
     def __post_init__(self) -> None:
@@ -66,9 +71,15 @@ class Rollout:
                 )
         if self.learn.dtype != torch.bool or bool((self.learn & ~self.mask).any()):
             raise InvalidValue(
-                "Rollout got a learn mask that is not boolean or is true in the padding. Use booleans"
-                " [B, T], true only on tokens of the completion."
+                "Rollout got a learn mask that is not boolean or is true in the padding. Use"
+                " booleans [B, T], true only on tokens of the completion."
             )
+        if self.turn.is_floating_point() or self.turn.dtype == torch.bool:
+            raise InvalidValue(
+                f"Rollout got turn of dtype {self.turn.dtype}. Use whole numbers [B, T]."
+            )
+        if bool((self.turn < 0).any()):
+            raise InvalidValue("Rollout got a turn that is negative. Number the turns from 0.")
 
     @property
     def mask(self) -> Tensor:
@@ -80,23 +91,23 @@ class Rollout:
 
     @property
     def tokens(self) -> int:
-        """How many tokens there are, without the padding."""
+        """Number of tokens, without the padding."""
         return int(self.lengths.sum())
 
     @property
     def learned(self) -> Tensor:
-        """`[tokens]`: `learn` of the tokens in a row, without the padding."""
+        """`learn` without the padding, `[tokens]`, row after row."""
         return self.learn[self.mask]
 
     def completions(self) -> list[list[int]]:
-        """The token ids of each completion, without padding."""
+        """List the token ids of each completion, without padding."""
         return [
             row[:length]
             for row, length in zip(self.ids.tolist(), self.lengths.tolist(), strict=True)
         ]
 
     def rows(self, which: Sequence[int]) -> Rollout:
-        """The rollout of some rows only, in that order."""
+        """Make a rollout of some rows only, in that order; it keeps `n` if groups stay whole."""
         pick = torch.as_tensor(list(which), dtype=torch.long, device=self.ids.device)
         width = max(1, int(self.lengths[pick].max())) if len(which) else 1
         parts: dict[str, Any] = {name: getattr(self, name)[pick][:, :width] for name in _PER_TOKEN}
@@ -118,25 +129,37 @@ class Rollout:
 
     def __repr__(self) -> str:
         cut = sum(finish == "length" for finish in self.finish)
-        return f"Rollout({len(self)} completions, {self.tokens} tokens, {cut} cut off at the length limit)"
+        return (
+            f"Rollout({len(self)} completions, {self.tokens} tokens, {cut} cut off at the length"
+            " limit)"
+        )
 
 
 def concat_rollouts(parts: Sequence[Rollout]) -> Rollout:
-    """Put several rollouts together, rows in order. `n` is theirs, or 1 where they differ."""
+    """Put several rollouts together, rows in order.
+
+    Args:
+        parts: At least one. `n` and `vocabulary` of the whole are theirs where they agree, else 1
+            and None.
+
+    Raises:
+        InvalidValue: There are none.
+    """
+    if not parts:
+        raise InvalidValue("concat_rollouts got no rollouts. Give at least one.")
     width = max(part.ids.shape[1] for part in parts)
 
-    def widened(values: Tensor) -> Tensor:
+    def widen(values: Tensor) -> Tensor:
         return torch.nn.functional.pad(values, (0, width - values.shape[1]))
 
     whole: dict[str, Any] = {}
     for name in _PER_TOKEN:
-        whole[name] = torch.cat([widened(getattr(part, name)) for part in parts])
+        whole[name] = torch.cat([widen(getattr(part, name)) for part in parts])
     for name in _PER_COMPLETION:
         whole[name] = tuple(value for part in parts for value in getattr(part, name))
     vocabularies = {part.vocabulary for part in parts}
-    counts = {
-        part.n for part in parts
-    }  # completions of a prompt stand side by side only if all have as many
+    # Completions of a prompt stand side by side only if all parts have as many.
+    counts = {part.n for part in parts}
     return Rollout(
         **whole,
         lengths=torch.cat([part.lengths for part in parts]),

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, fields
 from typing import Any, TypedDict, cast
 
 from opdlab.errors import InvalidValue, UnknownOption
+from opdlab.support.expect import shortened
 from opdlab.support.validation import (
     Count,
     CountOrZero,
@@ -19,9 +20,10 @@ from opdlab.support.validation import (
 
 
 class SamplingOptions(TypedDict, total=False):
-    """The fields of `SamplingConfig` as keyword arguments, for signatures:
+    """The fields of `SamplingConfig` as keyword arguments.
 
-    `**options: Unpack[SamplingOptions]`.
+    Signatures use it as `**options: Unpack[SamplingOptions]`, so that editors and type checkers
+    know the options.
     """
 
     max_new_tokens: int
@@ -35,7 +37,7 @@ class SamplingOptions(TypedDict, total=False):
 
 @dataclass(frozen=True)
 class SamplingConfig:
-    """How a policy or a server samples texts.
+    """Say how a policy or a server samples texts.
 
     For on-policy training keep the defaults of `temperature`, `top_p`, `top_k` and `min_p`: other
     values sample from another distribution than the student's own.
@@ -63,9 +65,7 @@ class SamplingConfig:
     seed: GeneratorSeed = 0
 
     def __post_init__(self) -> None:
-        if isinstance(self.stop, str):
-            object.__setattr__(self, "stop", (self.stop,))
-        object.__setattr__(self, "stop", tuple(self.stop))
+        object.__setattr__(self, "stop", _read_stop(self.stop))
         validate_fields(self)
         if "" in self.stop:
             raise InvalidValue(
@@ -79,8 +79,15 @@ class SamplingConfig:
         return self.temperature == 1 and self.top_p == 1 and self.top_k == 0 and self.min_p == 0
 
     @classmethod
-    def of(cls, where: str, options: Mapping[str, Any]) -> SamplingConfig:
-        """Make one of the options that a user passed to `where`.
+    def of(
+        cls, where: str, options: Mapping[str, Any], beside: Sequence[str] = ()
+    ) -> SamplingConfig:
+        """Make a config of the options that a user passed to a function.
+
+        Args:
+            where: The function's name, for errors.
+            options: Fields by name.
+            beside: Other arguments of the function, which the error for an unknown one lists too.
 
         Raises:
             UnknownOption: An option is no field.
@@ -90,7 +97,7 @@ class SamplingConfig:
         unknown = [name for name in options if name not in names]
         if unknown:
             raise UnknownOption(
-                f"{where} has no option {unknown[0]!r}. It takes {', '.join(names)}."
+                f"{where} has no option {unknown[0]!r}. It takes {', '.join([*beside, *names])}."
             )
         try:
             return cls(**options)
@@ -98,5 +105,15 @@ class SamplingConfig:
             raise InvalidValue(str(error).replace("SamplingConfig", where, 1)) from None
 
     def options(self) -> SamplingOptions:
-        """The fields by name, to pass on as keyword arguments."""
+        """Give the fields by name, to pass on as keyword arguments."""
         return cast(SamplingOptions, asdict(self))
+
+
+def _read_stop(stop: Any) -> tuple[str, ...]:
+    texts = [stop] if isinstance(stop, str) else stop
+    is_list = isinstance(texts, Sequence) and not isinstance(texts, bytes)
+    if not is_list or not all(isinstance(text, str) for text in texts):
+        raise InvalidValue(
+            f"SamplingConfig got stop={shortened(stop)}. Use a text, or a tuple of texts."
+        )
+    return tuple(texts)

@@ -1,8 +1,14 @@
-"""Seeds: one for every use of randomness in every step."""
+"""Make seeds: one for every use of randomness in every step."""
 
 
 def seed_of(seed: int, step: int, use: int) -> int:
-    """A seed of its own for every use of randomness in every step: nothing random has a state that
-    could be lost.
+    """Make the seed of one use of randomness in one step.
+
+    Nothing random has a state that could be lost, so a resumed run draws the same numbers.
+
+    Args:
+        seed: The run's seed.
+        step: Number of the step, below 2**32.
+        use: Number of the use within the step, from 0 to 4095.
     """
     return (seed * 1_000_003 + step) * 4096 + use

@@ -1,5 +1,4 @@
-"""Token ids as the exact bytes that they stand for, so that pieces re-join to the text they came
-from.
+"""Token ids as the exact bytes that they stand for, so that joined pieces are the text again.
 
 Decoding one id at a time shows a replacement sign for every byte piece, and joining those is not
 the text.
@@ -14,14 +13,33 @@ from typing import Any, Protocol
 
 
 class Tokenizer(Protocol):
-    """What is read of a tokenizer of transformers here."""
+    """The part of a transformers tokenizer that reads texts back from ids.
+
+    Every `PreTrainedTokenizerBase` has it; `data` knows no more of transformers than this.
+    Arguments and results are `Any` where transformers accepts and returns several types.
+    """
 
     @property
-    def all_special_ids(self) -> list[int]: ...
-    def get_added_vocab(self) -> dict[str, int]: ...
-    def convert_ids_to_tokens(self, ids: Any) -> Any: ...
-    def batch_decode(self, sequences: Any, **options: Any) -> Any: ...
-    def decode(self, token_ids: Any, **options: Any) -> Any: ...
+    def all_special_ids(self) -> list[int]:
+        """Ids of the tokens that begin, end or structure a text."""
+        ...
+
+    def get_added_vocab(self) -> dict[str, int]:
+        """Ids of the tokens that were added to the vocabulary, by their text."""
+        ...
+
+    def convert_ids_to_tokens(self, ids: Any) -> Any:
+        """Name the pieces of ids, as the vocabulary spells them; None for an id without one."""
+        ...
+
+    def batch_decode(self, sequences: Any, **options: Any) -> Any:
+        """Decode several sequences of ids to texts."""
+        ...
+
+    def decode(self, token_ids: Any, **options: Any) -> Any:
+        """Decode one sequence of ids to a text."""
+        ...
+
     def __len__(self) -> int: ...
 
 
@@ -29,15 +47,13 @@ _BYTE_PIECE = re.compile(r"<0x([0-9A-Fa-f]{2})>$")
 
 
 def token_bytes(tokenizer: Tokenizer, ids: list[int]) -> list[bytes]:
-    """The bytes of each token.
+    """Give the bytes of each token; b"" for an id that the tokenizer does not have.
 
     Knows byte-level BPE, SentencePiece-like pieces (`▁`, `<0x0A>`) and plain pieces.
     """
     byte_level = '"ByteLevel"' in _decoder(tokenizer)
-    added = {
-        *tokenizer.all_special_ids,
-        *tokenizer.get_added_vocab().values(),
-    }  # stand as themselves
+    # Added tokens stand as themselves.
+    added = {*tokenizer.all_special_ids, *tokenizer.get_added_vocab().values()}
     pieces = tokenizer.convert_ids_to_tokens(ids)
     return [
         _bytes(piece or "", byte_level and i not in added)
@@ -73,6 +89,8 @@ def _bytes(piece: str, byte_level: bool) -> bytes:
 
 
 def _decoder(tokenizer: Tokenizer) -> str:
+    """The settings of the tokenizer's decoder, as text; "" where it has none to show."""
+    # A foreign object: tokenizers that transformers runs in Python have no backend.
     backend = getattr(tokenizer, "backend_tokenizer", None)
     state = (
         backend.decoder.__getstate__()

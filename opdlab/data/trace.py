@@ -1,9 +1,8 @@
-"""Traces: the permanent record of what was written and how it was graded, one row a token, in
-Parquet.
+"""Traces: the permanent record of a rollout and its grades, one row per token, in Parquet.
 
-Opens in pandas, polars and DuckDB. The file's metadata holds the prompts, the texts and the bytes
-of every token id that occurs, so a trace can be drawn without the tokenizer. `what_if` asks again
-under another loss without running a model.
+A trace opens in pandas, polars and DuckDB. The file's metadata hold the prompts, the texts and the
+bytes of every token id that occurs, so a trace can be drawn without the tokenizer, and describe the
+columns of the plan. `opdlab.what_if` asks again under another loss without running a model.
 """
 
 from __future__ import annotations
@@ -37,31 +36,36 @@ FORMAT = 2  # of the metadata; files without a number are of the first format
 
 @dataclass(frozen=True, eq=False)
 class Trace:
-    """`table`: one row a token.
+    """Hold the grades of a rollout, token by token.
 
-    `meta`: `prompts`, `texts`, `finish` (a list each, by `sample`), `vocab`, `policies`.
+    Attributes:
+        table: One row per token. `sample` counts the completions, `position` their tokens.
+        meta: Plain data beside the table: `format`; by sample `prompts`, `texts` and `finish`;
+            `vocab` (the bytes of each token id, as Latin-1 text); `policies`; `plan` (names of the
+            plan's columns); `columns` (their descriptions); `method` and `notes` (by method).
     """
 
     table: pa.Table
     meta: dict[str, Any]
 
     def to_pandas(self) -> pd.DataFrame:
-        """A copy as a data frame; list columns hold numpy arrays."""
+        """Copy the table to a data frame; list columns hold numpy arrays."""
         return self.table.to_pandas()
 
     @property
     def policies(self) -> list[str]:
+        """Names of the policies that graded, the student first."""
         return list(self.meta["policies"])
 
     def __len__(self) -> int:
-        return self.table.num_rows
+        return int(self.table.num_rows)
 
     def describe(self, name: str) -> Description:
-        """What a column is, as the plan that made it says; empty for columns that nobody described."""
+        """Look up what a plan says about its column; empty for columns that nobody described."""
         return Description.from_json(self.meta.get("columns", {}).get(name, {}))
 
     def note(self, kind: type[AnyNote]) -> AnyNote | None:
-        """The plan's note of a type, such as `Windows`; None where there is none."""
+        """Look up the plan's note of a type, such as `Windows`; None where there is none."""
         for notes in self.meta.get("notes", {}).values():
             for stored in notes.values():
                 if (found := read_note(stored, kind)) is not None:
@@ -69,7 +73,11 @@ class Trace:
         return None
 
     def sample(self, i: int) -> Trace:
-        """The rows of completion `i`; raises OpdlabError for one that the trace does not have."""
+        """Select the rows of completion `i`.
+
+        Raises:
+            OpdlabError: The trace has no such completion.
+        """
         texts = len(self.meta["texts"])
         if isinstance(i, bool) or not isinstance(i, (int, np.integer)) or not 0 <= i < texts:
             raise OpdlabError(
@@ -79,29 +87,35 @@ class Trace:
         return Trace(self.table.filter(pa.compute.equal(self.table["sample"], i)), self.meta)
 
     def tokens(self) -> list[bytes]:
-        """The exact bytes of every token, in row order."""
+        """List the exact bytes of every token, in row order."""
         return [self.piece(i) for i in self.table["token_id"].to_pylist()]
 
     def piece(self, token_id: int) -> bytes:
-        """The exact bytes of a token id that occurs in the trace."""
-        return self.meta["vocab"][str(token_id)].encode("latin-1")
+        """Look up the exact bytes of a token id that occurs in the trace."""
+        return str(self.meta["vocab"][str(token_id)]).encode("latin-1")
 
     def column(self, name: str) -> np.ndarray:
-        """A column `[rows]` or `[rows, K]`; raises UnknownName (a KeyError) with what there is."""
+        """Take a column as an array `[rows]` or `[rows, K]`.
+
+        Raises:
+            UnknownName: There is no such column. It is a KeyError, and lists what there is.
+        """
         if name not in self.table.column_names:
             raise UnknownName(
                 f"The trace has no column {name!r}; it has {', '.join(self.table.column_names)}."
             )
         values = self.table[name]
+        array: np.ndarray = values.to_numpy()
         if not pa.types.is_list(values.type):
-            return values.to_numpy()
-        return np.stack(values.to_numpy()) if len(values) else np.zeros((0, 0), np.float32)
+            return array
+        return np.stack(array) if len(array) else np.zeros((0, 0), np.float32)
 
     def with_columns(self, **columns: Any) -> Trace:
-        """This trace with columns added or replaced.
+        """Make a trace with columns added or replaced.
 
         Args:
-            columns: By name: a list, array or tensor `[rows]`, or a `Column` of them that describes itself.
+            columns: By name: a list, array or tensor `[rows]`, or a `Column` of them that
+                describes itself.
 
         Raises:
             InvalidValue: A column has not one value for each row, or values that no table holds.
@@ -118,7 +132,11 @@ class Trace:
         return Trace(table, {**self.meta, "columns": described})
 
     def save(self, path: str | os.PathLike[str]) -> Path:
-        """Write Parquet, atomically: a reader sees the old file or the new one."""
+        """Write Parquet, atomically: a reader sees the old file or the new one.
+
+        Returns:
+            The path.
+        """
         path = Path(path)
         path.parent.mkdir(parents=True, exist_ok=True)
         partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
@@ -165,8 +183,9 @@ class Trace:
 
 
 def _column(name: str, values: Any, rows: int) -> pa.Array | pa.ChunkedArray:
-    """Values as a column of a table; raises InvalidValue where they are none."""
+    """Make values a column of a table; raises InvalidValue where they cannot be one."""
     wanted = f"Give a list, an array or a tensor of {rows} numbers, flags or texts."
+    # Arrays and tensors of any library have a shape, lists have none.
     shape = getattr(values, "shape", (0,))
     if (
         isinstance(values, (str, bytes, Mapping, set, frozenset))
@@ -195,11 +214,26 @@ def _column(name: str, values: Any, rows: int) -> pa.Array | pa.ChunkedArray:
 
 
 def _to_numpy(values: Any) -> Any:
-    """Tensors of PyTorch as arrays, told without importing it; everything else as it is."""
+    """Turn tensors of PyTorch into arrays, without importing it; leave everything else."""
     if not type(values).__module__.startswith("torch"):
         return values
     values = values.detach().cpu()
     return (values.float() if str(values.dtype) == "torch.bfloat16" else values).numpy()
+
+
+def _check_described(meta: dict[str, Any]) -> None:
+    """Raise ValueError unless descriptions and notes are such."""
+    for name in ("columns", "notes"):
+        entries = meta.get(name, {})
+        if not isinstance(entries, dict) or not all(
+            isinstance(one, dict) for one in entries.values()
+        ):
+            raise ValueError(f"its {name} are no mapping of mappings")
+    for name, stored in meta.get("columns", {}).items():
+        try:
+            Description.from_json(stored)
+        except InvalidValue as error:
+            raise ValueError(f"its description of {name}: {error}") from None
 
 
 def _check_meta(meta: Any, table: pa.Table) -> None:
@@ -215,6 +249,7 @@ def _check_meta(meta: Any, table: pa.Table) -> None:
         raise ValueError("its metadata have no vocab")
     if missing := {"sample", "position", "token_id"} - set(table.column_names):
         raise ValueError(f"it has no column {', '.join(sorted(missing))}")
+    _check_described(meta)
     completions = {len(meta[name]) for name in ("texts", "finish", "prompts")}
     samples = [
         i

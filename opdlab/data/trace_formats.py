@@ -1,6 +1,6 @@
 """Read traces of earlier formats.
 
-Format 1 kept no descriptions: what a plan's columns and notes were was known from the method's name alone.
+Format 1 kept no descriptions: only the method's name told what a plan's columns and notes were.
 """
 
 from __future__ import annotations
@@ -23,7 +23,10 @@ _CODES = {
 
 
 def upgrade(meta: Any) -> Any:
-    """Give the metadata of an earlier format those of the present one; what is no mapping stays as it is.
+    """Turn the metadata of an earlier format into those of the present one.
+
+    Args:
+        meta: As a file has them. Anything but a mapping is returned as it is.
 
     Raises:
         ValueError: The file was written by a later version.
@@ -32,13 +35,14 @@ def upgrade(meta: Any) -> Any:
         return meta
     if meta.get("format", 1) != 1:
         raise ValueError(
-            f"its format is {meta['format']}, which only a later version of opdlab can read"
+            f"its format is {meta['format']!r}, which only a later version of opdlab can read"
         )
-    name = _method(meta)
+    ours = _method_of_opdlab(meta)
+    name = ours or _name_in_mark(meta)
     notes = _notes(meta.get("notes") or {})
     columns = {}
-    if name in _CODES and _CODES[name][0] in meta.get("plan", []):
-        column, labels = _CODES[name]
+    if ours in _CODES and _CODES[ours][0] in (meta.get("plan") or []):
+        column, labels = _CODES[ours]
         columns[column] = Description(labels=labels).as_json()
     return {
         **meta,
@@ -49,17 +53,19 @@ def upgrade(meta: Any) -> Any:
     }
 
 
-def _method(meta: Mapping[str, Any]) -> str:
-    """The method of opdlab whose plan made the columns; "" where that is not known."""
+def _name_in_mark(meta: Mapping[str, Any]) -> str:
+    mark = meta.get("method")
+    return str(mark.get("name", "")) if isinstance(mark, Mapping) else ""
+
+
+def _method_of_opdlab(meta: Mapping[str, Any]) -> str:
+    """The method of opdlab whose plan made the columns; "" for others, and where none is known."""
     mark = meta.get("method")
     if isinstance(mark, Mapping):
-        planner = str(mark.get("planner", ""))
-        return (
-            planner.rpartition(".")[2]
-            if planner.startswith("opdlab.")
-            else str(mark.get("name", ""))
-        )
-    planned = set(meta.get("plan", []))
+        package, _, planner = str(mark.get("planner", "")).rpartition(".")
+        return planner if package.partition(".")[0] == "opdlab" else ""
+    # The first files did not name their method.
+    planned = set(meta.get("plan") or [])
     for name, columns in (
         ("DOPD", {"route", "gap"}),
         ("TOPD", {"divergent", "window_distance"}),
@@ -71,7 +77,7 @@ def _method(meta: Mapping[str, Any]) -> str:
 
 
 def _notes(notes: Mapping[str, Any]) -> dict[str, Any]:
-    """Notes with their types, told by what they hold."""
+    """Give notes their types, told by what they hold."""
     facts = {name: note for name, note in notes.items() if name in ("topd", "alignment")}
     typed: dict[str, Note] = {}
     if _holds(notes.get("windows"), "sample", "position", "student", "teacher", "distance"):

@@ -10,7 +10,7 @@ Finish = Literal["stop", "length"]
 
 
 class WrittenText(str):
-    """A text that knows whether its writer finished it.
+    """Hold a text that knows whether its writer finished it.
 
     It is the plain text wherever a `str` is wanted.
 
@@ -31,6 +31,7 @@ class WrittenText(str):
     finish: Finish
 
     def __new__(cls, text: str, finish: Finish = "stop") -> WrittenText:
+        """Make the text; see the class."""
         if finish not in get_args(Finish):
             raise InvalidValue(f"WrittenText got finish={finish!r}. Use 'stop' or 'length'.")
         written = super().__new__(cls, text)
@@ -39,7 +40,5 @@ class WrittenText(str):
 
 
 def finish_of(text: str) -> Finish:
-    """Return why a teacher's text ends: what a `WrittenText` says; a plain string counts as
-    finished.
-    """
+    """Tell why a teacher's text ends; a plain string counts as finished."""
     return text.finish if isinstance(text, WrittenText) else "stop"

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import ast
+from pathlib import Path
+
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
+import opdlab.data
 from opdlab.data.tokens import token_bytes
 from opdlab.tasks.market import market, tokenizers
 
@@ -110,3 +114,16 @@ def test_the_markets_tokenizers(kind):
 
 def test_ids_that_nobody_has_are_empty(bytes_bpe):
     assert token_bytes(bytes_bpe, [10_000]) == [b""]
+
+
+def test_data_know_no_models():
+    """Rollouts are tensors; everything else of `opdlab.data` is plain data, and a Protocol."""
+    for path in Path(opdlab.data.__file__).parent.glob("*.py"):
+        found = set()
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            if isinstance(node, ast.Import):
+                found |= {alias.name.partition(".")[0] for alias in node.names}
+            elif isinstance(node, ast.ImportFrom):
+                found.add((node.module or "").partition(".")[0])
+        heavy = found & {"torch", "transformers", "peft", "accelerate", "tokenizers"}
+        assert heavy <= ({"torch"} if path.name == "rollout.py" else set()), path.name
