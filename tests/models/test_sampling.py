@@ -117,31 +117,64 @@ def test_later_tokens_follow_the_models_distribution(make_policy, make_tokenizer
     )
 
 
+def filtered(p: list[float], config: SamplingConfig) -> list[float]:
+    """The distribution that a config draws from, by definition: first top_k, top_p, then min_p."""
+    order = sorted(range(len(p)), key=lambda i: -p[i])
+    if config.top_k:
+        order = order[: config.top_k]
+    whole, mass, kept = sum(p[i] for i in order), 0.0, []
+    for i in order:  # the fewest that hold top_p of what top_k left
+        if mass / whole >= config.top_p:
+            break
+        mass += p[i]
+        kept.append(i)
+    kept = [i for i in kept if p[i] >= config.min_p * max(p)]
+    rest = sum(p[i] for i in kept)
+    return [p[i] / rest if i in kept else 0.0 for i in range(len(p))]
+
+
 @given(
     seed=st.integers(0, 10**6),
     temperature=st.sampled_from([0.5, 1.0, 2.0]),
     top_p=st.sampled_from([0.3, 0.8, 1.0]),
+    top_k=st.sampled_from([0, 1, 3, 20]),
+    min_p=st.sampled_from([0.0, 0.05, 0.4]),
 )
-def test_draw_inverts_the_cumulative_distribution(seed, temperature, top_p):
-    g = torch.Generator().manual_seed(seed)
-    logits, u = (
-        3 * torch.randn(1, 9, generator=g, dtype=torch.float64),
-        torch.linspace(0, 1, 101, dtype=torch.float64)[:-1],
-    )
-    p = (logits[0] / temperature).softmax(-1)
-    order = p.argsort(descending=True)
-    kept = order[: int((p[order].cumsum(0) < top_p).sum()) + 1]  # the fewest that hold top_p
-    inside = torch.zeros(9, dtype=torch.float64)
-    inside[kept] = p[kept] / p[kept].sum()
-    want = [int((inside.cumsum(0) <= x + 1e-15).sum()) for x in u]
-    token, logp, own = draw(
-        logits.expand(100, 9), u, SamplingConfig(temperature=temperature, top_p=top_p)
-    )
+def test_draw_inverts_the_cumulative_distribution(seed, temperature, top_p, top_k, min_p):
+    generator = torch.Generator().manual_seed(seed)
+    logits = 3 * torch.randn(1, 9, generator=generator, dtype=torch.float64)
+    uniform = torch.linspace(0, 1, 101, dtype=torch.float64)[:-1]
+    config = SamplingConfig(temperature=temperature, top_p=top_p, top_k=top_k, min_p=min_p)
+    p = filtered((logits[0] / temperature).softmax(-1).tolist(), config)
+    cumulative = torch.tensor(p, dtype=torch.float64).cumsum(0)
+    want = [int((cumulative <= x + 1e-15).sum()) for x in uniform]
+    token, logp, own = draw(logits.expand(100, 9), uniform, config)
     assert token.tolist() == want
-    torch.testing.assert_close(
-        logp, logits[0].log_softmax(-1)[token]
-    )  # at temperature 1, whatever the sampler's
+    # Log-probs and entropies are those at temperature 1, whatever the sampler's filters.
+    torch.testing.assert_close(logp, logits[0].log_softmax(-1)[token])
     torch.testing.assert_close(own, entropy(logits.log_softmax(-1)).expand(100))
+
+
+@pytest.mark.parametrize(
+    ("options", "kept"),
+    [
+        ({}, [0.4, 0.3, 0.2, 0.1]),
+        ({"top_k": 2}, [4 / 7, 3 / 7, 0, 0]),
+        ({"top_k": 9}, [0.4, 0.3, 0.2, 0.1]),
+        ({"min_p": 0.5}, [4 / 9, 3 / 9, 2 / 9, 0]),  # 0.2 is half of 0.4, and kept
+        ({"min_p": 0.6}, [4 / 7, 3 / 7, 0, 0]),
+        ({"top_k": 3, "top_p": 0.5}, [4 / 7, 3 / 7, 0, 0]),  # 0.4 of 0.9 is less than a half
+        ({"top_p": 0.95, "min_p": 0.3}, [4 / 9, 3 / 9, 2 / 9, 0]),
+    ],
+)
+def test_filters_keep_the_tokens_of_their_definition(options, kept):
+    """Four tokens by hand: the shares of 2520 equal steps are the distribution itself."""
+    p = torch.tensor([0.4, 0.3, 0.2, 0.1], dtype=torch.float64)
+    uniform = (torch.arange(2520, dtype=torch.float64) + 0.5) / 2520
+    token, _, _ = draw(p.log().expand(2520, 4), uniform, SamplingConfig(**options))
+    shares = torch.bincount(token, minlength=4) / 2520
+    torch.testing.assert_close(shares, torch.tensor(kept, dtype=torch.float32))
+    assert filtered(p.tolist(), SamplingConfig(**options)) == pytest.approx(kept)
 
 
 def test_tokens_without_probability_are_never_drawn():
@@ -173,6 +206,20 @@ def test_the_nucleus_holds_in_the_loop(student):
     place = (ids == rollout.ids[rollout.mask][:, None]).int().argmax(-1)
     assert (before.gather(-1, place[:, None]) < 0.6 + 1e-4).all()
     assert place.max() > 0
+
+
+@pytest.mark.parametrize("options", [{"top_k": 2}, {"min_p": 0.5}])
+def test_top_k_and_min_p_hold_in_the_loop(student, options):
+    rollout = student.sample([Prompt("ana has")], n=300, max_new_tokens=4, seed=2, **options)
+    p = student.log_probs(rollout).exp()
+    drawn = p.gather(-1, rollout.ids[rollout.mask][:, None])
+    place = (p > drawn).sum(-1)
+    if "top_k" in options:
+        assert place.max() == 1
+    else:
+        assert (drawn[:, 0] >= 0.5 * p.amax(-1) - 1e-4).all()
+        assert place.max() > 0
+    assert len(set(map(tuple, rollout.completions()))) > 1
 
 
 # The same seed, the same text.
@@ -272,6 +319,58 @@ def test_an_end_at_the_limit_is_an_end(student):
     token = student.sample([Prompt("ana")], temperature=0, max_new_tokens=1).completions()[0]
     policy = Policy.of(student.weights.model, student.tokenizer, eos=token)
     assert policy.sample([Prompt("ana")], temperature=0, max_new_tokens=1).finish == ("stop",)
+
+
+def first_end(policy: Policy, body: list[int], stops: tuple[str, ...]) -> int:
+    """How many tokens of a completion there are when its text first holds one of `stops`."""
+    for length in range(1, len(body) + 1):
+        text = policy.tokenizer.decode(body[:length])
+        if any(stop in text for stop in stops):
+            return length
+    return len(body)
+
+
+@pytest.mark.parametrize("kind", ["words", "bytes"])
+def test_a_stop_text_ends_its_completion_and_no_other(kind, make_policy, bytes_bpe):
+    """The texts are those without a stop, cut where the stop first occurs, and keep it."""
+    policy = make_policy(4, bytes_bpe if kind == "bytes" else None, eos=[])
+    prompts = [Prompt("the fox"), Prompt("ana has 4")]
+    options = {"n": 6, "max_new_tokens": 20, "seed": 1}
+    free = policy.sample(prompts, **options)
+    text = free.texts[0].strip("�")
+    if kind == "words":
+        stops = (" ".join(text.split()[3:5]),)  # a text of several tokens
+    else:
+        stops = tuple(dict.fromkeys(filter(str.isalnum, text)))[:2]  # parts of tokens
+    stopped = policy.sample(prompts, stop=stops, **options)
+    ends = [first_end(policy, body, stops) for body in free.completions()]
+    assert stopped.completions() == [
+        body[:end] for body, end in zip(free.completions(), ends, strict=True)
+    ]
+    for written, finish in zip(stopped.texts, stopped.finish, strict=True):
+        assert (finish == "stop") == any(stop in written for stop in stops)
+    assert "stop" in stopped.finish
+    assert "length" in stopped.finish or kind == "bytes"
+
+
+def test_one_stop_text_may_be_given_as_it_is(student):
+    options = {"n": 4, "max_new_tokens": 12, "seed": 3}
+    word = student.sample([Prompt("ana has")], **options).texts[0].split()[2]
+    one = student.sample([Prompt("ana has")], stop=word, **options)
+    assert (
+        one.completions()
+        == student.sample([Prompt("ana has")], stop=(word,), **options).completions()
+    )
+    assert one.finish[0] == "stop"
+    assert one.texts[0].endswith(word)
+
+
+def test_a_stop_text_in_the_prompt_ends_nothing(student):
+    options = {"n": 4, "max_new_tokens": 6, "seed": 3}
+    free = student.sample([Prompt("ana has")], **options)
+    assert not any("ana has" in text for text in free.texts)
+    same = student.sample([Prompt("ana has")], stop="ana has", **options)
+    assert same.completions() == free.completions()
 
 
 # Prefixes.
