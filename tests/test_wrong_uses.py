@@ -918,12 +918,12 @@ def test_a_view_of_something_else_than_a_trace_is_refused(world):
         (lambda: viz.Compare(None), "Compare got None. Give traces by name"),
         (lambda: viz.Scrubber([None]), "Scrubber got traces=[None]. Use traces by step"),
         (lambda: viz.Scrubber({1: None}), "Scrubber got {1: …}=None. Use a Trace"),
-        (lambda: opd.snapshots.rescored(None, rollout), "rescored got run=None. Use a Run"),
+        (lambda: opd.snapshots.rescore(None, rollout), "rescore got run=None. Use a Run"),
         (
-            lambda: opd.snapshots.rescored("runs/first", rollout),
+            lambda: opd.snapshots.rescore("runs/first", rollout),
             "Take the saved run up again: opdlab.resume('runs/first'",
         ),
-        (lambda: opd.snapshots.rewritten(world.distill(), "text"), "rewritten got prompts='text'."),
+        (lambda: opd.snapshots.rewrite(world.distill(), "text"), "rewrite got prompts='text'."),
     ]
     for call, says in cases:
         refused(call, says)

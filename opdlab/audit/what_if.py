@@ -14,7 +14,6 @@ from opdlab.engine.loss_contract import (
     call_loss,
     check_rows_are_independent,
     gradient_of_loss,
-    select_rows,
     spread_index,
 )
 from opdlab.engine.not_finite import explain
@@ -68,7 +67,7 @@ def what_if(trace: Trace, loss: Callable[[Rows], Tensor]) -> Trace:
     rows = Rows({**logp, "student": logits.detach().log_softmax(-1)}, token, plan)
     try:
         check_rows_are_independent(
-            function, select_rows(rows, spread_index(len(rows), CHECKED_ROWS, token.device))
+            function, rows.select(spread_index(len(rows), CHECKED_ROWS, token.device))
         )
         student = logits.log_softmax(-1)
         value = call_loss(function, Rows({**logp, "student": student}, token, plan))
@@ -83,7 +82,7 @@ def what_if(trace: Trace, loss: Callable[[Rows], Tensor]) -> Trace:
     bad = ~(torch.isfinite(value) & torch.isfinite(slope).all(-1))
     if bool(bad.any()):
         at = int(bad.nonzero()[0, 0])
-        cause = explain(select_rows(rows, torch.tensor([at])))
+        cause = explain(rows.select(torch.tensor([at])))
         raise NonFinite(
             f"The loss is {value[at].item():.4g} at row {at} of the trace, or its gradient is not"
             f" finite.{cause}"

@@ -93,12 +93,12 @@ def market(quick: bool = False) -> Scene:
     )
     yield (
         "The fate of each token over training",
-        Scrubber(snapshots.rescored(run, rollout, teacher), history=run.history, sample=wrong),
+        Scrubber(snapshots.rescore(run, rollout, teacher), history=run.history, sample=wrong),
     )
     yield (
         "What was written at each step",
         Scrubber(
-            snapshots.rewritten(run, rollout.prompts[wrong : wrong + 1], teacher), run.history
+            snapshots.rewrite(run, rollout.prompts[wrong : wrong + 1], teacher), run.history
         ),
     )
     yield "The run, with its alarms", RunBoard(run)
@@ -176,7 +176,7 @@ def small(quick: bool = False) -> Scene:
     yield "The same text before and after", Compare({"before": trace, "after": again})
     yield (
         "The fate of each token over training",
-        Scrubber(snapshots.rescored(run, rollout, teacher), history=run.history),
+        Scrubber(snapshots.rescore(run, rollout, teacher), history=run.history),
     )
     yield "The run, with its alarms", RunBoard(run)
     yield "The answers that keep to the rule", Rollouts(trace, rewards=rewards)

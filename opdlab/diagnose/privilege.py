@@ -226,7 +226,7 @@ def information_floor(
         )
 
     def information(rows: Rows) -> dict[str, Tensor]:
-        each = torch.stack(list(rows.distributions.values()))  # [K, n, V]
+        each = torch.stack([rows[name] for name in rows.distributions])  # [K, n, V]
         mean = each.logsumexp(0) - np.log(len(each))
         return {"floor": forward_kl(mean[None], each).mean(0)}
 

@@ -1,5 +1,4 @@
-"""A rollout under all policies of a method: what `plan` sees, and where the loss pass takes its
-states from.
+"""A rollout under all policies of a method: what `plan` sees, and what the loss pass reads.
 
 Everything is lazy: a method that only asks for rewards runs no model. Batch statistics made here
 are over the whole batch, whatever the micro-batches of the loss pass.
@@ -29,7 +28,9 @@ class Judge(Protocol):
     """What a batch asks of a task: whether there is a verifier, and its scores."""
 
     @property
-    def verify(self) -> Callable[[Prompt, str], Any] | None: ...
+    def verify(self) -> Callable[[Prompt, str], Any] | None:
+        """The verifier; None for none."""
+        ...
 
     def scores(self, prompts: Sequence[Prompt], texts: Sequence[str]) -> list[float]:
         """The verifier's score of each text, from 0 to 1."""
@@ -44,7 +45,10 @@ class Processes(Protocol):
         ...
 
     def gather(self, values: Tensor) -> Tensor:
-        """Put the rows `[n, ...]` of all processes together, in the order of their ranks; `n` may differ."""
+        """Put the rows `[n, ...]` of all processes together, in the order of their ranks.
+
+        `n` may differ among the processes.
+        """
         ...
 
 
@@ -65,10 +69,12 @@ class Batch:
 
     Attributes:
         rollout: `B` completions of at most `T` tokens.
-        policies: What the method reads, by name: graders of the rollout, and writers under `….text`.
+        policies: What the method reads, by name: graders of the rollout, and writers under
+            `….text`.
         task: Where the prompts are from, with its verifier; None for rollouts of no task.
         step: Number of the training step, from 0.
-        notes: What a plan wants remembered beside its columns: notes of `opdlab.data.notes`, or plain JSON data.
+        notes: What a plan wants remembered beside its columns: notes of `opdlab.data.notes`, or
+            plain JSON data.
     """
 
     def __init__(
@@ -86,8 +92,9 @@ class Batch:
 
     @property
     def distributions(self) -> list[str]:
-        """Names of the policies that grade the student's own tokens (so without `.text` and
-        `.spans`).
+        """Names of the policies that grade the student's own tokens.
+
+        These are all policies but `….text` and `….spans`.
         """
         return [name for name in self.policies if parse_need(name).access is Access.LOGITS]
 
@@ -107,9 +114,12 @@ class Batch:
         return self.rollout.ids[self.mask]
 
     def states(self, name: str) -> Graded:
-        """Hidden states of one policy on the whole rollout, without gradient; computed once.
+        """Let a policy grade the whole rollout, without gradient; computed once.
 
-        A teacher that is no local model gives what its `grade(rollout)` returns.
+        Raises:
+            MissingPolicy: There is no policy of this name.
+            TokenizerMismatch: The rollout is written in other tokens than the policy's.
+            NonFinite: The policy's log-probs are NaN.
         """
         if name not in self.policies:
             raise MissingPolicy(
@@ -119,38 +129,44 @@ class Batch:
         if name not in self._states:
             try:
                 with torch.no_grad():
-                    states = self.policies[name].grade(self.rollout)
+                    graded = self.policies[name].grade(self.rollout)
             except TokenizerMismatch as error:
                 raise TokenizerMismatch(f"{name!r} cannot grade this rollout. {error}") from None
-            check_graded(name, states)
-            self._states[name] = states
+            check_graded(name, graded)
+            self._states[name] = graded
         return self._states[name]
 
-    def map(self, fn: Callable[[Rows], Any], needs: Sequence[str] | None = None) -> Any:
-        """Any function of rows over the whole batch, without gradient and in constant memory.
+    def map(self, function: Callable[[Rows], Any], needs: Sequence[str] | None = None) -> Any:
+        """Run a function of rows over the whole batch, without gradient and in constant memory.
 
-        `[n, ...]` becomes `[B, T, ...]`, zero in the padding; a dict of tensors becomes a dict.
-        `needs` names the distributions that the rows carry (all policies by default).
+        Args:
+            function: Gives `[n, ...]`, or a dict of them, for `n` tokens.
+            needs: The distributions that the rows carry; all of the batch by default.
+
+        Returns:
+            `[B, T, ...]`, zero in the padding, or a dict of them.
         """
         states = {name: self.states(name) for name in needs or self.distributions}
-        out = compute(fn, states, self.token)
-        return (
-            {key: self.spread(value) for key, value in out.items()}
-            if isinstance(out, Mapping)
-            else self.spread(out)
-        )
+        out = compute(function, states, self.token)
+        if isinstance(out, Mapping):
+            return {name: self.spread(values) for name, values in out.items()}
+        return self.spread(out)
 
     @cached_property
     def signals(self) -> Signals:
-        """Numbers by name, `[B, T]`, computed when asked for:
+        """Numbers by name, `[B, T]`, computed when asked for: `batch.signals["teacher_entropy"]`.
 
-        `batch.signals["teacher_entropy"]`. See `opdlab.engine.signals.full`.
+        See `opdlab.engine.signals.full` for what there is.
         """
         return Signals(self.distributions, self.states, self.map)
 
     @cached_property
     def rewards(self) -> Tensor:
-        """The verifier's score of each completion, `[B]`."""
+        """The verifier's score of each completion, `[B]`.
+
+        Raises:
+            MissingPolicy: There is no verifier.
+        """
         if self.task is None or self.task.verify is None:
             raise MissingPolicy(
                 "This batch has no verifier. Use a task with verify=, or a method that learns from"
@@ -173,12 +189,13 @@ class Batch:
             where: `[B, T]`, which tokens count; those of `learn` by default.
 
         Returns:
-            The same in every process, for statistics of the whole step: quantiles, thresholds, counts.
+            The same in every process, for statistics of the whole step: quantiles, thresholds,
+            counts.
         """
         return self._processes.gather(values[self.learn if where is None else where])
 
     def mean(self, values: Tensor, where: Tensor | None = None) -> Tensor:
-        """The mean of `values [B, T, ...]` over the learned tokens of all processes; NaN where there are none.
+        """Compute the mean over the learned tokens of all processes; NaN where there are none.
 
         Args:
             values: `[B, T, ...]` of this process.
@@ -203,8 +220,15 @@ class Batch:
 
 
 def return_to_go(reward: Tensor, mask: Tensor, discount: float) -> Tensor:
-    """`sum over s >= t of discount^(s-t) reward_s`, `[B, T] -> [B, T]`: what a token's choice leads
-    to.
+    """Sum the rewards from each token on: `sum over s >= t of discount^(s - t) reward_s`.
+
+    Args:
+        reward: `[B, T]`.
+        mask: `[B, T]`, true on the tokens that count.
+        discount: From 0 (the token's own reward) to 1.
+
+    Returns:
+        `[B, T]`, zero outside the mask.
     """
     out, carry = torch.zeros_like(reward), torch.zeros_like(reward[:, 0])
     for t in reversed(range(reward.shape[1])):

@@ -1,5 +1,4 @@
-"""Run a method's plan and check what it returns: names that mean nothing else, and numbers for
-every token.
+"""Check the columns that a plan returns: their names, and one value for every token.
 
 A plan may return, for a batch of `B` completions of at most `T` tokens, tensors or numpy arrays
 `[B, T]`, `[B, T, K]` or `[B]` (one number per completion, the same for all its tokens), and plain
@@ -22,31 +21,15 @@ from opdlab.engine.rows import Rows
 from opdlab.errors import BadPlan
 from opdlab.support.expect import shortened
 
-# Columns of every trace (`opdlab.data.trace`) and numbers of every policy
-# (`opdlab.engine.signals`).
+# Columns of every trace (`opdlab.engine.scoring`).
 OF_TRACES = (
-    "run",
-    "step",
-    "sample",
-    "prompt",
-    "position",
-    "token_id",
-    "loss",
-    "grad_norm",
-    "share",
-    "support",
+    *("run", "step", "sample", "prompt", "position", "token_id", "turn", "learn"),
+    *("loss", "grad_norm", "share", "support"),
 )
+# Numbers of every policy in a trace, as `<policy>_logp` (`opdlab.engine.signals`).
 OF_POLICIES = (
-    "logp",
-    "entropy",
-    "reverse_kl",
-    "forward_kl",
-    "jsd",
-    "rank",
-    "overlap",
-    "top",
-    "tail",
-    "coarse_reverse_kl",
+    *("logp", "entropy", "rank", "top", "tail", "overlap"),
+    *("reverse_kl", "forward_kl", "jsd", "coarse_reverse_kl"),
 )
 USUAL_POLICIES = (
     "student",
@@ -58,7 +41,7 @@ OF_ROWS = ("token", "columns", "distributions")  # attributes that only instance
 
 
 def flatten(batch: Batch, name: str, column: Any, graded: Iterable[str] | None = None) -> Tensor:
-    """A plan's column as `[tokens, ...]`, without gradient, on the rollout's device.
+    """Read a plan's column as `[tokens, ...]`, without gradient, on the rollout's device.
 
     Args:
         batch: What the plan saw.
@@ -84,7 +67,8 @@ def flatten(batch: Batch, name: str, column: Any, graded: Iterable[str] | None =
             f" {list(batch.mask.shape)}. Return [B, T], [B, T, K] or [B]; batch.spread turns"
             " [tokens] into [B, T], and a plain number counts for all tokens."
         )
-    return column[batch.mask]
+    flat: Tensor = column[batch.mask]
+    return flat
 
 
 def check_name(name: Any, policies: Iterable[str], graded: Iterable[str]) -> None:
@@ -115,7 +99,11 @@ def check_name(name: Any, policies: Iterable[str], graded: Iterable[str]) -> Non
 
 
 def plain_data(value: Any, where: str) -> Any:
-    """Notes as JSON can hold them: tensors and numpy arrays as lists.
+    """Turn notes into what JSON can hold: tensors and numpy arrays into lists.
+
+    Args:
+        value: What the plan noted.
+        where: Its place in the notes, for the error.
 
     Raises:
         BadPlan: There is something else in them. The message says where.
@@ -148,25 +136,8 @@ def _as_tensor(name: str, column: Any) -> Tensor:
             f"plan returned column {name!r} as {shortened(column)} ({type(column).__name__})."
             " Return a tensor or a numpy array [B, T], [B, T, K] or [B], or a number."
         )
-    if (
-        column.layout != torch.strided
-        or column.is_complex()
-        or column.is_quantized
-        or column.is_meta
-    ):
-        kind = (
-            "complex"
-            if column.is_complex()
-            else "quantized"
-            if column.is_quantized
-            else "meta"
-            if column.is_meta
-            else "sparse"
-        )
-        way = {
-            "sparse": "column.to_dense()",
-            "complex": "column.real and column.imag as two columns",
-        }.get(kind, "plain numbers")
+    if unusable := _unusable(column):
+        kind, way = unusable
         raise BadPlan(f"plan returned column {name!r} as a {kind} tensor. Return {way}.")
     if column.dtype.is_floating_point and column.dtype not in (torch.float32, torch.float64):
         return column.float()  # numpy and Parquet have no bf16
@@ -175,5 +146,22 @@ def _as_tensor(name: str, column: Any) -> Tensor:
     return column
 
 
+def _unusable(column: Tensor) -> tuple[str, str] | None:
+    """Name a kind of tensor that no trace can hold, and what to return instead.
+
+    None for all other tensors.
+    """
+    if column.is_complex():
+        return "complex", "column.real and column.imag as two columns"
+    if column.is_quantized:
+        return "quantized", "plain numbers"
+    if column.is_meta:
+        return "meta", "plain numbers"
+    if column.layout != torch.strided:
+        return "sparse", "column.to_dense()"
+    return None
+
+
 def is_same(one: Tensor, other: Tensor) -> bool:
+    """Whether two tensors are equal, NaN counting as equal to NaN."""
     return one.shape == other.shape and bool(((one == other) | (one.isnan() & other.isnan())).all())

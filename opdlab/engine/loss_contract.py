@@ -1,5 +1,4 @@
-"""Call a user's loss and check that it keeps its contract: one number per token, from that token's
-row alone.
+"""Call a user's loss and check its contract: one number per token, from that token's row alone.
 
 A loss sees the tokens of a batch in chunks whose size depends on the memory, so a loss that reads
 other rows of its chunk would train something else on another machine. `check_rows_are_independent`
@@ -9,18 +8,17 @@ and compares values and gradients. A loss may therefore be called more often tha
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor
 
+from opdlab.engine.rows import LogProbs, Rows
 from opdlab.errors import BadLoss
 from opdlab.models.graded import TopLogprobs
-
-if TYPE_CHECKING:
-    from opdlab.engine.rows import Rows
 
 CHECKED_ROWS = 64  # enough for statistics of the rows to show, a small part of a step
 ENOUGH_ROWS = 16  # with fewer, a statistic of the rows or a random number can go unseen
@@ -35,7 +33,7 @@ ROUNDING = {
 }
 NOISE = 1e-6  # nats: below this, numbers are differences of rounded ones
 
-Loss = Callable[["Rows"], Tensor]
+Loss = Callable[[Rows], Tensor]
 
 
 def call_loss(loss: Loss, rows: Rows) -> Tensor:
@@ -103,7 +101,7 @@ def check_rows_are_independent(loss: Loss, rows: Rows) -> bool:
         if not len(part):
             continue
         try:
-            value, part_slope, _ = _evaluate(loss, select_rows(rows, part), weight[part])
+            value, part_slope, _ = _evaluate(loss, rows.select(part), weight[part])
         except BadLoss:
             raise
         except Exception as error:
@@ -133,23 +131,22 @@ def spread_index(tokens: int, most: int, device: torch.device) -> Tensor:
 
 @contextmanager
 def adding_note(note: str) -> Iterator[None]:
-    """Add a line to whatever is raised in the block, so that the user's own traceback says where
-    opdlab was.
+    """Add a line to any error raised in the block.
+
+    So the user's traceback says where in opdlab it happened.
     """
     try:
         yield
     except Exception as error:
-        if hasattr(error, "add_note"):  # Python 3.11
+        if sys.version_info >= (3, 11):
             error.add_note(note)
         raise
 
 
 def _evaluate(loss: Loss, rows: Rows, weight: Tensor) -> tuple[Tensor, Tensor, torch.dtype]:
-    """Loss `[n]`, gradient `[n, V]` of its weighted sum, and the lowest precision in which the loss
-    was computed.
-    """
+    """Loss `[n]`, gradient `[n, V]` of its weighted sum, and the lowest precision on the way."""
     leaf = rows["student"].detach().clone().requires_grad_()
-    seen = type(rows)({**rows.distributions, "student": leaf}, rows.token, rows.columns)
+    seen = Rows({**rows.distributions, "student": leaf}, rows.token, rows.columns)
     with torch.enable_grad():
         value = call_loss(loss, seen)
         graph = value.grad_fn
@@ -195,13 +192,11 @@ def _in_place_on_student() -> Iterator[None]:
 
 
 def _checked_value(value: Any, n: int, student: Tensor) -> Tensor:
-    """The value as real numbers in float32 or float64; raises BadLoss for what is not one number
-    per token.
-    """
+    """The value in float32 or float64, if it is one real number per token."""
     if not isinstance(value, Tensor) or value.shape != (n,):
         got = f"shape {list(value.shape)}" if isinstance(value, Tensor) else type(value).__name__
         raise BadLoss(
-            f"The loss returned {got} for {n} tokens. Return one number a token, shape [{n}]: sum"
+            f"The loss returned {got} for {n} tokens. Return one number per token, shape [{n}]: sum"
             " over the vocabulary, not over tokens."
         )
     if value.is_complex() or value.layout != torch.strided:
@@ -247,42 +242,32 @@ def _check_graph(graph: Any, student: Tensor) -> torch.dtype:
     return max(dtypes & ROUNDING.keys(), key=lambda dtype: ROUNDING[dtype])
 
 
-def _versions(rows: Rows) -> dict[str, Any]:
+def _versions(rows: Rows) -> dict[str, list[int | None]]:
     """How often each tensor has been written to, as PyTorch counts it."""
     distributions = {name: _tensors(value) for name, value in rows.distributions.items()}
-    named = {
-        **distributions,
-        "token": [rows.token],
-        **{name: [column] for name, column in rows.columns.items()},
-    }
-    return {
-        name: [None if t.is_inference() else t._version for t in tensors]
-        for name, tensors in named.items()
-    }
+    columns = {name: [column] for name, column in rows.columns.items()}
+    named = {**distributions, "token": [rows.token], **columns}
+    return {name: [_version(tensor) for tensor in tensors] for name, tensors in named.items()}
 
 
-def _tensors(logp: Tensor | TopLogprobs) -> list[Tensor]:
-    return (
-        [logp.ids, logp.top, logp.sampled, logp.token] if isinstance(logp, TopLogprobs) else [logp]
-    )
+def _version(tensor: Tensor) -> int | None:
+    return None if tensor.is_inference() else tensor._version
 
 
-def select_rows(rows: Rows, index: Tensor) -> Rows:
-    """The rows at some indices, in that order."""
-    pick: Callable[[Any], Any] = lambda logp: (
-        logp.part(index) if isinstance(logp, TopLogprobs) else logp[index]
-    )
-    distributions = {name: pick(logp) for name, logp in rows.distributions.items()}
-    return type(rows)(
-        distributions,
-        rows.token[index],
-        {name: column[index] for name, column in rows.columns.items()},
-    )
+def _tensors(logp: LogProbs) -> list[Tensor]:
+    if isinstance(logp, TopLogprobs):
+        return [logp.ids, logp.top, logp.sampled, logp.token]
+    return [logp]
 
 
 def _differs(one: Tensor, other: Tensor, all_rows: Tensor, precision: torch.dtype) -> Tensor:
-    """Which rows are further apart than rounding explains, `[n]`; numbers `[n]` or gradients `[n,
-    V]`.
+    """Which rows are further apart than rounding explains, `[n]`.
+
+    Args:
+        one: Losses `[n]` or gradients `[n, V]`.
+        other: The same, computed otherwise.
+        all_rows: The losses or gradients of all rows that were compared.
+        precision: The lowest precision in which the loss was computed.
     """
     relative, absolute = ROUNDING.get(precision, ROUNDING[torch.float32])
     size = one.abs() if one.ndim == 1 else one.norm(dim=-1)

@@ -30,8 +30,9 @@ _POLICY = re.compile(r"[^\W\d][\w-]*")
 
 
 class Access(Enum):
-    """What a method reads of a policy: log-probs on the student's tokens, written texts, or
-    log-probs on spans of bytes.
+    """The access to a policy that a method asks for.
+
+    Log-probs on the student's tokens, written texts, or log-probs on spans of bytes.
     """
 
     LOGITS = ""
@@ -127,8 +128,9 @@ def parse_needs(names: Any, owner: str = "needs") -> tuple[Need, ...]:
 
 
 def did_you_mean(name: str, known: Iterable[str]) -> str:
-    """A question with the most alike of the known names and a space behind it; "" where none is
-    alike.
+    """Ask whether a similar known name was meant.
+
+    Returns a question with a space behind it, or "" where no known name is similar.
     """
     by_lower_case = {one.lower(): one for one in known}
     close = difflib.get_close_matches(name.lower(), list(by_lower_case), n=1)

@@ -2,26 +2,26 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
-
 import torch
 from torch import Tensor
 
+from opdlab.engine.rows import LogProbs, Rows
 from opdlab.errors import NonFinite
-from opdlab.models.graded import TopLogprobs
-
-if TYPE_CHECKING:
-    from opdlab.engine.rows import Rows
-    from opdlab.models.graded import States
+from opdlab.models.graded import Graded, States, TopLogprobs
 
 SHOWN = 3  # ids in a message
 
 
 def explain(row: Rows) -> str:
-    """Why the loss of a single row is not finite, as sentences with a space before; "" where the
-    row does not tell.
+    """Say why the loss of a single row is not finite.
+
+    Args:
+        row: One row.
+
+    Returns:
+        Sentences with a space before; "" where the row does not tell.
     """
-    student = row.distributions["student"]
+    student = row["student"]
     for name, logp in row.distributions.items():
         if bool(_nan(logp).any()):
             return f" {_broken(name)}"
@@ -42,32 +42,30 @@ def explain(row: Rows) -> str:
     return ""
 
 
-def check_graded(name: str, states: States | TopLogprobs) -> None:
+def check_graded(name: str, graded: Graded) -> None:
     """Refuse a policy whose log-probs are NaN, as of broken weights.
 
     Args:
         name: The policy's name, for the message.
-        states: What it gave for all tokens of a rollout.
+        graded: What it gave for all tokens of a rollout.
 
     Raises:
         NonFinite: Its hidden states are NaN, or its log-probs of the first token are.
     """
-    if isinstance(states, TopLogprobs):
-        numbers = [states.top, states.sampled]
-    elif not len(states.hidden):
-        return
-    else:  # NaN in the head's weights shows in every token, so that one is enough
-        numbers = [states.hidden.detach(), states.part(slice(0, 1)).logp()]
-    if any(bool(x.isnan().any()) for x in numbers):
+    numbers: list[Tensor] = []
+    if isinstance(graded, TopLogprobs):
+        numbers = [graded.top, graded.sampled]
+    elif isinstance(graded, States) and len(graded.hidden):
+        # NaN in the head's weights shows in every token, so one token is enough.
+        numbers = [graded.hidden.detach(), graded.part(slice(0, 1)).logp()]
+    if any(bool(values.isnan().any()) for values in numbers):
         raise NonFinite(_broken(name))
 
 
-def _nan(logp: Tensor | TopLogprobs) -> Tensor:
-    return (
-        torch.cat([logp.top.flatten(), logp.sampled]).isnan()
-        if isinstance(logp, TopLogprobs)
-        else logp.isnan()
-    )
+def _nan(logp: LogProbs) -> Tensor:
+    if isinstance(logp, TopLogprobs):
+        return torch.cat([logp.top.flatten(), logp.sampled]).isnan()
+    return logp.isnan()
 
 
 def _broken(name: str) -> str:
@@ -89,7 +87,8 @@ def _first_bad(column: Tensor) -> float:
 
 def _ruled_out(logp: Tensor, other: Tensor) -> list[int]:
     """Ids that have no probability here and some there."""
-    return (torch.isneginf(logp) & ~torch.isneginf(other)).nonzero()[:, 0].tolist()
+    ruled_out = torch.isneginf(logp) & ~torch.isneginf(other)
+    return [int(token) for token in ruled_out.nonzero()[:, 0]]
 
 
 def _without_probability(name: str, other: str, ids: list[int]) -> str:

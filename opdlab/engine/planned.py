@@ -1,7 +1,7 @@
 """A batch that a method has planned for, and the loss pass on it.
 
-The order is the same everywhere (training, rehearsal, exact gradients, the TRL bridge): the method plans on the whole
-batch, the policies grade it, the loss runs on the tokens.
+The order is the same everywhere (training, rehearsal, exact gradients, the TRL bridge): the method
+plans on the whole batch, the policies grade it, the loss runs on the tokens.
 
     planned = run_plan(method, batch)
     result = planned.gradient(weight)
@@ -63,14 +63,16 @@ class Planned:
 
         Args:
             weight: `[tokens]`, each token's share of the mean, for all tokens of the batch.
-            student: The student's states on these completions, which carry its gradient; those of the batch by default.
+            student: The student's states on these completions, which carry its gradient; those of
+                the batch by default.
             rows: Which completions, side by side; all by default.
             watch: Numbers to note in the same pass, on detached rows.
-            check: Whether to check that the loss treats each row alone (see `opdlab.engine.passes.gradient`).
+            check: Whether to check that the loss treats each row alone (see
+                `opdlab.engine.passes.gradient`).
 
         Returns:
-            Loss, gradient and numbers of every token of these completions. Tokens that the loss does not see have a loss
-            and a gradient of zero.
+            Loss, gradient and numbers of every token of these completions. Tokens that the loss
+            does not see have a loss and a gradient of zero.
         """
         rollout = self.batch.rollout
         chosen = range(len(rollout)) if rows is None else rows

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from typing import Any
+from typing import TypeAlias
 
 from torch import Tensor
 
@@ -11,22 +11,31 @@ from opdlab.errors import UnknownColumn
 from opdlab.losses.divergences import TopK
 from opdlab.models.graded import TopLogprobs, whole_distribution_error
 
+LogProbs: TypeAlias = Tensor | TopLogprobs  # all of a distribution, or its top tokens
+
 
 class Rows:
     """A chunk of `n` tokens as a loss sees it.
 
-    `rows.student`, `rows.teacher`, `rows["teacher+hint"]`: aligned log-probs `[n, V]`, float32; the
-    student's carry the gradient. `rows.token [n]`: the sampled ids. `rows.logp [n]`: the student's
-    log-prob of them. `rows.<column>`: what the method's plan returned. An unknown name raises
-    UnknownColumn and lists what there is.
+    Policies and plan columns are read by name: `rows.student`, `rows["teacher+hint"]`,
+    `rows.advantage`.
 
-    A loss treats each row alone and writes to none of them: chunks have any size, and what needs
-    several tokens (a mean, a quantile, a softmax over tokens) belongs in plan. It draws no random
-    numbers and may be called more than once on a chunk.
+    A loss treats each row alone and writes to none of them. Chunks have any size, so what needs
+    several tokens (a mean, a quantile, a softmax over tokens) belongs in the plan. A loss draws no
+    random numbers, and may be called more than once on a chunk.
+
+    Attributes:
+        distributions: Log-probs `[n, V]` of each policy in float32; the student's carry the
+            gradient. Of a server, the top log-probs that it gives.
+        token: The sampled ids `[n]`.
+        columns: What the method's plan returned, `[n, ...]` each.
     """
 
     def __init__(
-        self, logp: Mapping[str, Any], token: Tensor, columns: Mapping[str, Tensor] | None = None
+        self,
+        logp: Mapping[str, LogProbs],
+        token: Tensor,
+        columns: Mapping[str, Tensor] | None = None,
     ) -> None:
         self.distributions, self.token, self.columns = dict(logp), token, dict(columns or {})
 
@@ -37,35 +46,51 @@ class Rows:
 
     def logp_of(self, policy: str) -> Tensor:
         """A policy's log-prob of the sampled token, `[n]`."""
-        some = self.distributions.get(policy)
-        return (
-            some.sampled
-            if isinstance(some, TopLogprobs)
-            else self[policy].gather(-1, self.token[:, None])[:, 0]
-        )
+        known = self.distributions.get(policy)
+        if isinstance(known, TopLogprobs):
+            return known.sampled
+        return self[policy].gather(-1, self.token[:, None])[:, 0]
 
     def on(self, policy: str, support: TopK) -> tuple[Tensor, Tensor]:
-        """Student and `policy` on a coarse support, `[n, k + 1]` each:
+        """Reduce the student's and another distribution to the same top tokens.
 
-        `reverse_kl(*rows.on("teacher", TopK(64)))`.
+            reverse_kl(*rows.on("teacher", TopK(64)))
+
+        Args:
+            policy: The other policy's name.
+            support: Whose top tokens, how many, and what becomes of the rest.
+
+        Returns:
+            Log-probs of the student and of the policy, `[n, k + 1]` with a bucket for the rest,
+            else `[n, k]`.
         """
-        by, theirs = self.distributions.get(support.by), self.distributions.get(policy)
-        ids = (
-            by.support(support)
-            if isinstance(by, TopLogprobs)
-            else support.support(self[support.by])
-        )
-        coarse = (
-            theirs.coarse(support)
-            if theirs is by and isinstance(theirs, TopLogprobs)
-            else support.coarse(self[policy], ids)
-        )
+        chooser, other = self.distributions.get(support.by), self.distributions.get(policy)
+        if isinstance(chooser, TopLogprobs):
+            ids = chooser.support(support)
+        else:
+            ids = support.support(self[support.by])
+        if other is chooser and isinstance(other, TopLogprobs):
+            coarse = other.coarse(support)
+        else:
+            coarse = support.coarse(self[policy], ids)
         return support.coarse(self["student"], ids), coarse
 
+    def select(self, index: Tensor) -> Rows:
+        """The rows at some indices, in that order."""
+        distributions: dict[str, LogProbs] = {}
+        for name, logp in self.distributions.items():
+            distributions[name] = logp.part(index) if isinstance(logp, TopLogprobs) else logp[index]
+        columns = {name: column[index] for name, column in self.columns.items()}
+        return Rows(distributions, self.token[index], columns)
+
     def __getitem__(self, name: str) -> Tensor:
-        for place in (self.distributions, self.columns):
-            if name in place:
-                return _all_of(name, place[name])
+        if name in self.distributions:
+            logp = self.distributions[name]
+            if isinstance(logp, TopLogprobs):
+                raise whole_distribution_error(name, logp)
+            return logp
+        if name in self.columns:
+            return self.columns[name]
         known = ", ".join([*self.distributions, "token", "logp", *self.columns])
         raise UnknownColumn(
             f"rows has no {name!r}; there are {known}. Name the policy in `needs`, or return the"
@@ -85,9 +110,3 @@ class Rows:
 
     def __len__(self) -> int:
         return len(self.token)
-
-
-def _all_of(name: str, logp: Any) -> Tensor:
-    if isinstance(logp, TopLogprobs):
-        raise whole_distribution_error(name, logp)
-    return logp

@@ -97,11 +97,12 @@ def record_trace(
     Args:
         rollout: What was written.
         policies: Who graded it, by name; the student's tokenizer gives the bytes of the tokens.
-        columns: Numbers of every token, `[tokens, ...]` each. `grad_norm`, where there is one, gives each token's
-            `share` too.
+        columns: Numbers of every token, `[tokens, ...]` each. `grad_norm`, where there is one,
+            gives each token's `share` too.
         run: Names the run.
         step: The training step, from 1; -1 for none.
-        planned: What a method planned for the rollout: its columns, their descriptions and its notes are kept.
+        planned: What a method planned for the rollout: its columns, their descriptions and its
+            notes are kept.
     """
     plan = {} if planned is None else planned.columns
     notes = {} if planned is None else planned.notes
@@ -146,7 +147,10 @@ def record_trace(
 
 
 def name_of_planner(method: Any) -> str:
-    """The name under which a trace keeps a method's notes: its class, or the function it was made of."""
+    """Return the name under which a trace keeps a method's notes.
+
+    It is the method's class, or the function that the method was made of.
+    """
     function = getattr(method, "function", None)
     return str(getattr(function, "__name__", type(method).__name__))
 

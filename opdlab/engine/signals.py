@@ -1,5 +1,4 @@
-"""Per-token numbers under all policies that a method looks at: functions of `Rows`, run by the
-engine in its own pass.
+"""Numbers per token under all policies: functions of `Rows`, run by the engine in its own pass.
 
 Column names are `<policy>_<number>`: `student_logp`, `teacher_entropy`, `teacher+hint_reverse_kl`.
 All in nats.
@@ -8,12 +7,13 @@ All in nats.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from opdlab.engine.rows import Rows
+from opdlab.engine.rows import LogProbs, Rows
 from opdlab.errors import PartialDistribution, UnknownName
 from opdlab.losses.divergences import TopK, entropy, forward_kl, generalized_jsd, reverse_kl
 from opdlab.models.graded import Graded, TopLogprobs
@@ -22,67 +22,54 @@ TOP = 8  # tokens of each policy that `Signals` keeps
 
 
 def cheap(rows: Rows) -> dict[str, Tensor]:
-    """What training notes at every step: log-probs of the sampled token, the student's entropy,
-    reverse KLs. `[n]` each.
+    """Compute what training keeps at every step.
 
-    `<policy>_coarse_reverse_kl` for one of which only some log-probs are known: a lower bound, its
-    tail being one bucket.
+    Returns:
+        `[n]` each: `<policy>_logp` of the sampled token, `student_entropy`, and
+        `<policy>_reverse_kl` of every other policy. A server that gives top log-probs only has
+        `<policy>_coarse_reverse_kl` instead: a lower bound, with the tail as one bucket.
     """
     out = {f"{name}_logp": rows.logp_of(name) for name in rows.distributions}
     if "student" in rows.distributions:
         out["student_entropy"] = entropy(rows["student"])
     for name in _others(rows):
-        some = rows.distributions[name]
-        if isinstance(some, TopLogprobs):
-            out[f"{name}_coarse_reverse_kl"] = reverse_kl(*rows.on(name, TopK(some.k, by=name)))
+        known = rows.distributions[name]
+        if isinstance(known, TopLogprobs):
+            out[f"{name}_coarse_reverse_kl"] = reverse_kl(*rows.on(name, TopK(known.k, by=name)))
         else:
             out[f"{name}_reverse_kl"] = reverse_kl(rows["student"], rows[name])
     return out
 
 
 def full(k: int = TOP, allow_partial: bool = False) -> Callable[[Rows], dict[str, Tensor]]:
-    """Everything a picture shows: `cheap`, plus entropies, forward KL, JSD, ranks, overlap and the
-    top `k` of all policies.
+    """Make a function of rows that computes everything a picture shows.
 
-    `support [n, S]` holds the sampled token, then the top `k` of each policy in turn; a repeated id
-    is -1. Each `<policy>_top [n, S]` holds log-probs on it (-inf at repeats) and `<policy>_tail
-    [n]` the mass outside it. `<policy>_rank`: 1 for the policy's favourite. `<policy>_overlap`:
-    share of its top k that the student's has too.
+    Beside the numbers of `cheap` these are, of each policy:
+
+        <policy>_entropy, <policy>_rank         rank 1 for its likeliest token
+        <policy>_forward_kl, <policy>_jsd       against the student
+        <policy>_overlap                        share of its top k that the student's has too
+        support [n, S]                          the sampled token, then each top k; repeats are -1
+        <policy>_top [n, S]                     its log-probs there; -inf at repeats
+        <policy>_tail [n]                       its mass elsewhere
 
     Args:
         k: Top tokens of each policy.
-        allow_partial: Of a policy that gives only some log-probs, give what can be known (the
-            numbers of `cheap` and the overlap; its own top tokens are in the support). By default
-            such a policy raises PartialDistribution.
+        allow_partial: Whether a policy that gives only some log-probs contributes what can be known
+            (the numbers of `cheap`, the overlap, its own top tokens). By default such a policy
+            raises PartialDistribution.
     """
 
     def measure(rows: Rows) -> dict[str, Tensor]:
         out = cheap(rows)
         width = min(k, rows["student"].shape[-1])
-        known = [
-            name
-            for name, logp in rows.distributions.items()
-            if not (allow_partial and isinstance(logp, TopLogprobs))
-        ]
-        everyone = {
-            name: rows[name] for name in known
-        }  # raises where only some log-probs are known
-        tops = {name: _favourites(logp, width) for name, logp in rows.distributions.items()}
-        out["support"] = _unique(torch.cat([rows.token[:, None], *tops.values()], -1))
-        absent = out["support"] < 0
-        for name, logp in everyone.items():
-            out[f"{name}_entropy"] = entropy(logp)
-            out[f"{name}_rank"] = _rank(rows, name)
-            top = logp.gather(-1, out["support"].clamp(min=0)).masked_fill(absent, -torch.inf)
-            rest = logp.scatter(
-                -1, out["support"].clamp(min=0), -torch.inf
-            )  # repeats point at id 0: put it back below
-            rest[:, 0] = torch.where((out["support"] == 0).any(-1), -torch.inf, logp[:, 0])
-            out[f"{name}_top"], out[f"{name}_tail"] = top, rest.logsumexp(-1).exp()
+        tops = {name: _likeliest(logp, width) for name, logp in rows.distributions.items()}
+        support = _without_repeats(torch.cat([rows.token[:, None], *tops.values()], -1))
+        out["support"] = support
+        for name, logp in rows.distributions.items():
+            if not (allow_partial and isinstance(logp, TopLogprobs)):
+                out |= _numbers_of(rows, name, support)
         for name in _others(rows):
-            if name in everyone:
-                out[f"{name}_forward_kl"] = forward_kl(rows["student"], rows[name])
-                out[f"{name}_jsd"] = generalized_jsd(rows["student"], rows[name])
             same = tops[name][:, :, None] == tops["student"][:, None, :]
             out[f"{name}_overlap"] = same.any(-1).float().mean(-1)
         return out
@@ -90,9 +77,32 @@ def full(k: int = TOP, allow_partial: bool = False) -> Callable[[Rows], dict[str
     return measure
 
 
+def _numbers_of(rows: Rows, name: str, support: Tensor) -> dict[str, Tensor]:
+    """Numbers of one policy, alone and against the student.
+
+    Raises PartialDistribution where only some log-probs are known.
+    """
+    logp = rows[name]
+    place, is_repeat = support.clamp(min=0), support < 0
+    rest = logp.scatter(-1, place, -torch.inf)
+    # Repeats were written to id 0: put its value back, unless it is in the support itself.
+    rest[:, 0] = torch.where((support == 0).any(-1), -torch.inf, logp[:, 0])
+    out = {
+        f"{name}_entropy": entropy(logp),
+        f"{name}_rank": _rank(rows, name),
+        f"{name}_top": logp.gather(-1, place).masked_fill(is_repeat, -torch.inf),
+        f"{name}_tail": rest.logsumexp(-1).exp(),
+    }
+    if name != "student":
+        out[f"{name}_forward_kl"] = forward_kl(rows["student"], logp)
+        out[f"{name}_jsd"] = generalized_jsd(rows["student"], logp)
+    return out
+
+
 class Signals(Mapping[str, Tensor]):
-    """All numbers of `full` for a batch by name, as `[B, T]` or `[B, T, S]`, each computed when it
-    is first asked for.
+    """All numbers of `full` for a batch by name, each computed when first asked for.
+
+    They are `[B, T]` or `[B, T, S]`.
 
     Iterating goes over the numbers of `cheap` alone, which come from one pass over the vocabulary.
     The top tokens (`support`, `<policy>_top`, `<policy>_tail`, `<policy>_overlap`) come from one
@@ -108,16 +118,16 @@ class Signals(Mapping[str, Tensor]):
         self,
         distributions: Sequence[str],
         states: Callable[[str], Graded],
-        map: Callable[..., Any],
+        map_rows: Callable[..., Any],
     ) -> None:
         """Offer the numbers of a batch.
 
         Args:
             distributions: Names of the policies that grade the student's tokens.
             states: Gives what one of them returned.
-            map: Runs a function of rows over the whole batch, as `Batch.map`.
+            map_rows: Runs a function of rows over the whole batch, as `Batch.map`.
         """
-        self._distributions, self._states, self._map = list(distributions), states, map
+        self._distributions, self._states, self._map = list(distributions), states, map_rows
         self._known: dict[str, Tensor] = {}
 
     def __getitem__(self, name: str) -> Tensor:
@@ -146,10 +156,10 @@ class Signals(Mapping[str, Tensor]):
 
     def _names(self) -> dict[str, str]:
         """Every name with the policy that lacks what it takes, or ""."""
-        partial = [name for name in self._distributions if self._is_partial(name)]
+        without_all = [name for name in self._distributions if self._is_partial(name)]
         out = dict[str, str]()
         for policy in self._distributions:
-            lacks = policy if policy in partial else ""
+            lacks = policy if policy in without_all else ""
             out[f"{policy}_logp"] = ""
             out |= {f"{policy}_{number}": lacks for number in ("entropy", "rank", "top", "tail")}
             if policy != "student":
@@ -172,8 +182,8 @@ class Signals(Mapping[str, Tensor]):
             )
         if policy := names[name]:
             have = [known for known in self._available() if known.startswith(f"{policy}_")]
-            states: Any = self._states(policy)
-            k = states.k
+            graded = self._states(policy)
+            k = graded.k if isinstance(graded, TopLogprobs) else TOP
             raise PartialDistribution(
                 f"The signal {name!r} needs the whole distribution of {policy!r}, whose server"
                 f" gives its {k} likeliest tokens and the sampled one. There are {', '.join(have)}."
@@ -185,12 +195,9 @@ class Signals(Mapping[str, Tensor]):
             self._known |= self._map(cheap)
         elif number in _ALONE:
             needs = [policy] if number in ("entropy", "rank") else ["student", policy]
-            self._known[name] = self._map(lambda rows: _ALONE[number](rows, policy), needs=needs)
+            self._known[name] = self._map(partial(_ALONE[number], policy=policy), needs=needs)
         else:
             self._known |= self._map(full(allow_partial=True))
-
-
-_Number = Callable[[Rows, str], Tensor]
 
 
 def _rank(rows: Rows, policy: str) -> Tensor:
@@ -209,7 +216,7 @@ def _jsd(rows: Rows, policy: str) -> Tensor:
     return generalized_jsd(rows["student"], rows[policy])
 
 
-_ALONE: dict[str, _Number] = {
+_ALONE = {
     "entropy": _entropy,
     "rank": _rank,
     "forward_kl": _forward_kl,
@@ -218,24 +225,27 @@ _ALONE: dict[str, _Number] = {
 
 
 def _parts(name: str, policies: list[str]) -> tuple[str, str]:
-    """Policy and number of a name; the longest policy that fits, since one may be called
-    `teacher_2`.
+    """Split a name into policy and number.
+
+    The longest policy that fits counts, since one may be called `teacher_2`.
     """
     fitting = [policy for policy in policies if name.startswith(f"{policy}_")]
     policy = max(fitting, key=len, default="")
     return policy, name.removeprefix(f"{policy}_")
 
 
-def _favourites(logp: Any, k: int) -> Tensor:
+def _likeliest(logp: LogProbs, k: int) -> Tensor:
     """Ids `[n, k]` of a policy's likeliest tokens, or as many as it gives."""
-    return logp.ids[:, :k] if isinstance(logp, TopLogprobs) else logp.topk(k, -1).indices
+    if isinstance(logp, TopLogprobs):
+        return logp.ids[:, :k]
+    return logp.topk(k, -1).indices
 
 
 def _others(rows: Rows) -> list[str]:
     return [name for name in rows.distributions if name != "student"]
 
 
-def _unique(ids: Tensor) -> Tensor:
+def _without_repeats(ids: Tensor) -> Tensor:
     """`[n, S]` with every id that stands further left replaced by -1."""
     same = ids[:, :, None] == ids[:, None, :]
     return ids.masked_fill(same.tril(-1).any(-1), -1)

@@ -1,4 +1,4 @@
-"""A training run: settings, checks before the first step, the step itself, checkpoints, evaluation."""
+"""A training run: settings, checks, the phases of a step, checkpoints, evaluation."""
 
 import lazy_loader
 

@@ -1,14 +1,18 @@
 """Checkpoints: complete or absent, checked on reading, and exact.
 
-    run/step-000020/   adapter_model.safetensors, adapter_config.json    what PEFT reads, or, in full training,
-                       model.safetensors, config.json, tokenizer.json …  what transformers reads
-                       optimizer.safetensors, ema.safetensors (where a method needs `ema`),
-                       method.safetensors (where a method keeps a state), run.json, history.json,
-                       manifest.json (a checksum of every file)
-    run/snapshots/     the adapters kept by snapshot_every; run.json names those that belong to it, with checksums
+    run/step-000020/
+        adapter_model.safetensors, adapter_config.json       what PEFT reads, or, in full training,
+        model.safetensors, config.json, tokenizer.json …     what transformers reads
+        optimizer.safetensors
+        ema.safetensors                                      where a method needs `ema`
+        method.safetensors                                   where a method keeps a state
+        run.json, history.json
+        manifest.json                                        a checksum of every file
+    run/snapshots/
+        the adapters kept by snapshot_every; run.json names those of its run, with checksums
 
-Written beside its final name and renamed. Nothing is pickled. No random state is needed: every step
-makes its own. `opdlab.training.resuming` takes a run up again.
+A checkpoint is written beside its final name and renamed. Nothing is pickled. No random state is
+needed, since every step makes its own. `opdlab.training.resuming` takes a run up again.
 """
 
 from __future__ import annotations
@@ -93,9 +97,7 @@ def update_history(run: RunState, step: Path) -> None:
 
 
 def find(path: Path, step: int | None = None) -> Path:
-    """The checkpoint of `step`, or the one written last, under a run's folder; its checksums are
-    verified.
-    """
+    """Find the checkpoint of a step, or the one written last, and verify its checksums."""
     if (path / "manifest.json").exists():
         return _verified(path)
     there = run_folder.saved_in(path)
@@ -110,8 +112,9 @@ def find(path: Path, step: int | None = None) -> Path:
 
 
 def load_weights(student: Policy, folder: Path) -> None:
-    """Put a checkpoint's weights into a policy that has the same adapter (or the same model, in
-    full training).
+    """Put a checkpoint's weights into a policy.
+
+    The policy has the same adapter, or the same model in full training.
     """
     if (folder / "adapter_model.safetensors").exists():
         path, state, saved = (
@@ -135,7 +138,7 @@ def adapter(folder: Path) -> dict[str, Tensor]:
 
 
 def _embeddings(folder: Path) -> dict[str, Tensor]:
-    """The model's own embeddings that stand beside the adapter, where the vocabulary was resized."""
+    """The model's own embeddings beside the adapter, where the vocabulary was resized."""
     beside = _beside(folder)
     return {name: value for name, value in _adapter_file(folder).items() if name in beside}
 
@@ -179,7 +182,7 @@ def _write_weights(run: RunState, folder: Path) -> None:
 
 
 def _new_embeddings(run: RunState) -> dict[str, Tensor]:
-    """Embeddings that no file of the base model holds, those aside that the adapter trains itself."""
+    """Embeddings that neither a file of the base model nor the adapter holds."""
     weights, name = run.student.weights, run.student.adapter
     if name is None or not run.has_new_embeddings:
         return {}
@@ -227,8 +230,9 @@ def _description(run: RunState, folder: Path) -> dict[str, Any]:
 
 
 def _write_snapshots(run: RunState, folder: Path) -> dict[str, dict[str, str]]:
-    """Save those snapshots that are not there yet; their files by step. Equal ones share a name,
-    different ones never do.
+    """Save the snapshots that are not saved yet, and return all their files by step.
+
+    Equal snapshots share a file; different ones never do.
     """
     found = {}
     for step, state in sorted(run.snapshots.items()):
@@ -308,8 +312,9 @@ def _replace(path: Path, data: bytes) -> None:
 
 
 def _flush(folder: Path) -> None:
-    """To the disk before the rename, so that a power cut leaves no empty files under the final
-    name.
+    """Flush all files to the disk before the rename.
+
+    Otherwise a power cut could leave empty files under the final name.
     """
     for path in folder.rglob("*"):
         if path.is_file():

@@ -1,5 +1,6 @@
-"""Evaluation: greedy accuracy, avg@k, pass@k and length on distinct held-out prompts, and paired
-differences.
+"""Evaluation on distinct held-out prompts, and paired differences of evaluations.
+
+Measures greedy accuracy, avg@k, pass@k and length.
 
 Every policy answers the same prompts with the same random numbers, so `after - before` is a paired
 comparison. A prompt counts once, however often a task gives it. Intervals are those of
@@ -139,8 +140,9 @@ class Evaluation:
         return NotImplemented
 
     def table(self) -> dict[str, float]:
-        """The numbers by name; `low` and `high` are the 95 % interval of the accuracy over that
-        many `prompts`.
+        """Return the numbers by name.
+
+        `low` and `high` are the 95 % interval of the accuracy over that many `prompts`.
         """
         shown = self.interval
         numbers = {
@@ -303,11 +305,13 @@ def _conditions(
 
 
 def _function_identity(function: Any) -> str:
-    """Where a function is defined and a checksum of its code: equal for closures that a factory
-    makes twice.
+    """Identify a function by the place of its definition and a checksum of its code.
+
+    Two closures that one factory makes are equal.
     """
     function = getattr(function, "__func__", function)
-    named = f"{getattr(function, '__module__', '')}.{getattr(function, '__qualname__', type(function).__qualname__)}"
+    module = getattr(function, "__module__", "")
+    named = f"{module}.{getattr(function, '__qualname__', type(function).__qualname__)}"
     code = getattr(function, "__code__", None)
     if code is None:
         return named

@@ -70,8 +70,9 @@ class Difference:
 
 
 def wilson(mean: float, prompts: int) -> Interval:
-    """Wilson's interval for the mean of `prompts` scores from 0 to 1; exactly the textbook one
-    where scores are 0 or 1.
+    """Compute Wilson's interval for the mean of `prompts` scores from 0 to 1.
+
+    It is the textbook interval where all scores are 0 or 1.
     """
     if prompts < 1:
         raise EmptyPrompts("An interval needs at least one prompt. Evaluate on some.")
@@ -142,8 +143,9 @@ def tango(change: np.ndarray) -> tuple[float, float]:
 
 
 def _score(difference: float, gained: float, lost: float, prompts: int) -> float:
-    """The score statistic of one true difference: how many standard errors the observed one is away
-    from it.
+    """Compute the score statistic of one true difference.
+
+    It says how many standard errors the observed difference is away from the true one.
 
     The standard error is that under the assumed difference, with the share of prompts that get
     worse at its likeliest value.
@@ -159,8 +161,9 @@ def _score(difference: float, gained: float, lost: float, prompts: int) -> float
 
 
 def _boundary(holds: Callable[[float], bool], inside: float, outside: float) -> float:
-    """Where a claim that holds at `inside` ceases to hold on the way to `outside`; `outside` if it
-    never does.
+    """Find where a claim that holds at `inside` ceases to hold on the way to `outside`.
+
+    Returns `outside` where it never does.
     """
     if holds(outside):
         return outside

@@ -1,5 +1,6 @@
-"""What a method remembers from step to step: saved where it says how, and told where it would be
-lost.
+"""The state that a method keeps from step to step.
+
+It is saved where the method says how; elsewhere the user is warned that a checkpoint loses it.
 
 A method that keeps running statistics offers
 
@@ -160,8 +161,9 @@ def restore_state(method: Any, folder: Path, device: torch.device) -> None:
 
 @contextlib.contextmanager
 def restored_on_failure(method: Any, is_counted: Callable[[], bool]) -> Iterator[None]:
-    """Put a method's state back if the block fails before its step is counted, so that a repeated
-    step counts nothing twice.
+    """Put a method's state back if the block fails before its step is counted.
+
+    So a step that is repeated counts nothing twice.
     """
     if not keeps_state(method):
         yield
@@ -190,9 +192,7 @@ class Memory:
         self._told = False
 
     def moved(self) -> list[str]:
-        """Names of attributes, enclosing variables and globals that have changed since the
-        beginning.
-        """
+        """Name the attributes, enclosing variables and globals that changed since the beginning."""
         now = _remembered(self.method)
         return sorted(
             name
@@ -201,9 +201,7 @@ class Memory:
         )
 
     def forgotten(self) -> list[str]:
-        """What has changed and no checkpoint holds, with a warning the first time that there is
-        something.
-        """
+        """Name what has changed and no checkpoint holds; warns the first time."""
         names = [] if self._is_saved else self.moved()
         if names and not self._told:
             self._told = True

@@ -43,8 +43,9 @@ def warn_of_own_teacher(
 
 
 def is_same_distribution(one: Policy, other: Any) -> bool:
-    """Whether two policies share their weights and context, and have the same adapter or equal
-    copies of it.
+    """Whether two policies are one distribution.
+
+    They share weights and context, and have the same adapter or equal copies of it.
     """
     if (
         not isinstance(other, Policy)

@@ -46,7 +46,8 @@ class Learned:
     """What the loss pass of a step gave, before the weights move.
 
     Attributes:
-        columns: `loss`, `grad_norm` and the numbers of `signals.cheap` of every token, `[tokens]` each.
+        columns: `loss`, `grad_norm` and the numbers of `signals.cheap` of every token, `[tokens]`
+            each.
         weight: Each token's share in the loss of the step, over all processes, `[tokens]`.
         grad_norm: Length of the gradient of all parameters, before clipping.
         is_checked: Whether the loss was found to treat each row alone.
@@ -62,7 +63,7 @@ class Learned:
 
 
 def write_rollout(run: RunState) -> Rollout:
-    """Write the step's rollout: the student's, but for the share that the method gives to others."""
+    """Write the step's rollout: the student's texts, and the share that others write."""
     settings = run.settings
     world, rank = run.accelerator.num_processes, run.accelerator.process_index
     prompts = run.task.training_batch(settings.batch * world, run.done, settings.seed)
@@ -85,7 +86,10 @@ def write_rollout(run: RunState) -> Rollout:
 
 
 def _written_by_student(run: RunState, prompts: int) -> int:
-    """How many of the step's prompts the student answers; a fraction is drawn, the same in every process."""
+    """How many of the step's prompts the student answers.
+
+    A fraction is drawn, the same in every process.
+    """
     share = student_share(run.method)
     if share == 1:
         return prompts
@@ -145,7 +149,8 @@ def accumulate_gradient(run: RunState, planned: Planned) -> Learned:
     ).item()
     if not math.isfinite(norm):
         raise NonFinite(
-            f"Step {run.done + 1}: the gradient is {norm}. Lower the learning rate; the weights are as they were."
+            f"Step {run.done + 1}: the gradient is {norm}. Lower the learning rate; the weights are"
+            " as they were."
         )
     return Learned(columns, weight, norm, any(one.is_checked for one in passes))
 
@@ -177,15 +182,15 @@ def _backward(run: RunState, planned: Planned, rows: range, weight: Tensor, chec
                 )
         except NonFinite as error:
             raise NonFinite(_place_of(error, run, part)) from None
-        hidden.backward(found.gradient.to(hidden.dtype))
+        torch.autograd.backward(hidden, found.gradient.to(hidden.dtype))
     return found
 
 
 def token_weights(run: RunState, rollout: Rollout) -> Tensor:
     """Each token's share of the step's mean, `[tokens]`, by `Settings.normalize`.
 
-    Counted over the tokens that the loss sees and over all processes, so neither micro-batches nor the split among
-    processes matter. Tokens that the loss does not see have no share.
+    Counted over the tokens that the loss sees and over all processes, so neither micro-batches nor
+    the split among processes matter. Tokens that the loss does not see have no share.
     """
     learned = rollout.learn.sum(1).double()  # [B]
     local = torch.stack([torch.full_like(learned[:1].sum(), len(rollout)), learned.sum()])
@@ -231,7 +236,7 @@ def update_weights(run: RunState) -> float:
 
 
 def backbone_precision(run: RunState) -> AbstractContextManager[None]:
-    """One precision for all that a step asks of models: writing, grading for the plan, and the loss pass."""
+    """Use one precision for all that a step asks of models: writing, grading, the loss pass."""
     return autocast_backbones(run.settings.precision == "bf16")
 
 
@@ -246,6 +251,6 @@ def _place_of(error: NonFinite, run: RunState, part: Rollout) -> str:
         "" if error.is_explained else " Lower the learning rate, or look at the loss on this token."
     )
     return (
-        f"Step {run.done + 1}, prompt {part.prompts[b].id or b!r}, token {t} ({token!r}): {error} The weights are as"
-        f" they were and earlier checkpoints are intact.{advice}"
+        f"Step {run.done + 1}, prompt {part.prompts[b].id or b!r}, token {t} ({token!r}): {error}"
+        f" The weights are as they were and earlier checkpoints are intact.{advice}"
     )

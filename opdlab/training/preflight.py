@@ -1,5 +1,4 @@
-"""Check all prompts of a task before the first step: too long for a context, without a hint,
-without an answer.
+"""Checks before the first step: models, method, and every prompt of the task.
 
 Without this, one bad record among thousands stops a run hours after its start, and every attempt to
 go on stops there again.
@@ -39,12 +38,13 @@ def check_run(run: RunState) -> None:
         run: A run whose policies are resolved.
 
     Raises:
-        MissingPolicy: The method needs a policy that nobody gave, or an ability that the policy lacks.
+        MissingPolicy: The method needs a policy that nobody gave, or an ability that the policy
+            lacks.
         TokenizerMismatch: A policy that grades does not share the student's tokens.
         MissingHint: A policy reads hints, and a prompt has none.
         ContextTooLong: A prompt does not fit a policy's context.
     """
-    settings, method, student = run.settings, run.method, run.student
+    settings, method = run.settings, run.method
     for name in method.needs:
         if name not in run.policies:
             raise missing_policy_error(method, name)
@@ -52,30 +52,46 @@ def check_run(run: RunState) -> None:
     share = student_share(method)
     writers = writer_names(method) if share < 1 else ()
     answers = check_answers(prompts) if "answer" in writers else None
-    config = SamplingConfig(temperature=settings.temperature, top_p=settings.top_p)
-    for name in writers:
-        writer = run.teacher if name == "teacher" else run.policies.get(name)
-        if isinstance(writer, Writer) and not isinstance(writer, Sampler):
-            options_for(writer, config)
+    _check_sampling(run, writers)
     rehearse(method, run.policies, run.task, prompts[0])
     everyone = dict(run.policies)
     if writers and run.teacher is not None:
         everyone["writer"] = run.teacher
-    local: dict[str, Policy] = {}
-    for name, policy in everyone.items():
-        if isinstance(policy, Policy):
-            if name == "writer" or parse_need(name).access is not Access.SPANS:
-                check_same_tokens(student, policy, name)
-            local[name] = policy
-        elif isinstance(policy, Checked):  # a teacher of another kind knows best what it can take
-            policy.check(student, prompts, settings.max_new_tokens)
+    local = _check_tokens(run, everyone, prompts)
     if answers is not None:
-        lengths = rollout_from_texts(student, prompts, answers).lengths.tolist()
+        lengths = rollout_from_texts(run.student, prompts, answers).lengths.tolist()
         check_prompts(local, prompts, dict.fromkeys(local, lengths))
     if answers is None or share > 0 or len(writers) > 1:
         check_prompts(local, prompts, settings.max_new_tokens)
     if settings.evaluate_every and run.task.pool.get("test"):
-        check_prompts({"student": student}, run.task.pool["test"], run.task.max_new_tokens)
+        check_prompts({"student": run.student}, run.task.pool["test"], run.task.max_new_tokens)
+
+
+def _check_sampling(run: RunState, writers: Sequence[str]) -> None:
+    """Refuse sampling settings that one of the method's writers cannot be told."""
+    config = SamplingConfig(temperature=run.settings.temperature, top_p=run.settings.top_p)
+    for name in writers:
+        writer = run.teacher if name == "teacher" else run.policies.get(name)
+        if isinstance(writer, Writer) and not isinstance(writer, Sampler):
+            options_for(writer, config)
+
+
+def _check_tokens(
+    run: RunState, everyone: Mapping[str, Any], prompts: Sequence[Prompt]
+) -> dict[str, Policy]:
+    """Compare the tokens of all policies with the student's; returns the local ones by name.
+
+    Teachers of other kinds look at the student and the prompts themselves.
+    """
+    local: dict[str, Policy] = {}
+    for name, policy in everyone.items():
+        if isinstance(policy, Policy):
+            if name == "writer" or parse_need(name).access is not Access.SPANS:
+                check_same_tokens(run.student, policy, name)
+            local[name] = policy
+        elif isinstance(policy, Checked):
+            policy.check(run.student, prompts, run.settings.max_new_tokens)
+    return local
 
 
 def check_writers(method: Method, teacher: Any) -> None:
@@ -88,12 +104,13 @@ def check_writers(method: Method, teacher: Any) -> None:
         return
     if teacher is None:
         raise MissingPolicy(
-            f"{name_of_method(method)} lets a teacher write, but there is none. Give distill a teacher."
+            f"{name_of_method(method)} lets a teacher write, but there is none. Give distill a"
+            " teacher."
         )
     if not isinstance(teacher, (Sampler, Writer)):
         raise MissingPolicy(
-            f"{name_of_method(method)} lets the teacher write, but {type(teacher).__name__} only grades. Use one"
-            " that writes."
+            f"{name_of_method(method)} lets the teacher write, but {type(teacher).__name__} only"
+            " grades. Use one that writes."
         )
 
 
@@ -109,7 +126,11 @@ def prompts_to_check(task: Task, settings: Settings) -> list[Prompt]:
 
 
 def check_answers(prompts: Sequence[Prompt]) -> list[str]:
-    """Return the answers of prompts that are trained on; raises OpdlabError where one is missing."""
+    """Return the answers of prompts that are trained on.
+
+    Raises:
+        OpdlabError: A prompt has none.
+    """
     missing = [prompt for prompt in prompts if prompt.answer is None]
     if missing:
         raise OpdlabError(

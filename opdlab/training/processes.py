@@ -9,17 +9,24 @@ from torch import Tensor
 
 
 class AcceleratedProcesses:
-    """Sums and gathers over the processes of an Accelerate run; one process gets its own values back."""
+    """Sums and gathers over the processes of an Accelerate run.
+
+    In a run of one process they give its own values back.
+    """
 
     def __init__(self, accelerator: Accelerator) -> None:
         self._accelerator = accelerator
 
     def sum(self, values: Tensor) -> Tensor:
         """Add up a tensor over all processes."""
-        return self._accelerator.reduce(values, "sum")
+        total: Tensor = self._accelerator.reduce(values, "sum")
+        return total
 
     def gather(self, values: Tensor) -> Tensor:
-        """Put the rows `[n, ...]` of all processes together, in the order of their ranks; `n` may differ."""
+        """Put the rows `[n, ...]` of all processes together, in the order of their ranks.
+
+        `n` may differ among the processes.
+        """
         if self._accelerator.num_processes == 1:
             return values
         count = torch.tensor([len(values)], device=values.device)

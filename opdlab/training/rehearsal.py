@@ -19,8 +19,9 @@ from opdlab.tasks import Task
 
 
 def rehearse(method: Any, policies: Mapping[str, Any], task: Task, prompt: Prompt) -> None:
-    """Plan and loss once on two tokens, with made-up log-probs of the teachers that give only some
-    (they have a `k`).
+    """Dry-run plan and loss on two sampled tokens.
+
+    Servers that give only some log-probs are replaced by uniform ones, so no request is sent.
 
     So a loss that they cannot feed is refused before anything is written. Raises
     PartialDistribution; what else goes wrong on made-up data is left to the first step.

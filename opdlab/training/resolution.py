@@ -1,13 +1,14 @@
-"""What a name in a method's `needs` stands for.
+"""Resolve the names in a method's `needs` to policies.
 
     student, teacher   as given to `distill`
     reference          the student before training
-    ema                the moving average of the student's weights (`Settings.ema_rate`); one that is given does not move
+    ema                the moving average of the student's weights (`Settings.ema_rate`)
     …+hint             the same policy, told each prompt's hint
-    teacher.text       the teacher reduced to what it writes: any tokenizer, any server
-    teacher.spans      the teacher graded by the bytes that its tokens and the student's share: any tokenizer
+    teacher.text       the teacher reduced to its texts: any tokenizer, any server
+    teacher.spans      the teacher graded by the bytes of its own tokens: any tokenizer
 
-Policies that are one thing share one adapter object, so that `ema` and `ema+hint` move together.
+An `ema` that the user gives does not move. Views of one policy share one adapter object, so `ema`
+and `ema+hint` move together.
 """
 
 from __future__ import annotations
@@ -19,61 +20,69 @@ import torch
 
 from opdlab.engine.needs import KNOWN, Access, Need, did_you_mean, parse_need, parse_needs
 from opdlab.errors import InvalidValue, MissingPolicy
+from opdlab.methods.contract import name_of
 from opdlab.models.policy import Policy
+from opdlab.models.protocols import Grader, Writer
 from opdlab.support.expect import shortened
+from opdlab.teachers import TextOnly
 from opdlab.teachers.contract import expect_teacher
 
 
 def resolve_policies(
-    student: Policy, teacher: Any, needs: Sequence[str], given: Mapping[str, Any]
+    student: Policy,
+    teacher: Grader | Writer | None,
+    needs: Sequence[str],
+    overrides: Mapping[str, Any],
 ) -> dict[str, Any]:
-    """Resolve a method's `needs` to policies, the student first.
+    """Resolve a method's `needs` to policies, student first.
 
-    Entries of `given` replace the default for that name.
+    Args:
+        student: The policy being trained.
+        teacher: The user's teacher, or None for methods that need none.
+        needs: The names that the method reads, e.g. `("teacher+hint", "reference")`.
+        overrides: The user's `policies=`; an entry replaces the default for that name.
+
+    Returns:
+        A grader or writer for each name that can be resolved; others are missing.
 
     Raises:
-        MissingPolicy: The teacher lacks the ability. The message names a method that can do without
-            it.
+        MissingPolicy: A policy lacks the ability that is needed. The message names a method that
+            can do without it.
     """
-    bases: dict[str, Any] = {"student": student, "teacher": teacher, **given}
-    made: dict[str, Any] = {"student": student}
+    bases: dict[str, Any] = {"student": student, "teacher": teacher, **overrides}
+    resolved: dict[str, Any] = {"student": student}
     for need in parse_needs(needs):
         base, name = need.policy, str(need)
         if base == "reference" and base not in bases:
             bases[base] = student.frozen()
         elif base == "ema" and base not in bases:
             bases[base] = student._view(adapter=None)
-        if name in given:
-            made[name] = _able(given[name], need)
+        if name in overrides:
+            resolved[name] = _with_access(overrides[name], need)
         elif bases.get(base) is not None:
-            made[name] = _view(bases[base], need)
-    return made
+            resolved[name] = _with_hint(_with_access(bases[base], need), need)
+    return resolved
 
 
-def check_overrides(method: Any, given: Any) -> None:
+def check_overrides(method: Any, overrides: Any) -> None:
     """Check the user's `policies=` before any of them is used.
 
     Raises:
         InvalidValue: It is no dict, names a policy that the method does not read, or holds
             something that cannot teach.
     """
-    from opdlab.methods.contract import name_of
-
-    if not isinstance(given, Mapping):
+    if not isinstance(overrides, Mapping):
         raise InvalidValue(
-            f"distill got policies={shortened(given)}. Use a dict from names to policies, as"
+            f"distill got policies={shortened(overrides)}. Use a dict from names to policies, as"
             " {'reference': policy}."
         )
-    read = list(
-        dict.fromkeys(
-            name for need in parse_needs(method.needs) for name in (str(need), need.policy)
-        )
-    )
-    for name, policy in given.items():
+    read = [name for need in parse_needs(method.needs) for name in (str(need), need.policy)]
+    read = list(dict.fromkeys(read))
+    for name, policy in overrides.items():
         if name == "student":
             raise InvalidValue(
-                "distill got policies={'student': …}, but the student is what is trained. Give it"
-                " as the first argument; what a hinted view of it is goes under 'student+hint'."
+                "distill got policies={'student': …}, but the student is the policy that trains."
+                " Give it as the first argument; a hinted view of it goes under 'student+hint'."
             )
         if name not in read:
             reads = f"it reads {', '.join(map(repr, read))}" if read else "it reads no policy"
@@ -86,9 +95,12 @@ def check_overrides(method: Any, given: Any) -> None:
 
 
 def missing_policy_error(method: object, name: str) -> MissingPolicy:
-    """Make the error for a policy that nobody gave."""
-    from opdlab.methods.contract import name_of
+    """Make the error for a policy that nobody gave.
 
+    Args:
+        method: The method that needs it.
+        name: As in the method's `needs`, e.g. "teacher+hint".
+    """
     base = parse_need(name).policy
     if base == "teacher":
         way = (
@@ -104,48 +116,52 @@ def missing_policy_error(method: object, name: str) -> MissingPolicy:
 
 
 def grader_names(policies: Mapping[str, Any]) -> list[str]:
-    """Names of the policies that grade the student's own tokens."""
-    return [name for name in policies if not name.endswith((".text", ".spans"))]
+    """List the policies that grade the student's own tokens: all but `….text` and `….spans`."""
+    return [name for name in policies if parse_need(name).access is Access.LOGITS]
 
 
 def start_average(
-    student: Policy, policies: Mapping[str, Any], given: Mapping[str, Any]
+    student: Policy, policies: Mapping[str, Any], overrides: Mapping[str, Any]
 ) -> list[Policy]:
-    """Give the policy `ema` weights of its own, equal to the student's; returns it, or nothing
-    where no method needs it.
+    """Give the policy `ema` weights of its own, equal to the student's.
 
-    Its views share one adapter object, so one of them stands for all. One that was `given` stays
-    what it is.
+    Args:
+        student: The policy being trained.
+        policies: The resolved policies.
+        overrides: The user's `policies=`. An average that the user gives stays what it is.
+
+    Returns:
+        The average in a list, which is empty where the method reads none. Its views share one
+        adapter object, so one of them stands for all.
     """
-    views = [
-        policies[name]
-        for name in ("ema", "ema+hint")
-        if name in policies and not {name, "ema"} & given.keys()
-    ][:1]
-    for view in views:
-        if student.adapter is not None:  # in full training `distill` has copied the whole model
-            view._adapter.own(student.weights, student.weights.clone_adapter(student.adapter))
-    return views
+    for name in ("ema", "ema+hint"):
+        if name in policies and not {name, "ema"} & overrides.keys():
+            average: Policy = policies[name]
+            if student.adapter is not None:  # in full training the whole model is copied
+                average._adapter.own(
+                    student.weights, student.weights.clone_adapter(student.adapter)
+                )
+            return [average]
+    return []
 
 
-def move_average(policy: Policy, student: Policy, rate: float) -> None:
-    """Move `policy` towards the student: `w <- (1 - rate) w + rate w_student`."""
+def move_average(average: Policy, student: Policy, rate: float) -> None:
+    """Move the average towards the student: `w <- (1 - rate) w + rate w_student`."""
     with torch.no_grad():
         theirs = trained_tensors(student)
-        for name, ours in trained_tensors(policy).items():
+        for name, ours in trained_tensors(average).items():
             ours.lerp_(theirs[name], rate)
 
 
 def trained_tensors(policy: Policy) -> dict[str, torch.Tensor]:
-    """The tensors that training moves, by name: the adapter's, or the model's. Not copies."""
+    """Return the tensors that training moves, by name: the adapter's, or the model's. No copies."""
     if policy.adapter is None:
         return dict(policy.weights.model.named_parameters())
     return policy.weights.adapter_state(policy.adapter)
 
 
-def _view(policy: Any, need: Need) -> Any:
-    """`policy` as the suffix of a name says: told hints, or reduced to what it writes."""
-    policy = _able(policy, need)
+def _with_hint(policy: Any, need: Need) -> Any:
+    """The policy, told hints where the need asks for that."""
     if not need.hinted:
         return policy
     if not isinstance(policy, Policy):
@@ -156,23 +172,21 @@ def _view(policy: Any, need: Need) -> Any:
     return policy.seeing()
 
 
-def _able(policy: Any, need: Need) -> Any:
-    """`policy`, if it can do what is asked of it; a local model reduced to what it writes, where
-    only texts are asked for.
-    """
-    local = isinstance(policy, Policy)
-    if need.access is Access.TEXT:
-        if local:
-            from opdlab.teachers import TextOnly
+def _with_access(policy: Any, need: Need) -> Any:
+    """The policy, if it can do what the need asks for.
 
+    Where only texts are needed, a local model is reduced to its texts.
+    """
+    if need.access is Access.TEXT:
+        if isinstance(policy, Policy):
             return TextOnly(policy)
-        if not hasattr(policy, "write"):
+        if not isinstance(policy, Writer):
             raise MissingPolicy(
                 f"{str(need)!r} must write texts, but {type(policy).__name__} only grades. Use a"
                 " teacher that writes."
             )
         return policy
-    if not (local or hasattr(policy, "grade")):
+    if not isinstance(policy, Grader):
         raise MissingPolicy(
             f"{str(need)!r} must grade tokens, but {type(policy).__name__} only writes. Use a"
             " method that learns from texts alone (OmniOPD, SequenceKD), or a teacher with"

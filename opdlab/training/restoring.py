@@ -50,12 +50,13 @@ class SavedRun:
 
     @property
     def step(self) -> int:
+        """The step after which it was written."""
         return int(self.said["step"])
 
     @property
     def is_old(self) -> bool:
         """Whether it was written before checkpoints knew what the run was made of."""
-        return self.said.get("format", 1) < 2
+        return int(self.said.get("format", 1)) < 2
 
     @property
     def lineage(self) -> run_folder.Lineage:
@@ -65,8 +66,9 @@ class SavedRun:
 
 
 def fit_adapter(run: RunState, saved: SavedRun) -> None:
-    """Give a student without adapter the one that the checkpoint describes; refuse an adapter that
-    is another one.
+    """Give a student without adapter the one that the checkpoint describes.
+
+    Refuses a student with another adapter.
     """
     path = saved.folder / "adapter_config.json"
     if not path.exists():
@@ -98,8 +100,9 @@ def _unordered(value: Any) -> Any:
 
 
 def restore_optimizer(run: RunState, saved: SavedRun) -> None:
-    """Give every parameter its optimizer state, matched by names that do not depend on the
-    adapter's.
+    """Give every parameter its optimizer state.
+
+    States are matched by names that do not depend on the adapter's name.
 
     Raises:
         DamagedFile: A parameter has no state, or one of another shape.
@@ -136,9 +139,7 @@ def restore_optimizer(run: RunState, saved: SavedRun) -> None:
 
 
 def _without_adapter(states: dict[str, Any], wanted: set[str]) -> dict[str, Any]:
-    """The first format's names contain the name of the adapter as it was then: find it, and take it
-    out.
-    """
+    """Take the adapter's name, which the first format kept, out of the names."""
     if states.keys() == wanted or not states:
         return states
     for part in next(iter(states)).split("."):

@@ -1,5 +1,6 @@
-"""Take up a saved run where it was: check that it is the same run, then put back what its
-checkpoint holds.
+"""Resume a saved run.
+
+Checks that it is the same run, then puts back what its checkpoint holds.
 """
 
 from __future__ import annotations
@@ -66,7 +67,6 @@ def resume(
         DamagedFile: The checkpoint is not what was written, or does not fit the run.
         OpdlabError: What is given is not what the run was trained with; or `steps` lie behind it.
     """
-
     saved = _read(_as_folder(path), step)
     allowed = _as_parts(allow)
     options = {"save": saved.folder.parent, **options}
@@ -131,8 +131,9 @@ def _read(path: Path, step: Any) -> SavedRun:
 
 
 def _settings(saved: SavedRun, options: Mapping[str, Any]) -> dict[str, Any]:
-    """The settings to go on with: those saved, and the user's over them. Says which of them change
-    the training.
+    """Return the settings to go on with: those saved, and the user's over them.
+
+    Warns of those that change the training.
 
     Raises:
         OpdlabError: The adapter is to be another one, or the steps lie behind the checkpoint.
@@ -217,7 +218,7 @@ def _rebuild(saved: SavedRun) -> Any:
 
 
 def _admit(run: Run, saved: SavedRun, given: Mapping[str, Any], allowed: Sequence[str]) -> None:
-    """Refuse a run that is not the one that was saved, before anything of the student is touched."""
+    """Refuse a run that is not the saved one, before anything of the student is touched."""
     if saved.is_old:
         _admit_old(run, saved)
     else:
@@ -249,7 +250,7 @@ def _admit(run: Run, saved: SavedRun, given: Mapping[str, Any], allowed: Sequenc
 
 
 def _admit_old(run: Run, saved: SavedRun) -> None:
-    """Checkpoints of the first format know little: compare that, and say what cannot be compared."""
+    """Compare what a checkpoint of the first format knows, and say what it does not know."""
     said, folder = saved.said, saved.folder
     tokenizer, name = run.identity["tokenizer"]["vocabulary"], type(run.method).__name__
     if said["tokenizer"] != tokenizer:
@@ -282,8 +283,9 @@ def _admit_old(run: Run, saved: SavedRun) -> None:
 
 
 def _snapshots(saved: SavedRun) -> dict[int, dict[str, Tensor]]:
-    """The adapters that the run had kept. One that is damaged is told and left out: the run can go
-    on without it.
+    """Read the snapshots of the run.
+
+    A damaged one is left out with a warning, since the run can go on without it.
     """
     kept = {}
     for step, file in saved.said.get("snapshots", {}).items():

@@ -2,9 +2,10 @@
 
     distill → Run.__next__ → opdlab.training.phases: write, plan, learn, update → metrics
 
-A `Run` is an iterator that holds its own state, so `break` (or an interrupted cell) stops it between two updates, and
-looping again goes on. All randomness of a step is made from (seed, step), so a resumed run repeats the uninterrupted one
-bit for bit on a CPU. Processes and trackers are Accelerate's, adapters PEFT's.
+A `Run` is an iterator that holds its own state, so `break` (or an interrupted cell) stops it
+between two updates, and looping again goes on. All randomness of a step is made from (seed, step),
+so a resumed run repeats the uninterrupted one bit for bit on a CPU. Processes and trackers are
+Accelerate's, adapters PEFT's.
 """
 
 from __future__ import annotations
@@ -66,22 +67,26 @@ def distill(
 
     Everything that can be checked is checked before any compute is spent.
 
-    A student that looks through an adapter already (a second stage) has that one trained on, whatever its rank. To stack a
-    new LoRA on it, give `student.merged()`; to start from the bare model, `Policy.of(model, tokenizer, adapter=None)`.
+    A student that looks through an adapter already (a second stage) has that one trained on,
+    whatever its rank. To stack a new LoRA on it, give `student.merged()`; to start from the bare
+    model, `Policy.of(model, tokenizer, adapter=None)`.
 
     Args:
         student: The policy that learns.
-        teacher: A policy, or one of `opdlab.teachers` (a server, a model that only writes); None for methods that need
-            none.
+        teacher: A policy, or one of `opdlab.teachers` (a server, a model that only writes); None
+            for methods that need none.
         task: The supply of prompts, with a verifier if answers can be checked.
-        method: A method, the class of one, or a loss function of rows; OPD with the reverse KL by default.
+        method: A method, the class of one, or a loss function of rows; OPD with the reverse KL by
+            default.
         needs: Names of the policies that a bare loss function reads; the teacher by default.
         policies: Replaces what a name in the method's `needs` stands for, such as
             `{"student+hint": student.frozen().seeing()}`.
-        save: Folder for checkpoints. The last step is always saved, and every `save_every` steps before it.
+        save: Folder for checkpoints. The last step is always saved, and every `save_every` steps
+            before it.
         log_with: A tracker of Accelerate.
         quiet: Whether to show no progress.
-        settings: Fields of `Settings`. What is left out comes from the method's recipe, then the task's.
+        settings: Fields of `Settings`. What is left out comes from the method's recipe, then the
+            task's.
 
     Returns:
         The run, before its first step.
@@ -121,8 +126,15 @@ def prepare(
     """Make the run that `distill` and `resume` share.
 
     Args:
-        student, teacher, task, method, needs, policies, save, log_with, quiet: As `distill` takes
-            them.
+        student: As in `distill`, and so are the arguments up to `quiet`.
+        teacher: The teacher.
+        task: The task.
+        method: The method.
+        needs: What a bare loss function reads.
+        policies: What names stand for.
+        save: Folder for checkpoints.
+        log_with: A tracker.
+        quiet: Whether to show no progress.
         settings: The settings that the user passes.
         recorded: All settings of a run that goes on; the user's go before them.
         admit: Looks at the run before it gets an adapter and an optimizer, with the user's
@@ -148,8 +160,8 @@ def prepare(
 class Run(RunState):
     """A training run: an iterator over `Step`s.
 
-    `history` is a data frame of metrics; `save` writes a checkpoint, and `opdlab.resume` takes one up again. The other
-    attributes are those of `RunState`, and `last`, the step done last.
+    `history` is a data frame of metrics; `save` writes a checkpoint, and `opdlab.resume` takes one
+    up again. The other attributes are those of `RunState`, and `last`, the step done last.
     """
 
     def __init__(
@@ -204,7 +216,11 @@ class Run(RunState):
 
     @property
     def history(self) -> pd.DataFrame:
-        """One row for each step: loss, reverse_kl, entropy, length, cut, reward, grad_norm, lr, seconds, …"""
+        """One row for each step, as a data frame.
+
+        Columns are `loss`, `reverse_kl`, `entropy`, `length`, `cut`, `reward`, `grad_norm`,
+        `lr`, `seconds` and others.
+        """
         return pd.DataFrame(self.rows)
 
     def __iter__(self) -> Iterator[Step]:
@@ -252,7 +268,10 @@ class Run(RunState):
         return Step(self.done, metrics, planned, learned.columns)
 
     def _evaluate(self) -> None:
-        """Evaluate where that is due. The step is saved by then, so an interrupt here loses nothing."""
+        """Evaluate where that is due.
+
+        The step is saved by then, so an interrupt here loses nothing.
+        """
         if saving.is_evaluation_due(self):
             saving.keep_accuracy(self, evaluate(self.student, self.task).accuracy)
 
@@ -278,7 +297,10 @@ class Run(RunState):
         return policy
 
     def save(self, path: str | os.PathLike[str] | None = None) -> Path:
-        """Write a checkpoint, atomically: a crash at any moment leaves the earlier ones and a complete new one or none.
+        """Write a checkpoint, atomically.
+
+        A crash at any moment leaves the earlier checkpoints, and a complete new one or
+        none.
 
         Of several processes the main one writes.
         """
@@ -287,7 +309,10 @@ class Run(RunState):
     def restart(
         self, done: int, rows: list[dict[str, float]], snapshots: Mapping[int, dict[str, Tensor]]
     ) -> None:
-        """Go on after `done` steps, with the history and the snapshots until then. For `opdlab.resume`."""
+        """Go on after `done` steps, with the history and the snapshots until then.
+
+        For `opdlab.resume`.
+        """
         self.done, self.rows = done, list(rows)
         self.snapshots = {**self.snapshots, **snapshots}
 

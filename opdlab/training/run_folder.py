@@ -25,9 +25,7 @@ _STEP = re.compile(r"step-(\d{6,})")
 
 @dataclass(frozen=True)
 class Lineage:
-    """The name of a run, and those of the runs that it was resumed from with the last step taken
-    over from each.
-    """
+    """The name of a run, and of the runs that it was resumed from."""
 
     name: str = field(default_factory=lambda: uuid.uuid4().hex[:12])
     ancestors: Mapping[str, int] = field(default_factory=dict)
@@ -39,7 +37,7 @@ class Lineage:
         return self.name if self.root is None else self.root
 
     def includes(self, name: str, step: int) -> bool:
-        """Whether the checkpoint that run `name` wrote after `step` lies on the path of this run."""
+        """Whether the checkpoint that run `name` wrote after `step` is on this run's path."""
         return name == self.name or step <= self.ancestors.get(name, -1)
 
     def child(self, step: int) -> Lineage:
@@ -50,8 +48,7 @@ class Lineage:
 
 @dataclass(frozen=True)
 class Saved:
-    """A checkpoint in a folder: its step, the run that wrote it ("" in older files), and its place
-    in the order of writing.
+    """A checkpoint in a folder.
 
     `family` is the run at the beginning of those that were resumed one from the other.
     """
@@ -177,8 +174,9 @@ def _as_path(folder: Any, owner: str) -> Path:
 
 
 def _probe(path: Path) -> None:
-    """Make the folder, and a file in it for a moment. The folder stays: other processes of the same
-    run may look at it now.
+    """Check that the folder can be written to: make it, and a file in it for a moment.
+
+    The folder stays, since other processes of the same run may look at it now.
     """
     path.mkdir(parents=True, exist_ok=True)
     probe = path / f".probe-{uuid.uuid4().hex}"

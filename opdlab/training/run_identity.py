@@ -1,5 +1,6 @@
-"""What a run is made of (student, tokenizer, prompts, teacher, method), by identity: described at
-its beginning, compared on resuming.
+"""Describe what a run is made of: student, tokenizer, prompts, teacher, method.
+
+It is described before the first step, and compared on resuming.
 
 A description holds names for the reader and fingerprints for the comparison, and is JSON. Two runs
 with the same description and settings make the same updates.
@@ -54,7 +55,8 @@ def describe_run(
         "drawn": [batch, seed],
         "transformers": transformers.__version__,
     }
-    return as_json(description)
+    stored: dict[str, Any] = as_json(description)
+    return stored
 
 
 def as_json(value: Any) -> Any:
@@ -63,9 +65,7 @@ def as_json(value: Any) -> Any:
 
 
 def describe_student(policy: Policy, without: Container[str] = ()) -> dict[str, Any]:
-    """The model under a policy, and the adapter that it looks through, if that changes anything
-    yet.
-    """
+    """Describe the model under a policy, and its adapter if that changes anything yet."""
     weights = policy.weights
     base = {
         name: value
@@ -83,9 +83,7 @@ def describe_student(policy: Policy, without: Container[str] = ()) -> dict[str, 
 
 
 def describe_tokenizer(policy: Policy, prompts: list[Prompt]) -> dict[str, Any]:
-    """The tokens, the chat template, the tokens that end a text, and how the first prompts are
-    read.
-    """
+    """Describe the tokens, the chat template, the EOS set, and the first prompts as tokens."""
     template = getattr(policy.tokenizer, "chat_template", None)
     return {
         "vocabulary": fingerprints.vocabulary_digest(policy.tokenizer),
@@ -109,16 +107,19 @@ def describe_task(task: Task, prompts: list[Prompt]) -> dict[str, Any]:
 
 
 def _judge(function: Any) -> Any:
-    """opdlab's functions by name, so that a new version of them is no other task; a user's by its
-    source too.
+    """Describe a verifier: opdlab's own by name, a user's by its source too.
+
+    So a new version of opdlab is no other task.
     """
     description = fingerprints.function_description(function)
     return description["name"] if description["name"].startswith("opdlab.") else description
 
 
 def describe_teacher(teacher: Any, prompts: list[Prompt]) -> dict[str, Any] | None:
-    """A local model by its weights and by how it reads the first prompts; a server by its kind and
-    its model's name.
+    """Describe a teacher.
+
+    A local model is described by its weights and by the first prompts as it reads them, a
+    server by its kind and its model's name.
     """
     if teacher is None:
         return None
@@ -149,7 +150,7 @@ def _behind(teacher: Any) -> Policy | None:
 
 
 def describe_method(method: Any) -> dict[str, Any]:
-    """A method's class with its module, its options, and the source of one that is the user's own."""
+    """Describe a method: its class, its options, and the source of a user's own."""
     kind = type(method)
     named = (
         [f.name for f in fields(method)]

@@ -1,5 +1,4 @@
-"""When a run keeps something: snapshots in memory, checkpoints on the disk, evaluations in its
-history.
+"""Decide when a run keeps snapshots, checkpoints and evaluations.
 
 A step is saved before it is evaluated, so that an interrupt during a long evaluation loses nothing.
 """
@@ -20,8 +19,9 @@ from opdlab.training.state import RunState
 
 
 def check_parameters(student: Policy) -> None:
-    """Refuse to train weights beside an adapter: all policies share them, and neither snapshots nor
-    frozen policies hold them.
+    """Refuse to train weights beside an adapter.
+
+    All policies share these weights, and neither snapshots nor frozen policies hold them.
 
     Called before the adapter is made, which would freeze them without a word, and after.
     """
@@ -53,8 +53,9 @@ def is_saved(run: RunState) -> bool:
 
 
 def save(run: RunState, path: Any = None) -> Path:
-    """Write a checkpoint into `path`, or into the run's folder; returns where it is. Of several
-    processes the main one writes.
+    """Write a checkpoint into `path`, or into the run's folder.
+
+    Returns where it is. Of several processes the main one writes.
     """
     folder = run.folder if path is None else run_folder.check_folder(path, "save got path")
     if folder is None:
@@ -66,8 +67,9 @@ def save(run: RunState, path: Any = None) -> Path:
 
 
 def keep_snapshot(run: RunState) -> None:
-    """Remember the adapter as it is now; full training keeps none, since every copy would be a
-    whole model.
+    """Keep a snapshot of the adapter as it is now.
+
+    Full training keeps none, since every copy would be a whole model.
     """
     if run.student.adapter:
         state = run.student.weights.adapter_state(run.student.adapter)

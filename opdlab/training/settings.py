@@ -1,6 +1,4 @@
-"""How a run trains: the settings of `distill`, and the seeds and learning rates that follow from
-them.
-"""
+"""The settings of `distill`, and the learning rates that follow from them."""
 
 from __future__ import annotations
 
@@ -101,8 +99,9 @@ class Settings:
 def make_settings(
     given: Mapping[str, Any], method: Method | None, task: Task, where: str = "distill"
 ) -> Settings:
-    """Put together the settings of a run: the user's, then the method's recipe, then the task's,
-    then the defaults.
+    """Put together the settings of a run.
+
+    The user's come first, then the method's recipe, then the task's, then the defaults.
 
     Args:
         given: The settings that the user passed.
@@ -194,7 +193,8 @@ def _check_names(names: Mapping[str, Any], where: str) -> None:
         question = "".join(did_you_mean(name, known) for name in unknown).strip()
         there = "It takes those of distill:" if where == "doctor" else "There are"
         raise InvalidValue(
-            f"{where} has no setting {', '.join(unknown)}. {there} {', '.join(known)}. {question}".strip()
+            f"{where} has no setting {', '.join(unknown)}. {there} {', '.join(known)}."
+            f" {question}".strip()
         )
 
 

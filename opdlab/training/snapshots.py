@@ -1,12 +1,12 @@
 """Look back along a run: one text, or one prompt, under the student of every step that was kept.
 
     run = opdlab.distill(student, teacher, task, snapshot_every=10).train()
-    traces = snapshots.rescored(run, rollout, teacher)         # the same tokens, graded again at steps 0, 10, 20, …
-    traces = snapshots.rewritten(run, task.prompts(1), teacher) # what each of these students writes
+    traces = snapshots.rescore(run, rollout, teacher)           # the same tokens, graded again
+    traces = snapshots.rewrite(run, task.prompts(1), teacher)   # new texts of each student
 
 Kept are the adapters in `run.snapshots` and, where the run saves checkpoints, those on the disk.
 All are looked at through one adapter of the shared weights, so looking back costs the memory of
-one. Left out: full training, which keeps no adapters.
+one. Full training keeps no adapters, so there is nothing to look back at.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from opdlab.engine.batch import Batch
 from opdlab.engine.passes import compute
 from opdlab.engine.scoring import record_trace, score
 from opdlab.errors import OpdlabError
-from opdlab.models.policy import Policy, sample
+from opdlab.models.policy import Policy
 from opdlab.models.same_tokens import check_same_tokens
 from opdlab.support.expect import expect
 from opdlab.teachers.contract import expect_teacher
@@ -34,13 +34,14 @@ from opdlab.training.run import Run
 
 
 def steps(run: Run) -> list[int]:
-    """The steps whose student is known, in order: those of `run.snapshots` and of the checkpoints
-    in the run's folder.
+    """List the steps whose student is known, in order.
+
+    They are those of `run.snapshots` and of the checkpoints in the run's folder.
     """
     return sorted({*run.snapshots, *_saved(run)})
 
 
-def rescored(
+def rescore(
     run: Run,
     rollout: Rollout,
     teacher: Policy | None = None,
@@ -49,18 +50,30 @@ def rescored(
     k: int = 8,
     **others: Policy,
 ) -> dict[int, Trace]:
-    """The same rollout under the student of every kept step (or those of `at`): `opdlab.score`,
-    step by step.
+    """Score the same rollout under the student of every kept step.
 
-    What does not move (`teacher`, `others`) runs once. A teacher that follows the student would,
-    too: give it `.frozen()`. Raises OpdlabError for a run that kept nothing and for steps that it
-    did not keep.
+    The teacher and the others do not move, so they run once. A teacher that shares the student's
+    adapter would move with it: give it `.frozen()`.
+
+    Args:
+        run: A run that kept snapshots or checkpoints.
+        rollout: What to score.
+        teacher: The policy that the student is compared with; None for none.
+        at: Only these steps; all kept ones by default.
+        k: Top tokens that are kept of each policy.
+        others: Further policies, by name.
+
+    Returns:
+        A trace for each step.
+
+    Raises:
+        OpdlabError: The run kept nothing, or not one of these steps.
     """
-    expect(run, Run, "rescored", "run")
-    expect(rollout, Rollout, "rescored", "rollout")
+    expect(run, Run, "rescore", "run")
+    expect(rollout, Rollout, "rescore", "rollout")
     fixed = {**({"teacher": teacher} if teacher is not None else {}), **others}
     for name, policy in fixed.items():
-        expect_teacher(policy, "rescored", name)
+        expect_teacher(policy, "rescore", name)
     for name, policy in fixed.items():
         check_same_tokens(run.student, policy, name)
     batch = Batch(rollout, fixed)
@@ -74,7 +87,7 @@ def rescored(
     return out
 
 
-def rewritten(
+def rewrite(
     run: Run,
     prompts: Sequence[Prompt],
     teacher: Policy | None = None,
@@ -84,21 +97,34 @@ def rewritten(
     seed: int = 0,
     temperature: float = 0.0,
 ) -> dict[int, Trace]:
-    """What the student of every kept step (or those of `at`) writes to the same prompts, graded.
+    """Let the student of every kept step write to the same prompts, and grade the texts.
 
-    Greedy unless told otherwise; with a temperature, all steps draw with the same random numbers.
+    Args:
+        run: A run that kept snapshots or checkpoints.
+        prompts: What is asked.
+        teacher: The policy that the student is compared with; None for none.
+        at: Only these steps; all kept ones by default.
+        k: Top tokens that are kept of each policy.
+        seed: Of the sampling; all steps draw with the same random numbers.
+        temperature: 0 takes the likeliest tokens.
+
+    Returns:
+        A trace for each step.
+
+    Raises:
+        OpdlabError: The run kept nothing, or not one of these steps.
     """
-    expect(run, Run, "rewritten", "run")
-    prompts = expect_prompts(prompts, "rewritten")
+    expect(run, Run, "rewrite", "run")
+    prompts = expect_prompts(prompts, "rewrite")
     width, out = run.settings.max_new_tokens, {}
     for step, student in _students(run, at):
-        rollout = sample(student, prompts, max_new_tokens=width, temperature=temperature, seed=seed)
+        rollout = student.sample(prompts, max_new_tokens=width, temperature=temperature, seed=seed)
         out[step] = score(rollout, student, teacher, k=k)
     return out
 
 
 def _students(run: Run, at: Sequence[int]) -> Iterator[tuple[int, Policy]]:
-    """(step, the student after it), one policy that is moved from step to step and gone in the end."""
+    """Steps and their students: one policy that moves from step to step, removed in the end."""
     known = steps(run)
     if not known:
         raise OpdlabError(
@@ -110,15 +136,15 @@ def _students(run: Run, at: Sequence[int]) -> Iterator[tuple[int, Policy]]:
             f"The run kept no step {missing[0]}; it kept {', '.join(map(str, known))}. Give at="
             " some of these."
         )
-    with _looking_glass(run) as policy:
+    with _adapter_beside(run) as policy:
         for step in at or known:
             policy.weights.set_adapter_state(str(policy.adapter), _state(run, step))
             yield step, policy
 
 
 @contextmanager
-def _looking_glass(run: Run) -> Iterator[Policy]:
-    """A policy with an adapter of its own beside the student's."""
+def _adapter_beside(run: Run) -> Iterator[Policy]:
+    """The student through an adapter of its own, which is taken away again."""
     policy = run.student.frozen()
     try:
         yield policy
@@ -127,16 +153,15 @@ def _looking_glass(run: Run) -> Iterator[Policy]:
 
 
 def _state(run: Run, step: int) -> dict[str, Tensor]:
-    return (
-        run.snapshots[step]
-        if step in run.snapshots
-        else checkpoint.adapter(checkpoint.find(_saved(run)[step]))
-    )
+    if step in run.snapshots:
+        return run.snapshots[step]
+    return checkpoint.adapter(checkpoint.find(_saved(run)[step]))
 
 
 def _saved(run: Run) -> dict[int, Path]:
-    """The checkpoints of adapters on the run's path so far, by step: those of other runs in the
-    folder do not count.
+    """Find the checkpoints of adapters on the run's path so far, by step.
+
+    Those of other runs in the folder do not count.
     """
     found = run_folder.saved_in(run.folder) if run.folder else []
     return {

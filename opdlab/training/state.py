@@ -1,4 +1,7 @@
-"""What a run consists of. Saving, resuming and the phases of a step work on this; `Run` adds the loop."""
+"""What a run consists of.
+
+Saving, resuming and the phases of a step work on this; `Run` adds the loop.
+"""
 
 from __future__ import annotations
 

@@ -51,7 +51,10 @@ class Step:
         return self.planned.batch.policies
 
     def trace(self) -> Trace:
-        """The step's tokens as a `Trace`; without top tokens (`opdlab.score` on `step.rollout` adds them)."""
+        """Make a `Trace` of the step's tokens.
+
+        It has no top tokens; `opdlab.score` on `step.rollout` adds them.
+        """
         graders = {name: self.policies[name] for name in grader_names(self.policies)}
         return record_trace(
             self.rollout, graders, self.columns, step=self.number, planned=self.planned

@@ -13,8 +13,9 @@ from opdlab.support.expect import shortened
 
 
 def make_accelerator(log_with: Any, folder: Path | None) -> Accelerator:
-    """An accelerator that logs to `log_with`; trackers that keep files put them into the run's
-    folder.
+    """Make an accelerator that logs to `log_with`.
+
+    Trackers that keep files put them into the run's folder.
 
     Raises:
         InvalidValue: There is no such tracker, or its package is not installed.
@@ -26,8 +27,9 @@ def make_accelerator(log_with: Any, folder: Path | None) -> Accelerator:
 
 
 def check_trackers(log_with: Any) -> None:
-    """Refuse what is no tracker, and those whose package is missing, which Accelerate would leave
-    out without a word.
+    """Refuse values that are no tracker, and trackers whose package is missing.
+
+    Accelerate would leave these out without a word.
     """
     known = {str(name): name for name in LOGGER_TYPE_TO_CLASS}
     installed = {str(name) for name in get_available_trackers()}

@@ -35,7 +35,7 @@ class Scrubber(View):
 
     The same tokens graded at every step, or what was written at every step.
 
-    traces: a trace a step, as `opdlab.training.snapshots.rescored` (the same tokens: only the
+    traces: a trace a step, as `opdlab.training.snapshots.rescore` (the same tokens: only the
         colours move, and a token's panel shows
     its path) or `rewritten` (the text moves, with the words that changed) make them. history:
     `run.history`, for the small curves above. sample: which completion. channel: what colours at
@@ -64,13 +64,13 @@ class Scrubber(View):
         if not isinstance(traces, Mapping):
             raise InvalidValue(
                 f"Scrubber got traces={shortened(traces)}. Use traces by step, as"
-                " snapshots.rescored(run, rollout) gives."
+                " snapshots.rescore(run, rollout) gives."
             )
         given_traces(traces, "Scrubber", "{0: trace, 10: trace}")
         if not traces:
             raise OpdlabError(
                 "A Scrubber needs a trace of at least one step, and there is none. Give those of"
-                " snapshots.rescored(…)."
+                " snapshots.rescore(…)."
             )
         self.sample, self.title, self.history = sample, title, history
         self.steps = sorted(int(step) for step in traces)

@@ -28,7 +28,7 @@ def test_rescored_is_score_at_that_step():
         for step in run
         if step.number % 2 == 0
     }
-    traces = snapshots.rescored(run, rollout, teacher)
+    traces = snapshots.rescore(run, rollout, teacher)
     assert snapshots.steps(run) == list(traces) == list(seen) == [0, 2, 4]
     for step, want in seen.items():
         assert traces[step].meta == want.meta
@@ -42,7 +42,7 @@ def test_rewritten_is_what_each_student_wrote():
     prompts, width = task.prompts(2, split="test"), run.settings.max_new_tokens
     write = lambda: opd.sample(run.student, prompts, temperature=0, max_new_tokens=width).texts
     seen = {0: write()} | {step.number: write() for step in run}
-    traces = snapshots.rewritten(run, prompts, teacher, at=[0, 4])
+    traces = snapshots.rewrite(run, prompts, teacher, at=[0, 4])
     assert list(traces) == [0, 4]
     assert all(list(trace.meta["texts"]) == list(seen[step]) for step, trace in traces.items())
     assert seen[0] != seen[4]
@@ -55,7 +55,7 @@ def test_looking_back_leaves_no_adapter_and_does_not_move_the_run():
         next(run), next(run)
         names = set(run.student.weights.model.peft_config)
         if look:
-            snapshots.rescored(run, run.student.sample(task.prompts(1), max_new_tokens=4), teacher)
+            snapshots.rescore(run, run.student.sample(task.prompts(1), max_new_tokens=4), teacher)
         assert set(run.student.weights.model.peft_config) == names
         run.train()
         weights.append(
@@ -74,7 +74,7 @@ def test_checkpoints_on_the_disk_count_and_survive_the_process(tmp_path):
     want = opd.score(rollout, run.student, teacher).column("student_logp")
     student, teacher, task = opd.load("market")
     again = opd.resume(tmp_path, student, teacher, task)
-    traces = snapshots.rescored(again, rollout, teacher)
+    traces = snapshots.rescore(again, rollout, teacher)
     assert list(traces) == [2, 4]
     np.testing.assert_array_equal(traces[4].column("student_logp"), want)
 
@@ -86,7 +86,7 @@ def test_what_was_not_kept_is_said():
     with pytest.raises(
         errors.OpdlabError, match=r"kept no student but the last\. Train a LoRA with snapshot_every"
     ):
-        snapshots.rescored(run, rollout, teacher)
+        snapshots.rescore(run, rollout, teacher)
     run, teacher, task = market_run(snapshot_every=2)
     with pytest.raises(errors.OpdlabError, match=r"kept no step 3; it kept 0\. Give at="):
-        snapshots.rewritten(run, task.prompts(1), at=[3])
+        snapshots.rewrite(run, task.prompts(1), at=[3])
