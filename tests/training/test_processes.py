@@ -55,7 +55,7 @@ for own in (0.0, 0.2, 1.0):
 """
 
 
-def launched(script, processes: int, *arguments: object) -> None:
+def launched(script, processes: int, *arguments: object) -> str:
     command = [
         sys.executable,
         "-m",
@@ -74,6 +74,7 @@ def launched(script, processes: int, *arguments: object) -> None:
         check=False,
     )
     assert done.returncode == 0, done.stderr[-2000:]
+    return done.stdout
 
 
 @pytest.fixture(scope="module")
@@ -148,3 +149,54 @@ def test_two_processes_make_the_update_of_one(tmp_path):
     )
     for name, value in one.items():
         torch.testing.assert_close(two[name], value, rtol=1e-3, atol=1e-5)
+
+
+STATISTICS = """
+import sys
+import torch
+import opdlab as opd
+
+student, teacher, task = opd.load("market")
+seen = {}
+
+
+def plan(batch):
+    values = batch.rollout.logp
+    everyone = batch.gather(values)
+    seen["mean"] = float(batch.mean(values))
+    seen["median"] = float(everyone.quantile(0.5, interpolation="nearest"))
+    seen["count"] = float(len(everyone))
+    seen["none"] = float(len(batch.gather(values, torch.zeros_like(batch.mask))))
+    return {}
+
+
+method = opd.method(needs=("teacher",), plan=plan)(lambda rows: rows.student.exp().sum(-1) * 0 - rows.logp)
+processes = int(sys.argv[2])
+answers = opd.tasks.from_records(
+    [{"prompt": p.messages, "answer": p.answer[: 4 + 3 * i], "id": str(i)} for i, p in enumerate(task.prompts(8))], test=0
+)
+
+
+class Given(type(method)):
+    on_policy, writer = 0.0, "answer"
+
+
+given = Given(method.function, method.needs, method.planner)
+run = opd.distill(student, teacher, answers, method=given, steps=1, batch=8 // processes, seed=1, quiet=True)
+step = next(run)
+lengths = step.rollout.lengths.tolist()
+print("SEEN", run.accelerator.process_index, sorted(seen.items()), len(lengths))
+"""
+
+
+def test_statistics_of_a_plan_are_those_of_all_processes(tmp_path):
+    """A mean, a quantile and a count over texts of different length, in each of two processes."""
+    script = tmp_path / "statistics.py"
+    script.write_text(STATISTICS)
+    said = {n: launched(script, n, "-", n) for n in (1, 2)}
+    lines = {n: [x for x in out.splitlines() if x.startswith("SEEN")] for n, out in said.items()}
+    assert len(lines[1]) == 1
+    assert len(lines[2]) == 2
+    numbers = [line.split(" ", 2)[2].rpartition(" ")[0] for line in lines[1] + lines[2]]
+    assert len(set(numbers)) == 1, numbers
+    assert {line.rpartition(" ")[2] for line in lines[2]} == {"4"}
