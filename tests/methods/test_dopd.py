@@ -14,6 +14,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from naive_dopd import HS, HT, LH, LL, S, T, naive_dopd, naive_loss, naive_route, tables
+from plans import plan_values
 
 import opdlab as opd
 from opdlab import DOPD, exact
@@ -46,10 +47,10 @@ def test_plan_and_loss_through_the_engine_are_the_definition(seed, k):
     assert set(routes) == set(Route)
 
     batch = Batch(rollout, policies)
-    plan = DOPD(k=k).plan(batch)
+    plan = plan_values(DOPD(k=k), batch)
     assert plan["route"][batch.mask].tolist() == routes
     torch.testing.assert_close(plan["gap"][batch.mask], (lt - ls).abs())
-    assert batch.notes["thresholds"]["gap"] == pytest.approx(
+    assert DOPD(k=k).plan(batch)["gap"].description.threshold == pytest.approx(
         thresholds(lt, ls, torch.ones(len(lt), dtype=torch.bool))[0]
     )
 
@@ -172,7 +173,7 @@ def test_without_a_hint_the_student_has_nothing_to_tell_itself():
     policies = tables()
     policies[S] = policies["student"]
     rollout = policies["student"].sample(policies["student"].prompts, n=8)
-    routes = DOPD().plan(Batch(rollout, policies))["route"]
+    routes = plan_values(DOPD(), Batch(rollout, policies))["route"]
     own = (routes == LL) | (routes == HS)
     assert own.any(1).any()
     for method in (DOPD(), DOPD(k=3)):
@@ -195,7 +196,7 @@ def test_a_student_as_its_own_teacher_is_all_ht():
     policies[T] = policies[S]
     rollout = policies["student"].sample(policies["student"].prompts, n=8)
     batch = Batch(rollout, policies)
-    plan = DOPD().plan(batch)
+    plan = plan_values(DOPD(), batch)
     assert (plan["route"][batch.mask] == HT).all()
     got = exact.gradient_on(
         DOPD(), policies, rollout, torch.ones(len(rollout), dtype=torch.float64)
@@ -290,8 +291,8 @@ def test_not_adaptive_is_uniform_privileged_opd():
     policies = tables()
     rollout = policies["student"].sample(policies["student"].prompts, n=4)
     assert torch.equal(
-        DOPD(adaptive=False).plan(Batch(rollout, policies))["route"],
-        DOPD().plan(Batch(rollout, policies))["route"],
+        plan_values(DOPD(adaptive=False), Batch(rollout, policies))["route"],
+        plan_values(DOPD(), Batch(rollout, policies))["route"],
     )
 
 
@@ -306,13 +307,13 @@ def test_the_route_sees_sampled_tokens_only():
     policies = tables(length=1)
     rollout = policies["student"].sample(policies["student"].prompts, n=8)
     token = rollout.ids[:, 0]
-    before = DOPD().plan(Batch(rollout, policies))
+    before = plan_values(DOPD(), Batch(rollout, policies))
     logits = policies[T].logp.clone()
     for x in range(2):  # rotate the teacher's probabilities of tokens that nobody sampled
         free = [i for i in range(6) if i not in token[rollout.n * x :][: rollout.n].tolist()]
         assert len(free) >= 2
         logits[x, 0, free] = logits[x, 0, free[1:] + free[:1]]
-    after = DOPD().plan(Batch(rollout, policies | {T: replace(policies[T], logits=logits)}))
+    after = plan_values(DOPD(), Batch(rollout, policies | {T: replace(policies[T], logits=logits)}))
     assert not torch.equal(logits, policies[T].logp)
     torch.testing.assert_close(after["gap"], before["gap"])
     assert torch.equal(after["route"], before["route"])
@@ -345,7 +346,7 @@ def test_the_switch_takes_the_gap_from_whom_it_says(gap_student):
     where, token = policies["student"].where(rollout), batch.token[:, None]
     own = policies[S if gap_student == "privileged" else "student"]
     lt, ls = (policy.logp[where].gather(-1, token)[:, 0] for policy in (policies[T], own))
-    plan = DOPD(gap_student=gap_student).plan(batch)
+    plan = plan_values(DOPD(gap_student=gap_student), batch)
     torch.testing.assert_close(plan["gap"][batch.mask], (lt - ls).abs())
     assert plan["route"][batch.mask].tolist() == naive_route(
         lt, ls, torch.ones(len(lt), dtype=torch.bool)

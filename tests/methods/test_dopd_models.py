@@ -13,8 +13,10 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
-from accelerate.state import AcceleratorState, PartialState
+from accelerate import Accelerator
+from accelerate.state import AcceleratorState
 from naive_dopd import HS, HT, LH, LL, S, T, naive_route, tables
+from plans import plan_values
 from safetensors.torch import load_file, save_file
 
 import opdlab as opd
@@ -22,6 +24,7 @@ from opdlab import DOPD, Task
 from opdlab.engine.batch import Batch
 from opdlab.exact import privilege
 from opdlab.methods.dopd import Route
+from opdlab.training.processes import AcceleratedProcesses
 
 
 def test_contexts_of_unequal_length_are_aligned_on_the_completion(student, teacher, prompts):
@@ -30,7 +33,7 @@ def test_contexts_of_unequal_length_are_aligned_on_the_completion(student, teach
     """
     rollout = student.sample(prompts, n=2, max_new_tokens=7, seed=3)
     policies = {"student": student, T: teacher.seeing(), S: student.seeing()}
-    plan = DOPD().plan(Batch(rollout, policies))
+    plan = plan_values(DOPD(), Batch(rollout, policies))
     assert len({len(policies[T].encode(p)) for p in prompts}) > 2
     for b, body in enumerate(rollout.completions()):
         logp = []
@@ -59,7 +62,7 @@ def test_a_hint_that_says_nothing_is_bitwise_no_hint(student, teacher, prompts):
     assert torch.equal(same["student"].hidden(rollout), student.hidden(rollout))
     policies = {"student": student, T: same["student"], S: same["student"]}
     batch = Batch(rollout, policies)
-    assert (DOPD().plan(batch)["route"][batch.mask] == HT).all()
+    assert (plan_values(DOPD(), batch)["route"][batch.mask] == HT).all()
 
 
 def test_rollouts_never_see_a_hint(student, prompts):
@@ -116,7 +119,7 @@ def test_two_steps_on_tiny_models(pair, prompts, method):
     steps = list(run)
     assert run.settings.normalize == "sequence"
     assert set(steps[0].plan["route"].tolist()) <= set(Route)
-    assert steps[0].notes["thresholds"]["gap"] > 0
+    assert steps[0].trace().describe("gap").threshold > 0
     assert steps[0].trace().column("route").tolist() == steps[0].plan["route"].tolist()
     assert any(not torch.equal(p, start[name]) for name, p in run.parameters.items())
     assert not student.weights.model.training
@@ -146,7 +149,7 @@ def test_the_markets_confident_mistakes_are_left_to_the_student():
         task.prompts(64, split="test"), max_new_tokens=task.max_new_tokens, seed=1
     )
     batch = Batch(rollout, {"student": student, T: teacher.seeing(), S: student.seeing()})
-    routes = DOPD().plan(batch)["route"][batch.mask]
+    routes = plan_values(DOPD(), batch)["route"][batch.mask]
     kinds = np.array([kind for row in task.token_types(rollout, student.tokenizer) for kind in row])
     share = {
         kind: [(routes[kinds == kind] == r).double().mean().item() for r in Route]
@@ -188,9 +191,14 @@ def test_padding_changes_neither_routes_nor_loss(student, teacher, prompts):
     rollout = student.sample(prompts, n=2, max_new_tokens=7, seed=5)
     wide = lambda x: torch.nn.functional.pad(x, (0, 5), value=9)
     padded = replace(
-        rollout, ids=wide(rollout.ids), logp=wide(rollout.logp), entropy=wide(rollout.entropy)
+        rollout,
+        ids=wide(rollout.ids),
+        logp=wide(rollout.logp),
+        entropy=wide(rollout.entropy),
+        learn=None,
+        turn=None,
     )
-    one, two = (DOPD().plan(Batch(r, policies)) for r in (rollout, padded))
+    one, two = (plan_values(DOPD(), Batch(r, policies)) for r in (rollout, padded))
     assert torch.equal(two["route"][:, :-5], one["route"])
     assert (two["route"][:, -5:] == -1).all()
     assert (two["gap"][:, -5:] == 0).all()
@@ -218,7 +226,7 @@ def test_a_batch_said_twice_is_the_same_batch(student, teacher, prompts):
     policies = {"student": student, T: teacher.seeing(), S: student.seeing()}
     rollout = student.sample(prompts, n=2, max_new_tokens=7, seed=5)
     twice = opd.concat_rollouts([rollout, rollout])
-    one, two = (DOPD(trim=0).plan(Batch(r, policies)) for r in (rollout, twice))
+    one, two = (plan_values(DOPD(trim=0), Batch(r, policies)) for r in (rollout, twice))
     assert torch.equal(two["route"], torch.cat([one["route"], one["route"]]))
 
 
@@ -254,14 +262,15 @@ def plan_in_process(rank: int, port: int, folder) -> None:
         "MASTER_PORT": f"{port}",
     }
     AcceleratorState._reset_state(reset_partial_state=True)
-    PartialState(cpu=True, backend="gloo")
+    accelerator = Accelerator(cpu=True)
     policies = tables(seed=5)
     rollout = policies["student"].sample(policies["student"].prompts, n=2 + 5 * rank, seed=rank)
-    batch = Batch(rollout, policies)
+    batch = Batch(rollout, policies, processes=AcceleratedProcesses(accelerator))
     where, token = policies["student"].where(rollout), batch.token[:, None]
     seen = {name: policies[name].logp[where].gather(-1, token)[:, 0] for name in (T, S)}
     save_file(
-        {**seen, "route": DOPD().plan(batch)["route"][batch.mask]}, folder / f"{rank}.safetensors"
+        {**seen, "route": plan_values(DOPD(), batch)["route"][batch.mask]},
+        folder / f"{rank}.safetensors",
     )
 
 
@@ -310,7 +319,7 @@ def test_telescopes_on_real_models(student, teacher, prompts):
         atol=1e-5,
     )
     torch.testing.assert_close(
-        DOPD().plan(batch)["gap"][batch.mask],
+        plan_values(DOPD(), batch)["gap"][batch.mask],
         parts.capability_with_hint.abs(),
         rtol=1e-4,
         atol=1e-4,

@@ -6,6 +6,7 @@ import math
 
 import pytest
 import torch
+from plans import plan_values
 
 import opdlab as opd
 from opdlab import EOPD, OPD, exact
@@ -56,7 +57,7 @@ def test_the_forward_kl_is_added_and_not_switched_to():
     policies = tables()
     rollout = exact.everything(policies["student"].prompts, 6, 2, by=policies["student"])
     batch = Batch(rollout, policies)
-    gated = EOPD().plan(batch)["gated"]
+    gated = plan_values(EOPD(), batch)["gated"]
     assert set(gated[batch.mask].tolist()) == {0, 1}
     plain, ours = batch.map(OPD().loss)[batch.mask], run(EOPD(), batch)
     on = gated[batch.mask] == 1
@@ -67,7 +68,7 @@ def test_the_forward_kl_is_added_and_not_switched_to():
 
 
 def run(method: EOPD, batch: Batch) -> torch.Tensor:
-    gated = method.plan(batch)["gated"][batch.mask]
+    gated = plan_values(method, batch)["gated"][batch.mask]
     rows = {
         name: batch.policies[name].logp[batch.policies["student"].where(batch.rollout)]
         for name in batch.policies
@@ -94,7 +95,9 @@ def test_the_gate_is_strict_and_in_nats():
     policies = {"student": exact.Table.random(4, 1), "teacher": teacher}
     rollout = exact.everything(teacher.prompts, 4, 1, by=policies["student"])
     for threshold, want in ((math.log(4) - 1e-9, 1), (math.log(4) + 1e-9, 0)):
-        assert EOPD(threshold).plan(Batch(rollout, policies))["gated"].unique().tolist() == [want]
+        assert plan_values(EOPD(threshold), Batch(rollout, policies))[
+            "gated"
+        ].unique().tolist() == [want]
 
 
 def test_a_student_that_rules_out_a_token_where_the_gate_is_shut():

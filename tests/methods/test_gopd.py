@@ -8,6 +8,7 @@ import math
 
 import pytest
 import torch
+from plans import plan_values
 
 import opdlab as opd
 from opdlab import GOPD, OPD, exact
@@ -24,9 +25,11 @@ def tables(vocab: int = 4, length: int = 3) -> dict[str, exact.Table]:
 def test_at_scale_one_it_is_plain_opd_to_the_bit_whatever_the_reference():
     policies = tables()
     rollout = policies["student"].sample(policies["student"].prompts, n=5)
-    plain = OPD(estimator="sampled").plan(Batch(rollout, policies))
+    plain = plan_values(OPD(estimator="sampled"), Batch(rollout, policies))
     for reference in ("reference", "teacher", "student"):
-        ours = GOPD(scale=1).plan(Batch(rollout, policies | {"reference": policies[reference]}))
+        ours = plan_values(
+            GOPD(scale=1), Batch(rollout, policies | {"reference": policies[reference]})
+        )
         assert ours.keys() == plain.keys()
         assert all(torch.equal(ours[name], plain[name]) for name in plain)
     weight = torch.ones(len(rollout), dtype=torch.float64)
@@ -41,7 +44,7 @@ def test_advantages_by_hand(scale):
     policies = tables(length=2)
     rollout = exact.everything(policies["student"].prompts, 4, 2, by=policies["student"])
     batch = Batch(rollout, policies)
-    got = GOPD(scale).plan(batch)["advantage"][batch.mask]
+    got = plan_values(GOPD(scale), batch)["advantage"][batch.mask]
     where, token = policies["student"].where(rollout), batch.token[:, None]
     p, q, r = (
         policies[name].logp[where].gather(-1, token)[:, 0]

@@ -6,6 +6,7 @@ from dataclasses import replace
 
 import pytest
 import torch
+from plans import plan_values
 
 import opdlab
 from opdlab import GRPO, OPD, SFT, Policy, Prompt, SequenceKD, Task, TopK
@@ -224,13 +225,13 @@ def test_grpo_advantages_by_hand(student, prompts):
     rollout = student.sample(prompts[:2], n=4, max_new_tokens=3)
     batch = rewarded(student, rollout, [1, 0, 0, 1, 0.5, 0.5, 0.5, 0.5])
     half = 0.5 / (3**-0.5 + 1e-4)  # the standard deviation of 1, 0, 0, 1 is sqrt(1/3)
-    assert GRPO().plan(batch)["advantage"].tolist() == pytest.approx(
+    assert plan_values(GRPO(), batch)["advantage"].tolist() == pytest.approx(
         [half, -half, -half, half, 0, 0, 0, 0]
     )
-    assert GRPO(scale=False).plan(batch)["advantage"].tolist() == pytest.approx(
+    assert plan_values(GRPO(scale=False), batch)["advantage"].tolist() == pytest.approx(
         [0.5, -0.5, -0.5, 0.5, 0, 0, 0, 0]
     )
-    assert GRPO().plan(batch)["sampler_logp"] is rollout.logp
+    assert plan_values(GRPO(), batch)["sampler_logp"] is rollout.logp
 
 
 def test_grpo_on_policy_is_the_policy_gradient(student, prompts):
@@ -301,7 +302,10 @@ def test_a_function_is_a_method(student, teacher, rollout):
     torch.testing.assert_close(
         run_loss(gated, student, teacher, rollout).loss, gate * plain.loss, rtol=1e-4, atol=1e-5
     )
-    assert opdlab.method()(lambda rows: rows.logp).plan(Batch(rollout, {"student": student})) == {}
+    assert (
+        plan_values(opdlab.method()(lambda rows: rows.logp), Batch(rollout, {"student": student}))
+        == {}
+    )
 
 
 @pytest.mark.parametrize("method", [OPD(), GRPO(), SFT(), SequenceKD()])

@@ -11,10 +11,12 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from plans import plan_values
 from rapidfuzz.distance import Levenshtein
 
 import opdlab
 from opdlab import OPD, OmniOPD, Policy, Prompt, exact
+from opdlab.data.notes import Chunks
 from opdlab.engine.batch import Batch
 from opdlab.engine.columns import flatten
 from opdlab.engine.passes import compute, gradient
@@ -53,7 +55,7 @@ def planned(
     )
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        return batch, method.plan(batch)
+        return batch, plan_values(method, batch)
 
 
 def run_loss(
@@ -238,7 +240,7 @@ def test_every_token_is_audited_or_anchored(student, teacher, rollout):
     assert not audited[~rollout.mask].any()
     spans = {
         (a["sample"], t)
-        for a in batch.notes["audits"]
+        for a in batch.notes["chunks"].chunks
         for t in range(a["start"], a["start"] + a["length"])
     }
     assert {tuple(at) for at in audited.nonzero().tolist()} == spans
@@ -255,7 +257,7 @@ def test_a_completion_shorter_than_a_chunk_is_all_anchor(student, teacher, rollo
     batch, columns = planned(method, student, rollout, silent, reference=teacher)
     assert silent.asked == []
     assert not columns["audited"].any()
-    assert batch.notes["audits"] == []
+    assert batch.notes["chunks"].chunks == []
     want = (
         0.1
         * batch.map(lambda rows: opdlab.losses.forward_kl(rows.student, rows.reference))[
@@ -298,7 +300,7 @@ def test_the_anchor_holds_to_the_reference_and_looks_from_it():
 def test_the_teacher_reads_what_stands_before_the_chunk_and_no_more(student, rollout):
     teacher = Says("a", "b", "c")
     batch, _ = planned(OmniOPD(**SMALL), student, rollout, teacher)
-    audits = batch.notes["audits"]
+    audits = batch.notes["chunks"].chunks
     assert len(teacher.asked) == len(audits) > 8
     for (prompt, prefix, n, _), audit in zip(teacher.asked, audits, strict=True):
         body = rollout.completions()[audit["sample"]]
@@ -320,7 +322,7 @@ def test_prefixes_end_at_whole_characters(make_policy, bytes_bpe):
     for _, prefix, _, _ in teacher.asked:
         assert "a👩b👩c naïve世".startswith(prefix)
         assert "�" not in prefix
-    assert all("�" not in a["text"] for a in batch.notes["audits"])
+    assert all("�" not in a["text"] for a in batch.notes["chunks"].chunks)
     assert len(teacher.asked) < len(pieces), "some tokens start inside a character"
 
 
@@ -357,7 +359,7 @@ def test_the_order_of_the_continuations_does_not_count(student, rollout, order):
             similarity=lambda ours, theirs, table=table: table[theirs],
         )
         audits.append(
-            planned(method, student, rollout.rows([0]), Says(*"abcde"))[0].notes["audits"]
+            planned(method, student, rollout.rows([0]), Says(*"abcde"))[0].notes["chunks"].chunks
         )
     assert [a["weight"] for a in audits[0]] == [a["weight"] for a in audits[1]]
 
@@ -496,6 +498,8 @@ def test_padding_and_repeats_change_nothing(student, rollout):
     wide = replace(
         one,
         **{k: torch.nn.functional.pad(getattr(one, k), (0, 7)) for k in ("ids", "logp", "entropy")},
+        learn=None,
+        turn=None,
     )
     twice = rollout.rows([0, 1, 2, 0, 1, 2])
     losses = []
@@ -600,7 +604,7 @@ def test_match_length_cuts_to_the_chunk_but_not_where_the_text_ends(
     batch, _ = planned(
         OmniOPD(continuations=1, length=9, match_length=matched), student, body, teacher
     )
-    (audit,) = batch.notes["audits"]
+    (audit,) = batch.notes["chunks"].chunks
     assert (audit["start"], audit["text"], audit["continuations"]) == (
         0,
         "4 7 + 3 8 = 8 5",
@@ -648,7 +652,10 @@ def test_text_only_equals_the_open_teacher(make_policy, prompts):
         steps = list(run)
         assert steps[-1].plan["audited"].any()
         ends.append(
-            (student.weights.adapter_state(student.adapter), [s.notes["audits"] for s in steps])
+            (
+                student.weights.adapter_state(student.adapter),
+                [s.notes["chunks"]["chunks"] for s in steps],
+            )
         )
     assert ends[0][1] == ends[1][1]
     assert all(torch.equal(ends[0][0][k], ends[1][0][k]) for k in ends[0][0])
@@ -666,7 +673,7 @@ def test_a_trace_keeps_the_audits(make_policy, prompts, tmp_path):
     )
     next(run).trace().save(tmp_path / "t.parquet")
     trace = opdlab.Trace.load(tmp_path / "t.parquet")
-    audits = trace.meta["notes"]["audits"]
+    audits = trace.note(Chunks).chunks
     assert set(audits[0]) == {
         "sample",
         "start",
@@ -718,10 +725,10 @@ def test_weights_are_recomputed_from_the_current_student(make_policy, perturb, r
     perturb(student)
     after = planned(OmniOPD(**SMALL), student, rollout, Says("a", "b", "c"))[0]
     own = compute(lambda rows: rows.logp, {"student": after.states("student")}, after.token)
-    audit = after.notes["audits"][0]
+    audit = after.notes["chunks"].chunks[0]
     chunk = after.spread(own)[audit["sample"], audit["start"] : audit["start"] + 3]
     assert audit["prior"] == pytest.approx(chunk.mean().exp().item(), rel=1e-5)
-    assert audit["prior"] != pytest.approx(before.notes["audits"][0]["prior"], rel=1e-3)
+    assert audit["prior"] != pytest.approx(before.notes["chunks"].chunks[0]["prior"], rel=1e-3)
 
 
 @pytest.mark.parametrize(

@@ -9,6 +9,7 @@ from dataclasses import dataclass, replace
 
 import pytest
 import torch
+from plans import plan_values
 
 import opdlab as opd
 from opdlab import OPD, OPDPlus, exact
@@ -130,13 +131,13 @@ def test_returns_by_hand():
         r[1] + r[2] / 2 + u[1] * (math.log(u[1]) + 1),
         u[2],
     ]
-    got = plus("forward_kl", discount=0.5).plan(Batch(rollout, tables))["advantage"]
+    got = plan_values(plus("forward_kl", discount=0.5), Batch(rollout, tables))["advantage"]
     assert got[0].tolist() == pytest.approx(want)
-    stopped = plus("forward_kl", discount=0.5, stop_gradient=True).plan(Batch(rollout, tables))[
-        "advantage"
-    ]
+    stopped = plan_values(
+        plus("forward_kl", discount=0.5, stop_gradient=True), Batch(rollout, tables)
+    )["advantage"]
     assert stopped[0, 0].item() == pytest.approx(r[0] + r[1] / 2 + r[2] / 4)
-    value = plus("forward_kl", discount=0.5, baseline="value").plan(Batch(rollout, tables))[
+    value = plan_values(plus("forward_kl", discount=0.5, baseline="value"), Batch(rollout, tables))[
         "advantage"
     ]
     states = [student.start(rollout.completions()[0][:t]) for t in range(3)]
@@ -190,7 +191,7 @@ def test_the_constant_of_the_reverse_kl_costs_variance():
         "centred": plus("reverse_kl", centred=True),
         "value": plus("reverse_kl", baseline="value"),
     }.items():
-        squares[said] = (p.exp() * method.plan(batch)["advantage"][:, 0] ** 2).sum().item()
+        squares[said] = (p.exp() * plan_values(method, batch)["advantage"][:, 0] ** 2).sum().item()
     kl = reverse_kl(p, q).item()
     assert squares["plus"] == pytest.approx(squares["centred"] + 2 * kl + 1)
     assert squares["value"] == pytest.approx(squares["centred"] - kl**2)
@@ -206,7 +207,8 @@ def test_the_baseline_is_the_mean_of_the_weight(name):
     student = tables["student"]
     batch = Batch(exact.everything(student.prompts, 4, 1, by=student), tables)
     moment = lambda power, **way: (
-        student.logp.exp()[:, 0] * plus(name, **way).plan(batch)["advantage"].view(2, 4) ** power
+        student.logp.exp()[:, 0]
+        * plan_values(plus(name, **way), batch)["advantage"].view(2, 4) ** power
     ).sum(-1)
     assert moment(1, baseline="value").abs().max() < 1e-12
     torch.testing.assert_close(moment(2, baseline="value"), moment(2) - moment(1) ** 2)
@@ -226,7 +228,7 @@ def test_for_the_forward_kl_the_centre_is_the_baseline():
     tables = pair(8)
     batch = Batch(exact.everything(tables["student"].prompts, 4, 2, by=tables["student"]), tables)
     one, other = (
-        plus("forward_kl", **way).plan(batch)["advantage"]
+        plan_values(plus("forward_kl", **way), batch)["advantage"]
         for way in ({"centred": True}, {"baseline": "value"})
     )
     torch.testing.assert_close(one, other)  # E_p u = 1
@@ -266,7 +268,9 @@ def test_nothing_normalises_the_advantage():
     """Scale and shift of f arrive in the loss as they are."""
     tables = pair(10, vocab=3)
     batch = Batch(exact.everything(tables["student"].prompts, 3, 2, by=tables["student"]), tables)
-    at = lambda **options: OPDPlus("forward_kl", options, clip=None).plan(batch)["advantage"]
+    at = lambda **options: plan_values(OPDPlus("forward_kl", options, clip=None), batch)[
+        "advantage"
+    ]
     torch.testing.assert_close(at(scale=3.0), 3 * at())
     torch.testing.assert_close(at(shift=2.0)[batch.mask], at()[batch.mask] + 2)
     near(
@@ -281,8 +285,8 @@ def test_clipping_holds_the_ratio_and_says_where():
     log_u = batch.map(lambda rows: rows.logp_of("teacher") - rows.logp)
     assert log_u.min() < -2 < 2 < log_u.max()
     columns, stopped = (
-        plus("reverse_kl", clip=2.0).plan(batch),
-        plus("reverse_kl", clip=2.0, stop_gradient=True).plan(batch),
+        plan_values(plus("reverse_kl", clip=2.0), batch),
+        plan_values(plus("reverse_kl", clip=2.0, stop_gradient=True), batch),
     )
     assert columns["advantage"].abs().max().item() == pytest.approx(
         3
@@ -291,10 +295,10 @@ def test_clipping_holds_the_ratio_and_says_where():
     assert (columns["clipped"] == (log_u.abs() > 2).long()).all()
     assert 0 < columns["clipped"][batch.mask].double().mean() < 1
     assert columns["clipped"][~batch.mask].sum() == 0
-    assert plus("reverse_kl").plan(batch)["clipped"].sum() == 0
+    assert plan_values(plus("reverse_kl"), batch)["clipped"].sum() == 0
     inside = (log_u.abs() <= 2) & batch.mask
     torch.testing.assert_close(
-        columns["advantage"][inside], plus("reverse_kl").plan(batch)["advantage"][inside]
+        columns["advantage"][inside], plan_values(plus("reverse_kl"), batch)["advantage"][inside]
     )
 
 
@@ -405,19 +409,19 @@ def test_a_teacher_that_is_the_student_says_the_centre(student, prompts):
     rollout = student.sample(prompts, 2, max_new_tokens=6, seed=1)
     batch = Batch(rollout, {"student": student, "teacher": student.frozen()})
     for name in FORMS:
-        advantage = plus(name).plan(batch)["advantage"][batch.mask]
+        advantage = plan_values(plus(name), batch)["advantage"][batch.mask]
         atol = 0.6 if name == "total_variation" else 1e-3  # whose sign follows rounding
         torch.testing.assert_close(
             advantage, torch.full_like(advantage, plus(name).generator.centre), rtol=0, atol=atol
         )
-    centred = plus("forward_kl", centred=True).plan(batch)["advantage"]
+    centred = plan_values(plus("forward_kl", centred=True), batch)["advantage"]
     assert centred.abs().max() < 1e-3
 
 
 def test_the_samplers_log_probs_are_the_students(student, teacher, prompts):
     rollout = student.sample(prompts, 2, max_new_tokens=6, seed=2)
     batch = Batch(rollout, {"student": student, "teacher": teacher})
-    plan = OPDPlus().plan(batch)
+    plan = plan_values(OPDPlus(), batch)
     torch.testing.assert_close(
         plan["sampler_logp"], batch.signals["student_logp"], rtol=1e-4, atol=1e-4
     )
@@ -432,9 +436,9 @@ def test_a_row_is_told_the_same_in_any_company(options, student, teacher, prompt
     method = OPDPlus("jensen_shannon", **options)
     rollout = student.sample(prompts, 2, max_new_tokens=7, seed=3)
     policies = {"student": student, "teacher": teacher}
-    whole = method.plan(Batch(rollout, policies))["advantage"]
+    whole = plan_values(method, Batch(rollout, policies))["advantage"]
     for i in (0, 3, 6):
-        alone = method.plan(Batch(rollout.rows([i]), policies))["advantage"][0]
+        alone = plan_values(method, Batch(rollout.rows([i]), policies))["advantage"][0]
         torch.testing.assert_close(whole[i, : len(alone)], alone, rtol=1e-3, atol=1e-4)
 
 

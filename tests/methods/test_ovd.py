@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+from plans import plan_values
 
 import opdlab
 from opdlab import GRPO, OVD, Prompt
@@ -36,7 +37,7 @@ def rollout(student, prompts):
 
 def plan(method, student, rollout, grader):
     batch = Batch(rollout, {"student": student, "teacher.text": grader})
-    return batch, method.plan(batch)
+    return batch, plan_values(method, batch)
 
 
 def scored(rollout, replies: list[str]) -> Grader:
@@ -51,7 +52,7 @@ def test_scores_are_grpos_rewards(student, rollout):
     method = OVD(ask=lambda prompt, text: Prompt("how good?", id=text))
     _, got = plan(method, student, rollout, grader)
     task = Task("count", lambda n, seed, split: [], lambda prompt, text: words(text))
-    want = GRPO().plan(Batch(rollout, {"student": student}, task))
+    want = plan_values(GRPO(), Batch(rollout, {"student": student}, task))
     torch.testing.assert_close(got["advantage"], want["advantage"], rtol=1e-5, atol=1e-5)
     assert got["advantage"].abs().max() > 0.1
     assert got["sampler_logp"] is want["sampler_logp"]

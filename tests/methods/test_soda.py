@@ -7,6 +7,7 @@ from dataclasses import replace
 
 import pytest
 import torch
+from plans import plan_values
 from torch.nn.functional import logsigmoid
 
 import opdlab
@@ -47,7 +48,7 @@ def test_gradient_and_value_are_those_of_dpo(beta, eos):
     (want,) = torch.autograd.grad(value, leaf)
     torch.testing.assert_close(got, want, rtol=0, atol=1e-12)
     assert want.abs().max() > 1e-3
-    plan = SODA(beta).plan(Batch(body, {"student": student, "reference": reference}))
+    plan = plan_values(SODA(beta), Batch(body, {"student": student, "reference": reference}))
     assert (plan["pair_loss"] * share * body.lengths).sum().item() == pytest.approx(
         value.item(), abs=1e-12
     )

@@ -6,10 +6,12 @@ from dataclasses import dataclass, replace
 
 import pytest
 import torch
+from plans import plan_values
 
 import opdlab
 from opdlab import OPD, Policy, Prompt, SpanOPD, exact
 from opdlab.data.alignment import nats_per_byte
+from opdlab.data.notes import Alignments
 from opdlab.engine.batch import Batch
 from opdlab.engine.columns import flatten
 from opdlab.engine.passes import gradient
@@ -190,7 +192,7 @@ def scribe(make_policy) -> Policy:
 
 def planned(student, teacher, rollout, **options):
     batch = Batch(rollout, {"student": student, "teacher.spans": teacher})
-    return batch, SpanOPD(**options).plan(batch)
+    return batch, plan_values(SpanOPD(**options), batch)
 
 
 @pytest.mark.parametrize(("credit", "discount"), [("span", 0.0), ("later", 1.0)])
@@ -209,7 +211,7 @@ def test_with_one_tokenizer_it_is_sampled_opd(credit, discount, student, teacher
         )
     torch.testing.assert_close(*gradients, rtol=1e-3, atol=1e-3)
     batch, columns = planned(student, teacher, rollout)
-    assert batch.notes["alignment"]["one_to_one"] == 1.0
+    assert batch.notes["alignments"].facts["one_to_one"] == 1.0
     assert columns["one_to_one"][rollout.mask].all()
 
 
@@ -218,7 +220,7 @@ def test_nats_per_byte_is_that_of_opd_where_both_can_be_measured(student, teache
     sampled = trace.column("student_logp") - trace.column("teacher_logp")
     batch, _ = planned(student, teacher, rollout)
     want = nats_per_byte(sampled, trace.meta["texts"])
-    assert batch.notes["alignment"]["nats_per_byte"] == pytest.approx(want, rel=1e-3)
+    assert batch.notes["alignments"].facts["nats_per_byte"] == pytest.approx(want, rel=1e-3)
     assert abs(want) > 0.01
 
 
@@ -242,11 +244,11 @@ def test_words_and_characters(student, scribe):
     torch.testing.assert_close(columns["advantage"][0], q - p, rtol=1e-4, atol=1e-4)
     assert columns["span"][0].tolist() == list(range(9))
     assert columns["one_to_one"][0].tolist() == [1.0] + [0.0] * 7 + [1.0]
-    note = batch.notes["spans"][0]
+    note = batch.notes["alignments"].alignments[0]
     assert "".join(note["teacher"]) == text
     assert note["spans"][:2] == [[0, 1, 0, 1], [1, 2, 1, 3]]
     assert len(note["kl"]) == 9
-    summary = batch.notes["alignment"]
+    summary = batch.notes["alignments"].facts
     assert summary["one_to_one"] == pytest.approx(1 / 15)
     assert summary["left_out"] == 0
     assert summary["nats_per_byte"] == pytest.approx((p - q).sum().item() / 15, rel=1e-4)
@@ -293,9 +295,11 @@ def test_a_text_that_was_cut_off_has_no_end(student, scribe):
         lengths=body.lengths - 1,
         logp=body.logp[:, :3],
         entropy=body.entropy[:, :3],
+        learn=None,
+        turn=None,
     )
     batch, columns = planned(student, scribe, short)
-    assert len(batch.notes["spans"][0]["kl"]) == 3
+    assert len(batch.notes["alignments"].alignments[0]["kl"]) == 3
     assert columns["span"][0].tolist() == [0, 1, 2]
 
 
@@ -317,7 +321,7 @@ def test_what_the_teacher_cannot_spell_is_left_out(make_policy, bytes_bpe, scrib
     student = make_policy(0, bytes_bpe)
     body = rollout_from_texts(student, [Prompt("the")] * 3, ["a fox", "a 世 fox", ""])
     batch, columns = planned(student, scribe, body)
-    assert batch.notes["alignment"]["left_out"] == 1
+    assert batch.notes["alignments"].facts["left_out"] == 1
     assert (columns["span"][1] == -1).all()
     assert not columns["advantage"][1].any()
     assert (columns["span"][0, : len(batch.rollout.completions()[0])] >= 0).all()
@@ -333,7 +337,7 @@ def test_a_special_token_amid_the_text_leaves_it_out(student, scribe):
     ids = body.ids.clone()
     ids[1, 1] = student.tokenizer.convert_tokens_to_ids("<user>")
     batch, columns = planned(student, scribe, replace(body, ids=ids))
-    assert batch.notes["alignment"]["left_out"] == 1
+    assert batch.notes["alignments"].facts["left_out"] == 1
     assert not columns["advantage"][1].any()
     assert columns["advantage"][0].all()
 
@@ -344,7 +348,7 @@ def test_invalid_bytes_are_left_out(make_policy, bytes_bpe):
     ids = whole.ids.clone()
     ids[1, 0] = bytes_bpe.convert_tokens_to_ids("©")  # the byte A9, which starts no character
     batch, columns = planned(student, teacher, replace(whole, ids=ids))
-    assert batch.notes["alignment"]["left_out"] == 1
+    assert batch.notes["alignments"].facts["left_out"] == 1
     assert not columns["advantage"][1].any()
 
 
@@ -362,7 +366,7 @@ def test_it_trains_across_tokenizers_where_opd_refuses(make_policy, prompts):
     aligned = sorted(set(trace.column("sample")[trace.column("span") >= 0].tolist()))
     assert aligned
     texts = [trace.meta["texts"][i] for i in aligned]
-    noted = trace.meta["notes"]["alignment"]
+    noted = trace.note(Alignments).facts
     assert noted["nats_per_byte"] == pytest.approx(
         nats_per_byte(trace.column("span_kl"), texts), rel=1e-3
     )

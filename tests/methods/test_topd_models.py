@@ -13,10 +13,12 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
+from plans import plan_values
 from window_oracles import cosine_cost, greedy, logits, made_pair, program, sinkhorn, text, texts_of
 
 import opdlab as opd
 from opdlab import TOPD, Policy, Rollout
+from opdlab.data.notes import Windows
 from opdlab.engine.batch import Batch
 from opdlab.engine.columns import flatten
 from opdlab.engine.passes import gradient
@@ -127,7 +129,8 @@ def test_the_whole_loss_is_that_of_full_logits(method, normalize, pair, written)
 def test_the_threshold_of_low_loss_positions(pair, written):
     batch = Batch(written, pair)
     TOPD(window=4, share=0.1, threshold="low_loss_q3").plan(batch)
-    said, notes = batch.notes["topd"], batch.notes["windows"]
+    note = batch.notes["windows"]
+    said, notes = note.facts, note.windows
     room, nll = (
         windows.room(pair["student"], written, 4),
         -batch.map(lambda rows: rows.logp_of("teacher"), needs=("teacher",)),
@@ -144,7 +147,7 @@ def test_the_threshold_of_low_loss_positions(pair, written):
         program(cosine_cost(table[written.ids[b, t : t + 4]], table[x]))
         for (b, t), x in zip(low, texts, strict=True)
     ]
-    assert said["threshold"] == pytest.approx(np.quantile(distances, 0.75), abs=1e-9)
+    assert note.threshold == pytest.approx(np.quantile(distances, 0.75), abs=1e-9)
     assert said["teacher_tokens"] == sum(len(n["teacher"]) for n in notes) + sum(map(len, texts))
 
 
@@ -181,7 +184,7 @@ def test_planning_leaves_no_trace_on_models_and_random_numbers(pair, written):
     weights = [
         p.detach().clone() for policy in pair.values() for p in policy.weights.model.parameters()
     ]
-    first, second = ({**method.plan(Batch(written, pair))} for _ in range(2))
+    first, second = ({**plan_values(method, Batch(written, pair))} for _ in range(2))
     assert torch.equal(torch.get_rng_state(), state)
     assert all(
         torch.equal(first[name], second[name]) or first[name].isnan().any() for name in first
@@ -198,10 +201,10 @@ def test_the_greedy_window_decides_the_gate_and_not_the_targets(pair, written):
     method = TOPD(window=4, share=0.3, quantile=0.0)
     ours = [Batch(written, pair) for _ in range(2)]
     plans = [
-        m.plan(b)
+        plan_values(m, b)
         for m, b in zip((method, replace(method, student_window="greedy")), ours, strict=True)
     ]
-    first, second = (b.notes["windows"] for b in ours)
+    first, second = (b.notes["windows"].windows for b in ours)
     for a, b in zip(first, second, strict=True):
         prompt, prefix = (
             written.prompts[a["sample"]],
@@ -211,7 +214,7 @@ def test_the_greedy_window_decides_the_gate_and_not_the_targets(pair, written):
         assert b["student"] == greedy(pair["student"], prompt, prefix, 4)
     assert any(a["distance"] != b["distance"] for a, b in zip(first, second, strict=True))
     at = (first[0]["sample"], first[0]["position"])
-    assert plans[0]["divergent"][at] == plans[1]["divergent"][at] == 1
+    assert plans[0]["divergent"][at] == plans[1]["divergent"][at] == 2
     tokens = set(plans[1]["target"][at][plans[1]["target_weight"][at] > 0].tolist())
     assert tokens == set(first[0]["teacher"])
 
@@ -221,7 +224,7 @@ def test_whose_embeddings(embedding, pair, written):
     batch = Batch(written, pair)
     TOPD(window=4, share=0.3, embedding=embedding).plan(batch)
     table = pair[embedding].weights.model.get_input_embeddings().weight.detach()
-    for note in batch.notes["windows"][:5]:
+    for note in batch.notes["windows"].windows[:5]:
         assert note["distance"] == pytest.approx(
             program(cosine_cost(table[note["student"]], table[note["teacher"]])), abs=1e-9
         )
@@ -231,7 +234,7 @@ def test_notes_are_plain_and_only_so_many_hold_plans(pair, written, monkeypatch)
     monkeypatch.setattr(topd, "DRAWN", 3)
     batch = Batch(written, pair)
     TOPD(window=4, share=0.5).plan(batch)
-    notes = json.loads(json.dumps(batch.notes, allow_nan=False))["windows"]
+    notes = json.loads(json.dumps(batch.notes["windows"].as_json(), allow_nan=False))["windows"]
     assert len(notes) > 5
     assert ["plan" in note for note in notes] == [True] * 3 + [False] * (len(notes) - 3)
     greedy_batch = Batch(written, pair)
@@ -240,15 +243,15 @@ def test_notes_are_plain_and_only_so_many_hold_plans(pair, written, monkeypatch)
         (batch, 0.05),
         (greedy_batch, None),
     ):  # the targets' plan, or that of the distance
-        for note in made.notes["windows"][:3]:
+        for note in made.notes["windows"].windows[:3]:
             cost = windows.costs([note["student"]], [note["teacher"]], "student", pair)
             np.testing.assert_allclose(note["plan"], windows.solve(cost, epsilon)[1][0], atol=1e-4)
 
 
 def test_the_median_is_of_the_own_tokens_and_not_of_padding(pair, written):
     batch = Batch(written, pair)
-    weight = TOPD(window=2, share=1.0, quantile=1.0, downweight="low_ot", embedding="onehot").plan(
-        batch
+    weight = plan_values(
+        TOPD(window=2, share=1.0, quantile=1.0, downweight="low_ot", embedding="onehot"), batch
     )["downweight"]
     loss = batch.signals["teacher_reverse_kl"]
     for b, n in enumerate(written.lengths.tolist()):
@@ -278,7 +281,7 @@ def test_micro_batches_change_nothing(make_policy, prompts):
             quiet=True,
         )
         step = next(run)
-        assert step.plan["divergent"].sum() > 1
+        assert (step.plan["divergent"] == 2).sum() > 1
         after.append((step.metrics["loss"], student.weights.adapter_state(student.adapter)))
     for loss, state in after[1:]:
         assert loss == pytest.approx(after[0][0], rel=1e-5)
@@ -293,18 +296,14 @@ def test_a_run_on_the_market_keeps_its_columns_and_notes():
     ).train()
     trace = run.last.trace()
     frame = trace.to_pandas()
-    notes = trace.meta["notes"]
+    note = trace.note(Windows)
     assert run.settings.normalize == "token"
-    assert (
-        len(notes["windows"])
-        == notes["topd"]["candidates"]
-        == frame["window_distance"].notna().sum()
-    )
-    assert {(n["sample"], n["position"]) for n in notes["windows"] if n["kept"]} == {
-        (r["sample"], r["position"]) for r in frame[frame["divergent"] == 1].to_dict("records")
+    assert len(note.windows) == note.facts["candidates"] == frame["window_distance"].notna().sum()
+    assert {(n["sample"], n["position"]) for n in note.windows if n["kept"]} == {
+        (r["sample"], r["position"]) for r in frame[frame["divergent"] == 2].to_dict("records")
     }
     assert frame["target_weight"].map(np.sum).sum() == pytest.approx(
-        len(frame) * (frame["divergent"].sum() > 0), rel=1e-4
+        len(frame) * (frame["divergent"] == 2).any(), rel=1e-4
     )
 
 
@@ -322,9 +321,9 @@ def test_a_step_without_divergence_is_kept_too(make_policy, prompts, tmp_path):
     trace = next(run).trace()
     again = opd.Trace.load(trace.save(tmp_path / "step.parquet"))
     assert again.column("target").shape == (len(trace), 0)
-    assert again.column("divergent").sum() == 0
+    assert not (again.column("divergent") == 2).any()
     assert (
         np.isfinite(again.column("window_distance")).sum()
-        == again.meta["notes"]["topd"]["candidates"]
+        == again.note(Windows).facts["candidates"]
         == 3
     )
