@@ -253,7 +253,7 @@ def test_the_same_seed_gives_the_same_routes(make_policy, prompts):
 
 
 def plan_in_process(rank: int, port: int, folder) -> None:
-    """One of two processes, with completions of its own; leaves what it was told and what it found."""
+    """Plan in one of two processes, on completions of its own; save what it saw and found."""
     os.environ |= {
         "RANK": f"{rank}",
         "LOCAL_RANK": f"{rank}",

@@ -26,7 +26,7 @@ OPTIONS = {"alpha_divergence": {"alpha": 0.3}, "generalized_jsd": {"beta": 0.9, 
 
 @pytest.fixture(scope="module")
 def pair(make_policy, make_tokenizer) -> tuple[Policy, Policy]:
-    """A student and a teacher in float64 on twelve tokens, each training all its weights if asked."""
+    """A student and a teacher in float64 on twelve tokens, all weights trainable if asked."""
     policies = [
         make_policy(seed, make_tokenizer(), dtype=torch.float64, initializer_range=0.3)
         for seed in (0, 1)

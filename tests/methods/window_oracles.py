@@ -46,7 +46,7 @@ def text(*rows: list[int]) -> Rollout:
 
 
 def logits(policy: Policy, prompt: Prompt, ids: list[int]) -> torch.Tensor:
-    """What predicts each token of `ids`: the model's own logits, from index (prompt length - 1) on."""
+    """Logits that predict each token of `ids`, from index (prompt length - 1) on."""
     start = policy.encode(prompt)
     return policy.weights.model(torch.tensor([start + ids])).logits[0, len(start) - 1 : -1].double()
 
