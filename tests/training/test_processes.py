@@ -191,7 +191,7 @@ print("SEEN", run.accelerator.process_index, sorted(seen.items()), len(lengths))
 
 def test_statistics_of_a_plan_are_those_of_all_processes(tmp_path):
     """A mean, a quantile and a count over texts of different length, in each of two processes."""
-    script = tmp_path / "statistics.py"
+    script = tmp_path / "global_means.py"
     script.write_text(STATISTICS)
     said = {n: launched(script, n, "-", n) for n in (1, 2)}
     lines = {n: [x for x in out.splitlines() if x.startswith("SEEN")] for n, out in said.items()}
