@@ -1,4 +1,4 @@
-"""Ways for opdlab's methods into other libraries' trainers.
+"""Run opdlab's methods in other libraries' trainers.
 
 Each module needs the library that it is named after.
 """

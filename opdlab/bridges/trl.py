@@ -1,13 +1,15 @@
-"""An opdlab method inside TRL, unchanged: TRL's data, generation, servers, callbacks and launchers,
-and your loss.
+"""Run an opdlab method inside TRL: everything is TRL's, only the loss is the method's.
 
-    trainer = MethodTrainer(my_loss, model=…, teacher_model=…, args=DistillationConfig(…),
-    train_dataset=…) trainer.train()
+    trainer = MethodTrainer(
+        my_loss, model=…, teacher_model=…, args=DistillationConfig(…), train_dataset=…
+    )
+    trainer.train()
 
-A subclass of `trl.DistillationTrainer` (1.16) that replaces its loss alone. TRL runs the backbones;
-opdlab's engine runs plan and loss on their hidden states, a chunk of tokens at a time, and its
-gradients are handed back to autograd, so accumulation, mixed precision and DDP work as for any
-loss. Left out: weights that are sharded (FSDP, ZeRO-3), and policies other than the teacher.
+`MethodTrainer` is a `trl.DistillationTrainer` (TRL 1.16). TRL reads the data, generates, talks to
+servers and runs the backbones; opdlab's engine runs plan and loss on their hidden states, one chunk
+of tokens at a time. The engine's gradients are handed back to autograd, so gradient accumulation,
+mixed precision and DDP work as for any other loss. Sharded weights (FSDP, ZeRO-3) and policies
+other than the teacher are not supported.
 """
 
 from __future__ import annotations
@@ -28,7 +30,7 @@ from opdlab.engine.passes import Pass, compute
 from opdlab.engine.planned import Planned, run_plan
 from opdlab.errors import OpdlabError
 from opdlab.methods import Method
-from opdlab.methods.contract import name_of
+from opdlab.methods.contract import name_of, student_share, writer_names
 from opdlab.methods.conversion import as_method
 from opdlab.models import adapters
 from opdlab.models.graded import States
@@ -43,29 +45,41 @@ except ImportError as error:
     ) from error
 
 
-class MethodTrainer(DistillationTrainer):
-    """`trl.DistillationTrainer` with the plan and loss of an opdlab method in place of its
-    divergence (`beta` is not looked at).
+# TRL is optional, so the type checker does not look into it (pyproject.toml).
+class MethodTrainer(DistillationTrainer):  # type: ignore[misc, unused-ignore]
+    """Train with an opdlab method in place of TRL's divergence.
 
-    A plan sees one micro-batch on one device, so what compares texts compares
-    `per_device_train_batch_size` of them. Raises OpdlabError for methods that need more than a
-    teacher that grades, and for a temperature other than 1.
+    TRL's `beta` is ignored. The plan sees one micro-batch on one device, so a plan that compares
+    texts compares `per_device_train_batch_size` of them.
+
+    Args:
+        method: What `opdlab.distill` takes as `method`; it may read only a teacher that grades.
+        arguments: What `trl.DistillationTrainer` takes: `model`, `teacher_model`, `args`,
+            `train_dataset`, …
+
+    Attributes:
+        method: The method.
+        heads: The output heads of "student" and "teacher".
+
+    Raises:
+        OpdlabError: The method needs more than a teacher that grades, the temperature is not 1, or
+            the student has a LoRA on its output head.
     """
 
     def __init__(self, method: Any, **arguments: Any) -> None:
         self.method = as_method(method, "MethodTrainer")
         self._loss_is_checked = False
-        _check(self.method)
+        _check_method(self.method)
         super().__init__(**arguments)
         if self.temperature != 1:
             raise OpdlabError(
                 f"TRL's temperature is {self.temperature}, but opdlab's losses see the"
                 " distributions as they are. Set it to 1."
             )
-        rows = max(self.processing_class.get_vocab().values()) + 1
+        vocab_size = max(self.processing_class.get_vocab().values()) + 1
         self.heads = {
-            name: self._head(model, rows)
-            for name, model in (("student", self.model), ("teacher", self.teacher_model))
+            "student": self._head_of(self.model, vocab_size),
+            "teacher": self._head_of(self.teacher_model, vocab_size),
         }
         if self.heads["student"].lora is not None:
             raise OpdlabError(
@@ -73,106 +87,119 @@ class MethodTrainer(DistillationTrainer):
                 " Leave the head out of its target_modules, or use opdlab.distill."
             )
 
-    def _head(self, model: Any, rows: int) -> Head:
+    def _head_of(self, model: Any, vocab_size: int) -> Head:
         bare = adapters.unwrap(self.accelerator.unwrap_model(model))
-        return Head.of(bare, rows, next(iter(adapters.in_force(bare)), None))
+        active = next(iter(adapters.in_force(bare)), None)
+        return Head.of(bare, vocab_size, active)
 
     def _compute_loss(
         self,
         unwrapped_student: Any,
         inputs: Mapping[str, Tensor],
         num_items_in_batch: Tensor | None = None,
-    ) -> Any:
-        """TRL's hook: the loss, the sum of the student's entropies, and the number of tokens."""
-        rollout, mask = self._rollout(inputs), inputs["completion_mask"].bool()
-        counted = inputs.get("tool_mask", inputs["completion_mask"])[mask].float()
-        hidden = self._hidden(unwrapped_student, inputs)[mask]  # [tokens, H]
-        with torch.no_grad():
-            self.teacher_model.eval()
-            bare = self.accelerator.unwrap_model(self.teacher_model)
-            theirs = self._forward_redirection(
-                self.teacher_model, bare, self._hidden, bare, inputs
-            )[mask]
-        weight = counted / (
-            counted.sum().clamp(min=1) if num_items_in_batch is None else num_items_in_batch
-        )
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """Compute the loss where TRL's trainer asks for it.
+
+        Returns:
+            The loss, the sum of the student's entropies (nats), and the number of counted tokens.
+        """
+        rollout = self._read_rollout(inputs)
+        mask, counted = rollout.mask, rollout.learned.float()
+        total = counted.sum().clamp(min=1) if num_items_in_batch is None else num_items_in_batch
+        weight = counted / total
+
+        hidden = self._hidden_states(unwrapped_student, inputs)[mask]  # [tokens, H]
+        head = _with_own_leaves(self.heads["student"])
         states = {
-            "student": States(hidden.detach(), _apart(self.heads["student"])),
-            "teacher": States(theirs, self.heads["teacher"]),
+            "student": States(hidden.detach(), head),
+            "teacher": States(self._teacher_states(inputs)[mask], self.heads["teacher"]),
         }
         with torch.autocast(hidden.device.type, enabled=False):
-            found = self._plan(rollout, states).gradient(
-                weight, watch=signals.cheap, check=not self._loss_is_checked
+            planned = self._run_plan(rollout, states)
+            found = planned.gradient(weight, watch=signals.cheap, check=not self._loss_is_checked)
+        self._loss_is_checked |= found.is_checked
+        loss = self._attach_gradient(found, weight, hidden, head)
+        return loss, (found.columns["student_entropy"] * counted).sum(), counted.sum()
+
+    def _teacher_states(self, inputs: Mapping[str, Tensor]) -> Tensor:
+        """The teacher's hidden states `[B, T, H]`, without gradient."""
+        self.teacher_model.eval()
+        bare = self.accelerator.unwrap_model(self.teacher_model)
+        with torch.no_grad():
+            # TRL's redirection calls a function through the wrapper of DDP, whose hooks then run.
+            hidden: Tensor = self._forward_redirection(
+                self.teacher_model, bare, self._hidden_states, bare, inputs
             )
-            self._loss_is_checked |= found.is_checked
-        return (
-            self._joined(found, weight, hidden, states["student"].head),
-            (found.columns["student_entropy"] * counted).sum(),
-            counted.sum(),
-        )
+        return hidden
 
-    def _hidden(self, model: Any, inputs: Mapping[str, Tensor]) -> Tensor:
-        """`[B, T, H]`, where each completion token is predicted."""
-        ids, mask = (
-            torch.cat([inputs[f"prompt_{what}"], inputs[f"completion_{what}"]], dim=1)
-            for what in ("ids", "mask")
-        )
-        return self._get_last_hidden_state(model, ids, mask, inputs["completion_ids"].shape[1])
+    def _hidden_states(self, model: Any, inputs: Mapping[str, Tensor]) -> Tensor:
+        """Hidden states `[B, T, H]` at the places where the completion tokens are predicted."""
+        ids = torch.cat([inputs["prompt_ids"], inputs["completion_ids"]], dim=1)
+        mask = torch.cat([inputs["prompt_mask"], inputs["completion_mask"]], dim=1)
+        length = inputs["completion_ids"].shape[1]
+        hidden: Tensor = self._get_last_hidden_state(model, ids, mask, length)
+        return hidden
 
-    def _rollout(self, inputs: Mapping[str, Tensor]) -> Rollout:
+    def _read_rollout(self, inputs: Mapping[str, Tensor]) -> Rollout:
+        """The rollout in TRL's inputs; its log-probs and entropies are left at zero."""
         ids, mask = inputs["completion_ids"], inputs["completion_mask"].bool()
         lengths = mask.sum(-1)
         prompts = self.processing_class.batch_decode(inputs["prompt_ids"], skip_special_tokens=True)
-        pieces = [row[:n] for row, n in zip(ids, lengths.tolist(), strict=True)]
+        completions = [
+            row[:length] for row, length in zip(ids.tolist(), lengths.tolist(), strict=True)
+        ]
         finish = tuple(
-            "stop" if n and int(row[-1]) in self.eos_token_ids else "length"
-            for row, n in zip(pieces, lengths, strict=True)
+            "stop" if completion and completion[-1] in self.eos_token_ids else "length"
+            for completion in completions
         )
-        none = torch.zeros(ids.shape, device=ids.device)
-        texts = completion_texts(
-            self.processing_class, [row.tolist() for row in pieces], self.eos_token_ids
-        )
+        texts = completion_texts(self.processing_class, completions, self.eos_token_ids)
         return Rollout(
-            tuple(Prompt(text) for text in prompts),
-            ids,
-            lengths,
-            none,
-            none.clone(),
-            finish,
-            tuple(texts),
-            ("student",) * len(ids),
+            prompts=tuple(Prompt(text) for text in prompts),
+            ids=ids,
+            lengths=lengths,
+            logp=torch.zeros(ids.shape, device=ids.device),
+            entropy=torch.zeros(ids.shape, device=ids.device),
+            finish=finish,
+            texts=tuple(texts),
+            writer=("student",) * len(ids),
+            # Tokens that tools wrote are completion tokens, but the student does not learn them.
+            learn=mask & inputs.get("tool_mask", inputs["completion_mask"]).bool(),
         )
 
-    def _plan(self, rollout: Rollout, states: Mapping[str, States]) -> Planned:
-        """Let the method plan, with the student's own log-probs as those of the sampler."""
-        if hasattr(self.method, "plan"):
+    def _run_plan(self, rollout: Rollout, states: Mapping[str, States]) -> Planned:
+        """Let the method plan, with the student's own log-probs in place of the sampler's."""
+        if hasattr(self.method, "plan"):  # one more pass over the head, only for those who look
             student = {"student": states["student"]}
             seen = compute(signals.cheap, student, rollout.ids[rollout.mask])
             logp, entropy = rollout.logp.clone(), rollout.entropy.clone()
             logp[rollout.mask] = seen["student_logp"]
             entropy[rollout.mask] = seen["student_entropy"]
             rollout = replace(rollout, logp=logp, entropy=entropy)
-        policies = {name: _Graded(graded) for name, graded in states.items()}
-        return run_plan(self.method, Batch(rollout, policies, step=self.state.global_step))
+        graders = {name: _KnownStates(known) for name, known in states.items()}
+        return run_plan(self.method, Batch(rollout, graders, step=self.state.global_step))
 
-    def _joined(self, found: Pass, weight: Tensor, hidden: Tensor, head: Head) -> Tensor:
-        """A scalar with the loss's value, and with the gradients that the engine found for the
-        states and for a trainable head.
+    def _attach_gradient(self, found: Pass, weight: Tensor, hidden: Tensor, head: Head) -> Tensor:
+        """Make a scalar with the value of the loss and the gradients that the engine found.
+
+        Args:
+            found: The engine's loss `[tokens]` and its gradient `[tokens, H]`.
+            weight: Each token's share of the mean, `[tokens]`.
+            hidden: The student's hidden states in TRL's graph, `[tokens, H]`.
+            head: The student's head on its own leaves, which hold the head's gradients.
         """
+        # The gradient of sum(x * g) with respect to x is g, so this linear form carries what the
+        # engine found into autograd; subtracting its detached value leaves the loss itself.
+        linear = (hidden.float() * found.gradient).sum()
         own = self.heads["student"]
-        known = [
-            (own.weight, head.weight.grad),
-            (own.bias, None if head.bias is None else head.bias.grad),
-        ]
-        slope = (hidden.float() * found.gradient).sum() + sum(
-            (x * g).sum() for x, g in known if x is not None and g is not None
-        )
-        return slope + ((found.loss * weight).sum() - slope).detach()
+        for parameter, leaf in ((own.weight, head.weight), (own.bias, head.bias)):
+            if parameter is not None and leaf is not None and leaf.grad is not None:
+                linear = linear + (parameter * leaf.grad).sum()
+        return linear + ((found.loss * weight).sum() - linear).detach()
 
 
 @dataclass(frozen=True)
-class _Graded:
-    """A policy of which only its states on this rollout are known: it grades, and does not write."""
+class _KnownStates:
+    """A grader whose states on this rollout are known already."""
 
     states: States
 
@@ -180,19 +207,17 @@ class _Graded:
         return self.states
 
 
-def _apart(head: Head) -> Head:
-    """The head on leaves of its own, so that the engine's gradient for it does not go into the
-    model's before backward does.
-    """
-    weight, bias = (
-        None if x is None else x.detach().requires_grad_(x.requires_grad)
-        for x in (head.weight, head.bias)
-    )
-    assert weight is not None
+def _with_own_leaves(head: Head) -> Head:
+    """Copy a head onto leaves of its own, so that the model's gradients wait for TRL's backward."""
+    weight = head.weight.detach().requires_grad_(head.weight.requires_grad)
+    bias = head.bias
+    if bias is not None:
+        bias = bias.detach().requires_grad_(bias.requires_grad)
     return replace(head, weight=weight, bias=bias)
 
 
-def _check(method: Method) -> None:
+def _check_method(method: Method) -> None:
+    """Raise OpdlabError for a method that needs more than a teacher that grades."""
     name = name_of(method)
     if others := [need for need in method.needs if need != "teacher"]:
         raise OpdlabError(
@@ -204,8 +229,8 @@ def _check(method: Method) -> None:
             f"{name} looks at no teacher, which this bridge is for. Use opdlab.distill, or one of"
             " TRL's own trainers."
         )
-    if getattr(method, "on_policy", 1.0) < 1:
+    if student_share(method) < 1:
         raise OpdlabError(
-            f"{name} learns from texts of {getattr(method, 'writer', 'others')} too; here the"
-            " student writes all. Use opdlab.distill."
+            f"{name} learns from texts of {', '.join(writer_names(method))} too; here the student"
+            " writes all. Use opdlab.distill."
         )

@@ -1,6 +1,7 @@
-"""The command line:
+"""Run opdlab from a terminal: `opdlab demo`, `doctor`, `show`, `gallery`, `lab` and `freeze`.
 
-`opdlab demo`, `opdlab doctor`, `opdlab show`, `opdlab gallery`, `opdlab lab`, `opdlab freeze`.
+Each command imports what it needs when it runs, so `opdlab --help` is quick and `opdlab show` works
+without the libraries that models need.
 """
 
 from __future__ import annotations
@@ -8,6 +9,7 @@ from __future__ import annotations
 import os
 import sys
 import webbrowser
+from collections.abc import Callable
 from pathlib import Path
 from typing import Annotated
 
@@ -18,11 +20,12 @@ from opdlab.errors import OpdlabError
 app = tyro.extras.SubcommandApp()
 
 
-def _quiet() -> None:
-    """No bars for loading weights; opdlab's own stay."""
+def _hide_loading_bars() -> None:
+    """Hide the progress bars of transformers; opdlab's own stay."""
     from transformers.utils import logging
 
-    logging.disable_progress_bar()
+    disable: Callable[[], None] = logging.disable_progress_bar
+    disable()
 
 
 @app.command
@@ -42,22 +45,22 @@ def demo(
     Args:
         profile: market (shipped models, CPU), small (SmolLM2-135M, CPU) or gpu (any Hub pair,
             bf16).
-        student: a shipped model's name, a Hub name or a folder, as the profile has it.
-        teacher: likewise.
-        steps: updates; the profile's own number by default.
-        seed: of prompts, samples and the adapter.
-        out: folder for the page and the traces.
-        method: a name of opdlab.methods, as opd, opd-plus, topd, omniopd, grpo; opd by default,
+        student: The name of a shipped model, a Hub name or a folder, as the profile has it.
+        teacher: Likewise.
+        steps: Number of updates; the profile's own number by default.
+        seed: Seed of prompts, samples and the adapter.
+        out: Folder for the page and the traces.
+        method: A method by name, such as opd, opd-plus, topd, omniopd or grpo; opd by default,
             omniopd with a server.
-        teacher_url: an OpenAI-compatible server that teaches, as http://127.0.0.1:8000/v1; its key
-            is read from OPDLAB_API_KEY.
-        teacher_model: the model's name there; by default what the server says it is.
+        teacher_url: An OpenAI-compatible server that teaches, such as http://127.0.0.1:8000/v1.
+            Its key is read from OPDLAB_API_KEY.
+        teacher_model: The model's name on that server; by default the server's own.
     """
-    from opdlab.commands import demo as job
+    from opdlab.commands.demo import demo as run_demo
 
-    _quiet()
+    _hide_loading_bars()
     print(
-        job.demo(
+        run_demo(
             profile,
             student,
             teacher,
@@ -78,13 +81,13 @@ def show(
     out: Path | None = None,
     open: bool = True,
 ) -> None:
-    """Draw a saved trace as a page, with every view that it has something for, and open it.
+    """Draw a saved trace as a page with every view that fits it, and open the page.
 
     Args:
-        trace: a Parquet file written by `trace.save`.
-        sample: which completion the close views show.
-        out: where the page goes; beside the trace by default.
-        open: whether to open it in a browser.
+        trace: A Parquet file written by `trace.save`.
+        sample: The completion that the close views show.
+        out: The page to write; beside the trace by default.
+        open: Whether to open the page in a browser.
     """
     from opdlab import viz
     from opdlab.data.trace import Trace
@@ -106,18 +109,18 @@ def gallery(
     out: Path = Path("runs/gallery"),
     pictures: bool = False,
 ) -> None:
-    """Write a page with every view, on models that run here: a minute on the market, some on
-    SmolLM2.
+    """Write a page with every view: one minute on the shipped models, several on SmolLM2.
 
     Args:
         world: market (shipped models) or small (SmolLM2-135M).
-        out: folder for the page.
-        pictures: draw each view as a PNG as well, light and dark, 480 and 1200 pixels wide.
+        out: Folder for the page.
+        pictures: Whether to draw each view as a PNG as well, light and dark, 480 and 1200 pixels
+            wide.
     """
-    from opdlab.commands.gallery import gallery as draw
+    from opdlab.commands.gallery import gallery as draw_gallery
 
-    _quiet()
-    print(f"page: {draw(out, world, pictures)}")
+    _hide_loading_bars()
+    print(f"page: {draw_gallery(out, world, pictures)}")
 
 
 @app.command
@@ -129,26 +132,26 @@ def doctor(
     k: int = 8,
     seed: int = 0,
 ) -> None:
-    """Before any training: can on-policy distillation work between these two, and if not, why not?
+    """Say before any training whether distillation can work between two models, and why not.
 
-    Exit code 1 if it cannot.
+    The exit code is 1 if it cannot work.
 
     Args:
-        student: student, novice, teacher or scribe (shipped), small (SmolLM2), a folder or a Hub
-            name.
-        teacher: likewise; "small small" is SmolLM2 with itself, told a rule.
-        task: market, market-secret, rule, gym:NAME or a JSONL file; by default the shipped models'
-            own, else plain questions.
-        prompts: how many held-out prompts to ask.
-        k: the student's samples of each, for pass@k.
-        seed: of prompts and samples.
+        student: A shipped model (student, novice, teacher, scribe), small (SmolLM2), a folder or a
+            Hub name.
+        teacher: Likewise. "small small" is SmolLM2 that learns from itself, given a rule.
+        task: market, market-secret, rule, gym:NAME or a JSONL file. By default the shipped models'
+            own task, and plain questions for other models.
+        prompts: Number of held-out prompts to ask.
+        k: Samples of the student per prompt, for pass@k.
+        seed: Seed of prompts and samples.
     """
     from rich.console import Console
 
     from opdlab import diagnose
     from opdlab.diagnose import named, report
 
-    _quiet()
+    _hide_loading_bars()
     console = Console()
     with console.status("loading …") as status:
         first, second, world = named.pair(student, teacher, task)
@@ -161,40 +164,36 @@ def doctor(
 
 @app.command
 def lab(port: int = 8888) -> None:
-    """Open JupyterLab at the index of the notebooks, or in this folder where they are not.
+    """Open JupyterLab on the notebooks, or in this folder if the notebooks are not installed.
 
     Args:
-        port: where to serve it, on this machine only; the next free one if it is taken.
+        port: Where to serve it, on this machine only; the next free port if it is taken.
     """
     from jupyterlab.labapp import LabApp
 
-    series = Path(__file__).parents[2] / "notebooks"
-    options = (
-        [f"--ServerApp.root_dir={series}", "--LabApp.default_url=/lab/tree/README.md"]
-        if series.exists()
-        else []
-    )
-    settings = (
-        Path(__file__).parents[1] / "notebook" / "lab"
-    )  # Markdown opens rendered; no question about news
-    options += (
-        ["--allow-root"] if os.name == "posix" and os.geteuid() == 0 else []
-    )  # as on rented machines: the token still guards
-    LabApp.launch_instance(
-        [*options, f"--LabApp.app_settings_dir={settings}", f"--port={port}", "--ip=127.0.0.1"]
-    )
+    package = Path(__file__).parents[1]
+    series = package.parent / "notebooks"
+    options = ["--ip=127.0.0.1", f"--port={port}"]
+    # These settings open Markdown files rendered, and ask no questions about news.
+    options.append(f"--LabApp.app_settings_dir={package / 'notebook' / 'lab'}")
+    if series.exists():
+        options += [f"--ServerApp.root_dir={series}", "--LabApp.default_url=/lab/tree/README.md"]
+    if os.name == "posix" and os.geteuid() == 0:
+        options.append("--allow-root")  # rented machines know only root; the token still guards
+    LabApp.launch_instance(options)
 
 
 @app.command
 def freeze(
     notebooks: Annotated[tuple[Path, ...], tyro.conf.Positional], execute: bool = False
 ) -> None:
-    """Make executed notebooks small and stable for committing: no widgets, no timings, no folders
-    of this machine.
+    """Make executed notebooks small and stable for committing.
+
+    Takes out widgets, times and folders of this machine.
 
     Args:
-        notebooks: the files, changed in place.
-        execute: run them first.
+        notebooks: The files, changed in place.
+        execute: Whether to run them first.
     """
     from opdlab import notebook
 
@@ -205,13 +204,13 @@ def freeze(
 
 
 def main() -> None:
-    """Entry point: what the user can mend is one line on stderr and exit code 1, not a traceback."""
+    """Run the command line; what the user can mend is one line on stderr, with exit code 1."""
     try:
         app.cli(
             prog="opdlab",
             description="On-policy distillation of language models, one token at a time.",
         )
-    except (OpdlabError, OSError) as error:  # a file that is not there is the user's to mend, too
+    except (OpdlabError, OSError) as error:  # a missing file is the user's to mend, too
         sys.exit(f"opdlab: {' '.join(str(error).split())}")
     except KeyboardInterrupt:
         sys.exit("opdlab: stopped")

@@ -1,50 +1,85 @@
-"""The main job in one call: evaluate, distil, evaluate again, print a table and write one page to
-look at.
+"""Run the main job in one call: evaluate a student, distil it, evaluate it again, show the change.
+
+    demo()  →  choose_method → distill → measure (student, teacher) → train → measure → report
+
+`opdlab.commands.demo_report` prints the tables and writes the page.
 """
 
 from __future__ import annotations
 
 import time
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from rich.console import Console
-from rich.table import Table
 
-from opdlab import methods, viz
-from opdlab.data.rollout import Rollout
+from opdlab import methods
+from opdlab.commands.demo_report import Measured, Outcome, print_tables, write_page
 from opdlab.data.trace import Trace
+from opdlab.engine.needs import Access, parse_need
 from opdlab.engine.scoring import score
 from opdlab.errors import InvalidValue, OpdlabError, TokenizerMismatch
 from opdlab.losses.divergences import TopK
+from opdlab.methods import Method
 from opdlab.models.policy import Policy, sample
 from opdlab.models.same_tokens import check_same_tokens
 from opdlab.support.validation import Count, validate
 from opdlab.tasks import Task
 from opdlab.tasks.profiles import load
 from opdlab.teachers import LogprobServer, TextOnly, TextServer
-from opdlab.training.evaluation import Evaluation, evaluate, paired
-from opdlab.training.run import Run, distill
+from opdlab.training.evaluation import Evaluation, evaluate
+from opdlab.training.run import distill
 
-# What each profile measures: how many held-out prompts, and whether greedily or by one sample each
-# at temperature 1.
-PROFILES: dict[str, dict[str, Any]] = {
-    "market": {"steps": 60, "prompts": 400, "sampled": False, "score": "right totals"},
-    "small": {
-        "steps": 20,
-        "prompts": 96,
-        "sampled": True,
-        "score": "answers that keep to the rule",
-    },
-    "gpu": {"steps": 100, "prompts": 200, "sampled": False, "score": "right answers"},
+# Prompts that a teacher which only writes is measured on: its answers may cost money.
+PROMPTS_OF_WRITERS = 48
+PROBES = 6  # prompts whose answers the page shows
+
+Server = LogprobServer | TextServer
+
+
+@dataclass(frozen=True)
+class Plan:
+    """How long the demo of a profile trains, and how it measures.
+
+    Attributes:
+        steps: Updates.
+        prompts: Held-out prompts to measure on.
+        is_sampled: Whether accuracy is that of one sample per prompt at temperature 1, not of the
+            greedy answer.
+        score: What counts as right, in words.
+    """
+
+    steps: int
+    prompts: int
+    is_sampled: bool
+    score: str
+
+
+PLANS = {
+    "market": Plan(60, 400, False, "right totals"),
+    "small": Plan(20, 96, True, "answers that keep to the rule"),
+    "gpu": Plan(100, 200, False, "right answers"),
 }
-# Sizes that suit the shipped world's answers of 24 tokens: options of a method, and settings of its
-# run.
-SIZES: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
-    "OmniOPD": (
+
+
+@dataclass(frozen=True)
+class Sizes:
+    """Sizes that suit the shipped world's answers of 24 tokens.
+
+    Attributes:
+        options: Arguments of the method.
+        settings: Settings of its run.
+    """
+
+    options: Mapping[str, Any] = field(default_factory=dict)
+    settings: Mapping[str, Any] = field(default_factory=dict)
+
+
+MARKET_SIZES = {
+    "OmniOPD": Sizes(
         {
             "length": 1,
             "chunks": 4,
@@ -54,25 +89,8 @@ SIZES: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
         },
         {"batch": 16, "lr": 1e-3, "steps": 60},
     ),
-    "GRPO": ({}, {"batch": 16, "n": 8}),
+    "GRPO": Sizes(settings={"batch": 16, "n": 8}),
 }
-# held-out prompts that a teacher which only writes is measured on: its answers may cost money
-ASKED = 48
-
-
-@dataclass(frozen=True, eq=False)
-class Seen:
-    """One policy as the demo sees it: its evaluation and, where it writes tokens, what it writes on
-    the probe prompts.
-    """
-
-    evaluation: Evaluation
-    rollout: Rollout | None
-    sampled: bool
-
-    @property
-    def accuracy(self) -> float:
-        return self.evaluation.avg_at_k if self.sampled else self.evaluation.accuracy
 
 
 def demo(
@@ -88,75 +106,74 @@ def demo(
     teacher_url: str | None = None,
     teacher_model: str | None = None,
 ) -> str:
-    """Run the demo and return its last line: `demo: accuracy BEFORE -> AFTER (teacher T) in S s`
-    (S: seconds of training).
+    """Run the demo: tables on the terminal, a page and two traces in `out`.
 
-    steps, prompts (held out, to measure on) and `settings` (of `distill`) have the profile's own
-    values by default. method: a name of `opdlab.methods`; OPD by default, OmniOPD with a server.
-    teacher_url: an OpenAI-compatible server that teaches instead.
+    Args:
+        profile: "market", "small" or "gpu", as `opdlab.load` takes it.
+        student: A shipped model's name, a Hub name or a folder; the profile's own by default.
+        teacher: Likewise.
+        steps: Updates; the profile's own number by default.
+        seed: Of prompts, samples and the adapter.
+        out: Folder for the page and the traces.
+        prompts: Held-out prompts to measure on; the profile's own number by default.
+        settings: Further settings of `distill`.
+        method: A name of `opdlab.methods`; "opd" by default, "omniopd" with a server.
+        teacher_url: An OpenAI-compatible server that teaches in place of a local teacher.
+        teacher_model: The model's name there.
+
+    Returns:
+        The last line to print: `demo: accuracy BEFORE -> AFTER (teacher T) in S s`, where S counts
+        the seconds of training.
+
+    Raises:
+        InvalidValue: An argument is not what it must be.
+        OpdlabError: There is no such profile or method, or the pair cannot work.
     """
-    console, plan = Console(), PROFILES.get(profile, PROFILES["market"])
-    checked = validate(
-        "demo",
-        {"steps": steps, "prompts": prompts},
-        {"steps": Count | None, "prompts": Count | None},
-    )
-    steps, prompts = checked["steps"], checked["prompts"]
+    plan = _plan(profile, steps, prompts)
     if teacher_model is not None and teacher_url is None:
         raise InvalidValue(
             f"demo got teacher_model={teacher_model!r} without a server. Give teacher_url as well,"
             " or leave it out."
         )
-    plan = plan | {"prompts": prompts or plan["prompts"]}
-    way, sizes = chosen(method or ("omniopd" if teacher_url else "opd"), profile, bool(teacher_url))
+    name = method or ("omniopd" if teacher_url else "opd")
+    chosen, own_settings = choose_method(name, profile, is_served=bool(teacher_url))
+    console = Console()
     console.print(f"[bold]opdlab demo[/bold]: loading the {profile} models …")
-    pupil, local, task = load(profile, student=student, teacher=teacher)
-    grader: Any = local
+    learner, local_teacher, task = load(profile, student=student, teacher=teacher)
+    guide: Policy | Server = local_teacher
     if teacher_url:
-        kind: Any = (
-            LogprobServer
-            if any(name.split("+")[0] == "teacher" for name in way.needs)
-            else TextServer
-        )
-        grader = kind(teacher_url, teacher_model, cache=out / "teacher.sqlite")
-    given = {
-        "steps": plan["steps"],
-        **sizes,
-        **({"steps": steps} if steps else {}),
-        **(settings or {}),
-    }
-    start = pupil.frozen()  # without the adapter that the run gives it
-    run = distill(
-        pupil, grader, task, method=way, seed=seed, **given
-    )  # first: it checks all that can be checked
-    before, best = _look(start, task, plan, "student"), _look_at_teacher(grader, pupil, task, plan)
-    fixed = _traced(before, start, grader)
+        guide = _connect(chosen, teacher_url, teacher_model, cache=out / "teacher.sqlite")
+    given = {"steps": plan.steps, **own_settings, **({"steps": steps} if steps else {})}
+    start = learner.frozen()  # without the adapter that the run gives the student
+    # The run is made first, because that checks all that can be checked.
+    run = distill(learner, guide, task, method=chosen, seed=seed, **{**given, **(settings or {})})
+
+    before = _measure(start, task, plan, "student")
+    best = _measure_teacher(guide, learner, task, plan)
     console.print(
-        f"student {before.accuracy:.2f}, teacher {best.accuracy:.2f} ({plan['score']}); distilling"
-        f" with {type(way).__name__} …"
+        f"student {before.accuracy:.2f}, teacher {best.accuracy:.2f} ({plan.score}); distilling"
+        f" with {type(chosen).__name__} …"
     )
+    trace_before = _trace(before, start, guide)
     began = time.perf_counter()
     run.train()
     seconds = time.perf_counter() - began
-    after = _look(pupil, task, plan, "student, distilled")
-    _print(console, before, after, best, task)
-    again = _traced(before, pupil, grader)
-    path = _page(
-        out,
-        (profile, plan),
-        run,
-        (before, after, best),
-        (fixed, again),
-        _traced(after, pupil, grader),
+    after = _measure(learner, task, plan, "student, distilled")
+    outcome = Outcome(
+        profile=profile,
+        score=plan.score,
+        before=before,
+        after=after,
+        teacher=best,
+        trace_before=trace_before,
+        trace_after=_trace(before, learner, guide),
+        trace_now=_trace(after, learner, guide),
     )
-    fixed.save(out / "before.parquet")
-    again.save(out / "after.parquet")
-    if isinstance(grader, TextServer | LogprobServer):
-        service = grader.service if isinstance(grader, TextServer) else grader.text.service
-        console.print(
-            f"teacher: {service.budget.spent.requests:,} requests, {service.budget.spent.tokens:,}"
-            f" tokens; answers kept in {out}"
-        )
+    print_tables(console, outcome, task.name)
+    path = write_page(out / "index.html", outcome, run)
+    outcome.trace_before.save(out / "before.parquet")
+    outcome.trace_after.save(out / "after.parquet")
+    _print_cost(console, guide, out)
     console.print(f"page: {path}")
     return (
         f"demo: accuracy {before.accuracy:.2f} -> {after.accuracy:.2f} (teacher"
@@ -164,183 +181,116 @@ def demo(
     )
 
 
-def chosen(name: str, profile: str = "market", served: bool = False) -> tuple[Any, dict[str, Any]]:
-    """The method of that name (capitals and hyphens do not matter) and the settings that suit it;
-    raises OpdlabError for others.
+def _plan(profile: str, steps: int | None, prompts: int | None) -> Plan:
+    """The plan of a profile, with the user's number of prompts; `load` refuses other profiles."""
+    checked = validate(
+        "demo",
+        {"steps": steps, "prompts": prompts},
+        {"steps": Count | None, "prompts": Count | None},
+    )
+    plan = PLANS.get(profile, PLANS["market"])
+    return replace(plan, prompts=checked["prompts"] or plan.prompts)
 
-    served: where the teacher's log-probs come from a server, OPD compares on as many tokens as that
-        gives.
+
+def choose_method(
+    name: str, profile: str = "market", is_served: bool = False
+) -> tuple[Method, dict[str, Any]]:
+    """Find a method by name, with sizes that suit the profile.
+
+    Args:
+        name: A name of `opdlab.methods`; capitals, hyphens and underscores do not matter.
+        profile: The profile of the demo.
+        is_served: Whether the teacher's log-probs come from a server. OPD then compares on as many
+            tokens as a server gives.
+
+    Returns:
+        The method, and settings for its run.
+
+    Raises:
+        OpdlabError: There is no such method.
     """
     kinds = {
         kind: getattr(methods, kind) for kind in methods.__all__ if kind not in ("Method", "method")
     }
-    found = next(
-        (kind for kind in kinds if kind.lower() == name.lower().replace("-", "").replace("_", "")),
-        None,
-    )
-    if found is None:
+    wanted = name.lower().replace("-", "").replace("_", "")
+    by_lower_case = {kind.lower(): kind for kind in kinds}
+    if wanted not in by_lower_case:
         raise OpdlabError(
             f"There is no method {name!r}. Use one of {', '.join(sorted(kinds))}; capitals and"
             " hyphens do not matter."
         )
-    options, settings = SIZES.get(found, ({}, {})) if profile == "market" else ({}, {})
-    if served and found == "OPD":
-        options = {"top_k": TopK(LogprobServer.K, by="teacher")}
-    return kinds[found](**options), settings
+    found = by_lower_case[wanted]
+    sizes = MARKET_SIZES.get(found, Sizes()) if profile == "market" else Sizes()
+    options = dict(sizes.options)
+    if is_served and found == "OPD":
+        options["top_k"] = TopK(LogprobServer.K, by="teacher")
+    return kinds[found](**options), dict(sizes.settings)
 
 
-def _look(policy: Policy, task: Task, plan: dict[str, Any], name: str) -> Seen:
-    result = evaluate(
-        policy, task, n=plan["prompts"], k=int(plan["sampled"]), name=name, quiet=False
+def _connect(method: Method, url: str, model: str | None, cache: Path) -> Server:
+    """Make a teacher of a server; it gives log-probs if the method reads them, texts if not."""
+    needs = [parse_need(name) for name in method.needs]
+    reads_log_probs = any(
+        need.policy == "teacher" and need.access is Access.LOGITS for need in needs
     )
-    probe = sample(
-        policy, task.prompts(6, seed=1, split="test"), max_new_tokens=task.max_new_tokens, seed=1
-    )
-    return Seen(result, probe, plan["sampled"])
+    kind = LogprobServer if reads_log_probs else TextServer
+    return kind(url, model, cache=cache)
 
 
-def _look_at_teacher(teacher: Any, pupil: Policy, task: Task, plan: dict[str, Any]) -> Seen:
-    """As `_look`; of a teacher that is not a local model, or speaks other tokens, the scores of
-    some texts.
-    """
-    if isinstance(teacher, Policy) and _same_tokens(pupil, teacher):
-        return _look(teacher, task, plan, "teacher")
-    writer = TextOnly(teacher) if isinstance(teacher, Policy) else teacher
-    asked = task.prompts(min(ASKED, plan["prompts"]), seed=0, split="test")
-    texts = writer.write(
-        asked, max_new_tokens=4 * task.max_new_tokens, temperature=float(plan["sampled"])
+def _measure(policy: Policy, task: Task, plan: Plan, name: str) -> Measured:
+    """Evaluate a policy, and let it write on the probe prompts."""
+    samples = 1 if plan.is_sampled else 0
+    result = evaluate(policy, task, n=plan.prompts, k=samples, name=name, quiet=False)
+    probes = task.prompts(PROBES, seed=1, split="test")
+    rollout = sample(policy, probes, max_new_tokens=task.max_new_tokens, seed=1)
+    return Measured(result, rollout, plan.is_sampled)
+
+
+def _measure_teacher(teacher: Policy | Server, student: Policy, task: Task, plan: Plan) -> Measured:
+    """Evaluate the teacher, by its texts alone if it does not share the student's tokens."""
+    if isinstance(teacher, (LogprobServer, TextServer)):
+        return _measure_texts(teacher, task, plan)
+    if _share_tokens(student, teacher):
+        return _measure(teacher, task, plan, "teacher")
+    return _measure_texts(TextOnly(teacher), task, plan)
+
+
+def _measure_texts(teacher: TextOnly | Server, task: Task, plan: Plan) -> Measured:
+    asked = task.prompts(min(PROMPTS_OF_WRITERS, plan.prompts), seed=0, split="test")
+    # The teacher's tokens may be shorter than the student's, so it gets four times as many.
+    texts = teacher.write(
+        asked, max_new_tokens=4 * task.max_new_tokens, temperature=float(plan.is_sampled)
     )
     scores = np.array(task.scores(asked, (row[0] for row in texts)), float)
     unknown = np.full(len(scores), np.nan)
-    many = scores[:, None] if plan["sampled"] else scores[:, None][:, :0]
-    return Seen(
-        Evaluation("teacher", scores, many, unknown, unknown, key=(task.name,)),
-        None,
-        plan["sampled"],
-    )
+    sampled = scores[:, None] if plan.is_sampled else np.empty((len(scores), 0))
+    evaluation = Evaluation("teacher", scores, sampled, unknown, unknown, key=(task.name,))
+    return Measured(evaluation, None, plan.is_sampled)
 
 
-def _same_tokens(pupil: Policy, teacher: Policy) -> bool:
+def _share_tokens(student: Policy, teacher: Policy) -> bool:
     try:
-        check_same_tokens(pupil, teacher)
+        check_same_tokens(student, teacher)
     except TokenizerMismatch:
         return False
     return True
 
 
-def _traced(seen: Seen, pupil: Policy, teacher: Any) -> Trace:
-    """What it wrote under the student and, where that is a local model of the same tokens, the
-    teacher.
-    """
-    assert seen.rollout is not None
-    return score(
-        seen.rollout,
-        pupil,
-        teacher if isinstance(teacher, Policy) and _same_tokens(pupil, teacher) else None,
-    )
+def _trace(measured: Measured, student: Policy, teacher: Policy | Server) -> Trace:
+    """Grade the probe texts by the student and by a local teacher that shares its tokens."""
+    assert measured.rollout is not None
+    if isinstance(teacher, (LogprobServer, TextServer)) or not _share_tokens(student, teacher):
+        return score(measured.rollout, student)
+    return score(measured.rollout, student, teacher)
 
 
-def _print(console: Console, before: Seen, after: Seen, best: Seen, task: Task) -> None:
-    table = Table(title=f"{task.name}: before and after")
-    for column in ("", "before", "after", "teacher"):
-        table.add_column(column, justify="left" if not column else "right")
-    for label, *cells in _summary(before, after, best):
-        table.add_row(label, *cells)
-    console.print(table)
-    answers = Table(title="the same prompts, answered before and after", show_lines=True)
-    for column in ("prompt", "before", "after"):
-        answers.add_column(column, overflow="fold")
-    assert before.rollout is not None
-    assert after.rollout is not None
-    for prompt, old, new in list(
-        zip(before.rollout.prompts, before.rollout.texts, after.rollout.texts, strict=True)
-    )[:4]:
-        answers.add_row(
-            *(
-                _cell(text)
-                for text in (
-                    prompt.messages[-1]["content"] if prompt.messages else prompt.text or "",
-                    old,
-                    new,
-                )
-            )
+def _print_cost(console: Console, teacher: Policy | Server, folder: Path) -> None:
+    """Say how many requests and tokens a server was asked for."""
+    if isinstance(teacher, LogprobServer):
+        teacher = teacher.text
+    if isinstance(teacher, TextServer):
+        spent = teacher.service.budget.spent
+        console.print(
+            f"teacher: {spent.requests:,} requests, {spent.tokens:,} tokens; answers kept in"
+            f" {folder}"
         )
-    console.print(answers)
-
-
-def _cell(text: str) -> str:
-    """Model text for a terminal: control characters made visible and console markup off."""
-    from rich.markup import escape
-
-    return escape("".join(c if c.isprintable() else " " for c in text))
-
-
-def _summary(before: Seen, after: Seen, best: Seen) -> list[tuple[str, str, str, str]]:
-    shown = [(s.evaluation, s.accuracy) for s in (before, after, best)]
-    scores = [
-        s.evaluation.sampled[:, 0] if s.sampled else s.evaluation.greedy for s in (before, after)
-    ]
-    gain = paired(scores[1], scores[0])
-    return [
-        ("accuracy", *(f"{a:.3f}" for _, a in shown)),  # type: ignore[list-item]
-        ("length, tokens", *(_known(e.length.mean(), ".1f") for e, _ in shown)),  # type: ignore[list-item]
-        ("cut off", *(_known(e.cut.mean(), ".2f") for e, _ in shown)),  # type: ignore[list-item]
-        ("gain, 95 % interval", "", f"{gain.mean:+.3f} [{gain.low:+.3f}, {gain.high:+.3f}]", ""),
-    ]
-
-
-def _known(value: float, form: str) -> str:
-    return "–" if np.isnan(value) else format(value, form)
-
-
-def _page(
-    out: Path,
-    profile: tuple[str, dict[str, Any]],
-    run: Run,
-    seen: tuple[Seen, Seen, Seen],
-    traces: Any,
-    fresh: Any,
-) -> Path:
-    name, plan = profile
-    before, again = traces
-    graded = "teacher_reverse_kl" in before.table.column_names
-    worst = int(
-        before.to_pandas()
-        .groupby("sample")["teacher_reverse_kl" if graded else "student_entropy"]
-        .max()
-        .idxmax()
-    )
-    lenses = [
-        (
-            f"Before: a text that the student wrote{', graded by the teacher' if graded else ''}",
-            viz.TokenLens(before, worst),
-        ),
-        ("After: the same text under the distilled student", viz.TokenLens(again, worst)),
-        (
-            "After: what the distilled student writes now for the same prompt",
-            viz.TokenLens(fresh, worst),
-        ),
-    ]
-    if run.last is not None and run.last.notes.get("audits"):
-        audit = run.last.notes["audits"][0]
-        told = (
-            "In training: where the teacher was asked to go on, it wrote"
-            f" {', '.join(map(repr, audit['continuations']))} the first time"
-        )
-        lenses.append(
-            (told, viz.TokenLens(run.last.trace(), audit["sample"], channel="similarity"))
-        )
-    note = (
-        f"{name}: {plan['score']} on {seen[0].evaluation.prompts} held-out prompts; {len(run.rows)}"
-        f" updates of {type(run.method).__name__}."
-    )
-    keys = [key for key in ("reverse_kl", "reward", "entropy", "length") if key in run.history]
-    curves = viz.curves(run.history, keys=keys)
-    return viz.page(
-        out / "index.html",
-        title="opdlab demo",
-        summary=_summary(*seen),
-        figures=[curves],
-        lenses=lenses,
-        note=note,
-    )

@@ -11,7 +11,7 @@ import pytest
 
 import opdlab as opd
 from opdlab.commands import cli
-from opdlab.commands.demo import chosen, demo
+from opdlab.commands.demo import choose_method, demo
 from opdlab.errors import MissingPolicy, OpdlabError, PartialDistribution, TeacherError
 from opdlab.losses.divergences import TopK
 
@@ -79,16 +79,16 @@ def test_what_cannot_work_is_said_before_anything_is_measured(wire, tmp_path, ca
     ],
 )
 def test_methods_by_name(name, kind):
-    method, _ = chosen(name)
+    method, _ = choose_method(name)
     assert type(method).__name__ == kind
-    assert chosen(name, profile="gpu")[1] == {}
+    assert choose_method(name, profile="gpu")[1] == {}
 
 
 def test_sizes_suit_the_shipped_world_only():
-    assert chosen("omniopd")[0].length == 1
-    assert chosen("omniopd", profile="gpu")[0].length == 50
-    assert chosen("opd", served=True)[0].top_k == TopK(20, by="teacher")
-    assert chosen("opd")[0].top_k is None
+    assert choose_method("omniopd")[0].length == 1
+    assert choose_method("omniopd", profile="gpu")[0].length == 50
+    assert choose_method("opd", is_served=True)[0].top_k == TopK(20, by="teacher")
+    assert choose_method("opd")[0].top_k is None
 
 
 def test_an_unknown_method_is_one_line_that_lists_them():
@@ -98,9 +98,9 @@ def test_an_unknown_method_is_one_line_that_lists_them():
             r"There is no method 'magic'\. Use one of DOPD, .*OmniOPD, .*TOPD; capitals and hyphens"
         ),
     ):
-        chosen("magic")
+        choose_method("magic")
     with pytest.raises(OpdlabError):
-        chosen("method")
+        choose_method("method")
 
 
 def test_the_command_line_passes_its_options_on(monkeypatch, wire, tmp_path, capsys):
