@@ -1,4 +1,1 @@
-"""opdlab against TRL on one workload, side by side:
-
-`python -m benchmarks.run` (see README.md in this folder).
-"""
+"""Measure opdlab, beside TRL and CircuitsVis; README.md in this folder says how."""

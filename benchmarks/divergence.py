@@ -1,8 +1,8 @@
-"""Forward and backward of a divergence alone: hidden states and heads in, gradients out.
+"""Measure forward and backward of a divergence alone: hidden states and heads in, gradients out.
 
-opdlab's engine with built-in divergences and with an ordinary row function in plain PyTorch, TRL's
-chunked kernel, autograd on full logits, and, as the floor that nobody can beat, the bare matrix
-products. `python -m benchmarks.divergence CASE` measures one case and prints a JSON line.
+The sides are opdlab's engine (with built-in divergences, and with a row function in plain PyTorch),
+TRL's chunked kernel, autograd on full logits, and the bare matrix products, which are the lower
+bound. `python -m benchmarks.divergence CASE` measures one case and prints a JSON line.
 """
 
 from __future__ import annotations
@@ -36,8 +36,15 @@ BETA = {"forward_kl": 0.0, "jensen_shannon": 0.5, "reverse_kl": 1.0}  # TRL's na
 
 @dataclass(frozen=True)
 class Case:
-    """watch: opdlab also notes log-probs, entropy and reverse KL of every token, as a training step
-    does.
+    """One measurement.
+
+    Attributes:
+        side: Who computes: "opdlab", "trl", "full logits" or "products".
+        loss: A name in `LOSSES`.
+        trainable: Whether the student's head gets a gradient.
+        tokens: Number of tokens.
+        watch: Whether opdlab also notes log-probs, entropy and reverse KL per token, as a training
+            step does.
     """
 
     side: str
@@ -90,16 +97,17 @@ class Problem:
     @classmethod
     def of(cls, case: Case) -> Problem:
         torch.manual_seed(0)
-        h, g = STUDENT["hidden_size"], TEACHER["hidden_size"]
-        shapes, scales = (
-            [(case.tokens, h), (case.tokens, g), (VOCAB, h), (VOCAB, g)],
-            [1.0, 1.0, 0.02, 0.02],
+        student_width, teacher_width = STUDENT["hidden_size"], TEACHER["hidden_size"]
+        student = torch.randn(case.tokens, student_width, device=device())
+        teacher = torch.randn(case.tokens, teacher_width, device=device())
+        student_head = 0.02 * torch.randn(VOCAB, student_width, device=device())
+        teacher_head = 0.02 * torch.randn(VOCAB, teacher_width, device=device())
+        return cls(
+            student.requires_grad_(),
+            teacher,
+            student_head.requires_grad_(case.trainable),
+            teacher_head,
         )
-        student, teacher, head, other = (
-            s * torch.randn(*shape, device=device())
-            for shape, s in zip(shapes, scales, strict=True)
-        )
-        return cls(student.requires_grad_(), teacher, head.requires_grad_(case.trainable), other)
 
     def solve(self, case: Case) -> float:
         """The mean divergence; its gradients are left in `.grad`."""
@@ -135,11 +143,9 @@ class Problem:
         return loss
 
     def _full(self, case: Case) -> Tensor:
-        p, q = (
-            (self.student @ self.student_head.T).log_softmax(-1),
-            (self.teacher @ self.teacher_head.T).log_softmax(-1),
-        )
-        loss = (p.exp() * (p - q)).sum(-1).mean()
+        student = (self.student @ self.student_head.T).log_softmax(-1)
+        teacher = (self.teacher @ self.teacher_head.T).log_softmax(-1)
+        loss = (student.exp() * (student - teacher)).sum(-1).mean()
         loss.backward()
         return loss
 
@@ -149,10 +155,8 @@ class Problem:
         head = self.student_head
         head.grad = torch.zeros_like(head) if case.trainable else None
         for i in range(0, case.tokens, 128):
-            logits, other = (
-                self.student[i : i + 128] @ head.T,
-                self.teacher[i : i + 128] @ self.teacher_head.T,
-            )
+            logits = self.student[i : i + 128] @ head.T
+            other = self.teacher[i : i + 128] @ self.teacher_head.T
             if head.grad is not None:
                 head.grad.addmm_(logits.T, self.student[i : i + 128])
             logits @ head
@@ -161,8 +165,11 @@ class Problem:
 
 
 def measure(name: str) -> dict[str, object]:
-    """One case in this process: every iteration's seconds, the largest peak, the value that the
-    sides should agree on.
+    """Measure one case in this process.
+
+    Returns:
+        The seconds of every iteration, the largest peak, and the divergence, on which all sides
+        should agree.
     """
     case = CASES[name]
     problem, costs, value = Problem.of(case), [], float("nan")

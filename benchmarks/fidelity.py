@@ -1,11 +1,10 @@
-"""Do the papers' findings show on the shipped world?
+"""Measure whether the papers' findings show on the shipped world.
 
-`python -m benchmarks.fidelity [--only opd_plus privilege …] [--seeds 3]`.
+    python -m benchmarks.fidelity [--only opd_plus privilege …] [--seeds 3]
 
-Each experiment is a table of arms; an arm is a function of a seed that gives numbers. Every (arm,
-seed) is a process of its own with one thread, two at a time; results are kept as they come in
-`results/fidelity.json`, and `--show` prints them as mean and 95 % interval over seeds. What an arm
-needs to say is in its name: nothing is averaged over arms.
+Each experiment is a table of arms, and an arm is a function from a seed to numbers. Every pair of
+arm and seed runs in a process of its own with one thread, two at a time. Results are kept as they
+come in `results/fidelity.json`; `--show` prints their means and 95 % intervals over seeds.
 """
 
 from __future__ import annotations
@@ -35,8 +34,13 @@ Arm = Callable[[int], dict[str, float]]
 
 
 def divergence(seed: int, name: str, stop_gradient: bool, steps: int = 60) -> dict[str, float]:
-    """Sampled-token training with the weight of a divergence, right or with its pathwise half
-    thrown away.
+    """Train on sampled tokens with the weight of a divergence.
+
+    Args:
+        seed: Seed of the run.
+        name: The divergence.
+        stop_gradient: Whether to drop the pathwise term of the weight.
+        steps: Updates.
     """
     student, teacher, task = opd.load("market")
     before = opd.evaluate(student, task)
@@ -76,13 +80,13 @@ def one(experiment: str, arm: str, seed: int) -> dict[str, float]:
 
 
 def main(only: tuple[str, ...] = (), seeds: int = 3, workers: int = 2, show: bool = False) -> None:
-    """Run the experiments named (all by default) that have no result yet, and print the tables.
+    """Run the experiments that have no result yet, and print the tables.
 
     Args:
-        only: names of experiments.
-        seeds: how many seeds an arm.
-        workers: processes at a time.
-        show: print what there is, run nothing.
+        only: Names of experiments; all by default.
+        seeds: Seeds per arm.
+        workers: Processes at a time.
+        show: Whether to print the results so far and run nothing.
     """
     done: dict[str, dict[str, dict[str, Any]]] = (
         json.loads(RESULTS.read_text()) if RESULTS.exists() else {}
@@ -121,7 +125,7 @@ def write(done: Mapping[str, Any]) -> None:
 
 
 def table(experiment: str, arms: Mapping[str, Mapping[str, Mapping[str, float]]]) -> Table:
-    """Mean over seeds, and the half-width of its 95 % interval (Student's t)."""
+    """Make a table of means over seeds, with half-widths of 95 % intervals (Student's t)."""
     columns = list(
         dict.fromkeys(
             key for seeds in arms.values() for numbers in seeds.values() for key in numbers

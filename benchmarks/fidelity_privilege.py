@@ -1,5 +1,6 @@
-"""What a hint does to a student that will have none: routes by the true type of the token, and the
-privilege illusion.
+"""Measure how hints change a student that will have none later.
+
+`ROUTES` counts DOPD's routes by the true type of the token, `ARMS` measures the privilege illusion.
 """
 
 from __future__ import annotations
@@ -21,15 +22,12 @@ from opdlab.models.policy import Policy
 from opdlab.models.text_rollouts import rollout_from_texts
 from opdlab.tasks.task import Split, Task
 
-PROMPTS, STEPS, BATCH = (
-    128,
-    120,
-    32,
-)  # so few prompts that each is seen 30 times: what a hint tells can be memorised
+# The prompts are so few that each is seen 30 times, so a hint's information can be memorised.
+PROMPTS, STEPS, BATCH = 128, 120, 32
 
 
-def fixed(task: Task, n: int, seed: int) -> Task:
-    """The task with only `n` training prompts."""
+def with_few_prompts(task: Task, n: int, seed: int) -> Task:
+    """Limit a task to `n` training prompts."""
     pool = task.prompts(n, seed=1000 + seed)
 
     def draw(k: int, at: int, split: Split) -> list[Prompt]:
@@ -42,9 +40,14 @@ def fixed(task: Task, n: int, seed: int) -> Task:
     return replace(task, draw=draw)
 
 
-def looked_up(policy: Policy, task: Task, prompts: Sequence[Prompt]) -> dict[str, dict[str, float]]:
-    """By token type on the reference answers: negative log-likelihood (nats), accuracy of the
-    favourite, entropy.
+def grade_answers(
+    policy: Policy, task: Task, prompts: Sequence[Prompt]
+) -> dict[str, dict[str, float]]:
+    """Grade the reference answers by a policy.
+
+    Returns:
+        For each type of token, the mean negative log-likelihood and entropy (nats), and the
+        accuracy of the likeliest token.
     """
     rollout = rollout_from_texts(policy, prompts, [p.answer or "" for p in prompts])
     numbers = Batch(rollout, {"student": policy}).map(
@@ -64,19 +67,24 @@ def looked_up(policy: Policy, task: Task, prompts: Sequence[Prompt]) -> dict[str
 
 
 def train(seed: int, arm: str) -> dict[str, float]:
-    """Train on few prompts with secret hints; look at the secret symbols of training and of fresh
-    prompts.
+    """Train on few prompts with secret hints, and grade the answers of training and fresh prompts.
+
+    Args:
+        seed: Seed of the run and its prompts.
+        arm: Who teaches, and who sees the hints; a name in `ARMS`.
     """
     student, teacher, task = opd.load("market", secret=True)
-    few = fixed(task, PROMPTS, seed)
-    told, policies, method = teacher, {}, opd.OPD()
+    few = with_few_prompts(task, PROMPTS, seed)
+    guide: Policy | None = teacher
+    policies: dict[str, Policy] = {}
+    method: Any = opd.OPD()
     learner: Policy = student
     if arm in ("teacher told", "both told"):
         policies = {"teacher": teacher.seeing()}
     if arm == "both told":
         learner = student.seeing()
     if arm == "OPSD (frozen self, told)":
-        method, told = opd.SelfDistillation.opsd(), None
+        method, guide = opd.SelfDistillation.opsd(), None
     if arm.startswith("DOPD"):
         options: dict[str, dict[str, Any]] = {
             "DOPD": {},
@@ -84,10 +92,10 @@ def train(seed: int, arm: str) -> dict[str, float]:
             "DOPD, HS to teacher": {"hs": "teacher"},
         }
         method = opd.DOPD(**options[arm])
-    before = looked_up(student, task, task.prompts(300, seed=5, split="test"))
+    before = grade_answers(student, task, task.prompts(300, seed=5, split="test"))
     run = opd.distill(
         learner,
-        told,
+        guide,
         few,
         method=method,
         policies=policies,
@@ -99,7 +107,7 @@ def train(seed: int, arm: str) -> dict[str, float]:
     run.train()
     student._adapter = learner._adapter  # "both told" trains a view of the student
     seen, fresh = (
-        looked_up(student, task, prompts)
+        grade_answers(student, task, prompts)
         for prompts in (few.prompts(300, seed=6), task.prompts(300, seed=5, split="test"))
     )
     out = {
@@ -116,7 +124,12 @@ def train(seed: int, arm: str) -> dict[str, float]:
 
 
 def routes(seed: int, gap_student: str) -> dict[str, float]:
-    """Share of each true type that goes to each route, on rollouts of the shipped student."""
+    """Count the share of each true type of token that goes to each route.
+
+    Args:
+        seed: Seed of the prompts and the samples.
+        gap_student: DOPD's option of this name.
+    """
     student, teacher, task = opd.load("market", secret=True)
     rollout = student.sample(
         task.prompts(256, seed=seed), max_new_tokens=task.max_new_tokens, seed=seed
@@ -126,7 +139,8 @@ def routes(seed: int, gap_student: str) -> dict[str, float]:
         {"student": student, "teacher+hint": teacher.seeing(), "student+hint": student.seeing()},
         task,
     )
-    route = opd.DOPD(gap_student=gap_student).plan(batch)["route"][rollout.mask]  # type: ignore[arg-type]
+    column = opd.DOPD(gap_student=gap_student).plan(batch)["route"]  # type: ignore[arg-type]
+    route = column.values[rollout.mask]
     kinds = [kind for row in task.token_types(rollout, student.tokenizer) for kind in row]
     out = {}
     for kind in ("copy", "skill", "derived", "style", "secret", "mixed", "noise"):

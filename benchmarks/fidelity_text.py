@@ -1,5 +1,7 @@
-"""A teacher that only writes: the scribe, with a tokenizer of characters and another handwriting,
-through `TextOnly`.
+"""Measure OmniOPD with a teacher that only writes.
+
+The teacher is the scribe, which has a tokenizer of characters and another style, through
+`TextOnly`.
 """
 
 from __future__ import annotations
@@ -8,11 +10,12 @@ from functools import partial
 from typing import Any
 
 import opdlab as opd
+from opdlab.data.notes import Chunks, read_note
 from opdlab.errors import OpdlabError
 from opdlab.tasks.market import model
 from opdlab.teachers import TextOnly
 
-STEPS, BATCH = 60, 16  # the scribe writes up to 16 continuations of each of 16 texts a step
+STEPS, BATCH = 60, 16  # in each step the scribe writes up to 16 continuations of 16 texts
 SIZES: dict[str, Any] = {
     "length": 1,
     "chunks": 4,
@@ -23,8 +26,15 @@ SIZES: dict[str, Any] = {
 
 
 def omniopd(seed: int, **changes: Any) -> dict[str, float]:
-    """Train on the scribe's texts; mean similarity in the first and last tenth of the steps; what
-    the teacher wrote.
+    """Train on the scribe's texts.
+
+    Args:
+        seed: Seed of the run and of the method.
+        changes: Arguments of `OmniOPD` that differ from `SIZES`.
+
+    Returns:
+        Accuracies, mean similarities in the first and the last tenth of the steps, and how many
+        characters the teacher wrote.
     """
     student, _, task = opd.load("market")
     teacher = TextOnly(model("scribe"))
@@ -35,9 +45,10 @@ def omniopd(seed: int, **changes: Any) -> dict[str, float]:
     )
     alike, written = [], 0
     for step in run:
-        audits = step.notes["audits"]
+        note = read_note(step.notes["chunks"], Chunks)
+        assert note is not None
         alike.append(float(step.plan["similarity"][step.plan["audited"] > 0].mean()))
-        written += sum(len(text) for audit in audits for text in audit["continuations"])
+        written += sum(len(text) for chunk in note.chunks for text in chunk["continuations"])
     after = opd.evaluate(student, task)
     gain, tenth = after - before, STEPS // 10
     return {
@@ -53,7 +64,7 @@ def omniopd(seed: int, **changes: Any) -> dict[str, float]:
 
 
 def refused(seed: int) -> dict[str, float]:
-    """OPD asks for log-probs that this teacher has not: 1 where the message names OmniOPD."""
+    """Give OPD this teacher, which has no log-probs: 1 if the error names OmniOPD."""
     student, _, task = opd.load("market")
     try:
         opd.distill(student, TextOnly(model("scribe")), task, method=opd.OPD(), seed=seed)

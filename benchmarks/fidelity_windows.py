@@ -1,4 +1,4 @@
-"""Near futures: are high-loss tokens real forks, and what do five updates on one window change?"""
+"""Measure windows of TOPD: are tokens of high loss real forks, and what do five updates change?"""
 
 from __future__ import annotations
 
@@ -12,12 +12,18 @@ WINDOW, POINTS = 8, 30
 
 
 def alarms(seed: int, secret: bool) -> dict[str, float]:
-    """Window distances after tokens of high, random and low loss (medians), and false-alarm rates,
-    for both window choices.
+    """Measure windows after tokens of high, random and low loss.
 
-    high: the two tokens of highest loss in each completion; above 1 nat: those of them that have
-        any loss to speak of. The
-    last numbers say what kind of token the false alarms above 1 nat are.
+    Tokens of high loss are the 5 % with the highest loss. Their loss may still be small, so those
+    with more than 1 nat are counted apart.
+
+    Args:
+        seed: Seed of the prompts and the samples.
+        secret: Whether problems have secrets and styles.
+
+    Returns:
+        Median distances and false-alarm rates for both choices of windows, and which types of token
+        the false alarms above 1 nat are.
     """
     student, teacher, task = opd.load("market", secret=secret)
     rollout = student.sample(
@@ -47,8 +53,13 @@ def alarms(seed: int, secret: bool) -> dict[str, float]:
 
 
 def correction(seed: int) -> dict[str, float]:
-    """Mean distance of the student's greedy window to the teacher's at forks: before, and after
-    five updates of each loss.
+    """Measure five updates of each loss on one window at a fork.
+
+    Args:
+        seed: Seed of the prompts and the samples.
+
+    Returns:
+        Mean distances of the student's greedy window to the teacher's, before and after.
     """
     student, teacher, task = opd.load("market")
     rollout = student.sample(

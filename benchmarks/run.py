@@ -1,9 +1,10 @@
-"""Measure opdlab against TRL: `python -m benchmarks.run [--only divergence|step] [--repeats 3]
-[--name …]`.
+"""Measure opdlab against TRL.
 
-Every measurement is a process of its own with one thread. Repetitions go around all cases, so that
-the sides alternate and a disturbance of the machine hits all of them. Prints tables and writes
-every repetition to `results/<name>.json`.
+    python -m benchmarks.run [--only divergence|step] [--repeats 3] [--name …]
+
+Every measurement is a process of its own with one thread. Repetitions go around all cases, so the
+sides alternate and a disturbance of the machine hits all of them. The tables are printed, and every
+repetition is written to `results/<name>.json`.
 """
 
 from __future__ import annotations
@@ -28,7 +29,7 @@ from rich.table import Table
 
 from benchmarks import divergence, step, workload
 
-Results = dict[str, list[dict[str, Any]]]  # case -> one record a repetition
+Results = dict[str, list[dict[str, Any]]]  # by case, one record per repetition
 
 RESULTS = Path(__file__).parent / "results"
 QUIET = {
@@ -49,7 +50,7 @@ def median(results: Results, case: str) -> float:
 
 
 def peak(results: Results, case: str) -> float:
-    """The worst of all repetitions, MiB."""
+    """The worst peak of all repetitions, in MiB."""
     return max(record["peak_mib"] for record in results[case])
 
 
@@ -59,8 +60,8 @@ def ratio(number: Callable[[Results, str], float], weights: str) -> Callable[[Re
     )
 
 
-# What is measured, unit, how, at most; for a CPU. The 1.25 stands for "independent of the number of
-# tokens".
+# Each target, for a CPU: its name, the unit, the number, and the most that it may be. The limit of
+# 1.25 stands for "independent of the number of tokens".
 TARGETS: list[tuple[str, str, Callable[[Results], float], float]] = [
     ("divergence, trainable head", "CPU s", lambda r: best(r, f"{OURS}/trainable/1024"), 1.8),
     ("divergence, trainable head", "MiB", lambda r: peak(r, f"{OURS}/trainable/1024"), 350),
@@ -82,8 +83,12 @@ TARGETS: list[tuple[str, str, Callable[[Results], float], float]] = [
 def main(
     only: Literal["divergence", "step"] | None = None, repeats: int = 3, name: str = ""
 ) -> None:
-    """Run the cases, print the tables, write results/<name>.json (by default, the kind of device
-    and the date).
+    """Run the cases, print the tables and write results/<name>.json.
+
+    Args:
+        only: Half of the cases; all by default.
+        repeats: Repetitions of each case.
+        name: Name of the results; the kind of device and the date by default.
     """
     console, results = Console(width=110), Results()
     tables: dict[str, Iterable[str]] = {"divergence": divergence.CASES, "step": step.CASES}
@@ -103,9 +108,9 @@ def main(
                     f" {record['peak_mib']:.0f} MiB",
                     style="dim",
                 )
-            path.write_text(
-                json.dumps(about() | {"repeats": i + 1, "cases": results}, indent=1) + "\n"
-            )  # a stop loses one round
+            # Written after each round, so that an interrupt loses one round at most.
+            written = about() | {"repeats": i + 1, "cases": results}
+            path.write_text(json.dumps(written, indent=1) + "\n")
     for part in ("divergence", "step"):
         if any(case.startswith(part) for case in results):
             console.print(show(part, results))
@@ -115,7 +120,7 @@ def main(
 
 
 def one(case: str, folder: str) -> dict[str, Any]:
-    """One case in a fresh process; its last line is the record."""
+    """Measure one case in a fresh process, whose last line is the record."""
     part, name = case.split("/", 1)
     command = [sys.executable, "-m", f"benchmarks.{part}", name, folder]
     done = subprocess.run(
@@ -127,7 +132,7 @@ def one(case: str, folder: str) -> dict[str, Any]:
 
 
 def about() -> dict[str, Any]:
-    """When, on what and with what: no names of hosts or folders."""
+    """Describe the measurement: date, machine, versions and workload, without hosts or folders."""
     gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else None
     return {
         "date": date.today().isoformat(),
@@ -189,7 +194,7 @@ def show(part: str, results: Results) -> Table:
 
 
 def split(results: Results, case: str) -> tuple[float, float]:
-    """The best step's seconds, apart: generating, and all the rest."""
+    """Split the seconds of the best step into generation and all the rest."""
     steps = [
         pair
         for record in results[case]
@@ -200,14 +205,14 @@ def split(results: Results, case: str) -> tuple[float, float]:
 
 
 def judge(results: Results) -> Table:
-    """The targets that these results can answer."""
+    """Compare the results with the targets."""
     table = Table("target", "unit", title="targets", title_justify="left")
     for column in ("measured", "at most", ""):
         table.add_column(column, justify="right")
     for label, unit, number, limit in TARGETS:
         try:
             value = number(results)
-        except KeyError:  # that part was not run
+        except KeyError:  # the case was not run
             continue
         table.add_row(
             label, unit, f"{value:.3g}", f"{limit:g}", "met" if value <= limit else "missed"

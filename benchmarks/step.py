@@ -1,8 +1,8 @@
-"""A whole training step on both sides: generate, score, learn; all weights of the student, or LoRA.
+"""Measure a whole training step: generate, score, learn; with all weights, or with a LoRA.
 
-`opdlab.distill` against `trl.DistillationTrainer`, the reverse KL on the full vocabulary, one
-update a step, no gradient checkpointing. `python -m benchmarks.step CASE TOKENIZER_FOLDER` measures
-one case and prints a JSON line.
+`opdlab.distill` and `trl.DistillationTrainer` train with the reverse KL on the full vocabulary, one
+update per step, without gradient checkpointing. `python -m benchmarks.step CASE TOKENIZER_FOLDER`
+measures one case and prints a JSON line.
 """
 
 from __future__ import annotations
@@ -87,12 +87,11 @@ def opdlab_side(
         "benchmark",
         lambda n, seed, split: [Prompt(text) for text in random.Random(seed).sample(texts, n)],
     )
-    ours, theirs = (
-        Policy.of(model, tokenizer, eos=()) for model in (student, teacher)
-    )  # without EOS nothing stops early
+    # Without EOS tokens no completion stops early.
+    learner, guide = (Policy.of(model, tokenizer, eos=()) for model in (student, teacher))
     run = distill(
-        ours,
-        theirs,
+        learner,
+        guide,
         task,
         steps=STEPS,
         batch=BATCH,
@@ -100,7 +99,7 @@ def opdlab_side(
         lora=RANK if lora else None,
         quiet=True,
     )
-    watch.watch(run, "_write")
+    watch.watch(learner, "sample")
 
     def train() -> list[float]:
         for _ in range(STEPS):
@@ -173,16 +172,17 @@ def trl_side(
 
 
 def measure(name: str, tokenizer: PreTrainedTokenizerFast) -> dict[str, object]:
-    """One case in this process: seconds of every step after the warm-up, and the peak of the whole
-    run above its start.
+    """Measure one case in this process.
+
+    Returns:
+        Seconds of every step after the warm-up, and the peak memory of the whole run above its
+        start.
     """
     side, weights = CASES[name]
     prepare = opdlab_side if side == "opdlab" else trl_side
-    student, teacher, watch = (
-        build_model(STUDENT, tokenizer, 0),
-        build_model(TEACHER, tokenizer, 1),
-        Stopwatch(),
-    )
+    student = build_model(STUDENT, tokenizer, 0)
+    teacher = build_model(TEACHER, tokenizer, 1)
+    watch = Stopwatch()
     train = prepare(student, teacher, tokenizer, weights == "LoRA", watch)
     with measured() as cost:
         losses = train()

@@ -1,11 +1,12 @@
-"""How fast the views are in a browser, beside CircuitsVis: `python -m benchmarks.viz [--repeats 5]
-[--sizes 300 1000 10000 30000]`.
+"""Measure how fast the views are in a browser, beside CircuitsVis.
 
-Opens pages from files in the Chromium of this machine. `paint` is from the start of the navigation
-until every token is in the page and two frames have passed. Sides alternate; the tables give the
-best and the median. CircuitsVis is measured where it is installed (`pip install --no-deps
-circuitsvis "importlib-metadata<9" zipp`), with its bundle in the page, as it is without a network.
-Writes every repetition to `results/viz.json`.
+    python -m benchmarks.viz [--repeats 5] [--sizes 300 1000 10000 30000]
+
+Pages are opened from files in the Chromium of this machine. `paint` is the time from the start of
+the navigation until every token is in the page and two frames have passed. The sides alternate; the
+tables give the best and the median. CircuitsVis is measured if it is installed (`pip install
+--no-deps circuitsvis "importlib-metadata<9" zipp`), with its bundle in the page, as it is without a
+network. Every repetition is written to `results/viz.json`.
 """
 
 from __future__ import annotations
@@ -45,11 +46,12 @@ WORDS = [
 ]
 TOP = 8
 
-# Runs before the page: notes the time when `count` nodes match and two frames have passed.
+# Runs before the page, and notes the time when `count` nodes match and two frames have passed.
 WATCH = """([selector, count]) => {
   const look = () => {
     if (document.querySelectorAll(selector).length < count) return requestAnimationFrame(look);
-    requestAnimationFrame(() => requestAnimationFrame(() => { window.painted = performance.now(); }));
+    const note = () => { window.painted = performance.now(); };
+    requestAnimationFrame(() => requestAnimationFrame(note));
   };
   requestAnimationFrame(look);
 }"""
@@ -69,7 +71,8 @@ HOVER = """() => {
   return costs.sort((a, b) => a - b);
 }"""
 LINK = """() => {
-  const [one, two] = document.querySelectorAll(".opd-strip"), nodes = [...one.querySelectorAll("[data-i]")], costs = [];
+  const [one, two] = document.querySelectorAll(".opd-strip"), costs = [];
+  const nodes = [...one.querySelectorAll("[data-i]")];
   for (let k = 0; k < 50; k++) {
     const from = performance.now();
     nodes[(k * 7919) % nodes.length].click();
@@ -81,8 +84,9 @@ LINK = """() => {
 
 
 def trace_of(n: int) -> Trace:
-    """One completion of `n` tokens under two policies, each with its own top tokens; seeded, with
-    the shape of a scored text.
+    """Make a trace of one completion of `n` tokens: noise in the shape of a scored text, seeded.
+
+    Two policies grade it, each with its own top tokens.
     """
     rng, rows = np.random.default_rng(0), np.arange(n)
     support = np.argsort(rng.random((n, len(WORDS))), 1)[:, : 2 * TOP]
@@ -115,8 +119,8 @@ def trace_of(n: int) -> Trace:
     return Trace(pa.table(data), meta)
 
 
-def ours(trace: Trace, path: Path) -> dict[str, float]:
-    """Write a lens and say how large its data is."""
+def write_lens(trace: Trace, path: Path) -> dict[str, float]:
+    """Write a `TokenLens`, and measure its size."""
     lens = viz.TokenLens(trace)
     lens.to_html(path)
     return {
@@ -125,7 +129,8 @@ def ours(trace: Trace, path: Path) -> dict[str, float]:
     }
 
 
-def theirs(trace: Trace, path: Path) -> dict[str, float]:
+def write_colored_tokens(trace: Trace, path: Path) -> dict[str, float]:
+    """Write the same tokens with CircuitsVis, and measure the page's size."""
     from circuitsvis.tokens import colored_tokens
 
     values = trace.column("teacher_logp") - trace.column("student_logp")
@@ -137,16 +142,15 @@ def theirs(trace: Trace, path: Path) -> dict[str, float]:
 
 
 SIDES: dict[str, tuple[Callable[[Trace, Path], dict[str, float]], str]] = {
-    "opdlab TokenLens": (ours, ".opd-strip [data-i]"),
-    "CircuitsVis ColoredTokens": (theirs, "[id^=circuits-vis] span"),
+    "opdlab TokenLens": (write_lens, ".opd-strip [data-i]"),
+    "CircuitsVis ColoredTokens": (write_colored_tokens, "[id^=circuits-vis] span"),
 }
 
 
-def painted(browser: Browser, path: Path, selector: str, n: int) -> tuple[Page, float]:
-    """Open a page; milliseconds until all of it is there and two frames have passed."""
-    tab = browser.new_page(
-        viewport={"width": 900, "height": 800}, bypass_csp=True
-    )  # the clock is a script of its own
+def open_page(browser: Browser, path: Path, selector: str, n: int) -> tuple[Page, float]:
+    """Open a page, and measure the milliseconds until all of it is painted."""
+    # The clock is a script of its own, which the page's policy would refuse.
+    tab = browser.new_page(viewport={"width": 900, "height": 800}, bypass_csp=True)
     tab.add_init_script(f"({WATCH})({json.dumps([selector, n])})")
     tab.goto(path.as_uri())
     tab.wait_for_function("window.painted", timeout=60_000)
@@ -157,7 +161,7 @@ def measure(browser: Browser, side: str, trace: Trace, folder: Path) -> dict[str
     write, selector = SIDES[side]
     path = folder / "page.html"
     sizes = write(trace, path)
-    tab, ms = painted(browser, path, selector, len(trace))
+    tab, ms = open_page(browser, path, selector, len(trace))
     out = {"paint ms": ms, **sizes}
     if side.startswith("opdlab"):
         hover = tab.evaluate(HOVER)
@@ -170,16 +174,14 @@ def measure(browser: Browser, side: str, trace: Trace, folder: Path) -> dict[str
     return out
 
 
-def linked(browser: Browser, trace: Trace, folder: Path) -> dict[str, float]:
-    """Two lenses of one text on a page: a click in one until the other has moved, without any
-    kernel.
-    """
+def measure_link(browser: Browser, trace: Trace, folder: Path) -> dict[str, float]:
+    """Measure the time from a click in one of two lenses of one text until the other moves."""
     path = page(
         folder / "two.html",
         title="two",
         lenses=[("one", viz.TokenLens(trace)), ("two", viz.TokenLens(trace))],
     )
-    tab, ms = painted(browser, path, ".opd-strip [data-i]", 2 * len(trace))
+    tab, ms = open_page(browser, path, ".opd-strip [data-i]", 2 * len(trace))
     costs = tab.evaluate(LINK)
     tab.close()
     return {
@@ -204,7 +206,7 @@ def main(repeats: int = 5, sizes: tuple[int, ...] = (300, 1000, 10_000, 30_000))
                             measure(browser, side, trace, Path(folder))
                         )
             results.setdefault("two linked lenses, 1,000", []).append(
-                linked(browser, trace_of(1000), Path(folder))
+                measure_link(browser, trace_of(1000), Path(folder))
             )
         version = browser.version
         browser.close()
@@ -216,7 +218,7 @@ def main(repeats: int = 5, sizes: tuple[int, ...] = (300, 1000, 10_000, 30_000))
 
 
 def table(results: dict[str, list[dict[str, float]]]) -> Table:
-    """Best / median over the repetitions."""
+    """Make a table of the best and the median over the repetitions."""
     columns = list(dict.fromkeys(key for rows in results.values() for row in rows for key in row))
     out = Table("case, tokens", *columns)
     for case, rows in results.items():

@@ -1,10 +1,8 @@
-"""The workload that both sides get, built on the spot without any hub, and the gauges that they are
-measured with.
+"""Build the workload that both sides get, and measure what it costs.
 
-A byte-level BPE tokenizer of 32,000 tokens trained on the standard library's own source, and two
-random models of Llama's
-shape: speed does not depend on what the weights say. Completions are forced to full length, so all
-    sides do equal work.
+The workload needs no hub: a byte-level BPE tokenizer of 32,000 tokens is trained on the source of
+the standard library, and two models of Llama's shape get random weights, since speed does not
+depend on what the weights say. Completions are forced to full length, so all sides do equal work.
 """
 
 from __future__ import annotations
@@ -54,8 +52,9 @@ def source_text(characters: int = 6_000_000) -> str:
 
 
 def build_tokenizer() -> PreTrainedTokenizerFast:
-    """Trains the tokenizer (seconds); `save_pretrained` and `load_tokenizer` carry it to other
-    processes.
+    """Train the tokenizer, in seconds.
+
+    `save_pretrained` and `load_tokenizer` carry it to other processes.
     """
     bpe = Tokenizer(models.BPE())
     bpe.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
@@ -102,8 +101,9 @@ def build_model(
 
 
 def prompts(tokenizer: PreTrainedTokenizerFast, n: int) -> list[str]:
-    """`n` texts of exactly `PROMPT` tokens: windows of the source that survive decoding and
-    encoding again.
+    """Cut `n` texts of exactly `PROMPT` tokens out of the source.
+
+    Only texts count that have as many tokens when they are encoded again.
     """
     ids = tokenizer(source_text(PROMPT * n * 40))["input_ids"]
     windows = (
@@ -116,10 +116,11 @@ def prompts(tokenizer: PreTrainedTokenizerFast, n: int) -> list[str]:
 
 @dataclass
 class Cost:
-    """`seconds`:
+    """The cost of a block of code.
 
-    CPU seconds of this process, or synchronised wall seconds on a GPU. `peak_mib`: memory above the
-    start.
+    Attributes:
+        seconds: CPU seconds of this process; on a GPU, synchronised wall seconds.
+        peak_mib: Peak memory above that at the start, in MiB.
     """
 
     seconds: float = float("nan")
@@ -128,9 +129,9 @@ class Cost:
 
 @contextmanager
 def measured() -> Iterator[Cost]:
-    """Fills in what the block costs once it is over.
+    """Measure a block; the cost is filled in when the block is over.
 
-    Memory on a CPU needs Linux with /proc: elsewhere it stays NaN.
+    Memory on a CPU needs Linux with /proc; elsewhere it stays NaN.
     """
     cost, before, began = Cost(), _reset_peak(), clock()
     yield cost
@@ -139,9 +140,7 @@ def measured() -> Iterator[Cost]:
 
 
 def clock() -> float:
-    """Seconds to take differences of: wall on a GPU, CPU time of the process otherwise (other
-    processes do not count).
-    """
+    """Read the clock in seconds: wall time on a GPU, CPU time of this process otherwise."""
     if device().type == "cpu":
         return time.process_time()
     torch.cuda.synchronize()
@@ -149,16 +148,15 @@ def clock() -> float:
 
 
 def _reset_peak() -> float:
-    """Set the high-water mark back to what is in use now, and return that, in MiB."""
+    """Set the high-water mark back to the memory in use now, and return that in MiB."""
     if device().type == "cuda":
         torch.cuda.reset_peak_memory_stats()
         return torch.cuda.memory_allocated() / 2**20
     if not STATUS.exists():
         return float("nan")
     if hasattr(libc := ctypes.CDLL(None), "malloc_trim"):
-        libc.malloc_trim(
-            0
-        )  # glibc: what was freed earlier goes back to the system and does not count as in use
+        # In glibc, memory that was freed earlier goes back to the system and is no longer in use.
+        libc.malloc_trim(0)
     Path("/proc/self/clear_refs").write_text("5")  # Linux: VmHWM becomes VmRSS
     return _status("VmRSS") - _status("RssFile")
 
@@ -170,9 +168,9 @@ def _peak() -> float:
 
 
 def _status(key: str) -> float:
-    """A line of the process's status in MiB.
+    """Read a line of the process's status, in MiB.
 
-    RssFile is program code read in from libraries: it is left out of memory.
+    RssFile is program code of libraries, which is not counted as memory.
     """
     line = next(line for line in STATUS.read_text().splitlines() if line.startswith(key + ":"))
     return int(line.split()[1]) / 1024
