@@ -1,6 +1,6 @@
 """Run all checks on all families and write docs/families.md.
 
-Exits with an error where a family is wrong.
+The exit code is 1 if a family is wrong.
 """
 
 from __future__ import annotations
@@ -19,23 +19,28 @@ from family_zoo import FAMILIES
 
 HEAD = """# Model families
 
-Which families of transformers {version} opdlab is right for, measured by `make families` on tiny random models
-(float32, CPU). Each check compares with plain passes of the same model: one text at a time, without padding or cache.
+This table shows for which families of transformers {version} opdlab gives right numbers. `make
+families` measures it on tiny random models (float32, CPU). Each check compares opdlab with plain
+passes of the same model: one text at a time, without padding or cache.
 
-- **scoring**: log-probs of texts of different length, with and without a prompt prefix that all share
-- **sampling**: log-probs that the sampler returns, for one and two samples; greedy takes the likeliest token
-- **early ends**: the same where texts end at different steps
-- **LoRA gradients**, **full gradients**: the engine's gradients against autograd on the full logits
-- **LoRA steps**: two steps move adapters in attention (or its stand-in) and, where it has linear layers, in the MLP
+- **scoring**: log-probs of texts of different lengths, with and without a shared prompt prefix
+- **sampling**: log-probs that the sampler returns, for one and two samples; greedy sampling takes
+  the likeliest token
+- **early ends**: the same for texts that end at different steps
+- **LoRA gradients**, **full gradients**: the engine's gradients against autograd on full logits
+- **LoRA steps**: two steps move adapters in attention (or in the layers that take its place) and in
+  the MLP, if that has linear layers
 - **teacher = student**: the loss is zero
-- **full training**: a step on all weights
-- **checkpointing**: gradient checkpointing changes no number, or is refused for a family that does not support it
-- **PEFT file**: PEFT reads the adapter and gives the same log-probs ("not in PEFT": PEFT does not read back what it saves itself;
-  `opdlab.resume` does)
+- **full training**: one step on all weights
+- **checkpointing**: gradient checkpointing changes no number, or is refused for a family that does
+  not support it
+- **PEFT file**: PEFT reads the adapter and gives the same log-probs. "not in PEFT" means that PEFT
+  cannot read back what it saved itself; `opdlab.resume` can
 
-"Without" names shortcuts that would change the family's numbers and are not taken; opdlab warns of them when the policy is
-made. A refused family is refused at that moment, with the reason given. The families in the table are examples: opdlab has no
-list of names, every model is checked when a policy is made.
+The column "without" names shortcuts that would change the family's numbers. opdlab does not take
+them, and warns of them when a policy is made. A refused family is refused when a policy is made,
+for the given reason. The families in the table are examples: opdlab has no list of names, and
+checks every model when a policy is made of it.
 
 | family | {columns} | without |
 |---|{rules}---|
