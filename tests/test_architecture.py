@@ -12,6 +12,10 @@ from pathlib import Path
 
 import pytest
 
+from opdlab.data.notes import Windows
+from opdlab.data.trace import Trace
+from opdlab.viz.made_up import make_trace
+
 PACKAGE = Path(__file__).parents[1] / "opdlab"
 
 # Each folder (or file) imports from itself and from those above it in this list.
@@ -116,10 +120,32 @@ def test_a_cycle_is_found():
 
 
 HEAVY = ("torch", "transformers", "peft", "accelerate", "datasets", "scipy")
+LOADED = f"import sys; print('loaded', *[name for name in {HEAVY} if name in sys.modules])"
+
+
+def heavy_modules_after(code: str) -> list[str]:
+    """The heavy modules that a fresh interpreter has loaded after running this code."""
+    run = subprocess.run(
+        [sys.executable, "-c", f"{code}\n{LOADED}"], capture_output=True, text=True, check=True
+    )
+    return run.stdout.splitlines()[-1].split()[1:]
 
 
 @pytest.mark.parametrize("statement", ["import opdlab.viz", "from opdlab.data.trace import Trace"])
 def test_pictures_need_no_models(statement):
-    code = f"{statement}\nimport sys\nprint(*[name for name in {HEAVY} if name in sys.modules])"
-    out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-    assert out.stdout.split() == []
+    assert heavy_modules_after(statement) == []
+
+
+def test_showing_a_trace_needs_no_models(tmp_path):
+    file, out = tmp_path / "trace.parquet", tmp_path / "page.html"
+    trace = make_trace([b"a", b" b", b" c"], ("student", "teacher", "teacher+hint"))
+    note = Windows(
+        [{"sample": 0, "position": 1, "student": [0], "teacher": [1], "distance": 0.5}]
+    ).as_json()
+    Trace(trace.table, trace.meta | {"notes": {"mine": {"windows": note}}}).save(file)
+    arguments = ["opdlab", "show", str(file), "--out", str(out), "--no-open"]
+    code = f"import sys; sys.argv = {arguments}\nfrom opdlab.commands.cli import main; main()"
+    assert heavy_modules_after(code) == []
+    written = out.read_text(encoding="utf-8")
+    for view in ("lens", "timeline", "regimes", "privilege", "forks", "tail"):
+        assert f"opd-{view}" in written

@@ -97,9 +97,7 @@ def market(quick: bool = False) -> Scene:
     )
     yield (
         "What was written at each step",
-        Scrubber(
-            snapshots.rewrite(run, rollout.prompts[wrong : wrong + 1], teacher), run.history
-        ),
+        Scrubber(snapshots.rewrite(run, rollout.prompts[wrong : wrong + 1], teacher), run.history),
     )
     yield "The run, with its alarms", RunBoard(run)
     yield (

@@ -14,11 +14,14 @@ from opdlab.data.notes import Alignments, Chunks, Note, Windows
 _CODES = {
     "DOPD": (
         "route",
-        ("LH agree, sure", "LL agree, unsure", "HT teacher leads", "HS student leads"),
+        Description(
+            labels=("LH agree, sure", "LL agree, unsure", "HT teacher leads", "HS student leads"),
+            hues=("amount", "minus", "teacher", "student"),
+        ),
     ),
-    "EOPD": ("gated", ("reverse KL alone", "gated: forward KL too")),
-    "OmniOPD": ("audited", ("anchored", "audited")),
-    "TOPD": ("divergent", ("no", "yes")),
+    "EOPD": ("gated", Description(labels=("reverse KL alone", "gated: forward KL too"))),
+    "OmniOPD": ("audited", Description(labels=("anchored", "audited"))),
+    "TOPD": ("divergent", Description(labels=("no", "yes"))),
 }
 
 
@@ -42,14 +45,34 @@ def upgrade(meta: Any) -> Any:
     notes = _notes(meta.get("notes") or {})
     columns = {}
     if ours in _CODES and _CODES[ours][0] in (meta.get("plan") or []):
-        column, labels = _CODES[ours]
-        columns[column] = Description(labels=labels).as_json()
+        column, description = _CODES[ours]
+        columns[column] = description.as_json()
+    if ours == "DOPD":
+        columns |= _gap_of_dopd(meta)
     return {
         **meta,
         "format": 2,
         "method": name,
         "columns": columns,
         "notes": {name: notes} if notes else {},
+    }
+
+
+def _gap_of_dopd(meta: Mapping[str, Any]) -> dict[str, Any]:
+    """Describe the gap of DOPD, and the confidence that pictures derive from the same policies."""
+    names = list(meta.get("policies") or [])
+    hinted = [name for name in names if name.endswith("+hint") and name != "teacher+hint"]
+    student = next(iter(hinted), "student")
+    if "teacher+hint" not in names or student not in names:
+        return {}
+    lines = (meta.get("notes") or {}).get("thresholds", {})
+    return {
+        name: Description(
+            unit=unit,
+            compares=("teacher+hint", student),
+            threshold=lines.get(name) if isinstance(lines, Mapping) else None,
+        ).as_json()
+        for name, unit in (("gap", "nats"), ("confidence", ""))
     }
 
 

@@ -1,4 +1,8 @@
-"""Pictures of traces and runs. They draw what is recorded and never run a model."""
+"""Pictures of traces and runs. They draw what is recorded; importing them loads no model.
+
+`VIEWS` has every view, in the order in which one looks. A new view adds its import and its name
+here; the gallery, the overview, the table in the README and the tests of all views follow.
+"""
 
 from opdlab.viz.alignment import Alignment
 from opdlab.viz.audits import Audits
@@ -18,7 +22,25 @@ from opdlab.viz.timeline import Timeline
 from opdlab.viz.token_lens import TokenLens
 from opdlab.viz.view import View, set_renderer
 
+VIEWS: tuple[type[View], ...] = (
+    TokenLens,
+    Compare,
+    Rollouts,
+    Timeline,
+    Regimes,
+    PrivilegeLens,
+    Forks,
+    Audits,
+    Scrubber,
+    RunBoard,
+    RunCard,
+    Playground,
+    TailAudit,
+    Alignment,
+)
+
 __all__ = [
+    "VIEWS",
     "Alignment",
     "Audits",
     "Compare",

@@ -6,30 +6,39 @@ import unicodedata
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pandas as pd
 
 from opdlab.data.alignment import Span, decode_bytes, one_to_one, spans
+from opdlab.data.notes import Alignments
 from opdlab.data.trace import Trace
 from opdlab.errors import OpdlabError
 from opdlab.support.expect import expect
 from opdlab.viz import markup, payload
-from opdlab.viz.channels import Channel
+from opdlab.viz.channel import Channel
 from opdlab.viz.glyphs import visible
-from opdlab.viz.provenance import notes_of
-from opdlab.viz.view import View
+from opdlab.viz.view import EXAMPLE_TOKENS, EXAMPLE_WORDS, View
+
+if TYPE_CHECKING:
+    from typing_extensions import Self
 
 LONG = 72  # columns from which a span's tokens wrap, and are not joined one by one
 FULL = 60  # tokens of a side that a cell shows; of more, the first and last halves of these
 STILL = 400  # spans that the picture without script holds
+FIELDS = {"sample", "teacher", "spans", "kl"}  # of a noted alignment
 
 
 @dataclass(frozen=True)
 class Piece:
-    """A span as it is drawn: token places on both sides, bytes, and whether both sides spell the
-    same there.
+    """A span as it is drawn.
+
+    Attributes:
+        ours: Places of the student's tokens.
+        theirs: Places of the teacher's tokens.
+        size: Bytes.
+        matched: Whether both sides spell the same there.
     """
 
     ours: range
@@ -39,25 +48,39 @@ class Piece:
 
     @property
     def kind(self) -> str:
+        """Such as "1:1", or "unmatched"."""
         return f"{len(self.ours)}:{len(self.theirs)}" if self.matched else "unmatched"
 
 
 class Alignment(View):
-    """Which tokens of two models stand for the same text? Two rows of tokens, joined span by span.
+    """Two rows of tokens, those of either model, joined span by span.
 
         viz.Alignment.of(text, student.tokenizer, teacher.tokenizer)
-        viz.Alignment.of_trace(step.trace(), sample=0)       # of SpanOPD, coloured by what each span costs
+        viz.Alignment.of_trace(step.trace(), sample=0)  # coloured by the cost of each span
 
-    ours, theirs: the bytes that each token adds to the text (`opdlab.data.alignment.spoken`). Where
-        the two spell different texts,
-    what lies between their common beginning and end is unmatched, and hatched; so are tokens
-    without bytes. kl: log p - log q of each span in nats, as SpanOPD notes it; orange where the
-    student is over-confident, blue where the teacher wants more of it.
-    cuts: spans that are known already, [start, stop, start, stop] in tokens of either side.
+    Where the two spell different texts, the part between their common beginning and end is
+    unmatched, and hatched; so are tokens without bytes.
 
-    `selected` is a span, a row of `df`.
+    Args:
+        ours: The bytes that each token of the student adds to the text
+            (`opdlab.data.alignment.decode_bytes`).
+        theirs: The same of the teacher.
+        kl: log p - log q of each span in nats: orange where the student is over-confident, blue
+            where the teacher wants more of it.
+        title: The title above.
+        names: The names of the two models.
+        cuts: Spans that are known already, [start, stop, start, stop] in tokens of either side.
+
+    Attributes:
+        pieces: The spans, in order.
+        selected: A span, as a row of `df`.
+
+    Raises:
+        OpdlabError: There is not one KL for each span.
     """
 
+    caption = "Which tokens of two models stand for the same text?"
+    takes = "one text in the tokens of two models, or a trace with noted spans"
     name, scripts, styles = "alignment", ("alignment.js",), ("alignment.css",)
 
     def __init__(
@@ -71,20 +94,15 @@ class Alignment(View):
     ) -> None:
         super().__init__()
         self.title, self.names = title, names
-        self.ours, self.theirs = (
-            [bytes(piece) for piece in ours],
-            [bytes(piece) for piece in theirs],
-        )
-        self.pieces = (
-            list(pieces(self.ours, self.theirs))
-            if cuts is None
-            else [self._piece(*cut) for cut in cuts]
-        )
+        self.ours = [bytes(piece) for piece in ours]
+        self.theirs = [bytes(piece) for piece in theirs]
+        if cuts is None:
+            self.pieces = list(pieces(self.ours, self.theirs))
+        else:
+            self.pieces = [self._piece(*cut) for cut in cuts]
         matched = sum(p.matched for p in self.pieces)
-        if kl is not None and len(kl) not in (
-            matched,
-            matched + 1,
-        ):  # SpanOPD also notes the end, which is no span of the text
+        # A method may also note the end of the text, which is no span of it.
+        if kl is not None and len(kl) not in (matched, matched + 1):
             raise OpdlabError(
                 f"Alignment got kl for {len(kl)} spans, but the texts have {matched}. Give one"
                 " number a span."
@@ -92,20 +110,47 @@ class Alignment(View):
         self.kl = None if kl is None else np.asarray(kl, float)
 
     @classmethod
-    def of(cls, text: str, ours: Any, theirs: Any, **options: Any) -> Alignment:
-        """One text through two tokenizers."""
-        ids = [
-            tokenizer(text, add_special_tokens=False)["input_ids"] for tokenizer in (ours, theirs)
-        ]
-        return cls(decode_bytes(ours, ids[0]), decode_bytes(theirs, ids[1]), **options)
+    def fits(cls, given: object, sample: int = 0) -> bool:
+        """Return whether `given` is a trace whose plan noted the spans of this completion."""
+        return isinstance(given, Trace) and sample in _noted_spans(given)
 
     @classmethod
-    def of_trace(cls, trace: Trace, sample: int = 0, **options: Any) -> Alignment:
-        """A completion of a step that SpanOPD trained on, with its KL; raises OpdlabError for one
-        whose spans were not noted.
+    def example(cls, tokens: Sequence[bytes] = EXAMPLE_TOKENS, words: str = EXAMPLE_WORDS) -> Self:
+        """Make the alignment of a text with the same text in pieces of three bytes."""
+        raw = b"".join(tokens).decode("utf-8", "replace").encode()
+        thirds = [raw[i : i + 3] for i in range(0, len(raw), 3)]
+        return cls(tokens, thirds, title=words, names=(words, f"{words}, in threes"))
+
+    @classmethod
+    def of(cls, text: str, ours: Any, theirs: Any, **options: Any) -> Self:
+        """Make the alignment of one text in the tokens of two tokenizers.
+
+        Args:
+            text: The text.
+            ours: The student's tokenizer.
+            theirs: The teacher's tokenizer.
+            options: Other arguments of `Alignment`.
+        """
+        sides = []
+        for tokenizer in (ours, theirs):
+            ids = tokenizer(text, add_special_tokens=False)["input_ids"]
+            sides.append(decode_bytes(tokenizer, ids))
+        return cls(*sides, **options)
+
+    @classmethod
+    def of_trace(cls, trace: Trace, sample: int = 0, **options: Any) -> Self:
+        """Make the alignment of a completion whose spans a plan noted, with their KL.
+
+        Args:
+            trace: The trace of a step of SpanOPD, or of another method that notes `Alignments`.
+            sample: The completion.
+            options: Other arguments of `Alignment`.
+
+        Raises:
+            OpdlabError: The spans of this completion were not noted.
         """
         expect(trace, Trace, "Alignment.of_trace", "trace")
-        noted = {one["sample"]: one for one in notes_of(trace, "SpanOPD").get("spans", [])}
+        noted = _noted_spans(trace)
         if sample not in noted:
             there = ", ".join(map(str, noted)) or "none"
             raise OpdlabError(
@@ -116,7 +161,7 @@ class Alignment(View):
         last = one["spans"][-1][1] if one["spans"] else 0
         return cls(
             trace.sample(sample).tokens()[:last],
-            [t.encode() for t in one["teacher"]],
+            [piece.encode() for piece in one["teacher"]],
             kl=one["kl"],
             cuts=one["spans"],
             **options,
@@ -129,8 +174,9 @@ class Alignment(View):
 
     @property
     def df(self) -> pd.DataFrame:
-        """One row a span: its tokens on both sides, bytes, kind ("1:1", "2:3", "unmatched") and KL
-        where it is known.
+        """One row for each span: its tokens on both sides, `bytes`, `kind`, and `kl` where known.
+
+        The kind is such as "1:1" or "2:3", or "unmatched".
         """
         rows = [
             {
@@ -145,6 +191,7 @@ class Alignment(View):
         return table if self.kl is None else table.assign(kl=self._kl())
 
     def data(self) -> dict[str, Any]:
+        """Return all that the script draws."""
         return {
             "title": self.title,
             "names": list(self.names),
@@ -159,154 +206,153 @@ class Alignment(View):
         }
 
     def static(self) -> str:
-        title = markup.title(self.title)
-        cells = "".join(self._cell(i, p) for i, p in enumerate(self.pieces[:STILL]))
-        more = (
-            f'<span class="opd-soft">… {len(self.pieces) - STILL:,} more spans</span>'
-            if len(self.pieces) > STILL
-            else ""
-        )
+        """Return the picture as HTML without a script."""
+        cells = "".join(self._cell(i, piece) for i, piece in enumerate(self.pieces[:STILL]))
+        left = len(self.pieces) - STILL
+        more = f'<span class="opd-soft">… {left:,} more spans</span>' if left > 0 else ""
+        names = markup.safe(" above, ".join(self.names))
         return (
-            f'{title}<div class="opd-bar"><span>{markup.safe(self._said())}</span></div><div'
-            f' class="opd-rows2">{cells}{more}</div><div'
-            f' class="opd-peaks">{markup.safe(" above, ".join(self.names))} below; · is a'
-            " space</div>"
+            f"{markup.title(self.title)}"
+            f'<div class="opd-bar"><span>{markup.safe(self._said())}</span></div>'
+            f'<div class="opd-rows2">{cells}{more}</div>'
+            f'<div class="opd-peaks">{names} below; · is a space</div>'
         )
 
     def __repr__(self) -> str:
         lines = [f"Alignment: {self.title + ', ' if self.title else ''}{self._said()}"]
         if self.pieces:
-            size = (
-                [max(len(p.ours), len(p.theirs)) for p in self.pieces]
-                if self.kl is None
-                else self._kl()
-            )
-            lines.append(
-                f"{markup.sparkline(Channel('', '', np.array(size, float)))}"
-                f" {'tokens' if self.kl is None else 'KL'} by span"
-            )
-        for i, name in enumerate(self.names):
-            side, parts = (
-                (self.ours, self.theirs)[i],
-                ((p.ours, p.theirs)[i] for p in self.pieces[:24]),
-            )
-            lines.append(
-                f"{name:>10} |"
-                f" {' | '.join(' '.join(_seen(side[part.start : part.stop])) or '∅' for part in parts)}"
-            )
+            size = self._kl()
+            if self.kl is None:
+                size = np.array([max(len(p.ours), len(p.theirs)) for p in self.pieces], float)
+            bars = markup.sparkline(Channel("", "", size))
+            lines.append(f"{bars} {'tokens' if self.kl is None else 'KL'} by span")
+        ours = [self.ours[p.ours.start : p.ours.stop] for p in self.pieces[:24]]
+        theirs = [self.theirs[p.theirs.start : p.theirs.stop] for p in self.pieces[:24]]
+        for name, cells in zip(self.names, (ours, theirs), strict=True):
+            shown = " | ".join(" ".join(_seen(cell)) or "∅" for cell in cells)
+            lines.append(f"{name:>10} | {shown}")
         return "\n".join(lines)
 
     def _cell(self, i: int, piece: Piece) -> str:
-        sides = [
-            self.ours[piece.ours.start : piece.ours.stop],
-            self.theirs[piece.theirs.start : piece.theirs.stop],
-        ]
-        wide = [[width(token) for token in side] for side in sides]
-        rows = ["".join(_word(token) for token in _seen(side)) for side in sides]
-        columns = [
-            f"grid-template-columns:{' '.join(f'minmax(0, {w}fr)' for w in side) if 0 < len(side) <= FULL else '1fr'}"
-            for side in wide
-        ]
-        wide_cell = max(map(sum, wide))
-        loose = not piece.matched or wide_cell > LONG
-        look = f"opd-pair{'' if piece.matched else ' opd-unmatched'}{'' if piece.kind == '1:1' else ' opd-several'}{' opd-loose' * loose}"
+        """A span as HTML: its tokens in two rows, and a line between tokens that share bytes."""
+        ours = self.ours[piece.ours.start : piece.ours.stop]
+        theirs = self.theirs[piece.theirs.start : piece.theirs.stop]
+        columns = max(sum(map(width, side)) for side in (ours, theirs))
+        is_loose = not piece.matched or columns > LONG
+        look = ["opd-pair"]
+        look += [] if piece.matched else ["opd-unmatched"]
+        look += [] if piece.kind == "1:1" else ["opd-several"]
+        look += ["opd-loose"] if is_loose else []
         shade = "" if self.kl is None else _shade(-float(self._kl()[i]), self._limit())
-        top, foot = (
-            f'<span class="opd-toks" style="{c};{shade}">{row}</span>'
-            for c, row in zip(columns, rows, strict=True)
-        )
-        lines = "" if loose else joints(*sides)
+        lines = "" if is_loose else joints(ours, theirs)
         return (
-            f'<span class="{look}" style="min-width:min({wide_cell}ch, 100%)">{top}<svg viewBox="0'
-            ' 0 100 20" preserveAspectRatio="none" aria-hidden="true"><path'
-            f' d="{lines}"/></svg>{foot}</span>'
+            f'<span class="{" ".join(look)}" style="min-width:min({columns}ch, 100%)">'
+            f"{_row(ours, shade)}"
+            '<svg viewBox="0 0 100 20" preserveAspectRatio="none" aria-hidden="true">'
+            f'<path d="{lines}"/></svg>'
+            f"{_row(theirs, shade)}</span>"
         )
 
     def _piece(self, a: int, b: int, c: int, d: int) -> Piece:
         return Piece(range(a, b), range(c, d), sum(map(len, self.ours[a:b])))
 
     def _kl(self) -> np.ndarray:
-        """By row of `df`; nan for what is unmatched."""
-        assert self.kl is not None
-        out, at = (
-            np.full(len(self.pieces), np.nan),
-            [i for i, p in enumerate(self.pieces) if p.matched],
-        )
-        out[at] = self.kl[: len(at)]
+        """The KL by row of `df`; NaN where it is not known and for unmatched pieces."""
+        out = np.full(len(self.pieces), np.nan)
+        if self.kl is not None:
+            matched = [i for i, piece in enumerate(self.pieces) if piece.matched]
+            out[matched] = self.kl[: len(matched)]
         return out
 
     def _limit(self) -> float:
         return 1.0 if self.kl is None else Channel("", "", self.kl).limit
 
     def _said(self) -> str:
-        matched = [p for p in self.pieces if p.matched]
-        single, unmatched = (
-            sum(p.kind == "1:1" for p in matched),
-            sum(p.size for p in self.pieces if not p.matched),
-        )
-        said = (
-            f"{100 * self.share:.0f} % of the {'matched ' * bool(unmatched)}bytes in 1:1 spans"
-            f" ({single} of {len(matched)})"
-        )
-        counts = (
-            f"{len(self.ours)} {self.names[0]} tokens, {len(self.theirs)} {self.names[1]} tokens"
-        )
-        return f"{said} · {counts}{f' · {unmatched} bytes unmatched' if unmatched else ''}"
+        matched = [piece for piece in self.pieces if piece.matched]
+        single = sum(piece.kind == "1:1" for piece in matched)
+        unmatched = sum(piece.size for piece in self.pieces if not piece.matched)
+        of = "matched bytes" if unmatched else "bytes"
+        parts = [
+            f"{100 * self.share:.0f} % of the {of} in 1:1 spans ({single} of {len(matched)})",
+            f"{len(self.ours)} {self.names[0]} tokens, {len(self.theirs)} {self.names[1]} tokens",
+        ]
+        return " · ".join([*parts, f"{unmatched} bytes unmatched"] if unmatched else parts)
+
+
+def _noted_spans(trace: Trace) -> dict[int, dict[str, Any]]:
+    """The alignments that a plan noted, by completion."""
+    note = trace.note(Alignments)
+    noted = note.alignments if note else []
+    return {int(one["sample"]): one for one in noted if set(one) >= FIELDS}
 
 
 def pieces(ours: Sequence[bytes], theirs: Sequence[bytes]) -> Iterator[Piece]:
-    """The spans of the common beginning, what differs as one unmatched piece, and the spans of the
-    common end.
+    """Yield the spans of two token rows, with the part where they differ as one unmatched piece.
+
+    The spans of the common beginning come first, then that piece, then the spans of the common end.
     """
     n, m = len(ours), len(theirs)
     a, b = _together(ours, theirs)
     c, d = (0, 0) if (a, b) == (n, m) else _together(ours[a:][::-1], theirs[b:][::-1], back=True)
-    for part, i, j in (
-        (spans(ours[:a], theirs[:b]), 0, 0),
-        (None, 0, 0),
-        (spans(ours[n - c :], theirs[m - d :]) if c or d else [], n - c, m - d),
-    ):
-        if part is None and (a + c < n or b + d < m):
-            size = sum(map(len, ours[a : n - c])) or sum(map(len, theirs[b : m - d]))
-            yield Piece(range(a, n - c), range(b, m - d), size, matched=False)
-        for span in part or []:
-            yield Piece(_moved(span.ours, i), _moved(span.theirs, j), span.size)
+    yield from _moved_spans(ours[:a], theirs[:b], 0, 0)
+    if a + c < n or b + d < m:
+        size = sum(map(len, ours[a : n - c])) or sum(map(len, theirs[b : m - d]))
+        yield Piece(range(a, n - c), range(b, m - d), size, matched=False)
+    if c or d:
+        yield from _moved_spans(ours[n - c :], theirs[m - d :], n - c, m - d)
+
+
+def _moved_spans(
+    ours: Sequence[bytes], theirs: Sequence[bytes], ours_start: int, theirs_start: int
+) -> Iterator[Piece]:
+    """The spans of two parts that begin at these places of the whole."""
+    for span in spans(ours, theirs):
+        yield Piece(
+            range(span.ours.start + ours_start, span.ours.stop + ours_start),
+            range(span.theirs.start + theirs_start, span.theirs.stop + theirs_start),
+            span.size,
+        )
 
 
 @lru_cache(maxsize=65_536)
 def width(piece: bytes) -> int:
-    """Columns that a token takes in a monospaced row, with a little air."""
+    """Return the columns that a token takes in a monospaced row, with a little air."""
     return 1 + sum(
         2 if unicodedata.east_asian_width(c) in "WF" else 1 for c in payload.word(visible(piece))
     )
 
 
 def joints(above: Sequence[bytes], below: Sequence[bytes]) -> str:
-    """A line from each token above to each below that it shares bytes with; hundredths of the
-    cell's width, twenty high.
+    """Return the SVG path that joins each token above with those below that share its bytes.
+
+    In hundredths of the cell's width; the path is twenty high.
     """
-    out, (tops, feet) = [], (_places(side) for side in (above, below))
-    for x, a, b in tops:
+    out = []
+    feet = _places(below)
+    for x, a, b in _places(above):
         out += [f"M{x:.1f} 0L{y:.1f} 20" for y, c, d in feet if min(b, d) - max(a, c) > 1e-9]
     return "".join(out)
 
 
 def _places(side: Sequence[bytes]) -> list[tuple[float, float, float]]:
-    """Of each token of a cell its centre in percent, and where its bytes begin and end as shares of
-    the cell's.
-    """
-    x, y = (
-        np.cumsum([0, *sizes]) / (sum(sizes) or 1)
-        for sizes in ([width(p) for p in side], [len(p) for p in side])
-    )
-    return list(zip((50 * (x[:-1] + x[1:])).tolist(), y[:-1].tolist(), y[1:].tolist(), strict=True))
+    """The centre of each token in percent of the cell, and where its bytes begin and end, 0 to 1."""
+    columns = _cumulated([width(piece) for piece in side])
+    at = _cumulated([len(piece) for piece in side])
+    centres = 50 * (columns[:-1] + columns[1:])
+    return list(zip(centres.tolist(), at[:-1].tolist(), at[1:].tolist(), strict=True))
+
+
+def _cumulated(sizes: list[int]) -> np.ndarray:
+    """Where each part begins and the last one ends, as shares of the sum."""
+    return np.asarray(np.cumsum([0, *sizes]) / (sum(sizes) or 1))
 
 
 def _together(
     ours: Sequence[bytes], theirs: Sequence[bytes], back: bool = False
 ) -> tuple[int, int]:
-    """How many tokens of either side, from the start, spell the same bytes (`back`: both sides come
-    reversed).
+    """How many tokens of either side, from the start, spell the same bytes.
+
+    `back` says that both sides come reversed.
     """
     way = -1 if back else 1
     whole = [b"".join(piece[::way] for piece in side) for side in (ours, theirs)]
@@ -324,10 +370,6 @@ def _together(
 
 def _ends(p: Piece) -> list[int]:
     return [p.ours.start, p.ours.stop, p.theirs.start, p.theirs.stop, p.size, int(p.matched)]
-
-
-def _moved(places: range, by: int) -> range:
-    return range(places.start + by, places.stop + by)
 
 
 def _some(side: Sequence[bytes]) -> list[bytes | int]:
@@ -348,19 +390,26 @@ def _word(token: str) -> str:
     return f"<span>{markup.safe(token)}</span>"
 
 
+def _row(side: Sequence[bytes], shade: str) -> str:
+    """The tokens of one side of a span as HTML, each as wide as its text."""
+    few = 0 < len(side) <= FULL
+    columns = " ".join(f"minmax(0, {width(token)}fr)" for token in side) if few else "1fr"
+    words = "".join(_word(token) for token in _seen(side))
+    return f'<span class="opd-toks" style="grid-template-columns:{columns};{shade}">{words}</span>'
+
+
 def _drawn(side: Sequence[bytes]) -> dict[str, Any]:
-    """Every distinct token once; which each is; its columns and its bytes."""
+    """One row of tokens as the page reads it: every distinct token once, then each token's place.
+
+    `wide` and `size` are a token's columns and bytes.
+    """
     known = {piece: i for i, piece in enumerate(dict.fromkeys(side))}
     at = np.array([known[piece] for piece in side], int)
-    wide, size = (
-        np.array([measure(piece) for piece in known], int)[at] if known else at
-        for measure in (width, len)
-    )
     return {
         "word": [payload.word(visible(piece)) for piece in known],
         "at": at,
-        "wide": wide,
-        "size": size,
+        "wide": np.array([width(piece) for piece in side], int),
+        "size": np.array([len(piece) for piece in side], int),
     }
 
 

@@ -1,6 +1,4 @@
-"""Audits: where the student was asked to show its work, what the teacher would have written there,
-and what that weighs (OmniOPD).
-"""
+"""Audits: chunks of the student's text beside the texts that a teacher wrote there."""
 
 from __future__ import annotations
 
@@ -8,74 +6,122 @@ import math
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from functools import cached_property
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pandas as pd
 
+from opdlab.data.notes import Chunks
 from opdlab.data.trace import Trace
 from opdlab.errors import OpdlabError
 from opdlab.support.expect import expect
 from opdlab.viz import markup, payload
-from opdlab.viz.channels import Channel, described
+from opdlab.viz.channel import Channel, describe_channel
 from opdlab.viz.glyphs import groups, visible
-from opdlab.viz.provenance import notes_of
-from opdlab.viz.view import View
+from opdlab.viz.made_up import make_trace
+from opdlab.viz.view import EXAMPLE_TOKENS, EXAMPLE_WORDS, View
+
+if TYPE_CHECKING:
+    from typing_extensions import Self
 
 SHOWN = 8  # audits that the plain text lists
 READ = 4000  # characters of a text that the page shows
+FIELDS = {  # of a chunk
+    "sample",
+    "start",
+    "length",
+    "text",
+    "continuations",
+    "similarity",
+    "prior",
+    "weight",
+}
 
 
 class Audits(View):
-    """What did the teacher say to each chunk that was audited?
+    """Entropy along the text, the chunks that were compared, and the teacher's texts for each.
 
-    Entropy along the text, the chunks, the teacher's continuations.
+    Any method may note such chunks (`opdlab.data.notes.Chunks`), as OmniOPD does. There a chunk
+    with k = the sum of its N similarities and p = the student's own prior has the weight
+    (k + alpha p) / (N + alpha).
 
-    trace: of an OmniOPD step, `step.trace()`, whose notes hold the audits. For a chunk with k = the
-        sum of its N similarities and
-    p = the student's own prior, its weight is (k + alpha p) / (N + alpha); `alpha` is read off the
-    audits. Raises OpdlabError for a trace without audits. `selected` is a row of `df`, at first in
-    the chunk of least weight; `table` has the audits.
+    Args:
+        trace: The trace of a step whose plan noted chunks, `step.trace()`.
+        title: The title above.
+
+    Attributes:
+        audits: The chunks by their first row of `df`.
+        alpha: The number of texts that the prior counts as; None where the notes do not say.
+        selected: The row of `df` that is looked at; at first in the chunk of least weight.
+
+    Raises:
+        OpdlabError: The trace has no chunks.
     """
 
-    name, scripts, styles = (
-        "audits",
-        ("tracks.js", "dots.js", "audits.js"),
-        ("dots.css", "audits.css"),
-    )
+    caption = "What would the teacher have written instead, and what does that weigh?"
+    name = "audits"
+    scripts = ("audits.js",)
+    styles = ("dots.css", "audits.css")
 
     def __init__(self, trace: Trace, title: str = "") -> None:
         super().__init__()
         expect(trace, Trace, type(self).__name__, "trace")
         self.trace, self.title = trace, title
-        places = zip(
-            trace.column("sample").tolist(), trace.column("position").tolist(), strict=True
-        )
-        rows = {place: row for row, place in enumerate(places)}
-        notes = notes_of(trace, "OmniOPD").get("audits", [])
-        self.audits = {
-            rows[place]: note
-            for note in notes
-            if (place := (int(note["sample"]), int(note["start"]))) in rows
-        }
+        samples, positions = trace.column("sample").tolist(), trace.column("position").tolist()
+        rows = {place: row for row, place in enumerate(zip(samples, positions, strict=True))}
+        self.audits: dict[int, dict[str, Any]] = {}
+        for chunk in _noted_chunks(trace):
+            row = rows.get((int(chunk["sample"]), int(chunk["start"])))
+            if row is not None:
+                self.audits[row] = chunk
         if not self.audits:
             raise OpdlabError("The trace has no audits. Take step.trace() of a run with OmniOPD.")
+        note = trace.note(Chunks)
+        alpha = (note.facts or {}).get("alpha") if note else None
+        self.alpha = None if alpha is None else float(alpha)
         self.selected = min(self.audits, key=lambda row: self.audits[row]["weight"])
+
+    @classmethod
+    def fits(cls, given: object, sample: int = 0) -> bool:
+        """Return whether `given` is a trace whose plan noted chunks."""
+        return isinstance(given, Trace) and bool(_noted_chunks(given))
+
+    @classmethod
+    def of_trace(cls, trace: Trace, sample: int = 0) -> Self:
+        """Make the view of all chunks of a trace."""
+        return cls(trace)
+
+    @classmethod
+    def example(cls, tokens: Sequence[bytes] = EXAMPLE_TOKENS, words: str = EXAMPLE_WORDS) -> Self:
+        """Make the view of one chunk, the first token, and two texts of a teacher."""
+        said = b"".join(tokens).decode("utf-8", "replace")
+        chunk = {
+            "sample": 0,
+            "start": 0,
+            "length": 1,
+            "text": said,
+            "continuations": [words, said],
+            "similarity": [0.5, 1.0],
+            "prior": 0.2,
+            "weight": 0.64,
+        }
+        trace = make_trace(tokens, prompt=words, finish=words)
+        note = Chunks([chunk], facts={"alpha": 0.5}).as_json()
+        return cls(Trace(trace.table, trace.meta | {"notes": {"": {"chunks": note}}}), title=words)
 
     @property
     def df(self) -> pd.DataFrame:
-        """The trace's rows with `token` and the first row of the `audit` that each lies in (-1:
-        none).
-        """
+        """The trace's rows with `token` and `audit`, the first row of the token's chunk (-1: none)."""
         return self.trace.to_pandas().assign(
             token=[visible(p) for p in self.trace.tokens()], audit=self._audit
         )
 
     @property
     def table(self) -> pd.DataFrame:
-        """One row an audit, the least weight first: `row`, `sample`, `start`, `length`, `text`,
-        mean `similarity`, `prior`, `weight`, and the commonest of the teacher's texts with their
-        number, `answers`.
+        """One row for each chunk, the least weight first.
+
+        Columns: `row`, `sample`, `start`, `length`, `text`, the mean `similarity`, `prior`,
+        `weight`, and `answers`, the teacher's texts with their numbers, the commonest first.
         """
         rows = [
             {
@@ -93,22 +139,14 @@ class Audits(View):
         ]
         return pd.DataFrame(rows).sort_values("weight", kind="stable", ignore_index=True)
 
-    @property
-    def alpha(self) -> float | None:
-        """How many texts the student's own prior counts as; None where no audit tells."""
-        found = []
-        for a in self.audits.values():
-            k, n, p, w = math.fsum(a["similarity"]), len(a["similarity"]), a["prior"], a["weight"]
-            found += [(k - w * n) / (w - p)] if abs(w - p) > 1e-3 else []
-        return float(np.median(found)) if found else None
-
     def data(self) -> dict[str, Any]:
-        inside = lambda name: np.where(self._audit >= 0, self._column(name), np.nan)
-        entropy = self._entropy
+        """Return all that the script draws."""
         lanes = [
-            Channel(name, name, inside(name), "", fixed=1.0) for name in ("weight", "similarity")
+            self._entropy,
+            Channel("weight", "weight", self._in_chunks("weight"), "", fixed=1.0),
+            Channel("similarity", "similarity", self._in_chunks("similarity"), "", fixed=1.0),
         ]
-        drawn = [described(c, c.limit) for c in (entropy, *lanes)]
+        drawn = [describe_channel(lane, lane.limit) for lane in lanes]
         drawn[0]["peaks"] = sorted(self.audits)
         return {
             "title": self.title,
@@ -120,17 +158,14 @@ class Audits(View):
         }
 
     def static(self) -> str:
-        title = markup.title(self.title)
-        rows = "".join(
-            f"<tr><td>{a['sample']}:{a['start']}</td><td>{markup.number(a['weight'])}</td><td>{markup.number(a['prior'])}</td>"
-            f"<td>{markup.number(a['similarity'])}</td><td>{markup.safe(a['text'])}</td><td>{markup.safe(_said(a['answers']))}</td></tr>"
-            for a in self.table.to_dict("records")
-        )
+        """Return the picture as HTML without a script."""
         names = ("chunk", "weight", "prior", "similarity", "the student wrote", "the teacher wrote")
         head = "".join(f"<th>{name}</th>" for name in names)
-        bar = f'<div class="opd-bar"><span>{markup.safe(self._count)}</span></div>'
+        rows = "".join(_table_row(chunk) for chunk in self.table.to_dict("records"))
         return (
-            f'{title}{bar}<div class="opd-audit-table"><table><tr>{head}</tr>{rows}</table></div>'
+            f"{markup.title(self.title)}"
+            f'<div class="opd-bar"><span>{markup.safe(self._count)}</span></div>'
+            f'<div class="opd-audit-table"><table><tr>{head}</tr>{rows}</table></div>'
         )
 
     def __repr__(self) -> str:
@@ -142,19 +177,16 @@ class Audits(View):
         ]
         more = [f"… {len(self.audits) - SHOWN} more"] if len(self.audits) > SHOWN else []
         head = f"Audits: {self.title + ', ' if self.title else ''}{self._count}"
-        return "\n".join(
-            [head, *markup.sparkline_of(self.trace, self._entropy, self.selected), *lines, *more]
-        )
+        bars = markup.sparkline_of(self.trace, self._entropy, self.selected)
+        return "\n".join([head, *bars, *lines, *more])
 
     @property
     def _entropy(self) -> Channel:
-        return Channel(
-            "entropy",
-            "student entropy",
-            self._column("student_entropy"),
-            less="certain",
-            more="undecided",
-        )
+        known = "student_entropy" in self.trace.table.column_names
+        values = np.full(len(self.trace), np.nan)
+        if known:
+            values = self.trace.column("student_entropy").astype(float)
+        return Channel("entropy", "student entropy", values, less="certain", more="undecided")
 
     @cached_property
     def _audit(self) -> np.ndarray:
@@ -165,29 +197,30 @@ class Audits(View):
 
     @property
     def _count(self) -> str:
-        weights, similar = (
-            [a[key] for a in self.table.to_dict("records")] for key in ("weight", "similarity")
-        )
+        weights, similar = self.table["weight"].tolist(), self.table["similarity"].tolist()
         return (
             f"{len(self.audits)} audited chunks: mean similarity {markup.number(_mean(similar))},"
             f" weights {markup.number(min(weights))} to {markup.number(max(weights))}"
         )
 
-    def _column(self, name: str) -> np.ndarray:
-        return (
-            self.trace.column(name).astype(float)
-            if name in self.trace.table.column_names
-            else np.full(len(self.trace), np.nan)
-        )
+    def _in_chunks(self, name: str) -> np.ndarray:
+        """A number of each chunk on its tokens, NaN elsewhere; the mean of several."""
+        out = np.full(len(self.trace), np.nan)
+        for row, chunk in self.audits.items():
+            values = np.atleast_1d(np.asarray(chunk[name], float))
+            out[row : row + int(chunk["length"])] = _mean(values.tolist())
+        return out
 
     def _drawn(self, row: int, audit: Mapping[str, Any]) -> dict[str, Any]:
-        """An audit as the page reads it: the texts as glyphs, equal ones of the teacher counted,
-        the most similar first.
+        """A chunk as the page reads it: texts as glyphs, equal ones of the teacher counted.
+
+        The most similar text comes first.
         """
-        said = Counter(zip(audit["continuations"], audit["similarity"], strict=True))
+        counted = Counter(zip(audit["continuations"], audit["similarity"], strict=True))
+        ordered = sorted(counted.items(), key=_negative_similarity)
         answers = [
-            {"glyph": _glyph(text), "similarity": phi, "count": n}
-            for (text, phi), n in sorted(said.items(), key=lambda x: -x[0][1])
+            {"glyph": _glyph(text), "similarity": similarity, "count": count}
+            for (text, similarity), count in ordered
         ]
         return {
             "row": row,
@@ -201,6 +234,28 @@ class Audits(View):
         }
 
 
+def _noted_chunks(trace: Trace) -> list[dict[str, Any]]:
+    """The chunks of the trace's notes that have all fields."""
+    note = trace.note(Chunks)
+    return [chunk for chunk in note.chunks if set(chunk) >= FIELDS] if note else []
+
+
+def _table_row(chunk: Mapping[str, Any]) -> str:
+    cells = [
+        f"{chunk['sample']}:{chunk['start']}",
+        markup.number(chunk["weight"]),
+        markup.number(chunk["prior"]),
+        markup.number(chunk["similarity"]),
+        markup.safe(chunk["text"]),
+        markup.safe(_said(chunk["answers"])),
+    ]
+    return f"<tr>{''.join(f'<td>{cell}</td>' for cell in cells)}</tr>"
+
+
+def _negative_similarity(counted: tuple[tuple[str, float], int]) -> float:
+    return -counted[0][1]
+
+
 def _mean(values: Sequence[float]) -> float:
     return math.fsum(values) / len(values) if len(values) else float("nan")
 
@@ -210,7 +265,7 @@ def _said(answers: Sequence[tuple[str, int]]) -> str:
 
 
 def _glyph(text: str) -> list[Any]:
-    """A text as the page draws it, cut where it is endless: what is seen beside what it stands for."""
+    """A text as the page draws it, cut where it is endless."""
     shown = text if len(text) <= READ else f"{text[:READ]} … ({len(text):,} characters)"
     (group,) = groups([shown.encode("utf-8", "replace")])
     return [group.lead, [list(part) for part in group.parts], int(group.special)]

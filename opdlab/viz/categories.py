@@ -1,101 +1,107 @@
-"""Kinds of tokens: names and small codes as channels, each with a letter of its own, so that colour
-never stands alone.
+"""Categories as channels: names, flags, codes and ranks.
+
+Each kind of token has a letter or two of its own, so that colour never stands alone.
 """
 
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING
+from collections.abc import Sequence
 
 import numpy as np
 import pyarrow as pa
 
-if TYPE_CHECKING:
-    from opdlab.viz.channels import Channel
+from opdlab.data.column import Description
+from opdlab.viz.channel import Channel
 
-MOST = 8  # kinds that get a colour of their own; the rest are one
+MOST = 8  # kinds that get a colour of their own; the rest share one
 REST = "other"
-# What small integers in a column mean, by the method that planned it; the same name means nothing
-# in a column of another's.
-CODES: dict[str, dict[str, tuple[str, ...]]] = {
-    "DOPD": {"route": ("LH", "LL", "HT", "HS")},  # as `opdlab.methods.dopd.Route`; -1 is none
-    "EOPD": {"gated": ("no", "yes")},
-    "TOPD": {"divergent": ("no", "yes")},
-}
-MEANINGS = {
-    "route": (
-        "DOPD: gap low or high (L, H); confidence high or low, or the teacher's or the student's"
-        " lead"
-    )
-}
 RANKS = (1, 10, 100)
 RANK_NAMES = ("1", "2–10", "11–100", "over 100")
+FLAG_NAMES = ("no", "yes")
 
 
 def is_text(kind: pa.DataType) -> bool:
-    """Whether a column of this type holds names."""
-    return (
-        pa.types.is_string(kind)
-        or pa.types.is_large_string(kind)
-        or (pa.types.is_dictionary(kind) and is_text(kind.value_type))
-    )
+    """Return whether a column of this type holds names."""
+    if pa.types.is_dictionary(kind):
+        return is_text(kind.value_type)
+    return bool(pa.types.is_string(kind) or pa.types.is_large_string(kind))
 
 
-def of_names(
-    make: Callable[..., Channel], key: str, values: Sequence[str | None]
+def channel_of_names(
+    key: str, values: Sequence[str | None], said: Description | None = None
 ) -> Channel | None:
-    """A channel of a column of names, commonest first; where there are more than `MOST`, the rarest
-    are one. None for no name.
+    """Make a channel of a column of names, the commonest first.
+
+    Where there are more than `MOST` names, the rarest become one kind, "other".
+
+    Args:
+        key: The column's name.
+        values: `[n]` names, None for none.
+        said: The column's description.
+
+    Returns:
+        A category, or None for a column without any name.
     """
-    counted = Counter(v for v in values if v is not None)
-    names = [name for name, _ in counted.most_common(MOST if len(counted) <= MOST else MOST - 1)]
+    counted = Counter(value for value in values if value is not None)
+    kept = MOST if len(counted) <= MOST else MOST - 1
+    names = [name for name, _ in counted.most_common(kept)]
     if not names:
         return None
     code = {name: float(i) for i, name in enumerate(names)}
     rest = float(len(names))
-    at = np.array([np.nan if v is None else code.get(v, rest) for v in values])
-    return _channel(make, key, at, [*names, REST] if len(counted) > MOST else names)
+    at = np.array([np.nan if value is None else code.get(value, rest) for value in values])
+    return _category(key, at, [*names, REST] if len(counted) > MOST else names, said)
 
 
-def of_flags(make: Callable[..., Channel], key: str, values: Sequence[bool | None]) -> Channel:
-    """A channel of a boolean column; None in it is none of the two."""
-    at = np.array([np.nan if value is None else float(value) for value in values])
-    return _channel(make, key, at, ("no", "yes"))
+def channel_of_flags(
+    key: str, values: Sequence[bool | float | None], said: Description | None = None
+) -> Channel:
+    """Make a channel of yes and no; None and NaN are neither."""
+    at = [np.nan if value is None else float(value) for value in values]
+    at = [value if np.isnan(value) else float(bool(value)) for value in at]
+    return _category(key, np.array(at), FLAG_NAMES, said)
 
 
-def of_codes(
-    make: Callable[..., Channel],
-    key: str,
-    values: np.ndarray,
-    names: Sequence[str],
-    formula: str = "",
-) -> Channel | None:
-    """A channel of integers that stand for `names`, -1 for none of them; None where a value is
-    something else.
+def channel_of_codes(key: str, values: np.ndarray, said: Description) -> Channel | None:
+    """Make a channel of whole numbers that stand for the labels of a description.
+
+    Args:
+        key: The column's name.
+        values: `[n]` codes from 0; -1 and NaN stand for no label.
+        said: The column's description, with `labels`.
+
+    Returns:
+        A category, or None where a value is something else than a code.
     """
-    if (
-        values.dtype.kind not in "iub"
-        or not len(values)
-        or values.min() < -1
-        or values.max() >= len(names)
-    ):
+    if not are_codes(values, len(said.labels)):
         return None
     at = values.astype(float)
-    return _channel(make, key, np.where(at < 0, np.nan, at), names, formula)
+    return _category(key, np.where(at < 0, np.nan, at), said.labels, said)
 
 
-def ranked(make: Callable[..., Channel], key: str, label: str, rank: np.ndarray) -> Channel:
-    """Ranks in four bins: the favourite, and powers of ten."""
-    at = np.searchsorted(RANKS, rank).astype(float)
-    return make(
+def are_codes(values: np.ndarray, labels: int) -> bool:
+    """Return whether all values are whole numbers from -1 to `labels` - 1, or NaN."""
+    if values.dtype.kind not in "fiub" or not len(values):
+        return False
+    known = values[~np.isnan(values)] if values.dtype.kind == "f" else values
+    return bool(((known == np.rint(known)) & (known >= -1) & (known < labels)).all())
+
+
+def channel_of_ranks(
+    key: str, label: str, rank: np.ndarray, against: str = "", minor: bool = False
+) -> Channel:
+    """Make a channel of ranks in four steps: the favourite, and powers of ten."""
+    return Channel(
         key,
         label,
-        at,
+        np.searchsorted(RANKS, rank).astype(float),
         "",
         "ordinal",
         less="favourite",
         more="far down",
+        against=against,
+        minor=minor,
         names=RANK_NAMES,
         marks=RANK_NAMES,
         formula="place of the sampled token among all, by probability",
@@ -103,34 +109,38 @@ def ranked(make: Callable[..., Channel], key: str, label: str, rank: np.ndarray)
 
 
 def marks(names: Sequence[str]) -> tuple[str, ...]:
-    """Short marks of names, each its own: the first letters that tell it apart, two at most, else
-    its number.
+    """Return a short mark for each name, all different.
+
+    The first words where all of them have one or two letters ("LH agree, sure" is "LH"), else the
+    first letters that tell a name apart, two at most, else its number.
     """
+    first = [(name.split() or [""])[0] for name in names]
+    short = all(len(word) <= 2 for word in first)
     out: list[str] = []
-    short = max(map(len, names), default=0) <= 2
     for i, name in enumerate(names):
-        word = "".join(c for c in name if c.isalnum())
-        options = [*([name] if short else [word[:1].upper(), word[:2]]), str(i + 1), f"#{i + 1}"]
-        out.append(
-            next(
-                o
-                for o in options
-                if o and len(o) <= 2 and o.isprintable() and o.strip() and o not in out
-            )
-        )
+        letters = "".join(c for c in name if c.isalnum())
+        words = [first[i]] if short else [letters[:1].upper(), letters[:2]]
+        options = [*words, str(i + 1), f"#{i + 1}"]
+        out.append(next(option for option in options if _is_mark(option) and option not in out))
     return tuple(out)
 
 
-def _channel(
-    make: Callable[..., Channel], key: str, at: np.ndarray, names: Sequence[str], formula: str = ""
+def _is_mark(text: str) -> bool:
+    return 0 < len(text) <= 2 and text.isprintable() and bool(text.strip())
+
+
+def _category(
+    key: str, at: np.ndarray, names: Sequence[str], said: Description | None = None
 ) -> Channel:
-    return make(
+    said = said or Description()
+    return Channel(
         key,
-        key.replace("_", " "),
+        said.label or key.replace("_", " "),
         at,
         "",
         "category",
         names=tuple(names),
         marks=marks(names),
-        formula=formula,
+        hues=said.hues,
+        formula=said.description,
     )

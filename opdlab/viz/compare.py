@@ -1,13 +1,11 @@
-"""Compare: one text as several losses, teachers, checkpoints or runs see it, on one scale, and
-where they differ.
-"""
+"""Compare: one text as several losses, teachers, checkpoints or runs see it, and where they differ."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from functools import cached_property
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pandas as pd
@@ -15,11 +13,17 @@ import pandas as pd
 from opdlab.data.trace import Trace
 from opdlab.errors import OpdlabError, UnknownColumn
 from opdlab.viz import markup, payload
-from opdlab.viz.channels import Channel, channels, described
-from opdlab.viz.given import given_traces
+from opdlab.viz.channel import Channel, describe_channel
+from opdlab.viz.channels import find_channels, find_labelled_kinds
+from opdlab.viz.given import check_traces, select_completion
 from opdlab.viz.glyphs import groups, visible
-from opdlab.viz.token_lens import TokenLens, rows_of
-from opdlab.viz.view import Trait, View
+from opdlab.viz.made_up import make_trace
+from opdlab.viz.token_lens import TokenLens
+from opdlab.viz.traits import Trait
+from opdlab.viz.view import EXAMPLE_TOKENS, EXAMPLE_WORDS, View
+
+if TYPE_CHECKING:
+    from typing_extensions import Self
 
 MOST = 8  # strips that a reader can hold beside each other
 CHANGED = 8  # tokens of the list
@@ -27,21 +31,28 @@ ROOM = 60_000  # deflated bytes of channels in pages of long texts
 
 
 class Compare(View):
-    """What do several losses, teachers, checkpoints or runs make of the same tokens?
+    """One text under several losses, teachers or checkpoints: a strip each on one scale.
 
-    A strip each on one scale, and a difference.
+    Below the strips lie the difference of two of them and the numbers of all at one token, with
+    the kinds (a method's routes, types) that each trace gives it.
 
-    traces: traces or TokenLenses by name, or a list of TokenLenses, named by their titles. channel:
-        a key that all of them have.
-    Raises OpdlabError for fewer than two, or where tokens differ, and UnknownColumn for a channel
-    that one lacks.
+    Args:
+        traces: Traces or TokenLenses by name, or a list of TokenLenses, named by their titles.
+        sample: The completion.
+        channel: The channel that colours at first, a key that all traces have.
+        title: The title above.
 
-    Traits: `channel`, and `pair` [minuend, subtrahend] by place: at first the second minus the
-        first. `correlation` is
-    Spearman's, of the sizes of the channel's values: whether two put their weight on the same
-    tokens. `changed` lists the tokens on which the pair differs most.
+    Attributes:
+        channel: The key of the channel that colours.
+        pair: [minuend, subtrahend] by place; at first the second minus the first.
+
+    Raises:
+        OpdlabError: There are fewer than two traces, or their tokens differ.
+        UnknownColumn: A trace lacks the channel.
     """
 
+    caption = "On which tokens do several losses, teachers or checkpoints differ?"
+    takes = "several traces of one rollout, by name"
     name, scripts, styles = "compare", ("compare.js",), ("compare.css",)
     channel = Trait("log_ratio")
     pair = Trait([1, 0])
@@ -69,19 +80,46 @@ class Compare(View):
         self.channel = channel if channel in self.channels else next(iter(self.channels))
         self.selected = int(self.changed.index[0]) if len(self.changed) else 0
 
+    @classmethod
+    def fits(cls, given: object, sample: int = 0) -> bool:
+        """Return whether `given` holds two or more traces by name."""
+        return (
+            isinstance(given, Mapping)
+            and 2 <= len(given) <= MOST
+            and all(isinstance(trace, (Trace, TokenLens)) for trace in given.values())
+        )
+
+    @classmethod
+    def example(cls, tokens: Sequence[bytes] = EXAMPLE_TOKENS, words: str = EXAMPLE_WORDS) -> Self:
+        """Make a comparison of two gradings of the same tokens."""
+        first, second = (
+            make_trace(tokens, prompt=words, finish=words, seed=seed) for seed in (0, 1)
+        )
+        return cls({words: first, f"{words}, later": second}, title=words)
+
     @cached_property
     def channels(self) -> dict[str, list[Channel]]:
-        """The channels that all traces have, by key, one of each trace; kinds left out."""
-        found = [channels(trace) for trace in self.traces.values()]
-        keys = [
-            k
-            for k in found[0]
-            if all(k in other for other in found) and found[0][k].kind != "category"
-        ]
-        return {k: [other[k] for other in found] for k in keys}
+        """The channels of numbers that all traces have, by key, one of each trace."""
+        return {key: found for key, found in self._shared.items() if found[0].kind != "category"}
+
+    @cached_property
+    def kinds(self) -> dict[str, list[Channel]]:
+        """The categories that all traces have with the same names, by key, one of each trace."""
+        return {
+            key: found
+            for key, found in self._shared.items()
+            if found[0].kind == "category" and len({channel.names for channel in found}) == 1
+        }
+
+    @cached_property
+    def _shared(self) -> dict[str, list[Channel]]:
+        found = [find_channels(trace) for trace in self.traces.values()]
+        keys = [key for key in found[0] if all(key in other for other in found)]
+        return {key: [other[key] for other in found] for key in keys}
 
     @property
     def names(self) -> list[str]:
+        """The names of the traces, in order."""
         return list(self.traces)
 
     @property
@@ -111,38 +149,43 @@ class Compare(View):
 
     @property
     def changed(self) -> pd.DataFrame:
-        """The rows of `df` with the largest differences, largest first; those of less than a
-        hundredth of it are left out.
+        """The rows of `df` with the largest differences, largest first.
+
+        Those of less than a hundredth of the largest are left out.
         """
         size = self.df["difference"].abs()
         return self.df.loc[size[(size > 0) & (size >= size.max() / 100)].nlargest(CHANGED).index]
 
     def static(self) -> str:
-        chosen, tokens = (
-            self.channels[self.channel],
-            groups(next(iter(self.traces.values())).tokens()),
-        )
-        look = "white-space:pre-wrap;font-family:monospace;line-height:1.9"
+        """Return the picture as HTML without a script."""
+        chosen = self.channels[self.channel]
+        tokens = groups(next(iter(self.traces.values())).tokens())
         strips = [
-            f'<div class="opd-versus"><b>{markup.safe(name)}</b></div><div class="opd-strip"'
-            f' style="{look}" dir="auto">{markup.strip(tokens, channel, self.limit)}</div>'
+            f'<div class="opd-versus"><b>{markup.safe(name)}</b></div>'
+            f"{markup.strip_box(tokens, channel, self.limit)}"
             for name, channel in zip(self.names, chosen, strict=True)
         ]
-        title = markup.title(self.title)
         return (
-            f"{title}<div"
-            f' class="opd-bar">{markup.legend(chosen[0], self.limit)}</div>{"".join(strips)}<div'
-            f' class="opd-peaks">{markup.safe(self._summary())}</div>'
+            f"{markup.title(self.title)}"
+            f'<div class="opd-bar">{markup.legend(chosen[0], self.limit)}</div>{"".join(strips)}'
+            f"{''.join(markup.said_box(line) for line in (self._summary(), *self._kinds_in_words()))}"
         )
 
     def data(self) -> dict[str, Any]:
+        """Return all that the script draws."""
         text = payload.text(next(iter(self.traces.values())))
+        kinds = [
+            describe_channel(found[0], found[0].limit)
+            | {"values": [describe_channel(c, c.limit)["values"] for c in found]}
+            for found in self.kinds.values()
+        ]
         return {
             "title": self.title,
             "text": text,
             "names": self.names,
             "prompt": text["texts"][0]["prompt"] if text["texts"] else "",
             "channels": self._carried(),
+            "kinds": kinds,
         }
 
     def __repr__(self) -> str:
@@ -151,33 +194,25 @@ class Compare(View):
             f"{name:{width}}  {markup.sparkline(replace(c, fixed=self.limit))}"
             for name, c in zip(self.names, chosen, strict=True)
         ]
-        head = (
-            f"Compare: {self.title or f'completion {self.sample}'},"
-            f" {chosen[0].label}{f' in {chosen[0].unit}' if chosen[0].unit else ''}"
-        )
-        return "\n".join([head, *lines, self._summary()])
+        unit = f" in {chosen[0].unit}" if chosen[0].unit else ""
+        title = self.title or f"completion {self.sample}"
+        head = f"Compare: {title}, {chosen[0].label}{unit}"
+        return "\n".join([head, *lines, self._summary(), *self._kinds_in_words()])
 
     def _carried(self) -> list[dict[str, Any]]:
         """The channels with the values of all traces; of long texts those that there is room for."""
         out, spent = [], 0
-        for key, some in self.channels.items():
-            limit = max(c.limit for c in some)
-            told = [described(c, limit) for c in some]
-            cost = (
-                sum(payload.cost(t["values"]) for t in told)
-                if len(some[0].values) > payload.LONG
-                else 0
-            )
+        for key, found in self.channels.items():
+            limit = max(channel.limit for channel in found)
+            described = [describe_channel(channel, limit) for channel in found]
+            values = [one["values"] for one in described]
+            is_long = len(found[0].values) > payload.LONG
+            cost = sum(map(payload.cost, values)) if is_long else 0
             if key == self.channel or spent + cost <= ROOM:
                 spent += cost
-                out.append(
-                    {
-                        **told[0],
-                        "values": [t["values"] for t in told],
-                        "peaks": [t["peaks"] for t in told],
-                        "rho": np.round(_spearman(some), 3),
-                    }
-                )
+                peaks = [one["peaks"] for one in described]
+                rho = np.round(_spearman(found), 3)
+                out.append({**described[0], "values": values, "peaks": peaks, "rho": rho})
         return out
 
     def _summary(self) -> str:
@@ -192,6 +227,14 @@ class Compare(View):
             f" {', '.join(words) or 'none'}"
         )
 
+    def _kinds_in_words(self) -> list[str]:
+        """How common each kind is in each trace, of kinds that a method names."""
+        out = []
+        for key in find_labelled_kinds(next(iter(self.traces.values()))):
+            for name, channel in zip(self.names, self.kinds.get(key, []), strict=False):
+                out.append(f"{name}, {markup.shares_of_names(channel)}")
+        return out
+
 
 def _named(
     traces: Mapping[str, Trace | TokenLens] | Sequence[TokenLens], sample: int
@@ -201,12 +244,9 @@ def _named(
         or not isinstance(traces, Sequence)
         or not all(isinstance(one, TokenLens) for one in traces)
     ):
-        given_traces(traces, "Compare", "{'old': a, 'new': b}", kinds=(Trace, TokenLens))
+        check_traces(traces, "Compare", "{'old': a, 'new': b}", kinds=(Trace, TokenLens))
     if isinstance(traces, Mapping):
-        out = {
-            str(name): some.trace if isinstance(some, TokenLens) else rows_of(some, sample)
-            for name, some in traces.items()
-        }
+        out = {str(name): _one_completion(some, sample) for name, some in traces.items()}
     else:
         titles = [lens.title or chr(65 + i) for i, lens in enumerate(traces)]
         out = {
@@ -221,10 +261,12 @@ def _named(
     return out
 
 
+def _one_completion(given: Trace | TokenLens, sample: int) -> Trace:
+    return given.trace if isinstance(given, TokenLens) else select_completion(given, sample)
+
+
 def _check_same(traces: Mapping[str, Trace]) -> None:
-    """Raises OpdlabError where two traces are not of the same tokens, with the first place where
-    they part.
-    """
+    """Raise OpdlabError where two traces are not of the same tokens; it says where they part."""
     (first, base), *others = traces.items()
     wanted = base.tokens()
     for name, trace in others:

@@ -1,50 +1,67 @@
-"""Forks: where student and teacher would go from the same prefix, and whether a high loss is a real
-fork or a false alarm (TOPD).
+"""Forks: where student and teacher would go from the same prefix.
+
+Two texts from before a token tell whether its high loss is a real fork or a false alarm.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from functools import cached_property
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pandas as pd
 
+from opdlab.data.notes import Windows
+from opdlab.data.prompt import Prompt
 from opdlab.data.tokens import token_bytes
 from opdlab.data.trace import Trace
 from opdlab.errors import OpdlabError
-from opdlab.methods import windows
 from opdlab.support.expect import expect
 from opdlab.viz import markup, payload
-from opdlab.viz.channels import Channel, channels, described
+from opdlab.viz.channel import Channel, describe_channel
+from opdlab.viz.channels import find_channels
 from opdlab.viz.glyphs import visible
-from opdlab.viz.provenance import notes_of
-from opdlab.viz.view import Trait, View
+from opdlab.viz.made_up import make_trace
+from opdlab.viz.traits import Trait
+from opdlab.viz.view import EXAMPLE_TOKENS, EXAMPLE_WORDS, View
 
-SAME = 1e-9  # a distance above the threshold by less is equal to it, as in TOPD
+if TYPE_CHECKING:
+    from typing_extensions import Self
+
+SAME = 1e-9  # a distance that is above the threshold by less is equal to it up to rounding
 LEFT = 8  # tokens of a continuation at least
 SHOWN = 8  # windows that the plain text lists
 VERDICTS = ("false alarm", "real fork")
+FIELDS = {"sample", "position", "student", "teacher", "distance"}  # of a window
+SIDES = ("student", "teacher")
 
 
 class Forks(View):
-    """Is a token of high loss a real fork, or a false alarm?
+    """The texts of student and teacher from before a token, their transport plan and distance.
 
-    The two windows from its prefix, their transport plan and distance.
+    Any method may note such windows (`opdlab.data.notes.Windows`), as TOPD does.
 
-    trace: of a TOPD step, `step.trace()`, whose notes hold the windows. policies: `student` and
-        `teacher`, to ask for new windows
-    at any token and for the rest of the text, here by `at` and `goes_on`, on the page where the
-    view is `.live()`; `prompts`, one a completion (`step.rollout.prompts`), are then what they
-    read; without them each prompt of the trace is taken for a chat of one message where the
-    tokenizer has a template. Raises OpdlabError for a trace without windows and no policies.
+    Args:
+        trace: The trace of a step whose plan noted windows, `step.trace()`.
+        policies: `student` and `teacher`, to ask for new windows at any token and for the rest of
+            the text: here by `at` and `continue_text`, on the page where the view is `.live()`.
+        prompts: The prompt of each completion (`step.rollout.prompts`), which the policies read.
+            Without them each prompt of the trace is taken for a chat of one message, where the
+            tokenizer has a chat template.
+        title: The title above.
 
-    `threshold` (a trait; TOPD's own at first) parts real forks, whose distance is above it, from
-    false alarms. `selected` is a row of `df`; `table` has the windows.
+    Attributes:
+        threshold: The distance from which a fork is real; at first that of the notes.
+        windows: The windows by row of `df`.
+        selected: The row of `df` that is looked at.
+
+    Raises:
+        OpdlabError: The trace has no windows, and there are no policies to ask.
     """
 
-    name, scripts, styles = "forks", ("dots.js", "forks.js"), ("dots.css", "forks.css")
+    caption = "Is a token of high loss a real fork, or a false alarm?"
+    name, scripts, styles = "forks", ("forks.js",), ("dots.css", "forks.css")
     threshold = Trait(0.0)
 
     def __init__(
@@ -56,49 +73,69 @@ class Forks(View):
     ) -> None:
         super().__init__()
         expect(trace, Trace, type(self).__name__, "trace")
-        self.trace, self.policies, self.prompts, self.title = (
-            trace,
-            dict(policies or {}),
-            prompts,
-            title,
-        )
-        notes = notes_of(trace, "TOPD")
-        self.windows = {
-            row: _window(note)
-            for note in notes.get("windows", [])
-            if (row := self._row(note)) is not None
-        }
-        if not self.windows and not {"student", "teacher"} <= set(self.policies):
+        self.trace, self.title = trace, title
+        self.policies, self.prompts = dict(policies or {}), prompts
+        self.windows: dict[int, dict[str, Any]] = {}
+        for noted in _noted_windows(trace):
+            row = self._rows.get((int(noted["sample"]), int(noted["position"])))
+            if row is not None:
+                self.windows[row] = _window(noted)
+        if not self.windows and not self._can_ask:
             raise OpdlabError(
                 "The trace has no windows. Take step.trace() of a run with TOPD, or hand in"
                 " policies={'student': …, 'teacher': …} to ask."
             )
-        self.threshold = float(notes.get("topd", {}).get("threshold", 0.0))
+        note = trace.note(Windows)
+        self.threshold = float(note.threshold or 0.0) if note else 0.0
         self.selected = max(self.windows, key=lambda row: self.windows[row]["distance"], default=0)
+
+    @classmethod
+    def fits(cls, given: object, sample: int = 0) -> bool:
+        """Return whether `given` is a trace whose plan noted windows."""
+        return isinstance(given, Trace) and bool(_noted_windows(given))
+
+    @classmethod
+    def of_trace(cls, trace: Trace, sample: int = 0) -> Self:
+        """Make the view of all windows of a trace."""
+        return cls(trace)
+
+    @classmethod
+    def example(cls, tokens: Sequence[bytes] = EXAMPLE_TOKENS, words: str = EXAMPLE_WORDS) -> Self:
+        """Make the view of one window of two tokens, at the first token."""
+        last = len(set(tokens)) - 1
+        window = {
+            "sample": 0,
+            "position": 0,
+            "student": [0, last],
+            "teacher": [last, 0],
+            "distance": 0.5,
+            "plan": [[0.5, 0], [0, 0.5]],
+        }
+        trace = make_trace(tokens, prompt=words, finish=words)
+        note = Windows([window], threshold=0.2).as_json()
+        return cls(Trace(trace.table, trace.meta | {"notes": {"": {"windows": note}}}), title=words)
 
     @property
     def df(self) -> pd.DataFrame:
-        """The trace's rows with `token`, the `distance` of the windows from there (NaN: none) and
-        the `verdict`.
+        """The trace's rows with `token`, the `distance` of the windows there and the `verdict`.
+
+        The distance is NaN and the verdict "" where there are no windows.
         """
         distance = np.full(len(self.trace), np.nan)
         for row, window in self.windows.items():
             distance[row] = window["distance"]
-        verdict = np.where(
-            np.isnan(distance),
-            "",
-            np.array(VERDICTS)[(distance > self.threshold + SAME).astype(int)],
-        )
+        is_real = (distance > self.threshold + SAME).astype(int)
+        verdict = np.where(np.isnan(distance), "", np.array(VERDICTS)[is_real])
         return self.trace.to_pandas().assign(
             token=[visible(p) for p in self.trace.tokens()], distance=distance, verdict=verdict
         )
 
     @property
     def table(self) -> pd.DataFrame:
-        """One row a window:
+        """One row for each window, the largest distance first.
 
-        `row`, `sample`, `position`, `distance`, `verdict` and the two texts, the largest distance
-        first.
+        Columns: `row`, `sample`, `position`, `distance`, `verdict` and the texts of `student` and
+        `teacher`.
         """
         columns = ["row", "sample", "position", "distance", "verdict", "student", "teacher"]
         rows = [
@@ -108,8 +145,8 @@ class Forks(View):
                 "position": int(self._positions[row]),
                 "distance": w["distance"],
                 "verdict": self._verdict(w),
-                "student": self._said(w["student"]),
-                "teacher": self._said(w["teacher"]),
+                "student": self._decode(w["student"]),
+                "teacher": self._decode(w["teacher"]),
             }
             for row, w in self.windows.items()
         ]
@@ -118,15 +155,27 @@ class Forks(View):
         )
 
     def at(self, row: int, window: int | None = None) -> dict[str, Any]:
-        """New windows from before a token: greedy texts of both policies, their exact distance and
-        plan; kept in `table`.
+        """Ask for new windows from before a token, and keep them in `table`.
 
-        Raises OpdlabError where no policies were handed in or there is no such row.
+        Both policies write greedily; distance and plan are exact.
+
+        Args:
+            row: A row of `df`.
+            window: Tokens of each text; by default as many as the longest window has.
+
+        Returns:
+            The window: both texts as token ids, `distance` and `plan`.
+
+        Raises:
+            OpdlabError: No policies were handed in, or there is no such row.
         """
-        prompt, prefix = self._begun(row)
+        from opdlab.methods import windows
+        from opdlab.models.policy import Policy
+
+        prompt, prefix = self._begin(row)
         size = window or self._size
-        texts = {side: self._write(side, prompt, prefix, size) for side in ("student", "teacher")}
-        embedding = "student" if hasattr(self.policies["student"], "weights") else "onehot"
+        texts = {side: self._write(side, prompt, prefix, size) for side in SIDES}
+        embedding = "student" if isinstance(self.policies["student"], Policy) else "onehot"
         cost = windows.costs([texts["student"]], [texts["teacher"]], embedding, self.policies)
         distance, plans = windows.solve(cost)
         self.windows[row] = {
@@ -137,51 +186,54 @@ class Forks(View):
         }
         return self.windows[row]
 
-    def goes_on(self, row: int, side: str, tokens: int | None = None) -> str:
-        """What `student` or `teacher` writes greedily from before a token:
+    def continue_text(self, row: int, side: str, tokens: int | None = None) -> str:
+        """Return the text that a policy writes greedily from before a token.
 
-        `tokens`, by default as the longest completion has left.
+        Args:
+            row: A row of `df`.
+            side: "student" or "teacher".
+            tokens: Tokens to write; by default as many as the longest completion has left.
+
+        Raises:
+            OpdlabError: No policies were handed in, or there is no such row.
         """
-        prompt, prefix = self._begun(row)
+        prompt, prefix = self._begin(row)
         room = tokens or max(int(self._positions.max()) + 1 - len(prefix), LEFT)
-        return b"".join(self._pieces(self._write(side, prompt, prefix, room))).decode(
-            "utf-8", "replace"
-        )
+        return self._decode(self._write(side, prompt, prefix, room))
 
     def answer(self, question: Mapping[str, Any]) -> Any:
+        """Return new windows, or the text that one side goes on with, from before a row."""
         row = int(question["row"])
         if question["do"] == "windows":
             return self._drawn(row, self.at(row))
         side = str(question["side"])
-        if side not in ("student", "teacher"):
+        if side not in SIDES:
             raise OpdlabError(f"There is no side {side!r}. Ask for student or teacher.")
-        return {"text": self.goes_on(row, side)}
+        return {"text": self.continue_text(row, side)}
 
     def data(self) -> dict[str, Any]:
+        """Return all that the script draws."""
         channel = self._channel
-        drawn = described(channel, channel.limit) | {"peaks": sorted(self.windows)}
+        drawn = describe_channel(channel, channel.limit) | {"peaks": sorted(self.windows)}
         return {
             "title": self.title,
             "text": payload.text(self.trace),
             "channel": drawn,
-            "asks": {"student", "teacher"} <= set(self.policies),
+            "asks": self._can_ask,
             "windows": [self._drawn(row, window) for row, window in self.windows.items()],
             "size": self._size,
         }
 
     def static(self) -> str:
-        title = markup.title(self.title)
-        rows = "".join(
-            f"<tr><td>{w['sample']}:{w['position']}</td><td>{markup.number(w['distance'])}</td><td>{w['verdict']}</td>"
-            f"<td>{markup.safe(w['student'])}</td><td>{markup.safe(w['teacher'])}</td></tr>"
-            for w in self.table.to_dict("records")
+        """Return the picture as HTML without a script."""
+        names = ("token", "distance", "verdict", "the student goes on", "the teacher goes on")
+        head = "".join(f"<th>{name}</th>" for name in names)
+        rows = "".join(_table_row(window) for window in self.table.to_dict("records"))
+        return (
+            f"{markup.title(self.title)}"
+            f'<div class="opd-bar"><span>{markup.safe(self._count)}</span></div>'
+            f'<div class="opd-fork-table"><table><tr>{head}</tr>{rows}</table></div>'
         )
-        head = (
-            "<tr><th>token</th><th>distance</th><th>verdict</th><th>the student goes on</th><th>the"
-            " teacher goes on</th></tr>"
-        )
-        bar = f'<div class="opd-bar"><span>{markup.safe(self._count)}</span></div>'
-        return f'{title}{bar}<div class="opd-fork-table"><table>{head}{rows}</table></div>'
 
     def __repr__(self) -> str:
         lines = [
@@ -191,9 +243,8 @@ class Forks(View):
         ]
         more = [f"… {len(self.windows) - SHOWN} more"] if len(self.windows) > SHOWN else []
         head = f"Forks: {self.title + ', ' if self.title else ''}{self._count}"
-        return "\n".join(
-            [head, *markup.sparkline_of(self.trace, self._channel, self.selected), *lines, *more]
-        )
+        bars = markup.sparkline_of(self.trace, self._channel, self.selected)
+        return "\n".join([head, *bars, *lines, *more])
 
     @cached_property
     def _samples(self) -> np.ndarray:
@@ -205,12 +256,12 @@ class Forks(View):
 
     @cached_property
     def _rows(self) -> dict[tuple[int, int], int]:
-        return {
-            pair: row
-            for row, pair in enumerate(
-                zip(self._samples.tolist(), self._positions.tolist(), strict=True)
-            )
-        }
+        places = zip(self._samples.tolist(), self._positions.tolist(), strict=True)
+        return {place: row for row, place in enumerate(places)}
+
+    @property
+    def _can_ask(self) -> bool:
+        return set(SIDES) <= set(self.policies)
 
     @property
     def _count(self) -> str:
@@ -223,28 +274,25 @@ class Forks(View):
 
     @property
     def _size(self) -> int:
-        return max(
-            (max(len(w["student"]), len(w["teacher"])) for w in self.windows.values()), default=8
-        )
+        """Tokens of the longest text."""
+        sizes = [len(window[side]) for window in self.windows.values() for side in SIDES]
+        return max(sizes, default=LEFT)
 
     @property
     def _channel(self) -> Channel:
         """The log ratio, or what the trace has instead."""
-        found = channels(self.trace)
+        found = find_channels(self.trace)
         plain = Channel("none", "no numbers", np.zeros(len(self.trace)))
         return found.get("log_ratio") or next(
             (c for c in found.values() if c.kind in ("ratio", "amount")), plain
         )
 
-    def _row(self, note: Mapping[str, Any]) -> int | None:
-        return self._rows.get((int(note["sample"]), int(note["position"])))
-
     def _verdict(self, window: Mapping[str, Any]) -> str:
         return VERDICTS[window["distance"] > self.threshold + SAME]
 
-    def _begun(self, row: int) -> tuple[Any, list[int]]:
+    def _begin(self, row: int) -> tuple[Prompt, list[int]]:
         """The prompt of a row's completion and the tokens before it."""
-        if not {"student", "teacher"} <= set(self.policies):
+        if not self._can_ask:
             raise OpdlabError(
                 "Nobody can be asked: no policies were handed in. Make it with Forks(trace,"
                 " policies={'student': …, 'teacher': …})."
@@ -257,19 +305,17 @@ class Forks(View):
         ids = self.trace.column("token_id")[row - position : row].tolist()
         return (self.prompts[sample] if self.prompts is not None else self._plain(sample)), ids
 
-    def _plain(self, sample: int) -> Any:
-        from opdlab.data.prompt import Prompt
-
+    def _plain(self, sample: int) -> Prompt:
+        """A prompt of the trace as a user's message, or as plain text without a chat template."""
         text = str(self.trace.meta["prompts"][sample])
         chat = getattr(self.policies["student"].tokenizer, "chat_template", None)
         return Prompt(messages=({"role": "user", "content": text},)) if chat else Prompt(text=text)
 
-    def _write(self, side: str, prompt: Any, prefix: list[int], size: int) -> list[int]:
-        return list(
-            self.policies[side]
-            .sample([prompt], prefixes=[prefix], temperature=0, max_new_tokens=size)
-            .completions()[0]
+    def _write(self, side: str, prompt: Prompt, prefix: list[int], size: int) -> list[int]:
+        rollout = self.policies[side].sample(
+            [prompt], prefixes=[prefix], temperature=0, max_new_tokens=size
         )
+        return list(rollout.completions()[0])
 
     def _pieces(self, ids: Sequence[int]) -> list[bytes]:
         """The bytes of tokens, which the trace knows only of those that occur in it."""
@@ -278,17 +324,15 @@ class Forks(View):
             return token_bytes(self.policies["student"].tokenizer, list(ids))
         return [self.trace.piece(i) if str(i) in known else f"‹{i}›".encode() for i in ids]
 
-    def _said(self, ids: Sequence[int]) -> str:
+    def _decode(self, ids: Sequence[int]) -> str:
         return b"".join(self._pieces(ids)).decode("utf-8", "replace")
 
+    def _words(self, ids: Sequence[int]) -> list[str]:
+        return [payload.word(visible(piece)) for piece in self._pieces(ids)]
+
     def _drawn(self, row: int, window: Mapping[str, Any]) -> dict[str, Any]:
-        """A window as the page reads it: names of tokens, which of them are the same, the plan row
-        by row.
-        """
-        words = {
-            side: [payload.word(visible(piece)) for piece in self._pieces(window[side])]
-            for side in ("student", "teacher")
-        }
+        """A window as the page reads it: tokens by name, which are the same, the plan by rows."""
+        words = {side: self._words(window[side]) for side in SIDES}
         same = [[int(s == t) for t in window["teacher"]] for s in window["student"]]
         return {
             "row": row,
@@ -298,6 +342,23 @@ class Forks(View):
             "plan": window.get("plan"),
             "asked": window["asked"],
         }
+
+
+def _noted_windows(trace: Trace) -> list[dict[str, Any]]:
+    """The windows of the trace's notes that have all fields."""
+    note = trace.note(Windows)
+    return [window for window in note.windows if set(window) >= FIELDS] if note else []
+
+
+def _table_row(window: Mapping[str, Any]) -> str:
+    cells = [
+        f"{window['sample']}:{window['position']}",
+        markup.number(window["distance"]),
+        window["verdict"],
+        markup.safe(window["student"]),
+        markup.safe(window["teacher"]),
+    ]
+    return f"<tr>{''.join(f'<td>{cell}</td>' for cell in cells)}</tr>"
 
 
 def _window(note: Mapping[str, Any]) -> dict[str, Any]:

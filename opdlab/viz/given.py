@@ -1,4 +1,4 @@
-"""Check that a view of several traces was given them by name or step."""
+"""Check what a view was given: completions that are there, traces by name."""
 
 from __future__ import annotations
 
@@ -6,15 +6,21 @@ from collections.abc import Mapping
 from typing import Any
 
 from opdlab.data.trace import Trace
-from opdlab.errors import InvalidValue
+from opdlab.errors import InvalidValue, OpdlabError
 from opdlab.support.expect import expect, shortened
 
 
-def given_traces(value: Any, where: str, example: str, kinds: tuple[type, ...] = (Trace,)) -> None:
+def check_traces(value: Any, where: str, example: str, kinds: tuple[type, ...] = (Trace,)) -> None:
     """Check a dict of traces.
 
+    Args:
+        value: What the user passed.
+        where: The view, for the error.
+        example: How a right value looks, for the error.
+        kinds: The classes that its entries may have.
+
     Raises:
-        InvalidValue: It is no dict, or holds something else; the message shows `example`.
+        InvalidValue: It is no dict, or holds something else.
     """
     if not isinstance(value, Mapping):
         raise InvalidValue(
@@ -23,3 +29,30 @@ def given_traces(value: Any, where: str, example: str, kinds: tuple[type, ...] =
     for name, trace in value.items():
         if not isinstance(trace, kinds):
             expect(trace, Trace, where, f"{{{name!r}: …}}")
+
+
+def select_completion(trace: Trace, sample: int, of: str = "The trace") -> Trace:
+    """Return the rows of one completion, which has tokens unless its text is empty.
+
+    Args:
+        trace: The trace.
+        sample: The completion's number.
+        of: The trace in words, for the error.
+
+    Raises:
+        OpdlabError: The trace does not have it, or has no row of it.
+    """
+    texts = trace.meta["texts"]
+    if not 0 <= sample < len(texts):
+        raise OpdlabError(
+            f"{of} has completions 0 to {len(texts) - 1}, not {sample}. Give sample=0 up to"
+            f" {len(texts) - 1}."
+        )
+    rows = trace.sample(sample) if len(trace) else trace
+    if not len(rows) and texts[sample]:
+        held = ", ".join(map(str, sorted(set(trace.column("sample").tolist()))))
+        raise OpdlabError(
+            f"{of} holds no row of completion {sample}, only of {held or 'none'}. Give sample="
+            " one of these."
+        )
+    return rows

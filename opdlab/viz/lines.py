@@ -138,7 +138,7 @@ def span(arrays: Sequence[np.ndarray], zero: bool = False) -> tuple[float, float
     )
 
 
-def thinned(x: np.ndarray, y: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+def thin(x: np.ndarray, y: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """At most `POINTS` points: of each stretch the least and the largest value, so that peaks
     survive.
     """

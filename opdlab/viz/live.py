@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from collections.abc import Mapping
+from typing import Any, ClassVar, Protocol
 
 from opdlab.errors import OpdlabError
 from opdlab.viz import embed, payload
+from opdlab.viz.traits import find_traits
 
 try:
     import anywidget
@@ -15,10 +17,22 @@ except ImportError as error:
         f"Live views need anywidget ({error}). Install it: pip install 'opdlab[notebooks]'."
     ) from error
 
-if TYPE_CHECKING:
-    from opdlab.viz.view import View
 
-_KINDS = {
+class Mirrored(Protocol):
+    """What a widget mirrors: a `View`."""
+
+    name: ClassVar[str]
+    scripts: ClassVar[tuple[str, ...]]
+    styles: ClassVar[tuple[str, ...]]
+
+    @property
+    def traits(self) -> dict[str, Any]: ...
+    def data(self) -> Mapping[str, Any]: ...
+    def answer(self, question: Mapping[str, Any]) -> Any: ...
+    def html(self, assets: bool = True, script: bool = True) -> str: ...
+
+
+_TRAITLETS = {
     int: traitlets.Int,
     float: traitlets.Float,
     str: traitlets.Unicode,
@@ -26,26 +40,25 @@ _KINDS = {
     dict: traitlets.Dict,
     bool: traitlets.Bool,
 }
+_classes: dict[type, type[LiveView]] = {}
 
 
-_classes: dict[Any, type[LiveView]] = {}
+class LiveView(anywidget.AnyWidget):  # type: ignore[misc]  # anywidget has no types
+    """A view as a widget.
 
-
-class LiveView(anywidget.AnyWidget):
-    """A view as a widget: its traits, its data as one binary block, and replies to what its page
+    Its traits are the view's, its data travel as one binary block, and it replies to what its page
     asks.
     """
 
     view = traitlets.Unicode().tag(sync=True)
     packed = traitlets.Bytes().tag(sync=True)
-    _shown: View | None = None  # the view that this is the widget of
+    _shown: Mirrored | None = None
 
     def _repr_mimebundle_(self, **options: Any) -> tuple[dict[str, Any], dict[str, Any]]:
-        """The widget, with the still picture and the text summary beside it, for readers that have
-        no kernel or know no widgets.
+        """Return the widget with the still picture and the text summary beside it.
 
-        JupyterLab shows the first kind that it knows, which is the widget; GitHub and nbconvert
-        show the picture.
+        JupyterLab shows the first kind that it knows, which is the widget; GitHub and nbconvert,
+        which have no kernel or know no widgets, show the picture.
         """
         found = super()._repr_mimebundle_(**options)
         data, metadata = found if isinstance(found, tuple) else (found or {}, {})
@@ -56,42 +69,37 @@ class LiveView(anywidget.AnyWidget):
         return type(self).__name__ if self._shown is None else repr(self._shown)
 
 
-def widget(view: View) -> LiveView:
-    """A live widget that mirrors the traits of `view`, both ways."""
-    made = _class(type(view))(view=view.name, packed=payload.pack(view.data()), **view.traits)
-    made._shown = view
-    made.observe(lambda change: setattr(view, change["name"], change["new"]), list(view.traits))
-    made.on_msg(lambda _, content, __: made.send(_reply(view, content)))
-    return made
+def make_widget(view: Mirrored) -> LiveView:
+    """Make a live widget that mirrors the traits of `view`, both ways."""
+    kind = _widget_class(type(view))
+    widget = kind(view=view.name, packed=payload.pack(view.data()), **view.traits)
+    widget._shown = view
+
+    def follow(change: Mapping[str, Any]) -> None:
+        setattr(view, change["name"], change["new"])
+
+    def reply(_: Any, content: Mapping[str, Any], __: Any) -> None:
+        widget.send(_reply(view, content))
+
+    widget.observe(follow, list(view.traits))
+    widget.on_msg(reply)
+    return widget
 
 
-def _class(kind: type[View]) -> type[LiveView]:
+def _widget_class(kind: type[Mirrored]) -> type[LiveView]:
     """A widget class with the module, the style and the traits of this kind of view."""
-    if kind in _classes:
-        return _classes[kind]
-    traits = {
-        name: _KINDS[type(default)](default).tag(sync=True)
-        for name, default in _defaults(kind).items()
-    }
-    script, style = embed.script_text(kind.scripts), embed.style_text(*embed.STYLES, *kind.styles)
-    _classes[kind] = type(
-        f"Live{kind.__name__}", (LiveView,), {"_esm": script, "_css": style, **traits}
-    )
+    if kind not in _classes:
+        members: dict[str, Any] = {
+            "_esm": embed.script_text(kind.scripts),
+            "_css": embed.style_text(*embed.STYLES, *kind.styles),
+        }
+        for name, trait in find_traits(kind).items():
+            members[name] = _TRAITLETS[type(trait.default)](trait.default).tag(sync=True)
+        _classes[kind] = type(f"Live{kind.__name__}", (LiveView,), members)
     return _classes[kind]
 
 
-def _defaults(kind: type[View]) -> dict[str, Any]:
-    from opdlab.viz.view import Trait
-
-    return {
-        name: x.default
-        for owner in reversed(kind.__mro__)
-        for name, x in vars(owner).items()
-        if isinstance(x, Trait)
-    }
-
-
-def _reply(view: View, content: Any) -> dict[str, Any]:
+def _reply(view: Mirrored, content: Mapping[str, Any]) -> dict[str, Any]:
     """`{"id", "answer"}` or `{"id", "error"}`; a question of None is only a sign of life."""
     number, question = content.get("id"), content.get("ask")
     try:

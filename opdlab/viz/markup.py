@@ -1,6 +1,4 @@
-"""The static half of a lens: coloured tokens, legend and peaks as plain HTML, for where no script
-runs.
-"""
+"""The static half of views: coloured tokens, legend and peaks as HTML, for where no script runs."""
 
 from __future__ import annotations
 
@@ -11,7 +9,7 @@ from html import escape
 import numpy as np
 
 from opdlab.data.trace import Trace
-from opdlab.viz.channels import Channel
+from opdlab.viz.channel import Channel
 from opdlab.viz.glyphs import Group, clean
 
 # Colour and strongest alpha by side. One set for light and dark pages: black or white text on it
@@ -33,14 +31,17 @@ KINDS = (
     (220, 80, 90),
     (60, 190, 200),
 )
-INK |= {f"k{i}": (rgb, 0.5) for i, rgb in enumerate(KINDS)}
+KIND_ALPHA = 0.5
+INK |= {f"k{i}": (rgb, KIND_ALPHA) for i, rgb in enumerate(KINDS)}
+BARS = "▁▂▃▄▅▆▇█"
 LINES = ("solid", "dotted", "dashed", "double", "wavy")
+STRIP_STYLE = "white-space:pre-wrap;font-family:monospace;line-height:1.9"
 WHOLE = 1200  # groups that the static strip holds whole
 _STEPS = 12  # cells of the legend on each side of zero
 
 
 def side(kind: str, value: float) -> str:
-    """Whose colour a value has."""
+    """Return the colour of a value, a key of `INK`."""
     if kind == "category":
         return f"k{int(value) % len(KINDS)}" if value >= 0 else "minus"
     negative, positive = {"ratio": ("student", "teacher"), "signed": ("minus", "amount")}.get(
@@ -50,8 +51,9 @@ def side(kind: str, value: float) -> str:
 
 
 def weight(value: float, limit: float, kind: str = "amount") -> float:
-    """How strong the colour is, 0 to 1: the square root of the size, so that middling values show;
-    of bins, their place.
+    """Return how strong the colour of a value is, from 0 to 1.
+
+    The square root of the size, so that middling values show; of ordinals, their place.
     """
     if math.isnan(value):
         return 0.0
@@ -61,11 +63,10 @@ def weight(value: float, limit: float, kind: str = "amount") -> float:
 
 
 def strip(groups: Sequence[Group], channel: Channel, limit: float) -> str:
-    """The tokens, coloured; their text content is the text itself (NUL, which HTML cannot hold,
-    apart).
+    """Return the tokens as coloured HTML.
 
-    Of texts longer than `WHOLE` groups the beginning and what surrounds the peaks, with the rest
-    counted.
+    Its text content is the text itself, apart from NUL, which HTML cannot hold. Of texts longer
+    than `WHOLE` groups it holds the beginning and the neighbours of the peaks, and counts the rest.
     """
     values, out, at = list(_strongest(groups, channel)), [], 0
     shown = _shown(values)
@@ -73,63 +74,75 @@ def strip(groups: Sequence[Group], channel: Channel, limit: float) -> str:
         if i > at:
             out.append(f'<span class="opd-soft"> … {i - at:,} more … </span>')
         if i < len(groups):
-            out.append(_glyph(groups[i], channel.kind, values[i], limit))
+            out.append(_glyph(groups[i], channel, values[i], limit))
         at = i + 1
     return "".join(out)
 
 
+def strip_box(
+    groups: Sequence[Group], channel: Channel, limit: float, finish: str | None = None
+) -> str:
+    """Return `strip` in its box, with the finish reason of the completion where one is given."""
+    ended = "" if finish is None else f' data-finish="{safe(finish)}"'
+    colours = strip(groups, channel, limit)
+    return f'<div class="opd-strip"{ended} dir="auto" style="{STRIP_STYLE}">{colours}</div>'
+
+
+def prompt_box(text: str) -> str:
+    """Return a prompt as HTML."""
+    return f'<div class="opd-prompt" style="white-space:pre-wrap" dir="auto">{safe(text)}</div>'
+
+
+def said_box(text: str) -> str:
+    """Return what stands under a picture in words, as HTML."""
+    return f'<div class="opd-peaks">{safe(text)}</div>'
+
+
 def legend(channel: Channel, limit: float) -> str:
-    """The colour scale from its least to its most, with the unit; of kinds, the mark and name of
-    each.
-    """
+    """Return the colour scale with its ends and unit; of categories, the mark and name of each."""
     if channel.names:
         return _key(channel, limit)
-    ends = range(-_STEPS, _STEPS + 1) if channel.kind != "amount" else range(_STEPS + 1)
-    cells = "".join(
-        '<span class="opd-cell"'
-        f' style="{_tint(channel.kind, i * limit / _STEPS, limit)}">&nbsp;</span>'
-        for i in ends
-    )
-    ticks = [f"−{number(limit)}"] * (channel.kind != "amount") + [
-        "0",
-        f"{number(limit)} {channel.unit}",
+    has_sides = channel.kind != "amount"
+    tints = [
+        _tint(channel, i * limit / _STEPS, limit)
+        for i in range(-_STEPS if has_sides else 0, _STEPS + 1)
     ]
+    cells = "".join(f'<span class="opd-cell" style="{tint}">&nbsp;</span>' for tint in tints)
+    ends = [f"−{number(limit)}"] if has_sides else []
+    ticks = " … ".join([*ends, "0", f"{number(limit)} {channel.unit}"])
     meaning = f"{channel.less} ↔ {channel.more}" if channel.less else ""
     return (
-        f'<div class="opd-legend"><span>{escape(channel.label)}</span> <span'
-        f' class="opd-scale">{cells}</span> '
-        f"<span>{' … '.join(map(escape, ticks))}</span> <span>{escape(meaning)}</span></div>"
+        f'<div class="opd-legend"><span>{safe(channel.label)}</span> '
+        f'<span class="opd-scale">{cells}</span> '
+        f"<span>{safe(ticks)}</span> <span>{safe(meaning)}</span></div>"
     )
 
 
 def sparkline(channel: Channel, width: int = 64) -> str:
-    """The size of the channel along the text; where many tokens share a character it shows the
-    largest.
+    """Return the sizes of the channel along the text, as one line of bars.
 
-    Of kinds it shows numbers, from 1 in the order of their names; the commonest where many tokens
-    share one.
+    Where many tokens share a character, it shows the largest. A category is shown by numbers, from
+    1 in the order of its names; the commonest where many tokens share a character.
     """
     if channel.kind == "category":
-        parts = np.array_split(
-            np.nan_to_num(channel.values, nan=-1).astype(int), min(width, len(channel.values) or 1)
-        )
+        codes = np.nan_to_num(channel.values, nan=-1).astype(int)
         commonest = [
-            int(np.bincount(part[part >= 0]).argmax()) if (part >= 0).any() else -1
-            for part in parts
+            _commonest(part) for part in np.array_split(codes, min(width, len(codes) or 1))
         ]
-        return "".join("·" if c < 0 else str(c + 1) for c in commonest)
+        return "".join("·" if code < 0 else str(code + 1) for code in commonest)
     size = np.nan_to_num(np.abs(channel.values), nan=0.0, posinf=np.inf)
-    bins = np.array_split(size, min(width, len(size))) if len(size) else []
-    return "".join(
-        "▁▂▃▄▅▆▇█"[min(7, int(8 * weight(float(b.max()), channel.limit, channel.kind)))]
-        for b in bins
-    )
+    parts = np.array_split(size, min(width, len(size))) if len(size) else []
+    strengths = [weight(float(part.max()), channel.limit, channel.kind) for part in parts]
+    return "".join(bar(strength) for strength in strengths)
+
+
+def bar(strength: float) -> str:
+    """Return one character that is as high as `strength`, from 0 to 1."""
+    return BARS[min(len(BARS) - 1, int(len(BARS) * max(0.0, strength)))]
 
 
 def sparkline_of(trace: Trace, channel: Channel, row: int) -> list[str]:
-    """The sparkline of the completion that a row lies in, as a line of its own; none where there is
-    no such row.
-    """
+    """Return the sparkline of the completion that a row lies in; nothing for no such row."""
     samples = trace.column("sample")
     if not 0 <= row < len(samples):
         return []
@@ -141,7 +154,7 @@ def sparkline_of(trace: Trace, channel: Channel, row: int) -> list[str]:
 
 
 def number(value: float, sign: bool = False) -> str:
-    """Three significant digits, with a real minus."""
+    """Return a number with three significant digits and a real minus."""
     if not math.isfinite(value):
         return "–" if math.isnan(value) else "∞" if value > 0 else "−∞"
     text = np.format_float_positional(value, 3, fractional=False, trim="-")
@@ -151,33 +164,45 @@ def number(value: float, sign: bool = False) -> str:
 
 
 def said(value: float, channel: Channel) -> str:
-    """A value of a channel, without its unit: signed where it has two sides, its name where it has
-    names.
-    """
+    """Return a value in words: its name, or the number, signed where the channel has two sides."""
     if channel.names:
         return channel.names[int(value)] if value >= 0 else "–"
     return number(value, channel.kind in ("ratio", "signed"))
 
 
 def safe(text: str) -> str:
-    """Text as HTML that reads back as that text: markup escaped, CR kept, NUL (which HTML cannot
-    hold) dropped.
+    """Return text as HTML that reads back as that text.
+
+    Markup is escaped, CR is kept, NUL, which HTML cannot hold, is dropped.
     """
     return escape(clean(text)).replace("\r", "&#13;").replace("\0", "")
 
 
 def title(text: str) -> str:
-    """The title of a view, where it has one."""
+    """Return the title of a view as HTML; nothing for no title."""
     return f'<div class="opd-title">{safe(text)}</div>' if text else ""
 
 
-def _key(channel: Channel, limit: float) -> str:
-    cells = [
-        '<span class="opd-kind"'
-        f' style="{_tint(channel.kind, i, limit)}">&nbsp;{safe(mark)}&nbsp;</span>'
-        + ("" if mark == name else f" <span>{safe(name)}</span>")
-        for i, (mark, name) in enumerate(zip(channel.marks, channel.names, strict=True))
+def shares_of_names(channel: Channel) -> str:
+    """Return how common each name of a category is, in words: "route: 1 imitate 40 %, …"."""
+    parts = [
+        f"{i + 1} {name} {100 * (channel.values == i).mean():.0f} %"
+        for i, name in enumerate(channel.names)
     ]
+    return f"{channel.label}: {', '.join(parts)}"
+
+
+def _commonest(codes: np.ndarray) -> int:
+    known = codes[codes >= 0]
+    return int(np.bincount(known).argmax()) if len(known) else -1
+
+
+def _key(channel: Channel, limit: float) -> str:
+    cells = []
+    for i, (mark, name) in enumerate(zip(channel.marks, channel.names, strict=True)):
+        tint = _tint(channel, i, limit)
+        cell = f'<span class="opd-kind" style="{tint}">&nbsp;{safe(mark)}&nbsp;</span>'
+        cells.append(cell if mark == name else f"{cell} <span>{safe(name)}</span>")
     return f'<div class="opd-legend"><span>{safe(channel.label)}</span> {" ".join(cells)}</div>'
 
 
@@ -202,28 +227,31 @@ def _strongest(groups: Sequence[Group], channel: Channel) -> Iterator[float]:
         at += group.tokens
 
 
-def _glyph(group: Group, kind: str, value: float, limit: float) -> str:
+def _glyph(group: Group, channel: Channel, value: float, limit: float) -> str:
     look = "opd-ink opd-special" if group.special else "opd-ink"
-    parts = "".join(
-        (
-            safe(raw)
-            if seen == raw
-            else f'<span class="opd-mark" data-mark="{safe(seen)}">{safe(raw)}</span>'
-        )
-        for seen, raw in group.parts
-    )
-    tint = _tint(kind, value, limit)
+    parts = "".join(_part(seen, raw) for seen, raw in group.parts)
+    tint = _tint(channel, value, limit)
     if not tint and not group.special:
         return group.lead + parts
     return f'{group.lead}<span class="{look}" style="{tint}">{parts}</span>'
 
 
-def _tint(kind: str, value: float, limit: float) -> str:
-    (r, g, b), strongest = INK[side(kind, value)]
-    alpha = weight(value, limit, kind) * strongest
-    line = (
-        f";text-decoration:underline {LINES[int(value) % len(LINES)]}"
-        if kind == "category" and value >= 0
-        else ""
-    )
-    return f"background-color:rgba({r},{g},{b},{alpha:.3f}){line}" if alpha >= 0.02 else ""
+def _part(seen: str, raw: str) -> str:
+    if seen == raw:
+        return safe(raw)
+    return f'<span class="opd-mark" data-mark="{safe(seen)}">{safe(raw)}</span>'
+
+
+def _tint(channel: Channel, value: float, limit: float) -> str:
+    """The style of a value: background, and of categories an underline of their own too."""
+    if channel.kind == "category":
+        if not value >= 0:  # NaN and -1 are no kind
+            return ""
+        code = int(value)
+        hue = channel.hues[code] if channel.hues else ""
+        (r, g, b), _ = INK[hue or side("category", code)]
+        underline = f"text-decoration:underline {LINES[code % len(LINES)]}"
+        return f"background-color:rgba({r},{g},{b},{KIND_ALPHA:.3f});{underline}"
+    (r, g, b), strongest = INK[side(channel.kind, value)]
+    alpha = weight(value, limit, channel.kind) * strongest
+    return f"background-color:rgba({r},{g},{b},{alpha:.3f})" if alpha >= 0.02 else ""

@@ -1,23 +1,32 @@
-"""A page: what a run changed, in one file that opens anywhere, offline: a table, curves and token
-strips.
-"""
+"""A page: a table, curves and views in one file that opens anywhere, offline."""
 
 from __future__ import annotations
 
 import json
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-
-import plotly.graph_objects as go
-from plotly.offline import get_plotlyjs
+from typing import TYPE_CHECKING, Any, ClassVar, Protocol
 
 from opdlab.viz import embed
 from opdlab.viz.markup import number, safe
-from opdlab.viz.token_lens import TokenLens
-from opdlab.viz.view import View
+
+if TYPE_CHECKING:
+    import plotly.graph_objects as go
 
 COLUMNS = ("", "before", "after", "teacher")
+
+
+class Drawable(Protocol):
+    """What a page shows: a `View`."""
+
+    scripts: ClassVar[tuple[str, ...]]
+    styles: ClassVar[tuple[str, ...]]
+
+    @property
+    def limits(self) -> Mapping[str, float]: ...
+    def with_limits(self, limits: Mapping[str, float]) -> Drawable: ...
+    def html(self, assets: bool = True, script: bool = True) -> str: ...
 
 
 def page(
@@ -26,73 +35,77 @@ def page(
     title: str,
     summary: Sequence[Sequence[object]] = (),
     figures: Sequence[go.Figure] = (),
-    lenses: Sequence[tuple[str, View]] = (),
+    lenses: Sequence[tuple[str, Drawable]] = (),
     note: str = "",
     columns: Sequence[str] = COLUMNS,
 ) -> Path:
-    """Write one HTML file that fetches nothing and follows the system's light or dark theme;
-    returns its path.
+    """Write one HTML file that fetches nothing and follows the system's light or dark theme.
 
-    summary: rows (label, before, after, teacher), or as `columns` names them; numbers get three
-        digits. lenses: (caption,
-    view); TokenLenses share one colour scale a channel, so that before and after compare.
+    Args:
+        path: Where the page goes.
+        title: The page's title.
+        summary: Rows (label, before, after, teacher), or as `columns` names them. Numbers get three
+            digits.
+        figures: Plotly figures.
+        lenses: (caption, view) in order. TokenLenses share one colour scale for each channel, so
+            that before and after compare.
+        note: Paragraphs under the title, with an empty line between them.
+        columns: Heads of the summary's columns.
+
+    Returns:
+        The path.
     """
-    views = [
-        (caption, view.scaled(_limits(lenses)) if isinstance(view, TokenLens) else view)
-        for caption, view in lenses
-    ]
-    body = [f"<header><h1>{safe(title)}</h1>{_paragraphs(note)}</header>"]
+    limits = _shared_limits([view for _, view in lenses])
+    views = [(caption, view.with_limits(limits)) for caption, view in lenses]
+    paragraphs = "".join(f"<p>{safe(part)}</p>" for part in note.split("\n\n") if part.strip())
+    body = [f"<header><h1>{safe(title)}</h1>{paragraphs}</header>"]
     body += [_table(summary, columns)] if summary else []
-    body += [
-        "<figure"
-        f' class="opd-chart"><div></div>{embed.script_json(_drawn(f), "opd-figure")}</figure>'
-        for f in figures
-    ]
+    body += [_figure(figure) for figure in figures]
     for caption, view in views:
         heading = f"<h2>{safe(caption)}</h2>" if caption else ""
         body.append(f"<section>{heading}{view.html(assets=False)}</section>")
     kinds = list(dict.fromkeys(type(view) for _, view in views))
-    head = embed.style(
-        *embed.STYLES, *dict.fromkeys(name for kind in kinds for name in kind.styles), "page.css"
-    )
+    styles = dict.fromkeys(name for kind in kinds for name in kind.styles)
+    head = embed.style(*embed.STYLES, *styles, "page.css")
     scripts = embed.module([name for kind in kinds for name in kind.scripts]) if views else ""
     if figures:
+        from plotly.offline import get_plotlyjs
+
         head += f"\n<script>{get_plotlyjs()}</script>"
         scripts += embed.plain_module("charts.js")
+    main = "\n".join(body)
     return embed.write(
-        path, embed.document(safe(title), head, f"<main>\n{chr(10).join(body)}\n</main>\n{scripts}")
+        path, embed.document(safe(title), head, f"<main>\n{main}\n</main>\n{scripts}")
     )
 
 
-def _limits(lenses: Sequence[tuple[str, View]]) -> dict[str, float]:
-    """The largest value that gets full colour in any of the lenses, by channel."""
+def _shared_limits(views: Sequence[Drawable]) -> dict[str, float]:
+    """The largest value that gets full colour in any of the views, by channel."""
     limits: dict[str, float] = {}
-    for _, view in lenses:
-        if isinstance(view, TokenLens):
-            limits |= {key: max(limit, limits.get(key, 0.0)) for key, limit in view.limits.items()}
+    for view in views:
+        for key, limit in view.limits.items():
+            limits[key] = max(limit, limits.get(key, 0.0))
     return limits
+
+
+def _figure(figure: go.Figure) -> str:
+    data: dict[str, Any] = json.loads(figure.to_json())
+    block = embed.script_json(data, "opd-figure")
+    return f'<figure class="opd-chart"><div></div>{block}</figure>'
 
 
 def _table(rows: Sequence[Sequence[object]], columns: Sequence[str]) -> str:
     head = "".join(f'<th scope="col">{safe(name)}</th>' for name in columns)
-    lines = [
-        "<tr><th"
-        f' scope="row">{_cell(label)}</th>{"".join(f"<td>{_cell(v)}</td>" for v in values)}</tr>'
-        for label, *values in rows
-    ]
+    lines = []
+    for label, *values in rows:
+        cells = "".join(f"<td>{_cell(value)}</td>" for value in values)
+        lines.append(f'<tr><th scope="row">{_cell(label)}</th>{cells}</tr>')
+    body = "".join(lines)
     return (
-        "<div"
-        f' class="opd-table"><table><thead><tr>{head}</tr></thead><tbody>{"".join(lines)}</tbody></table></div>'
+        f'<div class="opd-table"><table><thead><tr>{head}</tr></thead>'
+        f"<tbody>{body}</tbody></table></div>"
     )
 
 
 def _cell(value: object) -> str:
     return number(value) if isinstance(value, float) else safe("" if value is None else str(value))
-
-
-def _paragraphs(note: str) -> str:
-    return "".join(f"<p>{safe(part)}</p>" for part in note.split("\n\n") if part.strip())
-
-
-def _drawn(figure: go.Figure) -> dict[str, object]:
-    return json.loads(figure.to_json())

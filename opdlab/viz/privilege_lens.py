@@ -1,12 +1,11 @@
-"""PrivilegeLens: is the hinted teacher teaching a skill, or telling what it was told?
-
-The gap of every token, taken apart.
-"""
+"""PrivilegeLens: the gap to a hinted teacher, taken apart into information and capability."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from dataclasses import replace
 from functools import cached_property
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pandas as pd
@@ -15,38 +14,56 @@ from opdlab.data.trace import Trace
 from opdlab.errors import MissingPolicy, OpdlabError
 from opdlab.support.expect import expect
 from opdlab.viz import markup, payload
-from opdlab.viz.channels import Channel, described
+from opdlab.viz.channel import Channel, describe_channel
 from opdlab.viz.glyphs import groups, visible
+from opdlab.viz.made_up import make_trace
 from opdlab.viz.segments import segments
-from opdlab.viz.view import Trait, View
+from opdlab.viz.traits import Trait
+from opdlab.viz.view import EXAMPLE_TOKENS, EXAMPLE_WORDS, View
+
+if TYPE_CHECKING:
+    from typing_extensions import Self
 
 LEAST = 0.1  # nats of information below which nothing is flagged
 ALL = "all"
-_MEANS = ["gap", "information", "capability", "leak"]
+PARTS = ("gap", "information", "capability")
 
 
 class PrivilegeLens(View):
-    """Is the teacher teaching a skill, or leaking the answer?
-
-    One completion under three policies, by token and in sum.
+    """One completion under three policies: the gap of every token, taken apart, and the sums.
 
         log p_T+ - log p_S  =  (log p_T+ - log p_T-)  +  (log p_T- - log p_S)
               gap                   information              capability
 
-    as `opdlab.diagnose.privilege` defines `gap`, `information_teacher` and `capability_bare`.
-    student, informed (T+), plain (T-), wrong (the teacher told another problem's hint, for
-    control): policies of the trace, as in `opdlab.score(rollout, student, teacher,
-    **{"teacher+hint": teacher.seeing()})`. A token is flagged as a leak where information outweighs
-    capability, is more than 0.1 nats, and T- is undecided: its entropy is above `undecided` nats (a
-    trait; 0.69 is two equal choices). Raises MissingPolicy and OpdlabError. `selected` is the
-    position looked at, at first the one of largest gap.
+    `opdlab.diagnose.privilege` defines the same as `gap`, `information_teacher` and
+    `capability_bare`. A token is flagged as a leak where information outweighs capability, is more
+    than 0.1 nats, and T- is undecided.
+
+    Args:
+        trace: A trace under all three, as of `opdlab.score(rollout, student, teacher,
+            **{"teacher+hint": teacher.seeing()})`.
+        student: The student's name in the trace.
+        informed: The name of T+, the teacher that sees the hint.
+        plain: The name of T-, the teacher that does not.
+        wrong: The name of the teacher that sees another problem's hint, for control; None for none.
+        sample: The completion.
+        title: The title above.
+
+    Attributes:
+        undecided: The entropy of T- in nats from which a token can be flagged; 0.69 is two equal
+            choices.
+        selected: The position looked at; at first the one of largest gap.
+
+    Raises:
+        MissingPolicy: The trace lacks one of the policies.
+        OpdlabError: The trace has no such completion.
     """
 
-    name, scripts, styles = (
-        "privilege",
-        ("tracks.js", "minimap.js", "privilege.js"),
-        ("privilege.css",),
-    )
+    caption = "Is the hinted teacher teaching a skill, or leaking the answer?"
+    takes = "a trace under a teacher with and without its hint"
+    name = "privilege"
+    scripts = ("privilege.js",)
+    styles = ("privilege.css",)
     undecided = Trait(0.69)
 
     def __init__(
@@ -61,9 +78,9 @@ class PrivilegeLens(View):
     ) -> None:
         super().__init__()
         expect(trace, Trace, type(self).__name__, "trace")
-        self.sides = {"student": student, "plain": plain, "informed": informed} | (
-            {"wrong": wrong} if wrong else {}
-        )
+        self.sides = {"student": student, "plain": plain, "informed": informed}
+        if wrong:
+            self.sides["wrong"] = wrong
         for name in self.sides.values():
             if f"{name}_logp" not in trace.table.column_names:
                 raise MissingPolicy(
@@ -81,36 +98,43 @@ class PrivilegeLens(View):
             )
         self.selected = next(iter(self.channels["gap"].peaks()), 0)
 
+    @classmethod
+    def fits(cls, given: object, sample: int = 0) -> bool:
+        """Return whether `given` is a trace under the teacher with and without its hint."""
+        return isinstance(given, Trace) and {"teacher", "teacher+hint"} <= set(given.policies)
+
+    @classmethod
+    def of_trace(cls, trace: Trace, sample: int = 0) -> Self:
+        """Make the lens of one completion."""
+        return cls(trace, sample=sample)
+
+    @classmethod
+    def example(cls, tokens: Sequence[bytes] = EXAMPLE_TOKENS, words: str = EXAMPLE_WORDS) -> Self:
+        """Make the lens of one completion whose tokens all have the type `words`."""
+        policies = ("student", "teacher", "teacher+hint")
+        trace = make_trace(tokens, policies, prompt=words, finish=words)
+        return cls(trace.with_columns(type=[words] * len(tokens)), title=words)
+
     @cached_property
     def channels(self) -> dict[str, Channel]:
-        """The three numbers of the split, and the control, as what colours tokens."""
-        parts, informed = _parts(self.trace, self.sides), self.sides["informed"]
-        made = {
-            "gap": ("gap", "log T₊(y) − log S(y)", "student over-confident", f"{informed} prefers"),
-            "information": (
-                "information",
-                "log T₊(y) − log T₋(y)",
-                "the hint speaks against it",
-                "the hint speaks for it",
-            ),
-            "capability": (
-                "capability",
-                "log T₋(y) − log S(y)",
-                "student over-confident",
-                f"{self.sides['plain']} prefers",
-            ),
-            "wrong": (
-                "wrong hint",
-                "log T_wrong(y) − log T₋(y)",
-                "it speaks against it",
-                "it speaks for it",
-            ),
-        }
+        """The three parts of the gap, and the control, as channels."""
+        parts = _parts(self.trace, self.sides)
+        informed, plain = self.sides["informed"], self.sides["plain"]
+        prefers_informed = ("student over-confident", f"{informed} prefers")
+        prefers_plain = ("student over-confident", f"{plain} prefers")
+        hint = ("the hint speaks against it", "the hint speaks for it")
+        wrong_hint = ("it speaks against it", "it speaks for it")
+        described = (
+            ("gap", "gap", "log T₊(y) − log S(y)", prefers_informed),
+            ("information", "information", "log T₊(y) − log T₋(y)", hint),
+            ("capability", "capability", "log T₋(y) − log S(y)", prefers_plain),
+            ("wrong", "wrong hint", "log T_wrong(y) − log T₋(y)", wrong_hint),
+        )
         return {
             key: Channel(
                 key, label, parts[key], kind="ratio", less=less, more=more, formula=formula
             )
-            for key, (label, formula, less, more) in made.items()
+            for key, label, formula, (less, more) in described
             if key in parts
         }
 
@@ -121,8 +145,9 @@ class PrivilegeLens(View):
 
     @property
     def df(self) -> pd.DataFrame:
-        """The trace's rows of this completion with `token`, `gap`, `information_teacher`,
-        `capability_bare` and `leak`.
+        """The completion's rows with `token`, the parts of the gap and `leak`.
+
+        The parts are `gap`, `information_teacher` and `capability_bare`, in nats.
         """
         parts = _parts(self.trace, self.sides)
         names = {
@@ -136,23 +161,26 @@ class PrivilegeLens(View):
 
     @property
     def table(self) -> pd.DataFrame:
-        """Means in nats by type over all completions of the trace, with the share of flagged
-        tokens; all of them in the row "all".
+        """Means in nats by type of token over all completions, and the share of flagged tokens.
+
+        The row "all" has all tokens.
         """
-        parts = pd.DataFrame(_parts(self.whole, self.sides)).assign(
-            leak=self._leaks(self.whole).astype(float)
-        )
+        parts = pd.DataFrame(_parts(self.whole, self.sides))
+        parts["leak"] = self._leaks(self.whole).astype(float)
         parts["type"] = self._types() or [ALL] * len(parts)
-        kinds = parts["type"].value_counts().index
-        rows = {ALL: parts} | {str(kind): parts[parts["type"] == kind] for kind in kinds}
-        means = [*_MEANS, *(["wrong"] if "wrong" in parts else [])]
-        return pd.DataFrame(
-            {kind: {"tokens": len(part), **part[means].mean()} for kind, part in rows.items()}
-        ).T.astype({"tokens": int})
+        groups_of_rows = {ALL: parts}
+        for kind in parts["type"].value_counts().index:
+            groups_of_rows[str(kind)] = parts[parts["type"] == kind]
+        means = [*PARTS, "leak", *(["wrong"] if "wrong" in parts else [])]
+        rows = {
+            kind: {"tokens": len(part), **part[means].mean()}
+            for kind, part in groups_of_rows.items()
+        }
+        return pd.DataFrame(rows).T.astype({"tokens": int})
 
     @property
     def sentence(self) -> str:
-        """What the whole trace says."""
+        """The means over the whole trace, in words."""
         m, n = self.table.loc[ALL], len(self.whole)
         flags = (
             f"{round(m['leak'] * n)} of {n:,} tokens are flagged as leaks"
@@ -171,6 +199,7 @@ class PrivilegeLens(View):
         )
 
     def data(self) -> dict[str, Any]:
+        """Return all that the script draws."""
         entropy = {
             key: payload.numbers(self.trace.column(f"{name}_entropy"))
             for key, name in self.sides.items()
@@ -186,7 +215,7 @@ class PrivilegeLens(View):
             "finish": str(self.trace.meta["finish"][self.sample]),
             "sides": self.sides,
             "text": payload.text(self.trace),
-            "channels": [described(c, self.limit) for c in self.channels.values()],
+            "channels": [describe_channel(c, self.limit) for c in self.channels.values()],
             "logp": logp,
             "entropy": entropy,
             "least": LEAST,
@@ -196,27 +225,16 @@ class PrivilegeLens(View):
         }
 
     def static(self) -> str:
-        title = markup.title(self.title)
-        gap, tokens = self.channels["gap"], self.trace.tokens()
-        rows = "".join(
-            f"<tr><th>{markup.safe(kind)}</th><td>{int(row['tokens'])}</td>"
-            + "".join(
-                f"<td>{markup.number(row[key], True)}</td>"
-                for key in ("gap", "information", "capability")
-            )
-            + "</tr>"
-            for kind, row in self.table.iterrows()
-        )
+        """Return the picture as HTML without a script."""
+        gap = self.channels["gap"]
+        head = "".join(f"<th>{name}</th>" for name in ("type", "tokens", *PARTS))
+        rows = "".join(_table_row(str(kind), row) for kind, row in self.table.iterrows())
         return (
-            f'{title}<div class="opd-prompt" style="white-space:pre-wrap"'
-            f' dir="auto">{markup.safe(self._prompt)}</div>'
+            f"{markup.title(self.title)}{markup.prompt_box(self._prompt)}"
             f'<div class="opd-bar">{markup.legend(gap, self.limit)}</div>'
-            '<div class="opd-strip" dir="auto"'
-            ' style="white-space:pre-wrap;font-family:monospace;line-height:1.9">'
-            f"{markup.strip(groups(tokens), gap, self.limit)}</div>"
-            "<div"
-            f' class="opd-peaks">{markup.safe(self.sentence)}<table><tr><th>type</th><th>tokens</th><th>gap</th><th>information</th>'
-            f"<th>capability</th></tr>{rows}</table></div>"
+            f"{markup.strip_box(groups(self.trace.tokens()), gap, self.limit)}"
+            f'<div class="opd-peaks">{markup.safe(self.sentence)}'
+            f"<table><tr>{head}</tr>{rows}</table></div>"
         )
 
     def __repr__(self) -> str:
@@ -224,10 +242,7 @@ class PrivilegeLens(View):
             f"PrivilegeLens: {self.title or f'completion {self.sample}'}, {len(self.trace)} tokens."
             f" {self.sentence}"
         )
-        shared = [
-            Channel(c.key, c.label, c.values, kind="ratio", fixed=self.limit)
-            for c in self.channels.values()
-        ]
+        shared = [replace(channel, fixed=self.limit) for channel in self.channels.values()]
         return "\n".join([head, *(f"{c.label:<12} {markup.sparkline(c)}" for c in shared)])
 
     @property
@@ -261,7 +276,7 @@ class PrivilegeLens(View):
         return [str(kind) for kind in self.whole.column("type").tolist()] if known else None
 
     def _everywhere(self) -> dict[str, Any]:
-        """What the page needs to flag and average by type over the whole trace."""
+        """The numbers by which the page flags tokens and averages by type over the whole trace."""
         kinds, parts = self._types(), _parts(self.whole, self.sides)
         names = [kind for kind in self.table.index if kind != ALL] if kinds else []
         entropy = (
@@ -277,10 +292,13 @@ class PrivilegeLens(View):
         }
 
 
+def _table_row(kind: str, row: pd.Series) -> str:
+    cells = [f"{int(row['tokens'])}", *(markup.number(row[key], True) for key in PARTS)]
+    return f"<tr><th>{markup.safe(kind)}</th>{''.join(f'<td>{cell}</td>' for cell in cells)}</tr>"
+
+
 def _parts(trace: Trace, sides: dict[str, str]) -> dict[str, np.ndarray]:
-    """The gap and what it is made of, `[n]` each, nats; NaN where two policies both rule the token
-    out.
-    """
+    """The gap and its parts, `[n]` each, in nats; NaN where two policies both rule the token out."""
     logp = {key: trace.column(f"{name}_logp").astype(float) for key, name in sides.items()}
     with np.errstate(invalid="ignore"):
         parts = {

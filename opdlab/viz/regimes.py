@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from functools import cached_property
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pandas as pd
@@ -13,41 +13,55 @@ from opdlab.data.trace import Trace
 from opdlab.errors import OpdlabError, UnknownColumn
 from opdlab.support.expect import expect
 from opdlab.viz import markup, payload
-from opdlab.viz.axes import Axis, axes, gap_sides
-from opdlab.viz.channels import Channel
+from opdlab.viz.axes import Axis, compared_sides, find_axes
+from opdlab.viz.channel import Channel
+from opdlab.viz.channels import find_rivals
 from opdlab.viz.glyphs import visible
-from opdlab.viz.sorts import Sort, sorts
-from opdlab.viz.view import Trait, View
+from opdlab.viz.grouping import Grouping, find_groupings
+from opdlab.viz.made_up import make_trace
+from opdlab.viz.traits import Trait
+from opdlab.viz.view import EXAMPLE_TOKENS, EXAMPLE_WORDS, View
+
+if TYPE_CHECKING:
+    from typing_extensions import Self
 
 EXACT = 5000  # tokens up to which the page gets single precision
-QUADRANTS = (
-    "low x, high y",
-    "high x, high y",
-    "low x, low y",
-    "high x, low y",
-)  # as they lie in the picture
+# As they lie in the picture.
+QUADRANTS = ("low x, high y", "high x, high y", "low x, low y", "high x, low y")
 WIDE, HIGH = 48, 30  # cells of the picture that needs no script
 
 
 class Regimes(View):
-    """Which tokens does a routing rule touch?
+    """All tokens of a trace as points, two lines to drag, and what each quadrant holds.
 
-    All tokens of a trace as points, two lines to drag, and what each quadrant holds.
+    Args:
+        trace: The trace.
+        x: The horizontal axis, a key of `find_axes`: `log_ratio`, `gap`, `confidence`,
+            `reverse_kl`, an entropy, `max_p`, `rank`, or any plan column. Where there is no
+            `log_ratio`, the first axis takes its place.
+        y: The vertical axis.
+        thresholds: Where the lines lie, by axis. The others begin at the threshold that the plan
+            describes, else at zero or the mean.
+        by: The column that groups the points, a key of `find_groupings`, such as a method's routes
+            or `type`; by default the first there is, "" for none.
+        title: The title above.
 
-    x, y: keys of `axes` (`log_ratio`, `gap`, `confidence`, `reverse_kl`, entropies, `max_p`,
-        `rank`, any plan column);
-    `log_ratio` gives way to the first there is. thresholds: where the lines lie, by axis; the
-    others begin at DOPD's means of the step where the trace has them, else at zero or the mean. by:
-    what sorts the points, a key of `sorts` (`route`, `gated`, `audited`, `divergent`, `type`); the
-    first there is by default, "" for none. Raises UnknownColumn for a key that is not there.
+    Attributes:
+        x: The key of the horizontal axis.
+        y: The key of the vertical axis.
+        by: The column that groups the points.
+        thresholds: Where each axis' line lies.
+        hidden: Names of groups that are not drawn.
+        region: What is brushed, [x low, x high, y low, y high]; [] for nothing.
+        brush: In the text that is looked at, the runs of brushed rows: [first, last, first, last,
+            …].
 
-    Traits: `x`, `y`, `by`, `thresholds` {axis: value}, `hidden` (names of groups), and `region` [x
-        low, x high, y low, y high],
-    what is brushed ([]: nothing). `quadrants` is the table, `picked` the brushed rows of `df`. In
-    the text that is looked at, `brush` becomes the runs of picked rows, [first, last, first, last,
-    …].
+    Raises:
+        OpdlabError: The trace has no numbers.
+        UnknownColumn: There is no such axis or grouping.
     """
 
+    caption = "Which tokens does a routing rule touch?"
     name, scripts, styles = "regimes", ("regimes.js",), ("regimes.css",)
     x = Trait("log_ratio")
     y = Trait("confidence")
@@ -73,9 +87,8 @@ class Regimes(View):
                 "The trace has no numbers to draw. Make it with opdlab.score(…), or take one of"
                 " training: step.trace()."
             )
-        spare = [key for key in self.axes if key not in (x, y)] or list(
-            self.axes
-        )  # what stands in for a default that is not there
+        # A default that is not there gives way to another axis.
+        spare = [key for key in self.axes if key not in (x, y)] or list(self.axes)
         wanted = {"x": x if x in self.axes or x != "log_ratio" else spare.pop(0)}
         wanted["y"] = y if y in self.axes or y != "confidence" else (spare or list(self.axes))[0]
         lines = {key: axis.start for key, axis in self.axes.items()}
@@ -84,47 +97,62 @@ class Regimes(View):
                 raise UnknownColumn(
                     f"The trace has no axis {name!r}. It has {', '.join(self.axes)}."
                 )
-        if by and by not in self.sorts:
+        if by and by not in self.groupings:
             raise UnknownColumn(
                 f"Nothing sorts the tokens by {by!r}. There is"
-                f" {', '.join(self.sorts) or 'nothing that does'}."
+                f" {', '.join(self.groupings) or 'nothing that does'}."
             )
         self.x, self.y = wanted["x"], wanted["y"]
         self.thresholds = lines | {key: float(value) for key, value in (thresholds or {}).items()}
-        self.by = next(iter(self.sorts), "") if by is None else by
+        self.by = next(iter(self.groupings), "") if by is None else by
+
+    @classmethod
+    def fits(cls, given: object, sample: int = 0) -> bool:
+        """Return whether `given` is a trace with tokens, of a student and another policy."""
+        return isinstance(given, Trace) and bool(find_rivals(given)) and len(given) > 0
+
+    @classmethod
+    def of_trace(cls, trace: Trace, sample: int = 0) -> Self:
+        """Make the scatter of all tokens of a trace."""
+        return cls(trace)
+
+    @classmethod
+    def example(cls, tokens: Sequence[bytes] = EXAMPLE_TOKENS, words: str = EXAMPLE_WORDS) -> Self:
+        """Make the scatter of one completion whose tokens all have the type `words`."""
+        trace = make_trace(tokens, prompt=words, finish=words)
+        return cls(trace.with_columns(type=[words] * len(tokens)), title=words)
 
     @cached_property
     def axes(self) -> dict[str, Axis]:
-        return axes(self.trace)
+        """The axes of the trace, by key."""
+        return find_axes(self.trace)
 
     @cached_property
-    def sorts(self) -> dict[str, Sort]:
-        return sorts(self.trace)
+    def groupings(self) -> dict[str, Grouping]:
+        """The columns that group the tokens, by name."""
+        return find_groupings(self.trace)
 
     @property
     def df(self) -> pd.DataFrame:
-        """The trace's rows with `token`, the two numbers `x` and `y`, the `quadrant` ("" where a
-        number is missing) and the `kind`.
+        """The trace's rows with `token`, `x`, `y`, `quadrant` and `kind`.
+
+        `kind` is the name of the token's group; `quadrant` is "" where a number is missing.
         """
         x, y = self._values(self.x), self._values(self.y)
         right, up = x >= self.thresholds[self.x], y >= self.thresholds[self.y]
         quadrant = np.where(
             np.isnan(x) | np.isnan(y), "", np.array(QUADRANTS)[np.where(up, 0, 2) + right]
         )
-        kind = (
-            [self.sorts[self.by].names[i] for i in self.sorts[self.by].index]
-            if self.by in self.sorts
-            else ""
-        )
+        kind: list[str] | str = ""
+        if self.by in self.groupings:
+            grouping = self.groupings[self.by]
+            kind = [grouping.names[i] for i in grouping.index]
         tokens = [visible(piece) for piece in self.trace.tokens()]
         return self.trace.to_pandas().assign(token=tokens, x=x, y=y, quadrant=quadrant, kind=kind)
 
     @property
     def quadrants(self) -> pd.DataFrame:
-        """What each quadrant holds of the tokens that are shown:
-
-        `tokens`, and shares of tokens, `kl` and `gradient`, in percent.
-        """
+        """The tokens shown in each quadrant, and their shares of tokens, KL and gradient in percent."""
         return _table(self._shown(), self._amounts())
 
     @property
@@ -133,13 +161,12 @@ class Regimes(View):
         if not self.region:
             return self.df.iloc[:0]
         df = self._shown()
-        inside = [
-            df[name].clip(*self.axes[key].ends).between(*ends)
-            for name, key, ends in (("x", self.x, self.region[:2]), ("y", self.y, self.region[2:]))
-        ]
-        return df[inside[0] & inside[1]]
+        in_x = df["x"].clip(*self.axes[self.x].ends).between(*self.region[:2])
+        in_y = df["y"].clip(*self.axes[self.y].ends).between(*self.region[2:])
+        return df[in_x & in_y]
 
     def data(self) -> dict[str, Any]:
+        """Return all that the script draws."""
         drawn = np.float32 if len(self.trace) <= EXACT else np.float16
         with np.errstate(over="ignore"):
             described = [
@@ -157,27 +184,28 @@ class Regimes(View):
                 }
                 for a in self.axes.values()
             ]
-        sorted_by = [
-            {"key": k.key, "names": k.names, "hues": k.hues, "index": k.index}
-            for k in self.sorts.values()
+        grouped = [
+            {"key": g.key, "names": g.names, "hues": g.hues, "index": g.index}
+            for g in self.groupings.values()
         ]
         amounts = {key: values.astype(drawn) for key, values in self._amounts().items()}
         return {
             "title": self.title,
             "text": payload.text(self.trace),
             "axes": described,
-            "sorts": sorted_by,
+            "sorts": grouped,
             "amounts": amounts,
         }
 
     def static(self) -> str:
-        title = markup.title(self.title)
+        """Return the picture as HTML without a script."""
         x, y = self.axes[self.x], self.axes[self.y]
         head = markup.safe(f"{_named(y)} over {_named(x)}, {len(self.trace):,} tokens")
         return (
-            f'{title}<div class="opd-bar"><span>{head}</span></div><div'
-            f' class="opd-stage">{_picture(x, y, self.thresholds)}</div><div'
-            f' class="opd-still">{_rows(self.quadrants)}</div>'
+            f"{markup.title(self.title)}"
+            f'<div class="opd-bar"><span>{head}</span></div>'
+            f'<div class="opd-stage">{_picture(x, y, self.thresholds)}</div>'
+            f'<div class="opd-still">{_rows(self.quadrants)}</div>'
         )
 
     def __repr__(self) -> str:
@@ -205,18 +233,14 @@ class Regimes(View):
         return df[~df["kind"].isin(self.hidden)] if self.hidden else df
 
     def _amounts(self) -> dict[str, np.ndarray]:
-        """What a token has of the total:
-
-        `kl` to the teacher of the gap, and the `gradient`, where the trace has them.
-        """
+        """The KL to the teacher and the gradient of each token, where the trace has them."""
         out, have = {}, self.trace.table.column_names
-        sides = gap_sides(self.trace)
+        sides = compared_sides(self.trace)
         if sides and f"{sides[0]}_reverse_kl" in have:
             kl = self.trace.column(f"{sides[0]}_reverse_kl").astype(float)
-            finite = kl[np.isfinite(kl)]
-            out["kl"] = np.clip(
-                np.nan_to_num(kl, posinf=finite.max(initial=1.0)), 0, None
-            )  # an infinite one must not be all there is
+            largest = kl[np.isfinite(kl)].max(initial=1.0)
+            # An infinite KL counts as the largest finite one, so that it is not all there is.
+            out["kl"] = np.clip(np.nan_to_num(kl, posinf=largest), 0, None)
         if "share" in have:
             out["gradient"] = self.trace.column("share").astype(float)
         return out
@@ -228,14 +252,12 @@ def _table(df: pd.DataFrame, amounts: Mapping[str, np.ndarray]) -> pd.DataFrame:
     df = df[df["quadrant"] != ""]
     sums = df.groupby("quadrant")[list(amounts)].sum().reindex(QUADRANTS).fillna(0.0)
     tokens = df["quadrant"].value_counts().reindex(QUADRANTS).fillna(0).astype(int)
-    share = lambda column: 100.0 * column / (column.sum() or 1.0)
-    return pd.DataFrame(
-        {
-            "tokens": tokens,
-            "of tokens": share(tokens),
-            **{f"of {key}": share(sums[key]) for key in amounts},
-        }
-    )
+    shares = {f"of {key}": _percent(sums[key]) for key in amounts}
+    return pd.DataFrame({"tokens": tokens, "of tokens": _percent(tokens), **shares})
+
+
+def _percent(column: pd.Series) -> pd.Series:
+    return 100.0 * column / (column.sum() or 1.0)
 
 
 def _shares(row: Any) -> list[str]:
@@ -257,23 +279,21 @@ def _named(axis: Axis) -> str:
 def _picture(x: Axis, y: Axis, lines: Mapping[str, float]) -> str:
     """The density of the points in cells, and the two lines, as a small drawing of numbers alone."""
     there = ~(np.isnan(x.values) | np.isnan(y.values))
-    cells = [
-        np.minimum((axis.spread(axis.values[there]) * n).astype(int), n - 1)
-        for axis, n in ((x, WIDE), (y, HIGH))
-    ]
+    column = np.minimum((x.spread(x.values[there]) * WIDE).astype(int), WIDE - 1)
+    row = np.minimum((y.spread(y.values[there]) * HIGH).astype(int), HIGH - 1)
     count = np.zeros((WIDE, HIGH))
-    np.add.at(count, tuple(cells), 1)
+    np.add.at(count, (column, row), 1)
     strong = np.sqrt(count / (count.max() or 1.0))
     marks = "".join(
         f'<rect x="{i}" y="{HIGH - 1 - j}" width="1" height="1" fill="rgb(138,111,192)"'
         f' fill-opacity="{0.15 + 0.85 * strong[i, j]:.2f}"/>'
         for i, j in np.argwhere(count > 0)
     )
-    right, up = (float(axis.spread(lines[axis.key])) for axis in (x, y))
+    right = WIDE * float(x.spread(lines[x.key]))
+    down = HIGH * (1 - float(y.spread(lines[y.key])))
     stroke = 'stroke="#808080" stroke-width="0.15"'
     return (
-        f'<svg viewBox="0 0 {WIDE} {HIGH}" width="100%" style="max-height:320px">{marks}<line'
-        f' x1="{WIDE * right:.2f}" x2="{WIDE * right:.2f}" y1="0" y2="{HIGH}" {stroke}/><line'
-        f' y1="{HIGH * (1 - up):.2f}" y2="{HIGH * (1 - up):.2f}" x1="0" x2="{WIDE}"'
-        f" {stroke}/></svg>"
+        f'<svg viewBox="0 0 {WIDE} {HIGH}" width="100%" style="max-height:320px">{marks}'
+        f'<line x1="{right:.2f}" x2="{right:.2f}" y1="0" y2="{HIGH}" {stroke}/>'
+        f'<line y1="{down:.2f}" y2="{down:.2f}" x1="0" x2="{WIDE}" {stroke}/></svg>'
     )

@@ -1,12 +1,10 @@
-"""Rollouts: all completions of a trace as a table to sort and filter, and the tokens of the one
-chosen.
-"""
+"""Rollouts: all completions of a trace as a table, and the tokens of the one chosen."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from functools import cached_property
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pandas as pd
@@ -17,10 +15,16 @@ from opdlab.data.trace import Trace
 from opdlab.errors import OpdlabError
 from opdlab.support.expect import expect
 from opdlab.viz import markup, payload
-from opdlab.viz.channels import Channel, channels, described
+from opdlab.viz.channel import Channel, describe_channel
+from opdlab.viz.channels import find_channels
 from opdlab.viz.glyphs import clean, visible
+from opdlab.viz.made_up import make_trace
 from opdlab.viz.timeline import rewards_of
-from opdlab.viz.view import Trait, View
+from opdlab.viz.traits import Trait
+from opdlab.viz.view import EXAMPLE_TOKENS, EXAMPLE_WORDS, View
+
+if TYPE_CHECKING:
+    from typing_extensions import Self
 
 BINS = 40  # bars of a sparkline
 ROOM = 20_000  # tokens that a page carries; the table itself always has all rollouts
@@ -30,20 +34,28 @@ COLUMNS = ("tokens", "reward", "reverse_kl", "log_ratio", "peak")
 
 
 class Rollouts(View):
-    """Which rollouts are worth reading?
+    """One row for each rollout: prompt, end of the text, length, finish, reward, KL, a sparkline.
 
-    One row each: prompt, end of the text, length, finish, reward, mean KL, a sparkline.
-
-    rewards: by completion, a list or a dict; by default the trace's column `reward`, if it has one.
-        sort: a column of `table`, with
-    a minus for largest first. Choosing a row shows its tokens below. Raises OpdlabError for a trace
-    without tokens.
-
-    `table` has a row for each rollout, and `rollout` is the one chosen; `selected`, `hovered` and
-    `brush` are rows of `df`, the tokens. A page carries the tokens of as many rollouts as 20,000
+    Choosing a row shows its tokens below. A page carries the tokens of as many rollouts as 20,000
     tokens make, those with the largest KL; a live view fetches others.
+
+    Args:
+        trace: The trace.
+        rewards: A reward for each completion, as a list or a dict; by default the trace's column
+            `reward`, if it has one.
+        sort: A column of `table`, with a minus for the largest first.
+        title: The title above.
+
+    Attributes:
+        rollout: The completion chosen; -1 for none.
+        sort: The column that the rows are sorted by.
+        selected: The row of `df` (a token) that is looked at.
+
+    Raises:
+        OpdlabError: The trace has no tokens, or the table has no such column.
     """
 
+    caption = "Which rollouts are worth reading?"
     name, scripts, styles = "rollouts", ("rollouts.js",), ("rollouts.css",)
     rollout = Trait(-1)
     sort = Trait("")
@@ -70,91 +82,104 @@ class Rollouts(View):
                 f"There is no column {self.sort.lstrip('-')!r} to sort by. There is"
                 f" {', '.join(self.table.columns)}."
             )
-        self.rollout = int(
-            self.table.sort_values(
-                self.sort.lstrip("-"), ascending=self.sort[0] != "-", kind="stable"
-            ).index[0]
-        )
+        self.rollout = int(self._sorted().index[0])
+
+    @classmethod
+    def fits(cls, given: object, sample: int = 0) -> bool:
+        """Return whether `given` is a trace of several completions, with tokens."""
+        return isinstance(given, Trace) and len(given.meta["texts"]) > 1 and len(given) > 0
+
+    @classmethod
+    def of_trace(cls, trace: Trace, sample: int = 0) -> Self:
+        """Make the table of all completions of a trace."""
+        return cls(trace)
+
+    @classmethod
+    def example(cls, tokens: Sequence[bytes] = EXAMPLE_TOKENS, words: str = EXAMPLE_WORDS) -> Self:
+        """Make the table of one completion."""
+        return cls(make_trace(tokens, prompt=words, finish=words), title=words)
 
     @cached_property
     def table(self) -> pd.DataFrame:
-        """One row a rollout, by its place in the trace:
+        """One row for each rollout, by its number in the trace.
 
-        `prompt`, `text`, `tokens`, `finish`, means in nats, `peak` |log ratio|.
+        Columns: `prompt`, `text`, `tokens`, `finish`, `reward` where there are rewards, the means
+        of `reverse_kl` and `log_ratio` in nats, and `peak`, the largest |log ratio|.
         """
-        meta, rows = self.whole.meta, []
-        for sample, first, size in payload.spans(self.whole):
-            row: dict[str, Any] = {
-                "sample": sample,
-                "prompt": meta["prompts"][sample],
-                "text": meta["texts"][sample],
-                "tokens": size,
-                "finish": meta["finish"][sample],
-            }
-            if self.rewards:
-                row["reward"] = self.rewards.get(sample, np.nan)
-            for key, channel in self._channels.items():
-                values = channel.values[first : first + size]
-                finite = values[np.isfinite(values)]
-                row[key] = float(finite.mean()) if len(finite) else np.nan
-                if key == "log_ratio":
-                    row["peak"] = float(np.nan_to_num(np.abs(values), nan=0.0, posinf=np.inf).max())
-            rows.append(row)
+        rows = [self._row(*span) for span in payload.spans(self.whole)]
         return pd.DataFrame(rows).set_index("sample")
+
+    def _row(self, sample: int, first: int, size: int) -> dict[str, Any]:
+        meta = self.whole.meta
+        row: dict[str, Any] = {
+            "sample": sample,
+            "prompt": meta["prompts"][sample],
+            "text": meta["texts"][sample],
+            "tokens": size,
+            "finish": meta["finish"][sample],
+        }
+        if self.rewards:
+            row["reward"] = self.rewards.get(sample, np.nan)
+        for key, channel in self._channels.items():
+            values = channel.values[first : first + size]
+            finite = values[np.isfinite(values)]
+            row[key] = float(finite.mean()) if len(finite) else np.nan
+            if key == "log_ratio":
+                row["peak"] = float(np.nan_to_num(np.abs(values), nan=0.0, posinf=np.inf).max())
+        return row
 
     @cached_property
     def trace(self) -> Trace:
         """The rollouts whose tokens the page carries."""
-        sizes, key = (
-            self.table["tokens"],
-            next(k for k in ("reverse_kl", "tokens") if k in self.table),
-        )
+        key = "reverse_kl" if "reverse_kl" in self.table else "tokens"
         order = self.table.sort_values(key, ascending=False, kind="stable").index
-        kept = [
-            s for s, total in zip(order, sizes[order].cumsum(), strict=True) if total <= ROOM
-        ] or [order[0]]
-        return Trace(
-            self.whole.table.filter(pc.is_in(self.whole.table["sample"], pa.array(kept))),
-            self.whole.meta,
-        )
+        totals = self.table["tokens"][order].cumsum()
+        kept = order[totals <= ROOM].tolist() or [order[0]]
+        is_kept = pc.is_in(self.whole.table["sample"], pa.array(kept))
+        return Trace(self.whole.table.filter(is_kept), self.whole.meta)
 
     @property
     def df(self) -> pd.DataFrame:
-        """One row a token of the rollouts that the page carries."""
+        """One row per token of the rollouts that the page carries."""
         return self.trace.to_pandas().assign(
             token=[visible(piece) for piece in self.trace.tokens()]
         )
 
     def answer(self, question: Mapping[str, Any]) -> Any:
-        """The tokens of a rollout that the page does not carry: `{"sample": 7}`."""
+        """Return the tokens of a rollout that the page does not carry: `{"sample": 7}`."""
         rows = self.whole.sample(int(question["sample"]))
         return payload.plain(
-            {"text": payload.text(rows), "channels": self._described(channels(rows))}
+            {"text": payload.text(rows), "channels": self._described(find_channels(rows))}
         )
 
     def static(self) -> str:
+        """Return the picture as HTML without a script."""
         table = self._sorted()
-        keys = [k for k in ("tokens", "finish", *COLUMNS[1:]) if k in table]
-        head = "".join(
-            f'<th scope="col">{label(k)}</th>' for k in ("prompt", "…text", *keys, "log ratio")
-        )
-        lines = "".join(
-            f"<tr><td>{markup.safe(_start(r.prompt))}</td><td>{markup.safe(_end(r.text))}</td>"
-            f"{''.join(f'<td>{_cell(r[k])}</td>' for k in keys)}<td>{self._spark(int(i))}</td></tr>"
-            for i, r in table.head(20).iterrows()
-        )
+        keys = [key for key in ("tokens", "finish", *COLUMNS[1:]) if key in table]
+        names = ["prompt", "…text", *map(label, keys), "log ratio"]
+        head = "".join(f'<th scope="col">{name}</th>' for name in names)
+        lines = "".join(self._table_row(int(i), row, keys) for i, row in table.head(20).iterrows())
         more = f" (the first 20 of {len(table)})" if len(table) > 20 else ""
-        title = markup.title(self.title)
         return (
-            f"{title}<table"
-            f' class="opd-rollouts-still"><thead><tr>{head}</tr></thead><tbody>{lines}</tbody></table><div'
-            f' class="opd-peaks">{markup.safe(self._summary() + more)}</div>'
+            f"{markup.title(self.title)}"
+            f'<table class="opd-rollouts-still"><thead><tr>{head}</tr></thead>'
+            f"<tbody>{lines}</tbody></table>{markup.said_box(self._summary() + more)}"
         )
 
+    def _table_row(self, sample: int, row: pd.Series, keys: Sequence[str]) -> str:
+        cells = [
+            markup.safe(_start(row.prompt)),
+            markup.safe(_end(row.text)),
+            *(_cell(row[key]) for key in keys),
+            self._spark(sample),
+        ]
+        return f"<tr>{''.join(f'<td>{cell}</td>' for cell in cells)}</tr>"
+
     def data(self) -> dict[str, Any]:
+        """Return all that the script draws."""
         table, prompts = self.table, list(dict.fromkeys(self.table["prompt"]))
         at = {prompt: i for i, prompt in enumerate(prompts)}
-        ratio = self._channels.get("log_ratio") or next(iter(self._channels.values()))
+        ratio = self._spark_channel
         bins = np.stack(
             [
                 _pooled(ratio.values[first : first + size])
@@ -164,7 +189,7 @@ class Rollouts(View):
         return {
             "title": self.title,
             "text": payload.text(self.trace),
-            "channels": self._described(channels(self.trace)),
+            "channels": self._described(find_channels(self.trace)),
             "table": {
                 "sample": table.index.to_numpy(),
                 "prompt": np.array([at[p] for p in table["prompt"]]),
@@ -186,27 +211,22 @@ class Rollouts(View):
             for i, r in self._sorted().head(8).iterrows()
         ]
         more = [f"… {len(self.table) - 8} more"] if len(self.table) > 8 else []
-        return "\n".join(
-            [
-                (
-                    f"Rollouts: {self.title or f'{len(self.table)} completions'}, by"
-                    f" {self.sort.lstrip('-')}"
-                ),
-                *lines,
-                *more,
-            ]
-        )
+        title = self.title or f"{len(self.table)} completions"
+        return "\n".join([f"Rollouts: {title}, by {self.sort.lstrip('-')}", *lines, *more])
 
     @cached_property
     def _channels(self) -> dict[str, Channel]:
-        found = channels(self.whole)
-        return {k: found[k] for k in ("log_ratio", "reverse_kl") if k in found} or dict(
-            list(found.items())[:1]
-        )
+        found = find_channels(self.whole)
+        usual = {key: found[key] for key in ("log_ratio", "reverse_kl") if key in found}
+        return usual or dict(list(found.items())[:1])
+
+    @property
+    def _spark_channel(self) -> Channel:
+        return self._channels.get("log_ratio") or next(iter(self._channels.values()))
 
     def _described(self, found: Mapping[str, Channel]) -> list[dict[str, Any]]:
         """The channels that strips show, on the scale of the whole trace."""
-        return [described(found[k], c.limit) for k, c in self._channels.items()]
+        return [describe_channel(found[key], c.limit) for key, c in self._channels.items()]
 
     def _sorted(self) -> pd.DataFrame:
         return self.table.sort_values(
@@ -214,7 +234,7 @@ class Rollouts(View):
         )
 
     def _spark(self, sample: int) -> str:
-        channel = self._channels.get("log_ratio") or next(iter(self._channels.values()))
+        channel = self._spark_channel
         first, size = next(
             (first, size) for s, first, size in payload.spans(self.whole) if s == sample
         )
@@ -233,7 +253,7 @@ class Rollouts(View):
 
 
 def label(key: str) -> str:
-    """The heading of a column."""
+    """Return the heading of a column."""
     return LABELS.get(key, key)
 
 
@@ -257,8 +277,9 @@ def _words(row: pd.Series) -> str:
 
 
 def _pooled(values: np.ndarray) -> np.ndarray:
-    """The value of largest size in each of `BINS` stretches; of fewer tokens each stands alone,
-    with NaN after them.
+    """The value of largest size in each of `BINS` stretches.
+
+    Of fewer tokens each stands alone, with NaN after them.
     """
     out = np.full(BINS, np.nan)
     for i, part in enumerate(np.array_split(values, min(BINS, len(values)) or 1)):

@@ -1,24 +1,27 @@
-"""RunBoard: the curves of a run while it trains, with the alarms of `diagnose.health` where they
-went off.
-"""
+"""RunBoard: the curves of a run while it trains, with the alarms of `diagnose.health` on them."""
 
 from __future__ import annotations
 
 import time
 from collections.abc import Iterator, Mapping, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
 
 import numpy as np
 import pandas as pd
 
-from opdlab.diagnose.health import Alarm, Health, health
 from opdlab.errors import OpdlabError
 from opdlab.support.expect import shortened
 from opdlab.support.progress import in_notebook
 from opdlab.viz import markup
-from opdlab.viz.channels import Channel
-from opdlab.viz.lines import Line, Plot, span, thinned
-from opdlab.viz.view import Trait, View
+from opdlab.viz.channel import Channel
+from opdlab.viz.lines import Line, Plot, span, thin
+from opdlab.viz.traits import Trait
+from opdlab.viz.view import EXAMPLE_TOKENS, EXAMPLE_WORDS, View
+
+if TYPE_CHECKING:
+    from typing_extensions import Self
+
+    from opdlab.diagnose.health import Alarm, Health
 
 KEYS = {
     "loss": ("loss", "student"),
@@ -45,41 +48,59 @@ SEEN_ON = {
 }
 NEAR = 0.04  # of the axis: flags of marks that are nearer to each other overlap
 MANY = 24  # steps from which a running mean lies over the pale raw values
-OVERLAID = (
-    "amount",
-    "green",
-    "pink",
-    "grey",
-)  # hues of several runs: blue and orange stay the teacher's and the student's
+# Hues of several runs: blue and orange stay the teacher's and the student's.
+OVERLAID = ("amount", "green", "pink", "grey")
 FLAT = ("reward", "accuracy", "acceptance")  # between 0 and 1, and drawn so
 
 
-class RunBoard(View):
-    """How is the run going, and what goes wrong?
+@runtime_checkable
+class HasHistory(Protocol):
+    """A run, as far as a board reads it."""
 
-    Curves over steps, alarms marked where they went off.
+    @property
+    def history(self) -> pd.DataFrame:
+        """One row for each step."""
+        ...
+
+
+class RunBoard(View):
+    """Curves over the steps of a run, with alarms marked where they went off.
 
         board = viz.RunBoard(run)
         board.train()                 # or: for step in board: …
 
     The picture follows the run while the cell trains. An interrupt leaves it standing and the run
-    between two steps, so that another `board.train()` goes on. runs: a run, its `history`, or
-    several by name, which are overlaid; finished ones need no training. watch: one of your own
-    (`diagnose.health`), of a single run. An alarm of your own stands on the curve of its `metric`,
-    or, where the run has no such number, on a curve that counts how often it went off. Raises
-    OpdlabError where there is nothing to show.
+    between two steps, so that another `board.train()` goes on. An alarm of your own stands on the
+    curve of its `metric`, or, where the run has no such number, on a curve that counts how often it
+    went off.
 
-    `hidden` names the runs that are not drawn.
+    Args:
+        runs: A run, its `history`, or several of them by name, which are overlaid. Finished runs
+            need no training.
+        title: The title above.
+        watch: A watch of your own (`diagnose.health`), of a single run.
+
+    Attributes:
+        runs: The runs by name.
+        watches: The watch of each run, by name.
+        hidden: Names of runs that are not drawn.
+
+    Raises:
+        OpdlabError: There is nothing to show, or the watch is none of a single run.
     """
 
+    caption = "How is the run going, and what goes wrong?"
+    takes = "a run or its history, or several by name"
     name, scripts, styles = "board", ("board.js",), ("lines.css", "board.css")
     hidden = Trait([])
 
     def __init__(self, runs: Any, title: str = "", watch: Health | None = None) -> None:
+        from opdlab.diagnose.health import Health, health
+
         super().__init__()
-        self.title, self.runs = (
-            title,
-            dict(runs) if isinstance(runs, Mapping) else {_named(runs): runs},
+        self.title = title
+        self.runs: dict[str, Any] = (
+            dict(runs) if isinstance(runs, Mapping) else {_name_of_run(runs): runs}
         )
         if not self.runs:
             raise OpdlabError(
@@ -87,7 +108,7 @@ class RunBoard(View):
                 " {'name': run, …}."
             )
         for name, run in self.runs.items():
-            if not hasattr(run, "history") and not isinstance(run, pd.DataFrame):
+            if not _is_run(run):
                 raise OpdlabError(
                     f"RunBoard got {type(run).__name__} for {name!r}. Give a run, or the data frame"
                     " run.history."
@@ -102,6 +123,18 @@ class RunBoard(View):
             name: watch if watch is not None and len(self.runs) == 1 else health(run)
             for name, run in self.runs.items()
         }
+
+    @classmethod
+    def fits(cls, given: object, sample: int = 0) -> bool:
+        """Return whether `given` is a run or a history, or holds some by name."""
+        if isinstance(given, Mapping):
+            return bool(given) and all(_is_run(run) for run in given.values())
+        return _is_run(given)
+
+    @classmethod
+    def example(cls, tokens: Sequence[bytes] = EXAMPLE_TOKENS, words: str = EXAMPLE_WORDS) -> Self:
+        """Make a board of two runs whose entropy collapses; it shows no tokens."""
+        return cls({words: example_history(), f"{words}, again": example_history()}, title=words)
 
     def __iter__(self) -> Iterator[Any]:
         """Train the run, step by step, with the picture following."""
@@ -123,22 +156,20 @@ class RunBoard(View):
 
     @property
     def alarms(self) -> list[tuple[str, Alarm]]:
-        """(run, alarm), in the order of their steps."""
+        """The alarms with the name of their run, in the order of their steps."""
         found = [(name, alarm) for name, watch in self.watches.items() for alarm in watch.alarms]
         return sorted(found, key=lambda pair: pair[1].step)
 
     @property
     def df(self) -> pd.DataFrame:
-        """One row a step of every run: its history, with what the watch noted beside it."""
+        """One row for each step of every run: its history, and the numbers of its watch."""
         return pd.concat(
             [self._rows(name).assign(run=name) for name in self.runs], ignore_index=True
         )
 
     @property
     def plots(self) -> list[Plot]:
-        """A plot for every curve that a run has, and one for every further number or name that an
-        alarm went off by.
-        """
+        """A plot for each curve that a run has, and for each further number of an alarm."""
         tables = {name: self._rows(name) for name in self.runs}
         rung = list(dict.fromkeys(self._where(alarm, tables) for _, alarm in self.alarms))
         for key in rung:
@@ -154,6 +185,7 @@ class RunBoard(View):
         return [self._plot(key, tables, ends) for key in keys]
 
     def data(self) -> dict[str, Any]:
+        """Return all that the script draws."""
         listed = [
             [i, name, alarm.step, alarm.signature, alarm.sentence, alarm.remedy]
             for i, (name, alarm) in enumerate(self.alarms, 1)
@@ -168,22 +200,23 @@ class RunBoard(View):
         }
 
     def static(self) -> str:
-        title = markup.title(self.title)
+        """Return the picture as HTML without a script."""
         keys = "".join(
             f'<span class="opd-lp-key opd-l-{hue}">{markup.safe(name)}</span>'
             for name, hue in self._hues().items()
         )
+        said = f"{markup.safe(self._said())} {keys if len(self.runs) > 1 else ''}"
+        plots = "".join(plot.html() for plot in self.plots)
         alarms = "".join(
             f"<li><b>{i}</b> {markup.safe(self._place(name, alarm))}:"
-            f" {markup.safe(alarm.sentence)} "
-            f'<span class="opd-soft">{markup.safe(alarm.remedy)}</span></li>'
+            f" {markup.safe(alarm.sentence)}"
+            f' <span class="opd-soft">{markup.safe(alarm.remedy)}</span></li>'
             for i, (name, alarm) in enumerate(self.alarms, 1)
         )
+        listed = f'<ol class="opd-alarms">{alarms}</ol>' if alarms else ""
         return (
-            f'{title}<div class="opd-said">{markup.safe(self._said())}'
-            f" {keys if len(self.runs) > 1 else ''}</div><div"
-            f' class="opd-plots">{"".join(plot.html() for plot in self.plots)}</div>'
-            + (f'<ol class="opd-alarms">{alarms}</ol>' if alarms else "")
+            f'{markup.title(self.title)}<div class="opd-said">{said}</div>'
+            f'<div class="opd-plots">{plots}</div>{listed}'
         )
 
     def __repr__(self) -> str:
@@ -191,16 +224,13 @@ class RunBoard(View):
         for plot in self.plots:
             for line in plot.lines:
                 if line.kind == "line":
-                    bars = markup.sparkline(
-                        Channel("", "", line.y - min(0.0, float(np.nanmin(line.y)))), 32
-                    )
-                    lines.append(
-                        f"{bars} {plot.label}{f', {line.name}' if len(self.runs) > 1 else ''}"
-                        f" {_course(line)}"
-                    )
-        return "\n".join(
-            [*lines, *(f"! {self._place(name, a)}: {a.sentence}" for name, a in self.alarms)]
-        )
+                    height = Channel("", "", line.y - min(0.0, float(np.nanmin(line.y))))
+                    name = f", {line.name}" if len(self.runs) > 1 else ""
+                    bars = markup.sparkline(height, 32)
+                    lines.append(f"{bars} {plot.label}{name} {_course(line)}")
+        for name, alarm in self.alarms:
+            lines.append(f"! {self._place(name, alarm)}: {alarm.sentence}")
+        return "\n".join(lines)
 
     def _only(self) -> tuple[Any, Health]:
         (name, run), *more = self.runs.items()
@@ -248,9 +278,7 @@ class RunBoard(View):
         return Plot(key, label, lines, told=told, x=ends, y=(low, top), marks=_apart(marks, ends))
 
     def _where(self, alarm: Alarm, tables: Mapping[str, pd.DataFrame]) -> str:
-        """The curve that an alarm stands on: that of the number it was read off, else one of its
-        own under its name.
-        """
+        """The curve of the number that an alarm was read off, else one under the alarm's name."""
         named = (alarm.metric, SEEN_ON.get(alarm.signature, ""), alarm.signature)
         return next((key for key in named if key and _has(tables, key)), alarm.signature)
 
@@ -271,25 +299,26 @@ class RunBoard(View):
         return f"{f'{name}, ' if len(self.runs) > 1 else ''}step {alarm.step}, {alarm.signature}"
 
     def _said(self) -> str:
-        """Where the runs are and whether all is well."""
+        """How far the runs are, and how many alarms there were."""
         told = []
         for name, run in self.runs.items():
-            done, total = len(self._rows(name)), getattr(getattr(run, "settings", None), "steps", 0)
+            done, total = len(self._rows(name)), _planned_steps(run)
             told.append(f"{name} {done} of {total} steps" if total else f"{name} {done} steps")
-        alarms = len(self.alarms)
-        return (
-            f"{' · '.join(told)} ·"
-            f" {f'{alarms} alarm' + 's' * (alarms > 1) if alarms else 'no alarms'}"
-        )
+        count = len(self.alarms)
+        alarms = f"{count} alarm{'s' * (count > 1)}" if count else "no alarms"
+        return f"{' · '.join(told)} · {alarms}"
 
 
 class _Screen:
-    """The output in which a board is redrawn while its run trains: at most twice a second, and a
-    tenth of the time.
+    """The output in which a board is redrawn while its run trains.
+
+    At most twice a second, and for at most a tenth of the time.
     """
 
     def __init__(self, board: RunBoard) -> None:
-        self.board, self.handle, self.due = board, None, 0.0
+        self.board = board
+        self.handle: Any = None  # of IPython, once there is an output
+        self.due = 0.0
 
     def draw(self, last: bool = False) -> None:
         now = time.monotonic()
@@ -297,18 +326,14 @@ class _Screen:
             return
         self.board.refresh()
         if in_notebook():
-            found = (
-                self.board._repr_mimebundle_()
-                if last
-                else {"text/html": self.board.html(script=False), "text/plain": repr(self.board)}
-            )
+            # No script until the run rests: nothing flickers, and an interrupt leaves a whole picture.
+            still = {"text/html": self.board.html(script=False), "text/plain": repr(self.board)}
+            found = self.board._repr_mimebundle_() if last else still
             self._show(*(found if isinstance(found, tuple) else (found, {})))
         self.due = time.monotonic() + max(0.5, 10 * (time.monotonic() - now))
 
     def _show(self, bundle: Mapping[str, Any], metadata: Mapping[str, Any]) -> None:
-        """No script until the run rests, so that nothing flickers and whatever happens leaves a
-        whole picture.
-        """
+        """Show a picture, or replace the one that is shown."""
         from IPython.display import display
 
         if self.handle is None:
@@ -328,9 +353,7 @@ def _has(tables: Mapping[str, pd.DataFrame], key: str) -> bool:
 def _apart(
     marks: Sequence[tuple[float, str]], ends: tuple[float, float]
 ) -> list[tuple[float, str]]:
-    """Marks whose numbers do not lie on each other: those that stand too near share the first one's
-    flag, "2 3".
-    """
+    """Marks whose flags do not overlap: those that stand too near share the first one's, "2 3"."""
     out: list[tuple[float, str]] = []
     flag = 0
     for x, sign in sorted(marks, key=lambda mark: mark[0]):
@@ -344,27 +367,41 @@ def _apart(
     return out
 
 
-def _named(run: Any) -> str:
-    return type(run.method).__name__ if hasattr(run, "method") else "run"
+def example_history() -> pd.DataFrame:
+    """Return the history of a made-up run of 30 steps, whose entropy collapses."""
+    steps = range(1, 31)
+    entropy = np.linspace(2, 0, 30)
+    return pd.DataFrame({"step": steps, "loss": 1.0, "entropy": entropy, "reward": 0.5})
+
+
+def _is_run(value: object) -> bool:
+    return isinstance(value, (pd.DataFrame, HasHistory))
+
+
+def _name_of_run(run: Any) -> str:
+    return "run" if not hasattr(run, "method") else type(run.method).__name__
+
+
+def _planned_steps(run: Any) -> int:
+    """How many steps a run is to have; 0 where it does not say, as a history."""
+    settings = getattr(run, "settings", None)
+    return 0 if settings is None else int(settings.steps)
 
 
 def _lines(name: str, table: pd.DataFrame, key: str, hue: str) -> list[Line]:
-    """The values, and their running mean where there are many; the few of an evaluation as dots on
-    a line.
+    """The values, and their running mean where there are many.
+
+    Values that not every step has, as those of an evaluation, are dots on a line.
     """
     there = table[key].notna()
     x, y = np.asarray(table["step"][there], float), np.asarray(table[key][there], float)
+    if not len(x):
+        return []
     if len(x) < MANY:
-        return (
-            [
-                Line(name, x, y, hue),
-                *([Line(name, x, y, hue, "dots")] if 0 < len(x) < len(table) else []),
-            ]
-            if len(x)
-            else []
-        )
+        dots = [Line(name, x, y, hue, "dots")] if len(x) < len(table) else []
+        return [Line(name, x, y, hue), *dots]
     mean = pd.Series(y).rolling(max(5, len(y) // 10), center=True, min_periods=1).mean().to_numpy()
-    return [Line(name, *thinned(x, y), hue, "faint"), Line(name, *thinned(x, mean), hue)]
+    return [Line(name, *thin(x, y), hue, "faint"), Line(name, *thin(x, mean), hue)]
 
 
 def _course(line: Line) -> str:

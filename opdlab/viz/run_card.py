@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import pandas as pd
@@ -11,13 +11,17 @@ from opdlab.data.trace import Trace
 from opdlab.errors import InvalidValue, OpdlabError
 from opdlab.support.expect import shortened
 from opdlab.viz import markup
-from opdlab.viz.channels import Channel, channels
-from opdlab.viz.given import given_traces
+from opdlab.viz.channel import Channel
+from opdlab.viz.channels import find_channels
+from opdlab.viz.given import check_traces
 from opdlab.viz.glyphs import groups
-from opdlab.viz.run_board import RunBoard
-from opdlab.viz.view import View
+from opdlab.viz.made_up import make_trace
+from opdlab.viz.run_board import RunBoard, example_history
+from opdlab.viz.view import EXAMPLE_TOKENS, EXAMPLE_WORDS, View
 
 if TYPE_CHECKING:
+    from typing_extensions import Self
+
     from opdlab.training.evaluation import Difference, Evaluation
 
 CURVES = ("loss", "reverse_kl", "entropy", "length")
@@ -25,22 +29,29 @@ STRIPS = 3
 
 
 class RunCard(View):
-    """What did this run change?
+    """Curves, accuracy before and after with its interval, and up to three texts with their grades.
 
-    Curves, accuracy before and after with its interval, and up to three texts as the teacher sees
-    them.
+        viz.RunCard(run, before, after, samples=trace).to_png("card.png")
 
-        viz.RunCard(run, before, after, samples=opdlab.score(rollout, student,
-        teacher)).to_png("card.png")
+    A still picture without a script; a RunBoard is the live one.
 
-    run: a run or its `history`. before, after: `opdlab.evaluate(…)` of the same prompts; without
-        them the first and last accuracy
-    that the history knows. samples: a scored trace (its first three completions), or traces by
-    caption (the first completion of each). note: a line of your own. A still picture without a
-    script: `live()` says to use a RunBoard. Raises OpdlabError for a run without steps, and for
-    evaluations of different prompts.
+    Args:
+        run: A run or its `history`.
+        before: `opdlab.evaluate(…)` before training. Without evaluations the card shows the first
+            and last accuracy of the history.
+        after: `opdlab.evaluate(…)` of the same prompts after training.
+        samples: A scored trace (its first three completions), or traces by caption (the first
+            completion of each).
+        title: The title above.
+        note: A line of your own.
+
+    Raises:
+        InvalidValue: `before`, `after` or `samples` is something else.
+        OpdlabError: The run has no steps, or the evaluations are of different prompts.
     """
 
+    caption = "What did this run change?"
+    takes = "a run or its history"
     name, scripts, styles = "run-card", (), ("lines.css", "run_card.css")
 
     def __init__(
@@ -53,14 +64,8 @@ class RunCard(View):
         note: str = "",
     ) -> None:
         super().__init__()
-        from opdlab.training.evaluation import Evaluation
-
-        for name, result in (("before", before), ("after", after)):
-            if result is not None and not isinstance(result, Evaluation):
-                raise InvalidValue(
-                    f"RunCard got {name}={shortened(result)}. Use what opdlab.evaluate(policy,"
-                    " task) returns."
-                )
+        _check_evaluation("before", before)
+        _check_evaluation("after", after)
         if (before is None) != (after is None):
             raise OpdlabError(
                 "A RunCard compares two evaluations, and got one. Give both before= and after=, or"
@@ -76,6 +81,17 @@ class RunCard(View):
         self.strips = _strips(samples)
         self.run = run
 
+    @classmethod
+    def fits(cls, given: object, sample: int = 0) -> bool:
+        """Return whether `given` is a run or a history."""
+        return not isinstance(given, Mapping) and RunBoard.fits(given)
+
+    @classmethod
+    def example(cls, tokens: Sequence[bytes] = EXAMPLE_TOKENS, words: str = EXAMPLE_WORDS) -> Self:
+        """Make the card of a made-up run with one text."""
+        samples = {words: make_trace(tokens, prompt=words, finish=words)}
+        return cls({words: example_history()}, samples=samples, title=words, note=words)
+
     @property
     def df(self) -> pd.DataFrame:
         """The history."""
@@ -86,15 +102,18 @@ class RunCard(View):
         return super().html(assets, script=False)
 
     def data(self) -> dict[str, Any]:
+        """Return nothing: there is no script to draw it."""
         return {}
 
     def live(self) -> Any:
+        """Raise OpdlabError: a still picture has no widget."""
         raise OpdlabError(
             "A RunCard is a still picture and has no widget. Show the card itself, or a RunBoard"
             " for a live one."
         )
 
     def static(self) -> str:
+        """Return the picture as HTML without a script."""
         plots = "".join(plot.html() for plot in self.board.plots if plot.key in CURVES)
         note = f'<div class="opd-soft">{markup.safe(self.note)}</div>' if self.note else ""
         return (
@@ -162,30 +181,23 @@ class RunCard(View):
         )
 
     def _accuracy(self) -> str:
-        """A scale from 0 to 1: hollow before, filled after, and the interval of the gain as
-        whiskers around after.
-        """
+        """A scale from 0 to 1: hollow before, filled after, whiskers for the interval of the gain."""
         ends = self._ends()
         if ends is None:
             return ""
         before, after = ends
-        at = lambda value: f"{100 * min(1.0, max(0.0, value)):.2f}%"
         whiskers = ""
         if self.gain is not None:
-            low, high = before + self.gain.low, before + self.gain.high
-            whiskers = (
-                f'<i class="opd-whisker" style="left:{at(low)};right:calc(100% - {at(high)})"></i>'
-            )
-        low, high = sorted((before, after))
-        dots = (
-            f'<i class="opd-was" style="left:{at(before)}"></i><i class="opd-is"'
-            f' style="left:{at(after)}"></i>'
-        )
-        way = f'<i class="opd-way" style="left:{at(low)};right:calc(100% - {at(high)})"></i>'
+            ends = before + self.gain.low, before + self.gain.high
+            whiskers = f'<i class="opd-whisker" style="{_between(*ends)}"></i>'
+        way = f'<i class="opd-way" style="{_between(*sorted((before, after)))}"></i>'
+        was = f'<i class="opd-was" style="left:{_place(before)}"></i>'
+        now = f'<i class="opd-is" style="left:{_place(after)}"></i>'
         return (
-            f'<div class="opd-card-gain"><b>{markup.safe(self._gained())}</b><div'
-            ' class="opd-scale01"><span>0</span><div'
-            f' class="opd-line01">{way}{whiskers}{dots}</div><span>1</span></div></div>'
+            f'<div class="opd-card-gain"><b>{markup.safe(self._gained())}</b>'
+            '<div class="opd-scale01"><span>0</span>'
+            f'<div class="opd-line01">{way}{whiskers}{was}{now}</div>'
+            "<span>1</span></div></div>"
         )
 
     def _texts(self) -> str:
@@ -196,18 +208,40 @@ class RunCard(View):
         out = [f'<div class="opd-bar">{markup.legend(found[0], limit)}</div>']
         for (caption, trace, sample), channel in zip(self.strips, found, strict=True):
             prompt = str(trace.meta["prompts"][sample])
+            strip = markup.strip(groups(trace.tokens()), channel, limit)
             out.append(
-                '<div class="opd-card-text"><div class="opd-soft"'
-                f' dir="auto">{markup.safe(caption)}{markup.safe(prompt)}</div>'
+                '<div class="opd-card-text">'
+                f'<div class="opd-soft" dir="auto">{markup.safe(caption)}{markup.safe(prompt)}</div>'
                 '<div class="opd-strip" dir="auto"'
-                ' style="white-space:pre-wrap;font-family:monospace">'
-                f"{markup.strip(groups(trace.tokens()), channel, limit)}</div></div>"
+                f' style="white-space:pre-wrap;font-family:monospace">{strip}</div></div>'
             )
         return "".join(out)
 
     def _alarms(self) -> str:
         alarms = [f"{alarm.signature} (step {alarm.step})" for _, alarm in self.board.alarms]
         return f"Alarms: {', '.join(alarms)}" if alarms else "No alarms"
+
+
+def _check_evaluation(name: str, given: object) -> None:
+    """Refuse what is no result of `opdlab.evaluate`."""
+    if given is None:
+        return
+    from opdlab.training.evaluation import Evaluation
+
+    if not isinstance(given, Evaluation):
+        raise InvalidValue(
+            f"RunCard got {name}={shortened(given)}. Use what opdlab.evaluate(policy, task)"
+            " returns."
+        )
+
+
+def _place(value: float) -> str:
+    """Where an accuracy lies on the scale."""
+    return f"{100 * min(1.0, max(0.0, value)):.2f}%"
+
+
+def _between(low: float, high: float) -> str:
+    return f"left:{_place(low)};right:calc(100% - {_place(high)})"
 
 
 def _strips(samples: Trace | Mapping[str, Trace] | None) -> list[tuple[str, Trace, int]]:
@@ -217,7 +251,7 @@ def _strips(samples: Trace | Mapping[str, Trace] | None) -> list[tuple[str, Trac
     if isinstance(samples, Trace):
         held = sorted(set(samples.column("sample").tolist()))[:STRIPS]
         return [("", samples.sample(i), i) for i in held]
-    given_traces(samples, "RunCard", "samples={'before': trace, 'after': trace}")
+    check_traces(samples, "RunCard", "samples={'before': trace, 'after': trace}")
     first = [
         (f"{name}: ", trace, int(trace.column("sample").min()))
         for name, trace in list(samples.items())[:STRIPS]
@@ -227,7 +261,7 @@ def _strips(samples: Trace | Mapping[str, Trace] | None) -> list[tuple[str, Trac
 
 
 def _channel(trace: Trace) -> Channel:
-    found = channels(trace)
+    found = find_channels(trace)
     if not found:
         raise OpdlabError(
             "The samples have no numbers to colour them by. Give a trace made with opdlab.score(…)."

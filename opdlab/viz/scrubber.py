@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pandas as pd
@@ -15,11 +15,17 @@ from opdlab.data.trace import Trace
 from opdlab.errors import InvalidValue, OpdlabError, UnknownColumn
 from opdlab.support.expect import shortened
 from opdlab.viz import markup, payload
-from opdlab.viz.channels import Channel, channels, described
-from opdlab.viz.given import given_traces
+from opdlab.viz.channel import Channel, describe_channel
+from opdlab.viz.channels import find_channels, find_labelled_kinds
+from opdlab.viz.given import check_traces
 from opdlab.viz.glyphs import groups, visible
 from opdlab.viz.lines import Line, Plot, span
-from opdlab.viz.view import Trait, View
+from opdlab.viz.made_up import make_trace
+from opdlab.viz.traits import Trait
+from opdlab.viz.view import EXAMPLE_TOKENS, EXAMPLE_WORDS, View
+
+if TYPE_CHECKING:
+    from typing_extensions import Self
 
 FINE = 30_000  # numbers of all steps together that travel in half precision
 KPIS = {
@@ -31,21 +37,34 @@ KPIS = {
 
 
 class Scrubber(View):
-    """How did this token's fate change?
+    """The same tokens graded at every step of a run, or the texts that were written at every step.
 
-    The same tokens graded at every step, or what was written at every step.
+    Where all steps have the same tokens, only the colours move, and a token's panel shows the path
+    of its probability, and its kinds (a method's routes, types). Else the text moves, with the
+    words that changed.
 
-    traces: a trace a step, as `opdlab.training.snapshots.rescore` (the same tokens: only the
-        colours move, and a token's panel shows
-    its path) or `rewritten` (the text moves, with the words that changed) make them. history:
-    `run.history`, for the small curves above. sample: which completion. channel: what colours at
-    first. Raises OpdlabError for no traces or for answers to different prompts, UnknownColumn for a
-    channel that not all of them have.
+    Args:
+        traces: A trace for each step, as `opdlab.training.snapshots.rescore` (the same tokens) or
+            `rewrite` (new texts) make them.
+        history: `run.history`, for the small curves above.
+        sample: The completion.
+        channel: The channel that colours at first.
+        title: The title above.
 
-    `step` is the step shown, at first the last; `delta` shows the change since the first step;
-    `against` is what the words are compared with, "previous" or "first".
+    Attributes:
+        step: The step shown; at first the last.
+        delta: Whether the change since the first step is shown.
+        against: The step that the words are compared with: "previous" or "first".
+        channel: The key of the channel that colours.
+
+    Raises:
+        InvalidValue: `traces` holds something else.
+        OpdlabError: There are no traces, or they answer different prompts.
+        UnknownColumn: A trace lacks the channel.
     """
 
+    caption = "How does a token's fate change over training?"
+    takes = "a trace for each step of a run"
     name, scripts, styles = "scrubber", ("scrubber.js",), ("lines.css", "scrubber.css")
     step = Trait(0)
     delta = Trait(False)
@@ -66,7 +85,7 @@ class Scrubber(View):
                 f"Scrubber got traces={shortened(traces)}. Use traces by step, as"
                 " snapshots.rescore(run, rollout) gives."
             )
-        given_traces(traces, "Scrubber", "{0: trace, 10: trace}")
+        check_traces(traces, "Scrubber", "{0: trace, 10: trace}")
         if not traces:
             raise OpdlabError(
                 "A Scrubber needs a trace of at least one step, and there is none. Give those of"
@@ -78,13 +97,20 @@ class Scrubber(View):
         ids = [trace.column("token_id").tolist() for trace in self.traces]
         self.probe = all(other == ids[0] for other in ids)
         self._same_prompt()
-        found = [channels(trace) for trace in self.traces]
-        kept = [
-            key
-            for key, c in found[0].items()
-            if (not c.minor or key == channel) and not c.names and all(key in f for f in found)
-        ]
-        self.channels = {key: [f[key] for f in found] for key in kept}
+        found = [find_channels(trace) for trace in self.traces]
+        shared = {
+            key: [other[key] for other in found]
+            for key in found[0]
+            if all(key in other for other in found)
+        }
+        self.channels: dict[str, list[Channel]] = {}
+        self.kinds: dict[str, list[Channel]] = {}
+        for key, steps in shared.items():
+            if steps[0].kind == "category":
+                if len({one.names for one in steps}) == 1:
+                    self.kinds[key] = steps
+            elif not steps[0].names and (not steps[0].minor or key == channel):
+                self.channels[key] = steps
         if channel not in self.channels and channel != "log_ratio":
             raise UnknownColumn(
                 f"The traces have no channel {channel!r} in common. They have"
@@ -94,16 +120,30 @@ class Scrubber(View):
         self.step = self.steps[-1]
         self.selected = next(iter(self._most_moved()), -1) if self.probe else -1
 
+    @classmethod
+    def fits(cls, given: object, sample: int = 0) -> bool:
+        """Return whether `given` holds traces by step."""
+        return (
+            isinstance(given, Mapping)
+            and bool(given)
+            and all(isinstance(step, int) for step in given)
+            and all(isinstance(trace, Trace) for trace in given.values())
+        )
+
+    @classmethod
+    def example(cls, tokens: Sequence[bytes] = EXAMPLE_TOKENS, words: str = EXAMPLE_WORDS) -> Self:
+        """Make a scrubber of two gradings of the same tokens."""
+        first = make_trace(tokens, prompt=words, finish=words)
+        first = first.with_columns(type=[words] * len(tokens))
+        later = first.with_columns(student_logp=np.linspace(-2, 0, len(first)))
+        return cls({0: first, 10: later}, title=words)
+
     @property
     def df(self) -> pd.DataFrame:
-        """One row a token: of the step shown where all steps have the same tokens, else of all
-        steps.
-        """
-        pairs = (
-            [(self.step, self.traces[self.steps.index(self.step)])]
-            if self.probe
-            else list(zip(self.steps, self.traces, strict=True))
-        )
+        """One row per token: of the step shown if all steps have the same tokens, else of all."""
+        pairs = list(zip(self.steps, self.traces, strict=True))
+        if self.probe:
+            pairs = [pair for pair in pairs if pair[0] == self.step]
         frames = [
             t.to_pandas().assign(step=step, token=[visible(piece) for piece in t.tokens()])
             for step, t in pairs
@@ -112,11 +152,12 @@ class Scrubber(View):
 
     @property
     def table(self) -> pd.DataFrame:
-        """One row a step: tokens, and the mean of every channel over them."""
+        """One row for each step: its tokens, and the mean of every channel over them."""
         means = {key: [_mean(c.values) for c in found] for key, found in self.channels.items()}
         return pd.DataFrame({"step": self.steps, "length": [len(t) for t in self.traces], **means})
 
     def data(self) -> dict[str, Any]:
+        """Return all that the script draws."""
         text = (
             payload.text(self.traces[0])
             if self.probe
@@ -136,37 +177,31 @@ class Scrubber(View):
             "channels": [self._channel(found) for found in self.channels.values()],
             "facts": [plot.data() for plot in self._facts()],
             "fate": self._fate() if self.probe else None,
+            "kinds": [self._kind(found) for found in self.kinds.values()],
             "words": None if self.probe else self._words(),
         }
 
     def static(self) -> str:
-        """The first and the last step, coloured on one scale, under the curve of what is between
-        them.
-        """
-        found, title = self.channels[self.channel], markup.title(self.title)
+        """Return the first and the last step, coloured on one scale."""
+        found = self.channels[self.channel]
         limit, out = _limit(found), []
         for at in dict.fromkeys((0, len(self.steps) - 1)):
-            out.append(
-                f'<div class="opd-soft">step {self.steps[at]}</div><div class="opd-strip"'
-                ' dir="auto" '
-                'style="white-space:pre-wrap;font-family:monospace;line-height:1.9">'
-                f"{markup.strip(groups(self.traces[at].tokens()), found[at], limit)}</div>"
-            )
+            tokens = groups(self.traces[at].tokens())
+            out.append(f'<div class="opd-soft">step {self.steps[at]}</div>')
+            out.append(markup.strip_box(tokens, found[at], limit))
+        said = "".join(markup.said_box(line) for line in (self._course(), *self._kinds_in_words()))
         return (
-            f'{title}<div class="opd-prompt" style="white-space:pre-wrap"'
-            f' dir="auto">{markup.safe(self._prompt)}</div><div'
-            f' class="opd-bar">{markup.legend(found[0], limit)}</div>{"".join(out)}<div'
-            f' class="opd-peaks">{markup.safe(self._course())}</div>'
+            f"{markup.title(self.title)}{markup.prompt_box(self._prompt)}"
+            f'<div class="opd-bar">{markup.legend(found[0], limit)}</div>{"".join(out)}{said}'
         )
 
     def __repr__(self) -> str:
         kind = "the same tokens, graded" if self.probe else "what was written"
         means = np.array([_mean(np.abs(c.values)) for c in self.channels[self.channel]])
         bars = markup.sparkline(Channel("", "", means))
-        return (
-            f"Scrubber: {self.title or f'completion {self.sample}'}, {kind} at {len(self.steps)}"
-            f" steps\n{bars}\n{self._course()}"
-        )
+        title = self.title or f"completion {self.sample}"
+        head = f"Scrubber: {title}, {kind} at {len(self.steps)} steps"
+        return "\n".join([head, bars, self._course(), *self._kinds_in_words()])
 
     def _set(self, name: str, value: Any) -> None:
         if name == "step" and value not in self.steps:
@@ -207,20 +242,26 @@ class Scrubber(View):
         ]
         return f"{said}. Moved most: {', '.join(moved) or 'none'}"
 
+    def _kinds_in_words(self) -> list[str]:
+        """How common each kind is at the first and the last step, of kinds that a method names."""
+        out = []
+        for key in find_labelled_kinds(self.traces[0]):
+            for at in dict.fromkeys((0, len(self.steps) - 1)):
+                if key in self.kinds:
+                    shares = markup.shares_of_names(self.kinds[key][at])
+                    out.append(f"step {self.steps[at]}, {shares}")
+        return out
+
     def _most_moved(self) -> list[int]:
         found = self.channels[self.channel]
         return _largest(found[-1].values - found[0].values)
 
     def _channel(self, found: Sequence[Channel]) -> dict[str, Any]:
-        """All steps of a channel, one after the other, on one scale; and how the change since the
-        first step is drawn.
-        """
-        values, starts = (
-            np.concatenate([c.values for c in found]),
-            np.cumsum([0, *(len(c.values) for c in found)]),
-        )
+        """All steps of a channel side by side, on one scale, and the change since the first step."""
+        values = np.concatenate([channel.values for channel in found])
+        starts = np.cumsum([0, *(len(channel.values) for channel in found)])
         first, limit = found[0], _limit(found)
-        out = described(first, limit) | {"values": _packed(values)}
+        out = describe_channel(first, limit) | {"values": _packed(values)}
         if not self.probe:
             return out | {
                 "peaks": [
@@ -240,6 +281,11 @@ class Scrubber(View):
                 "peaks": [_largest(d) for d in changes],
             },
         }
+
+    def _kind(self, found: Sequence[Channel]) -> dict[str, Any]:
+        """All steps of a category, one after the other."""
+        described = [describe_channel(channel, channel.limit) for channel in found]
+        return described[0] | {"values": np.concatenate([one["values"] for one in described])}
 
     def _facts(self) -> list[Plot]:
         """The small curves above: the distance on these texts, then what the run's history knows."""

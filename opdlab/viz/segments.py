@@ -37,7 +37,7 @@ def segments(trace: Trace) -> list[tuple[str, int, int]]:
 
 
 def _told(pieces: list[bytes]) -> list[str]:
-    """think or answer for each token; nothing for a text without marks.
+    """Think or answer for each token; nothing for a text without marks.
 
     A token belongs where its last byte does.
     """

@@ -1,12 +1,10 @@
-"""Tail audit: how much of a divergence a scoring of the top k tokens would miss, told by the tokens
-that the trace kept.
-"""
+"""TailAudit: how much of a divergence a scoring of the top k tokens would miss."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from functools import cached_property
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pandas as pd
@@ -15,31 +13,47 @@ from opdlab.data.trace import Trace
 from opdlab.errors import OpdlabError, UnknownColumn
 from opdlab.support.expect import expect
 from opdlab.viz import kept, markup, payload
-from opdlab.viz.channels import Channel
+from opdlab.viz.channel import Channel
+from opdlab.viz.channels import find_rivals
+from opdlab.viz.given import select_completion
 from opdlab.viz.glyphs import groups, visible
 from opdlab.viz.lines import Line, Plot
-from opdlab.viz.token_lens import rows_of
-from opdlab.viz.view import Trait, View
+from opdlab.viz.made_up import make_trace
+from opdlab.viz.traits import Trait
+from opdlab.viz.view import EXAMPLE_TOKENS, EXAMPLE_WORDS, View
+
+if TYPE_CHECKING:
+    from typing_extensions import Self
 
 MANY, FEW = 12, 4  # values of k that a page carries for each token, of short and of long texts
 
 
 class TailAudit(View):
-    """What would a loss on the top k tokens not see?
-
-    Mass covered and KL read against k over the trace, and both at each token.
-
-    sample: whose tokens are shown; the curves are over all completions. by: whose likeliest tokens
-        are taken, by default the
-    student's. against: the other side of the KL, by default the first rival. k: at first all that
-    the trace kept. Raises OpdlabError for a trace without top tokens, a student alone or a k that
-    was not kept, and UnknownColumn for an unknown policy.
+    """Mass covered and KL read by the top k tokens, against k over the trace and at each token.
 
     The KL is KL(student ‖ teacher). "bucket" puts all other tokens into one outcome and is a lower
-    bound; "renormalized" forgets them. What they are compared with is the trace's exact KL, else
-    the bucket of all kept tokens. `curve` has a row for each k.
+    bound; "renormalized" forgets them. Both are compared with the trace's exact KL, or with the
+    bucket of all kept tokens where it has none.
+
+    Args:
+        trace: The trace.
+        sample: The completion whose tokens are shown; the curves are over all completions.
+        k: How many tokens are read at first; by default all that the trace kept.
+        by: The policy whose likeliest tokens are read.
+        against: The other side of the KL; by default the first rival.
+        title: The title above.
+
+    Attributes:
+        k: How many tokens are read.
+        channel: The channel that colours the tokens.
+
+    Raises:
+        OpdlabError: The trace kept no top tokens or not as many, has the student alone, or has no
+            such completion.
+        UnknownColumn: There is no such policy.
     """
 
+    caption = "What would a loss on the top k tokens not see?"
     name, scripts, styles = "tail", ("tail.js",), ("lines.css", "tail.css")
     k = Trait(0)
     channel = Trait("missed")
@@ -55,7 +69,7 @@ class TailAudit(View):
     ) -> None:
         super().__init__()
         expect(trace, Trace, type(self).__name__, "trace")
-        rivals = [name for name in trace.policies if name != "student"]
+        rivals = find_rivals(trace)
         if not rivals:
             raise OpdlabError(
                 "The trace has the student alone, so there is no KL to miss. Score it under a"
@@ -72,12 +86,8 @@ class TailAudit(View):
                 "The trace kept no top tokens, so nothing is known of tails. Make it with"
                 " opdlab.score(…, k=8)."
             )
-        self.whole, self.trace, self.sample, self.title = (
-            trace,
-            rows_of(trace, sample),
-            sample,
-            title,
-        )
+        self.whole, self.trace = trace, select_completion(trace, sample)
+        self.sample, self.title = sample, title
         self.width = max(1, kept.width(trace))
         if not 0 <= k <= self.width:
             raise OpdlabError(
@@ -87,25 +97,41 @@ class TailAudit(View):
         self.k = k or self.width
         self.selected = next(iter(self._missed(self.k).peaks()), self._widest)
 
+    @classmethod
+    def fits(cls, given: object, sample: int = 0) -> bool:
+        """Return whether `given` is a trace that kept the top tokens of the student and a rival."""
+        if not isinstance(given, Trace) or not len(given):
+            return False
+        rivals = find_rivals(given)
+        return bool(rivals) and kept.has_top(given, "student", rivals[0])
+
+    @classmethod
+    def of_trace(cls, trace: Trace, sample: int = 0) -> Self:
+        """Make the audit of a trace, with the tokens of one completion."""
+        return cls(trace, sample)
+
+    @classmethod
+    def example(cls, tokens: Sequence[bytes] = EXAMPLE_TOKENS, words: str = EXAMPLE_WORDS) -> Self:
+        """Make the audit of one completion with three kept tokens of each policy."""
+        return cls(make_trace(tokens, prompt=words, finish=words), title=words)
+
     @cached_property
     def curve(self) -> pd.DataFrame:
-        """By k: the mass that the top k cover of each side, the KL read by each rule, `exact`, and
-        `read`, the share that bucket reads.
+        """One row for each k: the means over all tokens of the trace.
+
+        Columns: the mass that the top k cover of each side, the KL read by each rule, `exact`, and
+        `read`, the share of it that the bucket reads.
         """
         ks = pd.RangeIndex(1, self.width + 1, name="k")
         rows = [self._at(self.whole, k) for k in ks]
         full = float(self._full(self.whole, rows[-1]["bucket"]).mean())
-        table = pd.DataFrame(
-            [{key: float(v.mean()) for key, v in row.items()} for row in rows],
-            index=pd.RangeIndex(1, self.width + 1, name="k"),
-        )
+        means = [{key: float(v.mean()) for key, v in row.items()} for row in rows]
+        table = pd.DataFrame(means, index=ks)
         return table.assign(exact=full, read=table["bucket"] / full if full > 0 else 1.0)
 
     @property
     def df(self) -> pd.DataFrame:
-        """One row a token: the mass covered of each side at `k`, the KL that the bucket reads
-        there, `exact`, and what is `missed`.
-        """
+        """One row per token: the mass covered of each side at `k`, the KL read, `exact`, `missed`."""
         row = self._at(self.trace, self.k)
         full = self._full(self.trace, self._at(self.trace, self.width)["bucket"])
         tokens = [visible(piece) for piece in self.trace.tokens()]
@@ -121,23 +147,27 @@ class TailAudit(View):
         )
 
     def static(self) -> str:
+        """Return the picture as HTML without a script."""
         missed = self._missed(self.k)
-        title = markup.title(self.title)
+        plots = "".join(plot.html() for plot in self._plots())
         return (
-            f"{title}<div"
-            f' class="opd-tail-plots">{"".join(plot.html() for plot in self._plots())}</div><div'
-            f' class="opd-bar">{markup.legend(missed, missed.limit)}</div><div class="opd-strip"'
-            ' dir="auto"'
-            f' style="white-space:pre-wrap;font-family:monospace;line-height:1.9">{markup.strip(groups(self.trace.tokens()), missed, missed.limit)}</div><div'
-            f' class="opd-peaks">{markup.safe(self._summary())}</div>'
+            f"{markup.title(self.title)}"
+            f'<div class="opd-tail-plots">{plots}</div>'
+            f'<div class="opd-bar">{markup.legend(missed, missed.limit)}</div>'
+            f"{markup.strip_box(groups(self.trace.tokens()), missed, missed.limit)}"
+            f"{markup.said_box(self._summary())}"
         )
 
     def data(self) -> dict[str, Any]:
+        """Return all that the script draws."""
         ks = self._ks()
         rows = [self._at(self.trace, k) for k in ks]
         full = self._full(self.trace, rows[-1]["bucket"])
-        stack = lambda key: np.concatenate([row[key] for row in rows]) if len(full) else np.zeros(0)
         missed = np.concatenate([np.maximum(full - row["bucket"], 0.0) for row in rows])
+        mass = {
+            key: np.concatenate([100 * row[key] for row in rows])
+            for key in ("student_mass", "rival_mass")
+        }
         finish = self.whole.meta["finish"][self.sample]
         return {
             "title": self.title,
@@ -153,13 +183,13 @@ class TailAudit(View):
             "plots": [plot.data() for plot in self._plots()],
             "exact": payload.numbers(full),
             "missed": payload.numbers(missed),
-            "student": payload.numbers(100 * stack("student_mass")),
-            "rival": payload.numbers(100 * stack("rival_mass")),
+            "student": payload.numbers(mass["student_mass"]),
+            "rival": payload.numbers(mass["rival_mass"]),
             "limit": max(self._missed(k).limit for k in ks),
         }
 
     def __repr__(self) -> str:
-        line = "".join("▁▂▃▄▅▆▇█"[min(7, int(8 * max(0.0, share)))] for share in self.curve["read"])
+        line = "".join(markup.bar(float(share)) for share in self.curve["read"])
         title = f"{self.title}: " if self.title else ""
         return (
             f"TailAudit: {title}share of the KL that the top k read, k = 1 …"
@@ -167,28 +197,18 @@ class TailAudit(View):
         )
 
     def _at(self, trace: Trace, k: int) -> dict[str, np.ndarray]:
-        """Of each token: mass of both sides on the k likeliest tokens of `by`, and both coarse KLs
-        there, nats.
-        """
+        """Mass of both sides on the k likeliest tokens of `by`, and both coarse KLs, per token."""
         if not len(trace):
-            return {
-                key: np.zeros(0) for key in ("student_mass", "rival_mass", "bucket", "renormalized")
-            }
+            none = np.zeros(0)
+            return dict.fromkeys(("student_mass", "rival_mass", "bucket", "renormalized"), none)
         order = np.argsort(-trace.column(f"{self.by}_top").astype(float), 1, kind="stable")
-        pair = []
-        for name in ("student", self.against):
-            logp = np.take_along_axis(trace.column(f"{name}_top").astype(float), order, 1)
-            rest = np.exp(logp[:, k:]).sum(1) + trace.column(f"{name}_tail").astype(float)
-            pair.append(
-                (logp[:, :k], np.log(rest, out=np.full(len(rest), -np.inf), where=rest > kept.DUST))
-            )
-        (s, s_rest), (t, t_rest) = pair
-        bucket = kept.kl(np.c_[s, s_rest], np.c_[t, t_rest])
+        student, student_rest = _split_at(trace, "student", order, k)
+        rival, rival_rest = _split_at(trace, self.against, order, k)
         return {
-            "student_mass": np.exp(s).sum(1),
-            "rival_mass": np.exp(t).sum(1),
-            "bucket": bucket,
-            "renormalized": kept.kl(_norm(s), _norm(t)),
+            "student_mass": np.exp(student).sum(1),
+            "rival_mass": np.exp(rival).sum(1),
+            "bucket": kept.kl(np.c_[student, student_rest], np.c_[rival, rival_rest]),
+            "renormalized": kept.kl(_norm(student), _norm(rival)),
         }
 
     def _full(self, trace: Trace, coarsest: np.ndarray) -> np.ndarray:
@@ -207,49 +227,27 @@ class TailAudit(View):
         )
 
     def _ks(self) -> list[int]:
-        """The values of k that the page carries: all, or evenly many of them, with the first, the
-        last and the one asked for.
-        """
+        """The values of k that the page carries: the first, the last, the present, some between."""
         most = MANY if len(self.trace) <= payload.LONG else FEW
-        return sorted(
-            {int(k) for k in np.linspace(1, self.width, min(most, self.width)).round()} | {self.k}
-        )
+        even = np.linspace(1, self.width, min(most, self.width)).round()
+        return sorted({int(k) for k in even} | {self.k})
 
     def _plots(self) -> Sequence[Plot]:
         k, table = self.curve.index.to_numpy(float), self.curve
-        line = lambda name, column, look, kind="line": Line(
-            name, k, table[column].to_numpy(float), look, kind
-        )
-        top = float(
-            np.nanmax(
-                [
-                    *table["exact"],
-                    *table["bucket"],
-                    *table["renormalized"].replace(np.inf, np.nan).fillna(0),
-                    1e-3,
-                ]
-            )
-        )
         ends = (1.0, float(max(2, self.width)))
+        read = table[["exact", "bucket", "renormalized"]].replace(np.inf, np.nan)
+        top = max(1e-3, float(read.max().max()))
         mass = [
             Line("student", k, 100 * table["student_mass"].to_numpy(float), "student"),
             Line(self.against, k, 100 * table["rival_mass"].to_numpy(float), "teacher", "dash"),
         ]
         kl = [
-            line("exact", "exact", "grey"),
-            line("bucket", "bucket", "amount"),
-            line("renormalized", "renormalized", "pink"),
+            Line(name, k, table[name].to_numpy(float), look)
+            for name, look in (("exact", "grey"), ("bucket", "amount"), ("renormalized", "pink"))
         ]
+        label = f"mass on the {self.by}'s top k"
         return [
-            Plot(
-                "mass",
-                f"mass on the {self.by}'s top k",
-                mass,
-                "%",
-                "%, mean over tokens",
-                ends,
-                (0.0, 100.0),
-            ),
+            Plot("mass", label, mass, "%", "%, mean over tokens", ends, (0.0, 100.0)),
             Plot(
                 "kl",
                 "KL that the top k read",
@@ -269,6 +267,14 @@ class TailAudit(View):
             f" {markup.number(row.bucket)} of {markup.number(row.exact)} nats"
             f" ({100 * row['read']:.0f} %)"
         )
+
+
+def _split_at(trace: Trace, name: str, order: np.ndarray, k: int) -> tuple[np.ndarray, np.ndarray]:
+    """Log-probs of a policy on the first k tokens in `order` `[n, k]`, and of all others `[n]`."""
+    log_p = np.take_along_axis(trace.column(f"{name}_top").astype(float), order, 1)
+    rest = np.exp(log_p[:, k:]).sum(1) + trace.column(f"{name}_tail").astype(float)
+    none = np.full(len(rest), -np.inf)
+    return log_p[:, :k], np.log(rest, out=none, where=rest > kept.DUST)
 
 
 def _norm(logp: np.ndarray) -> np.ndarray:

@@ -1,13 +1,13 @@
 """Timeline: when rollouts leave the teacher's road.
 
-Cumulative log ratio and cumulative KL along the tokens, one line a rollout.
+Cumulative log ratio and cumulative KL along the tokens, one line for each rollout.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from functools import cached_property
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pandas as pd
@@ -18,35 +18,48 @@ from opdlab.data.trace import Trace
 from opdlab.errors import OpdlabError, UnknownColumn
 from opdlab.support.expect import expect
 from opdlab.viz import markup, payload
-from opdlab.viz.channels import channels
+from opdlab.viz.channel import describe_channel
+from opdlab.viz.channels import find_channels, find_kinds, find_labelled_kinds, find_rivals
 from opdlab.viz.glyphs import visible
-from opdlab.viz.lines import HUES, Line, Plot, span, thinned
-from opdlab.viz.view import Trait, View
+from opdlab.viz.lines import HUES, Line, Plot, span, thin
+from opdlab.viz.made_up import make_trace
+from opdlab.viz.traits import Trait
+from opdlab.viz.view import EXAMPLE_TOKENS, EXAMPLE_WORDS, View
+
+if TYPE_CHECKING:
+    from typing_extensions import Self
 
 MOST = 16  # rollouts that one picture holds
 TOGETHER = 6  # rollouts whose lines can be told apart in one plot; more get a plot each
 
 
 class Timeline(View):
-    """When did a rollout leave the teacher's road?
-
-    Sums along its tokens, and the first token beyond a threshold, its fork.
+    """Sums along the tokens of rollouts, and the first token beyond a threshold: the fork.
 
     The upper plot sums log T(y) − log S(y): at −3 the path so far is e³ = 20 times less likely
     under the teacher than under the student. There the rollout forks, if `threshold` is 3. The
-    lower one sums the KL of the student to the teacher. More than six rollouts get an upper plot
-    each, all on one scale.
+    lower plot sums the KL of the student to the teacher. More than six rollouts get an upper plot
+    each, all on one scale. At the token that is looked at, the page names its kinds: a method's
+    routes, types.
 
-    samples: which completions; by default those of the first one's prompt, 16 at most. rewards: by
-        completion, a list or a dict;
-    by default the trace's column `reward`, if it has one. against: the policy compared with, by
-    default the first. Raises OpdlabError for a student alone and for completions that are not
-    there, UnknownColumn for an unknown policy.
+    Args:
+        trace: The trace.
+        samples: The completions; by default those of the first one's prompt, 16 at most.
+        rewards: A reward for each completion, as a list or a dict; by default the trace's column
+            `reward`, if it has one.
+        threshold: The nats below zero at which a rollout forks.
+        against: The policy compared with; by default the first rival.
+        title: The title above.
 
-    `selected` and `brush` are rows of `df`; `threshold`, in nats, can be moved. `forks` has a row
-    for each rollout.
+    Attributes:
+        threshold: The nats below zero at which a rollout forks; the page can move it.
+
+    Raises:
+        OpdlabError: The trace has the student alone, or not these completions.
+        UnknownColumn: There is no such policy.
     """
 
+    caption = "Where does a rollout leave the teacher's road?"
     name, scripts, styles = "timeline", ("timeline.js",), ("lines.css", "timeline.css")
     threshold = Trait(3.0)
 
@@ -65,85 +78,97 @@ class Timeline(View):
         self.trace = Trace(
             trace.table.filter(pc.is_in(trace.table["sample"], pa.array(self.samples))), trace.meta
         )
-        rivals = [name for name in trace.policies if name != "student"]
-        if not rivals or (against and against not in rivals):
-            raise (UnknownColumn if rivals else OpdlabError)(
+        rivals = find_rivals(trace)
+        if not rivals:
+            raise OpdlabError(
+                "The trace has the student alone, so nothing to depart from. Score it under a"
+                " teacher too: opdlab.score(…)."
+            )
+        if against and against not in rivals:
+            raise UnknownColumn(
                 f"There is no policy {against!r} to compare with, only {', '.join(rivals)}. Name"
                 " one of these."
-                if rivals
-                else (
-                    "The trace has the student alone, so nothing to depart from. Score it under a"
-                    " teacher too: opdlab.score(…)."
-                )
             )
-        self.against, self._prefix = (
-            against or rivals[0],
-            "" if against in ("", rivals[0]) else f"{against}_",
-        )
+        self.against = against or rivals[0]
+        self._prefix = "" if self.against == rivals[0] else f"{against}_"
         self.rewards = rewards_of(trace, rewards, self.samples)
         fork = self.forks["row"].dropna()
         self.selected = int(fork.iloc[0]) if len(fork) else 0
 
+    @classmethod
+    def fits(cls, given: object, sample: int = 0) -> bool:
+        """Return whether `given` is a trace with tokens, of a student and another policy."""
+        return isinstance(given, Trace) and bool(find_rivals(given)) and len(given) > 0
+
+    @classmethod
+    def of_trace(cls, trace: Trace, sample: int = 0) -> Self:
+        """Make the timeline of one completion."""
+        return cls(trace, samples=[sample])
+
+    @classmethod
+    def example(cls, tokens: Sequence[bytes] = EXAMPLE_TOKENS, words: str = EXAMPLE_WORDS) -> Self:
+        """Make the timeline of one completion whose tokens all have the type `words`."""
+        trace = make_trace(tokens, prompt=words, finish=words)
+        return cls(trace.with_columns(type=[words] * len(tokens)), rewards=[1], title=words)
+
+    @cached_property
+    def _channels(self) -> Mapping[str, Any]:
+        return find_channels(self.trace)
+
     @cached_property
     def _paths(self) -> dict[str, np.ndarray]:
-        """Per token:
+        """`log_ratio`, `kl` where it is known, and their sums along each rollout, `[rows]` each.
 
-        `log_ratio`, and the sums `cumulative_log_ratio` and `cumulative_kl`, in the precision of
-        the page.
+        The sums are in the precision of the page.
         """
-        found = channels(self.trace)
-        ratio = found[f"{self._prefix}log_ratio"].values
-        kl = (
-            found[f"{self._prefix}reverse_kl"].values
-            if f"{self._prefix}reverse_kl" in found
-            else np.full(len(ratio), np.nan)
-        )
-        sums: dict[str, list[np.ndarray]] = {"cumulative_log_ratio": [], "cumulative_kl": []}
-        for _, first, size in payload.spans(self.trace):
-            for key, values in zip(sums, (ratio, kl), strict=True):
-                sums[key].append(
-                    np.cumsum(
-                        np.nan_to_num(
-                            values[first : first + size], nan=0.0, posinf=1e4, neginf=-1e4
-                        )
-                    )
-                )
-        total = {
-            key: np.concatenate([*parts, np.zeros(0)]).clip(-6e4, 6e4).astype(np.float16)
-            for key, parts in sums.items()
-        }
-        return {"log_ratio": ratio, **({} if np.isnan(kl).all() else {"kl": kl}), **total}
+        ratio = self._channels[f"{self._prefix}log_ratio"].values
+        divergence = self._channels.get(f"{self._prefix}reverse_kl")
+        kl = np.full(len(ratio), np.nan) if divergence is None else divergence.values
+        paths = {"log_ratio": ratio}
+        if not np.isnan(kl).all():
+            paths["kl"] = kl
+        paths["cumulative_log_ratio"] = self._sum_along(ratio)
+        paths["cumulative_kl"] = self._sum_along(kl)
+        return paths
+
+    def _sum_along(self, values: np.ndarray) -> np.ndarray:
+        """The sum of the values of a rollout up to each token; NaN adds nothing."""
+        finite = np.nan_to_num(values, nan=0.0, posinf=1e4, neginf=-1e4)
+        sums = [
+            np.cumsum(finite[first : first + size]) for _, first, size in payload.spans(self.trace)
+        ]
+        return np.concatenate([*sums, np.zeros(0)]).clip(-6e4, 6e4).astype(np.float16)
 
     @property
     def df(self) -> pd.DataFrame:
-        """One row a token of the rollouts:
+        """One row per token of the rollouts.
 
-        `sample`, `position`, `token`, `log_ratio`, `kl`, and the two sums up to it.
+        Columns: `sample`, `position`, `token`, `log_ratio`, `kl`, the two sums up to the token, and
+        the name of each kind (a method's routes, types).
         """
-        base = {
+        table: dict[str, Any] = {
             "sample": self.trace.column("sample"),
             "position": self.trace.column("position"),
             "token": [visible(piece) for piece in self.trace.tokens()],
         }
-        return pd.DataFrame({**base, **{k: v.astype(float) for k, v in self._paths.items()}})
+        table |= {key: values.astype(float) for key, values in self._paths.items()}
+        for key, channel in find_kinds(self.trace).items():
+            table.setdefault(key, [markup.said(value, channel) for value in channel.values])
+        return pd.DataFrame(table)
 
     @property
     def forks(self) -> pd.DataFrame:
-        """One row a rollout:
+        """One row for each rollout.
 
-        `fork`, the first position beyond the threshold (NaN for none), with its `token` and `row`
-        of `df`.
+        `fork` is the first position beyond the threshold (NaN for none), with its `token` and its
+        `row` of `df`.
         """
-        rows = []
+        rows, ids = [], self.trace.column("token_id")
         for sample, first, size in payload.spans(self.trace):
             path = self._paths["cumulative_log_ratio"][first : first + size].astype(float)
             beyond = np.flatnonzero(path <= -self.threshold)
             at = int(beyond[0]) if len(beyond) else None
-            token = (
-                ""
-                if at is None
-                else visible(self.trace.piece(int(self.trace.column("token_id")[first + at])))
-            )
+            token = "" if at is None else visible(self.trace.piece(int(ids[first + at])))
             rows.append(
                 {
                     "sample": sample,
@@ -161,61 +186,56 @@ class Timeline(View):
         return table.astype({"fork": float, "row": float}).set_index("sample")
 
     def static(self) -> str:
-        title = markup.title(self.title)
+        """Return the picture as HTML without a script."""
         own, shared = ("".join(plot.html() for plot in plots) for plots in self._plots())
         if own:
             label, told = self._names["cumulative_log_ratio"]
-            head = (
-                f'<div class="opd-timeline-head"><b>{label}</b> <span'
-                f' class="opd-soft">{markup.safe(told)}</span></div>'
+            own = (
+                f'<div class="opd-timeline-head"><b>{label}</b>'
+                f' <span class="opd-soft">{markup.safe(told)}</span></div>'
+                f'<div class="opd-timeline-own">{own}</div>'
             )
-            own = f'{head}<div class="opd-timeline-own">{own}</div>'
-        return (
-            f'{title}<div class="opd-timeline">{own}{shared}</div><div'
-            f' class="opd-peaks">{markup.safe(self._summary())}</div>'
-        )
+        said = "".join(markup.said_box(line) for line in self._lines())
+        return f'{markup.title(self.title)}<div class="opd-timeline">{own}{shared}</div>{said}'
 
     def data(self) -> dict[str, Any]:
+        """Return all that the script draws."""
         paths = {
-            key: v if key.startswith("cumulative") else payload.numbers(v)
-            for key, v in self._paths.items()
+            key: values if key.startswith("cumulative") else payload.numbers(values)
+            for key, values in self._paths.items()
         }
-        limit, (own, shared) = channels(self.trace)[f"{self._prefix}log_ratio"].limit, self._plots()
+        own, shared = self._plots()
+        known = [self.rewards.get(sample, np.nan) for sample in self.samples]
         return {
             "title": self.title,
             "against": self.against,
             "text": payload.text(self.trace),
             "paths": paths,
-            "limit": limit,
-            "looks": [self._look(s) for s in self.samples],
-            "own": [p.data() for p in own],
-            "plots": [p.data() for p in shared],
+            "limit": self._channels[f"{self._prefix}log_ratio"].limit,
+            "looks": [self._look(sample) for sample in self.samples],
+            "own": [plot.data() for plot in own],
+            "plots": [plot.data() for plot in shared],
             "head": self._names["cumulative_log_ratio"],
-            "rewards": (
-                [self.rewards.get(s, np.nan) for s in self.samples] if self.rewards else None
-            ),
+            "rewards": known if self.rewards else None,
+            "kinds": [describe_channel(c, c.limit) for c in find_kinds(self.trace).values()],
         }
 
     def __repr__(self) -> str:
         lost, lines = -self._paths["cumulative_log_ratio"].astype(float).clip(max=0), []
         most = max(float(lost.max(initial=0.0)), 0.1)
         for sample, first, size in payload.spans(self.trace):
-            bins = np.array_split(lost[first : first + size], min(48, size))
-            lines.append(
-                f"{''.join('▁▂▃▄▅▆▇█'[min(7, int(8 * b.max() / most))] for b in bins)}  rollout"
-                f" {sample}"
-            )
-        head = (
-            f"Timeline: {self.title or f'{len(self.samples)} rollouts'}, nats lost against"
-            f" {self.against} so far"
-        )
-        return "\n".join([head, *lines, self._summary()])
+            parts = np.array_split(lost[first : first + size], min(48, size))
+            bars = "".join(markup.bar(float(part.max()) / most) for part in parts)
+            lines.append(f"{bars}  rollout {sample}")
+        title = self.title or f"{len(self.samples)} rollouts"
+        head = f"Timeline: {title}, nats lost against {self.against} so far"
+        return "\n".join([head, *lines, *self._lines()])
 
     def _look(self, sample: int) -> str:
-        """Rewards at or above the middle are violet and whole, those below grey and dashed; without
-        rewards each has its own.
+        """The look of a rollout's line.
 
-        Where each has a plot of its own, no rewards are violet too.
+        Rewards at or above the middle are violet and whole, those below grey and dashed. Without
+        rewards each line has a look of its own, or is violet where each has a plot of its own.
         """
         if not self.rewards:
             return "amount" if self._many else HUES[self.samples.index(sample) % len(HUES)]
@@ -250,7 +270,7 @@ class Timeline(View):
             values, ratio = self._paths[key].astype(float), key == "cumulative_log_ratio"
             y = span([values, np.array([0.0, -self.threshold * 1.1] if ratio else [0.0])])
             lines = [
-                Line(f"rollout {s}", *thinned(np.arange(n), values[i : i + n]), self._look(s))
+                Line(f"rollout {s}", *thin(np.arange(n), values[i : i + n]), self._look(s))
                 for s, i, n in spans
             ]
             if ratio and self._many:
@@ -266,6 +286,11 @@ class Timeline(View):
         """What stands over a plot of one rollout where no script runs; `row` of `forks`."""
         fork = f"fork at {row.fork:.0f} {row.token}" if np.isfinite(row.fork) else "no fork"
         return f"reward {markup.number(row.reward)}, {fork}" if self.rewards else fork
+
+    def _lines(self) -> list[str]:
+        """The forks in words, and how common each kind is that a method names."""
+        named = find_labelled_kinds(self.trace).values()
+        return [self._summary(), *map(markup.shares_of_names, named)]
 
     def _summary(self) -> str:
         told = [
@@ -302,7 +327,19 @@ def _chosen(trace: Trace, samples: Sequence[int] | None) -> list[int]:
 def rewards_of(
     trace: Trace, rewards: Sequence[float] | Mapping[int, float] | None, samples: Sequence[int]
 ) -> dict[int, float]:
-    """Rewards by completion, of those shown; empty where there are none."""
+    """Return the rewards of completions.
+
+    Args:
+        trace: The trace, whose column `reward` is taken where no rewards are given.
+        rewards: A reward for each completion of the trace, or some by number.
+        samples: The completions that are shown.
+
+    Returns:
+        Rewards by completion, of those shown; empty where there are none.
+
+    Raises:
+        OpdlabError: A list has not one reward for each completion.
+    """
     if isinstance(rewards, Mapping):
         return {s: float(rewards[s]) for s in samples if s in rewards}
     if rewards is not None:

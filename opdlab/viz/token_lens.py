@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import pandas as pd
 
@@ -12,36 +12,53 @@ from opdlab.data.trace import Trace
 from opdlab.errors import OpdlabError, UnknownColumn
 from opdlab.support.expect import expect
 from opdlab.viz import markup, payload
-from opdlab.viz.channels import channels, fitting
+from opdlab.viz.channels import describe_fitting, find_channels
 from opdlab.viz.duel import duel
+from opdlab.viz.given import select_completion
 from opdlab.viz.glyphs import groups, visible
+from opdlab.viz.made_up import make_trace
 from opdlab.viz.segments import segments
-from opdlab.viz.view import Trait, View
+from opdlab.viz.traits import Trait
+from opdlab.viz.view import EXAMPLE_TOKENS, EXAMPLE_WORDS, View
+
+if TYPE_CHECKING:
+    from typing_extensions import Self
 
 TRACKS = 4  # that fit under a line
 
 
 class TokenLens(View):
-    """A heat strip of one completion with, under it, the duel of the policies at the token looked
-    at.
+    """A heat strip of one completion; under it, the top candidates of the policies at one token.
 
-    channel: what colours the tokens at first, a key of `channels` (`log_ratio`, `reverse_kl`,
-        `student_entropy`, `loss`, a
-    plan column, a column of names such as `type`, …). Under a student alone there is no
-    `log_ratio`, and the first that there is takes its place. tracks: up to four further channels,
-    as thin bars under each line. like: another lens whose colour scale this one keeps to, so that
-    the two compare. Raises OpdlabError for a completion that the trace does not hold and
-    UnknownColumn for a channel it does not have.
+    Texts of more than 400 tokens have a map, with bands for thought and answer: by `<think>` and
+    `</think>` in the text, or by a column `segment` of names. Of a text of more than 2,500 tokens
+    the page carries as many channels as 120 kB for 10,000 tokens hold: the one asked for and the
+    tracks, then the first of `find_channels`; the page says which are left out.
 
-    Texts of more than 400 tokens have a map, with bands of their segments: think and answer by
-    `<think>` and `</think>` in the text, or a column `segment` of names. `selected` is the position
-    looked at, at first the channel's largest; `channel` the key of what colours; `pins` up to three
-    positions that stay in view side by side. Of a text of more than 2,500 tokens the page carries
-    as many channels as 120 kB for 10,000 tokens hold: the one asked for and the tracks, then those
-    that `channels` lists first; the page says what is left out.
+    Args:
+        trace: The trace.
+        sample: The completion.
+        channel: The channel that colours the tokens at first: `log_ratio`, `reverse_kl`,
+            `student_entropy`, `loss`, a plan column, a column of names such as `type`, … Under a
+            student alone there is no `log_ratio`, and the first channel takes its place.
+        title: The title above.
+        like: Another lens whose colour scale this one keeps to, so that the two compare.
+        tracks: Up to four further channels, drawn as thin bars under each line.
+
+    Attributes:
+        channel: The key of the channel that colours.
+        tracks: The keys of the further channels.
+        selected: The position looked at; at first the channel's largest.
+        pins: Up to three positions that stay in view side by side.
+
+    Raises:
+        OpdlabError: The trace has no such completion or no numbers, or there are too many tracks.
+        UnknownColumn: The trace has no such channel.
     """
 
-    name, scripts = "lens", ("tracks.js", "minimap.js", "tools.js", "lens.js")
+    caption = "What does each token cost, and what did student and teacher want there?"
+    name = "lens"
+    scripts = ("lens.js",)
     channel = Trait("log_ratio")
     tracks = Trait([])
     pins = Trait([])
@@ -57,9 +74,10 @@ class TokenLens(View):
     ) -> None:
         super().__init__()
         expect(trace, Trace, type(self).__name__, "trace")
-        self.sample, self.title, self._least = sample, title, like.limits if like else {}
-        self.trace = rows_of(trace, sample)
-        self.channels = channels(self.trace)
+        self.sample, self.title = sample, title
+        self._least = like.limits if like else {}
+        self.trace = select_completion(trace, sample)
+        self.channels = find_channels(self.trace)
         for key in (*([] if channel == "log_ratio" else [channel]), *tracks):
             if key not in self.channels:
                 raise UnknownColumn(
@@ -79,22 +97,35 @@ class TokenLens(View):
         self.tracks = list(tracks)
         self.selected = next(iter(self.channels[self.channel].peaks()), 0)
 
+    @classmethod
+    def fits(cls, given: object, sample: int = 0) -> bool:
+        """Return whether `given` is a trace."""
+        return isinstance(given, Trace)
+
+    @classmethod
+    def of_trace(cls, trace: Trace, sample: int = 0) -> Self:
+        """Make the lens of a completion."""
+        return cls(trace, sample)
+
+    @classmethod
+    def example(cls, tokens: Sequence[bytes] = EXAMPLE_TOKENS, words: str = EXAMPLE_WORDS) -> Self:
+        """Make the lens of a completion whose tokens all have the type `words`."""
+        trace = make_trace(tokens, prompt=words, finish=words)
+        typed = trace.with_columns(type=[words] * len(tokens))
+        return cls(typed, channel="type", title=words, tracks=["jsd"])
+
     @property
     def limits(self) -> dict[str, float]:
-        """The value that gets full colour, by channel: its own, or that of `like` where that is
-        larger.
-        """
+        """The value that gets full colour, by channel: its own, or that of `like` if larger."""
         return {key: max(c.limit, self._least.get(key, 0.0)) for key, c in self.channels.items()}
 
-    def scaled(self, limits: Mapping[str, float]) -> TokenLens:
-        """The same lens with full colour at these values, or at its own where they are larger."""
+    def with_limits(self, limits: Mapping[str, float]) -> TokenLens:
+        """Return the lens with full colour at these values, or at its own where they are larger."""
         other = copy.copy(self)
-        other._least, other._traits, other._watchers, other._widget = (
-            dict(limits),
-            dict(self._traits),
-            [],
-            None,
-        )
+        other._least = dict(limits)
+        other._traits = dict(self._traits)
+        other._watchers = []
+        other._widget = None
         return other
 
     @property
@@ -106,29 +137,25 @@ class TokenLens(View):
 
     @property
     def text(self) -> str:
-        """What the strip reads: every token, special ones included."""
+        """The text of the strip: every token, special ones included."""
         return "".join(group.text for group in groups(self.trace.tokens()))
 
     def static(self) -> str:
-        chosen, limit, tokens = (
-            self.channels[self.channel],
-            self.limits[self.channel],
-            self.trace.tokens(),
-        )
-        title = markup.title(self.title)
+        """Return the picture as HTML without a script."""
+        chosen, limit = self.channels[self.channel], self.limits[self.channel]
+        tokens = groups(self.trace.tokens())
         return (
-            f'{title}<div class="opd-prompt" style="white-space:pre-wrap"'
-            f' dir="auto">{markup.safe(self._prompt)}</div><div'
-            f' class="opd-bar">{markup.legend(chosen, limit)}</div><div class="opd-strip"'
-            f' data-finish="{markup.safe(self._finish)}" dir="auto"'
-            f' style="white-space:pre-wrap;font-family:monospace;line-height:1.9">{markup.strip(groups(tokens), chosen, limit)}</div><div'
-            f' class="opd-peaks">{markup.safe(self._peaks())}</div>'
+            f"{markup.title(self.title)}{markup.prompt_box(self._prompt)}"
+            f'<div class="opd-bar">{markup.legend(chosen, limit)}</div>'
+            f"{markup.strip_box(tokens, chosen, limit, self._finish)}"
+            f"{markup.said_box(self._peaks())}"
         )
 
     def data(self) -> dict[str, Any]:
+        """Return all that the script draws."""
         fixed = {"text": payload.text(self.trace), "duel": duel(self.trace)}
         spent = len(payload.pack(fixed)) if len(self.trace) > payload.LONG else 0
-        carried = fitting(
+        carried = describe_fitting(
             self.channels, self.limits, keep=(self.channel, *self.tracks), spent=spent
         )
         have = {c["key"] for c in carried}
@@ -152,7 +179,8 @@ class TokenLens(View):
         meaning = (
             f" (− {chosen.less}, + {chosen.more})" if chosen.kind in ("ratio", "signed") else ""
         )
-        return f"{head}{f' in {chosen.unit}' if chosen.unit else ''}{meaning}\n{markup.sparkline(chosen)}\n{self._peaks()}"
+        unit = f" in {chosen.unit}" if chosen.unit else ""
+        return f"{head}{unit}{meaning}\n{markup.sparkline(chosen)}\n{self._peaks()}"
 
     @property
     def _prompt(self) -> str:
@@ -166,31 +194,9 @@ class TokenLens(View):
         """The tokens of largest size, in words; of kinds, how common each is."""
         chosen, tokens = self.channels[self.channel], self.trace.tokens()
         if chosen.kind == "category":
-            parts = [
-                f"{i + 1} {name} {100 * (chosen.values == i).mean():.0f} %"
-                for i, name in enumerate(chosen.names)
-            ]
-            return f"{chosen.label}: {', '.join(parts)} of {len(tokens)} tokens"
+            return f"{markup.shares_of_names(chosen)} of {len(tokens)} tokens"
         peaks = [
             f"{visible(tokens[i])} {markup.said(chosen.values[i], chosen)} (position {i})"
             for i in chosen.peaks()
         ]
         return f"Largest {chosen.label}: {', '.join(peaks) or 'none'}"
-
-
-def rows_of(trace: Trace, sample: int) -> Trace:
-    """The rows of one completion; raises OpdlabError for one that is not there."""
-    texts = trace.meta["texts"]
-    if not 0 <= sample < len(texts):
-        raise OpdlabError(
-            f"The trace has completions 0 to {len(texts) - 1}, not {sample}. Give sample=0 up to"
-            f" {len(texts) - 1}."
-        )
-    rows = trace.sample(sample) if len(trace) else trace
-    if not len(rows) and texts[sample]:
-        held = ", ".join(map(str, sorted(set(trace.column("sample").tolist()))))
-        raise OpdlabError(
-            f"The trace holds no row of completion {sample}, only of {held or 'none'}. Give sample="
-            " one of these."
-        )
-    return rows

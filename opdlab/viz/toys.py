@@ -1,5 +1,6 @@
-"""Small worlds in which a loss shows what it does: 121 log ratios, two tokens, three tokens, a
-Gaussian under two hills.
+"""Small worlds in which a loss shows what it does.
+
+121 log ratios, two tokens, three tokens, a Gaussian under two hills.
 
 Everything follows from one function, `Push.gradient`: -dE[L]/dlogits of students `[n, V]` against
 teachers `[n, V]`, in float64, where E is over the tokens that the student samples, as in training.
@@ -11,6 +12,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
+from itertools import product
 from typing import Any
 
 import numpy as np
@@ -33,25 +35,34 @@ Gradient = Callable[[Tensor, Tensor], Tensor]
 
 @dataclass(frozen=True)
 class Push:
-    """A loss by what it does. curvature: sets the step, so that different units compare (1 where it
-    is not known).
+    """A loss by its gradient.
+
+    Attributes:
+        name: The loss.
+        gradient: -dE[L]/dlogits of students `[n, V]` (logits) against teachers `[n, V]` (log-probs).
+        curvature: Sets the step, so that losses of different units compare; 1 if it is not known.
+        own: The user's loss, where it is one.
     """
 
     name: str
     gradient: Gradient
     curvature: float = 1.0
-    own: Any = None  # the user's loss, where it is one
+    own: Any = None
 
     @property
     def rate(self) -> float:
-        return (
-            RATE / self.curvature if math.isfinite(self.curvature) and self.curvature > 0 else RATE
-        )
+        """The step size."""
+        is_known = math.isfinite(self.curvature) and self.curvature > 0
+        return RATE / self.curvature if is_known else RATE
 
 
 def of_generator(generator: Generator, clip: float = 0.0, name: str = "") -> Push:
-    """A built-in divergence: p_k (w_k - mean w), with weights within `clip` of that of a token on
-    which both agree (0: all).
+    """Return a built-in divergence, whose gradient is p_k (w_k - mean w).
+
+    Args:
+        generator: The divergence.
+        clip: How far the weights may lie from that of a token on which both agree; 0 for any.
+        name: A name of your own.
     """
 
     def gradient(logits: Tensor, teacher: Tensor) -> Tensor:
@@ -65,27 +76,32 @@ def of_generator(generator: Generator, clip: float = 0.0, name: str = "") -> Pus
 
 
 def of_loss(loss: Any, name: str = "") -> Push:
-    """A loss of one's own: a function of rows, or of student and teacher log-probs, or a method
-    without a plan.
+    """Return a loss of one's own.
+
+    Args:
+        loss: A function of rows, or of student and teacher log-probs, or a method without a plan.
+        name: A name of your own; by default the loss'.
     """
     subject = subject_of(loss, where="Playground")
-    return Push(
-        name or subject.name,
-        lambda logits, teacher: -slope(subject.method.loss, logits, teacher),
-        own=loss,
-    )
+
+    def gradient(logits: Tensor, teacher: Tensor) -> Tensor:
+        return -slope(subject.method.loss, logits, teacher)
+
+    return Push(name or subject.name, gradient, own=loss)
 
 
 def losses(function: Callable[[Rows], Tensor], student: Tensor, teacher: Tensor) -> Tensor:
-    """The loss of every token that each student `[n, V]` may sample, `[n, V]`."""
-    n, v = student.shape
-    spread = lambda x: x[:, None, :].expand(n, v, v).reshape(n * v, v)
-    rows = Rows({"student": spread(student), "teacher": spread(teacher)}, torch.arange(v).repeat(n))
-    return function(rows).reshape(n, v)
+    """Return the loss of every token that each student may sample, `[n, V]`."""
+    n, V = student.shape
+    policies = {
+        name: log_probs[:, None, :].expand(n, V, V).reshape(n * V, V)
+        for name, log_probs in (("student", student), ("teacher", teacher))
+    }
+    return function(Rows(policies, torch.arange(V).repeat(n))).reshape(n, V)
 
 
 def slope(function: Callable[[Rows], Tensor], logits: Tensor, teacher: Tensor) -> Tensor:
-    """d/dlogits of the mean loss, the sampling held still: what the engine follows. `[n, V]`."""
+    """Return d/dlogits of the mean loss with the sampling held still, as in training, `[n, V]`."""
     leaf = logits.detach().clone().requires_grad_()
     with torch.enable_grad():
         student = leaf.log_softmax(-1)
@@ -95,11 +111,13 @@ def slope(function: Callable[[Rows], Tensor], logits: Tensor, teacher: Tensor) -
 
 
 def finite_difference(loss: Any, seed: int = 0, step: float = 1e-5) -> tuple[float, float]:
-    """How far autograd is from central differences of the mean loss with the sampling held still:
-    (largest gap, largest slope).
+    """Compare autograd with central differences of the mean loss, the sampling held still.
 
     They differ where a loss holds part of itself back (`detach`), as estimates in the reward do on
     purpose.
+
+    Returns:
+        The largest gap, and the largest slope.
     """
     function = subject_of(loss, where="Playground").method.loss
     generator = torch.Generator().manual_seed(seed)
@@ -120,10 +138,9 @@ def finite_difference(loss: Any, seed: int = 0, step: float = 1e-5) -> tuple[flo
 
 
 def weights(push: Push) -> np.ndarray:
-    """How hard a token is pushed per unit of the student's probability, by its log ratio `X`; 0
-    where both agree.
+    """Return the push on a token per unit of the student's probability, by its log ratio `X`.
 
-    Read off one world that has every ratio at once: p ~ e^(-x/2), q ~ e^(x/2).
+    It is 0 where both agree. Read off one world that has every ratio at once: p ~ e^(-x/2), q ~ e^(x/2).
     """
     student, teacher = (-X / 2).log_softmax(-1)[None], (X / 2).log_softmax(-1)[None]
     w = push.gradient(student, teacher)[0] / student[0].exp()
@@ -131,8 +148,9 @@ def weights(push: Push) -> np.ndarray:
 
 
 def pulls(push: Push, mass: float = 0.5) -> np.ndarray:
-    """The push on the logit of a token that the teacher gives `mass`, by log ratio; nan where the
-    student would give it more than 1.
+    """Return the push on the logit of a token that the teacher gives `mass`, by log ratio.
+
+    NaN where the student would give it more than 1.
     """
     p = mass * (-X).exp()
     there = p < 1 - 1e-9
@@ -144,19 +162,20 @@ def pulls(push: Push, mass: float = 0.5) -> np.ndarray:
 
 
 def students() -> Tensor:
-    """The points of the triangle that get an arrow, `[n, 3]`."""
-    points = [(i, j, CELLS - i - j) for i in range(CELLS + 1) for j in range(CELLS + 1 - i)]
+    """Return the points of the triangle that get an arrow, `[n, 3]`."""
+    sides = range(CELLS + 1)
+    points = [(i, j, CELLS - i - j) for i, j in product(sides, sides) if i + j <= CELLS]
     p = torch.tensor(points, dtype=torch.float64) * 0.94 / CELLS + 0.02
     return p / p.sum(-1, keepdim=True)
 
 
 def tempered(teacher: Tensor, temperature: float) -> Tensor:
-    """log q^(1/T), normalised."""
+    """Return log q^(1/T), normalised."""
     return (teacher / temperature).log_softmax(-1)
 
 
 def field(push: Push, teacher: Tensor, temperature: float = 1.0) -> np.ndarray:
-    """Where each student of `students` moves: dp/dt of a gradient step on the logits, `[n, 3]`."""
+    """Return the move dp/dt of each of `students` in a gradient step on its logits, `[n, 3]`."""
     p = students()
     g = push.gradient(p.log(), tempered(teacher.log(), temperature).expand_as(p))
     return (p * (g - (p * g).sum(-1, keepdim=True))).numpy()
@@ -165,7 +184,7 @@ def field(push: Push, teacher: Tensor, temperature: float = 1.0) -> np.ndarray:
 def path(
     push: Push, student: Tensor, teacher: Tensor, steps: int, temperature: float = 1.0
 ) -> np.ndarray:
-    """The student after each of `steps` gradient steps on its logits, `[steps + 1, 3]`."""
+    """Return the student after each of `steps` gradient steps on its logits, `[steps + 1, 3]`."""
     z, q, out = student.log()[None], tempered(teacher.log(), temperature)[None], [student]
     for _ in range(steps):
         z = z + push.rate * push.gradient(z, q)
@@ -174,7 +193,7 @@ def path(
 
 
 def hills(temperature: float = 1.0) -> Tensor:
-    """The log-probs of the teacher with two hills, over `SPACE`."""
+    """Return the log-probs of the teacher with two hills, over `SPACE`."""
     q = sum(
         share * (-(((SPACE - at) / width) ** 2) / 2).exp() / width for share, at, width in HILLS
     )
@@ -182,7 +201,7 @@ def hills(temperature: float = 1.0) -> Tensor:
 
 
 def fit(push: Push, steps: int, temperature: float = 1.0) -> tuple[float, float]:
-    """Centre and width of a Gaussian after `steps` natural gradient steps under the two hills."""
+    """Return centre and width of a Gaussian after `steps` natural gradient steps under the hills."""
     (at, width), teacher = START, hills(temperature)[None]
     spread = math.log(width)
     for _ in range(steps):
@@ -196,7 +215,7 @@ def fit(push: Push, steps: int, temperature: float = 1.0) -> tuple[float, float]
 
 
 def shares(at: float, width: float) -> tuple[float, float]:
-    """The student's mass left and right of the valley between the hills."""
+    """Return the student's mass left and right of the valley between the hills."""
     p = (-(((SPACE - at) / width) ** 2) / 2).softmax(-1)
     left = float(p[SPACE < 0.1].sum())
     return left, 1 - left

@@ -1,6 +1,6 @@
-"""View: what every picture has in common.
+"""View: the base of every picture.
 
-A subclass says what it shows; this shows it in a notebook, a file or a PNG.
+A subclass says what it shows; the base shows it in a notebook, a file or a PNG.
 
 The picture is one ES module without imports (`static/`), mounted three ways: in a self-contained
 HTML output (the default), as a live widget from `.live()`, and by the tests. How to add a view:
@@ -9,88 +9,72 @@ HTML output (the default), as a live widget from `.live()`, and by the tests. Ho
 
 from __future__ import annotations
 
-import copy
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, ClassVar, TypeVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
+from opdlab.data.trace import Trace
 from opdlab.errors import OpdlabError
 from opdlab.viz import embed, payload
 from opdlab.viz.markup import safe
+from opdlab.viz.traits import Trait, find_traits
 
 if TYPE_CHECKING:
     import pandas as pd
+    from typing_extensions import Self
 
     from opdlab.viz.live import LiveView
 
 RENDERERS = ("html", "live", "static")
+# What `example` shows unless it is asked for other words.
+EXAMPLE_TOKENS = (b"Five", b" pears", b" and", b" two", b" plums", b" are", b" 7", b".")
+EXAMPLE_WORDS = "Five pears and two plums"
 _renderer: list[str] = []  # what set_renderer chose, if anything
-V = TypeVar("V", bound="View")
 
 
 def set_renderer(name: str) -> None:
-    """How views show themselves in a notebook: "html" (interactive, needs no kernel), "live"
-    (widgets) or "static" (no script).
+    """Choose how views show themselves in a notebook.
 
-    The default is the environment's OPDLAB_RENDERER, else "html".
+    Args:
+        name: "html" (interactive, needs no kernel), "live" (widgets) or "static" (no script). The
+            default is the environment's OPDLAB_RENDERER, else "html".
+
+    Raises:
+        OpdlabError: There is no such renderer.
     """
-    _renderer[:] = [_known(name)]
+    _renderer[:] = [_known_renderer(name)]
 
 
 def renderer() -> str:
-    """The renderer in force."""
-    return _renderer[0] if _renderer else _known(os.environ.get("OPDLAB_RENDERER", "html"))
-
-
-class Trait:
-    """An attribute that the page shares: what a reader clicks changes it, and setting it changes
-    the page of the live widget.
-
-    The default's type is the trait's type; a value of another type raises TypeError.
-    """
-
-    def __init__(self, default: Any) -> None:
-        self.default = default
-
-    def __set_name__(self, owner: type, name: str) -> None:
-        self.name = name
-
-    def __get__(self, view: Any, owner: type | None = None) -> Any:
-        return self if view is None else view._traits.get(self.name, copy.copy(self.default))
-
-    def __set__(self, view: View, value: Any) -> None:
-        view._set(self.name, self.checked(value))
-
-    def checked(self, value: Any) -> Any:
-        kind = type(self.default)
-        if kind is int and hasattr(value, "__index__"):
-            return int(value)
-        if kind is list and isinstance(value, tuple):
-            return list(value)
-        if not isinstance(value, kind):
-            raise TypeError(
-                f"{self.name} is of type {kind.__name__}, not {type(value).__name__} ({value!r})."
-                f" Give a {kind.__name__}."
-            )
-        return value
+    """Return the renderer in force."""
+    return _renderer[0] if _renderer else _known_renderer(os.environ.get("OPDLAB_RENDERER", "html"))
 
 
 class View:
     """The base of all views.
 
-    A subclass sets `name`, `scripts`, `styles` and implements `data`, `static`, `__repr__` and
-    `df`.
+    A subclass declares itself (`caption`, `fits`, `example`), sets `name`, `scripts` and `styles`,
+    and implements `data`, `static`, `__repr__` and `df`. Views of the same completion on a page
+    follow each other's selection, in the browser, without the kernel.
 
-    `selected` and `hovered` are rows of `df` (-1: none), `brush` is [first, last] of a range of
-    rows ([]: none). Views of one completion on the same page follow each other's, in the browser,
-    without the kernel.
+    Attributes:
+        caption: One sentence: the question that the view answers.
+        takes: What the view is made of, in words.
+        name: The view's name in JavaScript, `define("lens", …)`, and in the class `opd-lens` of its
+            root node.
+        scripts: Files of `static/`, after those of the base; none for a still picture.
+        styles: Style sheets of `static/`, after that of the base.
+        title: The user's title; "" for none.
+        selected: The row of `df` that is looked at; -1 for none.
+        hovered: The row of `df` under the pointer; -1 for none.
+        brush: [first, last] of a range of rows; [] for none.
     """
 
-    name: ClassVar[
-        str
-    ]  # of the view in JavaScript, `define("lens", …)`, and of its root's class `opd-lens`
-    scripts: ClassVar[tuple[str, ...]]  # files of static/, after the base's
+    caption: ClassVar[str]
+    takes: ClassVar[str] = "a trace"
+    name: ClassVar[str]
+    scripts: ClassVar[tuple[str, ...]]
     styles: ClassVar[tuple[str, ...]] = ()
     title: str = ""
 
@@ -105,15 +89,53 @@ class View:
         for name, value in traits.items():
             setattr(self, name, value)
 
-    # What a subclass says.
+    # A subclass declares itself.
+
+    @classmethod
+    def fits(cls, given: object, sample: int = 0) -> bool:
+        """Return whether the view has something to draw.
+
+        The overview asks every view this about a trace.
+
+        Args:
+            given: Anything; `takes` names what the view is made of.
+            sample: The completion that a view of a single completion would show.
+        """
+        raise NotImplementedError
+
+    @classmethod
+    def of_trace(cls, trace: Trace, sample: int = 0) -> Self:
+        """Make the view of a trace that it fits.
+
+        Args:
+            trace: The trace.
+            sample: The completion that a view of a single completion shows.
+
+        Raises:
+            OpdlabError: The trace has no such completion.
+        """
+        raise NotImplementedError
+
+    @classmethod
+    def example(cls, tokens: Sequence[bytes] = EXAMPLE_TOKENS, words: str = EXAMPLE_WORDS) -> Self:
+        """Make a small instance of made-up data, for the gallery and the tests.
+
+        Args:
+            tokens: The tokens of the completions that it shows.
+            words: All other texts: title, prompts, names.
+        """
+        raise NotImplementedError
+
+    # A subclass says what it shows.
 
     def data(self) -> Mapping[str, Any]:
-        """All that the script draws: plain data and numpy arrays (see `payload`)."""
+        """Return all that the script draws: plain data and numpy arrays (see `payload`)."""
         raise NotImplementedError
 
     def static(self) -> str:
-        """Markup that carries the message where no script runs; every foreign string in it through
-        `markup.safe`.
+        """Return markup that carries the message where no script runs.
+
+        Every foreign string in it goes through `markup.safe`.
         """
         raise NotImplementedError
 
@@ -123,69 +145,86 @@ class View:
         raise NotImplementedError
 
     def answer(self, question: Mapping[str, Any]) -> Any:
-        """The reply to `ask` of the page's script: plain data. Only live views can ask."""
+        """Return the reply to `ask` of the page's script, as plain data.
+
+        Only pages of live views can ask.
+        """
         raise NotImplementedError
 
-    # What all views can do.
+    # All views can be shown, written, watched and made live.
 
     def html(self, assets: bool = True, script: bool = True) -> str:
-        """An HTML fragment that needs nothing else; `assets=False` leaves styles and module to the
-        page around it.
+        """Return an HTML fragment that needs nothing else.
+
+        Args:
+            assets: False leaves styles and module to the page around it.
+            script: False leaves out all scripts and data: a still picture.
         """
         style = embed.style(*embed.STYLES, *self.styles) if assets else ""
-        block = (
-            embed.script_json(
-                {"view": self.name, "traits": self.traits, "packed": self._block()}, "opd-data"
-            )
-            if script
-            else ""
-        )
         module = embed.module(self.scripts) if assets and script else ""
+        block = ""
+        if script:
+            packed = payload.base64_of(payload.pack(self.data()))
+            content = {"view": self.name, "traits": self.traits, "packed": packed}
+            block = embed.script_json(content, "opd-data")
         return (
-            f'<div class="opd opd-{self.name}">{style}<div class="opd-view">'
-            f'<div class="opd-box">{self.static()}</div></div>'
+            f'<div class="opd opd-{self.name}">{style}'
+            f'<div class="opd-view"><div class="opd-box">{self.static()}</div></div>'
             f"{block}</div>{module}"
         )
 
     def to_html(self, path: str | os.PathLike[str]) -> Path:
-        """Write a page that stands alone, atomically."""
+        """Write a page that stands alone, atomically, and return its path."""
         from opdlab.viz.page import page
 
         return page(path, title=self.title or self.name, lenses=[("", self)])
 
     def to_png(self, path: str | os.PathLike[str], dark: bool = False, width: int = 1200) -> Path:
-        """A picture of the view, `width` pixels wide at double density, by the Chromium or Chrome
-        on this machine.
+        """Draw the view with the Chromium or Chrome of this machine.
+
+        Args:
+            path: Where the PNG goes.
+            dark: Whether to draw it as on a dark page.
+            width: Width in CSS pixels; the picture has twice as many.
+
+        Returns:
+            The path.
+
+        Raises:
+            OpdlabError: There is no browser, or it does not answer.
         """
         from opdlab.viz import camera
 
-        look = "body{margin:0;background:Canvas}.opd{max-width:none!important}.opd-block{content-visibility:visible!important}"
+        look = (
+            "body{margin:0;background:Canvas}"
+            ".opd{max-width:none!important}"
+            ".opd-block{content-visibility:visible!important}"
+        )
         page = embed.document(safe(self.title or self.name), f"<style>{look}</style>", self.html())
         return camera.shoot(page, path, dark=dark, width=width)
 
     def live(self) -> LiveView:
-        """The same picture as a widget whose traits are this view's attributes; one a view, made at
-        the first call.
+        """Return the same picture as a widget; its traits are this view's attributes.
+
+        There is one widget for each view, made at the first call.
         """
-        from opdlab.viz.live import widget
+        from opdlab.viz.live import make_widget
 
         if self._widget is None:
-            self._widget = widget(self)
+            self._widget = make_widget(self)
         return self._widget
 
     @property
     def traits(self) -> dict[str, Any]:
-        """What the page shares, by name."""
-        names = [
-            name
-            for owner in reversed(type(self).__mro__)
-            for name, x in vars(owner).items()
-            if isinstance(x, Trait)
-        ]
-        return {name: getattr(self, name) for name in names}
+        """The values of all traits, by name."""
+        return {name: getattr(self, name) for name in find_traits(type(self))}
 
     def on(self, trait: str, act: Callable[[Any], object]) -> None:
-        """Call `act(value)` whenever the trait changes, from Python or from the live widget's page."""
+        """Call `act(value)` whenever a trait changes, from Python or from the live widget's page.
+
+        Raises:
+            OpdlabError: The view has no such trait.
+        """
         if trait not in self.traits:
             raise OpdlabError(
                 f"{type(self).__name__} has no {trait!r} to watch. It has {', '.join(self.traits)}."
@@ -197,16 +236,23 @@ class View:
         if self._widget is not None:
             self._widget.packed = payload.pack(self.data())
 
+    @property
+    def limits(self) -> Mapping[str, float]:
+        """The values that get full colour, by name; a page makes those of all its views agree."""
+        return {}
+
+    def with_limits(self, limits: Mapping[str, float]) -> View:
+        """Return the view with full colour at these values, or at its own where they are larger."""
+        return self
+
     def _repr_mimebundle_(self, include: Any = None, exclude: Any = None) -> Any:
         how = renderer()
         if how == "live":
             return self.live()._repr_mimebundle_()
         return {"text/html": self.html(script=how == "html"), "text/plain": repr(self)}
 
-    def _block(self) -> str:
-        return payload.base64_of(payload.pack(self.data()))
-
     def _set(self, name: str, value: Any) -> None:
+        """Set a trait, here and in the widget, and tell those who watch it."""
         if self.traits[name] == value:
             return
         self._traits[name] = value
@@ -217,7 +263,7 @@ class View:
                 act(value)
 
 
-def _known(name: str) -> str:
+def _known_renderer(name: str) -> str:
     if name not in RENDERERS:
         raise OpdlabError(
             f"There is no renderer {name!r}. Use {', '.join(RENDERERS[:-1])} or {RENDERERS[-1]}."

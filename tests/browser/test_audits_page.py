@@ -6,8 +6,9 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
-from viz.traces import NASTY, made
+from viz.traces import NASTY, made, with_notes
 
+from opdlab.data.notes import Chunks
 from opdlab.viz import Audits, TokenLens, page
 
 pytestmark = pytest.mark.browser
@@ -39,8 +40,8 @@ def audits() -> Audits:
         note(24, ["", " \n", "x"], [0.0, 0.25, 0.5], 0.2),
         note(30, [text(30)] * 3, [1.0] * 3, 0.6),
     ]
-    trace.meta["notes"] = {"audits": found}
-    return Audits(trace, title=NASTY[2])
+    noted = with_notes(trace, chunks=Chunks(found, facts={"alpha": 1.0}))
+    return Audits(noted, title=NASTY[2])
 
 
 def test_chunks_texts_and_weights(open_page, tmp_path, audits, axe):

@@ -7,8 +7,9 @@ from __future__ import annotations
 from itertools import pairwise
 
 import pytest
-from viz.traces import NASTY, made
+from viz.traces import NASTY, made, with_notes
 
+from opdlab.data.notes import Windows
 from opdlab.viz import Forks, TokenLens, page
 from opdlab.viz.glyphs import visible
 
@@ -30,8 +31,8 @@ def forks() -> Forks:
     }
     found = [note(0, 3, 0.4), note(5, 6, 0.0), note(9, 2, 0.15), note(30, 31, 0.8)]
     del found[3]["plan"]
-    trace.meta["notes"] = {"windows": found, "topd": {"threshold": 0.2}}
-    return Forks(trace, title=NASTY[2])
+    noted = with_notes(trace, windows=Windows(found, threshold=0.2))
+    return Forks(noted, title=NASTY[2])
 
 
 def test_windows_plan_and_threshold(open_page, tmp_path, forks, axe):
@@ -98,14 +99,13 @@ def test_counts_of_crowded_distances_keep_clear_of_the_line_and_of_each_other(
 ):
     trace, places = made(WORDS), range(len(WORDS))
     distances = [0.0] * 12 + [0.4] * 8 + [0.404] * 9 + [0.8] * (len(WORDS) - 29)
-    trace.meta["notes"] = {
-        "windows": [
-            {"sample": 0, "position": i, "student": [i], "teacher": [i], "distance": distances[i]}
-            for i in places
-        ]
-    }
+    found = [
+        {"sample": 0, "position": i, "student": [i], "teacher": [i], "distance": distances[i]}
+        for i in places
+    ]
     view = open_page(
-        Forks(trace).to_html(tmp_path / "f.html"), viewport={"width": width, "height": 900}
+        Forks(with_notes(trace, windows=Windows(found))).to_html(tmp_path / "f.html"),
+        viewport={"width": width, "height": 900},
     )
     counts = view.locator(".opd-dots-more")
     assert sum(int(n) for n in counts.all_text_contents()) == len(WORDS) - view.locator(

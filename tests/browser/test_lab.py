@@ -179,7 +179,7 @@ def test_a_live_table_fetches_the_tokens_that_its_page_lacks(lab):
     strip.locator("[data-i='1']").hover()
     shown = lab.python(
         page,
-        "print(viz.markup.number(viz.channels.channels(view.whole.sample(view.rollout))['log_ratio'].values[1],"
+        "print(viz.markup.number(viz.channels.find_channels(view.whole.sample(view.rollout))['log_ratio'].values[1],"
         " True))",
     )
     assert (
@@ -248,7 +248,11 @@ def test_lines_reach_python_and_policies_write_at_a_click(lab):
     root.get_by_role("button", name="The teacher goes on").click()
     page.wait_for_selector(".opd-forks .opd-more")
     said = root.locator(".opd-more").text_content()
-    assert said.strip() == lab.python(page, "print(forks.goes_on(forks.selected, 'teacher'))") != ""
+    assert (
+        said.strip()
+        == lab.python(page, "print(forks.continue_text(forks.selected, 'teacher'))")
+        != ""
+    )
 
     handle = page.locator(".jp-OutputArea-output .opd-regimes .opd-handle-y")
     handle.focus()

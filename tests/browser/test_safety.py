@@ -5,11 +5,12 @@ gets lost.
 from __future__ import annotations
 
 import pytest
-from browser.any_pieces import STILL, VIEWS
+from browser.any_pieces import ALL, STRIPS
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from viz.traces import NASTY, byte_pieces
 
+from opdlab import viz
 from opdlab.viz.glyphs import groups
 
 pytestmark = pytest.mark.browser
@@ -111,9 +112,10 @@ def check(view, make, least, pieces, text, still) -> None:
         assert words
 
 
-@pytest.mark.parametrize("name", [*VIEWS, *STILL])
+@pytest.mark.parametrize("name", ALL)
 def test_any_text_is_shown_as_it_is_and_nothing_runs(open_page, tmp_path, name):
-    (make, least), still = (VIEWS | STILL)[name], name in STILL
+    make, kind = ALL[name], name.split()[0]
+    least, still = STRIPS.get(kind, 0), not getattr(viz, kind).scripts
     path = tmp_path / "empty.html"
     path.write_text("<!doctype html><meta charset=utf-8>", encoding="utf-8")
     view = open_page(path)

@@ -15,6 +15,7 @@ from viz.traces import NASTY, byte_pieces, made
 
 import opdlab as opd
 from opdlab.data.alignment import one_to_one, spans
+from opdlab.data.notes import Alignments
 from opdlab.errors import OpdlabError
 from opdlab.methods import SpanOPD
 from opdlab.tasks.market import tokenizers
@@ -80,7 +81,7 @@ def test_two_tokenizers_of_one_text():
 def test_a_step_of_span_opd_shows_what_each_span_costs():
     student, teacher, task = opd.load("market", teacher="scribe")
     step = next(opd.distill(student, teacher, task, method=SpanOPD(), batch=3, steps=1, quiet=True))
-    view, note = Alignment.of_trace(step.trace(), 1), step.notes["spans"][1]
+    view, note = Alignment.of_trace(step.trace(), 1), step.trace().note(Alignments).alignments[1]
     assert len(view.df) == len(note["spans"])
     np.testing.assert_allclose(view.df["kl"], note["kl"][: len(view.df)])
     assert [t for row in view.df["theirs"] for t in row] == [

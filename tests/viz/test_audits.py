@@ -8,9 +8,10 @@ import math
 
 import numpy as np
 import pytest
-from viz.traces import NASTY, made
+from viz.traces import NASTY, made, with_notes
 
 import opdlab
+from opdlab.data.notes import Chunks
 from opdlab.errors import OpdlabError
 from opdlab.viz import Audits
 
@@ -42,12 +43,11 @@ def noted(pieces=("a", "b", "c", "d", "e"), **audit):
         "prior": 0.5,
         "weight": 3.0 / 4.0,
     }
-    found.meta["notes"] = {"audits": [note | audit]}
-    return found
+    return with_notes(found, chunks=Chunks([note | audit], facts={"alpha": 0.5}))
 
 
 def test_the_audits_are_those_of_the_step(trace):
-    view, notes = Audits(trace), trace.meta["notes"]["audits"]
+    view, notes = Audits(trace), trace.note(Chunks).chunks
     table, df = view.table, view.df
     assert len(table) == len(notes) == 12
     assert table.weight.is_monotonic_increasing
@@ -65,14 +65,24 @@ def test_the_audits_are_those_of_the_step(trace):
         assert sum(n for _, n in row["answers"]) == 4
 
 
-def test_alpha_is_read_off_the_weights(trace):
+def test_alpha_is_that_of_the_notes_and_gives_the_weights(trace):
     view = Audits(trace)
-    assert view.alpha == pytest.approx(0.5, abs=1e-6)
+    assert view.alpha == view.data()["alpha"] == 0.5
     for a in view.audits.values():
         assert a["weight"] == pytest.approx(
             (math.fsum(a["similarity"]) + view.alpha * a["prior"]) / (4 + view.alpha)
         )
-    assert Audits(noted(weight=0.5)).alpha is None  # prior and weight alike tell nothing
+    assert Audits(with_notes(trace, chunks=Chunks(trace.note(Chunks).chunks))).alpha is None
+
+
+def test_the_lanes_are_those_of_the_chunks_whatever_the_plan_s_columns(trace):
+    view = Audits(noted())  # the plan's own weights are 1
+    _, weight, similarity = view.data()["channels"]
+    np.testing.assert_allclose(weight["values"], [np.nan, 0.75, 0.75, np.nan, np.nan])
+    np.testing.assert_allclose(similarity["values"][1:3], 2.5 / 3, rtol=1e-3)
+    _, weight, _ = Audits(trace).data()["channels"]
+    inside = trace.column("audited") > 0
+    np.testing.assert_allclose(weight["values"][inside], trace.column("weight")[inside], rtol=1e-3)
 
 
 def test_equal_answers_are_counted_and_the_most_similar_comes_first():
@@ -83,9 +93,9 @@ def test_equal_answers_are_counted_and_the_most_similar_comes_first():
 
 def test_audits_of_other_rows_are_left_out_and_chunks_of_one_completion_stay_apart():
     trace = noted()
-    first = trace.meta["notes"]["audits"][0]
-    trace.meta["notes"]["audits"] += [first | {"sample": 4}, first | {"start": 3}]
-    assert Audits(trace).df.audit.tolist() == [-1, 1, 1, 3, 3]
+    (first,) = trace.note(Chunks).chunks
+    several = Chunks([first, first | {"sample": 4}, first | {"start": 3}, {"sample": 0}])
+    assert Audits(with_notes(trace, chunks=several)).df.audit.tolist() == [-1, 1, 1, 3, 3]
 
 
 def test_plain_text_and_markup_carry_the_message():

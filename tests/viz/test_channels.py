@@ -14,10 +14,12 @@ from hypothesis import strategies as st
 from viz.traces import NASTY, made
 
 import opdlab
+from opdlab.data.column import Column, Description
 from opdlab.errors import InvalidValue, OpdlabError, UnknownColumn
 from opdlab.models.policy import sample
 from opdlab.viz import TokenLens, categories, kept, payload
-from opdlab.viz.channels import ROOM, Channel, channels, fitting
+from opdlab.viz.channel import Channel
+from opdlab.viz.channels import ROOM, describe_fitting, find_channels
 
 WORDS = [f" t{i}".encode() for i in range(30)]
 
@@ -33,7 +35,7 @@ def without(trace, *names):
 
 @pytest.mark.parametrize("key", ["reverse_kl", "forward_kl", "jsd"])
 def test_the_kept_tokens_bound_a_divergence_from_below(scored, key):
-    exact, found = channels(scored)[key], channels(without(scored, f"teacher_{key}"))[key]
+    exact, found = find_channels(scored)[key], find_channels(without(scored, f"teacher_{key}"))[key]
     assert np.all(found.values <= exact.values + 1e-5)
     assert found.values.sum() > 0.2 * exact.values.sum()
     assert "lower bound" in found.formula
@@ -42,20 +44,20 @@ def test_the_kept_tokens_bound_a_divergence_from_below(scored, key):
 
 def test_the_kept_tokens_are_exact_where_they_are_all():
     trace = made(WORDS, top=100)  # no tail
-    found = channels(without(trace, "teacher_reverse_kl"))["reverse_kl"]
+    found = find_channels(without(trace, "teacher_reverse_kl"))["reverse_kl"]
     np.testing.assert_allclose(found.values, trace.column("teacher_reverse_kl"), rtol=1e-9)
     student, teacher = kept.coarse(trace, "student"), kept.coarse(trace, "teacher")
     assert np.isneginf(student[:, -1]).all()
     p, q = np.exp(student), np.exp(teacher)
     log = lambda x: np.log(np.where(x > 0, x, 1))
     wanted = 0.5 * sum((x * (log(x) - log((p + q) / 2))).sum(1) for x in (p, q))
-    np.testing.assert_allclose(channels(trace)["jsd"].values, wanted, rtol=1e-6)
+    np.testing.assert_allclose(find_channels(trace)["jsd"].values, wanted, rtol=1e-6)
 
 
 def test_overlap_counts_shared_favourites(scored):
     np.testing.assert_allclose(kept.overlap(scored, "teacher"), scored.column("teacher_overlap"))
     assert kept.width(scored) == 4
-    assert channels(scored)["overlap"].limit == 100
+    assert find_channels(scored)["overlap"].limit == 100
 
 
 def test_an_impossible_token_gives_an_infinite_divergence():
@@ -67,7 +69,7 @@ def test_an_impossible_token_gives_an_infinite_divergence():
 
 def test_ranks_fall_into_four_bins():
     trace = made([b"a", b"b", b"c", b"d", b"e"]).with_columns(teacher_rank=[1, 2, 10, 11, 101])
-    rank = channels(trace)["rank"]
+    rank = find_channels(trace)["rank"]
     assert [rank.names[int(v)] for v in rank.values] == ["1", "2–10", "2–10", "11–100", "over 100"]
     assert (rank.kind, rank.limit) == ("ordinal", 3)
 
@@ -75,7 +77,7 @@ def test_ranks_fall_into_four_bins():
 def test_a_column_of_names_is_a_kind_with_a_mark_each():
     kinds = ["number", "word", "number", None, "none"]
     trace = made([b"a", b"b", b"c", b"d", b"e"]).with_columns(type=kinds)
-    found = channels(trace)["type"]
+    found = find_channels(trace)["type"]
     assert found.names == ("number", "word", "none")
     assert found.marks == ("N", "W", "no")
     np.testing.assert_array_equal(found.values, [0, 1, 0, np.nan, 2])
@@ -88,20 +90,52 @@ def test_a_column_of_names_is_a_kind_with_a_mark_each():
 
 
 def test_rare_kinds_become_one():
-    found = categories.of_names(
-        Channel, "type", [f"k{i}" for i in range(20) for _ in range(20 - i)]
-    )
+    found = categories.channel_of_names("type", [f"k{i}" for i in range(20) for _ in range(20 - i)])
     assert found is not None
     assert len(found.names) == categories.MOST
     assert found.names[-1] == "other"
     assert found.values.max() == categories.MOST - 1
 
 
-def test_codes_of_a_method_are_kinds_and_numbers_are_amounts():
-    as_kind = lambda values, names: categories.of_codes(Channel, "route", np.array(values), names)
-    assert as_kind([0, 3, -1], ("LH", "LL", "HT", "HS")).names == ("LH", "LL", "HT", "HS")
-    assert as_kind([0, 4], ("LH", "LL", "HT", "HS")) is None
-    assert as_kind([0.0, 1.0], ("no", "yes")) is None
+def test_codes_with_labels_are_kinds_and_other_numbers_are_amounts():
+    labels = ("LH sure", "LL unsure", "HT teacher", "HS student")
+    said = Description(labels=labels, hues=("", "minus", "teacher", "student"))
+    as_kind = lambda values: categories.channel_of_codes("route", np.array(values), said)
+    found = as_kind([0, 3, -1])
+    assert (found.names, found.marks, found.hues) == (labels, ("LH", "LL", "HT", "HS"), said.hues)
+    np.testing.assert_array_equal(found.values, [0, 3, np.nan])
+    np.testing.assert_array_equal(as_kind([0.0, np.nan, 2.0]).values, [0, np.nan, 2])
+    assert as_kind([0, 4]) is None
+    assert as_kind([0.5, 1.0]) is None
+    trace = made([b"a", b"b"]).with_columns(route=Column([0, 9], labels=("no", "yes")))
+    assert find_channels(trace)["route"].kind == "amount"  # a label for 9 is not known
+
+
+def test_a_column_is_drawn_as_it_describes_itself():
+    trace = made([b"a", b"b", b"c"], ("student", "teacher", "teacher+hint")).with_columns(
+        pull=Column(
+            [0.5, 1.0, 2.0],
+            "how hard the hint pulls",
+            kind="signed",
+            unit="bits",
+            label="pull of the hint",
+            compares=("teacher+hint", "teacher"),
+            less="away",
+            more="towards",
+        ),
+        is_new=Column([0, 1, 1], kind="flag", description="whether the token is new"),
+        said=Column(["x", "y", "x"], label="who said it"),
+    )
+    found = find_channels(trace)
+    pull = found["pull"]
+    assert (pull.label, pull.unit, pull.kind) == ("pull of the hint", "bits", "signed")
+    assert (pull.less, pull.more, pull.against) == ("away", "towards", "teacher+hint")
+    assert pull.formula == "how hard the hint pulls"
+    assert (found["is_new"].names, found["is_new"].formula) == (
+        ("no", "yes"),
+        "whether the token is new",
+    )
+    assert (found["said"].label, found["said"].names) == ("who said it", ("x", "y"))
 
 
 def test_what_a_user_adds_is_drawn_as_it_is():
@@ -115,7 +149,7 @@ def test_what_a_user_adds_is_drawn_as_it_is():
         nothing=[math.nan] * 4,
         teacher_says=["no", "no", "yes", None],
     )
-    found = channels(trace)
+    found = find_channels(trace)
     nan = math.nan
     drawn = {
         "right": [1, 0, nan, 1],
@@ -200,9 +234,9 @@ def test_a_longer_text_has_more_room():
     long = {key: Channel(key, key, rng.normal(size=30_000)) for key in "ab"}
     limits = {key: c.limit for key, c in long.items()}
     cost = payload.cost(payload.numbers(long["a"].values))
-    assert [c["key"] for c in fitting(long, limits, spent=ROOM)] == ["a", "b"]
-    assert [c["key"] for c in fitting(long, limits, spent=3 * ROOM - cost - 1000)] == ["a"]
-    assert [c["key"] for c in fitting(long, limits, keep=["b"], spent=3 * ROOM)] == ["b"]
+    assert [c["key"] for c in describe_fitting(long, limits, spent=ROOM)] == ["a", "b"]
+    assert [c["key"] for c in describe_fitting(long, limits, spent=3 * ROOM - cost - 1000)] == ["a"]
+    assert [c["key"] for c in describe_fitting(long, limits, keep=["b"], spent=3 * ROOM)] == ["b"]
 
 
 def test_tracks_are_channels_and_there_are_four():

@@ -6,9 +6,10 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
-from viz.traces import NASTY, made
+from viz.traces import NASTY, made, with_notes
 
 import opdlab
+from opdlab.data.notes import Windows
 from opdlab.errors import OpdlabError
 from opdlab.methods import windows
 from opdlab.viz import Forks
@@ -34,16 +35,16 @@ def noted(pieces=("a", "b", "c", "d"), **window):
         "kept": True,
         "plan": [[0.5, 0], [0, 0.5]],
     }
-    trace.meta["notes"] = {"windows": [note | window], "topd": {"threshold": 0.2}}
-    return trace
+    return with_notes(trace, windows=Windows([note | window], threshold=0.2))
 
 
 def test_the_windows_and_verdicts_are_those_of_the_step(step):
     trace, view = step.trace(), Forks(step.trace())
-    notes, df = trace.meta["notes"]["windows"], view.df
+    notes, df = trace.note(Windows).windows, view.df
     assert len(view.table) == len(notes) > 4
     np.testing.assert_allclose(df.distance, trace.column("window_distance"), atol=1e-6)
-    assert (df.verdict == "real fork").tolist() == (trace.column("divergent") > 0).tolist()
+    named = [trace.describe("divergent").labels[code] for code in trace.column("divergent")]
+    assert [verdict or "no candidate" for verdict in df.verdict] == named
     assert view.table.verdict.nunique() == 2
     first = view.table.iloc[0]
     note = next(
@@ -109,8 +110,10 @@ def test_either_side_goes_on_to_the_end(step):
         .texts[0]
     )
     assert text.removesuffix("<eos>").split() == want.split()
-    assert bare.goes_on(row, "teacher") == text  # the market's prompts are chats of one message
-    assert exact.goes_on(row, "student", tokens=2).count(" ") == 2
+    assert (
+        bare.continue_text(row, "teacher") == text
+    )  # the market's prompts are chats of one message
+    assert exact.continue_text(row, "student", tokens=2).count(" ") == 2
     with pytest.raises(OpdlabError, match=r"no side 'critic'. Ask for student or teacher"):
         exact.answer({"do": "go", "side": "critic", "row": row})
 
@@ -122,8 +125,9 @@ def test_tokens_that_the_trace_does_not_know_are_named_by_number():
 
 def test_windows_of_other_rows_are_left_out():
     trace = noted()
-    trace.meta["notes"]["windows"].append(trace.meta["notes"]["windows"][0] | {"sample": 3})
-    assert len(Forks(trace).table) == 1
+    (window,) = trace.note(Windows).windows
+    several = Windows([window, window | {"sample": 3}, {"sample": 0, "position": 0}])
+    assert len(Forks(with_notes(trace, windows=several)).table) == 1
 
 
 def test_markup_is_inert():

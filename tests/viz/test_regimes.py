@@ -12,11 +12,11 @@ import opdlab
 from opdlab.errors import OpdlabError, UnknownColumn
 from opdlab.methods.dopd import Route
 from opdlab.viz import Regimes
-from opdlab.viz.axes import Axis, axes
-from opdlab.viz.channels import channels
+from opdlab.viz.axes import Axis, find_axes
+from opdlab.viz.channels import find_channels
+from opdlab.viz.grouping import find_groupings
 from opdlab.viz.overview import overview
 from opdlab.viz.regimes import QUADRANTS
-from opdlab.viz.sorts import sorts
 
 
 def trace(n=40, **columns):
@@ -39,18 +39,19 @@ def dopd():
 def test_the_quadrants_of_gap_and_confidence_are_the_routes_of_dopd(dopd):
     view = Regimes(dopd, x="gap")
     route, found = dopd.column("route"), view.quadrants["tokens"]
-    assert (view.by, view.thresholds["gap"]) == ("route", dopd.meta["notes"]["thresholds"]["gap"])
+    assert (view.by, view.thresholds["gap"]) == ("route", dopd.describe("gap").threshold)
+    assert view.thresholds["confidence"] == dopd.describe("confidence").threshold
     assert found["low x, high y"] == (route == Route.LH).sum() > 0
     assert found["low x, low y"] == (route == Route.LL).sum()
     assert found["high x, high y"] + found["high x, low y"] == (route >= Route.HT).sum() > 0
-    np.testing.assert_allclose(axes(dopd)["gap"].values, dopd.column("gap"), atol=1e-6)
+    np.testing.assert_allclose(find_axes(dopd)["gap"].values, dopd.column("gap"), atol=1e-6)
     assert set(view.df.loc[view.df.quadrant == "low x, high y", "kind"]) == {"LH agree, sure"}
 
 
 def test_axes_are_the_numbers_of_the_trace():
     scored = trace(advantage=np.linspace(-1, 1, 40))
     found, p = (
-        axes(scored),
+        find_axes(scored),
         {name: np.exp(scored.column(f"{name}_logp")) for name in scored.policies},
     )
     np.testing.assert_allclose(found["log_ratio"].values, np.log(p["teacher"] / p["student"]))
@@ -64,7 +65,9 @@ def test_axes_are_the_numbers_of_the_trace():
 
 
 def test_a_column_that_is_only_called_gap_stays_what_it_is():
-    np.testing.assert_array_equal(axes(trace(gap=np.arange(40.0)))["gap"].values, np.arange(40.0))
+    np.testing.assert_array_equal(
+        find_axes(trace(gap=np.arange(40.0)))["gap"].values, np.arange(40.0)
+    )
 
 
 @pytest.mark.parametrize("scale", ["linear", "log", "asinh"])
@@ -123,28 +126,21 @@ CODES = {
 }
 
 
-def test_groups_are_named_as_the_methods_mean_them():
+def test_groups_of_files_of_the_first_format_are_named_as_their_methods_meant_them():
     tried = np.where(np.arange(40) % 2, 0.5, np.nan)
     planned = trace(**CODES, window_distance=tried, type=["skill"] * 30 + ["copy"] * 8 + [None] * 2)
-    found = sorts(by_method(planned, opdlab.TOPD()))
-    assert list(found) == [
-        "route",
-        "divergent",
-        "audited",
-        "gated",
-        "type",
-        "mine",
-    ]  # window_distance is an amount
-    assert found["divergent"].names == ["no candidate", "false alarm", "real fork"]
-    assert np.bincount(found["divergent"].index).tolist() == [20, 10, 10]
+    found = find_groupings(by_method(planned, opdlab.TOPD()))
+    # The column with labels comes first; window_distance is an amount.
+    assert list(found) == ["divergent", "type", "gated", "audited", "route", "mine"]
+    assert found["divergent"].names == ["no", "yes"]
+    assert np.bincount(found["divergent"].index).tolist() == [30, 10]
     assert found["type"].names == ["skill", "copy", "none"]
     assert found["mine"].names == ["-1", "0", "1", "2", "3"]
-    assert sorts(by_method(planned, opdlab.EOPD()))["gated"].names == [
-        "reverse KL alone",
-        "gated: forward KL too",
-    ]
-    assert sorts(by_method(planned, opdlab.OmniOPD()))["audited"].names == ["anchored", "audited"]
-    routes = sorts(by_method(planned, opdlab.DOPD()))["route"]
+    gated = find_groupings(by_method(planned, opdlab.EOPD()))["gated"]
+    assert gated.names == ["reverse KL alone", "gated: forward KL too"]
+    audited = find_groupings(by_method(planned, opdlab.OmniOPD()))["audited"]
+    assert audited.names == ["anchored", "audited"]
+    routes = find_groupings(by_method(planned, opdlab.DOPD()))["route"]
     assert routes.names == [
         "LH agree, sure",
         "LL agree, unsure",
@@ -154,64 +150,62 @@ def test_groups_are_named_as_the_methods_mean_them():
     assert routes.hues == ["amount", "minus", "teacher", "student"]
 
 
+def test_lines_of_dopd_in_a_file_of_the_first_format_are_those_of_its_step():
+    hinted = made(
+        [f"t{i % 9}".encode() for i in range(40)],
+        ("student", "teacher+hint", "student+hint"),
+        plan={"route": np.arange(40) % 4, "gap": np.arange(40.0)},
+    )
+    hinted.meta["notes"] = {"thresholds": {"gap": 0.7, "confidence": 1.3}}
+    found = find_axes(by_method(hinted, opdlab.DOPD()))
+    assert (found["gap"].start, found["gap"].unit, found["confidence"].start) == (0.7, "nats", 1.3)
+    logp = [hinted.column(f"{name}+hint_logp") for name in ("teacher", "student")]
+    np.testing.assert_allclose(found["confidence"].values, np.exp(logp).sum(0))
+
+
 def test_a_name_alone_means_nothing():
     """Columns of a user's own, called as opdlab's methods call theirs, keep their values and have
     no side's colour.
     """
 
-    @opdlab.method(needs=("teacher",), plan=lambda batch: {})
-    def mine(rows):
-        return rows.logp
-
     class DOPD(opdlab.DOPD):  # a user's, with a plan of its own
         def plan(self, batch):
             return {}
 
-    topd = opdlab.TOPD()
-    vars(topd)["plan"] = lambda batch: {}
+    class Mine:
+        pass
+
     unmarked = trace(**CODES, gap=np.arange(40.0))
     added = made([f"t{i % 9}".encode() for i in range(40)]).with_columns(
         **CODES, gap=np.arange(40.0)
     )
-    for found in (
-        unmarked,
-        added,
-        *(by_method(unmarked, method) for method in (mine, DOPD(), topd)),
-    ):
-        found.meta["notes"] = {
-            "thresholds": {"gap": 7.0, "log_ratio": 5.0},
-            "windows": "mine",
-            "audits": [{"sample": 0}],
-        }
-        for name, sort in sorts(found).items():
-            assert sort.names == [f"{int(value)}" for value in sorted(set(CODES[name].tolist()))]
-            assert not any(sort.hues)
+    foreign = {
+        "thresholds": {"gap": 7.0, "log_ratio": 5.0},
+        "windows": "mine",
+        "audits": [{"sample": 0}],
+    }
+    of_files = []
+    for method in (Mine(), DOPD()):
+        noted = opdlab.Trace(unmarked.table, unmarked.meta | {"notes": foreign})
+        of_files.append(by_method(noted, method))
+    for found in (unmarked, added, *of_files):
+        for name, grouping in find_groupings(found).items():
+            values = sorted(set(CODES[name].tolist()))
+            assert grouping.names == [f"{int(value)}" for value in values]
+            assert not any(grouping.hues)
         for name, values in CODES.items():
-            channel = channels(found)[name]
+            channel = find_channels(found)[name]
             assert channel.kind == ("signed" if name == "mine" else "amount")
             np.testing.assert_array_equal(channel.values, values)
             assert not channel.formula
-        assert axes(found)["gap"].label == "gap"
-        assert axes(found)["log_ratio"].start == 0.0
+        assert find_axes(found)["gap"].label == "gap"
+        assert find_axes(found)["log_ratio"].start == 0.0
         assert [type(view).__name__ for _, view in overview(found)] == [
             "TokenLens",
             "Timeline",
             "Regimes",
             "TailAudit",
         ]
-    words = [f"HT {i % 3}" for i in range(40)]
-    assert not any(sorts(by_method(trace(route=np.array(words)), mine))["route"].hues)
-
-
-def test_an_old_trace_of_dopd_is_still_known_by_its_gap(dopd):
-    """Traces that were written before there was a mark."""
-    old = opdlab.Trace(
-        dopd.table, {key: value for key, value in dopd.meta.items() if key != "method"}
-    )
-    assert sorts(old)["route"].hues == sorts(dopd)["route"].hues
-    assert any(sorts(old)["route"].hues)
-    other = old.with_columns(gap=old.column("gap") + 1)
-    assert not any(sorts(other)["route"].hues)
 
 
 def test_plain_text_and_markup_carry_the_message():

@@ -13,7 +13,7 @@ import opdlab as opd
 from opdlab.diagnose.health import Alarm, Limits, health
 from opdlab.errors import OpdlabError
 from opdlab.viz import RunBoard, payload
-from opdlab.viz.lines import POINTS, Line, path, span, thinned
+from opdlab.viz.lines import POINTS, Line, path, span, thin
 
 
 def troubled(n: int = 60) -> pd.DataFrame:
@@ -204,7 +204,7 @@ def test_runs_are_overlaid_by_name_on_one_scale():
 def test_many_steps_get_a_mean_and_keep_their_peaks():
     x, y = np.arange(5000.0), np.zeros(5000)
     y[1234], y[4321] = 7.0, -3.0
-    few_x, few = thinned(x, y)
+    few_x, few = thin(x, y)
     assert len(few) <= POINTS + 2
     assert (few.max(), few.min()) == (7, -3)
     assert (few_x[0], few_x[-1]) == (0, 4999)

@@ -4,7 +4,6 @@ that re-join, errors.
 
 from __future__ import annotations
 
-import base64
 import json
 
 import numpy as np
@@ -176,7 +175,7 @@ def test_static_html_and_text_carry_the_message():
     assert text.splitlines()[1] == "█▇▆"
     assert "Moved most: The +4 → +1.33" in text
     assert json.loads(Read(view.html()).block)["traits"] | {} == view.traits
-    assert payload.unpack(base64.b64decode(view._block()))["title"] == "<b>One</b>"
+    assert Read(view.html()).data["title"] == "<b>One</b>"
     assert view.df.loc[view.selected, "token"] == "The"
     view.step = 0
     assert view.df["step"].tolist() == [0] * 4

@@ -18,7 +18,7 @@ import opdlab
 from opdlab.errors import OpdlabError, UnknownColumn
 from opdlab.models.policy import sample
 from opdlab.viz import TokenLens, payload
-from opdlab.viz.channels import channels
+from opdlab.viz.channels import find_channels
 from opdlab.viz.duel import FEWER, LEAST, duel
 from opdlab.viz.glyphs import groups, visible
 from opdlab.viz.markup import INK, number, weight
@@ -150,7 +150,7 @@ def test_channels_are_the_columns_of_the_trace():
     trace = made(
         [b"x", b" y", b"z"], ("student", "teacher", "teacher+hint"), plan=plan
     ).with_columns(loss=[0.1, 0.2, 0.3], share=[0.5, 0.25, 0.25])
-    found = channels(trace)
+    found = find_channels(trace)
     assert list(found) == [
         "log_ratio",
         "reverse_kl",
@@ -187,8 +187,9 @@ def test_channels_are_the_columns_of_the_trace():
         "amount",
         "ratio",
     )
-    dopd = channels(by_method(trace, opdlab.DOPD()))["route"]
-    assert (dopd.kind, dopd.names) == ("category", ("LH", "LL", "HT", "HS"))
+    dopd = find_channels(by_method(trace, opdlab.DOPD()))["route"]
+    assert (dopd.kind, dopd.marks) == ("category", ("LH", "LL", "HT", "HS"))
+    assert dopd.names[0] == "LH agree, sure"
     assert found["teacher+hint_log_ratio"].against == "teacher+hint"
 
 
@@ -238,7 +239,7 @@ def test_colour_says_side_and_size():
     trace = made([b"a", b"b", b"c"]).with_columns(
         student_logp=[-1.0, -5.0, -1.0], teacher_logp=[-5.0, -4.0, -1.0]
     )
-    html = TokenLens(trace).scaled({"log_ratio": 4.0}).html()
+    html = TokenLens(trace).with_limits({"log_ratio": 4.0}).html()
     strip = html.split('class="opd-strip"')[1].split('class="opd-peaks"')[0]
     assert weight(1.0, 4.0) == 0.5
     assert strip.count("rgba") == 2  # the third token is neutral, so it has no colour at all

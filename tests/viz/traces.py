@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-
-import numpy as np
 import pyarrow as pa
 
+from opdlab.data.notes import Note
 from opdlab.data.trace import Trace
 from opdlab.data.trace_formats import upgrade
+from opdlab.viz.made_up import make_trace as made
 
+__all__ = ["NASTY", "by_method", "byte_pieces", "made", "several", "with_notes"]
 NASTY = (
     "<script>window.broken=1</script>",
     "</script>",
@@ -42,69 +42,18 @@ def byte_pieces(text: str, size: int = 2) -> list[bytes]:
     return [raw[i : i + size] for i in range(0, len(raw), size)]
 
 
-def made(
-    pieces: Sequence[bytes],
-    policies: Sequence[str] = ("student", "teacher"),
-    *,
-    top: int = 3,
-    prompt: str = "What?",
-    plan: Mapping[str, np.ndarray] | None = None,
-    finish: str = "stop",
-    seed: int = 0,
-) -> Trace:
-    """One completion of these tokens; `top=0` leaves out the top tokens, as training traces do."""
-    rng, words = (
-        np.random.default_rng(seed),
-        list(dict.fromkeys([*pieces, *(f" w{i}".encode() for i in range(6))])),
-    )
-    ids = np.array([words.index(piece) for piece in pieces], dtype=int)
-    rows, logp = np.arange(len(ids)), {}
-    for name in policies:
-        x = 2 * rng.normal(size=(len(ids), len(words)))
-        logp[name] = x - np.log(np.exp(x).sum(1, keepdims=True))
-    data: dict[str, object] = {"sample": 0 * rows, "position": rows, "token_id": ids}
-    for name, x in logp.items():
-        data |= {f"{name}_logp": x[rows, ids], f"{name}_entropy": -(np.exp(x) * x).sum(1)}
-        if name != "student":
-            s = logp["student"]
-            data[f"{name}_reverse_kl"] = (np.exp(s) * (s - x)).sum(1)
-    text = b"".join(pieces).decode("utf-8", "replace")
-    meta = {
-        "policies": list(policies),
-        "plan": list(plan or {}),
-        "texts": [text],
-        "finish": [finish],
-        "prompts": [prompt],
-        "vocab": {str(i): w.decode("latin-1") for i, w in enumerate(words)},
-    }
-    return Trace(
-        pa.table(data | (_tops(ids, logp, top) if top and len(ids) else {}) | dict(plan or {})),
-        meta,
-    )
-
-
-def _tops(ids: np.ndarray, logp: Mapping[str, np.ndarray], k: int) -> dict[str, object]:
-    support = np.concatenate([ids[:, None], *(np.argsort(-x, 1)[:, :k] for x in logp.values())], 1)
-    for row in support:
-        row[[i for i, x in enumerate(row) if x in row[:i]]] = -1
-    out: dict[str, object] = {"support": list(support)}
-    for name, x in logp.items():
-        top = np.where(support < 0, -np.inf, np.take_along_axis(x, support.clip(0), 1))
-        rank = (x > x[np.arange(len(ids)), ids][:, None]).sum(1) + 1
-        out |= {
-            f"{name}_top": list(top),
-            f"{name}_tail": 1 - np.exp(top).sum(1),
-            f"{name}_rank": rank,
-        }
-    return out
-
-
 def by_method(trace: Trace, method: object) -> Trace:
     """The trace as the first format kept it after a step of this method, read with the present one."""
     meta = {name: value for name, value in trace.meta.items() if name not in ("format", "columns")}
     kind = type(method)
     mark = {"name": kind.__name__, "planner": f"{kind.__module__}.{kind.__qualname__}"}
     return Trace(trace.table, upgrade({**meta, "method": mark}))
+
+
+def with_notes(trace: Trace, **notes: Note) -> Trace:
+    """The trace with notes of a plan of somebody's own."""
+    stored = {name: note.as_json() for name, note in notes.items()}
+    return Trace(trace.table, trace.meta | {"notes": {"mine": stored}})
 
 
 def several(*traces: Trace) -> Trace:

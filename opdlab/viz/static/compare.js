@@ -6,6 +6,7 @@ import {
   define,
   drawLegend,
   figureOf,
+  kindsAt,
   make,
   measure,
   moveCursor,
@@ -179,6 +180,16 @@ define("compare", ({ box, data, state }) => {
     word.replaceChildren(
       make("span", "opd-word", wordOf(text, text.index[row])),
       make("span", "opd-soft", `position ${row - text.texts[0].first}`),
+      ...pair().flatMap((k) =>
+        kindsAt(
+          data.kinds.map((kind) => ({
+            ...kind,
+            label: `${names[k]}, ${kind.label}`,
+            values: kind.values[k],
+          })),
+          row,
+        ),
+      ),
     );
     moveCursor(legend, here(), here().values[pair()[0]][row]);
     moveCursor(difference, change, change.values[row]);

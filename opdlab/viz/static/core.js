@@ -74,7 +74,10 @@ export const weightOf = (value, channel) => {
 const STEPS = 16;
 const KINDS_SHOWN = 8; // colours of kinds
 export const tintOf = (value, channel) => {
-  if (channel.kind === "category") return value >= 0 ? `opd-k opd-k${value % KINDS_SHOWN}` : "";
+  if (channel.kind === "category") {
+    const hue = channel.hues?.[value] ? ` opd-k-${channel.hues[value]}` : "";
+    return value >= 0 ? `opd-k opd-k${value % KINDS_SHOWN}${hue}` : "";
+  }
   const step = Math.round(STEPS * weightOf(value, channel));
   return step ? `opd-${sideOf(value, channel)} opd-w${step}` : "";
 };
@@ -98,8 +101,20 @@ export const KIND_HUES = [
 ];
 export const hueOf = (value, channel) =>
   channel.kind === "category"
-    ? (KIND_HUES[value % KINDS_SHOWN] ?? HUES.minus)
+    ? (HUES[channel.hues?.[value]] ?? KIND_HUES[value % KINDS_SHOWN] ?? HUES.minus)
     : HUES[sideOf(value, channel)];
+// The kinds of one token, each with label, mark and name. `kinds`: channels of kind "category"; `at`: its place in their values.
+export const kindsAt = (kinds, at) =>
+  kinds
+    .filter(({ values }) => values[at] >= 0)
+    .map((channel) => {
+      const value = channel.values[at];
+      const item = make("span", "opd-item");
+      item.append(make("span", "opd-soft", channel.label), " ");
+      item.append(make("span", `opd-kind ${tintOf(value, channel)}`, channel.marks[value]), " ");
+      item.append(nameOf(value, channel));
+      return item;
+    });
 export const css = ([r, g, b], alpha = 1) => `rgba(${r},${g},${b},${alpha})`;
 
 // ── Legend: the scale from least to most with unit, clip marks and a cursor at the value looked at ────────────────

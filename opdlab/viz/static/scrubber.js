@@ -1,6 +1,6 @@
 // Scrubber: a slider over the kept steps of a run. All steps are here, so moving repaints and asks nobody.
 
-import { clamp, define, drawLegend, make, moveCursor, number, put, wordOf } from "./core.js";
+import { clamp, define, drawLegend, kindsAt, make, moveCursor, number, put, wordOf } from "./core.js";
 import { linePlot, valueAt } from "./lines.js";
 import { channelButtons, tokenStrip } from "./strip.js";
 
@@ -158,7 +158,7 @@ define("scrubber", ({ box, data, state }) => {
     if (!fate || !here) return;
     if (row !== shownRow) [shownRow, path] = [row, pathOfToken(row)];
     path.mark(steps[k]);
-    panel.replaceChildren(path.node, wish(row, k));
+    panel.replaceChildren(path.node, wish(row, k), ...kindsAt(data.kinds, k * rows + row));
   };
   const words = make("div", "opd-diff");
   const against = make("div", "opd-buttons");

@@ -1,7 +1,7 @@
 // Timeline: sums along the tokens, a line for each rollout, the fork of each, and under them the tokens of the one looked at.
 // Of many rollouts each has a plot of its own for the log ratio.
 
-import { clamp, define, drawLegend, make, moveCursor, number, put, wordOf } from "./core.js";
+import { clamp, define, drawLegend, kindsAt, make, moveCursor, number, put, wordOf } from "./core.js";
 import { linePlot, partOf } from "./lines.js";
 import { peaksIn, tokenStrip } from "./strip.js";
 
@@ -134,6 +134,7 @@ define("timeline", ({ box, data, state }) => {
       ...said.map(([name, value]) =>
         make("span", "", `${name} ${number(value, name !== "KL so far")}`),
       ),
+      ...kindsAt(data.kinds, row),
     );
     moveCursor(legend, channel, paths.log_ratio[row]);
   };

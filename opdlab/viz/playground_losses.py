@@ -1,0 +1,178 @@
+"""The losses of a playground: built-in divergences by name, and the user's own, audited.
+
+The `Playground` imports this module when it is made, so that `import opdlab.viz` needs no PyTorch.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+
+from opdlab.audit import audit
+from opdlab.errors import InvalidValue
+from opdlab.losses.divergences import Generator
+from opdlab.losses.generators import FORMS, PARAMETERS
+from opdlab.viz import markup, toys
+from opdlab.viz.toys import Push
+
+SHOWN_AT_FIRST = ("forward_kl", "reverse_kl", "generalized_jsd")
+ALONE = 0.1  # a hill with less of the student's mass is left out
+MOVED = 1e-6  # a gap to finite differences, relative to the slope, that is no rounding
+
+
+@dataclass(frozen=True)
+class Setting:
+    """The sliders of the page.
+
+    Attributes:
+        mass: The teacher's probability of the token that is pushed.
+        temperature: The teacher's temperature.
+        steps: Gradient steps that the students take.
+        teacher: The teacher's probabilities of three outcomes.
+        student: The student's probabilities of three outcomes.
+    """
+
+    mass: float
+    temperature: float
+    steps: int
+    teacher: Sequence[float]
+    student: Sequence[float]
+
+
+class PlaygroundLosses:
+    """The losses of a playground.
+
+    Args:
+        losses: What the user gave: names, `Generator`s and own losses, alone, in a list or by name.
+
+    Attributes:
+        names: The names of all losses, in order.
+        own: The user's own losses, by name.
+        audits: The audit of each own loss.
+        parameter: The beta or alpha of the last `Generator` that has one; None for none.
+
+    Raises:
+        InvalidValue: There is no divergence of a name.
+    """
+
+    known = tuple(FORMS)
+    parameters: Mapping[str, str] = {name: own.name for name, own in PARAMETERS.items()}
+
+    def __init__(self, losses: Any) -> None:
+        self.own: dict[str, Any] = {}
+        self.parameter: float | None = None
+        names: list[str] = []
+        for name, loss in _listed(losses):
+            if isinstance(loss, Generator):
+                names.append(loss.name)
+                self.parameter = float(loss.beta or loss.alpha or 0.0) or self.parameter
+            elif isinstance(loss, str):
+                names.append(_known_name(loss))
+            else:
+                names.append(_free_name(toys.of_loss(loss, name).name, names))
+                self.own[names[-1]] = loss
+        self.names = names
+        self.audits = {name: audit(loss) for name, loss in self.own.items()}
+        self._checks = {name: toys.finite_difference(loss) for name, loss in self.own.items()}
+
+    def push(self, name: str, parameter: float, clip: float) -> Push:
+        """Return a loss as the small worlds take it.
+
+        Args:
+            name: Its name.
+            parameter: The beta or alpha of divergences that have one.
+            clip: The largest push of a built-in divergence; 0 for any.
+        """
+        if name in self.own:
+            return toys.of_loss(self.own[name], name)
+        own = PARAMETERS.get(name)
+        generator = Generator(name, **({own.name: parameter} if own else {}))
+        return toys.of_generator(generator, clip)
+
+    def curves(self, push: Push, mass: float) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """Return the log ratios, the push per unit of probability there, and that on the logit."""
+        return toys.X.numpy(), toys.weights(push), toys.pulls(push, mass)
+
+    def fit(self, push: Push, steps: int, temperature: float) -> dict[str, Any]:
+        """Return the Gaussian under two hills: its centre, width and mass, and if it covers both."""
+        centre, width = toys.fit(push, steps, temperature)
+        left, right = toys.shares(centre, width)
+        return {
+            "centre": centre,
+            "width": width,
+            "left": left,
+            "right": right,
+            "covers": min(left, right) > ALONE,
+        }
+
+    def drawn(self, name: str, at: Setting) -> dict[str, Any]:
+        """Return all that the page draws of an own loss."""
+        push = toys.of_loss(self.own[name], name)
+        teacher = torch.tensor(at.teacher, dtype=torch.float64)
+        student = torch.tensor(at.student, dtype=torch.float64)
+        walk = toys.path(push, student, teacher, at.steps, at.temperature)
+        return {
+            "name": name,
+            "weights": toys.weights(push).astype(np.float32),
+            "pulls": toys.pulls(push, at.mass).astype(np.float32),
+            "field": toys.field(push, teacher, at.temperature).ravel().astype(np.float32),
+            "walk": walk.ravel().astype(np.float32),
+            "fit": list(toys.fit(push, at.steps, at.temperature)),
+        }
+
+    def card(self, name: str) -> dict[str, Any]:
+        """Return the audit of an own loss as the page shows it."""
+        found, (gap, slope) = self.audits[name], self._checks[name]
+        is_held = gap > MOVED * max(slope, 1.0)
+        check = "Agrees with finite differences."
+        if is_held:
+            check = (
+                f"Differs from finite differences by up to {markup.number(gap)}: a part is held"
+                " back (detach): it does not descend its value."
+            )
+        columns = ["divergence", "target", "cosine", "ratio"]
+        return {
+            "name": name,
+            "verdict": found.verdict,
+            "flags": [[flag.replace("_", " "), value] for flag, value in found.flags.items()],
+            "check": check,
+            "held": is_held,
+            "rows": found.table[columns].head(5).to_numpy().tolist(),
+        }
+
+    def label(self, name: str) -> str:
+        """Return the name of a loss for people."""
+        if name not in FORMS:
+            return name
+        return name.replace("_", " ").replace("kl", "KL").replace("jsd", "JSD")
+
+
+def _listed(losses: Any) -> list[tuple[str, Any]]:
+    """The losses with the names that the user gave them, "" for none."""
+    if losses is None:
+        return [("", name) for name in SHOWN_AT_FIRST]
+    if isinstance(losses, Mapping):
+        return [(str(name), loss) for name, loss in losses.items()]
+    if isinstance(losses, Sequence) and not isinstance(losses, str):
+        return [("", loss) for loss in losses]
+    return [("", losses), *(("", name) for name in SHOWN_AT_FIRST[:2])]
+
+
+def _free_name(name: str, taken: Sequence[str]) -> str:
+    """A name that no built-in divergence and no other loss has."""
+    name = f"my {name}" if name in FORMS else name
+    options = [name, *(f"{name} {i}" for i in range(2, len(taken) + 2))]
+    return next(option for option in options if option not in taken)
+
+
+def _known_name(name: str) -> str:
+    if name not in FORMS:
+        raise InvalidValue(
+            f"There is no divergence {name!r}. Use {', '.join(FORMS)}, or give your own loss"
+            " itself."
+        )
+    return name
