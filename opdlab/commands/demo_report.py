@@ -146,7 +146,7 @@ def write_page(path: Path, outcome: Outcome, run: Run) -> Path:
     """
     note = (
         f"{outcome.profile}: {outcome.score} on {outcome.before.evaluation.prompts} held-out"
-        f" prompts; {len(run.rows)} updates of {name_of(run.method)}."
+        f" prompts; {len(run.metrics)} updates of {name_of(run.method)}."
     )
     keys = [key for key in CURVES if key in run.history]
     return viz.page(

@@ -235,8 +235,8 @@ def _check_graph(graph: Any, student: Tensor) -> torch.dtype:
         if variable is not None and variable is not student:
             raise BadLoss(
                 f"The loss depends on a tensor of shape {list(variable.shape)} that requires a"
-                " gradient and is not rows.student. opdlab trains the student alone, so that"
-                " tensor would never move. Detach it, or train it yourself in plan."
+                " gradient and is not rows.student. opdlab trains the student alone, so that tensor"
+                " would never move. Detach it, or train it yourself in plan."
             )
         waiting.extend(next_node for next_node, _ in node.next_functions)
     return max(dtypes & ROUNDING.keys(), key=lambda dtype: ROUNDING[dtype])

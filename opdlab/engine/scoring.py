@@ -20,6 +20,7 @@ from opdlab.engine.passes import compute
 from opdlab.engine.planned import Planned
 from opdlab.errors import MissingPolicy, OpdlabError
 from opdlab.models.policy import Policy
+from opdlab.models.protocols import Checked, Grader
 from opdlab.models.same_tokens import check_same_tokens
 from opdlab.models.vocabulary import check_written_with
 from opdlab.support.expect import shortened
@@ -27,25 +28,33 @@ from opdlab.support.validation import Count, validate
 
 
 def score(
-    rollout: Rollout, student: Policy, teacher: Any = None, k: int = 8, **others: Any
+    rollout: Rollout,
+    student: Policy,
+    teacher: Grader | None = None,
+    k: int = 8,
+    **others: Grader,
 ) -> Trace:
-    """Grade a rollout: every per-token number of `signals.full(k)` under all policies given.
+    """Grade a rollout: every number of `signals.full(k)` per token, under all policies given.
 
     Args:
-        rollout: What was written, by a policy with the student's tokens.
+        rollout: Texts in the student's tokens.
         student: The first policy, with which the others are compared.
-        teacher: A policy, or anything that grades a rollout, such as a LogprobServer. Of one that
-            gives only some log-probs, the trace has what can be known: the log-prob of the sampled
-            token, a lower bound of the reverse KL (`teacher_coarse_reverse_kl`) and the overlap of
-            the favourites.
+        teacher: Anything that grades a rollout, such as a policy or a LogprobServer. A server that
+            gives only some log-probs contributes what can be known: the log-prob of the sampled
+            token, a lower bound of the reverse KL (`teacher_coarse_reverse_kl`), and the overlap of
+            the top tokens.
         k: Top tokens that are kept of each policy.
-        others: More of them by name, `reference=…`; pass `**{"teacher+hint": …}` for such names.
+        others: More graders by name, such as `reference=…`; pass `**{"teacher+hint": …}` for names
+            that are no identifiers.
+
+    Returns:
+        A trace with one row for each token.
 
     Raises:
         TokenizerMismatch: The rollout or a policy has other tokens than the student. Nothing has
             run then.
         MissingPolicy: One of them cannot grade.
-        InvalidValue: k is no count.
+        InvalidValue: `k` is no count.
     """
     if not isinstance(rollout, Rollout):
         raise OpdlabError(
@@ -58,29 +67,31 @@ def score(
             " student, teacher)."
         )
     k = validate("score", {"k": k}, {"k": Count})["k"]
-    policies = {"student": student, **({} if teacher is None else {"teacher": teacher}), **others}
+    graders: dict[str, Any] = {"student": student}
+    if teacher is not None:
+        graders["teacher"] = teacher
+    graders |= others
     check_written_with(student.tokenizer, student.weights.vocab_size, rollout, "the student")
-    for name, policy in policies.items():
-        _check_grades(name, policy, student, rollout)
-    batch = Batch(rollout, policies)
-    states = {name: batch.states(name) for name in policies}
-    return record_trace(
-        rollout, policies, compute(signals.full(k, allow_partial=True), states, batch.token)
-    )
+    for name, grader in graders.items():
+        _check_grader(name, grader, student, rollout)
+    batch = Batch(rollout, graders)
+    states = {name: batch.states(name) for name in graders}
+    numbers = compute(signals.full(k, allow_partial=True), states, batch.token)
+    return record_trace(rollout, graders, numbers)
 
 
-def _check_grades(name: str, policy: Any, student: Policy, rollout: Rollout) -> None:
-    """Refuse what cannot grade the student's tokens."""
-    if isinstance(policy, Policy):
-        check_same_tokens(student, policy, name)
-    elif not hasattr(policy, "grade"):
+def _check_grader(name: str, grader: Any, student: Policy, rollout: Rollout) -> None:
+    """Refuse a grader that cannot grade the student's tokens."""
+    if isinstance(grader, Policy):
+        check_same_tokens(student, grader, name)
+    elif not isinstance(grader, Grader):
         raise MissingPolicy(
-            f"score got {_named(policy)} for {name!r}, which has no log-probs of given tokens. Give"
-            " a Policy or a LogprobServer; what only writes can be compared by its texts (OmniOPD,"
-            " SequenceKD)."
+            f"score got {_named(grader)} for {name!r}, which has no log-probs of given tokens. Give"
+            " a Policy or a LogprobServer; a teacher that only writes can be compared by its texts"
+            " (OmniOPD, SequenceKD)."
         )
-    elif hasattr(policy, "check"):  # a server is compared with the student before it grades
-        policy.check(student, list(dict.fromkeys(rollout.prompts)), int(rollout.lengths.max()))
+    elif isinstance(grader, Checked):  # a server is compared with the student before it grades
+        grader.check(student, list(dict.fromkeys(rollout.prompts)), int(rollout.lengths.max()))
 
 
 def record_trace(

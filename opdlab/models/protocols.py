@@ -31,6 +31,20 @@ class Grader(Protocol):
 
 
 @runtime_checkable
+class TopGrader(Protocol):
+    """A grader that gives the log-probs of the `k` likeliest tokens only, as servers do."""
+
+    @property
+    def k(self) -> int:
+        """How many tokens."""
+        ...
+
+    def grade(self, rollout: Rollout) -> Graded:
+        """Grade a rollout; see `Grader.grade`."""
+        ...
+
+
+@runtime_checkable
 class Writer(Protocol):
     """Writes texts, in whatever tokens."""
 

@@ -62,7 +62,7 @@ def write(run: RunState, folder: Path) -> Path:
             save_file(_contiguous(trained_tensors(average)), partial / "ema.safetensors")
         method_state.write_state(run.method, partial)
         _json(partial / "run.json", _description(run, folder))
-        _json(partial / "history.json", run.rows)
+        _json(partial / "history.json", run.metrics)
         _json(partial / "manifest.json", _checksums(partial))
         _flush(partial)
         if final.exists():  # the same step saved twice: make room, then take the name
@@ -80,7 +80,7 @@ def update_history(run: RunState, step: Path) -> None:
     At every moment the manifest fits the files: it allows the old and the new history while one
     replaces the other.
     """
-    history = json.dumps(run.rows, indent=1).encode()
+    history = json.dumps(run.metrics, indent=1).encode()
     manifest = read_json(step / "manifest.json")
     old, new = manifest["history.json"], hashlib.sha256(history).hexdigest()
     both = [

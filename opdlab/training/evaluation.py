@@ -10,7 +10,7 @@ comparison. A prompt counts once, however often a task gives it. Intervals are t
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import Any, NamedTuple
 
@@ -18,8 +18,9 @@ import numpy as np
 import numpy.typing as npt
 
 from opdlab.data.prompt import Prompt
+from opdlab.data.sampling_config import SamplingConfig
 from opdlab.errors import InvalidValue, MissingPolicy, OpdlabError
-from opdlab.models.policy import Policy, sample
+from opdlab.models.protocols import Sampler, Writer
 from opdlab.support.expect import shortened
 from opdlab.support.progress import Progress
 from opdlab.support.validation import (
@@ -32,6 +33,7 @@ from opdlab.support.validation import (
     validate_arguments,
 )
 from opdlab.tasks import Task
+from opdlab.teachers.writing import write_texts
 from opdlab.training.intervals import Difference, Interval, paired, wilson
 
 __all__ = ["Difference", "Evaluation", "Interval", "evaluate", "paired"]
@@ -195,7 +197,7 @@ def evaluate(
         task: Where prompts come from, and how texts are judged.
         n: How many distinct held-out prompts to ask. Where the task has fewer, all of them are
             asked, each once.
-        k: Samples a prompt.
+        k: Samples for each prompt.
         seed: Of the prompts and of the samples.
         name: Names the evaluation; the policy's own name by default.
         batch_size: Prompts held in memory at once, each with its `k` samples (of those, 64 at
@@ -213,25 +215,27 @@ def evaluate(
             f"evaluate got task={shortened(task)}. Use an opdlab.Task, as from"
             " opdlab.tasks.from_records, market or reasoning_gym."
         )
-    write = _writer(policy, batch_size)
+    _check_writes(policy)
     if task.verify is None:
         raise MissingPolicy(
             f"{task.name} has no verifier, so nothing can be scored. Make the task with verify=…."
         )
     prompts = task.prompts(n, seed, "test")
     width = max_new_tokens or task.max_new_tokens
+    greedy = SamplingConfig(max_new_tokens=width, temperature=0, seed=seed)
     bar = Progress(len(prompts), f"evaluate {name or policy}", "prompt", quiet)
     rows: dict[str, list[Any]] = {"greedy": [], "sampled": [], "length": [], "cut": []}
     for start in range(0, len(prompts), batch_size):
         part = prompts[start : start + batch_size]
-        best = write(part, 1, 0.0, width, seed)
+        best = _write(policy, part, 1, greedy, batch_size)
         rows["greedy"] += task.scores(part, best.texts)
         rows["length"] += best.lengths
         rows["cut"] += best.cut
         bar.update(start + len(part), accuracy=float(np.mean(rows["greedy"])))
     for start in range(0, len(prompts) if k else 0, BLOCK):
         part = prompts[start : start + BLOCK]
-        many = write(part, k, 1.0, width, seed + 7919 * (start + 1))
+        config = SamplingConfig(max_new_tokens=width, seed=seed + 7919 * (start + 1))
+        many = _write(policy, part, k, config, batch_size)
         rows["sampled"] += task.scores([prompt for prompt in part for _ in range(k)], many.texts)
     bar.close()
     arrays = {key: np.asarray(value, float) for key, value in rows.items()}
@@ -248,42 +252,25 @@ class _Texts(NamedTuple):
     cut: list[float]
 
 
-def _writer(policy: Any, batch_size: int) -> Callable[[list[Prompt], int, float, int, int], _Texts]:
-    """How `policy` answers: `write(prompts, n, temperature, max_new_tokens, seed)`."""
+def _write(
+    policy: Sampler | Writer, prompts: list[Prompt], n: int, config: SamplingConfig, batch_size: int
+) -> _Texts:
+    """Let the policy answer; lengths and cuts are known of a local policy alone."""
+    if isinstance(policy, Sampler):
+        rollout = policy.sample(prompts, n, batch_size=batch_size, **config.options())
+        is_cut = [float(finish == "length") for finish in rollout.finish]
+        return _Texts(rollout.texts, rollout.lengths.tolist(), is_cut)
+    texts = [text for row in write_texts(policy, prompts, n, config) for text in row]
+    return _Texts(texts, [np.nan] * len(texts), [np.nan] * len(texts))
 
-    def sample_texts(
-        prompts: list[Prompt], n: int, temperature: float, width: int, seed: int
-    ) -> _Texts:
-        rollout = sample(
-            policy,
-            prompts,
-            n,
-            temperature=temperature,
-            max_new_tokens=width,
-            seed=seed,
-            batch_size=batch_size,
+
+def _check_writes(policy: Any) -> None:
+    """Refuse objects that cannot answer prompts."""
+    if isinstance(policy, type) or not isinstance(policy, (Sampler, Writer)):
+        raise InvalidValue(
+            f"evaluate got policy={shortened(policy)}. Use a Policy (Policy.load, Policy.of(model,"
+            " tokenizer)), or a teacher that writes, as opdlab.teachers.TextOnly or TextServer."
         )
-        return _Texts(
-            rollout.texts,
-            rollout.lengths.tolist(),
-            [finish == "length" for finish in rollout.finish],
-        )
-
-    def ask_for_texts(
-        prompts: list[Prompt], n: int, temperature: float, width: int, seed: int
-    ) -> _Texts:
-        answers = policy.write(prompts, n, max_new_tokens=width, temperature=temperature, seed=seed)
-        texts = [text for row in answers for text in row]
-        return _Texts(texts, [np.nan] * len(texts), [np.nan] * len(texts))
-
-    if isinstance(policy, Policy):
-        return sample_texts
-    if not isinstance(policy, type) and callable(getattr(policy, "write", None)):
-        return ask_for_texts
-    raise InvalidValue(
-        f"evaluate got policy={shortened(policy)}. Use a Policy (Policy.load, Policy.of(model,"
-        " tokenizer)), or a teacher that writes, as opdlab.teachers.TextOnly or TextServer."
-    )
 
 
 def _conditions(

@@ -1,4 +1,4 @@
-"""One run at a time trains a student: notice when another one has moved its weights in between."""
+"""Notice when another run has moved the weights of a run's student."""
 
 from __future__ import annotations
 
@@ -11,30 +11,36 @@ from opdlab.models.weights import Weights
 _UPDATES: WeakKeyDictionary[Weights, dict[str | None, int]] = WeakKeyDictionary()
 
 
-class Turn:
-    """A run's claim to an adapter (None: the whole model), from when it is prepared."""
+class Claim:
+    """A run's claim to train an adapter, or the whole model, alone.
+
+    Two runs may be prepared on one student, but only one of them may go on.
+    """
 
     def __init__(self, weights: Weights, adapter: str | None) -> None:
+        """Claim the adapter of these weights; None claims the whole model."""
         self.weights, self.adapter = weights, adapter
         self._seen = self._counted()
 
     def check(self, run: object) -> None:
-        """Refuse to go on with weights that another run has moved.
+        """Check that no other run has moved the weights since this one's last update.
+
+        Args:
+            run: The run that holds the claim, for the error.
 
         Raises:
-            OpdlabError: With the number of updates that came from elsewhere.
+            OpdlabError: Another run has. The message tells the number of its updates.
         """
         if others := self._counted() - self._seen:
             raise OpdlabError(
-                f"Another run has made {others} updates to this student since the last step of "
-                f"{run}. The two share its weights, but "
-                "not their optimizers, references and checkpoints. Finish one before the next is "
-                "prepared, or give each a student of "
-                "its own: Policy.load(…), or student.copied()."
+                f"Another run has made {others} updates to this student since the last step of"
+                f" {run}. The two share its weights, but not their optimizers, references and"
+                " checkpoints. Finish one before the next is prepared, or give each a student of"
+                " its own: Policy.load(…), or student.copied()."
             )
 
     def count(self) -> None:
-        """Note an update of this run."""
+        """Count an update of this run."""
         updates = _UPDATES.setdefault(self.weights, {})
         updates[self.adapter] = updates.get(self.adapter, 0) + 1
         self._seen = self._counted()

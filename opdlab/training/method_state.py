@@ -109,8 +109,7 @@ def _check_plain(value: Any, where: str) -> None:
         return
     raise InvalidValue(
         f"{where} is a {type(value).__name__}, which a checkpoint cannot hold. Use tensors at the "
-        "top, and numbers, texts, "
-        "True, False, None, lists and dicts anywhere."
+        "top, and numbers, texts, True, False, None, lists and dicts anywhere."
     )
 
 
@@ -207,9 +206,8 @@ class Memory:
             self._told = True
             warnings.warn(
                 f"{type(self.method).__name__} keeps {', '.join(names)} from step to step, and "
-                "checkpoints do not hold that: a resumed "
-                "run starts with what the method is given with then. Give the method state_dict() "
-                "and load_state_dict(state).",
+                "checkpoints do not hold that: a resumed run starts with what the method is given"
+                " with then. Give the method state_dict() and load_state_dict(state).",
                 stacklevel=2,
             )
         return names

@@ -1,4 +1,4 @@
-"""Tell a teacher that is the student itself, from which nothing can be learned."""
+"""Warn of a teacher that is the student itself, from which nothing can be learned."""
 
 from __future__ import annotations
 
@@ -10,11 +10,8 @@ import torch
 
 from opdlab.models.policy import Policy
 
-PLAIN = (
-    "teacher",
-    "teacher.text",
-    "teacher.spans",
-)  # what is told a hint knows more than the student
+# A hinted teacher knows more than the student, so it is not among these.
+PLAIN = ("teacher", "teacher.text", "teacher.spans")
 
 
 def warn_of_own_teacher(
@@ -29,14 +26,13 @@ def warn_of_own_teacher(
         policies: The user's `policies=`, which replace what a name stands for.
     """
     for name in PLAIN:
-        if name in needs and is_same_distribution(
-            student, policies.get(name, policies.get("teacher", teacher))
-        ):
+        plain = policies.get(name, policies.get("teacher", teacher))
+        if name in needs and is_same_distribution(student, plain):
             warnings.warn(
                 f"The {name!r} is the student itself (same weights, adapter and context), so there"
-                " is nothing to learn from it: any divergence between the two is zero. Give"
-                " another teacher, let the teacher see more (student.seeing('…'),"
-                " SelfDistillation()), or train on rewards (GRPO).",
+                " is nothing to learn from it: any divergence between the two is zero. Give another"
+                " teacher, let the teacher see more (student.seeing('…'), SelfDistillation()), or"
+                " train on rewards (GRPO).",
                 stacklevel=4,
             )
             return
@@ -47,11 +43,9 @@ def is_same_distribution(one: Policy, other: Any) -> bool:
 
     They share weights and context, and have the same adapter or equal copies of it.
     """
-    if (
-        not isinstance(other, Policy)
-        or one.weights is not other.weights
-        or one.context is not other.context
-    ):
+    if not isinstance(other, Policy):
+        return False
+    if one.weights is not other.weights or one.context is not other.context:
         return False
     if one.adapter is None or other.adapter is None or one.adapter == other.adapter:
         return one.adapter == other.adapter

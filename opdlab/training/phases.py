@@ -70,12 +70,7 @@ def write_rollout(run: RunState) -> Rollout:
     own = _written_by_student(run, len(prompts))
     # Every world-th prompt, so that each process gets its part of what each writer answers.
     for_student, for_others = prompts[rank:own:world], prompts[own + (rank - own) % world :: world]
-    config = SamplingConfig(
-        max_new_tokens=settings.max_new_tokens,
-        temperature=settings.temperature,
-        top_p=settings.top_p,
-        seed=seed_of(settings.seed, run.done, 2 + rank),
-    )
+    config = settings.sampling(seed_of(settings.seed, run.done, 2 + rank))
     parts = []
     with backbone_precision(run):
         if for_student:

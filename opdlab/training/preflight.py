@@ -10,7 +10,6 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from opdlab.data.prompt import Prompt, name_of, own_hint
-from opdlab.data.sampling_config import SamplingConfig
 from opdlab.engine.needs import Access, parse_need
 from opdlab.errors import ContextTooLong, MissingHint, MissingPolicy, OpdlabError
 from opdlab.methods import Method
@@ -69,7 +68,7 @@ def check_run(run: RunState) -> None:
 
 def _check_sampling(run: RunState, writers: Sequence[str]) -> None:
     """Refuse sampling settings that one of the method's writers cannot be told."""
-    config = SamplingConfig(temperature=run.settings.temperature, top_p=run.settings.top_p)
+    config = run.settings.sampling(seed=0)
     for name in writers:
         writer = run.teacher if name == "teacher" else run.policies.get(name)
         if isinstance(writer, Writer) and not isinstance(writer, Sampler):

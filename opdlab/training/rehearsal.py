@@ -13,28 +13,38 @@ from opdlab.data.rollout import Rollout
 from opdlab.engine.batch import Batch
 from opdlab.engine.planned import run_plan
 from opdlab.errors import PartialDistribution
+from opdlab.methods import Method
 from opdlab.models.graded import TopLogprobs
-from opdlab.models.policy import Policy
+from opdlab.models.protocols import TopGrader
 from opdlab.tasks import Task
 
 
-def rehearse(method: Any, policies: Mapping[str, Any], task: Task, prompt: Prompt) -> None:
-    """Dry-run plan and loss on two sampled tokens.
+def rehearse(method: Method, policies: Mapping[str, Any], task: Task, prompt: Prompt) -> None:
+    """Dry-run plan and loss on two sampled tokens, where a policy gives top log-probs only.
 
-    Servers that give only some log-probs are replaced by uniform ones, so no request is sent.
+    Such a policy is replaced by one with uniform log-probs, so no request is sent. A loss that
+    needs the whole distribution is refused before anything is written. Other errors are left to the
+    first step, since made-up log-probs may cause them.
 
-    So a loss that they cannot feed is refused before anything is written. Raises
-    PartialDistribution; what else goes wrong on made-up data is left to the first step.
+    Args:
+        method: The method.
+        policies: The resolved policies; the student writes the two tokens.
+        task: The task, whose verifier the plan may ask.
+        prompt: The prompt to write to.
+
+    Raises:
+        PartialDistribution: The loss or the plan needs all of a distribution of which a server
+            gives only some log-probs.
     """
-    if not any(hasattr(policy, "k") for policy in policies.values()):
+    if not any(isinstance(policy, TopGrader) for policy in policies.values()):
         return
     student = policies["student"]
-    made = {
-        name: policy if isinstance(policy, Policy) else _Made(policy, student)
-        for name, policy in policies.items()
-    }
+    uniform = {}
+    for name, policy in policies.items():
+        is_partial = isinstance(policy, TopGrader)
+        uniform[name] = _Uniform(policy.k, student.weights.vocab_size) if is_partial else policy
     try:
-        batch = Batch(student.sample([prompt], max_new_tokens=2), made, task)
+        batch = Batch(student.sample([prompt], max_new_tokens=2), uniform, task)
         run_plan(method, batch).compute(lambda rows: method.loss(rows).detach())
     except PartialDistribution:
         raise
@@ -42,21 +52,17 @@ def rehearse(method: Any, policies: Mapping[str, Any], task: Task, prompt: Promp
         return
 
 
-class _Made:
-    """Stands for a served teacher in a rehearsal: uniform log-probs, no texts, no requests."""
+class _Uniform:
+    """Stands for a server: uniform log-probs of `k` tokens, no texts, no requests."""
 
-    def __init__(self, teacher: Any, student: Policy) -> None:
-        self.vocab = student.weights.vocab_size
-        self.k = min(getattr(teacher, "k", self.vocab), self.vocab)
+    def __init__(self, k: int, vocab_size: int) -> None:
+        self.vocab_size = vocab_size
+        self.k = min(k, vocab_size)
 
     def grade(self, rollout: Rollout) -> TopLogprobs:
-        n, logp = rollout.tokens, -math.log(self.vocab)
+        """Give every token the same log-prob."""
         token = rollout.ids[rollout.mask]
-        ids = torch.arange(self.k, device=token.device).expand(n, self.k)
-        return TopLogprobs(
-            ids,
-            torch.full_like(ids, logp, dtype=torch.float32),
-            torch.full_like(token, logp, dtype=torch.float32),
-            token,
-            self.vocab,
-        )
+        ids = torch.arange(self.k, device=token.device).expand(len(token), self.k)
+        logp = torch.full_like(ids, -math.log(self.vocab_size), dtype=torch.float32)
+        sampled = torch.full_like(token, -math.log(self.vocab_size), dtype=torch.float32)
+        return TopLogprobs(ids, logp, sampled, token, self.vocab_size)

@@ -90,8 +90,8 @@ def fit_adapter(run: RunState, saved: SavedRun) -> None:
         if key in described and before != after:
             raise OpdlabError(
                 f"The student's adapter {name!r} has {key}={after} and that of {saved.folder} has "
-                f"{before}. Give the student without an "
-                "adapter: it gets the one that the checkpoint describes."
+                f"{before}. Give the student without an adapter: it gets the one that the"
+                " checkpoint describes."
             )
 
 

@@ -162,8 +162,7 @@ def _settings(saved: SavedRun, options: Mapping[str, Any]) -> dict[str, Any]:
     if now["steps"] < saved.step:
         raise OpdlabError(
             f"resume got steps={now['steps']}, but {saved.folder} has done {saved.step}. Give at "
-            "least as many steps, or take up an "
-            "earlier checkpoint with step=…."
+            "least as many steps, or take up an earlier checkpoint with step=…."
         )
     changed = [
         f"{key} {before[key]} → {now[key]}"
@@ -178,8 +177,8 @@ def _settings(saved: SavedRun, options: Mapping[str, Any]) -> dict[str, Any]:
     if changed:
         warnings.warn(
             f"The run goes on from step {saved.step} with other settings: {', '.join(changed)}. It "
-            "is no longer the run that was saved; "
-            "later checkpoints in its folder will be replaced.",
+            "is no longer the run that was saved; later checkpoints in its folder will be"
+            " replaced.",
             stacklevel=3,
         )
     return now
@@ -230,8 +229,8 @@ def _admit(run: Run, saved: SavedRun, given: Mapping[str, Any], allowed: Sequenc
             parts = ", ".join(map(repr, refused))
             raise OpdlabError(
                 f"{saved.folder} cannot be taken up: {'; '.join(refused.values())}. Give what the "
-                "run was trained with, or go on with "
-                f"something else on purpose: resume(…, allow=({parts},))."
+                "run was trained with, or go on with something else on purpose: resume(…,"
+                f" allow=({parts},))."
             )
         if found:
             warnings.warn(
@@ -241,8 +240,7 @@ def _admit(run: Run, saved: SavedRun, given: Mapping[str, Any], allowed: Sequenc
         if (processes := saved.said["processes"]) != run.accelerator.num_processes:
             warnings.warn(
                 f"The run was trained by {processes} processes and goes on with "
-                f"{run.accelerator.num_processes}, so that a step has "
-                "another number of prompts.",
+                f"{run.accelerator.num_processes}, so that a step has another number of prompts.",
                 stacklevel=6,
             )
     run.lineage = saved.lineage.child(saved.step)
@@ -256,8 +254,8 @@ def _admit_old(run: Run, saved: SavedRun) -> None:
     if said["tokenizer"] != tokenizer:
         raise OpdlabError(
             f"{folder} was trained with another tokenizer than {run.student!r} has: fingerprint "
-            f"{said['tokenizer'][:16]} was saved and "
-            f"{tokenizer[:16]} is given. Load the student it began with: {said['student']!r}."
+            f"{said['tokenizer'][:16]} was saved and {tokenizer[:16]} is given. Load the student it"
+            f" began with: {said['student']!r}."
         )
     for what, before, now in (
         ("task", said["task"], run.task.name),
@@ -274,10 +272,9 @@ def _admit_old(run: Run, saved: SavedRun) -> None:
             " before the run: load it anew."
         )
     warnings.warn(
-        f"{folder} was written by an earlier version. The vocabulary, the name of the task and "
-        "that of the method fit; whether the "
-        "student's weights, the prompts, the teacher and the method's code are those of the run "
-        "could not be checked.",
+        f"{folder} was written by an earlier version. The vocabulary, the name of the task and that"
+        " of the method fit; whether the student's weights, the prompts, the teacher and the"
+        " method's code are those of the run could not be checked.",
         stacklevel=7,
     )
 
@@ -301,8 +298,7 @@ def _warn(run: Run, saved: SavedRun) -> None:
     if forgotten := saved.said.get("forgotten"):
         warnings.warn(
             f"{type(run.method).__name__} had changed {', '.join(forgotten)} by step {saved.step}, "
-            "and the checkpoint does not hold "
-            "that: the method starts with what it is given with now. Give it state_dict() and "
-            "load_state_dict(state).",
+            "and the checkpoint does not hold that: the method starts with what it is given with"
+            " now. Give it state_dict() and load_state_dict(state).",
             stacklevel=3,
         )

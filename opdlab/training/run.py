@@ -34,7 +34,7 @@ from opdlab.tasks import Task
 from opdlab.teachers.contract import expect_teacher
 from opdlab.training import method_state, run_folder, run_identity, saving, trainable
 from opdlab.training.evaluation import evaluate
-from opdlab.training.exclusive import Turn
+from opdlab.training.exclusive import Claim
 from opdlab.training.metrics import measure_step
 from opdlab.training.own_teacher import warn_of_own_teacher
 from opdlab.training.phases import accumulate_gradient, plan_step, update_weights, write_rollout
@@ -179,7 +179,7 @@ class Run(RunState):
     ) -> None:
         self.student, self.teacher, self.task = student, teacher, task
         self.method, self.settings = method, settings
-        self.done, self.rows, self.snapshots = 0, [], {}
+        self.done, self.metrics, self.snapshots = 0, [], {}
         self.last: Step | None = None
         self.loss_is_checked = False
         self.folder = run_folder.check_folder(save)
@@ -204,7 +204,7 @@ class Run(RunState):
         self.parameters = trainable.prepare(student, self.policies, settings)
         if settings.lora is not None:
             saving.check_parameters(student)
-        self.claim = Turn(student.weights, student.adapter)
+        self.claim = Claim(student.weights, student.adapter)
         self.averages = start_average(student, self.policies, policies)
         self.optimizer = torch.optim.AdamW(
             self.parameters.values(), lr=settings.lr, weight_decay=settings.weight_decay, fused=True
@@ -221,7 +221,7 @@ class Run(RunState):
         Columns are `loss`, `reverse_kl`, `entropy`, `length`, `cut`, `reward`, `grad_norm`,
         `lr`, `seconds` and others.
         """
-        return pd.DataFrame(self.rows)
+        return pd.DataFrame(self.metrics)
 
     def __iter__(self) -> Iterator[Step]:
         return self
@@ -260,7 +260,7 @@ class Run(RunState):
         ):  # an interrupt waits until the weights have moved and the step is kept
             metrics["lr"] = update_weights(self)
             metrics |= {"generate_s": wrote - began, "seconds": time.perf_counter() - began}
-            self.rows.append(metrics)
+            self.metrics.append(metrics)
             if self.settings.snapshot_every and self.done % self.settings.snapshot_every == 0:
                 saving.keep_snapshot(self)
             if saving.is_saved(self):
@@ -307,13 +307,13 @@ class Run(RunState):
         return saving.save(self, path)
 
     def restart(
-        self, done: int, rows: list[dict[str, float]], snapshots: Mapping[int, dict[str, Tensor]]
+        self, done: int, metrics: list[dict[str, float]], snapshots: Mapping[int, dict[str, Tensor]]
     ) -> None:
         """Go on after `done` steps, with the history and the snapshots until then.
 
         For `opdlab.resume`.
         """
-        self.done, self.rows = done, list(rows)
+        self.done, self.metrics = done, list(metrics)
         self.snapshots = {**self.snapshots, **snapshots}
 
     def __repr__(self) -> str:

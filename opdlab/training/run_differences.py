@@ -56,8 +56,7 @@ def _models(
     if saved["weights"] != given["weights"]:
         return (
             f"{who} has other weights than at the beginning of the run: fingerprint "
-            f"{saved['weights']} was saved and "
-            f"{given['weights']} is given ({names})"
+            f"{saved['weights']} was saved and {given['weights']} is given ({names})"
         )
     return _adapters(who, saved["adapter"], given["adapter"])
 

@@ -106,9 +106,8 @@ def check_owner(folder: Path, lineage: Lineage) -> None:
         steps = ", ".join(str(one.step) for one in sorted(strangers, key=lambda one: one.step))
         raise OpdlabError(
             f"{folder} holds checkpoints of another run (steps {steps}). Two runs in one folder "
-            "could not be told apart: "
-            "give another folder as save=, go on with that run by opdlab.resume(path, …), or "
-            "delete it first."
+            "could not be told apart: give another folder as save=, go on with that run by"
+            " opdlab.resume(path, …), or delete it first."
         )
 
 

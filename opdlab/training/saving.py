@@ -38,10 +38,9 @@ def check_parameters(student: Policy) -> None:
     if beside and not is_left_over:
         raise OpdlabError(
             f"Beside the adapter, {beside[0]} is to be trained ({len(beside)} such parameters). "
-            "Every policy on this model "
-            "would move with it. Freeze it, put whole modules into the adapter "
-            "(LoraConfig(modules_to_save=[…], bias='none')), or train "
-            "all weights with lora=None."
+            "Every policy on this model would move with it. Freeze it, put whole modules into the"
+            " adapter (LoraConfig(modules_to_save=[…], bias='none')), or train all weights with"
+            " lora=None."
         )
 
 
@@ -79,12 +78,14 @@ def keep_snapshot(run: RunState) -> None:
 def is_evaluation_due(run: RunState) -> bool:
     """Whether the run's latest step is to be evaluated and has not been yet."""
     every = run.settings.evaluate_every
-    return bool(every and run.rows) and run.done % every == 0 and "accuracy" not in run.rows[-1]
+    return (
+        bool(every and run.metrics) and run.done % every == 0 and "accuracy" not in run.metrics[-1]
+    )
 
 
 def keep_accuracy(run: RunState, accuracy: float) -> None:
     """Add the accuracy to the history of the latest step, and to its checkpoint if there is one."""
-    run.rows[-1]["accuracy"] = accuracy
+    run.metrics[-1]["accuracy"] = accuracy
     if run.folder is None or not run.accelerator.is_main_process:
         return
     # The step may have been saved by the run that this one was resumed from, or not at all.

@@ -5,10 +5,12 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, fields
-from typing import TYPE_CHECKING, Any, Literal
+from typing import Any, Literal
 
+from opdlab.data.sampling_config import SamplingConfig
 from opdlab.engine.needs import did_you_mean
 from opdlab.errors import InvalidValue, MissingPolicy
+from opdlab.methods.contract import Method
 from opdlab.support.validation import (
     Amount,
     Count,
@@ -20,28 +22,38 @@ from opdlab.support.validation import (
     Temperature,
     validate_fields,
 )
-
-if TYPE_CHECKING:
-    from opdlab.methods.contract import Method
-    from opdlab.tasks import Task
+from opdlab.tasks import Task
 
 
 @dataclass(frozen=True)
 class Settings:
-    """How a run trains. Sizes are per process: `batch` prompts a step, `n` completions a prompt.
+    """How a run trains. Sizes are per process.
 
-    lora: rank of the adapter on all linear layers, or None to train all weights. normalize: what
-        the loss is a mean over,
-    "token" (all tokens alike), "sequence" (each completion alike) or "constant" (per completion,
-    over max_new_tokens).
-    micro_batch: completions in one backward pass (all by default); changes memory, not the result.
-        precision: "bf16" for
-    autocast on float32 weights. warmup: steps, fewer than `steps`, over which the learning rate
-    rises to `lr`. clip: the largest norm of the gradient; 0 for no clipping. temperature, top_p:
-    used for sampling. Values other than 1 make the data off-policy; temperature 0 takes the
-    likeliest token each time, so it allows one completion per prompt (n=1) only. ema_rate: how far
-    the policy `ema` moves towards the student after each update (0.05 as in SDPO, arXiv
-    2601.20802). evaluate_every, snapshot_every, save_every: steps between two; 0 for never.
+    Attributes:
+        steps: Updates in all.
+        batch: Prompts in each step.
+        n: Completions of each prompt.
+        max_new_tokens: Length limit of completions, in tokens.
+        lr: Learning rate of AdamW, after the warm-up.
+        schedule: "constant", or "cosine" down to 0.
+        warmup: Steps, fewer than `steps`, over which the learning rate rises to `lr`.
+        lora: Rank of the adapter on all linear layers; None trains all weights.
+        normalize: The loss is a mean over "token" (all tokens alike), "sequence" (each completion
+            alike) or "constant" (each completion, divided by `max_new_tokens`).
+        micro_batch: Completions in one backward pass; all by default. Changes memory and no number.
+        temperature: Used for sampling. Values other than 1 make the data off-policy; 0 takes the
+            likeliest token each time, so it allows one completion for each prompt only.
+        top_p: Used for sampling. Values other than 1 make the data off-policy.
+        clip: Largest norm of the gradient; 0 clips nothing.
+        weight_decay: Of AdamW.
+        ema_rate: How far the policy `ema` moves towards the student after each update; 0.05 as in
+            SDPO (arXiv 2601.20802).
+        seed: Of all random numbers: prompts, completions, the adapter's first values.
+        precision: "bf16" computes the models in bfloat16 by autocast, on float32 weights.
+        checkpointing: Whether layers run again in the backward pass. Changes memory and no number.
+        evaluate_every: Steps between two evaluations; 0 for none.
+        snapshot_every: Steps between two snapshots of the adapter in memory; 0 for none.
+        save_every: Steps between two checkpoints; 0 saves the last step only.
 
     Raises:
         InvalidValue: A value that cannot be right, alone or beside another.
@@ -85,14 +97,17 @@ class Settings:
     def rate(self, done: int) -> float:
         """The learning rate of the update after `done` others."""
         warm = min(1.0, (done + 1) / (self.warmup + 1))
-        return (
-            self.lr
-            * warm
-            * (
-                0.5 * (1 + math.cos(math.pi * done / self.steps))
-                if self.schedule == "cosine"
-                else 1.0
-            )
+        if self.schedule == "constant":
+            return self.lr * warm
+        return self.lr * warm * 0.5 * (1 + math.cos(math.pi * done / self.steps))
+
+    def sampling(self, seed: int) -> SamplingConfig:
+        """How the run samples completions."""
+        return SamplingConfig(
+            max_new_tokens=self.max_new_tokens,
+            temperature=self.temperature,
+            top_p=self.top_p,
+            seed=seed,
         )
 
 

@@ -15,7 +15,7 @@ from torch import Tensor
 from opdlab.methods import Method
 from opdlab.models.policy import Policy
 from opdlab.tasks import Task
-from opdlab.training.exclusive import Turn
+from opdlab.training.exclusive import Claim
 from opdlab.training.method_state import Memory
 from opdlab.training.run_folder import Lineage
 from opdlab.training.settings import Settings
@@ -36,7 +36,7 @@ class RunState:
         optimizer: AdamW over the parameters.
         accelerator: The processes and trackers of Accelerate.
         done: How many steps are done.
-        rows: The metrics of each step done.
+        metrics: The metrics of each step done.
         snapshots: The student's adapter after some steps, by step.
         folder: Where checkpoints go; None for nowhere.
         lineage: The name of the run and those that it was resumed from.
@@ -58,12 +58,12 @@ class RunState:
     optimizer: torch.optim.AdamW
     accelerator: Accelerator
     done: int
-    rows: list[dict[str, float]]
+    metrics: list[dict[str, float]]
     snapshots: dict[int, dict[str, Tensor]]
     folder: Path | None
     lineage: Lineage
     identity: dict[str, Any]
     memory: Memory
     has_new_embeddings: bool
-    claim: Turn
+    claim: Claim
     loss_is_checked: bool

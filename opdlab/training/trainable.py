@@ -79,8 +79,8 @@ def _prepare_all_weights(student: Policy, policies: Mapping[str, Any]) -> None:
     if student.adapter is not None:
         raise OpdlabError(
             f"The student looks through the adapter {student.adapter!r}, which lora=None would"
-            " leave beside the weights that it trains. Leave lora as it is to train the adapter"
-            " on, or fold it in and train all weights: student.merged()."
+            " leave beside the weights that it trains. Leave lora as it is to train the adapter on,"
+            " or fold it in and train all weights: student.merged()."
         )
     if low := sorted(
         {

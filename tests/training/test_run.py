@@ -265,7 +265,7 @@ def test_an_interrupt_waits_until_the_step_is_whole(market, heard):
     run.optimizer.step = lambda: (os.kill(os.getpid(), signal.SIGINT), step())[1]
     with pytest.raises(KeyboardInterrupt):
         next(run)
-    assert run.done == len(run.rows) == 1  # the update was finished and counted
+    assert run.done == len(run.metrics) == 1  # the update was finished and counted
     run.optimizer.step = step
     assert [s.number for s in run] == [2, 3]
 
