@@ -89,7 +89,7 @@ def test_an_interrupt_during_an_evaluation_loses_nothing(make_policy, tmp_path, 
     next(again)  # the evaluation of step 2 is made up for
     assert again.history["accuracy"].tolist()[1] == whole.history["accuracy"].tolist()[1]
     history = json.loads((tmp_path / "run" / "step-000002" / "history.json").read_text())
-    assert history[1]["accuracy"] == again.rows[1]["accuracy"]
+    assert history[1]["accuracy"] == again.metrics[1]["accuracy"]
     assert (
         opd.resume(
             tmp_path / "run", make_policy(0), make_policy(1), task(), step=2, quiet=True
@@ -105,7 +105,7 @@ def test_every_state_of_the_manifest_fits_the_files(make_policy, tmp_path, monke
     from opdlab.training import checkpoint
 
     made = run(make_policy, tmp_path, steps=1).train()
-    made.rows[-1]["accuracy"] = 0.5
+    made.metrics[-1]["accuracy"] = 0.5
     replace, left = checkpoint._replace, [0]
 
     def limited(path, data):
@@ -122,7 +122,7 @@ def test_every_state_of_the_manifest_fits_the_files(make_policy, tmp_path, monke
         except KeyboardInterrupt:
             assert allowed < 3
         checkpoint.find(tmp_path)
-        made.rows[-1]["accuracy"] += 0.1
+        made.metrics[-1]["accuracy"] += 0.1
 
 
 def test_an_interrupt_waits_for_the_checkpoint(make_policy, tmp_path, heard, monkeypatch):
