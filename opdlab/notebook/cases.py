@@ -18,7 +18,9 @@ NO_GRADIENT = (
 )
 
 
-def laws(n: int = 5, vocab: int = 7, seed: int = 0, scale: float = 1.0) -> tuple[Tensor, Tensor]:
+def random_log_probs(
+    n: int = 5, vocab: int = 7, seed: int = 0, scale: float = 1.0
+) -> tuple[Tensor, Tensor]:
     """Log-probs of a student and of a teacher, `[n, V]` each, in float64."""
     made = torch.Generator().manual_seed(seed)
     student, teacher = (
@@ -27,14 +29,14 @@ def laws(n: int = 5, vocab: int = 7, seed: int = 0, scale: float = 1.0) -> tuple
     return student.log_softmax(-1), teacher.log_softmax(-1)
 
 
-def rows(n: int = 5, vocab: int = 7, seed: int = 0, **columns: Tensor) -> Rows:
+def random_rows(n: int = 5, vocab: int = 7, seed: int = 0, **columns: Tensor) -> Rows:
     """What a loss gets: student (with gradient) and teacher, and a token for each of `n` rows."""
-    student, teacher = laws(n, vocab, seed)
+    student, teacher = random_log_probs(n, vocab, seed)
     token = torch.multinomial(student.exp(), 1, generator=torch.Generator().manual_seed(seed))[:, 0]
     return Rows({"student": student.requires_grad_(), "teacher": teacher}, token, columns)
 
 
-def trains(loss: Callable[[Rows], Any], given: Rows) -> dict[str, Any]:
+def evaluate_loss(loss: Callable[[Rows], Any], given: Rows) -> dict[str, Any]:
     """What a loss says and does: its value `[n]` and the slope of its sum in the student's logits,
     `[n, V]`.
 

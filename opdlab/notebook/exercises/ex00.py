@@ -6,7 +6,7 @@ from torch import Tensor
 
 from opdlab import losses
 from opdlab.engine.rows import Rows
-from opdlab.notebook.cases import rows, trains
+from opdlab.notebook.cases import random_rows, evaluate_loss
 from opdlab.notebook.checking import Exercise
 
 
@@ -19,7 +19,7 @@ def forward(rows: Rows) -> Tensor:
 
 
 def cases() -> list[tuple[Rows]]:
-    return [(rows(seed=0),), (rows(8, 4, seed=1),)]
+    return [(random_rows(seed=0),), (random_rows(8, 4, seed=1),)]
 
 
 def detached(rows: Rows) -> Tensor:
@@ -39,7 +39,7 @@ EXERCISES = (
         truth=lambda r: losses.reverse_kl(r.student, r.teacher),
         solution=my_loss,
         cases=cases,
-        look=trains,
+        look=evaluate_loss,
         mistakes={
             "that is the forward KL. Weigh by the student's probabilities instead.": forward,
             SUMMED: lambda r: my_loss(r).sum(),
@@ -61,7 +61,7 @@ EXERCISES = (
         truth=lambda r: losses.forward_kl(r.student, r.teacher),
         solution=forward,
         cases=cases,
-        look=trains,
+        look=evaluate_loss,
         mistakes={
             "that is the reverse KL again. Weigh by the teacher's probabilities.": my_loss,
             SUMMED: lambda r: forward(r).sum(),

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from opdlab.losses.divergences import Generator, generalized_jsd
-from opdlab.notebook.cases import laws
+from opdlab.notebook.cases import random_log_probs
 from opdlab.notebook.checking import Exercise
 
 Divergence = Callable[[Tensor, Tensor], Tensor]
@@ -27,7 +27,7 @@ def library(f: Callable[[Tensor], Tensor], student: Tensor, teacher: Tensor) -> 
 
 def generated() -> list[tuple[Callable[[Tensor], Tensor], Tensor, Tensor]]:
     return [
-        (Generator(name).f, *laws(seed=i))
+        (Generator(name).f, *random_log_probs(seed=i))
         for i, name in enumerate(("forward_kl", "jensen_shannon", "pearson", "total_variation"))
     ]
 
@@ -61,7 +61,10 @@ def spread(divergence: Divergence, teacher: Tensor) -> Tensor:
 
 
 def tilted() -> list[tuple[Divergence, Tensor]]:
-    return [(Generator(name).divergence, laws(seed=i)[1][0]) for i, name in enumerate(SMOOTH)]
+    return [
+        (Generator(name).divergence, random_log_probs(seed=i)[1][0])
+        for i, name in enumerate(SMOOTH)
+    ]
 
 
 EXERCISES = (
@@ -88,7 +91,11 @@ EXERCISES = (
         says="that is the JSD in its own strength",
         truth=lambda s, t, beta: generalized_jsd(s, t, beta, normalize=True),
         solution=jsd,
-        cases=lambda: [(*laws(seed=0), 0.5), (*laws(seed=1), 0.1), (*laws(seed=2), 0.9)],
+        cases=lambda: [
+            (*random_log_probs(seed=0), 0.5),
+            (*random_log_probs(seed=1), 0.1),
+            (*random_log_probs(seed=2), 0.9),
+        ],
         mistakes={
             "that is the bare form. Divide by beta (1 - beta).": lambda s, t, beta: (
                 beta * (1 - beta) * jsd(s, t, beta)

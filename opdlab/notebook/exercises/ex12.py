@@ -13,7 +13,7 @@ from torch import Tensor
 from opdlab import exact
 from opdlab.audit import as_loss, in_reward, k1, k2, k3
 from opdlab.losses.divergences import TopK, forward_kl, reverse_kl
-from opdlab.notebook.cases import laws
+from opdlab.notebook.cases import random_log_probs
 from opdlab.notebook.checking import Exercise
 
 Estimate = Callable[[Tensor], Tensor]
@@ -78,7 +78,7 @@ def single() -> list[tuple[Estimate, Tensor, Tensor]]:
     return [
         (k, student[0], teacher[0])
         for i, k in enumerate((k1, k2, k3))
-        for student, teacher in [laws(1, 6, seed=i)]
+        for student, teacher in [random_log_probs(1, 6, seed=i)]
     ]
 
 
@@ -135,7 +135,7 @@ def bare(student: Tensor, teacher: Tensor, token: Tensor) -> Tensor:
 
 
 def drawn() -> list[tuple[Tensor, Tensor, Tensor]]:
-    return [(*laws(6, 5, seed=i), torch.tensor([0, 1, 2, 3, 4, 0])) for i in range(2)]
+    return [(*random_log_probs(6, 5, seed=i), torch.tensor([0, 1, 2, 3, 4, 0])) for i in range(2)]
 
 
 EXERCISES = (
@@ -168,7 +168,7 @@ EXERCISES = (
         says="that keeps an eye on the mass outside",
         truth=bucket,
         solution=coarse,
-        cases=lambda: [(*laws(4, 8, seed=0), 3), (*laws(4, 8, seed=1), 1)],
+        cases=lambda: [(*random_log_probs(4, 8, seed=0), 3), (*random_log_probs(4, 8, seed=1), 1)],
         mistakes={
             "the rest is left out: add one more outcome, of mass 1 - sum, on both sides.": dropped,
             "the top k are renormalised, which is blind to how much mass they have.": renormalised,

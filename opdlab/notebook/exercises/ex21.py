@@ -12,7 +12,7 @@ from torch import Tensor
 from opdlab.engine.rows import Rows
 from opdlab.losses.divergences import Generator
 from opdlab.methods import OPDPlus
-from opdlab.notebook.cases import rows, trains
+from opdlab.notebook.cases import random_rows, evaluate_loss
 from opdlab.notebook.checking import Exercise
 
 Function = Callable[[Tensor], Tensor]
@@ -51,7 +51,7 @@ def attached(generator: Generator, rows: Rows) -> Tensor:
 
 
 def pulled(loss: Callable[[Generator, Rows], Tensor], generator: Generator, rows: Rows) -> Tensor:
-    slope: Tensor = trains(lambda given: loss(generator, given), rows)["gradient"]
+    slope: Tensor = evaluate_loss(lambda given: loss(generator, given), rows)["gradient"]
     return slope
 
 
@@ -95,7 +95,7 @@ EXERCISES = (
         says="that loss trains the divergence",
         truth=library,
         solution=loss,
-        cases=lambda: [(Generator(name), rows(seed=i)) for i, name in enumerate(SHOWN)],
+        cases=lambda: [(Generator(name), random_rows(seed=i)) for i, name in enumerate(SHOWN)],
         look=pulled,
         mistakes={
             "the weight carries a gradient of its own, so its slope is counted twice. Detach it.": (

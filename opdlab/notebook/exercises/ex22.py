@@ -11,7 +11,7 @@ from opdlab.engine.rows import Rows
 from opdlab.methods.futures import false_alarm_rate
 from opdlab.methods.topd import TOPD
 from opdlab.methods.windows import solve, transport
-from opdlab.notebook.cases import laws
+from opdlab.notebook.cases import random_log_probs
 from opdlab.notebook.checking import Exercise
 
 
@@ -84,7 +84,7 @@ def windows() -> list[tuple[Tensor, Tensor, Tensor]]:
     made = torch.Generator().manual_seed(1)
     out = []
     for seed in range(2):
-        logp, teacher = laws(5, 9, seed)[0], torch.randint(9, (5,), generator=made)
+        logp, teacher = random_log_probs(5, 9, seed)[0], torch.randint(9, (5,), generator=made)
         out.append((logp, teacher, solve([torch.rand(5, 5, generator=made).double()], 0.1)[1][0]))
     return out
 

@@ -14,7 +14,7 @@ from opdlab.losses.divergences import forward_kl, reverse_kl
 from opdlab.methods import OmniOPD
 from opdlab.methods.omniopd import posterior, select_chunks
 from opdlab.methods.similarity import edit, rouge1
-from opdlab.notebook.cases import laws, trains
+from opdlab.notebook.cases import random_log_probs, evaluate_loss
 from opdlab.notebook.checking import Exercise
 
 Similarity = Callable[[str, str], float]
@@ -93,7 +93,7 @@ def loss(rows: Rows, beta: float) -> Tensor:
 
 
 def rows() -> list[tuple[Rows, float]]:
-    student, reference = laws(8, 6, seed=3)
+    student, reference = random_log_probs(8, 6, seed=3)
     token, audited = (
         torch.tensor([0, 1, 2, 3, 4, 5, 0, 1]),
         torch.tensor([1.0, 1, 0, 0, 1, 0, 0, 1]).double(),
@@ -105,7 +105,7 @@ def rows() -> list[tuple[Rows, float]]:
 
 
 def look(function: Callable[[Rows, float], Tensor], given: Rows, beta: float) -> dict[str, Any]:
-    return trains(lambda r: function(r, beta), given)
+    return evaluate_loss(lambda r: function(r, beta), given)
 
 
 EXERCISES = (

@@ -14,7 +14,7 @@ from opdlab.engine.rows import Rows
 from opdlab.losses.divergences import jensen_shannon
 from opdlab.methods import SelfDistillation
 from opdlab.methods.self_distillation import clipped_forward_kl
-from opdlab.notebook.cases import laws, trains
+from opdlab.notebook.cases import random_log_probs, evaluate_loss
 from opdlab.notebook.checking import Exercise, Function
 
 Logits = Callable[[Tensor], Tensor]
@@ -148,7 +148,7 @@ def ratio(rows: Rows) -> Tensor:
 def told_rows() -> list[tuple[Rows]]:
     out = []
     for seed, scale in ((0, 1.0), (1, 3.0)):
-        student, told = laws(6, 7, seed=seed, scale=scale)
+        student, told = random_log_probs(6, 7, seed=seed, scale=scale)
         out.append(
             (
                 Rows(
@@ -190,7 +190,10 @@ EXERCISES = (
         says="where descent on the mean divergences ends, too",
         truth=descended,
         solution=best,
-        cases=lambda: [(laws(4, seed=0)[0],), (laws(8, 5, seed=1, scale=2.0)[1],)],
+        cases=lambda: [
+            (random_log_probs(4, seed=0)[0],),
+            (random_log_probs(8, 5, seed=1, scale=2.0)[1],),
+        ],
         close=1e-4,
         mistakes={
             "the two are swapped: forward KL averages probabilities, reverse KL log-probs.": (
@@ -215,7 +218,7 @@ EXERCISES = (
         truth=lambda rows: clipped_forward_kl(rows.student, rows["reference+hint"], 0.05),
         solution=clipped,
         cases=told_rows,
-        look=trains,
+        look=evaluate_loss,
         mistakes={
             "the clip is for every entry of the vocabulary, before the sum.": whole,
             "only large positive entries are clipped. Negative ones stay as they are, so the loss may be negative.": (

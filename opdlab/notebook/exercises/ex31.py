@@ -11,7 +11,7 @@ from opdlab.diagnose.privilege import split_gap
 from opdlab.engine.rows import Rows
 from opdlab.methods import DOPD
 from opdlab.methods import dopd as library
-from opdlab.notebook.cases import laws, trains
+from opdlab.notebook.cases import random_log_probs, evaluate_loss
 from opdlab.notebook.checking import Exercise
 
 WEIGHTS = (0.6, 0.3, 1.0, 0.6)
@@ -91,7 +91,7 @@ def forward(rows: Rows) -> Tensor:
 def routed() -> list[tuple[Rows]]:
     out = []
     for seed in (0, 1):
-        (s, t), (own, _) = laws(8, 6, seed=seed), laws(8, 6, seed=seed + 10)
+        (s, t), (own, _) = random_log_probs(8, 6, seed=seed), random_log_probs(8, 6, seed=seed + 10)
         rows = {"student": s.requires_grad_(), "teacher+hint": t, "student+hint": own}
         out.append((Rows(rows, torch.zeros(8, dtype=torch.long), {"route": torch.arange(8) % 4}),))
     return out
@@ -124,7 +124,7 @@ def heard(
 def weighed() -> list[tuple[Tensor, Tensor, Tensor, float, float]]:
     out = []
     for seed in range(3):
-        (s, t), (own, _) = laws(1, 6, seed=seed), laws(1, 6, seed=seed + 20)
+        (s, t), (own, _) = random_log_probs(1, 6, seed=seed), random_log_probs(1, 6, seed=seed + 20)
         out.append((s[0], t[0], own[0], 0.8, 0.3))
     return out
 
@@ -159,7 +159,7 @@ EXERCISES = (
         truth=lambda rows: DOPD().loss(rows),
         solution=dopd,
         cases=routed,
-        look=trains,
+        look=evaluate_loss,
         mistakes={
             "the weights are missing: 0.6, 0.3, 1 and 0.6.": unweighted,
             "all four go to the teacher. LL and HS are the told student's.": taught,

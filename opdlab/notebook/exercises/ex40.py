@@ -9,7 +9,7 @@ from torch import Tensor
 
 from opdlab import exact
 from opdlab.diagnose import Privilege, illusion
-from opdlab.notebook.cases import laws
+from opdlab.notebook.cases import random_log_probs
 from opdlab.notebook.checking import Exercise
 
 
@@ -38,7 +38,7 @@ def one_path(
 
 def graded() -> list[tuple[Tensor, ...]]:
     return [
-        tuple(law[:, 0] for seed in seeds for law in laws(6, seed=seed))
+        tuple(law[:, 0] for seed in seeds for law in random_log_probs(6, seed=seed))
         for seeds in ((0, 1), (2, 3))
     ]
 
@@ -117,7 +117,10 @@ EXERCISES = (
         says="no student without the hint goes below",
         truth=exact.privilege.information,
         solution=floor,
-        cases=lambda: [(laws(4, seed=0)[0],), (laws(8, 3, seed=1, scale=3.0)[1],)],
+        cases=lambda: [
+            (random_log_probs(4, seed=0)[0],),
+            (random_log_probs(8, 3, seed=1, scale=3.0)[1],),
+        ],
         mistakes={
             "the mean is one of log-probs, which is the floor's place for the reverse KL. Average probabilities.": (
                 geometric

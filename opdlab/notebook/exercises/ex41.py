@@ -10,7 +10,7 @@ from torch import Tensor
 
 from opdlab.diagnose import Health, Limits
 from opdlab.losses.divergences import total_variation
-from opdlab.notebook.cases import laws
+from opdlab.notebook.cases import random_log_probs
 from opdlab.notebook.checking import Exercise
 
 
@@ -107,7 +107,7 @@ EXERCISES = (
         says="one minus the total variation",
         truth=lambda s, t: 1 - total_variation(s, t),
         solution=acceptance,
-        cases=lambda: [laws(seed=0), laws(8, 4, seed=1, scale=2.0)],
+        cases=lambda: [random_log_probs(seed=0), random_log_probs(8, 4, seed=1, scale=2.0)],
         mistakes={
             "that is the total variation, which is one minus the acceptance.": lambda s, t: (
                 1 - acceptance(s, t)

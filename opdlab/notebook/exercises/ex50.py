@@ -13,7 +13,7 @@ from torch import Tensor
 
 from opdlab import losses as d
 from opdlab.engine.rows import Rows
-from opdlab.notebook.cases import laws, rows, trains
+from opdlab.notebook.cases import random_log_probs, random_rows, evaluate_loss
 from opdlab.notebook.checking import Exercise, WrongAnswer
 
 Pair = Callable[[Tensor, Tensor], Tensor]
@@ -56,7 +56,7 @@ def by_certainty(student: Tensor, teacher: Tensor) -> Tensor:
 
 
 def look(function: Pair, given: Rows) -> dict[str, Any]:
-    return trains(lambda r: function(r.student, r.teacher), given)
+    return evaluate_loss(lambda r: function(r.student, r.teacher), given)
 
 
 def keep(entropy: Tensor, kl: Tensor, mask: Tensor, vocab: int, share: float) -> Tensor:
@@ -210,7 +210,7 @@ EXERCISES = (
         truth=library,
         solution=gated,
         look=look,
-        cases=lambda: [(rows(),), (rows(6, 9, seed=2),)],
+        cases=lambda: [(random_rows(),), (random_rows(6, 9, seed=2),)],
         mistakes={
             "the gate is the wrong way round: g, near 1 where the teacher is undecided, belongs to the forward KL.": (
                 swapped
@@ -271,7 +271,7 @@ EXERCISES = (
         cases=lambda: [
             (pair, student, teacher)
             for pair in (library, d.jensen_shannon)
-            for student, teacher in [laws(4, 6, seed=1)]
+            for student, teacher in [random_log_probs(4, 6, seed=1)]
         ],
         mistakes={
             "the log-probs are nudged and not the logits: they must sum to one again, so take the log-softmax after the nudge.": (
