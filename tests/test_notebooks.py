@@ -41,7 +41,7 @@ def test_frozen_and_fresh(path):
     assert len(text.encode()) <= notebook.LIMIT
     assert book["metadata"]["kernelspec"]["name"] == "python3"
     assert set(book["metadata"]) == {"kernelspec", "language_info", "opdlab"}  # no state of widgets
-    assert book["metadata"]["opdlab"]["source"] == notebook.source_hash(book), (
+    assert book["metadata"]["opdlab"]["source"] == notebook.hash_source(book), (
         "stale outputs: run make notebooks"
     )
     code = [cell for cell in book["cells"] if cell["cell_type"] == "code"]
@@ -83,7 +83,9 @@ def test_exercises_are_all_there_in_order_with_stubs(path):
     ]
     used = [key for keys in written for key in keys]
     number = path.stem[:2]
-    assert used == list(checking.of(number) if number in checking.numbers() else [])
+    assert used == list(
+        checking.list_exercises(number) if number in checking.list_notebooks() else []
+    )
     assert sum(s.count("notebook.exercise(") for s in read(path)[1]["code"]) == len(used)
     assert len(used) >= 2
 
@@ -100,7 +102,7 @@ def test_folded_solutions_are_right(path, tmp_path):
     for code, (key, name) in zip(folded, named, strict=True):
         file = tmp_path / f"{key}.py"
         file.write_text(FOLDED + code, encoding="utf-8")
-        assert checking.find(key).judge(runpy.run_path(str(file))[name]) is None, key
+        assert checking.find_exercise(key).judge(runpy.run_path(str(file))[name]) is None, key
 
 
 def test_index_lists_all():

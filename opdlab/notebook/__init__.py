@@ -1,14 +1,13 @@
-"""What the notebooks share: the one-line set-up, exercises that check themselves, and freezing for
-committing.
+"""Shared parts of the notebooks: set-up in one line, exercises that check themselves, freezing.
 
 A profile (`OPDLAB_PROFILE=ci|cpu|gpu`) sets models and sizes; the cells stay the same. Nothing here
 is needed to use opdlab.
 """
 
 from opdlab.notebook.checking import Exercise, author, exercise
-from opdlab.notebook.freezing import LIMIT, execute, freeze, source_hash
+from opdlab.notebook.freezing import LIMIT, execute, freeze, hash_source
 from opdlab.notebook.session import Context, setup
-from opdlab.notebook.survey import compose, composed, survey
+from opdlab.notebook.survey import compose, compose_all, survey
 
 __all__ = [
     "LIMIT",
@@ -16,11 +15,11 @@ __all__ = [
     "Exercise",
     "author",
     "compose",
-    "composed",
+    "compose_all",
     "execute",
     "exercise",
     "freeze",
+    "hash_source",
     "setup",
-    "source_hash",
     "survey",
 ]

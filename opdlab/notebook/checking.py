@@ -1,19 +1,19 @@
-"""Exercises that check themselves: what the reader wrote is compared with the library, and what is
-wrong with it is said.
+"""Exercises that check themselves: the reader's function is compared with the library's.
 
     @opd.notebook.exercise("00.1")
     def my_loss(rows):
         raise NotImplementedError
 
-Running the cell prints ✓ or what is wrong, and `my_loss` is then the reader's function if it is
-right, else the solution, so the notebook goes on either way. Exercises are data
-(`opdlab.notebook.exercises`); hints stay in the notebook.
+Running the cell prints ✓, or a sentence that says what is wrong. `my_loss` is then the reader's
+function if it is right, else the reference solution, so the notebook runs to its end either way.
+Exercises are data (`opdlab.notebook.exercises`); hints stand in the notebook.
 """
 
 from __future__ import annotations
 
 import importlib
 import pkgutil
+import re
 import traceback
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
@@ -27,107 +27,131 @@ from opdlab.errors import OpdlabError
 from opdlab.notebook import exercises
 
 Function = Callable[..., Any]
-_authors: dict[
-    str, str
-] = {}  # exercise key -> author of the function that the notebook goes on with
+MODULE = re.compile(r"notebook_(\d\d)_\w+")  # the modules that hold the exercises of a notebook
+DIGITS = (4, 6, 8, 10)  # how many digits are shown, until two different numbers look different
+
+# Who wrote the function that the notebook uses after an exercise, by key of the exercise.
+_authors: dict[str, str] = {}
 
 
 class WrongAnswer(Exception):
-    """Raised by an exercise's `look` when it recognises a mistake that no comparison of values can
-    name.
+    """A mistake that the `observe` function of an exercise recognised; its message is shown.
 
-    The message is the sentence that the reader sees.
+    It is for mistakes that a comparison of values cannot name.
     """
 
 
 def call(function: Function, *case: Any) -> Any:
-    """How a function is looked at if the exercise says nothing else: by what it returns."""
+    """Call a function on a case, which is how an exercise observes it by default."""
     return function(*case)
 
 
 @dataclass(frozen=True)
 class Exercise:
-    """One thing to write.
+    """A function to write, with all that is needed to judge an answer.
 
-    key: notebook and number, "11.1". asks: what to return, after "return …" or "let it …". says:
-        what the right answer is, after ✓.
-    truth: the library's own, which the reader's must agree with on every case. solution: a dozen
-        lines as the notebook shows
-    them. cases: makes the arguments, anew at every call. look: what is compared of a function at a
-    case, its value by default.
-    mistakes: functions that readers write instead, by the sentence that says so. close: relative
-        tolerance.
+    Attributes:
+        key: Notebook and number, such as "11.1".
+        request: The task in one line. It follows "… is not written yet: ", as in "return the KL".
+        confirmation: The sentence after ✓, without its full stop.
+        reference: The library's function, which the answer must agree with on every case.
+        solution: A short function as the notebook shows it, used until the answer is right.
+        cases: Makes the arguments of all cases, anew at every call.
+        mistakes: Functions that readers write instead, by the sentence that names the mistake.
+        observe: Gives what is compared of a function on a case; its result by default.
+        tolerance: Relative tolerance of the comparison.
     """
 
     key: str
-    asks: str
-    says: str
-    truth: Function
+    request: str
+    confirmation: str
+    reference: Function
     solution: Function
     cases: Callable[[], Iterable[tuple[Any, ...]]]
     mistakes: Mapping[str, Function] = field(default_factory=dict)
-    look: Callable[..., Any] = call
-    close: float = 1e-5
+    observe: Callable[..., Any] = call
+    tolerance: float = 1e-5
 
     def judge(self, function: Function) -> str | None:
-        """What is wrong with a function, in a sentence, or None; raises NotImplementedError where
-        the function does.
+        """Compare a function with the reference on all cases.
+
+        Args:
+            function: The reader's function.
+
+        Returns:
+            A sentence that says what is wrong, or None for a right answer.
+
+        Raises:
+            NotImplementedError: The function raised it, as a stub does.
         """
-        for mine, yours in zip(self.cases(), self.cases(), strict=True):
-            want = self.look(self.truth, *mine)
+        for case, same_case in zip(self.cases(), self.cases(), strict=True):
+            wanted = self.observe(self.reference, *case)
             try:
-                got = self.look(function, *yours)
+                got = self.observe(function, *same_case)
             except NotImplementedError:
                 raise
             except WrongAnswer as mistake:
                 return str(mistake)
-            except Exception as error:  # whatever a reader can write
-                return f"it stopped with {_said(error, function)}"
-            if wrong := compared(got, want, self.close):
-                return self._named(function) or wrong
+            except Exception as error:  # a reader can write anything
+                return f"it stopped with {_describe_error(error, function)}"
+            if difference := describe_difference(got, wanted, self.tolerance):
+                return self._name_mistake(function) or difference
         return None
 
-    def _named(self, function: Function) -> str | None:
-        """The known mistake that a function is, on all cases."""
+    def _name_mistake(self, function: Function) -> str | None:
+        """The sentence of the known mistake that a function equals on all cases."""
         for sentence, mistake in self.mistakes.items():
-            pairs = zip(self.cases(), self.cases(), strict=True)
             try:
-                if all(
-                    compared(self.look(function, *a), self.look(mistake, *b), self.close) is None
-                    for a, b in pairs
-                ):
+                if self._is_same(function, mistake):
                     return sentence
-            except Exception:  # another case may break what the first did not
+            except (
+                Exception
+            ):  # the function may stop on a case that the first difference came before
                 continue
         return None
 
+    def _is_same(self, function: Function, mistake: Function) -> bool:
+        for case, same_case in zip(self.cases(), self.cases(), strict=True):
+            got, wrong = self.observe(function, *case), self.observe(mistake, *same_case)
+            if describe_difference(got, wrong, self.tolerance) is not None:
+                return False
+        return True
+
 
 def exercise(key: str) -> Callable[[Function], Function]:
-    """Decorator of what the reader writes: says how it does, and gives back the reader's function
-    or the solution.
+    """Decorate the reader's function: print whether it is right, and go on with a right one.
+
+    Args:
+        key: The exercise, such as "00.1".
+
+    Returns:
+        A decorator. It returns the reader's function if that is right, else the reference solution.
+
+    Raises:
+        OpdlabError: There is no exercise of that key.
     """
-    task = find(key)
+    task = find_exercise(key)
 
     def check(function: Function) -> Function:
-        on = "Until then the notebook goes on with the library's."
+        meanwhile = "Until then the notebook uses the reference solution."
         _authors[key] = "the reference solution's"
         try:
             wrong = task.judge(function)
         except NotImplementedError:
-            print(f"… {key} is not written yet: {task.asks}. {on}")
+            print(f"… {key} is not written yet: {task.request}. {meanwhile}")
             return task.solution
         if wrong:
-            print(f"✗ {key}: {wrong} {on}")
+            print(f"✗ {key}: {wrong} {meanwhile}")
             return task.solution
         _authors[key] = "yours"
-        print(f"✓ {key}: {task.says}.")
+        print(f"✓ {key}: {task.confirmation}.")
         return function
 
     return check
 
 
 def author(key: str) -> str:
-    """Say who wrote the function that a notebook goes on with after an exercise.
+    """Say who wrote the function that the notebook uses after an exercise.
 
     Args:
         key: The exercise, e.g. "20.1". Its cell must have run.
@@ -140,19 +164,23 @@ def author(key: str) -> str:
         OpdlabError: The exercise has not run in this session.
     """
     if key not in _authors:
-        raise OpdlabError(f"Exercise {find(key).key} has not run yet. Run its cell first.")
+        raise OpdlabError(f"Exercise {find_exercise(key).key} has not run yet. Run its cell first.")
     return _authors[key]
 
 
-def find(key: str) -> Exercise:
-    """The exercise of a key; raises OpdlabError for one that there is not."""
+def find_exercise(key: str) -> Exercise:
+    """Find an exercise by its key.
+
+    Raises:
+        OpdlabError: There is none. The message lists what there is.
+    """
     number = key.split(".", maxsplit=1)[0]
-    if number not in numbers():
+    if number not in list_notebooks():
         raise OpdlabError(
-            f"There is no exercise {key!r}. There are exercises for the notebooks"
-            f" {', '.join(numbers())}."
+            f"There is no exercise {key!r}. There are exercises for the notebooks "
+            f"{', '.join(list_notebooks())}."
         )
-    known = of(number)
+    known = list_exercises(number)
     if key not in known:
         raise OpdlabError(
             f"There is no exercise {key!r}. Notebook {number} has {', '.join(known)}."
@@ -160,107 +188,122 @@ def find(key: str) -> Exercise:
     return known[key]
 
 
-def numbers() -> list[str]:
-    """The notebooks that have exercises: "00", "11", …"""
-    return sorted(
-        module.name.removeprefix("ex") for module in pkgutil.iter_modules(exercises.__path__)
-    )
+def list_notebooks() -> list[str]:
+    """List the numbers of the notebooks that have exercises, such as "00" and "10"."""
+    return sorted(_modules())
 
 
-def of(number: str) -> dict[str, Exercise]:
-    """The exercises of a notebook, by key."""
-    return {e.key: e for e in importlib.import_module(f"{exercises.__name__}.ex{number}").EXERCISES}
+def list_exercises(number: str) -> dict[str, Exercise]:
+    """List the exercises of a notebook by key, in the notebook's order."""
+    module = importlib.import_module(f"{exercises.__name__}.{_modules()[number]}")
+    return {each.key: each for each in module.EXERCISES}
 
 
-def compared(got: Any, want: Any, close: float) -> str | None:
-    """How a result differs from the wanted one, in a sentence, or None."""
+def _modules() -> dict[str, str]:
+    """The modules of exercises, by number of their notebook."""
+    names = [module.name for module in pkgutil.iter_modules(exercises.__path__)]
+    return {match[1]: name for name in names if (match := MODULE.fullmatch(name))}
+
+
+def describe_difference(got: Any, wanted: Any, tolerance: float) -> str | None:
+    """Say how a result differs from the wanted one.
+
+    Args:
+        got: The result of the reader's function, which may be anything.
+        wanted: A number, a tensor, a text, or a tuple or dict of these.
+        tolerance: Relative tolerance for numbers.
+
+    Returns:
+        A sentence, or None where they agree.
+    """
     if got is None:
         return "it returned None. Is there a return?"
-    if isinstance(want, Mapping):
-        return _compared_by_name(got, want, close)
-    if isinstance(want, (tuple, list)) and not (
-        want and all(isinstance(x, (int, float)) for x in want)
-    ):
-        if not isinstance(got, (tuple, list)) or len(got) != len(want):
-            return f"{len(want)} results are wanted; you returned {_kind(got)}."
-        return _compared_by_name(dict(enumerate(got, 1)), dict(enumerate(want, 1)), close)
-    wanted, numbers = _numbers(want), _numbers(got)
-    if isinstance(want, (str, bool)) or wanted is None:
-        return (
-            None
-            if type(got) is type(want) and got == want
-            else f"it returned {got!r}, wanted {want!r}."
-        )
-    if numbers is None or numbers.shape != wanted.shape:
-        return (
-            f"{_shape(wanted)} is wanted; you returned"
-            f" {_shape(numbers) if numbers is not None else _kind(got)}."
-        )
-    return _compared_numbers(numbers, wanted, close)
+    if isinstance(wanted, Mapping):
+        return _compare_by_name(got, wanted, tolerance)
+    if isinstance(wanted, (tuple, list)) and not _is_list_of_numbers(wanted):
+        if not isinstance(got, (tuple, list)) or len(got) != len(wanted):
+            return f"{len(wanted)} results are wanted; you returned {_kind(got)}."
+        return _compare_by_name(dict(enumerate(got, 1)), dict(enumerate(wanted, 1)), tolerance)
+    right, numbers = _as_numbers(wanted), _as_numbers(got)
+    if isinstance(wanted, (str, bool)) or right is None:
+        is_equal = type(got) is type(wanted) and got == wanted
+        return None if is_equal else f"it returned {got!r}, wanted {wanted!r}."
+    if numbers is None or numbers.shape != right.shape:
+        returned = _shape(numbers) if numbers is not None else _kind(got)
+        return f"{_shape(right)} is wanted; you returned {returned}."
+    return _compare_numbers(numbers, right, tolerance)
 
 
-def _compared_by_name(got: Any, want: Mapping[Any, Any], close: float) -> str | None:
-    if not isinstance(got, Mapping) or set(got) != set(want):
+def _is_list_of_numbers(value: tuple[Any, ...] | list[Any]) -> bool:
+    return bool(value) and all(isinstance(each, (int, float)) for each in value)
+
+
+def _compare_by_name(got: Any, wanted: Mapping[Any, Any], tolerance: float) -> str | None:
+    if not isinstance(got, Mapping) or set(got) != set(wanted):
         there = ", ".join(map(str, got)) if isinstance(got, Mapping) else _kind(got)
-        return f"results by name are wanted: {', '.join(map(str, want))}; you returned {there}."
-    wrong = {name: compared(got[name], value, close) for name, value in want.items()}
-    return next(
-        (
-            f"{name if isinstance(name, str) else f'result {name}'}: {said}"
-            for name, said in wrong.items()
-            if said
-        ),
-        None,
-    )
+        return f"results by name are wanted: {', '.join(map(str, wanted))}; you returned {there}."
+    for name, value in wanted.items():
+        if difference := describe_difference(got[name], value, tolerance):
+            return f"{name if isinstance(name, str) else f'result {name}'}: {difference}"
+    return None
 
 
-def _compared_numbers(got: Tensor, want: Tensor, close: float) -> str | None:
-    least = close * max(1e-3, want.abs().nan_to_num(0, 0, 0).max().item() if want.numel() else 0)
-    same = lambda a, b: torch.allclose(a, b, rtol=close, atol=least, equal_nan=True)
-    if same(got, want):
+def _compare_numbers(got: Tensor, wanted: Tensor, tolerance: float) -> str | None:
+    size = wanted.abs().nan_to_num(0, 0, 0).max().item() if wanted.numel() else 0.0
+    absolute = tolerance * max(1e-3, size)
+
+    def is_close(a: Tensor, b: Tensor) -> bool:
+        return torch.allclose(a, b, rtol=tolerance, atol=absolute, equal_nan=True)
+
+    if is_close(got, wanted):
         return None
-    if same(-got, want):
+    if is_close(-got, wanted):
         return "the sign is wrong."
-    size = want.abs().nan_to_num(0, 0, 0).max() if want.numel() else 0
-    if (
-        got.abs() <= 1e-12 * size
-    ).all():  # a gradient that cancels leaves rounding, not exact zeros
+    if bool(
+        (got.abs() <= 1e-12 * size).all()
+    ):  # a gradient that cancels leaves rounding, not zeros
         return "it is zero everywhere."
-    ratio = got / want
-    if want.numel() > 1 and ratio.isfinite().all() and same(got, ratio.flatten()[0] * want):
-        return f"it is {ratio.flatten()[0].item():.3g} times what is wanted."
-    where = int((got - want).abs().nan_to_num(torch.inf).flatten().argmax())
-    at = f" at {[int(i) for i in np.unravel_index(where, tuple(want.shape))]}" if want.dim() else ""
-    mine, right = got.flatten()[where].item(), want.flatten()[where].item()
-    digits = next((n for n in (4, 6, 8, 10) if f"{mine:.{n}g}" != f"{right:.{n}g}"), 17)
+    ratio = got / wanted
+    if wanted.numel() > 1 and bool(ratio.isfinite().all()):
+        factor = ratio.flatten()[0]
+        if is_close(got, factor * wanted):
+            return f"it is {factor.item():.3g} times what is wanted."
+    return _worst_value(got, wanted)
+
+
+def _worst_value(got: Tensor, wanted: Tensor) -> str:
+    """The place where two results differ most, with as many digits as it takes to see it."""
+    place = int((got - wanted).abs().nan_to_num(torch.inf).flatten().argmax())
+    index = [int(i) for i in np.unravel_index(place, tuple(wanted.shape))]
+    at = f" at {index}" if wanted.dim() else ""
+    mine, right = got.flatten()[place].item(), wanted.flatten()[place].item()
+    digits = next((n for n in DIGITS if f"{mine:.{n}g}" != f"{right:.{n}g}"), 17)
     return f"the values differ: {mine:.{digits}g}{at}, wanted {right:.{digits}g}."
 
 
-def _numbers(value: Any) -> Tensor | None:
-    """Float64, without gradient; None for what is no number."""
+def _as_numbers(value: Any) -> Tensor | None:
+    """The value in float64 without gradient; None for a value that is no number."""
     try:
         return torch.as_tensor(value).detach().double()
     except (TypeError, ValueError, RuntimeError):
         return None
 
 
-def _shape(x: Tensor) -> str:
-    return f"shape {list(x.shape)}" if x.dim() else "one number"
+def _shape(values: Tensor) -> str:
+    return f"shape {list(values.shape)}" if values.dim() else "one number"
 
 
 def _kind(value: Any) -> str:
-    return (
-        f"{len(value)} results" if isinstance(value, (tuple, list)) else f"a {type(value).__name__}"
-    )
+    if isinstance(value, (tuple, list)):
+        return f"{len(value)} results"
+    return f"a {type(value).__name__}"
 
 
-def _said(error: Exception, function: Function) -> str:
+def _describe_error(error: Exception, function: Function) -> str:
     """The error, and the line of the reader's cell where it happened."""
+    # A method made of a function keeps it as `function`.
     code = getattr(getattr(function, "function", function), "__code__", None)
-    lines = [
-        f
-        for f in traceback.extract_tb(error.__traceback__)
-        if code and f.filename == code.co_filename
-    ]
-    where = f" (in the line `{lines[-1].line}`)" if lines and lines[-1].line else ""
+    frames = traceback.extract_tb(error.__traceback__)
+    lines = [frame.line for frame in frames if code and frame.filename == code.co_filename]
+    where = f" (in the line `{lines[-1]}`)" if lines and lines[-1] else ""
     return f"{type(error).__name__}: {str(error).rstrip('.')}{where}."

@@ -1,4 +1,4 @@
-"""The first line of every notebook: versions, device, profile, and the time to expect."""
+"""The first line of every notebook: versions, device, profile, and the expected time."""
 
 from __future__ import annotations
 
@@ -13,35 +13,53 @@ import torch
 
 from opdlab.errors import OpdlabError
 
-PROFILES = ("ci", "cpu", "gpu")
+PROFILES = ("ci", "cpu", "gpu")  # from small to large
 
 
 @dataclass(frozen=True)
 class Context:
-    """What `setup` found: the profile, the device, and whether there is a GPU to use."""
+    """The profile and the device that `setup` found.
+
+    Attributes:
+        profile: "ci", "cpu" or "gpu"; it decides models, steps and lengths.
+        device: "cpu" or "cuda".
+    """
 
     profile: str
     device: str
 
     @property
     def gpu(self) -> bool:
+        """Whether there is a GPU to use."""
         return self.device.startswith("cuda")
 
     def pick(self, **sizes: Any) -> Any:
-        """The value for this profile:
+        """Pick the value for this profile: `ctx.pick(ci=8, cpu=64, gpu=512)`.
 
-        `ctx.pick(ci=8, cpu=64, gpu=512)`; a profile left out takes the one before it.
+        Args:
+            sizes: Values by profile. A profile that is left out takes that of the next smaller.
+
+        Raises:
+            OpdlabError: There is no value for this profile or a smaller one.
         """
-        known = [p for p in PROFILES[: PROFILES.index(self.profile) + 1] if p in sizes]
+        up_to_this = PROFILES[: PROFILES.index(self.profile) + 1]
+        known = [profile for profile in up_to_this if profile in sizes]
         if not known:
             raise OpdlabError(f"pick has no size for profile {self.profile!r}. Name at least ci=….")
         return sizes[known[-1]]
 
 
 def setup(minutes: Mapping[str, float] | None = None) -> Context:
-    """Print versions, device, profile and the time to expect; quieten progress bars of loading.
+    """Print versions, device, profile and expected time, and silence the loading bars.
 
-    Returns the `Context`.
+    The environment variable `OPDLAB_PROFILE` sets the profile; without it, it is "gpu" where there
+    is a GPU, else "cpu".
+
+    Args:
+        minutes: The expected time of the notebook, by profile.
+
+    Raises:
+        OpdlabError: `OPDLAB_PROFILE` is not a profile.
     """
     import transformers
 
@@ -53,10 +71,11 @@ def setup(minutes: Mapping[str, float] | None = None) -> Context:
     transformers.utils.logging.disable_progress_bar()
     warnings.filterwarnings("ignore", message=".*IProgress not found.*")
     device = "cuda" if profile == "gpu" and torch.cuda.is_available() else "cpu"
-    expect = f" · about {minutes[profile]:g} min" if minutes and profile in minutes else ""
+    expected = f" · about {minutes[profile]:g} min" if minutes and profile in minutes else ""
+    torch_version = torch.__version__.split("+")[0]
     versions = (
-        f"opdlab {opdlab.__version__} · torch {torch.__version__.split('+')[0]} · transformers"
-        f" {transformers.__version__}"
+        f"opdlab {opdlab.__version__} · torch {torch_version}",
+        f"transformers {transformers.__version__} · Python {platform.python_version()}",
     )
-    print(f"{versions} · Python {platform.python_version()}\nprofile {profile} · {device}{expect}")
+    print(f"{' · '.join(versions)}\nprofile {profile} · {device}{expected}")
     return Context(profile, device)

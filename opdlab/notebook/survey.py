@@ -1,10 +1,9 @@
-"""The methods of the survey as data, and the six choices that make one: from choices to a method
-that runs.
+"""The methods of the survey as data, and a method of opdlab for the six choices that make one.
 
-A distillation loss is six slots: whose `prefix`es, which `target`, which `divergence`, by which
-`estimator`, with what `weight` a token, on what `schedule` (the formulation of arXiv 2604.00626,
-with the estimator that it leaves open). `data/survey.json` has the slots of the methods whose
-formulas tell them.
+A distillation loss is six choices, called slots: who writes the `prefix`es, which `target`, which
+`divergence`, by which `estimator`, with what `weight` per token, and on what `schedule`. This is
+the formulation of arXiv 2604.00626 with the estimator added, which it leaves open.
+`data/survey.json` has the slots of the methods whose formulas determine them.
 """
 
 from __future__ import annotations
@@ -16,34 +15,58 @@ from typing import Any
 
 import pandas as pd
 
-from opdlab import methods as m
+from opdlab import methods
 from opdlab.errors import OpdlabError
 from opdlab.losses.divergences import Generator, TopK
 from opdlab.losses.generators import FORMS
 from opdlab.methods.opd import DIVERGENCES
+from opdlab.methods.self_distillation import Anchor
 
 SLOTS = ("prefix", "target", "divergence", "estimator", "weight", "schedule")
+
+# The share of prompts that the student answers, by `prefix`.
 SHARES = {"student": 1.0, "mixed": 0.5, "teacher": 0.0}
+
+# Targets that are the student itself with a hint, and the weights that it then has.
+ANCHORS: dict[str, Anchor] = {"hinted self": "frozen", "hinted self, averaged": "ema"}
+
+# Methods with a choice of their own, by prefix, target, estimator and weight.
+SPECIAL: dict[tuple[str, str, str, str], Callable[[], Any]] = {
+    ("student", "teacher", "full", "forks"): methods.TOPD,
+    ("student", "teacher", "full", "undecided teacher"): methods.EOPD,
+    ("student", "beyond the teacher", "sampled", "none"): methods.GOPD,
+    ("student", "hinted teacher and hinted self", "top-k", "regimes"): methods.DOPD,
+    ("student", "teacher of other tokens", "spans", "none"): methods.SpanOPD,
+    ("student", "teacher's words", "scores", "none"): methods.OVD,
+    ("student", "teacher's words", "continuations", "entropy peaks"): methods.OmniOPD,
+    ("teacher and snapshot", "teacher's words", "pairs", "none"): methods.SODA,
+}
 
 
 def survey() -> pd.DataFrame:
-    """One row a method, by name: `arxiv`, `axis` (of version 4), `access`, `granularity`, `loss`
-    class, `line`, the six slots and where each comes from (`row_from`, `loss_from`,
-    `slots_from`); None where unknown, `date` from the arXiv id.
+    """Load the survey's methods.
+
+    Returns:
+        One row per method, by name. Columns: `arxiv`, `axis` (of the survey's version 4), `access`,
+        `granularity`, `loss` (its class), `line` (what it does), the six slots, the source of each
+        part (`row_from`, `loss_from`, `slots_from`), and `date` from the arXiv id. Unknown entries
+        are None.
     """
     package = Path(__file__).parents[1]
     inside = package / "shipped" / "survey.json"
     path = inside if inside.exists() else package.parent / "data" / "survey.json"
     rows = json.loads(path.read_text(encoding="utf-8"))["methods"]
-    flat = [
-        {key: value for key, value in row.items() if key not in ("slots", "certainty")}
-        | {slot: row.get("slots", {}).get(slot) for slot in SLOTS}
-        | {f"{part}_from": row["certainty"].get(part) for part in ("row", "loss", "slots")}
-        for row in rows
-    ]
-    frame = pd.DataFrame(flat).set_index("name").astype(object)
+    frame = pd.DataFrame([_flatten(row) for row in rows]).set_index("name").astype(object)
     frame["date"] = pd.to_datetime("20" + frame["arxiv"].str[:4], format="%Y%m")
     return frame.where(frame.notna(), None)
+
+
+def _flatten(row: Mapping[str, Any]) -> dict[str, Any]:
+    """One method of the file as a row without nesting."""
+    plain = {key: value for key, value in row.items() if key not in ("slots", "certainty")}
+    slots = {slot: row.get("slots", {}).get(slot) for slot in SLOTS}
+    sources = {f"{part}_from": row["certainty"].get(part) for part in ("row", "loss", "slots")}
+    return plain | slots | sources
 
 
 def compose(
@@ -54,87 +77,94 @@ def compose(
     weight: str = "none",
     schedule: str = "constant",
 ) -> Any:
-    """The method of opdlab that six choices make.
+    """Make the method of opdlab that six choices describe.
 
-    Raises OpdlabError for what it does not have, and says which slot.
+    Args:
+        prefix: Who writes the texts: "student", "mixed" or "teacher".
+        target: The distribution that the student is to match, such as "teacher".
+        divergence: A name of `opd.OPD` or of a generator.
+        estimator: "full", "top-k", "sampled", "sampled, baseline" or "return".
+        weight: How tokens are weighted; "none" for alike.
+        schedule: "constant"; opdlab has no other.
+
+    Raises:
+        OpdlabError: opdlab has no such method. The message names the slot and what it may be.
     """
     if schedule != "constant":
-        raise _lacks("schedule", schedule, "constant")
-    if made := SPECIAL.get((prefix, target, estimator, weight)):
-        return made()
+        raise _missing("schedule", schedule, "constant")
+    if special := SPECIAL.get((prefix, target, estimator, weight)):
+        return special()
     if prefix not in SHARES:
-        raise _lacks("prefix", prefix, *SHARES)
+        raise _missing("prefix", prefix, *SHARES)
     if weight != "none":
-        raise _lacks("weight", weight, "none")
-    if target in ANCHORS and (prefix, estimator) != ("student", "full"):
-        raise OpdlabError(
-            f"opdlab has the target {target!r} on whole distributions. Use prefix='student' and"
-            " estimator='full'."
-        )
+        raise _missing("weight", weight, "none")
     if target in ANCHORS:
-        return m.SelfDistillation(_known(divergence, DIVERGENCES), anchor=ANCHORS[target])  # type: ignore[arg-type]
+        return _on_hinted_self(prefix, target, divergence, estimator)
     if target != "teacher":
-        raise _lacks("target", target, "teacher", *ANCHORS)
-    return _on_logits(SHARES[prefix], divergence, estimator)
+        raise _missing("target", target, "teacher", *ANCHORS)
+    if estimator in ("full", "top-k"):
+        return _on_distributions(SHARES[prefix], divergence, estimator)
+    return _on_sampled_tokens(SHARES[prefix], divergence, estimator)
 
 
-def _on_logits(share: float, divergence: str, estimator: str) -> Any:
-    if estimator == "full":
-        return m.OPD(_known(divergence, DIVERGENCES), on_policy=share)
-    if estimator == "top-k":
-        return m.OPD(_known(divergence, DIVERGENCES), top_k=TopK(16, by="teacher"), on_policy=share)
-    if estimator not in ("sampled", "sampled, baseline", "return"):
-        raise _lacks(
-            "estimator", estimator, "full", "top-k", "sampled", "sampled, baseline", "return"
-        )
-    if share < 1:
-        raise OpdlabError(
-            f"The estimator {estimator!r} grades tokens that the student sampled. Use"
-            " prefix='student', or estimator='full'."
-        )
-    if divergence != "reverse_kl":
-        if estimator != "sampled":
-            raise OpdlabError(
-                f"opdlab has {estimator!r} for the reverse KL only, not for {divergence!r}. Use"
-                " estimator='sampled'."
-            )
-        return m.OPDPlus(Generator(_known(divergence, FORMS)).name)
-    if estimator == "return":
-        return m.OPD(estimator="sampled", discount=1.0)
-    return m.OPD(estimator="sampled", baseline="value" if "baseline" in estimator else None)
-
-
-ANCHORS = {"told self": "frozen", "told self, averaged": "ema"}
-SPECIAL: dict[
-    tuple[str, str, str, str], Callable[[], Any]
-] = {  # by prefix, target, estimator and weight
-    ("student", "teacher", "full", "forks"): m.TOPD,
-    ("student", "teacher", "full", "undecided teacher"): m.EOPD,
-    ("student", "beyond the teacher", "sampled", "none"): m.GOPD,
-    ("student", "told teacher and told self", "top-k", "regimes"): m.DOPD,
-    ("student", "teacher of other tokens", "spans", "none"): m.SpanOPD,
-    ("student", "teacher's words", "scores", "none"): m.OVD,
-    ("student", "teacher's words", "continuations", "entropy peaks"): m.OmniOPD,
-    ("teacher and snapshot", "teacher's words", "pairs", "none"): m.SODA,
-}
-
-
-def composed(frame: pd.DataFrame) -> dict[str, Any]:
-    """The methods of a survey whose slots make one of opdlab's, by name."""
-    out = {}
+def compose_all(frame: pd.DataFrame) -> dict[str, Any]:
+    """Compose the methods of a survey whose slots opdlab has, by name."""
+    found = {}
     for name, row in frame[frame["prefix"].notna()].iterrows():
         try:
-            out[str(name)] = compose(**{slot: row[slot] for slot in SLOTS})
+            found[str(name)] = compose(**{slot: row[slot] for slot in SLOTS})
         except OpdlabError:
             continue
-    return out
+    return found
+
+
+def _on_hinted_self(prefix: str, target: str, divergence: str, estimator: str) -> Any:
+    """Self-distillation: the target is the student with a hint."""
+    if (prefix, estimator) != ("student", "full"):
+        raise OpdlabError(
+            f"opdlab has the target {target!r} on whole distributions. Use prefix='student' and "
+            "estimator='full'."
+        )
+    return methods.SelfDistillation(_known(divergence, DIVERGENCES), anchor=ANCHORS[target])
+
+
+def _on_distributions(share: float, divergence: str, estimator: str) -> Any:
+    """A divergence over the vocabulary, or over the teacher's top tokens."""
+    name = _known(divergence, DIVERGENCES)
+    if estimator == "top-k":
+        return methods.OPD(name, top_k=TopK(16, by="teacher"), on_policy=share)
+    return methods.OPD(name, on_policy=share)
+
+
+def _on_sampled_tokens(share: float, divergence: str, estimator: str) -> Any:
+    """A divergence estimated from the tokens that the student sampled."""
+    sampled = ("sampled", "sampled, baseline", "return")
+    if estimator not in sampled:
+        raise _missing("estimator", estimator, "full", "top-k", *sampled)
+    if share < 1:
+        raise OpdlabError(
+            f"The estimator {estimator!r} grades tokens that the student sampled. Use "
+            "prefix='student', or estimator='full'."
+        )
+    if divergence == "reverse_kl" and estimator == "return":
+        return methods.OPD(estimator="sampled", discount=1.0)
+    if divergence == "reverse_kl":
+        return methods.OPD(
+            estimator="sampled", baseline="value" if "baseline" in estimator else None
+        )
+    if estimator != "sampled":
+        raise OpdlabError(
+            f"opdlab has {estimator!r} for the reverse KL only, not for {divergence!r}. Use "
+            "estimator='sampled'."
+        )
+    return methods.OPDPlus(Generator(_known(divergence, FORMS)).name)
 
 
 def _known(divergence: str, table: Mapping[str, Any]) -> str:
     if divergence not in table:
-        raise _lacks("divergence", divergence, *table)
+        raise _missing("divergence", divergence, *table)
     return divergence
 
 
-def _lacks(slot: str, value: str, *known: str) -> OpdlabError:
+def _missing(slot: str, value: str, *known: str) -> OpdlabError:
     return OpdlabError(f"opdlab has no {slot} {value!r} in this place. Use {', '.join(known)}.")

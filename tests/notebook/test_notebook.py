@@ -16,7 +16,7 @@ import torch
 import opdlab as opd
 from opdlab import notebook
 from opdlab.notebook import cases, checking
-from opdlab.notebook.checking import compared, find
+from opdlab.notebook.checking import describe_difference, find_exercise
 
 ROOT = Path(__file__).parents[2]
 
@@ -42,12 +42,12 @@ def test_freeze_keeps_what_tells_and_drops_what_changes(tmp_path):
     assert [o["text"] for o in nb.cells[0].outputs] == ["kept\n"]
     assert str(tmp_path) not in path.read_text()
     assert nb.cells[2].outputs[0]["data"]["text/plain"] == "2"
-    assert nb.metadata["opdlab"]["source"] == notebook.source_hash(nb)
+    assert nb.metadata["opdlab"]["source"] == notebook.hash_source(nb)
     assert notebook.freeze(path) == first  # twice is once
     nb.cells.insert(0, nbformat.v4.new_markdown_cell("# New words"))
-    assert nb.metadata["opdlab"]["source"] == notebook.source_hash(nb)  # which no output depends on
+    assert nb.metadata["opdlab"]["source"] == notebook.hash_source(nb)  # which no output depends on
     nb.cells[3].source = "1 + 2"
-    assert nb.metadata["opdlab"]["source"] != notebook.source_hash(nb)
+    assert nb.metadata["opdlab"]["source"] != notebook.hash_source(nb)
 
 
 def test_the_same_results_are_the_same_file(tmp_path):
@@ -197,7 +197,11 @@ def test_profiles(monkeypatch, capsys):
 
 # The exercises of all notebooks.
 
-EVERY = {key: task for number in checking.numbers() for key, task in checking.of(number).items()}
+EVERY = {
+    key: task
+    for number in checking.list_notebooks()
+    for key, task in checking.list_exercises(number).items()
+}
 
 
 def stub(*_):
@@ -205,10 +209,10 @@ def stub(*_):
 
 
 def test_keys_say_where_they_belong():
-    for number in checking.numbers():
+    for number in checking.list_notebooks():
         assert number.isdigit()
-        assert list(checking.of(number)) == [
-            f"{number}.{i + 1}" for i in range(len(checking.of(number)))
+        assert list(checking.list_exercises(number)) == [
+            f"{number}.{i + 1}" for i in range(len(checking.list_exercises(number)))
         ]
         assert len(list((ROOT / "notebooks").glob(f"{number}_*.ipynb"))) == 1
 
@@ -220,11 +224,11 @@ def test_solutions_agree_with_the_library_and_stubs_go_on(key, capsys):
     assert notebook.exercise(key)(stub) is task.solution
     said = capsys.readouterr().out
     assert (
-        said == f"… {key} is not written yet: {task.asks}. Until then the notebook goes on with the"
-        " library's.\n"
+        said == f"… {key} is not written yet: {task.request}. Until then the notebook uses the"
+        " reference solution.\n"
     )
     assert notebook.exercise(key)(task.solution) is task.solution
-    assert capsys.readouterr().out == f"✓ {key}: {task.says}.\n"
+    assert capsys.readouterr().out == f"✓ {key}: {task.confirmation}.\n"
 
 
 @pytest.mark.parametrize(
@@ -252,7 +256,7 @@ def test_a_one_sided_difference_is_named_at_any_step(step, side):
             -1,
         )
 
-    assert "one-sided" in find("50.3").judge(slope)
+    assert "one-sided" in find_exercise("50.3").judge(slope)
 
 
 def test_autograd_is_told_from_differences():
@@ -261,19 +265,22 @@ def test_autograd_is_told_from_differences():
         loss(logits.log_softmax(-1), teacher).sum().backward()
         return logits.grad
 
-    assert "autograd" in find("50.3").judge(slope)
+    assert "autograd" in find_exercise("50.3").judge(slope)
 
 
 def test_a_gradient_that_cancels_up_to_rounding_is_zero():
     assert (
-        compared(torch.tensor([1e-17, -2e-17]), torch.tensor([0.3, -0.3]), 1e-5)
+        describe_difference(torch.tensor([1e-17, -2e-17]), torch.tensor([0.3, -0.3]), 1e-5)
         == "it is zero everywhere."
     )
-    assert compared(0.563612, 0.563614, 1e-9) == "the values differ: 0.563612, wanted 0.563614."
+    assert (
+        describe_difference(0.563612, 0.563614, 1e-9)
+        == "the values differ: 0.563612, wanted 0.563614."
+    )
 
 
 def test_the_author_of_what_the_notebook_goes_on_with_is_known(capsys):
-    task = find("20.1")
+    task = find_exercise("20.1")
     checking._authors.pop("31.3", None)
     with pytest.raises(opd.OpdlabError, match=r"Exercise 31\.3 has not run yet"):
         notebook.author("31.3")
@@ -319,7 +326,7 @@ def test_every_exercise_knows_a_mistake():
     ],
 )
 def test_what_is_wrong_is_said(written, says):
-    assert says in find("00.1").judge(written)
+    assert says in find_exercise("00.1").judge(written)
 
 
 def test_the_line_that_stopped_is_shown(tmp_path):
@@ -330,12 +337,15 @@ def test_the_line_that_stopped_is_shown(tmp_path):
     made = runpy.run_path(str(source))
     assert (
         "AttributeError: 'Tensor' object has no attribute 'foo' (in the line `return gap /"
-        " rows.token.foo`)" in find("00.1").judge(made["loss"])
+        " rows.token.foo`)" in find_exercise("00.1").judge(made["loss"])
     )
 
 
 def test_methods_are_judged_as_functions():
-    assert find("00.1").judge(opd.method(needs=("teacher",))(find("00.1").solution)) is None
+    assert (
+        find_exercise("00.1").judge(opd.method(needs=("teacher",))(find_exercise("00.1").solution))
+        is None
+    )
 
 
 @pytest.mark.parametrize(
@@ -358,7 +368,7 @@ def test_methods_are_judged_as_functions():
     ],
 )
 def test_results_are_compared(got, want, says):
-    assert compared(got, want, 1e-6) == says
+    assert describe_difference(got, want, 1e-6) == says
 
 
 @pytest.mark.parametrize(

@@ -11,7 +11,7 @@ import pytest
 
 import opdlab as opd
 from opdlab.losses.divergences import TopK
-from opdlab.notebook.survey import SLOTS, compose, composed, survey
+from opdlab.notebook.survey import SLOTS, compose, compose_all, survey
 
 ROWS = json.loads((Path(__file__).parents[2] / "data" / "survey.json").read_text(encoding="utf-8"))[
     "methods"
@@ -105,8 +105,8 @@ def test_the_frame_has_dates_and_none_where_nothing_is_known():
         ({"estimator": "sampled, baseline"}, opd.OPD(estimator="sampled", baseline="value")),
         ({"estimator": "return"}, opd.OPD(estimator="sampled", discount=1.0)),
         ({"estimator": "sampled", "divergence": "pearson"}, opd.OPDPlus("pearson")),
-        ({"target": "told self"}, opd.SelfDistillation("reverse_kl")),
-        ({"target": "told self, averaged"}, opd.SelfDistillation("reverse_kl", anchor="ema")),
+        ({"target": "hinted self"}, opd.SelfDistillation("reverse_kl")),
+        ({"target": "hinted self, averaged"}, opd.SelfDistillation("reverse_kl", anchor="ema")),
         ({"weight": "forks"}, opd.TOPD()),
         ({"weight": "undecided teacher"}, opd.EOPD()),
         ({"target": "beyond the teacher", "estimator": "sampled"}, opd.GOPD()),
@@ -123,10 +123,10 @@ def test_choices_make_methods(choices, method):
         ({"prefix": "blend"}, r"no prefix 'blend' .*Use student, mixed, teacher"),
         ({"weight": "pass rate"}, "no weight 'pass rate'"),
         ({"prefix": "mixed", "weight": "forks"}, "no weight 'forks'"),
-        ({"target": "a friend"}, r"no target 'a friend' .*told self"),
+        ({"target": "a friend"}, r"no target 'a friend' .*hinted self"),
         (
-            {"target": "told self", "estimator": "sampled"},
-            r"target 'told self' on whole distributions\. Use prefix='student'",
+            {"target": "hinted self", "estimator": "sampled"},
+            r"target 'hinted self' on whole distributions\. Use prefix='student'",
         ),
         ({"divergence": "bregman"}, "no divergence 'bregman'"),
         ({"estimator": "guess"}, "no estimator 'guess'"),
@@ -146,7 +146,7 @@ def test_what_is_lacking_is_named(choices, says):
 
 
 def test_the_papers_of_opdlab_s_methods_make_them():
-    ready = composed(survey())
+    ready = compose_all(survey())
     made = {
         name: type(ready[name])
         for name in (

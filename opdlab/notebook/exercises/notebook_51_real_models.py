@@ -1,0 +1,110 @@
+"""Notebook 51: the memory of a LoRA in training, and the largest micro-batch that fits."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from opdlab.notebook.checking import Exercise
+
+GIB = 2.0**30
+Shapes = Sequence[tuple[int, int]]  # inputs and outputs of linear layers
+
+
+def training_bytes(shapes: Shapes, rank: int) -> int:
+    """Solve 51.1: the bytes of an adapter in training."""
+    numbers = sum(rank * (inputs + outputs) for inputs, outputs in shapes)
+    return numbers * 4 * (1 + 1 + 2)
+
+
+def _reference_bytes(shapes: Shapes, rank: int) -> int:
+    """Each of A and B, with its gradient and its two moments, in float32."""
+    return sum(4 * 4 * (inputs * rank + rank * outputs) for inputs, outputs in shapes)
+
+
+def _cases_of_bytes() -> list[tuple[Shapes, int]]:
+    return [
+        ([(576, 576), (576, 192), (1536, 576)], 16),
+        ([(1024, 3072)] * 28, 8),
+        ([(64, 256)], 1),
+    ]
+
+
+def _whole_matrices(shapes: Shapes, rank: int) -> int:
+    return 16 * sum(inputs * outputs for inputs, outputs in shapes)
+
+
+def _weights_alone(shapes: Shapes, rank: int) -> int:
+    return training_bytes(shapes, rank) // 4
+
+
+def _without_moments(shapes: Shapes, rank: int) -> int:
+    return training_bytes(shapes, rank) // 2
+
+
+def micro_batch(fixed: float, each: float, free: float, rows: int) -> int:
+    """Solve 51.2: the largest number of completions in one backward pass."""
+    room = free - fixed
+    return max(0, min(rows, int(room // each)))
+
+
+def _reference_micro_batch(fixed: float, each: float, free: float, rows: int) -> int:
+    return max([n for n in range(1, rows + 1) if fixed + n * each <= free], default=0)
+
+
+def _cases_of_micro_batch() -> list[tuple[float, float, float, int]]:
+    return [
+        (10 * GIB, 0.5 * GIB, 24 * GIB, 64),
+        (1.0, 2.0, 9.0, 8),
+        (1.0, 2.0, 100.0, 8),
+        (5.0, 1.0, 4.0, 8),
+        (5.0, 2.0, 6.0, 8),
+    ]
+
+
+def _fixed_forgotten(fixed: float, each: float, free: float, rows: int) -> int:
+    return micro_batch(0, each, free, rows)
+
+
+def _more_than_the_rows(fixed: float, each: float, free: float, rows: int) -> int:
+    return micro_batch(fixed, each, free, 10**9)
+
+
+def _negative(fixed: float, each: float, free: float, rows: int) -> int:
+    return min(rows, int((free - fixed) // each))
+
+
+EXERCISES = (
+    Exercise(
+        "51.1",
+        request=(
+            "return the bytes of an adapter of this rank in training: weights, gradient and two "
+            "moments, in float32"
+        ),
+        confirmation="training keeps no more than that beside the model",
+        reference=_reference_bytes,
+        solution=training_bytes,
+        cases=_cases_of_bytes,
+        mistakes={
+            (
+                "that is the whole matrix. An adapter is A, inputs × rank, and B, rank × outputs."
+            ): _whole_matrices,
+            (
+                "that is the weights alone; each also has a gradient and two moments of AdamW."
+            ): _weights_alone,
+            "the two moments of AdamW are missing.": _without_moments,
+        },
+    ),
+    Exercise(
+        "51.2",
+        request="return the most completions, up to rows, whose backward pass fits, or 0",
+        confirmation="it does not change the result of a step",
+        reference=_reference_micro_batch,
+        solution=micro_batch,
+        cases=_cases_of_micro_batch,
+        mistakes={
+            "subtract the memory that is always used first.": _fixed_forgotten,
+            "a batch has no more than `rows` completions.": _more_than_the_rows,
+            "a micro-batch cannot be negative: where nothing fits, return 0.": _negative,
+        },
+    ),
+)
