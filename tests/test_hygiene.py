@@ -52,6 +52,15 @@ def test_the_readme_names_methods_that_exist():
     assert all(hasattr(opdlab, name) for name in named if name[0].isupper())
 
 
+def test_the_readme_asks_the_questions_that_the_views_answer():
+    from opdlab import viz
+
+    rows = re.findall(r"^\| `(\w+)` \| (.+\?) \|$", (ROOT / "README.md").read_text("utf-8"), re.M)
+    captions = {view.__name__: view.caption for view in viz.VIEWS}
+    assert len(rows) > 10
+    assert dict(rows).items() <= captions.items()
+
+
 def test_the_path_of_a_training_step_exists():
     """CONTRIBUTING shows a step as files and functions; each function is in its file."""
     text = (ROOT / "CONTRIBUTING.md").read_text(encoding="utf-8")

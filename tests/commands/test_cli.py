@@ -1,6 +1,4 @@
-"""The command line as a user meets it: processes of its own, exit codes, one-line errors, and a
-demo that learns.
-"""
+"""The command line as a user meets it: separate processes, exit codes, one-line errors."""
 
 from __future__ import annotations
 
@@ -12,6 +10,7 @@ import pytest
 
 import opdlab as opd
 from opdlab.commands.demo import demo
+from opdlab.viz.made_up import make_trace
 
 
 def opdlab(*words: str, timeout: int = 2500) -> subprocess.CompletedProcess[str]:
@@ -51,6 +50,21 @@ def test_show_draws_any_trace(tmp_path):
     done = opdlab("show", str(path), "--sample", "1", "--no-open")
     assert done.returncode == 0, done.stderr
     assert "opd-lens" in (tmp_path / "t.html").read_text(encoding="utf-8")
+
+
+def test_show_loads_no_library_of_models(tmp_path):
+    path = make_trace([b"a", b" b"]).save(tmp_path / "t.parquet")
+    code = (
+        "import sys\n"
+        "from opdlab.commands import cli\n"
+        f"sys.argv = ['opdlab', 'show', {str(path)!r}, '--no-open']\n"
+        "cli.main()\n"
+        "heavy = ('torch', 'transformers', 'peft', 'accelerate', 'datasets', 'scipy')\n"
+        "print('heavy:', *[name for name in heavy if name in sys.modules])"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.splitlines()[-1] == "heavy:"
 
 
 def test_errors_are_one_line_and_say_what_to_do(tmp_path):
