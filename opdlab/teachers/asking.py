@@ -1,10 +1,13 @@
-"""How a server is asked for text: the request for a prompt, and for going on with an answer that
-somebody else began.
+"""Make the requests that ask a server for text, and read its replies.
+
+A server can be asked to go on with an unfinished answer in these ways:
 
 completion   the chat rendered to text, with the unfinished answer at its end (/completions)
-prefill      the unfinished answer as last message, to be continued: vLLM's and SGLang's fields (/chat/completions)
+prefill      the unfinished answer as last message, to be continued: the fields of vLLM and SGLang
+             (/chat/completions)
 prefix       the same as DeepSeek and Mistral spell it: `"prefix": true` in the message
-instruct     the unfinished answer as a message of the assistant, then a plain request to go on; what it repeats is cut
+instruct     the unfinished answer as a message of the assistant, then a plain request to go on;
+             repetitions of it are cut
 """
 
 from __future__ import annotations
@@ -25,22 +28,35 @@ GO_ON = (
     " character, in the same style. Write only what comes next: do not repeat anything, do not"
     " start over, do not comment."
 )
-# Finish reasons of answers, and whether they are whole. "eos" and "eos_token" are what Together and
-# older TGI say for "stop".
+# Finish reasons of answers that are whole or cut. Together and older TGI say "eos" and "eos_token"
+# for "stop".
 FINISHED = {"stop": "stop", "eos": "stop", "eos_token": "stop", "length": "length"}
-SHORTEST_ECHO = 12  # characters: a shorter repetition may be what the text says next
+SHORTEST_ECHO = 12  # characters: a shorter repetition may be the text itself
 
 
-def request(
+def make_request(
     prompt: Prompt, prefix: str, way: str, template: PreTrainedTokenizerBase | None
 ) -> tuple[str, dict[str, Any]]:
-    """Path and body (without model and sampling) that ask for an answer to `prompt`, going on from
-    `prefix` where there is one.
+    """Make the request for an answer to `prompt`, going on from `prefix` if there is one.
+
+    Args:
+        prompt: What is asked.
+        prefix: An unfinished answer, or "".
+        way: How to ask for more of it, one of `WAYS`.
+        template: Renders the chat for "completion".
+
+    Returns:
+        The path and the body, without model and sampling fields.
+
+    Raises:
+        OpdlabError: The chat must be rendered, and there is no template.
     """
     if prompt.messages is None:
         return "/completions", {"prompt": f"{prompt.text}{prefix}"}
     if way == "completion":
-        return "/completions", {"prompt": rendered(prompt, template) + _harmless(prefix, template)}
+        return "/completions", {
+            "prompt": render_chat(prompt, template) + _harmless(prefix, template)
+        }
     messages = [dict(message) for message in prompt.messages]
     if not prefix:
         return "/chat/completions", {"messages": messages}
@@ -53,10 +69,13 @@ def request(
     return "/chat/completions", {"messages": [*messages, begun, {"role": "user", "content": GO_ON}]}
 
 
-def rendered(prompt: Prompt, template: PreTrainedTokenizerBase | None) -> str:
-    """The chat as the text that the teacher's model reads, ready for its answer.
+def render_chat(prompt: Prompt, template: PreTrainedTokenizerBase | None) -> str:
+    """Render a chat as the text that the teacher's model reads, ready for its answer.
 
-    A server adds the token of the beginning itself.
+    The token of the beginning is left out, since a server adds it itself.
+
+    Raises:
+        OpdlabError: There is no template.
     """
     if template is None or not template.chat_template:
         raise OpdlabError(
@@ -73,40 +92,36 @@ def rendered(prompt: Prompt, template: PreTrainedTokenizerBase | None) -> str:
 
 
 def _harmless(text: str, template: PreTrainedTokenizerBase | None) -> str:
-    """The text without what the server would read as special tokens: a student may write `<eos>`
-    letter by letter.
-    """
+    """The text without the names of special tokens: a student may write `<eos>` by letters."""
     for special in template.all_special_tokens if template is not None else ():
         text = text.replace(special, "")
     return text
 
 
-def continuation(text: str, prefix: str, way: str) -> str:
-    """What a reply adds to `prefix`."""
+def read_continuation(text: str, prefix: str, way: str) -> str:
+    """Return the part of a reply that goes on from `prefix`."""
     return without_echo(text, prefix) if way == "instruct" else text
 
 
 def without_echo(text: str, prefix: str) -> str:
-    """Cut from the start of `text` what repeats the end of `prefix` (or all of it): the longest
-    match of 12 characters or more.
+    """Cut from the start of `text` its longest repetition of the end of `prefix`, or of all of it.
+
+    Repetitions under `SHORTEST_ECHO` characters are left.
     """
     begun, said = prefix.rstrip(), text.lstrip()
     if begun and said.startswith(begun):
         return said[len(begun) :]
-    longest = next(
-        (
-            k
-            for k in range(min(len(begun), len(said)), SHORTEST_ECHO - 1, -1)
-            if begun.endswith(said[:k])
-        ),
-        0,
-    )
-    return said[longest:] if longest else text
+    for length in range(min(len(begun), len(said)), SHORTEST_ECHO - 1, -1):
+        if begun.endswith(said[:length]):
+            return said[length:]
+    return text
 
 
 def check_texts(prompts: Sequence[Prompt], prefixes: Sequence[str]) -> None:
-    """Raise InvalidValue for a prompt or prefix that cannot be sent: half of a character (a lone
-    surrogate) is no text.
+    """Check that every prompt and prefix can be sent.
+
+    Raises:
+        InvalidValue: One holds half of a character (a lone surrogate), which is no text.
     """
     for i, (prompt, prefix) in enumerate(zip(prompts, prefixes, strict=True)):
         parts = [
@@ -115,14 +130,15 @@ def check_texts(prompts: Sequence[Prompt], prefixes: Sequence[str]) -> None:
             prefix,
         ]
         for part in parts:
-            if (broken := lone_surrogate(part)) is not None:
+            broken = find_lone_surrogate(part)
+            if broken is not None:
                 raise InvalidValue(
                     f"Prompt {prompt.id or i!r} holds {part[broken]!a}, half of a character, which"
                     " no tokenizer reads. Mend the text."
                 )
 
 
-def lone_surrogate(text: str) -> int | None:
+def find_lone_surrogate(text: str) -> int | None:
     """Return where the text holds half of a character, or None."""
     try:
         text.encode()
@@ -131,12 +147,21 @@ def lone_surrogate(text: str) -> int | None:
     return None
 
 
-def choices(reply: Mapping[str, Any], most: int) -> list[dict[str, Any]]:
-    """The texts of a reply, `{"text": …, "finish": …}` each; raises Fault for what is no answer.
+def read_choices(reply: Mapping[str, Any], most: int) -> list[dict[str, Any]]:
+    """Read the texts of a reply.
 
-    most: the tokens that were asked for, over all texts. An empty text is an answer only where the
-        model stopped at once, which
-    the count of tokens must bear out where there is one text.
+    An empty text is an answer only if the model stopped at once. If it is the only one, the count
+    of tokens must bear that out.
+
+    Args:
+        reply: The reply.
+        most: The tokens that were asked for, over all texts.
+
+    Returns:
+        `{"text": …, "finish": …}` for each text.
+
+    Raises:
+        Fault: One is no whole answer.
     """
     listed = reply.get("choices")
     if not isinstance(listed, list) or not listed:
@@ -145,17 +170,19 @@ def choices(reply: Mapping[str, Any], most: int) -> list[dict[str, Any]]:
 
 
 def check_no_error(choice: Any) -> None:
-    """Raise Fault for a choice that carries an error, in the server's words."""
+    """Raise Fault if a choice carries an error, in the server's words."""
     if isinstance(choice, dict):
         raise_error_of(choice)
 
 
-def checked_finish(choice: Any) -> str:
-    """Return "stop" for a whole answer and "length" for one that was cut; raises Fault for one that
-    was broken off.
+def read_finish(choice: Any) -> str:
+    """Return "stop" for a whole answer and "length" for one that was cut.
 
-    Servers say `abort` or `error` where they gave up, `content_filter` where they hold something
-    back, `tool_calls` where the text is not the answer, and null where they do not know.
+    Servers say `abort` or `error` if they gave up, `content_filter` if they hold something back,
+    `tool_calls` if the text is not the answer, and null if they do not know.
+
+    Raises:
+        Fault: The answer was broken off.
     """
     said = choice.get("finish_reason") if isinstance(choice, dict) else None
     if isinstance(said, str) and said in FINISHED:
@@ -168,6 +195,7 @@ def checked_finish(choice: Any) -> str:
 
 
 def _choice(choice: Any, usage: Any, n: int, most: int) -> dict[str, Any]:
+    """One text with its finish; raises Fault if it is no whole answer."""
     check_no_error(choice)
     said = choice.get("message", choice) if isinstance(choice, dict) else None
     text = (
@@ -179,7 +207,7 @@ def _choice(choice: Any, usage: Any, n: int, most: int) -> dict[str, Any]:
     written = usage.get("completion_tokens") if isinstance(usage, dict) else None
     count = written if type(written) is int and written >= 0 else None
     if isinstance(choice, dict) and isinstance(text, str):
-        finish = checked_finish(choice)
+        finish = read_finish(choice)
     else:
         raise Fault(
             f"a text is missing (finish_reason {reason}). Where the model thinks first, switch that"
@@ -187,9 +215,8 @@ def _choice(choice: Any, usage: Any, n: int, most: int) -> dict[str, Any]:
         )
     if count is not None and count > most:
         raise Fault(f"the server wrote {count} tokens where {most} were asked for")
-    stopped = finish == "stop" and (
-        n > 1 or (count is not None and count <= 2)
-    )  # the end of a turn may take two tokens
+    # The end of a turn may take two tokens.
+    stopped = finish == "stop" and (n > 1 or (count is not None and count <= 2))
     if not text and not stopped:
         raise Fault(
             f"a text is empty (finish_reason {reason}). Where the model thinks first, switch that"
@@ -197,15 +224,16 @@ def _choice(choice: Any, usage: Any, n: int, most: int) -> dict[str, Any]:
         )
     if finish == "length":
         text = _without_half_character(text)
-    if (broken := lone_surrogate(text)) is not None:
+    broken = find_lone_surrogate(text)
+    if broken is not None:
         raise Fault(f"a text holds {text[broken]!a}, half of a character")
     return {"text": text, "finish": finish}
 
 
 def _without_half_character(text: str) -> str:
-    """A cut text without the half of a character that it may end with:
+    """A cut text without the half of a character that it may end with.
 
-    U+FFFD for bytes, a surrogate for UTF-16.
+    That is U+FFFD for bytes, and a surrogate for UTF-16.
     """
     whole = text.rstrip("\ufffd")
     return whole[:-1] if whole and 0xD800 <= ord(whole[-1]) < 0xDC00 else whole

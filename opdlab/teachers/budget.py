@@ -1,7 +1,7 @@
-"""What a served teacher may cost.
+"""Limit the cost of a served teacher.
 
-Every request is held back from the budget at its worst case before it is sent, so that the limit
-stops a run before it is passed and not after, also with many requests in flight.
+Every request is charged at its worst case before it is sent, and at its true cost afterwards. So a
+run stops before it passes a limit and not after, also with many requests in flight.
 """
 
 from __future__ import annotations
@@ -19,16 +19,21 @@ Prices = Annotated[
     tuple[Amount, Amount],
     Field(description="two finite numbers of at least 0, for a million tokens read and written"),
 ]
-# tokens that a server's chat template may add to a prompt; the rest of a prompt has at most one a
-# byte
+# Tokens that a server's chat template may add to a prompt. The rest has at most one token per byte.
 TEMPLATE = 256
 
 
 @dataclass(frozen=True)
 class Usage:
-    """What requests used: tokens read, tokens written, how many requests.
+    """How much some requests used.
 
-    Raises InvalidValue for less than nothing.
+    Attributes:
+        prompt: Tokens read.
+        completion: Tokens written.
+        requests: Requests sent.
+
+    Raises:
+        InvalidValue: One of them is negative or no whole number.
     """
 
     prompt: CountOrZero = 0
@@ -40,6 +45,7 @@ class Usage:
 
     @property
     def tokens(self) -> int:
+        """Tokens read and written together."""
         return self.prompt + self.completion
 
     def __add__(self, other: Usage) -> Usage:
@@ -58,19 +64,25 @@ class Usage:
 
 
 def worst(texts: str, n: int, max_tokens: int) -> Usage:
-    """The most that a request for `n` texts can use: a token has at least one byte."""
+    """Return the most that a request for `n` texts can use: a token has at least one byte."""
     return Usage(len(texts.encode("utf-8", "replace")) + TEMPLATE, n * max_tokens, 1)
 
 
 @dataclass(eq=False)
 class Budget:
-    """Limits over the life of this object; None is no limit. One budget may serve several teachers.
+    """Limits over the life of this object. One budget may serve several teachers.
 
-    tokens: read and written together. cost: in the currency of `prices`, which are for a million
-        tokens read and written.
-    requests: sent, the repeated ones too. What a lost reply has cost is unknown and counted at its
-        worst case. Raises
-    InvalidValue for limits that are none.
+    The cost of a lost reply is unknown and counted at its worst case.
+
+    Attributes:
+        tokens: Most tokens, read and written together; None for no limit.
+        cost: Most cost, in the currency of `prices`; None for no limit.
+        requests: Most requests, the repeated ones included; None for no limit.
+        prices: Of a million tokens read, and of a million tokens written.
+        spent: How much was used so far.
+
+    Raises:
+        InvalidValue: A limit is no limit, or there is a limit on cost without prices.
     """
 
     tokens: CountOrZero | None = None
@@ -89,12 +101,14 @@ class Budget:
         self._held, self._changed = Usage(), threading.Condition()
 
     def price(self, usage: Usage) -> float:
-        """What `usage` costs."""
+        """Return the cost of `usage`."""
         return (usage.prompt * self.prices[0] + usage.completion * self.prices[1]) / 1e6
 
     def hold(self, worst: Usage) -> Hold:
-        """Set `worst` aside, waiting for requests in flight where that may help; raises BudgetSpent
-        where it does not fit.
+        """Set `worst` aside, after waiting for requests in flight if that may help.
+
+        Raises:
+            BudgetSpent: It does not fit.
         """
         with self._changed:
             while over := self._over(self.spent + self._held + worst):
@@ -109,31 +123,26 @@ class Budget:
         return Hold(self, worst)
 
     def _over(self, usage: Usage) -> str:
+        """The first limit that `usage` passes, in words; "" for none."""
         used = {
             "tokens": (usage.tokens, self.tokens),
             "requests": (usage.requests, self.requests),
             "of money": (self.price(usage), self.cost),
         }
-        return next(
-            (
-                f"{limit} {name}"
-                for name, (n, limit) in used.items()
-                if limit is not None and n > limit
-            ),
-            "",
-        )
+        for name, (count, limit) in used.items():
+            if limit is not None and count > limit:
+                return f"{limit} {name}"
+        return ""
 
     def _left(self) -> str:
-        left = {"tokens": self.tokens, "requests": self.requests}
-        parts = [
-            f"{limit - getattr(self.spent, name)} {name}"
-            for name, limit in left.items()
-            if limit is not None
-        ]
-        return ", ".join(
-            parts
-            + ([] if self.cost is None else [f"{self.cost - self.price(self.spent):.4g} of money"])
-        )
+        parts = []
+        if self.tokens is not None:
+            parts.append(f"{self.tokens - self.spent.tokens} tokens")
+        if self.requests is not None:
+            parts.append(f"{self.requests - self.spent.requests} requests")
+        if self.cost is not None:
+            parts.append(f"{self.cost - self.price(self.spent):.4g} of money")
+        return ", ".join(parts)
 
     def _settle(self, worst: Usage, used: Usage) -> None:
         with self._changed:
@@ -142,8 +151,10 @@ class Budget:
 
 
 class Hold:
-    """A request's share of a budget while it is under way: at the end, `used` is charged, or the
-    worst case.
+    """A request's share of a budget while it is under way.
+
+    Attributes:
+        used: What is charged in the end; the worst case unless it is set.
     """
 
     def __init__(self, budget: Budget, worst: Usage) -> None:

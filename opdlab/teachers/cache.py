@@ -1,8 +1,7 @@
-"""Answers of a served teacher on disk, so that what was paid for once is never paid for again:
-SQLite rows of JSON.
+"""Keep the answers of a served teacher on disk, so that nothing is paid for twice.
 
-A row's key is a hash of all that was asked (server, model, messages, prefix, sampling, seed) and of
-which sample it is.
+The file is SQLite with rows of JSON. A row's key is a hash of all that was asked (server, model,
+messages, prefix, sampling, seed) and of the sample's number.
 """
 
 from __future__ import annotations
@@ -22,14 +21,14 @@ WAIT = 60.0  # seconds for another process to finish its write
 
 
 def key_of(asked: Any) -> str:
-    """A hash of JSON data, the same in every process."""
+    """Return a hash of JSON data, the same in every process."""
     return hashlib.sha256(json.dumps(asked, sort_keys=True, ensure_ascii=True).encode()).hexdigest()
 
 
 def _log_ahead(rows: sqlite3.Connection) -> None:
-    """A commit then waits for no disk, and a crash of the process loses nothing.
+    """Let commits wait for no disk; a crash of the process still loses nothing.
 
-    SQLite itself does not wait where two change the journal of a new file at once, so we do.
+    SQLite itself does not wait if two processes change the journal of a new file at once, so we do.
     """
     end = time.monotonic() + WAIT
     while True:
@@ -43,12 +42,15 @@ def _log_ahead(rows: sqlite3.Connection) -> None:
 
 
 class Cache:
-    """`get(key)`, `put(key, answer)`: JSON objects, each written at once or not at all.
+    """JSON objects by key, each written at once or not at all.
 
-    None as path keeps them in memory.
+    Threads may share it, and so may processes.
 
-    Threads share it, and so may processes. Raises DamagedFile for a file that is not what was
-    written.
+    Args:
+        path: The file; None keeps everything in memory.
+
+    Raises:
+        DamagedFile: The file holds something else than was written.
     """
 
     def __init__(self, path: str | os.PathLike[str] | None = None) -> None:
@@ -57,7 +59,7 @@ class Cache:
         self._rows: sqlite3.Connection | None = None
 
     def get(self, key: str) -> dict[str, Any] | None:
-        """The answer stored under `key`, or None."""
+        """Return the answer stored under `key`, or None."""
         with self._lock:
             found = self._run("SELECT answer, checksum FROM answers WHERE key = ?", key)
         if not found:
@@ -65,10 +67,11 @@ class Cache:
         answer, checksum = found[0]
         if not isinstance(answer, str) or checksum != key_of([key, answer]):
             raise self._damaged("a row is not what was written")
-        return json.loads(answer)
+        stored: dict[str, Any] = json.loads(answer)
+        return stored
 
     def put(self, key: str, answer: dict[str, Any]) -> None:
-        """Store `answer`; what was there under `key` is replaced."""
+        """Store `answer` under `key`, in place of an earlier one."""
         text = json.dumps(answer)
         with self._lock:
             self._run(
@@ -81,10 +84,7 @@ class Cache:
                 self._rows = self._open()
             with self._rows:  # one transaction
                 return self._rows.execute(statement, values).fetchall()
-        except (
-            sqlite3.OperationalError,
-            OSError,
-        ) as error:  # a full disk, a folder that may not be written to
+        except (sqlite3.OperationalError, OSError) as error:  # a full disk, a read-only folder
             raise OpdlabError(
                 f"The cache {self.path} cannot be used ({error}). Make room, or give the teacher"
                 " another cache=…."

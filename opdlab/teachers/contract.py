@@ -1,14 +1,19 @@
-"""What can teach: something that grades a rollout's tokens, something that writes texts, or both."""
+"""The contract of a teacher: it grades tokens (`Grader`), writes texts (`Writer`), or both.
+
+A teacher may also have `check(student, prompts, max_new_tokens)` (`Checked`), which is called
+before a run begins. Nothing needs to inherit from these protocols: a class of your own with the
+right methods takes part.
+"""
 
 from __future__ import annotations
 
 import inspect
 from typing import Any
 
-from opdlab.models.protocols import Grader, Writer
+from opdlab.models.protocols import Checked, Grader, Writer
 from opdlab.support.expect import refusal
 
-__all__ = ["Grader", "Writer", "expect_teacher"]
+__all__ = ["Checked", "Grader", "Writer", "expect_teacher"]
 
 
 def expect_teacher(value: Any, where: str, name: str = "teacher") -> Grader | Writer:

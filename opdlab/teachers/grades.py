@@ -1,10 +1,11 @@
-"""Reading a server's log-probs of a prompt, in the two forms that servers give them.
+"""Read a server's log-probs of a prompt, in the two forms that servers have for them.
 
-All of it is checked, none is believed.
+Everything is checked and nothing is believed.
 
-prompt_logprobs   vLLM: a list of {token id: {"logprob": …, "rank": …, "decoded_token": …}}, one a prompt token, null first
-echo              legacy completions with `echo` and `logprobs`: tokens, token_logprobs, top_logprobs; names are strings,
-                  or "token_id:17" where the server can (vLLM)
+prompt_logprobs   vLLM: a list with one {token id: {"logprob": …, "rank": …, "decoded_token": …}}
+                  per prompt token, null for the first
+echo              legacy completions with `echo` and `logprobs`: tokens, token_logprobs,
+                  top_logprobs; names are strings, or "token_id:17" if the server can (vLLM)
 """
 
 from __future__ import annotations
@@ -21,16 +22,18 @@ from transformers import PreTrainedTokenizerBase
 from opdlab.teachers.redaction import plain
 from opdlab.teachers.service import Fault
 
-# no model gives less: what is below stands for "no probability", as -9999.0 does at OpenAI and vLLM
+# No model gives less. Lower numbers stand for "no probability", as -9999.0 at OpenAI and vLLM.
 LEAST = -500.0
-SLACK = 1e-3  # what rounding on a server may add to a log-prob or to a sum of probabilities
+SLACK = 1e-3  # error that a server's rounding may add to a log-prob or a sum of probabilities
 
 
 @dataclass(frozen=True)
 class Names:
-    """A tokenizer's strings, to read servers that name tokens by them:
+    """A tokenizer's strings, to read servers that name tokens by them.
 
-    `ids[s]` are the ids that decode to `s`.
+    Attributes:
+        strings: The string of every token id.
+        ids: The ids that decode to a string.
     """
 
     strings: tuple[str, ...]
@@ -38,6 +41,7 @@ class Names:
 
     @classmethod
     def of(cls, tokenizer: PreTrainedTokenizerBase, vocab: int) -> Names:
+        """Decode each of the `vocab` token ids."""
         strings = tuple(tokenizer.batch_decode([[i] for i in range(vocab)]))
         ids: dict[str, tuple[int, ...]] = {}
         for i, string in enumerate(strings):
@@ -45,7 +49,11 @@ class Names:
         return cls(strings, ids)
 
     def find(self, name: str) -> int:
-        """The id that a server means by `name`; raises Fault where it is none or several."""
+        """Return the id that a server means by `name`.
+
+        Raises:
+            Fault: The name fits no token, or several.
+        """
         if name.startswith("token_id:"):
             return _id(name[len("token_id:") :])
         found = self.ids.get(name, ())
@@ -58,11 +66,22 @@ class Names:
         return found[0]
 
 
-def tops(
+def read_logprobs(
     choice: Mapping[str, Any], ids: Sequence[int], way: str, names: Names
 ) -> list[dict[int, float]]:
-    """Of each token of `ids` but the first: log-probs by id, of the likeliest tokens and the token
-    itself. Raises Fault.
+    """Read the log-probs at each token of `ids` but the first.
+
+    Args:
+        choice: The reply's one choice.
+        ids: The token ids that were sent.
+        way: One of `logprob_server.WAYS`.
+        names: The student's tokens.
+
+    Returns:
+        For each token, log-probs by id: of the likeliest tokens and of the token itself.
+
+    Raises:
+        Fault: The reply is something else.
     """
     if way == "prompt_logprobs":
         listed = choice.get("prompt_logprobs")
@@ -82,10 +101,8 @@ def tops(
     ]
     columns = [column if isinstance(column, list) else [] for column in said]
     lengths = [len(column) for column in columns]
-    if len(set(lengths)) > 1 or lengths[0] not in (
-        len(ids),
-        len(ids) + 1,
-    ):  # the token that had to be written may be among them
+    # The token that had to be written may be among them.
+    if len(set(lengths)) > 1 or lengths[0] not in (len(ids), len(ids) + 1):
         raise Fault(
             f"the echo has {lengths} tokens, log-probs and top log-probs for {len(ids)} tokens"
         )
@@ -93,11 +110,23 @@ def tops(
     return [_by_name(name, logp, top, token, names) for name, logp, top, token in rows[1:]]
 
 
-def table(
+def make_table(
     entries: Sequence[Mapping[int, float]], ids: Sequence[int], k: int, vocab: int
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """`ids [n, k]`, `top [n, k]`, `sampled [n]` (float32) of the tokens `ids`; raises Fault for
-    what is no grade of them.
+    """Make tensors of the log-probs at some tokens.
+
+    Args:
+        entries: For each token, log-probs by id.
+        ids: The tokens themselves.
+        k: How many of the likeliest tokens to keep.
+        vocab: How many tokens there are.
+
+    Returns:
+        The ids `[n, k]` of the likeliest tokens, their log-probs `[n, k]`, and those of the tokens
+        themselves `[n]`. Log-probs are float32.
+
+    Raises:
+        Fault: The entries are no grades of these tokens.
     """
     k = min(k, vocab)
     order = [sorted(entry, key=lambda i: (-entry[i], i)) for entry in entries]
@@ -138,8 +167,8 @@ def table(
     )
 
 
-def strings(choice: Mapping[str, Any], ids: Sequence[int], way: str) -> list[str | None]:
-    """What the server calls each token of `ids` but the first, where it says so."""
+def read_names(choice: Mapping[str, Any], ids: Sequence[int], way: str) -> list[str | None]:
+    """Return the server's name for each token of `ids` but the first; None if it has none."""
     if way != "prompt_logprobs":
         return [
             name if isinstance(name, str) and not name.startswith("token_id:") else None
@@ -163,9 +192,7 @@ def _by_id(entry: Any) -> dict[int, float]:
 
 
 def _by_name(name: Any, logp: Any, top: Any, token: int, names: Names) -> dict[int, float]:
-    """Of an echoed token, which must be the one that was sent; strings that several ids share are
-    no names.
-    """
+    """Log-probs by id at an echoed token, which must be the token that was sent."""
     if not isinstance(name, str) or not isinstance(top, dict):
         raise Fault("a token of the echo has no log-probs")
     same = (
@@ -189,13 +216,12 @@ def _by_name(name: Any, logp: Any, top: Any, token: int, names: Names) -> dict[i
 
 
 def _distinct(listed: Sequence[tuple[int, float]]) -> dict[int, float]:
-    """Log-probs by id; raises Fault where an id stands twice, since one of the two would be lost."""
-    found = dict(listed)
-    if len(found) < len(listed):
-        twice = next(
-            i for place, (i, _) in enumerate(listed) if i in [other for other, _ in listed[:place]]
-        )
-        raise Fault(f"the server lists token {twice} twice for one position")
+    """Log-probs by id; raises Fault if an id stands twice, since one of the two would be lost."""
+    found: dict[int, float] = {}
+    for token, logp in listed:
+        if token in found:
+            raise Fault(f"the server lists token {token} twice for one position")
+        found[token] = logp
     return found
 
 

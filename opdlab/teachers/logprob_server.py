@@ -1,9 +1,9 @@
-"""A teacher behind a server that gives log-probs: of the `k` likeliest tokens and of the student's
-own, at every position.
+"""A teacher behind a server that gives log-probs of the `k` likeliest tokens and the student's own.
 
-The student's token ids go out, and what comes back must be about just these ids. With it,
-`OPD(top_k=TopK(k, by="teacher"))` and `OPD(estimator="sampled")` train as with a local teacher; a
-loss that needs the whole distribution is refused when the run is made. Memory is `[tokens, k]`.
+The student's token ids are sent, and the log-probs that come back must be about these very ids.
+With it, `OPD(top_k=TopK(k, by="teacher"))` and `OPD(estimator="sampled")` train as with a local
+teacher; a loss that needs the whole distribution is refused when the run is made. Memory is
+`[tokens, k]`.
 """
 
 from __future__ import annotations
@@ -18,37 +18,47 @@ from transformers import PreTrainedTokenizerBase
 
 from opdlab.data.prompt import Prompt
 from opdlab.data.rollout import Rollout
+from opdlab.data.sampling_config import SamplingConfig
 from opdlab.data.written_text import WrittenText
 from opdlab.errors import OpdlabError, TeacherError, TokenizerMismatch
 from opdlab.models.graded import TopLogprobs
 from opdlab.models.policy import Policy
 from opdlab.support.validation import Count, Text, validate_arguments
 from opdlab.teachers import grades
-from opdlab.teachers.asking import check_no_error, checked_finish
+from opdlab.teachers.asking import check_no_error, read_finish
 from opdlab.teachers.budget import Usage
 from opdlab.teachers.redaction import plain
-from opdlab.teachers.sampling import Sampling
 from opdlab.teachers.service import Fault
 from opdlab.teachers.text_server import TextServer
 
 T = TypeVar("T")
-# How the log-probs of a prompt are asked for, best first.
-WAYS: dict[str, Callable[[int], dict[str, Any]]] = {
-    "prompt_logprobs": lambda k: {"prompt_logprobs": k},
-    "echo by id": lambda k: {"echo": True, "logprobs": k, "return_tokens_as_token_ids": True},
-    "echo": lambda k: {"echo": True, "logprobs": k},
+# How the log-probs of a prompt can be asked for, best first: the field for k, and the others.
+WAYS: dict[str, tuple[str, dict[str, Any]]] = {
+    "prompt_logprobs": ("prompt_logprobs", {}),
+    "echo by id": ("logprobs", {"echo": True, "return_tokens_as_token_ids": True}),
+    "echo": ("logprobs", {"echo": True}),
 }
 PROBE = 256  # ids of the vocabulary whose strings are compared
 
 
 class LogprobServer:
-    """`LogprobServer("http://127.0.0.1:8000/v1", k=20)`: it grades (`grade`) and writes (`write`,
-    as a `TextServer`).
+    """A teacher that grades and writes, as `LogprobServer("http://127.0.0.1:8000/v1", k=20)`.
 
-    k: how many of the likeliest tokens to ask for; vLLM allows 20 unless started with
-        --max-logprobs. model and options: see
-    `TextServer`. The chat template is the student's, since the teacher grades the very ids that the
-    student read.
+    Its chat template is the student's, since it grades the very ids that the student read.
+
+    Args:
+        url: The server's address, with its /v1.
+        model: The model's name at the server; by default the one that answers.
+        k: How many of the likeliest tokens to ask for. vLLM allows 20 unless it is started with
+            --max-logprobs.
+        options: As for `TextServer`.
+
+    Attributes:
+        k: As above.
+        text: The `TextServer` that it writes with.
+
+    Raises:
+        InvalidValue: A value cannot be right.
     """
 
     K: ClassVar[int] = 20  # what vLLM allows by default
@@ -57,46 +67,47 @@ class LogprobServer:
     def __init__(
         self, url: Text, model: Text | None = None, *, k: Count = K, **options: Any
     ) -> None:
-        # the teacher reads what the student reads, so its prompts are those of the student,
-        # rendered
+        # The teacher reads what the student reads: its prompts are the student's, rendered.
         self.k, self.text = k, TextServer(url, model, **{"continue_by": "completion", **options})
         self._student: Policy | None = None
         self._names = grades.Names((), {})
         self._way = ""
 
     def check(self, student: Policy, prompts: Sequence[Prompt], max_new_tokens: int) -> None:
-        """Raise TeacherError where the server gives no log-probs, TokenizerMismatch where its
-        tokens are not the student's.
+        """Check before a run that the server grades the student's tokens.
+
+        Raises:
+            TeacherError: The server gives no usable log-probs.
+            TokenizerMismatch: Its tokens are not the student's.
+            ContextTooLong: A prompt with `max_new_tokens` behind it does not fit the student.
         """
-        bare = student._view(
-            context=None, adapter=None
-        )  # the teacher sees no context of the student's
+        # The teacher sees no context of the student's.
+        bare = student._view(context=None, adapter=None)
         bare.encode_all(prompts, room=max_new_tokens)
         self.text.check(student, prompts, max_new_tokens)
-        self._student, self._names = (
-            bare,
-            grades.Names.of(student.tokenizer, student.weights.vocab_size),
-        )
-        ids = _spread(
-            student.tokenizer,
-            student.weights.vocab_size,
-            (student.weights.context_length or PROBE) - 2,
-        )
-        self._way, said = self._found(ids)
+        vocab, context = student.weights.vocab_size, student.weights.context_length
+        self._student = bare
+        self._names = grades.Names.of(student.tokenizer, vocab)
+        ids = _spread_ids(student.tokenizer, vocab, (context or PROBE) - 2)
+        self._way, said = self._find_way(ids)
         for i, name in zip(ids[1:], said, strict=True):
-            if (
-                name is not None
-                and "\ufffd" not in name
-                and name.strip() != self._names.strings[i].strip()
-            ):
-                raise _mismatch(
-                    f"id {i} is {plain(name)!r} there and {self._names.strings[i]!r} here"
-                )
+            ours = self._names.strings[i]
+            # Half of a character has no string to compare.
+            if name is not None and "\ufffd" not in name and name.strip() != ours.strip():
+                raise _mismatch(f"id {i} is {plain(name)!r} there and {ours!r} here")
         self._compare_texts(student.tokenizer, prompts)
 
     def grade(self, rollout: Rollout) -> TopLogprobs:
-        """The teacher's log-probs of every completion token, in row order; one request a
-        completion.
+        """Ask for the teacher's log-probs of every completion token; one request per completion.
+
+        Returns:
+            Log-probs of the `k` likeliest tokens and of the token itself, for each of
+            `rollout.tokens` tokens, rows in order.
+
+        Raises:
+            OpdlabError: The server has not been compared with a student by `check`.
+            TeacherError: The server gives no usable answer.
+            BudgetSpent: The next request may not fit the budget.
         """
         if self._student is None:
             raise OpdlabError(
@@ -104,8 +115,9 @@ class LogprobServer:
                 " max_new_tokens) first."
             )
         starts, bodies = self._student.encode_all(rollout.prompts), rollout.completions()
+        pairs = zip(starts, bodies, strict=True)
         rows = self.text.service.many(
-            [partial(self._graded, s, b) for s, b in zip(starts, bodies, strict=True) if b]
+            [partial(self._grade_one, start, body) for start, body in pairs if body]
         )
         vocab, device = self._student.weights.vocab_size, rollout.ids.device
         if not rows:
@@ -115,17 +127,22 @@ class LogprobServer:
         return TopLogprobs(ids, top, sampled, rollout.ids[rollout.mask], vocab)
 
     def write(
-        self, prompts: Sequence[Prompt], n: int = 1, **options: Any
+        self,
+        prompts: Sequence[Prompt],
+        n: int = 1,
+        *,
+        prefixes: Sequence[str] | None = None,
+        **options: Any,
     ) -> list[list[WrittenText]]:
-        """Texts, as `TextServer.write`."""
-        return self.text.write(prompts, n, **options)
+        """Write `n` texts for each prompt, as `TextServer.write`."""
+        return self.text.write(prompts, n, prefixes=prefixes, **options)
 
-    def _graded(self, start: list[int], body: list[int]) -> tuple[Tensor, Tensor, Tensor]:
+    def _grade_one(self, start: list[int], body: list[int]) -> tuple[Tensor, Tensor, Tensor]:
         vocab = len(self._names.strings)
         return self._post(
             start + body,
             self._way,
-            lambda entries, _: grades.table(entries[len(start) - 1 :], body, self.k, vocab),
+            lambda entries, _: grades.make_table(entries[len(start) - 1 :], body, self.k, vocab),
         )
 
     def _post(
@@ -135,35 +152,36 @@ class LogprobServer:
         read: Callable[[list[dict[int, float]], dict[str, Any]], T],
         retries: int | None = None,
     ) -> T:
-        """One sequence graded:
+        """Have one sequence graded.
 
-        `read` makes something of the log-probs at each token but the first, and of the reply's
-        choice.
+        `read` gets the log-probs at each token but the first, and the reply's choice.
         """
         text = self.text
-        body = {"prompt": ids, "max_tokens": 1, **WAYS[way](self.k)}
+        count, fields = WAYS[way]
+        body = {"prompt": ids, "max_tokens": 1, count: self.k, **fields}
 
         def accept(reply: dict[str, Any]) -> T:
-            text.named(reply)
+            text.check_model(reply)
             listed = reply.get("choices")
             if not isinstance(listed, list) or len(listed) != 1 or not isinstance(listed[0], dict):
                 raise Fault("the reply has not one choice for one prompt")
             check_no_error(listed[0])
-            checked_finish(listed[0])  # of a request that was broken off, the log-probs may be too
-            return read(grades.tops(listed[0], ids, way, self._names), listed[0])
+            read_finish(listed[0])  # if the request was broken off, the log-probs may be too
+            return read(grades.read_logprobs(listed[0], ids, way, self._names), listed[0])
 
-        return text.post("/completions", body, Sampling(), Usage(len(ids), 1, 1), accept, retries)
+        most = Usage(len(ids), 1, 1)
+        return text.post("/completions", body, SamplingConfig(), most, accept, retries)
 
-    def _found(self, ids: list[int]) -> tuple[str, list[str | None]]:
-        """The first way in which the server grades `ids`, and what it calls them."""
+    def _find_way(self, ids: list[int]) -> tuple[str, list[str | None]]:
+        """The first way in which the server grades `ids`, and the names that it has for them."""
         refusals = []
         for way in WAYS:
 
             def read(
                 entries: list[dict[int, float]], choice: dict[str, Any], way: str = way
             ) -> list[str | None]:
-                grades.table(entries, ids[1:], self.k, len(self._names.strings))
-                return grades.strings(choice, ids, way)
+                grades.make_table(entries, ids[1:], self.k, len(self._names.strings))
+                return grades.read_names(choice, ids, way)
 
             try:
                 return way, self._post(ids, way, read, retries=1)
@@ -178,14 +196,14 @@ class LogprobServer:
         )
 
     def _compare_texts(self, tokenizer: PreTrainedTokenizerBase, prompts: Sequence[Prompt]) -> None:
-        """Where the server offers /tokenize (vLLM), texts must fall into the same tokens there."""
+        """Check that texts fall into the same tokens at the server, if it has /tokenize (vLLM)."""
         url = self.text.service.url.removesuffix("/v1") + "/tokenize"
         for prompt in prompts[:3]:
             said = prompt.text if prompt.messages is None else prompt.messages[-1]["content"]
             text = f"{said}\n{prompt.answer or ''}"
             body = {"model": self.text.model, "prompt": text, "add_special_tokens": False}
             try:
-                theirs = self.text.service.post(url, body, Usage(requests=1), _tokens, retries=1)
+                theirs = self.text.service.post(url, body, Usage(requests=1), _read_ids, retries=1)
             except TeacherError as error:
                 if error.status is None:
                     raise
@@ -200,16 +218,17 @@ class LogprobServer:
         return f"LogprobServer({self.text.service.url!r}, {self.text.model!r}, k={self.k})"
 
 
-def _tokens(reply: dict[str, Any]) -> list[int]:
+def _read_ids(reply: dict[str, Any]) -> list[int]:
     tokens = reply.get("tokens")
     if not isinstance(tokens, list) or not all(type(i) is int for i in tokens):
         raise Fault("/tokenize gives no tokens")
     return tokens
 
 
-def _spread(tokenizer: PreTrainedTokenizerBase, vocab: int, most: int) -> list[int]:
-    """Ids from all over the vocabulary that are no special tokens, about `most`; one more before
-    them, since a first has no grade.
+def _spread_ids(tokenizer: PreTrainedTokenizerBase, vocab: int, most: int) -> list[int]:
+    """Ids of about `most` tokens from all over the vocabulary, without special tokens.
+
+    One more stands before them, since the first token of a sequence has no grade.
     """
     special = set(tokenizer.all_special_ids)
     ids = [i for i in range(vocab) if i not in special]

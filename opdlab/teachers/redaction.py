@@ -1,6 +1,4 @@
-"""Foreign words in error messages: short, printable, and without the key, however a server spells
-it.
-"""
+"""Make foreign words fit for error messages: short, printable, and without the key."""
 
 from __future__ import annotations
 
@@ -20,8 +18,9 @@ def plain(said: object, key: str = "") -> str:
 
 
 def without_key(text: str, key: str) -> str:
-    """Replace the key by "…": whole, in pieces of `WINDOW` characters or more, and URL-, JSON- or
-    base64-encoded.
+    """Replace the key by "…", also in pieces and in other encodings.
+
+    Pieces have `WINDOW` characters or more; the encodings are those of URLs, JSON and base64.
     """
     if not key:
         return text
@@ -51,7 +50,6 @@ def _forms(key: str) -> set[str]:
     forms = {key, quote(raw, safe=""), json.dumps(key)[1:-1]}
     for before in range(3):
         coded = base64.b64encode(b"\0" * before + raw).decode().rstrip("=")
-        forms.add(
-            coded[4 if before else 0 : -1]
-        )  # the first and last characters mix with what stands around the key
+        # The first and last characters mix the key with the characters around it.
+        forms.add(coded[4 if before else 0 : -1])
     return {form for form in forms if len(form) >= min(WINDOW, len(key))}

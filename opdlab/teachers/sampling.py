@@ -1,19 +1,19 @@
 """The sampling fields of a request.
 
-All are sent, since servers fill what is missing from a model's generation_config.json.
+All are sent, since servers fill in from a model's generation_config.json whatever is missing.
 
 A server that does not know a field refuses the request. Then the field is left out from there on: a
-server cannot fill in what it does not know. Only fields with their neutral value are left out; a
-value that was asked for is sent or an error.
+server cannot fill in a field that it does not know. Only fields with their neutral value are left
+out; a value that was asked for is sent or an error.
 """
 
 from __future__ import annotations
 
 import re
 from collections.abc import Collection, Mapping
-from dataclasses import dataclass
 from typing import Any
 
+from opdlab.data.sampling_config import SamplingConfig
 from opdlab.errors import OpdlabError, TeacherError
 from opdlab.teachers.redaction import plain
 
@@ -27,33 +27,49 @@ STANDARD: dict[str, Any] = {
 }
 EXTENSIONS: dict[str, Any] = {"top_k": -1, "min_p": 0.0, "repetition_penalty": 1.0}
 NEUTRAL = STANDARD | EXTENSIONS
+# Servers leave the stop text out of a reply unless they are asked to keep it, as samplers here do.
+KEEP_STOP = "include_stop_str_in_output"  # vLLM's name for it
 REFUSED = (400, 422)  # statuses of a request that the server does not understand
 
 
-@dataclass(frozen=True)
-class Sampling:
-    """How texts are drawn; everything else is switched off."""
+def sampling_fields(config: SamplingConfig) -> dict[str, Any]:
+    """Return the fields of a request that say how texts are drawn; all others are switched off.
 
-    temperature: float = 1.0
-    top_p: float = 1.0
+    Length and seed are not among them, since they differ from request to request.
+    """
+    fields = NEUTRAL | {
+        "temperature": config.temperature,
+        "top_p": config.top_p,
+        "top_k": config.top_k or NEUTRAL["top_k"],
+        "min_p": config.min_p,
+    }
+    if config.stop:
+        fields |= {"stop": list(config.stop), KEEP_STOP: True}
+    return fields
 
-    def fields(self) -> dict[str, Any]:
-        """Return the fields of a request."""
-        return NEUTRAL | {"temperature": self.temperature, "top_p": self.top_p}
 
-
-def without(fields: Mapping[str, Any], refused: Collection[str], url: str) -> dict[str, Any]:
+def without_refused(
+    fields: Mapping[str, Any], refused: Collection[str], url: str
+) -> dict[str, Any]:
     """Leave out the fields that a server refuses.
 
     Raises:
         OpdlabError: One of them was given a value of its own, which the server could not honour.
     """
     for name in refused:
-        if fields.get(name, NEUTRAL[name]) != NEUTRAL[name]:
+        value = fields.get(name)
+        if name not in fields or value == NEUTRAL.get(name):
+            continue
+        if name == KEEP_STOP:
             raise OpdlabError(
-                f"{url} takes no {name}, so it cannot write at {name}={plain(fields[name])}. "
-                f"Use {name}={NEUTRAL[name]:g}, or another server."
+                f"{url} takes no {KEEP_STOP}, so its texts would lack the text of stop= that ends"
+                " them. Leave stop= out and cut the texts yourself, or use another server (vLLM"
+                " has it)."
             )
+        raise OpdlabError(
+            f"{url} takes no {name}, so it cannot write at {name}={plain(value)}. "
+            f"Use {name}={NEUTRAL[name]:g}, or another server."
+        )
     return {name: value for name, value in fields.items() if name not in refused}
 
 
@@ -61,15 +77,19 @@ def refused_fields(error: TeacherError, sent: Collection[str], guess: bool) -> t
     """Return which sampling fields of a refused request to leave out: those that the error names.
 
     Args:
-        error: What the server answered.
-        sent: Names of the sampling fields in the request that may be left out.
+        error: The server's answer.
+        sent: Names of the sampling fields in the request. `stop` is never left out, so a server
+            that refuses it is heard in its own words.
         guess: Where the error names none, take all of `EXTENSIONS`.
 
     Returns:
-        Names, or nothing where no sampling field can be the reason.
+        Names; empty if no sampling field can be the reason.
     """
     if error.status not in REFUSED:
         return ()
     said = str(error)
-    named = tuple(name for name in sent if re.search(rf"(?<!\w){name}(?!\w)", said))
-    return named or tuple(name for name in sent if guess and name in EXTENSIONS)
+    named = [name for name in sent if re.search(rf"(?<!\w){name}(?!\w)", said)]
+    optional = tuple(name for name in named if name in NEUTRAL or name == KEEP_STOP)
+    if named:
+        return optional
+    return tuple(name for name in sent if guess and name in EXTENSIONS)

@@ -1,7 +1,6 @@
-"""Talking to an OpenAI-compatible server: one request until it is answered well, many at once,
-nothing else.
+"""Talk to an OpenAI-compatible server: send a request until it is answered well, and many at once.
 
-The `openai` client does the talking. The loop around it is ours, because here a reply with broken
+The `openai` client sends the requests. The loop around it is ours, because here a reply with broken
 JSON, another model's name or a missing text is as good as none: it is asked for again, with
 back-off, and each time is charged to the budget before it is sent. The key is read from the
 environment for the time of a request and kept nowhere.
@@ -31,17 +30,19 @@ from opdlab.teachers.redaction import plain, without_key
 
 T = TypeVar("T")
 AGAIN = (408, 409, 425, 429)  # and 5xx: asking again may help
-LONGEST_WAIT = 120.0  # seconds that are waited at most before a request is sent again
-ABSURD_WAIT = 3600.0  # seconds that a server may ask us to wait before we give up instead
-ABSURD_USAGE = (
-    16  # times the worst case of a request: what a server counts beyond that is not believed
-)
+LONGEST_WAIT = 120.0  # seconds to wait at most before a request is sent again
+ABSURD_WAIT = 3600.0  # seconds: if a server asks us to wait longer, we give up instead
+ABSURD_USAGE = 16  # times the worst case of a request: a server's count beyond is not believed
 
 
 class Fault(Exception):
-    """A reply that cannot be used; unless `final`, asking again may help.
+    """A reply that cannot be used.
 
-    `paid`: the server did the work.
+    Attributes:
+        wait: Seconds that the server asks us to wait, or None.
+        status: The HTTP status; None if there was no reply.
+        final: Whether asking again cannot help.
+        paid: Whether the server did the work.
     """
 
     def __init__(
@@ -59,12 +60,20 @@ class Fault(Exception):
 
 @dataclass(eq=False)
 class Service:
-    """A server at `url` (with its /v1). timeout: seconds from a request to the end of its reply.
-    retries: of one request. concurrency: requests in flight.
+    """A server and how to talk to it.
 
-    key_env names the environment variable that holds the key; where it is not set, none is sent.
-    cache: a file, or a `Cache`; None remembers answers as long as this object lives. Raises
-    InvalidValue for values that cannot be right.
+    Attributes:
+        url: Its address, with its /v1.
+        key_env: The environment variable that holds the key. If it is not set, no key is sent.
+        timeout: Seconds from a request to the end of its reply.
+        retries: How often a request is sent again.
+        concurrency: Requests in flight.
+        budget: Limits on what may be spent.
+        cache: A file or a `Cache`; None keeps answers as long as this object lives.
+        quiet: Whether to show no progress bar.
+
+    Raises:
+        InvalidValue: A value cannot be right.
     """
 
     url: Text
@@ -104,11 +113,21 @@ class Service:
         accept: Callable[[dict[str, Any]], T],
         retries: int | None = None,
     ) -> T:
-        """The answer to one request as `accept` reads it (it raises Fault for what cannot be used).
+        """Send a request until its reply can be used.
 
-        `path` may be a whole url.
+        Args:
+            path: Behind the server's url, or a whole url.
+            body: The request.
+            worst: The most that it can use.
+            accept: Reads the reply; raises Fault for a reply that cannot be used.
+            retries: How often to send it again; by default as the service is set.
 
-        Raises BudgetSpent before sending, TeacherError where no usable reply came.
+        Returns:
+            What `accept` returns.
+
+        Raises:
+            BudgetSpent: The request may not fit the budget; it was not sent.
+            TeacherError: No usable reply came.
         """
         tries = 1 + (self.retries if retries is None else retries)
         for i in range(tries):
@@ -142,10 +161,13 @@ class Service:
         return without_key(text, os.environ.get(self.key_env, ""))
 
     def many(self, jobs: Sequence[Callable[[], T]], unit: int = 1) -> list[T]:
-        """Run all jobs, some at once, and give their results in order; the first error stops those
-        that have not begun.
+        """Run all jobs, some at once, and return their results in order.
 
-        unit: texts a job, for the progress bar.
+        The first error stops the jobs that have not begun.
+
+        Args:
+            jobs: Functions without arguments.
+            unit: Texts per job, for the progress bar.
         """
         if not jobs:
             return []
@@ -159,7 +181,7 @@ class Service:
                 self._show(unit)
         except BaseException as error:
             self._stop.set()
-            # what is under way is paid for: let it reach the cache, unless somebody presses Ctrl-C
+            # Requests under way are paid for: let them reach the cache, unless Ctrl-C is pressed.
             pool.shutdown(wait=isinstance(error, Exception), cancel_futures=True)
             raise
         finally:
@@ -180,7 +202,7 @@ class Service:
 
         A fault is returned and not raised, so that no traceback leads to the request and its key.
         """
-        client = self._talk()
+        client = self._connect()
         from openai import APIConnectionError, APIStatusError, APITimeoutError, OpenAIError
 
         from opdlab.teachers.transport import UnusableReply
@@ -217,8 +239,8 @@ class Service:
             return Fault("the reply is not JSON")
         return reply if isinstance(reply, dict) else Fault("the reply is not a JSON object")
 
-    def _talk(self) -> Any:
-        """The client, made once. It knows no key: each request brings it along."""
+    def _connect(self) -> Any:
+        """Return the client, made once. It knows no key: each request brings the key along."""
         with self._lock:
             if self._client is None:
                 try:
@@ -240,9 +262,7 @@ class Service:
             return self._client
 
     def _usage(self, reply: dict[str, Any] | Fault, worst: Usage) -> Usage:
-        """What the request is charged: the server's count where that can be right, else the worst
-        case.
-        """
+        """The charge for a request: the server's count if it can be right, else the worst case."""
         if isinstance(reply, Fault):
             return worst if reply.paid else Usage(requests=1)
         said = reply.get("usage")
@@ -268,8 +288,7 @@ class Service:
 
 
 def raise_error_of(answer: Mapping[str, Any]) -> None:
-    """Raise Fault for a reply, or one of its choices, that carries an error beside or instead of an
-    answer.
+    """Raise Fault if a reply, or one of its choices, carries an error.
 
     Routers answer so with status 200: `{"error": {"message": "…", "code": 403}}`, or a text in
     place of the object, or the object alone, as `{"object": "error", "message": "…"}`.
@@ -293,15 +312,17 @@ def raise_error_of(answer: Mapping[str, Any]) -> None:
 
 
 def _pause(i: int) -> float:
-    """Seconds before try `i + 2`: half a second, doubling up to 8, and somewhat random so that many
-    do not come back at once.
+    """Seconds before try `i + 2`: half a second, doubling up to 8.
+
+    They are somewhat random, so that many requests do not come back at once.
     """
-    return min(8.0, 0.5 * 2**i) * random.uniform(0.75, 1.0)
+    return min(8.0, 0.5 * 2.0**i) * random.uniform(0.75, 1.0)
 
 
 def _is_address(url: str) -> bool:
-    """Whether this is an http(s) address of a host, without user, password, query or fragment,
-    which may hold a key.
+    """Whether this is an http(s) address of a host without parts that may hold a key.
+
+    Those are user, password, query and fragment.
     """
     try:
         parts = urlsplit(url)
@@ -325,7 +346,7 @@ def _is_final(status: int) -> bool:
 
 
 def _retry_after(error: Any) -> float | None:
-    """Seconds that the server asks us to wait, where it says so in a number."""
+    """Seconds that the server asks us to wait, if it says so in a number."""
     try:
         return max(0.0, float(error.response.headers.get("retry-after")))
     except (TypeError, ValueError):

@@ -1,5 +1,4 @@
-"""A local model with its log-probs taken away: what a service that only returns text would be,
-without the service.
+"""A local model with its log-probs taken away, to stand in for a service that only returns text.
 
 The model is kept in a table of this module and not in the object, so nothing that can be reached
 from a `TextOnly` (attributes, slots, closures, results) leads to weights, logits or log-probs: a
@@ -9,9 +8,11 @@ method that trains with it would train with a stranger's API too.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 from weakref import WeakKeyDictionary
 
 from opdlab.data.prompt import Prompt
+from opdlab.data.sampling_config import SamplingConfig
 from opdlab.data.tokens import completion_texts
 from opdlab.data.written_text import WrittenText
 from opdlab.errors import OpdlabError
@@ -23,9 +24,12 @@ _MODELS: WeakKeyDictionary[TextOnly, Policy] = WeakKeyDictionary()
 
 
 class TextOnly:
-    """`policy` reduced to `write`: prompts in, texts out.
+    """A policy reduced to `write`: prompts in, texts out.
 
     It reads and writes with its own tokenizer and chat template.
+
+    Args:
+        policy: The model that writes.
     """
 
     __slots__ = ("__weakref__",)
@@ -34,9 +38,11 @@ class TextOnly:
         _MODELS[self] = policy
 
     def check(self, student: Policy, prompts: Sequence[Prompt], max_new_tokens: int) -> None:
-        """Raise EmptyPrompts or ContextTooLong where a prompt does not fit.
+        """Check that every prompt fits, before a run. Any tokenizer of the student will do.
 
-        Any tokenizer will do.
+        Raises:
+            EmptyPrompts: There are no prompts.
+            ContextTooLong: A prompt with `max_new_tokens` behind it does not fit.
         """
         _MODELS[self].encode_all(prompts, room=max_new_tokens)
 
@@ -46,18 +52,24 @@ class TextOnly:
         n: int = 1,
         *,
         prefixes: Sequence[str] | None = None,
-        max_new_tokens: int = 64,
-        temperature: float = 1.0,
-        top_p: float = 1.0,
-        seed: int = 0,
+        **options: Any,
     ) -> list[list[WrittenText]]:
-        """`n` texts a prompt, of at most `max_new_tokens` of the teacher's tokens each; each says
-        whether it was cut there.
+        """Write `n` texts for each prompt; each says whether the length limit cut it.
 
-        prefixes: one unfinished answer a prompt, which the texts continue and do not repeat. The
-            text of a special token in
-        it is read as text, not as the token. Raises ContextTooLong and EmptyPrompts.
+        Args:
+            prompts: What is asked.
+            n: Texts for each prompt.
+            prefixes: One unfinished answer for each prompt, which the texts continue and do not
+                repeat. If one spells a special token, that is read as text.
+            options: Fields of `SamplingConfig`. `max_new_tokens` counts the teacher's tokens. A
+                text that ends by one of `stop` keeps it, with nothing behind it.
+
+        Raises:
+            InvalidValue: An option is not what it must be.
+            EmptyPrompts: There are no prompts.
+            ContextTooLong: A prompt with its text does not fit the model's context.
         """
+        config = SamplingConfig.of("write", options)
         if n < 1 or (prefixes is not None and len(prefixes) != len(prompts)):
             many = len(prompts if prefixes is None else prefixes)
             raise OpdlabError(
@@ -65,43 +77,49 @@ class TextOnly:
                 " more and one each."
             )
         policy = _MODELS[self]
-        begun = [_plain(policy, text) for text in prefixes] if prefixes is not None else None
+        begun = None if prefixes is None else [_encode_plain(policy, text) for text in prefixes]
         rollout = sample(
             policy,
             prompts,
             n,
-            max_new_tokens=max_new_tokens,
-            temperature=temperature,
-            top_p=top_p,
-            seed=seed,
             prefixes=begun,
             batch_size=max(1, ROWS_AT_ONCE // n),
             writer="teacher",
+            **config.options(),
         )
         if begun is None:
             texts = list(rollout.texts)
         else:
             texts = [
-                _after(policy, begun[i // n], ids) for i, ids in enumerate(rollout.completions())
+                _decode_after(policy, begun[i // n], ids)
+                for i, ids in enumerate(rollout.completions())
             ]
         written: list[WrittenText] = []
         for text, finish in zip(texts, rollout.finish, strict=True):
-            written.append(WrittenText(text, "stop" if finish == "stop" else "length"))
+            whole = cut_behind_stop(text, config.stop)
+            written.append(WrittenText(whole, "stop" if finish == "stop" else "length"))
         return [written[i : i + n] for i in range(0, len(written), n)]
 
     def __repr__(self) -> str:
         return f"TextOnly({_MODELS[self].weights.source or 'a local model'})"
 
 
-def _plain(policy: Policy, text: str) -> list[int]:
+def cut_behind_stop(text: str, stop: Sequence[str]) -> str:
+    """Cut a text behind the first of its stop texts, which may end within a token."""
+    ends = [text.find(one) + len(one) for one in stop if one in text]
+    return text[: min(ends)] if ends else text
+
+
+def _encode_plain(policy: Policy, text: str) -> list[int]:
     return list(
         policy.tokenizer(text, add_special_tokens=False, split_special_tokens=True)["input_ids"]
     )
 
 
-def _after(policy: Policy, begun: list[int], more: list[int]) -> str:
-    """What `more` adds to the text of `begun`: decoded together, since a decoder drops the space
-    before a first piece.
+def _decode_after(policy: Policy, begun: list[int], more: list[int]) -> str:
+    """The text that `more` adds to that of `begun`.
+
+    Both are decoded together, since a decoder drops the space before a first piece.
     """
     start, whole, bare = completion_texts(
         policy.tokenizer, [begun, begun + more, more], policy.weights.eos

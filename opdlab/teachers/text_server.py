@@ -1,9 +1,9 @@
 """A teacher behind an OpenAI-compatible server that returns nothing but text.
 
-It writes exactly as many texts as it is asked for, or raises: a server that gives one choice where
-two were asked for (`transformers serve`, among others) is counted and asked again. All of it is
-remembered on disk, sample by sample, so a run that is repeated or taken up after an error pays for
-nothing twice. Left out: streaming, tools, images.
+It writes exactly as many texts as it is asked for, or raises: if a server gives one choice for two
+that were asked for (as `transformers serve` does), it is asked again. Every text is kept on disk,
+so a run that is repeated or taken up after an error pays for nothing twice. Left out: streaming,
+tools, images.
 """
 
 from __future__ import annotations
@@ -20,31 +20,32 @@ from pydantic import InstanceOf
 from transformers import PreTrainedTokenizerBase
 
 from opdlab.data.prompt import Prompt
+from opdlab.data.sampling_config import SamplingConfig
 from opdlab.data.written_text import WrittenText
 from opdlab.errors import EmptyPrompts, InvalidValue, OpdlabError, TeacherError
 from opdlab.models.policy import Policy
 from opdlab.support.expect import shortened
-from opdlab.support.validation import (
-    Amount,
-    Count,
-    CountOrZero,
-    PositiveShare,
-    Text,
-    validate_arguments,
-)
+from opdlab.support.validation import Count, Text, Unchecked, validate_arguments
 from opdlab.teachers import asking
 from opdlab.teachers.budget import Budget, Usage, worst
 from opdlab.teachers.cache import key_of
 from opdlab.teachers.redaction import plain
-from opdlab.teachers.sampling import NEUTRAL, REFUSED, Sampling, refused_fields, without
+from opdlab.teachers.sampling import (
+    KEEP_STOP,
+    NEUTRAL,
+    REFUSED,
+    refused_fields,
+    sampling_fields,
+    without_refused,
+)
 from opdlab.teachers.service import Fault, Service
 
 T = TypeVar("T")
-# of what the cache holds. In format 1, replies that a server had broken off counted as finished:
-# not read again.
+# The format of the cache's rows. In format 1, replies that a server had broken off counted as
+# finished, so they are not read again.
 FORMAT = 2
 PROBES = 3  # prompts that a way of going on is tried on
-GREEDY = 48  # tokens of an answer that a way of going on is tried with
+GREEDY = SamplingConfig(temperature=0.0, max_new_tokens=48)  # an answer that a way is tried with
 # Fields of a request that are not the user's to set, and what sets them.
 TAKEN = {
     "model": "model=",
@@ -56,23 +57,35 @@ TAKEN = {
     "messages": "write(prompts)",
     "stream": "nothing: replies are read whole",
 }
-SAMPLE = {
-    "generation_config": json.dumps({"do_sample": True, "top_k": 0, "top_p": 1.0})
-}  # transformers serve is greedy without
+# `transformers serve` is greedy without this field.
+SAMPLE = {"generation_config": json.dumps({"do_sample": True, "top_k": 0, "top_p": 1.0})}
 
 
 class TextServer:
-    """`TextServer("http://127.0.0.1:8000/v1")`, with the environment variable OPDLAB_API_KEY where
-    a key is needed.
+    """A teacher that writes, as `TextServer("http://127.0.0.1:8000/v1")`.
 
-    model: as the server names it; by default what the server says it is. continue_by: how to go on
-        with a student's
-    unfinished text, one of `asking.WAYS`; by default what is found to work (see `way`). template: a
-    tokenizer whose chat template is the teacher's, for `completion`; by default the student's, if
-    it proves right. extra: more fields for every request, as `{"top_k": 50}`; they win over the
-    sampling fields that are sent otherwise (temperature and top_p as `write` is told; top_k, min_p
-    and all penalties switched off). cache, budget, timeout, retries, concurrency, key_env, quiet:
-    see `Service`. Raises InvalidValue for values that cannot be right.
+    If the server needs a key, put it into the environment variable OPDLAB_API_KEY.
+
+    Args:
+        url: The server's address, with its /v1.
+        model: The model's name at the server; by default the one that answers.
+        continue_by: How to ask the server to go on with an unfinished text, one of `asking.WAYS`;
+            by default the first way that is found to work (see the attribute `way`).
+        template: A tokenizer with the teacher's chat template, for `continue_by="completion"`; by
+            default the student's, if it proves right.
+        extra: Further fields for every request, as `{"repetition_penalty": 1.1}`. They win over
+            the sampling fields, which are all sent: those of `write`, and penalties switched off.
+        cache: Where answers are kept; see `Service`.
+        budget: Limits on what may be spent; none by default.
+        options: Fields of `Service`: `timeout`, `retries`, `concurrency`, `key_env`, `quiet`.
+
+    Attributes:
+        model: The model's name, once it is known.
+        way: How the server is asked to go on with unfinished answers, once that is known.
+        service: The connection, with the cache and the budget.
+
+    Raises:
+        InvalidValue: A value cannot be right.
     """
 
     @validate_arguments
@@ -100,37 +113,44 @@ class TextServer:
             )
         self.model, self.template, self.extra = model, template, _checked_extra(extra or {})
         self._given = "" if continue_by == "auto" else continue_by
-        self.way = self._given  # how it goes on with unfinished answers, once that is known
+        self.way = self._given
         self.service = Service(
             url, cache=cache, budget=Budget() if budget is None else budget, **options
         )
         self._names: tuple[str, ...] = ()  # under which the server has answered
         self._limit, self._several = "max_tokens", True
-        self._refused: dict[
-            str, tuple[str, ...]
-        ] = {}  # by path, the sampling fields that the server does not know
+        # by path, the sampling fields that the server does not know
+        self._refused: dict[str, tuple[str, ...]] = {}
 
     def check(self, student: Policy, prompts: Sequence[Prompt], max_new_tokens: int) -> None:
-        """Ask the server for one token: is it there, who is it, how does it want to be asked?
+        """Ask the server for one token, to learn its model's name and how it wants to be asked.
 
-        Any tokenizer will do.
+        Any tokenizer of the student will do.
+
+        Raises:
+            EmptyPrompts: There are no prompts.
+            TeacherError: The server gives no usable answer.
         """
         self.template = self.template or student.tokenizer
         self.meet(prompts)
 
     def meet(self, prompts: Sequence[Prompt]) -> None:
-        """Learn the model's name and what the server understands; once. Raises TeacherError."""
+        """Learn the model's name and which fields the server understands, once.
+
+        Raises:
+            EmptyPrompts: There are no prompts.
+            TeacherError: The server gives no usable answer.
+        """
         if self._names:
             return
         if not prompts:
             raise EmptyPrompts("There are no prompts. Give at least one.")
-        path, body = asking.request(prompts[0], "", self._given, self.template)
+        path, body = asking.make_request(prompts[0], "", self._given, self.template)
         key = key_of([FORMAT, "meet", self.service.url, self.model, path, body, self.extra])
-        known = (
-            self.service.cache.get(key) if self.model else None
-        )  # a server that names itself may be another one today
+        # A server that names its model itself may have another one today.
+        known = self.service.cache.get(key) if self.model else None
         if known is None:
-            known = self._met(path, body)
+            known = self._greet(path, body)
             self.service.cache.put(key, known)
         self.model, self._names = known["model"], tuple(known["names"])
         self._limit, self._several = known["limit"], known["several"]
@@ -144,20 +164,31 @@ class TextServer:
         n: Count = 1,
         *,
         prefixes: Sequence[str] | None = None,
-        max_new_tokens: Count = 64,
-        temperature: Amount = 1.0,
-        top_p: PositiveShare = 1.0,
-        seed: CountOrZero = 0,
+        **options: Unchecked[Any],
     ) -> list[list[WrittenText]]:
-        """Exactly `n` texts a prompt, of at most `max_new_tokens` of the teacher's tokens each;
-        each says whether it was cut there.
+        """Write exactly `n` texts for each prompt; each says whether the length limit cut it.
 
-        prefixes: one unfinished answer a prompt, which the texts continue and do not repeat.
-            temperature, top_p: how the
-        teacher samples; nothing else shapes its distribution but `extra`. Raises InvalidValue,
-        TeacherError and BudgetSpent; the answers that came before are kept, and asking again goes
-        on from them.
+        If an error stops this, the answers that came before are kept, and asking again goes on
+        from them.
+
+        Args:
+            prompts: What is asked.
+            n: Texts for each prompt.
+            prefixes: One unfinished answer for each prompt, which the texts continue and do not
+                repeat.
+            options: Fields of `SamplingConfig`. `max_new_tokens` counts the teacher's tokens. With
+                `stop`, the server is asked to keep the stop text at the end of a text, as samplers
+                here do (vLLM's `include_stop_str_in_output`). A server that refuses this field is
+                refused; one that ignores it leaves the stop text out. Nothing else shapes the
+                teacher's distribution but `extra`.
+
+        Raises:
+            InvalidValue: An option is not what it must be, or contradicts `extra`.
+            OpdlabError: The server cannot honour an option.
+            TeacherError: The server gives no usable answer.
+            BudgetSpent: The next request may not fit the budget.
         """
+        config = SamplingConfig.of("write", options)
         begun = [""] * len(prompts) if prefixes is None else list(prefixes)
         if len(begun) != len(prompts):
             raise InvalidValue(
@@ -165,15 +196,14 @@ class TextServer:
                 " at all."
             )
         asking.check_texts(prompts, begun)
-        sampling = Sampling(temperature, top_p)
-        self._check_extra_agrees(sampling)
+        self._check_extra_agrees(config)
         self.meet(prompts)
         way = self._way(prompts) if any(begun) else self._given
         times: Counter[str] = Counter()  # the same question twice in a call has two answers
         jobs, asked = [], []
         for prompt, prefix in zip(prompts, begun, strict=True):
-            path, body = asking.request(prompt, prefix, way, self.template)
-            drawn = {self._limit: max_new_tokens, **sampling.fields(), **self.extra}
+            path, body = asking.make_request(prompt, prefix, way, self.template)
+            drawn = {self._limit: config.max_new_tokens, **sampling_fields(config), **self.extra}
             question = {
                 "format": FORMAT,
                 "url": self.service.url,
@@ -181,7 +211,7 @@ class TextServer:
                 "path": path,
                 **body,
                 **drawn,
-                "seed": seed,
+                "seed": config.seed,
             }
             first = times[key_of(question)] * n
             times[key_of(question)] += 1
@@ -190,18 +220,21 @@ class TextServer:
             left = [key for key in keys if self.service.cache.get(key) is None]
             group = len(left) if self._several else 1
             jobs += [
-                partial(self._ask, path, body, max_new_tokens, sampling, left[i : i + group])
+                partial(self._ask, path, body, config, left[i : i + group])
                 for i in range(0, len(left), max(group, 1))
             ]
         self.service.many(jobs, unit=n if self._several else 1)
         return [[self._written(key, prefix, way) for key in keys] for prefix, keys in asked]
 
-    def _check_extra_agrees(self, sampling: Sampling) -> None:
-        """Refuse a temperature or top_p that the fields of `extra` would overrule: one of the two
-        would be ignored.
+    def _check_extra_agrees(self, config: SamplingConfig) -> None:
+        """Refuse an option that a field of `extra` would overrule: one of the two would be ignored.
+
+        `extra` may say not to keep the stop text.
         """
-        for name, value in sampling.fields().items():
-            if value != NEUTRAL[name] and self.extra.get(name, value) != value:
+        for name, value in sampling_fields(config).items():
+            if name == KEEP_STOP or value == NEUTRAL.get(name):
+                continue
+            if self.extra.get(name, value) != value:
                 raise InvalidValue(
                     f"write got {name}={value}, but this teacher was made with extra={{{name!r}:"
                     f" {self.extra[name]!r}}}. Leave {name} out of extra, or give both the same"
@@ -210,10 +243,10 @@ class TextServer:
 
     def _written(self, key: str, prefix: str, way: str) -> WrittenText:
         answer = self._answer(key)
-        return WrittenText(asking.continuation(answer["text"], prefix, way), answer["finish"])
+        return WrittenText(asking.read_continuation(answer["text"], prefix, way), answer["finish"])
 
     def _answer(self, key: str) -> dict[str, Any]:
-        found = self.service.cache.get(key)
+        found: dict[str, Any] | None = self.service.cache.get(key)
         if found is None:
             raise OpdlabError(
                 "The cache lost an answer while it was in use. Do not delete it during a run; ask"
@@ -225,23 +258,20 @@ class TextServer:
         self,
         path: str,
         body: dict[str, Any],
-        limit: int,
-        sampling: Sampling,
+        config: SamplingConfig,
         keys: list[str],
         retries: int | None = None,
     ) -> None:
-        """Fill the cache under `keys`, one text each, in as many requests as the server needs for
-        that.
-        """
+        """Fill the cache under `keys`, one text each, in as many requests as the server needs."""
+        limit = config.max_new_tokens
         while keys:
             several = {"n": len(keys)} if len(keys) > 1 else {}
-            # a seed of its own for every sample: with one for all, a server that gives one text a
-            # request would repeat it
+            # Every sample has a seed of its own: with one seed for all, a server that gives one
+            # text for each request would repeat it.
             whole = {**body, self._limit: limit, **several, "seed": int(keys[0][:8], 16) >> 1}
-            accept = partial(self._checked, n=len(keys), limit=limit, short=[])
-            texts = self.post(
-                path, whole, sampling, worst(json.dumps(body), len(keys), limit), accept, retries
-            )
+            accept = partial(self._read_texts, n=len(keys), limit=limit, short=[])
+            most = worst(json.dumps(body), len(keys), limit)
+            texts = self.post(path, whole, config, most, accept, retries)
             for key, text in zip(keys, texts, strict=False):
                 self.service.cache.put(key, text)
             keys = keys[len(texts) :]
@@ -250,31 +280,39 @@ class TextServer:
         self,
         path: str,
         body: Mapping[str, Any],
-        sampling: Sampling,
+        config: SamplingConfig,
         worst: Usage,
         accept: Callable[[dict[str, Any]], T],
         retries: int | None = None,
         guess: bool = True,
     ) -> T:
-        """`Service.post` with the model, all sampling fields that the server knows, and `extra`.
+        """Post a request with the model, all sampling fields that the server knows, and `extra`.
 
-        Fields that it refuses are left out, and remembered once a request without them was
-        answered. guess: leave out all fields beyond OpenAI's where the server does not name the one
-        that it refuses.
+        Fields that the server refuses are left out, and remembered once a request without them was
+        answered.
+
+        Args:
+            path: Behind the server's url.
+            body: The request without model and sampling fields.
+            config: How texts are drawn; length and seed stand in `body`.
+            worst: The most that the request can use.
+            accept: Reads the reply; raises Fault for a reply that cannot be used.
+            retries: How often to ask again; by default as the service is set.
+            guess: Whether to leave out all fields beyond OpenAI's if the server does not name the
+                one that it refuses.
+
+        Raises:
+            OpdlabError: The server refuses a field that was given a value of its own.
+            TeacherError: No usable reply came.
+            BudgetSpent: The request may not fit the budget.
         """
         refused = self._refused.get(path, ())
+        named = {"model": self.model} if self.model else {}
+        wanted = sampling_fields(config)
+        wanted = {name: value for name, value in wanted.items() if name not in self.extra}
         while True:
-            fields = without(
-                {k: v for k, v in sampling.fields().items() if k not in self.extra},
-                refused,
-                self.service.url,
-            )
-            whole = {
-                **({"model": self.model} if self.model else {}),
-                **body,
-                **fields,
-                **self.extra,
-            }
+            fields = without_refused(wanted, refused, self.service.url)
+            whole = {**named, **body, **fields, **self.extra}
             try:
                 answer = self.service.post(path, whole, worst, accept, retries)
             except TeacherError as error:
@@ -286,22 +324,23 @@ class TextServer:
             self._refused[path] = refused
             return answer
 
-    def named(self, reply: Mapping[str, Any]) -> None:
-        """Raise Fault where another model answers than the one that was met."""
+    def check_model(self, reply: Mapping[str, Any]) -> None:
+        """Raise Fault if another model answers than the one that was met."""
         if reply.get("model") not in self._names:
             raise Fault(
                 f"another model answered: {plain(reply.get('model'))!r} and not {self._names[0]!r}"
             )
 
-    def _checked(
+    def _read_texts(
         self, reply: Mapping[str, Any], n: int, limit: int, short: list[int]
     ) -> list[dict[str, Any]]:
         """The texts of a reply.
 
-        Fewer than asked for may be an accident: taken only when it happens again (`short`).
+        Fewer than asked for may be an accident, so they are taken only if it happens again, which
+        `short` remembers.
         """
-        self.named(reply)
-        texts = asking.choices(reply, n * limit)
+        self.check_model(reply)
+        texts = asking.read_choices(reply, n * limit)
         if len(texts) > n:
             raise Fault(
                 f"{len(texts)} texts came where {n} {'was' if n == 1 else 'were'} asked for"
@@ -313,16 +352,14 @@ class TextServer:
 
     # Getting to know a server.
 
-    def _met(self, path: str, body: dict[str, Any]) -> dict[str, Any]:
-        """What one request for two texts of a token shows: names, fields that the server takes,
-        whether `n` is served.
-        """
+    def _greet(self, path: str, body: dict[str, Any]) -> dict[str, Any]:
+        """Ask for two texts of one token, which shows names, fields and whether `n` is served."""
         fields, guess = {self._limit: 1, "n": 2}, False
         while True:
             try:
                 most = worst(json.dumps(body), 2, 1)
                 name, texts = self.post(
-                    path, {**body, **fields}, Sampling(), most, self._introduced, guess=guess
+                    path, {**body, **fields}, SamplingConfig(), most, self._read_name, guess=guess
                 )
                 break
             except TeacherError as error:
@@ -336,7 +373,8 @@ class TextServer:
             "refused": list(self._refused[path]),
         }
 
-    def _introduced(self, reply: Mapping[str, Any]) -> tuple[str, int]:
+    def _read_name(self, reply: Mapping[str, Any]) -> tuple[str, int]:
+        """The model's name in a reply to a greeting, and how many texts it has."""
         name, listed = reply.get("model"), reply.get("choices")
         if not isinstance(name, str) or not name or not isinstance(listed, list) or not listed:
             raise Fault("the reply has no model or no choices")
@@ -348,9 +386,8 @@ class TextServer:
             asking.check_no_error(choice)
         if len(listed) > 2:
             raise Fault(f"{len(listed)} texts came where 2 were asked for")
-        if self.model and not (
-            name.startswith(self.model) or self.model.endswith(f"/{name}")
-        ):  # a dated snapshot, a router's name
+        # The name may be a dated snapshot's, or lack what a router's name has before it.
+        if self.model and not (name.startswith(self.model) or self.model.endswith(f"/{name}")):
             raise Fault(
                 f"the model {plain(name)!r} answered and not {self.model!r}. Name it as the server"
                 " does, or leave model= out"
@@ -358,18 +395,16 @@ class TextServer:
         return name, len(listed)
 
     def _way(self, prompts: Sequence[Prompt]) -> str:
-        """How this server goes on with an unfinished answer: as the user said, else as its own
-        greedy answers show, once.
-        """
+        """How to ask for more of an unfinished answer: as the user said, else as a trial shows."""
         chats = [prompt for prompt in prompts if prompt.messages is not None]
         if not self.way and chats:
-            self.way = self._found(chats[:PROBES])
+            self.way = self._find_way(chats[:PROBES])
         return self.way or "completion"
 
-    def _found(self, prompts: Sequence[Prompt]) -> str:
+    def _find_way(self, prompts: Sequence[Prompt]) -> str:
         """The first way that, given half of a greedy answer, goes on with its other half.
 
-        Needs no knowledge of the model.
+        This needs no knowledge of the model.
         """
         try:
             halves = [(prompt, *_halves(self._greedy(prompt, "", ""))) for prompt in prompts]
@@ -378,11 +413,8 @@ class TextServer:
                 raise
             halves = []  # a server that cannot be greedy shows nothing
         halves = [(prompt, a, b) for prompt, a, b in halves if a and b]
-        ways = (
-            asking.WAYS[:-1]
-            if self.template is not None and self.template.chat_template
-            else asking.WAYS[1:-1]
-        )
+        renders = self.template is not None and self.template.chat_template
+        ways = asking.WAYS[:-1] if renders else asking.WAYS[1:-1]
         found = next((way for way in ways if halves and self._works(way, halves)), None)
         if found is None:
             warnings.warn(
@@ -403,17 +435,16 @@ class TextServer:
             if error.status is None:
                 raise
             return False
-        return sum(right) >= max(
-            1, len(right) - 1
-        )  # of three, one may differ: a boundary of tokens, or a server that rounds
+        # Of three, one may differ: a boundary of tokens, or a server that rounds.
+        return sum(right) >= max(1, len(right) - 1)
 
     def _greedy(self, prompt: Prompt, prefix: str, way: str) -> str:
-        path, body = asking.request(prompt, prefix, way, self.template)
+        path, body = asking.make_request(prompt, prefix, way, self.template)
         key = key_of(
             [FORMAT, "greedy", self.service.url, self.model, path, body, self._limit, self.extra]
         )
         if self.service.cache.get(key) is None:
-            self._ask(path, body, GREEDY, Sampling(temperature=0.0), [key], retries=1)
+            self._ask(path, body, GREEDY, [key], retries=1)
         return str(self._answer(key)["text"])
 
     def __repr__(self) -> str:
@@ -423,7 +454,7 @@ class TextServer:
 
 
 def _checked_extra(extra: Mapping[str, Any]) -> dict[str, Any]:
-    """The user's fields for every request; raises InvalidValue for those that cannot be sent."""
+    """Return the user's fields for every request; raise InvalidValue if one cannot be sent."""
     for name in extra:
         if name in TAKEN:
             raise InvalidValue(
@@ -440,8 +471,8 @@ def _checked_extra(extra: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _halves(text: str) -> tuple[str, str]:
-    """The text cut before the space nearest to its middle; nothing where it is too short to tell."""
-    spaces = [i for i, c in enumerate(text) if c == " " and text[:i].strip()]
+    """Cut a text before the space nearest to its middle; a text too short to tell gives nothing."""
+    spaces = [i for i, character in enumerate(text) if character == " " and text[:i].strip()]
     middle = min(spaces, key=lambda i: abs(i - len(text) // 2), default=len(text) // 2)
     return (text[:middle], text[middle:]) if len(text.strip()) >= 8 else ("", "")
 
@@ -449,11 +480,13 @@ def _halves(text: str) -> tuple[str, str]:
 def _after_refusal(
     fields: dict[str, int], guess: bool, error: TeacherError
 ) -> tuple[dict[str, int], bool]:
-    """How to greet a server that refused a greeting: `fields`, and whether to `guess` (see `post`);
-    raises the error at the end.
+    """How to greet a server that refused a greeting: `fields`, and whether to `guess` in `post`.
 
-    Where it does not say what it refuses, `n` goes first: without it texts come one at a time,
-    which changes none of them.
+    If the server does not name the field that it refuses, `n` goes first: without it texts come
+    one at a time, which changes none of them.
+
+    Raises:
+        TeacherError: Nothing is left to try; it is `error` itself.
     """
     if error.status not in REFUSED:
         raise error

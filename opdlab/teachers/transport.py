@@ -9,13 +9,17 @@ import sys
 import time
 from collections.abc import Iterator
 from contextlib import suppress
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from openai import DefaultHttpxClient
 
-LARGEST = 256 * 2**20  # bytes of a reply
 # The openai client is built on httpx or on its successor httpx2: take the one that it uses.
-_http: Any = sys.modules[DefaultHttpxClient.__mro__[1].__module__.partition(".")[0]]
+if TYPE_CHECKING:
+    import httpx as _http
+else:
+    _http = sys.modules[DefaultHttpxClient.__mro__[1].__module__.partition(".")[0]]
+
+LARGEST = 256 * 2**20  # bytes of a reply
 
 
 class UnusableReply(_http.ReadError):
@@ -43,9 +47,7 @@ class _Bounded(_http.SyncByteStream):
 
 
 class _Client(DefaultHttpxClient):
-    """A client that closes its connections when nobody holds it any more, as the openai client's
-    own does.
-    """
+    """A client that closes its connections when nobody holds it, as openai's own does."""
 
     def __del__(self) -> None:
         with suppress(Exception):
@@ -53,8 +55,7 @@ class _Client(DefaultHttpxClient):
 
 
 def bounded_client(timeout: float) -> Any:
-    """Make a client whose requests take `timeout` seconds at most from the first byte sent to the
-    last byte read.
+    """Make a client whose requests take at most `timeout` seconds, up to the last byte read.
 
     Compressed replies are not asked for and not read, since a few bytes could stand for gigabytes.
     """

@@ -1,4 +1,4 @@
-"""Ask a teacher for texts: every sampling setting reaches its `write`, or is refused."""
+"""Pass a run's sampling settings to a teacher's `write`: each reaches it, or is refused."""
 
 from __future__ import annotations
 
@@ -8,10 +8,11 @@ from typing import Any
 
 from opdlab.data.prompt import Prompt
 from opdlab.data.sampling_config import SamplingConfig
-from opdlab.errors import InvalidValue
+from opdlab.errors import InvalidValue, OpdlabError
 from opdlab.models.protocols import Writer
 
-ALWAYS = ("max_new_tokens", "seed")  # passed on whatever they are; a writer may lack neither
+NEEDED = ("max_new_tokens", "seed")  # options that a run sets anew in every step
+USUAL = ("temperature", "top_p")  # options that are passed on even where they change nothing
 
 
 def write_texts(
@@ -19,43 +20,63 @@ def write_texts(
 ) -> list[list[str]]:
     """Let a teacher write `n` texts for each prompt.
 
+    Returns:
+        One list for each prompt, with `n` texts.
+
     Raises:
-        InvalidValue: The config has a value that this teacher's `write` cannot be told.
+        InvalidValue: The teacher's `write` cannot be told a value of the config.
+        OpdlabError: The teacher gave another number of texts.
     """
-    texts = writer.write(prompts, n, **options_for(writer, config))
-    return [list(row) for row in texts]
+    texts = [list(row) for row in writer.write(prompts, n, **options_for(writer, config))]
+    counts = [len(row) for row in texts]
+    if counts != [n] * len(prompts):
+        raise OpdlabError(
+            f"The teacher's {type(writer).__name__}.write gave {counts} texts for"
+            f" {len(prompts)} prompts. Let it return one list for each prompt, with n={n} texts."
+        )
+    return texts
 
 
 def options_for(writer: Writer, config: SamplingConfig) -> dict[str, Any]:
-    """Return the options that `writer.write` takes; those that change nothing are left out where it lacks them.
+    """Return the options to call `writer.write` with.
+
+    Options that change nothing are left out if the writer does not take them by name, so a teacher
+    of a user's own needs few arguments.
 
     Raises:
-        InvalidValue: The config has a value that this teacher's `write` cannot be told.
+        InvalidValue: The writer takes no length or seed, or lacks an option that the config sets.
     """
     options = dict(config.options())
     neutral = dict(SamplingConfig().options())
     changed = {name for name, value in options.items() if value != neutral[name]}
-    needed = changed | {*ALWAYS, "temperature", "top_p"}
-    takes = _parameters(writer)
-    if takes is None:
-        return {name: value for name, value in options.items() if name in needed}
-    for name in sorted(changed - takes - set(ALWAYS)):
-        usual = neutral[name]
+    takes = _keywords(writer, set(options))
+    owner = f"{type(writer).__name__}.write"
+    for name in NEEDED:
+        if name not in takes:
+            raise InvalidValue(
+                f"The teacher's {owner} takes no {name}, which a run sets in every step. Give"
+                f" write a keyword argument {name}, or **options."
+            )
+    for name in sorted(changed - takes):
         raise InvalidValue(
-            f"The run has {name}={options[name]}, but the teacher's {type(writer).__name__}.write takes no {name}, so its"
-            f" texts would be sampled otherwise. Use {name}={usual!r}, or give write an argument {name}."
+            f"The run has {name}={options[name]}, but the teacher's {owner} takes no {name}, so its"
+            f" texts would be sampled otherwise. Use {name}={neutral[name]!r}, or give write an"
+            f" argument {name}."
         )
-    return {
-        name: value for name, value in options.items() if name in needed & (takes | set(ALWAYS))
-    }
+    passed = (changed | {*NEEDED, *USUAL}) & takes
+    return {name: value for name, value in options.items() if name in passed}
 
 
-def _parameters(writer: Writer) -> set[str] | None:
-    """The names that `writer.write` takes; None if it takes any."""
+def _keywords(writer: Writer, names: set[str]) -> set[str]:
+    """Those of `names` that `writer.write` takes as keyword arguments."""
     try:
         parameters = inspect.signature(writer.write).parameters
-    except (TypeError, ValueError):  # something callable that does not tell
-        return None
-    if any(parameter.kind is parameter.VAR_KEYWORD for parameter in parameters.values()):
-        return None
-    return set(parameters)
+    except (TypeError, ValueError):  # some callables do not tell
+        return names
+    kinds = [parameter.kind for parameter in parameters.values()]
+    if inspect.Parameter.VAR_KEYWORD in kinds:
+        return names
+    positional = (inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.VAR_POSITIONAL)
+    return names & {
+        name for name, parameter in parameters.items() if parameter.kind not in positional
+    }

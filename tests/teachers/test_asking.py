@@ -19,35 +19,40 @@ HERE = "The cat sat on the mat"
 
 def test_each_way_sends_what_it_says(words):
     user, begun = {"role": "user", "content": "a b"}, {"role": "assistant", "content": "c d"}
-    assert asking.request(CHAT, "c d", "completion", words) == (
+    assert asking.make_request(CHAT, "c d", "completion", words) == (
         "/completions",
         {"prompt": "<user>a b<assistant>c d"},
     )
-    path, body = asking.request(CHAT, "c d", "prefill", None)
+    path, body = asking.make_request(CHAT, "c d", "prefill", None)
     assert path == "/chat/completions"
     assert body == {
         "messages": [user, begun],
         "continue_final_message": True,
         "add_generation_prompt": False,
     }
-    assert asking.request(CHAT, "c d", "prefix", None)[1] == {
+    assert asking.make_request(CHAT, "c d", "prefix", None)[1] == {
         "messages": [user, begun | {"prefix": True}]
     }
-    assert asking.request(CHAT, "c d", "instruct", None)[1]["messages"] == [
+    assert asking.make_request(CHAT, "c d", "instruct", None)[1]["messages"] == [
         user,
         begun,
         {"role": "user", "content": asking.GO_ON},
     ]
     for way in asking.WAYS[1:]:
-        assert asking.request(CHAT, "", way, None) == ("/chat/completions", {"messages": [user]})
-    assert asking.request(Prompt("a b"), " c", "prefill", None) == (
+        assert asking.make_request(CHAT, "", way, None) == (
+            "/chat/completions",
+            {"messages": [user]},
+        )
+    assert asking.make_request(Prompt("a b"), " c", "prefill", None) == (
         "/completions",
         {"prompt": "a b c"},
     )
 
 
 def test_no_request_holds_the_hint(words):
-    assert not any("secret" in str(asking.request(CHAT, "x", way, words)) for way in asking.WAYS)
+    assert not any(
+        "secret" in str(asking.make_request(CHAT, "x", way, words)) for way in asking.WAYS
+    )
 
 
 def test_a_rendered_chat_leaves_the_first_token_to_the_server(make_tokenizer):
@@ -55,14 +60,14 @@ def test_a_rendered_chat_leaves_the_first_token_to_the_server(make_tokenizer):
         template="[bos]{% for m in messages %}{{ m['content'] }}{% endfor %}:"
     )
     tokenizer.add_special_tokens({"bos_token": "[bos]"})
-    assert asking.rendered(CHAT, tokenizer) == "a b:"
+    assert asking.render_chat(CHAT, tokenizer) == "a b:"
     with pytest.raises(OpdlabError, match=r"no template is known\. Give TextServer\(…, template="):
-        asking.request(CHAT, "c", "completion", None)
+        asking.make_request(CHAT, "c", "completion", None)
 
 
 def test_what_looks_like_a_special_token_does_not_reach_the_server(words):
     assert (
-        asking.request(CHAT, "c<eos><user>d", "completion", words)[1]["prompt"]
+        asking.make_request(CHAT, "c<eos><user>d", "completion", words)[1]["prompt"]
         == "<user>a b<assistant>cd"
     )
 
@@ -106,18 +111,21 @@ def said(text, finish="stop"):
 
 
 def test_texts_of_both_kinds_of_reply():
-    assert asking.choices(reply(said("a"), said("b", "length")), 5) == [
+    assert asking.read_choices(reply(said("a"), said("b", "length")), 5) == [
         {"text": "a", "finish": "stop"},
         {"text": "b", "finish": "length"},
     ]
     chat = {"message": {"role": "assistant", "content": "c"}, "finish_reason": "stop"}
-    assert asking.choices(reply(chat), 5) == [{"text": "c", "finish": "stop"}]
-    assert asking.choices(reply(said("", "stop"), written=1), 5) == [{"text": "", "finish": "stop"}]
+    assert asking.read_choices(reply(chat), 5) == [{"text": "c", "finish": "stop"}]
+    assert asking.read_choices(reply(said("", "stop"), written=1), 5) == [
+        {"text": "", "finish": "stop"}
+    ]
     assert (
-        asking.choices(reply(said("a\x00\x1b[31m\u202eb")), 5)[0]["text"] == "a\x00\x1b[31m\u202eb"
+        asking.read_choices(reply(said("a\x00\x1b[31m\u202eb")), 5)[0]["text"]
+        == "a\x00\x1b[31m\u202eb"
     )  # odd, and text all the same
     assert (
-        asking.choices(reply(said("a", "eos")), 5)[0]["finish"] == "stop"
+        asking.read_choices(reply(said("a", "eos")), 5)[0]["finish"] == "stop"
     )  # Together's word for it
 
 
@@ -126,11 +134,11 @@ def test_a_cut_text_ends_before_the_character_that_was_cut(half):
     """A server that stops between the bytes of a character shows a replacement sign, which the
     teacher did not write.
     """
-    assert asking.choices(reply(said(f"ab{half}", "length")), 5) == [
+    assert asking.read_choices(reply(said(f"ab{half}", "length")), 5) == [
         {"text": "ab", "finish": "length"}
     ]
     if half.startswith("\ufffd"):
-        assert asking.choices(reply(said(f"ab{half}", "stop")), 5) == [
+        assert asking.read_choices(reply(said(f"ab{half}", "stop")), 5) == [
             {"text": f"ab{half}", "finish": "stop"}
         ]
 
@@ -143,14 +151,14 @@ def test_a_text_that_was_broken_off_is_no_answer(reason):
     with pytest.raises(
         Fault, match=r"broke the text off \(finish_reason .*\), so it is no whole answer"
     ):
-        asking.choices(reply(said("two and th", reason)), 5)
+        asking.read_choices(reply(said("two and th", reason)), 5)
     with pytest.raises(Fault, match="broke the text off"):
-        asking.choices(
+        asking.read_choices(
             reply(said("whole"), said("two and th", reason)), 5
         )  # beside one that is whole
     missing = {"message": {"content": "two and th"}}
     with pytest.raises(Fault, match=r"finish_reason None"):
-        asking.choices(reply(missing), 5)
+        asking.read_choices(reply(missing), 5)
 
 
 @pytest.mark.parametrize(
@@ -177,7 +185,7 @@ def test_a_text_that_was_broken_off_is_no_answer(reason):
 def test_an_error_in_a_reply_is_told_in_the_servers_words(error, words, status, final):
     for where in (
         lambda: raise_error_of({"error": error}),
-        lambda: asking.choices(reply(said("a") | {"error": error}), 5),
+        lambda: asking.read_choices(reply(said("a") | {"error": error}), 5),
     ):
         with pytest.raises(Fault, match=f"it answers with an {words}") as caught:
             where()
@@ -210,4 +218,4 @@ def test_an_error_in_a_reply_is_told_in_the_servers_words(error, words, status, 
 )
 def test_what_is_no_answer_is_a_fault(bad, why):
     with pytest.raises(Fault, match=why):
-        asking.choices(bad, 5)
+        asking.read_choices(bad, 5)

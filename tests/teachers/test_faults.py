@@ -247,10 +247,9 @@ def test_fewer_choices_than_asked_for(wire, undisturbed):
 
 
 def patience(run: opd.Run, seconds: float) -> None:
-    """Seconds until a request counts as lost, from now on: short only while a fault is to be met,
-    since this machine may be busy.
-    """
-    one = run.writer.service if isinstance(run.writer, TextServer) else run.writer.text.service
+    """Set the seconds after which a request counts as lost, short only while a fault is met."""
+    teacher = run.teacher
+    one = teacher.service if isinstance(teacher, TextServer) else teacher.text.service
     one.timeout, one._client = seconds, None
 
 
@@ -305,7 +304,7 @@ def test_a_line_that_breaks(kind, mode, wire, undisturbed):
 
 
 def test_a_server_that_comes_back_elsewhere_is_not_needed_for_what_was_answered(wire, tmp_path):
-    """Half of a step is answered, then the server dies; the next try asks for the other half only."""
+    """Half of a step is answered, then the server dies; the next try asks for the other half."""
     server, faults, url = wire
     one = TextServer(url, cache=tmp_path / "c.sqlite", quiet=True, retries=0, concurrency=1)
     faults.queue = [None] * 4

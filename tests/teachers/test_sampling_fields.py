@@ -14,6 +14,7 @@ from opdlab.methods import SequenceKD
 from opdlab.tasks.market import model
 from opdlab.teachers import LogprobServer, TextOnly, TextServer
 from opdlab.teachers.sampling import EXTENSIONS, NEUTRAL
+from opdlab.teachers.text_only import cut_behind_stop
 
 TASK = opd.tasks.market()
 PROMPTS = TASK.prompts(2)
@@ -60,6 +61,78 @@ def test_every_field_is_sent_with_each_request(wire):
     graded = [body for path, body, _ in server.requests if "prompt_logprobs" in body]
     assert len(graded) >= 3
     assert all({name: body[name] for name in NEUTRAL} == NEUTRAL for body in graded)
+
+
+def test_every_option_is_sent_as_the_server_names_it(wire):
+    """Length, seed and top_k=0 under other names; `stop` with the request to keep it."""
+    server, _, url = wire
+    one = teacher(url)
+    one.write(PROMPTS, top_k=7, min_p=0.1, stop=("=", "+"), max_new_tokens=5, seed=3)
+    one.write(PROMPTS, top_k=0, max_new_tokens=3, seed=3)
+    bodies = [body for _, body, _ in server.requests[1:]]
+    shaped, plain = bodies[:2], bodies[2:]
+    assert {(body["top_k"], body["min_p"]) for body in shaped} == {(7, 0.1)}
+    assert all(body["stop"] == ["=", "+"] for body in shaped)
+    assert all(body["include_stop_str_in_output"] is True for body in shaped)
+    assert {body["top_k"] for body in plain} == {-1}
+    assert not any({"stop", "include_stop_str_in_output"} & set(body) for body in plain)
+    assert [body["max_tokens"] for body in bodies] == [5, 5, 3, 3]
+    assert len({body["seed"] for body in bodies}) == 4
+
+
+def test_bad_options_are_refused_before_anything_is_sent(wire):
+    server, _, url = wire
+    for one in (
+        teacher(url),
+        LogprobServer(url, cache=None, quiet=True),
+        TextOnly(model("scribe")),
+    ):
+        with pytest.raises(
+            errors.UnknownOption, match=r"write has no option 'temprature'\. It takes"
+        ):
+            one.write(PROMPTS, temprature=0.5)
+        with pytest.raises(errors.InvalidValue, match=r"write got top_k=-1\. Use a whole number"):
+            one.write(PROMPTS, top_k=-1)
+        with pytest.raises(errors.InvalidValue, match="write got an empty text in stop="):
+            one.write(PROMPTS, stop=("a", ""))
+    assert server.requests == []
+
+
+def test_a_text_keeps_the_stop_text_that_ends_it(wire, market_teacher):
+    """The same from a server as from the local model, and a prefix of the text without `stop`."""
+    _, _, url = wire
+    options = {"temperature": 0.0, "max_new_tokens": 24}
+    for prefixes in (None, ["7 3 +", "6 8"]):
+        local, served = TextOnly(market_teacher), teacher(url)
+        wanted = local.write(PROMPTS, prefixes=prefixes, stop="=", **options)
+        got = served.write(PROMPTS, prefixes=prefixes, stop="=", **options)
+        whole = local.write(PROMPTS, prefixes=prefixes, **options)
+        for want, text, all_of_it in zip(wanted, got, whole, strict=True):
+            assert want[0].endswith("=")
+            assert want[0].finish == text[0].finish == "stop"
+            assert want[0].strip() == text[0].strip()
+            assert all_of_it[0].startswith(want[0])
+
+
+def test_a_stop_text_may_end_within_a_token():
+    assert cut_behind_stop("4 7\n\n8", ("\n",)) == "4 7\n"
+    assert cut_behind_stop("4 7 = 8", ("8", "=")) == "4 7 ="
+    assert cut_behind_stop("4 7", ("=",)) == cut_behind_stop("4 7", ()) == "4 7"
+
+
+def test_a_server_that_cannot_keep_stop_texts_is_refused(serve):
+    server, url = serve()
+    picky(server, ["include_stop_str_in_output"])
+    one = teacher(url)
+    with pytest.raises(errors.OpdlabError, match=r"no include_stop_str.*Leave stop= out"):
+        one.write(PROMPTS, stop="=", max_new_tokens=5)
+    asked = len(server.requests)
+    assert all(text for row in one.write(PROMPTS, max_new_tokens=3) for text in row)
+    cut = teacher(url, extra={"stop": ["="], "include_stop_str_in_output": False})
+    picky(server, ["stop"])  # the server is heard in its own words
+    with pytest.raises(errors.TeacherError, match="unknown fields"):
+        cut.write(PROMPTS, max_new_tokens=3)
+    assert len(server.requests) > asked
 
 
 def test_extra_wins_and_what_it_would_overrule_is_refused(wire):
@@ -147,7 +220,7 @@ def test_a_refused_field_is_never_needed(serve):
 
 
 def test_a_request_that_is_wrong_for_another_reason_loses_no_field(serve):
-    """A prompt that is too long is refused with 400 too: what was left out to try it is sent again."""
+    """A prompt that is too long is refused with 400 too; fields left out for it are sent again."""
     server, url = serve()
     answer = server.answer
     server.answer = lambda path, body: (
@@ -187,24 +260,3 @@ def test_settings_reach_the_teacher(wire):
     assert list(step.rollout.texts) == [
         row[0] for row in greedy
     ]  # so small a nucleus holds one token
-
-
-def test_a_writer_that_takes_no_top_p_is_told_so_before_the_first_step():
-    class Own:
-        """A teacher of a user's own."""
-
-        def __init__(self) -> None:
-            self.calls = 0
-
-        def write(self, prompts, n=1, *, max_new_tokens=64, temperature=1.0, seed=0):
-            self.calls += 1
-            return [["4 7"] * n for _ in prompts]
-
-    own, settings = (
-        Own(),
-        {"method": SequenceKD(), "batch": 2, "steps": 1, "max_new_tokens": 3, "quiet": True},
-    )
-    assert opd.distill(model("student"), own, TASK, **settings).train().done == 1
-    with pytest.raises(errors.OpdlabError, match=r"top_p=0\.9.*Own.*write.*no top_p"):
-        opd.distill(model("student"), own, TASK, top_p=0.9, **settings)
-    assert own.calls == 1

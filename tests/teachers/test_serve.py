@@ -86,14 +86,14 @@ def test_sequence_distillation_from_it(teacher):
 
 
 def test_omniopd_from_it(teacher):
-    """Two steps over HTTP; every audit has its texts, and they go on from what the student wrote."""
+    """Two steps over HTTP; every chunk has its texts, and they go on from the student's."""
     method = OmniOPD(length=2, chunks=2, continuations=2, similarity="rouge1", match_length=True)
     run = opd.distill(
         model("student"), teacher, TASK, method=method, batch=3, steps=2, quiet=True, seed=1
     )
     before = {name: p.detach().clone() for name, p in run.parameters.items()}
-    audits = [audit for step in run for audit in step.notes["audits"]]
-    assert len(audits) >= 8
-    assert all(len(audit["continuations"]) == 2 for audit in audits)
-    assert max(score for audit in audits for score in audit["similarity"]) == 1.0
+    chunks = [chunk for step in run for chunk in step.notes["chunks"]["chunks"]]
+    assert len(chunks) >= 8
+    assert all(len(chunk["continuations"]) == 2 for chunk in chunks)
+    assert max(score for chunk in chunks for score in chunk["similarity"]) == 1.0
     assert any(not p.equal(before[name]) for name, p in run.parameters.items())

@@ -109,7 +109,7 @@ def test_it_writes_what_the_policy_samples(scribe, market):
 
 @pytest.mark.parametrize("name", ["scribe", "teacher"])
 def test_it_goes_on_from_half_of_its_own_greedy_text(name, market):
-    """A character tokenizer and one of words, whose decoder drops the space before a first piece."""
+    """One tokenizer of characters and one of words, whose decoder drops a first space."""
     bare, prompts = TextOnly(model(name)), market.prompts(4)
     whole = [row[0] for row in bare.write(prompts, max_new_tokens=50, temperature=0)]
     cuts = [text.rindex(" ", 0, len(text) // 2 + 1) for text in whole]
@@ -123,7 +123,7 @@ def test_a_written_special_token_is_text(scribe):
     prompt = Prompt(
         messages=({"role": "user", "content": "ana has 4 7 apples buys 3 8 sells 1 9 . total ?"},)
     )
-    ids = text_only._plain(scribe, "4 7<eos> +")
+    ids = text_only._encode_plain(scribe, "4 7<eos> +")
     assert scribe.tokenizer.eos_token_id not in ids
     assert TextOnly(scribe).write([prompt], prefixes=["4 7<eos> +"], max_new_tokens=4) != [[""]]
 

@@ -61,12 +61,13 @@ class Wire:
             "echo",
             "logprobs",
         }
-        known |= {"top_p", "presence_penalty", "frequency_penalty"}
+        known |= {"top_p", "presence_penalty", "frequency_penalty", "stop"}
         if self.dialect == "vllm":
             known |= {
                 "top_k",
                 "min_p",
                 "repetition_penalty",
+                "include_stop_str_in_output",
                 "prompt_logprobs",
                 "return_tokens_as_token_ids",
                 "continue_final_message",
@@ -151,9 +152,11 @@ class Wire:
         vLLM does.
         """
         out = []
+        read = lambda row: self.tokenizer.decode(row, skip_special_tokens=True)
+        before = len(read(ids))
         for j in range(min(body.get("n", 1), self.choices)):
             generator = torch.Generator().manual_seed(body.get("seed", 0) + j)
-            row, end = list(ids), "length"
+            row, end, held = list(ids), "length", []
             for _ in range(body["max_tokens"]):
                 logits = self.model(torch.tensor([row])).logits[0, -1].double()
                 if body["temperature"] == 0:
@@ -166,13 +169,15 @@ class Wire:
                             )
                         )
                     )
-                if row[-1] in self.eos:
+                held = [stop for stop in body.get("stop", ()) if stop in read(row)[before:]]
+                if row[-1] in self.eos or held:
                     end = "stop"
                     break
-            whole, start = (
-                self.tokenizer.decode(part, skip_special_tokens=True) for part in (row, ids)
-            )
-            out.append((whole[len(start) :], end, len(row) - len(ids)))
+            text = read(row)[before:]
+            for stop in held:
+                keeps = body.get("include_stop_str_in_output", False)
+                text = text[: text.find(stop) + len(stop) * keeps]
+            out.append((text, end, len(row) - len(ids)))
         self.written = sum(count for _, _, count in out)
         return out
 
