@@ -91,7 +91,7 @@ def _check_grader(name: str, grader: Any, student: Policy, rollout: Rollout) -> 
             " (OmniOPD, SequenceKD)."
         )
     elif isinstance(grader, Checked):  # a server is compared with the student before it grades
-        grader.check(student, list(dict.fromkeys(rollout.prompts)), int(rollout.lengths.max()))
+        grader.check(student, list(rollout.prompts), int(rollout.lengths.max()))
 
 
 def record_trace(
