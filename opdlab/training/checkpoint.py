@@ -44,7 +44,7 @@ _PEFT = "base_model.model."  # the prefix under which PEFT stores adapters
 FORMAT = 2  # of run.json; files without it are of the first
 
 
-def write(run: RunState, folder: Path) -> Path:
+def write_checkpoint(run: RunState, folder: Path) -> Path:
     """Save `run` as `folder/step-NNNNNN`; returns that path.
 
     Raises:
@@ -57,14 +57,14 @@ def write(run: RunState, folder: Path) -> Path:
     partial.mkdir(parents=True)
     try:
         _write_weights(run, partial)
-        save_file(_optimizer_state(run), partial / "optimizer.safetensors")
+        save_file(_optimizer_tensors(run), partial / "optimizer.safetensors")
         for average in run.averages:
-            save_file(_contiguous(trained_tensors(average)), partial / "ema.safetensors")
+            save_file(_make_contiguous(trained_tensors(average)), partial / "ema.safetensors")
         method_state.write_state(run.method, partial)
-        _json(partial / "run.json", _description(run, folder))
-        _json(partial / "history.json", run.metrics)
-        _json(partial / "manifest.json", _checksums(partial))
-        _flush(partial)
+        _write_json(partial / "run.json", _describe(run, folder))
+        _write_json(partial / "history.json", run.metrics)
+        _write_json(partial / "manifest.json", _checksums_of(partial))
+        _flush_files(partial)
         if final.exists():  # the same step saved twice: make room, then take the name
             final.rename(folder / f".{final.name}.{os.getpid()}.old")
         partial.rename(final)
@@ -87,20 +87,20 @@ def update_history(run: RunState, step: Path) -> None:
         *(old if isinstance(old, list) else [old]),
         new,
     ]  # a list: an earlier update was cut short
-    _replace(
+    _replace_file(
         step / "manifest.json", json.dumps({**manifest, "history.json": both}, indent=1).encode()
     )
-    _replace(step / "history.json", history)
-    _replace(
+    _replace_file(step / "history.json", history)
+    _replace_file(
         step / "manifest.json", json.dumps({**manifest, "history.json": new}, indent=1).encode()
     )
 
 
-def find(path: Path, step: int | None = None) -> Path:
+def find_checkpoint(path: Path, step: int | None = None) -> Path:
     """Find the checkpoint of a step, or the one written last, and verify its checksums."""
     if (path / "manifest.json").exists():
-        return _verified(path)
-    there = run_folder.saved_in(path)
+        return _verify(path)
+    there = run_folder.list_checkpoints(path)
     wanted = there if step is None else [saved for saved in there if saved.step == step]
     if not wanted:
         names = ", ".join(sorted(saved.path.name for saved in there)) or "none"
@@ -108,7 +108,7 @@ def find(path: Path, step: int | None = None) -> Path:
             f"{path} holds no checkpoint{'' if step is None else f' of step {step}'}; there are"
             f" {names}."
         )
-    return _verified(wanted[-1].path)
+    return _verify(wanted[-1].path)
 
 
 def load_weights(student: Policy, folder: Path) -> None:
@@ -119,8 +119,8 @@ def load_weights(student: Policy, folder: Path) -> None:
     if (folder / "adapter_model.safetensors").exists():
         path, state, saved = (
             folder / "adapter_model.safetensors",
-            adapter(folder),
-            _embeddings(folder),
+            read_adapter(folder),
+            _read_embeddings(folder),
         )
         there = model_files.embeddings(student.weights, saved)
         check_same_tensors(student.weights.adapter_state(str(student.adapter)), state, path)
@@ -131,24 +131,24 @@ def load_weights(student: Policy, folder: Path) -> None:
         copy_tensors(model_files.own_tensors(student.weights), values, folder / "model.safetensors")
 
 
-def adapter(folder: Path) -> dict[str, Tensor]:
+def read_adapter(folder: Path) -> dict[str, Tensor]:
     """The tensors of a checkpoint's adapter, as `Weights.set_adapter_state` takes them."""
-    beside = _beside(folder)
-    return {name: value for name, value in _adapter_file(folder).items() if name not in beside}
+    beside = _names_beside(folder)
+    return {name: value for name, value in _read_adapter_file(folder).items() if name not in beside}
 
 
-def _embeddings(folder: Path) -> dict[str, Tensor]:
+def _read_embeddings(folder: Path) -> dict[str, Tensor]:
     """The model's own embeddings beside the adapter, where the vocabulary was resized."""
-    beside = _beside(folder)
-    return {name: value for name, value in _adapter_file(folder).items() if name in beside}
+    beside = _names_beside(folder)
+    return {name: value for name, value in _read_adapter_file(folder).items() if name in beside}
 
 
-def _adapter_file(folder: Path) -> dict[str, Tensor]:
+def _read_adapter_file(folder: Path) -> dict[str, Tensor]:
     tensors = read_tensors(folder / "adapter_model.safetensors")
     return {name.removeprefix(_PEFT): value for name, value in tensors.items()}
 
 
-def _beside(folder: Path) -> set[str]:
+def _names_beside(folder: Path) -> set[str]:
     return set(read_json(folder / "run.json").get("embeddings", ()))
 
 
@@ -160,7 +160,7 @@ def plain_name(name: str, adapter: str | None) -> str:
     return ".".join(parts)
 
 
-def _contiguous(values: Mapping[str, Tensor]) -> dict[str, Tensor]:
+def _make_contiguous(values: Mapping[str, Tensor]) -> dict[str, Tensor]:
     return {name: value.detach().contiguous() for name, value in values.items()}
 
 
@@ -171,11 +171,11 @@ def _write_weights(run: RunState, folder: Path) -> None:
         return
     state = {**_new_embeddings(run), **weights.adapter_state(name)}
     save_file(
-        _contiguous({_PEFT + key: value for key, value in state.items()}),
+        _make_contiguous({_PEFT + key: value for key, value in state.items()}),
         folder / "adapter_model.safetensors",
     )
     config = weights.model.peft_config[name].to_dict()
-    _json(
+    _write_json(
         folder / "adapter_config.json",
         config | {"base_model_name_or_path": weights.source or None, "inference_mode": True},
     )
@@ -192,7 +192,7 @@ def _new_embeddings(run: RunState) -> dict[str, Tensor]:
     }
 
 
-def _optimizer_state(run: RunState) -> dict[str, Tensor]:
+def _optimizer_tensors(run: RunState) -> dict[str, Tensor]:
     names = {id(p): plain_name(name, run.student.adapter) for name, p in run.parameters.items()}
     return {
         f"{key}/{names[id(p)]}": value.detach().contiguous()
@@ -201,7 +201,7 @@ def _optimizer_state(run: RunState) -> dict[str, Tensor]:
     }
 
 
-def _description(run: RunState, folder: Path) -> dict[str, Any]:
+def _describe(run: RunState, folder: Path) -> dict[str, Any]:
     identity = run.identity
     name = type(run.method).__name__
     return {
@@ -236,32 +236,32 @@ def _write_snapshots(run: RunState, folder: Path) -> dict[str, dict[str, str]]:
     """
     found = {}
     for step, state in sorted(run.snapshots.items()):
-        data = save(_contiguous(state))
+        data = save(_make_contiguous(state))
         checksum = hashlib.sha256(data).hexdigest()
         path = folder / f"step-{step:06d}-{checksum[:12]}.safetensors"
         if not path.exists():
             folder.mkdir(exist_ok=True)
-            _replace(path, data)
+            _replace_file(path, data)
         found[str(step)] = {"file": path.name, "checksum": checksum}
     return found
 
 
 def read_snapshot(path: Path, checksum: str) -> dict[str, Tensor]:
     """The tensors of one snapshot; raises DamagedFile."""
-    if not path.exists() or _checksum(path) != checksum:
+    if not path.exists() or _checksum_of(path) != checksum:
         raise DamagedFile(f"{path} is missing or not what was written.")
     return read_tensors(path)
 
 
-def _checksums(folder: Path) -> dict[str, str]:
+def _checksums_of(folder: Path) -> dict[str, str]:
     files = sorted(path for path in folder.rglob("*") if path.is_file())
-    return {path.relative_to(folder).as_posix(): _checksum(path) for path in files}
+    return {path.relative_to(folder).as_posix(): _checksum_of(path) for path in files}
 
 
-def _verified(folder: Path) -> Path:
+def _verify(folder: Path) -> Path:
     for name, allowed in read_json(folder / "manifest.json").items():
         sums = allowed if isinstance(allowed, list) else [allowed]
-        if not (folder / name).exists() or _checksum(folder / name) not in sums:
+        if not (folder / name).exists() or _checksum_of(folder / name) not in sums:
             raise DamagedFile(
                 f"{folder / name} is missing or not what was written. Resume from an earlier one:"
                 " opdlab.resume(path, …, step=N)."
@@ -269,7 +269,7 @@ def _verified(folder: Path) -> Path:
     return folder
 
 
-def _checksum(path: Path) -> str:
+def _checksum_of(path: Path) -> str:
     digest = hashlib.sha256()
     with path.open("rb") as file:
         while piece := file.read(1 << 20):
@@ -277,11 +277,11 @@ def _checksum(path: Path) -> str:
     return digest.hexdigest()
 
 
-def _json(path: Path, value: Any) -> None:
-    path.write_text(json.dumps(value, indent=1, default=_other), encoding="utf-8")
+def _write_json(path: Path, value: Any) -> None:
+    path.write_text(json.dumps(value, indent=1, default=json_default), encoding="utf-8")
 
 
-def _other(value: Any) -> Any:
+def json_default(value: Any) -> Any:
     """What JSON does not know: the sets and choices of PEFT's configurations."""
     if isinstance(value, (set, frozenset)):
         return sorted(value)
@@ -298,7 +298,7 @@ def read_json(path: Path) -> Any:
         ) from error
 
 
-def _replace(path: Path, data: bytes) -> None:
+def _replace_file(path: Path, data: bytes) -> None:
     """Write a file beside its name and rename it."""
     partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
     try:
@@ -311,7 +311,7 @@ def _replace(path: Path, data: bytes) -> None:
         partial.unlink(missing_ok=True)
 
 
-def _flush(folder: Path) -> None:
+def _flush_files(folder: Path) -> None:
     """Flush all files to the disk before the rename.
 
     Otherwise a power cut could leave empty files under the final name.

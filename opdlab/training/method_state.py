@@ -159,7 +159,7 @@ def restore_state(method: Any, folder: Path, device: torch.device) -> None:
 
 
 @contextlib.contextmanager
-def restored_on_failure(method: Any, is_counted: Callable[[], bool]) -> Iterator[None]:
+def restoring_on_failure(method: Any, is_counted: Callable[[], bool]) -> Iterator[None]:
     """Put a method's state back if the block fails before its step is counted.
 
     So a step that is repeated counts nothing twice.
@@ -187,12 +187,12 @@ class Memory:
         self._is_saved = keeps_state(method)
         if self._is_saved:
             read_state(method)  # what cannot be saved is refused before the first step
-        self._before = _remembered(method)
+        self._before = _remembered_values(method)
         self._told = False
 
     def moved(self) -> list[str]:
         """Name the attributes, enclosing variables and globals that changed since the beginning."""
-        now = _remembered(self.method)
+        now = _remembered_values(self.method)
         return sorted(
             name
             for name in now.keys() | self._before.keys()
@@ -213,7 +213,7 @@ class Memory:
         return names
 
 
-def _remembered(method: Any) -> dict[str, str]:
+def _remembered_values(method: Any) -> dict[str, str]:
     """Fingerprints of the values that a method's functions can change, by name."""
     held: dict[str, Any] = {}
     own = dict(getattr(method, "__dict__", {}))
@@ -243,11 +243,11 @@ def _remembered(method: Any) -> dict[str, str]:
             v for v in own.values() if inspect.isroutine(v)
         ]
         for function in functions:
-            held.update(_reached(function))
+            held.update(_reachable_values(function))
     return {name: digest(json.dumps(_state_of(value))) for name, value in held.items()}
 
 
-def _reached(function: Any) -> dict[str, Any]:
+def _reachable_values(function: Any) -> dict[str, Any]:
     """Variables outside of a function that it reads or writes, if they can hold a state."""
     function = (
         inspect.unwrap(getattr(function, "__func__", function)) if function is not None else None

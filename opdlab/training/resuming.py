@@ -112,7 +112,7 @@ def _as_parts(allow: Any) -> tuple[str, ...]:
 def _read(path: Path, step: Any) -> SavedRun:
     if step is not None:
         step = validate("resume", {"step": step}, {"step": CountOrZero})["step"]
-    folder = checkpoint.find(path, step)
+    folder = checkpoint.find_checkpoint(path, step)
     said = checkpoint.read_json(folder / "run.json")
     missing = [
         key for key in ("step", "settings", "tokenizer", "method", "task") if key not in said
@@ -223,7 +223,9 @@ def _admit(run: Run, saved: SavedRun, given: Mapping[str, Any], allowed: Sequenc
     else:
         identity = saved.said["identity"]
         run.identity = run_identity.describe_run(run, given, tuple(identity["drawn"]))
-        found = run_differences.differences(identity, run.identity, saved.said.get("moved", ()))
+        found = run_differences.find_differences(
+            identity, run.identity, saved.said.get("moved", ())
+        )
         refused = {part: said for part, said in found.items() if part not in allowed}
         if refused:
             parts = ", ".join(map(repr, refused))

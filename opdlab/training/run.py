@@ -151,7 +151,7 @@ def prepare(
     policies = {} if policies is None else policies
     check_writers(chosen, teacher)
     check_overrides(chosen, policies)
-    rank = trainable.lora_setting(student, {**(recorded or {}), **settings})
+    rank = trainable.read_lora_setting(student, {**(recorded or {}), **settings})
     made = make_settings({**rank, **(recorded or {}), **settings}, chosen, task)
     check_settings(made, settings, chosen, task, saves=bool(save))
     return Run(student, teacher, task, chosen, made, policies, save, log_with, quiet, admit)
@@ -201,7 +201,7 @@ class Run(RunState):
             run_folder.check_owner(self.folder, self.lineage)
         if settings.lora is not None:
             saving.check_parameters(student)
-        self.parameters = trainable.prepare(student, self.policies, settings)
+        self.parameters = trainable.prepare_parameters(student, self.policies, settings)
         if settings.lora is not None:
             saving.check_parameters(student)
         self.claim = Claim(student.weights, student.adapter)
@@ -233,7 +233,7 @@ class Run(RunState):
             raise StopIteration
         self.claim.check(self)
         before = self.done
-        with method_state.restored_on_failure(self.method, is_counted=lambda: self.done > before):
+        with method_state.restoring_on_failure(self.method, is_counted=lambda: self.done > before):
             step = self._step()
         self.last = step
         try:
@@ -304,7 +304,7 @@ class Run(RunState):
 
         Of several processes the main one writes.
         """
-        return saving.save(self, path)
+        return saving.save_checkpoint(self, path)
 
     def restart(
         self, done: int, metrics: list[dict[str, float]], snapshots: Mapping[int, dict[str, Tensor]]

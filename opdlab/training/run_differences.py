@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 
-def differences(
+def find_differences(
     saved: Mapping[str, Any], given: Mapping[str, Any], moved: Sequence[str] = ()
 ) -> dict[str, str]:
     """What differs between two descriptions, by part, each in words that name both values.

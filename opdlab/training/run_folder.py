@@ -60,7 +60,7 @@ class Saved:
     serial: float
 
 
-def saved_in(folder: Path) -> list[Saved]:
+def list_checkpoints(folder: Path) -> list[Saved]:
     """The complete checkpoints in a run's folder, in the order in which they were written."""
     if not folder.is_dir():
         return []
@@ -88,7 +88,7 @@ def _read(path: Path, step: int) -> Saved:
 def next_serial(folder: Path) -> int:
     """One more than any checkpoint in the folder has."""
     return 1 + int(
-        max((one.serial for one in saved_in(folder) if one.serial < math.inf), default=0)
+        max((one.serial for one in list_checkpoints(folder) if one.serial < math.inf), default=0)
     )
 
 
@@ -100,7 +100,9 @@ def check_owner(folder: Path, lineage: Lineage) -> None:
     """
     # A damaged checkpoint does not say whose it is; reading it will tell that it is damaged.
     strangers = [
-        one for one in saved_in(folder) if one.serial < math.inf and one.family != lineage.family
+        one
+        for one in list_checkpoints(folder)
+        if one.serial < math.inf and one.family != lineage.family
     ]
     if strangers:
         steps = ", ".join(str(one.step) for one in sorted(strangers, key=lambda one: one.step))

@@ -51,7 +51,7 @@ def is_saved(run: RunState) -> bool:
     return run.folder is not None and due and run.done > 0 and run.accelerator.is_main_process
 
 
-def save(run: RunState, path: Any = None) -> Path:
+def save_checkpoint(run: RunState, path: Any = None) -> Path:
     """Write a checkpoint into `path`, or into the run's folder.
 
     Returns where it is. Of several processes the main one writes.
@@ -62,7 +62,7 @@ def save(run: RunState, path: Any = None) -> Path:
     if not run.accelerator.is_main_process:
         return folder / f"step-{run.done:06d}"
     with hold_interrupts():
-        return checkpoint.write(run, folder)
+        return checkpoint.write_checkpoint(run, folder)
 
 
 def keep_snapshot(run: RunState) -> None:
@@ -89,7 +89,7 @@ def keep_accuracy(run: RunState, accuracy: float) -> None:
     if run.folder is None or not run.accelerator.is_main_process:
         return
     # The step may have been saved by the run that this one was resumed from, or not at all.
-    for saved in run_folder.saved_in(run.folder):
+    for saved in run_folder.list_checkpoints(run.folder):
         if saved.step == run.done and run.lineage.includes(saved.run, saved.step):
             with hold_interrupts():
                 checkpoint.update_history(run, saved.path)

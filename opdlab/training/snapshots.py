@@ -155,7 +155,7 @@ def _adapter_beside(run: Run) -> Iterator[Policy]:
 def _state(run: Run, step: int) -> dict[str, Tensor]:
     if step in run.snapshots:
         return run.snapshots[step]
-    return checkpoint.adapter(checkpoint.find(_saved(run)[step]))
+    return checkpoint.read_adapter(checkpoint.find_checkpoint(_saved(run)[step]))
 
 
 def _saved(run: Run) -> dict[int, Path]:
@@ -163,7 +163,7 @@ def _saved(run: Run) -> dict[int, Path]:
 
     Those of other runs in the folder do not count.
     """
-    found = run_folder.saved_in(run.folder) if run.folder else []
+    found = run_folder.list_checkpoints(run.folder) if run.folder else []
     return {
         saved.step: saved.path
         for saved in found

@@ -19,7 +19,7 @@ from opdlab.models.recomputation import recomputable_layers
 from opdlab.training.settings import Settings
 
 
-def lora_setting(student: Policy, given: Mapping[str, Any]) -> dict[str, int]:
+def read_lora_setting(student: Policy, given: Mapping[str, Any]) -> dict[str, int]:
     """The `lora` of a run whose student has an adapter already: that adapter's own rank.
 
     Args:
@@ -43,7 +43,7 @@ def lora_setting(student: Policy, given: Mapping[str, Any]) -> dict[str, int]:
     return {"lora": rank}
 
 
-def prepare(
+def prepare_parameters(
     student: Policy, policies: Mapping[str, Any], settings: Settings
 ) -> dict[str, torch.nn.Parameter]:
     """Make the student's weights trainable.

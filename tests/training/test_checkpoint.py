@@ -70,7 +70,7 @@ for step in run:
         if where == "in the middle of a step":
             phases.reduce_gradients = kill
         elif where == "before the rename":
-            checkpoint._flush = kill
+            checkpoint._flush_files = kill
         else:
             Path.rename = lambda self, target, rename=Path.rename: (rename(self, target), kill())
 """

@@ -106,7 +106,7 @@ def test_every_state_of_the_manifest_fits_the_files(make_policy, tmp_path, monke
 
     made = run(make_policy, tmp_path, steps=1).train()
     made.metrics[-1]["accuracy"] = 0.5
-    replace, left = checkpoint._replace, [0]
+    replace, left = checkpoint._replace_file, [0]
 
     def limited(path, data):
         left[0] -= 1
@@ -114,28 +114,28 @@ def test_every_state_of_the_manifest_fits_the_files(make_policy, tmp_path, monke
             raise KeyboardInterrupt
         replace(path, data)
 
-    monkeypatch.setattr(checkpoint, "_replace", limited)
+    monkeypatch.setattr(checkpoint, "_replace_file", limited)
     for allowed in (1, 2, 3):
         left[0] = allowed
         try:
             checkpoint.update_history(made, tmp_path / "step-000001")
         except KeyboardInterrupt:
             assert allowed < 3
-        checkpoint.find(tmp_path)
+        checkpoint.find_checkpoint(tmp_path)
         made.metrics[-1]["accuracy"] += 0.1
 
 
 def test_an_interrupt_waits_for_the_checkpoint(make_policy, tmp_path, heard, monkeypatch):
     from opdlab.training import checkpoint
 
-    made, flush = run(make_policy, tmp_path, steps=1), checkpoint._flush
+    made, flush = run(make_policy, tmp_path, steps=1), checkpoint._flush_files
     monkeypatch.setattr(
         checkpoint, "_flush", lambda folder: (os.kill(os.getpid(), signal.SIGINT), flush(folder))
     )
     with pytest.raises(KeyboardInterrupt):
         next(made)
     assert names(tmp_path) == ["step-000001"]
-    assert checkpoint.find(tmp_path)
+    assert checkpoint.find_checkpoint(tmp_path)
 
 
 TERMINATED = """
