@@ -130,7 +130,9 @@ def test_an_interrupt_waits_for_the_checkpoint(make_policy, tmp_path, heard, mon
 
     made, flush = run(make_policy, tmp_path, steps=1), checkpoint._flush_files
     monkeypatch.setattr(
-        checkpoint, "_flush", lambda folder: (os.kill(os.getpid(), signal.SIGINT), flush(folder))
+        checkpoint,
+        "_flush_files",
+        lambda folder: (os.kill(os.getpid(), signal.SIGINT), flush(folder)),
     )
     with pytest.raises(KeyboardInterrupt):
         next(made)
