@@ -616,7 +616,7 @@ def test_what_is_given_must_be_able_to_do_what_is_asked(world):
 # Fields of methods.
 
 FIELDS = [
-    (lambda: OPD("nope"), "OPD has no divergence 'nope'. Use one of reverse_kl"),
+    (lambda: OPD("nope"), "OPD has no divergence 'nope'. Use one of forward_kl"),
     (lambda: OPD(reverse_kl), "OPD has no divergence <function"),
     (lambda: OPD("generalized_jsd", {"beta": 7}), "generalized_jsd got beta=7"),
     (lambda: OPD("generalized_jsd", {"beta": math.nan}), "got beta=nan. Use a finite number."),
@@ -650,9 +650,9 @@ FIELDS = [
     (lambda: TopK(4, by=None), "TopK got by=None. Use a text."),
     (lambda: OPDPlus("nope"), "There is no generator 'nope'. Use one of"),
     (lambda: OPDPlus(None), "Generator got name=None. Use a text."),
-    (lambda: OPDPlus("alpha", {"alpha": "x"}), "Generator got alpha='x'. Use a number."),
+    (lambda: OPDPlus("alpha_divergence", {"alpha": "x"}), "Generator got alpha='x'. Use a number."),
     (
-        lambda: OPDPlus("alpha", {"gamma": 1}),
+        lambda: OPDPlus("alpha_divergence", {"gamma": 1}),
         "no divergence has 'gamma'. Use alpha, beta, shift or scale.",
     ),
     (lambda: OPDPlus(clip="6"), "OPDPlus got clip='6'. Use a finite number, or None."),

@@ -99,9 +99,9 @@ def _estimate(seen: Seen, subject: Subject, world: Mapping[str, exact.Table]) ->
 def _reads_as(seen: Seen, subject: Subject, world: Mapping[str, exact.Table]) -> str | None:
     """The divergence that its mean value is, at every prefix."""
     for target in subject.targets:
-        for name, (_, divergence) in FIXED.items():
+        for name, known in FIXED.items():
             if torch.allclose(
-                divergence(world["student"].logp, world[target].logp),
+                known.value(world["student"].logp, world[target].logp),
                 seen.value,
                 rtol=1e-6,
                 atol=1e-9,
@@ -124,11 +124,11 @@ def _verdict(subject: Subject, seen: Seen, best: Match, estimate: Estimate | Non
     if seen.zero:
         said = "its expected gradient is zero, so it trains nothing."
     elif best.exact and best.cosine > 0:
-        said = f"this trains the {best.said} to {whom}{where}{often}."
+        said = f"this trains the {best.label} to {whom}{where}{often}."
     elif best.exact:
-        said = f"this climbs the {best.said}{where}{often}, away from {whom}."
+        said = f"this climbs the {best.label}{where}{often}, away from {whom}."
     else:
-        closest = f"the {best.said} to {whom}{where} (cosine {best.cosine:+.3f})"
+        closest = f"the {best.label} to {whom}{where} (cosine {best.cosine:+.3f})"
         said = f"this is the gradient of no divergence known here; the closest is {closest}."
     whole = lead + said
     return whole[0].upper() + whole[1:]
@@ -145,7 +145,7 @@ def _whom(target: str) -> str:
 def _table(found: list[Match]) -> pd.DataFrame:
     return pd.DataFrame(
         {
-            "divergence": m.said,
+            "divergence": m.label,
             "name": m.divergence,
             "target": m.target,
             "credit": m.credit,

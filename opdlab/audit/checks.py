@@ -34,12 +34,12 @@ def direction(seen: Seen, best: Match, reads_as: str | None, trains: str | None)
     flags = {}
     if best.cosine < 0 and best.divergence != "reverse_minus_forward":
         flags["ascends"] = (
-            f"It goes up the {best.said} (cosine {best.cosine:+.3f}): its minimum is not the"
+            f"It goes up the {best.label} (cosine {best.cosine:+.3f}): its minimum is not the"
             " target."
         )
     if reads_as and reads_as != trains:
         flags["value"] = (
-            f"Its value is the {FIXED[reads_as][0]}, and its gradient another: the curve that it"
+            f"Its value is the {FIXED[reads_as].label}, and its gradient another: the curve that it"
             " logs is not what it trains."
         )
     return flags

@@ -1,67 +1,78 @@
-"""The gradients that a loss is compared with: divergences whose name and strength are known, and a
-few other functions.
-"""
+"""The gradients that a loss is compared with: known divergences and a few other functions."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from scipy.optimize import minimize_scalar
 from torch import Tensor
 
 from opdlab import exact
-from opdlab.losses.generators import Generator
+from opdlab.losses import DIVERGENCES, forward_kl, reverse_kl
 
-Divergence = Callable[[Tensor, Tensor], Tensor]  # student, teacher [..., V] -> [...]
+Value = Callable[[Tensor, Tensor], Tensor]  # student, teacher [..., V] -> [...]
+SAME_DIRECTION = 1 - 1e-7  # cosine from which two gradients count as one
 
-NAMES = {
-    "forward_kl": "forward KL",
-    "reverse_kl": "reverse KL",
-    "jensen_shannon": "Jensen-Shannon divergence",
-    "total_variation": "total variation",
-    "squared_hellinger": "squared Hellinger distance",
-    "pearson": "Pearson chi²",
-    "neyman": "Neyman chi²",
-    "jeffreys": "Jeffreys divergence",
-    "le_cam": "Le Cam divergence",
+
+def log_ratio_squared(student: Tensor, teacher: Tensor) -> Tensor:
+    """Return ½ E_q log² (q / p), `[..., V] -> [...]`."""
+    return 0.5 * (teacher.exp() * (teacher - student) ** 2).sum(-1)
+
+
+def squared_error(student: Tensor, teacher: Tensor) -> Tensor:
+    """Return ½ sum (q - p)², `[..., V] -> [...]`."""
+    return 0.5 * ((teacher.exp() - student.exp()) ** 2).sum(-1)
+
+
+def reverse_minus_forward(student: Tensor, teacher: Tensor) -> Tensor:
+    """Return KL(p || q) - KL(q || p), `[..., V] -> [...]`."""
+    return reverse_kl(student, teacher) - forward_kl(student, teacher)
+
+
+@dataclass(frozen=True)
+class Reference:
+    """A function of two distributions whose gradient a loss may have.
+
+    Attributes:
+        label: Its name in sentences.
+        value: Log-probs of student and teacher `[..., V]` to `[...]`.
+    """
+
+    label: str
+    value: Value
+
+
+FIXED = {
+    name: Reference(entry.label, entry)
+    for name, entry in DIVERGENCES.items()
+    if entry.parameter is None and entry.form_of is None
+} | {
+    "log_ratio_squared": Reference("squared log-ratio", log_ratio_squared),
+    "squared_error": Reference("squared error of the probabilities", squared_error),
+    "reverse_minus_forward": Reference("reverse KL minus the forward KL", reverse_minus_forward),
 }
-OTHERS: dict[str, tuple[str, Divergence]] = {
-    "log_ratio_squared": ("squared log-ratio", lambda p, q: 0.5 * (q.exp() * (q - p) ** 2).sum(-1)),
-    "squared_error": (
-        "squared error of the probabilities",
-        lambda p, q: 0.5 * ((q.exp() - p.exp()) ** 2).sum(-1),
-    ),
-    "reverse_minus_forward": (
-        "reverse KL minus the forward KL",
-        lambda p, q: (
-            Generator("reverse_kl").divergence(p, q) - Generator("forward_kl").divergence(p, q)
-        ),
-    ),
-}
-FIXED: dict[str, tuple[str, Divergence]] = {
-    name: (said, Generator(name).divergence) for name, said in NAMES.items()
-} | OTHERS
-FAMILIES = {  # name: what it is called, its parameter, where the parameter is looked for
-    "generalized_jsd": ("generalised JSD", "beta", (0.002, 0.998)),
-    "alpha": ("alpha-divergence", "alpha", (-2.0, 3.0)),
-    "skew_forward_kl": ("skew forward KL", "alpha", (0.001, 0.95)),
-    "skew_reverse_kl": ("skew reverse KL", "alpha", (0.001, 0.95)),
-}
+FAMILIES = [name for name, entry in DIVERGENCES.items() if entry.parameter is not None]
 
 
 @dataclass(frozen=True)
 class Match:
-    """How a gradient compares with that of one divergence: `cosine`, and the `ratio` of their
-    lengths.
+    """How a gradient compares with that of one divergence.
 
-    credit: "token" holds fixed where the writer goes, "text" is the gradient of the sum over the
-        text through where it goes.
+    Attributes:
+        divergence: The name of the divergence.
+        label: Its name in sentences, with the parameter where it has one.
+        target: The policy that the divergence is to.
+        credit: "token" for the gradient at the prefixes that are visited, "text" for that of the
+            sum over whole texts, where the visits depend on the student too.
+        cosine: Cosine of the two gradients.
+        ratio: Length of the loss's gradient over that of the divergence.
     """
 
     divergence: str
-    said: str
+    label: str
     target: str
     credit: str
     cosine: float
@@ -69,87 +80,103 @@ class Match:
 
     @property
     def exact(self) -> bool:
-        return abs(self.cosine) > 1 - 1e-7
+        """Whether the gradients have the same direction, or opposite ones."""
+        return abs(self.cosine) > SAME_DIRECTION
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """A gradient beside those of divergences from a student to one target.
+
+    Attributes:
+        gradient: The gradient `[X, S, V]` of the loss.
+        student: The student.
+        name: The target's name.
+        target: The target.
+        credit: As in `Match`.
+        visits: How often somebody else's texts pass each prefix, `[X, S]`; None where the student
+            writes.
+    """
+
+    gradient: Tensor
+    student: exact.Table
+    name: str
+    target: exact.Table
+    credit: str
+    visits: Tensor | None
+
+    def reference(self, divergence: Value) -> Tensor:
+        """Return the gradient `[X, S, V]` of a divergence summed over a text, by autograd."""
+        leaf = self.student.logits.clone().requires_grad_()
+        live = exact.Table(leaf, self.student.prompts, self.student.length, self.student.eos)
+        if self.visits is not None:
+            weight = self.visits
+        else:
+            weight = exact.visits(live if self.credit == "text" else self.student)
+        total = (weight * divergence(live.logp, self.target.logp)).sum()
+        return torch.autograd.grad(total, leaf)[0]
+
+    def match(self, divergence: Value, name: str, label: str) -> Match:
+        """Compare with one divergence."""
+        other = self.reference(divergence)
+        length, other_length = self.gradient.norm().item(), other.norm().item()
+        cosine = ratio = 0.0
+        if length and other_length:
+            cosine = (self.gradient * other).sum().item() / (length * other_length)
+        if other_length:
+            ratio = length / other_length
+        return Match(name, label, self.name, self.credit, cosine, ratio)
+
+    def fit(self, name: str) -> Match:
+        """Compare with the closest member of a family: the best of a grid, then a search around."""
+        entry = DIVERGENCES[name]
+        parameter = entry.parameter
+        assert parameter is not None
+
+        def at(value: float) -> Match:
+            label = f"{entry.label} ({parameter.name} {value:.3g})"
+            return self.match(partial(entry, **{parameter.name: value}), name, label)
+
+        def loss(value: float) -> float:
+            return -abs(at(float(value)).cosine)
+
+        grid = [parameter.low + (parameter.high - parameter.low) * i / 8 for i in range(9)]
+        best = min(range(9), key=lambda i: loss(grid[i]))
+        around = (grid[max(best - 1, 0)], grid[min(best + 1, 8)])
+        options = {"xatol": 1e-6, "maxiter": 40}
+        found = minimize_scalar(loss, bounds=around, method="bounded", options=options)
+        return at(float(found.x))
 
 
 def matches(
-    gradient: Tensor, student: exact.Table, targets: dict[str, exact.Table], visits: Tensor | None
+    gradient: Tensor,
+    student: exact.Table,
+    targets: Mapping[str, exact.Table],
+    visits: Tensor | None,
 ) -> list[Match]:
-    """Every known divergence beside a gradient `[X, S, V]`, the closest first.
+    """Compare a gradient with those of all known divergences.
 
-    targets: what the student may be drawn to, by name. visits: how often somebody else's texts pass
-        each prefix; None where
-    the student writes.
+    Args:
+        gradient: The gradient `[X, S, V]` of a loss.
+        student: The student.
+        targets: Policies that the student may be drawn to, by name.
+        visits: How often somebody else's texts pass each prefix, `[X, S]`; None where the student
+            writes.
+
+    Returns:
+        The matches, the closest first. Families are fitted only where no fixed divergence is exact.
     """
     credits = ("token", "text") if visits is None and student.length > 1 else ("token",)
-    out, slopes = [], {}
-    for target, table in targets.items():
-        for credit in credits:
-            slopes[target, credit] = lambda d, table=table, credit=credit: reference(
-                d, student, table, credit, visits
-            )
-            out += [
-                _match(gradient, slopes[target, credit](d), name, said, target, credit)
-                for name, (said, d) in FIXED.items()
-            ]
-    if not any(m.exact for m in out):
-        out += [
-            _fitted(gradient, slope, name, *where)
-            for where, slope in slopes.items()
-            for name in FAMILIES
-        ]
-    return sorted(out, key=lambda m: (-round(abs(m.cosine), 9), m.credit == "text"))
-
-
-def reference(
-    divergence: Divergence,
-    student: exact.Table,
-    target: exact.Table,
-    credit: str,
-    visits: Tensor | None,
-) -> Tensor:
-    """Gradient `[X, S, V]` of the divergence summed over a text, by autograd."""
-    leaf = student.logits.clone().requires_grad_()
-    live = exact.Table(leaf, student.prompts, student.length, student.eos)
-    weight = (
-        visits
-        if visits is not None
-        else exact.visits(live)
-        if credit == "text"
-        else exact.visits(student)
-    )
-    return torch.autograd.grad((weight * divergence(live.logp, target.logp)).sum(), leaf)[0]
-
-
-def _match(
-    gradient: Tensor, slope: Tensor, name: str, said: str, target: str, credit: str
-) -> Match:
-    long, other = gradient.norm().item(), slope.norm().item()
-    cosine = (gradient * slope).sum().item() / (long * other) if long and other else 0.0
-    return Match(name, said, target, credit, cosine, long / other if other else 0.0)
-
-
-def _fitted(
-    gradient: Tensor, slope: Callable[[Divergence], Tensor], name: str, target: str, credit: str
-) -> Match:
-    """The member of a family that comes closest: the best of a grid, then a bounded search around
-    it.
-    """
-    said, parameter, (low, high) = FAMILIES[name]
-
-    def at(x: float) -> Match:
-        divergence = Generator(name, **{parameter: x}).divergence
-        return _match(
-            gradient, slope(divergence), name, f"{said} ({parameter} {x:.3g})", target, credit
-        )
-
-    grid = [low + (high - low) * i / 8 for i in range(9)]
-    best = max(range(9), key=lambda i: abs(at(grid[i]).cosine))
-    around = (grid[max(best - 1, 0)], grid[min(best + 1, 8)])
-    found = minimize_scalar(
-        lambda x: -abs(at(float(x)).cosine),
-        bounds=around,
-        method="bounded",
-        options={"xatol": 1e-6, "maxiter": 40},
-    )
-    return at(float(found.x))
+    comparisons = [
+        Comparison(gradient, student, name, target, credit, visits)
+        for name, target in targets.items()
+        for credit in credits
+    ]
+    found = [
+        comparison.match(known.value, name, known.label)
+        for comparison in comparisons
+        for name, known in FIXED.items()
+    ]
+    if not any(match.exact for match in found):
+        found += [comparison.fit(name) for comparison in comparisons for name in FAMILIES]
+    return sorted(found, key=lambda match: (-round(abs(match.cosine), 9), match.credit == "text"))

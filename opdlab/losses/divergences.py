@@ -1,11 +1,10 @@
-"""Divergences between two next-token distributions: pure functions on log-probs, `[..., V] ->
-[...]`, in nats.
+"""Divergences between two next-token distributions, as functions of log-probs `[..., V] -> [...]`.
 
-Names carry the direction: the first argument is always the student p, the second the teacher q, and
-`forward_kl(student, teacher)` is KL(q || p). All work in float32 at least, in log space, and are
-exact and differentiable where a log-prob is -inf (a token that a model rules out); a KL to a
-distribution that rules out what the other one does is +inf, which is its true value. Left out:
-reductions, masks and weights (they belong to a method).
+The first argument is always the student p, the second the teacher q; names carry the direction, so
+`forward_kl(student, teacher)` is KL(q || p). All work in log space in float32 at least, and are
+exact and differentiable where a log-prob is -inf (a token that a model rules out). A KL to a
+distribution that rules out what the other one does is +inf, which is its true value. Reductions,
+masks and weights belong to a method.
 """
 
 from __future__ import annotations
@@ -21,45 +20,64 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from opdlab.errors import InvalidValue
-from opdlab.losses.generators import Generator
 from opdlab.support.expect import shortened
 from opdlab.support.validation import Text, Whole, validate
 
 __all__ = [
-    "Generator",
     "TopK",
     "alpha_divergence",
     "entropy",
     "forward_kl",
     "generalized_jsd",
+    "jeffreys",
     "jensen_shannon",
+    "le_cam",
+    "neyman",
+    "pearson",
     "reverse_kl",
     "skew_forward_kl",
     "skew_reverse_kl",
+    "squared_hellinger",
     "total_variation",
 ]
 
 
 def forward_kl(student: Tensor, teacher: Tensor) -> Tensor:
-    """KL(teacher || student) = sum q (log q - log p): covers what the teacher does.
+    """Return KL(q || p) = sum q (log q - log p) in nats: the student covers what the teacher does.
 
-    `[..., V] -> [...]`, nats.
+    Args:
+        student: Log-probs `[..., V]` of p.
+        teacher: Log-probs `[..., V]` of q.
     """
     return _kl(teacher, student)
 
 
 def reverse_kl(student: Tensor, teacher: Tensor) -> Tensor:
-    """KL(student || teacher) = sum p (log p - log q): keeps to what the teacher allows.
+    """Return KL(p || q) = sum p (log p - log q) in nats: the student keeps to what q allows.
 
-    `[..., V] -> [...]`, nats.
+    Args:
+        student: Log-probs `[..., V]` of p.
+        teacher: Log-probs `[..., V]` of q.
     """
     return _kl(student, teacher)
 
 
-def jensen_shannon(student: Tensor, teacher: Tensor) -> Tensor:
-    """½ KL(q || m) + ½ KL(p || m), m = ½ q + ½ p: symmetric, between 0 and log 2.
+def jeffreys(student: Tensor, teacher: Tensor) -> Tensor:
+    """Return KL(q || p) + KL(p || q) in nats.
 
-    `[..., V] -> [...]`, nats.
+    Args:
+        student: Log-probs `[..., V]` of p.
+        teacher: Log-probs `[..., V]` of q.
+    """
+    return _kl(teacher, student) + _kl(student, teacher)
+
+
+def jensen_shannon(student: Tensor, teacher: Tensor) -> Tensor:
+    """Return ½ KL(q || m) + ½ KL(p || m), m = ½ q + ½ p: symmetric, from 0 to log 2 nats.
+
+    Args:
+        student: Log-probs `[..., V]` of p.
+        teacher: Log-probs `[..., V]` of q.
     """
     return generalized_jsd(student, teacher, 0.5)
 
@@ -67,13 +85,21 @@ def jensen_shannon(student: Tensor, teacher: Tensor) -> Tensor:
 def generalized_jsd(
     student: Tensor, teacher: Tensor, beta: float = 0.5, normalize: bool = False
 ) -> Tensor:
-    """beta KL(q || m) + (1 - beta) KL(p || m), m = beta q + (1 - beta) p (GKD, arXiv 2306.13649,
-    section 2).
+    """Return beta KL(q || m) + (1 - beta) KL(p || m), m = beta q + (1 - beta) p, in nats.
 
-    Small beta behaves like the forward, large beta like the reverse KL, but the bare form shrinks
-    to zero at both ends, so that beta also turns the learning rate. `normalize=True` divides by
-    beta (1 - beta): the limits are then the two KLs themselves, and beta = 0 and 1 are allowed.
-    `[..., V] -> [...]`, nats. Raises InvalidValue for other betas.
+    This is GKD's divergence (arXiv 2306.13649, section 2). A small beta behaves like the forward
+    KL and a large beta like the reverse KL, but the bare form shrinks to zero at both ends, so beta
+    also changes the effective learning rate.
+
+    Args:
+        student: Log-probs `[..., V]` of p.
+        teacher: Log-probs `[..., V]` of q.
+        beta: The teacher's share of the mixture, between 0 and 1.
+        normalize: Divide by beta (1 - beta). The limits are then the two KLs themselves, and a
+            beta of 0 or 1 is allowed.
+
+    Raises:
+        InvalidValue: beta is outside its range.
     """
     _check_number("generalized_jsd", "beta", beta)
     if normalize and beta in (0, 1):
@@ -89,58 +115,138 @@ def generalized_jsd(
 
 
 def skew_forward_kl(student: Tensor, teacher: Tensor, alpha: float = 0.1) -> Tensor:
-    """KL(q || alpha q + (1 - alpha) p), at most -log alpha (DistiLLM, arXiv 2402.03898). alpha = 0
-    is forward KL.
+    """Return KL(q || alpha q + (1 - alpha) p) in nats, at most -log alpha.
+
+    This is DistiLLM's skew KL (arXiv 2402.03898).
+
+    Args:
+        student: Log-probs `[..., V]` of p.
+        teacher: Log-probs `[..., V]` of q.
+        alpha: The teacher's share of the mixture, from 0 (the forward KL) to below 1.
+
+    Raises:
+        InvalidValue: alpha is outside its range.
     """
     return _kl(teacher, _mix(teacher, student, _share(alpha)))
 
 
 def skew_reverse_kl(student: Tensor, teacher: Tensor, alpha: float = 0.1) -> Tensor:
-    """KL(p || (1 - alpha) q + alpha p), at most -log alpha (DistiLLM, arXiv 2402.03898). alpha = 0
-    is reverse KL.
+    """Return KL(p || (1 - alpha) q + alpha p) in nats, at most -log alpha.
+
+    This is DistiLLM's skew reverse KL (arXiv 2402.03898).
+
+    Args:
+        student: Log-probs `[..., V]` of p.
+        teacher: Log-probs `[..., V]` of q.
+        alpha: The student's share of the mixture, from 0 (the reverse KL) to below 1.
+
+    Raises:
+        InvalidValue: alpha is outside its range.
     """
     return _kl(student, _mix(student, teacher, _share(alpha)))
 
 
 def alpha_divergence(student: Tensor, teacher: Tensor, alpha: float = 0.5) -> Tensor:
-    """(sum q^alpha p^(1-alpha) - 1) / (alpha (alpha - 1)): reverse KL at 0, forward KL at 1, 4
-    Hellinger² at ½.
+    """Return (sum q^alpha p^(1-alpha) - 1) / (alpha (alpha - 1)), the Cressie-Read form.
 
-    The Cressie-Read form, so Pearson's chi² / 2 at 2 and Neyman's at -1. `[..., V] -> [...]`.
+    Args:
+        student: Log-probs `[..., V]` of p.
+        teacher: Log-probs `[..., V]` of q.
+        alpha: 0 is the reverse KL, 1 the forward KL, ½ four times the squared Hellinger distance, 2
+            half of Pearson's and -1 half of Neyman's chi².
+
+    Raises:
+        InvalidValue: alpha is not a finite number.
     """
     _check_number("alpha_divergence", "alpha", alpha)
     if alpha in (0, 1):
         return forward_kl(student, teacher) if alpha else reverse_kl(student, teacher)
-    student, teacher = _float(student), _float(teacher)
+    student, teacher = as_float(student), as_float(teacher)
     power = alpha * teacher + (1 - alpha) * student
     nowhere = student.isneginf() & teacher.isneginf()  # -inf against -inf: no mass on either side
     return (power.masked_fill(nowhere, -math.inf).exp().sum(-1) - 1) / (alpha * (alpha - 1))
 
 
 def total_variation(student: Tensor, teacher: Tensor) -> Tensor:
-    """½ sum |p - q|: between 0 and 1; 1 - TV is the chance that a token survives speculative
-    checking.
+    """Return ½ sum |p - q|, from 0 to 1.
+
+    1 - TV is the chance that a token of the student survives speculative checking by the teacher.
+
+    Args:
+        student: Log-probs `[..., V]` of p.
+        teacher: Log-probs `[..., V]` of q.
     """
-    return 0.5 * (_float(student).exp() - _float(teacher).exp()).abs().sum(-1)
+    return 0.5 * (as_float(student).exp() - as_float(teacher).exp()).abs().sum(-1)
+
+
+def squared_hellinger(student: Tensor, teacher: Tensor) -> Tensor:
+    """Return ½ sum (√p - √q)², from 0 to 1.
+
+    Args:
+        student: Log-probs `[..., V]` of p.
+        teacher: Log-probs `[..., V]` of q.
+    """
+    root_p, root_q = (0.5 * as_float(student)).exp(), (0.5 * as_float(teacher)).exp()
+    return 0.5 * (root_q - root_p).square().sum(-1)
+
+
+def pearson(student: Tensor, teacher: Tensor) -> Tensor:
+    """Return Pearson's chi², sum (q - p)² / p; +inf where it does not fit a float.
+
+    Args:
+        student: Log-probs `[..., V]` of p.
+        teacher: Log-probs `[..., V]` of q.
+    """
+    return _chi_squared(student, teacher)
+
+
+def neyman(student: Tensor, teacher: Tensor) -> Tensor:
+    """Return Neyman's chi², sum (q - p)² / q; +inf where it does not fit a float.
+
+    Args:
+        student: Log-probs `[..., V]` of p.
+        teacher: Log-probs `[..., V]` of q.
+    """
+    return _chi_squared(teacher, student)
+
+
+def le_cam(student: Tensor, teacher: Tensor) -> Tensor:
+    """Return Le Cam's divergence, sum (q - p)² / (q + p), from 0 to 2.
+
+    Args:
+        student: Log-probs `[..., V]` of p.
+        teacher: Log-probs `[..., V]` of q.
+    """
+    student, teacher = _finite(student), _finite(teacher)
+    # (q - p) / (q + p) is a hyperbolic tangent of the log-ratio, which neither overflows nor
+    # divides by zero.
+    return ((teacher.exp() - student.exp()) * (0.5 * (teacher - student)).tanh()).sum(-1)
 
 
 def entropy(logp: Tensor) -> Tensor:
-    """- sum p log p. `[..., V] -> [...]`, nats."""
-    logp = _float(logp)
-    return -torch.linalg.vecdot(
-        logp.exp(), logp.clamp(min=torch.finfo(logp.dtype).min)
-    )  # 0 * -inf is 0 here
+    """Return -sum p log p in nats.
+
+    Args:
+        logp: Log-probs `[..., V]`.
+    """
+    logp = as_float(logp)
+    return -torch.linalg.vecdot(logp.exp(), _finite(logp))  # 0 * -inf is 0 here
 
 
 @dataclass(frozen=True)
 class TopK:
-    """A coarse support: the `k` likeliest tokens of one policy, and what becomes of the mass
-    outside.
+    """A coarse support: the `k` likeliest tokens of one policy, and a rule for the mass outside.
 
-    `by` names the policy whose top tokens are taken. `tail`: "bucket" keeps the rest as one more
-    outcome, so that a divergence on it is a lower bound of the full one and zero only if top and
-    tail agree; "renormalize" forgets the rest on both sides; "drop" leaves it out, which lets a
-    reverse KL win by leaving the support.
+    Attributes:
+        k: Number of tokens.
+        by: The policy whose top tokens are taken, "student" or a name of the method's `needs`.
+        tail: "bucket" keeps the mass outside as one more outcome, so that a divergence is a lower
+            bound of the full one and zero only if top and tail agree. "renormalize" forgets the
+            mass outside on both sides. "drop" leaves it out, which lets a reverse KL win by leaving
+            the support.
+
+    Raises:
+        InvalidValue: k is below 1, or there is no such tail.
     """
 
     k: int
@@ -164,13 +270,22 @@ class TopK:
             )
 
     def support(self, by: Tensor) -> Tensor:
-        """Ids `[n, min(k, V)]` of the likeliest tokens, likeliest first; carries no gradient."""
+        """Return ids `[n, min(k, V)]` of the likeliest tokens, likeliest first, without gradient.
+
+        Args:
+            by: Log-probs `[n, V]` of the policy whose top tokens are taken.
+        """
         return by.detach().topk(min(self.k, by.shape[-1]), dim=-1).indices
 
     def coarse(self, logp: Tensor, ids: Tensor) -> Tensor:
-        """`[n, V]` on the support:
+        """Return log-probs on the support.
 
-        `[n, k]`, or `[n, k + 1]` with the bucket (none where k covers all of V).
+        Args:
+            logp: Log-probs `[n, V]`.
+            ids: The support `[n, k]`.
+
+        Returns:
+            `[n, k]`, or `[n, k + 1]` with the bucket (none where k covers all of V).
         """
         top = logp.gather(-1, ids)
         if self.tail == "renormalize":
@@ -183,21 +298,21 @@ class TopK:
 
 
 class _KL(torch.autograd.Function):
-    """sum a (log a - log b) with both gradients by hand: half the passes over memory, and no 0 *
-    inf.
+    """sum a (log a - log b) with both gradients by hand.
+
+    That is half the passes over memory of autograd, and has no 0 * inf.
     """
 
     @staticmethod
     def forward(ctx: Any, a: Tensor, b: Tensor) -> Tensor:
         p = a.exp()
-        # A token without mass under `a` adds nothing, whatever `b` says. +inf is a true value
-        # elsewhere, and NaN stays NaN: a teacher with broken weights must not look like one that
-        # agrees.
-        gap = (a - b).masked_fill_(a.isneginf(), 0.0)
+        # A token without mass under `a` adds nothing, whatever `b` says; e^-20000 is no mass in
+        # floats. +inf is a true value elsewhere, and NaN stays NaN: a teacher with broken weights
+        # must not look like one that agrees.
+        gap = (a - b).masked_fill_(p == 0, 0.0)
         value = torch.linalg.vecdot(p, gap)
-        slope = (
-            torch.addcmul(p, p, gap, out=gap) if ctx.needs_input_grad[0] else None
-        )  # p (gap + 1), in gap's own memory
+        # The slope p (gap + 1), in the memory of gap.
+        slope = torch.addcmul(p, p, gap, out=gap) if ctx.needs_input_grad[0] else None
         ctx.save_for_backward(slope, p if ctx.needs_input_grad[1] else None)
         return value
 
@@ -210,18 +325,22 @@ class _KL(torch.autograd.Function):
 
 
 def _kl(a: Tensor, b: Tensor) -> Tensor:
-    return _KL.apply(*torch.broadcast_tensors(_float(a), _float(b)))
+    return _KL.apply(*torch.broadcast_tensors(as_float(a), as_float(b)))
+
+
+def _chi_squared(base: Tensor, other: Tensor) -> Tensor:
+    """sum (b - a)² / a of base a and other b, as (b / √a - √a)²: no ratio to a power."""
+    base, other = _finite(base), _finite(other)
+    half = 0.5 * base
+    return ((other - half).exp() - half.exp()).square().sum(-1)
 
 
 def _mix(first: Tensor, second: Tensor, share: float) -> Tensor:
     """log(share * first + (1 - share) * second)."""
     if share == 0:
-        return _float(second)
-    second = _float(second)
-    second = second.clamp(
-        min=torch.finfo(second.dtype).min
-    )  # -inf with -inf would have the gradient nan
-    return torch.logaddexp(_float(first) + math.log(share), second + math.log1p(-share))
+        return as_float(second)
+    # -inf with -inf would have the gradient nan.
+    return torch.logaddexp(as_float(first) + math.log(share), _finite(second) + math.log1p(-share))
 
 
 def _check_number(owner: str, name: str, value: Any) -> None:
@@ -240,5 +359,12 @@ def _share(alpha: float) -> float:
     return alpha
 
 
-def _float(logp: Tensor) -> Tensor:
+def as_float(logp: Tensor) -> Tensor:
+    """Return float32 and float64 as they are and other types as float32."""
     return logp if logp.dtype in (torch.float32, torch.float64) else logp.float()
+
+
+def _finite(logp: Tensor) -> Tensor:
+    """Replace -inf by the least number, so that no difference of two is NaN."""
+    logp = as_float(logp)
+    return logp.clamp(min=torch.finfo(logp.dtype).min)

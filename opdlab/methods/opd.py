@@ -11,33 +11,20 @@ need more than -f, see OPD+) and teachers that only write.
 
 from __future__ import annotations
 
-import inspect
 import numbers
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field
-from functools import partial
 from typing import Any, ClassVar, Literal
 
 import torch
 from torch import Tensor
 
-from opdlab import losses as d
 from opdlab.engine.batch import Batch, return_to_go
 from opdlab.engine.rows import Rows
 from opdlab.errors import InvalidValue, UnknownOption
+from opdlab.losses import DIVERGENCES, TopK, reverse_kl
 from opdlab.support.expect import shortened
 from opdlab.support.validation import Finite, Flag, validate, validate_fields
-
-DIVERGENCES: dict[str, Callable[..., Tensor]] = {
-    "reverse_kl": d.reverse_kl,
-    "forward_kl": d.forward_kl,
-    "jensen_shannon": d.jensen_shannon,
-    "generalized_jsd": d.generalized_jsd,
-    "skew_forward_kl": d.skew_forward_kl,
-    "skew_reverse_kl": d.skew_reverse_kl,
-    "alpha_divergence": d.alpha_divergence,
-    "total_variation": d.total_variation,
-}
 
 
 @dataclass(frozen=True)
@@ -61,7 +48,7 @@ class OPD:
 
     divergence: str = "reverse_kl"
     options: dict[str, Any] = field(default_factory=dict)
-    top_k: d.TopK | None = None
+    top_k: TopK | None = None
     estimator: Literal["full", "sampled"] = "full"
     baseline: Literal["value"] | None = None
     discount: Finite = 0.0
@@ -106,7 +93,7 @@ class OPD:
         value = reward  # what a later token is expected to earn: by default, what it earned
         if self.baseline == "value":
             value = -batch.map(
-                lambda rows: d.reverse_kl(rows.student, rows.teacher), needs=("student", "teacher")
+                lambda rows: reverse_kl(rows.student, rows.teacher), needs=("student", "teacher")
             )
         advantage = reward - value if self.baseline else reward
         if self.discount:
@@ -118,7 +105,7 @@ class OPD:
             ratio = (rows.logp - rows.sampler_logp).exp()  # 1, but it carries the gradient
             return -ratio * rows.advantage
         pair = rows.on("teacher", self.top_k) if self.top_k else (rows.student, rows.teacher)
-        return partial(DIVERGENCES[self.divergence], **self.options)(*pair)
+        return DIVERGENCES[self.divergence](*pair, **self.options)
 
 
 def check_divergence(method: Any) -> None:
@@ -141,10 +128,7 @@ def check_divergence(method: Any) -> None:
             " keywords, as {'beta': 0.5}."
         )
     divergence = DIVERGENCES[method.divergence]
-    known = {
-        name: one.default
-        for name, one in list(inspect.signature(divergence).parameters.items())[2:]
-    }
+    known = divergence.options
     for name, value in method.options.items():
         if name not in known:
             takes = f"It takes {', '.join(known)}." if known else "It takes none."
@@ -160,8 +144,8 @@ def check_divergence(method: Any) -> None:
     probe = torch.zeros(1, 2).log_softmax(-1)
     divergence(probe, probe, **method.options)  # a value out of range is refused here
     if isinstance(method.top_k, numbers.Integral) and not isinstance(method.top_k, bool):
-        object.__setattr__(method, "top_k", d.TopK(int(method.top_k)))
-    if isinstance(method.top_k, d.TopK) and method.top_k.by not in ("student", "teacher"):
+        object.__setattr__(method, "top_k", TopK(int(method.top_k)))
+    if isinstance(method.top_k, TopK) and method.top_k.by not in ("student", "teacher"):
         raise InvalidValue(
             f"{owner} got top_k={method.top_k!r}, but it reads no {method.top_k.by!r}. Use"
             " by='student' or by='teacher'."

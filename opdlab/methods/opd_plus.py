@@ -28,7 +28,7 @@ from torch import Tensor
 from opdlab.engine.batch import Batch, return_to_go
 from opdlab.engine.rows import Rows
 from opdlab.errors import InvalidValue, UnknownOption
-from opdlab.losses.generators import Generator
+from opdlab.losses import Generator
 from opdlab.support.validation import Finite, Flag, validate, validate_fields
 
 

@@ -21,8 +21,8 @@ from torch import Tensor
 
 from opdlab.engine.rows import Rows
 from opdlab.errors import InvalidValue
-from opdlab.losses.divergences import TopK
-from opdlab.methods.opd import DIVERGENCES, check_divergence
+from opdlab.losses import DIVERGENCES, TopK
+from opdlab.methods.opd import check_divergence
 from opdlab.support.expect import shortened
 from opdlab.support.validation import Finite, validate_fields
 

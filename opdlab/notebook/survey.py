@@ -17,9 +17,7 @@ import pandas as pd
 
 from opdlab import methods
 from opdlab.errors import OpdlabError
-from opdlab.losses.divergences import Generator, TopK
-from opdlab.losses.generators import FORMS
-from opdlab.methods.opd import DIVERGENCES
+from opdlab.losses import DIVERGENCES, TopK
 from opdlab.methods.self_distillation import Anchor
 
 SLOTS = ("prefix", "target", "divergence", "estimator", "weight", "schedule")
@@ -157,7 +155,7 @@ def _on_sampled_tokens(share: float, divergence: str, estimator: str) -> Any:
             f"opdlab has {estimator!r} for the reverse KL only, not for {divergence!r}. Use "
             "estimator='sampled'."
         )
-    return methods.OPDPlus(Generator(_known(divergence, FORMS)).name)
+    return methods.OPDPlus(_known(divergence, DIVERGENCES))
 
 
 def _known(divergence: str, table: Mapping[str, Any]) -> str:

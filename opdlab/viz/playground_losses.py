@@ -14,8 +14,7 @@ import torch
 
 from opdlab.audit import audit
 from opdlab.errors import InvalidValue
-from opdlab.losses.divergences import Generator
-from opdlab.losses.generators import FORMS, PARAMETERS
+from opdlab.losses import DIVERGENCES, Generator
 from opdlab.viz import markup, toys
 from opdlab.viz.toys import Push
 
@@ -59,8 +58,10 @@ class PlaygroundLosses:
         InvalidValue: There is no divergence of a name.
     """
 
-    known = tuple(FORMS)
-    parameters: Mapping[str, str] = {name: own.name for name, own in PARAMETERS.items()}
+    known = tuple(DIVERGENCES)
+    parameters: Mapping[str, str] = {
+        name: entry.parameter.name for name, entry in DIVERGENCES.items() if entry.parameter
+    }
 
     def __init__(self, losses: Any) -> None:
         self.own: dict[str, Any] = {}
@@ -89,7 +90,7 @@ class PlaygroundLosses:
         """
         if name in self.own:
             return toys.of_loss(self.own[name], name)
-        own = PARAMETERS.get(name)
+        own = DIVERGENCES[name].parameter
         generator = Generator(name, **({own.name: parameter} if own else {}))
         return toys.of_generator(generator, clip)
 
@@ -146,7 +147,7 @@ class PlaygroundLosses:
 
     def label(self, name: str) -> str:
         """Return the name of a loss for people."""
-        if name not in FORMS:
+        if name not in DIVERGENCES:
             return name
         return name.replace("_", " ").replace("kl", "KL").replace("jsd", "JSD")
 
@@ -164,15 +165,15 @@ def _listed(losses: Any) -> list[tuple[str, Any]]:
 
 def _free_name(name: str, taken: Sequence[str]) -> str:
     """A name that no built-in divergence and no other loss has."""
-    name = f"my {name}" if name in FORMS else name
+    name = f"my {name}" if name in DIVERGENCES else name
     options = [name, *(f"{name} {i}" for i in range(2, len(taken) + 2))]
     return next(option for option in options if option not in taken)
 
 
 def _known_name(name: str) -> str:
-    if name not in FORMS:
+    if name not in DIVERGENCES:
         raise InvalidValue(
-            f"There is no divergence {name!r}. Use {', '.join(FORMS)}, or give your own loss"
+            f"There is no divergence {name!r}. Use {', '.join(DIVERGENCES)}, or give your own loss"
             " itself."
         )
     return name

@@ -21,7 +21,7 @@ from torch import Tensor
 
 from opdlab.audit.subject import subject_of
 from opdlab.engine.rows import Rows
-from opdlab.losses.divergences import Generator
+from opdlab.losses import Generator
 
 X = torch.arange(-60, 61, dtype=torch.float64) / 10  # log ratios, log q - log p
 SPACE = X.clone()  # where the hills stand

@@ -32,7 +32,7 @@ from opdlab import (
 from opdlab import losses as d
 from opdlab.audit import as_loss, in_reward, k2, k3
 from opdlab.errors import OpdlabError, UnknownColumn
-from opdlab.losses.generators import FORMS
+from opdlab.losses import DIVERGENCES
 
 
 def straight_through(rows) -> torch.Tensor:
@@ -56,7 +56,7 @@ SUBJECTS = {
     "with returns": (OPD(estimator="sampled", discount=1.0), "reverse_kl", set()),
     "jsd 0.9": (OPD("generalized_jsd", {"beta": 0.9}), "generalized_jsd", set()),
     "jsd 0.1": (OPD("generalized_jsd", {"beta": 0.1, "normalize": True}), "generalized_jsd", set()),
-    "alpha 0.3": (OPD("alpha_divergence", {"alpha": 0.3}), "alpha", set()),
+    "alpha 0.3": (OPD("alpha_divergence", {"alpha": 0.3}), "alpha_divergence", set()),
     "skew": (OPD("skew_reverse_kl", {"alpha": 0.2}), "skew_reverse_kl", set()),
     "bucket": (OPD(top_k=TopK(3, by="teacher")), None, set()),
     "renormalized": (OPD(top_k=TopK(3, by="teacher", tail="renormalize")), None, set()),
@@ -98,10 +98,10 @@ def test_what_is_trained_and_what_is_wrong(name):
     assert set(found.flags) == flags, found
 
 
-SAME = {"reverse_kl_k3": "reverse_kl", "alpha": "squared_hellinger"}  # alpha ½
+SAME = {"reverse_kl_k3": "reverse_kl", "alpha_divergence": "squared_hellinger"}  # alpha ½
 
 
-@pytest.mark.parametrize("name", FORMS)
+@pytest.mark.parametrize("name", DIVERGENCES)
 def test_opd_plus_trains_what_it_names(name):
     options = (
         {"beta": 0.3}

@@ -8,8 +8,7 @@ import torch
 from viz.traces import NASTY, made
 
 from opdlab import losses
-from opdlab.losses.divergences import Generator
-from opdlab.losses.generators import FORMS, PARAMETERS
+from opdlab.losses import DIVERGENCES, Generator
 from opdlab.viz import Playground, embed, page, toys
 
 pytestmark = pytest.mark.browser
@@ -43,9 +42,9 @@ def test_the_script_computes_what_python_computes(open_page, tmp_path, at):
         0.5 + at,
         60,
     )
-    assert set(view.evaluate("Object.keys(window.toys.FORMS)")) == set(FORMS)
-    for name in FORMS:
-        g = Generator(name, **({PARAMETERS[name].name: at} if name in PARAMETERS else {}))
+    assert set(view.evaluate("Object.keys(window.toys.FORMS)")) == set(DIVERGENCES)
+    for name, entry in DIVERGENCES.items():
+        g = Generator(name, **({entry.parameter.name: at} if entry.parameter else {}))
         got = view.evaluate(READ, [name, at, clip, mass, temperature, steps, teacher, student])
         push = toys.of_generator(g, clip)
         q, p = (torch.tensor(x, dtype=torch.float64) for x in (teacher, student))

@@ -10,8 +10,8 @@ import pytest
 import torch
 
 from opdlab import GRPO, OPD, SequenceKD, Task, TopK, exact
+from opdlab.losses import DIVERGENCES
 from opdlab.losses.divergences import reverse_kl
-from opdlab.methods.opd import DIVERGENCES
 
 OPTIONS = {"alpha_divergence": {"alpha": 0.3}, "generalized_jsd": {"beta": 0.9, "normalize": True}}
 SHAPES = [{"vocab": 4, "length": 2, "prompts": 2}, {"vocab": 3, "length": 3, "eos": 0}]

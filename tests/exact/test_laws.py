@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from opdlab import exact
-from opdlab.losses.divergences import Generator, forward_kl, reverse_kl, total_variation
+from opdlab.losses import Generator, forward_kl, reverse_kl, total_variation
 
 WORLDS = [{}, {"eos": 2}]
 every = pytest.mark.parametrize("world", WORLDS, ids=["fixed length", "with eos"])

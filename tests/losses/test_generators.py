@@ -12,7 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from opdlab import losses as d
-from opdlab.losses.divergences import Generator
+from opdlab.losses import Generator
 
 # Every row of the table, and the generator as a function of u written down once more.
 CASES = {
@@ -32,9 +32,18 @@ CASES = {
     "pearson": (Generator("pearson"), lambda u: (u - 1) ** 2),
     "neyman": (Generator("neyman"), lambda u: (u - 1) ** 2 / u),
     "neyman, other form": (Generator("neyman").shifted(-1), lambda u: 1 / u - 1),
-    "alpha 0.3": (Generator("alpha", alpha=0.3), lambda u: (u**0.3 - 0.3 * u - 0.7) / (0.3 * -0.7)),
-    "alpha -1.5": (Generator("alpha", alpha=-1.5), lambda u: (u**-1.5 + 1.5 * u - 2.5) / 3.75),
-    "alpha 2.5": (Generator("alpha", alpha=2.5), lambda u: (u**2.5 - 2.5 * u + 1.5) / 3.75),
+    "alpha 0.3": (
+        Generator("alpha_divergence", alpha=0.3),
+        lambda u: (u**0.3 - 0.3 * u - 0.7) / (0.3 * -0.7),
+    ),
+    "alpha -1.5": (
+        Generator("alpha_divergence", alpha=-1.5),
+        lambda u: (u**-1.5 + 1.5 * u - 2.5) / 3.75,
+    ),
+    "alpha 2.5": (
+        Generator("alpha_divergence", alpha=2.5),
+        lambda u: (u**2.5 - 2.5 * u + 1.5) / 3.75,
+    ),
     "skew_forward_kl": (
         Generator("skew_forward_kl", alpha=0.3),
         lambda u: u * (u / (0.3 * u + 0.7)).log(),
@@ -149,7 +158,7 @@ def test_known_weights():
     near(at(Generator("total_variation")), torch.tensor([-0.5, 0.5], dtype=torch.float64))
     near(at(Generator("pearson")), u**2 - 1)
     near(at(Generator("skew_forward_kl", alpha=0.1)), 0.9 * u / (0.1 * u + 0.9))
-    near(at(Generator("alpha", alpha=0.25)), (u**0.25 - 1) / 0.25)
+    near(at(Generator("alpha_divergence", alpha=0.25)), (u**0.25 - 1) / 0.25)
     near(at(Generator("le_cam")), (u - 1) * (3 * u + 1) / (u + 1) ** 2)
 
 
@@ -259,7 +268,7 @@ def test_gradients_are_finite_with_tokens_that_both_rule_out(name):
         (Generator("le_cam"), Generator("le_cam")),
         (Generator("forward_kl"), Generator("reverse_kl")),
         (Generator("pearson"), Generator("neyman")),
-        (Generator("alpha", alpha=0.3), Generator("alpha", alpha=0.7)),
+        (Generator("alpha_divergence", alpha=0.3), Generator("alpha_divergence", alpha=0.7)),
         (Generator("generalized_jsd", beta=0.2), Generator("generalized_jsd", beta=0.8)),
         (Generator("skew_forward_kl", alpha=0.2), Generator("skew_reverse_kl", alpha=0.2)),
     ],
@@ -275,8 +284,11 @@ def test_limits():
     for part in ("f", "weight", "slope"):
         at = lambda name, part=part, **options: getattr(Generator(name, **options), part)(x)
         for tiny in (0.0, 1e-8, 1e-5):
-            near(at("alpha", alpha=tiny), at("reverse_kl_k3"))
-            near(at("alpha", alpha=1 - tiny), getattr(Generator("forward_kl").shifted(-1), part)(x))
+            near(at("alpha_divergence", alpha=tiny), at("reverse_kl_k3"))
+            near(
+                at("alpha_divergence", alpha=1 - tiny),
+                getattr(Generator("forward_kl").shifted(-1), part)(x),
+            )
             near(at("skew_forward_kl", alpha=tiny), at("forward_kl"))
             near(at("skew_reverse_kl", alpha=tiny), at("reverse_kl"))
         near(
@@ -284,9 +296,9 @@ def test_limits():
             getattr(Generator("forward_kl").shifted(-1), part)(x),
         )
         near(at("generalized_jsd", beta=1 - 1e-5) / 1e-5, at("reverse_kl_k3"))
-        near(at("alpha", alpha=0.5), 4 * at("squared_hellinger"))
-        near(at("alpha", alpha=2), at("pearson") / 2)
-        near(at("alpha", alpha=-1), at("neyman") / 2)
+        near(at("alpha_divergence", alpha=0.5), 4 * at("squared_hellinger"))
+        near(at("alpha_divergence", alpha=2), at("pearson") / 2)
+        near(at("alpha_divergence", alpha=-1), at("neyman") / 2)
         near(at("generalized_jsd"), at("jensen_shannon"))
 
 
@@ -376,13 +388,13 @@ def test_what_does_not_depend_on_the_token_teaches_nothing():
             {"name": "pearson", "alpha": 2},
             r"'pearson' has no alpha, but got alpha=2\. Leave it out",
         ),
-        ({"name": "alpha", "beta": 0.5}, r"'alpha' has no beta"),
+        ({"name": "alpha_divergence", "beta": 0.5}, r"'alpha_divergence' has no beta"),
         (
             {"name": "generalized_jsd", "beta": 1},
             r"Generator\('generalized_jsd', beta=1\) is no divergence\. Use a beta between 0 and 1",
         ),
         ({"name": "skew_reverse_kl", "alpha": 1.0}, "Use 0 <= alpha < 1"),
-        ({"name": "alpha", "alpha": math.inf}, "Use a finite alpha"),
+        ({"name": "alpha_divergence", "alpha": math.inf}, "Use a finite alpha"),
         ({"name": "le_cam", "scale": 0}, "scale above 0"),
     ],
 )
@@ -392,7 +404,7 @@ def test_bad_generators_are_refused(options, says):
 
 
 def test_a_generator_says_what_it_is():
-    assert repr(Generator("alpha")) == "Generator('alpha', alpha=0.5)"
+    assert repr(Generator("alpha_divergence")) == "Generator('alpha_divergence', alpha=0.5)"
     assert (
         repr(Generator("forward_kl").shifted(-1).scaled(2))
         == "Generator('forward_kl', shift=-1, scale=2)"

@@ -15,9 +15,9 @@ from opdlab.engine.batch import Batch
 from opdlab.engine.columns import flatten
 from opdlab.engine.passes import gradient
 from opdlab.errors import OpdlabError
+from opdlab.losses import DIVERGENCES
 from opdlab.losses.divergences import reverse_kl
 from opdlab.methods import Method
-from opdlab.methods.opd import DIVERGENCES
 from opdlab.models.graded import States
 
 PROMPT = Prompt("a b c")
@@ -317,7 +317,7 @@ def test_all_methods_keep_the_contract(method):
 @pytest.mark.parametrize(
     ("settings", "says"),
     [
-        ({"divergence": "kl"}, "no divergence 'kl'. Use one of reverse_kl, forward_kl"),
+        ({"divergence": "kl"}, "no divergence 'kl'. Use one of forward_kl, reverse_kl"),
         ({"on_policy": 1.5}, "on_policy=1.5"),
         ({"discount": -0.1}, "discount=-0.1"),
         ({"estimator": "smapled"}, "estimator='smapled'"),

@@ -14,17 +14,16 @@ from plans import plan_values
 import opdlab as opd
 from opdlab import OPD, OPDPlus, exact
 from opdlab.engine.batch import Batch, return_to_go
-from opdlab.losses.divergences import Generator, forward_kl, reverse_kl
-from opdlab.losses.generators import FORMS
+from opdlab.losses import DIVERGENCES, Generator, forward_kl, reverse_kl
 from opdlab.methods import Method
 
 OPTIONS = {
     "generalized_jsd": {"beta": 0.2},
-    "alpha": {"alpha": 0.3},
+    "alpha_divergence": {"alpha": 0.3},
     "skew_forward_kl": {"alpha": 0.2},
 }
-SMOOTH = [name for name in FORMS if name != "total_variation"]
-every = pytest.mark.parametrize("name", FORMS)
+SMOOTH = [name for name in DIVERGENCES if name != "total_variation"]
+every = pytest.mark.parametrize("name", DIVERGENCES)
 
 
 def plus(name: str, clip: float | None = None, **options) -> OPDPlus:
@@ -408,7 +407,7 @@ def test_small_exact_steps_with_the_stop_gradient_raise_it(name):
 def test_a_teacher_that_is_the_student_says_the_centre(student, prompts):
     rollout = student.sample(prompts, 2, max_new_tokens=6, seed=1)
     batch = Batch(rollout, {"student": student, "teacher": student.frozen()})
-    for name in FORMS:
+    for name in DIVERGENCES:
         advantage = plan_values(plus(name), batch)["advantage"][batch.mask]
         atol = 0.6 if name == "total_variation" else 1e-3  # whose sign follows rounding
         torch.testing.assert_close(
@@ -475,8 +474,8 @@ def test_micro_batches_do_not_change_the_update(method):
 def test_it_keeps_the_contract():
     assert isinstance(OPDPlus(), Method)
     assert OPDPlus.needs == ("teacher",)
-    assert replace(OPDPlus("alpha"), options={"alpha": 0.25}).generator == Generator(
-        "alpha", alpha=0.25
+    assert replace(OPDPlus("alpha_divergence"), options={"alpha": 0.25}).generator == Generator(
+        "alpha_divergence", alpha=0.25
     )
 
 

@@ -107,7 +107,7 @@ def test_the_clipped_kl_can_be_negative_and_stays_finite():
 @pytest.mark.parametrize(
     ("settings", "says"),
     [
-        ({"divergence": "kl"}, "SelfDistillation has no divergence 'kl'. Use one of reverse_kl"),
+        ({"divergence": "kl"}, "SelfDistillation has no divergence 'kl'. Use one of forward_kl"),
         (
             {"anchor": "teacher"},
             "SelfDistillation got anchor='teacher'. Use one of live, frozen, ema",

@@ -15,8 +15,7 @@ from viz.traces import made
 from opdlab import losses
 from opdlab.audit import as_loss, in_reward
 from opdlab.errors import OpdlabError, UnknownColumn
-from opdlab.losses.divergences import Generator
-from opdlab.losses.generators import FORMS
+from opdlab.losses import DIVERGENCES, Generator
 from opdlab.methods import OPD
 from opdlab.viz import Playground, payload, toys
 
@@ -26,7 +25,7 @@ LOSSES = {
     "generalized_jsd": losses.generalized_jsd,
     "skew_forward_kl": losses.skew_forward_kl,
     "skew_reverse_kl": losses.skew_reverse_kl,
-    "alpha": losses.alpha_divergence,
+    "alpha_divergence": losses.alpha_divergence,
     "jensen_shannon": losses.jensen_shannon,
     "total_variation": losses.total_variation,
 }
@@ -34,7 +33,7 @@ TEACHER = torch.tensor([0.6, 0.3, 0.1], dtype=torch.float64)
 STUDENT = torch.tensor([0.05, 0.15, 0.8], dtype=torch.float64)
 
 
-@pytest.mark.parametrize("name", FORMS)
+@pytest.mark.parametrize("name", DIVERGENCES)
 def test_the_push_per_unit_of_probability_is_the_generator_s_weight(name):
     g = Generator(name)
     want = (g.weight(toys.X) - g.centre).numpy()
@@ -59,7 +58,7 @@ def test_an_own_loss_goes_the_way_of_the_built_in_one(name):
     )
 
 
-@pytest.mark.parametrize("name", FORMS)
+@pytest.mark.parametrize("name", DIVERGENCES)
 def test_the_way_of_a_student_leads_to_the_tempered_teacher(name):
     want = toys.tempered(TEACHER.log(), 2.0).exp()
     end = toys.path(toys.of_generator(Generator(name)), STUDENT, TEACHER, 600, 2.0)
@@ -162,7 +161,7 @@ def test_what_cannot_be_played_with_is_said():
     with pytest.raises(OpdlabError, match=r"no divergence 'kl'\. Use forward_kl"):
         Playground(["kl"])
     with pytest.raises(OpdlabError, match=r"up to 4 losses at a time, and got 5"):
-        Playground(list(FORMS)[:5])
+        Playground(list(DIVERGENCES)[:5])
     with pytest.raises(UnknownColumn, match="rows has no 'advantage'"):
         Playground(lambda rows: rows.advantage * rows.logp)
 

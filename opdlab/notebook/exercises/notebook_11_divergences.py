@@ -7,7 +7,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from opdlab.losses.divergences import Generator, generalized_jsd
+from opdlab.losses import Generator, generalized_jsd
 from opdlab.notebook.cases import random_log_probs
 from opdlab.notebook.checking import Exercise
 

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from opdlab.engine.rows import Rows
-from opdlab.losses.divergences import Generator
+from opdlab.losses import Generator
 from opdlab.methods import OPDPlus
 from opdlab.notebook.cases import evaluate_loss, random_rows
 from opdlab.notebook.checking import Exercise

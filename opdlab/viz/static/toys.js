@@ -54,7 +54,7 @@ export const FORMS = {
     centre: 0,
     curvature: 2,
   }),
-  alpha: (a) => ({
+  alpha_divergence: (a) => ({
     f: (x) => Math.exp(x) * powerOf(x, a - 1) - powerOf(x, a),
     weight: (x) => powerOf(x, a),
     centre: 0,
