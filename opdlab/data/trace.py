@@ -108,7 +108,7 @@ class Trace:
         array: np.ndarray = values.to_numpy()
         if not pa.types.is_list(values.type):
             return array
-        return np.stack(array) if len(array) else np.zeros((0, 0), np.float32)
+        return np.stack(list(array)) if len(array) else np.zeros((0, 0), np.float32)
 
     def with_columns(self, **columns: Any) -> Trace:
         """Make a trace with columns added or replaced.

@@ -237,7 +237,7 @@ def information_floor(
 
 def _four(student: Policy, teacher: Policy, hint: Hint) -> dict[str, Policy]:
     told = hint if hint is not None else teacher.context
-    bare = teacher if hint is not None else teacher._view(context=None)
+    bare = teacher if hint is not None else teacher.without_context()
     return {
         "student": student,
         "teacher": bare,

@@ -21,7 +21,7 @@ from opdlab.data.rollout import Rollout
 from opdlab.data.sampling_config import SamplingConfig
 from opdlab.errors import OpdlabError
 from opdlab.exact.letters import Letters
-from opdlab.models.generation import draw
+from opdlab.models.sampling import draw
 from opdlab.models.graded import States
 from opdlab.models.head import Head
 

@@ -1,3 +1,7 @@
-"""Local models: weights and adapters, policies, output heads, sampling, and checks that their
-numbers are right.
+"""Language models as policies: load, check, sample and grade with them.
+
+Start with `policy.py`. It stands on `weights.py` (one model with its adapters), which checks the
+model with `requirements.py` and `self_check.py`; reads prompts with `encoding.py` and
+`templates.py`; samples with `sampling.py` and `continuation.py`; and grades with `forward.py` and
+`head.py`.
 """

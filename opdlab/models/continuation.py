@@ -1,5 +1,4 @@
-"""Texts in the writing: hidden states where the next token of each is predicted, one token after
-the other.
+"""Run unfinished texts, one token after the other.
 
 `begin` chooses how: from a cache where the model can, otherwise by running every text anew for each
 token, which is slow and always right.
@@ -13,29 +12,39 @@ import torch
 from torch import Tensor
 from transformers import DynamicCache, PreTrainedModel
 
-from opdlab.models.forward import Abilities, hidden_at, pick_rows, repeat_cache, run_backbone
+from opdlab.models.abilities import Abilities
+from opdlab.models.forward import hidden_at, pick_rows, repeat_cache, run_backbone
 
 
 class Continuation(Protocol):
-    """A batch of unfinished texts."""
+    """A batch of unfinished texts.
+
+    Attributes:
+        states: The hidden state where each text's next token is predicted, `[B, H]`.
+    """
 
     states: Tensor
-    """`[B, H]`: the hidden state where each text's next token is predicted."""
 
     def keep(self, rows: Tensor) -> None:
         """Go on with some of the texts only: `rows` are their numbers `[B']`."""
+        ...
 
     def append(self, tokens: Tensor) -> None:
         """Add a token `[B]` to each text and compute the new `states`."""
+        ...
 
 
 def begin(
     model: PreTrainedModel, starts: list[list[int]], n: int, abilities: Abilities
 ) -> Continuation:
-    """`n` texts after each prompt: text `i * n + j` goes on from `starts[i]`.
+    """Begin `n` texts after each prompt: text `i * n + j` goes on from `starts[i]`.
 
-    Prompts must be of equal length where the model has a cache and cannot pad
-    (`Abilities.pads_left`).
+    Args:
+        model: The model.
+        starts: Token ids of each prompt; of equal length where the model has a cache and cannot
+            pad (`Abilities.pads_left`).
+        n: Texts per prompt.
+        abilities: The shortcuts that may be taken.
     """
     if abilities.caches:
         return Cached(model, starts, n)
@@ -43,8 +52,9 @@ def begin(
 
 
 class Cached:
-    """Each prompt is run once, left-padded, and its cache shared by its `n` texts; then one token
-    is run at a time.
+    """Go on from a cache, one token at a time.
+
+    Each prompt is run once, left-padded, and its `n` texts share its cache.
     """
 
     def __init__(self, model: PreTrainedModel, starts: list[list[int]], n: int) -> None:
@@ -66,11 +76,13 @@ class Cached:
         self.mask = None if self.mask is None else self.mask.repeat_interleave(n, 0)
 
     def keep(self, rows: Tensor) -> None:
+        """Go on with some of the texts only."""
         pick_rows(self.cache, rows)
         self.states, self.position = self.states[rows], self.position[rows]
         self.mask = None if self.mask is None else self.mask[rows]
 
     def append(self, tokens: Tensor) -> None:
+        """Add a token to each text."""
         if self.mask is not None:
             self.mask = torch.cat([self.mask, self.mask.new_ones(len(tokens), 1)], 1)
         ids, positions = tokens[:, None], self.position[:, None]
@@ -81,17 +93,19 @@ class Cached:
 
 
 class Recomputed:
-    """All texts are run from the beginning for every token."""
+    """Run all texts from the beginning for every token."""
 
     def __init__(self, model: PreTrainedModel, rows: list[list[int]], abilities: Abilities) -> None:
         self.model, self.rows, self.abilities = model, rows, abilities
         self.states = self._run()
 
     def keep(self, rows: Tensor) -> None:
+        """Go on with some of the texts only."""
         self.rows = [self.rows[i] for i in rows.tolist()]
         self.states = self.states[rows]
 
     def append(self, tokens: Tensor) -> None:
+        """Add a token to each text."""
         self.rows = [[*row, token] for row, token in zip(self.rows, tokens.tolist(), strict=True)]
         self.states = self._run()
 

@@ -1,14 +1,15 @@
-"""Fingerprints: short names for large things, equal exactly where the things are.
+"""Make fingerprints: short names for large things, equal exactly where the things are.
 
-Weights, tokenizers, functions and plain values, each as something that JSON holds. A checkpoint
-keeps them to tell whether a run is taken up with what it was begun with. They guard against
-mix-ups, not against forgery: of a large tensor only some entries are read, at least one in every
-row.
+Weights, tokenizers, functions and plain values get one each, as something that JSON holds. A
+checkpoint keeps them to tell whether a run is resumed with what it was begun with. They guard
+against mix-ups, not against forgery: of a large tensor only some entries are read, at least one in
+every row.
 """
 
 from __future__ import annotations
 
 import ast
+import dis
 import functools
 import hashlib
 import inspect
@@ -19,20 +20,19 @@ from dataclasses import fields, is_dataclass
 from enum import Enum
 from pathlib import PurePath
 from types import ModuleType
-from typing import TYPE_CHECKING, Any
+from typing import Any
+from weakref import WeakKeyDictionary
 
 import numpy as np
 import torch
 from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.utils import AuxiliaryTrainingWrapper
 from torch import Tensor, nn
-
-if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerBase
-
-    from opdlab.models.weights import Weights
+from transformers import PreTrainedTokenizerBase
 
 SPREAD = 4096  # entries read of a tensor that has more, besides one in every row
+# By tokenizer, its size and digest: to hash 150,000 tokens takes 0.1 s.
+_VOCABULARIES: WeakKeyDictionary[PreTrainedTokenizerBase, tuple[int, str]] = WeakKeyDictionary()
 
 # Fields of a model's configuration that change no number, or that opdlab compares in another way.
 _NEUTRAL = {
@@ -46,7 +46,7 @@ _NEUTRAL = {
 
 
 def digest(*parts: str | bytes) -> str:
-    """Sixteen hexadecimal digits that stand for texts or bytes, in order."""
+    """Make sixteen hexadecimal digits that stand for texts or bytes, in order."""
     whole = hashlib.sha256()
     for part in parts:
         data = part if isinstance(part, bytes) else part.encode("utf-8", "surrogatepass")
@@ -55,8 +55,9 @@ def digest(*parts: str | bytes) -> str:
 
 
 def tensor_digest(value: Tensor) -> str:
-    """A fingerprint of a tensor: all of a small one, a spread of entries and one per row of a large
-    one.
+    """Make a fingerprint of a tensor.
+
+    All entries of a small one are read; of a large one, a spread of entries and one in every row.
     """
     flat = value.detach().reshape(-1)
     if flat.numel() > 2 * SPREAD:
@@ -70,12 +71,14 @@ def tensor_digest(value: Tensor) -> str:
 
 
 def tensors_digest(tensors: Mapping[str, Tensor]) -> str:
-    """A fingerprint of named tensors, whatever their order."""
+    """Make a fingerprint of named tensors, whatever their order."""
     return digest(*(f"{name} {tensor_digest(tensors[name])}" for name in sorted(tensors)))
 
 
 def base_tensors(model: nn.Module) -> dict[str, Tensor]:
-    """The model's own tensors under the names that they have without adapters. Not copies.
+    """Take the model's own tensors, under the names that they have without adapters.
+
+    They are not copies.
 
     PEFT wraps a layer that it adapts: the original is then `layer.base_layer`, or
     `layer.original_module` where the adapter holds a copy that is trained whole.
@@ -113,35 +116,36 @@ def _bare_name(name: str, kept: Mapping[str, str]) -> str | None:
     return ".".join(out).removeprefix("base_model.model.")
 
 
-def adapter_digest(weights: Weights, name: str | None) -> str | None:
-    """A fingerprint of what an adapter adds; None for no adapter and for one that changes nothing
-    yet.
+def adapter_digest(model: nn.Module, state: Mapping[str, Tensor]) -> str | None:
+    """Make a fingerprint of what an adapter adds to a model.
+
+    Args:
+        model: The model with the adapter on it.
+        state: The adapter's tensors, as PEFT names them.
+
+    Returns:
+        None for an adapter that changes nothing yet.
     """
-    if name is None:
-        return None
-    state = weights.adapter_state(name)
-    base = base_tensors(weights.model)
-    # A product of two matrices changes nothing while one of them is zero; a module that is trained
-    # whole, while it is a copy.
-    products = [
-        (key.replace("lora_B", "lora_A").replace("embedding_B", "embedding_A"), key)
-        for key in state
-        if "_B" in key
-    ]
-    copies = {key: value for key, value in state.items() if "lora_" not in key}
-    is_fresh = (
-        bool(products or copies)
-        and not any(
-            bool(state[first].any()) and bool(state[second].any()) for first, second in products
+    whole = {key: value for key, value in state.items() if "lora_" not in key}
+    # Of an adapter without pairs of matrices or whole modules nothing is known.
+    changes = not whole and not any("_B" in key for key in state)
+    for key, second in state.items():
+        if "_B" in key:  # a product of two matrices changes nothing while one of them is zero
+            partner = key.replace("lora_B", "lora_A").replace("embedding_B", "embedding_A")
+            first = state.get(partner, second)  # a bias has none
+            changes |= bool(first.any()) and bool(second.any())
+    if whole and not changes:  # modules that are trained whole change nothing while they are copies
+        base = base_tensors(model)
+        changes = any(
+            key not in base or not torch.equal(value, base[key]) for key, value in whole.items()
         )
-        and all(key in base and torch.equal(value, base[key]) for key, value in copies.items())
-    )
-    return None if is_fresh else tensors_digest(state)
+    return tensors_digest(state) if changes else None
 
 
 def model_config(model: nn.Module) -> dict[str, Any]:
-    """The settings of a transformers model that differ from its family's defaults and change its
-    numbers.
+    """Take the settings of a transformers model that change its numbers.
+
+    Those that equal the defaults of its family are left out.
     """
     config: Any = model.config
     return {
@@ -150,21 +154,27 @@ def model_config(model: nn.Module) -> dict[str, Any]:
 
 
 def vocabulary_digest(tokenizer: PreTrainedTokenizerBase) -> str:
-    """A fingerprint of a tokenizer's tokens and their ids."""
-    return hashlib.sha256(json.dumps(sorted(tokenizer.get_vocab().items())).encode()).hexdigest()
+    """Make a fingerprint of a tokenizer's tokens and their ids.
+
+    Two tokenizers share it exactly if every id is the same text in both.
+    """
+    size, known = _VOCABULARIES.get(tokenizer, (-1, ""))
+    if size != len(tokenizer):  # tokens can be added
+        listed = json.dumps(sorted(tokenizer.get_vocab().items()))
+        known = hashlib.sha256(listed.encode()).hexdigest()
+        _VOCABULARIES[tokenizer] = len(tokenizer), known
+    return known
 
 
 def function_description(function: Any) -> dict[str, Any]:
-    """Where a function or class is defined, what it says, and the plain values that it was made
-    with.
-    """
+    """Describe a function or class: its place, its code, and the plain values it was made with."""
     out: dict[str, Any] = {"name": qualified_name(function)}
     if isinstance(function, functools.partial):
         inner = function_description(function.func)
         return {**inner, "given": describe([list(function.args), function.keywords])}
     function = inspect.unwrap(function)
     out["source"] = source_digest(function)
-    code = getattr(function, "__code__", None)
+    code = getattr(function, "__code__", None)  # classes and built-in functions have none
     if code is None:
         return out
     cells = zip(code.co_freevars, function.__closure__ or (), strict=True)
@@ -183,15 +193,12 @@ def function_description(function: Any) -> dict[str, Any]:
 
 
 def written_names(function: Any) -> set[str]:
-    """The names of enclosing functions that a function assigns to (`nonlocal`)."""
-    import dis
-
+    """List the names of enclosing functions that a function assigns to (`nonlocal`)."""
     code = getattr(function, "__code__", None)
     if code is None:
         return set()
-    return {
-        str(one.argval) for one in dis.get_instructions(code) if one.opname == "STORE_DEREF"
-    } & set(code.co_freevars)
+    stores = [one for one in dis.get_instructions(code) if one.opname == "STORE_DEREF"]
+    return {str(one.argval) for one in stores} & set(code.co_freevars)
 
 
 def _contents(cell: Any) -> Any:
@@ -202,8 +209,10 @@ def _contents(cell: Any) -> Any:
 
 
 def source_digest(thing: Any) -> str | None:
-    """A fingerprint of a function's or a class's code, comments and layout aside; None where the
-    source is not at hand.
+    """Make a fingerprint of the code of a function or class, without comments and layout.
+
+    Returns:
+        None where the source is not at hand.
     """
     try:
         source = textwrap.dedent(inspect.getsource(thing))
@@ -216,8 +225,12 @@ def source_digest(thing: Any) -> str | None:
 
 
 def describe(value: Any, depth: int = 6) -> Any:
-    """A value as JSON holds it: plain ones as they are, others by their kind and a fingerprint of
-    what is in them.
+    """Describe a value as JSON holds it.
+
+    Args:
+        value: Plain values stay as they are; others become their kind and a fingerprint of what is
+            in them.
+        depth: How far into nested values to look.
     """
     if value is None or isinstance(value, (bool, int, float, str)):
         return value
@@ -246,10 +259,10 @@ def describe(value: Any, depth: int = 6) -> Any:
         return [inner(one) for one in value]
     if isinstance(value, (bytes, bytearray)):
         return {"bytes": digest(bytes(value))}
-    return _described_object(value, inner)
+    return _describe_object(value, inner)
 
 
-def _described_object(value: Any, inner: Callable[[Any], Any]) -> Any:
+def _describe_object(value: Any, inner: Callable[[Any], Any]) -> Any:
     if isinstance(value, nn.Module):
         return {"kind": _kind(value), "tensors": tensors_digest(value.state_dict())}
     if isinstance(value, torch.Generator):
@@ -267,10 +280,11 @@ def _described_object(value: Any, inner: Callable[[Any], Any]) -> Any:
 
 
 def qualified_name(thing: Any) -> str:
-    """The module and the name of a class or function.
+    """Name a class or function with its module.
 
     Of opdlab's own modules only the package counts, since they may be moved.
     """
+    # Anything may be asked for its name here, also objects without one.
     module = str(getattr(thing, "__module__", "?"))
     name = getattr(thing, "__qualname__", type(thing).__name__)
     return f"opdlab.{name}" if module.partition(".")[0] == "opdlab" else f"{module}.{name}"

@@ -1,4 +1,4 @@
-"""Teacher-forced passes of the backbone: hidden states where completion tokens are predicted.
+"""Run the backbone over whole texts: hidden states where completion tokens are predicted.
 
 Every pass of a model in opdlab goes through `run_backbone`. The functions here take the shortcuts
 (one batch for rows of different length, one pass for what all prompts begin with) that `Abilities`
@@ -10,48 +10,21 @@ from __future__ import annotations
 import functools
 import inspect
 from collections.abc import Hashable, Sequence
-from dataclasses import dataclass
 from typing import Any, cast
 
 import torch
 from torch import Tensor
 from transformers import DynamicCache, PreTrainedModel
 
+from opdlab.models.abilities import Abilities
+
 SHORTEST_SHARED_PREFIX = 16  # tokens; sharing fewer does not pay for another pass
 
 
-@dataclass(frozen=True)
-class Abilities:
-    """Which shortcuts give a model the numbers of plain passes: one row at a time, without padding
-    or cache.
+def find_backbone(model: PreTrainedModel) -> Any:
+    """Find the part of a model below its head.
 
-    `opdlab.models.compatibility.find_abilities` finds out. A shortcut that is not right is not
-    taken.
-
-    Attributes:
-        batches: Rows of equal length side by side. Without it, none of the others holds.
-        pads: Rows of different length in one batch, padded on the right (scoring and training).
-        pads_left: Prompts of different length in one batch, padded on the left under a mask
-            (sampling).
-        caches: Going on from a cache whose rows are repeated and picked (sampling).
-        shares_prefix: Going on with several tokens from a cache of what all prompts begin with
-            (scoring).
-    """
-
-    batches: bool = True
-    pads: bool = True
-    pads_left: bool = True
-    caches: bool = True
-    shares_prefix: bool = True
-
-
-PLAIN = Abilities(batches=False, pads=False, pads_left=False, caches=False, shares_prefix=False)
-
-
-def backbone(model: PreTrainedModel) -> Any:
-    """The model without its head.
-
-    Its output has `last_hidden_state`, what the head is applied to.
+    Its output has `last_hidden_state`, to which the head is applied.
     """
     inner = model.base_model
     if inner is model:  # some families keep it under another name than the one that they announce
@@ -67,12 +40,19 @@ def run_backbone(
     mask: Tensor | None = None,
     cache: DynamicCache | None = None,
 ) -> Tensor:
-    """Hidden states `[B, T, H]` for token ids `[B, T]`, going on from `cache` and adding to it if
-    there is one.
+    """Run the backbone. Arguments that a family does not have are left out.
 
-    Arguments that a family does not have (positions, where it uses none) are left out.
+    Args:
+        model: The model, with the adapter in force that is meant.
+        ids: Token ids `[B, T]`.
+        positions: The place of each token in its text, `[B, T]` or `[1, T]`.
+        mask: `[B, P + T]`, 1 on real tokens of the cache (`P` of them) and of `ids`.
+        cache: The states of the tokens before; those of `ids` are added to it.
+
+    Returns:
+        Hidden states `[B, T, H]`.
     """
-    inner = backbone(model)
+    inner = find_backbone(model)
     cache_name, known = _signature(cast(Hashable, type(inner)))
     options = {
         "attention_mask": mask,
@@ -82,12 +62,13 @@ def run_backbone(
     }
     if known is not None:
         options = {name: value for name, value in options.items() if name in known}
-    return inner(input_ids=ids, **options).last_hidden_state
+    hidden: Tensor = inner(input_ids=ids, **options).last_hidden_state
+    return hidden
 
 
 @functools.cache
 def _signature(kind: Hashable) -> tuple[str, frozenset[str] | None]:
-    """How a backbone calls its cache, and which arguments it takes (None: any)."""
+    """The name of a backbone's cache argument, and the arguments that it takes (None: any)."""
     parameters = inspect.signature(kind.forward).parameters  # type: ignore[attr-defined]
     takes_any = any(p.kind is inspect.Parameter.VAR_KEYWORD for p in parameters.values())
     # State-space models name their cache differently, and would ignore one under the usual name.
@@ -101,18 +82,26 @@ def last_hidden(
     bodies: list[list[int]],
     abilities: Abilities | None = None,
 ) -> Tensor:
-    """Hidden states `[tokens, H]` where the tokens of `bodies` are predicted, each after its prompt
-    in `starts`.
+    """Run prompts with their completions.
 
-    Without a gradient, what all prompts begin with (a rule, examples, a system message) is run once
-    and not once a row.
+    Without a gradient, a beginning that all prompts share (a rule, examples, a system message) is
+    run once and not once per row.
+
+    Args:
+        model: The model.
+        starts: Token ids of each prompt.
+        bodies: Token ids of each completion.
+        abilities: The shortcuts that may be taken; all by default.
+
+    Returns:
+        Hidden states `[tokens, H]` where the tokens of `bodies` are predicted, rows in order.
     """
     abilities = abilities or Abilities()
     rows = [start + body for start, body in zip(starts, bodies, strict=True)]
-    # The state at a token predicts the next one, so a body's states begin at the prompt's last
-    # token.
+    # The state at a token predicts the next one, so the states begin at the prompt's last token.
     spans = [range(len(start) - 1, len(row) - 1) for start, row in zip(starts, rows, strict=True)]
-    shared = 0 if torch.is_grad_enabled() or not abilities.shares_prefix else _shared(starts)
+    may_share = abilities.shares_prefix and not torch.is_grad_enabled()
+    shared = _count_shared(starts) if may_share else 0
     return hidden_at(model, rows, spans, abilities, shared)
 
 
@@ -123,9 +112,17 @@ def hidden_at(
     abilities: Abilities,
     shared: int = 0,
 ) -> Tensor:
-    """Hidden states `[positions, H]` at the positions `spans[i]` of row `i`, rows in order.
+    """Run rows of tokens, in as few batches as the model's abilities allow.
 
-    The first `shared` tokens must be the same in all rows; they are run once.
+    Args:
+        model: The model.
+        rows: Token ids of each row.
+        spans: The positions of each row whose states are wanted.
+        abilities: The shortcuts that may be taken.
+        shared: How many tokens all rows begin with; they are run once.
+
+    Returns:
+        Hidden states `[positions, H]`, rows in order.
     """
     groups = group_rows([len(row) for row in rows], mixed=abilities.pads, batches=abilities.batches)
     if len(groups) == 1:
@@ -133,14 +130,22 @@ def hidden_at(
     parts: list[Tensor | None] = [None] * len(rows)
     for group in groups:
         states = _one_batch(model, [rows[i] for i in group], [spans[i] for i in group], 0)
-        for i, part in zip(group, states.split([len(spans[i]) for i in group]), strict=True):
+        sizes = [len(spans[i]) for i in group]
+        for i, part in zip(group, torch.split(states, sizes), strict=True):
             parts[i] = part
     return torch.cat([part for part in parts if part is not None])
 
 
 def group_rows(lengths: Sequence[int], *, mixed: bool, batches: bool = True) -> list[list[int]]:
-    """Which rows run side by side: all of them (`mixed`), those of equal length, or (without
-    `batches`) none.
+    """Choose which rows run side by side.
+
+    Args:
+        lengths: Tokens of each row.
+        mixed: Whether rows of different length may; otherwise only those of equal length do.
+        batches: Whether any rows may.
+
+    Returns:
+        Groups of row numbers.
     """
     if not batches:
         return [[i] for i in range(len(lengths))]
@@ -155,9 +160,8 @@ def group_rows(lengths: Sequence[int], *, mixed: bool, batches: bool = True) -> 
 def _one_batch(
     model: PreTrainedModel, rows: list[list[int]], spans: list[range], shared: int
 ) -> Tensor:
-    """Right-padded, so that under causal attention padding cannot touch a real token and no mask is
-    needed.
-    """
+    """Run rows side by side; see `hidden_at`."""
+    # Right-padded: under causal attention padding cannot touch a real token, so no mask is needed.
     width = max(map(len, rows)) - shared
     batch = torch.tensor(
         [row[shared:] + [0] * (width + shared - len(row)) for row in rows], device=model.device
@@ -174,21 +178,22 @@ def _one_batch(
 
 
 def repeat_cache(cache: DynamicCache, rows: int, repeats: int, device: torch.device) -> None:
-    """Each of the cache's `rows` `repeats` times, in place."""
+    """Repeat each of the cache's `rows` `repeats` times, in place."""
     pick_rows(cache, torch.arange(rows, device=device).repeat_interleave(repeats))
 
 
 def pick_rows(cache: DynamicCache, rows: Tensor) -> None:
-    """Only the cache's `rows`, in that order, in place.
+    """Keep only these rows of the cache, in that order, in place.
 
     Written as a reordering, the one operation on rows that recurrent layers have too.
     """
     cache.reorder_cache(cast(torch.LongTensor, rows))
 
 
-def _shared(starts: list[list[int]]) -> int:
-    """How many tokens all prompts begin with, leaving one of each; 0 where that would not pay for
-    another pass.
+def _count_shared(starts: list[list[int]]) -> int:
+    """Count the tokens that all prompts begin with, leaving at least one of each prompt.
+
+    Returns 0 where sharing would not pay for another pass.
     """
     room = min(map(len, starts)) - 1
     tokens = next(

@@ -1,9 +1,9 @@
-"""What a grader returns for the tokens of a rollout: hidden states with a head, or top-k log-probs.
+"""The grades of a rollout's tokens: hidden states with a head, or top-k log-probs.
 
 A local model knows its whole distribution and gives `States`; the log-probs `[tokens, V]` are made
 a chunk at a time. A server gives the log-probs of its `k` likeliest tokens and of the sampled one,
-`TopLogprobs`. What these leave out has a known total mass and nothing else, so a loss gets it as
-one bucket or not at all, and a loss that asks for the whole distribution gets an error.
+`TopLogprobs`. Of all other tokens only the total mass is known, so a loss gets them as one bucket
+or not at all, and a loss that asks for the whole distribution gets an error.
 """
 
 from __future__ import annotations
@@ -25,82 +25,94 @@ class Graded(Protocol):
 
     @property
     def vocab_size(self) -> int:
-        """How many tokens the distributions are over."""
+        """Number of tokens that the distributions are over, `V`."""
         ...
 
     def part(self, piece: slice | Tensor) -> Graded:
-        """The same for some tokens, without gradient. `piece`: a slice or indices."""
+        """Take the grades of some tokens, without gradient; `piece` is a slice or indices."""
         ...
 
     def logp(self) -> Tensor | TopLogprobs:
-        """Log-probs `[n, V]`, or the top ones where only these are known."""
+        """Compute log-probs `[n, V]`; the top ones where only these are known."""
         ...
 
 
 @dataclass(frozen=True)
 class States:
-    """A policy's hidden states `[tokens, H]` on some rollout, with the head that reads them."""
+    """A policy's hidden states on some rollout, with the head that reads them.
+
+    Attributes:
+        hidden: `[tokens, H]`, the state where each token is predicted.
+        head: The policy's output head.
+    """
 
     hidden: Tensor
     head: Head
 
     @property
     def vocab_size(self) -> int:
-        """How many tokens the distribution is over."""
-        return self.head.rows
+        """Number of tokens that the distributions are over, `V`."""
+        return self.head.vocab_size
 
     def part(self, piece: slice | Tensor) -> States:
-        """The same for some tokens, without gradient. `piece`: a slice or indices."""
+        """Take the states of some tokens, without gradient; `piece` is a slice or indices."""
         return States(self.hidden[piece].detach(), self.head)
 
     def logp(self) -> Tensor:
-        """Log-probs `[n, V]`."""
+        """Compute log-probs `[n, V]`."""
         return log_softmax_in_place(self.head(self.hidden))
 
 
-RESOLUTION = (
-    1e-7  # float32 log-probs show the mass that the top tokens leave over to about this much
-)
+# Float32 log-probs show the mass that the top tokens leave over to about this much.
+RESOLUTION = 1e-7
 
 
 @dataclass(frozen=True)
 class TopLogprobs:
-    """`ids [n, k]`, likeliest first, with log-probs `top [n, k]`; `sampled [n]` is that of the
-    token that was written.
+    """Top-k log-probs from a server.
 
-    `vocab` is the vocabulary size. Same interface as `States`, so the engine accepts either.
+    Same interface as `States`, so the engine accepts either.
+
+    Attributes:
+        ids: Ids of the likeliest tokens, likeliest first, `[n, k]`.
+        top: Their log-probs in nats, `[n, k]`.
+        sampled: Log-probs of the tokens that were written, `[n]`.
+        token: Ids of the tokens that were written, `[n]`.
+        vocab_size: Number of tokens that the distributions are over, `V`.
     """
 
     ids: Tensor
     top: Tensor
     sampled: Tensor
     token: Tensor
-    vocab: int
-
-    @property
-    def vocab_size(self) -> int:
-        """How many tokens the distributions are over."""
-        return self.vocab
+    vocab_size: int
 
     @property
     def k(self) -> int:
+        """Number of likeliest tokens that are known."""
         return self.ids.shape[-1]
 
     def part(self, piece: slice | Tensor) -> TopLogprobs:
-        """The same for some tokens. `piece`: a slice or indices."""
+        """Take the log-probs of some tokens; `piece` is a slice or indices."""
         return TopLogprobs(
-            self.ids[piece], self.top[piece], self.sampled[piece], self.token[piece], self.vocab
+            self.ids[piece],
+            self.top[piece],
+            self.sampled[piece],
+            self.token[piece],
+            self.vocab_size,
         )
 
     def logp(self) -> TopLogprobs:
-        """Itself: these are log-probs already."""
+        """Return itself: these are log-probs already."""
         return self
 
     def support(self, support: TopK) -> Tensor:
-        """Ids `[n, k']` of its likeliest tokens; raises PartialDistribution where more are asked
-        for than it has.
+        """Take the ids `[n, k']` of the likeliest tokens that a loss asks for.
+
+        Raises:
+            PartialDistribution: It asks for more than there are.
         """
-        if support.k > self.k and self.k < self.vocab:
+        if support.k > self.k and self.k < self.vocab_size:
             raise PartialDistribution(
                 f"{support} wants {support.k} tokens of {support.by!r}, whose server gives"
                 f" {self.k}. Use TopK({self.k}, by={support.by!r}), or LogprobServer(…,"
@@ -109,50 +121,51 @@ class TopLogprobs:
         return self.ids[:, : support.k]
 
     def coarse(self, support: TopK) -> Tensor:
-        """Log-probs on its own top tokens as `TopK.coarse` gives them:
+        """Compute log-probs on the top tokens, as `TopK.coarse` does.
 
-        `[n, k']`, or `[n, k' + 1]` with the bucket.
+        Returns:
+            `[n, k']`, or `[n, k' + 1]` with the bucket of all other tokens at the end.
         """
         k = min(support.k, self.k)
         top = self.top[:, :k]
         if support.tail == "renormalize":
             return top.log_softmax(-1)
-        if support.tail == "drop" or k == self.vocab:
+        if support.tail == "drop" or k == self.vocab_size:
             return top
         tail = torch.cat([self.top[:, k:], self.tail()[:, None]], -1).logsumexp(-1, keepdim=True)
         return torch.cat([top, tail], -1)
 
     def tail(self) -> Tensor:
-        """Log of the mass outside the top `k`, `[n]`; -inf where they are all tokens.
+        """Compute the log of the mass outside the top `k`, `[n]`; -inf where they are all tokens.
 
-        It is what the top tokens leave over. Below `RESOLUTION` that is rounding, so it is kept
-        between what is known: at least the sampled token's share where that is outside, at most as
-        much as if each token had the last one's.
+        The top tokens leave that mass over. Below `RESOLUTION` it is rounding, so it is kept within
+        known bounds.
         """
         top = self.top.double()
-        most = (self.vocab - self.k) * top[:, -1].exp()
-        outside = (self.ids != self.token[:, None]).all(-1)
-        least = torch.where(outside, self.sampled.double().exp(), 0.0)
-        return (
-            (1 - top.exp().sum(-1))
-            .clamp(min=RESOLUTION)
-            .minimum(most)
-            .maximum(least)
-            .log()
-            .to(self.top.dtype)
-        )
+        mass = (1 - top.exp().sum(-1)).clamp(min=RESOLUTION)
+        # At most: every other token is as likely as the last of the top.
+        most = (self.vocab_size - self.k) * top[:, -1].exp()
+        # At least: the share of the sampled token, where it is outside the top.
+        is_outside = (self.ids != self.token[:, None]).all(-1)
+        least = torch.where(is_outside, self.sampled.double().exp(), 0.0)
+        return mass.minimum(most).maximum(least).log().to(self.top.dtype)
 
 
 def whole_distribution_error(name: str, some: TopLogprobs) -> PartialDistribution:
-    """The error for a loss that asks for all of it."""
+    """Make the error for a loss that asks for the whole distribution of a server.
+
+    Args:
+        name: The server's name among the policies.
+        some: Its grades.
+    """
     return PartialDistribution(
         f"This loss needs the whole distribution of {name!r}, but its server gives the {some.k}"
-        f" likeliest of {some.vocab} tokens and the sampled one. Use OPD(top_k=TopK({some.k},"
+        f" likeliest of {some.vocab_size} tokens and the sampled one. Use OPD(top_k=TopK({some.k},"
         f" by={name!r})), OPD(estimator='sampled'), or rows.on(…) and rows.logp_of(…) in a loss of"
         " your own."
     )
 
 
 def log_softmax_in_place(logits: Tensor) -> Tensor:
-    """In the logits' own memory, which a head makes anew at every call."""
+    """Compute a log-softmax in the logits' own memory, which a head makes anew at every call."""
     return torch.log_softmax(logits, -1, out=logits)

@@ -1,5 +1,4 @@
-"""The output head of a causal language model, apart from its backbone: hidden states in, float32
-logits out.
+"""Compute float32 logits from hidden states: the output head, apart from its backbone.
 
 A head is one matrix, with what adapters may do to it: replace it (`modules_to_save`) or add a
 low-rank matrix (LoRA). It knows the three things that model families do after the linear layer
@@ -16,7 +15,7 @@ import torch
 from peft.tuners.lora import Linear as LoraLinear
 from peft.utils.other import ModulesToSaveWrapper
 from torch import Tensor, nn
-from torch.nn import functional as F
+from torch.nn import functional
 from transformers import PreTrainedConfig, PreTrainedModel
 
 from opdlab.errors import InvalidValue, UnsupportedModel
@@ -30,7 +29,13 @@ _CAPS = ("final_logit_softcapping", "logits_soft_cap", "output_logit_soft_cap")
 
 @dataclass(frozen=True)
 class LowRank:
-    """What a LoRA adds to a head: `scale * up @ down`, with `up [rows', r]` and `down [r, H]`."""
+    """The low-rank matrix that a LoRA adds to a head: `scale * up @ down`.
+
+    Attributes:
+        up: `[rows, r]`; as many rows as the head's matrix.
+        down: `[r, H]`.
+        scale: A constant.
+    """
 
     up: Tensor
     down: Tensor
@@ -39,42 +44,54 @@ class LowRank:
 
 @dataclass(frozen=True)
 class Head:
-    """`rows` tokens from `weight [rows', H]` (padding rows beyond are cut), then `* scale` and a
-    tanh cap.
+    """Compute logits: one linear layer, times a constant, with a tanh cap.
+
+    Attributes:
+        weight: `[rows, H]`. Rows from `vocab_size` on are padding and are cut.
+        bias: `[rows]`, or None.
+        vocab_size: Number of tokens, `V`.
+        scale: The constant.
+        cap: Logits stay between -cap and cap; None for no cap.
+        lora: A low-rank matrix beside `weight`, or None.
     """
 
     weight: Tensor
     bias: Tensor | None
-    rows: int
+    vocab_size: int
     scale: float = 1.0
     cap: float | None = None
     lora: LowRank | None = None
 
     @classmethod
-    def of(cls, model: PreTrainedModel, rows: int, adapter: str | None = None) -> Head:
-        """Find the head of `model` under `adapter`, which must be in force, and check it against
-        the model's logits.
+    def of(cls, model: PreTrainedModel, vocab_size: int, adapter: str | None = None) -> Head:
+        """Find the head of a model, and check it against the model's own logits.
+
+        Args:
+            model: With `adapter` in force.
+            vocab_size: Number of tokens of the tokenizer; the head may have fewer rows, or more.
+            adapter: Name of the adapter; None for the bare model.
 
         Raises:
             InvalidValue: The head is no plain matrix.
             UnsupportedModel: The model's logits are something else than the head gives. The message
                 says how far off.
         """
-        head = cls.read(model, rows, adapter)
+        head = cls.read(model, vocab_size, adapter)
         head._check(model)
         return head
 
     @classmethod
-    def read(cls, model: PreTrainedModel, rows: int, adapter: str | None = None) -> Head:
-        """Find the head of `model` under `adapter`, without running anything.
+    def read(cls, model: PreTrainedModel, vocab_size: int, adapter: str | None = None) -> Head:
+        """Find the head of a model without running anything; see `of`.
 
         Raises:
             InvalidValue: The head is no plain matrix.
         """
         weight, bias, lora = _matrix(model, adapter)
         config = model.config.get_text_config()
-        cap = next((cap for name in _CAPS if (cap := getattr(config, name, None))), None)
-        return cls(weight, bias, min(rows, weight.shape[0]), _scale(config), cap, lora)
+        return cls(
+            weight, bias, min(vocab_size, weight.shape[0]), _scale(config), _cap(config), lora
+        )
 
     @property
     def parameters(self) -> list[Tensor]:
@@ -83,81 +100,88 @@ class Head:
         return [p for p in (self.weight, self.bias, *lora) if p is not None and p.requires_grad]
 
     def __call__(self, hidden: Tensor) -> Tensor:
-        """`[n, H] -> [n, rows]`, float32, in the head's own precision until after the product."""
-        bias = None if self.bias is None else self.bias[: self.rows]
+        """Compute logits `[n, V]` of hidden states `[n, H]`.
+
+        They are float32 (or float64), in the head's own precision until after the product.
+        """
+        bias = None if self.bias is None else self.bias[: self.vocab_size]
         with without_autocast(hidden.device):
-            logits = F.linear(hidden.to(self.weight.dtype), self.weight[: self.rows], bias)
+            weight = self.weight[: self.vocab_size]
+            logits = functional.linear(hidden.to(weight.dtype), weight, bias)
             logits = logits if logits.dtype in (torch.float32, torch.float64) else logits.float()
             if self.lora is not None:
-                up, down = self.lora.up[: self.rows], self.lora.down
-                logits = (
-                    logits + F.linear(F.linear(hidden.to(down.dtype), down), up) * self.lora.scale
-                )
+                up, down = self.lora.up[: self.vocab_size], self.lora.down
+                inner = functional.linear(hidden.to(down.dtype), down)
+                logits = logits + functional.linear(inner, up) * self.lora.scale
         if self.scale != 1.0:
             logits = logits * self.scale
         return logits if self.cap is None else torch.tanh(logits / self.cap) * self.cap
 
     @torch.no_grad()
     def backward(self, slope: Tensor, logits: Tensor, hidden: Tensor) -> Tensor:
-        """Gradient `[n, H]` for the hidden states, given d/d(logits) `slope [n, rows]`, which is
-        used up.
+        """Carry a gradient back through the head.
 
-        Float32, or float64 where the states and the head are. A trainable head gets its own
-        gradient added on the way: straight into `.grad`, without a copy the size of the head.
+        A trainable head gets its own gradient added on the way: straight into `.grad`, without a
+        copy the size of the head.
+
+        Args:
+            slope: Gradient for the logits, `[n, V]`; it is overwritten.
+            logits: The logits `[n, V]`, which the cap needs.
+            hidden: The hidden states `[n, H]`.
+
+        Returns:
+            Gradient for the hidden states `[n, H]`, in float32, or in float64 where the states and
+            the head are.
         """
         with without_autocast(hidden.device):
             if self.cap is not None:
                 slope *= 1 - (logits / self.cap) ** 2
             slope = slope if self.scale == 1.0 else slope.mul_(self.scale)
-            through_lora = (
-                None if self.lora is None else self._backward_lora(self.lora, slope, hidden)
-            )
+            through_lora = None
+            if self.lora is not None:
+                through_lora = self._backward_lora(self.lora, slope, hidden)
             slope = slope.to(self.weight.dtype)
             if self.weight.requires_grad:
-                _grad(self.weight)[: self.rows].addmm_(slope.T, hidden.to(slope.dtype))
+                _grad(self.weight)[: self.vocab_size].addmm_(slope.T, hidden.to(slope.dtype))
             if self.bias is not None and self.bias.requires_grad:
-                _grad(self.bias)[: self.rows].add_(slope.sum(0))
-            out = (slope @ self.weight[: self.rows]).to(self.precision(hidden))
+                _grad(self.bias)[: self.vocab_size].add_(slope.sum(0))
+            out = (slope @ self.weight[: self.vocab_size]).to(self.precision(hidden))
             return out if through_lora is None else out.add_(through_lora)
 
     def _backward_lora(self, lora: LowRank, slope: Tensor, hidden: Tensor) -> Tensor:
-        """The LoRA's part of `backward`: its own gradients into `.grad`, that of the hidden states
-        returned.
-        """
-        up, down = lora.up[: self.rows], lora.down
+        """Do the LoRA's part of `backward`; returns its gradient for the hidden states."""
+        up, down = lora.up[: self.vocab_size], lora.down
         hidden = hidden.to(down.dtype)
         slope = slope.to(up.dtype)
         inner = (slope @ up) * lora.scale  # [n, r]
         if lora.up.requires_grad:
-            _grad(lora.up)[: self.rows].addmm_(slope.T, F.linear(hidden, down), alpha=lora.scale)
+            inside = functional.linear(hidden, down)
+            _grad(lora.up)[: self.vocab_size].addmm_(slope.T, inside, alpha=lora.scale)
         if down.requires_grad:
             _grad(down).addmm_(inner.T, hidden)
         return inner @ down
 
     def precision(self, hidden: Tensor) -> torch.dtype:
-        """What gradients for `hidden` come in: float64 where the states and the head are, as for
-        proofs, else float32.
+        """The dtype of gradients for hidden states: float64 where these and the head are.
+
+        Proofs use it; everything else is float32.
         """
-        return (
-            torch.float64 if hidden.dtype == self.weight.dtype == torch.float64 else torch.float32
-        )
+        is_double = hidden.dtype == self.weight.dtype == torch.float64
+        return torch.float64 if is_double else torch.float32
 
     @torch.no_grad()
     def _check(self, model: PreTrainedModel) -> None:
-        ids = torch.arange(4, device=model.device)[None] % self.rows
+        ids = torch.arange(4, device=model.device)[None] % self.vocab_size
         try:
-            want = model(input_ids=ids, use_cache=False).logits[0].float()[:, : self.rows]
+            want = model(input_ids=ids, use_cache=False).logits[0].float()[:, : self.vocab_size]
         except Exception as error:
             raise cannot_run(model, error) from error
         try:
             got = self(run_backbone(model, ids)[0]).float()
             far = (got - want).abs().max().item()
-        except (
-            Exception
-        ) as error:  # other shapes, no hidden states: the model is built in another way
-            raise self._unsupported(
-                model, f"applying it to the last hidden states: {error}"
-            ) from error
+        except Exception as error:  # other shapes, no hidden states: it is built in another way
+            reason = f"applying it to the last hidden states: {error}"
+            raise self._unsupported(model, reason) from error
         if not torch.allclose(got, want, rtol=1e-2, atol=1e-2 * want.abs().max().item()):
             raise self._unsupported(model, f"largest difference {far:.3g}")
 
@@ -171,7 +195,7 @@ class Head:
 
 
 def cannot_run(model: PreTrainedModel, error: Exception) -> UnsupportedModel:
-    """The error for a model that fails on plain token ids."""
+    """Make the error for a model that fails on plain token ids."""
     return UnsupportedModel(
         f"{type(model).__name__} cannot be run on plain token ids ({type(error).__name__}:"
         f" {_line(str(error))}). Use a causal language model that needs nothing else."
@@ -183,13 +207,24 @@ def _line(text: str) -> str:
 
 
 def _scale(config: PreTrainedConfig) -> float:
-    """The constant that a family multiplies its logits with, in the words of its configuration."""
+    """The constant that a family multiplies its logits with.
+
+    Each family names it in its own way, and most configurations have no such field.
+    """
     scale = 1.0
     for name in _FACTORS:
         scale *= getattr(config, name, None) or 1.0
     for name in _DIVISORS:
         scale /= getattr(config, name, None) or 1.0
     return scale
+
+
+def _cap(config: PreTrainedConfig) -> float | None:
+    """The limit that a family's tanh puts on its logits; None for no limit."""
+    for name in _CAPS:
+        if cap := getattr(config, name, None):
+            return float(cap)
+    return None
 
 
 def _matrix(
@@ -206,6 +241,7 @@ def _matrix(
         else:
             own = adapter is not None and adapter in layer.modules_to_save
             layer = layer.modules_to_save[str(adapter)] if own else layer.original_module
+    # Not `layer.weight`: parametrizations make one up at every access.
     weight, bias = layer._parameters.get("weight"), getattr(layer, "bias", None)
     is_plain = (
         weight is not None
@@ -238,7 +274,7 @@ def _low_rank(layer: Any, adapter: str | None) -> LowRank | None:
 
 
 def _kind(layer: nn.Module) -> str:
-    """What a head is instead of a plain matrix, in words."""
+    """Say in words what a head is that is no plain matrix."""
     if nn.utils.parametrize.is_parametrized(layer):
         return f"a parametrized {type(layer).__name__}"
     weight = getattr(layer, "weight", None)

@@ -1,6 +1,4 @@
-"""A whole model in a checkpoint, as transformers writes and reads it; and embeddings that were
-resized for new tokens.
-"""
+"""Write and read whole models in checkpoints, and embeddings that were resized for new tokens."""
 
 from __future__ import annotations
 
@@ -19,17 +17,16 @@ from opdlab.support.tensor_files import read_tensors
 
 
 def own_tensors(weights: Weights) -> dict[str, Tensor]:
-    """The model's own parameters and buffers by the bare model's names, each tied one under its
-    first name only.
+    """Take the model's own parameters and buffers, by the names that the bare model has.
+
+    Tied weights are there once, under their first name. They are not copies.
     """
     tensors = base_tensors(weights.model)
     return {name: tensors[name] for name in dict.fromkeys(_first_names(tensors).values())}
 
 
 def _first_names(tensors: Mapping[str, Tensor]) -> dict[str, str]:
-    """For every name the first one under which the same memory stands: tied weights have two names
-    or more.
-    """
+    """Give for every name the first one of the same memory; tied weights have two or more."""
     first: dict[Any, str] = {}
     for name, value in tensors.items():
         first.setdefault(_place(name, value), name)
@@ -50,7 +47,7 @@ def write_model(weights: Weights, folder: Path) -> None:
 
 
 def read_model(weights: Weights, folder: Path) -> dict[str, Tensor]:
-    """The tensors of a saved model, under the names of `own_tensors`.
+    """Read the tensors of a saved model, under the names of `own_tensors`.
 
     Raises:
         DamagedFile: The file cannot be read.
@@ -61,13 +58,12 @@ def read_model(weights: Weights, folder: Path) -> dict[str, Tensor]:
         values = read_tensors(path)
         values = {name.replace(".base_layer.", "."): value for name, value in values.items()}
         values = {first.get(name, name): value for name, value in values.items()}
-        if not (
-            folder / "config.json"
-        ).exists():  # the first format held the parameters without the buffers
-            buffers = {
-                name: value for name, value in there.items() if not isinstance(value, nn.Parameter)
-            }
-            return {**buffers, **values}
+        if not (folder / "config.json").exists():
+            # The first format held the parameters without the buffers.
+            for name, value in there.items():
+                if not isinstance(value, nn.Parameter):
+                    values.setdefault(name, value)
+            return values
         if values.keys() == there.keys():
             return values
     # Some families are saved under other names than they have in memory, and large models in
@@ -79,12 +75,13 @@ def read_model(weights: Weights, folder: Path) -> dict[str, Tensor]:
 
 
 def has_new_embeddings(weights: Weights) -> bool:
-    """Whether the vocabulary was resized after loading: the rows are not those of the configuration
-    on the disk.
+    """Whether the vocabulary was resized after loading.
 
-    Only what is already on this machine is read. A model that was made in memory has no
+    Then the embeddings have another number of rows than the configuration on the disk says. Only
+    files that are already on this machine are read. A model that was made in memory has no
     configuration to compare with.
     """
+    # A private field of transformers: where a configuration was read from, if it was.
     source = weights.source or getattr(weights.model.config, "_name_or_path", "")
     if not source:
         return False
@@ -94,44 +91,41 @@ def has_new_embeddings(weights: Weights) -> bool:
         )
     except (OSError, ValueError, AttributeError):
         return False
-    return bool(saved != weights.model.get_input_embeddings().weight.shape[0])
+    embedding: Any = weights.model.get_input_embeddings()
+    return bool(saved != embedding.weight.shape[0])
 
 
 def embeddings(weights: Weights, wanted: Container[str] | None = None) -> dict[str, Tensor]:
-    """The input and output embeddings of the model itself, as PEFT names them beside an adapter
-    (all, or those `wanted`).
+    """Take the model's own input and output embeddings, as PEFT names them beside an adapter.
+
+    Args:
+        weights: The model.
+        wanted: Which names to take; all by default.
     """
     layers = [weights.model.get_input_embeddings(), weights.model.get_output_embeddings()]
-    modules = {
-        name: module
-        for name, module in weights.model.named_modules()
-        if any(module is layer for layer in layers)
+    names = set()
+    for path, module in weights.model.named_modules():
+        if any(module is layer for layer in layers):
+            for inside in ("", "base_layer."):
+                names |= {f"{path}.{inside}weight", f"{path}.{inside}bias"}
+    return {
+        name: value
+        for name, value in weights.model.named_parameters()
+        if name in names and (wanted is None or name in wanted)
     }
-    found = {}
-    for name, value in weights.model.named_parameters():
-        for module in modules:
-            if name in (
-                f"{module}.weight",
-                f"{module}.bias",
-                f"{module}.base_layer.weight",
-                f"{module}.base_layer.bias",
-            ):
-                found[name] = value
-    return {name: value for name, value in found.items() if wanted is None or name in wanted}
 
 
 def embedding_names(weights: Weights) -> set[str]:
-    """The names of the input and output embeddings in the bare model."""
-    return {name.replace(".base_layer.", ".") for name in embeddings(weights)} | {
-        name
-        for name, first in _first_names(base_tensors(weights.model)).items()
-        if first in embeddings(weights)
-    }
+    """List the names of the input and output embeddings in the bare model."""
+    own = embeddings(weights)
+    first_names = _first_names(base_tensors(weights.model))
+    tied = {name for name, first in first_names.items() if first in own}
+    return {name.replace(".base_layer.", ".") for name in own} | tied
 
 
 @contextlib.contextmanager
 def _without_adapters(model: Any) -> Iterator[None]:
-    """transformers saves the adapter alone where it knows of one; here the model is what is wanted."""
+    """Let transformers save the whole model; where it knows of an adapter, it saves that alone."""
     before = getattr(model, "_hf_peft_config_loaded", False)
     model._hf_peft_config_loaded = False
     try:
@@ -142,9 +136,7 @@ def _without_adapters(model: Any) -> Iterator[None]:
 
 @contextlib.contextmanager
 def _savable_generation(model: Any, folder: Path) -> Iterator[None]:
-    """transformers refuses to save some generation settings that it loads; these are written as
-    they are.
-    """
+    """Write generation settings as they are; transformers refuses some of those that it loads."""
     config: Any = getattr(model, "generation_config", None)
     try:
         if config is not None:
@@ -163,7 +155,7 @@ def _savable_generation(model: Any, folder: Path) -> Iterator[None]:
 
 @contextlib.contextmanager
 def _quiet() -> Iterator[None]:
-    """Without the bars that transformers draws while it reads and writes."""
+    """Hide the bars that transformers draws while it reads and writes."""
     logging = transformers.utils.logging
     shown = logging.is_progress_bar_enabled()
     logging.disable_progress_bar()

@@ -1,4 +1,4 @@
-"""Policies: one next-token distribution each, many of them on one set of weights.
+"""Read, sample and grade with policies: next-token distributions, many on one set of weights.
 
 A `Policy` is shared `Weights` seen through an adapter (a LoRA, or none) and, optionally, a context
 that only it sees (a hint, a rule, examples). Student, teacher, reference, hinted student, snapshot:
@@ -12,7 +12,7 @@ import os
 import weakref
 from collections.abc import Callable, Mapping, Sequence
 from enum import Enum
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -20,21 +20,25 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from opdlab.data.prompt import Prompt, expect_prompts, name_of, own_hint, read_hint
 from opdlab.data.rollout import Rollout
-from opdlab.data.sampling_config import SamplingConfig
+from opdlab.data.sampling_config import SamplingConfig, SamplingOptions
 from opdlab.data.tokens import completion_texts
-from opdlab.errors import ContextTooLong, EmptyPrompts, InvalidValue
-from opdlab.models import adapters
-from opdlab.models.fingerprints import adapter_digest
+from opdlab.errors import EmptyPrompts, InvalidValue
+from opdlab.models.context_limit import ContextLimit
+from opdlab.models.encoding import encode_prompts
+from opdlab.models.fingerprints import vocabulary_digest
 from opdlab.models.forward import last_hidden
-from opdlab.models.generation import Generator, read_prefixes
 from opdlab.models.graded import States
 from opdlab.models.head import Head
 from opdlab.models.loading import load_model, load_tokenizer
-from opdlab.models.templates import check_template_options, encode_prompts
-from opdlab.models.vocabulary import check_written_with, fingerprint
-from opdlab.models.weights import Weights
+from opdlab.models.sampling import SampledTexts, SamplingLoop, read_prefixes
+from opdlab.models.templates import check_template_options
+from opdlab.models.vocabulary import check_written_with
+from opdlab.models.weights import AdapterInUse, Weights
 from opdlab.support.expect import expect, shortened
 from opdlab.support.validation import Count, Text, Unchecked, validate_arguments
+
+if TYPE_CHECKING:
+    from typing import Unpack
 
 PROMPTS_AT_ONCE = 4096  # prompts that are tokenized at once
 TOKENS_PER_PASS = 16_384  # padded tokens that a scoring pass holds at once
@@ -46,41 +50,39 @@ class Active(Enum):
     ACTIVE = "the active one"
 
 
-class _Adapter:
-    """Which adapter a policy looks through.
-
-    Live views share one object, so a training run moves them together.
-    """
-
-    def __init__(self, name: str | None = None) -> None:
-        self.name = name
-
-    def own(self, weights: Weights, name: str) -> None:
-        """Look through `name` from now on; once the last view is gone, it is taken off the weights."""
-        self.name = name
-        end = weakref.finalize(self, weights.drop_adapter, name, weights.config_of(name))
-        end.atexit = False
-
-
 _LIVE: weakref.WeakSet[Policy] = weakref.WeakSet()
 
 
 def live_policies(model: PreTrainedModel) -> list[Policy]:
-    """All policies in use that look at `model`."""
+    """List all policies in use that look at `model`."""
     return [policy for policy in list(_LIVE) if policy.weights.model is model]
 
 
 class Policy:
-    """A next-token distribution:
+    """A next-token distribution: weights seen through an adapter and, optionally, a context.
 
-    `weights` through an adapter and, optionally, a `context` that only it sees.
+    Make one with `Policy.load` or `Policy.of`. A subclass that reads prompts in another way
+    overrides `encode_unchecked`, through which all reading goes.
+
+    Args:
+        weights: The model with its tokenizer and adapters.
+        context: Rewrites each prompt as this policy alone sees it; None for no context.
+        adapter: The adapter to look through, shared with live views; none by default.
+        chat_template_kwargs: Arguments for the tokenizer's chat template.
     """
+
+    def __init_subclass__(cls) -> None:
+        if "encode" in vars(cls):
+            raise InvalidValue(
+                f"{cls.__name__} overrides Policy.encode, which sampling and grading do not call."
+                " Override encode_unchecked(prompts), which encode goes through too."
+            )
 
     def __init__(
         self,
         weights: Weights,
         context: Callable[[Prompt], Prompt] | None = None,
-        adapter: _Adapter | None = None,
+        adapter: AdapterInUse | None = None,
         chat_template_kwargs: Mapping[str, Any] | None = None,
     ) -> None:
         if not isinstance(weights, Weights):
@@ -88,7 +90,7 @@ class Policy:
                 f"Policy got a {type(weights).__name__}. Use Policy.load(path) or Policy.of(model,"
                 " tokenizer)."
             )
-        self.weights, self.context, self._adapter = weights, context, adapter or _Adapter()
+        self.weights, self.context, self._adapter = weights, context, adapter or AdapterInUse()
         self.chat_template_kwargs = dict(chat_template_kwargs or {})
         _LIVE.add(self)
 
@@ -143,16 +145,18 @@ class Policy:
         chat_template_kwargs: Mapping[str, Any] | None = None,
         adapter: str | Active | None = Active.ACTIVE,
     ) -> Policy:
-        """Make a policy of a model that is already in memory; its parameters are frozen until
-        something trains it.
+        """Make a policy of a model that is already in memory.
 
-        The model may carry LoRA adapters: loaded (`model.load_adapter`, `from_pretrained` on an
-        adapter's folder) or as a `PeftModel`. The policy looks through the one that is active, so a
-        second stage of training has three ways:
+        The model's parameters are frozen until something trains it. It may carry LoRA adapters:
+        loaded (`model.load_adapter`, `from_pretrained` on an adapter's folder) or as a `PeftModel`.
+        The policy looks through the one that is active, so a second stage of training has three
+        ways:
 
             Policy.of(model, tokenizer)                  trains that adapter on
-            Policy.of(model, tokenizer).merged()         folds it into a copy of the weights; a new LoRA stacks on it
+            Policy.of(model, tokenizer).merged()         folds it into a copy of the weights
             Policy.of(model, tokenizer, adapter=None)    starts from the bare model
+
+        A new LoRA stacks on a merged one.
 
         Args:
             model: A causal language model of transformers, or a `PeftModel` around one. Adapters of
@@ -172,13 +176,9 @@ class Policy:
             UnsupportedModel: The model's numbers would not be right.
             TokenizerMismatch: The tokenizer has tokens that the model lacks.
         """
-        weights = Weights(
-            model,
-            tokenizer,
-            eos,
-            getattr(getattr(model, "config", None), "_name_or_path", ""),
-            context_length,
-        )
+        # Of whatever the user passed, before it is checked: its name where it has one.
+        source = getattr(getattr(model, "config", None), "_name_or_path", "")
+        weights = Weights(model, tokenizer, eos, source, context_length)
         options = check_template_options(weights.tokenizer, chat_template_kwargs or {})
         if adapter is Active.ACTIVE:
             return cls._through_active(weights, options)
@@ -188,17 +188,18 @@ class Policy:
                 " for the bare model."
             )
         weights.check_adapter(adapter)
-        return cls(weights, adapter=_Adapter(adapter), chat_template_kwargs=options)
+        return cls(weights, adapter=AdapterInUse(adapter), chat_template_kwargs=options)
 
     @classmethod
     def _through_active(cls, weights: Weights, chat_template_kwargs: Mapping[str, Any]) -> Policy:
         weights.check_adapter(weights.active)
         return cls(
-            weights, adapter=_Adapter(weights.active), chat_template_kwargs=chat_template_kwargs
+            weights, adapter=AdapterInUse(weights.active), chat_template_kwargs=chat_template_kwargs
         )
 
     @property
     def tokenizer(self) -> PreTrainedTokenizerBase:
+        """The tokenizer of the weights."""
         return self.weights.tokenizer
 
     @property
@@ -209,14 +210,19 @@ class Policy:
     def seeing(
         self, context: str | Callable[[Prompt], Prompt] | Sequence[Mapping[str, Any]] | None = None
     ) -> Policy:
-        """This policy with privileged information: each prompt's own hint, one text for all, or any
-        rewriting of prompts.
+        """Make a view of this policy that sees privileged information.
 
-        A text lands in the system message of a chat, in the user's turn where the template has no
-        system role; chat messages land before those of the prompt.
-
-        It stays live: when training moves this policy, the seeing one moves too. For a still one:
+        The view stays live: when training moves this policy, the view moves too. For a still one:
         `.frozen().seeing()`.
+
+        Args:
+            context: One text or some chat messages for all prompts, or a function that rewrites
+                prompts; each prompt's own hint by default. A text lands in the system message of a
+                chat, in the user's turn where the template has no system role; chat messages land
+                before those of the prompt.
+
+        Raises:
+            InvalidValue: It is something else.
         """
         if context is None:
             return self._view(context=own_hint)
@@ -231,8 +237,9 @@ class Policy:
         return self._view(context=lambda prompt: prompt.with_context(text))
 
     def with_template(self, **chat_template_kwargs: Any) -> Policy:
-        """This policy with more arguments for its chat template, as
-        `policy.with_template(enable_thinking=False)`.
+        """Make a view with more arguments for the chat template.
+
+            policy.with_template(enable_thinking=False)
 
         Those that it has already stay, unless they are given again. What transformers reads itself
         is allowed too: `tools`, `documents`, `add_generation_prompt`, `continue_final_message` (for
@@ -245,60 +252,48 @@ class Policy:
         merged = {**self.chat_template_kwargs, **chat_template_kwargs}
         return self._view(chat_template_kwargs=check_template_options(self.tokenizer, merged))
 
+    def without_context(self) -> Policy:
+        """Make a view of this policy that sees the plain prompts."""
+        return self._view(context=None)
+
+    def without_adapter(self) -> Policy:
+        """Make a policy of the bare model, with the same context and template arguments."""
+        return self._view(_adapter=AdapterInUse())
+
     def _view(self, **changes: Any) -> Policy:
-        """This policy with another context, adapter or weights; everything else stays."""
-        parts = {
-            "weights": self.weights,
-            "context": self.context,
-            "adapter": self._adapter,
-            "chat_template_kwargs": self.chat_template_kwargs,
-        }
-        return Policy(**{**parts, **changes})
+        """Make a copy with other attributes: context, adapter, weights or template arguments."""
+        view = copy.copy(self)  # of the same class, which may read prompts in its own way
+        for name, value in changes.items():
+            setattr(view, name, value)
+        _LIVE.add(view)
+        return view
 
     def frozen(self) -> Policy:
-        """This policy as it is now, for good.
+        """Make a policy that stays as this one is now.
 
-        Costs no memory before training, a copy of the adapter after.
+        It costs no memory before training, a copy of the adapter after.
         """
-        if self.adapter is None:
-            return self._view(adapter=_Adapter())
-        return self._on_copy_of(self.adapter)
-
-    def _on_copy_of(self, adapter: str) -> Policy:
-        still = self._view(adapter=_Adapter())
-        still._adapter.own(self.weights, self.weights.clone_adapter(adapter))
+        still = self.without_adapter()
+        if self.adapter is not None:
+            still._adapter.own(self.weights, self.weights.clone_adapter(self.adapter))
         return still
 
     def copied(self) -> Policy:
-        """This policy on weights of its own, with its adapter and no other: what full training
-        needs, since it moves shared ones.
+        """Put this policy on weights of its own, with its adapter and no other.
+
+        Full training needs this, since it moves weights that other policies may share.
         """
-        return self._view(weights=self._copied_weights(), adapter=_Adapter(self.adapter))
+        weights = self.weights.copy(self.adapter)
+        return self._view(weights=weights, _adapter=AdapterInUse(self.adapter))
 
     def merged(self) -> Policy:
-        """This policy on weights of its own into which its adapter is folded, so that a new LoRA
-        stacks on it.
+        """Put this policy on weights of its own, with its adapter folded into them.
 
-        The sums are rounded to the model's precision: exact to float32 rounding in float32, about
-        three digits in bfloat16. Costs the memory of one more model. Embeddings and head that were
-        tied get matrices of their own if the adapter changes either.
+        A new LoRA then stacks on it. The sums are rounded to the model's precision: exact to
+        float32 rounding in float32, about three digits in bfloat16. It costs the memory of one more
+        model. Embeddings and head that were tied get one matrix each if the adapter changes either.
         """
-        fresh = self._copied_weights()
-        adapters.fold(fresh.model, self.adapter)
-        return self._view(weights=self._weights_around(fresh.model), adapter=_Adapter())
-
-    def _copied_weights(self) -> Weights:
-        with self.weights.using(self.adapter) as model:
-            twin = copy.deepcopy(model)
-        fresh = self._weights_around(twin)
-        for name in fresh.adapters:
-            if name != self.adapter:
-                fresh.delete_adapter(name)
-        return fresh
-
-    def _weights_around(self, model: PreTrainedModel) -> Weights:
-        old = self.weights
-        return Weights(model, old.tokenizer, tuple(old.eos), old.source, old.own_context_length)
+        return self._view(weights=self.weights.fold(self.adapter), _adapter=AdapterInUse())
 
     def adapt(self, rank: int = 16, **options: Any) -> Policy:
         """Give this policy a trainable LoRA (in place, so live views follow); returns itself.
@@ -314,7 +309,7 @@ class Policy:
         """
         # An adapter that changes nothing yet can be replaced: a notebook's cell that is run twice
         # loses nothing.
-        if self.adapter is not None and adapter_digest(self.weights, self.adapter) is not None:
+        if self.weights.adapter_digest(self.adapter) is not None:
             raise InvalidValue(
                 f"adapt would put a new LoRA in the place of the adapter {self.adapter!r}, which"
                 " this policy looks through. Train that one on as it is, or stack a new one on it:"
@@ -330,19 +325,23 @@ class Policy:
         """The output head as this policy's adapter leaves it."""
         return self.weights.head_of(self.adapter)
 
+    @property
+    def limit(self) -> ContextLimit:
+        """Tokens that a prompt and its completion may have together."""
+        return ContextLimit(self.weights.context_length, self.name, self.context is not None)
+
     def encode(self, prompt: Prompt) -> list[int]:
-        """Token ids of the prompt as this policy sees it: with its context, through the chat
-        template where it is a chat.
+        """Encode a prompt as this policy sees it, with its context and its chat template.
+
+        Raises:
+            EmptyPrompts: It has no tokens.
         """
-        (prompt,) = expect_prompts([prompt], "encode")
-        return encode_prompts(
-            self.tokenizer, [self._in_context(prompt)], self.chat_template_kwargs, self.weights.eos
-        )[0]
+        return self.encode_unchecked(expect_prompts([prompt], "encode"))[0]
 
     def encode_all(
         self, prompts: Sequence[Prompt], room: int = 0, begun: Sequence[int] | None = None
     ) -> list[list[int]]:
-        """`encode` for many, and check that each of them fits.
+        """Encode many prompts, and check that each of them fits.
 
         Args:
             prompts: A single prompt counts as a list of one.
@@ -358,21 +357,15 @@ class Policy:
             raise EmptyPrompts("There are no prompts. Give at least one.")
         rows = self.encode_unchecked(prompts)
         written = [0] * len(rows) if begun is None else begun
-        limit = self.weights.context_length
-        for number, (prompt, row, more) in enumerate(zip(prompts, rows, written, strict=True)):
-            if limit is not None and len(row) + more + room > limit:
-                left = limit - len(row) - more
-                advice = f", or ask for at most {left} new tokens" if left > 0 else ""
-                hinted = " or its hint" if self.context is not None else ""
-                raise ContextTooLong(
-                    f"Prompt {name_of(prompt, number)} has {len(row)} tokens and {more + room} more"
-                    f" are to come, but {self.name}'s context is {limit}. Shorten the"
-                    f" prompt{hinted}{advice}."
-                )
+        self.limit.check_prompts(prompts, rows, written, room)
         return rows
 
     def encode_unchecked(self, prompts: Sequence[Prompt]) -> list[list[int]]:
-        """`encode` for many, however long they are; raises EmptyPrompts where one has no tokens."""
+        """Encode many prompts, however long they are.
+
+        Raises:
+            EmptyPrompts: One has no tokens.
+        """
         seen = [self._in_context(prompt) for prompt in prompts]
         rows = encode_prompts(self.tokenizer, seen, self.chat_template_kwargs, self.weights.eos)
         for number, (prompt, row) in enumerate(zip(prompts, rows, strict=True)):
@@ -396,8 +389,8 @@ class Policy:
 
     @property
     def name(self) -> str:
-        """How errors name the model."""
-        return self.weights.source or type(self.weights.model).__name__
+        """The model's name in errors."""
+        return self.weights.name
 
     @validate_arguments
     def sample(
@@ -408,7 +401,7 @@ class Policy:
         prefixes: Unchecked[Sequence[Sequence[int]] | None] = None,
         batch_size: Count | None = None,
         writer: Text = "student",
-        **options: Unchecked[Any],
+        **options: Unpack[SamplingOptions],
     ) -> Rollout:
         """Write `n` completions of each prompt: row `i * n + j` is sample `j` of prompt `i`.
 
@@ -429,86 +422,80 @@ class Policy:
             ContextTooLong: A prompt with its completion does not fit the model's context.
         """
         prompts = expect_prompts(prompts, "sample")
-        config = SamplingConfig.of("sample", options)
-        begun = (
-            None
-            if prefixes is None
-            else read_prefixes(prefixes, len(prompts), self.weights.vocab_size)
+        config = SamplingConfig.of(
+            "sample", options, beside=("n", "prefixes", "batch_size", "writer")
         )
-        lengths_begun = None if begun is None else [len(prefix) for prefix in begun]
-        starts = self.encode_all(prompts, config.max_new_tokens, lengths_begun)
-        if begun is not None:
+        if prefixes is None:
+            starts = self.encode_all(prompts, config.max_new_tokens)
+        else:
+            begun = read_prefixes(prefixes, len(prompts), self.weights.vocab_size)
+            starts = self.encode_all(prompts, config.max_new_tokens, [*map(len, begun)])
             starts = [start + prefix for start, prefix in zip(starts, begun, strict=True)]
-        seeded = torch.Generator().manual_seed(config.seed)
-        uniform = torch.rand(
-            len(starts), n, config.max_new_tokens, generator=seeded, dtype=torch.float64
-        )
-        size = batch_size or len(starts)
-        parts = []
         with torch.no_grad(), self.weights.using(self.adapter):
-            generator = Generator(self.weights, self.head, config)
-            for i in range(0, len(starts), size):
-                parts.append(
-                    generator.write(starts[i : i + size], n, uniform[i : i + size].flatten(0, 1))
-                )
-        columns = zip(*(part.tensors() for part in parts), strict=True)
-        ids, logp, entropy, lengths, stopped = (torch.cat(column) for column in columns)
-        width = max(1, int(lengths.max()))
-        bodies = [row[:length] for row, length in zip(ids.tolist(), lengths.tolist(), strict=True)]
+            written = SamplingLoop(self.weights, self.head, config).run(starts, n, batch_size)
+        return self._make_rollout(prompts, n, written, writer)
+
+    def _make_rollout(
+        self, prompts: Sequence[Prompt], n: int, written: SampledTexts, writer: str
+    ) -> Rollout:
+        lengths = written.lengths.tolist()
+        bodies = [row[:length] for row, length in zip(written.ids.tolist(), lengths, strict=True)]
+        width = max(1, *lengths)
         return Rollout(
             prompts=tuple(prompt for prompt in prompts for _ in range(n)),
-            ids=ids[:, :width],
-            lengths=lengths,
-            logp=logp[:, :width],
-            entropy=entropy[:, :width],
-            finish=tuple("stop" if is_stopped else "length" for is_stopped in stopped.tolist()),
+            ids=written.ids[:, :width],
+            lengths=written.lengths,
+            logp=written.logp[:, :width],
+            entropy=written.entropy[:, :width],
+            finish=tuple("stop" if stopped else "length" for stopped in written.stopped.tolist()),
             texts=tuple(completion_texts(self.tokenizer, bodies, self.weights.eos)),
             writer=(writer,) * len(bodies),
             n=n,
-            vocabulary=fingerprint(self.tokenizer),
+            vocabulary=vocabulary_digest(self.tokenizer),
         )
 
     def grade(self, rollout: Rollout) -> States:
-        """Run the backbone over a rollout: hidden states of its tokens with this policy's head."""
+        """Grade a rollout with the hidden states of its tokens and this policy's head.
+
+        Raises:
+            TokenizerMismatch: The rollout's ids are not of this policy's tokenizer.
+            ContextTooLong: A prompt with its completion does not fit the model's context.
+        """
         check_written_with(self.tokenizer, self.weights.vocab_size, rollout, self.name)
         return States(self.hidden(rollout), self.head)
 
     def hidden(self, rollout: Rollout) -> Tensor:
-        """The backbone's last hidden state where each completion token is predicted: `[tokens, H]`,
-        rows in order.
+        """Run the backbone over a rollout.
 
-        `rollout.mask` puts them back into `[B, T]`. The prompt is rendered as this policy sees it,
-        so a longer hint moves nothing. Carries a gradient when grad mode is on and the policy
-        trains.
+        Each prompt is rendered as this policy sees it, so a longer hint moves nothing. The states
+        carry a gradient when grad mode is on and the policy trains.
+
+        Returns:
+            The last hidden state where each completion token is predicted, `[tokens, H]`, rows in
+            order. `rollout.mask` puts them back into `[B, T]`.
+
+        Raises:
+            ContextTooLong: A prompt with its completion does not fit the model's context.
         """
         starts = self.encode_all(rollout.prompts)
         bodies = rollout.completions()
-        lengths = [len(s) + len(b) for s, b in zip(starts, bodies, strict=True)]
-        longest = max(lengths)
-        limit = self.weights.context_length
-        if limit is not None and longest > limit:
-            worst = lengths.index(longest)
-            shorten = "the hint" if self.context is not None else "the prompt"
-            raise ContextTooLong(
-                f"A prompt with its completion has {longest} tokens (prompt"
-                f" {name_of(rollout.prompts[worst], worst)}, {len(starts[worst])} and"
-                f" {len(bodies[worst])}), but the context of {self.name} is {limit}. Shorten"
-                f" {shorten} or sample fewer tokens."
-            )
-        rows = max(1, len(bodies) if torch.is_grad_enabled() else TOKENS_PER_PASS // longest)
+        self.limit.check_completions(rollout.prompts, starts, bodies)
+        rows = len(bodies)
+        if not torch.is_grad_enabled():  # a gradient needs all rows in one pass
+            longest = max(len(s) + len(b) for s, b in zip(starts, bodies, strict=True))
+            rows = max(1, TOKENS_PER_PASS // longest)
+        abilities = self.weights.abilities
+        parts = []
         with self.weights.using(self.adapter) as model:
-            parts = [
-                last_hidden(
-                    model, starts[i : i + rows], bodies[i : i + rows], self.weights.abilities
-                )
-                for i in range(0, len(bodies), rows)
-            ]
+            for i in range(0, len(bodies), rows):
+                piece = slice(i, i + rows)
+                parts.append(last_hidden(model, starts[piece], bodies[piece], abilities))
         return torch.cat(parts)
 
     def log_probs(self, rollout: Rollout) -> Tensor:
-        """Full log-probs `[tokens, V]` in float32.
+        """Compute full log-probs `[tokens, V]` in float32, for looking at.
 
-        For looking at: training never makes them (see `rows.py`).
+        Training never makes them; see `opdlab.engine.rows`.
         """
         with torch.no_grad(), self.weights.using(self.adapter):
             return self.head(self.hidden(rollout)).log_softmax(-1)
@@ -522,10 +509,7 @@ class Policy:
             f"template with {name}={shortened(value)}"
             for name, value in self.chat_template_kwargs.items()
         ]
-        return (
-            f"Policy({self.weights.source or type(self.weights.model).__name__}:"
-            f" {', '.join(looks)})"
-        )
+        return f"Policy({self.name}: {', '.join(looks)})"
 
 
 def sample(policy: Policy, prompts: Sequence[Prompt], n: int = 1, **options: Any) -> Rollout:
@@ -536,14 +520,20 @@ def sample(policy: Policy, prompts: Sequence[Prompt], n: int = 1, **options: Any
 def find_too_long(
     policy: Policy, prompts: Sequence[Prompt], behind: Sequence[int]
 ) -> dict[int, int]:
-    """Find the prompts that do not fit a policy's context with `behind` more tokens; returns their
-    lengths by number.
+    """Find the prompts that do not fit a policy's context.
+
+    Args:
+        policy: The policy that reads them.
+        prompts: The prompts.
+        behind: How many tokens come behind each.
+
+    Returns:
+        The lengths of those that are too long, by number.
     """
-    limit = policy.weights.context_length
-    too_long = {}
+    limit, too_long = policy.limit, {}
     for start in range(0, len(prompts), PROMPTS_AT_ONCE):
         rows = policy.encode_unchecked(prompts[start : start + PROMPTS_AT_ONCE])
         for number, row in enumerate(rows, start):
-            if limit is not None and len(row) + behind[number] > limit:
+            if not limit.allows(len(row) + behind[number]):
                 too_long[number] = len(row)
     return too_long

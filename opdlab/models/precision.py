@@ -1,10 +1,9 @@
-"""In which precision a forward pass computes: float32 as the weights are, or bfloat16 autocast for
-a while.
+"""Choose the precision of forward passes: that of the weights, or bfloat16 autocast for a while.
 
 A run with `precision="bf16"` wraps everything that asks a model for numbers (writing, grading, the
-loss pass) in `autocast_backbones(True)`. What it changes is the backbone alone: heads, log-probs,
-draws and the arithmetic of plans and losses stay in float32, so plan and loss see the same numbers,
-and autocast never reaches a user's code.
+loss pass) in `autocast_backbones(True)`. This changes the backbone alone: heads, log-probs, draws
+and the arithmetic of plans and losses stay in float32, so plan and loss see the same numbers, and
+autocast never reaches a user's code.
 """
 
 from __future__ import annotations
@@ -20,7 +19,7 @@ _backbones_in_bf16: ContextVar[bool] = ContextVar("backbones_in_bf16", default=F
 
 @contextmanager
 def autocast_backbones(enabled: bool) -> Iterator[None]:
-    """Run backbones under bfloat16 autocast until the block ends, where `enabled`."""
+    """Run backbones under bfloat16 autocast until the block ends, if `enabled`."""
     token = _backbones_in_bf16.set(enabled)
     try:
         yield
@@ -29,9 +28,9 @@ def autocast_backbones(enabled: bool) -> Iterator[None]:
 
 
 def backbone_autocast(device: torch.device) -> torch.autocast:
-    """The autocast for one forward pass of a backbone: on only inside `autocast_backbones(True)`.
+    """Make the autocast of a backbone's forward passes: on only in `autocast_backbones(True)`.
 
-    Not Accelerate's, which is one for the life of a process: a notebook may hold runs of both
+    Accelerate's would be one for the life of a process, but a notebook may hold runs of both
     precisions.
     """
     return torch.autocast(device.type, torch.bfloat16, enabled=_backbones_in_bf16.get())

@@ -1,22 +1,26 @@
-"""What policies and teachers can do, as protocols: grade a rollout, write texts, sample a rollout.
+"""Name the abilities of policies and teachers: grade a rollout, write texts, sample a rollout.
 
-A local `Policy` can do the first and the last; the servers of `opdlab.teachers` can write, and some
-can grade. Whatever has these methods takes part: nothing needs to inherit from them.
+A local `Policy` can grade and sample; the servers of `opdlab.teachers` can write, and some can
+grade. Any object with these methods takes part: nothing needs to inherit from them.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any, Protocol, runtime_checkable
+from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
 
 from opdlab.data.prompt import Prompt
 from opdlab.data.rollout import Rollout
+from opdlab.data.sampling_config import SamplingOptions
 from opdlab.models.graded import Graded
+
+if TYPE_CHECKING:
+    from typing import Unpack
 
 
 @runtime_checkable
 class Grader(Protocol):
-    """Gives the distributions behind every token of a rollout."""
+    """Grade rollouts: give the distribution behind every token."""
 
     def grade(self, rollout: Rollout) -> Graded:
         """Grade a rollout.
@@ -46,7 +50,7 @@ class TopGrader(Protocol):
 
 @runtime_checkable
 class Writer(Protocol):
-    """Writes texts, in whatever tokens."""
+    """Write texts, in whatever tokens."""
 
     def write(
         self,
@@ -54,12 +58,12 @@ class Writer(Protocol):
         n: int = 1,
         *,
         prefixes: Sequence[str] | None = None,
-        **options: Any,
+        **options: Unpack[SamplingOptions],
     ) -> Sequence[Sequence[str]]:
         """Write `n` texts for each prompt.
 
         Args:
-            prompts: What is asked.
+            prompts: Texts and chats to answer.
             n: Texts for each prompt.
             prefixes: One unfinished answer for each prompt, which the texts continue and do not
                 repeat.
@@ -74,7 +78,7 @@ class Writer(Protocol):
 
 @runtime_checkable
 class Sampler(Protocol):
-    """Writes rollouts: token ids with the writer's own log-probs."""
+    """Sample rollouts: token ids with the writer's own log-probs."""
 
     def sample(
         self,
@@ -84,7 +88,7 @@ class Sampler(Protocol):
         prefixes: Sequence[Sequence[int]] | None = None,
         batch_size: int | None = None,
         writer: str = "student",
-        **options: Any,
+        **options: Unpack[SamplingOptions],
     ) -> Rollout:
         """Write `n` completions of each prompt; row `i * n + j` is sample `j` of prompt `i`.
 
@@ -95,8 +99,17 @@ class Sampler(Protocol):
 
 @runtime_checkable
 class Checked(Protocol):
-    """A teacher that looks at the student and the prompts before a run begins."""
+    """Check the student and the prompts before a run begins."""
 
     def check(self, student: Any, prompts: Sequence[Prompt], max_new_tokens: int) -> None:
-        """Raise an error where this teacher cannot teach this student on these prompts."""
+        """Check that this teacher can teach this student on these prompts.
+
+        Args:
+            student: The policy that will be trained.
+            prompts: The prompts of the run.
+            max_new_tokens: The longest completion, in tokens.
+
+        Raises:
+            OpdlabError: It cannot. The message says why, and names a way out.
+        """
         ...

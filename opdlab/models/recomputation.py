@@ -1,4 +1,4 @@
-"""Gradient checkpointing that changes memory and no number.
+"""Checkpoint activations: run layers again in the backward pass, which changes only memory.
 
 The way of transformers runs in train mode only, and train mode also switches on every dropout and
 jitter of a family. So the layers are wrapped here, in the mode they are in: each keeps its inputs
@@ -24,17 +24,21 @@ from opdlab.errors import InvalidValue
 def recompute_layers(model: PreTrainedModel, enabled: bool = True) -> Iterator[None]:
     """Let forward passes in this block keep the inputs of every layer and nothing inside it.
 
-    The backward pass runs the layers again, so the same adapter must be in force then. Autocast is
-    restored by torch.
+    The backward pass runs the layers again, so the same adapter must be in force then. Torch
+    restores autocast.
+
+    Args:
+        model: The model, in any mode.
+        enabled: Whether to do it.
 
     Raises:
         InvalidValue: The family has no layers that are known to run again.
     """
     layers = recomputable_layers(model) if enabled else []
     for layer in layers:
-        # An attribute of the instance hides the method of its class: hooks stay outside and run
+        # An attribute of the instance hides the method of its class; hooks stay outside and run
         # once.
-        layer.forward = partial(_recomputed, layer.forward)
+        layer.forward = partial(_run_again, layer.forward)
     try:
         yield
     finally:
@@ -43,11 +47,12 @@ def recompute_layers(model: PreTrainedModel, enabled: bool = True) -> Iterator[N
 
 
 def recomputable_layers(model: PreTrainedModel) -> list[nn.Module]:
-    """The layers of `model` that can run again in the backward pass.
+    """List the layers of `model` that can run again in the backward pass.
 
     Raises:
         InvalidValue: There are none.
     """
+    # A private list of transformers: names of classes, which most families fill in.
     unsplit = set(getattr(model, "_no_split_modules", None) or [])
     found = [
         module
@@ -64,6 +69,6 @@ def recomputable_layers(model: PreTrainedModel) -> list[nn.Module]:
     return layers
 
 
-def _recomputed(forward: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+def _run_again(forward: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
     # Nothing in a layer draws random numbers in eval mode, so there is no random state to keep.
     return checkpoint(forward, *args, use_reentrant=False, preserve_rng_state=False, **kwargs)

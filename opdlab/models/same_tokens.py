@@ -1,7 +1,4 @@
-"""Do two policies speak the same tokens?
-
-Compares whole vocabularies, EOS sets and rendered chats, before compute is spent.
-"""
+"""Check that two policies use the same tokens, before compute is spent."""
 
 from __future__ import annotations
 
@@ -13,11 +10,18 @@ from opdlab.models.templates import render_chat
 
 
 def check_same_tokens(student: Policy, teacher: Policy, name: str = "teacher") -> None:
-    """Raise TokenizerMismatch unless both speak the same tokens; the message shows the first
-    difference.
+    """Check that two policies use the same tokens.
 
-    Compares id -> string over the whole vocabulary, EOS sets and a rendered chat. Padding rows of
-    the head do not matter.
+    Compares the text of every id, the EOS sets and a rendered chat. Padding rows of the head do not
+    matter.
+
+    Args:
+        student: The policy that is trained.
+        teacher: The policy that is to grade its tokens.
+        name: The teacher's name, for the error.
+
+    Raises:
+        TokenizerMismatch: They differ. The message shows the first difference.
     """
     if student.weights is teacher.weights:
         return
@@ -31,24 +35,23 @@ def check_same_tokens(student: Policy, teacher: Policy, name: str = "teacher") -
                 " tokens. Use a teacher of the same family, or one that only writes."
             )
     if student.weights.eos != teacher.weights.eos:
+        there = _list_tokens(theirs, teacher.weights.eos)
+        here = _list_tokens(ours, student.weights.eos)
         raise TokenizerMismatch(
-            f"The {name} stops at tokens {_named(theirs, teacher.weights.eos)}, the student at"
-            f" {_named(ours, student.weights.eos)}: trained like this, lengths run away. Load one"
-            " of them with the other's set: Policy.load(…, eos=[…])."
+            f"The {name} stops at tokens {there}, the student at {here}: trained like this, lengths"
+            " run away. Load one of them with the other's set: Policy.load(…, eos=[…])."
         )
     _check_same_template(student, teacher, name)
 
 
 def _check_same_template(student: Policy, teacher: Policy, name: str) -> None:
-    """Compare chats as each policy renders them, with the template's arguments that it was given."""
-    theirs, ours = _rendered(teacher), _rendered(student)
+    """Compare chats as each policy renders them, with its own arguments for the template."""
+    theirs, ours = _render_chats(teacher), _render_chats(student)
     for there, here in zip(theirs, ours, strict=True):
         if there == here:
             continue
-        at = next(
-            (i for i, (a, b) in enumerate(zip(there, here, strict=False)) if a != b),
-            min(len(there), len(here)),
-        )
+        pairs = enumerate(zip(there, here, strict=False))
+        at = next((i for i, (a, b) in pairs if a != b), min(len(there), len(here)))
         given = ""
         if student.chat_template_kwargs != teacher.chat_template_kwargs:
             given = (
@@ -64,16 +67,14 @@ def _check_same_template(student: Policy, teacher: Policy, name: str) -> None:
         )
 
 
-def _rendered(policy: Policy) -> list[str]:
-    """Chats as the policy reads them, with and without a system message; empty where it has no
-    template for them.
+def _render_chats(policy: Policy) -> list[str]:
+    """Render a chat as the policy reads it, without and with a system message.
+
+    A text is empty where the policy has no template for that chat.
     """
     turns = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]
-    asked = (
-        turns
-        if policy.chat_template_kwargs.get("continue_final_message")
-        else [*turns, {"role": "user", "content": "c"}]
-    )
+    goes_on = policy.chat_template_kwargs.get("continue_final_message")
+    asked = turns if goes_on else [*turns, {"role": "user", "content": "c"}]
     texts = []
     for chat in (asked, [{"role": "system", "content": "s"}, *asked]):
         try:
@@ -83,5 +84,5 @@ def _rendered(policy: Policy) -> list[str]:
     return texts
 
 
-def _named(tokenizer: PreTrainedTokenizerBase, ids: frozenset[int]) -> str:
+def _list_tokens(tokenizer: PreTrainedTokenizerBase, ids: frozenset[int]) -> str:
     return ", ".join(f"{i} {tokenizer.convert_ids_to_tokens(i)!r}" for i in sorted(ids)) or "none"

@@ -1,4 +1,4 @@
-"""Rollouts made of given texts, with a policy's tokens."""
+"""Make rollouts of given texts, with a policy's tokens."""
 
 from __future__ import annotations
 
@@ -9,9 +9,9 @@ import torch
 from opdlab.data.prompt import Prompt, expect_prompts
 from opdlab.data.rollout import Rollout
 from opdlab.data.written_text import finish_of
+from opdlab.models.fingerprints import vocabulary_digest
 from opdlab.models.policy import Policy
 from opdlab.models.templates import end_token
-from opdlab.models.vocabulary import fingerprint
 
 
 def rollout_from_texts(
@@ -26,16 +26,15 @@ def rollout_from_texts(
     Args:
         policy: Its tokenizer makes the tokens.
         prompts: The prompt of each text.
-        texts: One text a prompt; plain strings count as finished.
+        texts: One text per prompt; plain strings count as finished.
         writer: Who wrote them, for the trace.
     """
     tokenizer, eos = policy.tokenizer, policy.weights.eos
-    prompts = expect_prompts(prompts, "written")
+    prompts = expect_prompts(prompts, "rollout_from_texts")
     chats = [prompt.messages is not None for prompt in prompts]
-    ends = {
-        chat: end_token(tokenizer, eos, policy.chat_template_kwargs, is_chat=chat)
-        for chat in set(chats)
-    }
+    ends = {}
+    for is_chat in set(chats):
+        ends[is_chat] = end_token(tokenizer, eos, policy.chat_template_kwargs, is_chat=is_chat)
     ids, finish = [], []
     for text, end in zip(texts, map(ends.get, chats), strict=True):
         row = list(tokenizer(str(text), add_special_tokens=False)["input_ids"])
@@ -43,20 +42,18 @@ def rollout_from_texts(
         is_cut = first is None and finish_of(text) == "length"
         ids.append(row[:first] + ([] if is_cut or end is None else [end]))
         finish.append("length" if is_cut else "stop")
-    lengths = torch.tensor([len(row) for row in ids], device=policy.weights.device)
-    width = max(1, int(lengths.max()))
-    padded = torch.tensor(
-        [row + [0] * (width - len(row)) for row in ids], device=policy.weights.device
-    )
-    none = torch.zeros(padded.shape, device=policy.weights.device)
+    device = policy.weights.device
+    width = max(1, *map(len, ids))
+    padded = torch.tensor([row + [0] * (width - len(row)) for row in ids], device=device)
+    zeros = torch.zeros(padded.shape, device=device)
     return Rollout(
         prompts=tuple(prompts),
         ids=padded,
-        lengths=lengths,
-        logp=none,
-        entropy=none.clone(),
+        lengths=torch.tensor([len(row) for row in ids], device=device),
+        logp=zeros,
+        entropy=zeros.clone(),
         finish=tuple(finish),
         texts=tuple(str(text) for text in texts),
         writer=(writer,) * len(ids),
-        vocabulary=fingerprint(tokenizer),
+        vocabulary=vocabulary_digest(tokenizer),
     )

@@ -1,24 +1,23 @@
-"""Checks that a tokenizer's ids exist in its model: a missing row is an IndexError in the first
-step, or a crashed GPU.
+"""Fit the tokens of a tokenizer to the rows of its model.
+
+An id that the model has no row for would be an IndexError in the first step, or a crashed GPU.
 """
 
 from __future__ import annotations
 
-import hashlib
-import json
 from collections.abc import Sequence
-from typing import cast
-from weakref import WeakKeyDictionary
+from typing import Any, cast
 
+import torch
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from opdlab.data.rollout import Rollout
 from opdlab.errors import InvalidValue, TokenizerMismatch
+from opdlab.models.fingerprints import vocabulary_digest
+from opdlab.support.expect import shortened
+from opdlab.support.validation import CountOrZero, validate
 
-_KNOWN: WeakKeyDictionary[PreTrainedTokenizerBase, tuple[int, str]] = (
-    WeakKeyDictionary()
-)  # hashing 150,000 tokens takes 0.1 s
 NAMED = 5  # tokens that a message lists
 
 
@@ -28,7 +27,7 @@ def check_tokens(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> 
     Raises:
         TokenizerMismatch: The embeddings or the output head end before the tokenizer's last id.
     """
-    rows = vocabulary_rows(model)
+    rows = count_rows(model)
     missing = sorted((id, token) for token, id in tokenizer.get_vocab().items() if id >= rows)
     if not missing:
         return
@@ -43,16 +42,51 @@ def check_tokens(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> 
     )
 
 
-def check_eos(
-    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, eos: Sequence[int]
-) -> None:
-    """Refuse EOS ids that the model can never write: rows beyond the tokenizer's last token are
-    padding.
+def find_eos(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    eos: int | Sequence[int] | None = None,
+) -> frozenset[int]:
+    """Find the tokens that end a text.
+
+    Args:
+        model: The model, whose generation settings may name some.
+        tokenizer: Its tokenizer, which may name one.
+        eos: Ids that the user gives in place of both.
 
     Raises:
-        InvalidValue: An id is negative, or beyond the last row or token.
+        InvalidValue: Something given is no token.
     """
-    rows = min(vocabulary_rows(model), max(tokenizer.get_vocab().values()) + 1)
+    if eos is None:
+        # Settings of transformers: none at all, no EOS, one id or several.
+        named = getattr(model.generation_config, "eos_token_id", None)
+        ids = [named] if isinstance(named, int) else list(named or [])
+        # A default of the family may be none of this model's tokens.
+        rows = count_rows(model)
+        ids = [token for token in ids if 0 <= token < rows]
+        if tokenizer.eos_token_id is not None:
+            ids.append(tokenizer.eos_token_id)
+        return frozenset(ids)
+    given = [eos] if isinstance(eos, int) else eos
+    try:
+        ids = list(given)
+    except TypeError:
+        raise InvalidValue(
+            f"Policy got eos={shortened(eos)}. Use the ids of tokens, as eos=[2]."
+        ) from None
+    ids = [validate("Policy", {"eos": token}, {"eos": CountOrZero})["eos"] for token in ids]
+    _check_eos(model, tokenizer, ids)
+    return frozenset(ids)
+
+
+def _check_eos(
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, eos: Sequence[int]
+) -> None:
+    """Refuse EOS ids that the model can never write.
+
+    Rows beyond the tokenizer's last token are padding.
+    """
+    rows = min(count_rows(model), max(tokenizer.get_vocab().values()) + 1)
     for id in eos:
         if not 0 <= id < rows:
             raise InvalidValue(
@@ -61,21 +95,34 @@ def check_eos(
             )
 
 
-def vocabulary_rows(model: PreTrainedModel) -> int:
-    """How many ids the model both reads and writes."""
+def count_rows(model: PreTrainedModel) -> int:
+    """Count the ids that the model both reads and writes."""
     layers = (model.get_input_embeddings(), model.get_output_embeddings())
     weights = [cast(Tensor, layer.weight) for layer in layers if layer is not None]
     return min(int(weight.shape[0]) for weight in weights)
 
 
-def fingerprint(tokenizer: PreTrainedTokenizerBase) -> str:
-    """A short text that two tokenizers share exactly if every id is the same string in both."""
-    size, known = _KNOWN.get(tokenizer, (-1, ""))
-    if size != len(tokenizer):  # tokens can be added
-        listed = json.dumps(sorted(tokenizer.get_vocab().items()))
-        known = hashlib.sha256(listed.encode()).hexdigest()[:16]
-        _KNOWN[tokenizer] = len(tokenizer), known
-    return known
+def pick_ordinary_tokens(model: PreTrainedModel, rows: int, count: int) -> list[int]:
+    """Pick ids at random, always the same, for a made-up text.
+
+    Ids that a configuration gives a meaning (padding, an image's place) are left out.
+
+    Args:
+        model: The model.
+        rows: How many ids there are.
+        count: How many to pick.
+    """
+    config = model.config
+    special: set[Any] = set()
+    for part in (config, config.get_text_config()):
+        special |= {
+            value
+            for name, value in vars(part).items()
+            if isinstance(value, int) and "token" in name
+        }
+    ordinary = [id for id in range(min(rows, 4096)) if id not in special] or list(range(rows))
+    picked = torch.randint(len(ordinary), (count,), generator=torch.Generator().manual_seed(0))
+    return [ordinary[i] for i in picked.tolist()]
 
 
 def check_written_with(
@@ -83,7 +130,7 @@ def check_written_with(
 ) -> None:
     """Check that the ids of a rollout are those of a policy's tokenizer.
 
-    Of a rollout made by hand nothing is known.
+    Nothing is known of a rollout that was made by hand, so that its ids only have to exist.
 
     Args:
         tokenizer: The tokenizer of the policy that is to read the rollout.
@@ -94,7 +141,7 @@ def check_written_with(
     Raises:
         TokenizerMismatch: They belong to another tokenizer, or are no tokens of the model.
     """
-    if rollout.vocabulary is not None and rollout.vocabulary != fingerprint(tokenizer):
+    if rollout.vocabulary is not None and rollout.vocabulary != vocabulary_digest(tokenizer):
         raise TokenizerMismatch(
             f"The rollout was written with another tokenizer than that of {name}, so its ids would"
             " be read as unrelated tokens. Score it with the policy that wrote it, or write its"

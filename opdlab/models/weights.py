@@ -1,12 +1,11 @@
-"""One model in memory with its tokenizer, its output head and its adapters.
-
-Every `Policy` on it shares them.
-"""
+"""Hold one model in memory, with its tokenizer, output head and adapters, for many policies."""
 
 from __future__ import annotations
 
+import copy
 import itertools
-from collections.abc import Iterator, Sequence
+import weakref
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -17,22 +16,49 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from opdlab.errors import InvalidValue, OpdlabError
 from opdlab.models import adapters
-from opdlab.models.adapter_coverage import (
-    incompatible_layers,
-    unused_layers,
+from opdlab.models.abilities import warn_about_missing
+from opdlab.models.adapters.coverage import (
+    find_refused_layers,
+    find_special_layers,
+    find_unused_layers,
     warn_about_unreached_weights,
 )
-from opdlab.models.adapter_options import configuration, special_linear_layers
-from opdlab.models.compatibility import check_rotary, find_abilities, warn_about
+from opdlab.models.adapters.lora_options import make_config
+from opdlab.models.fingerprints import adapter_digest
 from opdlab.models.head import Head
-from opdlab.models.loading import check_model, check_tokenizer, eos_tokens
 from opdlab.models.precision import backbone_autocast
-from opdlab.models.vocabulary import check_tokens
+from opdlab.models.requirements import check_model, check_rotary, check_tokenizer
+from opdlab.models.self_check import find_abilities
+from opdlab.models.vocabulary import check_tokens, find_eos
 from opdlab.support.validation import Count, Seed, validate
 
 
 class Weights:
-    """One model in memory, its tokenizer and its adapters; every `Policy` on it shares them."""
+    """Hold one model with its tokenizer and its adapters; every `Policy` on it shares them.
+
+    Args:
+        model: A causal language model of transformers, or a `PeftModel` around one.
+        tokenizer: Its tokenizer.
+        eos: Ids of the tokens that end a text, in place of the model's own.
+        source: The folder or the name that the model is from, for messages.
+        context_length: Tokens that a prompt and its completion may have together, if fewer than
+            the model allows.
+
+    Attributes:
+        model: The transformers model, in evaluation mode.
+        tokenizer: Its tokenizer.
+        source: Where it is from.
+        own_context_length: The user's limit, or None.
+        eos: The tokens that end a text.
+        head: The output head of the bare model.
+        abilities: The shortcuts that are right for this model.
+
+    Raises:
+        InvalidValue: The model, its precision, its output head or one of its adapters is none that
+            opdlab computes.
+        UnsupportedModel: The model's numbers would not be right.
+        TokenizerMismatch: The tokenizer has tokens that the model lacks.
+    """
 
     def __init__(
         self,
@@ -43,17 +69,19 @@ class Weights:
         context_length: int | None = None,
     ) -> None:
         check_tokenizer(tokenizer)
-        self.model = check_model(adapters.unwrap(model)).eval()
+        self.model: PreTrainedModel = check_model(adapters.unwrap(model))
+        self.model.eval()
         adapters.check(self.model)
         self.tokenizer, self.source = tokenizer, source
         self.own_context_length = validate(
             "Policy", {"context_length": context_length}, {"context_length": Count | None}
         )["context_length"]
         check_tokens(self.model, tokenizer)
-        self.eos = eos_tokens(self.model, tokenizer, eos)
+        self.eos = find_eos(self.model, tokenizer, eos)
         self._names = itertools.count()
         self._passes = 0  # how many `using` blocks are open
-        self._dropped: list[tuple[str, Any]] = []  # adapters that nobody looks through any more
+        # Adapters that nobody looks through any more.
+        self._dropped: list[tuple[str, LoraConfig]] = []
         # The model's own parameters are frozen until something trains them; adapters are kept in
         # float32.
         present = adapters.names(self.model)
@@ -61,37 +89,63 @@ class Weights:
             self.model._hf_peft_config_loaded = True
         for name in present:
             adapters.make_float32(self.model, name)
-        before = self._found()
+        before = self._find_active()
         self.model.requires_grad_(False)
         with self.using(None):
-            self.head = Head.of(self.model, rows=max(tokenizer.get_vocab().values()) + 1)
+            self.head = Head.of(self.model, max(tokenizer.get_vocab().values()) + 1)
             check_rotary(self.model, context_length)
             self.abilities = find_abilities(self.model, self.head, self.context_length)
-        warn_about(self.model, self.abilities)
+        warn_about_missing(self.abilities, type(self.model).__name__)
         if before is not None:
             adapters.make_trainable(self.model, before)
 
     @property
     def device(self) -> torch.device:
-        return self.model.device
+        """The device that the model is on."""
+        return torch.device(self.model.device)
 
     @property
     def vocab_size(self) -> int:
-        """Tokens that the head can say: rows beyond the tokenizer's last id are padding and are
-        cut.
+        """Number of tokens that the head can say.
+
+        Rows beyond the tokenizer's last id are padding and are cut.
         """
-        return self.head.rows
+        return self.head.vocab_size
 
     @property
     def context_length(self) -> int | None:
-        """Tokens that a prompt and its completion may have together: the model's limit, or the
-        user's lower one.
+        """Tokens that a prompt and its completion may have together; None for no limit.
+
+        It is the model's limit, or the user's lower one.
         """
-        limits = (
-            self.own_context_length,
-            getattr(self.model.config.get_text_config(), "max_position_embeddings", None),
-        )
+        # Families without positions have no such setting.
+        own = getattr(self.model.config.get_text_config(), "max_position_embeddings", None)
+        limits = (self.own_context_length, own)
         return min((limit for limit in limits if limit is not None), default=None)
+
+    @property
+    def name(self) -> str:
+        """The model's name in errors."""
+        return self.source or type(self.model).__name__
+
+    def copy(self, adapter: str | None) -> Weights:
+        """Copy the model, with one of its adapters (None: without any)."""
+        with self.using(adapter) as model:
+            copied = copy.deepcopy(model)
+        twin = self._around(copied)
+        for name in twin.adapters:
+            if name != adapter:
+                twin.delete_adapter(name)
+        return twin
+
+    def fold(self, adapter: str | None) -> Weights:
+        """Copy the model and add one of its adapters to the copy's own weights."""
+        twin = self.copy(adapter)
+        adapters.fold(twin.model, adapter)
+        return self._around(twin.model)  # checked anew, since its weights are others now
+
+    def _around(self, model: PreTrainedModel) -> Weights:
+        return Weights(model, self.tokenizer, tuple(self.eos), self.source, self.own_context_length)
 
     @property
     def active(self) -> str | None:
@@ -100,7 +154,7 @@ class Weights:
 
     @property
     def adapters(self) -> list[str]:
-        """Names of the adapters on the model."""
+        """Names of all adapters on the model."""
         return adapters.names(self.model)
 
     def add_lora(
@@ -134,22 +188,29 @@ class Weights:
         """
         validate("adapt", {"seed": seed}, {"seed": Seed})
         if targets == "all-linear" and not isinstance(options.get("exclude_modules"), str):
-            special = [
-                *special_linear_layers(self.model),
-                *incompatible_layers(self.model),
-                *unused_layers(self.model),
+            left_out = [
+                *(options.get("exclude_modules") or []),
+                *find_special_layers(self.model),
+                *find_refused_layers(self.model),
+                *find_unused_layers(self.model),
             ]
-            options["exclude_modules"] = [*(options.get("exclude_modules") or []), *special] or None
-        config = configuration(rank, alpha, targets, options)
+            options["exclude_modules"] = left_out or None
+        config = make_config(rank, alpha, targets, options)
         name = self._add(name, lambda new: self._make(new, config, seed))
         if targets == "all-linear":
             warn_about_unreached_weights(self.model)
         return name
 
     def add_adapter(self, config: LoraConfig, name: str = "", seed: int = 0) -> str:
-        """Make a new adapter as PEFT's `config` describes it; its random entries follow `seed`.
+        """Make a new adapter as PEFT's configuration describes it.
 
-        Returns its name.
+        Args:
+            config: The configuration.
+            name: Its name; made up by default.
+            seed: Of its initial weights.
+
+        Returns:
+            The adapter's name.
         """
         return self._add(name, lambda new: self._make(new, config, seed))
 
@@ -161,11 +222,15 @@ class Weights:
         """Take an adapter off the model."""
         adapters.remove(self.model, name)
 
-    def drop_adapter(self, name: str, config: Any) -> None:
-        """Let an adapter be taken off when the next one is made, unless its name then belongs to
-        another one.
+    def drop_adapter(self, name: str, config: LoraConfig) -> None:
+        """Let an adapter be taken off when the next one is made.
 
-        Not at once: the garbage collector calls this at any time, in the middle of a pass too.
+        It is not done at once: the garbage collector calls this at any time, in the middle of a
+        pass too.
+
+        Args:
+            name: The adapter's name.
+            config: Its configuration. If the name belongs to another adapter by then, that stays.
         """
         self._dropped.append((name, config))
 
@@ -176,31 +241,39 @@ class Weights:
         """
         while self._dropped and not self._passes:
             name, config = self._dropped.pop()
-            if getattr(self.model, "peft_config", {}).get(name) is config:
+            if adapters.has_config(self.model, name, config):
                 adapters.remove(self.model, name)
 
-    def config_of(self, name: str) -> Any:
-        """The PEFT configuration of an adapter."""
+    def config_of(self, name: str) -> LoraConfig:
+        """Look up the PEFT configuration of an adapter."""
         return adapters.config_of(self.model, name)
 
     def adapter_state(self, name: str) -> dict[str, Tensor]:
-        """The adapter's tensors, as PEFT names them. Not copies."""
+        """Take the adapter's tensors, as PEFT names them. They are not copies."""
         return adapters.state(self.model, name)
+
+    def adapter_digest(self, name: str | None) -> str | None:
+        """Make a fingerprint of what an adapter adds.
+
+        Returns:
+            None for no adapter, and for one that changes nothing yet.
+        """
+        return None if name is None else adapter_digest(self.model, self.adapter_state(name))
 
     def set_adapter_state(self, name: str, state: dict[str, Tensor]) -> None:
         """Copy tensors into an adapter.
 
-        Raises InvalidValue where names or shapes are not its own.
+        Raises:
+            InvalidValue: Names or shapes are not those of the adapter.
         """
         adapters.set_state(self.model, name, state)
 
     def head_of(self, adapter: str | None) -> Head:
-        """The output head as a policy with this adapter reads it."""
-        return self.head if adapter is None else Head.read(self.model, self.head.rows, adapter)
+        """Find the output head as a policy with this adapter reads it."""
+        return self.head if adapter is None else Head.read(self.model, self.vocab_size, adapter)
 
     def check_adapter(self, name: str | None) -> None:
-        """See that an adapter is there and that the engine computes the model's own logits under
-        it.
+        """Check that an adapter is there, and that opdlab computes the model's logits under it.
 
         Raises:
             InvalidValue: It is not there, or changes the output head in a way that opdlab does not
@@ -214,12 +287,11 @@ class Weights:
                 f"The model has no adapter {name!r}; there are {there}. Use one of them, or None."
             )
         with self.using(name):
-            Head.of(self.model, self.head.rows, name)
+            Head.of(self.model, self.vocab_size, name)
 
     @contextmanager
     def using(self, adapter: str | None) -> Iterator[PreTrainedModel]:
-        """The model with `adapter` in force (None: bare); what was in force before comes back
-        afterwards.
+        """Put `adapter` in force (None: the bare model) until the block ends.
 
         Forward passes in the block compute in the precision of `opdlab.models.precision`.
         """
@@ -244,7 +316,7 @@ class Weights:
             self.model.eval()
         adapters.switch(self.model, adapter)
 
-    def _found(self) -> str | None:
+    def _find_active(self) -> str | None:
         active = adapters.in_force(self.model)
         if len(active) > 1:
             raise InvalidValue(
@@ -255,7 +327,8 @@ class Weights:
             )
         return next(iter(active), None)
 
-    def _add(self, name: str, make: Any) -> str:
+    def _add(self, name: str, make: Callable[[str], None]) -> str:
+        """Let `make` put an adapter of that name on the model; what is in force stays so."""
         self.tidy()
         if name and name in self.adapters:
             raise InvalidValue(f"The model has an adapter {name!r} already. Use another name.")
@@ -268,7 +341,8 @@ class Weights:
             self.use(before)
         return name
 
-    def _make(self, name: str, config: Any, seed: int) -> None:
+    def _make(self, name: str, config: LoraConfig, seed: int) -> None:
+        """Put a new adapter on the model and run it once; it is taken off again if that fails."""
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
             adapters.add(self.model, name, config)
@@ -283,3 +357,22 @@ class Weights:
                 f"{type(self.model).__name__} does not run with this LoRA ({type(error).__name__}:"
                 f" {error}). Leave the layer out of targets, or use targets='all-linear'."
             ) from error
+
+
+class AdapterInUse:
+    """The adapter that a policy looks through.
+
+    Live views of the policy share one such object, so a training run moves them together.
+
+    Attributes:
+        name: The adapter's name; None is the bare model.
+    """
+
+    def __init__(self, name: str | None = None) -> None:
+        self.name = name
+
+    def own(self, weights: Weights, name: str) -> None:
+        """Look through `name` from now on, and take it off the weights with the last view."""
+        self.name = name
+        end = weakref.finalize(self, weights.drop_adapter, name, weights.config_of(name))
+        end.atexit = False

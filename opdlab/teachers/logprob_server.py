@@ -82,7 +82,7 @@ class LogprobServer:
             ContextTooLong: A prompt with `max_new_tokens` behind it does not fit the student.
         """
         # The teacher sees no context of the student's.
-        bare = student._view(context=None, adapter=None)
+        bare = student.without_context().without_adapter()
         bare.encode_all(prompts, room=max_new_tokens)
         self.text.check(student, prompts, max_new_tokens)
         vocab, context = student.weights.vocab_size, student.weights.context_length

@@ -56,7 +56,7 @@ def resolve_policies(
         if base == "reference" and base not in bases:
             bases[base] = student.frozen()
         elif base == "ema" and base not in bases:
-            bases[base] = student._view(adapter=None)
+            bases[base] = student.without_adapter()
         if name in overrides:
             resolved[name] = _with_access(overrides[name], need)
         elif bases.get(base) is not None:

@@ -78,7 +78,7 @@ def describe_student(policy: Policy, without: Container[str] = ()) -> dict[str, 
         "dtype": str(weights.model.dtype).removeprefix("torch."),
         "config": fingerprints.model_config(weights.model),
         "weights": fingerprints.tensors_digest(base),
-        "adapter": fingerprints.adapter_digest(weights, policy.adapter),
+        "adapter": weights.adapter_digest(policy.adapter),
     }
 
 

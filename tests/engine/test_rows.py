@@ -84,7 +84,7 @@ def make_case(n: int = N, **head: object):
 
 def full_logits(state: States) -> torch.Tensor:
     """The head's formula, once more and plainly."""
-    head, rows = state.head, state.head.rows
+    head, rows = state.head, state.head.vocab_size
     logits = state.hidden @ head.weight[:rows].T + (0 if head.bias is None else head.bias[:rows])
     logits = logits * head.scale
     return logits if head.cap is None else head.cap * torch.tanh(logits / head.cap)
@@ -101,7 +101,7 @@ def oracle(loss, states, token, weight, columns):
         leaves.append(head.bias.detach().clone().requires_grad_())
     copy = Head(
         *(leaves[1:] if head.bias is not None else [leaves[1], None]),
-        head.rows,
+        head.vocab_size,
         head.scale,
         head.cap,
     )

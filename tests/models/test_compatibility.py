@@ -22,9 +22,10 @@ from transformers import (
 
 from opdlab import Policy, Prompt
 from opdlab.errors import ContextTooLong, InvalidValue, TokenizerMismatch, UnsupportedModel
-from opdlab.models.compatibility import find_abilities
-from opdlab.models.forward import PLAIN, Abilities, last_hidden
+from opdlab.models.abilities import PLAIN, Abilities
+from opdlab.models.forward import last_hidden
 from opdlab.models.head import Head
+from opdlab.models.self_check import find_abilities
 
 RULE = "say sum " + "4 7 1 2 " * 6  # more tokens than a shared prefix needs
 ASKED = [
@@ -101,7 +102,7 @@ def test_a_cache_that_a_family_ignores_is_not_used(make_policy):
 
 
 class Mixing(LlamaForCausalLM):
-    """A model in which the rows of a batch see each other, as through experts of limited capacity."""
+    """The rows of a batch see each other, as through experts of limited capacity."""
 
     def __init__(self, config):
         super().__init__(config)

@@ -76,7 +76,7 @@ def test_backward_is_that_of_autograd(options):
     )
     for x in (weight, bias, hidden):
         x.requires_grad_()
-    head = Head(weight, bias, rows=6, **options)
+    head = Head(weight, bias, vocab_size=6, **options)
     logits = head(hidden)
     want = torch.autograd.grad((logits * slope).sum(), (hidden, weight, bias))
     got = head.backward(slope.clone(), logits.detach(), hidden.detach())
@@ -95,7 +95,7 @@ def test_backward_is_that_of_autograd(options):
 )
 def test_gradients_are_float32_unless_all_is_float64(kinds):
     hidden, weight = torch.ones(2, 3, dtype=kinds[0]), torch.ones(5, 3, dtype=kinds[1])
-    head = Head(weight, None, rows=5)
+    head = Head(weight, None, vocab_size=5)
     assert (
         head.backward(torch.ones(2, 5, dtype=kinds[1]), head(hidden), hidden).dtype == torch.float32
     )

@@ -11,8 +11,8 @@ import opdlab as opd
 from opdlab import Policy
 from opdlab.data.sampling_config import SamplingConfig
 from opdlab.errors import InvalidValue
-from opdlab.models.generation import draw
 from opdlab.models.precision import autocast_backbones
+from opdlab.models.sampling import draw
 
 TASK = opd.tasks.from_records(
     [
@@ -85,7 +85,7 @@ def test_bf16_changes_the_backbone_and_not_the_head(make_policy):
         rough = policy.log_probs(rollout)
     assert rough.dtype == torch.float32
     assert 0 < (rough - exact).abs().mean() < 0.1
-    want = (hidden.float() @ policy.head.weight[: policy.head.rows].T).log_softmax(-1)
+    want = (hidden.float() @ policy.head.weight[: policy.head.vocab_size].T).log_softmax(-1)
     torch.testing.assert_close(rough, want, rtol=1e-5, atol=1e-5)
     assert torch.equal(policy.log_probs(rollout), exact)  # and it ends with the block
 

@@ -19,7 +19,7 @@ from opdlab.data.sampling_config import SamplingConfig
 from opdlab.data.written_text import WrittenText
 from opdlab.errors import InvalidValue, OpdlabError
 from opdlab.losses.divergences import entropy
-from opdlab.models.generation import draw
+from opdlab.models.sampling import draw
 from opdlab.models.text_rollouts import rollout_from_texts
 
 FAMILIES = {

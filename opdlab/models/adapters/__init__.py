@@ -1,5 +1,4 @@
-"""The adapters of one model, through PEFT: which there are, which is in force, adding, copying,
-folding and removing them.
+"""Add, switch, copy, fold and remove the adapters of one model, through PEFT.
 
 Only LoRA (with rsLoRA and DoRA) is understood; other kinds are refused by name. All functions take
 the transformers model itself. The state is read from its layers and not kept beside them, so
@@ -20,25 +19,27 @@ from peft.utils.other import ModulesToSaveWrapper
 from torch import Tensor, nn
 
 from opdlab.errors import InvalidValue
-from opdlab.models.adapter_layers import (
-    adapter_layers,
-    adapters_of,
+from opdlab.models.adapters.coverage import find_unused_settings
+from opdlab.models.adapters.layers import (
     compute_in_float32,
-    folded_layer,
+    find_layers,
+    find_outermost_layers,
+    fold_layer,
     forget_configuration,
     is_in_force,
-    outermost_layers,
+    names_in_force,
+    put_in_force,
     replace_module,
-    set_in_force,
     take_off_layers,
     untie_embeddings,
 )
-from opdlab.models.adapter_options import check_kind, unused_settings
+from opdlab.models.adapters.lora_options import check_config
 
 
 def unwrap(model: Any) -> Any:
-    """The transformers model inside a `PeftModel`, with its adapters in place; anything else as it
-    is.
+    """Take the transformers model out of a `PeftModel`, with its adapters in place.
+
+    Anything else is returned as it is.
 
     Raises:
         InvalidValue: The adapter is not inside the model's layers (prompt tuning and the like), or
@@ -52,29 +53,39 @@ def unwrap(model: Any) -> Any:
     if not isinstance(model, PeftModel):
         return model
     for name, config in model.peft_config.items():
-        check_kind(name, config)
+        check_config(name, config)
     return model.get_base_model()
 
 
 def names(model: nn.Module) -> list[str]:
-    """Names of all adapters on `model`."""
-    return list(getattr(model, "peft_config", None) or {})
+    """List the names of all adapters on `model`."""
+    return list(_configs(model))
+
+
+def _configs(model: nn.Module) -> dict[str, LoraConfig]:
+    # PEFT adds this attribute with the first adapter.
+    return getattr(model, "peft_config", None) or {}
 
 
 def config_of(model: nn.Module, name: str) -> LoraConfig:
-    """The PEFT configuration of an adapter."""
-    return model.peft_config[name]  # type: ignore[index,return-value]
+    """Look up the PEFT configuration of an adapter."""
+    return _configs(model)[name]
+
+
+def has_config(model: nn.Module, name: str, config: LoraConfig) -> bool:
+    """Whether the adapter of that name is still the one that this configuration made."""
+    return _configs(model).get(name) is config
 
 
 def check(model: nn.Module) -> None:
-    """Look at every adapter on `model`.
+    """Check every adapter on `model`.
 
     Raises:
         InvalidValue: One is no LoRA, moves the base model, or is merged into it.
     """
     for name in names(model):
-        check_kind(name, config_of(model, name))
-    if any(layer.merged for layer in adapter_layers(model) if isinstance(layer, BaseTunerLayer)):
+        check_config(name, config_of(model, name))
+    if any(layer.merged for layer in find_layers(model) if isinstance(layer, BaseTunerLayer)):
         raise InvalidValue(
             "An adapter of the model is merged into it for now, so it cannot be switched off or"
             " trained. Call unmerge_adapter(), or make it permanent with merge_and_unload()."
@@ -82,13 +93,13 @@ def check(model: nn.Module) -> None:
 
 
 def in_force(model: nn.Module) -> list[str]:
-    """Names of the adapters that a forward pass of `model` goes through, `[]` for the bare model.
+    """List the adapters that a forward pass of `model` goes through, `[]` for the bare model.
 
     Raises:
         InvalidValue: The layers disagree.
     """
     states = {
-        adapters_of(layer) for layer in adapter_layers(model) if isinstance(layer, BaseTunerLayer)
+        names_in_force(layer) for layer in find_layers(model) if isinstance(layer, BaseTunerLayer)
     }
     if len(states) > 1:
         raise InvalidValue(
@@ -101,15 +112,15 @@ def in_force(model: nn.Module) -> list[str]:
 
 def switch(model: nn.Module, name: str | None) -> None:
     """Put one adapter in force, its weights trainable, or none: then the bare model answers."""
-    layers = adapter_layers(model)
+    layers = find_layers(model)
     if not all(is_in_force(layer, name) for layer in layers):
-        set_in_force(layers, name)
+        put_in_force(layers, name)
 
 
 def make_trainable(model: nn.Module, name: str) -> list[nn.Parameter]:
     """Put an adapter in force with its weights trainable, whatever froze them; returns them."""
     model.requires_grad_(False)
-    set_in_force(adapter_layers(model), name)
+    put_in_force(find_layers(model), name)
     return [p for p in model.parameters() if p.requires_grad]
 
 
@@ -119,9 +130,8 @@ def add(model: nn.Module, name: str, config: LoraConfig) -> None:
     Raises:
         InvalidValue: PEFT cannot put it on this model. The model is as it was.
     """
-    has_patterns = bool(
-        config.rank_pattern or config.alpha_pattern
-    )  # PEFT adds its own for fused experts
+    # Looked up first, because PEFT adds patterns of its own for fused experts.
+    has_patterns = bool(config.rank_pattern or config.alpha_pattern)
     asked = copy.copy(config)
     with warnings.catch_warnings(record=True) as said:
         warnings.simplefilter("always")
@@ -135,7 +145,7 @@ def add(model: nn.Module, name: str, config: LoraConfig) -> None:
         # PEFT adds settings for fused experts, which a model with dense layers only does not have.
         messages = [message for message in messages if "no parameter was" not in message]
         config = asked
-    if unused := unused_settings(model, config, messages, has_patterns):
+    if unused := find_unused_settings(model, config, messages, has_patterns):
         remove(model, name)
         raise InvalidValue(
             f"Some settings of the LoRA fit nothing in {type(model).__name__}: {'; '.join(unused)}."
@@ -147,9 +157,7 @@ def add(model: nn.Module, name: str, config: LoraConfig) -> None:
 
 
 def clone(model: nn.Module, source: str, name: str) -> None:
-    """Make `name` an exact copy of the adapter `source`: all settings, all tensors, the same
-    precision.
-    """
+    """Make `name` an exact copy of the adapter `source`: all settings, tensors and precision."""
     original = config_of(model, source)
     config = copy.deepcopy(original)
     # Some initialisations (PiSSA and the like) change the base model, and all of them are
@@ -163,13 +171,15 @@ def clone(model: nn.Module, source: str, name: str) -> None:
 
 
 def state(model: nn.Module, name: str) -> dict[str, Tensor]:
-    """The adapter's tensors, named as PEFT names them in files. Not copies."""
-    # PEFT's "auto" for embedding layers would ask the Hub each time.
+    """Take the adapter's tensors, named as PEFT names them in files. They are not copies."""
     with warnings.catch_warnings():
-        warnings.filterwarnings(
-            "ignore", "Adapter .* have invalid shape"
-        )  # PEFT takes biases for matrices
-        return get_peft_model_state_dict(model, adapter_name=name, save_embedding_layers=False)
+        # PEFT takes biases for matrices.
+        warnings.filterwarnings("ignore", "Adapter .* have invalid shape")
+        # PEFT's "auto" for embedding layers would ask the Hub each time.
+        found: dict[str, Tensor] = get_peft_model_state_dict(
+            model, adapter_name=name, save_embedding_layers=False
+        )
+    return found
 
 
 def set_state(model: nn.Module, name: str, values: dict[str, Tensor]) -> None:
@@ -194,11 +204,12 @@ def set_state(model: nn.Module, name: str, values: dict[str, Tensor]) -> None:
 
 
 def make_float32(model: nn.Module, name: str) -> None:
-    """Keep an adapter's weights in float32 whatever the base model's dtype: small updates vanish in
-    bfloat16.
+    """Keep an adapter's weights in float32 whatever the base model's dtype.
+
+    Small updates vanish in bfloat16.
     """
     cast_adapter_dtype(model, name)
-    for layer in adapter_layers(model):
+    for layer in find_layers(model):
         if isinstance(layer, ModulesToSaveWrapper) and name in layer.modules_to_save:
             compute_in_float32(layer.modules_to_save[name])
 
@@ -208,21 +219,18 @@ def remove(model: nn.Module, name: str) -> None:
 
     Nothing happens if it is not there.
     """
-    layers = adapter_layers(model)
-    before = (
-        None
-        if any(name in adapters_of(layer) for layer in layers)
-        else next(iter(in_force(model)), None)
-    )
+    layers = find_layers(model)
+    before = None
+    if not any(name in names_in_force(layer) for layer in layers):
+        before = next(iter(in_force(model)), None)
     with warnings.catch_warnings():
-        warnings.filterwarnings(
-            "ignore", "Adapter .* was active which is now deleted"
-        )  # set again below
-        set_in_force(layers, None)
+        # The one in force is set again below.
+        warnings.filterwarnings("ignore", "Adapter .* was active which is now deleted")
+        put_in_force(layers, None)
         delete_adapter(model, adapter_name=name, prefix="lora_")
-    getattr(model, "peft_config", {}).pop(name, None)
+    _configs(model).pop(name, None)
     if names(model):
-        set_in_force(adapter_layers(model), before)
+        put_in_force(find_layers(model), before)
     else:
         take_off_layers(model)
 
@@ -236,9 +244,9 @@ def fold(model: nn.Module, name: str | None) -> None:
     if name is not None:
         untie_embeddings(model, name)
         switch(model, name)
-    for path, layer in outermost_layers(model):
+    for path, layer in find_outermost_layers(model):
         try:
-            replace_module(model, path, folded_layer(layer, name))
+            replace_module(model, path, fold_layer(layer, name))
         except (ValueError, RuntimeError, NotImplementedError) as error:
             raise InvalidValue(
                 f"The adapter {name!r} cannot be folded into {path}: {error} Train it on as it is."

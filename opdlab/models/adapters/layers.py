@@ -1,5 +1,7 @@
-"""The layers that PEFT puts into a model: find them, switch them, run them in float32, fold them or
-take them off.
+"""Handle the layers that PEFT puts into a model: find, switch, fold or take them off.
+
+PEFT's layers are typed as `Any`: what they have differs between its kinds and versions, and this
+file is the one place that knows them.
 """
 
 from __future__ import annotations
@@ -14,24 +16,28 @@ from peft.utils.other import ModulesToSaveWrapper
 from torch import Tensor, nn
 
 
-def adapter_layers(model: nn.Module) -> list[Any]:
-    """PEFT's layers: those that carry adapters, and wrappers around whole modules that an adapter
-    replaces.
+def find_layers(model: nn.Module) -> list[Any]:
+    """List PEFT's layers.
+
+    They are those that carry adapters, and wrappers around whole modules that an adapter replaces.
     """
     return [m for m in model.modules() if isinstance(m, (BaseTunerLayer, ModulesToSaveWrapper))]
 
 
-def adapters_of(layer: Any) -> tuple[str, ...]:
+def names_in_force(layer: Any) -> tuple[str, ...]:
+    """Names of the adapters that a layer goes through."""
     return () if layer.disable_adapters else tuple(layer.active_adapters)
 
 
 def is_in_force(layer: Any, name: str | None) -> bool:
+    """Whether a layer goes through exactly this adapter, or through none."""
     if isinstance(layer, BaseTunerLayer):
-        return adapters_of(layer) == (() if name is None else (name,))
-    return adapters_of(layer) == ((name,) if name in layer._adapters else ())
+        return names_in_force(layer) == (() if name is None else (name,))
+    return names_in_force(layer) == ((name,) if name in layer._adapters else ())
 
 
-def set_in_force(layers: list[Any], name: str | None) -> None:
+def put_in_force(layers: list[Any], name: str | None) -> None:
+    """Let layers go through this adapter, or through none."""
     for layer in layers:
         if name is None:
             layer.enable_adapters(False)
@@ -55,14 +61,18 @@ def compute_in_float32(module: nn.Module) -> None:
 
 
 def _inputs_to_float32(module: nn.Module, args: Any, kwargs: Any) -> tuple[Any, Any]:
-    as_float32 = lambda x: x.float() if isinstance(x, Tensor) and x.is_floating_point() else x
-    return tuple(map(as_float32, args)), {key: as_float32(value) for key, value in kwargs.items()}
+    def convert(value: Any) -> Any:
+        is_float = isinstance(value, Tensor) and value.is_floating_point()
+        return value.float() if is_float else value
+
+    return tuple(map(convert, args)), {key: convert(value) for key, value in kwargs.items()}
 
 
 @dataclasses.dataclass(frozen=True)
 class _ToDtype:
-    """A forward hook that gives a tensor back in a dtype; a class, so that it can be deep-copied
-    with its module.
+    """A forward hook that turns the output into a dtype.
+
+    It is a class, so that it can be deep-copied with its module.
     """
 
     dtype: torch.dtype
@@ -71,8 +81,8 @@ class _ToDtype:
         return output.to(self.dtype) if isinstance(output, Tensor) else output
 
 
-def outermost_layers(model: nn.Module) -> Iterator[tuple[str, Any]]:
-    """PEFT's layers that are in no other of them, by path."""
+def find_outermost_layers(model: nn.Module) -> Iterator[tuple[str, Any]]:
+    """Find PEFT's layers that are in no other of them, with their paths."""
     inside: list[str] = []
     for path, module in list(model.named_modules()):
         if any(path.startswith(f"{outer}.") for outer in inside):
@@ -82,8 +92,8 @@ def outermost_layers(model: nn.Module) -> Iterator[tuple[str, Any]]:
             yield path, module
 
 
-def folded_layer(layer: Any, name: str | None) -> nn.Module:
-    """What computes the same as `layer` under the adapter, without PEFT."""
+def fold_layer(layer: Any, name: str | None) -> nn.Module:
+    """Make a layer without PEFT that computes what `layer` does under the adapter."""
     while isinstance(layer, (BaseTunerLayer, ModulesToSaveWrapper)):
         if isinstance(layer, ModulesToSaveWrapper):
             own = name is not None and name in layer.modules_to_save
@@ -92,17 +102,16 @@ def folded_layer(layer: Any, name: str | None) -> nn.Module:
             if name is not None:
                 layer.merge(safe_merge=True, adapter_names=[name])
             layer = layer.get_base_layer()
-    return layer
+    folded: nn.Module = layer
+    return folded
 
 
 def untie_embeddings(model: Any, name: str) -> None:
-    """Give embeddings and head matrices of their own where they share one and the adapter changes
-    either.
-    """
+    """Give embeddings and head one matrix each if they share one and the adapter changes either."""
     embeddings, head = model.get_input_embeddings(), model.get_output_embeddings()
     if head is None or not (_is_changed(embeddings, name) or _is_changed(head, name)):
         return
-    inner, outer = (_base(layer) for layer in (embeddings, head))
+    inner, outer = (_find_base(layer) for layer in (embeddings, head))
     if inner.weight is outer.weight:
         outer.weight = nn.Parameter(inner.weight.detach().clone(), requires_grad=False)
     model.config.get_text_config().tie_word_embeddings = False
@@ -115,26 +124,30 @@ def _is_changed(layer: Any, name: str) -> bool:
     return isinstance(layer, ModulesToSaveWrapper) and name in layer._adapters
 
 
-def _base(layer: Any) -> Any:
+def _find_base(layer: Any) -> Any:
     while isinstance(layer, (BaseTunerLayer, ModulesToSaveWrapper)):
-        layer = (
-            layer.get_base_layer() if isinstance(layer, BaseTunerLayer) else layer.original_module
-        )
+        if isinstance(layer, ModulesToSaveWrapper):
+            layer = layer.original_module
+        else:
+            layer = layer.get_base_layer()
     return layer
 
 
 def take_off_layers(model: nn.Module) -> None:
-    for path, layer in outermost_layers(model):
-        replace_module(model, path, _base(layer))
+    """Put the model's own layers back in the place of PEFT's."""
+    for path, layer in find_outermost_layers(model):
+        replace_module(model, path, _find_base(layer))
     forget_configuration(model)
 
 
 def replace_module(model: nn.Module, path: str, module: nn.Module) -> None:
+    """Put another module at a path."""
     parent, _, attribute = path.rpartition(".")
     setattr(model.get_submodule(parent), attribute, module)
 
 
 def forget_configuration(model: Any) -> None:
-    if hasattr(model, "peft_config"):
+    """Let PEFT and transformers know of no adapter on the model any more."""
+    if hasattr(model, "peft_config"):  # an attribute that PEFT adds
         del model.peft_config
     model._hf_peft_config_loaded = False

@@ -1,53 +1,46 @@
-"""The settings of LoRA adapters: which opdlab takes, and which it refuses before anything is made
-of them.
-"""
+"""Read the options of a new LoRA, and refuse adapters that opdlab cannot work with."""
 
 from __future__ import annotations
 
 import dataclasses
 from typing import Any, get_type_hints
 
-import torch
 from peft import LoraConfig, PeftType
-from torch import Tensor, nn
-from torch.nn import functional
 
 from opdlab.errors import InvalidValue
 from opdlab.support.expect import shortened
 from opdlab.support.validation import Count, Flag, Positive, Text, validate
 
-# Options of LoraConfig with names of opdlab's own, and those that would change or replace the
-# shared base model.
+# Options of LoraConfig that have names of opdlab's own.
 _OUR_NAMES = {"r": "rank", "lora_alpha": "alpha", "target_modules": "targets"}
+# Options that opdlab or PEFT fills in.
 _SET_HERE = {
-    "peft_type",
-    "task_type",
     "auto_mapping",
-    "peft_version",
     "base_model_name_or_path",
+    "inference_mode",
+    "megatron_core",
+    "peft_type",
+    "peft_version",
+    "qalora_group_size",
     "revision",
+    "runtime_config",
+    "task_type",
 }
-_SET_HERE |= {"inference_mode", "runtime_config", "megatron_core", "qalora_group_size"}
+# Options that would change or replace the shared base model, or compute something else than LoRA.
 _NOT_SUPPORTED = {
     "alora_invocation_tokens",
     "arrow_config",
     "kasa_config",
     "layer_replication",
     "megatron_config",
-}
-_NOT_SUPPORTED |= {
     "monteclora_config",
     "trainable_token_indices",
     "use_bdlora",
     "use_qalora",
     "velora_config",
 }
-_INITIALISATIONS = (
-    True,
-    False,
-    "gaussian",
-    "orthogonal",
-)  # the others change the base model or read data
+# The other initialisations change the base model or read data.
+_INITIALISATIONS = (True, False, "gaussian", "orthogonal")
 _NEED_OTHER_INITIALISATION = {"loftq_config", "eva_config", "corda_config", "lora_ga_config"}
 OPTIONS = sorted(
     {field.name for field in dataclasses.fields(LoraConfig)}
@@ -58,10 +51,10 @@ OPTIONS = sorted(
 )
 
 
-def configuration(
+def make_config(
     rank: int, alpha: float | None, targets: Any, options: dict[str, Any]
 ) -> LoraConfig:
-    """The PEFT configuration of a new adapter.
+    """Make the PEFT configuration of a new adapter.
 
     Args:
         rank: Rank of the two matrices.
@@ -79,6 +72,22 @@ def configuration(
     if isinstance(targets, (set, tuple)):
         targets = sorted(targets)
     values |= validate("adapt", {"targets": targets}, {"targets": Text | list[Text]})
+    _check_options(options)
+    fields: dict[str, Any] = {
+        "r": values["rank"],
+        "lora_alpha": values.get("alpha", 2 * values["rank"]),
+    }
+    try:
+        config = LoraConfig(
+            **fields, target_modules=values["targets"], task_type="CAUSAL_LM", **options
+        )
+    except (ValueError, TypeError) as error:
+        raise InvalidValue(f"adapt cannot make this LoRA: {error}") from error
+    check_config("the new one", config)
+    return config
+
+
+def _check_options(options: dict[str, Any]) -> None:
     for name, value in options.items():
         if name in _OUR_NAMES:
             raise InvalidValue(
@@ -102,21 +111,19 @@ def configuration(
             " change the base model that other policies share, or needs data. Use True, False,"
             " 'gaussian' or 'orthogonal'."
         )
-    fields: dict[str, Any] = {
-        "r": values["rank"],
-        "lora_alpha": values.get("alpha", 2 * values["rank"]),
-    }
-    try:
-        config = LoraConfig(
-            **fields, target_modules=values["targets"], task_type="CAUSAL_LM", **options
-        )
-    except (ValueError, TypeError) as error:
-        raise InvalidValue(f"adapt cannot make this LoRA: {error}") from error
-    check_kind("the new one", config)
-    return config
 
 
-def check_kind(name: str, config: Any) -> None:
+def check_config(name: str, config: Any) -> None:
+    """Refuse an adapter that is no LoRA, or a variant that opdlab does not compute.
+
+    Args:
+        name: The adapter's name, for errors.
+        config: Its configuration, of any kind that PEFT has.
+
+    Raises:
+        InvalidValue: opdlab cannot work with it. The message says what can be done instead.
+    """
+    # PEFT writes the type as an enum; files and other versions may hold its plain text.
     kind = getattr(config.peft_type, "value", config.peft_type)
     if config.peft_type != PeftType.LORA:
         raise InvalidValue(
@@ -130,6 +137,7 @@ def check_kind(name: str, config: Any) -> None:
             " which every policy on these weights shares. Use bias='none', or merge the adapter"
             " into the model: merge_and_unload()."
         )
+    # Fields come and go with PEFT's versions.
     if odd := sorted(field for field in _NOT_SUPPORTED if getattr(config, field, None)):
         raise InvalidValue(
             f"The adapter {name!r} has {odd[0]}={shortened(getattr(config, odd[0]))}, a variant of"
@@ -143,70 +151,7 @@ def check_kind(name: str, config: Any) -> None:
         )
 
 
-def special_linear_layers(model: nn.Module) -> list[str]:
-    """Linear layers that a family computes in a way of its own (routers that return several
-    tensors): LoRA would break them.
-    """
-    return [
-        path
-        for path, module in model.named_modules()
-        if isinstance(module, nn.Linear)
-        and type(module).forward is not nn.Linear.forward
-        and type(module).__module__.startswith("transformers.models")
-        and not _is_plain(module)
-    ]
-
-
-@torch.no_grad()
-def _is_plain(layer: nn.Linear) -> bool:
-    """Whether a linear layer with a `forward` of its own (as Falcon's) computes what any linear
-    layer does.
-    """
-    some = torch.ones(2, layer.in_features, device=layer.weight.device, dtype=layer.weight.dtype)
-    try:
-        out = layer(some)
-    except Exception:
-        return False
-    return isinstance(out, Tensor) and torch.allclose(
-        out, functional.linear(some, layer.weight, layer.bias), rtol=0.02, atol=1e-4
-    )
-
-
-def unused_settings(
-    model: nn.Module, config: LoraConfig, said: list[str], has_patterns: bool
-) -> list[str]:
-    """List settings that fit nothing in the model; PEFT only warns of some (`said`), and passes
-    over others.
-    """
-    paths = [path for path, _ in model.named_modules()]
-    wanted = [*(config.modules_to_save or []), *(config.target_parameters or [])]
-    if not isinstance(config.target_modules, str):
-        wanted += list(config.target_modules or [])
-    layers = getattr(model.config.get_text_config(), "num_hidden_layers", None)  # type: ignore[union-attr,operator]
-    asked = config.layers_to_transform
-    asked = [asked] if isinstance(asked, int) else list(asked or [])
-    there = [*paths, *(path for path, _ in model.named_parameters())]
-    unused = [
-        f"{target!r}"
-        for target in wanted
-        if not any(_without_peft(path).endswith(target) for path in there)
-    ]
-    unused += [
-        f"layer {i} (there are {layers})"
-        for i in asked
-        if layers is not None and not 0 <= i < layers
-    ]
-    unused += [text for text in said if "no module" in text or "no parameter was" in text]
-    unused += [text for text in said if has_patterns and "did not match any" in text]
-    return unused
-
-
-def _without_peft(path: str) -> str:
-    """A module's or a parameter's path as it is in the model without adapters."""
-    return path.replace(".base_layer", "").replace(".original_module", "")
-
-
 def _type_of(option: str) -> Any:
-    """What an option of LoraConfig must be; whether a flag is one is checked strictly."""
+    """The type of an option of LoraConfig; flags are checked strictly."""
     hint = get_type_hints(LoraConfig)[option]
     return Flag if hint is bool else hint

@@ -1,18 +1,16 @@
-"""Checks a model, when a policy is made, against itself: do batches, padding, caches and prefixes
-give plain passes' numbers?
+"""Check a model against its own plain passes, when a policy is made.
 
 Model families differ in what they keep between tokens (attention caches, recurrent states,
 compressed blocks) and in what they do about padding. No list of names says which are right; a few
-made-up tokens do. Shortcuts that change numbers are not taken (`Abilities`), and a model whose
-plain passes cannot be used is refused.
+made-up tokens do, with batches, padding, caches and shared prefixes. Shortcuts that change numbers
+are not taken (`Abilities`), and a model whose plain passes cannot be used is refused.
 """
 
 from __future__ import annotations
 
 import functools
-import warnings
 from collections.abc import Callable
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -20,85 +18,31 @@ from torch import Tensor
 from transformers import DynamicCache, PreTrainedModel
 
 from opdlab.errors import UnsupportedModel
+from opdlab.models.abilities import PLAIN, Abilities
 from opdlab.models.continuation import Cached
-from opdlab.models.forward import PLAIN, SHORTEST_SHARED_PREFIX, Abilities, hidden_at
+from opdlab.models.forward import SHORTEST_SHARED_PREFIX, hidden_at
 from opdlab.models.head import Head, cannot_run
+from opdlab.models.vocabulary import pick_ordinary_tokens
 
 _FINE = {torch.float32, torch.float64}
-_CHANGING_ROTARY = (
-    "dynamic",
-    "longrope",
-)  # what transformers computes anew from a batch's longest row
-
-TOY_SIZE = 20_000_000  # parameters
-
-COSTS = {
-    "batches": (
-        "texts are run one at a time, because a text's numbers depend on the others in its batch"
-    ),
-    "pads": (
-        "texts of different length are scored and trained in separate batches, because padding"
-        " changes their numbers"
-    ),
-    "pads_left": (
-        "prompts of different length are sampled in separate batches, because padding changes their"
-        " numbers"
-    ),
-    "caches": (
-        "each new token is sampled by running the whole text again, because its cache does not give"
-        " the same numbers"
-    ),
-    "shares_prefix": (
-        "the beginning that several prompts share is run again for each of them, because going on"
-        " from it changes their numbers"
-    ),
-}
-
-
-def check_rotary(model: PreTrainedModel, context_length: int | None) -> None:
-    """Refuse rotary embeddings that change as a text grows, unless the context is limited to where
-    they do not.
-
-    Raises:
-        UnsupportedModel: Rows that fit the context would change the numbers of the tokens before
-            them.
-    """
-    config = model.config.get_text_config()
-    rope = getattr(config, "rope_parameters", None) or {}
-    kinds = (
-        [rope]
-        if "rope_type" in rope
-        else [part for part in rope.values() if isinstance(part, dict)]
-    )
-    for kind in kinds:
-        name = kind.get("rope_type", "")
-        if name not in _CHANGING_ROTARY:
-            continue
-        fixed = (
-            config.max_position_embeddings
-            if name == "dynamic"
-            else kind["original_max_position_embeddings"]
-        )
-        extends = name == "dynamic" or config.max_position_embeddings > fixed
-        if (context_length is None and extends) or (context_length or 0) > fixed:
-            raise UnsupportedModel(
-                f"{type(model).__name__} changes its rotary embedding in rows of more than {fixed}"
-                f" tokens (rope_type {name!r}), so that the log-probs of a text change as it grows,"
-                " and with the rows beside it. Limit the policy to rows that it does not change"
-                f" for: context_length={fixed}, for Policy.load and Policy.of alike."
-            )
+TOY_SIZE = 20_000_000  # parameters; smaller models are checked on longer texts
 
 
 @dataclass(frozen=True)
 class Tolerance:
-    """How far logits may lie from those of plain passes, as a share of their spread over positions.
+    """How far logits may lie from those of plain passes.
 
     Rounding moves all positions a little; a wrong state moves all of them a lot. A near tie in a
-    router or an index may move single ones far, hence two limits.
+    router or an index may move single ones far, hence two limits. Distances are shares of the
+    logits' spread over positions.
+
+    Attributes:
+        typical: The limit at half of the positions.
+        worst: The limit at any position.
     """
 
-    typical: float  # at half of the positions
-    worst: float  # at any position
+    typical: float
+    worst: float
 
     def allows(self, off: Tensor) -> bool:
         """Whether distances `[positions]` lie within both limits; NaN does not."""
@@ -132,7 +76,7 @@ def find_abilities(model: PreTrainedModel, head: Head, longest: int | None = Non
         return _known[kind]
     check = _Check(model, head, longest)
     found = _find(check)
-    if check.shows_anything:
+    if check.can_tell:
         _known[kind] = found
     return found
 
@@ -161,34 +105,20 @@ def _find(check: _Check) -> Abilities:
     )
 
 
-def warn_about(model: PreTrainedModel, abilities: Abilities) -> None:
-    """Say once which shortcuts a model does without, and what that costs."""
-    missing = [field.name for field in fields(Abilities) if not getattr(abilities, field.name)]
-    if not abilities.batches:
-        missing = ["batches"] + (["caches"] if not abilities.caches else [])
-    if missing:
-        costs = "; ".join(COSTS[name] for name in missing)
-        warnings.warn(
-            f"{type(model).__name__}: {costs}. The numbers are right, it takes longer.",
-            stacklevel=2,
-        )
-
-
 # Models of one configuration are checked once in a process: copies and snapshots cost nothing.
 _known: dict[tuple[Any, ...], Abilities] = {}
 
 
 def _kind(model: PreTrainedModel) -> tuple[Any, ...]:
+    """What two models have in common if one check is enough for both."""
     devices = {(str(weight.dtype), weight.device.type) for weight in model.parameters()}
+    # A private setting of transformers, which not every configuration has.
     attention = getattr(model.config, "_attn_implementation", None)
     return type(model), model.config.to_json_string(use_diff=False), frozenset(devices), attention
 
 
 class _Check:
-    """Three made-up texts and their plain passes.
-
-    The first two begin alike, the third is shorter.
-    """
+    """Three made-up texts and their plain passes: two that begin alike, and a shorter one."""
 
     def __init__(self, model: PreTrainedModel, head: Head, longest: int | None) -> None:
         self.model, self.head = model, head
@@ -201,7 +131,7 @@ class _Check:
         length = length if longest is None else min(length, longest)
         self.alike = max(1, length - 5)  # tokens that the first two texts share
         self.steps = min(5 if toy else 3, length - self.alike)  # tokens that are sampled
-        tokens = ordinary_tokens(model, head.rows, 3 * length)
+        tokens = pick_ordinary_tokens(model, head.vocab_size, 3 * length)
         first, other, third = tokens[:length], tokens[length : 2 * length], tokens[2 * length :]
         self.rows = [
             first,
@@ -215,23 +145,24 @@ class _Check:
         except Exception as error:
             raise cannot_run(model, error) from error
         spread = torch.cat([logits - logits.mean(0) for logits in self.plain])
-        self.shows_anything = bool(
-            spread.any()
-        )  # not where all logits are equal, as with a head of zeros
+        # Where all logits are equal, as with a head of zeros, no mistake would show.
+        self.can_tell = bool(spread.any())
         self.spread = spread.pow(2).mean().sqrt().clamp(min=torch.finfo(torch.float32).tiny)
 
     def holds(self, test: Callable[[], bool]) -> bool:
-        """Whether a shortcut gives the right numbers; one that the model cannot take at all gives
-        none.
-        """
+        """Whether a shortcut gives the right numbers; not where the model cannot take it at all."""
         try:
             return test()
         except Exception:  # whatever a family does about an argument that it does not know
             return False
 
     def scores(self, abilities: Abilities, *, shared: bool = False, equal: bool = False) -> bool:
-        """Compare a batch of all texts (with `equal`: cut to one length; with `shared`: of those
-        that begin alike).
+        """Compare a batch with plain passes.
+
+        Args:
+            abilities: The shortcuts to take.
+            shared: Take only the two texts that begin alike, and run their beginning once.
+            equal: Cut the texts to one length.
         """
         rows = self.rows[:2] if shared else self.rows
         if equal:
@@ -245,37 +176,35 @@ class _Check:
         return self._agree(got, torch.cat(want))
 
     def samples(self, *, padded: bool) -> bool:
-        """Compare two samples of two prompts, of which one each goes on after the first token."""
+        """Compare two samples each of two prompts with plain passes.
+
+        One sample of each prompt is dropped after the first token.
+        """
         short = len(self.rows[2]) - self.steps
         prompts = [self.alike if padded else short, short]
         texts = [self.rows[0], self.rows[2]]
         batch = Cached(
             self.model, [text[:length] for text, length in zip(texts, prompts, strict=True)], n=2
         )
+        # The family may keep its states elsewhere; with small weights no number would show it.
         if not _is_filled(batch.cache):
-            # the family keeps its states elsewhere; with small weights the numbers might not show
-            # it
             return False
-        live = [0, 0, 1, 1]
-        states, want = (
-            [batch.states],
-            [self.plain[0 if i == 0 else 2][prompts[i] - 1] for i in live],
-        )
+        plain = [self.plain[0], self.plain[2]]
+        live = [0, 0, 1, 1]  # the text of each row of the batch
+        states = [batch.states]
+        want = [plain[i][prompts[i] - 1] for i in live]
         for step in range(self.steps):
             if step == 1:
                 batch.keep(torch.tensor([1, 2], device=self.model.device))
                 live = [0, 1]
-            batch.append(
-                torch.tensor([texts[i][prompts[i] + step] for i in live], device=self.model.device)
-            )
+            tokens = [texts[i][prompts[i] + step] for i in live]
+            batch.append(torch.tensor(tokens, device=self.model.device))
             states.append(batch.states)
-            want += [self.plain[0 if i == 0 else 2][prompts[i] + step] for i in live]
+            want += [plain[i][prompts[i] + step] for i in live]
         return self._agree(self._logits(torch.cat(states)), torch.stack(want))
 
     def refuse_if_not_causal(self) -> None:
-        """Raise UnsupportedModel where the beginning of a text has other numbers than in the whole
-        text.
-        """
+        """Raise UnsupportedModel if later tokens of a text change the numbers of earlier ones."""
         row = self.rows[0]
         for length in {max(1, len(row) // 2), max(1, len(row) - 1)}:
             got = self._logits(hidden_at(self.model, [row[:length]], [range(length)], PLAIN))
@@ -298,11 +227,11 @@ class _Check:
 
     @functools.cached_property
     def rounding(self) -> Tolerance:
-        """What rounding does to this model: deep ones in half precision can exceed the usual
-        limits, loops too.
+        """The distances that rounding alone makes in this model.
 
-        Measured on plain passes of beginnings of a text, which only rounding can change, unless the
-        model is not causal; hence the upper bounds.
+        Deep models in half precision can exceed the usual limits, and so can loops. Measured on
+        plain passes of beginnings of a text, which only rounding can change, unless the model is
+        not causal; hence the upper bounds.
         """
         row, offs = self.rows[0], []
         for length in (1, 2, 3, len(row) // 2):
@@ -321,6 +250,7 @@ class _Check:
 
 def _is_filled(cache: DynamicCache) -> bool:
     """Whether a pass has put anything into the cache that it was given."""
+    # Layers of transformers' caches differ in what they hold: keys, or states of two kinds.
     for layer in cache.layers:
         recurrent = [
             getattr(layer, f"is_{kind}_states_initialized", {}) for kind in ("conv", "recurrent")
@@ -330,18 +260,3 @@ def _is_filled(cache: DynamicCache) -> bool:
         ):
             return True
     return False
-
-
-def ordinary_tokens(model: PreTrainedModel, rows: int, count: int) -> list[int]:
-    """Made-up ids without those that a configuration gives a meaning (padding, an image's place)."""
-    config = model.config
-    special: set[Any] = set()
-    for part in (config, config.get_text_config()):
-        special |= {
-            value
-            for name, value in vars(part).items()
-            if isinstance(value, int) and "token" in name
-        }
-    ordinary = [id for id in range(min(rows, 4096)) if id not in special] or list(range(rows))
-    picked = torch.randint(len(ordinary), (count,), generator=torch.Generator().manual_seed(0))
-    return [ordinary[i] for i in picked.tolist()]

@@ -1,7 +1,7 @@
-"""The sampling loop over tokens: all texts of a batch side by side.
+"""Sample texts from a model, all texts of a batch side by side.
 
 The loop shares a prompt's prefill among its samples, drops finished rows from the batch, samples by
-inverse CDF from one uniform number a token, and hands back the log-probs and entropies that it has
+inverse CDF from one uniform number per token, and returns the log-probs and entropies that it has
 at hand anyway. The uniform numbers depend on seed, row, position and max_new_tokens only: the same
 seed gives the same text whatever other rows the batch holds, up to rounding.
 """
@@ -26,15 +26,22 @@ from opdlab.models.precision import without_autocast
 from opdlab.models.weights import Weights
 from opdlab.support.expect import shortened
 
+DECODED_BEFORE_STOP = 8  # tokens
+
 
 def read_prefixes(prefixes: Any, prompts: int, vocab_size: int) -> list[list[int]]:
-    """The token ids that each prompt's completion goes on from.
+    """Read the token ids that each prompt's completion goes on from.
+
+    Args:
+        prefixes: As the user gave them: lists, tuples, arrays or tensors.
+        prompts: How many prompts there are.
+        vocab_size: How many token ids there are.
 
     Raises:
         InvalidValue: There is not one list for each prompt, or something in them is no token id.
     """
     advice = "Use one list of token ids for each prompt, as [[5, 17], []]."
-    if hasattr(prefixes, "tolist"):
+    if hasattr(prefixes, "tolist"):  # arrays and tensors of any library
         prefixes = prefixes.tolist()
     if isinstance(prefixes, (str, bytes)) or not isinstance(prefixes, Sequence):
         raise InvalidValue(f"sample got prefixes={shortened(prefixes)}. {advice}")
@@ -56,11 +63,15 @@ def read_prefixes(prefixes: Any, prompts: int, vocab_size: int) -> list[list[int
 
 
 @dataclass(frozen=True)
-class Written:
-    """Sampled texts:
+class SampledTexts:
+    """Texts that the loop has written, right-padded.
 
-    `ids`, `logp`, `entropy` `[B, T]`, `lengths [B]`, and `stopped [B]`: false where the limit cut
-    it.
+    Attributes:
+        ids: Token ids `[B, T]`; zero in the padding, as `logp` and `entropy` are.
+        logp: Log-probs of the tokens at temperature 1, in nats, `[B, T]`.
+        entropy: Entropies at temperature 1, in nats, `[B, T]`.
+        lengths: Tokens of each text `[B]`; the EOS token counts.
+        stopped: Whether each text ended by itself, `[B]`; false where the limit cut it.
     """
 
     ids: Tensor
@@ -70,7 +81,7 @@ class Written:
     stopped: Tensor
 
     @classmethod
-    def empty(cls, rows: int, steps: int, device: torch.device) -> Written:
+    def empty(cls, rows: int, steps: int, device: torch.device) -> SampledTexts:
         """Make room for `rows` texts of at most `steps` tokens."""
         return cls(
             ids=torch.zeros(rows, steps, dtype=torch.long, device=device),
@@ -80,19 +91,27 @@ class Written:
             stopped=torch.zeros(rows, dtype=torch.bool, device=device),
         )
 
-    def put(self, rows: Sequence[int], part: Written) -> None:
+    @classmethod
+    def concat(cls, parts: Sequence[SampledTexts]) -> SampledTexts:
+        """Put several together, rows in order."""
+        return cls(
+            *(torch.cat(column) for column in zip(*(p.tensors() for p in parts), strict=True))
+        )
+
+    def put(self, rows: Sequence[int], part: SampledTexts) -> None:
         """Copy the texts of `part` to these rows."""
         where = torch.as_tensor(rows, device=self.ids.device)
         for mine, theirs in zip(self.tensors(), part.tensors(), strict=True):
             mine[where] = theirs
 
     def tensors(self) -> tuple[Tensor, ...]:
+        """All fields, in order."""
         return self.ids, self.logp, self.entropy, self.lengths, self.stopped
 
 
 @dataclass(frozen=True)
-class Generator:
-    """The next-token distribution of a model as the sampling loop uses it.
+class SamplingLoop:
+    """Sample from a model.
 
     Attributes:
         weights: The model and its tokenizer, with the adapter in force that `head` belongs to.
@@ -104,48 +123,65 @@ class Generator:
     head: Head
     config: SamplingConfig
 
-    def write(self, starts: list[list[int]], n: int, uniform: Tensor) -> Written:
-        """Write `n` texts after each prompt.
-
-        Prompts of different length are run apart where the model cannot pad them.
+    def run(self, starts: list[list[int]], n: int, batch_size: int | None = None) -> SampledTexts:
+        """Write `n` texts after each prompt; text `j` of prompt `i` is row `i * n + j`.
 
         Args:
             starts: Token ids of each prompt.
-            n: Texts after each prompt; they are the rows `i * n + j`.
-            uniform: `[B, T]` numbers from 0 to 1 that decide every token.
+            n: Texts per prompt.
+            batch_size: Prompts held in memory at once; all by default.
+        """
+        shape = (len(starts), n, self.config.max_new_tokens)
+        seeded = torch.Generator().manual_seed(self.config.seed)
+        uniform = torch.rand(shape, generator=seeded, dtype=torch.float64)
+        size = batch_size or len(starts)
+        parts = []
+        for i in range(0, len(starts), size):
+            part = uniform[i : i + size].flatten(0, 1)
+            parts.append(self._write(starts[i : i + size], n, part))
+        return SampledTexts.concat(parts)
+
+    def _write(self, starts: list[list[int]], n: int, uniform: Tensor) -> SampledTexts:
+        """Write texts, prompts of different length apart where the model cannot pad them.
+
+        `uniform [B, T]` holds the numbers from 0 to 1 that decide every token.
         """
         abilities = self.weights.abilities
         mixed = abilities.pads_left or not abilities.caches  # without a cache, `hidden_at` pads
         groups = group_rows([len(start) for start in starts], mixed=mixed)
         if len(groups) == 1:
             return self._write_batch(starts, n, uniform)
-        out = Written.empty(uniform.shape[0], uniform.shape[1], self.weights.device)
+        out = SampledTexts.empty(uniform.shape[0], uniform.shape[1], self.weights.device)
         for group in groups:
             rows = [i * n + j for i in group for j in range(n)]
             out.put(rows, self._write_batch([starts[i] for i in group], n, uniform[rows]))
         return out
 
-    def _write_batch(self, starts: list[list[int]], n: int, uniform: Tensor) -> Written:
-        """The loop over tokens, all texts side by side."""
+    def _write_batch(self, starts: list[list[int]], n: int, uniform: Tensor) -> SampledTexts:
+        """Write texts token by token, all of them side by side."""
         device, (rows, steps) = self.weights.device, uniform.shape
         uniform = uniform.to(device)
         texts = begin(self.weights.model, starts, n, self.weights.abilities)
-        out = Written.empty(rows, steps, device)
-        live = torch.arange(
-            rows, device=device
-        )  # which row of the result each row of the batch writes
+        out = SampledTexts.empty(rows, steps, device)
+        # The row of the result that each row of the batch writes, and whether its text goes on.
+        live = torch.arange(rows, device=device)
         going = torch.ones(rows, dtype=torch.bool, device=device)
+        eos = torch.tensor(sorted(self.weights.eos), device=device)
         for t in range(steps):
             token, logp, entropy = draw(self.head(texts.states), uniform[live, t], self.config)
             out.ids[live, t], out.logp[live, t], out.entropy[live, t] = token, logp, entropy
-            ended = self._ends(out.ids[live, : t + 1]) & going
+            ended = torch.isin(token, eos)
+            if self.config.stop:
+                ended |= self._hold_stop(out.ids[live, : t + 1])
+            ended &= going
             out.lengths[live[ended]] = t + 1
             out.stopped[live[ended]] = True
             going = going & ~ended
             left = int(going.sum())
             if left == 0 or t + 1 == steps:
                 break
-            if left <= 0.75 * len(going):  # shrinking the batch copies the cache: only when it pays
+            # Shrinking the batch copies the cache, so it is done only when it pays.
+            if left <= 0.75 * len(going):
                 keep = going.nonzero()[:, 0]
                 texts.keep(keep)
                 live, token, going = live[keep], token[keep], going[keep]
@@ -155,25 +191,22 @@ class Generator:
             values *= inside
         return out
 
-    def _ends(self, ids: Tensor) -> Tensor:
-        """Which texts `[n, t]` end with their last token: by an EOS token, or since they now hold a
-        text of `stop`.
-        """
-        eos = self.weights.eos
-        ended = torch.isin(ids[:, -1], torch.tensor(sorted(eos), device=ids.device))
-        if not self.config.stop:
-            return ended
-        texts = completion_texts(self.weights.tokenizer, ids.tolist(), eos)
+    def _hold_stop(self, ids: Tensor) -> Tensor:
+        """Tell which texts, given as ids `[n, t]`, hold a stop text now; `[n]`."""
+        # A stop text that the last token completes lies within as many tokens as it has bytes. Some
+        # more are decoded, because tokenizers treat the first piece of a text in their own way.
+        window = max(len(stop.encode()) for stop in self.config.stop) + DECODED_BEFORE_STOP
+        texts = completion_texts(self.weights.tokenizer, ids[:, -window:].tolist(), ())
         held = [any(stop in text for stop in self.config.stop) for text in texts]
-        return ended | torch.tensor(held, device=ids.device)
+        return torch.tensor(held, device=ids.device)
 
 
 def draw(logits: Tensor, uniform: Tensor, config: SamplingConfig) -> tuple[Tensor, Tensor, Tensor]:
-    """Sample by inverse CDF. A token without probability is never drawn.
+    """Sample by inverse CDF; a token without probability is never drawn.
 
     Args:
         logits: `[n, V]`.
-        uniform: `[n]` numbers from 0 to 1.
+        uniform: Numbers from 0 to 1, `[n]`.
         config: Temperature and which tokens are kept.
 
     Returns:
@@ -185,10 +218,9 @@ def draw(logits: Tensor, uniform: Tensor, config: SamplingConfig) -> tuple[Tenso
     """
     norm = logits.logsumexp(-1, keepdim=True)
     p = (logits - norm).exp_()
+    finite = logits.clamp(min=torch.finfo(logits.dtype).min)  # 0 * -inf would be NaN
     with without_autocast(logits.device):  # which would round vecdot to bfloat16
-        entropy = norm[:, 0] - torch.linalg.vecdot(
-            p, logits.clamp(min=torch.finfo(logits.dtype).min)
-        )
+        entropy = norm[:, 0] - torch.linalg.vecdot(p, finite)
     if not bool(torch.isfinite(norm).all()):
         raise OpdlabError(
             "The model's logits hold NaN or infinity while sampling. Check its weights, dtype and"
@@ -204,19 +236,17 @@ def draw(logits: Tensor, uniform: Tensor, config: SamplingConfig) -> tuple[Tenso
 
 
 def _invert(p: Tensor, uniform: Tensor) -> Tensor:
-    """The first token at which the cumulative probability passes `uniform` of the whole."""
+    """Find the first token at which the cumulative probability passes `uniform` of the whole."""
     cdf = p.cumsum(-1)
     whole = cdf[:, -1]
-    point = (
-        (uniform * whole).to(cdf.dtype).minimum(whole.nextafter(torch.zeros_like(whole)))
-    )  # rounding must not reach the end
+    # Rounding must not reach the end.
+    last = whole.nextafter(torch.zeros_like(whole))
+    point = (uniform * whole).to(cdf.dtype).minimum(last)
     return torch.searchsorted(cdf, point[:, None], right=True)[:, 0]
 
 
 def _keep_likeliest(p: Tensor, config: SamplingConfig) -> Tensor:
-    """Set the probability of tokens that the config filters to zero: first top_k, then top_p, then
-    min_p.
-    """
+    """Set the probability of filtered tokens to zero: first top_k, then top_p, then min_p."""
     if 0 < config.top_k < p.shape[-1]:
         ids = p.topk(config.top_k, -1).indices
         p = torch.zeros_like(p).scatter_(-1, ids, p.gather(-1, ids))
