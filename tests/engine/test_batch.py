@@ -197,7 +197,7 @@ def test_return_to_go_equals_the_naive_sum(seed, rows, width, discount):
 
 def test_a_rollout_of_another_tokenizer_is_not_graded(batch, make_policy, make_tokenizer):
     with pytest.raises(
-        TokenizerMismatch, match="'teacher' cannot grade.*another tokenizer than that of"
+        TokenizerMismatch, match=r"'teacher' cannot grade.*another tokenizer than that of"
     ):
         Batch(
             batch.rollout,

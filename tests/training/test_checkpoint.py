@@ -64,7 +64,8 @@ from opdlab.training import checkpoint, phases
 
 folder, where = Path(sys.argv[1]), sys.argv[2]
 kill = lambda *_: os.kill(os.getpid(), signal.SIGKILL)
-run = opd.distill(*opd.load("market"), save=folder, steps=4, batch=4, seed=5, quiet=True, save_every=1)
+options = {"steps": 4, "batch": 4, "seed": 5, "quiet": True, "save_every": 1}
+run = opd.distill(*opd.load("market"), save=folder, **options)
 for step in run:
     if step.number == 2:
         if where == "in the middle of a step":

@@ -42,7 +42,7 @@ def test_wilson_has_a_width_at_0_and_1():
 
 
 def by_likelihood(gained: int, lost: int, prompts: int, difference: float) -> float:
-    """The score statistic with the nuisance share found by maximising the likelihood numerically."""
+    """The score statistic, with the nuisance share that maximises the likelihood numerically."""
 
     def loss(worse: float) -> float:
         better, same = worse + difference, 1 - 2 * worse - difference

@@ -19,8 +19,8 @@ SCRIPT = """
 import sys
 import opdlab as opd
 
-run = opd.distill(*opd.load("market"), method=opd.SFT(), steps=2, batch=4, seed=3, quiet=True, save=sys.argv[1], save_every=2)
-run.train()
+options = {"steps": 2, "batch": 4, "seed": 3, "quiet": True, "save": sys.argv[1], "save_every": 2}
+run = opd.distill(*opd.load("market"), method=opd.SFT(), **options).train()
 assert run.accelerator.num_processes == 2
 """
 
@@ -36,8 +36,17 @@ import opdlab as opd
 
 student, teacher, _ = opd.load("market")
 words = "total 4 7 . 8 5 + 3 9 = 2 1 ; 6 6".split()
-records = [{"prompt": f"ana has {i} 7 apples", "answer": " ".join(words[: 1 + i]), "id": str(i)} for i in range(10)]
-task = opd.tasks.from_records(records, test=0, verify=lambda prompt, text: int(prompt.id) / 10, max_new_tokens=4)
+records = [
+    {"prompt": f"ana has {i} 7 apples", "answer": " ".join(words[: 1 + i]), "id": str(i)}
+    for i in range(10)
+]
+
+
+def verify(prompt, text):
+    return int(prompt.id) / 10
+
+
+task = opd.tasks.from_records(records, test=0, verify=verify, max_new_tokens=4)
 
 
 @dataclass(frozen=True)
@@ -48,7 +57,8 @@ class Given(opd.OPD):
 batch, processes = int(sys.argv[2]), int(sys.argv[3])
 options = {"steps": 3, "batch": batch, "micro_batch": 3, "lr": 1e-3, "seed": 3, "quiet": True}
 for own in (0.0, 0.2, 1.0):
-    run = opd.distill(student.frozen(), teacher, task, method=Given(on_policy=own), **options).train()
+    method = Given(on_policy=own)
+    run = opd.distill(student.frozen(), teacher, task, method=method, **options).train()
     assert run.accelerator.num_processes == processes
     if run.accelerator.is_main_process:
         run.history.to_json(f"{sys.argv[1]}-{own}.json")
@@ -170,11 +180,13 @@ def plan(batch):
     return {}
 
 
-method = opd.method(needs=("teacher",), plan=plan)(lambda rows: rows.student.exp().sum(-1) * 0 - rows.logp)
+method = opd.method(needs=("teacher",), plan=plan)(lambda rows: -rows.logp)
 processes = int(sys.argv[2])
-answers = opd.tasks.from_records(
-    [{"prompt": p.messages, "answer": p.answer[: 4 + 3 * i], "id": str(i)} for i, p in enumerate(task.prompts(8))], test=0
-)
+records = [
+    {"prompt": prompt.messages, "answer": prompt.answer[: 4 + 3 * i], "id": str(i)}
+    for i, prompt in enumerate(task.prompts(8))
+]
+answers = opd.tasks.from_records(records, test=0)
 
 
 class Given(type(method)):
@@ -182,7 +194,8 @@ class Given(type(method)):
 
 
 given = Given(method.function, method.needs, method.planner)
-run = opd.distill(student, teacher, answers, method=given, steps=1, batch=8 // processes, seed=1, quiet=True)
+options = {"steps": 1, "batch": 8 // processes, "seed": 1, "quiet": True}
+run = opd.distill(student, teacher, answers, method=given, **options)
 step = next(run)
 lengths = step.rollout.lengths.tolist()
 print("SEEN", run.accelerator.process_index, sorted(seen.items()), len(lengths))

@@ -304,7 +304,7 @@ def test_full_training_of_a_student_with_an_adapter_is_refused(make_policy, prom
 
 
 def test_an_average_asks_nobody(make_model, words, prompts):
-    """It reads the adapter at every step: no file, no network and no warning may be part of that."""
+    """It reads the adapter at every step, without a file, the network or a warning."""
     model = make_model(len(words))
     model.name_or_path = "nobody/nothing"
     student = opd.Policy.of(model, words)
