@@ -63,7 +63,7 @@ def setup(minutes: Mapping[str, float] | None = None) -> Context:
     """
     import transformers
 
-    import opdlab.viz.curves  # registers the Plotly template "opdlab"
+    import opdlab.viz.plotly_template  # registers the Plotly template "opdlab"
 
     profile = os.environ.get("OPDLAB_PROFILE", "gpu" if torch.cuda.is_available() else "cpu")
     if profile not in PROFILES:

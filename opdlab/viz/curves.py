@@ -1,19 +1,21 @@
-"""Curves of a run: small multiples over steps, and the plotly template that suits light and dark
-pages alike.
+"""Curves of a run: small multiples over its steps, as a Plotly figure.
+
+Plotly is imported when the first figure is made, not with this module: that takes longer than all
+pictures together.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import TYPE_CHECKING
 
 import pandas as pd
-import plotly.graph_objects as go
-import plotly.io as pio
-from plotly.subplots import make_subplots
 
 from opdlab.errors import OpdlabError
 
-TEACHER, STUDENT, AMOUNT = "#0072B2", "#D55E00", "#8A6FC0"
+if TYPE_CHECKING:
+    import plotly.graph_objects as go
+
 KEYS = ("loss", "reverse_kl", "entropy", "length", "reward", "accuracy")
 _LABELS = {
     "loss": "loss",
@@ -31,14 +33,21 @@ _LABELS = {
     "seconds": "step, s",
 }
 _MANY = 24  # steps from which a running mean is drawn over the raw values
-_GREY, _GRID = "#808080", "rgba(128,128,128,0.22)"
 
 
 def curves(history: pd.DataFrame, keys: Sequence[str] | None = None, columns: int = 2) -> go.Figure:
-    """Small multiples of `run.history` over its steps: by default those of `KEYS` that it has.
+    """Draw the numbers of a run over its steps, a small plot for each.
 
-    From 24 points on, a running mean lies over the pale raw values. Raises OpdlabError for an empty
-    history and KeyError for a key that it lacks.
+    From 24 points on, a running mean lies over the pale raw values.
+
+    Args:
+        history: `run.history`.
+        keys: Its columns; by default those of `KEYS` that it has.
+        columns: Plots in a row.
+
+    Raises:
+        OpdlabError: The history is empty.
+        KeyError: The history has no such column.
     """
     if history.empty:
         raise OpdlabError(
@@ -51,6 +60,22 @@ def curves(history: pd.DataFrame, keys: Sequence[str] | None = None, columns: in
         )
     shown = [key for key in keys or KEYS if key in history and history[key].notna().any()]
     columns = max(1, min(columns, len(shown)))
+    figure = _empty_plots(shown, columns)
+    steps = pd.Series(range(1, len(history) + 1), index=history.index)
+    for i, key in enumerate(shown):
+        for line in _lines(key, history.get("step", steps), history[key]):
+            figure.add_trace(line, row=i // columns + 1, col=i % columns + 1)
+    for i in range(max(0, len(shown) - columns), len(shown)):
+        figure.update_xaxes(title_text="step", row=i // columns + 1, col=i % columns + 1)
+    return figure
+
+
+def _empty_plots(shown: Sequence[str], columns: int) -> go.Figure:
+    """A grid of plots with their titles at the left."""
+    from plotly.subplots import make_subplots
+
+    import opdlab.viz.plotly_template  # noqa: F401  # registers the template
+
     rows = max(1, -(-len(shown) // columns))
     figure = make_subplots(
         rows,
@@ -59,32 +84,23 @@ def curves(history: pd.DataFrame, keys: Sequence[str] | None = None, columns: in
         horizontal_spacing=0.11,
         vertical_spacing=min(0.42 / rows, 0.3),
     )
-    for i, key in enumerate(shown):
-        steps = (
-            history["step"]
-            if "step" in history
-            else pd.Series(range(1, len(history) + 1), index=history.index)
-        )
-        for trace in _lines(key, steps, history[key]):
-            figure.add_trace(trace, row=i // columns + 1, col=i % columns + 1)
     figure.update_layout(template="opdlab", height=28 + 168 * rows, showlegend=False)
     figure.update_annotations(xanchor="left", font_size=13)
     for note, i in zip(figure.layout.annotations, range(len(shown)), strict=True):
         note.x = figure.layout[f"xaxis{i + 1 if i else ''}"].domain[0]
-    for i in range(max(0, len(shown) - columns), len(shown)):
-        figure.update_xaxes(title_text="step", row=i // columns + 1, col=i % columns + 1)
     return figure
 
 
 def _lines(key: str, steps: pd.Series, values: pd.Series) -> list[go.Scatter]:
-    """The raw values, and their running mean where there are many; sparse values (accuracy) as
-    dots.
-    """
+    """The raw values, and their running mean where there are many; sparse values as dots."""
+    import plotly.graph_objects as go
+
+    from opdlab.viz.plotly_template import AMOUNT, STUDENT, TEACHER
+
     there = values.notna()
     steps, values = steps[there], values[there].astype(float)
-    colour = {"reward": TEACHER, "accuracy": TEACHER, "reverse_kl": STUDENT, "loss": STUDENT}.get(
-        key, AMOUNT
-    )
+    colours = {"reward": TEACHER, "accuracy": TEACHER, "reverse_kl": STUDENT, "loss": STUDENT}
+    colour = colours.get(key, AMOUNT)
     hover = f"step %{{x}}<br>{_LABELS.get(key, key)} %{{y:.3~g}}<extra></extra>"
     dots = "lines+markers" if len(values) < _MANY else "lines"
     raw = go.Scatter(
@@ -113,36 +129,3 @@ def _lines(key: str, steps: pd.Series, values: pd.Series) -> list[go.Scatter]:
             hovertemplate=hover,
         ),
     ]
-
-
-def _template() -> go.layout.Template:
-    """Transparent paper, mid-grey text and grid: readable on white and on near-black."""
-    axis = {
-        "gridcolor": _GRID,
-        "zeroline": False,
-        "linecolor": _GRID,
-        "ticks": "",
-        "automargin": True,
-        "title": {"font": {"size": 12}},
-    }
-    clear = "rgba(0,0,0,0)"
-    return go.layout.Template(
-        layout={
-            "paper_bgcolor": clear,
-            "plot_bgcolor": clear,
-            "colorway": [TEACHER, STUDENT, AMOUNT, "#009E73", "#CC79A7", _GREY],
-            "font": {
-                "color": _GREY,
-                "size": 12,
-                "family": "system-ui, -apple-system, 'Segoe UI', Inter, 'Noto Sans', sans-serif",
-            },
-            "xaxis": axis | {"showgrid": False, "showline": True},
-            "yaxis": axis | {"nticks": 5},
-            "margin": {"l": 44, "r": 12, "t": 32, "b": 40},
-            "hovermode": "closest",
-            "hoverlabel": {"font": {"size": 12}},
-        }
-    )
-
-
-pio.templates["opdlab"] = _template()

@@ -11,7 +11,6 @@ import pandas as pd
 
 from opdlab.errors import OpdlabError
 from opdlab.support.expect import shortened
-from opdlab.support.progress import in_notebook
 from opdlab.viz import markup
 from opdlab.viz.channel import Channel
 from opdlab.viz.lines import Line, Plot, span, thin
@@ -321,6 +320,8 @@ class _Screen:
         self.due = 0.0
 
     def draw(self, last: bool = False) -> None:
+        from opdlab.support.progress import in_notebook
+
         now = time.monotonic()
         if now < self.due and not last:
             return

@@ -9,7 +9,6 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import pandas as pd
 import pyarrow as pa
-from rapidfuzz.distance import LCSseq
 
 from opdlab.data.trace import Trace
 from opdlab.errors import InvalidValue, OpdlabError, UnknownColumn
@@ -394,6 +393,8 @@ def word_diff(before: str, after: str) -> list[list[str]]:
 
     `[["same" | "gone" | "new", text], …]`. Spaces belong to the word after them.
     """
+    from rapidfuzz.distance import LCSseq  # no other picture needs it
+
     a, b = (re.findall(r"\s*\S+|\s+", text) for text in (before, after))
     out: list[list[str]] = []
     gone, new = "", ""
