@@ -1,4 +1,6 @@
-"""How long `import opdlab.viz` takes, beside what every picture needs: `python -m benchmarks.imports`.
+"""The time of `import opdlab.viz` beside that of what a picture needs.
+
+`python -m benchmarks.imports [--repeats 9]`
 
 A picture needs pyarrow, pandas and Plotly; opdlab is to add at most half of their time, and no
 model stack. Each import runs in a process of its own; the sides alternate, after one round that

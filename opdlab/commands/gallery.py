@@ -1,5 +1,6 @@
-"""The gallery: every view on the shipped world and on a small real model, and their pictures on
-request.
+"""The gallery: every view on the shipped models or on a small real one, as one page or as pictures.
+
+A view that no scene here shows comes with its own example, so a new view needs no line here.
 """
 
 from __future__ import annotations
@@ -26,6 +27,7 @@ from opdlab.training import snapshots
 from opdlab.training.evaluation import evaluate
 from opdlab.training.run import distill
 from opdlab.viz import (
+    VIEWS,
     Alignment,
     Audits,
     Compare,
@@ -45,171 +47,6 @@ from opdlab.viz import (
 )
 from opdlab.viz.overview import overview
 
-Scene = Iterator[tuple[str, View]]
-
-
-def market(quick: bool = False) -> Scene:
-    """Every view, on the shipped models. `quick`: few steps, for tests."""
-    student, teacher, task = load("market")
-    steps, held = (4, 40) if quick else (60, 200)
-    start = student.frozen()
-    rollout = student.sample(
-        task.prompts(24, split="test"), max_new_tokens=task.max_new_tokens, seed=0
-    )
-    trace = typed(score(rollout, start, teacher), task, rollout, student)
-    rewards = judged(task, rollout)
-    several = start.sample(
-        rollout.prompts[:1], n=8, max_new_tokens=task.max_new_tokens, temperature=1.5, seed=1
-    )
-    roads = Timeline(score(several, start, teacher), rewards=judged(task, several))
-    wrong = rewards.index(0.0) if 0.0 in rewards else 0
-    before = evaluate(start, task, n=held, name="before")
-    run = distill(
-        student, teacher, task, steps=steps, snapshot_every=max(1, steps // 6), quiet=True
-    ).train()
-    after, again = evaluate(student, task, n=held, name="after"), score(rollout, student, teacher)
-
-    yield (
-        "What each token was told",
-        TokenLens(trace, wrong, title="Written by the student, graded by the teacher"),
-    )
-    yield "The same text before and after", Compare({"before": trace, "after": again}, sample=wrong)
-    yield "All completions", Rollouts(trace, rewards=rewards)
-    yield "Where texts leave the teacher's road", roads
-    secret = told()
-    yield "Which tokens a rule touches", Regimes(secret)
-    yield (
-        "What a hint adds",
-        PrivilegeLens(secret, wrong="teacher+wrong", title="A skill, or a leaked answer?"),
-    )
-    yield (
-        "Real forks and false alarms",
-        Forks(first_step(start, teacher, task, TOPD(share=0.1), 24)),
-    )
-    chunks = OmniOPD(length=1, chunks=4, continuations=4, similarity="rouge1", match_length=True)
-    yield (
-        "What a teacher that only writes said",
-        Audits(first_step(start, TextOnly(model("scribe")), task, chunks, 8)),
-    )
-    yield (
-        "The fate of each token over training",
-        Scrubber(snapshots.rescore(run, rollout, teacher), history=run.history, sample=wrong),
-    )
-    yield (
-        "What was written at each step",
-        Scrubber(snapshots.rewrite(run, rollout.prompts[wrong : wrong + 1], teacher), run.history),
-    )
-    yield "The run, with its alarms", RunBoard(run)
-    yield (
-        "The run on one card",
-        RunCard(
-            run, before, after, samples={"before": trace, "after": again}, title="OPD on market"
-        ),
-    )
-    yield (
-        "What a loss does",
-        Playground(["forward_kl", "reverse_kl", "jensen_shannon"], trace=trace, sample=wrong),
-    )
-    yield "What the kept tokens miss", TailAudit(trace, wrong)
-    yield (
-        "Two tokenizers, one text",
-        Alignment.of(rollout.texts[wrong], student.tokenizer, model("scribe").tokenizer),
-    )
-
-
-def told() -> Trace:
-    """Secret problems under the student, the teacher bare, told the hint, and told another
-    problem's; with DOPD's routes.
-    """
-    student, teacher, task = load("market", secret=True)
-    prompts = task.prompts(24, split="test")
-    other = {
-        p.id: p.hint for p in load("market", secret=True, wrong=True)[2].prompts(24, split="test")
-    }
-    rollout = student.sample(prompts, max_new_tokens=task.max_new_tokens, seed=0)
-    seen: dict[str, Any] = {
-        "teacher+hint": teacher.seeing(),
-        "teacher+wrong": teacher.seeing(lambda p: p.with_context(str(other[p.id]))),
-    }
-    batch = Batch(
-        rollout,
-        {
-            "student": student,
-            "teacher+hint": seen["teacher+hint"],
-            "student+hint": student.seeing(),
-        },
-        task,
-    )
-    planned = run_plan(DOPD(), batch)
-    trace = typed(score(rollout, student, teacher, **seen), task, rollout, student)
-    columns = {
-        name: Column(values, planned.descriptions[name]) for name, values in planned.columns.items()
-    }
-    trace = trace.with_columns(**columns)
-    return Trace(trace.table, {**trace.meta, "plan": list(columns), "method": "DOPD"})
-
-
-def small(quick: bool = False) -> Scene:
-    """The views of one scored text, and of a short run, on SmolLM2: real words, a vocabulary of
-    49,000, byte-level pieces.
-    """
-    student, teacher, task = load("small")
-    start, steps = student.frozen(), 1 if quick else 6
-    rollout = student.sample(
-        task.prompts(4, split="test"), max_new_tokens=8 if quick else 48, seed=0
-    )
-    trace = score(rollout, start, teacher)
-    run = distill(
-        student,
-        teacher,
-        task,
-        steps=steps,
-        batch=2 if quick else 8,
-        snapshot_every=max(1, steps // 3),
-        quiet=True,
-    ).train()
-    again = score(rollout, student, teacher)
-    rewards = judged(task, rollout)
-    yield from overview(trace)
-    yield "The same text before and after", Compare({"before": trace, "after": again})
-    yield (
-        "The fate of each token over training",
-        Scrubber(snapshots.rescore(run, rollout, teacher), history=run.history),
-    )
-    yield "The run, with its alarms", RunBoard(run)
-    yield "The answers that keep to the rule", Rollouts(trace, rewards=rewards)
-    yield (
-        "Two tokenizers, one text",
-        Alignment.of(rollout.texts[0], student.tokenizer, model("scribe").tokenizer),
-    )
-
-
-def first_step(student: Policy, teacher: Any, task: Task, method: Any, batch: int) -> Trace:
-    """What a method saw in one step of training."""
-    return next(
-        distill(student.frozen(), teacher, task, method=method, steps=1, batch=batch, quiet=True)
-    ).trace()
-
-
-def judged(task: Task, rollout: Rollout) -> list[float]:
-    """The verifier's word on every text."""
-    if task.verify is None:
-        raise OpdlabError(
-            f"The task {task.name!r} has no verifier, so its texts have no rewards. Give it"
-            " verify=."
-        )
-    return task.scores(rollout.prompts, rollout.texts)
-
-
-def typed(trace: Trace, task: Task, rollout: Rollout, student: Policy) -> Trace:
-    """With the true type of every token, where the task knows it."""
-    return trace.with_columns(
-        type=[kind for row in task.token_types(rollout, student.tokenizer) for kind in row]
-    )
-
-
-WORLDS = {"market": market, "small": small}
-
 
 def gallery(
     out: Path = Path("runs/gallery"),
@@ -217,15 +54,148 @@ def gallery(
     pictures: bool = False,
     quick: bool = False,
 ) -> Path:
-    """Write `out/<world>.html` with every view; with `pictures`, each in light and dark at 480 and
-    1200 pixels as well.
+    """Write a page with every view.
+
+    Args:
+        out: The folder of `<world>.html` and of the pictures.
+        world: "market" (shipped models) or "small" (SmolLM2-135M).
+        pictures: Whether to draw each view as a PNG as well: light and dark, 480 and 1200 pixels
+            wide.
+        quick: Whether to train for a few steps only, as the tests do.
+
+    Returns:
+        The page's path.
+
+    Raises:
+        OpdlabError: There is no gallery of that world.
     """
     if world not in WORLDS:
         raise OpdlabError(f"There is no gallery of {world!r}. Use {' or '.join(WORLDS)}.")
-    views = list(WORLDS[world](quick))
-    path = page(out / f"{world}.html", title=f"opdlab: every view, on {world}", lenses=views)
-    for number, (_, view) in enumerate(views if pictures else []):
+    views = complete(list(WORLDS[world](quick)))
+    shown = [(view.caption, view) for view in views]
+    path = page(out / f"{world}.html", title=f"opdlab: every view, on {world}", lenses=shown)
+    for number, view in enumerate(views if pictures else []):
         for dark, width in itertools.product((False, True), (480, 1200)):
             name = f"{world}-{number:02d}-{view.name}-{width}-{'dark' if dark else 'light'}.png"
             view.to_png(out / name, dark=dark, width=width)
     return path
+
+
+def complete(views: list[View]) -> list[View]:
+    """Return the views in the order of `VIEWS`, with the example of each kind that is not there."""
+    out: list[View] = []
+    for kind in VIEWS:
+        out += [view for view in views if type(view) is kind] or [kind.example()]
+    return out
+
+
+def market_views(quick: bool = False) -> Iterator[View]:
+    """Yield views of the shipped models before, during and after a run."""
+    student, teacher, task = load("market")
+    start = student.frozen()
+    room = task.max_new_tokens
+    rollout = student.sample(task.prompts(24, split="test"), max_new_tokens=room, seed=0)
+    trace = with_types(score(rollout, start, teacher), task, rollout, student)
+    rewards = task.scores(rollout.prompts, rollout.texts)
+    wrong = rewards.index(0.0) if 0.0 in rewards else 0
+    yield TokenLens(trace, wrong, title="Written by the student, graded by the teacher")
+    yield Rollouts(trace, rewards=rewards)
+    yield TailAudit(trace, wrong)
+    divergences = ["forward_kl", "reverse_kl", "jensen_shannon"]
+    yield Playground(divergences, trace=trace, sample=wrong)
+    scribe = model("scribe").tokenizer
+    yield Alignment.of(rollout.texts[wrong], student.tokenizer, scribe)
+
+    several = start.sample(rollout.prompts[:1], n=8, max_new_tokens=room, temperature=1.5, seed=1)
+    graded = score(several, start, teacher)
+    yield Timeline(graded, rewards=task.scores(several.prompts, several.texts))
+    secret = secret_trace()
+    yield Regimes(secret)
+    yield PrivilegeLens(secret, wrong="teacher+wrong", title="A skill, or a leaked answer?")
+    yield Forks(first_step(start, teacher, task, TOPD(share=0.1), batch=24))
+    chunks = OmniOPD(length=1, chunks=4, continuations=4, similarity="rouge1", match_length=True)
+    yield Audits(first_step(start, TextOnly(model("scribe")), task, chunks, batch=8))
+
+    steps, held_out = (4, 40) if quick else (60, 200)
+    before = evaluate(start, task, n=held_out, name="before")
+    every = max(1, steps // 6)
+    run = distill(student, teacher, task, steps=steps, snapshot_every=every, quiet=True).train()
+    after = evaluate(student, task, n=held_out, name="after")
+    again = score(rollout, student, teacher)
+    both = {"before": trace, "after": again}
+    yield Compare(both, sample=wrong, title="Before and after training")
+    yield Scrubber(snapshots.rescore(run, rollout, teacher), history=run.history, sample=wrong)
+    prompt = rollout.prompts[wrong : wrong + 1]
+    yield Scrubber(snapshots.rewrite(run, prompt, teacher), run.history)
+    yield RunBoard(run)
+    yield RunCard(run, before, after, samples=both, title="OPD on market")
+
+
+def small_views(quick: bool = False) -> Iterator[View]:
+    """Yield views of one scored text and of a short run on SmolLM2.
+
+    Real words, a vocabulary of 49,000, byte-level pieces.
+    """
+    student, teacher, task = load("small")
+    start = student.frozen()
+    room = 8 if quick else 48
+    rollout = student.sample(task.prompts(4, split="test"), max_new_tokens=room, seed=0)
+    trace = score(rollout, start, teacher)
+    for _, view in overview(trace):
+        if not isinstance(view, Rollouts):
+            yield view
+    yield Rollouts(trace, rewards=task.scores(rollout.prompts, rollout.texts))
+    scribe = model("scribe").tokenizer
+    yield Alignment.of(rollout.texts[0], student.tokenizer, scribe)
+
+    steps, batch = (1, 2) if quick else (6, 8)
+    run = distill(
+        student,
+        teacher,
+        task,
+        steps=steps,
+        batch=batch,
+        snapshot_every=max(1, steps // 3),
+        quiet=True,
+    ).train()
+    yield Compare({"before": trace, "after": score(rollout, student, teacher)})
+    yield Scrubber(snapshots.rescore(run, rollout, teacher), history=run.history)
+    yield RunBoard(run)
+
+
+WORLDS = {"market": market_views, "small": small_views}
+
+
+def secret_trace() -> Trace:
+    """Grade answers to secret problems with and without hints, and route them as DOPD does.
+
+    The teacher reads the problem alone, with its hint, and with the hint of another problem.
+    """
+    student, teacher, task = load("market", secret=True)
+    prompts = task.prompts(24, split="test")
+    wrong_task = load("market", secret=True, wrong=True)[2]
+    wrong_hints = {prompt.id: str(prompt.hint) for prompt in wrong_task.prompts(24, split="test")}
+    rollout = student.sample(prompts, max_new_tokens=task.max_new_tokens, seed=0)
+    hinted = teacher.seeing()
+    misled = teacher.seeing(lambda prompt: prompt.with_context(wrong_hints[prompt.id]))
+    others: dict[str, Any] = {"teacher+hint": hinted, "teacher+wrong": misled}
+    graded = score(rollout, student, teacher, **others)
+    trace = with_types(graded, task, rollout, student)
+    policies = {"student": student, "teacher+hint": hinted, "student+hint": student.seeing()}
+    planned = run_plan(DOPD(), Batch(rollout, policies, task))
+    columns = {
+        name: Column(values, planned.descriptions[name]) for name, values in planned.columns.items()
+    }
+    return trace.with_columns(**columns)
+
+
+def first_step(student: Policy, teacher: Any, task: Task, method: Any, batch: int) -> Trace:
+    """Return the trace of one step of training, whose plan notes what it compared."""
+    run = distill(student.frozen(), teacher, task, method=method, steps=1, batch=batch, quiet=True)
+    return next(run).trace()
+
+
+def with_types(trace: Trace, task: Task, rollout: Rollout, student: Policy) -> Trace:
+    """Add the true type of every token, where the task knows it."""
+    types = task.token_types(rollout, student.tokenizer)
+    return trace.with_columns(type=[kind for row in types for kind in row])

@@ -131,11 +131,7 @@ class Alignment(View):
             theirs: The teacher's tokenizer.
             options: Other arguments of `Alignment`.
         """
-        sides = []
-        for tokenizer in (ours, theirs):
-            ids = tokenizer(text, add_special_tokens=False)["input_ids"]
-            sides.append(decode_bytes(tokenizer, ids))
-        return cls(*sides, **options)
+        return cls(_cut(text, ours), _cut(text, theirs), **options)
 
     @classmethod
     def of_trace(cls, trace: Trace, sample: int = 0, **options: Any) -> Self:
@@ -279,6 +275,11 @@ class Alignment(View):
         return " · ".join([*parts, f"{unmatched} bytes unmatched"] if unmatched else parts)
 
 
+def _cut(text: str, tokenizer: Any) -> list[bytes]:
+    """The bytes of a text's tokens."""
+    return decode_bytes(tokenizer, tokenizer(text, add_special_tokens=False)["input_ids"])
+
+
 def _noted_spans(trace: Trace) -> dict[int, dict[str, Any]]:
     """The alignments that a plan noted, by completion."""
     note = trace.note(Alignments)
@@ -335,7 +336,7 @@ def joints(above: Sequence[bytes], below: Sequence[bytes]) -> str:
 
 
 def _places(side: Sequence[bytes]) -> list[tuple[float, float, float]]:
-    """The centre of each token in percent of the cell, and where its bytes begin and end, 0 to 1."""
+    """Each token's centre in percent of the cell, and where its bytes begin and end, 0 to 1."""
     columns = _cumulated([width(piece) for piece in side])
     at = _cumulated([len(piece) for piece in side])
     centres = 50 * (columns[:-1] + columns[1:])

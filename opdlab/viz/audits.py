@@ -111,7 +111,7 @@ class Audits(View):
 
     @property
     def df(self) -> pd.DataFrame:
-        """The trace's rows with `token` and `audit`, the first row of the token's chunk (-1: none)."""
+        """The trace's rows with `token` and `audit`, the first row of its chunk (-1: none)."""
         return self.trace.to_pandas().assign(
             token=[visible(p) for p in self.trace.tokens()], audit=self._audit
         )

@@ -58,12 +58,14 @@ class Axis:
         Infinities lie at the ends.
         """
         low, high = (self._bend(np.array(end)) for end in self.ends)
-        return np.clip((self._bend(np.asarray(values, float)) - low) / (high - low), 0, 1)
+        return np.asarray(
+            np.clip((self._bend(np.asarray(values, float)) - low) / (high - low), 0, 1)
+        )
 
     def _bend(self, values: np.ndarray) -> np.ndarray:
         if self.scale == "log":
-            return np.log(np.maximum(values, 1e-30))
-        return np.arcsinh(values / self.soft) if self.scale == "asinh" else values
+            return np.asarray(np.log(np.maximum(values, 1e-30)))
+        return np.asarray(np.arcsinh(values / self.soft)) if self.scale == "asinh" else values
 
 
 def find_axes(trace: Trace) -> dict[str, Axis]:
@@ -71,7 +73,7 @@ def find_axes(trace: Trace) -> dict[str, Axis]:
 
     The channels that are numbers, with their line at the threshold that the plan describes; and
     `gap`, `confidence`, `max_p` and `rank` of the first rival where no column has that name. `gap`
-    is |log q_T − log q_S| of the sampled token and `confidence` is q_S + q_T (see `compared_sides`).
+    is |log q_T − log q_S| of the sampled token, `confidence` q_S + q_T (see `compared_sides`).
     """
     found = {}
     for channel in find_channels(trace).values():
@@ -147,8 +149,9 @@ def _axes_of_certainty(trace: Trace) -> Iterator[Axis]:
 
 
 def _axis_of_channel(channel: Channel, line: float | None) -> Axis:
-    """A channel as an axis; its line is at `line`, else at zero where there are two sides, else at
-    the mean.
+    """A channel as an axis.
+
+    Its line is at `line`, else at zero where there are two sides, else at the mean.
     """
     size = np.abs(channel.values[np.isfinite(channel.values)])
     mean = _mean(size)

@@ -1,5 +1,6 @@
-"""Pictures of pages by a headless Chromium found on the machine, through its debugging pipe: no
-driver, no port, no network.
+"""Pictures of pages by a headless Chromium that is on the machine.
+
+It is driven through its debugging pipe: no driver, no port, no network.
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ import sys
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from select import select
 from typing import Any
@@ -57,9 +59,10 @@ _BECOME = (
 
 
 def browser() -> str:
-    """The path of a Chromium-like browser; OPDLAB_BROWSER overrides.
+    """Return the path of a Chromium-like browser; OPDLAB_BROWSER overrides the search.
 
-    Raises OpdlabError with what to install.
+    Raises:
+        OpdlabError: There is none. The message says what to install.
     """
     named = os.environ.get("OPDLAB_BROWSER")
     found = (
@@ -86,8 +89,21 @@ def shoot(
     density: float = 2.0,
     least: int = 600,
 ) -> Path:
-    """Write a PNG of a whole HTML document, as high as it is; `width`, and `least`, the height of
-    the window, in CSS pixels.
+    """Write a PNG of a whole HTML document, as high as it is.
+
+    Args:
+        document: The HTML.
+        path: Where the PNG goes.
+        dark: Whether the page is told that the system is dark.
+        width: The width of the window in CSS pixels.
+        density: Pixels of the picture for each CSS pixel.
+        least: The height of the window in CSS pixels.
+
+    Returns:
+        The path.
+
+    Raises:
+        OpdlabError: There is no browser, or it does not answer.
     """
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -98,7 +114,7 @@ def shoot(
         page = embed.write(Path(folder) / "page.html", document)
         target = ask("Target.createTarget", url="about:blank")["targetId"]
         session = ask("Target.attachToTarget", targetId=target, flatten=True)["sessionId"]
-        tab = lambda method, **values: ask(method, session, **values)
+        tab = partial(ask, session=session)
         theme = {"name": "prefers-color-scheme", "value": "dark" if dark else "light"}
         tab(
             "Emulation.setEmulatedMedia",
@@ -120,9 +136,9 @@ def shoot(
         shot = tab("Page.captureScreenshot", format="png", captureBeyondViewport=True, clip=clip)[
             "data"
         ]
-    partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
-    partial.write_bytes(base64.b64decode(shot))
-    os.replace(partial, path)
+    unfinished = path.with_name(f".{path.name}.{os.getpid()}.partial")
+    unfinished.write_bytes(base64.b64decode(shot))
+    os.replace(unfinished, path)
     return path
 
 
@@ -130,22 +146,16 @@ class _Pipe:
     """Commands to the browser, one at a time; JSON with a zero byte at the end, both ways."""
 
     def __init__(self, read: int, write: int) -> None:
-        self.read, self.write, self.buffer, self.number, self.events = (
-            read,
-            write,
-            b"",
-            0,
-            set[str](),
-        )
+        self.read, self.write = read, write
+        self.buffer = b""
+        self.number = 0
+        self.events: set[str] = set()
 
     def __call__(self, method: str, session: str | None = None, **values: Any) -> dict[str, Any]:
         self.number += 1
-        message = {
-            "id": self.number,
-            "method": method,
-            "params": values,
-            **({"sessionId": session} if session else {}),
-        }
+        message: dict[str, Any] = {"id": self.number, "method": method, "params": values}
+        if session:
+            message["sessionId"] = session
         try:
             os.write(self.write, json.dumps(message).encode() + b"\0")
         except BrokenPipeError:
@@ -158,9 +168,11 @@ class _Pipe:
                         f"The browser refused {method}: {reply['error'].get('message')}. Try a"
                         " newer Chromium."
                     )
-                return reply["result"]
+                result: dict[str, Any] = reply["result"]
+                return result
 
     def wait(self, event: str) -> None:
+        """Read messages until an event has come."""
         while event not in self.events:
             self._next()
 
@@ -168,13 +180,10 @@ class _Pipe:
         while b"\0" not in self.buffer:
             chunk = os.read(self.read, 1 << 20) if select([self.read], [], [], PATIENCE)[0] else b""
             if not chunk:
-                raise OpdlabError(
-                    "The browser stopped or fell silent before the picture was made. Try it by"
-                    " hand: chromium --headless=new about:blank."
-                )
+                raise OpdlabError(_SILENT)
             self.buffer += chunk
         line, self.buffer = self.buffer.split(b"\0", 1)
-        message = json.loads(line)
+        message: dict[str, Any] = json.loads(line)
         self.events.add(message.get("method", ""))
         return message
 

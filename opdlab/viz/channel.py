@@ -102,7 +102,7 @@ def describe_channel(channel: Channel, limit: float) -> dict[str, Any]:
 
 def _drawn_values(channel: Channel, limit: float) -> np.ndarray:
     if channel.names:
-        return np.nan_to_num(channel.values, nan=-1).astype(int)
+        return np.asarray(np.nan_to_num(channel.values, nan=-1), int)
     if channel.minor:
         return payload.coarser(channel.values, limit)
     return payload.numbers(channel.values)

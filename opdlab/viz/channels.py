@@ -197,8 +197,9 @@ def _divergences(trace: Trace, rival: str, prefix: str, suffix: str) -> Iterator
 
 
 def _divergence(trace: Trace, rival: str, key: str) -> tuple[np.ndarray | None, str]:
-    """The exact column, else a coarse one, else what the kept top tokens say; and how it was found
-    where it is not exact.
+    """The exact column, else a coarse one, else a bound from the kept top tokens.
+
+    With it goes how it was found, where it is not exact.
     """
     have = trace.table.column_names
     if f"{rival}_{key}" in have:

@@ -1,4 +1,4 @@
-"""Compare: one text as several losses, teachers, checkpoints or runs see it, and where they differ."""
+"""Compare: one text under several losses, teachers, checkpoints or runs, and their difference."""
 
 from __future__ import annotations
 
@@ -165,10 +165,12 @@ class Compare(View):
             f"{markup.strip_box(tokens, channel, self.limit)}"
             for name, channel in zip(self.names, chosen, strict=True)
         ]
+        lines = (self._summary(), *self._kinds_in_words())
+        said = "".join(markup.said_box(line) for line in lines)
         return (
             f"{markup.title(self.title)}"
             f'<div class="opd-bar">{markup.legend(chosen[0], self.limit)}</div>{"".join(strips)}'
-            f"{''.join(markup.said_box(line) for line in (self._summary(), *self._kinds_in_words()))}"
+            f"{said}"
         )
 
     def data(self) -> dict[str, Any]:
@@ -200,7 +202,7 @@ class Compare(View):
         return "\n".join([head, *lines, self._summary(), *self._kinds_in_words()])
 
     def _carried(self) -> list[dict[str, Any]]:
-        """The channels with the values of all traces; of long texts those that there is room for."""
+        """The channels with the values of all traces; of long texts only some, to save room."""
         out, spent = [], 0
         for key, found in self.channels.items():
             limit = max(channel.limit for channel in found)
@@ -287,8 +289,5 @@ def _check_same(traces: Mapping[str, Trace]) -> None:
 
 def _spearman(some: Sequence[Channel]) -> np.ndarray:
     """`[k, k]` rank correlations of sizes."""
-    return (
-        pd.DataFrame({i: np.abs(c.values) for i, c in enumerate(some)})
-        .corr(method="spearman")
-        .to_numpy(float)
-    )
+    sizes = pd.DataFrame({i: np.abs(channel.values) for i, channel in enumerate(some)})
+    return np.asarray(sizes.corr(method="spearman"), float)

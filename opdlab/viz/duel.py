@@ -1,6 +1,4 @@
-"""The duel: at each token, the few tokens that the policies wanted most, side by side, and the mass
-of all others.
-"""
+"""The duel: the top candidates of every policy at each token, and the mass of all others."""
 
 from __future__ import annotations
 
@@ -14,19 +12,23 @@ from opdlab.viz.glyphs import visible
 
 ROWS = 9  # the sampled token and eight more: what the panel has room for
 LEAST = 1e-3  # a token that no policy gives as much is not shown by itself
-ENTRIES, FEWER = (
-    9000,
-    4000,
-)  # rows of all tokens together that a page carries; fewer where the text itself is long
+# Rows of all tokens together that a page carries; fewer where the text itself is long.
+ENTRIES, FEWER = 9000, 4000
 
 
 def duel(trace: Trace) -> dict[str, Any] | None:
-    """Who wanted what. None for a trace that kept no top tokens.
+    """Return the top candidates of every policy at each token, as the page reads them.
 
-    `count [n]`: rows of each token, 0 where there was no room (the tokens on which the policies
-    differ most come first). Then, row after row: `row`, an index into `names` and `ids`, likeliest
-    under any policy first, with the sampled token always among them; `p[policy]`; and for each
-    token that has rows `other[policy]`, the mass not shown. `rank[policy] [n]`.
+    Returns:
+        None for a trace that kept no top tokens, else:
+
+        - `count [n]`: candidates of each token; 0 where there was no room, since tokens on which
+          the policies differ most come first.
+        - `row`: the candidates of all tokens, one after the other, as places in `names` and `ids`;
+          the likeliest under any policy first, the sampled token always among them.
+        - `p[policy]`: their probabilities.
+        - `other[policy]`: the mass not shown, for each token that has candidates.
+        - `rank[policy] [n]`: the rank of the sampled token.
     """
     have = set(trace.table.column_names)
     policies = [name for name in trace.policies if f"{name}_top" in have]
@@ -36,10 +38,10 @@ def duel(trace: Trace) -> dict[str, Any] | None:
     rows, shown, real = _best(ids, p)
     real &= _fits(trace, real)[:, None]
     kept = real.any(1)
-    pick = lambda x: np.take_along_axis(x, shown, 1)
     seen, index = np.unique(rows[real], return_inverse=True)
+    picked = {name: np.take_along_axis(x, shown, 1) for name, x in p.items()}
     other = {
-        name: trace.column(f"{name}_tail") + x.sum(1) - (pick(x) * real).sum(1)
+        name: trace.column(f"{name}_tail") + x.sum(1) - (picked[name] * real).sum(1)
         for name, x in p.items()
     }
     return {
@@ -47,27 +49,21 @@ def duel(trace: Trace) -> dict[str, Any] | None:
         "row": index,
         "ids": seen,
         "names": [payload.word(visible(trace.piece(int(i)))) for i in seen],
-        "p": {name: _share(pick(x)[real]) for name, x in p.items()},
+        "p": {name: _share(x[real]) for name, x in picked.items()},
         "other": {name: _share(x[kept]) for name, x in other.items()},
         "rank": {name: trace.column(f"{name}_rank") for name in policies if f"{name}_rank" in have},
     }
 
 
 def _wanted(trace: Trace, policies: list[str]) -> tuple[np.ndarray, dict[str, np.ndarray]]:
-    """`[n, S]` token ids (-1: a repeat; the first is the sampled token) and their probabilities
-    under each policy.
-    """
+    """Token ids `[n, S]`, the sampled token first and -1 for repeats, and their probabilities."""
     ids = trace.column("support")
-    return ids, {
-        name: np.where(ids < 0, 0.0, np.exp(trace.column(f"{name}_top").astype(float)))
-        for name in policies
-    }
+    top = {name: np.exp(trace.column(f"{name}_top").astype(float)) for name in policies}
+    return ids, {name: np.where(ids < 0, 0.0, p) for name, p in top.items()}
 
 
 def _best(ids: np.ndarray, p: dict[str, np.ndarray]) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Ids of the rows to show `[n, ROWS]`, where they stand in the support, and which of them are
-    real.
-    """
+    """Ids of the rows to show `[n, ROWS]`, their places in the support, and which are real."""
     best = np.where(ids < 0, -1.0, np.max(list(p.values()), axis=0))
     first = np.where(np.arange(ids.shape[1]) == 0, np.inf, best)
     shown = np.argsort(-first, axis=1, kind="stable")[:, :ROWS]
@@ -79,7 +75,7 @@ def _best(ids: np.ndarray, p: dict[str, np.ndarray]) -> tuple[np.ndarray, np.nda
 
 
 def _fits(trace: Trace, real: np.ndarray) -> np.ndarray:
-    """Which tokens have room for their rows, in the order of how much the policies differ on them."""
+    """Which tokens have room for their rows; those on which the policies differ most come first."""
     order = np.argsort(-_differ(trace), kind="stable")
     room = np.cumsum(real.sum(1)[order]) <= (FEWER if len(trace) > payload.LONG else ENTRIES)
     out = np.zeros(len(trace), bool)
@@ -96,8 +92,8 @@ def _differ(trace: Trace) -> np.ndarray:
             np.abs(trace.column(f"{name}_logp").astype(float) - trace.column("student_logp"))
             for name in rivals
         ]
-    return np.nan_to_num(np.max(gaps, axis=0), nan=0.0, posinf=1e9)
+    return np.asarray(np.nan_to_num(np.max(gaps, axis=0), nan=0.0, posinf=1e9))
 
 
 def _share(p: np.ndarray) -> np.ndarray:
-    return np.clip(p, 0, 1).astype(np.float16)
+    return np.asarray(np.clip(p, 0, 1).astype(np.float16))

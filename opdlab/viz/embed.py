@@ -1,6 +1,4 @@
-"""What goes into one HTML file with it: styles, module and data, so that nothing is fetched and no
-text becomes markup.
-"""
+"""Put styles, module and data into one HTML file: nothing is fetched, no text becomes markup."""
 
 from __future__ import annotations
 
@@ -38,6 +36,7 @@ def style_text(*names: str) -> str:
 
 
 def style(*names: str) -> str:
+    """Return style sheets inline."""
     return f"<style>\n{style_text(*names)}\n</style>"
 
 

@@ -25,8 +25,13 @@ Part = tuple[str, str]  # what is seen, the text it stands for
 
 @dataclass(frozen=True)
 class Group:
-    """`tokens` neighbouring tokens whose bytes decode together: leading spaces `lead`, then
-    `parts`; `special` like `<eos>`.
+    """Neighbouring tokens whose bytes decode together.
+
+    Attributes:
+        lead: Leading spaces.
+        parts: The rest: what is seen beside the text that it stands for.
+        tokens: How many tokens they are.
+        special: Whether it is a special token such as `<eos>`.
     """
 
     lead: str
@@ -41,8 +46,9 @@ class Group:
 
 
 def groups(pieces: Iterable[bytes]) -> list[Group]:
-    """The pieces of a text as groups; their texts re-join to the whole, decoded (bytes that are no
-    UTF-8 give U+FFFD).
+    """Return the pieces of a text as groups whose texts re-join to the whole, decoded.
+
+    Bytes that are no UTF-8 give U+FFFD.
     """
     decoder = codecs.getincrementaldecoder("utf-8")("replace")
     out: list[Group] = []
@@ -67,8 +73,9 @@ def groups(pieces: Iterable[bytes]) -> list[Group]:
 
 @lru_cache(maxsize=65_536)
 def visible(piece: bytes) -> str:
-    """One token in a list: spaces as `·`, controls by name, stray bytes as `\\xf0`, and `∅` for
-    nothing.
+    r"""Return one token as lists show it.
+
+    Spaces are `·`, controls have names, stray bytes are `\xf0`, and no bytes are `∅`.
     """
     text = _decoded(piece)
     if _plain(text):
@@ -77,15 +84,13 @@ def visible(piece: bytes) -> str:
 
 
 def clean(text: str) -> str:
-    """Any string as one that UTF-8 can hold."""
+    """Return any string as one that UTF-8 can hold."""
     return text.encode("utf-8", "replace").decode()
 
 
 @lru_cache(maxsize=65_536)
 def _alone(piece: bytes) -> Group | None:
-    """The group of a piece that ends no character of others and leaves none open; None where it
-    leaves one open.
-    """
+    """The group of a piece that is whole characters; None for one that leaves a character open."""
     decoder = codecs.getincrementaldecoder("utf-8")("replace")
     text = decoder.decode(piece)
     return None if decoder.getstate()[0] else _group(piece, text, 1)
@@ -106,9 +111,7 @@ def _decoded(piece: bytes) -> str:
 
 
 def _plain(text: str) -> bool:
-    """Whether all of a text is seen as it is, spaces within it apart: the quick way through long
-    ones.
-    """
+    """Whether all of a text but spaces within it is seen as it is: the quick way through texts."""
     return text.isprintable() and not any(
         unicodedata.category(c)[0] == "M" for c in (*text[:1], *text[-1:])
     )

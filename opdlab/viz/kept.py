@@ -1,5 +1,4 @@
-"""What the kept top tokens say by themselves: divergences on them plus one bucket for all other
-tokens.
+"""Divergences on the kept top tokens of a trace plus one bucket for all other tokens.
 
 By the data-processing inequality such a divergence is a lower bound of the one over the whole
 vocabulary, and equals it where the policies agree on all that lies in the bucket. The columns of a
@@ -16,7 +15,7 @@ DUST = 1e-9  # a tail below this is rounding, not mass
 
 
 def has_top(trace: Trace, *policies: str) -> bool:
-    """Whether the trace kept the top tokens of these policies."""
+    """Return whether the trace kept the top tokens of these policies."""
     return {
         "support",
         *(f"{name}_top" for name in policies),
@@ -25,38 +24,37 @@ def has_top(trace: Trace, *policies: str) -> bool:
 
 
 def coarse(trace: Trace, policy: str) -> np.ndarray:
-    """Log-probs of the kept tokens, then of the bucket:
+    """Return log-probs of the kept tokens, then of the bucket, `[n, S + 1]`.
 
-    `[n, S + 1]`, -inf at repeats and where a tail is only dust.
+    -inf at repeats, and where a tail is only dust.
     """
-    top, tail = (
-        trace.column(f"{policy}_top").astype(float),
-        trace.column(f"{policy}_tail").astype(float),
-    )
-    return (
-        np.concatenate(
-            [top, np.log(tail, out=np.full(len(tail), -np.inf), where=tail > DUST)[:, None]], 1
-        )
-        if len(trace)
-        else top
-    )
+    top = trace.column(f"{policy}_top").astype(float)
+    if not len(trace):
+        return top
+    tail = trace.column(f"{policy}_tail").astype(float)
+    bucket = np.log(tail, out=np.full(len(tail), -np.inf), where=tail > DUST)
+    return np.concatenate([top, bucket[:, None]], 1)
 
 
 def kl(p: np.ndarray, q: np.ndarray) -> np.ndarray:
-    """KL(p || q) of log-probs over the last axis, nats; +inf where q rules out what p does not."""
+    """Return KL(p || q) of log-probs over the last axis, in nats.
+
+    +inf where q rules out a token that p does not.
+    """
     with np.errstate(invalid="ignore"):
-        return np.where(np.isneginf(p), 0.0, np.exp(p) * (p - q)).sum(-1)
+        return np.asarray(np.where(np.isneginf(p), 0.0, np.exp(p) * (p - q)).sum(-1))
 
 
 def jsd(p: np.ndarray, q: np.ndarray) -> np.ndarray:
-    """½ KL(p || m) + ½ KL(q || m), m = ½ p + ½ q, nats."""
+    """Return ½ KL(p || m) + ½ KL(q || m), m = ½ p + ½ q, in nats."""
     middle = np.logaddexp(p, q) - np.log(2)
-    return 0.5 * (kl(p, middle) + kl(q, middle))
+    return np.asarray(0.5 * (kl(p, middle) + kl(q, middle)))
 
 
 def overlap(trace: Trace, policy: str) -> np.ndarray:
-    """Share of the policy's k likeliest tokens that are among the student's, where k is what the
-    trace kept of each.
+    """Return the share of the policy's k likeliest tokens that are among the student's.
+
+    k is `width(trace)`, the tokens that the trace kept of each policy.
     """
     k = width(trace)
     mine, theirs = (_likeliest(trace.column(f"{name}_top"), k) for name in ("student", policy))
@@ -64,8 +62,9 @@ def overlap(trace: Trace, policy: str) -> np.ndarray:
 
 
 def width(trace: Trace) -> int:
-    """How many likeliest tokens of each policy the trace kept: the support is the sampled token and
-    as many of each.
+    """Return how many likeliest tokens of each policy the trace kept.
+
+    The support is the sampled token and as many of each policy.
     """
     have = [name for name in trace.policies if f"{name}_top" in trace.table.column_names]
     return (trace.column("support").shape[1] - 1) // len(have) if len(trace) and have else 0

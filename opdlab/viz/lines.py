@@ -1,6 +1,4 @@
-"""Lines over steps as SVG that stretches with its box: the still half of `static/lines.js`, with
-the same look.
-"""
+"""Lines over steps as SVG: the half of `static/lines.js` that needs no script, with its look."""
 
 from __future__ import annotations
 
@@ -14,21 +12,20 @@ import numpy as np
 from opdlab.viz.markup import number, safe
 
 POINTS = 300  # a line is thinned to about as many
-HUES = (
-    "teacher",
-    "student",
-    "amount",
-    "green",
-    "pink",
-    "grey",
-)  # of lines; the last three are dashed, each in its own way
+# Of lines; the last three are dashed, each in its own way.
+HUES = ("teacher", "student", "amount", "green", "pink", "grey")
 
 
 @dataclass(frozen=True, eq=False)
 class Line:
-    """`y` over `x`. look: one of `HUES`. kind:
+    """Values over steps.
 
-    "line", "faint" (raw values under a mean), "dots" (few values) or "dash".
+    Attributes:
+        name: The line's name.
+        x: Steps.
+        y: Values; a gap where one is not finite.
+        look: One of `HUES`.
+        kind: "line", "faint" (raw values under a mean), "dots" (few values) or "dash".
     """
 
     name: str
@@ -40,8 +37,17 @@ class Line:
 
 @dataclass(frozen=True, eq=False)
 class Plot:
-    """Lines on one scale, with a heading in words. marks: (x, sign) of vertical marks, as of
-    alarms; a mark without a sign has no flag.
+    """Lines on one scale, with a heading in words.
+
+    Attributes:
+        key: The number's name.
+        label: Its name for people.
+        lines: The lines.
+        unit: Their unit.
+        told: What stands beside the heading.
+        x: Least and largest step.
+        y: Least and largest value.
+        marks: (step, sign) of vertical marks, such as alarms; a mark without a sign has no flag.
     """
 
     key: str
@@ -54,7 +60,7 @@ class Plot:
     marks: Sequence[tuple[float, str]] = field(default_factory=list)
 
     def data(self) -> dict[str, Any]:
-        """As `static/lines.js` reads it."""
+        """Return the plot as `static/lines.js` reads it."""
         lines = [
             {
                 "name": s.name,
@@ -77,10 +83,9 @@ class Plot:
         }
 
     def html(self) -> str:
-        """The plot as markup; nothing in it but numbers and escaped words."""
-        low, top = (
-            number(0.0 if abs(end) < (self.y[1] - self.y[0]) / 1000 else end) for end in self.y
-        )
+        """Return the plot as HTML: numbers and escaped words."""
+        almost = (self.y[1] - self.y[0]) / 1000
+        low, top = (number(0.0 if abs(end) < almost else end) for end in self.y)
         first, last = (f"{x:g}".replace("-", "−") for x in self.x)
         drawn = "".join(
             f'<path class="opd-l opd-l-{s.look} opd-l-{s.kind}" d="{path(s, self.x, self.y)}"/>'
@@ -94,15 +99,18 @@ class Plot:
         rules = "".join(
             f'<path class="opd-lp-mark" d="M{_at(x, self.x):.2f} 0V100"/>' for x, _ in self.marks
         )
+        label = safe(self.label)
         return (
-            f'<figure class="opd-plot"><figcaption><b>{safe(self.label)}</b> <span'
-            f' class="opd-soft">{safe(self.told)}</span></figcaption><div class="opd-lp-box"><span'
-            f' class="opd-lp-y">{top}</span><span class="opd-lp-y opd-lp-low">{low}</span><div'
-            ' class="opd-lp-area"><svg viewBox="0 0 100 100" preserveAspectRatio="none" role="img"'
-            f' aria-label="{safe(self.label)}"><path class="opd-lp-grid"'
-            f' d="{GRID}"/>{rules}{drawn}</svg>{flags}</div><span'
-            f' class="opd-lp-x">{first}</span><span class="opd-lp-x'
-            f' opd-lp-last">{last}</span></div></figure>'
+            f'<figure class="opd-plot"><figcaption><b>{label}</b>'
+            f' <span class="opd-soft">{safe(self.told)}</span></figcaption>'
+            '<div class="opd-lp-box">'
+            f'<span class="opd-lp-y">{top}</span><span class="opd-lp-y opd-lp-low">{low}</span>'
+            '<div class="opd-lp-area">'
+            '<svg viewBox="0 0 100 100" preserveAspectRatio="none" role="img"'
+            f' aria-label="{label}">'
+            f'<path class="opd-lp-grid" d="{GRID}"/>{rules}{drawn}</svg>{flags}</div>'
+            f'<span class="opd-lp-x">{first}</span><span class="opd-lp-x opd-lp-last">{last}</span>'
+            "</div></figure>"
         )
 
 
@@ -110,8 +118,9 @@ GRID = "M0 0H100M0 50H100M0 100H100"
 
 
 def path(line: Line, x: tuple[float, float], y: tuple[float, float]) -> str:
-    """The way of the pen, in hundredths of the box; gaps where a value is not finite, a dot where
-    it stands alone.
+    """Return the SVG path of a line, in hundredths of the box.
+
+    It has gaps where a value is not finite, and a dot where a value stands alone.
     """
     out, pen = [], False
     for a, b in zip(line.x.tolist(), line.y.tolist(), strict=True):
@@ -125,8 +134,11 @@ def path(line: Line, x: tuple[float, float], y: tuple[float, float]) -> str:
 
 
 def span(arrays: Sequence[np.ndarray], zero: bool = False) -> tuple[float, float]:
-    """The range that holds all finite values, a little wider where they are all the same; from zero
-    on if `zero`.
+    """Return the range of all finite values, made wider where they are all the same.
+
+    Args:
+        arrays: The values.
+        zero: Whether zero is in the range in any case.
     """
     finite = np.concatenate([a[np.isfinite(a)] for a in arrays]) if arrays else np.zeros(0)
     if not finite.size:
@@ -139,8 +151,9 @@ def span(arrays: Sequence[np.ndarray], zero: bool = False) -> tuple[float, float
 
 
 def thin(x: np.ndarray, y: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """At most `POINTS` points: of each stretch the least and the largest value, so that peaks
-    survive.
+    """Return a line with at most `POINTS` points.
+
+    Of each stretch the least and the largest value stay, so that peaks survive.
     """
     if len(x) <= POINTS:
         return x, y

@@ -26,10 +26,21 @@ class Mirrored(Protocol):
     styles: ClassVar[tuple[str, ...]]
 
     @property
-    def traits(self) -> dict[str, Any]: ...
-    def data(self) -> Mapping[str, Any]: ...
-    def answer(self, question: Mapping[str, Any]) -> Any: ...
-    def html(self, assets: bool = True, script: bool = True) -> str: ...
+    def traits(self) -> dict[str, Any]:
+        """The values of all traits, by name."""
+        ...
+
+    def data(self) -> Mapping[str, Any]:
+        """Return all that the script draws."""
+        ...
+
+    def answer(self, question: Mapping[str, Any]) -> Any:
+        """Return the reply to a question of the page."""
+        ...
+
+    def html(self, assets: bool = True, script: bool = True) -> str:
+        """Return the picture as HTML."""
+        ...
 
 
 _TRAITLETS = {
@@ -43,7 +54,7 @@ _TRAITLETS = {
 _classes: dict[type, type[LiveView]] = {}
 
 
-class LiveView(anywidget.AnyWidget):  # type: ignore[misc]  # anywidget has no types
+class LiveView(anywidget.AnyWidget):
     """A view as a widget.
 
     Its traits are the view's, its data travel as one binary block, and it replies to what its page

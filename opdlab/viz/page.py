@@ -24,9 +24,17 @@ class Drawable(Protocol):
     styles: ClassVar[tuple[str, ...]]
 
     @property
-    def limits(self) -> Mapping[str, float]: ...
-    def with_limits(self, limits: Mapping[str, float]) -> Drawable: ...
-    def html(self, assets: bool = True, script: bool = True) -> str: ...
+    def limits(self) -> Mapping[str, float]:
+        """The values that get full colour, by name."""
+        ...
+
+    def with_limits(self, limits: Mapping[str, float]) -> Drawable:
+        """Return the view with full colour at these values, or at its own if larger."""
+        ...
+
+    def html(self, assets: bool = True, script: bool = True) -> str:
+        """Return the picture as HTML."""
+        ...
 
 
 def page(

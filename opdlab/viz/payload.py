@@ -1,5 +1,4 @@
-"""What a view carries into the page: plain data and arrays in one deflated block, read back by
-`static/payload.js`.
+"""The data of a view as one deflated block, read back by `static/payload.js`.
 
 The block, before deflating: the length of the JSON (4 bytes, little-endian), the JSON, then each
 array from a multiple of 8 on. The JSON is `{"tree": …, "arrays": [[path, kind, start, length, top],
@@ -29,32 +28,26 @@ _LEVELS = 126
 
 
 class Coarse(np.ndarray):
-    """Floats that may travel in 8 bits:
-
-    `sign · (level / 126)² · top`. Marked by `numbers`; nothing else is special.
-    """
+    """Floats that may travel in 8 bits, as `sign · (level / 126)² · top`; `numbers` makes them."""
 
 
-def numbers(values: Any) -> np.ndarray:
-    """Numbers for drawing: half precision (three digits), or 126 levels a sign in texts of more
-    than `LONG` tokens.
+def numbers(given: Any) -> np.ndarray:
+    """Return numbers for drawing, in few bytes.
 
-    The levels are squares, so that what the colour shows (square roots) has even steps. NaN and
+    Half precision (three digits); in texts of more than `LONG` tokens 126 levels for each sign. The
+    levels are squares, so that what the colour shows (square roots) has even steps. NaN and
     infinities survive.
     """
-    values = np.asarray(values, np.float64)
+    values: np.ndarray = np.asarray(given, np.float64)
     if len(values) > LONG:
         return values.view(Coarse)
     finite = np.abs(values[np.isfinite(values)])
-    return values.astype(
-        np.float16 if not len(finite) or 1e-4 < finite.max() < 60_000 else np.float32
-    )
+    is_middling = not len(finite) or 1e-4 < finite.max() < 60_000  # the range of half precision
+    return values.astype(np.float16 if is_middling else np.float32)
 
 
 def coarser(values: np.ndarray, limit: float) -> np.ndarray:
-    """`numbers`, in long texts rounded to the 16 steps up to `limit` that colours have (and as many
-    beyond as there are).
-    """
+    """Return `numbers`, in long texts rounded to the 16 steps up to `limit` that colours have."""
     values = np.asarray(values, np.float64)
     if len(values) > LONG:
         values = np.sign(values) * (np.rint(16 * np.sqrt(np.abs(values) / limit)) / 16) ** 2 * limit
@@ -62,16 +55,19 @@ def coarser(values: np.ndarray, limit: float) -> np.ndarray:
 
 
 def cost(values: np.ndarray) -> int:
-    """Bytes that an array takes in the block, about."""
+    """Return the bytes that an array takes in the block, about."""
     return len(_deflated([_stored(values)[1].tobytes()]))
 
 
 def text(trace: Trace) -> dict[str, Any]:
-    """The tokens of a trace, every distinct one once, and where each of its completions begins.
+    """Return the tokens of a trace, every distinct one once, and its completions.
 
-    `index [n]` points into the vocabulary `id`, `word` (what lists show), `glyph` (what the strip
-    shows). `joined` names the groups of several tokens. `texts`: `key` (equal for the same sample,
-    prompt and tokens: what links views), `sample`, `first`, `size`, `prompt`, `finish`.
+    Returns:
+        - `index [n]`: each token's place in the vocabulary, which is `id`, `word` (the token as
+          lists show it) and `glyph` (as the strip shows it).
+        - `joined`: the groups of several tokens.
+        - `texts`: for each completion `key` (equal for the same sample, prompt and tokens: it links
+          views), `sample`, `first` row, `size`, `prompt` and `finish`.
     """
     ids, where = trace.column("token_id"), list(spans(trace))
     seen, first, index = np.unique(ids, return_index=True, return_inverse=True)
@@ -98,7 +94,7 @@ def text(trace: Trace) -> dict[str, Any]:
 
 
 def spans(trace: Trace) -> Iterator[tuple[int, int, int]]:
-    """(sample, first row, rows) of each completion that has rows, in row order."""
+    """Yield (sample, first row, rows) of each completion that has rows, in row order."""
     samples = trace.column("sample")
     starts = [0, *(np.flatnonzero(np.diff(samples)) + 1).tolist(), len(samples)]
     for start, end in pairwise(starts):
@@ -107,21 +103,21 @@ def spans(trace: Trace) -> Iterator[tuple[int, int, int]]:
 
 
 def word(seen: str) -> str:
-    """A token's name, cut where it is endless."""
+    """Return a token's name, cut where it is endless."""
     return clean(seen) if len(seen) <= WORD else f"{clean(seen[: WORD - 12])}… ({len(seen):,})"
 
 
 def key(ids: np.ndarray, prompt: str, sample: int) -> str:
-    """What links the views of one completion, also of traces that graded it again."""
+    """Return the key that links the views of one completion, also of traces that grade it again."""
     return hashlib.sha256(
         repr((sample, prompt, ids.tolist())).encode("utf-8", "replace")
     ).hexdigest()[:12]
 
 
 def pack(tree: Mapping[str, Any]) -> bytes:
-    """Plain data with numpy arrays in it (1-d; 2-d ones flat), deflated.
+    """Return plain data with numpy arrays in it as one deflated block.
 
-    Non-finite floats outside arrays become strings.
+    Arrays of two dimensions become flat. Non-finite floats outside arrays become strings.
     """
     arrays: list[tuple[list[Any], str, np.ndarray, float]] = []
     plain = _split(tree, [], arrays)
@@ -141,19 +137,19 @@ def pack(tree: Mapping[str, Any]) -> bytes:
 
 
 def base64_of(block: bytes) -> str:
+    """Return a block as text."""
     return base64.b64encode(block).decode("ascii")
 
 
 def unpack(block: bytes) -> dict[str, Any]:
-    """The way back in Python, arrays as float64 or integers: the reference that `payload.js` is
-    tested against.
-    """
+    """Return the data of a block, arrays as float64 or integers: the reference for `payload.js`."""
     raw = zlib.decompress(block, -15)
     size = int.from_bytes(raw[:4], "little")
     head, base = json.loads(raw[4 : 4 + size]), -(-(4 + size) // 8) * 8
+    tree: dict[str, Any] = head["tree"]
     for path, kind, start, length, top in head["arrays"]:
         array = np.frombuffer(raw, "i1" if kind == "levels" else f"<{kind}", length, base + start)
-        node = head["tree"]
+        node: Any = tree
         for step in path[:-1]:
             node = node[step]
         node[path[-1]] = (
@@ -163,7 +159,7 @@ def unpack(block: bytes) -> dict[str, Any]:
             if kind[0] == "f"
             else array
         )
-    return head["tree"]
+    return tree
 
 
 def _padded(raw: bytes) -> bytes:
@@ -171,12 +167,14 @@ def _padded(raw: bytes) -> bytes:
 
 
 def _deflated(parts: Sequence[bytes]) -> bytes:
-    """One stream, each part with codes of its own and in the shorter way: repetitions pay in text,
-    in noise they only cost.
+    """One stream, each part with codes of its own and in the shorter of two ways.
+
+    Looking for repetitions pays in text; in noise it only costs.
     """
     out = b""
     for i, part in enumerate(parts):
-        end, ways = zlib.Z_FINISH if i == len(parts) - 1 else zlib.Z_FULL_FLUSH, []
+        end = zlib.Z_FINISH if i == len(parts) - 1 else zlib.Z_FULL_FLUSH
+        ways = []
         for strategy in (zlib.Z_DEFAULT_STRATEGY, zlib.Z_HUFFMAN_ONLY):
             packer = zlib.compressobj(9, zlib.DEFLATED, -15, zlib.DEF_MEM_LEVEL, strategy)
             ways.append(packer.compress(part) + packer.flush(end))
@@ -237,7 +235,7 @@ def _to_levels(values: np.ndarray) -> tuple[np.ndarray, float]:
 
 
 def plain(data: Any) -> Any:
-    """What an `answer` sends in a message: arrays as lists, and what JSON does not know as None."""
+    """Return data as an `answer` sends it: arrays as lists, NaN and infinities as None."""
     if isinstance(data, Mapping):
         return {k: plain(v) for k, v in data.items()}
     if isinstance(data, np.ndarray):

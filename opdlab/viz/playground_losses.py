@@ -99,7 +99,7 @@ class PlaygroundLosses:
         return toys.X.numpy(), toys.weights(push), toys.pulls(push, mass)
 
     def fit(self, push: Push, steps: int, temperature: float) -> dict[str, Any]:
-        """Return the Gaussian under two hills: its centre, width and mass, and if it covers both."""
+        """Return the Gaussian under two hills: centre, width, mass, and whether it covers both."""
         centre, width = toys.fit(push, steps, temperature)
         left, right = toys.shares(centre, width)
         return {

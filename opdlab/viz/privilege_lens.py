@@ -265,11 +265,8 @@ class PrivilegeLens(View):
             return np.zeros(len(trace), bool)
         parts = _parts(trace, self.sides)
         size, other = np.abs(parts["information"]), np.abs(parts["capability"])
-        return (
-            (size > other)
-            & (size > LEAST)
-            & (trace.column(f"{self.sides['plain']}_entropy") > self.undecided)
-        )
+        is_undecided = trace.column(f"{self.sides['plain']}_entropy") > self.undecided
+        return np.asarray((size > other) & (size > LEAST) & is_undecided)
 
     def _types(self) -> list[str] | None:
         known = "type" in self.whole.table.column_names
@@ -298,7 +295,7 @@ def _table_row(kind: str, row: pd.Series) -> str:
 
 
 def _parts(trace: Trace, sides: dict[str, str]) -> dict[str, np.ndarray]:
-    """The gap and its parts, `[n]` each, in nats; NaN where two policies both rule the token out."""
+    """The gap and its parts, `[n]` each, in nats; NaN where both policies rule the token out."""
     logp = {key: trace.column(f"{name}_logp").astype(float) for key, name in sides.items()}
     with np.errstate(invalid="ignore"):
         parts = {

@@ -152,7 +152,7 @@ class Regimes(View):
 
     @property
     def quadrants(self) -> pd.DataFrame:
-        """The tokens shown in each quadrant, and their shares of tokens, KL and gradient in percent."""
+        """The tokens shown in each quadrant, and their shares of tokens, KL and gradient, in %."""
         return _table(self._shown(), self._amounts())
 
     @property
@@ -277,7 +277,7 @@ def _named(axis: Axis) -> str:
 
 
 def _picture(x: Axis, y: Axis, lines: Mapping[str, float]) -> str:
-    """The density of the points in cells, and the two lines, as a small drawing of numbers alone."""
+    """The density of the points in cells, and the two lines, as SVG."""
     there = ~(np.isnan(x.values) | np.isnan(y.values))
     column = np.minimum((x.spread(x.values[there]) * WIDE).astype(int), WIDE - 1)
     row = np.minimum((y.spread(y.values[there]) * HIGH).astype(int), HIGH - 1)

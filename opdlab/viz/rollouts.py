@@ -217,8 +217,8 @@ class Rollouts(View):
     @cached_property
     def _channels(self) -> dict[str, Channel]:
         found = find_channels(self.whole)
-        usual = {key: found[key] for key in ("log_ratio", "reverse_kl") if key in found}
-        return usual or dict(list(found.items())[:1])
+        usual = [key for key in ("log_ratio", "reverse_kl") if key in found]
+        return {key: found[key] for key in usual or list(found)[:1]}
 
     @property
     def _spark_channel(self) -> Channel:

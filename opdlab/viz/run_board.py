@@ -327,7 +327,7 @@ class _Screen:
             return
         self.board.refresh()
         if in_notebook():
-            # No script until the run rests: nothing flickers, and an interrupt leaves a whole picture.
+            # No script until the run rests: nothing flickers, an interrupt leaves a whole picture.
             still = {"text/html": self.board.html(script=False), "text/plain": repr(self.board)}
             found = self.board._repr_mimebundle_() if last else still
             self._show(*(found if isinstance(found, tuple) else (found, {})))
@@ -335,10 +335,11 @@ class _Screen:
 
     def _show(self, bundle: Mapping[str, Any], metadata: Mapping[str, Any]) -> None:
         """Show a picture, or replace the one that is shown."""
-        from IPython.display import display
+        from IPython import display
 
         if self.handle is None:
-            self.handle = display(bundle, metadata=metadata, raw=True, display_id=True)
+            show: Any = display.display  # IPython has no types
+            self.handle = show(bundle, metadata=metadata, raw=True, display_id=True)
         else:
             self.handle.update(bundle, metadata=metadata, raw=True)
 

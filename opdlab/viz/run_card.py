@@ -181,7 +181,7 @@ class RunCard(View):
         )
 
     def _accuracy(self) -> str:
-        """A scale from 0 to 1: hollow before, filled after, whiskers for the interval of the gain."""
+        """A scale from 0 to 1: hollow before, filled after, with the interval of the gain."""
         ends = self._ends()
         if ends is None:
             return ""
@@ -211,7 +211,7 @@ class RunCard(View):
             strip = markup.strip(groups(trace.tokens()), channel, limit)
             out.append(
                 '<div class="opd-card-text">'
-                f'<div class="opd-soft" dir="auto">{markup.safe(caption)}{markup.safe(prompt)}</div>'
+                f'<div class="opd-soft" dir="auto">{markup.safe(caption + prompt)}</div>'
                 '<div class="opd-strip" dir="auto"'
                 f' style="white-space:pre-wrap;font-family:monospace">{strip}</div></div>'
             )

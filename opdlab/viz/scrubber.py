@@ -256,7 +256,7 @@ class Scrubber(View):
         return _largest(found[-1].values - found[0].values)
 
     def _channel(self, found: Sequence[Channel]) -> dict[str, Any]:
-        """All steps of a channel side by side, on one scale, and the change since the first step."""
+        """All steps of a channel on one scale, and the change since the first step."""
         values = np.concatenate([channel.values for channel in found])
         starts = np.cumsum([0, *(len(channel.values) for channel in found)])
         first, limit = found[0], _limit(found)
@@ -287,100 +287,65 @@ class Scrubber(View):
         return described[0] | {"values": np.concatenate([one["values"] for one in described])}
 
     def _facts(self) -> list[Plot]:
-        """The small curves above: the distance on these texts, then what the run's history knows."""
+        """The small curves above: numbers of these texts, then numbers of the run's history."""
         steps = np.array(self.steps, float)
-        lines = []
-        key = next(
-            (k for k in ("reverse_kl", "log_ratio", *self.channels) if k in self.channels), ""
-        )
-        means = np.array(
-            [_mean(np.abs(c.values) if c.kind == "ratio" else c.values) for c in self.channels[key]]
-        )
-        lines.append(
-            (
-                f"{self.channels[key][0].label} of this text",
-                self.channels[key][0].unit,
-                steps,
-                means,
-            )
-        )
+        usual = [key for key in ("reverse_kl", "log_ratio") if key in self.channels]
+        found = self.channels[next(iter([*usual, *self.channels]))]
+        means = [_mean(np.abs(c.values) if c.kind == "ratio" else c.values) for c in found]
+        facts = [(f"{found[0].label} of this text", found[0].unit, steps, np.array(means))]
         if not self.probe:
-            lines.append(
-                (
-                    "length of this text",
-                    "tokens",
-                    steps,
-                    np.array([len(t) for t in self.traces], float),
-                )
-            )
+            lengths = np.array([len(trace) for trace in self.traces], float)
+            facts.append(("length of this text", "tokens", steps, lengths))
         if self.history is not None and len(self.history):
-            x = np.asarray(
-                (
-                    self.history["step"]
-                    if "step" in self.history
-                    else np.arange(1, len(self.history) + 1)
-                ),
-                float,
-            )
-            lines += [
-                (label, unit, x, np.asarray(self.history[k], float))
-                for k, (label, unit) in KPIS.items()
-                if k in self.history and self.history[k].notna().any()
-            ]
-        ends = span([x for _, _, x, _ in lines])
+            counted = np.arange(1, len(self.history) + 1)
+            x = np.asarray(self.history.get("step", counted), float)
+            for key, (label, unit) in KPIS.items():
+                if key in self.history and self.history[key].notna().any():
+                    facts.append((label, unit, x, np.asarray(self.history[key], float)))
+        ends = span([x for _, _, x, _ in facts])
         return [
             Plot(label, label, [_line(label, x, y)], unit, x=ends, y=span([y], zero=True))
-            for label, unit, x, y in lines
+            for label, unit, x, y in facts
         ]
 
     def _fate(self) -> dict[str, Any] | None:
-        """Probabilities of the sampled tokens at every step, in 255ths, and what each policy wanted
-        most instead.
+        """The path of every token: its probability at each step, and the likeliest token instead.
+
+        Probabilities are in 255ths.
         """
-        have = set(self.traces[0].table.column_names)
-        if "student_logp" not in have:
+        first = self.traces[0]
+        graders = [name for name in first.policies if f"{name}_logp" in first.table.column_names]
+        if "student" not in graders:
             return None
-        rival = next(
-            (
-                name
-                for name in self.traces[0].policies
-                if name != "student" and f"{name}_logp" in have
-            ),
-            None,
-        )
-        names = ["student", *([rival] if rival else [])]
-        p = {name: np.stack([_p(trace, name) for trace in self.traces]) for name in names}
-        out = {
-            "rival": rival,
-            "p": {name: np.rint(255 * x).astype(np.uint8) for name, x in p.items()},
-            "wanted": None,
+        rivals = [name for name in graders if name != "student"][:1]
+        names = ["student", *rivals]
+        paths = {}
+        for name in names:
+            p = np.stack([_probabilities(trace, name) for trace in self.traces])
+            paths[name] = np.rint(255 * p).astype(np.uint8)
+        rival = rivals[0] if rivals else None
+        return {"rival": rival, "p": paths, "wanted": self._favourites(names)}
+
+    def _favourites(self, names: Sequence[str]) -> dict[str, Any] | None:
+        """The likeliest token of each policy at every step; None without top tokens."""
+        needed = {"support", *(f"{name}_top" for name in names)}
+        if not all(needed <= set(trace.table.column_names) for trace in self.traces):
+            return None
+        wanted = {
+            name: np.stack([_likeliest(trace, name) for trace in self.traces]) for name in names
         }
-        if all(
-            {"support", *(f"{name}_top" for name in names)} <= set(trace.table.column_names)
-            for trace in self.traces
-        ):
-            wanted = {
-                name: np.stack([_wanted(trace, name) for trace in self.traces]) for name in names
-            }
-            ids = np.unique(np.concatenate([w.ravel() for w in wanted.values()]))
-            pieces = {
-                i: piece
-                for trace in self.traces
-                for i in ids.tolist()
-                if (piece := trace.meta["vocab"].get(str(i))) is not None
-            }
-            words = [payload.word(visible(pieces[i].encode("latin-1"))) for i in ids.tolist()]
-            out["wanted"] = {
-                "names": words,
-                "at": {name: np.searchsorted(ids, w) for name, w in wanted.items()},
-            }
-        return out
+        ids = np.unique(np.concatenate([tokens.ravel() for tokens in wanted.values()]))
+        vocab: dict[str, str] = {}
+        for trace in self.traces:
+            vocab |= trace.meta["vocab"]
+        pieces = [vocab[str(i)].encode("latin-1") for i in ids.tolist()]
+        return {
+            "names": [payload.word(visible(piece)) for piece in pieces],
+            "at": {name: np.searchsorted(ids, tokens) for name, tokens in wanted.items()},
+        }
 
     def _words(self) -> dict[str, list[Any]]:
-        """Of each step, its text against that of the step before and of the first:
-
-        [[kind, words], …].
-        """
+        """The words of each step against those of the step before, and of the first step."""
         texts = [b"".join(trace.tokens()).decode("utf-8", "replace") for trace in self.traces]
         return {
             "previous": [word_diff(a, b) for a, b in zip([texts[0], *texts], texts, strict=False)],
@@ -389,9 +354,9 @@ class Scrubber(View):
 
 
 def word_diff(before: str, after: str) -> list[list[str]]:
-    """What stayed, went and came, word by word:
+    """Return the words that stayed, went and came: `[["same" | "gone" | "new", text], …]`.
 
-    `[["same" | "gone" | "new", text], …]`. Spaces belong to the word after them.
+    Spaces belong to the word after them.
     """
     from rapidfuzz.distance import LCSseq  # no other picture needs it
 
@@ -414,8 +379,9 @@ def word_diff(before: str, after: str) -> list[list[str]]:
 
 
 def change(first: Channel, now: Channel) -> np.ndarray:
-    """How a channel moved since the first step: by how much nearer to the teacher where it is a
-    distance, else the difference.
+    """Return how a channel moved since the first step.
+
+    By how much nearer to the teacher, where it measures a distance; else the difference.
     """
     with np.errstate(invalid="ignore"):
         if _measures_distance(first):
@@ -470,21 +436,18 @@ def _mean(values: np.ndarray) -> float:
 
 def _line(label: str, x: np.ndarray, y: np.ndarray) -> Line:
     there = np.isfinite(y)
-    look = (
-        "teacher"
-        if "accuracy" in label or "reward" in label
-        else "student"
-        if "KL" in label
-        else "amount"
-    )
+    if "accuracy" in label or "reward" in label:
+        look = "teacher"
+    else:
+        look = "student" if "KL" in label else "amount"
     return Line(label, x[there], y[there], look)
 
 
-def _p(trace: Trace, name: str) -> np.ndarray:
-    return np.clip(np.exp(trace.column(f"{name}_logp").astype(float)), 0, 1)
+def _probabilities(trace: Trace, name: str) -> np.ndarray:
+    return np.asarray(np.clip(np.exp(trace.column(f"{name}_logp").astype(float)), 0, 1))
 
 
-def _wanted(trace: Trace, name: str) -> np.ndarray:
+def _likeliest(trace: Trace, name: str) -> np.ndarray:
     """The token that a policy held likeliest, `[n]`."""
     ids, logp = trace.column("support"), trace.column(f"{name}_top").astype(float)
     if not len(ids):

@@ -1,6 +1,4 @@
-"""Segments: which stretches of a completion are thought and which are its answer, as the trace or
-the text itself tells.
-"""
+"""Segments: which stretches of a completion are thought and which are its answer."""
 
 from __future__ import annotations
 
@@ -12,17 +10,15 @@ from itertools import accumulate, groupby
 from opdlab.data.trace import Trace
 from opdlab.viz import categories
 
-THINK = re.compile(
-    rb"<think>|</think>"
-)  # across tokens; of some templates the first stands in the prompt, so the text begins inside
+# Across tokens. Some templates have the first mark in the prompt, so the text begins inside.
+THINK = re.compile(rb"<think>|</think>")
 
 
 def segments(trace: Trace) -> list[tuple[str, int, int]]:
-    """`(name, first row, rows)` of each stretch of a completion, in order; none where nothing
-    tells.
+    """Return `(name, first row, rows)` of each stretch of a completion, in order.
 
     A column `segment` of names decides, else `<think>` and `</think>` in the text: "think" with
-    both marks, "answer" besides. There is none for the prompt, which has no rows in a trace.
+    both marks, "answer" besides. Nothing where neither is there.
     """
     if "segment" in trace.table.column_names and categories.is_text(trace.table["segment"].type):
         names = [name or "" for name in trace.table["segment"].to_pylist()]

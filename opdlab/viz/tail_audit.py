@@ -131,7 +131,7 @@ class TailAudit(View):
 
     @property
     def df(self) -> pd.DataFrame:
-        """One row per token: the mass covered of each side at `k`, the KL read, `exact`, `missed`."""
+        """One row per token: mass covered of each side at `k`, KL read, `exact` KL and `missed`."""
         row = self._at(self.trace, self.k)
         full = self._full(self.trace, self._at(self.trace, self.width)["bucket"])
         tokens = [visible(piece) for piece in self.trace.tokens()]
@@ -280,4 +280,4 @@ def _split_at(trace: Trace, name: str, order: np.ndarray, k: int) -> tuple[np.nd
 def _norm(logp: np.ndarray) -> np.ndarray:
     """Log-probs that forget what is outside; all -inf stays so."""
     total = np.log(np.exp(logp).sum(1, keepdims=True).clip(1e-300))
-    return logp - total
+    return np.asarray(logp - total)

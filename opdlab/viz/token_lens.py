@@ -1,4 +1,4 @@
-"""TokenLens: one completion, coloured token by token, and what student and teacher wanted at each."""
+"""TokenLens: one completion, coloured token by token, with the top candidates at each token."""
 
 from __future__ import annotations
 

@@ -39,7 +39,7 @@ class Push:
 
     Attributes:
         name: The loss.
-        gradient: -dE[L]/dlogits of students `[n, V]` (logits) against teachers `[n, V]` (log-probs).
+        gradient: -dE[L]/dlogits of students `[n, V]` (logits) against teachers (log-probs).
         curvature: Sets the step, so that losses of different units compare; 1 if it is not known.
         own: The user's loss, where it is one.
     """
@@ -92,7 +92,7 @@ def of_loss(loss: Any, name: str = "") -> Push:
 
 def losses(function: Callable[[Rows], Tensor], student: Tensor, teacher: Tensor) -> Tensor:
     """Return the loss of every token that each student may sample, `[n, V]`."""
-    n, V = student.shape
+    n, V = student.shape  # noqa: N806
     policies = {
         name: log_probs[:, None, :].expand(n, V, V).reshape(n * V, V)
         for name, log_probs in (("student", student), ("teacher", teacher))
@@ -101,7 +101,7 @@ def losses(function: Callable[[Rows], Tensor], student: Tensor, teacher: Tensor)
 
 
 def slope(function: Callable[[Rows], Tensor], logits: Tensor, teacher: Tensor) -> Tensor:
-    """Return d/dlogits of the mean loss with the sampling held still, as in training, `[n, V]`."""
+    """Return d/dlogits of the mean loss, the sampling held still as in training, `[n, V]`."""
     leaf = logits.detach().clone().requires_grad_()
     with torch.enable_grad():
         student = leaf.log_softmax(-1)
@@ -140,7 +140,7 @@ def finite_difference(loss: Any, seed: int = 0, step: float = 1e-5) -> tuple[flo
 def weights(push: Push) -> np.ndarray:
     """Return the push on a token per unit of the student's probability, by its log ratio `X`.
 
-    It is 0 where both agree. Read off one world that has every ratio at once: p ~ e^(-x/2), q ~ e^(x/2).
+    It is 0 where both agree. Read off one world with every ratio: p ~ e^(-x/2), q ~ e^(x/2).
     """
     student, teacher = (-X / 2).log_softmax(-1)[None], (X / 2).log_softmax(-1)[None]
     w = push.gradient(student, teacher)[0] / student[0].exp()
@@ -201,7 +201,7 @@ def hills(temperature: float = 1.0) -> Tensor:
 
 
 def fit(push: Push, steps: int, temperature: float = 1.0) -> tuple[float, float]:
-    """Return centre and width of a Gaussian after `steps` natural gradient steps under the hills."""
+    """Return centre and width of a Gaussian after `steps` natural gradient steps."""
     (at, width), teacher = START, hills(temperature)[None]
     spread = math.log(width)
     for _ in range(steps):

@@ -8,7 +8,7 @@ import pytest
 from viz.traces import made
 
 from opdlab import viz
-from opdlab.commands.gallery import gallery
+from opdlab.commands.gallery import complete, gallery
 from opdlab.errors import OpdlabError
 from opdlab.viz.overview import overview
 
@@ -22,17 +22,19 @@ def test_every_view_on_one_page(tmp_path, open_page, axe):
     axe(tab, only=["color-contrast"])
     names = tab.eval_on_selector_all(".opd[class*=opd-]", "nodes => nodes.map((n) => n.className)")
     shown = {name.split("opd-")[-1] for name in names}
-    every = {
-        getattr(viz, name).name
-        for name in viz.__all__
-        if isinstance(getattr(viz, name), type) and name != "View"
-    }
-    assert shown == every
+    assert shown == {view.name for view in viz.VIEWS}
     assert all(
         tab.eval_on_selector_all(".opd-box", "boxes => boxes.map((b) => b.children.length > 0)")
     )
     with pytest.raises(OpdlabError, match="no gallery of 'moon'"):
         gallery(tmp_path, "moon")
+
+
+def test_a_view_without_a_scene_shows_its_example():
+    lens = viz.TokenLens(made([b"a"]))
+    views = complete([lens])
+    assert views[0] is lens
+    assert [type(view) for view in views] == list(viz.VIEWS)
 
 
 def test_show_draws_what_a_trace_has(tmp_path, open_page):

@@ -139,7 +139,7 @@ def test_a_column_is_drawn_as_it_describes_itself():
 
 
 def test_what_a_user_adds_is_drawn_as_it_is():
-    """Flags, numbers with gaps and texts, under any name; nothing is guessed from small integers."""
+    """Flags, numbers with gaps and texts under any name; small integers stay numbers."""
     trace = made([b"a", b"b", b"c", b"d"]).with_columns(
         right=[True, False, None, True],
         clipped=np.array([True, True, False, True]),

@@ -19,7 +19,7 @@ WORDS = [f"t{i}".encode() for i in range(12)]
 
 
 def full(trace, name):
-    """All of a made trace's distribution: with top as wide as the vocabulary nothing is left out."""
+    """All of a made trace's distribution: top is as wide as the vocabulary."""
     out = np.full((len(trace), len(trace.meta["vocab"])), -np.inf)
     support, top = trace.column("support"), trace.column(f"{name}_top")
     for i, row in enumerate(support):

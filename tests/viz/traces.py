@@ -1,4 +1,4 @@
-"""Traces made by hand: any tokens, any policies, seeded distributions over their small vocabulary."""
+"""Traces made by hand, tokens that break things, and files of the first format."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ def byte_pieces(text: str, size: int = 2) -> list[bytes]:
 
 
 def by_method(trace: Trace, method: object) -> Trace:
-    """The trace as the first format kept it after a step of this method, read with the present one."""
+    """The trace as a file of the first format, after a step of this method, is read."""
     meta = {name: value for name, value in trace.meta.items() if name not in ("format", "columns")}
     kind = type(method)
     mark = {"name": kind.__name__, "planner": f"{kind.__module__}.{kind.__qualname__}"}
