@@ -149,15 +149,15 @@ def doctor(
     from rich.console import Console
 
     from opdlab import diagnose
-    from opdlab.diagnose import named, report
+    from opdlab.diagnose.by_name import load_pair
 
     _hide_loading_bars()
     console = Console()
     with console.status("loading …") as status:
-        first, second, world = named.pair(student, teacher, task)
+        first, second, world = load_pair(student, teacher, task)
         status.update("the student writes, the teacher grades …")
         found = diagnose.doctor(first, second, world, prompts=prompts, k=k, seed=seed)
-    console.print(report.report(found))
+    console.print(found)
     if found.verdict == "stop":
         sys.exit(1)
 

@@ -1,10 +1,11 @@
-"""Diagnoses: what a number alone does not say about a distillation.
+"""Diagnoses, which explain the numbers of a distillation.
 
 Each result has a `table` and a plain `sentence`.
 """
 
 from opdlab.diagnose.cost import Cost, cost
-from opdlab.diagnose.doctor import Diagnosis, doctor
+from opdlab.diagnose.diagnosis import Diagnosis
+from opdlab.diagnose.doctor import doctor
 from opdlab.diagnose.exposure import Exposure, exposure
 from opdlab.diagnose.health import Alarm, Health, Limits, health
 from opdlab.diagnose.illusion import Illusion, illusion

@@ -1,15 +1,15 @@
-"""What will a step of OPD cost?
+"""Predict memory and time of a step of OPD before training.
 
-Memory from a model of the parts, time from small measurements, both before training.
-
-Memory is counted in tensors (the interpreter and the libraries come on top): weights, adapter or
-full gradients with AdamW's two moments, the key-value cache while writing, and what the backward
-pass keeps. That last part is not guessed from a formula for one
+Memory is counted in tensors; the interpreter and the libraries come on top. The parts are weights,
+the adapter or full gradients with AdamW's two moments, the key-value cache while writing, and the
+activations that the backward pass keeps. The activations are not guessed from a formula for one
 architecture: one completion is run with gradients on, the bytes that autograd saves are counted,
-    and scaled to the tokens of a
-micro-batch. Time: one sampled batch of the run's own size for a few tokens, one pass of both models
-over the rollout at hand and one pass of the engine are timed, and scaled by tokens; a backward pass
-is taken as two forward passes (with LoRA it is less, but there the forward pass is slower).
+and they are scaled to the tokens of a micro-batch.
+
+Time is measured: one sampled batch of the run's own size for a few tokens, one pass of both models
+over the rollout at hand and one pass of the engine, each scaled by tokens. A backward pass counts
+as two forward passes (with LoRA it is less, but there the forward pass is slower).
+
 Measured on a CPU (market and SmolLM2-135M, LoRA and full): memory from 0 to 12 % too high, time
 within 25 %. Left out: several devices, data loading, the optimizer's own time, methods other than
 OPD.
@@ -18,10 +18,9 @@ OPD.
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from functools import partial
-from typing import Any
 
 import pandas as pd
 import psutil
@@ -29,9 +28,11 @@ import torch
 from torch import Tensor
 
 from opdlab.data.rollout import Rollout
-from opdlab.diagnose.probe import render
+from opdlab.data.sampling_config import SamplingConfig
+from opdlab.diagnose.tables import to_html
 from opdlab.engine import signals
 from opdlab.engine.passes import CHUNK_BYTES, gradient
+from opdlab.engine.rows import Rows
 from opdlab.losses.divergences import reverse_kl
 from opdlab.models.graded import States
 from opdlab.models.policy import Policy, sample
@@ -44,9 +45,12 @@ BUFFERS = 10
 
 @dataclass(frozen=True, eq=False)
 class Cost:
-    """`memory`: bytes by part.
+    """The predicted cost of a step.
 
-    `seconds`: of a step, by part. `available`: bytes that are free on the device.
+    Attributes:
+        memory: Bytes by part.
+        seconds: Seconds by part.
+        available: Bytes that are free on the device.
     """
 
     memory: dict[str, float]
@@ -55,21 +59,19 @@ class Cost:
 
     @property
     def peak(self) -> float:
-        """Bytes: what always stays, and the larger of what writing and learning need."""
-        m = self.memory
-        return (
-            m["weights"]
-            + m["training"]
-            + max(m["writing"], m["activations"] + m["states"] + m["head"])
-        )
+        """Most bytes at once: the part that stays, and the larger of writing and learning."""
+        memory = self.memory
+        learning = memory["activations"] + memory["states"] + memory["head"]
+        return memory["weights"] + memory["training"] + max(memory["writing"], learning)
 
     @property
     def step(self) -> float:
-        """Seconds a step."""
+        """Seconds per step."""
         return sum(self.seconds.values())
 
     @property
     def table(self) -> pd.DataFrame:
+        """One row per part, with its `value` and `unit`."""
         rows = [
             (name, value / 2**20, "MiB")
             for name, value in [*self.memory.items(), ("peak", self.peak)]
@@ -79,6 +81,7 @@ class Cost:
 
     @property
     def sentence(self) -> str:
+        """Peak and seconds in words."""
         parts = ", ".join(f"{name} {value:.2g}" for name, value in self.seconds.items())
         return (
             f"A step takes about {_size(self.peak)} at its peak ({_size(self.available)} are free;"
@@ -93,25 +96,26 @@ class Cost:
         return f"Cost(peak {_size(self.peak)}, step {self.step:.2g} s)"
 
     def _repr_html_(self) -> str:
-        return render(self.sentence, self.table)
+        return to_html(self.sentence, self.table)
 
 
 def cost(student: Policy, teacher: Policy, rollout: Rollout, settings: Settings) -> Cost:
-    """Predict a step of OPD with these settings, from a `rollout` of the student's on typical
-    prompts. Trains nothing.
+    """Predict the cost of a step of OPD. Trains nothing.
+
+    Args:
+        student: The policy that would train.
+        teacher: The policy that would grade.
+        rollout: Texts of the student on typical prompts.
+        settings: How the run would train.
     """
     rows = settings.batch * settings.n
     lengths = rollout.lengths.float()
-    prompt = (
-        max(len(student.encode(p)) for p in rollout.prompts),
-        max(len(teacher.encode(p)) for p in rollout.prompts),
-    )
     sizes = _Sizes(
-        rows,
-        min(settings.micro_batch or rows, rows),
-        prompt,
-        float(lengths.mean()),
-        float(lengths.quantile(0.95)),
+        rows=rows,
+        micro=min(settings.micro_batch or rows, rows),
+        prompt=max(len(student.encode(prompt)) for prompt in rollout.prompts),
+        mean=float(lengths.mean()),
+        long=float(lengths.quantile(0.95)),
     )
     return Cost(
         _memory(student, teacher, rollout, settings, sizes),
@@ -121,10 +125,11 @@ def cost(student: Policy, teacher: Policy, rollout: Rollout, settings: Settings)
 
 
 def available(policy: Policy) -> float:
-    """Bytes that are free on the policy's device; its own weights, being there already, count as
-    free.
+    """Return the bytes that are free on the policy's device.
+
+    The policy's own weights count as free, since they are there already.
     """
-    own = _bytes([*policy.weights.model.parameters()])
+    own = _count_bytes(policy.weights.model.parameters())
     if policy.weights.device.type == "cuda":
         return float(torch.cuda.mem_get_info(policy.weights.device)[0]) + own
     return float(psutil.virtual_memory().available) + own
@@ -132,13 +137,19 @@ def available(policy: Policy) -> float:
 
 @dataclass(frozen=True)
 class _Sizes:
-    """Completions a step and in one backward pass, the longest prompt (student's, teacher's), new
-    tokens (mean, 95th percentile).
+    """The sizes of a step.
+
+    Attributes:
+        rows: Completions per step.
+        micro: Completions in one backward pass.
+        prompt: Tokens of the student's longest prompt.
+        mean: New tokens per completion.
+        long: The 95th percentile of new tokens.
     """
 
     rows: int
     micro: int
-    prompt: tuple[int, int]
+    prompt: int
     mean: float
     long: float
 
@@ -146,41 +157,38 @@ class _Sizes:
 def _memory(
     student: Policy, teacher: Policy, rollout: Rollout, settings: Settings, sizes: _Sizes
 ) -> dict[str, float]:
+    """Bytes by part."""
     model, config = student.weights.model, student.weights.model.config.get_text_config()
-    linear = _linear(student)
-    weights = _bytes(
-        {
-            id(p): p for policy in (student, teacher) for p in policy.weights.model.parameters()
-        }.values()
-    )
+    linear = _linear_layers(student)
+    theirs = teacher.weights.model
+    parameters = {id(p): p for p in (*model.parameters(), *theirs.parameters())}
     if settings.lora is None:
-        training = ADAM * _bytes(model.parameters()) + (
-            _bytes(model.parameters()) if teacher.weights is student.weights else 0
-        )
+        # A teacher with the student's own weights stays as it is, so `distill` copies the model.
+        copies = ADAM + (teacher.weights is student.weights)
+        training = copies * _count_bytes(model.parameters())
     else:
-        training = (1 + ADAM) * 4 * settings.lora * sum(a + b for a, b, _ in linear)
+        sides = sum(layer.inputs + layer.outputs for layer in linear)
+        training = (1 + ADAM) * 4 * settings.lora * sides
     layers, vocab = config.num_hidden_layers, student.weights.vocab_size
     width = config.hidden_size * model.dtype.itemsize
-    kept = _saved(student, rollout) + _lora_saves(linear, settings)
-    backward = sizes.micro * (sizes.prompt[0] + sizes.long)  # padded tokens
+    kept = _saved_per_token(student, rollout) + _saved_by_lora(linear, settings)
+    padded = sizes.prompt + sizes.long
     if settings.checkpointing:
         kept = layers * width + 2 * kept / layers
     chunk = max(CHUNK_BYTES.get(student.weights.device.type, CHUNK_BYTES["cuda"]), 32 * 4 * vocab)
     new = sizes.rows * sizes.mean
     return {
-        "weights": weights,
+        "weights": _count_bytes(parameters.values()),
         "training": training,
-        "writing": sizes.rows * ((sizes.prompt[0] + sizes.long) * _cache(student) + 4 * 4 * vocab),
-        "activations": backward * kept,
+        "writing": sizes.rows * (padded * _cache_per_token(student) + 4 * 4 * vocab),
+        "activations": sizes.micro * padded * kept,
         "states": new * (2 * width + 4 * config.hidden_size),
         "head": BUFFERS * min(chunk, 4 * vocab * new),
     }
 
 
-def _saved(policy: Policy, rollout: Rollout) -> float:
-    """Bytes that autograd keeps for one token of a backward pass, counted on the longest completion
-    at hand.
-    """
+def _saved_per_token(policy: Policy, rollout: Rollout) -> float:
+    """Bytes that autograd keeps per token, counted on the longest completion at hand."""
     row = rollout.rows([int(rollout.lengths.argmax())])
     model = policy.weights.model
     own = {p.untyped_storage().data_ptr() for p in model.parameters()}
@@ -200,9 +208,8 @@ def _saved(policy: Policy, rollout: Rollout) -> float:
             torch.enable_grad(),
             torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor),
         ):
-            states = policy.hidden(
-                row
-            )  # keeps what was saved alive, so that no address is counted for two tensors
+            # The result keeps all saved tensors alive, so no address is counted for two of them.
+            states = policy.hidden(row)
     finally:
         for p, flag in flags:
             p.requires_grad_(flag)
@@ -210,94 +217,121 @@ def _saved(policy: Policy, rollout: Rollout) -> float:
     return sum(seen.values()) / (len(policy.encode(row.prompts[0])) + int(row.lengths[0]))
 
 
-def _lora_saves(linear: list[tuple[int, int, int]], settings: Settings) -> float:
-    """Bytes a token that adapters add: rank numbers a layer, and a float32 copy of the input where
-    the weights are narrower.
+@dataclass(frozen=True)
+class _Linear:
+    """The shape of a linear layer, and the bytes of one of its weights."""
+
+    inputs: int
+    outputs: int
+    itemsize: int
+
+
+def _saved_by_lora(linear: list[_Linear], settings: Settings) -> float:
+    """Bytes per token that adapters add: `rank` numbers per layer, and a float32 copy of the input.
+
+    The copy is made only if the weights are narrower than float32.
     """
     if settings.lora is None:
         return 0.0
-    return sum(4 * settings.lora + (4 * inputs if size < 4 else 0) for inputs, _, size in linear)
+    copies = sum(4 * layer.inputs for layer in linear if layer.itemsize < 4)
+    return 4 * settings.lora * len(linear) + copies
 
 
-def _linear(policy: Policy) -> list[tuple[int, int, int]]:
-    """Inputs, outputs and bytes a weight of every linear layer but the head: those that get an
-    adapter.
-    """
+def _linear_layers(policy: Policy) -> list[_Linear]:
+    """Every linear layer but the head: those that get an adapter."""
     model = policy.weights.model
     head = model.get_output_embeddings()
-    named = [
-        (name, m)
-        for name, m in model.named_modules()
-        if isinstance(m, torch.nn.Linear) and m is not head
-    ]
     return [
-        (m.in_features, m.out_features, m.weight.dtype.itemsize)
-        for name, m in named
-        if ".lora_" not in name
+        _Linear(layer.in_features, layer.out_features, layer.weight.dtype.itemsize)
+        for name, layer in model.named_modules()
+        if isinstance(layer, torch.nn.Linear) and layer is not head and ".lora_" not in name
     ]
 
 
-def _cache(policy: Policy) -> float:
-    """Bytes of the key-value cache, a token."""
+def _cache_per_token(policy: Policy) -> float:
+    """Bytes of the key-value cache per token."""
     config = policy.weights.model.config.get_text_config()
+    # Configurations of transformers leave these two fields out if they follow from the others.
     heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
     size = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
-    return 2.0 * config.num_hidden_layers * heads * size * policy.weights.model.dtype.itemsize
+    width = policy.weights.model.dtype.itemsize
+    return float(2 * config.num_hidden_layers * heads * size * width)
 
 
 def _seconds(
     student: Policy, teacher: Policy, rollout: Rollout, settings: Settings, sizes: _Sizes
 ) -> dict[str, float]:
-    """Seconds of writing, grading (the teacher's pass) and learning (the student's passes and the
-    engine).
+    """Seconds of writing, of grading (the teacher's pass), and of learning.
+
+    Learning is the student's passes and the engine's.
     """
-    asked = (list(rollout.prompts[:: rollout.n]) * settings.batch)[: settings.batch]
-    write = lambda tokens: _timed(
-        lambda: sample(student, asked, settings.n, max_new_tokens=tokens, top_p=settings.top_p),
-        student,
-    )
-    some = max(2, min(9, int(sizes.long)))
-    write(1)  # the first call also pays for setting up
-    first, several = write(1), write(some)
     piece = rollout.rows(range(min(len(rollout), sizes.rows)))
     scale = sizes.rows / len(piece)
+    states, took = {}, {}
     with torch.no_grad():
-        took, head = {}, {}
         for name, policy in (("student", student), ("teacher", teacher)):
             work = partial(policy.hidden, piece)
-            head[name] = States(work(), policy.head)  # the first pass also pays for setting up
-            took[name] = _timed(work, policy)
-    token, weight = (
+            states[name] = States(work(), policy.head)  # the first pass also pays for setting up
+            took[name] = _time(work, policy)
+    weight = torch.full((piece.tokens,), 1 / piece.tokens, device=piece.ids.device)
+    engine = partial(
+        gradient,
+        _reverse_kl,
+        states,
         piece.ids[piece.mask],
-        torch.full((piece.tokens,), 1 / piece.tokens, device=piece.ids.device),
-    )
-    loss: Callable[[Any], Tensor] = lambda rows: reverse_kl(rows.student, rows.teacher)
-    engine = _timed(
-        lambda: gradient(loss, head, token, weight, watch=signals.cheap, check=False), student
+        weight,
+        watch=signals.cheap,
+        check=False,
     )
     passes = 3 + settings.checkpointing
     return {
-        "write": first + (sizes.long - 1) * max(0.0, several - first) / (some - 1),
+        "write": _seconds_of_writing(student, rollout, settings, sizes.long),
         "grade": took["teacher"] * scale,
-        "learn": (passes * took["student"] + engine) * scale,
+        "learn": (passes * took["student"] + _time(engine, student)) * scale,
     }
 
 
-def _timed(work: Callable[[], Any], policy: Policy) -> float:
-    """Seconds; of work that takes no time, the best of a few, since a busy machine only ever adds."""
-    wait = torch.cuda.synchronize if policy.weights.device.type == "cuda" else lambda: None
+def _seconds_of_writing(
+    student: Policy, rollout: Rollout, settings: Settings, length: float
+) -> float:
+    """Seconds to write a step's rollout: those of the first token, and of each further one."""
+    asked = (list(rollout.prompts[:: rollout.n]) * settings.batch)[: settings.batch]
+
+    def time_writing(tokens: int) -> float:
+        config = SamplingConfig(max_new_tokens=tokens, top_p=settings.top_p)
+        work = partial(sample, student, asked, settings.n, **config.options())
+        return _time(work, student)
+
+    some = max(2, min(9, int(length)))
+    time_writing(1)  # the first call also pays for setting up
+    first, several = time_writing(1), time_writing(some)
+    return first + (length - 1) * max(0.0, several - first) / (some - 1)
+
+
+def _reverse_kl(rows: Rows) -> Tensor:
+    return reverse_kl(rows["student"], rows["teacher"])
+
+
+def _time(work: Callable[[], object], policy: Policy) -> float:
+    """Seconds of some work: the best of a few tries if it is short, since noise only ever adds."""
     took: list[float] = []
     while len(took) < 3 and sum(took) < 0.3:
-        wait()
+        _wait_for(policy)
         began = time.perf_counter()
         work()
-        wait()
+        _wait_for(policy)
         took.append(time.perf_counter() - began)
     return min(took)
 
 
-def _bytes(tensors: Any) -> float:
-    return float(sum(t.numel() * t.element_size() for t in tensors))
+def _wait_for(policy: Policy) -> None:
+    """Wait until the policy's device has done its work."""
+    if policy.weights.device.type == "cuda":
+        torch.cuda.synchronize(policy.weights.device)
+
+
+def _count_bytes(tensors: Iterable[Tensor]) -> float:
+    return float(sum(tensor.numel() * tensor.element_size() for tensor in tensors))
 
 
 def _size(count: float) -> str:

@@ -1,26 +1,26 @@
-"""Exposure bias: does the student get worse on its own text, and can the teacher still help there?
+"""Measure exposure bias: whether the student gets worse on its own text, and the teacher less able.
 
-Three readings. The excess accumulated error (Arora et al., arXiv 2204.01171; MiniLLM's appendix,
-arXiv 2306.08543): with p the teacher, q the student,
+There are three readings. The first is the excess accumulated error (Arora et al., arXiv 2204.01171;
+MiniLLM's appendix, arXiv 2306.08543). With p the teacher and q the student,
 
-    R(l)       = sum_{t<=l} E_{y_<t ~ q, y_t ~ p} log p(y_t|y_<t) / q(y_t|y_<t)      on the student's prefixes
-    l eps(l)   = sum_{t<=l} E_{y_<t ~ p, y_t ~ p} log p(y_t|y_<t) / q(y_t|y_<t)      on the teacher's
-    ExAccErr   = 100 (R(l) - l eps(l)) / (l eps(l))  %
+    R(l)      = sum_{t<=l} E_{y_<t ~ q, y_t ~ p} log p(y_t|y_<t) / q(y_t|y_<t)
+    l eps(l)  = sum_{t<=l} E_{y_<t ~ p, y_t ~ p} log p(y_t|y_<t) / q(y_t|y_<t)
+    ExAccErr  = 100 (R(l) - l eps(l)) / (l eps(l))  %
 
-so 0 means that errors do not pile up. The next token is taken in expectation over the teacher's
-whole distribution, not
-sampled: each term is the forward KL at a prefix. A text that has ended adds nothing to either sum
-    (ours: the definition has
-texts of one length), and l eps(l) is then the KL between the two laws of the first l tokens. Then
-the KLs by position, and the teacher-continuation probe: how often the teacher still gets it right
-when it goes on from the student's first L tokens.
+R is on the student's prefixes, l eps on the teacher's, so 0 means that errors do not pile up. The
+next token is taken in expectation over the teacher's whole distribution and not sampled: each term
+is the forward KL at a prefix. A text that has ended adds nothing to either sum (this is ours: the
+definition has texts of one length), and l eps(l) is then the KL between the two laws of the first l
+tokens.
+
+The second reading is the KLs by position. The third is the teacher-continuation probe: how often
+the teacher still gets it right when it goes on from the student's first L tokens.
 """
 
 from __future__ import annotations
 
 from collections.abc import Hashable, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -30,26 +30,35 @@ from torch import Tensor
 from opdlab.data.prompt import Prompt
 from opdlab.data.rollout import Rollout
 from opdlab.data.tokens import completion_texts
-from opdlab.diagnose.probe import ask, grade, render, write
+from opdlab.diagnose.probe import choose_prompts, measure_tokens, write_rollout
+from opdlab.diagnose.tables import to_html
+from opdlab.engine.rows import Rows
 from opdlab.errors import MissingPolicy, OpdlabError
 from opdlab.exact.table import Table
 from opdlab.losses.divergences import forward_kl, reverse_kl
 from opdlab.models.policy import Policy, sample
+from opdlab.models.protocols import Writer
+from opdlab.models.same_tokens import compare_vocabularies
 from opdlab.support.expect import expect
 from opdlab.support.validation import Count, CountOrZero, Seed, Unchecked, validate_arguments
 from opdlab.tasks import Task
 from opdlab.tasks.splits import question_of
+from opdlab.teachers.text_only import as_writer
 
 LEAST = 1e-6  # nats: below this an accumulated KL is rounding
 
 
 @dataclass(frozen=True, eq=False)
 class Exposure:
-    """`table`, one row a position (tokens written so far): `tokens` (student texts still open),
-    `reverse_kl` and `forward_kl` there, `teacher_tokens` and `on_teacher` (the forward KL on the
-    teacher's own prefixes), `excess` (ExAccErr up to and including it, %) with a 95 % bootstrap
-    interval over prompts `low`, `high`. `probe`: see `continuation`; None where nothing can be
-    checked. `prompts`: how many different ones the interval rests on.
+    """Exposure bias of a student.
+
+    Attributes:
+        table: One row per position (tokens written so far): `tokens` (student texts still open),
+            `reverse_kl` and `forward_kl` there, `teacher_tokens` and `on_teacher` (the forward KL
+            on the teacher's own prefixes), `excess` (ExAccErr up to and including it, %), and the
+            95 % bootstrap interval over prompts, `low` and `high`.
+        probe: See `continuation`; None if nothing can be scored.
+        prompts: How many different prompts the interval rests on.
     """
 
     table: pd.DataFrame
@@ -63,6 +72,7 @@ class Exposure:
 
     @property
     def sentence(self) -> str:
+        """ExAccErr and the probe in words."""
         low, high = self.table[["low", "high"]].iloc[-1]
         text = (
             f"ExAccErr over {len(self.table)} tokens is {self.excess:+.1f} % [{low:+.1f},"
@@ -90,7 +100,7 @@ class Exposure:
         return f"Exposure(ExAccErr {self.excess:+.3g} %, {len(self.table)} positions)"
 
     def _repr_html_(self) -> str:
-        return render(self.sentence, self.table)
+        return to_html(self.sentence, self.table)
 
 
 @validate_arguments
@@ -105,23 +115,33 @@ def exposure(
     seed: Seed = 0,
     max_new_tokens: Count | None = None,
 ) -> Exposure:
-    """All three readings, on `n` answers of each side to each prompt at temperature 1.
+    """Take all three readings, on texts of both sides at temperature 1.
 
-    at: lengths L of the probe; by default five from 0 to the student's usual length. Raises
-        TokenizerMismatch.
+    Args:
+        student: A policy, or an exact table.
+        teacher: Likewise, with the student's tokens.
+        task: Where prompts and scores come from; without one, `prompts` must be a list.
+        prompts: The prompts, or how many of the task's held-out ones.
+        n: Texts of each side for each prompt.
+        at: Lengths L of the probe; by default five from 0 to the student's usual length.
+        seed: Of prompts and texts.
+        max_new_tokens: Length limit; by default the task's.
+
+    Raises:
+        InvalidValue: One of the two is no policy.
+        TokenizerMismatch: They have other tokens.
     """
     for name, policy in (("student", student), ("teacher", teacher)):
         if not isinstance(policy, Table):
             expect(policy, Policy, "exposure", name)
-    asked = ask(task, prompts, seed)
+    asked = choose_prompts(task, prompts, seed)
     own, other = (
-        write(policy, task, asked, n, seed, max_new_tokens=max_new_tokens)
+        write_rollout(policy, task, asked, n, seed, max_new_tokens=max_new_tokens)
         for policy in (student, teacher)
     )
     mine, theirs = (kls(student, teacher, rollout) for rollout in (own, other))
-    questions = [
-        question_of(prompt) for prompt in asked for _ in range(n)
-    ]  # a prompt that comes twice is one cluster
+    # A prompt that comes twice is one cluster.
+    questions = [question_of(prompt) for prompt in asked for _ in range(n)]
     table = excess_error(mine["forward_kl"], theirs["forward_kl"], clusters=questions)
     width = len(table)
     for name, value, rollout in (
@@ -162,14 +182,21 @@ def excess_error(
     resamples: int = 1000,
     clusters: Sequence[Hashable] | None = None,
 ) -> pd.DataFrame:
-    """ExAccErr up to each position, %, from forward KLs `[B, T]` (0 in the padding) on the
-    student's and on the teacher's texts.
+    """Compute ExAccErr up to each position, in %.
 
-    weight, teacher_weight: probability of each text `[B]`, for laws that are enumerated and not
-        sampled (equal by default; no
-    interval then). group: texts a prompt, resampled together; or `clusters`: what each text was
-    written for, `[B]`, the same in both. Columns `excess`, `low`, `high`; nan where the teacher's
-    own prefixes show no error (`LEAST`).
+    Args:
+        on_student: Forward KLs on the student's texts, `[B, T]`, 0 in the padding.
+        on_teacher: The same on the teacher's texts.
+        weight: Probability of each text of the student, `[B]`, for laws that are enumerated and not
+            sampled; there is no interval then.
+        teacher_weight: The same for the teacher's texts.
+        group: Texts for each prompt, which are resampled together.
+        resamples: Bootstrap samples.
+        clusters: The prompt of each text, `[B]`, the same for both; in place of `group`.
+
+    Returns:
+        One row per position with `excess` and the interval `low`, `high`; NaN if the teacher's own
+        prefixes show no error (`LEAST`).
     """
     width = max(on_student.shape[1], on_teacher.shape[1])
     sums = [
@@ -207,18 +234,30 @@ def excess_error(
 def continuation(
     rollout: Rollout,
     student: Policy,
-    teacher: Any,
+    teacher: Policy | Writer,
     task: Task,
     at: Sequence[int] | None = None,
     room: float = 1.0,
 ) -> pd.DataFrame:
-    """The teacher goes on, greedily, from the first L tokens of each student text that is longer
-    than L.
+    """Let the teacher go on greedily from the first L tokens of each longer text of the student.
 
-    One row a length: `texts` (how many are that long), `teacher` (the verifier's mean score of
-    prefix and continuation) and `student` (of the whole text as the student wrote it). With other
-    tokens, or a teacher that only writes, prefixes are handed over as text. room: the teacher's
-    tokens a token of the task's.
+    If the teacher has other tokens or only writes, it gets the prefixes as text.
+
+    Args:
+        rollout: Texts of the student.
+        student: Who wrote them.
+        teacher: A policy, or a teacher that writes.
+        task: Scores the texts.
+        at: Lengths L; by default five from 0 to the usual length of a text.
+        room: The teacher's tokens per token of the task's length limit.
+
+    Returns:
+        One row per length: `texts` (how many are that long), and the verifier's mean scores
+        `teacher` (of prefix and continuation) and `student` (of the whole text as it was written).
+
+    Raises:
+        MissingPolicy: The task has no verifier.
+        OpdlabError: A length is negative.
     """
     if task.verify is None:
         raise MissingPolicy(
@@ -226,7 +265,8 @@ def continuation(
         )
     usual = int(rollout.lengths.float().median())
     bodies, rows = rollout.completions(), []
-    for length in sorted({round(usual * i / 5) for i in range(5)} if at is None else set(at)):
+    lengths = [round(usual * i / 5) for i in range(5)] if at is None else at
+    for length in sorted(set(lengths)):
         if length < 0:
             raise OpdlabError(
                 f"continuation got a prefix of {length} tokens. Use lengths of 0 and more."
@@ -236,56 +276,58 @@ def continuation(
             continue
         left = max(1, round(room * (task.max_new_tokens - length)))
         prompts = [rollout.prompts[i] for i in which]
-        texts = _continued(student, teacher, prompts, [bodies[i][:length] for i in which], left)
-        scores = [
-            task.scores(prompts, whole) for whole in (texts, [rollout.texts[i] for i in which])
-        ]
+        begun = [bodies[i][:length] for i in which]
+        continued = _continue(student, teacher, prompts, begun, left)
+        written = [rollout.texts[i] for i in which]
         rows.append(
             {
                 "length": length,
                 "texts": len(which),
-                "teacher": np.mean(scores[0]),
-                "student": np.mean(scores[1]),
+                "teacher": np.mean(task.scores(prompts, continued)),
+                "student": np.mean(task.scores(prompts, written)),
             }
         )
     return pd.DataFrame(rows, columns=["length", "texts", "teacher", "student"])
 
 
-def _continued(
-    student: Policy, teacher: Any, prompts: list[Prompt], begun: list[list[int]], left: int
+def _continue(
+    student: Policy,
+    teacher: Policy | Writer,
+    prompts: list[Prompt],
+    begun: list[list[int]],
+    left: int,
 ) -> list[str]:
-    """Whole texts: what was begun and what the teacher adds."""
-    if (
-        isinstance(teacher, Policy)
-        and teacher.tokenizer.get_vocab() == student.tokenizer.get_vocab()
-    ):
-        more = sample(
-            teacher, prompts, temperature=0, max_new_tokens=left, prefixes=begun
-        ).completions()
-        return completion_texts(
-            student.tokenizer,
-            [a + b for a, b in zip(begun, more, strict=True)],
-            teacher.weights.eos,
-        )
-    from opdlab.teachers import TextOnly
-
-    writer = TextOnly(teacher) if isinstance(teacher, Policy) else teacher
+    """Let the teacher add up to `left` tokens to each text that was begun; returns whole texts."""
+    if isinstance(teacher, Policy) and not compare_vocabularies(student, teacher):
+        added = sample(teacher, prompts, temperature=0, max_new_tokens=left, prefixes=begun)
+        whole = [start + more for start, more in zip(begun, added.completions(), strict=True)]
+        return completion_texts(student.tokenizer, whole, teacher.weights.eos)
+    writer = as_writer(teacher)
     starts = completion_texts(student.tokenizer, begun, student.weights.eos)
-    added = writer.write(prompts, 1, prefixes=starts, max_new_tokens=left, temperature=0.0)
-    return [start + text for start, (text,) in zip(starts, added, strict=True)]
+    texts = writer.write(prompts, 1, prefixes=starts, max_new_tokens=left, temperature=0.0)
+    return [start + text for start, (text,) in zip(starts, texts, strict=True)]
 
 
 def kls(student: Policy, teacher: Policy, rollout: Rollout) -> dict[str, Tensor]:
-    """Forward and reverse KL on a rollout, `[B, T]` each, zero in the padding."""
-    both = lambda rows: {
-        f.__name__: f(rows["student"], rows["teacher"]) for f in (forward_kl, reverse_kl)
-    }
-    flat = grade(rollout, both, {"student": student, "teacher": teacher})
+    """Compute forward and reverse KL on a rollout.
+
+    Returns:
+        `forward_kl` and `reverse_kl`, `[B, T]` each in nats, zero in the padding.
+    """
+    flat = measure_tokens(rollout, _measure_kls, {"student": student, "teacher": teacher})
     mask = rollout.mask.cpu()
     none = torch.zeros(mask.shape, dtype=torch.float64)
     return {
         name: none.masked_scatter(mask, torch.tensor(value).double())
         for name, value in flat.items()
+    }
+
+
+def _measure_kls(rows: Rows) -> dict[str, Tensor]:
+    student, teacher = rows["student"], rows["teacher"]
+    return {
+        "forward_kl": forward_kl(student, teacher),
+        "reverse_kl": reverse_kl(student, teacher),
     }
 
 

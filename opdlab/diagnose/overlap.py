@@ -1,17 +1,15 @@
-"""Do student and teacher live in the same place?
+"""Measure how far two policies agree on the student's own prefixes.
 
-Agreement of two policies on the student's own prefixes.
-
-On-policy distillation only grades what the student writes: where the teacher's tokens hold no mass
-of the student's, there is nothing to pull on. The numbers are those that users of this method watch
-("Rethinking OPD", code thunlp/OPD: in runs that work the shared tokens carry 97-99 % of the mass),
-with DistillSpec's acceptance (arXiv 2310.08461). Small vocabularies make `overlap` look worse than
-it is, since most of the top k then have no mass: read the masses and the acceptance there.
+On-policy distillation only grades the student's texts. If the teacher's likely tokens have no mass
+under the student, nothing can be learned from the grades. The numbers are those that users of this
+method watch ("Rethinking OPD", code thunlp/OPD: in runs that work the shared tokens carry 97-99 %
+of the mass), with DistillSpec's acceptance (arXiv 2310.08461). With a small vocabulary, `overlap`
+looks worse than it is, since most of the top k have no mass: read the masses and the acceptance.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -21,7 +19,8 @@ from torch import Tensor
 
 from opdlab.data.prompt import Prompt
 from opdlab.data.rollout import Rollout
-from opdlab.diagnose.probe import frame, grade, render, write
+from opdlab.diagnose.probe import measure_tokens, write_rollout
+from opdlab.diagnose.tables import make_token_table, to_html
 from opdlab.engine.rows import Rows
 from opdlab.losses.divergences import entropy, total_variation
 from opdlab.models.policy import Policy
@@ -34,9 +33,11 @@ NUMBERS = ("overlap", "advantage", "acceptance", "student_mass", "teacher_mass",
 
 @dataclass(frozen=True, eq=False)
 class Overlap:
-    """`tokens`: one row a token with the numbers of `agreement(k)`.
+    """How far two policies agree.
 
-    `table`: their means by position, with counts.
+    Attributes:
+        k: How many top tokens of each were compared.
+        tokens: One row per token, with the numbers of `agreement(k)`.
     """
 
     k: int
@@ -44,6 +45,7 @@ class Overlap:
 
     @property
     def table(self) -> pd.DataFrame:
+        """Means by position, with the count in `tokens`."""
         by = self.tokens.groupby("position")
         return pd.concat([by.size().rename("tokens"), by[list(NUMBERS)].mean()], axis=1)
 
@@ -54,6 +56,7 @@ class Overlap:
 
     @property
     def sentence(self) -> str:
+        """The means in words."""
         m = self.mean
         return (
             f"On the student's own prefixes the two share {m['overlap']:.0%} of their top {self.k}"
@@ -73,7 +76,7 @@ class Overlap:
         )
 
     def _repr_html_(self) -> str:
-        return render(self.sentence, self.table)
+        return to_html(self.sentence, self.table)
 
 
 @validate_arguments
@@ -88,39 +91,49 @@ def overlap(
     n: Count = 1,
     seed: Seed = 0,
 ) -> Overlap:
-    """Agreement on a `rollout` of the student's, written here if there is none (`n` answers to each
-    of the `prompts`).
+    """Measure the agreement of two policies on texts of the student.
 
-    k: how many top tokens of each side are compared (cut to the vocabulary). Raises
-        TokenizerMismatch.
+    Args:
+        student: A policy, or an exact table.
+        teacher: Likewise, with the student's tokens.
+        task: Where prompts come from, if neither `rollout` nor `prompts` is a list.
+        k: How many top tokens of each are compared; cut to the vocabulary.
+        rollout: Texts of the student; written here by default.
+        prompts: The prompts to write to, or how many of the task's held-out ones.
+        n: Texts for each prompt.
+        seed: Of prompts and texts.
+
+    Raises:
+        InvalidValue: One of the two is no policy.
+        TokenizerMismatch: They have other tokens.
     """
     for name, policy in (("student", student), ("teacher", teacher)):
         expect_teacher(policy, "overlap", name)
-    rollout = rollout or write(student, task, prompts, n, seed)
-    columns = grade(rollout, agreement(k), {"student": student, "teacher": teacher})
-    return Overlap(
-        min(k, student.weights.vocab_size) if isinstance(student, Policy) else k,
-        frame(rollout, columns, task, student.tokenizer),
-    )
+    rollout = rollout or write_rollout(student, task, prompts, n, seed)
+    columns = measure_tokens(rollout, agreement(k), {"student": student, "teacher": teacher})
+    compared = min(k, student.weights.vocab_size) if isinstance(student, Policy) else k
+    return Overlap(compared, make_token_table(rollout, columns, task, student.tokenizer))
 
 
-def agreement(k: int) -> Any:
-    """A function of rows: with p the student, q the teacher and the top k tokens K_p, K_q of each,
-    `[n]` each,
+def agreement(k: int) -> Callable[[Rows], dict[str, Tensor]]:
+    """Make the function that measures agreement.
+
+    With p the student, q the teacher and K_p, K_q the top k tokens of each, it gives `[n]` each:
 
     overlap        |K_p & K_q| / k
-    advantage      sum p' (log q' - log p') over K_p & K_q, both renormalised there: minus a KL, so 0 at best; nan for none
+    advantage      sum p' (log q' - log p') over K_p & K_q, both renormalised there; minus a KL, so
+                   0 at best, and NaN if K_p & K_q is empty
     acceptance     sum min(p, q) = 1 - TV, the chance that speculative checking keeps a token
-    student_mass   p(K_q);   teacher_mass   q(K_p)
+    student_mass   p(K_q)
+    teacher_mass   q(K_p)
     entropy_gap    |H(q) - H(p)|, nats
     """
 
     def measure(rows: Rows) -> dict[str, Tensor]:
         p, q = rows["student"], rows["teacher"]
         tops = [logp.topk(min(k, p.shape[-1]), -1).indices for logp in (p, q)]
-        common = (tops[0][:, :, None] == tops[1][:, None, :]).any(
-            -1
-        )  # [n, k], of the student's top tokens
+        # [n, k]: which of the student's top tokens are the teacher's too
+        common = (tops[0][:, :, None] == tops[1][:, None, :]).any(-1)
         return {
             "overlap": common.float().mean(-1),
             "advantage": _shared_advantage(p.gather(-1, tops[0]), q.gather(-1, tops[0]), common),
@@ -134,10 +147,9 @@ def agreement(k: int) -> Any:
 
 
 def _shared_advantage(p: Tensor, q: Tensor, common: Tensor) -> Tensor:
-    """`[n, k]` log-probs and which of them count; `[n]`."""
+    """The advantage `[n]` of log-probs `[n, k]`, over those that are `common`."""
     p, q = (x.masked_fill(~common, -torch.inf).log_softmax(-1) for x in (p, q))
     gap = (q - p).masked_fill(~common, 0.0)
-    value = (
-        (p.exp() * gap).nan_to_num(nan=0.0, neginf=-torch.inf).sum(-1)
-    )  # nan: a token without mass adds nothing
+    # A token without mass gives NaN, and adds nothing.
+    value = (p.exp() * gap).nan_to_num(nan=0.0, neginf=-torch.inf).sum(-1)
     return value.masked_fill(~common.any(-1), torch.nan)

@@ -1,20 +1,23 @@
-"""Where does a hinted teacher's lead come from: what it can do, or what it was told? (section 1 of
-DOPD, arXiv 2606.30626)
+"""Split a hinted teacher's lead into skill and information.
 
-With T the teacher, S the student, p the hint, on tokens y that the bare student S(.|x) wrote, the
-total gap G = log T(y|x,p) - log S(y|x) telescopes exactly, in two ways:
+After section 1 of DOPD (arXiv 2606.30626). With T the teacher, S the student and p the hint, on
+tokens y that the bare student S(.|x) wrote, the gap G = log T(y|x,p) - log S(y|x) telescopes
+exactly, in two ways:
 
-    G = [log T(y|x,p) - log S(y|x,p)] + [log S(y|x,p) - log S(y|x)]      capability given p + information seen by the student
-    G = [log T(y|x,p) - log T(y|x)]   + [log T(y|x)   - log S(y|x)]      information seen by the teacher + capability without p
+    G = [log T(y|x,p) - log S(y|x,p)]    capability given p
+      + [log S(y|x,p) - log S(y|x)]      information seen by the student
 
-Their difference is the interaction (large where using the hint takes a skill), their mean the
-Shapley split. Over whole distributions KL(S_x || T_xp) = KL(S_x || S_xp) + E_{y~S_x} log S_xp/T_xp,
-whose second term may be negative. The paper states the problem and uses the first bracket; the two
+    G = [log T(y|x,p) - log T(y|x)]      information seen by the teacher
+      + [log T(y|x)   - log S(y|x)]      capability without p
+
+Their difference is the interaction (large if using the hint takes a skill), their mean the Shapley
+split. Over whole distributions KL(S_x || T_xp) = KL(S_x || S_xp) + E_{y~S_x} log S_xp/T_xp, whose
+second term may be negative. The paper states the problem and uses the first bracket; the two
 splits, the floor and the illusion index are opdlab's readings of it.
 
 No student without the hint can bring E_p KL(T_xp || S_x) under the floor I_T(Y;P|x), the
-information that the hint gives the teacher. `floor` here is KL(T_xp || T_x), which is that number
-where the teacher without the hint is the average of the teachers with it, and more where it is not
+information that the hint gives the teacher. `floor` here is KL(T_xp || T_x). This is the same
+number if the teacher without the hint is the average of the teachers with it, and more if it is not
 calibrated; `information_floor` computes it from draws of the hint.
 """
 
@@ -31,13 +34,15 @@ from torch import Tensor
 
 from opdlab.data.prompt import Prompt
 from opdlab.data.rollout import Rollout
-from opdlab.diagnose.probe import by_type, frame, grade, render, write
+from opdlab.diagnose.probe import measure_tokens, write_rollout
+from opdlab.diagnose.tables import make_token_table, mean_by_type, to_html
 from opdlab.engine.rows import Rows
 from opdlab.errors import MissingHint, MissingPolicy
 from opdlab.losses.divergences import entropy, forward_kl, reverse_kl
 from opdlab.methods.dopd import DOPD, Route, route, thresholds
 from opdlab.models.graded import States
 from opdlab.models.policy import Policy
+from opdlab.models.protocols import Grader
 from opdlab.support.validation import Count, Flag, Seed, Unchecked, validate_arguments
 from opdlab.tasks import Task
 from opdlab.tasks.task import Split
@@ -59,14 +64,15 @@ SHOWN = (
 
 @dataclass(frozen=True, eq=False)
 class Privilege:
-    """`tokens`: one row a token, every number of `split`.
+    """A hinted teacher's lead, split into skill and information.
 
-    `table`: means by ground-truth type (all tokens in the row "all").
-
-    `controls`: what other hints do, by type: how far each kind of hint moves the teacher and the
-    hinted student (forward KL from the same policy without a hint), and the gap under it. `leak`:
-    share of prompts whose rendering for the deployed student changes with the hint; anything but 0
-    means that the student reads what it will not have.
+    Attributes:
+        tokens: One row per token, with every number of `split_gap`.
+        controls: The effect of other hints, by type: how far each kind of hint moves the teacher
+            and the hinted student (forward KL from the same policy without a hint), and the gap
+            under it.
+        leak: Share of prompts whose rendering for the deployed student changes with the hint. At
+            anything but 0, the student reads a hint that it will not have.
     """
 
     tokens: pd.DataFrame
@@ -75,16 +81,15 @@ class Privilege:
 
     @property
     def table(self) -> pd.DataFrame:
-        shares = pd.get_dummies(self.tokens["route"].map({int(r): r.name for r in Route})).reindex(
-            columns=[r.name for r in Route]
-        )
-        return by_type(
-            pd.concat([self.tokens, shares.fillna(0).astype(float)], axis=1),
-            [*SHOWN, *shares.columns],
-        )
+        """Means by ground-truth type (all tokens in the row "all"), with the shares of routes."""
+        names = {int(one): one.name for one in Route}
+        shares = pd.get_dummies(self.tokens["route"].map(names)).reindex(columns=names.values())
+        columns = pd.concat([self.tokens, shares.fillna(0).astype(float)], axis=1)
+        return mean_by_type(columns, [*SHOWN, *shares.columns])
 
     @property
     def sentence(self) -> str:
+        """The split in words."""
         m = self.tokens[[*SHOWN]].mean()
         under = (
             " (it is under that floor: a sign of memorised hints)"
@@ -97,7 +102,7 @@ class Privilege:
             else (f"LEAK: for {self.leak:.0%} of the prompts the deployed student reads the hint.")
         )
         return (
-            f"The gap log T(y|x,p) - log S(y|x) is {m['gap']:+.3f} nats a token: capability"
+            f"The gap log T(y|x,p) - log S(y|x) is {m['gap']:+.3f} nats per token: capability"
             f" {m['capability']:+.3f}, information {m['information']:+.3f} (interaction"
             f" {m['interaction']:+.3f}). KL(T_xp || S_x) is {m['forward_kl']:.3f}; what the hint"
             f" tells the teacher, {m['floor']:.3f}{under}. DOPD would give the teacher a weight of"
@@ -115,7 +120,7 @@ class Privilege:
         )
 
     def _repr_html_(self) -> str:
-        return render(self.sentence, self.table)
+        return to_html(self.sentence, self.table)
 
 
 @validate_arguments
@@ -133,14 +138,26 @@ def privilege(
     controls: Flag = True,
     method: DOPD | None = None,
 ) -> Privilege:
-    """Score T(x), T(x,p), S(x), S(x,p) on a `rollout` of the student's (written here if there is
-    none) and split the gap.
+    """Score T(x), T(x,p), S(x), S(x,p) on texts of the student, and split the gap.
 
-    hint: what the privileged sides are told, as in `Policy.seeing`; by default what the teacher
-        already sees, else each prompt's
-    own hint. controls: also try another prompt's hint (two more passes). method: whose routes and
-    weights count as the teacher's (DOPD's defaults). Raises MissingHint, MissingPolicy,
-    TokenizerMismatch.
+    Args:
+        student: The policy that will have no hint.
+        teacher: A policy.
+        task: Where prompts come from, and the types of tokens if it knows them.
+        hint: The hint that the privileged sides read, as in `Policy.seeing`; by default the
+            teacher's own context, else each prompt's own hint.
+        rollout: Texts of the student; written here by default.
+        prompts: The prompts to write to, or how many of the task's.
+        n: Texts for each prompt.
+        seed: Of prompts and texts.
+        split: The split that the task's prompts are from.
+        controls: Whether to try another prompt's hint too (two more passes).
+        method: Its routes and weights are those reported; by default DOPD's.
+
+    Raises:
+        MissingPolicy: The teacher is no policy.
+        MissingHint: A prompt has no hint.
+        TokenizerMismatch: The two have other tokens.
     """
     expect_teacher(teacher, "privilege")
     if not isinstance(teacher, Policy):
@@ -148,33 +165,33 @@ def privilege(
             f"privilege tells the teacher hints, and {type(teacher).__name__} takes none. Load it"
             " with Policy.load(…)."
         )
-    rollout = rollout or write(student, task, prompts, n, seed, split)
-    policies = _four(student, teacher, hint)
-    logp = grade(
-        rollout,
-        lambda rows: {name: rows.logp_of(name) for name in ("teacher+hint", "student+hint")},
-        policies,
+    rollout = rollout or write_rollout(student, task, prompts, n, seed, split)
+    policies = _with_and_without(student, teacher, hint)
+    told = ("teacher+hint", "student+hint")
+    logp = measure_tokens(
+        rollout, lambda rows: {name: rows.logp_of(name) for name in told}, policies
     )
-    told_teacher, told_student = (
-        torch.tensor(logp[name]) for name in ("teacher+hint", "student+hint")
-    )
+    every = torch.ones(rollout.tokens, dtype=torch.bool)
     method = method or DOPD()
-    limits = thresholds(
-        told_teacher, told_student, torch.ones(len(told_teacher), dtype=torch.bool), method.trim
-    )
-    columns = grade(rollout, lambda rows: split_gap(rows, limits, method), policies)
-    tokens = frame(rollout, columns, task, student.tokenizer)
-    moved = _controls(rollout, policies, tokens) if controls else pd.DataFrame()
-    return Privilege(tokens, moved, _leak(student, rollout))
+    by_teacher, by_student = (torch.tensor(logp[name]) for name in told)
+    limits = thresholds(by_teacher, by_student, every, method.trim)
+    columns = measure_tokens(rollout, lambda rows: split_gap(rows, limits, method), policies)
+    tokens = make_token_table(rollout, columns, task, student.tokenizer)
+    moved = _try_other_hints(rollout, policies, tokens) if controls else pd.DataFrame()
+    return Privilege(tokens, moved, _find_leak(student, rollout))
 
 
 def split_gap(rows: Rows, limits: tuple[float, float], method: DOPD) -> dict[str, Tensor]:
-    """Everything about a token, `[n]` each, nats.
+    """Compute the gap of every token and its parts.
 
-    `limits`: the batch means that DOPD routes by (`dopd.thresholds`).
+    Args:
+        rows: Tokens with the distributions of student and teacher, with and without the hint.
+        limits: The batch means that DOPD routes by (`dopd.thresholds`).
+        method: Gives the weights of routes.
 
-    `teacher_weight`: E_{y~S_x} of the weight with which DOPD would send y to the teacher, exact
-    over the vocabulary; 1 in plain distillation.
+    Returns:
+        Numbers `[n]` by name, in nats. `teacher_weight` is E_{y~S_x} of the weight with which DOPD
+        would send y to the teacher, exact over the vocabulary; it is 1 in plain distillation.
     """
     s, t, tp, sp = (rows[name] for name in ("student", "teacher", "teacher+hint", "student+hint"))
     ls, lt, ltp, lsp = (
@@ -195,9 +212,8 @@ def split_gap(rows: Rows, limits: tuple[float, float], method: DOPD) -> dict[str
         s.exp(), (sp - tp).masked_fill(s.isneginf(), 0.0)
     )
     out |= {"forward_kl": forward_kl(s, tp), "floor": forward_kl(t, tp), "entropy": entropy(s)}
-    routes = route(
-        tp, sp, torch.ones_like(s, dtype=torch.bool), limits=limits
-    )  # [n, V]: what y would be routed to, were it sampled
+    # [n, V]: the route of every token y, were it sampled
+    routes = route(tp, sp, torch.ones_like(s, dtype=torch.bool), limits=limits)
     weight = (
         torch.zeros_like(s)
         .masked_fill_(routes == Route.LH, method.light)
@@ -213,11 +229,20 @@ def split_gap(rows: Rows, limits: tuple[float, float], method: DOPD) -> dict[str
 def information_floor(
     teacher: Policy, rollout: Rollout, hints: Sequence[str | Callable[[Prompt], Prompt]]
 ) -> np.ndarray:
-    """I_T(Y;P|x) at every token, `[tokens]`, nats: mean_k KL(T(.|x,p_k) || mean_j T(.|x,p_j)), for
-    equally likely `hints` p_k.
+    """Compute I_T(Y;P|x) at every token: mean_k KL(T(.|x,p_k) || mean_j T(.|x,p_j)).
 
-    The hints are draws of p given x, as in `Policy.seeing`. With few draws it is too low, and never
-    above log K.
+    With few draws it is too low, and never above log K.
+
+    Args:
+        teacher: The teacher.
+        rollout: Texts in its tokens.
+        hints: K draws of p given x, equally likely, as in `Policy.seeing`.
+
+    Returns:
+        The information in nats, `[tokens]`.
+
+    Raises:
+        MissingHint: There are fewer than two hints.
     """
     if len(hints) < 2:
         raise MissingHint(
@@ -230,12 +255,12 @@ def information_floor(
         mean = each.logsumexp(0) - np.log(len(each))
         return {"floor": forward_kl(mean[None], each).mean(0)}
 
-    return grade(
-        rollout, information, {f"hint{k}": teacher.seeing(hint) for k, hint in enumerate(hints)}
-    )["floor"]
+    told = {f"hint{k}": teacher.seeing(hint) for k, hint in enumerate(hints)}
+    return measure_tokens(rollout, information, told)["floor"]
 
 
-def _four(student: Policy, teacher: Policy, hint: Hint) -> dict[str, Policy]:
+def _with_and_without(student: Policy, teacher: Policy, hint: Hint) -> dict[str, Policy]:
+    """Both policies without the hint and with it, by name."""
     told = hint if hint is not None else teacher.context
     bare = teacher if hint is not None else teacher.without_context()
     return {
@@ -246,44 +271,46 @@ def _four(student: Policy, teacher: Policy, hint: Hint) -> dict[str, Policy]:
     }
 
 
-def _controls(rollout: Rollout, policies: dict[str, Policy], tokens: pd.DataFrame) -> pd.DataFrame:
-    """One row a type and kind of hint: its own, another prompt's (where that changes what is read),
-    none.
+def _try_other_hints(
+    rollout: Rollout, policies: dict[str, Policy], tokens: pd.DataFrame
+) -> pd.DataFrame:
+    """One row per type and kind of hint: its own, another prompt's, none.
+
+    Another prompt's is left out if it changes nothing that the teacher reads.
     """
-    others = replace(rollout, prompts=_swapped(rollout.prompts))
+    others = replace(rollout, prompts=_swap_hints(rollout.prompts))
     told = policies["teacher+hint"]
     kinds = {"own": rollout, "another's": others, "none": None}
-    if all(
-        told.encode(a) == told.encode(b)
-        for a, b in zip(rollout.prompts, others.prompts, strict=True)
-    ):
+    pairs = zip(rollout.prompts, others.prompts, strict=True)
+    if all(told.encode(own) == told.encode(other) for own, other in pairs):
         del kinds["another's"]
     parts = []
     for kind, hinted in kinds.items():
-        columns = _moves(rollout, hinted, policies)
-        parts.append(by_type(tokens[["type"]].assign(**columns), list(columns)).assign(hint=kind))
+        columns = _measure_moves(rollout, hinted, policies)
+        means = mean_by_type(tokens[["type"]].assign(**columns), list(columns))
+        parts.append(means.assign(hint=kind))
     table = pd.concat(parts).rename_axis("type").set_index("hint", append=True)
     return table.reindex([(name, kind) for name in parts[0].index for kind in kinds])
 
 
-def _moves(
+def _measure_moves(
     rollout: Rollout, hinted: Rollout | None, policies: dict[str, Policy]
 ) -> dict[str, np.ndarray]:
-    """How far the hints of `hinted` (None: no hints) move teacher and student, and the gap that is
-    left, `[tokens]` each.
+    """How far hints move teacher and student, and the gap that is left, `[tokens]` each.
+
+    The hints are those of the prompts of `hinted`; None stands for no hints.
     """
-    bare: dict[str, Any] = {name: policies[name] for name in ("student", "teacher")}
-    told: dict[str, Any] = (
-        bare
-        if hinted is None
-        else {name: _Elsewhere(policies[f"{name}+hint"], hinted) for name in bare}
-    )
+    bare: dict[str, Grader] = {name: policies[name] for name in ("student", "teacher")}
+    told = bare
+    if hinted is not None:
+        told = {name: _Elsewhere(policies[f"{name}+hint"], hinted) for name in bare}
 
     def measure(rows: Rows) -> dict[str, Tensor]:
         moves = {f"{name}_moves": forward_kl(rows[name], rows[f"{name}+hint"]) for name in bare}
         return moves | {"gap": rows.logp_of("teacher+hint") - rows.logp}
 
-    return grade(rollout, measure, bare | {f"{name}+hint": policy for name, policy in told.items()})
+    hints = {f"{name}+hint": grader for name, grader in told.items()}
+    return measure_tokens(rollout, measure, bare | hints)
 
 
 @dataclass(frozen=True)
@@ -297,17 +324,19 @@ class _Elsewhere:
         return States(self.policy.hidden(self.rollout), self.policy.head)
 
 
-def _swapped(prompts: Sequence[Prompt]) -> tuple[Prompt, ...]:
-    """Each prompt with the hint of the next one that has another hint; its own where all are alike."""
-    hints = [p.hint for p in prompts]
+def _swap_hints(prompts: Sequence[Prompt]) -> tuple[Prompt, ...]:
+    """Give each prompt the hint of the next one with another hint; its own if all are alike."""
+    hints = [prompt.hint for prompt in prompts]
     turned = [
         next((h for h in hints[i + 1 :] + hints[:i] if h != hint), hint)
         for i, hint in enumerate(hints)
     ]
-    return tuple(replace(p, hint=h) for p, h in zip(prompts, turned, strict=True))
+    return tuple(replace(one, hint=hint) for one, hint in zip(prompts, turned, strict=True))
 
 
-def _leak(student: Policy, rollout: Rollout) -> float:
+def _find_leak(student: Policy, rollout: Rollout) -> float:
+    """The share of prompts whose hint changes what the student reads."""
+
     def reads(prompt: Prompt, other: Prompt) -> bool:
         try:
             return (
@@ -318,5 +347,5 @@ def _leak(student: Policy, rollout: Rollout) -> float:
         except MissingHint:
             return True
 
-    pairs = zip(rollout.prompts, _swapped(rollout.prompts), strict=True)
+    pairs = zip(rollout.prompts, _swap_hints(rollout.prompts), strict=True)
     return float(np.mean([reads(prompt, other) for prompt, other in pairs]))

@@ -1,15 +1,10 @@
-"""What all diagnoses begin with: text that the student wrote, graded token by token under some
-policies.
-"""
+"""The first steps of every diagnosis: the student's texts, and numbers of their tokens."""
 
 from __future__ import annotations
 
-import html
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from typing import Any
 
 import numpy as np
-import pandas as pd
 from torch import Tensor
 
 from opdlab.data.prompt import Prompt, expect_prompts
@@ -19,21 +14,23 @@ from opdlab.engine.passes import compute
 from opdlab.engine.rows import Rows
 from opdlab.errors import OpdlabError
 from opdlab.models.policy import Policy
+from opdlab.models.protocols import Grader, Sampler
 from opdlab.models.same_tokens import check_same_tokens
 from opdlab.support.validation import Count, validate
 from opdlab.tasks import Task
 from opdlab.tasks.task import Split
 
-ALL = "all"  # the row of a table that counts every token, whatever its type
 
-
-def ask(
+def choose_prompts(
     task: Task | None, prompts: int | Sequence[Prompt], seed: int, split: Split = "test"
 ) -> list[Prompt]:
-    """The prompts themselves, or that many of the task's (all of them, where it holds out fewer).
+    """Return the prompts themselves, or that many of the task's.
+
+    A task that holds out fewer prompts gives all of them.
 
     Raises:
         InvalidValue: `prompts` is neither a number nor a list of prompts.
+        OpdlabError: It is a number, and there is no task.
     """
     if isinstance(prompts, (Prompt, Iterable)):
         return expect_prompts(prompts, "A diagnosis")
@@ -45,8 +42,8 @@ def ask(
     return task.prompts(count, seed, split)
 
 
-def write(
-    policy: Any,
+def write_rollout(
+    policy: Sampler,
     task: Task | None,
     prompts: int | Sequence[Prompt],
     n: int,
@@ -54,80 +51,43 @@ def write(
     split: Split = "test",
     max_new_tokens: int | None = None,
 ) -> Rollout:
-    """`n` completions a prompt at temperature 1, of the task's length unless told otherwise (64
-    without a task).
+    """Write `n` completions of each prompt at temperature 1.
+
+    They have at most `max_new_tokens`; by default the task's number, or 64 without a task.
     """
     length = max_new_tokens or (task.max_new_tokens if task else 64)
-    return policy.sample(ask(task, prompts, seed, split), n, max_new_tokens=length, seed=seed)
+    asked = choose_prompts(task, prompts, seed, split)
+    return policy.sample(asked, n, max_new_tokens=length, seed=seed)
 
 
-def grade(
-    rollout: Rollout, fn: Callable[[Rows], Mapping[str, Tensor]], policies: Mapping[str, Any]
+def measure_tokens(
+    rollout: Rollout,
+    measure: Callable[[Rows], Mapping[str, Tensor]],
+    graders: Mapping[str, Grader],
 ) -> dict[str, np.ndarray]:
-    """Per-token numbers `[tokens]` of `fn` on the rows of all `policies` (the first is the
-    student), in constant memory.
+    """Run a function on the rows of all graders, in constant memory.
 
-    Raises TokenizerMismatch before any model runs, and OpdlabError for a rollout without tokens.
+    Args:
+        rollout: The student's texts.
+        measure: Gives numbers `[n]` by name for `n` tokens.
+        graders: Who grades, by name; the student first.
+
+    Returns:
+        The numbers of every token, `[tokens]` each.
+
+    Raises:
+        TokenizerMismatch: A policy has other tokens than the student. No model has run then.
+        OpdlabError: The rollout has no tokens.
     """
     if not rollout.tokens:
         raise OpdlabError(
             f"None of the {len(rollout)} completions has a token to grade. Allow more tokens, or"
             " mend the student first."
         )
-    student = next(iter(policies.values()))
-    for name, policy in policies.items():
-        if isinstance(policy, Policy):
-            check_same_tokens(student, policy, name)
-    batch = Batch(rollout, policies)
-    out = compute(fn, {name: batch.states(name) for name in policies}, batch.token)
+    student = next(iter(graders.values()))
+    for name, grader in graders.items():
+        if isinstance(student, Policy) and isinstance(grader, Policy):
+            check_same_tokens(student, grader, name)
+    batch = Batch(rollout, graders)
+    out = compute(measure, {name: batch.states(name) for name in graders}, batch.token)
     return {name: column.cpu().numpy() for name, column in out.items()}
-
-
-def frame(
-    rollout: Rollout, columns: Mapping[str, Any], task: Task | None = None, tokenizer: Any = None
-) -> pd.DataFrame:
-    """One row a token:
-
-    `sample`, `position`, `token_id`, the `type` where the task knows it ("all" elsewhere), and the
-    columns.
-    """
-    lengths = rollout.lengths.tolist()
-    types = (
-        task.token_types(rollout, tokenizer)
-        if task is not None and task.types is not None
-        else [[ALL] * n for n in lengths]
-    )
-    return pd.DataFrame(
-        {
-            "sample": np.repeat(np.arange(len(lengths)), lengths),
-            "position": np.concatenate([np.arange(n) for n in lengths]),
-            "token_id": rollout.ids[rollout.mask].cpu().numpy(),
-            "type": [name for row in types for name in row],
-            **columns,
-        }
-    )
-
-
-def by_type(tokens: pd.DataFrame, columns: Sequence[str]) -> pd.DataFrame:
-    """Means of the columns over all tokens and by type, the commonest type first, with the count in
-    `tokens`.
-    """
-    parts = [(ALL, tokens), *((name, part) for name, part in tokens.groupby("type") if name != ALL)]
-    rows = {name: {"tokens": len(part), **part[list(columns)].mean()} for name, part in parts}
-    return (
-        pd.DataFrame.from_dict(rows, orient="index")
-        .astype({"tokens": int})
-        .sort_values("tokens", ascending=False, kind="stable")
-    )
-
-
-def render(sentence: str, table: pd.DataFrame) -> str:
-    """A result for a notebook: everything that came from a model or a file is escaped."""
-    return f"<p>{html.escape(sentence)}</p>{table.to_html(escape=True, float_format=_number, max_rows=40)}"
-
-
-def _number(x: float) -> str:
-    """Three digits, without powers of ten."""
-    if abs(x) < 5e-4:
-        return "0"
-    return f"{x:.3g}" if abs(x) < 1000 else f"{x:,.0f}"

@@ -17,6 +17,7 @@ from opdlab.data.tokens import completion_texts
 from opdlab.data.written_text import WrittenText
 from opdlab.errors import OpdlabError
 from opdlab.models.policy import Policy, sample
+from opdlab.models.protocols import Writer
 
 ROWS_AT_ONCE = 1024  # texts that are written side by side; changes memory and not the texts
 
@@ -102,6 +103,11 @@ class TextOnly:
 
     def __repr__(self) -> str:
         return f"TextOnly({_MODELS[self].weights.source or 'a local model'})"
+
+
+def as_writer(teacher: Policy | Writer) -> Writer:
+    """Return a teacher as one that writes: a policy is reduced to its texts."""
+    return TextOnly(teacher) if isinstance(teacher, Policy) else teacher
 
 
 def cut_behind_stop(text: str, stop: Sequence[str]) -> str:

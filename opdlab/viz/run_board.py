@@ -36,15 +36,6 @@ METERS = {
     "repetition": ("repeated triples of tokens, share", "amount"),
     "cut": ("cut off at the limit, share", "amount"),
 }
-# The curve that each signature of `health` is read off.
-SEEN_ON = {
-    "length run-away": "length",
-    "repetition": "repetition",
-    "entropy collapse": "entropy",
-    "falling overlap": "acceptance",
-    "EOS or template mismatch": "acceptance",
-    "late over-training": "accuracy",
-}
 NEAR = 0.04  # of the axis: flags of marks that are nearer to each other overlap
 MANY = 24  # steps from which a running mean lies over the pale raw values
 # Hues of several runs: blue and orange stay the teacher's and the student's.
@@ -278,7 +269,7 @@ class RunBoard(View):
 
     def _where(self, alarm: Alarm, tables: Mapping[str, pd.DataFrame]) -> str:
         """The curve of the number that an alarm was read off, else one under the alarm's name."""
-        named = (alarm.metric, SEEN_ON.get(alarm.signature, ""), alarm.signature)
+        named = (alarm.metric, alarm.signature)
         return next((key for key in named if key and _has(tables, key)), alarm.signature)
 
     def _with_count(self, table: pd.DataFrame, run: str, signature: str) -> pd.DataFrame:

@@ -14,11 +14,12 @@ import torch
 import opdlab as opd
 from opdlab import Policy, Prompt, Task, tasks
 from opdlab.diagnose import Diagnosis, doctor
-from opdlab.diagnose.doctor import affordable, auroc
-from opdlab.diagnose.identity import Check, Sides
-from opdlab.diagnose.named import pair, task_named
-from opdlab.diagnose.report import side_by_side, text
+from opdlab.diagnose.by_name import load_pair, load_task
+from opdlab.diagnose.checks import Check
+from opdlab.diagnose.doctor import auroc, check_memory
+from opdlab.diagnose.terminal import draw_templates, render_text
 from opdlab.errors import OpdlabError
+from opdlab.models.same_tokens import RenderedChat
 from opdlab.tasks.market import data, model
 from opdlab.teachers import TextOnly
 
@@ -158,8 +159,8 @@ def test_what_cannot_fit_is_said_before_anything_runs(strangers):
 
 def test_too_little_memory_is_a_warning(shipped):
     predicted = shipped["go"].cost
-    assert affordable(predicted).state == "ok"
-    tight = affordable(replace(predicted, available=predicted.peak - 1))
+    assert check_memory(predicted).state == "ok"
+    tight = check_memory(replace(predicted, available=predicted.peak - 1))
     assert tight.state == "warn"
     assert "lower micro_batch" in tight.remedy
 
@@ -199,39 +200,39 @@ def test_nothing_of_a_models_becomes_markup_or_controls(make_policy, make_tokeni
 
 
 def test_two_templates_side_by_side():
-    table = side_by_side(Sides("same <a>", "same (b)", 5))
+    table = draw_templates(RenderedChat("same <a>", "same (b)", 5), 5)
     cells = [next(iter(column.cells)) for column in table.columns]
     assert [cell.plain for cell in cells] == ["same <a>", "same (b)"]
     assert [str(span.style) for span in cells[0].spans] == ["bold reverse", "dim"]
-    lines = text(Diagnosis((), Sides("ab\n", "ab", 2), names=("s", "t"))).splitlines()
+    lines = render_text(Diagnosis((), RenderedChat("ab\n", "ab", 2), names=("s", "t"))).splitlines()
     assert any("ab\u23ce" in line and "ab(ends)" in line for line in lines)
     assert lines[0].startswith("GO s <- t")
 
 
 def test_names_of_models_and_tasks(tmp_path):
-    student, teacher, task = pair("student", "teacher")
+    student, teacher, task = load_pair("student", "teacher")
     assert (student.weights.source, task.name) == (str(data() / "student"), "market")
-    twice, frozen, _ = pair("novice", "novice")
+    twice, frozen, _ = load_pair("novice", "novice")
     assert twice.weights is frozen.weights
-    folder, _, task = pair(os.path.relpath(data() / "student"), "teacher", "market-secret")
+    folder, _, task = load_pair(os.path.relpath(data() / "student"), "teacher", "market-secret")
     assert folder.weights.vocab_size == teacher.weights.vocab_size
     assert task.settings["secret"]
     (tmp_path / "t.jsonl").write_text(
         "".join(f'{{"text": "{i}", "answer": "b"}}\n' for i in range(20))
     )
-    assert task_named(str(tmp_path / "t.jsonl")).verify is not None
-    assert task_named("gym:chain_sum").name == "chain_sum"
-    assert task_named("rule").name == "rule"
+    assert load_task(str(tmp_path / "t.jsonl")).verify is not None
+    assert load_task("gym:chain_sum").name == "chain_sum"
+    assert load_task("rule").name == "rule"
     with pytest.raises(
         OpdlabError,
         match=r"There is no task 'x'\. Use market, market-secret, rule, gym:NAME or a JSONL file",
     ):
-        pair("student", "teacher", "x")
+        load_pair("student", "teacher", "x")
     with pytest.raises(
         OpdlabError,
         match=r"no shipped model .* and could not be loaded as a folder or from the Hub",
     ):
-        pair(str(tmp_path), "teacher")
+        load_pair(str(tmp_path), "teacher")
 
 
 def test_unknown_settings_are_refused(strangers):

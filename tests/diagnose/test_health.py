@@ -13,7 +13,8 @@ import torch
 
 from opdlab import OPD, SFT, Policy, Task, distill, method, tasks
 from opdlab.diagnose import Alarm, Health, Limits, health
-from opdlab.diagnose.health import SIGNATURES, repetition, vitals
+from opdlab.diagnose.health import SIGNATURES
+from opdlab.diagnose.vitals import read_vitals, repetition
 from opdlab.losses.divergences import entropy
 from opdlab.tasks.market import model
 
@@ -64,16 +65,16 @@ def test_the_acceptance_is_that_of_full_distributions():
     step = next(distill(student, teacher, MARKET, batch=32, n=2, lora=4, lr=0.0, quiet=True))
     p, q = (policy.log_probs(step.rollout).exp() for policy in (student, teacher))
     kept = torch.minimum(p, q).sum(-1)
-    assert vitals(step)["acceptance"] == pytest.approx(
+    assert read_vitals(step)["acceptance"] == pytest.approx(
         kept.mean().item(), abs=4 * 0.5 / step.rollout.tokens**0.5
     )
     ends = step.rollout.lengths.cumsum(0) - 1
     stopped = torch.tensor([f == "stop" for f in step.rollout.finish])
     ratio = (q / p).gather(-1, step.rollout.ids[step.rollout.mask][:, None])[:, 0].clamp(max=1)
-    assert vitals(step)["stop_acceptance"] == pytest.approx(
+    assert read_vitals(step)["stop_acceptance"] == pytest.approx(
         ratio[ends][stopped].mean().item(), abs=1e-5
     )
-    assert vitals(step)["first_acceptance"] == pytest.approx(
+    assert read_vitals(step)["first_acceptance"] == pytest.approx(
         ratio[ends - step.rollout.lengths + 1].mean().item(), abs=1e-5
     )
 
@@ -237,7 +238,7 @@ def test_a_history_alone_can_be_read():
     watch = health(history)
     assert [(a.step, a.signature) for a in watch.alarms] == [(7, "length run-away")]
     assert str(watch.alarms[0]) == str(
-        Alarm(7, "length run-away", watch.alarms[0].sentence, SIGNATURES["length run-away"][1])
+        Alarm(7, "length run-away", watch.alarms[0].sentence, SIGNATURES[0].remedy, "length")
     )
     assert watch.sentence == "1 alarm in 9 steps: length run-away (step 7)."
     assert "length run-away" in watch._repr_html_()
@@ -269,7 +270,7 @@ def test_texts_of_others_are_not_taken_for_the_students():
     rows = list(itertools.accumulate(step.rollout.lengths.tolist(), initial=0))
     keep = torch.cat([torch.arange(rows[i], rows[i + 1]) for i in own])
     ratio = (step.columns["teacher_logp"] - step.columns["student_logp"])[keep].exp().clamp(max=1)
-    assert vitals(step)["acceptance"] == pytest.approx(ratio.mean().item(), abs=1e-6)
-    assert vitals(step)["entropy"] == pytest.approx(
+    assert read_vitals(step)["acceptance"] == pytest.approx(ratio.mean().item(), abs=1e-6)
+    assert read_vitals(step)["entropy"] == pytest.approx(
         step.columns["student_entropy"][keep].mean().item(), abs=1e-6
     )

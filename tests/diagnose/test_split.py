@@ -16,7 +16,7 @@ import torch
 from opdlab import DOPD, Policy, Prompt, exact, tasks
 from opdlab.diagnose import information_floor, privilege
 from opdlab.diagnose.privilege import split_gap
-from opdlab.diagnose.probe import render
+from opdlab.diagnose.tables import to_html
 from opdlab.engine.rows import Rows
 from opdlab.errors import MissingHint, MissingPolicy
 from opdlab.losses.divergences import forward_kl
@@ -318,6 +318,6 @@ def test_missing_hints_and_teachers_that_take_none_are_errors(pair):
 
 
 def test_numbers_are_shown_without_powers_of_ten():
-    shown = render("<b>", pd.DataFrame({"a": [-8.9e-6, 0.01234, 12345.6, float("nan"), -2.5]}))
+    shown = to_html("<b>", pd.DataFrame({"a": [-8.9e-6, 0.01234, 12345.6, float("nan"), -2.5]}))
     assert shown.startswith("<p>&lt;b&gt;</p>")
     assert re.findall(r"<td>(.*?)</td>", shown) == ["0", "0.0123", "12,346", "NaN", "-2.5"]

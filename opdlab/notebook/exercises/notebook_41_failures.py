@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from opdlab.diagnose import Health, Limits
-from opdlab.diagnose.health import repetition as library_repetition
+from opdlab.diagnose.vitals import repetition as library_repetition
 from opdlab.losses.divergences import total_variation
 from opdlab.notebook.cases import random_log_probs
 from opdlab.notebook.checking import Exercise

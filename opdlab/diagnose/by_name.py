@@ -1,4 +1,4 @@
-"""Models and tasks by the names that a command line has for them."""
+"""Load models and tasks by the names that a command line has for them."""
 
 from __future__ import annotations
 
@@ -15,34 +15,40 @@ from opdlab.tasks.profiles import load, rule_task, smollm2
 SMALL = "small"
 
 
-def pair(student: str, teacher: str, task: str | None = None) -> tuple[Policy, Policy, Task | None]:
-    """Two models and a task.
+def load_pair(
+    student: str, teacher: str, task: str | None = None
+) -> tuple[Policy, Policy, Task | None]:
+    """Load two models and a task. One model given twice is loaded once.
 
-    A name is a shipped model's (student, novice, teacher, scribe), `small`, a folder's or the
-    Hub's.
+    Args:
+        student: The name of a shipped model (student, novice, teacher, scribe), `small`, a folder
+            or a name on the Hub. A folder that is called like a shipped model is `./student`.
+        teacher: Likewise. `small small` is SmolLM2, and the same told a rule.
+        task: See `load_task`; by default the task that the names belong to, or none.
 
-    A folder that is called like a shipped model is `./student`. `small small` is SmolLM2 and the
-    same told a rule. One model given twice is loaded once. task: as `task_named`; by default the
-    world that the names belong to, or none.
+    Raises:
+        OpdlabError: There is no such model or task.
     """
     shipped = [name in MODELS for name in (student, teacher)]
-    world = task_named(
-        task or ("market" if any(shipped) else None)
-    )  # first, since models take longer to load
+    # The task comes first, since models take longer to load.
+    world = load_task(task or ("market" if any(shipped) else None))
     if all(shipped):
-        torch.set_num_threads(
-            1
-        )  # as opdlab.load does: the models are so small that threads only wait for each other
+        # As `opdlab.load`: the models are so small that threads only wait for each other.
+        torch.set_num_threads(1)
     if student == teacher == SMALL:
         pupil, told, rule = load(SMALL)
         return pupil, told, world or rule
-    first = _model(student)
-    second = first.frozen() if teacher == student else _model(teacher)
+    first = _load_model(student)
+    second = first.frozen() if teacher == student else _load_model(teacher)
     return first, second, world
 
 
-def task_named(name: str | None) -> Task | None:
-    """market, market-secret, rule, gym:NAME (a task of reasoning-gym) or a JSONL file."""
+def load_task(name: str | None) -> Task | None:
+    """Load market, market-secret, rule, gym:NAME (a task of reasoning-gym) or a JSONL file.
+
+    Raises:
+        OpdlabError: There is no such task.
+    """
     if name is None:
         return None
     if name in ("market", "market-secret"):
@@ -58,7 +64,7 @@ def task_named(name: str | None) -> Task | None:
     )
 
 
-def _model(name: str) -> Policy:
+def _load_model(name: str) -> Policy:
     if name in MODELS:
         return model(name)
     if name == SMALL:

@@ -1,0 +1,77 @@
+"""What `opdlab.doctor` returns: a verdict on a pair of models, with everything it rests on."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import pandas as pd
+from rich.console import Group
+
+from opdlab.diagnose.checks import Check
+from opdlab.diagnose.cost import Cost
+from opdlab.diagnose.overlap import Overlap
+from opdlab.diagnose.tables import to_html
+from opdlab.diagnose.terminal import Verdict, draw_diagnosis, render_text
+from opdlab.models.same_tokens import RenderedChat
+
+
+@dataclass(frozen=True, eq=False)
+class Diagnosis:
+    """Whether on-policy distillation can work on a pair of models.
+
+    Attributes:
+        checks: What was looked at, in order.
+        templates: A chat as both read it.
+        overlap: How far they agree on the student's texts.
+        probe: How often the teacher is right, alone and from half of the student's text; see
+            `exposure.continuation`.
+        cost: The predicted cost of a step.
+        names: Of the student and of the teacher.
+    """
+
+    checks: tuple[Check, ...]
+    templates: RenderedChat | None = None
+    overlap: Overlap | None = None
+    probe: pd.DataFrame | None = None
+    cost: Cost | None = None
+    names: tuple[str, str] = ("student", "teacher")
+
+    @property
+    def verdict(self) -> Verdict:
+        """Go; prepare, if warnings say what to do first; or stop."""
+        states = {check.state for check in self.checks}
+        return "stop" if "stop" in states else "prepare" if "warn" in states else "go"
+
+    @property
+    def reasons(self) -> tuple[str, ...]:
+        """The findings that decided: every stop and warning, or else those that speak for it."""
+        good = [check for check in self.checks if check.name in ("overlap", "student", "teacher")]
+        return tuple(f"{check.name}: {check.finding}" for check in self._bad or good)
+
+    @property
+    def table(self) -> pd.DataFrame:
+        """One row per check: `state`, `finding`, `remedy`."""
+        return pd.DataFrame([vars(check) for check in self.checks]).set_index("name")
+
+    @property
+    def sentence(self) -> str:
+        """The verdict, its reasons and their remedies."""
+        remedies = dict.fromkeys(check.remedy for check in self._bad if check.remedy)
+        return " ".join([f"{self.verdict}: {'; '.join(self.reasons)}.", *remedies])
+
+    @property
+    def _bad(self) -> list[Check]:
+        return [check for check in self.checks if check.state in ("stop", "warn")]
+
+    def __rich__(self) -> Group:
+        return draw_diagnosis(self.verdict, self.names, self.checks, self.templates)
+
+    def __str__(self) -> str:
+        return render_text(self)
+
+    def __repr__(self) -> str:
+        bad = ", ".join(f"{check.name} {check.state}" for check in self._bad)
+        return f"Diagnosis({self.verdict}{': ' * bool(bad)}{bad})"
+
+    def _repr_html_(self) -> str:
+        return to_html(self.sentence, self.table)

@@ -1,0 +1,89 @@
+"""Draw a diagnosis in a terminal: the verdict, a table of checks, and two templates if they differ.
+
+Everything that comes from a model, a tokenizer or a file is shown as text: no console markup, no
+control characters.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Literal
+
+from rich.console import Console, Group, RenderableType
+from rich.table import Table
+from rich.text import Text
+
+from opdlab.diagnose.checks import Check, State
+from opdlab.models.same_tokens import RenderedChat
+
+Verdict = Literal["go", "prepare", "stop"]
+
+MARKS: dict[State, tuple[str, str]] = {
+    "ok": ("ok", "green"),
+    "note": ("note", "cyan"),
+    "warn": ("warn", "yellow"),
+    "stop": ("STOP", "bold red"),
+    "none": ("-", "dim"),
+}
+VERDICTS: dict[Verdict, tuple[str, str, str]] = {
+    "go": ("GO", "bold green", "on-policy distillation can work on this pair."),
+    "prepare": ("PREPARE", "bold yellow", "it would run, but do what is said below first."),
+    "stop": ("STOP", "bold red", "on-policy distillation cannot work on this pair as it is."),
+}
+
+
+def draw_diagnosis(
+    verdict: Verdict, names: tuple[str, str], checks: Sequence[Check], chat: RenderedChat | None
+) -> Group:
+    """Draw a diagnosis for a console of rich.
+
+    Args:
+        verdict: The verdict.
+        names: Of the student and of the teacher.
+        checks: What was looked at, in order.
+        chat: A chat as both read it; shown if they differ.
+    """
+    word, style, meaning = VERDICTS[verdict]
+    student, teacher = (show_plain(name) for name in names)
+    head = Text.assemble((word, style), " ", student, " <- ", teacher, ": ", meaning)
+    table = Table(show_header=False, box=None, padding=(0, 1), pad_edge=False)
+    table.add_column(width=4)
+    table.add_column(style="bold", no_wrap=True)
+    table.add_column(overflow="fold")
+    for check in checks:
+        finding = Text(show_plain(check.finding))
+        if check.remedy:
+            finding.append(f"\n-> {show_plain(check.remedy)}", style="italic")
+        table.add_row(Text(*MARKS[check.state]), Text(check.name), finding)
+    parts: list[RenderableType] = [head, Text(), table]
+    if chat is not None and chat.at is not None:
+        parts += [Text(), draw_templates(chat, chat.at)]
+    return Group(*parts)
+
+
+def draw_templates(chat: RenderedChat, at: int) -> Table:
+    """Draw one chat under both templates: character `at` is marked, everything after dimmed."""
+    table = Table(
+        title="the same chat as each of them reads it", title_justify="left", expand=False
+    )
+    cells = []
+    for name, text in (("student", chat.student), ("teacher", chat.teacher)):
+        table.add_column(name, overflow="fold", ratio=1)
+        first = show_plain(text[at : at + 1]) or "(ends)"
+        rest = (show_plain(text[at + 1 :]), "dim")
+        cells.append(Text.assemble(show_plain(text[:at]), (first, "bold reverse"), rest))
+    table.add_row(*cells)
+    return table
+
+
+def render_text(drawing: RenderableType, width: int = 100) -> str:
+    """Render a drawing as text without colours."""
+    console = Console(width=width, color_system=None, force_terminal=False)
+    with console.capture() as captured:
+        console.print(drawing)
+    return captured.get().rstrip()
+
+
+def show_plain(value: str) -> str:
+    """Replace characters that do not print: the end of a line by a sign, others by a space."""
+    return "".join("\u23ce" if c == "\n" else c if c.isprintable() else " " for c in value)
