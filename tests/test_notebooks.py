@@ -1,4 +1,4 @@
-"""The committed notebooks: what a machine can check of them without running them."""
+"""The committed notebooks: everything that can be checked without running them."""
 
 from __future__ import annotations
 
@@ -16,17 +16,16 @@ from opdlab.notebook.freezing import CHART
 
 FOLDER = Path(__file__).parents[1] / "notebooks"
 NOTEBOOKS = sorted(FOLDER.glob("*.ipynb"))
+
+WIDGET = "application/vnd.jupyter.widget-view+json"
+FOLDER_OF_A_MACHINE = re.compile(r"/(?:home|root|work|Users|tmp)/")
+LINK = re.compile(r"\]\(([^)#\s]+)\)")
+STUB = re.compile(r'exercise\("([^"]+)"\)\ndef (\w+)\(.*\):\n    raise NotImplementedError')
 SOLUTION = re.compile(r"<summary>Solution</summary>\s*```python\n(.*?)```\s*</details>", re.DOTALL)
-# before a solution that is folded away
-FOLDED = "import math\n\nimport numpy as np\nimport torch\n\nimport opdlab as opd\n\n"
+INDEX_ROW = re.compile(r"^\| \d\d \| \[\w+\]\((\w+\.ipynb)\) \|", re.MULTILINE)
 
-
-def read(path):
-    book = nbformat.read(path, as_version=4)
-    text = {
-        kind: [c.source for c in book.cells if c.cell_type == kind] for kind in ("markdown", "code")
-    }
-    return book, text
+# The imports that a folded solution may rely on.
+PRELUDE = "import math\n\nimport numpy as np\nimport torch\n\nimport opdlab as opd\n\n"
 
 
 @pytest.fixture(params=NOTEBOOKS, ids=lambda path: path.stem)
@@ -34,79 +33,81 @@ def path(request):
     return request.param
 
 
+@pytest.fixture
+def book(path):
+    return nbformat.read(path, as_version=4)
+
+
+@pytest.fixture
+def code(book):
+    return [cell.source for cell in book.cells if cell.cell_type == "code"]
+
+
+@pytest.fixture
+def text(book):
+    return [cell.source for cell in book.cells if cell.cell_type == "markdown"]
+
+
 def test_frozen_and_fresh(path):
-    text = path.read_text(encoding="utf-8")
-    book = json.loads(text)
+    raw = path.read_text(encoding="utf-8")
+    book = json.loads(raw)
     nbformat.validate(book)
-    assert len(text.encode()) <= notebook.LIMIT
+    assert len(raw.encode()) <= notebook.LIMIT
     assert book["metadata"]["kernelspec"]["name"] == "python3"
-    assert set(book["metadata"]) == {"kernelspec", "language_info", "opdlab"}  # no state of widgets
+    assert set(book["metadata"]) == {"kernelspec", "language_info", "opdlab"}  # no widget state
     assert book["metadata"]["opdlab"]["source"] == notebook.hash_source(book), (
         "stale outputs: run make notebooks"
     )
     code = [cell for cell in book["cells"] if cell["cell_type"] == "code"]
     assert [cell["execution_count"] for cell in code] == [*range(1, len(code) + 1)]
-    assert "application/vnd.jupyter.widget-view+json" not in text
-    assert not re.search(r"/(?:home|root|work|Users|tmp)/", text)  # no folder of a machine
+    assert WIDGET not in raw
+    assert not FOLDER_OF_A_MACHINE.search(raw)
 
 
-def test_charts_have_pictures(path):
-    data = [
-        o.get("data", {}) for c in read(path)[0].cells if c.cell_type == "code" for o in c.outputs
-    ]
-    assert all("image/png" in each for each in data if CHART in each)
+def test_charts_have_pictures(book):
+    outputs = [output for cell in book.cells for output in cell.get("outputs", [])]
+    charts = [output.data for output in outputs if CHART in output.get("data", {})]
+    assert all("image/png" in data for data in charts)
 
 
-def test_follows_the_skeleton(path):
-    book, text = read(path)
-    assert re.match(rf"# {path.stem[:2]} · ", book.cells[0].source), "a title with the number"
-    assert "By the end" in book.cells[0].source
-    assert text["code"][0].count("opd.notebook.setup(") == 1
-    assert any("assert " in source for source in text["code"])
-    assert sum("interact(" in source for source in text["code"]) == 0  # stalls executors
-    headings = [
-        line for source in text["markdown"] for line in source.splitlines() if line.startswith("#")
-    ]
+def test_follows_the_skeleton(path, book, code, text):
+    title = book.cells[0].source
+    assert re.match(rf"# {path.stem[:2]} · ", title), "a title with the number"
+    assert "By the end" in title
+    assert code[0].count("opd.notebook.setup(") == 1
+    assert any("assert " in source for source in code)
+    assert not any("interact(" in source for source in code)  # it stalls executors
+    lines = [line for source in text for line in source.splitlines()]
+    headings = [line for line in lines if line.startswith("#")]
     assert len(headings) == len(set(headings))
 
 
-def test_links_lead_somewhere(path):
-    for source in read(path)[1]["markdown"]:
-        for link in re.findall(r"\]\(([^)#\s]+)\)", source):
+def test_links_lead_somewhere(text):
+    for source in text:
+        for link in LINK.findall(source):
             assert link.startswith("https://") or (FOLDER / link).exists(), link
 
 
-def test_exercises_are_all_there_in_order_with_stubs(path):
-    written = [
-        re.findall(r'exercise\("([^"]+)"\)\ndef \w+\(.*\):\n    raise NotImplementedError', s)
-        for s in read(path)[1]["code"]
-    ]
-    used = [key for keys in written for key in keys]
+def test_exercises_are_all_there_in_order_with_stubs(path, code):
     number = path.stem[:2]
-    assert used == list(
-        checking.list_exercises(number) if number in checking.list_notebooks() else []
-    )
-    assert sum(s.count("notebook.exercise(") for s in read(path)[1]["code"]) == len(used)
-    assert len(used) >= 2
+    known = checking.list_exercises(number) if number in checking.list_notebooks() else {}
+    stubs = STUB.findall("\n".join(code))
+    assert [key for key, _ in stubs] == list(known)
+    assert sum(source.count("notebook.exercise(") for source in code) == len(stubs)
+    assert len(stubs) >= 2
 
 
-def test_folded_solutions_are_right(path, tmp_path):
-    text = read(path)[1]
-    folded = [code for source in text["markdown"] for code in SOLUTION.findall(source)]
-    named = [
-        found
-        for source in text["code"]
-        for found in re.findall(r'exercise\("([^"]+)"\)\ndef (\w+)\(', source)
-    ]
-    assert len(folded) == len(named)
-    for code, (key, name) in zip(folded, named, strict=True):
+def test_folded_solutions_are_right(code, text, tmp_path):
+    solutions = SOLUTION.findall("\n".join(text))
+    stubs = STUB.findall("\n".join(code))
+    assert len(solutions) == len(stubs)
+    for solution, (key, name) in zip(solutions, stubs, strict=True):
         file = tmp_path / f"{key}.py"
-        file.write_text(FOLDED + code, encoding="utf-8")
-        assert checking.find_exercise(key).judge(runpy.run_path(str(file))[name]) is None, key
+        file.write_text(PRELUDE + solution, encoding="utf-8")
+        function = runpy.run_path(str(file))[name]
+        assert checking.find_exercise(key).judge(function) is None, key
 
 
-def test_index_lists_all():
+def test_the_index_lists_all():
     index = (FOLDER / "README.md").read_text(encoding="utf-8")
-    assert re.findall(r"^\| \d\d \| \[\w+\]\((\w+\.ipynb)\) \|", index, re.MULTILINE) == [
-        path.name for path in NOTEBOOKS
-    ]
+    assert INDEX_ROW.findall(index) == [path.name for path in NOTEBOOKS]
