@@ -124,7 +124,7 @@ def write_lens(trace: Trace, path: Path) -> dict[str, float]:
     lens = viz.TokenLens(trace)
     lens.to_html(path)
     return {
-        "payload KB": len(payload.base64_of(payload.pack(lens.data()))) / 1000,
+        "payload KB": len(payload.to_base64(payload.pack(lens.data()))) / 1000,
         "page KB": path.stat().st_size / 1000,
     }
 

@@ -18,7 +18,7 @@ from opdlab.errors import OpdlabError
 from opdlab.support.expect import expect
 from opdlab.viz import markup, payload
 from opdlab.viz.channel import Channel
-from opdlab.viz.glyphs import visible
+from opdlab.viz.glyphs import show_piece
 from opdlab.viz.view import EXAMPLE_TOKENS, EXAMPLE_WORDS, View
 
 if TYPE_CHECKING:
@@ -97,7 +97,7 @@ class Alignment(View):
         self.ours = [bytes(piece) for piece in ours]
         self.theirs = [bytes(piece) for piece in theirs]
         if cuts is None:
-            self.pieces = list(pieces(self.ours, self.theirs))
+            self.pieces = list(find_pieces(self.ours, self.theirs))
         else:
             self.pieces = [self._piece(*cut) for cut in cuts]
         matched = sum(p.matched for p in self.pieces)
@@ -112,7 +112,7 @@ class Alignment(View):
     @classmethod
     def fits(cls, given: object, sample: int = 0) -> bool:
         """Return whether `given` is a trace whose plan noted the spans of this completion."""
-        return isinstance(given, Trace) and sample in _noted_spans(given)
+        return isinstance(given, Trace) and sample in _find_spans(given)
 
     @classmethod
     def example(cls, tokens: Sequence[bytes] = EXAMPLE_TOKENS, words: str = EXAMPLE_WORDS) -> Self:
@@ -146,7 +146,7 @@ class Alignment(View):
             OpdlabError: The spans of this completion were not noted.
         """
         expect(trace, Trace, "Alignment.of_trace", "trace")
-        noted = _noted_spans(trace)
+        noted = _find_spans(trace)
         if sample not in noted:
             there = ", ".join(map(str, noted)) or "none"
             raise OpdlabError(
@@ -176,8 +176,8 @@ class Alignment(View):
         """
         rows = [
             {
-                "ours": [visible(self.ours[t]) for t in p.ours],
-                "theirs": [visible(self.theirs[t]) for t in p.theirs],
+                "ours": [show_piece(self.ours[t]) for t in p.ours],
+                "theirs": [show_piece(self.theirs[t]) for t in p.theirs],
                 "bytes": p.size,
                 "kind": p.kind,
             }
@@ -191,11 +191,11 @@ class Alignment(View):
         return {
             "title": self.title,
             "names": list(self.names),
-            "said": self._said(),
-            "ours": _drawn(self.ours),
-            "theirs": _drawn(self.theirs),
-            "cuts": np.array([_ends(p) for p in self.pieces], int).ravel(),
-            "kl": None if self.kl is None else payload.numbers(-self._kl()),
+            "said": self._summary(),
+            "ours": _describe_row(self.ours),
+            "theirs": _describe_row(self.theirs),
+            "cuts": np.array([_list_ends(p) for p in self.pieces], int).ravel(),
+            "kl": None if self.kl is None else payload.compact(-self._kl()),
             "limit": self._limit(),
             "long": LONG,
             "full": FULL,
@@ -203,50 +203,50 @@ class Alignment(View):
 
     def static(self) -> str:
         """Return the picture as HTML without a script."""
-        cells = "".join(self._cell(i, piece) for i, piece in enumerate(self.pieces[:STILL]))
+        cells = "".join(self._draw_cell(i, piece) for i, piece in enumerate(self.pieces[:STILL]))
         left = len(self.pieces) - STILL
         more = f'<span class="opd-soft">… {left:,} more spans</span>' if left > 0 else ""
-        names = markup.safe(" above, ".join(self.names))
+        names = markup.escape(" above, ".join(self.names))
         return (
-            f"{markup.title(self.title)}"
-            f'<div class="opd-bar"><span>{markup.safe(self._said())}</span></div>'
+            f"{markup.draw_title(self.title)}"
+            f'<div class="opd-bar"><span>{markup.escape(self._summary())}</span></div>'
             f'<div class="opd-rows2">{cells}{more}</div>'
             f'<div class="opd-peaks">{names} below; · is a space</div>'
         )
 
     def __repr__(self) -> str:
-        lines = [f"Alignment: {self.title + ', ' if self.title else ''}{self._said()}"]
+        lines = [f"Alignment: {self.title + ', ' if self.title else ''}{self._summary()}"]
         if self.pieces:
             size = self._kl()
             if self.kl is None:
                 size = np.array([max(len(p.ours), len(p.theirs)) for p in self.pieces], float)
-            bars = markup.sparkline(Channel("", "", size))
+            bars = markup.draw_sparkline(Channel("", "", size))
             lines.append(f"{bars} {'tokens' if self.kl is None else 'KL'} by span")
         ours = [self.ours[p.ours.start : p.ours.stop] for p in self.pieces[:24]]
         theirs = [self.theirs[p.theirs.start : p.theirs.stop] for p in self.pieces[:24]]
         for name, cells in zip(self.names, (ours, theirs), strict=True):
-            shown = " | ".join(" ".join(_seen(cell)) or "∅" for cell in cells)
+            shown = " | ".join(" ".join(_show_row(cell)) or "∅" for cell in cells)
             lines.append(f"{name:>10} | {shown}")
         return "\n".join(lines)
 
-    def _cell(self, i: int, piece: Piece) -> str:
+    def _draw_cell(self, i: int, piece: Piece) -> str:
         """A span as HTML: its tokens in two rows, and a line between tokens that share bytes."""
         ours = self.ours[piece.ours.start : piece.ours.stop]
         theirs = self.theirs[piece.theirs.start : piece.theirs.stop]
-        columns = max(sum(map(width, side)) for side in (ours, theirs))
+        columns = max(sum(map(count_columns, side)) for side in (ours, theirs))
         is_loose = not piece.matched or columns > LONG
         look = ["opd-pair"]
         look += [] if piece.matched else ["opd-unmatched"]
         look += [] if piece.kind == "1:1" else ["opd-several"]
         look += ["opd-loose"] if is_loose else []
-        shade = "" if self.kl is None else _shade(-float(self._kl()[i]), self._limit())
-        lines = "" if is_loose else joints(ours, theirs)
+        shade = "" if self.kl is None else _draw_shade(-float(self._kl()[i]), self._limit())
+        lines = "" if is_loose else draw_joints(ours, theirs)
         return (
             f'<span class="{" ".join(look)}" style="min-width:min({columns}ch, 100%)">'
-            f"{_row(ours, shade)}"
+            f"{_draw_row(ours, shade)}"
             '<svg viewBox="0 0 100 20" preserveAspectRatio="none" aria-hidden="true">'
             f'<path d="{lines}"/></svg>'
-            f"{_row(theirs, shade)}</span>"
+            f"{_draw_row(theirs, shade)}</span>"
         )
 
     def _piece(self, a: int, b: int, c: int, d: int) -> Piece:
@@ -263,7 +263,7 @@ class Alignment(View):
     def _limit(self) -> float:
         return 1.0 if self.kl is None else Channel("", "", self.kl).limit
 
-    def _said(self) -> str:
+    def _summary(self) -> str:
         matched = [piece for piece in self.pieces if piece.matched]
         single = sum(piece.kind == "1:1" for piece in matched)
         unmatched = sum(piece.size for piece in self.pieces if not piece.matched)
@@ -280,30 +280,32 @@ def _cut(text: str, tokenizer: Any) -> list[bytes]:
     return decode_bytes(tokenizer, tokenizer(text, add_special_tokens=False)["input_ids"])
 
 
-def _noted_spans(trace: Trace) -> dict[int, dict[str, Any]]:
+def _find_spans(trace: Trace) -> dict[int, dict[str, Any]]:
     """The alignments that a plan noted, by completion."""
     note = trace.note(Alignments)
     noted = note.alignments if note else []
     return {int(one["sample"]): one for one in noted if set(one) >= FIELDS}
 
 
-def pieces(ours: Sequence[bytes], theirs: Sequence[bytes]) -> Iterator[Piece]:
+def find_pieces(ours: Sequence[bytes], theirs: Sequence[bytes]) -> Iterator[Piece]:
     """Yield the spans of two token rows, with the part where they differ as one unmatched piece.
 
     The spans of the common beginning come first, then that piece, then the spans of the common end.
     """
     n, m = len(ours), len(theirs)
-    a, b = _together(ours, theirs)
-    c, d = (0, 0) if (a, b) == (n, m) else _together(ours[a:][::-1], theirs[b:][::-1], back=True)
-    yield from _moved_spans(ours[:a], theirs[:b], 0, 0)
+    a, b = _count_common(ours, theirs)
+    c, d = (
+        (0, 0) if (a, b) == (n, m) else _count_common(ours[a:][::-1], theirs[b:][::-1], back=True)
+    )
+    yield from _shift_spans(ours[:a], theirs[:b], 0, 0)
     if a + c < n or b + d < m:
         size = sum(map(len, ours[a : n - c])) or sum(map(len, theirs[b : m - d]))
         yield Piece(range(a, n - c), range(b, m - d), size, matched=False)
     if c or d:
-        yield from _moved_spans(ours[n - c :], theirs[m - d :], n - c, m - d)
+        yield from _shift_spans(ours[n - c :], theirs[m - d :], n - c, m - d)
 
 
-def _moved_spans(
+def _shift_spans(
     ours: Sequence[bytes], theirs: Sequence[bytes], ours_start: int, theirs_start: int
 ) -> Iterator[Piece]:
     """The spans of two parts that begin at these places of the whole."""
@@ -316,14 +318,15 @@ def _moved_spans(
 
 
 @lru_cache(maxsize=65_536)
-def width(piece: bytes) -> int:
+def count_columns(piece: bytes) -> int:
     """Return the columns that a token takes in a monospaced row, with a little air."""
     return 1 + sum(
-        2 if unicodedata.east_asian_width(c) in "WF" else 1 for c in payload.word(visible(piece))
+        2 if unicodedata.east_asian_width(c) in "WF" else 1
+        for c in payload.shorten_word(show_piece(piece))
     )
 
 
-def joints(above: Sequence[bytes], below: Sequence[bytes]) -> str:
+def draw_joints(above: Sequence[bytes], below: Sequence[bytes]) -> str:
     """Return the SVG path that joins each token above with those below that share its bytes.
 
     In hundredths of the cell's width; the path is twenty high.
@@ -337,18 +340,18 @@ def joints(above: Sequence[bytes], below: Sequence[bytes]) -> str:
 
 def _places(side: Sequence[bytes]) -> list[tuple[float, float, float]]:
     """Each token's centre in percent of the cell, and where its bytes begin and end, 0 to 1."""
-    columns = _cumulated([width(piece) for piece in side])
-    at = _cumulated([len(piece) for piece in side])
+    columns = _find_edges([count_columns(piece) for piece in side])
+    at = _find_edges([len(piece) for piece in side])
     centres = 50 * (columns[:-1] + columns[1:])
     return list(zip(centres.tolist(), at[:-1].tolist(), at[1:].tolist(), strict=True))
 
 
-def _cumulated(sizes: list[int]) -> np.ndarray:
+def _find_edges(sizes: list[int]) -> np.ndarray:
     """Where each part begins and the last one ends, as shares of the sum."""
     return np.asarray(np.cumsum([0, *sizes]) / (sum(sizes) or 1))
 
 
-def _together(
+def _count_common(
     ours: Sequence[bytes], theirs: Sequence[bytes], back: bool = False
 ) -> tuple[int, int]:
     """How many tokens of either side, from the start, spell the same bytes.
@@ -369,37 +372,37 @@ def _together(
     return a, b
 
 
-def _ends(p: Piece) -> list[int]:
+def _list_ends(p: Piece) -> list[int]:
     return [p.ours.start, p.ours.stop, p.theirs.start, p.theirs.stop, p.size, int(p.matched)]
 
 
-def _some(side: Sequence[bytes]) -> list[bytes | int]:
+def _shorten_row(side: Sequence[bytes]) -> list[bytes | int]:
     """The tokens that a cell shows, and how many it leaves out, where it does."""
     if len(side) <= FULL:
         return list(side)
     return [*side[: FULL // 2], len(side) - FULL, *side[len(side) - FULL // 2 :]]
 
 
-def _seen(side: Sequence[bytes]) -> list[str]:
+def _show_row(side: Sequence[bytes]) -> list[str]:
     return [
-        f"… {token:,} more …" if isinstance(token, int) else payload.word(visible(token))
-        for token in _some(side)
+        f"… {token:,} more …" if isinstance(token, int) else payload.shorten_word(show_piece(token))
+        for token in _shorten_row(side)
     ]
 
 
-def _word(token: str) -> str:
-    return f"<span>{markup.safe(token)}</span>"
+def _draw_word(token: str) -> str:
+    return f"<span>{markup.escape(token)}</span>"
 
 
-def _row(side: Sequence[bytes], shade: str) -> str:
+def _draw_row(side: Sequence[bytes], shade: str) -> str:
     """The tokens of one side of a span as HTML, each as wide as its text."""
     few = 0 < len(side) <= FULL
-    columns = " ".join(f"minmax(0, {width(token)}fr)" for token in side) if few else "1fr"
-    words = "".join(_word(token) for token in _seen(side))
+    columns = " ".join(f"minmax(0, {count_columns(token)}fr)" for token in side) if few else "1fr"
+    words = "".join(_draw_word(token) for token in _show_row(side))
     return f'<span class="opd-toks" style="grid-template-columns:{columns};{shade}">{words}</span>'
 
 
-def _drawn(side: Sequence[bytes]) -> dict[str, Any]:
+def _describe_row(side: Sequence[bytes]) -> dict[str, Any]:
     """One row of tokens as the page reads it: every distinct token once, then each token's place.
 
     `wide` and `size` are a token's columns and bytes.
@@ -407,16 +410,16 @@ def _drawn(side: Sequence[bytes]) -> dict[str, Any]:
     known = {piece: i for i, piece in enumerate(dict.fromkeys(side))}
     at = np.array([known[piece] for piece in side], int)
     return {
-        "word": [payload.word(visible(piece)) for piece in known],
+        "word": [payload.shorten_word(show_piece(piece)) for piece in known],
         "at": at,
-        "wide": np.array([width(piece) for piece in side], int),
+        "wide": np.array([count_columns(piece) for piece in side], int),
         "size": np.array([len(piece) for piece in side], int),
     }
 
 
-def _shade(value: float, limit: float) -> str:
+def _draw_shade(value: float, limit: float) -> str:
     if not np.isfinite(value):
         return ""
-    (r, g, b), most = markup.INK[markup.side("ratio", value)]
-    alpha = markup.weight(value, limit) * most
+    (r, g, b), most = markup.INK[markup.colour_of("ratio", value)]
+    alpha = markup.strength_of(value, limit) * most
     return f"background-color:rgba({r},{g},{b},{alpha:.3f})" if alpha >= 0.02 else ""

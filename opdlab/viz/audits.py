@@ -17,7 +17,7 @@ from opdlab.errors import OpdlabError
 from opdlab.support.expect import expect
 from opdlab.viz import markup, payload
 from opdlab.viz.channel import Channel, describe_channel
-from opdlab.viz.glyphs import groups, visible
+from opdlab.viz.glyphs import group_pieces, show_piece
 from opdlab.viz.made_up import make_trace
 from opdlab.viz.view import EXAMPLE_TOKENS, EXAMPLE_WORDS, View
 
@@ -70,7 +70,7 @@ class Audits(View):
         samples, positions = trace.column("sample").tolist(), trace.column("position").tolist()
         rows = {place: row for row, place in enumerate(zip(samples, positions, strict=True))}
         self.audits: dict[int, dict[str, Any]] = {}
-        for chunk in _noted_chunks(trace):
+        for chunk in _find_chunks(trace):
             row = rows.get((int(chunk["sample"]), int(chunk["start"])))
             if row is not None:
                 self.audits[row] = chunk
@@ -84,7 +84,7 @@ class Audits(View):
     @classmethod
     def fits(cls, given: object, sample: int = 0) -> bool:
         """Return whether `given` is a trace whose plan noted chunks."""
-        return isinstance(given, Trace) and bool(_noted_chunks(given))
+        return isinstance(given, Trace) and bool(_find_chunks(given))
 
     @classmethod
     def of_trace(cls, trace: Trace, sample: int = 0) -> Self:
@@ -113,7 +113,7 @@ class Audits(View):
     def df(self) -> pd.DataFrame:
         """The trace's rows with `token` and `audit`, the first row of its chunk (-1: none)."""
         return self.trace.to_pandas().assign(
-            token=[visible(p) for p in self.trace.tokens()], audit=self._audit
+            token=[show_piece(p) for p in self.trace.tokens()], audit=self._audit
         )
 
     @property
@@ -150,11 +150,11 @@ class Audits(View):
         drawn[0]["peaks"] = sorted(self.audits)
         return {
             "title": self.title,
-            "text": payload.text(self.trace),
+            "text": payload.describe_text(self.trace),
             "channels": drawn,
             "alpha": self.alpha,
             "audit": self._audit,
-            "audits": [self._drawn(row, audit) for row, audit in self.audits.items()],
+            "audits": [self._describe_chunk(row, audit) for row, audit in self.audits.items()],
         }
 
     def static(self) -> str:
@@ -163,21 +163,22 @@ class Audits(View):
         head = "".join(f"<th>{name}</th>" for name in names)
         rows = "".join(_table_row(chunk) for chunk in self.table.to_dict("records"))
         return (
-            f"{markup.title(self.title)}"
-            f'<div class="opd-bar"><span>{markup.safe(self._count)}</span></div>'
+            f"{markup.draw_title(self.title)}"
+            f'<div class="opd-bar"><span>{markup.escape(self._count)}</span></div>'
             f'<div class="opd-audit-table"><table><tr>{head}</tr>{rows}</table></div>'
         )
 
     def __repr__(self) -> str:
         lines = [
-            f"{a['sample']}:{a['start']}  weight {markup.number(a['weight'])} = prior"
-            f" {markup.number(a['prior'])}, similarity {markup.number(a['similarity'])} "
-            f" {a['text']!r} | {_said(a['answers'])}"
+            f"{a['sample']}:{a['start']}  weight {markup.format_number(a['weight'])}"
+            f" = prior {markup.format_number(a['prior'])},"
+            f" similarity {markup.format_number(a['similarity'])} "
+            f" {a['text']!r} | {_list_answers(a['answers'])}"
             for a in self.table.head(SHOWN).to_dict("records")
         ]
         more = [f"… {len(self.audits) - SHOWN} more"] if len(self.audits) > SHOWN else []
         head = f"Audits: {self.title + ', ' if self.title else ''}{self._count}"
-        bars = markup.sparkline_of(self.trace, self._entropy, self.selected)
+        bars = markup.draw_sparkline_of(self.trace, self._entropy, self.selected)
         return "\n".join([head, *bars, *lines, *more])
 
     @property
@@ -198,9 +199,10 @@ class Audits(View):
     @property
     def _count(self) -> str:
         weights, similar = self.table["weight"].tolist(), self.table["similarity"].tolist()
+        least, most = markup.format_number(min(weights)), markup.format_number(max(weights))
         return (
-            f"{len(self.audits)} audited chunks: mean similarity {markup.number(_mean(similar))},"
-            f" weights {markup.number(min(weights))} to {markup.number(max(weights))}"
+            f"{len(self.audits)} audited chunks: mean similarity"
+            f" {markup.format_number(_mean(similar))}, weights {least} to {most}"
         )
 
     def _in_chunks(self, name: str) -> np.ndarray:
@@ -211,7 +213,7 @@ class Audits(View):
             out[row : row + int(chunk["length"])] = _mean(values.tolist())
         return out
 
-    def _drawn(self, row: int, audit: Mapping[str, Any]) -> dict[str, Any]:
+    def _describe_chunk(self, row: int, audit: Mapping[str, Any]) -> dict[str, Any]:
         """A chunk as the page reads it: texts as glyphs, equal ones of the teacher counted.
 
         The most similar text comes first.
@@ -219,13 +221,13 @@ class Audits(View):
         counted = Counter(zip(audit["continuations"], audit["similarity"], strict=True))
         ordered = sorted(counted.items(), key=_negative_similarity)
         answers = [
-            {"glyph": _glyph(text), "similarity": similarity, "count": count}
+            {"glyph": _describe_glyph(text), "similarity": similarity, "count": count}
             for (text, similarity), count in ordered
         ]
         return {
             "row": row,
             "length": int(audit["length"]),
-            "glyph": _glyph(audit["text"]),
+            "glyph": _describe_glyph(audit["text"]),
             "prior": audit["prior"],
             "weight": audit["weight"],
             "similarity": _mean(audit["similarity"]),
@@ -234,7 +236,7 @@ class Audits(View):
         }
 
 
-def _noted_chunks(trace: Trace) -> list[dict[str, Any]]:
+def _find_chunks(trace: Trace) -> list[dict[str, Any]]:
     """The chunks of the trace's notes that have all fields."""
     note = trace.note(Chunks)
     return [chunk for chunk in note.chunks if set(chunk) >= FIELDS] if note else []
@@ -243,11 +245,11 @@ def _noted_chunks(trace: Trace) -> list[dict[str, Any]]:
 def _table_row(chunk: Mapping[str, Any]) -> str:
     cells = [
         f"{chunk['sample']}:{chunk['start']}",
-        markup.number(chunk["weight"]),
-        markup.number(chunk["prior"]),
-        markup.number(chunk["similarity"]),
-        markup.safe(chunk["text"]),
-        markup.safe(_said(chunk["answers"])),
+        markup.format_number(chunk["weight"]),
+        markup.format_number(chunk["prior"]),
+        markup.format_number(chunk["similarity"]),
+        markup.escape(chunk["text"]),
+        markup.escape(_list_answers(chunk["answers"])),
     ]
     return f"<tr>{''.join(f'<td>{cell}</td>' for cell in cells)}</tr>"
 
@@ -260,12 +262,12 @@ def _mean(values: Sequence[float]) -> float:
     return math.fsum(values) / len(values) if len(values) else float("nan")
 
 
-def _said(answers: Sequence[tuple[str, int]]) -> str:
+def _list_answers(answers: Sequence[tuple[str, int]]) -> str:
     return ", ".join(f"{text!r} ×{n}" if n > 1 else repr(text) for text, n in answers)
 
 
-def _glyph(text: str) -> list[Any]:
+def _describe_glyph(text: str) -> list[Any]:
     """A text as the page draws it, cut where it is endless."""
     shown = text if len(text) <= READ else f"{text[:READ]} … ({len(text):,} characters)"
-    (group,) = groups([shown.encode("utf-8", "replace")])
+    (group,) = group_pieces([shown.encode("utf-8", "replace")])
     return [group.lead, [list(part) for part in group.parts], int(group.special)]

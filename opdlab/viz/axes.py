@@ -85,7 +85,7 @@ def find_axes(trace: Trace) -> dict[str, Axis]:
     return found
 
 
-def compared_sides(trace: Trace) -> tuple[str, str] | None:
+def find_sides(trace: Trace) -> tuple[str, str] | None:
     """Return the teacher's and the student's side of `gap` and `confidence`.
 
     The two policies that the plan's first comparing column compares, else the first rival and the
@@ -102,7 +102,7 @@ def compared_sides(trace: Trace) -> tuple[str, str] | None:
 
 def _axes_of_pair(trace: Trace) -> Iterator[Axis]:
     """The distance and the sum of two policies' probabilities of the sampled token."""
-    sides = compared_sides(trace)
+    sides = find_sides(trace)
     if sides is None:
         return
     teacher, student = (trace.column(f"{name}_logp").astype(float) for name in sides)

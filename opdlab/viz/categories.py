@@ -108,7 +108,7 @@ def channel_of_ranks(
     )
 
 
-def marks(names: Sequence[str]) -> tuple[str, ...]:
+def choose_marks(names: Sequence[str]) -> tuple[str, ...]:
     """Return a short mark for each name, all different.
 
     The first words where all of them have one or two letters ("LH agree, sure" is "LH"), else the
@@ -140,7 +140,7 @@ def _category(
         "",
         "category",
         names=tuple(names),
-        marks=marks(names),
+        marks=choose_marks(names),
         hues=said.hues,
         formula=said.description,
     )

@@ -95,14 +95,14 @@ def describe_channel(channel: Channel, limit: float) -> dict[str, Any]:
         "marks": channel.marks,
         "hues": channel.hues,
         "limit": limit,
-        "values": _drawn_values(channel, limit),
+        "values": _compact_values(channel, limit),
         "peaks": channel.peaks(),
     }
 
 
-def _drawn_values(channel: Channel, limit: float) -> np.ndarray:
+def _compact_values(channel: Channel, limit: float) -> np.ndarray:
     if channel.names:
         return np.asarray(np.nan_to_num(channel.values, nan=-1), int)
     if channel.minor:
-        return payload.coarser(channel.values, limit)
-    return payload.numbers(channel.values)
+        return payload.compact_to_colours(channel.values, limit)
+    return payload.compact(channel.values)

@@ -111,7 +111,9 @@ def describe_fitting(
     out = []
     for key, channel in found.items():
         described = describe_channel(channel, limits[key])
-        cost = payload.cost(described["values"]) if len(channel.values) > payload.LONG else 0
+        cost = (
+            payload.measure_cost(described["values"]) if len(channel.values) > payload.LONG else 0
+        )
         if spent + cost <= ROOM * max(1.0, len(channel.values) / 10_000) or key in keep:
             out.append(described)
             spent += cost

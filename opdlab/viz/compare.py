@@ -16,7 +16,7 @@ from opdlab.viz import markup, payload
 from opdlab.viz.channel import Channel, describe_channel
 from opdlab.viz.channels import find_channels, find_labelled_kinds
 from opdlab.viz.given import check_traces, select_completion
-from opdlab.viz.glyphs import groups, visible
+from opdlab.viz.glyphs import group_pieces, show_piece
 from opdlab.viz.made_up import make_trace
 from opdlab.viz.token_lens import TokenLens
 from opdlab.viz.traits import Trait
@@ -65,7 +65,7 @@ class Compare(View):
         title: str = "",
     ) -> None:
         super().__init__()
-        self.sample, self.title, self.traces = sample, title, _named(traces, sample)
+        self.sample, self.title, self.traces = sample, title, _name_traces(traces, sample)
         _check_same(self.traces)
         if channel not in self.channels and channel != "log_ratio":
             raise UnknownColumn(
@@ -136,7 +136,7 @@ class Compare(View):
         with np.errstate(invalid="ignore"):
             return pd.DataFrame(
                 {
-                    "token": [visible(p) for p in first.tokens()],
+                    "token": [show_piece(p) for p in first.tokens()],
                     **values,
                     "difference": minuend - subtrahend,
                 }
@@ -145,7 +145,7 @@ class Compare(View):
     @property
     def correlation(self) -> pd.DataFrame:
         """Spearman's rank correlation of sizes, name by name; NaN where one does not vary."""
-        return pd.DataFrame(_spearman(self.channels[self.channel]), self.names, self.names)
+        return pd.DataFrame(_correlate(self.channels[self.channel]), self.names, self.names)
 
     @property
     def changed(self) -> pd.DataFrame:
@@ -159,23 +159,23 @@ class Compare(View):
     def static(self) -> str:
         """Return the picture as HTML without a script."""
         chosen = self.channels[self.channel]
-        tokens = groups(next(iter(self.traces.values())).tokens())
+        tokens = group_pieces(next(iter(self.traces.values())).tokens())
         strips = [
-            f'<div class="opd-versus"><b>{markup.safe(name)}</b></div>'
-            f"{markup.strip_box(tokens, channel, self.limit)}"
+            f'<div class="opd-versus"><b>{markup.escape(name)}</b></div>'
+            f"{markup.draw_strip_box(tokens, channel, self.limit)}"
             for name, channel in zip(self.names, chosen, strict=True)
         ]
         lines = (self._summary(), *self._kinds_in_words())
-        said = "".join(markup.said_box(line) for line in lines)
+        said = "".join(markup.draw_words(line) for line in lines)
         return (
-            f"{markup.title(self.title)}"
-            f'<div class="opd-bar">{markup.legend(chosen[0], self.limit)}</div>{"".join(strips)}'
-            f"{said}"
+            f"{markup.draw_title(self.title)}"
+            f'<div class="opd-bar">{markup.draw_legend(chosen[0], self.limit)}</div>'
+            f"{''.join(strips)}{said}"
         )
 
     def data(self) -> dict[str, Any]:
         """Return all that the script draws."""
-        text = payload.text(next(iter(self.traces.values())))
+        text = payload.describe_text(next(iter(self.traces.values())))
         kinds = [
             describe_channel(found[0], found[0].limit)
             | {"values": [describe_channel(c, c.limit)["values"] for c in found]}
@@ -186,14 +186,14 @@ class Compare(View):
             "text": text,
             "names": self.names,
             "prompt": text["texts"][0]["prompt"] if text["texts"] else "",
-            "channels": self._carried(),
+            "channels": self._describe_channels(),
             "kinds": kinds,
         }
 
     def __repr__(self) -> str:
         chosen, width = self.channels[self.channel], max(map(len, self.names))
         lines = [
-            f"{name:{width}}  {markup.sparkline(replace(c, fixed=self.limit))}"
+            f"{name:{width}}  {markup.draw_sparkline(replace(c, fixed=self.limit))}"
             for name, c in zip(self.names, chosen, strict=True)
         ]
         unit = f" in {chosen[0].unit}" if chosen[0].unit else ""
@@ -201,7 +201,7 @@ class Compare(View):
         head = f"Compare: {title}, {chosen[0].label}{unit}"
         return "\n".join([head, *lines, self._summary(), *self._kinds_in_words()])
 
-    def _carried(self) -> list[dict[str, Any]]:
+    def _describe_channels(self) -> list[dict[str, Any]]:
         """The channels with the values of all traces; of long texts only some, to save room."""
         out, spent = [], 0
         for key, found in self.channels.items():
@@ -209,11 +209,11 @@ class Compare(View):
             described = [describe_channel(channel, limit) for channel in found]
             values = [one["values"] for one in described]
             is_long = len(found[0].values) > payload.LONG
-            cost = sum(map(payload.cost, values)) if is_long else 0
+            cost = sum(map(payload.measure_cost, values)) if is_long else 0
             if key == self.channel or spent + cost <= ROOM:
                 spent += cost
                 peaks = [one["peaks"] for one in described]
-                rho = np.round(_spearman(found), 3)
+                rho = np.round(_correlate(found), 3)
                 out.append({**described[0], "values": values, "peaks": peaks, "rho": rho})
         return out
 
@@ -221,12 +221,12 @@ class Compare(View):
         a, b = (self.names[i] for i in self.pair)
         rho, chosen = self.correlation.loc[a, b], self.channels[self.channel][0]
         words = [
-            f"{row.token} {markup.number(row.difference, True)} (position {i})"
+            f"{row.token} {markup.format_number(row.difference, True)} (position {i})"
             for i, row in self.changed.head(5).iterrows()
         ]
         return (
-            f"{a} minus {b}, {chosen.label}: rank correlation {markup.number(rho)}; changed most:"
-            f" {', '.join(words) or 'none'}"
+            f"{a} minus {b}, {chosen.label}: rank correlation {markup.format_number(rho)};"
+            f" changed most: {', '.join(words) or 'none'}"
         )
 
     def _kinds_in_words(self) -> list[str]:
@@ -234,11 +234,11 @@ class Compare(View):
         out = []
         for key in find_labelled_kinds(next(iter(self.traces.values()))):
             for name, channel in zip(self.names, self.kinds.get(key, []), strict=False):
-                out.append(f"{name}, {markup.shares_of_names(channel)}")
+                out.append(f"{name}, {markup.count_names(channel)}")
         return out
 
 
-def _named(
+def _name_traces(
     traces: Mapping[str, Trace | TokenLens] | Sequence[TokenLens], sample: int
 ) -> dict[str, Trace]:
     if (
@@ -279,7 +279,7 @@ def _check_same(traces: Mapping[str, Trace]) -> None:
             (i for i, (x, y) in enumerate(zip(wanted, tokens, strict=False)) if x != y),
             min(len(wanted), len(tokens)),
         )
-        seen = [visible(some[at]) if at < len(some) else "the end" for some in (wanted, tokens)]
+        seen = [show_piece(some[at]) if at < len(some) else "the end" for some in (wanted, tokens)]
         raise OpdlabError(
             f"{first!r} and {name!r} are not of the same text: they part at position {at}"
             f" ({seen[0]} and {seen[1]}). Score one rollout under each: opdlab.score(rollout, …),"
@@ -287,7 +287,7 @@ def _check_same(traces: Mapping[str, Trace]) -> None:
         )
 
 
-def _spearman(some: Sequence[Channel]) -> np.ndarray:
+def _correlate(some: Sequence[Channel]) -> np.ndarray:
     """`[k, k]` rank correlations of sizes."""
     sizes = pd.DataFrame({i: np.abs(channel.values) for i, channel in enumerate(some)})
     return np.asarray(sizes.corr(method="spearman"), float)

@@ -8,7 +8,7 @@ import numpy as np
 
 from opdlab.data.trace import Trace
 from opdlab.viz import payload
-from opdlab.viz.glyphs import visible
+from opdlab.viz.glyphs import show_piece
 
 ROWS = 9  # the sampled token and eight more: what the panel has room for
 LEAST = 1e-3  # a token that no policy gives as much is not shown by itself
@@ -16,7 +16,7 @@ LEAST = 1e-3  # a token that no policy gives as much is not shown by itself
 ENTRIES, FEWER = 9000, 4000
 
 
-def duel(trace: Trace) -> dict[str, Any] | None:
+def find_duel(trace: Trace) -> dict[str, Any] | None:
     """Return the top candidates of every policy at each token, as the page reads them.
 
     Returns:
@@ -34,9 +34,9 @@ def duel(trace: Trace) -> dict[str, Any] | None:
     policies = [name for name in trace.policies if f"{name}_top" in have]
     if "support" not in have or not policies or not len(trace):
         return None
-    ids, p = _wanted(trace, policies)
-    rows, shown, real = _best(ids, p)
-    real &= _fits(trace, real)[:, None]
+    ids, p = _find_probabilities(trace, policies)
+    rows, shown, real = _select_rows(ids, p)
+    real &= _find_room(trace, real)[:, None]
     kept = real.any(1)
     seen, index = np.unique(rows[real], return_inverse=True)
     picked = {name: np.take_along_axis(x, shown, 1) for name, x in p.items()}
@@ -48,21 +48,25 @@ def duel(trace: Trace) -> dict[str, Any] | None:
         "count": real.sum(1),
         "row": index,
         "ids": seen,
-        "names": [payload.word(visible(trace.piece(int(i)))) for i in seen],
-        "p": {name: _share(x[real]) for name, x in picked.items()},
-        "other": {name: _share(x[kept]) for name, x in other.items()},
+        "names": [payload.shorten_word(show_piece(trace.piece(int(i)))) for i in seen],
+        "p": {name: _compact_share(x[real]) for name, x in picked.items()},
+        "other": {name: _compact_share(x[kept]) for name, x in other.items()},
         "rank": {name: trace.column(f"{name}_rank") for name in policies if f"{name}_rank" in have},
     }
 
 
-def _wanted(trace: Trace, policies: list[str]) -> tuple[np.ndarray, dict[str, np.ndarray]]:
+def _find_probabilities(
+    trace: Trace, policies: list[str]
+) -> tuple[np.ndarray, dict[str, np.ndarray]]:
     """Token ids `[n, S]`, the sampled token first and -1 for repeats, and their probabilities."""
     ids = trace.column("support")
     top = {name: np.exp(trace.column(f"{name}_top").astype(float)) for name in policies}
     return ids, {name: np.where(ids < 0, 0.0, p) for name, p in top.items()}
 
 
-def _best(ids: np.ndarray, p: dict[str, np.ndarray]) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+def _select_rows(
+    ids: np.ndarray, p: dict[str, np.ndarray]
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """Ids of the rows to show `[n, ROWS]`, their places in the support, and which are real."""
     best = np.where(ids < 0, -1.0, np.max(list(p.values()), axis=0))
     first = np.where(np.arange(ids.shape[1]) == 0, np.inf, best)
@@ -74,16 +78,16 @@ def _best(ids: np.ndarray, p: dict[str, np.ndarray]) -> tuple[np.ndarray, np.nda
     return rows, shown, (rows >= 0) & ((np.take_along_axis(best, shown, 1) >= LEAST) | (shown == 0))
 
 
-def _fits(trace: Trace, real: np.ndarray) -> np.ndarray:
+def _find_room(trace: Trace, real: np.ndarray) -> np.ndarray:
     """Which tokens have room for their rows; those on which the policies differ most come first."""
-    order = np.argsort(-_differ(trace), kind="stable")
+    order = np.argsort(-_measure_disagreement(trace), kind="stable")
     room = np.cumsum(real.sum(1)[order]) <= (FEWER if len(trace) > payload.LONG else ENTRIES)
     out = np.zeros(len(trace), bool)
     out[order[room]] = True
     return out
 
 
-def _differ(trace: Trace) -> np.ndarray:
+def _measure_disagreement(trace: Trace) -> np.ndarray:
     rivals = [name for name in trace.policies if name != "student"]
     if not rivals:
         return trace.column("student_entropy").astype(float)
@@ -95,5 +99,5 @@ def _differ(trace: Trace) -> np.ndarray:
     return np.asarray(np.nan_to_num(np.max(gaps, axis=0), nan=0.0, posinf=1e9))
 
 
-def _share(p: np.ndarray) -> np.ndarray:
+def _compact_share(p: np.ndarray) -> np.ndarray:
     return np.asarray(np.clip(p, 0, 1).astype(np.float16))

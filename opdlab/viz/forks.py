@@ -21,7 +21,7 @@ from opdlab.support.expect import expect
 from opdlab.viz import markup, payload
 from opdlab.viz.channel import Channel, describe_channel
 from opdlab.viz.channels import find_channels
-from opdlab.viz.glyphs import visible
+from opdlab.viz.glyphs import show_piece
 from opdlab.viz.made_up import make_trace
 from opdlab.viz.traits import Trait
 from opdlab.viz.view import EXAMPLE_TOKENS, EXAMPLE_WORDS, View
@@ -76,10 +76,10 @@ class Forks(View):
         self.trace, self.title = trace, title
         self.policies, self.prompts = dict(policies or {}), prompts
         self.windows: dict[int, dict[str, Any]] = {}
-        for noted in _noted_windows(trace):
+        for noted in _find_windows(trace):
             row = self._rows.get((int(noted["sample"]), int(noted["position"])))
             if row is not None:
-                self.windows[row] = _window(noted)
+                self.windows[row] = _read_window(noted)
         if not self.windows and not self._can_ask:
             raise OpdlabError(
                 "The trace has no windows. Take step.trace() of a run with TOPD, or hand in"
@@ -92,7 +92,7 @@ class Forks(View):
     @classmethod
     def fits(cls, given: object, sample: int = 0) -> bool:
         """Return whether `given` is a trace whose plan noted windows."""
-        return isinstance(given, Trace) and bool(_noted_windows(given))
+        return isinstance(given, Trace) and bool(_find_windows(given))
 
     @classmethod
     def of_trace(cls, trace: Trace, sample: int = 0) -> Self:
@@ -127,7 +127,7 @@ class Forks(View):
         is_real = (distance > self.threshold + SAME).astype(int)
         verdict = np.where(np.isnan(distance), "", np.array(VERDICTS)[is_real])
         return self.trace.to_pandas().assign(
-            token=[visible(p) for p in self.trace.tokens()], distance=distance, verdict=verdict
+            token=[show_piece(p) for p in self.trace.tokens()], distance=distance, verdict=verdict
         )
 
     @property
@@ -205,7 +205,7 @@ class Forks(View):
         """Return new windows, or the text that one side goes on with, from before a row."""
         row = int(question["row"])
         if question["do"] == "windows":
-            return self._drawn(row, self.at(row))
+            return self._describe_window(row, self.at(row))
         side = str(question["side"])
         if side not in SIDES:
             raise OpdlabError(f"There is no side {side!r}. Ask for student or teacher.")
@@ -217,10 +217,10 @@ class Forks(View):
         drawn = describe_channel(channel, channel.limit) | {"peaks": sorted(self.windows)}
         return {
             "title": self.title,
-            "text": payload.text(self.trace),
+            "text": payload.describe_text(self.trace),
             "channel": drawn,
             "asks": self._can_ask,
-            "windows": [self._drawn(row, window) for row, window in self.windows.items()],
+            "windows": [self._describe_window(row, window) for row, window in self.windows.items()],
             "size": self._size,
         }
 
@@ -230,20 +230,20 @@ class Forks(View):
         head = "".join(f"<th>{name}</th>" for name in names)
         rows = "".join(_table_row(window) for window in self.table.to_dict("records"))
         return (
-            f"{markup.title(self.title)}"
-            f'<div class="opd-bar"><span>{markup.safe(self._count)}</span></div>'
+            f"{markup.draw_title(self.title)}"
+            f'<div class="opd-bar"><span>{markup.escape(self._count)}</span></div>'
             f'<div class="opd-fork-table"><table><tr>{head}</tr>{rows}</table></div>'
         )
 
     def __repr__(self) -> str:
         lines = [
-            f"{w['sample']}:{w['position']}  {markup.number(w['distance'])}  {w['verdict']} "
+            f"{w['sample']}:{w['position']}  {markup.format_number(w['distance'])}  {w['verdict']} "
             f" {w['student']!r} | {w['teacher']!r}"
             for w in self.table.head(SHOWN).to_dict("records")
         ]
         more = [f"… {len(self.windows) - SHOWN} more"] if len(self.windows) > SHOWN else []
         head = f"Forks: {self.title + ', ' if self.title else ''}{self._count}"
-        bars = markup.sparkline_of(self.trace, self._channel, self.selected)
+        bars = markup.draw_sparkline_of(self.trace, self._channel, self.selected)
         return "\n".join([head, *bars, *lines, *more])
 
     @cached_property
@@ -269,7 +269,7 @@ class Forks(View):
         return (
             f"{len(self.windows)} tokens of high loss: {real} real forks,"
             f" {len(self.windows) - real} false alarms (distance above"
-            f" {markup.number(self.threshold)} or not)"
+            f" {markup.format_number(self.threshold)} or not)"
         )
 
     @property
@@ -303,9 +303,11 @@ class Forks(View):
             )
         sample, position = int(self._samples[row]), int(self._positions[row])
         ids = self.trace.column("token_id")[row - position : row].tolist()
-        return (self.prompts[sample] if self.prompts is not None else self._plain(sample)), ids
+        return (
+            self.prompts[sample] if self.prompts is not None else self._make_prompt(sample)
+        ), ids
 
-    def _plain(self, sample: int) -> Prompt:
+    def _make_prompt(self, sample: int) -> Prompt:
         """A prompt of the trace as a user's message, or as plain text without a chat template."""
         text = str(self.trace.meta["prompts"][sample])
         chat = getattr(self.policies["student"].tokenizer, "chat_template", None)
@@ -317,7 +319,7 @@ class Forks(View):
         )
         return list(rollout.completions()[0])
 
-    def _pieces(self, ids: Sequence[int]) -> list[bytes]:
+    def _find_pieces(self, ids: Sequence[int]) -> list[bytes]:
         """The bytes of tokens, which the trace knows only of those that occur in it."""
         known = self.trace.meta["vocab"]
         if "student" in self.policies and any(str(i) not in known for i in ids):
@@ -325,14 +327,14 @@ class Forks(View):
         return [self.trace.piece(i) if str(i) in known else f"‹{i}›".encode() for i in ids]
 
     def _decode(self, ids: Sequence[int]) -> str:
-        return b"".join(self._pieces(ids)).decode("utf-8", "replace")
+        return b"".join(self._find_pieces(ids)).decode("utf-8", "replace")
 
-    def _words(self, ids: Sequence[int]) -> list[str]:
-        return [payload.word(visible(piece)) for piece in self._pieces(ids)]
+    def _show_pieces(self, ids: Sequence[int]) -> list[str]:
+        return [payload.shorten_word(show_piece(piece)) for piece in self._find_pieces(ids)]
 
-    def _drawn(self, row: int, window: Mapping[str, Any]) -> dict[str, Any]:
+    def _describe_window(self, row: int, window: Mapping[str, Any]) -> dict[str, Any]:
         """A window as the page reads it: tokens by name, which are the same, the plan by rows."""
-        words = {side: self._words(window[side]) for side in SIDES}
+        words = {side: self._show_pieces(window[side]) for side in SIDES}
         same = [[int(s == t) for t in window["teacher"]] for s in window["student"]]
         return {
             "row": row,
@@ -344,7 +346,7 @@ class Forks(View):
         }
 
 
-def _noted_windows(trace: Trace) -> list[dict[str, Any]]:
+def _find_windows(trace: Trace) -> list[dict[str, Any]]:
     """The windows of the trace's notes that have all fields."""
     note = trace.note(Windows)
     return [window for window in note.windows if set(window) >= FIELDS] if note else []
@@ -353,15 +355,15 @@ def _noted_windows(trace: Trace) -> list[dict[str, Any]]:
 def _table_row(window: Mapping[str, Any]) -> str:
     cells = [
         f"{window['sample']}:{window['position']}",
-        markup.number(window["distance"]),
+        markup.format_number(window["distance"]),
         window["verdict"],
-        markup.safe(window["student"]),
-        markup.safe(window["teacher"]),
+        markup.escape(window["student"]),
+        markup.escape(window["teacher"]),
     ]
     return f"<tr>{''.join(f'<td>{cell}</td>' for cell in cells)}</tr>"
 
 
-def _window(note: Mapping[str, Any]) -> dict[str, Any]:
+def _read_window(note: Mapping[str, Any]) -> dict[str, Any]:
     return {
         "student": [int(i) for i in note["student"]],
         "teacher": [int(i) for i in note["teacher"]],

@@ -45,7 +45,7 @@ class Group:
         return self.lead + "".join(raw for _, raw in self.parts)
 
 
-def groups(pieces: Iterable[bytes]) -> list[Group]:
+def group_pieces(pieces: Iterable[bytes]) -> list[Group]:
     """Return the pieces of a text as groups whose texts re-join to the whole, decoded.
 
     Bytes that are no UTF-8 give U+FFFD.
@@ -61,7 +61,7 @@ def groups(pieces: Iterable[bytes]) -> list[Group]:
             raw, text, count = b"", "", 0
         if piece is None:
             break
-        if not count and (alone := _alone(piece)):
+        if not count and (alone := _group_alone(piece)):
             out.append(alone)
             continue
         raw, text, count = raw + piece, text + decoder.decode(piece), count + 1
@@ -72,24 +72,24 @@ def groups(pieces: Iterable[bytes]) -> list[Group]:
 
 
 @lru_cache(maxsize=65_536)
-def visible(piece: bytes) -> str:
+def show_piece(piece: bytes) -> str:
     r"""Return one token as lists show it.
 
     Spaces are `·`, controls have names, stray bytes are `\xf0`, and no bytes are `∅`.
     """
-    text = _decoded(piece)
-    if _plain(text):
+    text = _decode(piece)
+    if _is_plain(text):
         return text.replace(" ", "·") or "∅"
     return "".join("·" if c == " " else seen for seen, c in _parts(text)) or "∅"
 
 
-def clean(text: str) -> str:
+def clean_text(text: str) -> str:
     """Return any string as one that UTF-8 can hold."""
     return text.encode("utf-8", "replace").decode()
 
 
 @lru_cache(maxsize=65_536)
-def _alone(piece: bytes) -> Group | None:
+def _group_alone(piece: bytes) -> Group | None:
     """The group of a piece that is whole characters; None for one that leaves a character open."""
     decoder = codecs.getincrementaldecoder("utf-8")("replace")
     text = decoder.decode(piece)
@@ -99,18 +99,18 @@ def _alone(piece: bytes) -> Group | None:
 def _group(raw: bytes, text: str, tokens: int) -> Group:
     if not text or _SPECIAL.fullmatch(text):
         return Group("", ((text or "∅", text),), tokens, special=bool(text))
-    if "\ufffd" in text and _decoded(raw) != text:  # not UTF-8 at all: show the bytes
-        return Group("", ((_decoded(raw), text),), tokens)
+    if "\ufffd" in text and _decode(raw) != text:  # not UTF-8 at all: show the bytes
+        return Group("", ((_decode(raw), text),), tokens)
     body = text.lstrip(" ")
     lead = text[: len(text) - len(body)] if body else ""
-    return Group(lead, tuple(_joined(_parts(text[len(lead) :]))), tokens)
+    return Group(lead, tuple(_join_plain(_parts(text[len(lead) :]))), tokens)
 
 
-def _decoded(piece: bytes) -> str:
+def _decode(piece: bytes) -> str:
     return piece.decode("utf-8", "backslashreplace")
 
 
-def _plain(text: str) -> bool:
+def _is_plain(text: str) -> bool:
     """Whether all of a text but spaces within it is seen as it is: the quick way through texts."""
     return text.isprintable() and not any(
         unicodedata.category(c)[0] == "M" for c in (*text[:1], *text[-1:])
@@ -120,12 +120,14 @@ def _plain(text: str) -> bool:
 def _parts(text: str) -> list[Part]:
     """Character by character: (what is seen, the character)."""
     body = text.rstrip(" ")
-    if body and _plain(body):
+    if body and _is_plain(body):
         return [(body, body), *[("·", " ")] * (len(text) - len(body))]
-    return [(_seen(c, i in (0, len(text) - 1), i >= len(body)), c) for i, c in enumerate(text)]
+    return [
+        (_show_character(c, i in (0, len(text) - 1), i >= len(body)), c) for i, c in enumerate(text)
+    ]
 
 
-def _seen(c: str, edge: bool, trailing: bool) -> str:
+def _show_character(c: str, edge: bool, trailing: bool) -> str:
     if c == " ":
         return "·" if trailing else c
     kind = unicodedata.category(c)
@@ -135,7 +137,7 @@ def _seen(c: str, edge: bool, trailing: bool) -> str:
     return f"‹{ord(c):02x}›"
 
 
-def _joined(parts: Iterable[Part]) -> Iterable[Part]:
+def _join_plain(parts: Iterable[Part]) -> Iterable[Part]:
     """Neighbours that are seen as they are become one part."""
     plain = ""
     for seen, raw in parts:

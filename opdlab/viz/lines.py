@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from opdlab.viz.markup import number, safe
+from opdlab.viz.markup import escape, format_number
 
 POINTS = 300  # a line is thinned to about as many
 # Of lines; the last three are dashed, each in its own way.
@@ -82,27 +82,28 @@ class Plot:
             "lines": lines,
         }
 
+    def _draw(self, line: Line) -> str:
+        path = draw_path(line, self.x, self.y)
+        return f'<path class="opd-l opd-l-{line.look} opd-l-{line.kind}" d="{path}"/>'
+
     def html(self) -> str:
         """Return the plot as HTML: numbers and escaped words."""
         almost = (self.y[1] - self.y[0]) / 1000
-        low, top = (number(0.0 if abs(end) < almost else end) for end in self.y)
+        low, top = (format_number(0.0 if abs(end) < almost else end) for end in self.y)
         first, last = (f"{x:g}".replace("-", "−") for x in self.x)
-        drawn = "".join(
-            f'<path class="opd-l opd-l-{s.look} opd-l-{s.kind}" d="{path(s, self.x, self.y)}"/>'
-            for s in self.lines
-        )
+        drawn = "".join(self._draw(line) for line in self.lines)
         flagged = [(_at(x, self.x), sign) for x, sign in self.marks if sign]
         flags = "".join(
-            f'<span class="opd-lp-flag" style="left:{at:.2f}%">{safe(sign)}</span>'
+            f'<span class="opd-lp-flag" style="left:{at:.2f}%">{escape(sign)}</span>'
             for at, sign in flagged
         )
         rules = "".join(
             f'<path class="opd-lp-mark" d="M{_at(x, self.x):.2f} 0V100"/>' for x, _ in self.marks
         )
-        label = safe(self.label)
+        label = escape(self.label)
         return (
             f'<figure class="opd-plot"><figcaption><b>{label}</b>'
-            f' <span class="opd-soft">{safe(self.told)}</span></figcaption>'
+            f' <span class="opd-soft">{escape(self.told)}</span></figcaption>'
             '<div class="opd-lp-box">'
             f'<span class="opd-lp-y">{top}</span><span class="opd-lp-y opd-lp-low">{low}</span>'
             '<div class="opd-lp-area">'
@@ -117,7 +118,7 @@ class Plot:
 GRID = "M0 0H100M0 50H100M0 100H100"
 
 
-def path(line: Line, x: tuple[float, float], y: tuple[float, float]) -> str:
+def draw_path(line: Line, x: tuple[float, float], y: tuple[float, float]) -> str:
     """Return the SVG path of a line, in hundredths of the box.
 
     It has gaps where a value is not finite, and a dot where a value stands alone.
@@ -133,7 +134,7 @@ def path(line: Line, x: tuple[float, float], y: tuple[float, float]) -> str:
     return "".join(out)
 
 
-def span(arrays: Sequence[np.ndarray], zero: bool = False) -> tuple[float, float]:
+def find_range(arrays: Sequence[np.ndarray], zero: bool = False) -> tuple[float, float]:
     """Return the range of all finite values, made wider where they are all the same.
 
     Args:

@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
+import html
 import math
 from collections.abc import Iterator, Sequence
-from html import escape
 
 import numpy as np
 
 from opdlab.data.trace import Trace
 from opdlab.viz.channel import Channel
-from opdlab.viz.glyphs import Group, clean
+from opdlab.viz.glyphs import Group, clean_text
 
 # Colour and strongest alpha by side. One set for light and dark pages: black or white text on it
 # keeps 4.5 to 1.
@@ -40,7 +40,7 @@ WHOLE = 1200  # groups that the static strip holds whole
 _STEPS = 12  # cells of the legend on each side of zero
 
 
-def side(kind: str, value: float) -> str:
+def colour_of(kind: str, value: float) -> str:
     """Return the colour of a value, a key of `INK`."""
     if kind == "category":
         return f"k{int(value) % len(KINDS)}" if value >= 0 else "minus"
@@ -50,7 +50,7 @@ def side(kind: str, value: float) -> str:
     return positive if value > 0 else negative
 
 
-def weight(value: float, limit: float, kind: str = "amount") -> float:
+def strength_of(value: float, limit: float, kind: str = "amount") -> float:
     """Return how strong the colour of a value is, from 0 to 1.
 
     The square root of the size, so that middling values show; of ordinals, their place.
@@ -62,7 +62,7 @@ def weight(value: float, limit: float, kind: str = "amount") -> float:
     return min(1.0, abs(value) / limit if kind == "ordinal" else math.sqrt(abs(value) / limit))
 
 
-def strip(groups: Sequence[Group], channel: Channel, limit: float) -> str:
+def draw_strip(groups: Sequence[Group], channel: Channel, limit: float) -> str:
     """Return the tokens as coloured HTML.
 
     Its text content is the text itself, apart from NUL, which HTML cannot hold. Of texts longer
@@ -79,26 +79,26 @@ def strip(groups: Sequence[Group], channel: Channel, limit: float) -> str:
     return "".join(out)
 
 
-def strip_box(
+def draw_strip_box(
     groups: Sequence[Group], channel: Channel, limit: float, finish: str | None = None
 ) -> str:
     """Return `strip` in its box, with the finish reason of the completion where one is given."""
-    ended = "" if finish is None else f' data-finish="{safe(finish)}"'
-    colours = strip(groups, channel, limit)
+    ended = "" if finish is None else f' data-finish="{escape(finish)}"'
+    colours = draw_strip(groups, channel, limit)
     return f'<div class="opd-strip"{ended} dir="auto" style="{STRIP_STYLE}">{colours}</div>'
 
 
-def prompt_box(text: str) -> str:
+def draw_prompt(text: str) -> str:
     """Return a prompt as HTML."""
-    return f'<div class="opd-prompt" style="white-space:pre-wrap" dir="auto">{safe(text)}</div>'
+    return f'<div class="opd-prompt" style="white-space:pre-wrap" dir="auto">{escape(text)}</div>'
 
 
-def said_box(text: str) -> str:
+def draw_words(text: str) -> str:
     """Return what stands under a picture in words, as HTML."""
-    return f'<div class="opd-peaks">{safe(text)}</div>'
+    return f'<div class="opd-peaks">{escape(text)}</div>'
 
 
-def legend(channel: Channel, limit: float) -> str:
+def draw_legend(channel: Channel, limit: float) -> str:
     """Return the colour scale with its ends and unit; of categories, the mark and name of each."""
     if channel.names:
         return _key(channel, limit)
@@ -108,17 +108,17 @@ def legend(channel: Channel, limit: float) -> str:
         for i in range(-_STEPS if has_sides else 0, _STEPS + 1)
     ]
     cells = "".join(f'<span class="opd-cell" style="{tint}">&nbsp;</span>' for tint in tints)
-    ends = [f"−{number(limit)}"] if has_sides else []
-    ticks = " … ".join([*ends, "0", f"{number(limit)} {channel.unit}"])
+    ends = [f"−{format_number(limit)}"] if has_sides else []
+    ticks = " … ".join([*ends, "0", f"{format_number(limit)} {channel.unit}"])
     meaning = f"{channel.less} ↔ {channel.more}" if channel.less else ""
     return (
-        f'<div class="opd-legend"><span>{safe(channel.label)}</span> '
+        f'<div class="opd-legend"><span>{escape(channel.label)}</span> '
         f'<span class="opd-scale">{cells}</span> '
-        f"<span>{safe(ticks)}</span> <span>{safe(meaning)}</span></div>"
+        f"<span>{escape(ticks)}</span> <span>{escape(meaning)}</span></div>"
     )
 
 
-def sparkline(channel: Channel, width: int = 64) -> str:
+def draw_sparkline(channel: Channel, width: int = 64) -> str:
     """Return the sizes of the channel along the text, as one line of bars.
 
     Where many tokens share a character, it shows the largest. A category is shown by numbers, from
@@ -132,28 +132,28 @@ def sparkline(channel: Channel, width: int = 64) -> str:
         return "".join("·" if code < 0 else str(code + 1) for code in commonest)
     size = np.nan_to_num(np.abs(channel.values), nan=0.0, posinf=np.inf)
     parts = np.array_split(size, min(width, len(size))) if len(size) else []
-    strengths = [weight(float(part.max()), channel.limit, channel.kind) for part in parts]
-    return "".join(bar(strength) for strength in strengths)
+    strengths = [strength_of(float(part.max()), channel.limit, channel.kind) for part in parts]
+    return "".join(draw_bar(strength) for strength in strengths)
 
 
-def bar(strength: float) -> str:
+def draw_bar(strength: float) -> str:
     """Return one character that is as high as `strength`, from 0 to 1."""
     return BARS[min(len(BARS) - 1, int(len(BARS) * max(0.0, strength)))]
 
 
-def sparkline_of(trace: Trace, channel: Channel, row: int) -> list[str]:
+def draw_sparkline_of(trace: Trace, channel: Channel, row: int) -> list[str]:
     """Return the sparkline of the completion that a row lies in; nothing for no such row."""
     samples = trace.column("sample")
     if not 0 <= row < len(samples):
         return []
     values = channel.values[samples == samples[row]]
     return [
-        f"{sparkline(Channel('', '', values, fixed=channel.limit))} {channel.label} along"
+        f"{draw_sparkline(Channel('', '', values, fixed=channel.limit))} {channel.label} along"
         f" completion {samples[row]}"
     ]
 
 
-def number(value: float, sign: bool = False) -> str:
+def format_number(value: float, sign: bool = False) -> str:
     """Return a number with three significant digits and a real minus."""
     if not math.isfinite(value):
         return "–" if math.isnan(value) else "∞" if value > 0 else "−∞"
@@ -163,27 +163,27 @@ def number(value: float, sign: bool = False) -> str:
     return ("+" if sign and value > 0 else "") + text.replace("-", "−")
 
 
-def said(value: float, channel: Channel) -> str:
+def format_value(value: float, channel: Channel) -> str:
     """Return a value in words: its name, or the number, signed where the channel has two sides."""
     if channel.names:
         return channel.names[int(value)] if value >= 0 else "–"
-    return number(value, channel.kind in ("ratio", "signed"))
+    return format_number(value, channel.kind in ("ratio", "signed"))
 
 
-def safe(text: str) -> str:
+def escape(text: str) -> str:
     """Return text as HTML that reads back as that text.
 
     Markup is escaped, CR is kept, NUL, which HTML cannot hold, is dropped.
     """
-    return escape(clean(text)).replace("\r", "&#13;").replace("\0", "")
+    return html.escape(clean_text(text)).replace("\r", "&#13;").replace("\0", "")
 
 
-def title(text: str) -> str:
+def draw_title(text: str) -> str:
     """Return the title of a view as HTML; nothing for no title."""
-    return f'<div class="opd-title">{safe(text)}</div>' if text else ""
+    return f'<div class="opd-title">{escape(text)}</div>' if text else ""
 
 
-def shares_of_names(channel: Channel) -> str:
+def count_names(channel: Channel) -> str:
     """Return how common each name of a category is, in words: "route: 1 imitate 40 %, …"."""
     parts = [
         f"{i + 1} {name} {100 * (channel.values == i).mean():.0f} %"
@@ -201,9 +201,9 @@ def _key(channel: Channel, limit: float) -> str:
     cells = []
     for i, (mark, name) in enumerate(zip(channel.marks, channel.names, strict=True)):
         tint = _tint(channel, i, limit)
-        cell = f'<span class="opd-kind" style="{tint}">&nbsp;{safe(mark)}&nbsp;</span>'
-        cells.append(cell if mark == name else f"{cell} <span>{safe(name)}</span>")
-    return f'<div class="opd-legend"><span>{safe(channel.label)}</span> {" ".join(cells)}</div>'
+        cell = f'<span class="opd-kind" style="{tint}">&nbsp;{escape(mark)}&nbsp;</span>'
+        cells.append(cell if mark == name else f"{cell} <span>{escape(name)}</span>")
+    return f'<div class="opd-legend"><span>{escape(channel.label)}</span> {" ".join(cells)}</div>'
 
 
 def _shown(values: Sequence[float]) -> Sequence[int]:
@@ -238,8 +238,8 @@ def _glyph(group: Group, channel: Channel, value: float, limit: float) -> str:
 
 def _part(seen: str, raw: str) -> str:
     if seen == raw:
-        return safe(raw)
-    return f'<span class="opd-mark" data-mark="{safe(seen)}">{safe(raw)}</span>'
+        return escape(raw)
+    return f'<span class="opd-mark" data-mark="{escape(seen)}">{escape(raw)}</span>'
 
 
 def _tint(channel: Channel, value: float, limit: float) -> str:
@@ -249,9 +249,9 @@ def _tint(channel: Channel, value: float, limit: float) -> str:
             return ""
         code = int(value)
         hue = channel.hues[code] if channel.hues else ""
-        (r, g, b), _ = INK[hue or side("category", code)]
+        (r, g, b), _ = INK[hue or colour_of("category", code)]
         underline = f"text-decoration:underline {LINES[code % len(LINES)]}"
         return f"background-color:rgba({r},{g},{b},{KIND_ALPHA:.3f});{underline}"
-    (r, g, b), strongest = INK[side(channel.kind, value)]
-    alpha = weight(value, limit, channel.kind) * strongest
+    (r, g, b), strongest = INK[colour_of(channel.kind, value)]
+    alpha = strength_of(value, limit, channel.kind) * strongest
     return f"background-color:rgba({r},{g},{b},{alpha:.3f})" if alpha >= 0.02 else ""

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Protocol
 
 from opdlab.viz import embed
-from opdlab.viz.markup import number, safe
+from opdlab.viz.markup import escape, format_number
 
 if TYPE_CHECKING:
     import plotly.graph_objects as go
@@ -65,12 +65,12 @@ def page(
     """
     limits = _shared_limits([view for _, view in lenses])
     views = [(caption, view.with_limits(limits)) for caption, view in lenses]
-    paragraphs = "".join(f"<p>{safe(part)}</p>" for part in note.split("\n\n") if part.strip())
-    body = [f"<header><h1>{safe(title)}</h1>{paragraphs}</header>"]
+    paragraphs = "".join(f"<p>{escape(part)}</p>" for part in note.split("\n\n") if part.strip())
+    body = [f"<header><h1>{escape(title)}</h1>{paragraphs}</header>"]
     body += [_table(summary, columns)] if summary else []
     body += [_figure(figure) for figure in figures]
     for caption, view in views:
-        heading = f"<h2>{safe(caption)}</h2>" if caption else ""
+        heading = f"<h2>{escape(caption)}</h2>" if caption else ""
         body.append(f"<section>{heading}{view.html(assets=False)}</section>")
     kinds = list(dict.fromkeys(type(view) for _, view in views))
     styles = dict.fromkeys(name for kind in kinds for name in kind.styles)
@@ -83,7 +83,7 @@ def page(
         scripts += embed.plain_module("charts.js")
     main = "\n".join(body)
     return embed.write(
-        path, embed.document(safe(title), head, f"<main>\n{main}\n</main>\n{scripts}")
+        path, embed.document(escape(title), head, f"<main>\n{main}\n</main>\n{scripts}")
     )
 
 
@@ -103,7 +103,7 @@ def _figure(figure: go.Figure) -> str:
 
 
 def _table(rows: Sequence[Sequence[object]], columns: Sequence[str]) -> str:
-    head = "".join(f'<th scope="col">{safe(name)}</th>' for name in columns)
+    head = "".join(f'<th scope="col">{escape(name)}</th>' for name in columns)
     lines = []
     for label, *values in rows:
         cells = "".join(f"<td>{_cell(value)}</td>" for value in values)
@@ -116,4 +116,8 @@ def _table(rows: Sequence[Sequence[object]], columns: Sequence[str]) -> str:
 
 
 def _cell(value: object) -> str:
-    return number(value) if isinstance(value, float) else safe("" if value is None else str(value))
+    return (
+        format_number(value)
+        if isinstance(value, float)
+        else escape("" if value is None else str(value))
+    )

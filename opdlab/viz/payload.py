@@ -20,7 +20,7 @@ from typing import Any
 import numpy as np
 
 from opdlab.data.trace import Trace
-from opdlab.viz.glyphs import Group, clean, groups, visible
+from opdlab.viz.glyphs import Group, clean_text, group_pieces, show_piece
 
 LONG = 2500  # tokens from which numbers travel in 8 bits
 WORD = 60  # characters of a token's name in lists; the text itself is never cut
@@ -31,7 +31,7 @@ class Coarse(np.ndarray):
     """Floats that may travel in 8 bits, as `sign · (level / 126)² · top`; `numbers` makes them."""
 
 
-def numbers(given: Any) -> np.ndarray:
+def compact(given: Any) -> np.ndarray:
     """Return numbers for drawing, in few bytes.
 
     Half precision (three digits); in texts of more than `LONG` tokens 126 levels for each sign. The
@@ -46,20 +46,20 @@ def numbers(given: Any) -> np.ndarray:
     return values.astype(np.float16 if is_middling else np.float32)
 
 
-def coarser(values: np.ndarray, limit: float) -> np.ndarray:
+def compact_to_colours(values: np.ndarray, limit: float) -> np.ndarray:
     """Return `numbers`, in long texts rounded to the 16 steps up to `limit` that colours have."""
     values = np.asarray(values, np.float64)
     if len(values) > LONG:
         values = np.sign(values) * (np.rint(16 * np.sqrt(np.abs(values) / limit)) / 16) ** 2 * limit
-    return numbers(values)
+    return compact(values)
 
 
-def cost(values: np.ndarray) -> int:
+def measure_cost(values: np.ndarray) -> int:
     """Return the bytes that an array takes in the block, about."""
-    return len(_deflated([_stored(values)[1].tobytes()]))
+    return len(_deflate([_store(values)[1].tobytes()]))
 
 
-def text(trace: Trace) -> dict[str, Any]:
+def describe_text(trace: Trace) -> dict[str, Any]:
     """Return the tokens of a trace, every distinct one once, and its completions.
 
     Returns:
@@ -69,31 +69,32 @@ def text(trace: Trace) -> dict[str, Any]:
         - `texts`: for each completion `key` (equal for the same sample, prompt and tokens: it links
           views), `sample`, `first` row, `size`, `prompt` and `finish`.
     """
-    ids, where = trace.column("token_id"), list(spans(trace))
+    ids, where = trace.column("token_id"), list(find_spans(trace))
     seen, first, index = np.unique(ids, return_index=True, return_inverse=True)
     order = np.argsort(first)  # numbered as they come, which deflates better
     back = np.empty_like(order)
     back[order] = np.arange(len(order))
     pieces = {int(i): trace.piece(int(i)) for i in seen}
-    glyphs = [_glyph(groups([pieces[int(i)]])[0]) for i in seen[order]]
-    words = [visible(pieces[int(i)]) for i in seen[order]]
+    glyphs = [_describe_glyph(group_pieces([pieces[int(i)]])[0]) for i in seen[order]]
+    words = [show_piece(pieces[int(i)]) for i in seen[order]]
     return {
         "index": back[index].astype(int),
         "id": seen[order],
         "word": [
-            None if w == _plain_word(g) else word(w) for w, g in zip(words, glyphs, strict=True)
+            None if w == _derive_word(g) else shorten_word(w)
+            for w, g in zip(words, glyphs, strict=True)
         ],
         "glyph": glyphs,
         "joined": [
             j
             for _, start, size in where
-            for j in _joined([pieces[int(i)] for i in ids[start : start + size]], start)
+            for j in _join_glyphs([pieces[int(i)] for i in ids[start : start + size]], start)
         ],
-        "texts": [_described(trace, *span) for span in where],
+        "texts": [_describe_completion(trace, *span) for span in where],
     }
 
 
-def spans(trace: Trace) -> Iterator[tuple[int, int, int]]:
+def find_spans(trace: Trace) -> Iterator[tuple[int, int, int]]:
     """Yield (sample, first row, rows) of each completion that has rows, in row order."""
     samples = trace.column("sample")
     starts = [0, *(np.flatnonzero(np.diff(samples)) + 1).tolist(), len(samples)]
@@ -102,12 +103,16 @@ def spans(trace: Trace) -> Iterator[tuple[int, int, int]]:
             yield int(samples[start]), start, end - start
 
 
-def word(seen: str) -> str:
+def shorten_word(seen: str) -> str:
     """Return a token's name, cut where it is endless."""
-    return clean(seen) if len(seen) <= WORD else f"{clean(seen[: WORD - 12])}… ({len(seen):,})"
+    return (
+        clean_text(seen)
+        if len(seen) <= WORD
+        else f"{clean_text(seen[: WORD - 12])}… ({len(seen):,})"
+    )
 
 
-def key(ids: np.ndarray, prompt: str, sample: int) -> str:
+def make_key(ids: np.ndarray, prompt: str, sample: int) -> str:
     """Return the key that links the views of one completion, also of traces that grade it again."""
     return hashlib.sha256(
         repr((sample, prompt, ids.tolist())).encode("utf-8", "replace")
@@ -124,7 +129,7 @@ def pack(tree: Mapping[str, Any]) -> bytes:
     start, listed, parts = 0, [], [b""]
     for path, kind, array, top in arrays:
         listed.append([path, kind, start, array.size, top])
-        parts.append(_padded(array.tobytes()))
+        parts.append(_pad(array.tobytes()))
         start += len(parts[-1])
     head = json.dumps(
         {"tree": plain, "arrays": listed},
@@ -132,11 +137,11 @@ def pack(tree: Mapping[str, Any]) -> bytes:
         allow_nan=False,
         separators=(",", ":"),
     ).encode()
-    parts[0] = _padded(len(head).to_bytes(4, "little") + head)
-    return min(_deflated(parts), _deflated([b"".join(parts)]), key=len)
+    parts[0] = _pad(len(head).to_bytes(4, "little") + head)
+    return min(_deflate(parts), _deflate([b"".join(parts)]), key=len)
 
 
-def base64_of(block: bytes) -> str:
+def to_base64(block: bytes) -> str:
     """Return a block as text."""
     return base64.b64encode(block).decode("ascii")
 
@@ -162,11 +167,11 @@ def unpack(block: bytes) -> dict[str, Any]:
     return tree
 
 
-def _padded(raw: bytes) -> bytes:
+def _pad(raw: bytes) -> bytes:
     return raw + b"\0" * (-len(raw) % 8)
 
 
-def _deflated(parts: Sequence[bytes]) -> bytes:
+def _deflate(parts: Sequence[bytes]) -> bytes:
     """One stream, each part with codes of its own and in the shorter of two ways.
 
     Looking for repetitions pays in text; in noise it only costs.
@@ -184,14 +189,17 @@ def _deflated(parts: Sequence[bytes]) -> bytes:
 
 def _split(data: Any, path: list[Any], arrays: list[Any]) -> Any:
     if isinstance(data, np.ndarray):
-        arrays.append((path, *_stored(data)))
+        arrays.append((path, *_store(data)))
         return None
     if isinstance(data, Mapping):
-        return {clean(str(k)): _split(v, [*path, clean(str(k))], arrays) for k, v in data.items()}
+        return {
+            clean_text(str(k)): _split(v, [*path, clean_text(str(k))], arrays)
+            for k, v in data.items()
+        }
     if isinstance(data, (list, tuple)):
         return [_split(v, [*path, i], arrays) for i, v in enumerate(data)]
     if isinstance(data, str):
-        return clean(data)
+        return clean_text(data)
     if isinstance(data, np.generic):
         data = data.item()
     if isinstance(data, float) and not math.isfinite(data):
@@ -199,7 +207,7 @@ def _split(data: Any, path: list[Any], arrays: list[Any]) -> Any:
     return data
 
 
-def _stored(array: np.ndarray) -> tuple[str, np.ndarray, float]:
+def _store(array: np.ndarray) -> tuple[str, np.ndarray, float]:
     """Kind, little-endian values, and the largest size for levels.
 
     Integers take the fewest bytes that hold them.
@@ -234,14 +242,14 @@ def _to_levels(values: np.ndarray) -> tuple[np.ndarray, float]:
     return np.where(np.isnan(values), -128, level).astype(np.int8), top
 
 
-def plain(data: Any) -> Any:
+def to_plain_data(data: Any) -> Any:
     """Return data as an `answer` sends it: arrays as lists, NaN and infinities as None."""
     if isinstance(data, Mapping):
-        return {k: plain(v) for k, v in data.items()}
+        return {k: to_plain_data(v) for k, v in data.items()}
     if isinstance(data, np.ndarray):
-        return [plain(v) for v in data.tolist()]
+        return [to_plain_data(v) for v in data.tolist()]
     if isinstance(data, (list, tuple)):
-        return [plain(v) for v in data]
+        return [to_plain_data(v) for v in data]
     value = data.item() if isinstance(data, np.generic) else data
     return None if isinstance(value, float) and not np.isfinite(value) else value
 
@@ -253,7 +261,7 @@ def _from_levels(level: np.ndarray, top: float) -> np.ndarray:
     return np.where(level == -128, np.nan, value)
 
 
-def _glyph(group: Group) -> Any:
+def _describe_glyph(group: Group) -> Any:
     """The text itself where it is seen as it is, else `[lead, parts, special]`."""
     plain = not group.special and all(seen == raw for seen, raw in group.parts)
     return (
@@ -263,23 +271,23 @@ def _glyph(group: Group) -> Any:
     )
 
 
-def _plain_word(glyph: Any) -> str | None:
+def _derive_word(glyph: Any) -> str | None:
     """The name that the page derives by itself."""
     return glyph.replace(" ", "·") if isinstance(glyph, str) and len(glyph) <= WORD else None
 
 
-def _joined(pieces: list[bytes], at: int) -> Iterator[list[Any]]:
+def _join_glyphs(pieces: list[bytes], at: int) -> Iterator[list[Any]]:
     """`[first row, tokens, glyph]` of the groups that several tokens make."""
-    for group in groups(pieces):
+    for group in group_pieces(pieces):
         if group.tokens > 1:
-            yield [at, group.tokens, _glyph(group)]
+            yield [at, group.tokens, _describe_glyph(group)]
         at += group.tokens
 
 
-def _described(trace: Trace, sample: int, first: int, size: int) -> dict[str, Any]:
+def _describe_completion(trace: Trace, sample: int, first: int, size: int) -> dict[str, Any]:
     prompt, ids = str(trace.meta["prompts"][sample]), trace.column("token_id")[first : first + size]
     return {
-        "key": key(ids, prompt, sample),
+        "key": make_key(ids, prompt, sample),
         "sample": sample,
         "first": first,
         "size": size,

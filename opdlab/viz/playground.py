@@ -14,7 +14,7 @@ from opdlab.support.expect import expect
 from opdlab.viz import markup, payload
 from opdlab.viz.channel import Channel
 from opdlab.viz.channels import find_channels
-from opdlab.viz.duel import duel
+from opdlab.viz.duel import find_duel
 from opdlab.viz.lines import Line, Plot
 from opdlab.viz.made_up import make_trace
 from opdlab.viz.traits import Trait
@@ -144,13 +144,13 @@ class Playground(View):
             "tall": TALL,
             "alone": ALONE,
             "known": [[name, self.losses.parameters.get(name, "")] for name in self.losses.known],
-            "own": [self.losses.drawn(name, self._setting()) for name in self.own],
-            "cards": [self.losses.card(name) for name in self.own],
+            "own": [self.losses.describe_loss(name, self._setting()) for name in self.own],
+            "cards": [self.losses.describe_audit(name) for name in self.own],
             "settings": vars(self._setting()),
         }
         if self.trace is not None:
-            drawn["text"] = payload.text(self.trace)
-            drawn["duel"] = duel(self.trace)
+            drawn["text"] = payload.describe_text(self.trace)
+            drawn["duel"] = find_duel(self.trace)
             drawn["policies"] = self.trace.policies
         return drawn
 
@@ -168,18 +168,18 @@ class Playground(View):
             teacher=list(teacher / teacher.sum()),
             student=list(student / student.sum()),
         )
-        return payload.plain([self.losses.drawn(name, at) for name in self.own])
+        return payload.to_plain_data([self.losses.describe_loss(name, at) for name in self.own])
 
     def static(self) -> str:
         """Return the picture as HTML without a script."""
         keys = "".join(
-            f'<span class="opd-lp-key opd-l-{hue}">{markup.safe(self.losses.label(name))}</span>'
+            f'<span class="opd-lp-key opd-l-{hue}">{markup.escape(self.losses.label(name))}</span>'
             for name, hue in zip(self.shown, HUES, strict=False)
         )
-        said = "".join(f"<div>{markup.safe(line)}</div>" for line in self._lines())
+        said = "".join(f"<div>{markup.escape(line)}</div>" for line in self._lines())
         curves = "".join(plot.html() for plot in self._plots())
         return (
-            f'{markup.title(self.title)}<div class="opd-knobs">{keys}</div>'
+            f'{markup.draw_title(self.title)}<div class="opd-knobs">{keys}</div>'
             f'<div class="opd-curves">{curves}</div><div class="opd-peaks">{said}</div>'
         )
 
@@ -190,7 +190,7 @@ class Playground(View):
         ]
         for name in self.shown:
             push = np.clip(self._curves(name)[1], -TALL, TALL)
-            bars = markup.sparkline(Channel("", "", push - push.min()), 40)
+            bars = markup.draw_sparkline(Channel("", "", push - push.min()), 40)
             rows.append(f"{bars} {self.losses.label(name)}")
         return "\n".join([*rows, *self._lines()])
 
@@ -198,7 +198,7 @@ class Playground(View):
         """Where the Gaussian ends under each loss, then the verdicts on one's own."""
         fits = [
             f"{self.losses.label(row.loss)}: {hills_in_words(row.left, row.right)}"
-            f" (centre {markup.number(row.centre)}, width {markup.number(row.width)})"
+            f" (centre {markup.format_number(row.centre)}, width {markup.format_number(row.width)})"
             for row in self.table.itertuples()
         ]
         return [*fits, *(f"{name}: {found.verdict}" for name, found in self.audits.items())]

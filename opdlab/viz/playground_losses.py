@@ -67,14 +67,14 @@ class PlaygroundLosses:
         self.own: dict[str, Any] = {}
         self.parameter: float | None = None
         names: list[str] = []
-        for name, loss in _listed(losses):
+        for name, loss in _list_losses(losses):
             if isinstance(loss, Generator):
                 names.append(loss.name)
                 self.parameter = float(loss.beta or loss.alpha or 0.0) or self.parameter
             elif isinstance(loss, str):
-                names.append(_known_name(loss))
+                names.append(_check_name(loss))
             else:
-                names.append(_free_name(toys.of_loss(loss, name).name, names))
+                names.append(_choose_name(toys.of_loss(loss, name).name, names))
                 self.own[names[-1]] = loss
         self.names = names
         self.audits = {name: audit(loss) for name, loss in self.own.items()}
@@ -110,7 +110,7 @@ class PlaygroundLosses:
             "covers": min(left, right) > ALONE,
         }
 
-    def drawn(self, name: str, at: Setting) -> dict[str, Any]:
+    def describe_loss(self, name: str, at: Setting) -> dict[str, Any]:
         """Return all that the page draws of an own loss."""
         push = toys.of_loss(self.own[name], name)
         teacher = torch.tensor(at.teacher, dtype=torch.float64)
@@ -125,15 +125,15 @@ class PlaygroundLosses:
             "fit": list(toys.fit(push, at.steps, at.temperature)),
         }
 
-    def card(self, name: str) -> dict[str, Any]:
+    def describe_audit(self, name: str) -> dict[str, Any]:
         """Return the audit of an own loss as the page shows it."""
         found, (gap, slope) = self.audits[name], self._checks[name]
         is_held = gap > MOVED * max(slope, 1.0)
         check = "Agrees with finite differences."
         if is_held:
             check = (
-                f"Differs from finite differences by up to {markup.number(gap)}: a part is held"
-                " back (detach): it does not descend its value."
+                f"Differs from finite differences by up to {markup.format_number(gap)}: a part is"
+                " held back (detach): it does not descend its value."
             )
         columns = ["divergence", "target", "cosine", "ratio"]
         return {
@@ -152,7 +152,7 @@ class PlaygroundLosses:
         return name.replace("_", " ").replace("kl", "KL").replace("jsd", "JSD")
 
 
-def _listed(losses: Any) -> list[tuple[str, Any]]:
+def _list_losses(losses: Any) -> list[tuple[str, Any]]:
     """The losses with the names that the user gave them, "" for none."""
     if losses is None:
         return [("", name) for name in SHOWN_AT_FIRST]
@@ -163,14 +163,14 @@ def _listed(losses: Any) -> list[tuple[str, Any]]:
     return [("", losses), *(("", name) for name in SHOWN_AT_FIRST[:2])]
 
 
-def _free_name(name: str, taken: Sequence[str]) -> str:
+def _choose_name(name: str, taken: Sequence[str]) -> str:
     """A name that no built-in divergence and no other loss has."""
     name = f"my {name}" if name in DIVERGENCES else name
     options = [name, *(f"{name} {i}" for i in range(2, len(taken) + 2))]
     return next(option for option in options if option not in taken)
 
 
-def _known_name(name: str) -> str:
+def _check_name(name: str) -> str:
     if name not in DIVERGENCES:
         raise InvalidValue(
             f"There is no divergence {name!r}. Use {', '.join(DIVERGENCES)}, or give your own loss"

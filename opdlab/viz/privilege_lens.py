@@ -15,9 +15,9 @@ from opdlab.errors import MissingPolicy, OpdlabError
 from opdlab.support.expect import expect
 from opdlab.viz import markup, payload
 from opdlab.viz.channel import Channel, describe_channel
-from opdlab.viz.glyphs import groups, visible
+from opdlab.viz.glyphs import group_pieces, show_piece
 from opdlab.viz.made_up import make_trace
-from opdlab.viz.segments import segments
+from opdlab.viz.segments import find_segments
 from opdlab.viz.traits import Trait
 from opdlab.viz.view import EXAMPLE_TOKENS, EXAMPLE_WORDS, View
 
@@ -155,7 +155,7 @@ class PrivilegeLens(View):
             "capability": "capability_bare",
             "wrong": "information_wrong",
         }
-        tokens = [visible(piece) for piece in self.trace.tokens()]
+        tokens = [show_piece(piece) for piece in self.trace.tokens()]
         columns = {names.get(key, key): values for key, values in parts.items()}
         return self.trace.to_pandas().assign(token=tokens, **columns, leak=self._leaks(self.trace))
 
@@ -188,25 +188,25 @@ class PrivilegeLens(View):
             else "T- has no entropies, so none is flagged"
         )
         control = (
-            f" A wrong hint moves the teacher by {markup.number(m['wrong'], True)}."
+            f" A wrong hint moves the teacher by {markup.format_number(m['wrong'], True)}."
             if "wrong" in m
             else ""
         )
         return (
-            f"Gap {markup.number(m['gap'], True)} nats a token = information"
-            f" {markup.number(m['information'], True)} + capability"
-            f" {markup.number(m['capability'], True)}; {flags}.{control}"
+            f"Gap {markup.format_number(m['gap'], True)} nats a token = information"
+            f" {markup.format_number(m['information'], True)} + capability"
+            f" {markup.format_number(m['capability'], True)}; {flags}.{control}"
         )
 
     def data(self) -> dict[str, Any]:
         """Return all that the script draws."""
         entropy = {
-            key: payload.numbers(self.trace.column(f"{name}_entropy"))
+            key: payload.compact(self.trace.column(f"{name}_entropy"))
             for key, name in self.sides.items()
             if f"{name}_entropy" in self.trace.table.column_names
         }
         logp = {
-            key: payload.numbers(self.trace.column(f"{name}_logp"))
+            key: payload.compact(self.trace.column(f"{name}_logp"))
             for key, name in self.sides.items()
         }
         return {
@@ -214,14 +214,14 @@ class PrivilegeLens(View):
             "prompt": self._prompt,
             "finish": str(self.trace.meta["finish"][self.sample]),
             "sides": self.sides,
-            "text": payload.text(self.trace),
+            "text": payload.describe_text(self.trace),
             "channels": [describe_channel(c, self.limit) for c in self.channels.values()],
             "logp": logp,
             "entropy": entropy,
             "least": LEAST,
             "all": self._everywhere(),
             "start": self._start,
-            "segments": segments(self.trace),
+            "segments": find_segments(self.trace),
         }
 
     def static(self) -> str:
@@ -230,10 +230,10 @@ class PrivilegeLens(View):
         head = "".join(f"<th>{name}</th>" for name in ("type", "tokens", *PARTS))
         rows = "".join(_table_row(str(kind), row) for kind, row in self.table.iterrows())
         return (
-            f"{markup.title(self.title)}{markup.prompt_box(self._prompt)}"
-            f'<div class="opd-bar">{markup.legend(gap, self.limit)}</div>'
-            f"{markup.strip_box(groups(self.trace.tokens()), gap, self.limit)}"
-            f'<div class="opd-peaks">{markup.safe(self.sentence)}'
+            f"{markup.draw_title(self.title)}{markup.draw_prompt(self._prompt)}"
+            f'<div class="opd-bar">{markup.draw_legend(gap, self.limit)}</div>'
+            f"{markup.draw_strip_box(group_pieces(self.trace.tokens()), gap, self.limit)}"
+            f'<div class="opd-peaks">{markup.escape(self.sentence)}'
             f"<table><tr>{head}</tr>{rows}</table></div>"
         )
 
@@ -243,7 +243,7 @@ class PrivilegeLens(View):
             f" {self.sentence}"
         )
         shared = [replace(channel, fixed=self.limit) for channel in self.channels.values()]
-        return "\n".join([head, *(f"{c.label:<12} {markup.sparkline(c)}" for c in shared)])
+        return "\n".join([head, *(f"{c.label:<12} {markup.draw_sparkline(c)}" for c in shared)])
 
     @property
     def _prompt(self) -> str:
@@ -253,7 +253,7 @@ class PrivilegeLens(View):
     def _start(self) -> int:
         """The row of the whole trace where this completion begins."""
         return next(
-            first for sample, first, _ in payload.spans(self.whole) if sample == self.sample
+            first for sample, first, _ in payload.find_spans(self.whole) if sample == self.sample
         )
 
     @property
@@ -284,14 +284,14 @@ class PrivilegeLens(View):
         return {
             "names": names,
             "type": np.array([names.index(kind) for kind in kinds] if kinds else [], int),
-            "entropy": payload.numbers(entropy),
-            **{key: payload.numbers(values) for key, values in parts.items()},
+            "entropy": payload.compact(entropy),
+            **{key: payload.compact(values) for key, values in parts.items()},
         }
 
 
 def _table_row(kind: str, row: pd.Series) -> str:
-    cells = [f"{int(row['tokens'])}", *(markup.number(row[key], True) for key in PARTS)]
-    return f"<tr><th>{markup.safe(kind)}</th>{''.join(f'<td>{cell}</td>' for cell in cells)}</tr>"
+    cells = [f"{int(row['tokens'])}", *(markup.format_number(row[key], True) for key in PARTS)]
+    return f"<tr><th>{markup.escape(kind)}</th>{''.join(f'<td>{cell}</td>' for cell in cells)}</tr>"
 
 
 def _parts(trace: Trace, sides: dict[str, str]) -> dict[str, np.ndarray]:

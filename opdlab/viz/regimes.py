@@ -13,10 +13,10 @@ from opdlab.data.trace import Trace
 from opdlab.errors import OpdlabError, UnknownColumn
 from opdlab.support.expect import expect
 from opdlab.viz import markup, payload
-from opdlab.viz.axes import Axis, compared_sides, find_axes
+from opdlab.viz.axes import Axis, find_axes, find_sides
 from opdlab.viz.channel import Channel
 from opdlab.viz.channels import find_rivals
-from opdlab.viz.glyphs import visible
+from opdlab.viz.glyphs import show_piece
 from opdlab.viz.grouping import Grouping, find_groupings
 from opdlab.viz.made_up import make_trace
 from opdlab.viz.traits import Trait
@@ -147,20 +147,20 @@ class Regimes(View):
         if self.by in self.groupings:
             grouping = self.groupings[self.by]
             kind = [grouping.names[i] for i in grouping.index]
-        tokens = [visible(piece) for piece in self.trace.tokens()]
+        tokens = [show_piece(piece) for piece in self.trace.tokens()]
         return self.trace.to_pandas().assign(token=tokens, x=x, y=y, quadrant=quadrant, kind=kind)
 
     @property
     def quadrants(self) -> pd.DataFrame:
         """The tokens shown in each quadrant, and their shares of tokens, KL and gradient, in %."""
-        return _table(self._shown(), self._amounts())
+        return _count_quadrants(self._select_shown(), self._amounts())
 
     @property
     def picked(self) -> pd.DataFrame:
         """The rows of `df` inside the brushed region."""
         if not self.region:
             return self.df.iloc[:0]
-        df = self._shown()
+        df = self._select_shown()
         in_x = df["x"].clip(*self.axes[self.x].ends).between(*self.region[:2])
         in_y = df["y"].clip(*self.axes[self.y].ends).between(*self.region[2:])
         return df[in_x & in_y]
@@ -191,7 +191,7 @@ class Regimes(View):
         amounts = {key: values.astype(drawn) for key, values in self._amounts().items()}
         return {
             "title": self.title,
-            "text": payload.text(self.trace),
+            "text": payload.describe_text(self.trace),
             "axes": described,
             "sorts": grouped,
             "amounts": amounts,
@@ -200,12 +200,12 @@ class Regimes(View):
     def static(self) -> str:
         """Return the picture as HTML without a script."""
         x, y = self.axes[self.x], self.axes[self.y]
-        head = markup.safe(f"{_named(y)} over {_named(x)}, {len(self.trace):,} tokens")
+        head = markup.escape(f"{_title_axis(y)} over {_title_axis(x)}, {len(self.trace):,} tokens")
         return (
-            f"{markup.title(self.title)}"
+            f"{markup.draw_title(self.title)}"
             f'<div class="opd-bar"><span>{head}</span></div>'
-            f'<div class="opd-stage">{_picture(x, y, self.thresholds)}</div>'
-            f'<div class="opd-still">{_rows(self.quadrants)}</div>'
+            f'<div class="opd-stage">{_draw_picture(x, y, self.thresholds)}</div>'
+            f'<div class="opd-still">{_draw_rows(self.quadrants)}</div>'
         )
 
     def __repr__(self) -> str:
@@ -214,11 +214,13 @@ class Regimes(View):
             f" {self.x} and {self.y}"
         )
         lines = (
-            f"lines at {markup.number(self.thresholds[self.x])} and"
-            f" {markup.number(self.thresholds[self.y])}"
+            f"lines at {markup.format_number(self.thresholds[self.x])} and"
+            f" {markup.format_number(self.thresholds[self.y])}"
         )
-        rows = [f"{name:<14} {', '.join(_shares(row))}" for name, row in self.quadrants.iterrows()]
-        bars = markup.sparkline(Channel("", "", self._values(self.x)))
+        rows = [
+            f"{name:<14} {', '.join(_list_shares(row))}" for name, row in self.quadrants.iterrows()
+        ]
+        bars = markup.draw_sparkline(Channel("", "", self._values(self.x)))
         return "\n".join(
             [f"{head}, {lines}", f"{bars} {self.axes[self.x].label} along the tokens", *rows]
         )
@@ -228,14 +230,14 @@ class Regimes(View):
             raise UnknownColumn(f"The trace has no axis {key!r}. It has {', '.join(self.axes)}.")
         return self.axes[key].values
 
-    def _shown(self) -> pd.DataFrame:
+    def _select_shown(self) -> pd.DataFrame:
         df = self.df
         return df[~df["kind"].isin(self.hidden)] if self.hidden else df
 
     def _amounts(self) -> dict[str, np.ndarray]:
         """The KL to the teacher and the gradient of each token, where the trace has them."""
         out, have = {}, self.trace.table.column_names
-        sides = compared_sides(self.trace)
+        sides = find_sides(self.trace)
         if sides and f"{sides[0]}_reverse_kl" in have:
             kl = self.trace.column(f"{sides[0]}_reverse_kl").astype(float)
             largest = kl[np.isfinite(kl)].max(initial=1.0)
@@ -246,7 +248,7 @@ class Regimes(View):
         return out
 
 
-def _table(df: pd.DataFrame, amounts: Mapping[str, np.ndarray]) -> pd.DataFrame:
+def _count_quadrants(df: pd.DataFrame, amounts: Mapping[str, np.ndarray]) -> pd.DataFrame:
     """Tokens without a quadrant count nowhere, also not in what the shares are of."""
     df = df.assign(**{key: values[df.index] for key, values in amounts.items()})
     df = df[df["quadrant"] != ""]
@@ -260,23 +262,26 @@ def _percent(column: pd.Series) -> pd.Series:
     return 100.0 * column / (column.sum() or 1.0)
 
 
-def _shares(row: Any) -> list[str]:
+def _list_shares(row: Any) -> list[str]:
     names = {"of tokens": "of tokens", "of kl": "of KL", "of gradient": "of gradient"}
-    return [f"{markup.number(row[key])} % {name}" for key, name in names.items() if key in row]
+    return [
+        f"{markup.format_number(row[key])} % {name}" for key, name in names.items() if key in row
+    ]
 
 
-def _rows(table: pd.DataFrame) -> str:
+def _draw_rows(table: pd.DataFrame) -> str:
     cells = (
-        f"<div><b>{name}</b> {' · '.join(_shares(row))}</div>" for name, row in table.iterrows()
+        f"<div><b>{name}</b> {' · '.join(_list_shares(row))}</div>"
+        for name, row in table.iterrows()
     )
     return "".join(cells)
 
 
-def _named(axis: Axis) -> str:
+def _title_axis(axis: Axis) -> str:
     return f"{axis.label}{f' ({axis.unit})' if axis.unit else ''}"
 
 
-def _picture(x: Axis, y: Axis, lines: Mapping[str, float]) -> str:
+def _draw_picture(x: Axis, y: Axis, lines: Mapping[str, float]) -> str:
     """The density of the points in cells, and the two lines, as SVG."""
     there = ~(np.isnan(x.values) | np.isnan(y.values))
     column = np.minimum((x.spread(x.values[there]) * WIDE).astype(int), WIDE - 1)

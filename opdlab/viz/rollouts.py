@@ -17,9 +17,9 @@ from opdlab.support.expect import expect
 from opdlab.viz import markup, payload
 from opdlab.viz.channel import Channel, describe_channel
 from opdlab.viz.channels import find_channels
-from opdlab.viz.glyphs import clean, visible
+from opdlab.viz.glyphs import clean_text, show_piece
 from opdlab.viz.made_up import make_trace
-from opdlab.viz.timeline import rewards_of
+from opdlab.viz.timeline import find_rewards
 from opdlab.viz.traits import Trait
 from opdlab.viz.view import EXAMPLE_TOKENS, EXAMPLE_WORDS, View
 
@@ -75,14 +75,14 @@ class Rollouts(View):
                 " max_new_tokens above 0."
             )
         self.whole, self.title = trace, title
-        self.rewards = rewards_of(trace, rewards, [s for s, *_ in payload.spans(trace)])
+        self.rewards = find_rewards(trace, rewards, [s for s, *_ in payload.find_spans(trace)])
         self.sort = sort or ("-reverse_kl" if "reverse_kl" in self.table else "-tokens")
         if self.sort.lstrip("-") not in self.table:
             raise OpdlabError(
                 f"There is no column {self.sort.lstrip('-')!r} to sort by. There is"
                 f" {', '.join(self.table.columns)}."
             )
-        self.rollout = int(self._sorted().index[0])
+        self.rollout = int(self._sort_table().index[0])
 
     @classmethod
     def fits(cls, given: object, sample: int = 0) -> bool:
@@ -106,7 +106,7 @@ class Rollouts(View):
         Columns: `prompt`, `text`, `tokens`, `finish`, `reward` where there are rewards, the means
         of `reverse_kl` and `log_ratio` in nats, and `peak`, the largest |log ratio|.
         """
-        rows = [self._row(*span) for span in payload.spans(self.whole)]
+        rows = [self._row(*span) for span in payload.find_spans(self.whole)]
         return pd.DataFrame(rows).set_index("sample")
 
     def _row(self, sample: int, first: int, size: int) -> dict[str, Any]:
@@ -142,36 +142,39 @@ class Rollouts(View):
     def df(self) -> pd.DataFrame:
         """One row per token of the rollouts that the page carries."""
         return self.trace.to_pandas().assign(
-            token=[visible(piece) for piece in self.trace.tokens()]
+            token=[show_piece(piece) for piece in self.trace.tokens()]
         )
 
     def answer(self, question: Mapping[str, Any]) -> Any:
         """Return the tokens of a rollout that the page does not carry: `{"sample": 7}`."""
         rows = self.whole.sample(int(question["sample"]))
-        return payload.plain(
-            {"text": payload.text(rows), "channels": self._described(find_channels(rows))}
+        return payload.to_plain_data(
+            {
+                "text": payload.describe_text(rows),
+                "channels": self._describe_channels(find_channels(rows)),
+            }
         )
 
     def static(self) -> str:
         """Return the picture as HTML without a script."""
-        table = self._sorted()
+        table = self._sort_table()
         keys = [key for key in ("tokens", "finish", *COLUMNS[1:]) if key in table]
         names = ["prompt", "…text", *map(label, keys), "log ratio"]
         head = "".join(f'<th scope="col">{name}</th>' for name in names)
         lines = "".join(self._table_row(int(i), row, keys) for i, row in table.head(20).iterrows())
         more = f" (the first 20 of {len(table)})" if len(table) > 20 else ""
         return (
-            f"{markup.title(self.title)}"
+            f"{markup.draw_title(self.title)}"
             f'<table class="opd-rollouts-still"><thead><tr>{head}</tr></thead>'
-            f"<tbody>{lines}</tbody></table>{markup.said_box(self._summary() + more)}"
+            f"<tbody>{lines}</tbody></table>{markup.draw_words(self._summary() + more)}"
         )
 
     def _table_row(self, sample: int, row: pd.Series, keys: Sequence[str]) -> str:
         cells = [
-            markup.safe(_start(row.prompt)),
-            markup.safe(_end(row.text)),
-            *(_cell(row[key]) for key in keys),
-            self._spark(sample),
+            markup.escape(_start(row.prompt)),
+            markup.escape(_end(row.text)),
+            *(_draw_cell(row[key]) for key in keys),
+            self._draw_sparkline(sample),
         ]
         return f"<tr>{''.join(f'<td>{cell}</td>' for cell in cells)}</tr>"
 
@@ -182,14 +185,14 @@ class Rollouts(View):
         ratio = self._spark_channel
         bins = np.stack(
             [
-                _pooled(ratio.values[first : first + size])
-                for _, first, size in payload.spans(self.whole)
+                _pool(ratio.values[first : first + size])
+                for _, first, size in payload.find_spans(self.whole)
             ]
         )
         return {
             "title": self.title,
-            "text": payload.text(self.trace),
-            "channels": self._described(find_channels(self.trace)),
+            "text": payload.describe_text(self.trace),
+            "channels": self._describe_channels(find_channels(self.trace)),
             "table": {
                 "sample": table.index.to_numpy(),
                 "prompt": np.array([at[p] for p in table["prompt"]]),
@@ -201,14 +204,14 @@ class Rollouts(View):
             "spark": {
                 "kind": ratio.kind,
                 "limit": ratio.limit,
-                "bins": payload.numbers(bins.ravel()),
+                "bins": payload.compact(bins.ravel()),
             },
         }
 
     def __repr__(self) -> str:
         lines = [
-            f"{self._spark(int(i)):{BINS}}  {i}: {_words(r)}"
-            for i, r in self._sorted().head(8).iterrows()
+            f"{self._draw_sparkline(int(i)):{BINS}}  {i}: {_list_means(r)}"
+            for i, r in self._sort_table().head(8).iterrows()
         ]
         more = [f"… {len(self.table) - 8} more"] if len(self.table) > 8 else []
         title = self.title or f"{len(self.table)} completions"
@@ -224,28 +227,28 @@ class Rollouts(View):
     def _spark_channel(self) -> Channel:
         return self._channels.get("log_ratio") or next(iter(self._channels.values()))
 
-    def _described(self, found: Mapping[str, Channel]) -> list[dict[str, Any]]:
+    def _describe_channels(self, found: Mapping[str, Channel]) -> list[dict[str, Any]]:
         """The channels that strips show, on the scale of the whole trace."""
         return [describe_channel(found[key], c.limit) for key, c in self._channels.items()]
 
-    def _sorted(self) -> pd.DataFrame:
+    def _sort_table(self) -> pd.DataFrame:
         return self.table.sort_values(
             self.sort.lstrip("-"), ascending=not self.sort.startswith("-"), kind="stable"
         )
 
-    def _spark(self, sample: int) -> str:
+    def _draw_sparkline(self, sample: int) -> str:
         channel = self._spark_channel
         first, size = next(
-            (first, size) for s, first, size in payload.spans(self.whole) if s == sample
+            (first, size) for s, first, size in payload.find_spans(self.whole) if s == sample
         )
-        return markup.sparkline(
+        return markup.draw_sparkline(
             Channel("", "", channel.values[first : first + size], fixed=channel.limit), BINS
         )
 
     def _summary(self) -> str:
         finish = ", ".join(f"{n} {name}" for name, n in self.table["finish"].value_counts().items())
         means = [
-            f"{label(k)} {markup.number(float(self.table[k].mean()))}"
+            f"{label(k)} {markup.format_number(float(self.table[k].mean()))}"
             for k in COLUMNS[:3]
             if k in self.table
         ]
@@ -258,25 +261,25 @@ def label(key: str) -> str:
 
 
 def _start(text: Any) -> str:
-    text = clean(str(text))
+    text = clean_text(str(text))
     return text if len(text) <= CUT else f"{text[:CUT]}…"
 
 
 def _end(text: Any) -> str:
-    text = clean(str(text))
+    text = clean_text(str(text))
     return text if len(text) <= CUT else f"…{text[-CUT:]}"
 
 
-def _cell(value: Any) -> str:
-    return markup.number(value) if isinstance(value, float) else markup.safe(str(value))
+def _draw_cell(value: Any) -> str:
+    return markup.format_number(value) if isinstance(value, float) else markup.escape(str(value))
 
 
-def _words(row: pd.Series) -> str:
-    parts = [f"{label(k)} {markup.number(float(row[k]))}" for k in COLUMNS[:3] if k in row]
+def _list_means(row: pd.Series) -> str:
+    parts = [f"{label(k)} {markup.format_number(float(row[k]))}" for k in COLUMNS[:3] if k in row]
     return f"{', '.join(parts)}, {row['finish']}"
 
 
-def _pooled(values: np.ndarray) -> np.ndarray:
+def _pool(values: np.ndarray) -> np.ndarray:
     """The value of largest size in each of `BINS` stretches.
 
     Of fewer tokens each stands alone, with NaN after them.

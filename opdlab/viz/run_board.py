@@ -13,7 +13,7 @@ from opdlab.errors import OpdlabError
 from opdlab.support.expect import shortened
 from opdlab.viz import markup
 from opdlab.viz.channel import Channel
-from opdlab.viz.lines import Line, Plot, span, thin
+from opdlab.viz.lines import Line, Plot, find_range, thin
 from opdlab.viz.traits import Trait
 from opdlab.viz.view import EXAMPLE_TOKENS, EXAMPLE_WORDS, View
 
@@ -161,13 +161,13 @@ class RunBoard(View):
     def plots(self) -> list[Plot]:
         """A plot for each curve that a run has, and for each further number of an alarm."""
         tables = {name: self._rows(name) for name in self.runs}
-        rung = list(dict.fromkeys(self._where(alarm, tables) for _, alarm in self.alarms))
+        rung = list(dict.fromkeys(self._find_curve(alarm, tables) for _, alarm in self.alarms))
         for key in rung:
             if not _has(tables, key):
                 tables = {
                     name: self._with_count(table, name, key) for name, table in tables.items()
                 }
-        ends = span([np.asarray(t["step"], float) for t in tables.values() if len(t)])
+        ends = find_range([np.asarray(t["step"], float) for t in tables.values() if len(t)])
         keys = [
             *(key for key in KEYS if _has(tables, key)),
             *(key for key in rung if key not in KEYS),
@@ -182,7 +182,7 @@ class RunBoard(View):
         ]
         return {
             "title": self.title,
-            "said": self._said(),
+            "said": self._summary(),
             "runs": list(self.runs),
             "hues": self._hues(),
             "plots": [plot.data() for plot in self.plots],
@@ -192,34 +192,34 @@ class RunBoard(View):
     def static(self) -> str:
         """Return the picture as HTML without a script."""
         keys = "".join(
-            f'<span class="opd-lp-key opd-l-{hue}">{markup.safe(name)}</span>'
+            f'<span class="opd-lp-key opd-l-{hue}">{markup.escape(name)}</span>'
             for name, hue in self._hues().items()
         )
-        said = f"{markup.safe(self._said())} {keys if len(self.runs) > 1 else ''}"
+        said = f"{markup.escape(self._summary())} {keys if len(self.runs) > 1 else ''}"
         plots = "".join(plot.html() for plot in self.plots)
         alarms = "".join(
-            f"<li><b>{i}</b> {markup.safe(self._place(name, alarm))}:"
-            f" {markup.safe(alarm.sentence)}"
-            f' <span class="opd-soft">{markup.safe(alarm.remedy)}</span></li>'
+            f"<li><b>{i}</b> {markup.escape(self._name_alarm(name, alarm))}:"
+            f" {markup.escape(alarm.sentence)}"
+            f' <span class="opd-soft">{markup.escape(alarm.remedy)}</span></li>'
             for i, (name, alarm) in enumerate(self.alarms, 1)
         )
         listed = f'<ol class="opd-alarms">{alarms}</ol>' if alarms else ""
         return (
-            f'{markup.title(self.title)}<div class="opd-said">{said}</div>'
+            f'{markup.draw_title(self.title)}<div class="opd-said">{said}</div>'
             f'<div class="opd-plots">{plots}</div>{listed}'
         )
 
     def __repr__(self) -> str:
-        lines = [f"RunBoard: {self.title + ', ' if self.title else ''}{self._said()}"]
+        lines = [f"RunBoard: {self.title + ', ' if self.title else ''}{self._summary()}"]
         for plot in self.plots:
             for line in plot.lines:
                 if line.kind == "line":
                     height = Channel("", "", line.y - min(0.0, float(np.nanmin(line.y))))
                     name = f", {line.name}" if len(self.runs) > 1 else ""
-                    bars = markup.sparkline(height, 32)
-                    lines.append(f"{bars} {plot.label}{name} {_course(line)}")
+                    bars = markup.draw_sparkline(height, 32)
+                    lines.append(f"{bars} {plot.label}{name} {_describe_course(line)}")
         for name, alarm in self.alarms:
-            lines.append(f"! {self._place(name, alarm)}: {alarm.sentence}")
+            lines.append(f"! {self._name_alarm(name, alarm)}: {alarm.sentence}")
         return "\n".join(lines)
 
     def _only(self) -> tuple[Any, Health]:
@@ -253,21 +253,23 @@ class RunBoard(View):
             if key in table and name not in self.hidden
             for line in _lines(name, table, key, hue if len(tables) == 1 else self._hues()[name])
         ]
-        low, high = span([line.y for line in lines], zero=True)
+        low, high = find_range([line.y for line in lines], zero=True)
         told = (
-            "; ".join(_course(line) for line in lines if line.kind == "line")
+            "; ".join(_describe_course(line) for line in lines if line.kind == "line")
             if len(tables) == 1
             else ""
         )
         marks = [
             (float(a.step), str(i))
             for i, (name, a) in enumerate(self.alarms, 1)
-            if self._where(a, tables) == key
+            if self._find_curve(a, tables) == key
         ]
         top = max(high, 1.0) if key in FLAT else high
-        return Plot(key, label, lines, told=told, x=ends, y=(low, top), marks=_apart(marks, ends))
+        return Plot(
+            key, label, lines, told=told, x=ends, y=(low, top), marks=_keep_apart(marks, ends)
+        )
 
-    def _where(self, alarm: Alarm, tables: Mapping[str, pd.DataFrame]) -> str:
+    def _find_curve(self, alarm: Alarm, tables: Mapping[str, pd.DataFrame]) -> str:
         """The curve of the number that an alarm was read off, else one under the alarm's name."""
         named = (alarm.metric, alarm.signature)
         return next((key for key in named if key and _has(tables, key)), alarm.signature)
@@ -285,10 +287,10 @@ class RunBoard(View):
     def _hues(self) -> dict[str, str]:
         return {name: OVERLAID[i % len(OVERLAID)] for i, name in enumerate(self.runs)}
 
-    def _place(self, name: str, alarm: Alarm) -> str:
+    def _name_alarm(self, name: str, alarm: Alarm) -> str:
         return f"{f'{name}, ' if len(self.runs) > 1 else ''}step {alarm.step}, {alarm.signature}"
 
-    def _said(self) -> str:
+    def _summary(self) -> str:
         """How far the runs are, and how many alarms there were."""
         told = []
         for name, run in self.runs.items():
@@ -343,7 +345,7 @@ def _has(tables: Mapping[str, pd.DataFrame], key: str) -> bool:
     )
 
 
-def _apart(
+def _keep_apart(
     marks: Sequence[tuple[float, str]], ends: tuple[float, float]
 ) -> list[tuple[float, str]]:
     """Marks whose flags do not overlap: those that stand too near share the first one's, "2 3"."""
@@ -397,5 +399,5 @@ def _lines(name: str, table: pd.DataFrame, key: str, hue: str) -> list[Line]:
     return [Line(name, *thin(x, y), hue, "faint"), Line(name, *thin(x, mean), hue)]
 
 
-def _course(line: Line) -> str:
-    return f"{markup.number(line.y[0])} → {markup.number(line.y[-1])}"
+def _describe_course(line: Line) -> str:
+    return f"{markup.format_number(line.y[0])} → {markup.format_number(line.y[-1])}"

@@ -14,7 +14,7 @@ from opdlab.viz import markup
 from opdlab.viz.channel import Channel
 from opdlab.viz.channels import find_channels
 from opdlab.viz.given import check_traces
-from opdlab.viz.glyphs import groups
+from opdlab.viz.glyphs import group_pieces
 from opdlab.viz.made_up import make_trace
 from opdlab.viz.run_board import RunBoard, example_history
 from opdlab.viz.view import EXAMPLE_TOKENS, EXAMPLE_WORDS, View
@@ -78,7 +78,7 @@ class RunCard(View):
             )
         self.before, self.after = before, after
         self.gain: Difference | None = None if before is None or after is None else after - before
-        self.strips = _strips(samples)
+        self.strips = _choose_strips(samples)
         self.run = run
 
     @classmethod
@@ -115,20 +115,21 @@ class RunCard(View):
     def static(self) -> str:
         """Return the picture as HTML without a script."""
         plots = "".join(plot.html() for plot in self.board.plots if plot.key in CURVES)
-        note = f'<div class="opd-soft">{markup.safe(self.note)}</div>' if self.note else ""
+        note = f'<div class="opd-soft">{markup.escape(self.note)}</div>' if self.note else ""
         return (
-            f"{markup.title(self.title or self._name())}"
-            f'<div class="opd-card-facts"><span>{markup.safe(self._facts())}</span>{note}</div>'
-            f'{self._accuracy()}<div class="opd-card-plots">{plots}</div>{self._texts()}'
-            f'<div class="opd-peaks">{markup.safe(self._alarms())}</div>'
+            f"{markup.draw_title(self.title or self._name())}"
+            '<div class="opd-card-facts">'
+            f"<span>{markup.escape(self._list_facts())}</span>{note}</div>"
+            f'{self._draw_accuracy()}<div class="opd-card-plots">{plots}</div>{self._draw_texts()}'
+            f'<div class="opd-peaks">{markup.escape(self._list_alarms())}</div>'
         )
 
     def __repr__(self) -> str:
         lines = [
             f"RunCard: {self.title or self._name()}",
-            self._facts(),
-            self._gained(),
-            self._alarms(),
+            self._list_facts(),
+            self._describe_gain(),
+            self._list_alarms(),
             *repr(self.board).splitlines()[1:],
         ]
         return "\n".join(line for line in lines if line)
@@ -139,7 +140,7 @@ class RunCard(View):
     def _name(self) -> str:
         return next(iter(self.board.runs))
 
-    def _facts(self) -> str:
+    def _list_facts(self) -> str:
         """How it was trained, as far as the run says."""
         history, s = self.df, getattr(self.run, "settings", None)
         out = [self._name(), f"{len(history)} steps"]
@@ -154,18 +155,18 @@ class RunCard(View):
         if "tokens" in history:
             out.append(f"{int(history['tokens'].sum()):,} tokens written")
         if "seconds" in history:
-            out.append(f"{markup.number(float(history['seconds'].sum()))} s")
+            out.append(f"{markup.format_number(float(history['seconds'].sum()))} s")
         return " · ".join(out)
 
-    def _ends(self) -> tuple[float, float] | None:
+    def _find_ends(self) -> tuple[float, float] | None:
         """Accuracy before and after."""
         if self.before is not None and self.after is not None:
             return self.before.accuracy, self.after.accuracy
         known = self.df["accuracy"].dropna().tolist() if "accuracy" in self.df else []
         return (known[0], known[-1]) if len(known) > 1 else None
 
-    def _gained(self) -> str:
-        ends = self._ends()
+    def _describe_gain(self) -> str:
+        ends = self._find_ends()
         if ends is None:
             return ""
         said = f"accuracy {ends[0]:.3f} → {ends[1]:.3f}"
@@ -174,15 +175,13 @@ class RunCard(View):
                 int(self.df["step"][i]) for i in self.df["accuracy"].dropna().index[[0, -1]]
             )
             return f"{said} (steps {first} and {last})"
-        low, high = (markup.number(x, sign=True) for x in (self.gain.low, self.gain.high))
-        return (
-            f"{said}, {markup.number(self.gain.mean, sign=True)} [{low}, {high}], 95 % paired over"
-            f" {self.gain.prompts} prompts"
-        )
+        low, high = (markup.format_number(x, sign=True) for x in (self.gain.low, self.gain.high))
+        mean = markup.format_number(self.gain.mean, sign=True)
+        return f"{said}, {mean} [{low}, {high}], 95 % paired over {self.gain.prompts} prompts"
 
-    def _accuracy(self) -> str:
+    def _draw_accuracy(self) -> str:
         """A scale from 0 to 1: hollow before, filled after, with the interval of the gain."""
-        ends = self._ends()
+        ends = self._find_ends()
         if ends is None:
             return ""
         before, after = ends
@@ -194,30 +193,30 @@ class RunCard(View):
         was = f'<i class="opd-was" style="left:{_place(before)}"></i>'
         now = f'<i class="opd-is" style="left:{_place(after)}"></i>'
         return (
-            f'<div class="opd-card-gain"><b>{markup.safe(self._gained())}</b>'
+            f'<div class="opd-card-gain"><b>{markup.escape(self._describe_gain())}</b>'
             '<div class="opd-scale01"><span>0</span>'
             f'<div class="opd-line01">{way}{whiskers}{was}{now}</div>'
             "<span>1</span></div></div>"
         )
 
-    def _texts(self) -> str:
+    def _draw_texts(self) -> str:
         if not self.strips:
             return ""
         found = [_channel(trace) for _, trace, _ in self.strips]
         limit = max(c.limit for c in found)
-        out = [f'<div class="opd-bar">{markup.legend(found[0], limit)}</div>']
+        out = [f'<div class="opd-bar">{markup.draw_legend(found[0], limit)}</div>']
         for (caption, trace, sample), channel in zip(self.strips, found, strict=True):
             prompt = str(trace.meta["prompts"][sample])
-            strip = markup.strip(groups(trace.tokens()), channel, limit)
+            strip = markup.draw_strip(group_pieces(trace.tokens()), channel, limit)
             out.append(
                 '<div class="opd-card-text">'
-                f'<div class="opd-soft" dir="auto">{markup.safe(caption + prompt)}</div>'
+                f'<div class="opd-soft" dir="auto">{markup.escape(caption + prompt)}</div>'
                 '<div class="opd-strip" dir="auto"'
                 f' style="white-space:pre-wrap;font-family:monospace">{strip}</div></div>'
             )
         return "".join(out)
 
-    def _alarms(self) -> str:
+    def _list_alarms(self) -> str:
         alarms = [f"{alarm.signature} (step {alarm.step})" for _, alarm in self.board.alarms]
         return f"Alarms: {', '.join(alarms)}" if alarms else "No alarms"
 
@@ -244,7 +243,7 @@ def _between(low: float, high: float) -> str:
     return f"left:{_place(low)};right:calc(100% - {_place(high)})"
 
 
-def _strips(samples: Trace | Mapping[str, Trace] | None) -> list[tuple[str, Trace, int]]:
+def _choose_strips(samples: Trace | Mapping[str, Trace] | None) -> list[tuple[str, Trace, int]]:
     """(caption, rows of one completion, its number), at most three."""
     if samples is None:
         return []

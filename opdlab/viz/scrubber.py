@@ -17,8 +17,8 @@ from opdlab.viz import markup, payload
 from opdlab.viz.channel import Channel, describe_channel
 from opdlab.viz.channels import find_channels, find_labelled_kinds
 from opdlab.viz.given import check_traces
-from opdlab.viz.glyphs import groups, visible
-from opdlab.viz.lines import Line, Plot, span
+from opdlab.viz.glyphs import group_pieces, show_piece
+from opdlab.viz.lines import Line, Plot, find_range
 from opdlab.viz.made_up import make_trace
 from opdlab.viz.traits import Trait
 from opdlab.viz.view import EXAMPLE_TOKENS, EXAMPLE_WORDS, View
@@ -92,7 +92,7 @@ class Scrubber(View):
             )
         self.sample, self.title, self.history = sample, title, history
         self.steps = sorted(int(step) for step in traces)
-        self.traces = [_completion(traces[step], sample, step) for step in self.steps]
+        self.traces = [_select_completion(traces[step], sample, step) for step in self.steps]
         ids = [trace.column("token_id").tolist() for trace in self.traces]
         self.probe = all(other == ids[0] for other in ids)
         self._same_prompt()
@@ -144,7 +144,7 @@ class Scrubber(View):
         if self.probe:
             pairs = [pair for pair in pairs if pair[0] == self.step]
         frames = [
-            t.to_pandas().assign(step=step, token=[visible(piece) for piece in t.tokens()])
+            t.to_pandas().assign(step=step, token=[show_piece(piece) for piece in t.tokens()])
             for step, t in pairs
         ]
         return pd.concat(frames, ignore_index=True)
@@ -158,13 +158,13 @@ class Scrubber(View):
     def data(self) -> dict[str, Any]:
         """Return all that the script draws."""
         text = (
-            payload.text(self.traces[0])
+            payload.describe_text(self.traces[0])
             if self.probe
-            else payload.text(_joined(self.traces, self.sample))
+            else payload.describe_text(_join_steps(self.traces, self.sample))
         )
         if not self.probe:  # the same texts as in other views of the page
             for one, trace in zip(text["texts"], self.traces, strict=True):
-                one["key"] = payload.key(trace.column("token_id"), one["prompt"], self.sample)
+                one["key"] = payload.make_key(trace.column("token_id"), one["prompt"], self.sample)
         return {
             "title": self.title,
             "prompt": self._prompt,
@@ -185,22 +185,24 @@ class Scrubber(View):
         found = self.channels[self.channel]
         limit, out = _limit(found), []
         for at in dict.fromkeys((0, len(self.steps) - 1)):
-            tokens = groups(self.traces[at].tokens())
+            tokens = group_pieces(self.traces[at].tokens())
             out.append(f'<div class="opd-soft">step {self.steps[at]}</div>')
-            out.append(markup.strip_box(tokens, found[at], limit))
-        said = "".join(markup.said_box(line) for line in (self._course(), *self._kinds_in_words()))
+            out.append(markup.draw_strip_box(tokens, found[at], limit))
+        said = "".join(
+            markup.draw_words(line) for line in (self._describe_course(), *self._kinds_in_words())
+        )
         return (
-            f"{markup.title(self.title)}{markup.prompt_box(self._prompt)}"
-            f'<div class="opd-bar">{markup.legend(found[0], limit)}</div>{"".join(out)}{said}'
+            f"{markup.draw_title(self.title)}{markup.draw_prompt(self._prompt)}"
+            f'<div class="opd-bar">{markup.draw_legend(found[0], limit)}</div>{"".join(out)}{said}'
         )
 
     def __repr__(self) -> str:
         kind = "the same tokens, graded" if self.probe else "what was written"
         means = np.array([_mean(np.abs(c.values)) for c in self.channels[self.channel]])
-        bars = markup.sparkline(Channel("", "", means))
+        bars = markup.draw_sparkline(Channel("", "", means))
         title = self.title or f"completion {self.sample}"
         head = f"Scrubber: {title}, {kind} at {len(self.steps)} steps"
-        return "\n".join([head, bars, self._course(), *self._kinds_in_words()])
+        return "\n".join([head, bars, self._describe_course(), *self._kinds_in_words()])
 
     def _set(self, name: str, value: Any) -> None:
         if name == "step" and value not in self.steps:
@@ -223,10 +225,10 @@ class Scrubber(View):
                     " prompt."
                 )
 
-    def _course(self) -> str:
+    def _describe_course(self) -> str:
         """From what to what, in words."""
         found = self.channels[self.channel]
-        first, last = (markup.number(_mean(np.abs(c.values))) for c in (found[0], found[-1]))
+        first, last = (markup.format_number(_mean(np.abs(c.values))) for c in (found[0], found[-1]))
         said = (
             f"Mean size of the {found[0].label}: {first} at step {self.steps[0]}, {last} at step"
             f" {self.steps[-1]}"
@@ -235,8 +237,8 @@ class Scrubber(View):
             return said
         tokens = self.traces[0].tokens()
         moved = [
-            f"{visible(tokens[i])} {markup.number(found[0].values[i], True)} →"
-            f" {markup.number(found[-1].values[i], True)}"
+            f"{show_piece(tokens[i])} {markup.format_number(found[0].values[i], True)} →"
+            f" {markup.format_number(found[-1].values[i], True)}"
             for i in self._most_moved()
         ]
         return f"{said}. Moved most: {', '.join(moved) or 'none'}"
@@ -247,7 +249,7 @@ class Scrubber(View):
         for key in find_labelled_kinds(self.traces[0]):
             for at in dict.fromkeys((0, len(self.steps) - 1)):
                 if key in self.kinds:
-                    shares = markup.shares_of_names(self.kinds[key][at])
+                    shares = markup.count_names(self.kinds[key][at])
                     out.append(f"step {self.steps[at]}, {shares}")
         return out
 
@@ -260,14 +262,14 @@ class Scrubber(View):
         values = np.concatenate([channel.values for channel in found])
         starts = np.cumsum([0, *(len(channel.values) for channel in found)])
         first, limit = found[0], _limit(found)
-        out = describe_channel(first, limit) | {"values": _packed(values)}
+        out = describe_channel(first, limit) | {"values": _compact(values)}
         if not self.probe:
             return out | {
                 "peaks": [
                     [int(a) + i for i in c.peaks()] for a, c in zip(starts, found, strict=False)
                 ]
             }
-        changes = [change(first, c) for c in found]
+        changes = [measure_change(first, c) for c in found]
         near = _measures_distance(first)
         return out | {
             "peaks": [c.peaks() for c in found],
@@ -302,9 +304,9 @@ class Scrubber(View):
             for key, (label, unit) in KPIS.items():
                 if key in self.history and self.history[key].notna().any():
                     facts.append((label, unit, x, np.asarray(self.history[key], float)))
-        ends = span([x for _, _, x, _ in facts])
+        ends = find_range([x for _, _, x, _ in facts])
         return [
-            Plot(label, label, [_line(label, x, y)], unit, x=ends, y=span([y], zero=True))
+            Plot(label, label, [_line(label, x, y)], unit, x=ends, y=find_range([y], zero=True))
             for label, unit, x, y in facts
         ]
 
@@ -340,7 +342,7 @@ class Scrubber(View):
             vocab |= trace.meta["vocab"]
         pieces = [vocab[str(i)].encode("latin-1") for i in ids.tolist()]
         return {
-            "names": [payload.word(visible(piece)) for piece in pieces],
+            "names": [payload.shorten_word(show_piece(piece)) for piece in pieces],
             "at": {name: np.searchsorted(ids, tokens) for name, tokens in wanted.items()},
         }
 
@@ -378,7 +380,7 @@ def word_diff(before: str, after: str) -> list[list[str]]:
     return out
 
 
-def change(first: Channel, now: Channel) -> np.ndarray:
+def measure_change(first: Channel, now: Channel) -> np.ndarray:
     """Return how a channel moved since the first step.
 
     By how much nearer to the teacher, where it measures a distance; else the difference.
@@ -393,7 +395,7 @@ def _measures_distance(channel: Channel) -> bool:
     return channel.kind == "ratio" or channel.key.endswith("reverse_kl")
 
 
-def _completion(trace: Trace, sample: int, step: int) -> Trace:
+def _select_completion(trace: Trace, sample: int, step: int) -> Trace:
     held = len(trace.meta["texts"])
     if not 0 <= sample < held:
         raise OpdlabError(
@@ -403,7 +405,7 @@ def _completion(trace: Trace, sample: int, step: int) -> Trace:
     return trace.sample(sample)
 
 
-def _joined(traces: Sequence[Trace], sample: int) -> Trace:
+def _join_steps(traces: Sequence[Trace], sample: int) -> Trace:
     """The completions of all steps as one trace, the step's place as the sample's number."""
     rows = [
         t.table.select(["token_id"]).append_column("sample", pa.array(np.full(len(t), i)))
@@ -414,9 +416,9 @@ def _joined(traces: Sequence[Trace], sample: int) -> Trace:
     return Trace(pa.concat_tables(rows), {**traces[0].meta, **meta, "vocab": vocab})
 
 
-def _packed(values: np.ndarray) -> np.ndarray:
+def _compact(values: np.ndarray) -> np.ndarray:
     """Half precision while that is small, then the coarse numbers of long texts."""
-    return payload.numbers(values) if len(values) > FINE else payload.numbers(values[None])[0]
+    return payload.compact(values) if len(values) > FINE else payload.compact(values[None])[0]
 
 
 def _limit(found: Sequence[Channel]) -> float:

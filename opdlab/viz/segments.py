@@ -14,7 +14,7 @@ from opdlab.viz import categories
 THINK = re.compile(rb"<think>|</think>")
 
 
-def segments(trace: Trace) -> list[tuple[str, int, int]]:
+def find_segments(trace: Trace) -> list[tuple[str, int, int]]:
     """Return `(name, first row, rows)` of each stretch of a completion, in order.
 
     A column `segment` of names decides, else `<think>` and `</think>` in the text: "think" with
@@ -23,7 +23,7 @@ def segments(trace: Trace) -> list[tuple[str, int, int]]:
     if "segment" in trace.table.column_names and categories.is_text(trace.table["segment"].type):
         names = [name or "" for name in trace.table["segment"].to_pylist()]
     else:
-        names = _told(trace.tokens())
+        names = _name_tokens(trace.tokens())
     out, at = [], 0
     for name, run in groupby(names):
         size = len(list(run))
@@ -32,12 +32,12 @@ def segments(trace: Trace) -> list[tuple[str, int, int]]:
     return out
 
 
-def _told(pieces: list[bytes]) -> list[str]:
+def _name_tokens(pieces: list[bytes]) -> list[str]:
     """Think or answer for each token; nothing for a text without marks.
 
     A token belongs where its last byte does.
     """
-    thoughts = list(_thoughts(b"".join(pieces)))
+    thoughts = list(_find_thoughts(b"".join(pieces)))
     starts, names = [start for start, _ in thoughts], []
     for end in accumulate(map(len, pieces)) if thoughts else ():
         last = bisect_left(starts, end) - 1  # the last one that begins before this token ends
@@ -45,7 +45,7 @@ def _told(pieces: list[bytes]) -> list[str]:
     return names
 
 
-def _thoughts(text: bytes) -> Iterator[tuple[int, int]]:
+def _find_thoughts(text: bytes) -> Iterator[tuple[int, int]]:
     """Byte ranges from a mark to the one that ends it, or to the end of a text that was cut off."""
     marks = list(THINK.finditer(text))
     start = 0 if marks and marks[0][0] == b"</think>" else None

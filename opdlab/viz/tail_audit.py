@@ -16,7 +16,7 @@ from opdlab.viz import kept, markup, payload
 from opdlab.viz.channel import Channel
 from opdlab.viz.channels import find_rivals
 from opdlab.viz.given import select_completion
-from opdlab.viz.glyphs import groups, visible
+from opdlab.viz.glyphs import group_pieces, show_piece
 from opdlab.viz.lines import Line, Plot
 from opdlab.viz.made_up import make_trace
 from opdlab.viz.traits import Trait
@@ -134,7 +134,7 @@ class TailAudit(View):
         """One row per token: mass covered of each side at `k`, KL read, `exact` KL and `missed`."""
         row = self._at(self.trace, self.k)
         full = self._full(self.trace, self._at(self.trace, self.width)["bucket"])
-        tokens = [visible(piece) for piece in self.trace.tokens()]
+        tokens = [show_piece(piece) for piece in self.trace.tokens()]
         return pd.DataFrame(
             {"token": tokens, **row, "exact": full, "missed": np.maximum(full - row["bucket"], 0.0)}
         )
@@ -151,11 +151,11 @@ class TailAudit(View):
         missed = self._missed(self.k)
         plots = "".join(plot.html() for plot in self._plots())
         return (
-            f"{markup.title(self.title)}"
+            f"{markup.draw_title(self.title)}"
             f'<div class="opd-tail-plots">{plots}</div>'
-            f'<div class="opd-bar">{markup.legend(missed, missed.limit)}</div>'
-            f"{markup.strip_box(groups(self.trace.tokens()), missed, missed.limit)}"
-            f"{markup.said_box(self._summary())}"
+            f'<div class="opd-bar">{markup.draw_legend(missed, missed.limit)}</div>'
+            f"{markup.draw_strip_box(group_pieces(self.trace.tokens()), missed, missed.limit)}"
+            f"{markup.draw_words(self._summary())}"
         )
 
     def data(self) -> dict[str, Any]:
@@ -171,7 +171,7 @@ class TailAudit(View):
         finish = self.whole.meta["finish"][self.sample]
         return {
             "title": self.title,
-            "text": payload.text(self.trace),
+            "text": payload.describe_text(self.trace),
             "finish": str(finish),
             "by": self.by,
             "against": self.against,
@@ -181,15 +181,15 @@ class TailAudit(View):
                 **{c: self.curve[c].to_numpy(np.float32) for c in self.curve},
             },
             "plots": [plot.data() for plot in self._plots()],
-            "exact": payload.numbers(full),
-            "missed": payload.numbers(missed),
-            "student": payload.numbers(mass["student_mass"]),
-            "rival": payload.numbers(mass["rival_mass"]),
+            "exact": payload.compact(full),
+            "missed": payload.compact(missed),
+            "student": payload.compact(mass["student_mass"]),
+            "rival": payload.compact(mass["rival_mass"]),
             "limit": max(self._missed(k).limit for k in ks),
         }
 
     def __repr__(self) -> str:
-        line = "".join(markup.bar(float(share)) for share in self.curve["read"])
+        line = "".join(markup.draw_bar(float(share)) for share in self.curve["read"])
         title = f"{self.title}: " if self.title else ""
         return (
             f"TailAudit: {title}share of the KL that the top k read, k = 1 …"
@@ -264,7 +264,7 @@ class TailAudit(View):
         return (
             f"The {self.by}'s top {self.k} cover {100 * row.student_mass:.1f} % of the student and"
             f" {100 * row.rival_mass:.1f} % of {self.against}; they read"
-            f" {markup.number(row.bucket)} of {markup.number(row.exact)} nats"
+            f" {markup.format_number(row.bucket)} of {markup.format_number(row.exact)} nats"
             f" ({100 * row['read']:.0f} %)"
         )
 

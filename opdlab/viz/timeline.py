@@ -20,8 +20,8 @@ from opdlab.support.expect import expect
 from opdlab.viz import markup, payload
 from opdlab.viz.channel import describe_channel
 from opdlab.viz.channels import find_channels, find_kinds, find_labelled_kinds, find_rivals
-from opdlab.viz.glyphs import visible
-from opdlab.viz.lines import HUES, Line, Plot, span, thin
+from opdlab.viz.glyphs import show_piece
+from opdlab.viz.lines import HUES, Line, Plot, find_range, thin
 from opdlab.viz.made_up import make_trace
 from opdlab.viz.traits import Trait
 from opdlab.viz.view import EXAMPLE_TOKENS, EXAMPLE_WORDS, View
@@ -74,7 +74,7 @@ class Timeline(View):
     ) -> None:
         super().__init__(threshold=float(threshold))
         expect(trace, Trace, type(self).__name__, "trace")
-        self.samples, self.title = _chosen(trace, samples), title
+        self.samples, self.title = _choose_samples(trace, samples), title
         self.trace = Trace(
             trace.table.filter(pc.is_in(trace.table["sample"], pa.array(self.samples))), trace.meta
         )
@@ -91,7 +91,7 @@ class Timeline(View):
             )
         self.against = against or rivals[0]
         self._prefix = "" if self.against == rivals[0] else f"{against}_"
-        self.rewards = rewards_of(trace, rewards, self.samples)
+        self.rewards = find_rewards(trace, rewards, self.samples)
         fork = self.forks["row"].dropna()
         self.selected = int(fork.iloc[0]) if len(fork) else 0
 
@@ -135,7 +135,8 @@ class Timeline(View):
         """The sum of the values of a rollout up to each token; NaN adds nothing."""
         finite = np.nan_to_num(values, nan=0.0, posinf=1e4, neginf=-1e4)
         sums = [
-            np.cumsum(finite[first : first + size]) for _, first, size in payload.spans(self.trace)
+            np.cumsum(finite[first : first + size])
+            for _, first, size in payload.find_spans(self.trace)
         ]
         return np.concatenate([*sums, np.zeros(0)]).clip(-6e4, 6e4).astype(np.float16)
 
@@ -149,11 +150,11 @@ class Timeline(View):
         table: dict[str, Any] = {
             "sample": self.trace.column("sample"),
             "position": self.trace.column("position"),
-            "token": [visible(piece) for piece in self.trace.tokens()],
+            "token": [show_piece(piece) for piece in self.trace.tokens()],
         }
         table |= {key: values.astype(float) for key, values in self._paths.items()}
         for key, channel in find_kinds(self.trace).items():
-            table.setdefault(key, [markup.said(value, channel) for value in channel.values])
+            table.setdefault(key, [markup.format_value(value, channel) for value in channel.values])
         return pd.DataFrame(table)
 
     @property
@@ -164,11 +165,11 @@ class Timeline(View):
         `row` of `df`.
         """
         rows, ids = [], self.trace.column("token_id")
-        for sample, first, size in payload.spans(self.trace):
+        for sample, first, size in payload.find_spans(self.trace):
             path = self._paths["cumulative_log_ratio"][first : first + size].astype(float)
             beyond = np.flatnonzero(path <= -self.threshold)
             at = int(beyond[0]) if len(beyond) else None
-            token = "" if at is None else visible(self.trace.piece(int(ids[first + at])))
+            token = "" if at is None else show_piece(self.trace.piece(int(ids[first + at])))
             rows.append(
                 {
                     "sample": sample,
@@ -192,16 +193,16 @@ class Timeline(View):
             label, told = self._names["cumulative_log_ratio"]
             own = (
                 f'<div class="opd-timeline-head"><b>{label}</b>'
-                f' <span class="opd-soft">{markup.safe(told)}</span></div>'
+                f' <span class="opd-soft">{markup.escape(told)}</span></div>'
                 f'<div class="opd-timeline-own">{own}</div>'
             )
-        said = "".join(markup.said_box(line) for line in self._lines())
-        return f'{markup.title(self.title)}<div class="opd-timeline">{own}{shared}</div>{said}'
+        said = "".join(markup.draw_words(line) for line in self._lines())
+        return f'{markup.draw_title(self.title)}<div class="opd-timeline">{own}{shared}</div>{said}'
 
     def data(self) -> dict[str, Any]:
         """Return all that the script draws."""
         paths = {
-            key: values if key.startswith("cumulative") else payload.numbers(values)
+            key: values if key.startswith("cumulative") else payload.compact(values)
             for key, values in self._paths.items()
         }
         own, shared = self._plots()
@@ -209,10 +210,10 @@ class Timeline(View):
         return {
             "title": self.title,
             "against": self.against,
-            "text": payload.text(self.trace),
+            "text": payload.describe_text(self.trace),
             "paths": paths,
             "limit": self._channels[f"{self._prefix}log_ratio"].limit,
-            "looks": [self._look(sample) for sample in self.samples],
+            "looks": [self._choose_look(sample) for sample in self.samples],
             "own": [plot.data() for plot in own],
             "plots": [plot.data() for plot in shared],
             "head": self._names["cumulative_log_ratio"],
@@ -223,15 +224,15 @@ class Timeline(View):
     def __repr__(self) -> str:
         lost, lines = -self._paths["cumulative_log_ratio"].astype(float).clip(max=0), []
         most = max(float(lost.max(initial=0.0)), 0.1)
-        for sample, first, size in payload.spans(self.trace):
+        for sample, first, size in payload.find_spans(self.trace):
             parts = np.array_split(lost[first : first + size], min(48, size))
-            bars = "".join(markup.bar(float(part.max()) / most) for part in parts)
+            bars = "".join(markup.draw_bar(float(part.max()) / most) for part in parts)
             lines.append(f"{bars}  rollout {sample}")
         title = self.title or f"{len(self.samples)} rollouts"
         head = f"Timeline: {title}, nats lost against {self.against} so far"
         return "\n".join([head, *lines, *self._lines()])
 
-    def _look(self, sample: int) -> str:
+    def _choose_look(self, sample: int) -> str:
         """The look of a rollout's line.
 
         Rewards at or above the middle are violet and whole, those below grey and dashed. Without
@@ -264,33 +265,33 @@ class Timeline(View):
 
         The page marks forks and threshold itself.
         """
-        own, shared, spans, forks = [], [], list(payload.spans(self.trace)), self.forks
+        own, shared, spans, forks = [], [], list(payload.find_spans(self.trace)), self.forks
         x = (0.0, float(max(1, *(size - 1 for *_, size in spans))))
         for key, (label, told) in self._names.items():
             values, ratio = self._paths[key].astype(float), key == "cumulative_log_ratio"
-            y = span([values, np.array([0.0, -self.threshold * 1.1] if ratio else [0.0])])
+            y = find_range([values, np.array([0.0, -self.threshold * 1.1] if ratio else [0.0])])
             lines = [
-                Line(f"rollout {s}", *thin(np.arange(n), values[i : i + n]), self._look(s))
+                Line(f"rollout {s}", *thin(np.arange(n), values[i : i + n]), self._choose_look(s))
                 for s, i, n in spans
             ]
             if ratio and self._many:
                 own = [
-                    Plot(key, line.name, [line], "nats", self._told(forks.loc[s]), x, y)
+                    Plot(key, line.name, [line], "nats", self._describe_fork(forks.loc[s]), x, y)
                     for line, (s, *_) in zip(lines, spans, strict=True)
                 ]
             else:
                 shared.append(Plot(key, label, lines, "nats", told, x, y))
         return own, shared
 
-    def _told(self, row: pd.Series) -> str:
+    def _describe_fork(self, row: pd.Series) -> str:
         """What stands over a plot of one rollout where no script runs; `row` of `forks`."""
         fork = f"fork at {row.fork:.0f} {row.token}" if np.isfinite(row.fork) else "no fork"
-        return f"reward {markup.number(row.reward)}, {fork}" if self.rewards else fork
+        return f"reward {markup.format_number(row.reward)}, {fork}" if self.rewards else fork
 
     def _lines(self) -> list[str]:
         """The forks in words, and how common each kind is that a method names."""
         named = find_labelled_kinds(self.trace).values()
-        return [self._summary(), *map(markup.shares_of_names, named)]
+        return [self._summary(), *map(markup.count_names, named)]
 
     def _summary(self) -> str:
         told = [
@@ -298,11 +299,13 @@ class Timeline(View):
             for i, r in self.forks.iterrows()
             if np.isfinite(r.fork)
         ]
-        return f"Forks beyond {markup.number(self.threshold)} nats: {', '.join(told) or 'none'}"
+        return (
+            f"Forks beyond {markup.format_number(self.threshold)} nats: {', '.join(told) or 'none'}"
+        )
 
 
-def _chosen(trace: Trace, samples: Sequence[int] | None) -> list[int]:
-    held = [sample for sample, *_ in payload.spans(trace)]
+def _choose_samples(trace: Trace, samples: Sequence[int] | None) -> list[int]:
+    held = [sample for sample, *_ in payload.find_spans(trace)]
     if not held:
         raise OpdlabError(
             "The trace has no tokens, so there is no road to follow. Sample with max_new_tokens"
@@ -324,7 +327,7 @@ def _chosen(trace: Trace, samples: Sequence[int] | None) -> list[int]:
     return sorted(int(s) for s in samples)
 
 
-def rewards_of(
+def find_rewards(
     trace: Trace, rewards: Sequence[float] | Mapping[int, float] | None, samples: Sequence[int]
 ) -> dict[int, float]:
     """Return the rewards of completions.
@@ -352,4 +355,4 @@ def rewards_of(
     if "reward" not in trace.table.column_names:
         return {}
     column = trace.column("reward")
-    return {s: float(column[first]) for s, first, _ in payload.spans(trace) if s in samples}
+    return {s: float(column[first]) for s, first, _ in payload.find_spans(trace) if s in samples}

@@ -13,11 +13,11 @@ from opdlab.errors import OpdlabError, UnknownColumn
 from opdlab.support.expect import expect
 from opdlab.viz import markup, payload
 from opdlab.viz.channels import describe_fitting, find_channels
-from opdlab.viz.duel import duel
+from opdlab.viz.duel import find_duel
 from opdlab.viz.given import select_completion
-from opdlab.viz.glyphs import groups, visible
+from opdlab.viz.glyphs import group_pieces, show_piece
 from opdlab.viz.made_up import make_trace
-from opdlab.viz.segments import segments
+from opdlab.viz.segments import find_segments
 from opdlab.viz.traits import Trait
 from opdlab.viz.view import EXAMPLE_TOKENS, EXAMPLE_WORDS, View
 
@@ -132,28 +132,28 @@ class TokenLens(View):
     def df(self) -> pd.DataFrame:
         """The trace's rows of this completion, by position, with each token as it is listed."""
         return self.trace.to_pandas().assign(
-            token=[visible(piece) for piece in self.trace.tokens()]
+            token=[show_piece(piece) for piece in self.trace.tokens()]
         )
 
     @property
     def text(self) -> str:
         """The text of the strip: every token, special ones included."""
-        return "".join(group.text for group in groups(self.trace.tokens()))
+        return "".join(group.text for group in group_pieces(self.trace.tokens()))
 
     def static(self) -> str:
         """Return the picture as HTML without a script."""
         chosen, limit = self.channels[self.channel], self.limits[self.channel]
-        tokens = groups(self.trace.tokens())
+        tokens = group_pieces(self.trace.tokens())
         return (
-            f"{markup.title(self.title)}{markup.prompt_box(self._prompt)}"
-            f'<div class="opd-bar">{markup.legend(chosen, limit)}</div>'
-            f"{markup.strip_box(tokens, chosen, limit, self._finish)}"
-            f"{markup.said_box(self._peaks())}"
+            f"{markup.draw_title(self.title)}{markup.draw_prompt(self._prompt)}"
+            f'<div class="opd-bar">{markup.draw_legend(chosen, limit)}</div>'
+            f"{markup.draw_strip_box(tokens, chosen, limit, self._finish)}"
+            f"{markup.draw_words(self._peaks())}"
         )
 
     def data(self) -> dict[str, Any]:
         """Return all that the script draws."""
-        fixed = {"text": payload.text(self.trace), "duel": duel(self.trace)}
+        fixed = {"text": payload.describe_text(self.trace), "duel": find_duel(self.trace)}
         spent = len(payload.pack(fixed)) if len(self.trace) > payload.LONG else 0
         carried = describe_fitting(
             self.channels, self.limits, keep=(self.channel, *self.tracks), spent=spent
@@ -167,7 +167,7 @@ class TokenLens(View):
             **fixed,
             "channels": carried,
             "left": [c.label for key, c in self.channels.items() if key not in have],
-            "segments": segments(self.trace),
+            "segments": find_segments(self.trace),
         }
 
     def __repr__(self) -> str:
@@ -180,7 +180,7 @@ class TokenLens(View):
             f" (− {chosen.less}, + {chosen.more})" if chosen.kind in ("ratio", "signed") else ""
         )
         unit = f" in {chosen.unit}" if chosen.unit else ""
-        return f"{head}{unit}{meaning}\n{markup.sparkline(chosen)}\n{self._peaks()}"
+        return f"{head}{unit}{meaning}\n{markup.draw_sparkline(chosen)}\n{self._peaks()}"
 
     @property
     def _prompt(self) -> str:
@@ -194,9 +194,9 @@ class TokenLens(View):
         """The tokens of largest size, in words; of kinds, how common each is."""
         chosen, tokens = self.channels[self.channel], self.trace.tokens()
         if chosen.kind == "category":
-            return f"{markup.shares_of_names(chosen)} of {len(tokens)} tokens"
-        peaks = [
-            f"{visible(tokens[i])} {markup.said(chosen.values[i], chosen)} (position {i})"
-            for i in chosen.peaks()
-        ]
+            return f"{markup.count_names(chosen)} of {len(tokens)} tokens"
+        peaks = []
+        for i in chosen.peaks():
+            value = markup.format_value(chosen.values[i], chosen)
+            peaks.append(f"{show_piece(tokens[i])} {value} (position {i})")
         return f"Largest {chosen.label}: {', '.join(peaks) or 'none'}"

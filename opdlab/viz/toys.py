@@ -169,7 +169,7 @@ def students() -> Tensor:
     return p / p.sum(-1, keepdim=True)
 
 
-def tempered(teacher: Tensor, temperature: float) -> Tensor:
+def apply_temperature(teacher: Tensor, temperature: float) -> Tensor:
     """Return log q^(1/T), normalised."""
     return (teacher / temperature).log_softmax(-1)
 
@@ -177,7 +177,7 @@ def tempered(teacher: Tensor, temperature: float) -> Tensor:
 def field(push: Push, teacher: Tensor, temperature: float = 1.0) -> np.ndarray:
     """Return the move dp/dt of each of `students` in a gradient step on its logits, `[n, 3]`."""
     p = students()
-    g = push.gradient(p.log(), tempered(teacher.log(), temperature).expand_as(p))
+    g = push.gradient(p.log(), apply_temperature(teacher.log(), temperature).expand_as(p))
     return (p * (g - (p * g).sum(-1, keepdim=True))).numpy()
 
 
@@ -185,7 +185,7 @@ def path(
     push: Push, student: Tensor, teacher: Tensor, steps: int, temperature: float = 1.0
 ) -> np.ndarray:
     """Return the student after each of `steps` gradient steps on its logits, `[steps + 1, 3]`."""
-    z, q, out = student.log()[None], tempered(teacher.log(), temperature)[None], [student]
+    z, q, out = student.log()[None], apply_temperature(teacher.log(), temperature)[None], [student]
     for _ in range(steps):
         z = z + push.rate * push.gradient(z, q)
         out.append(z.softmax(-1)[0])
@@ -197,7 +197,7 @@ def hills(temperature: float = 1.0) -> Tensor:
     q = sum(
         share * (-(((SPACE - at) / width) ** 2) / 2).exp() / width for share, at, width in HILLS
     )
-    return tempered(torch.as_tensor(q).log(), temperature)
+    return apply_temperature(torch.as_tensor(q).log(), temperature)
 
 
 def fit(push: Push, steps: int, temperature: float = 1.0) -> tuple[float, float]:

@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 from opdlab.data.trace import Trace
 from opdlab.errors import OpdlabError
 from opdlab.viz import embed, payload
-from opdlab.viz.markup import safe
+from opdlab.viz.markup import escape
 from opdlab.viz.traits import Trait, find_traits
 
 if TYPE_CHECKING:
@@ -135,7 +135,7 @@ class View:
     def static(self) -> str:
         """Return markup that carries the message where no script runs.
 
-        Every foreign string in it goes through `markup.safe`.
+        Every foreign string in it goes through `markup.escape`.
         """
         raise NotImplementedError
 
@@ -164,7 +164,7 @@ class View:
         module = embed.module(self.scripts) if assets and script else ""
         block = ""
         if script:
-            packed = payload.base64_of(payload.pack(self.data()))
+            packed = payload.to_base64(payload.pack(self.data()))
             content = {"view": self.name, "traits": self.traits, "packed": packed}
             block = embed.script_json(content, "opd-data")
         return (
@@ -200,7 +200,9 @@ class View:
             ".opd{max-width:none!important}"
             ".opd-block{content-visibility:visible!important}"
         )
-        page = embed.document(safe(self.title or self.name), f"<style>{look}</style>", self.html())
+        page = embed.document(
+            escape(self.title or self.name), f"<style>{look}</style>", self.html()
+        )
         return camera.shoot(page, path, dark=dark, width=width)
 
     def live(self) -> LiveView:

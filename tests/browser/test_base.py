@@ -58,14 +58,14 @@ def test_inflate_is_zlib(probe, level, strategy):
     ):
         packer = zlib.compressobj(level, zlib.DEFLATED, -15, 8, strategy)
         block = packer.compress(raw) + packer.flush()
-        assert probe.evaluate(HASHED, payload.base64_of(block)) == hashed(raw)
+        assert probe.evaluate(HASHED, payload.to_base64(block)) == hashed(raw)
 
 
 def test_inflate_reads_parts_packed_each_in_its_own_way(probe):
     rng = np.random.default_rng(0)
     noise = [rng.integers(0, high, 9_000, np.uint8).tobytes() for high in (7, 256)]
     parts = [b"abc" * 3_000, noise[0], b"", noise[1], b"tail"]
-    assert probe.evaluate(HASHED, payload.base64_of(payload._deflated(parts))) == hashed(
+    assert probe.evaluate(HASHED, payload.to_base64(payload._deflate(parts))) == hashed(
         b"".join(parts)
     )
 
@@ -111,10 +111,10 @@ def test_the_page_reads_what_python_packs(probe):
             "text": [text, {nasty: None}],
             "half": np.array(half, np.float16),
             "whole": np.array(whole, np.int64),
-            "long": payload.numbers(long),
+            "long": payload.compact(long),
         }
         block = payload.pack(tree)
-        got, want = probe.evaluate(PLAIN, payload.base64_of(block)), payload.unpack(block)
+        got, want = probe.evaluate(PLAIN, payload.to_base64(block)), payload.unpack(block)
         for key in ("half", "whole", "long"):
             np.testing.assert_allclose(np.array(got[key], float), want[key], rtol=1e-6, err_msg=key)
         assert got["text"] == want["text"]
@@ -153,9 +153,10 @@ def test_views_of_one_text_follow_each_other_and_no_other(open_page, tmp_path):
 
 def test_a_view_that_fails_to_draw_leaves_its_static_picture(open_page, tmp_path):
     lens = TokenLens(made(WORDS))
+    block = payload.to_base64(payload.pack(lens.data()))
     path = tmp_path / "broken.html"
     path.write_text(
-        f"<!doctype html><meta charset=utf-8>{lens.html().replace(lens._block(), 'AAAA')}",
+        f"<!doctype html><meta charset=utf-8>{lens.html().replace(block, 'AAAA')}",
         encoding="utf-8",
     )
     view = open_page(path, ["error: The data of this view is cut short. Make the view again."])

@@ -9,7 +9,7 @@ import pytest
 from viz.traces import made
 
 from opdlab.viz import Compare
-from opdlab.viz.markup import number
+from opdlab.viz.markup import format_number
 
 pytestmark = pytest.mark.browser
 WORDS = [b"The", b" cat", b" sat", b" on", b" the", b" mat"]
@@ -40,7 +40,7 @@ def test_strips_pairs_and_changes(open_page, tmp_path, axe, scheme):
     rest = compared.df["difference"].abs().drop(compared.changed.index).max()
     last = view.locator(".opd-changed > li").last.text_content()
     assert (
-        last == f"all others by at most {number(float(rest))}"
+        last == f"all others by at most {format_number(float(rest))}"
         if len(compared.changed) < len(WORDS)
         else "→" in last
     )

@@ -11,7 +11,7 @@ from viz.traces import NASTY, made, with_notes
 
 from opdlab.data.notes import Windows
 from opdlab.viz import Forks, TokenLens, page
-from opdlab.viz.glyphs import visible
+from opdlab.viz.glyphs import show_piece
 
 pytestmark = pytest.mark.browser
 WORDS = [*map(str.encode, NASTY), *(f" w{i}".encode() for i in range(20))]
@@ -56,7 +56,7 @@ def test_windows_plan_and_threshold(open_page, tmp_path, forks, axe):
         row.locator(".opd-chip-word").all_text_contents()
         for row in root.locator(".opd-window-row").all()
     ]
-    names = {i: visible(WORDS[i]) for i in (2, 9, 10, 11)}
+    names = {i: show_piece(WORDS[i]) for i in (2, 9, 10, 11)}
     assert chips == [[names[9], names[10], names[11]], [names[9], names[2], names[11]]]
     assert root.locator(".opd-differs").all_text_contents() == [names[10], names[2]]
     assert root.locator(".opd-mass").count() == 3

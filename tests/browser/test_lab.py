@@ -179,7 +179,7 @@ def test_a_live_table_fetches_the_tokens_that_its_page_lacks(lab):
     strip.locator("[data-i='1']").hover()
     shown = lab.python(
         page,
-        "print(viz.markup.number(viz.channels.find_channels(view.whole.sample(view.rollout))['log_ratio'].values[1],"
+        "print(viz.markup.format_number(viz.channels.find_channels(view.whole.sample(view.rollout))['log_ratio'].values[1],"
         " True))",
     )
     assert (

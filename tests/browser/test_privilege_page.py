@@ -7,7 +7,7 @@ import pytest
 from viz.traces import NASTY, made
 
 from opdlab.viz import PrivilegeLens
-from opdlab.viz.markup import number
+from opdlab.viz.markup import format_number
 
 pytestmark = pytest.mark.browser
 WORDS = [*map(str.encode, NASTY), *(f" w{i}".encode() for i in range(30))]
@@ -47,7 +47,7 @@ def test_flags_bars_and_sums(open_page, tmp_path, lens, axe):
         for key, column in names.items():
             assert view.locator(
                 f".opd-split [data-channel='{key}'] .opd-value"
-            ).text_content().split()[0] == number(df[column][i], True)
+            ).text_content().split()[0] == format_number(df[column][i], True)
         widths = view.locator(".opd-policy .opd-fill").evaluate_all(
             "nodes => nodes.map((n) => parseFloat(n.style.width))"
         )
@@ -56,7 +56,9 @@ def test_flags_bars_and_sums(open_page, tmp_path, lens, axe):
         assert ("⚑" in view.locator(".opd-verdict").text_content()) == df.leak[i]
 
     falls = view.locator(".opd-fall-row")
-    totals = [number(df[f"{name}_logp"].sum()) for name in ("student", "teacher", "teacher+hint")]
+    totals = [
+        format_number(df[f"{name}_logp"].sum()) for name in ("student", "teacher", "teacher+hint")
+    ]
     assert [falls.nth(k).locator(".opd-value").text_content() for k in (0, 2, 4)] == totals
     ends = falls.locator(".opd-fill").evaluate_all(
         "nodes => nodes.map((n) => [parseFloat(n.style.left), parseFloat(n.style.width)])"

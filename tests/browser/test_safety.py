@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from viz.traces import NASTY, byte_pieces
 
 from opdlab import viz
-from opdlab.viz.glyphs import groups
+from opdlab.viz.glyphs import group_pieces
 
 pytestmark = pytest.mark.browser
 nasty = (
@@ -93,7 +93,7 @@ LOOK = """(wanted) => {
 
 
 def check(view, make, least, pieces, text, still) -> None:
-    drawn, wanted = make(pieces, text), "".join(group.text for group in groups(pieces))
+    drawn, wanted = make(pieces, text), "".join(group.text for group in group_pieces(pieces))
     view.set_content(drawn.html())
     if not still:
         view.wait_for_selector("[data-mounted]")

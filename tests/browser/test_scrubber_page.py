@@ -10,7 +10,7 @@ import pytest
 from viz.traces import NASTY, made
 
 from opdlab.viz import Scrubber, page
-from opdlab.viz.markup import number
+from opdlab.viz.markup import format_number
 
 pytestmark = pytest.mark.browser
 TOKENS = [b"The", b" cat", b" sat", b"."]
@@ -68,7 +68,7 @@ def test_every_step_is_shown_and_reached_by_slider_keys_and_buttons(open_page, t
         want = float(probe.table["reverse_kl"][k])
         assert abs(float(told[0].split()[0]) - want) < 2e-3 * want
         assert told[1].startswith(
-            number(float(probe.history["reverse_kl"][10 * k - 1])) if k else "–"
+            format_number(float(probe.history["reverse_kl"][10 * k - 1])) if k else "–"
         )
     assert [s for s, _ in steps] == ["step 0 of 20", "step 10 of 20", "step 20 of 20"]
     assert len({tuple(look) for _, look in steps}) == 3

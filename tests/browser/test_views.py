@@ -10,8 +10,8 @@ from hypothesis import strategies as st
 from viz.traces import NASTY, byte_pieces, made
 
 from opdlab.viz import TokenLens, curves, page
-from opdlab.viz.duel import duel
-from opdlab.viz.glyphs import visible
+from opdlab.viz.duel import find_duel
+from opdlab.viz.glyphs import show_piece
 
 pytestmark = pytest.mark.browser
 
@@ -70,7 +70,7 @@ def shown(view) -> dict[str, tuple[str, str]]:
 
 
 def expected(lens: TokenLens, i: int, rival: str) -> dict[str, list[float]]:
-    found = duel(lens.trace)
+    found = find_duel(lens.trace)
     end = int(found["count"][: i + 1].sum())
     rows = range(end - int(found["count"][i]), end)
     return {
@@ -87,15 +87,15 @@ def close(text: str, p: float) -> bool:
 def test_hovering_a_token_shows_both_distributions(open_page, tmp_path, lens, i):
     view = open_page(lens.to_html(tmp_path / "lens.html"))
     view.locator(f"[data-i='{i}']").hover()
-    assert view.locator(".opd-now .opd-word").text_content() == visible(WORDS[i])
+    assert view.locator(".opd-now .opd-word").text_content() == show_piece(WORDS[i])
     rows, want = shown(view), expected(lens, i, "teacher")
     assert list(rows) == [*want, "all others"]
     assert all(close(rows[w][0], s) and close(rows[w][1], t) for w, (s, t) in want.items())
-    other = duel(lens.trace)["other"]
+    other = find_duel(lens.trace)["other"]
     assert close(rows["all others"][0], other["student"][i])
     assert close(rows["all others"][1], other["teacher"][i])
     assert view.locator(".opd-row[data-sampled] .opd-word").all_text_contents() == [
-        visible(WORDS[i])
+        show_piece(WORDS[i])
     ]
     assert (
         f"{lens.channels['student_entropy'].values[i]:.3g}"

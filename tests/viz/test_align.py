@@ -20,8 +20,8 @@ from opdlab.errors import OpdlabError
 from opdlab.methods import SpanOPD
 from opdlab.tasks.market import tokenizers
 from opdlab.viz import Alignment, payload
-from opdlab.viz.alignment import joints, pieces
-from opdlab.viz.glyphs import visible
+from opdlab.viz.alignment import draw_joints, find_pieces
+from opdlab.viz.glyphs import show_piece
 
 side = st.lists(
     st.sampled_from([b"a", b"ab", b" b", b"", "é".encode(), b"\xc3", b"<b>"]), max_size=8
@@ -30,7 +30,7 @@ side = st.lists(
 
 @given(side, side)
 def test_pieces_cover_both_sides_whatever_they_spell(ours, theirs):
-    found = list(pieces(ours, theirs))
+    found = list(find_pieces(ours, theirs))
     assert [t for p in found for t in p.ours] == list(range(len(ours) if found else 0))
     assert [t for p in found for t in p.theirs] == list(range(len(theirs) if found else 0))
     for p in found:
@@ -61,7 +61,8 @@ def test_what_differs_in_the_middle_is_unmatched():
 
 def test_joints_join_what_shares_bytes():
     ends = lambda above, below: [
-        tuple(map(float, m)) for m in re.findall(r"M([\d.]+) 0L([\d.]+) 20", joints(above, below))
+        tuple(map(float, m))
+        for m in re.findall(r"M([\d.]+) 0L([\d.]+) 20", draw_joints(above, below))
     ]
     assert ends([b"a"], [b"a"]) == [(50, 50)]
     assert len(ends([b"ab", b"c"], [b"a", b"bc"])) == 3  # ab-a, ab-bc, c-bc
@@ -85,7 +86,7 @@ def test_a_step_of_span_opd_shows_what_each_span_costs():
     assert len(view.df) == len(note["spans"])
     np.testing.assert_allclose(view.df["kl"], note["kl"][: len(view.df)])
     assert [t for row in view.df["theirs"] for t in row] == [
-        visible(t.encode()) for t in note["teacher"]
+        show_piece(t.encode()) for t in note["teacher"]
     ]
     np.testing.assert_allclose(
         payload.unpack(payload.pack(view.data()))["kl"], -view.df["kl"], rtol=1e-3
@@ -102,7 +103,7 @@ def test_any_tokens_reach_the_page_as_data_only():
     read = Read(view.html(assets=False))
     assert set(read.tags) <= {"div", "span", "script", "svg", "path"}
     assert [read.data["ours"]["word"][i] for i in read.data["ours"]["at"]] == [
-        payload.word(visible(t)) for t in tokens
+        payload.shorten_word(show_piece(t)) for t in tokens
     ]
     assert "0 student tokens" in repr(Alignment([], []))
 

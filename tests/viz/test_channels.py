@@ -200,7 +200,7 @@ def test_what_is_no_column_is_refused(values, words):
 
 @given(st.lists(st.sampled_from(NASTY) | st.text(max_size=4), max_size=30, unique=True))
 def test_marks_tell_any_names_apart(names):
-    found = categories.marks(names)
+    found = categories.choose_marks(names)
     assert len(set(found)) == len(names)
     assert all(1 <= len(mark) <= 3 and mark.isprintable() for mark in found)
 
@@ -233,7 +233,7 @@ def test_a_longer_text_has_more_room():
     rng = np.random.default_rng(0)
     long = {key: Channel(key, key, rng.normal(size=30_000)) for key in "ab"}
     limits = {key: c.limit for key, c in long.items()}
-    cost = payload.cost(payload.numbers(long["a"].values))
+    cost = payload.measure_cost(payload.compact(long["a"].values))
     assert [c["key"] for c in describe_fitting(long, limits, spent=ROOM)] == ["a", "b"]
     assert [c["key"] for c in describe_fitting(long, limits, spent=3 * ROOM - cost - 1000)] == ["a"]
     assert [c["key"] for c in describe_fitting(long, limits, keep=["b"], spent=3 * ROOM)] == ["b"]

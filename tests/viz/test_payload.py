@@ -55,7 +55,7 @@ def test_any_tree_with_arrays_reads_back(tree, whole, real):
 
 def test_integers_take_the_fewest_bytes():
     kinds = [
-        payload._stored(np.array(x))[0]
+        payload._store(np.array(x))[0]
         for x in ([0, 255], [-1, 5], [256], [-200], [2**31], [-(2**31)], [2**40])
     ]
     assert kinds == ["u1", "i1", "u2", "i2", "u4", "i4", "f8"]
@@ -68,7 +68,7 @@ def test_integers_take_the_fewest_bytes():
 )
 def test_numbers_of_long_texts_keep_what_the_colour_shows(values):
     x = np.resize(np.array(values), payload.LONG + 1)
-    back = payload.unpack(payload.pack({"x": payload.numbers(x)}))["x"]
+    back = payload.unpack(payload.pack({"x": payload.compact(x)}))["x"]
     odd = ~np.isfinite(x)
     np.testing.assert_array_equal(back[odd], x[odd])
     top = np.abs(x[~odd]).max(initial=0)
@@ -80,7 +80,7 @@ def test_numbers_of_long_texts_keep_what_the_colour_shows(values):
     ("values", "rel"), [([1.2345, -67.89, 0.00123], 5e-4), ([1e6, 2.5], 1e-7), ([1e-6, 3e-7], 1e-6)]
 )
 def test_numbers_of_short_texts_keep_three_digits(values, rel):
-    assert payload.unpack(payload.pack({"x": payload.numbers(values)}))["x"] == pytest.approx(
+    assert payload.unpack(payload.pack({"x": payload.compact(values)}))["x"] == pytest.approx(
         values, rel=rel
     )
 
@@ -88,7 +88,7 @@ def test_numbers_of_short_texts_keep_three_digits(values, rel):
 def test_text_holds_every_distinct_token_once_and_says_where_completions_begin():
     trace = made([b"a", b" b", b"a", b"a"]).with_columns(sample=[0, 0, 2, 2])
     trace.meta["prompts"], trace.meta["finish"] = ["p", "q", "r"], ["stop", "stop", "length"]
-    text = payload.text(trace)
+    text = payload.describe_text(trace)
     assert text["index"].tolist() == [0, 1, 0, 0]
     assert text["glyph"] == ["a", " b"]
     assert text["word"] == [None, None]
@@ -101,7 +101,7 @@ def test_text_holds_every_distinct_token_once_and_says_where_completions_begin()
 
 
 def test_a_completion_is_linked_to_its_own_regrading_only():
-    keys = lambda trace: [t["key"] for t in payload.text(trace)["texts"]]
+    keys = lambda trace: [t["key"] for t in payload.describe_text(trace)["texts"]]
     one = made([b"a", b"b"])
     assert keys(one) == keys(one.with_columns(student_logp=[-9.0, -9.0]))
     assert keys(one) != keys(made([b"a", b"b"], prompt="Other?"))
@@ -121,7 +121,7 @@ def test_noise_takes_hardly_more_than_its_entropy_and_text_less():
 
 def test_ten_thousand_tokens_fit_the_budget():
     trace = made([f" w{i % 997}".encode() for i in range(3)] * 3333 + [b"."])
-    assert len(payload.base64_of(payload.pack(TokenLens(trace).data()))) <= 120_000
+    assert len(payload.to_base64(payload.pack(TokenLens(trace).data()))) <= 120_000
 
 
 def test_ten_thousand_real_tokens_fit_the_budget_with_every_channel():
@@ -134,11 +134,11 @@ def test_ten_thousand_real_tokens_fit_the_budget_with_every_channel():
     ).data()  # as one completion
     assert n >= 10_000
     assert data["left"] == []
-    assert len(payload.base64_of(payload.pack(data))) <= 120_000
+    assert len(payload.to_base64(payload.pack(data))) <= 120_000
 
 
 def test_an_endless_token_has_a_short_name_and_its_whole_text():
-    text = payload.text(made([b"x" * 1_000_000, *map(str.encode, NASTY)]))
+    text = payload.describe_text(made([b"x" * 1_000_000, *map(str.encode, NASTY)]))
     assert len(text["glyph"][0]) == 1_000_000
     assert text["word"][0].endswith("… (1,000,000)")
     assert len(text["word"][0]) < 80

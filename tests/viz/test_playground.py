@@ -60,7 +60,7 @@ def test_an_own_loss_goes_the_way_of_the_built_in_one(name):
 
 @pytest.mark.parametrize("name", DIVERGENCES)
 def test_the_way_of_a_student_leads_to_the_tempered_teacher(name):
-    want = toys.tempered(TEACHER.log(), 2.0).exp()
+    want = toys.apply_temperature(TEACHER.log(), 2.0).exp()
     end = toys.path(toys.of_generator(Generator(name)), STUDENT, TEACHER, 600, 2.0)
     np.testing.assert_allclose(end[0], STUDENT)
     np.testing.assert_allclose(

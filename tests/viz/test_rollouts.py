@@ -72,7 +72,7 @@ def test_the_page_pools_sparklines_without_losing_peaks(view):
     bins = sent["spark"]["bins"].reshape(3, rollouts.BINS)
     np.testing.assert_allclose(bins[1, :4], [-4, 0, 0, 0])
     assert np.isnan(bins[1, 4:]).all()
-    long = rollouts._pooled(np.where(np.arange(1000) == 777, -9.0, 0.1))
+    long = rollouts._pool(np.where(np.arange(1000) == 777, -9.0, 0.1))
     assert long.min() == -9
     assert [sent["prompts"][i] for i in sent["table"]["prompt"]] == ["What?", "Other?", "What?"]
 

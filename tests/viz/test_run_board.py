@@ -13,7 +13,7 @@ import opdlab as opd
 from opdlab.diagnose.health import Alarm, Limits, health
 from opdlab.errors import OpdlabError
 from opdlab.viz import RunBoard, payload
-from opdlab.viz.lines import POINTS, Line, path, span, thin
+from opdlab.viz.lines import POINTS, Line, draw_path, find_range, thin
 
 
 def troubled(n: int = 60) -> pd.DataFrame:
@@ -219,9 +219,9 @@ def test_many_steps_get_a_mean_and_keep_their_peaks():
 
 def test_a_pen_draws_in_percent_and_lifts_at_gaps():
     line = Line("", np.array([0.0, 5, 10, 10]), np.array([0.0, 1, np.nan, 2]))
-    assert path(line, (0, 10), (0, 2)) == "M0.00 100.00h0L50.00 50.00M100.00 0.00h0"
-    assert span([np.array([np.nan])]) == (0, 1)
-    assert span([np.array([3.0, 3.0])]) == (1.5, 4.5)
+    assert draw_path(line, (0, 10), (0, 2)) == "M0.00 100.00h0L50.00 50.00M100.00 0.00h0"
+    assert find_range([np.array([np.nan])]) == (0, 1)
+    assert find_range([np.array([3.0, 3.0])]) == (1.5, 4.5)
 
 
 def test_what_is_no_run_is_refused():

@@ -16,8 +16,8 @@ from viz.traces import NASTY, made
 
 from opdlab.errors import OpdlabError, UnknownColumn
 from opdlab.viz import Scrubber, payload
-from opdlab.viz.glyphs import visible
-from opdlab.viz.scrubber import FINE, word_diff
+from opdlab.viz.glyphs import show_piece
+from opdlab.viz.scrubber import FINE, measure_change, word_diff
 
 TOKENS = [b"The", b" cat", b" sat", b"."]
 
@@ -54,11 +54,10 @@ def test_all_steps_are_in_the_page_on_one_scale():
 def test_the_change_of_a_distance_is_how_much_nearer():
     view = Scrubber(probe(2))
     (first, now), entropy = view.channels["log_ratio"], view.channels["student_entropy"]
-    from opdlab.viz.scrubber import change
 
-    np.testing.assert_allclose(change(first, now), [2.0, 1.0, 0.5, -0.5])
+    np.testing.assert_allclose(measure_change(first, now), [2.0, 1.0, 0.5, -0.5])
     np.testing.assert_allclose(
-        change(entropy[0], entropy[1]), entropy[1].values - entropy[0].values
+        measure_change(entropy[0], entropy[1]), entropy[1].values - entropy[0].values
     )
     deltas = {c["key"]: c["delta"] for c in view.data()["channels"]}
     assert (
@@ -77,7 +76,7 @@ def test_a_token_s_path_is_its_probability_and_what_was_wanted_instead():
     for name in ("student", "teacher"):
         for i, at in enumerate(fate["wanted"]["at"][name][0]):
             ids, logp = base.column("support")[i], base.column(f"{name}_top")[i]
-            assert fate["wanted"]["names"][at] == visible(base.piece(int(ids[np.argmax(logp)])))
+            assert fate["wanted"]["names"][at] == show_piece(base.piece(int(ids[np.argmax(logp)])))
 
 
 def test_texts_that_differ_are_shown_with_their_changes():
@@ -99,7 +98,7 @@ def test_texts_that_differ_are_shown_with_their_changes():
     assert data["words"]["previous"][2] == [["same", "a x c d"]]
     assert data["words"]["first"][2] == data["words"]["previous"][1]
     assert [one["first"] for one in data["text"]["texts"]] == [0, 3, 7]
-    own = [payload.text(trace)["texts"][0]["key"] for trace in traces.values()]
+    own = [payload.describe_text(trace)["texts"][0]["key"] for trace in traces.values()]
     assert [
         one["key"] for one in data["text"]["texts"]
     ] == own  # so that other views of these texts follow
@@ -162,7 +161,7 @@ def test_long_probes_stay_small():
     }
     view = Scrubber(steps)
     assert 1000 * 20 < FINE < 2 * 1000 * 20
-    assert len(payload.base64_of(payload.pack(view.data()))) < 350_000
+    assert len(payload.to_base64(payload.pack(view.data()))) < 350_000
 
 
 def test_static_html_and_text_carry_the_message():

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from viz.traces import byte_pieces, made
 
 from opdlab.viz import PrivilegeLens, TokenLens
-from opdlab.viz.segments import segments
+from opdlab.viz.segments import find_segments
 
 
 @pytest.mark.parametrize(
@@ -29,7 +29,7 @@ from opdlab.viz.segments import segments
 def test_marks_part_a_text_however_it_is_cut(text, wanted):
     for size in (1, 2, 3, 7, 50):
         pieces = byte_pieces(text, size)
-        found = segments(made(pieces))
+        found = find_segments(made(pieces))
         if size == 1:
             assert [name for name, *_ in found] == wanted
             answer = "".join(
@@ -40,8 +40,8 @@ def test_marks_part_a_text_however_it_is_cut(text, wanted):
 
 
 def test_a_token_belongs_where_its_last_byte_does():
-    assert segments(made([b"a </thi", b"nk>", b"b"])) == [("think", 0, 2), ("answer", 2, 1)]
-    assert segments(made([b"a", b" <think>b", b" </think> c", b"d"])) == [
+    assert find_segments(made([b"a </thi", b"nk>", b"b"])) == [("think", 0, 2), ("answer", 2, 1)]
+    assert find_segments(made([b"a", b" <think>b", b" </think> c", b"d"])) == [
         ("answer", 0, 1),
         ("think", 1, 1),
         ("answer", 2, 2),
@@ -52,8 +52,8 @@ def test_a_column_of_names_decides():
     trace = made([b"<think>", b"a", b"</think>", b"b"]).with_columns(
         segment=["plan", "plan", None, "code"]
     )
-    assert segments(trace) == [("plan", 0, 2), ("", 2, 1), ("code", 3, 1)]
-    assert segments(trace.with_columns(segment=[1, 1, 2, 2])) == [
+    assert find_segments(trace) == [("plan", 0, 2), ("", 2, 1), ("code", 3, 1)]
+    assert find_segments(trace.with_columns(segment=[1, 1, 2, 2])) == [
         ("think", 0, 3),
         ("answer", 3, 1),
     ]  # numbers are no names
@@ -63,7 +63,7 @@ def test_a_column_of_names_decides():
     st.lists(st.sampled_from([b"<think>", b"</think>", b"a", b"<", b"think>", b"/think>", b"\xff"]))
 )
 def test_segments_cover_every_token_once_and_neighbours_differ(pieces):
-    found, at = segments(made(pieces)), 0
+    found, at = find_segments(made(pieces)), 0
     for _, first, size in found:
         assert (first, size > 0) == (at, True)
         at += size

@@ -19,9 +19,9 @@ from opdlab.errors import OpdlabError, UnknownColumn
 from opdlab.models.policy import sample
 from opdlab.viz import TokenLens, payload
 from opdlab.viz.channels import find_channels
-from opdlab.viz.duel import FEWER, LEAST, duel
-from opdlab.viz.glyphs import groups, visible
-from opdlab.viz.markup import INK, number, weight
+from opdlab.viz.duel import FEWER, LEAST, find_duel
+from opdlab.viz.glyphs import group_pieces, show_piece
+from opdlab.viz.markup import INK, format_number, strength_of
 
 pieces = st.lists(
     st.sampled_from(NASTY).map(str.encode)
@@ -79,18 +79,18 @@ def rejoined(text: dict) -> str:
 
 @given(pieces)
 def test_groups_rejoin_to_the_decoded_bytes(tokens):
-    made_groups = groups(tokens)
+    made_groups = group_pieces(tokens)
     assert "".join(g.text for g in made_groups) == b"".join(tokens).decode("utf-8", "replace")
     assert sum(g.tokens for g in made_groups) == len(tokens)
 
 
 def test_a_character_cut_into_bytes_is_one_glyph_over_its_tokens():
-    found = groups([b"a", *byte_pieces("🤗", 1), b"b"])
+    found = group_pieces([b"a", *byte_pieces("🤗", 1), b"b"])
     assert [(g.text, g.tokens) for g in found] == [("a", 1), ("🤗", 4), ("b", 1)]
 
 
 def test_a_character_that_never_ends_leaves_the_next_token_alone():
-    found = groups([b"a", b"\xf0\x9f", b"<|im_end|>"])
+    found = group_pieces([b"a", b"\xf0\x9f", b"<|im_end|>"])
     assert [(g.text, g.tokens, g.special) for g in found] == [
         ("a", 1, False),
         ("\ufffd", 1, False),
@@ -116,7 +116,7 @@ def test_a_character_that_never_ends_leaves_the_next_token_alone():
     ],
 )
 def test_a_listed_token_shows_what_cannot_be_seen(piece, seen):
-    assert visible(piece) == seen
+    assert show_piece(piece) == seen
 
 
 @given(pieces, st.sampled_from(NASTY))
@@ -198,7 +198,7 @@ def test_channels_are_the_columns_of_the_trace():
 )
 def test_duel_keeps_all_mass_and_the_sampled_token(policies):
     trace = made([f"t{i}".encode() for i in range(30)], policies, top=8)
-    shown = duel(trace)
+    shown = find_duel(trace)
     assert shown is not None
     p = {name: np.exp(trace.column(f"{name}_top")) for name in policies}
     ends = np.cumsum(shown["count"])
@@ -207,7 +207,7 @@ def test_duel_keeps_all_mass_and_the_sampled_token(policies):
         assert trace.column("token_id")[i] in ids
         assert len(ids) == len(set(ids)) <= 9
         assert [shown["names"][j] for j in shown["row"][start:end]] == [
-            visible(trace.piece(int(t))) for t in ids
+            show_piece(trace.piece(int(t))) for t in ids
         ]
         for name in policies:
             assert shown["p"][name][start:end].astype(float).sum() + shown["other"][name][
@@ -227,7 +227,10 @@ def test_duel_keeps_all_mass_and_the_sampled_token(policies):
 
 def test_a_duel_without_room_for_all_keeps_the_tokens_that_differ_most():
     trace = made([f"t{i % 40}".encode() for i in range(3000)], top=8)
-    shown, gap = duel(trace), np.abs(trace.column("teacher_logp") - trace.column("student_logp"))
+    shown, gap = (
+        find_duel(trace),
+        np.abs(trace.column("teacher_logp") - trace.column("student_logp")),
+    )
     assert shown is not None
     kept = shown["count"] > 0
     assert FEWER - 9 < shown["count"].sum() <= FEWER
@@ -241,7 +244,7 @@ def test_colour_says_side_and_size():
     )
     html = TokenLens(trace).with_limits({"log_ratio": 4.0}).html()
     strip = html.split('class="opd-strip"')[1].split('class="opd-peaks"')[0]
-    assert weight(1.0, 4.0) == 0.5
+    assert strength_of(1.0, 4.0) == 0.5
     assert strip.count("rgba") == 2  # the third token is neutral, so it has no colour at all
     assert f"rgba(213,94,0,{INK['student'][1]:.3f})" in strip
     assert f"rgba(0,114,178,{INK['teacher'][1] / 2:.3f})" in strip
@@ -324,7 +327,7 @@ def test_what_is_not_there_is_named():
     ],
 )
 def test_numbers_read_the_same_everywhere(value, text):
-    assert number(value) == text
+    assert format_number(value) == text
 
 
 def test_a_lens_like_another_keeps_its_scale():
