@@ -301,7 +301,10 @@ PLACES = [
         lambda w: w.distill(policies={"reference": w.teacher}),
         "policies={'reference': …}, which OPD does not use",
     ),
-    (lambda w: w.distill(policies={"student": w.teacher}), "but the student is what is trained."),
+    (
+        lambda w: w.distill(policies={"student": w.teacher}),
+        "but the student is the policy that trains.",
+    ),
     (lambda w: w.distill(policies={"teacher": None}), "distill got policies['teacher']=None."),
     (lambda w: w.distill(policies={"teacher": "a/model"}), "Load it: Policy.load('a/model')."),
     (lambda w: w.distill(policies={3: w.teacher}), "Use a dict of policies by name"),
@@ -772,8 +775,8 @@ SAMPLING = [
     ({"stop": ""}, "sample got an empty text in stop=. It would end every completion at once"),
     (
         {"num_beams": 3},
-        "sample has no option 'num_beams'. It takes max_new_tokens, temperature, top_p, top_k,"
-        " min_p, stop, seed.",
+        "sample has no option 'num_beams'. It takes n, prefixes, batch_size, writer, max_new_tokens,"
+        " temperature, top_p, top_k, min_p, stop, seed.",
     ),
     (
         {"prefixes": [[1]]},

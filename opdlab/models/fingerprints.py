@@ -194,7 +194,7 @@ def function_description(function: Any) -> dict[str, Any]:
 
 def written_names(function: Any) -> set[str]:
     """List the names of enclosing functions that a function assigns to (`nonlocal`)."""
-    code = getattr(function, "__code__", None)
+    code = getattr(function, "__code__", None)  # classes and built-in functions have none
     if code is None:
         return set()
     stores = [one for one in dis.get_instructions(code) if one.opname == "STORE_DEREF"]

@@ -126,7 +126,7 @@ def embedding_names(weights: Weights) -> set[str]:
 @contextlib.contextmanager
 def _without_adapters(model: Any) -> Iterator[None]:
     """Let transformers save the whole model; where it knows of an adapter, it saves that alone."""
-    before = getattr(model, "_hf_peft_config_loaded", False)
+    before = getattr(model, "_hf_peft_config_loaded", False)  # a private mark of transformers
     model._hf_peft_config_loaded = False
     try:
         yield
@@ -137,7 +137,9 @@ def _without_adapters(model: Any) -> Iterator[None]:
 @contextlib.contextmanager
 def _savable_generation(model: Any, folder: Path) -> Iterator[None]:
     """Write generation settings as they are; transformers refuses some of those that it loads."""
-    config: Any = getattr(model, "generation_config", None)
+    config: Any = getattr(
+        model, "generation_config", None
+    )  # not every model of transformers has one
     try:
         if config is not None:
             config.validate(strict=True)

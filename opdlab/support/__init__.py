@@ -1,3 +1,1 @@
-"""Small helpers that every floor uses: validation, errors about objects in the wrong place,
-progress, interrupts, files.
-"""
+"""Help for all other folders: validation, error texts, progress, interrupts, files."""

@@ -13,6 +13,7 @@ import inspect
 import os
 import reprlib
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any, TypeVar
 
 from opdlab.errors import InvalidValue
@@ -39,35 +40,44 @@ def expect(value: Any, kind: type[Kind], where: str, name: str) -> Kind:
 
 
 def shortened(value: Any) -> str:
-    """The `repr` of a foreign value, short and on one line, for an error message."""
+    """Represent a foreign value in an error message, short and on one line."""
     try:
         said = reprlib.repr(value)
-    except Exception:
+    except Exception:  # a foreign `__repr__` may fail in any way
         said = f"a {type(value).__name__}"
     return " ".join(said.split())
 
 
 def advice(wanted: str, value: Any) -> str:
-    """Say what `value` is, where that can be told, and how to get an object of the class named
-    `wanted`.
+    """Say what a value is, where that can be told, and how to get the right one.
+
+    Args:
+        wanted: The name of the class that is right.
+        value: The object that stands in its place.
 
     Returns:
         One or two sentences; "" for a class that is not known here.
     """
-    if wanted not in _MAKE:
+    known = _KNOWN.get(wanted)
+    if known is None or known.advise is None:
         return ""
-    said = _described(value)
-    return " ".join(
-        part for part in (f"That is {said}." if said else "", _MAKE[wanted](value)) if part
-    )
+    said = _describe(value)
+    return f"That is {said}. {known.advise(value)}" if said else known.advise(value)
 
 
 def refusal(wanted: str, value: Any, where: str, name: str) -> InvalidValue:
-    """Make the error for a value in the wrong place."""
+    """Make the error for a value in the wrong place.
+
+    Args:
+        wanted: The name of the class that is right, "Teacher" or "prompts".
+        value: The object that stands in its place.
+        where: The function that was called.
+        name: The argument's name.
+    """
     return InvalidValue(f"{where} got {name}={shortened(value)}. {advice(wanted, value)}")
 
 
-def _make_policy(value: Any) -> str:
+def _advise_policy(value: Any) -> str:
     if is_model(value):
         return "Make a policy of it: Policy.of(model, tokenizer)."
     if isinstance(value, (str, os.PathLike)):
@@ -80,16 +90,16 @@ def _make_policy(value: Any) -> str:
     )
 
 
-def _make_teacher(value: Any) -> str:
+def _advise_teacher(value: Any) -> str:
     if is_model(value) or isinstance(value, (str, os.PathLike)):
-        return _make_policy(value)
+        return _advise_policy(value)
     return (
         "Use a Policy, as Policy.load('…') gives, or a server of opdlab.teachers; the order is"
         " distill(student, teacher, task)."
     )
 
 
-def _make_task(value: Any) -> str:
+def _advise_task(value: Any) -> str:
     if isinstance(value, (str, os.PathLike)):
         return (
             f"Make a task of the file: opdlab.tasks.from_records({shortened(os.fspath(value))}); or"
@@ -106,7 +116,7 @@ def _make_task(value: Any) -> str:
     )
 
 
-def _make_prompt(value: Any) -> str:
+def _advise_prompt(value: Any) -> str:
     if isinstance(value, str):
         text = shortened(value)
         return (
@@ -119,7 +129,7 @@ def _make_prompt(value: Any) -> str:
     )
 
 
-def _make_prompts(value: Any) -> str:
+def _advise_prompts(value: Any) -> str:
     if _kind(value) == "Task":
         return "Ask it for some: task.prompts(8)."
     if isinstance(value, str):
@@ -127,14 +137,14 @@ def _make_prompts(value: Any) -> str:
     return "Use a list of Prompt objects, as [Prompt('some text')] or task.prompts(8)."
 
 
-def _make_rollout(value: Any) -> str:
+def _advise_rollout(value: Any) -> str:
     return (
         "Use a Rollout, as policy.sample(prompts) gives; several are put together by"
         " opdlab.concat_rollouts([…])."
     )
 
 
-def _make_trace(value: Any) -> str:
+def _advise_trace(value: Any) -> str:
     if isinstance(value, (str, os.PathLike)):
         return f"Read it: Trace.load({shortened(os.fspath(value))})."
     if _kind(value) == "Rollout":
@@ -151,7 +161,7 @@ def _make_trace(value: Any) -> str:
     )
 
 
-def _make_run(value: Any) -> str:
+def _advise_run(value: Any) -> str:
     if isinstance(value, (str, os.PathLike)):
         return (
             f"Take the saved run up again: opdlab.resume({shortened(os.fspath(value))}, student,"
@@ -160,35 +170,41 @@ def _make_run(value: Any) -> str:
     return "Use a Run, as opdlab.distill(student, teacher, task) gives."
 
 
-_MAKE: dict[str, Callable[[Any], str]] = {
-    "Policy": _make_policy,
-    "Teacher": _make_teacher,
-    "Task": _make_task,
-    "Prompt": _make_prompt,
-    "prompts": _make_prompts,
-    "Rollout": _make_rollout,
-    "Trace": _make_trace,
-    "Run": _make_run,
+@dataclass(frozen=True)
+class _Known:
+    """A kind of object that opdlab knows.
+
+    Attributes:
+        words: What it is, in a sentence: "That is a policy."
+        advise: Says how to get one, given the object that stands in its place.
+    """
+
+    words: str = ""
+    advise: Callable[[Any], str] | None = None
+
+
+# By the name of its class; "Teacher" and "prompts" are wanted and are no class, and a "method" is
+# any object with a loss.
+_KNOWN = {
+    "Policy": _Known("a policy", _advise_policy),
+    "Teacher": _Known(advise=_advise_teacher),
+    "Task": _Known("a task", _advise_task),
+    "Prompt": _Known("a prompt", _advise_prompt),
+    "prompts": _Known(advise=_advise_prompts),
+    "Rollout": _Known("a rollout", _advise_rollout),
+    "Trace": _Known("a trace", _advise_trace),
+    "Run": _Known("a training run", _advise_run),
+    "Step": _Known("one step of a run"),
+    "method": _Known("a method"),
 }
 
-_DESCRIBED = {
-    "Policy": "a policy",
-    "Task": "a task",
-    "Prompt": "a prompt",
-    "Rollout": "a rollout",
-    "Trace": "a trace",
-    "Run": "a training run",
-    "Step": "one step of a run",
-    "method": "a method",
-}
 
-
-def _described(value: Any) -> str:
-    """What a value is, in words; "" where nothing can be said."""
+def _describe(value: Any) -> str:
+    """Say in words what a value is; "" where nothing can be said."""
     if inspect.isclass(value):
         return f"the class {value.__name__}, and not an object of it"
     if kind := _kind(value):
-        return _DESCRIBED[kind]
+        return _KNOWN[kind].words
     if is_model(value):
         return "a model without its tokenizer"
     if type(value).__name__ in ("DataFrame", "Dataset", "DatasetDict", "IterableDataset"):
@@ -202,7 +218,8 @@ def _described(value: Any) -> str:
     if isinstance(value, Sequence) and value:
         inside = _kind(value[0]) or type(value[0]).__name__
         return f"a {type(value).__name__} of {inside} objects"
-    if callable(getattr(value, "apply_chat_template", None)):
+    # Foreign objects, told by a method of theirs.
+    if _has_any(value, ("apply_chat_template",)):
         return "a tokenizer without its model"
     if _has_any(value, ("write", "grade")):
         return f"a teacher that is no local model ({type(value).__name__})"
@@ -212,22 +229,23 @@ def _described(value: Any) -> str:
 
 
 def _kind(value: Any) -> str:
-    """Which of opdlab's own kinds a value is; "" for none."""
+    """Tell which of opdlab's own kinds a value is; "" for none."""
     for cls in type(value).__mro__:
-        if cls.__module__.split(".")[0] == "opdlab" and cls.__name__ in _DESCRIBED:
+        known = _KNOWN.get(cls.__name__) if cls.__module__.split(".")[0] == "opdlab" else None
+        if known is not None and known.words:
             return cls.__name__
+    # A user's method needs no class of opdlab's, and this file may import none of the protocols.
     return "method" if callable(getattr(value, "loss", None)) and hasattr(value, "needs") else ""
 
 
 def is_model(value: Any) -> bool:
     """Whether it is a model of transformers or PEFT, told without importing either."""
-    return any(cls.__module__.startswith("torch.nn") for cls in type(value).__mro__) and hasattr(
-        value, "config"
-    )
+    is_module = any(cls.__module__.startswith("torch.nn") for cls in type(value).__mro__)
+    return is_module and hasattr(value, "config")
 
 
 def _is_pair(value: Any) -> bool:
-    """Whether it is what `opdlab.load` returns, not unpacked."""
+    """Whether it is the result of `opdlab.load`, not unpacked."""
     return isinstance(value, tuple) and len(value) > 1 and _kind(value[0]) == "Policy"
 
 

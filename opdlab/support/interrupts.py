@@ -14,8 +14,8 @@ from typing import Any
 def hold_interrupts() -> Iterator[None]:
     """Hold back Ctrl-C, the notebook's stop button and SIGTERM until the block is done.
 
-    What came meanwhile is delivered afterwards, as it would have been without the block. Only the
-    main thread hears signals, so in others the block runs as it is.
+    Signals that came meanwhile are delivered afterwards, as they would have been without the block.
+    Only the main thread hears signals, so in others the block runs as it is.
     """
     if threading.current_thread() is not threading.main_thread():
         yield

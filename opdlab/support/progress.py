@@ -1,5 +1,6 @@
-"""One live line of progress: a bar in a terminal, a line of HTML in a notebook (no widget, so it
-survives saving).
+"""Show progress in one live line: a bar in a terminal, a line of HTML in a notebook.
+
+The line is no widget, so it survives saving.
 """
 
 from __future__ import annotations
@@ -21,8 +22,14 @@ def in_notebook() -> bool:
 
 
 class Progress:
-    """`update(done, loss=…, …)` redraws the line; `close()` leaves its last state standing, or
-    nothing (`leave=False`).
+    """Draw one line of progress.
+
+    Args:
+        total: The number of units in all.
+        name: The name of the task.
+        unit: The name of a unit.
+        quiet: Whether to draw nothing.
+        leave: Whether the last state stays after `close` (in a terminal; in a notebook it does).
     """
 
     def __init__(
@@ -32,6 +39,12 @@ class Progress:
         self._bar: Any = None
 
     def update(self, done: int, **numbers: float | str) -> None:
+        """Redraw the line.
+
+        Args:
+            done: The number of units done.
+            numbers: Figures to show beside it, by name, such as `loss=0.3`.
+        """
         if self.quiet:
             return
         shown = {k: v if isinstance(v, str) else f"{v:.3g}" for k, v in numbers.items()}

@@ -1,4 +1,4 @@
-"""Files of named tensors: read them, and compare them with the tensors that they are for."""
+"""Read files of named tensors, and fit them to the tensors that they are for."""
 
 from __future__ import annotations
 
@@ -14,7 +14,11 @@ from opdlab.errors import DamagedFile
 
 
 def read_tensors(path: Path) -> dict[str, Tensor]:
-    """The tensors of a file; raises DamagedFile for one that cannot be read."""
+    """Read the tensors of a file.
+
+    Raises:
+        DamagedFile: It cannot be read.
+    """
     try:
         return load_file(path)
     except (SafetensorError, OSError) as error:
@@ -26,7 +30,12 @@ def read_tensors(path: Path) -> dict[str, Tensor]:
 def check_same_tensors(
     there: Mapping[str, Tensor], values: Mapping[str, Tensor], path: Path
 ) -> None:
-    """Refuse saved tensors that are not those that the run has, name by name and shape by shape.
+    """Refuse saved tensors that are not those of the run, name by name and shape by shape.
+
+    Args:
+        there: The tensors of the run.
+        values: The saved tensors.
+        path: Their file, for errors.
 
     Raises:
         DamagedFile: Names the first tensor that is missing, unknown or of another shape.
@@ -50,7 +59,11 @@ def check_same_tensors(
 
 
 def copy_tensors(there: Mapping[str, Tensor], values: Mapping[str, Tensor], path: Path) -> None:
-    """Copy saved tensors into those of the run, all of them or none."""
+    """Copy saved tensors into those of the run, all of them or none.
+
+    Raises:
+        DamagedFile: They do not fit; see `check_same_tensors`.
+    """
     check_same_tensors(there, values, path)
     with torch.no_grad():
         for name, value in values.items():

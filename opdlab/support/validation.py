@@ -18,6 +18,7 @@ import numbers
 import os
 import types
 from collections.abc import Callable, Hashable, Mapping, Sequence
+from dataclasses import is_dataclass
 from typing import (
     Annotated,
     Any,
@@ -33,6 +34,7 @@ from typing import (
 import numpy as np
 from pydantic import (
     AfterValidator,
+    BaseModel,
     BeforeValidator,
     ConfigDict,
     Field,
@@ -50,8 +52,8 @@ _Value = TypeVar("_Value")
 _Function = TypeVar("_Function", bound=Callable[..., Any])
 
 
-def _python_number(value: Any) -> Any:
-    """Numpy's scalars as Python's; a boolean is refused, since `True` for a count is a slip."""
+def _read_number(value: Any) -> Any:
+    """Read numpy's scalars as Python's; refuse booleans, since `True` for a count is a slip."""
     if isinstance(value, (bool, np.bool_)):
         raise ValueError("a boolean is no number")
     if isinstance(value, numbers.Integral):
@@ -61,94 +63,90 @@ def _python_number(value: Any) -> Any:
     raise ValueError("no number")  # strings and tensors of one element are no numbers either
 
 
-def _temperature(value: float) -> float:
-    """Logits divided by much less than 0.001 leave the range of float32."""
+def _check_temperature(value: float) -> float:
+    """Refuse temperatures near 0: logits divided by them leave the range of float32."""
     if 0 < value < 1e-3:
         raise ValueError("too near 0")
     return value
 
 
-def _python_flag(value: Any) -> Any:
+def _read_flag(value: Any) -> Any:
     return bool(value) if isinstance(value, np.bool_) else value
 
 
 # Strict: "3" is no count, 2.0 is no count, NaN and infinity are no amounts.
 Count = Annotated[
     int,
-    BeforeValidator(_python_number),
+    BeforeValidator(_read_number),
     Field(strict=True, ge=1, description="a whole number of at least 1"),
 ]
 Whole = Annotated[
-    int, BeforeValidator(_python_number), Field(strict=True, description="a whole number")
+    int, BeforeValidator(_read_number), Field(strict=True, description="a whole number")
 ]
 CountOrZero = Annotated[
     int,
-    BeforeValidator(_python_number),
+    BeforeValidator(_read_number),
     Field(strict=True, ge=0, description="a whole number of at least 0"),
 ]
 Seed = Annotated[
     int,
-    BeforeValidator(_python_number),
+    BeforeValidator(_read_number),
     Field(strict=True, ge=0, lt=1 << 32, description="a whole number from 0 to 2**32 - 1"),
 ]
-# What one generator of PyTorch is started with: `settings.seed_of` makes such numbers from a Seed.
+# One generator of PyTorch starts with such a number; `opdlab.data.seeds.seed_of` makes them.
 GeneratorSeed = Annotated[
     int,
-    BeforeValidator(_python_number),
+    BeforeValidator(_read_number),
     Field(strict=True, ge=0, lt=1 << 64, description="a whole number from 0 to 2**64 - 1"),
 ]
 Amount = Annotated[
     float,
-    BeforeValidator(_python_number),
+    BeforeValidator(_read_number),
     Field(strict=True, ge=0, allow_inf_nan=False, description="a finite number of at least 0"),
 ]
 AmountOrInfinity = Annotated[
     float,
-    BeforeValidator(_python_number),
+    BeforeValidator(_read_number),
     Field(strict=True, ge=0, description="a number of at least 0; infinity is allowed"),
 ]
-Number = Annotated[
-    float, BeforeValidator(_python_number), Field(strict=True, description="a number")
-]
+Number = Annotated[float, BeforeValidator(_read_number), Field(strict=True, description="a number")]
 Positive = Annotated[
     float,
-    BeforeValidator(_python_number),
+    BeforeValidator(_read_number),
     Field(strict=True, gt=0, allow_inf_nan=False, description="a finite number above 0"),
 ]
 Finite = Annotated[
     float,
-    BeforeValidator(_python_number),
+    BeforeValidator(_read_number),
     Field(strict=True, allow_inf_nan=False, description="a finite number"),
 ]
 Share = Annotated[
     float,
-    BeforeValidator(_python_number),
+    BeforeValidator(_read_number),
     Field(strict=True, ge=0, le=1, allow_inf_nan=False, description="a number from 0 to 1"),
 ]
 PositiveShare = Annotated[
     float,
-    BeforeValidator(_python_number),
+    BeforeValidator(_read_number),
     Field(strict=True, gt=0, le=1, allow_inf_nan=False, description="a number above 0, at most 1"),
 ]
 ShareBelowOne = Annotated[
     float,
-    BeforeValidator(_python_number),
+    BeforeValidator(_read_number),
     Field(strict=True, ge=0, lt=1, allow_inf_nan=False, description="a number from 0 to below 1"),
 ]
 Temperature = Annotated[
     float,
-    BeforeValidator(_python_number),
+    BeforeValidator(_read_number),
     Field(
         strict=True,
         ge=0,
         allow_inf_nan=False,
         description="0 for the likeliest token, or a finite number of at least 0.001",
     ),
-    AfterValidator(_temperature),
+    AfterValidator(_check_temperature),
 ]
-Flag = Annotated[
-    bool, BeforeValidator(_python_flag), Field(strict=True, description="True or False")
-]
+Flag = Annotated[bool, BeforeValidator(_read_flag), Field(strict=True, description="True or False")]
 Folder = Annotated[
     str | os.PathLike[str], Field(description="the path of a folder, as 'runs/first'")
 ]
@@ -160,8 +158,9 @@ Text = Annotated[str, Field(strict=True, description="a text")]
 
 
 def validate_fields(instance: Any) -> None:
-    """Check the annotated fields of a frozen dataclass, from its `__post_init__`; converted values
-    are put back.
+    """Check the annotated fields of a frozen dataclass, from its `__post_init__`.
+
+    Converted values, such as Python's numbers for numpy's, are put back.
 
     Raises:
         InvalidValue: A field has a value that its type does not allow. The message names the class,
@@ -176,14 +175,14 @@ def validate_fields(instance: Any) -> None:
 
 
 def validate_arguments(function: _Function) -> _Function:
-    """Check a function's annotated arguments before it runs, and refuse those that it does not
-    have.
+    """Check a function's annotated arguments before it runs, and refuse unknown ones.
 
-    Only arguments whose annotation says something that can be checked here are looked at: types
-    that are imported for type checkers alone pass.
+    Annotations that cannot be read here, such as types that are imported for type checkers alone,
+    let every value pass.
 
     Raises:
-        InvalidValue: An argument is unknown, missing or has a value that its type does not allow.
+        UnknownOption: An argument is unknown or missing.
+        InvalidValue: An argument has a value that its type does not allow.
     """
     signature = inspect.signature(function)
     owner = function.__qualname__.removesuffix(".__init__").removesuffix(".__call__")
@@ -193,7 +192,9 @@ def validate_arguments(function: _Function) -> _Function:
         try:
             bound = signature.bind(*args, **options)
         except TypeError as error:
-            raise UnknownOption(f"{owner}: {error}. It takes {_listed(signature)}.") from None
+            raise UnknownOption(
+                f"{owner}: {error}. It takes {_list_parameters(signature)}."
+            ) from None
         for name, adapter in _adapters(function).items():
             if name in bound.arguments:
                 bound.arguments[name] = _validated(owner, name, bound.arguments[name], adapter)
@@ -203,8 +204,17 @@ def validate_arguments(function: _Function) -> _Function:
 
 
 def validate(owner: str, values: Mapping[str, Any], types: Mapping[str, Any]) -> dict[str, Any]:
-    """Check some values by name against types, as `validate("distill", {"steps": 3}, {"steps":
-    Count})`.
+    """Check some values by name against types.
+
+        validate("distill", {"steps": 3}, {"steps": Count})
+
+    Args:
+        owner: The function that was called, for errors.
+        values: The values, by name.
+        types: The type of each.
+
+    Returns:
+        The values as Python's own.
 
     Raises:
         InvalidValue: A value is not what its type allows.
@@ -217,7 +227,7 @@ def validate(owner: str, values: Mapping[str, Any], types: Mapping[str, Any]) ->
 
 
 class _Names(dict[str, Any]):
-    """Names for reading annotations: what is imported for type checkers alone stands for anything."""
+    """Names for reading annotations; those imported for type checkers alone stand for anything."""
 
     def __missing__(self, name: str) -> Any:
         return Any
@@ -225,8 +235,9 @@ class _Names(dict[str, Any]):
 
 @functools.cache
 def _adapters(owner: Hashable) -> dict[str, TypeAdapter[Any]]:
-    """The checks of a class's fields or a function's arguments, by name; those that only `Any`
-    describes are left out.
+    """Make the checks of a class's fields or a function's arguments, by name.
+
+    Fields and arguments that only `Any` describes have none.
     """
     if isinstance(owner, type):
         hints = {
@@ -244,9 +255,7 @@ def _adapters(owner: Hashable) -> dict[str, TypeAdapter[Any]]:
 
 
 def _hints(owner: Any) -> dict[str, Any]:
-    """The annotations that stand at a function or a class itself, read in the module that it is
-    from.
-    """
+    """Read the annotations of a function, or of a class without its bases, in their module."""
     module = inspect.getmodule(owner)
     names = _Names({**vars(builtins), **vars(module)} if module else {})
     hints = {}
@@ -262,7 +271,7 @@ def _hints(owner: Any) -> dict[str, Any]:
 
 
 def _adapter(hint: Any) -> TypeAdapter[Any] | None:
-    """pydantic's check of a type; None for types that it cannot check."""
+    """Make the check of a type; None for types that pydantic cannot check."""
     try:
         return TypeAdapter(
             _by_instance(hint), config=ConfigDict(arbitrary_types_allowed=True, strict=True)
@@ -272,12 +281,12 @@ def _adapter(hint: Any) -> TypeAdapter[Any] | None:
 
 
 def _by_instance(hint: Any) -> Any:
-    """The same hint, but dataclasses and models are checked by `isinstance`: pydantic would make
-    one of a dict.
+    """Let dataclasses and models in a hint be checked by `isinstance`.
+
+    Pydantic would make one of a dict.
     """
-    if isinstance(hint, type) and (
-        hasattr(hint, "__dataclass_fields__") or hasattr(hint, "model_fields")
-    ):
+    is_pydantic = isinstance(hint, type) and issubclass(hint, BaseModel)
+    if is_pydantic or (isinstance(hint, type) and is_dataclass(hint)):
         check: Any = InstanceOf
         return check[hint]
     if isinstance(hint, types.UnionType) or get_origin(hint) is Union:
@@ -298,41 +307,41 @@ def _validated(owner: str, name: str, value: Any, adapter: TypeAdapter[Any]) -> 
 
 
 def _advice(adapter: TypeAdapter[Any], error: ValidationError, value: Any) -> str:
-    """What to do instead: objects that are known to be mixed up are told apart, for the rest the
-    type says what is right.
+    """Say what to do instead.
+
+    Objects that are known to be mixed up are told apart; for the rest, the type says what is right.
     """
     wanted = [
         str(one["ctx"]["class"])
         for one in error.errors()
         if one["type"] == "is_instance_of" and not one["loc"]
     ]
-    return (
-        advice(wanted[0], value) if len(wanted) == 1 else ""
-    ) or f"Use {_wanted(adapter, error)}."
+    told = advice(wanted[0], value) if len(wanted) == 1 else ""
+    return told or f"Use {_wanted(adapter, error)}."
 
 
 def _wanted(adapter: TypeAdapter[Any], error: ValidationError) -> str:
-    """What would be right, from the descriptions of the type; else pydantic's own words."""
+    """Say what would be right, from the descriptions of the type; else in pydantic's own words."""
     try:
         schema = adapter.json_schema()
-    except Exception:
+    except Exception:  # some types have none
         schema = {}
-    said = _described(schema)
+    said = _describe(schema)
     return said or "; ".join(
         str(one["msg"]).removeprefix("Input should be ") for one in error.errors()
     )
 
 
-def _described(schema: Mapping[str, Any]) -> str:
+def _describe(schema: Mapping[str, Any]) -> str:
     if "description" in schema and "properties" not in schema:
         return str(schema["description"])
     if "enum" in schema or "const" in schema:
         return " or ".join(repr(choice) for choice in schema.get("enum", [schema.get("const")]))
     if schema.get("type") == "null":
         return "None"
-    parts = [_described(part) for part in schema.get("anyOf", [])]
+    parts = [_describe(part) for part in schema.get("anyOf", [])]
     return ", or ".join(parts) if parts and all(parts) else ""
 
 
-def _listed(signature: inspect.Signature) -> str:
+def _list_parameters(signature: inspect.Signature) -> str:
     return ", ".join(name for name in signature.parameters if name not in ("self", "cls"))
