@@ -775,8 +775,8 @@ SAMPLING = [
     ({"stop": ""}, "sample got an empty text in stop=. It would end every completion at once"),
     (
         {"num_beams": 3},
-        "sample has no option 'num_beams'. It takes n, prefixes, batch_size, writer, max_new_tokens,"
-        " temperature, top_p, top_k, min_p, stop, seed.",
+        "sample has no option 'num_beams'. It takes n, prefixes, batch_size, writer,"
+        " max_new_tokens, temperature, top_p, top_k, min_p, stop, seed.",
     ),
     (
         {"prefixes": [[1]]},
