@@ -75,7 +75,11 @@ class Outcome:
     trace_now: Trace
 
     def summary(self) -> list[SummaryRow]:
-        """The rows of the summary table."""
+        """Summarise the demo.
+
+        Returns:
+            One row per number: its label, and its value before, after and of the teacher.
+        """
         columns = (self.before, self.after, self.teacher)
         accuracy = [f"{measured.accuracy:.3f}" for measured in columns]
         length = [_number(measured.evaluation.length.mean(), ".1f") for measured in columns]
