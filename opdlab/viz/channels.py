@@ -34,8 +34,6 @@ GIVEN = (
     "prompt",
     "position",
     "token_id",
-    "turn",
-    "learn",
     "support",
     "grad_norm",
 )

@@ -16,7 +16,7 @@ from opdlab.data.notes import Windows
 from opdlab.data.prompt import Prompt
 from opdlab.data.tokens import token_bytes
 from opdlab.data.trace import Trace
-from opdlab.errors import OpdlabError
+from opdlab.errors import MissingPolicy, OpdlabError
 from opdlab.support.expect import expect
 from opdlab.viz import markup, payload
 from opdlab.viz.channel import Channel, describe_channel
@@ -170,13 +170,15 @@ class Forks(View):
             OpdlabError: No policies were handed in, or there is no such row.
         """
         from opdlab.methods import windows
-        from opdlab.models.policy import Policy
 
         prompt, prefix = self._begin(row)
         size = window or self._size
         texts = {side: self._write(side, prompt, prefix, size) for side in SIDES}
-        embedding = "student" if isinstance(self.policies["student"], Policy) else "onehot"
-        cost = windows.costs([texts["student"]], [texts["teacher"]], embedding, self.policies)
+        pair = [texts["student"]], [texts["teacher"]]
+        try:
+            cost = windows.costs(*pair, "student", self.policies)
+        except MissingPolicy:  # a student without token embeddings
+            cost = windows.costs(*pair, "onehot", self.policies)
         distance, plans = windows.solve(cost)
         self.windows[row] = {
             **texts,
@@ -303,9 +305,8 @@ class Forks(View):
             )
         sample, position = int(self._samples[row]), int(self._positions[row])
         ids = self.trace.column("token_id")[row - position : row].tolist()
-        return (
-            self.prompts[sample] if self.prompts is not None else self._make_prompt(sample)
-        ), ids
+        prompt = self._make_prompt(sample) if self.prompts is None else self.prompts[sample]
+        return prompt, ids
 
     def _make_prompt(self, sample: int) -> Prompt:
         """A prompt of the trace as a user's message, or as plain text without a chat template."""

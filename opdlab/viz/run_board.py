@@ -53,6 +53,21 @@ class HasHistory(Protocol):
         ...
 
 
+@runtime_checkable
+class TrainingRun(HasHistory, Protocol):
+    """A run that is no mere history: it knows its method and settings."""
+
+    @property
+    def method(self) -> Any:
+        """The method that the run trains with."""
+        ...
+
+    @property
+    def settings(self) -> Any:
+        """The run's `Settings`."""
+        ...
+
+
 class RunBoard(View):
     """Curves over the steps of a run, with alarms marked where they went off.
 
@@ -374,13 +389,12 @@ def _is_run(value: object) -> bool:
 
 
 def _name_of_run(run: Any) -> str:
-    return "run" if not hasattr(run, "method") else type(run.method).__name__
+    return type(run.method).__name__ if isinstance(run, TrainingRun) else "run"
 
 
 def _planned_steps(run: Any) -> int:
     """How many steps a run is to have; 0 where it does not say, as a history."""
-    settings = getattr(run, "settings", None)
-    return 0 if settings is None else int(settings.steps)
+    return int(run.settings.steps) if isinstance(run, TrainingRun) else 0
 
 
 def _lines(name: str, table: pd.DataFrame, key: str, hue: str) -> list[Line]:

@@ -16,7 +16,7 @@ from opdlab.viz.channels import find_channels
 from opdlab.viz.given import check_traces
 from opdlab.viz.glyphs import group_pieces
 from opdlab.viz.made_up import make_trace
-from opdlab.viz.run_board import RunBoard, example_history
+from opdlab.viz.run_board import RunBoard, TrainingRun, example_history
 from opdlab.viz.view import EXAMPLE_TOKENS, EXAMPLE_WORDS, View
 
 if TYPE_CHECKING:
@@ -142,9 +142,10 @@ class RunCard(View):
 
     def _list_facts(self) -> str:
         """How it was trained, as far as the run says."""
-        history, s = self.df, getattr(self.run, "settings", None)
+        history = self.df
         out = [self._name(), f"{len(history)} steps"]
-        if s is not None:
+        if isinstance(self.run, TrainingRun):
+            s = self.run.settings
             sizes = f"batch {s.batch}" + (f" × {s.n}" if s.n > 1 else "")
             out += [
                 sizes,

@@ -92,12 +92,12 @@ def of_loss(loss: Any, name: str = "") -> Push:
 
 def losses(function: Callable[[Rows], Tensor], student: Tensor, teacher: Tensor) -> Tensor:
     """Return the loss of every token that each student may sample, `[n, V]`."""
-    n, V = student.shape  # noqa: N806
+    n, vocab_size = student.shape
     policies = {
-        name: log_probs[:, None, :].expand(n, V, V).reshape(n * V, V)
+        name: log_probs[:, None, :].expand(n, vocab_size, vocab_size).reshape(-1, vocab_size)
         for name, log_probs in (("student", student), ("teacher", teacher))
     }
-    return function(Rows(policies, torch.arange(V).repeat(n))).reshape(n, V)
+    return function(Rows(policies, torch.arange(vocab_size).repeat(n))).reshape(n, vocab_size)
 
 
 def slope(function: Callable[[Rows], Tensor], logits: Tensor, teacher: Tensor) -> Tensor:
