@@ -21,6 +21,7 @@ import time
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from functools import partial
+from typing import Any
 
 import pandas as pd
 import psutil
@@ -239,7 +240,7 @@ def _saved_by_lora(linear: list[_Linear], settings: Settings) -> float:
 
 def _linear_layers(policy: Policy) -> list[_Linear]:
     """Every linear layer but the head: those that get an adapter."""
-    model = policy.weights.model
+    model: Any = policy.weights.model  # transformers gives this method no types
     head = model.get_output_embeddings()
     return [
         _Linear(layer.in_features, layer.out_features, layer.weight.dtype.itemsize)

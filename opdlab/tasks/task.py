@@ -1,4 +1,4 @@
-"""What a task is: a supply of prompts and, where answers can be checked, a verifier."""
+"""Tasks: a supply of prompts and, if answers can be checked, a verifier."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ Split = Literal["train", "test"]
 
 @dataclass(frozen=True)
 class Task:
-    """A supply of prompts and, where answers can be checked, a verifier.
+    """A supply of prompts and, if answers can be checked, a verifier.
 
     Ask it through its methods (`prompts`, `training_batch`, `score`), which check what the user's
     functions return.
@@ -93,11 +93,16 @@ class Task:
         return self._drawn(**checked)
 
     def training_batch(self, size: int, step: int, seed: int) -> list[Prompt]:
-        """The prompts of training step `step` (from 0), `size` of them for all processes together.
+        """Return the prompts of a training step.
 
         A task that lists its prompts is passed over in epochs: each prompt is drawn once before any
         is drawn twice. Others draw fresh prompts. Nothing is remembered between steps, so any step
         can be asked for at any time.
+
+        Args:
+            size: Prompts for all processes together.
+            step: The step, from 0.
+            seed: The run's seed.
         """
         if "train" not in self.pool:
             return self.prompts(size, seed_of(seed, step, 0))
@@ -105,9 +110,7 @@ class Task:
         return [prompts[i] for i in epoch_order(len(prompts), size, seed).batch(step)]
 
     def warn_of_repeats(self, size: int) -> None:
-        """Warn where a batch of `size` prompts must ask some of them twice, since there are fewer
-        to train on.
-        """
+        """Warn if a batch of `size` prompts must ask some of them twice."""
         count = len(self.pool.get("train", ()))
         if 0 < count < size:
             warnings.warn(
@@ -118,7 +121,7 @@ class Task:
             )
 
     def score(self, prompt: Prompt, text: str) -> float:
-        """The verifier's score of a text, from 0 to 1.
+        """Let the verifier score a text, from 0 to 1.
 
         Raises:
             MissingPolicy: The task has no verifier.
@@ -132,7 +135,7 @@ class Task:
         return score_text(self.verify, prompt, text, self.name)
 
     def scores(self, prompts: Iterable[Prompt], texts: Iterable[str]) -> list[float]:
-        """`score` of each prompt's text."""
+        """Score each prompt's text."""
         return [self.score(prompt, text) for prompt, text in zip(prompts, texts, strict=True)]
 
     def _drawn(self, n: int, seed: int, split: Split) -> list[Prompt]:
@@ -143,7 +146,7 @@ class Task:
             raise OpdlabError(
                 f"{asked} returned {shortened(given)}. Let it return a list of opdlab.Prompt."
             )
-        # a generator may be endless: no more than needed is taken from it
+        # A generator may be endless, so no more than needed is taken from it.
         prompts = list(itertools.islice(given, n)) if isinstance(given, Iterator) else list(given)
         strange = [p for p in prompts if not isinstance(p, Prompt)]
         if strange:
@@ -162,8 +165,7 @@ class Task:
         return distinct(prompts) if split == "test" else prompts
 
     def without_too_long(self, *policies: Policy, max_new_tokens: int | None = None) -> Task:
-        """Leave out the prompts that do not fit the context of one of `policies`, with a warning
-        that counts them.
+        """Leave out the prompts that do not fit the context of a policy; a warning counts them.
 
         Args:
             policies: Who will read the prompts, each as it will read them:
@@ -213,8 +215,17 @@ class Task:
         return replace(self, pool=pool, draw=_draw_from(pool, self.name))
 
     def token_types(self, rollout: Rollout, tokenizer: PreTrainedTokenizerBase) -> list[list[str]]:
-        """The ground-truth type of every completion token, a list a row; raises OpdlabError where
-        the task knows none.
+        """Return the ground-truth type of every completion token.
+
+        Args:
+            rollout: The completions.
+            tokenizer: Their tokenizer.
+
+        Returns:
+            One list for each completion.
+
+        Raises:
+            OpdlabError: The task knows no types.
         """
         if self.types is None:
             raise OpdlabError(
@@ -236,16 +247,27 @@ def from_records(
     verify: Callable[[Prompt, str], float] | None = None,
     max_new_tokens: int = 256,
 ) -> Task:
-    """A task from a `datasets.Dataset`, a list of dicts, a DataFrame, a dict of columns or a JSONL
-    file.
+    """Make a task of a data set.
 
-    Columns: `prompt` (a text or chat messages), `messages`, `conversations` (ShareGPT) or `text`;
-        optional `answer` or
-    `completion`, `hint`, `id`. An assistant's message at the end of a chat is its answer.
-    `docs/data.md` lists all formats; what fits none is refused with the record's number and column.
-    `test` prompts (a number, or a share) are kept for evaluation. Without `verify`, answers are
-    compared by `same_answer`. It has no recipe of its own: `distill` trains on it with the defaults
-    of `Settings`, made for real models (`lr` 1e-4); tiny ones want ten times that.
+    The columns are `prompt` (a text or chat messages), `messages`, `conversations` (ShareGPT) or
+    `text`, and optionally `answer` or `completion`, `hint`, `id`. An assistant's message at the end
+    of a chat is its answer. `docs/data.md` lists all formats.
+
+    The task has no recipe of its own: `distill` trains on it with the defaults of `Settings`, made
+    for real models (`lr` 1e-4); tiny ones want ten times that.
+
+    Args:
+        records: A `datasets.Dataset`, a list of dicts, a DataFrame, a dict of columns, or the path
+            of a JSONL file.
+        name: The task's name.
+        test: How many questions to hold out for evaluation, as a number or as a share.
+        verify: Scores a text. Without it, texts are compared with the answers by `same_answer`.
+        max_new_tokens: How long answers may be.
+
+    Raises:
+        InvalidValue: A record fits no format, or only some have an answer. The message names the
+            record's number and column.
+        EmptyPrompts: Nothing is left to train on.
     """
     prompts = read_prompts(records)
     if verify is None:
@@ -309,8 +331,9 @@ def _draw_from(
 
 
 def _by_answer(prompts: Sequence[Prompt], name: str) -> Callable[[Prompt, str], float] | None:
-    """`same_answer`, or one that accepts any of a question's answers where there are several; None
-    without answers.
+    """A verifier that compares with the prompts' answers; None if there are none.
+
+    If a question comes with several answers, any of them is right.
     """
     answers: dict[str, set[str]] = {}
     for prompt in prompts:
@@ -327,7 +350,7 @@ def _by_answer(prompts: Sequence[Prompt], name: str) -> Callable[[Prompt, str], 
     )
 
     def any_answer(prompt: Prompt, text: str) -> float:
-        """The best score of `same_answer` among the answers that the prompt comes with."""
+        """Return the best score of `same_answer` among the answers of the prompt's question."""
         known = answers.get(question_of(prompt))
         if not known:
             return same_answer(prompt, text)
@@ -337,9 +360,7 @@ def _by_answer(prompts: Sequence[Prompt], name: str) -> Callable[[Prompt, str], 
 
 
 def _check_answers(prompts: Sequence[Prompt], name: str) -> None:
-    """Raise InvalidValue where only some prompts have an answer: the others could never be answered
-    rightly.
-    """
+    """Raise InvalidValue if only some prompts have an answer: the others could never be right."""
     without = [prompt.id for prompt in prompts if prompt.answer is None]
     if without and len(without) < len(prompts):
         some = ", ".join(map(repr, without[:5])) + (", …" if len(without) > 5 else "")

@@ -39,6 +39,7 @@ from opdlab.teachers.sampling import (
     without_refused,
 )
 from opdlab.teachers.service import Fault, Service
+from opdlab.teachers.ways import find_way
 
 T = TypeVar("T")
 # The format of the cache's rows. In format 1, replies that a server had broken off counted as
@@ -402,20 +403,10 @@ class TextServer:
         return self.way or "completion"
 
     def _find_way(self, prompts: Sequence[Prompt]) -> str:
-        """The first way that, given half of a greedy answer, goes on with its other half.
-
-        This needs no knowledge of the model.
-        """
-        try:
-            halves = [(prompt, *_halves(self._greedy(prompt, "", ""))) for prompt in prompts]
-        except TeacherError as error:
-            if error.status is None or error.status >= 500:
-                raise
-            halves = []  # a server that cannot be greedy shows nothing
-        halves = [(prompt, a, b) for prompt, a, b in halves if a and b]
+        """Find a way by trial; if none works, ask for more by an instruction."""
         renders = self.template is not None and self.template.chat_template
         ways = asking.WAYS[:-1] if renders else asking.WAYS[1:-1]
-        found = next((way for way in ways if halves and self._works(way, halves)), None)
+        found = find_way(prompts, ways, self._greedy)
         if found is None:
             warnings.warn(
                 f"{self.service.url} goes on with no unfinished answer in a way that could be shown"
@@ -424,19 +415,6 @@ class TextServer:
                 stacklevel=5,
             )
         return found or "instruct"
-
-    def _works(self, way: str, halves: Sequence[tuple[Prompt, str, str]]) -> bool:
-        try:
-            right = [
-                self._greedy(prompt, a, way).strip().startswith(b.strip()[: asking.SHORTEST_ECHO])
-                for prompt, a, b in halves
-            ]
-        except TeacherError as error:
-            if error.status is None:
-                raise
-            return False
-        # Of three, one may differ: a boundary of tokens, or a server that rounds.
-        return sum(right) >= max(1, len(right) - 1)
 
     def _greedy(self, prompt: Prompt, prefix: str, way: str) -> str:
         path, body = asking.make_request(prompt, prefix, way, self.template)
@@ -468,13 +446,6 @@ def _checked_extra(extra: Mapping[str, Any]) -> dict[str, Any]:
             f"TextServer got extra={shortened(extra)}, which is no JSON ({error}). Use plain data."
         ) from None
     return dict(extra)
-
-
-def _halves(text: str) -> tuple[str, str]:
-    """Cut a text before the space nearest to its middle; a text too short to tell gives nothing."""
-    spaces = [i for i, character in enumerate(text) if character == " " and text[:i].strip()]
-    middle = min(spaces, key=lambda i: abs(i - len(text) // 2), default=len(text) // 2)
-    return (text[:middle], text[middle:]) if len(text.strip()) >= 8 else ("", "")
 
 
 def _after_refusal(

@@ -16,7 +16,7 @@ from opdlab.methods import GRPO, OPD, SequenceKD
 from opdlab.tasks.market import model
 from opdlab.teachers import Budget, Cache, TextOnly, TextServer
 from opdlab.teachers.sampling import NEUTRAL
-from opdlab.teachers.text_server import _halves
+from opdlab.teachers.ways import cut_in_half
 
 TASK = opd.tasks.market()
 PROMPTS = TASK.prompts(3)
@@ -228,10 +228,10 @@ def test_plain_prompts_are_completed(serve, student, market_teacher):
 
 
 def test_where_an_answer_is_cut():
-    assert _halves("4 7 + 3 8 = 8 5") == ("4 7 + 3", " 8 = 8 5")
-    assert _halves("abcdefghij") == ("abcde", "fghij")
-    assert _halves(" abcdefghij") == (" abcd", "efghij")
-    assert _halves("a b") == ("", "")
+    assert cut_in_half("4 7 + 3 8 = 8 5") == ("4 7 + 3", " 8 = 8 5")
+    assert cut_in_half("abcdefghij") == ("abcde", "fghij")
+    assert cut_in_half(" abcdefghij") == (" abcd", "efghij")
+    assert cut_in_half("a b") == ("", "")
 
 
 # Who answers.

@@ -16,24 +16,25 @@ from opdlab.support.validation import Flag, validate_arguments
 from opdlab.tasks.market import world
 from opdlab.tasks.task import Split, Task
 
-RECIPE = {
-    "batch": 64,
-    "lr": 1e-3,
-    "lora": 16,
-}  # 60 steps bring the student from 0.31 to above 0.9 in 20 CPU seconds
+# 60 steps bring the student from 0.31 to above 0.9 in 20 CPU seconds.
+RECIPE = {"batch": 64, "lr": 1e-3, "lora": 16}
 MODELS = ("student", "novice", "teacher", "scribe")
 
 
 @validate_arguments
 def market(secret: Flag = False, hint: Any = None, wrong: Flag = False) -> Task:
-    """Short shop problems; `secret` adds the receipt code, the amount to pay and the lot (see
-    `world`).
+    """Make the task of short shop problems (see `world`).
 
-    hint: one of `world.HINTS`, put into each prompt's `hint` for policies that see hints; by
-        default the secret ones in the
-    secret variant and the worked solution in the plain one. `wrong` gives every prompt another
-    problem's hint. No problem is in both splits, whatever the seeds and the variants
-    (`world.in_split`).
+    No problem is in both splits, whatever the seeds and the variants (`world.in_split`).
+
+    Args:
+        secret: Whether to add the receipt code, the amount to pay and the lot.
+        hint: The kind of each prompt's hint, one of `world.HINTS`; by default the secret ones in
+            the secret variant, and the worked solution in the plain one.
+        wrong: Whether to give every prompt another problem's hint.
+
+    Raises:
+        InvalidValue: There is no such hint.
     """
     if hint is not None and hint not in world.HINTS:
         raise InvalidValue(
@@ -70,21 +71,28 @@ def market(secret: Flag = False, hint: Any = None, wrong: Flag = False) -> Task:
 
 
 def types(pieces: Sequence[str]) -> list[str]:
-    """`world.token_types`, with "end" for the end of the text."""
+    """Return `world.token_types`, with "end" for the end of the text."""
     words = list(pieces)
     ended = words[-1:] == ["<eos>"]
     return world.token_types(words[: len(words) - ended]) + ["end"] * ended
 
 
 def verify(prompt: Prompt, text: str) -> float:
-    """1.0 where the text states the total that the reference answer states, else 0.0."""
+    """Return 1.0 if the text states the total of the reference answer, else 0.0."""
     want = world.total(prompt.answer or "")
     return float(want is not None and world.total(text) == want)
 
 
 def model(name: str, device: str = "cpu") -> Policy:
-    """A shipped model: student (its skill is dormant), novice (never learnt to add), teacher, or
-    scribe (character tokenizer).
+    """Load a shipped model.
+
+    Args:
+        name: "student" (its skill is dormant), "novice" (never learnt to add), "teacher", or
+            "scribe" (character tokenizer).
+        device: Where to.
+
+    Raises:
+        InvalidValue: There is no such model.
     """
     if name not in MODELS:
         raise InvalidValue(
@@ -94,7 +102,7 @@ def model(name: str, device: str = "cpu") -> Policy:
 
 
 def data() -> Path:
-    """Where the shipped models lie: inside an installed package, or at the top of a clone."""
+    """Return the folder of the shipped models: inside the package, or at the top of a clone."""
     package = Path(__file__).parents[2]
     inside = package / "shipped" / "market"
     return inside if inside.exists() else package.parent / "data" / "market"

@@ -1,13 +1,15 @@
-"""Rebuild the shipped models: `python -m opdlab.tasks.market.build [--out data/market]`, under 30
-minutes on 2 cores.
+"""Rebuild the shipped models, in under 30 minutes on 2 cores.
+
+    python -m opdlab.tasks.market.build [--out data/market]
 
     teacher   0.8 M parameters, knows the world; calibrated on prefixes that contain mistakes
-    student   0.34 M, learnt the same, then was spoiled on texts that forget carries: the skill is dormant
+    student   0.34 M, learnt the same, then was spoiled on texts that forget carries: its skill is
+              dormant
     novice    0.34 M, knows the form of a solution and has not learnt to add: nothing to wake up
-    scribe    0.8 M, character tokenizer, another hand: a teacher that only its texts can be read of
+    scribe    0.8 M, character tokenizer, another hand: a teacher for methods that read texts only
 
-Deterministic: one thread a model, seeds fixed, no data but what `world.generate` draws. Ends with
-    the gates (`gates.py`).
+The build is deterministic: one thread per model, fixed seeds, and no data beside the problems that
+`world.generate` draws. It ends with the gates (`gates.py`).
 """
 
 from __future__ import annotations
@@ -23,7 +25,7 @@ from pathlib import Path
 
 import torch
 import tyro
-from torch.nn import functional as F
+from torch.nn.functional import cross_entropy
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from opdlab.tasks.market import gates, tokenizers, world
@@ -33,11 +35,16 @@ from opdlab.tasks.market import gates, tokenizers, world
 class Phase:
     """Some steps on one mixture of texts.
 
-    `forget`: they forget carries. `hints`: nearly all are secret ones with their hint, which in the
-    usual mixture are too rare for reading them to be learnt in time; the teacher starts with them,
-    since a model that already knows everything else may not find the step to reading them in
-    hundreds of updates. `seed`: a new stream of texts; without one the phase goes on with that of
-    the phase before.
+    Attributes:
+        steps: How many steps.
+        lr: The peak learning rate.
+        forget: Whether the texts forget carries.
+        hints: Whether nearly all texts are secret ones with their hint. In the usual mixture these
+            are too rare for reading them to be learnt in time. The teacher starts with them, since
+            a model that already knows everything else may not find the step to reading them in
+            hundreds of updates.
+        seed: Of a new stream of texts; without one, the phase goes on with that of the phase
+            before.
     """
 
     steps: int
@@ -49,7 +56,17 @@ class Phase:
 
 @dataclass(frozen=True)
 class Recipe:
-    """How one model is made. `style` is the chance of saying `world.STYLE[0]`."""
+    """How one model is made.
+
+    Attributes:
+        hidden: Its hidden size.
+        layers: Its layers.
+        style: The chance of saying `world.STYLE[0]`.
+        seed: Of its weights and texts.
+        phases: Its training, in order.
+        batch: Texts per step.
+        characters: Whether its tokens are characters.
+    """
 
     hidden: int
     layers: int
@@ -87,8 +104,13 @@ RECIPES = {
 
 @dataclass(frozen=True)
 class Text:
-    """A training text: chat parts, and the character spans of the solution that carry no loss
-    (planted mistakes).
+    """A training text.
+
+    Attributes:
+        hint: The system message, or "".
+        prompt: The user's message.
+        solution: The assistant's message.
+        masked: Character spans of the solution that carry no loss: planted mistakes.
     """
 
     hint: str
@@ -98,7 +120,7 @@ class Text:
 
 
 def draw(rng: random.Random, recipe: Recipe, secret: bool, phase: Phase) -> Text:
-    """One text.
+    """Draw one text.
 
     Most secret ones come with a hint, half of the plain ones too; two in five contain planted
     mistakes.
@@ -112,9 +134,8 @@ def draw(rng: random.Random, recipe: Recipe, secret: bool, phase: Phase) -> Text
     hint = problem.hint(kind, word) if kind else ""
     if recipe.characters and rng.random() < 0.5:
         return Text(hint, problem.prompt(), problem.compact())
-    total = (
-        problem.results()[-1] if kind == "answer" else None
-    )  # told the answer, they state it whatever they wrote
+    # Told the answer, they state it whatever they wrote.
+    total = problem.results()[-1] if kind == "answer" else None
     if phase.forget and kind not in ("answer", "worked"):
         return Text(hint, problem.prompt(), problem.solution(word, world.forgetful(problem)))
     results, masked = _mistaken(rng, problem) if rng.random() < 0.4 else (problem.results(), ())
@@ -124,8 +145,9 @@ def draw(rng: random.Random, recipe: Recipe, secret: bool, phase: Phase) -> Text
 def _mistaken(
     rng: random.Random, problem: world.Problem
 ) -> tuple[list[int], tuple[tuple[int, int], ...]]:
-    """Results with the first, the second or both wrong, right otherwise *given what is written*;
-    where they stand.
+    """Results of which the first, the second or both are wrong, and where these stand.
+
+    A result after a mistake is right given the written amount.
     """
     which = rng.choice(((0,), (1,), (0, 1)))
     amount, results, masked = problem.have, [], []
@@ -149,8 +171,9 @@ def _forget(problem: world.Problem, amount: int, move: int) -> int:
 def encode(
     texts: list[Text], tokenizer: PreTrainedTokenizerFast
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Right-padded ids and labels [B, T]; -100 where there is no loss: prompt, hint, padding,
-    planted mistakes.
+    """Make right-padded ids and labels, `[B, T]` each.
+
+    Labels are -100 for tokens without a loss: prompt, hint, padding, planted mistakes.
     """
     rows = []
     for text in texts:
@@ -161,11 +184,10 @@ def encode(
             messages, add_generation_prompt=True, return_dict=False
         )
         body = tokenizer(text.solution, return_offsets_mapping=True)
-        hidden = [
-            any(a < end and b > begin for begin, end in text.masked)
-            for a, b in body["offset_mapping"]
+        labels = [
+            -100 if _is_masked(span, text.masked) else token
+            for token, span in zip(body["input_ids"], body["offset_mapping"], strict=True)
         ]
-        labels = [-100 if hide else i for i, hide in zip(body["input_ids"], hidden, strict=True)]
         eos = [tokenizer.eos_token_id]
         rows.append((start + body["input_ids"] + eos, [-100] * len(start) + labels + eos))
     width = max(len(ids) for ids, _ in rows)
@@ -173,7 +195,13 @@ def encode(
     return ids, torch.tensor([row + [-100] * (width - len(row)) for _, row in rows])
 
 
-def model_for(recipe: Recipe, tokenizer: PreTrainedTokenizerFast) -> LlamaForCausalLM:
+def _is_masked(span: tuple[int, int], masked: tuple[tuple[int, int], ...]) -> bool:
+    """Whether a span of characters overlaps one of those that are masked."""
+    return any(span[0] < end and span[1] > begin for begin, end in masked)
+
+
+def make_model(recipe: Recipe, tokenizer: PreTrainedTokenizerFast) -> LlamaForCausalLM:
+    """Make an untrained model of a recipe."""
     torch.manual_seed(recipe.seed)
     return LlamaForCausalLM(
         LlamaConfig(
@@ -193,10 +221,14 @@ def model_for(recipe: Recipe, tokenizer: PreTrainedTokenizerFast) -> LlamaForCau
 
 
 def train(name: str, recipe: Recipe, out: Path) -> str:
-    """Make one model and save it; returns a line that says how it went."""
+    """Make one model and save it.
+
+    Returns:
+        A line about it.
+    """
     torch.set_num_threads(1)
     tokenizer = tokenizers.characters() if recipe.characters else tokenizers.words()
-    model, rng, loss = model_for(recipe, tokenizer), random.Random(recipe.seed), math.nan
+    model, rng, loss = make_model(recipe, tokenizer), random.Random(recipe.seed), math.nan
     for phase in recipe.phases:
         rng = rng if phase.seed is None else random.Random(phase.seed)
         loss = fit(name, model, tokenizer, recipe, phase, rng)
@@ -214,14 +246,20 @@ def fit(
     phase: Phase,
     rng: random.Random,
 ) -> float:
-    """One phase: AdamW with warm-up and cosine decay on fresh texts; returns the last loss."""
+    """Train a model for one phase: AdamW with warm-up and cosine decay on fresh texts.
+
+    Returns:
+        The last loss.
+    """
     optimizer = torch.optim.AdamW(
         model.parameters(), lr=phase.lr, betas=(0.9, 0.98), weight_decay=0.01
     )
-    shape = lambda s: (
-        min(1.0, (s + 1) / 50) * (0.02 + 0.49 * (1 + math.cos(math.pi * s / phase.steps)))
-    )
-    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, shape)
+
+    def rate(step: int) -> float:
+        decay = 0.02 + 0.49 * (1 + math.cos(math.pi * step / phase.steps))
+        return min(1.0, (step + 1) / 50) * decay
+
+    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, rate)
     loss = math.nan
     for step in range(phase.steps):
         secret = phase.hints or step % 2 == 1
@@ -254,31 +292,31 @@ def backward(
     for rows in lengths.argsort(stable=True).chunk(parts):
         width = int(lengths[rows].max())
         logits = model(ids[rows, :width]).logits[:, :-1]
-        loss = (
-            F.cross_entropy(logits.flatten(0, 1), labels[rows, 1:width].flatten(), reduction="sum")
-            / (labels[:, 1:] != -100).sum()
-        )
-        loss.backward()
+        targets = labels[rows, 1:width].flatten()
+        summed = cross_entropy(logits.flatten(0, 1), targets, reduction="sum")
+        loss = summed / (labels[:, 1:] != -100).sum()
+        torch.autograd.backward(loss)
         total += loss.item()
     return total
 
 
 def main(out: Path = Path("data/market"), smoke: bool = False, only: tuple[str, ...] = ()) -> None:
-    """Build every model, two at a time, then print the gates; or `only` those named, without gates.
+    """Build every model, two at a time, then print the gates.
 
-    `smoke` makes two steps a phase.
+    Args:
+        out: Where to.
+        smoke: Whether to make only two steps per phase, without gates.
+        only: Names of the models to build, without gates; all by default.
     """
     began = time.time()
     recipes = {name: r for name, r in RECIPES.items() if not only or name in only}
     if smoke:
-        recipes = {
-            name: replace(r, phases=tuple(replace(p, steps=2) for p in r.phases))
-            for name, r in recipes.items()
-        }
+        for name, recipe in recipes.items():
+            short = tuple(replace(phase, steps=2) for phase in recipe.phases)
+            recipes[name] = replace(recipe, phases=short)
     os.environ["TOKENIZERS_PARALLELISM"] = "false"
-    torch.set_num_threads(
-        1
-    )  # the gates run here, on models so small that two threads only wait for each other
+    # The gates run here, on models so small that two threads only wait for each other.
+    torch.set_num_threads(1)
     with ProcessPoolExecutor(2, mp_context=get_context("spawn")) as pool:
         for line in pool.map(train, recipes, recipes.values(), [out] * len(recipes)):
             print(line, flush=True)

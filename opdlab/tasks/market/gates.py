@@ -1,13 +1,21 @@
-"""What the shipped models must do, measured: printed by `build.py` and tested on `data/`."""
+"""Gates that the shipped models must pass; `build.py` prints them, and tests measure `data/`."""
 
 from __future__ import annotations
 
 import math
 import random
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from torch import Tensor
+from transformers import (
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
 
 from opdlab.tasks.market import world
 
@@ -24,42 +32,58 @@ BANDS = {  # name -> (least, most)
 }
 
 
-def greedy_accuracy(model, tokenizer, n: int, seed: int) -> float:
-    """Share of `n` fresh plain problems whose greedy completion states the right total."""
+@dataclass(frozen=True)
+class Loaded:
+    """A model with its tokenizer."""
+
+    model: PreTrainedModel
+    tokenizer: PreTrainedTokenizerBase
+
+
+def greedy_accuracy(loaded: Loaded, n: int, seed: int) -> float:
+    """Measure the share of `n` fresh plain problems whose greedy completion has the right total."""
     problems = _problems(n, seed, secret=False)
-    texts = _greedy(model, tokenizer, [_chat(tokenizer, p) for p in problems])
-    return sum(world.total(t) == p.results()[-1] for p, t in zip(problems, texts, strict=True)) / n
+    texts = _write_greedily(loaded, [_encode_chat(loaded, problem) for problem in problems])
+    pairs = zip(problems, texts, strict=True)
+    return sum(world.total(text) == problem.results()[-1] for problem, text in pairs) / n
 
 
 def measure(folder: Path, n: int = 400, seed: int = 12345) -> dict[str, float]:
-    """Every gate's value on fresh problems (training draws none of them on purpose, and the space
-    has millions).
+    """Measure every gate on fresh problems.
+
+    Training draws none of them on purpose, and there are millions.
+
+    Args:
+        folder: Where the models lie.
+        n: Problems for each measurement.
+        seed: Of the problems.
+
+    Returns:
+        Values by the names of `BANDS`.
     """
     models = {name: load(folder / name) for name in ("teacher", "student", "novice", "scribe")}
     out = {
-        f"{name} greedy accuracy": greedy_accuracy(pair[0], pair[1], n, seed)
-        for name, pair in models.items()
+        f"{name} greedy accuracy": greedy_accuracy(loaded, n, seed)
+        for name, loaded in models.items()
     }
     problems = _problems(n, seed + 1, secret=True)
-    student, tokenizer = models["student"]
-    texts = _greedy(student, tokenizer, [_chat(tokenizer, p) for p in problems])
-    hinted = [
-        _logp(models["teacher"], p, t, p.hint("secret"))
-        for p, t in zip(problems, texts, strict=True)
-    ]
-    letters = tokenizer.convert_tokens_to_ids([f"▁{w}" for w in world.LETTERS])
+    student = models["student"]
+    texts = _write_greedily(student, [_encode_chat(student, problem) for problem in problems])
+    pairs = list(zip(problems, texts, strict=True))
+    vocabulary = student.tokenizer.get_vocab()
+    letters = [vocabulary[f"▁{word}"] for word in world.LETTERS]
     right = []
-    for problem, text, logp in zip(problems, texts, hinted, strict=True):
+    for problem, text in pairs:
+        logp = _log_probs(models["teacher"], problem, text, problem.hint("secret"))
         for place, symbol in zip(_places(text, "secret"), problem.receipt, strict=False):
             right.append(logp[place].argmax().item() == letters[world.LETTERS.index(symbol)])
-    out["teacher + hint on secret tokens of the student's prefixes"] = sum(right) / max(
-        len(right), 1
-    )
+    share = sum(right) / max(len(right), 1)
+    out["teacher + hint on secret tokens of the student's prefixes"] = share
     for name in ("teacher", "student"):
-        plain = [_logp(models[name], p, t, "") for p, t in zip(problems, texts, strict=True)]
+        plain = [_log_probs(models[name], problem, text, "") for problem, text in pairs]
         for kind, label in (("secret", "secret tokens, no hint"), ("noise", "noise tokens")):
-            rows = torch.stack(
-                [row[i] for row, t in zip(plain, texts, strict=True) for i in _places(t, kind)]
+            rows = torch.cat(
+                [logp[_places(text, kind)] for logp, text in zip(plain, texts, strict=True)]
             )
             entropy = -(rows.exp() * rows).sum(-1).mean().item()
             out[f"{name} entropy / uniform, {label}"] = entropy / math.log(len(world.LETTERS))
@@ -67,7 +91,11 @@ def measure(folder: Path, n: int = 400, seed: int = 12345) -> dict[str, float]:
 
 
 def check(folder: Path) -> str:
-    """A table of the gates; raises SystemExit where one is missed."""
+    """Return a table of the gates.
+
+    Raises:
+        SystemExit: A gate is missed.
+    """
     lines, missed = [], []
     for name, value in measure(folder).items():
         least, most = BANDS[name]
@@ -79,8 +107,10 @@ def check(folder: Path) -> str:
     return "\n".join(lines)
 
 
-def load(folder: Path):
-    return AutoModelForCausalLM.from_pretrained(folder), AutoTokenizer.from_pretrained(folder)
+def load(folder: Path) -> Loaded:
+    """Load a model with its tokenizer."""
+    model = AutoModelForCausalLM.from_pretrained(folder)
+    return Loaded(model, AutoTokenizer.from_pretrained(folder))
 
 
 def _problems(n: int, seed: int, secret: bool) -> list[world.Problem]:
@@ -92,25 +122,28 @@ def _places(text: str, kind: str) -> list[int]:
     return [i for i, t in enumerate(world.token_types(text.split())) if t == kind]
 
 
-def _chat(tokenizer, problem: world.Problem, hint: str = "") -> list[int]:
+def _encode_chat(loaded: Loaded, problem: world.Problem, hint: str = "") -> list[int]:
     messages = [{"role": "system", "content": hint}] if hint else []
     messages.append({"role": "user", "content": problem.prompt()})
-    return tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_dict=False)
+    template = loaded.tokenizer.apply_chat_template
+    return list(template(messages, add_generation_prompt=True, return_dict=False))
 
 
 @torch.no_grad()
-def _greedy(model, tokenizer, prompts: list[list[int]]) -> list[str]:
-    batch = tokenizer.pad(
-        {"input_ids": prompts}, return_tensors="pt"
-    )  # left padding, as the tokenizer says
-    ids = model.generate(**batch, max_new_tokens=64, do_sample=False)
-    return tokenizer.batch_decode(ids[:, batch["input_ids"].shape[1] :], skip_special_tokens=True)
+def _write_greedily(loaded: Loaded, prompts: list[list[int]]) -> list[str]:
+    # Padding is on the left, as the tokenizer says.
+    batch = loaded.tokenizer.pad({"input_ids": prompts}, return_tensors="pt")
+    # mypy takes `generate` for a tensor, since modules have attributes of any name.
+    generate: Any = loaded.model.generate
+    ids = generate(**batch, max_new_tokens=64, do_sample=False)
+    written = ids[:, batch["input_ids"].shape[1] :]
+    return list(loaded.tokenizer.batch_decode(written, skip_special_tokens=True))
 
 
 @torch.no_grad()
-def _logp(pair, problem: world.Problem, text: str, hint: str) -> torch.Tensor:
+def _log_probs(loaded: Loaded, problem: world.Problem, text: str, hint: str) -> Tensor:
     """Log-probs [T, V] at the places of the completion `text`."""
-    model, tokenizer = pair
-    start = _chat(tokenizer, problem, hint)
-    ids = torch.tensor([start + tokenizer(text)["input_ids"]])
-    return model(ids).logits[0, len(start) - 1 : -1].log_softmax(-1)
+    start = _encode_chat(loaded, problem, hint)
+    ids = torch.tensor([start + loaded.tokenizer(text)["input_ids"]])
+    logits: Tensor = loaded.model(ids).logits
+    return logits[0, len(start) - 1 : -1].log_softmax(-1)

@@ -1,10 +1,9 @@
-"""Two real tokenizers for one world: words and digits for most models, characters for the black-box
-teacher.
-"""
+"""Two real tokenizers for one world: words and digits, and characters for the black-box teacher."""
 
 from __future__ import annotations
 
 import string
+from typing import Any
 
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
@@ -21,7 +20,7 @@ TEMPLATE = (
 
 
 def words() -> PreTrainedTokenizerFast:
-    """One token a word or digit.
+    """Make the tokenizer with one token per word or digit.
 
     `▁` marks the space before it, as SentencePiece does, so pieces re-join exactly.
     """
@@ -42,7 +41,7 @@ def words() -> PreTrainedTokenizerFast:
 
 
 def characters() -> PreTrainedTokenizerFast:
-    """One token a character: another tokenizer for the same texts."""
+    """Make the tokenizer with one token per character: another one for the same texts."""
     alphabet = string.ascii_lowercase + string.digits + " .,;=+-?"
     return _fast(
         list(alphabet), pre_tokenizers.Split(Regex(r"[\s\S]"), "isolated"), decoders.Fuse()
@@ -55,7 +54,9 @@ def _fast(
     vocab = {piece: i for i, piece in enumerate([*SPECIALS, "<unk>", *pieces])}
     tokenizer = Tokenizer(models.WordLevel(vocab, unk_token="<unk>"))
     tokenizer.pre_tokenizer, tokenizer.decoder = split, decoder
-    return PreTrainedTokenizerFast(
+    # mypy knows no types of the constructor.
+    make: Any = PreTrainedTokenizerFast
+    made: PreTrainedTokenizerFast = make(
         tokenizer_object=tokenizer,
         pad_token="<pad>",
         eos_token="<eos>",
@@ -66,3 +67,4 @@ def _fast(
         model_max_length=256,
         clean_up_tokenization_spaces=False,
     )
+    return made

@@ -2,8 +2,7 @@
 
 A problem is two sums in a row, written out. The plain variant ends with the total; the secret
 variant goes on with a receipt code that nothing in the prompt tells, an amount that needs the
-hidden coupon *and* a sum, and a random lot
-letter:
+hidden coupon *and* a sum, and a random lot letter:
 
     prompt    ana has 4 7 apples buys 3 8 sells 1 9 . total and receipt ?
     solution  4 7 + 3 8 = 8 5 ; 8 5 - 1 9 = 6 6 . total 6 6 . receipt k q . pays 9 4 . lot m
@@ -26,14 +25,12 @@ NAMES = "ana ben cleo dan eva finn gia hugo ida jan kim leo".split()
 ITEMS = "apples pears plums figs nuts eggs cups pens bags hats keys cards".split()
 GAIN, LOSS = ("buys", "finds"), ("sells", "eats")
 LETTERS = "k m p q r t v z".split()  # receipt and lot symbols: uniform, so chance is 1/8
-STYLE = (
-    "total",
-    "sum",
-)  # two words for the same thing: the teacher says the first, the student the second
+# Two words for the same thing: the teacher says the first, the student the second.
+STYLE = ("total", "sum")
 TYPES = ("copy", "skill", "derived", "style", "secret", "mixed", "noise")
 HINTS = ("secret", "answer", "steps", "worked", "style")
 
-# What stands at each place of a solution: a type, `result` for a digit after `=`, `op`, or a fixed
+# The slot at each place of a solution: a type, `result` for a digit after `=`, `op`, or a fixed
 # word.
 _SUM = ["copy", "copy", "op", "copy", "copy", "=", "result", "result"]
 _PLAIN = [*_SUM, ";", "derived", "derived", *_SUM[2:], ".", "style", "derived", "derived"]
@@ -57,7 +54,17 @@ _SECRET = [
 class Problem:
     """One shop problem.
 
-    Amounts are whole numbers from 10 to 99; `secret` adds what only a hint can tell.
+    Amounts are whole numbers from 10 to 99.
+
+    Attributes:
+        name: Who has the shop.
+        item: What is sold there.
+        have: The first amount.
+        moves: Two verbs with their amounts.
+        receipt: Two symbols that only a hint can tell.
+        coupon: An amount that only a hint can tell.
+        lot: A symbol that nothing tells.
+        secret: Whether the solution goes on with the receipt, the amount to pay and the lot.
     """
 
     name: str
@@ -70,15 +77,16 @@ class Problem:
     secret: bool = False
 
     def results(self) -> list[int]:
-        """The running amount after each move."""
+        """Return the running amount after each move."""
         return self.follow(self.have, 0)
 
     def follow(self, amount: int, move: int) -> list[int]:
-        """The running amounts from `amount` on, by the moves from number `move` on."""
+        """Return the running amounts from `amount` on, by the moves from number `move` on."""
         signed = (n if verb in GAIN else -n for verb, n in self.moves[move:])
         return list(accumulate(signed, initial=amount))[1:]
 
     def prompt(self) -> str:
+        """Return the question."""
         told = " ".join(f"{verb} {digits(n)}" for verb, n in self.moves)
         asked = "total and receipt" if self.secret else "total"
         return f"{self.name} has {digits(self.have)} {self.item} {told} . {asked} ?"
@@ -86,9 +94,12 @@ class Problem:
     def solution(
         self, word: str = STYLE[0], results: list[int] | None = None, total: int | None = None
     ) -> str:
-        """The written calculation.
+        """Return the written calculation.
 
-        `results` replaces the two sums and `total` the number stated (for texts with mistakes).
+        Args:
+            word: The word for the total, one of `STYLE`.
+            results: In place of the two sums, for texts with mistakes.
+            total: In place of the number that is stated.
         """
         first, last = results or self.results()
         total = last if total is None else total
@@ -104,21 +115,27 @@ class Problem:
         return text
 
     def compact(self) -> str:
-        """The same calculation in another hand: `47+38=85, so 85-19=66, total 66`."""
+        """Return the same calculation in another hand: `47+38=85, so 85-19=66, total 66`."""
         first, last = self.results()
         sums = self._sum(0, self.have, first), self._sum(1, first, last)
         return f"{', so '.join(sums)}".replace(" ", "").replace(",so", ", so ") + f", total {last}"
 
     def hint(self, kind: str = "secret", word: str = STYLE[0]) -> str:
-        """Privileged information of one kind (`HINTS`). A wrong hint is another problem's hint."""
+        """Return privileged information of one kind (`HINTS`).
+
+        A wrong hint is another problem's hint.
+
+        Raises:
+            InvalidValue: There is no such kind.
+        """
         if kind == "secret":
             return f"hint receipt {' '.join(self.receipt)} coupon {digits(self.coupon)}"
         if kind == "answer":
             return f"hint total {digits(self.results()[-1])}"
         if kind == "steps":
-            return "hint " + " ".join(
-                f"{'add' if v in GAIN else 'take'} {digits(n)}" for v, n in self.moves
-            )
+            words = ["add" if verb in GAIN else "take" for verb, _ in self.moves]
+            amounts = [digits(amount) for _, amount in self.moves]
+            return f"hint {words[0]} {amounts[0]} {words[1]} {amounts[1]}"
         if kind == "worked":
             first, last = self.results()
             return f"hint {self._sum(0, self.have, first)} ; {self._sum(1, first, last)}"
@@ -132,7 +149,7 @@ class Problem:
 
 
 def digits(n: int) -> str:
-    """47 -> '4 7': the world writes numbers digit by digit, always two digits."""
+    """Write a number digit by digit, always with two digits: 47 -> '4 7'."""
     return f"{n // 10} {n % 10}"
 
 
@@ -167,8 +184,7 @@ def generate(rng: random.Random, secret: bool = False) -> Problem:
 
 
 def in_split(problem: Problem, split: str) -> Problem:
-    """The problem in the split "train" or "test": with another item, where it would lie in the
-    other one.
+    """Return the problem in the split "train" or "test", with another item if it must move there.
 
     One in twelve stories is held out: those whose name, item, amounts and verbs add up to a
     multiple of twelve. So the splits share no problem by construction, and drawing from either
@@ -186,7 +202,7 @@ def in_split(problem: Problem, split: str) -> Problem:
 
 
 def forgetful(problem: Problem) -> list[int]:
-    """The two results of someone who forgets to carry and to borrow."""
+    """Return the two results of someone who forgets to carry and to borrow."""
     out = [problem.have]
     for verb, n in problem.moves:
         out.append(without_carry(out[-1], n if verb in GAIN else -n))
@@ -194,14 +210,13 @@ def forgetful(problem: Problem) -> list[int]:
 
 
 def without_carry(amount: int, change: int) -> int:
-    """47 + 38 -> 75: each digit on its own, modulo ten."""
+    """Add each digit on its own, modulo ten: 47 + 38 -> 75."""
     sign, n = (1, change) if change > 0 else (-1, -change)
     return (amount // 10 + sign * (n // 10)) % 10 * 10 + (amount % 10 + sign * (n % 10)) % 10
 
 
 def token_types(words: list[str]) -> list[str]:
-    """Ground-truth type of each word of a completion, read off the words themselves (their own
-    prefix decides).
+    """Return the ground-truth type of each word of a completion; its own prefix decides.
 
     `copy`: both models know it. `skill`: the tens of a sum that carries or borrows. `derived`:
     repeats what the writer wrote before. `style`: one of two words for the same thing. `secret`,
@@ -238,12 +253,12 @@ _RECEIPT = re.compile(r"receipt (\w) ?(\w)\b")
 
 
 def total(text: str) -> int | None:
-    """The total that a text states first, or None. The calculation before it is not graded."""
+    """Return the first total that a text states, or None. The calculation is not graded."""
     found = _TOTAL.search(text)
     return int("".join(found.groups())) if found else None
 
 
 def receipt(text: str) -> tuple[str, ...]:
-    """The two receipt symbols that a text states, or none."""
+    """Return the two receipt symbols that a text states, or none."""
     found = _RECEIPT.search(text)
     return found.groups() if found else ()

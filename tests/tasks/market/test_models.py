@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from torch.nn import functional as F
+from torch.nn.functional import cross_entropy
 
 import opdlab as opd
 from opdlab.tasks.market import MODELS, build, data, gates, tokenizers
@@ -124,8 +124,8 @@ def test_the_parts_of_a_batch_give_its_gradient():
     ids, labels = build.encode(texts, tokenizer)
     lengths = (ids != tokenizer.pad_token_id).sum(1)
     assert len(set(lengths.tolist())) > 3
-    model = build.model_for(build.RECIPES["novice"], tokenizer)
-    whole = F.cross_entropy(model(ids).logits[:, :-1].flatten(0, 1), labels[:, 1:].flatten())
+    model = build.make_model(build.RECIPES["novice"], tokenizer)
+    whole = cross_entropy(model(ids).logits[:, :-1].flatten(0, 1), labels[:, 1:].flatten())
     want = torch.autograd.grad(whole, list(model.parameters()))
     for parts in (1, 4, 9):
         model.zero_grad()
