@@ -347,14 +347,14 @@ def _places(side: Sequence[bytes]) -> list[tuple[float, float, float]]:
 
 
 def _find_edges(sizes: list[int]) -> np.ndarray:
-    """Where each part begins and the last one ends, as shares of the sum."""
+    """Return the beginnings of parts and the end of the last one, as shares of the sum."""
     return np.asarray(np.cumsum([0, *sizes]) / (sum(sizes) or 1))
 
 
 def _count_common(
     ours: Sequence[bytes], theirs: Sequence[bytes], back: bool = False
 ) -> tuple[int, int]:
-    """How many tokens of either side, from the start, spell the same bytes.
+    """Count the tokens of either side that spell the same bytes from the start.
 
     `back` says that both sides come reversed.
     """

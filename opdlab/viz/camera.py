@@ -44,7 +44,7 @@ _SILENT = (
     "The browser stopped or fell silent before the picture was made. See what it says: chromium"
     " --headless=new about:blank."
 )
-# of what there is, in however high a window
+# of the content, whatever the height of the window
 _HEIGHT = "Math.ceil(document.documentElement.getBoundingClientRect().height)"
 _SETTLED = (
     "new Promise((done) => requestAnimationFrame(() => requestAnimationFrame(() => setTimeout(done,"

@@ -1,7 +1,7 @@
 """Channels of a trace: the numbers and kinds that can colour its tokens.
 
 They come from the trace's columns: log-probs, entropies and divergences of each policy, kept top
-tokens, and what a method's plan or a user added. Added columns are drawn as they describe
+tokens, and columns that a method's plan or a user added. Those are drawn as they describe
 themselves (`trace.describe`), and by their values where nobody described them.
 """
 

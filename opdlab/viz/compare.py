@@ -230,7 +230,7 @@ class Compare(View):
         )
 
     def _kinds_in_words(self) -> list[str]:
-        """How common each kind is in each trace, of kinds that a method names."""
+        """The shares of each kind in each trace, of kinds that a method names."""
         out = []
         for key in find_labelled_kinds(next(iter(self.traces.values()))):
             for name, channel in zip(self.names, self.kinds.get(key, []), strict=False):

@@ -10,7 +10,7 @@ from opdlab.data.trace import Trace
 from opdlab.viz import payload
 from opdlab.viz.glyphs import show_piece
 
-ROWS = 9  # the sampled token and eight more: what the panel has room for
+ROWS = 9  # the sampled token and eight more fit into the panel
 LEAST = 1e-3  # a token that no policy gives as much is not shown by itself
 # Rows of all tokens together that a page carries; fewer where the text itself is long.
 ENTRIES, FEWER = 9000, 4000
@@ -79,7 +79,7 @@ def _select_rows(
 
 
 def _find_room(trace: Trace, real: np.ndarray) -> np.ndarray:
-    """Which tokens have room for their rows; those on which the policies differ most come first."""
+    """Choose the tokens whose rows fit; those on which the policies differ most come first."""
     order = np.argsort(-_measure_disagreement(trace), kind="stable")
     room = np.cumsum(real.sum(1)[order]) <= (FEWER if len(trace) > payload.LONG else ENTRIES)
     out = np.zeros(len(trace), bool)

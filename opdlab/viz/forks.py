@@ -282,7 +282,7 @@ class Forks(View):
 
     @property
     def _channel(self) -> Channel:
-        """The log ratio, or what the trace has instead."""
+        """The log ratio, or another channel where the trace has none."""
         found = find_channels(self.trace)
         plain = Channel("none", "no numbers", np.zeros(len(self.trace)))
         return found.get("log_ratio") or next(

@@ -15,12 +15,12 @@ from dataclasses import dataclass
 from functools import lru_cache
 
 _NAMED = {"\n": "⏎", "\t": "⇥"}
-# they shape what they stand between, so they are drawn only where they stand alone
+# They shape their neighbours, so they are drawn only where they stand alone.
 _JOINERS = "\u200c\u200d"
 _SPECIAL = re.compile(
     r"<\|[^<>|\s]+\|>|</?s>|<(?:bos|eos|pad|unk|system|user|assistant|start_of_turn|end_of_turn)>|\[(?:CLS|SEP|PAD|UNK|EOS|BOS)\]"
 )
-Part = tuple[str, str]  # what is seen, the text it stands for
+Part = tuple[str, str]  # a shown text, and the text that it stands for
 
 
 @dataclass(frozen=True)
@@ -29,7 +29,7 @@ class Group:
 
     Attributes:
         lead: Leading spaces.
-        parts: The rest: what is seen beside the text that it stands for.
+        parts: The rest: each shown text with the text that it stands for.
         tokens: How many tokens they are.
         special: Whether it is a special token such as `<eos>`.
     """
@@ -118,7 +118,7 @@ def _is_plain(text: str) -> bool:
 
 
 def _parts(text: str) -> list[Part]:
-    """Character by character: (what is seen, the character)."""
+    """Character by character: the shown text and the character."""
     body = text.rstrip(" ")
     if body and _is_plain(body):
         return [(body, body), *[("·", " ")] * (len(text) - len(body))]

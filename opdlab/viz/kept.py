@@ -71,6 +71,6 @@ def width(trace: Trace) -> int:
 
 
 def _likeliest(top: np.ndarray, k: int) -> np.ndarray:
-    """Which entries of the support are the k largest of their row."""
+    """Return a mask of the k largest entries of each row of the support."""
     place = np.argsort(np.argsort(-top, 1, kind="stable"), 1)
     return (place < k) & ~np.isneginf(top)

@@ -168,5 +168,5 @@ def thin(x: np.ndarray, y: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
 
 
 def _at(value: float, ends: tuple[float, float]) -> float:
-    """Where a value lies between the ends, in percent."""
+    """Return the place of a value between the ends, in percent."""
     return 100.0 * min(1.0, max(0.0, (value - ends[0]) / ((ends[1] - ends[0]) or 1.0)))

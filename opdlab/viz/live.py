@@ -19,7 +19,7 @@ except ImportError as error:
 
 
 class Mirrored(Protocol):
-    """What a widget mirrors: a `View`."""
+    """A view, as far as its widget needs it."""
 
     name: ClassVar[str]
     scripts: ClassVar[tuple[str, ...]]

@@ -94,7 +94,7 @@ def draw_prompt(text: str) -> str:
 
 
 def draw_words(text: str) -> str:
-    """Return what stands under a picture in words, as HTML."""
+    """Return a line of words under a picture, as HTML."""
     return f'<div class="opd-peaks">{escape(text)}</div>'
 
 
@@ -207,7 +207,7 @@ def _key(channel: Channel, limit: float) -> str:
 
 
 def _shown(values: Sequence[float]) -> Sequence[int]:
-    """Which groups the static strip holds."""
+    """Choose the groups that the static strip holds."""
     if len(values) <= WHOLE:
         return range(len(values))
     size = np.nan_to_num(np.abs(values), nan=0.0)

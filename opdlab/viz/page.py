@@ -18,7 +18,7 @@ COLUMNS = ("", "before", "after", "teacher")
 
 
 class Drawable(Protocol):
-    """What a page shows: a `View`."""
+    """A view, as far as a page needs it."""
 
     scripts: ClassVar[tuple[str, ...]]
     styles: ClassVar[tuple[str, ...]]

@@ -35,7 +35,7 @@ def compact(given: Any) -> np.ndarray:
     """Return numbers for drawing, in few bytes.
 
     Half precision (three digits); in texts of more than `LONG` tokens 126 levels for each sign. The
-    levels are squares, so that what the colour shows (square roots) has even steps. NaN and
+    levels are squares, so that colours, which show square roots, have even steps. NaN and
     infinities survive.
     """
     values: np.ndarray = np.asarray(given, np.float64)

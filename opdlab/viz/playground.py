@@ -1,4 +1,4 @@
-"""Playground: what a loss would do, in worlds small enough to see all of it, and to a token."""
+"""Playground: the effect of a loss in worlds small enough to see all of it, and on a token."""
 
 from __future__ import annotations
 
@@ -63,7 +63,7 @@ class Playground(View):
 
     Raises:
         InvalidValue: There is no divergence of a name.
-        OpdlabError: There are more than four losses; or what an own loss raises.
+        OpdlabError: There are more than four losses. An own loss may raise its own errors.
     """
 
     caption = "What would this loss do to a token, and to a whole distribution?"
@@ -195,7 +195,7 @@ class Playground(View):
         return "\n".join([*rows, *self._lines()])
 
     def _lines(self) -> list[str]:
-        """Where the Gaussian ends under each loss, then the verdicts on one's own."""
+        """The end of the Gaussian under each loss, then the verdicts on own losses."""
         fits = [
             f"{self.losses.label(row.loss)}: {hills_in_words(row.left, row.right)}"
             f" (centre {markup.format_number(row.centre)}, width {markup.format_number(row.width)})"

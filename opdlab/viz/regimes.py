@@ -249,7 +249,7 @@ class Regimes(View):
 
 
 def _count_quadrants(df: pd.DataFrame, amounts: Mapping[str, np.ndarray]) -> pd.DataFrame:
-    """Tokens without a quadrant count nowhere, also not in what the shares are of."""
+    """Count tokens and sum amounts by quadrant; tokens without a quadrant count nowhere."""
     df = df.assign(**{key: values[df.index] for key, values in amounts.items()})
     df = df[df["quadrant"] != ""]
     sums = df.groupby("quadrant")[list(amounts)].sum().reindex(QUADRANTS).fillna(0.0)

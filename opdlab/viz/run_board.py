@@ -306,7 +306,7 @@ class RunBoard(View):
         return f"{f'{name}, ' if len(self.runs) > 1 else ''}step {alarm.step}, {alarm.signature}"
 
     def _summary(self) -> str:
-        """How far the runs are, and how many alarms there were."""
+        """The progress of the runs, and the number of alarms, in words."""
         told = []
         for name, run in self.runs.items():
             done, total = len(self._rows(name)), _planned_steps(run)
@@ -393,7 +393,7 @@ def _name_of_run(run: Any) -> str:
 
 
 def _planned_steps(run: Any) -> int:
-    """How many steps a run is to have; 0 where it does not say, as a history."""
+    """The number of steps that a run is to have; 0 for a history, which does not say."""
     return int(run.settings.steps) if isinstance(run, TrainingRun) else 0
 
 

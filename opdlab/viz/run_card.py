@@ -141,7 +141,7 @@ class RunCard(View):
         return next(iter(self.board.runs))
 
     def _list_facts(self) -> str:
-        """How it was trained, as far as the run says."""
+        """The settings and sizes of the run, as far as it says."""
         history = self.df
         out = [self._name(), f"{len(history)} steps"]
         if isinstance(self.run, TrainingRun):
@@ -223,7 +223,7 @@ class RunCard(View):
 
 
 def _check_evaluation(name: str, given: object) -> None:
-    """Refuse what is no result of `opdlab.evaluate`."""
+    """Refuse anything but a result of `opdlab.evaluate`."""
     if given is None:
         return
     from opdlab.training.evaluation import Evaluation
@@ -236,7 +236,7 @@ def _check_evaluation(name: str, given: object) -> None:
 
 
 def _place(value: float) -> str:
-    """Where an accuracy lies on the scale."""
+    """Return the place of an accuracy on the scale."""
     return f"{100 * min(1.0, max(0.0, value)):.2f}%"
 
 

@@ -244,7 +244,7 @@ class Scrubber(View):
         return f"{said}. Moved most: {', '.join(moved) or 'none'}"
 
     def _kinds_in_words(self) -> list[str]:
-        """How common each kind is at the first and the last step, of kinds that a method names."""
+        """The shares of each kind at the first and the last step, of kinds that a method names."""
         out = []
         for key in find_labelled_kinds(self.traces[0]):
             for at in dict.fromkeys((0, len(self.steps) - 1)):

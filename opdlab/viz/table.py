@@ -11,7 +11,7 @@ BEGIN, END = "<!-- views: begin -->", "<!-- views: end -->"
 
 
 def table_of_views() -> str:
-    """Return the table of all views in Markdown: question, what it takes, files."""
+    """Return the table of all views in Markdown: question, ingredients, files."""
     rows = ["| view | question | made of | files |", "|---|---|---|---|"]
     for view in VIEWS:
         module = view.__module__.rpartition(".")[2]

@@ -278,6 +278,6 @@ def _split_at(trace: Trace, name: str, order: np.ndarray, k: int) -> tuple[np.nd
 
 
 def _norm(logp: np.ndarray) -> np.ndarray:
-    """Log-probs that forget what is outside; all -inf stays so."""
+    """Log-probs renormalised over the row; a row of -inf stays so."""
     total = np.log(np.exp(logp).sum(1, keepdims=True).clip(1e-300))
     return np.asarray(logp - total)

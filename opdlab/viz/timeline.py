@@ -284,7 +284,7 @@ class Timeline(View):
         return own, shared
 
     def _describe_fork(self, row: pd.Series) -> str:
-        """What stands over a plot of one rollout where no script runs; `row` of `forks`."""
+        """The line over the plot of one rollout where no script runs; `row` is one of `forks`."""
         fork = f"fork at {row.fork:.0f} {row.token}" if np.isfinite(row.fork) else "no fork"
         return f"reward {markup.format_number(row.reward)}, {fork}" if self.rewards else fork
 

@@ -1,4 +1,4 @@
-"""Small worlds in which a loss shows what it does.
+"""Small worlds that show the effect of a loss.
 
 121 log ratios, two tokens, three tokens, a Gaussian under two hills.
 

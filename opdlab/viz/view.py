@@ -27,7 +27,7 @@ if TYPE_CHECKING:
     from opdlab.viz.live import LiveView
 
 RENDERERS = ("html", "live", "static")
-# What `example` shows unless it is asked for other words.
+# The tokens and words of examples, unless other ones are asked for.
 EXAMPLE_TOKENS = (b"Five", b" pears", b" and", b" two", b" plums", b" are", b" 7", b".")
 EXAMPLE_WORDS = "Five pears and two plums"
 _renderer: list[str] = []  # what set_renderer chose, if anything
