@@ -138,7 +138,7 @@ def costs(
             f"The {embedding}, a {type(policy).__name__}, has no token embeddings. Use"
             " embedding='onehot'."
         )
-    table = policy.weights.model.get_input_embeddings().weight
+    table = policy.weights.embeddings
     return [cost(table[s.to(table.device)], table[t.to(table.device)]) for s, t in pairs]
 
 

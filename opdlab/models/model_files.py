@@ -91,8 +91,7 @@ def has_new_embeddings(weights: Weights) -> bool:
         )
     except (OSError, ValueError, AttributeError):
         return False
-    embedding: Any = weights.model.get_input_embeddings()
-    return bool(saved != embedding.weight.shape[0])
+    return bool(saved != weights.embeddings.shape[0])
 
 
 def embeddings(weights: Weights, wanted: Container[str] | None = None) -> dict[str, Tensor]:

@@ -7,12 +7,13 @@ grade. Any object with these methods takes part: nothing needs to inherit from t
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
+from typing import TYPE_CHECKING, Protocol, runtime_checkable
 
 from opdlab.data.prompt import Prompt
 from opdlab.data.rollout import Rollout
 from opdlab.data.sampling_config import SamplingOptions
 from opdlab.models.graded import Graded
+from opdlab.models.policy import Policy
 
 if TYPE_CHECKING:
     from typing import Unpack
@@ -101,7 +102,7 @@ class Sampler(Protocol):
 class Checked(Protocol):
     """Check the student and the prompts before a run begins."""
 
-    def check(self, student: Any, prompts: Sequence[Prompt], max_new_tokens: int) -> None:
+    def check(self, student: Policy, prompts: Sequence[Prompt], max_new_tokens: int) -> None:
         """Check that this teacher can teach this student on these prompts.
 
         Args:

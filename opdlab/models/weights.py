@@ -105,6 +105,13 @@ class Weights:
         return torch.device(self.model.device)
 
     @property
+    def embeddings(self) -> Tensor:
+        """The matrix of the input embeddings, `[rows, H]`."""
+        layer: Any = self.model.get_input_embeddings()
+        matrix: Tensor = layer.weight
+        return matrix
+
+    @property
     def vocab_size(self) -> int:
         """Number of tokens that the head can say.
 

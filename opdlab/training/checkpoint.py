@@ -174,7 +174,7 @@ def _write_weights(run: RunState, folder: Path) -> None:
         _make_contiguous({_PEFT + key: value for key, value in state.items()}),
         folder / "adapter_model.safetensors",
     )
-    config = weights.model.peft_config[name].to_dict()
+    config = weights.config_of(name).to_dict()
     _write_json(
         folder / "adapter_config.json",
         config | {"base_model_name_or_path": weights.source or None, "inference_mode": True},

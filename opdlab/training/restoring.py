@@ -83,7 +83,7 @@ def fit_adapter(run: RunState, saved: SavedRun) -> None:
         run.student._adapter.name = weights.add_adapter(config, seed=run.settings.seed)
         return
     now = json.loads(
-        json.dumps(weights.model.peft_config[name].to_dict(), default=checkpoint.json_default)
+        json.dumps(weights.config_of(name).to_dict(), default=checkpoint.json_default)
     )
     for key in _ADAPTER:
         before, after = (_unordered(side.get(key)) for side in (described, now))

@@ -13,7 +13,13 @@ import torch
 
 from opdlab import Policy, Prompt
 from opdlab.data.rollout import Rollout
-from opdlab.errors import ContextTooLong, EmptyPrompts, MissingHint, TokenizerMismatch
+from opdlab.errors import (
+    ContextTooLong,
+    EmptyPrompts,
+    InvalidValue,
+    MissingHint,
+    TokenizerMismatch,
+)
 from opdlab.models.same_tokens import check_same_tokens
 from opdlab.models.text_rollouts import rollout_from_texts
 
@@ -441,3 +447,53 @@ def test_a_shared_beginning_is_run_once_and_changes_no_number(make_policy):
     watch.remove()
     torch.testing.assert_close(once, whole.detach(), rtol=1e-4, atol=1e-5)
     assert sum(passes) < 0.5 * seen[-1]  # tokens through the backbone
+
+
+# Subclasses.
+
+
+class Shortened(Policy):
+    """Reads prompts without their last token."""
+
+    def encode_unchecked(self, prompts):
+        return [row[:-1] for row in super().encode_unchecked(prompts)]
+
+
+def test_a_subclass_reads_prompts_in_its_own_way_everywhere(student, prompts):
+    short = Shortened(student.weights)
+    prompts = [prompt for prompt in prompts if prompt.id != "b"]  # which has one token
+    want = [row[:-1] for row in student.encode_all(prompts)]
+    assert short.encode_all(prompts) == want
+    assert [short.encode(prompt) for prompt in prompts] == want
+    rollout = short.sample(prompts, max_new_tokens=4, seed=1)
+    own = short.log_probs(rollout).gather(-1, rollout.ids[rollout.mask][:, None])[:, 0]
+    torch.testing.assert_close(rollout.logp[rollout.mask], own, rtol=0, atol=1e-4)
+    assert short.seeing("ana").encode(prompts[0]) == student.seeing("ana").encode(prompts[0])[:-1]
+
+
+@pytest.mark.parametrize(
+    "view", [Policy.seeing, Policy.frozen, Policy.without_context, Policy.without_adapter]
+)
+def test_views_keep_the_class_of_their_policy(student, view):
+    assert type(view(Shortened(student.weights))) is Shortened
+
+
+def test_an_encode_that_nothing_calls_is_refused():
+    with pytest.raises(
+        InvalidValue, match=r"Odd overrides Policy\.encode.*Override encode_unchecked\(prompts\)"
+    ):
+
+        class Odd(Policy):
+            def encode(self, prompt):
+                return [1]
+
+
+def test_a_policy_can_be_looked_at_without_context_and_adapter(make_policy, prompts):
+    policy = make_policy(0).adapt(rank=2)
+    hinted = policy.seeing("total")
+    plain = hinted.without_context()
+    assert plain.encode(prompts[0]) == policy.encode(prompts[0]) != hinted.encode(prompts[0])
+    assert plain.adapter == policy.adapter
+    bare = hinted.without_adapter()
+    assert bare.adapter is None
+    assert bare.encode(prompts[0]) == hinted.encode(prompts[0])
