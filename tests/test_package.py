@@ -1,6 +1,4 @@
-"""`import opdlab`: all its names are there, none is imported before it is used, and functions win
-over modules of their name.
-"""
+"""`import opdlab` has all names and imports none early; functions win over modules."""
 
 from __future__ import annotations
 

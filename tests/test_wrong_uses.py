@@ -1,6 +1,4 @@
-"""Wrong and odd uses: each is understood, or refused before compute in words that name the value
-and the way out.
-"""
+"""Wrong and odd uses are understood, or refused before compute with the value and a way out."""
 
 from __future__ import annotations
 

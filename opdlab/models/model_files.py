@@ -136,9 +136,8 @@ def _without_adapters(model: Any) -> Iterator[None]:
 @contextlib.contextmanager
 def _savable_generation(model: Any, folder: Path) -> Iterator[None]:
     """Write generation settings as they are; transformers refuses some of those that it loads."""
-    config: Any = getattr(
-        model, "generation_config", None
-    )  # not every model of transformers has one
+    # Not every model of transformers has one.
+    config: Any = getattr(model, "generation_config", None)
     try:
         if config is not None:
             config.validate(strict=True)

@@ -21,9 +21,7 @@ from opdlab.tasks.market import market, tokenizers
 
 @st.composite
 def two_cuts(draw) -> tuple[list[bytes], list[bytes]]:
-    """One text and two ways to cut it, inside characters too, with tokens that add nothing
-    anywhere.
-    """
+    """One text and two ways to cut it, inside characters too; some tokens add nothing."""
     text = draw(st.text(max_size=12)).encode()
     sides = []
     for _ in range(2):

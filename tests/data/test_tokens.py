@@ -31,10 +31,7 @@ def rejoined(tokenizer, text: str) -> bytes:
 
 @pytest.fixture(scope="module")
 def sentencepiece() -> PreTrainedTokenizerFast:
-    """Pieces as SentencePiece writes them:
-
-    `▁` for a space, `<0x0A>` for a byte without a piece of its own.
-    """
+    """SentencePiece's pieces: `▁` for a space, `<0x0A>` for a byte without a piece of its own."""
     pieces = [
         "<s>",
         "</s>",

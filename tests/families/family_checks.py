@@ -1,6 +1,4 @@
-"""What must be right of a model family, each against plain passes of its own: one text at a time,
-no padding, no cache.
-"""
+"""Checks of one model family against its own plain passes: one text, no padding, no cache."""
 
 from __future__ import annotations
 
@@ -29,10 +27,8 @@ APART = [
     Prompt("cleo has 2 pears buys 3 sells 1 9 . total ?"),
 ]
 ALIKE = [Prompt(RULE + prompt.text) for prompt in APART]
-CLOSE = {
-    "rtol": 1e-3,
-    "atol": 1e-3,
-}  # nats; rounding of these sharp models stays below a tenth of it
+# Nats; rounding of these sharp models stays below a tenth of it.
+CLOSE = {"rtol": 1e-3, "atol": 1e-3}
 MLP = (
     "mlp",
     "ffn",
@@ -106,9 +102,7 @@ def scoring(family: Family) -> None:
 
 
 def sampling(family: Family) -> None:
-    """One and two samples, greedy and not: the log-probs that the sampler gives, and that greedy
-    takes the likeliest.
-    """
+    """The sampler's log-probs, with one sample and two; greedy takes the likeliest token."""
     for n, temperature in ((1, 0.0), (2, 1.0)):
         rollout = family.policy.sample(
             APART, n=n, max_new_tokens=8, seed=2, temperature=temperature
@@ -170,9 +164,7 @@ def check_gradients(policy: Policy) -> None:
 
 
 def lora_steps(family: Family) -> None:
-    """Two steps move the adapter in attention (or what stands for it) and in the MLP, where the MLP
-    is made of linear layers.
-    """
+    """Two steps move the adapter in attention, or its substitute, and in a linear MLP."""
     run = train(family, lora=2)
     moved = {name for name, p in run.parameters.items() if "lora_B" in name and bool(p.any())}
     mlp = {name for name in run.parameters if any(word in name for word in MLP)}

@@ -1,6 +1,4 @@
-"""Adapters of all sorts: those that a model brings along, those that are made, their copies, and
-what is refused.
-"""
+"""Adapters that a model brings, that are made, copied, folded, and refused."""
 
 from __future__ import annotations
 
@@ -200,9 +198,8 @@ def test_a_second_stage_may_stack_or_start_from_the_bare_model(make_model, words
         opd.distill(
             student, Policy.of(make_model(70, 5), words), TASK, steps=1, batch=3, lr=0.1, quiet=True
         ).train()
-        assert torch.equal(
-            first.log_probs(rollout), before
-        )  # the first stage's adapter stands as it was
+        # The first stage's adapter stands as it was.
+        assert torch.equal(first.log_probs(rollout), before)
 
 
 def test_another_rank_than_the_adapters_is_refused(make_model, words):
@@ -252,10 +249,11 @@ def test_all_weights_of_a_merged_student_can_be_trained(make_model, words, promp
 def test_training_all_weights_moves_no_policy_that_looks_at_them(make_policy, prompts):
     student, teacher = make_policy(0), make_policy(1)
     rollout = student.sample(prompts, max_new_tokens=5)
+    # Neither takes part in the run.
     still, live = (
         student.frozen(),
         student.seeing(lambda prompt: prompt),
-    )  # neither takes part in the run
+    )
     adapted_twin = student.frozen().adapt(2)
     before = student.log_probs(rollout)
     opd.distill(student, teacher, TASK, steps=1, batch=3, lora=None, lr=0.01, quiet=True).train()
@@ -589,9 +587,8 @@ def test_dropout_of_an_adapter_is_told_when_it_trains(make_model, words):
     student = Policy.of(adapted(make_model, **KINDS["dropout"]), words)
     with pytest.warns(UserWarning, match="lora_dropout=0.5. opdlab trains without dropout"):
         run = opd.distill(student, student.frozen(), TASK, steps=1, batch=3, quiet=True)
-    assert next(run).metrics["loss"] == pytest.approx(
-        0, abs=1e-6
-    )  # the student that is graded is the one that trains
+    # The student that is graded is the one that trains.
+    assert next(run).metrics["loss"] == pytest.approx(0, abs=1e-6)
     assert student.weights.config_of("sft").lora_dropout == 0.5
 
 

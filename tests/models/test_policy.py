@@ -1,6 +1,4 @@
-"""Policies: scoring against manual forward passes, many policies on one set of weights, and what
-bad input gets.
-"""
+"""Policies: scores against manual passes, many on one set of weights, errors for bad input."""
 
 from __future__ import annotations
 
@@ -296,9 +294,8 @@ def test_padding_rows_of_the_head_are_cut(make_policy, student, rollout):
 
 def test_a_vocabulary_with_holes_keeps_its_last_token(make_model, make_tokenizer):
     tokenizer = make_tokenizer()
-    state = tokenizer.backend_tokenizer.to_str().replace(
-        '"f":11', '"f":15'
-    )  # ids 11 to 14 are nobody's
+    # Ids 11 to 14 are nobody's.
+    state = tokenizer.backend_tokenizer.to_str().replace('"f":11', '"f":15')
     tokenizer._tokenizer = type(tokenizer.backend_tokenizer).from_str(state)
     assert (tokenizer.encode("f"), len(tokenizer)) == ([15], 12)
     assert Policy.of(make_model(20), tokenizer).weights.vocab_size == 16

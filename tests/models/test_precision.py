@@ -1,6 +1,4 @@
-"""One precision per policy and step: what the plan sees is what the loss sees, and heads and
-log-probs stay in float32.
-"""
+"""Plan and loss see numbers of one precision; heads and log-probs stay in float32."""
 
 from __future__ import annotations
 
@@ -66,13 +64,13 @@ def test_plan_and_loss_see_the_same_numbers(precision, lora, make_policy):
     ).train()
     assert len(method.differences) >= 4  # the engine calls a loss more than once to check it
     assert set(method.differences) == {0.0}
-    assert method.written < (
-        1e-4 if precision == "no" else 0.2
-    )  # the cache adds up in another order
+    # The cache adds up in another order.
+    assert method.written < (1e-4 if precision == "no" else 0.2)
+    # Bfloat16 would say 0.0002 only roughly.
     assert method.arithmetic == (
         torch.float32,
         pytest.approx(2e-4, rel=1e-3),
-    )  # bfloat16 would say 0.0002 only roughly
+    )
     assert {p.grad.dtype for p in run.parameters.values()} == {torch.float32}
 
 

@@ -1,6 +1,4 @@
-"""Gradient checkpointing changes memory and no number, whatever dropout a family's configuration
-asks for.
-"""
+"""Gradient checkpointing changes memory and no number, whatever dropout a family asks for."""
 
 from __future__ import annotations
 

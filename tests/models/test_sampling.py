@@ -1,6 +1,4 @@
-"""The sampler against Hugging Face's, against exact distributions, and against a fresh scoring
-pass.
-"""
+"""The sampler against Hugging Face's, exact distributions, and a fresh scoring pass."""
 
 from __future__ import annotations
 
@@ -92,9 +90,8 @@ def test_the_first_token_follows_the_models_distribution(student):
         [*seen[often].tolist(), int(seen[~often].sum())],
         [*(p[often] * 6000).tolist(), float(p[~often].sum() * 6000)],
     )
-    assert (
-        chisquare(observed, expected, sum_check=False).pvalue > 1e-3
-    )  # fixed seed; the band was set beforehand
+    # Fixed seed; the band was set beforehand.
+    assert chisquare(observed, expected, sum_check=False).pvalue > 1e-3
 
 
 def test_later_tokens_follow_the_models_distribution(make_policy, make_tokenizer):
@@ -179,9 +176,8 @@ def test_filters_keep_the_tokens_of_their_definition(options, kept):
 
 def test_tokens_without_probability_are_never_drawn():
     logits = torch.tensor([[-math.inf, 1.0, 0.0, -math.inf]]).expand(3, 4)
-    edges = torch.tensor(
-        [0.0, 0.5, 1 - 2**-53], dtype=torch.float64
-    )  # the largest number that torch.rand gives
+    # The last is the largest number that torch.rand gives.
+    edges = torch.tensor([0.0, 0.5, 1 - 2**-53], dtype=torch.float64)
     assert draw(logits, edges, SamplingConfig())[0].tolist() == [1, 1, 2]
     assert draw(logits, edges, SamplingConfig(top_p=0.5))[0].tolist() == [1, 1, 1]
     assert draw(logits, edges, SamplingConfig(temperature=0.7))[0].tolist() == [1, 1, 2]
@@ -253,9 +249,7 @@ def test_samples_of_a_prompt_are_rows_of_their_own(student, prompts):
 
 
 def test_rows_that_end_early_change_no_other_row(make_policy, prompts):
-    """The same draws with and without a stop: up to the stop, and in rows without one, the text is
-    the same.
-    """
+    """With the same draws, texts are the same up to their stop."""
     free = make_policy(4)
     stops = stopping(free, prompts)
     free = Policy.of(free.weights.model, free.tokenizer, eos=[])
@@ -283,9 +277,8 @@ def test_every_eos_stops_and_is_counted(make_policy, prompts):
         body[:-1] if end == "stop" else body
         for body, end in zip(rollout.completions(), rollout.finish, strict=True)
     ]
-    assert rollout.texts == tuple(
-        policy.tokenizer.batch_decode(bodies)
-    )  # the end alone is left out, other special tokens stay
+    # The end alone is left out, other special tokens stay.
+    assert rollout.texts == tuple(policy.tokenizer.batch_decode(bodies))
     assert not any("<eos>" in text for text in rollout.texts)
     assert rollout.tokens == rollout.mask.sum() == sum(map(len, rollout.completions()))
 

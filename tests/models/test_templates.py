@@ -1,6 +1,4 @@
-"""Prompts as policies read them: chat templates of all kinds, their arguments, and special tokens
-at both ends.
-"""
+"""Prompts as policies read them: chat templates, their arguments, special tokens at both ends."""
 
 from __future__ import annotations
 

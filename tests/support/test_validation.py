@@ -1,6 +1,4 @@
-"""What users pass is taken as it is or refused in words; numpy's numbers are numbers, booleans and
-texts are not.
-"""
+"""Values are taken as they are or refused in words; numpy's numbers count, booleans do not."""
 
 from __future__ import annotations
 

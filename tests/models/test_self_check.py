@@ -1,6 +1,4 @@
-"""Model families whose caches, batches or embeddings are not attention's: right numbers, or refused
-when the policy is made.
-"""
+"""Families with caches, batches or embeddings of their own: right numbers, or refused at once."""
 
 from __future__ import annotations
 
