@@ -29,11 +29,11 @@ from opdlab.support.validation import Count, Text, Unchecked, validate_arguments
 from opdlab.teachers import asking
 from opdlab.teachers.budget import Budget, Usage, worst
 from opdlab.teachers.cache import key_of
+from opdlab.teachers.greeting import Introduction, greet, read_name
 from opdlab.teachers.redaction import plain
 from opdlab.teachers.sampling import (
     KEEP_STOP,
     NEUTRAL,
-    REFUSED,
     refused_fields,
     sampling_fields,
     without_refused,
@@ -58,8 +58,6 @@ TAKEN = {
     "messages": "write(prompts)",
     "stream": "nothing: replies are read whole",
 }
-# `transformers serve` is greedy without this field.
-SAMPLE = {"generation_config": json.dumps({"do_sample": True, "top_k": 0, "top_p": 1.0})}
 
 
 class TextServer:
@@ -149,14 +147,16 @@ class TextServer:
         path, body = asking.make_request(prompts[0], "", self._given, self.template)
         key = key_of([FORMAT, "meet", self.service.url, self.model, path, body, self.extra])
         # A server that names its model itself may have another one today.
-        known = self.service.cache.get(key) if self.model else None
-        if known is None:
-            known = self._greet(path, body)
-            self.service.cache.put(key, known)
-        self.model, self._names = known["model"], tuple(known["names"])
-        self._limit, self._several = known["limit"], known["several"]
-        self._refused[path] = tuple(known["refused"])
-        self.extra = {**known["extra"], **self.extra}
+        kept = self.service.cache.get(key) if self.model else None
+        if kept is None:
+            met = self._greet(path, body)
+            self.service.cache.put(key, met.as_json())
+        else:
+            met = Introduction.of_json(kept)
+        self.model, self._names = met.model, met.names
+        self._limit, self._several = met.limit, met.several
+        self._refused[path] = met.refused
+        self.extra = {**met.extra, **self.extra}
 
     @validate_arguments
     def write(
@@ -353,47 +353,17 @@ class TextServer:
 
     # Getting to know a server.
 
-    def _greet(self, path: str, body: dict[str, Any]) -> dict[str, Any]:
-        """Ask for two texts of one token, which shows names, fields and whether `n` is served."""
-        fields, guess = {self._limit: 1, "n": 2}, False
-        while True:
-            try:
-                most = worst(json.dumps(body), 2, 1)
-                name, texts = self.post(
-                    path, {**body, **fields}, SamplingConfig(), most, self._read_name, guess=guess
-                )
-                break
-            except TeacherError as error:
-                fields, guess = _after_refusal(fields, guess, error)
-        return {
-            "model": self.model or name.removesuffix("@main"),
-            "names": [name],
-            "extra": SAMPLE if name.endswith("@main") else {},
-            "limit": next(iter(fields)),
-            "several": texts > 1,
-            "refused": list(self._refused[path]),
-        }
+    def _greet(self, path: str, body: dict[str, Any]) -> Introduction:
+        """Get to know the server by a question to which it need not give more than one token."""
+        most = worst(json.dumps(body), 2, 1)
+        read = partial(read_name, model=self.model, without_key=self.service.without_key)
 
-    def _read_name(self, reply: Mapping[str, Any]) -> tuple[str, int]:
-        """The model's name in a reply to a greeting, and how many texts it has."""
-        name, listed = reply.get("model"), reply.get("choices")
-        if not isinstance(name, str) or not name or not isinstance(listed, list) or not listed:
-            raise Fault("the reply has no model or no choices")
-        if self.service.without_key(name) != name:
-            raise Fault(
-                "the model's name holds the key, which would be kept with the answers", final=True
-            )
-        for choice in listed:
-            asking.check_no_error(choice)
-        if len(listed) > 2:
-            raise Fault(f"{len(listed)} texts came where 2 were asked for")
-        # The name may be a dated snapshot's, or lack what a router's name has before it.
-        if self.model and not (name.startswith(self.model) or self.model.endswith(f"/{name}")):
-            raise Fault(
-                f"the model {plain(name)!r} answered and not {self.model!r}. Name it as the server"
-                " does, or leave model= out"
-            )
-        return name, len(listed)
+        def ask(fields: dict[str, int], guess: bool) -> tuple[str, int]:
+            whole = {**body, **fields}
+            return self.post(path, whole, SamplingConfig(), most, read, guess=guess)
+
+        met = greet(ask, self._limit)
+        return dataclasses.replace(met, model=self.model or met.model, refused=self._refused[path])
 
     def _way(self, prompts: Sequence[Prompt]) -> str:
         """How to ask for more of an unfinished answer: as the user said, else as a trial shows."""
@@ -446,26 +416,3 @@ def _checked_extra(extra: Mapping[str, Any]) -> dict[str, Any]:
             f"TextServer got extra={shortened(extra)}, which is no JSON ({error}). Use plain data."
         ) from None
     return dict(extra)
-
-
-def _after_refusal(
-    fields: dict[str, int], guess: bool, error: TeacherError
-) -> tuple[dict[str, int], bool]:
-    """How to greet a server that refused a greeting: `fields`, and whether to `guess` in `post`.
-
-    If the server does not name the field that it refuses, `n` goes first: without it texts come
-    one at a time, which changes none of them.
-
-    Raises:
-        TeacherError: Nothing is left to try; it is `error` itself.
-    """
-    if error.status not in REFUSED:
-        raise error
-    limit, many = next(iter(fields)), {"n": 2}
-    if "max_completion_tokens" in str(error) and limit == "max_tokens":
-        return {"max_completion_tokens": 1, **many}, False
-    if "n" in fields:
-        return {limit: 1}, guess
-    if not guess:
-        return {limit: 1, **many}, True
-    raise error

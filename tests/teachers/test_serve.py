@@ -12,7 +12,7 @@ import opdlab as opd
 from opdlab.methods import OmniOPD, SequenceKD
 from opdlab.tasks.market import data, model
 from opdlab.teachers import LogprobServer, TextOnly, TextServer
-from opdlab.teachers.text_server import SAMPLE
+from opdlab.teachers.greeting import SAMPLE
 
 TASK = opd.tasks.market()
 PROMPTS = TASK.prompts(3)
