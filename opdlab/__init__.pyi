@@ -1,4 +1,4 @@
-"""The names that a notebook uses, and where they are: `__init__.py` imports each when it is first used."""
+"""The names that a notebook uses; `__init__.py` imports each when it is first used."""
 
 from . import diagnose, engine, errors, exact, losses, methods, notebook, tasks, teachers, viz
 from .audit import audit
