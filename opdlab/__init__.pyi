@@ -9,7 +9,6 @@ from .data.sampling_config import SamplingConfig
 from .data.trace import Trace
 from .diagnose import doctor
 from .engine import signals
-from .engine.scoring import score
 from .errors import OpdlabError
 from .losses import TopK
 from .methods import (
@@ -40,6 +39,7 @@ from .training import snapshots
 from .training.evaluation import evaluate
 from .training.resuming import resume
 from .training.run import Run, distill
+from .training.scoring import score
 from .training.settings import Settings
 from .training.step import Step
 

@@ -17,8 +17,8 @@ from opdlab.engine.loss_contract import (
     spread_index,
 )
 from opdlab.engine.not_finite import explain
+from opdlab.engine.recording import gradient_shares
 from opdlab.engine.rows import Rows
-from opdlab.engine.scoring import gradient_shares
 from opdlab.errors import NonFinite, OpdlabError, PartialDistribution, UnknownColumn
 from opdlab.methods.conversion import as_method
 
@@ -41,7 +41,6 @@ def what_if(trace: Trace, loss: Callable[[Rows], Tensor]) -> Trace:
         NonFinite: It is NaN or infinite at a token.
         PartialDistribution: It reads a policy whose top tokens the trace does not have.
     """
-
     function = as_method(loss, "what_if").loss
     if "support" not in trace.table.column_names:
         raise OpdlabError(

@@ -20,7 +20,6 @@ from opdlab import methods
 from opdlab.commands.demo_report import Measured, Outcome, print_tables, write_page
 from opdlab.data.trace import Trace
 from opdlab.engine.needs import Access, parse_need
-from opdlab.engine.scoring import score
 from opdlab.errors import InvalidValue, OpdlabError, TokenizerMismatch
 from opdlab.losses.divergences import TopK
 from opdlab.methods import Method
@@ -32,6 +31,7 @@ from opdlab.tasks.profiles import load
 from opdlab.teachers import LogprobServer, TextOnly, TextServer
 from opdlab.training.evaluation import Evaluation, evaluate
 from opdlab.training.run import distill
+from opdlab.training.scoring import score
 
 # Prompts that a teacher which only writes is measured on: its answers may cost money.
 PROMPTS_OF_WRITERS = 48

@@ -15,7 +15,6 @@ from opdlab.data.rollout import Rollout
 from opdlab.data.trace import Trace
 from opdlab.engine.batch import Batch
 from opdlab.engine.planned import run_plan
-from opdlab.engine.scoring import score
 from opdlab.errors import OpdlabError
 from opdlab.methods import DOPD, TOPD, OmniOPD
 from opdlab.models.policy import Policy
@@ -26,6 +25,7 @@ from opdlab.teachers import TextOnly
 from opdlab.training import snapshots
 from opdlab.training.evaluation import evaluate
 from opdlab.training.run import distill
+from opdlab.training.scoring import score
 from opdlab.viz import (
     VIEWS,
     Alignment,

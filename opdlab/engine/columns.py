@@ -21,7 +21,7 @@ from opdlab.engine.rows import Rows
 from opdlab.errors import BadPlan
 from opdlab.support.expect import shortened
 
-# Columns of every trace (`opdlab.engine.scoring`).
+# Columns of every trace (`opdlab.engine.recording`).
 OF_TRACES = (
     *("run", "step", "sample", "prompt", "position", "token_id", "turn", "learn"),
     *("loss", "grad_norm", "share", "support"),

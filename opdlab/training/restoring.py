@@ -82,9 +82,7 @@ def fit_adapter(run: RunState, saved: SavedRun) -> None:
         config.inference_mode = False
         run.student._adapter.name = weights.add_adapter(config, seed=run.settings.seed)
         return
-    now = json.loads(
-        json.dumps(weights.config_of(name).to_dict(), default=checkpoint.json_default)
-    )
+    now = json.loads(json.dumps(weights.config_of(name).to_dict(), default=checkpoint.json_default))
     for key in _ADAPTER:
         before, after = (_unordered(side.get(key)) for side in (described, now))
         if key in described and before != after:

@@ -23,7 +23,7 @@ from opdlab.data.trace import Trace
 from opdlab.engine import signals
 from opdlab.engine.batch import Batch
 from opdlab.engine.passes import compute
-from opdlab.engine.scoring import record_trace, score
+from opdlab.engine.recording import record_trace
 from opdlab.errors import OpdlabError
 from opdlab.models.policy import Policy
 from opdlab.models.same_tokens import check_same_tokens
@@ -31,6 +31,7 @@ from opdlab.support.expect import expect
 from opdlab.teachers.contract import expect_teacher
 from opdlab.training import checkpoint, run_folder
 from opdlab.training.run import Run
+from opdlab.training.scoring import score
 
 
 def steps(run: Run) -> list[int]:

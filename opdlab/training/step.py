@@ -10,7 +10,7 @@ from torch import Tensor
 from opdlab.data.rollout import Rollout
 from opdlab.data.trace import Trace
 from opdlab.engine.planned import Planned
-from opdlab.engine.scoring import record_trace
+from opdlab.engine.recording import record_trace
 from opdlab.training.resolution import grader_names
 
 

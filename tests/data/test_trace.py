@@ -17,7 +17,7 @@ from opdlab.data.notes import Windows
 from opdlab.data.rollout import Rollout, concat_rollouts
 from opdlab.engine.batch import Batch
 from opdlab.engine.planned import Planned, run_plan
-from opdlab.engine.scoring import record_trace
+from opdlab.engine.recording import record_trace
 from opdlab.errors import (
     BadLoss,
     DamagedFile,

@@ -1,4 +1,4 @@
-"""Grade a rollout and keep the numbers of every token as a `Trace`."""
+"""Keep the numbers of every token of a rollout as a `Trace`."""
 
 from __future__ import annotations
 
@@ -14,84 +14,7 @@ from opdlab.data.prompt import Prompt
 from opdlab.data.rollout import Rollout
 from opdlab.data.tokens import token_bytes
 from opdlab.data.trace import FORMAT, Trace
-from opdlab.engine import signals
-from opdlab.engine.batch import Batch
-from opdlab.engine.passes import compute
 from opdlab.engine.planned import Planned
-from opdlab.errors import MissingPolicy, OpdlabError
-from opdlab.models.policy import Policy
-from opdlab.models.protocols import Checked, Grader
-from opdlab.models.same_tokens import check_same_tokens
-from opdlab.models.vocabulary import check_written_with
-from opdlab.support.expect import shortened
-from opdlab.support.validation import Count, validate
-
-
-def score(
-    rollout: Rollout,
-    student: Policy,
-    teacher: Grader | None = None,
-    k: int = 8,
-    **others: Grader,
-) -> Trace:
-    """Grade a rollout: every number of `signals.full(k)` per token, under all policies given.
-
-    Args:
-        rollout: Texts in the student's tokens.
-        student: The first policy, with which the others are compared.
-        teacher: Anything that grades a rollout, such as a policy or a LogprobServer. A server that
-            gives only some log-probs contributes what can be known: the log-prob of the sampled
-            token, a lower bound of the reverse KL (`teacher_coarse_reverse_kl`), and the overlap of
-            the top tokens.
-        k: Top tokens that are kept of each policy.
-        others: More graders by name, such as `reference=…`; pass `**{"teacher+hint": …}` for names
-            that are no identifiers.
-
-    Returns:
-        A trace with one row for each token.
-
-    Raises:
-        TokenizerMismatch: The rollout or a policy has other tokens than the student. Nothing has
-            run then.
-        MissingPolicy: One of them cannot grade.
-        InvalidValue: `k` is no count.
-    """
-    if not isinstance(rollout, Rollout):
-        raise OpdlabError(
-            f"score got {_named(rollout)} for a rollout. Write one with student.sample(prompts) or"
-            " opdlab.rollout_from_texts(…)."
-        )
-    if not isinstance(student, Policy):
-        raise MissingPolicy(
-            f"score got {_named(student)} for the student. Give a Policy: opdlab.score(rollout,"
-            " student, teacher)."
-        )
-    k = validate("score", {"k": k}, {"k": Count})["k"]
-    graders: dict[str, Any] = {"student": student}
-    if teacher is not None:
-        graders["teacher"] = teacher
-    graders |= others
-    check_written_with(student.tokenizer, student.weights.vocab_size, rollout, "the student")
-    for name, grader in graders.items():
-        _check_grader(name, grader, student, rollout)
-    batch = Batch(rollout, graders)
-    states = {name: batch.states(name) for name in graders}
-    numbers = compute(signals.full(k, allow_partial=True), states, batch.token)
-    return record_trace(rollout, graders, numbers)
-
-
-def _check_grader(name: str, grader: Any, student: Policy, rollout: Rollout) -> None:
-    """Refuse a grader that cannot grade the student's tokens."""
-    if isinstance(grader, Policy):
-        check_same_tokens(student, grader, name)
-    elif not isinstance(grader, Grader):
-        raise MissingPolicy(
-            f"score got {_named(grader)} for {name!r}, which has no log-probs of given tokens. Give"
-            " a Policy or a LogprobServer; a teacher that only writes can be compared by its texts"
-            " (OmniOPD, SequenceKD)."
-        )
-    elif isinstance(grader, Checked):  # a server is compared with the student before it grades
-        grader.check(student, list(rollout.prompts), int(rollout.lengths.max()))
 
 
 def record_trace(
@@ -172,14 +95,6 @@ def _table_column(value: Tensor) -> Any:
     if array.ndim == 1:
         return array
     return pa.array(list(array), pa.list_(pa.from_numpy_dtype(array.dtype)))
-
-
-def _named(value: Any) -> str:
-    return (
-        shortened(value)
-        if isinstance(value, (str, int, float, list, dict, type(None)))
-        else f"a {type(value).__name__}"
-    )
 
 
 def _prompt_text(prompt: Prompt) -> str:
