@@ -15,11 +15,11 @@ ROOT = Path(__file__).parents[1]
 TEXT = (ROOT / "CONTRIBUTING.md").read_text(encoding="utf-8")
 # A file in bold, the place where its code goes if the file exists, and the code.
 BLOCK = re.compile(
-    r"^\*\*`(?P<file>\S+)`\*\*(?:, (?P<where>before|after) `(?P<line>.+?)`)?:\n\n"
+    r"^\*\*`(?P<file>\S+)`\*\*(?:, (?P<where>before|after) `(?P<line>[^`\n]+)`[^\n]*?)?:\n\n"
     r"```\w+\n(?P<code>.*?)^```$",
     re.MULTILINE | re.DOTALL,
 )
-FILES = {"divergence": 2, "teacher": 2, "task": 2, "method": 2, "alarm": 2, "view": 4}
+FILES = {"divergence": 3, "teacher": 2, "task": 2, "method": 2, "alarm": 2, "view": 4}
 
 
 def recipes() -> dict[str, list[re.Match[str]]]:
