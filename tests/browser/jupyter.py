@@ -25,8 +25,11 @@ RAN = (
 SAY = """(source) => {
   window.said = null;
   let text = "";
-  const future = window.jupyterapp.shell.currentWidget.sessionContext.session.kernel.requestExecute({ code: source });
-  future.onIOPub = ({ content }) => (text += content.text ?? (content.ename ? `${content.ename}: ${content.evalue}` : ""));
+  const { session } = window.jupyterapp.shell.currentWidget.sessionContext;
+  const future = session.kernel.requestExecute({ code: source });
+  future.onIOPub = ({ content }) => {
+    text += content.text ?? (content.ename ? `${content.ename}: ${content.evalue}` : "");
+  };
   future.done.then(() => (window.said = text));
 }"""
 FOLDERS = (
@@ -45,8 +48,10 @@ SPEC = {
 
 ALONE = """async ([name, kernel]) => {
   const { commands, shell } = window.jupyterapp;
-  for (const old of [...shell.widgets("main")]) old.dispose();  // without the question whether to save
-  await commands.execute("docmanager:open", { path: name, factory: "Notebook", kernel: { id: kernel } });
+  // Without the question whether to save.
+  for (const old of [...shell.widgets("main")]) old.dispose();
+  const options = { path: name, factory: "Notebook", kernel: { id: kernel } };
+  await commands.execute("docmanager:open", options);
 }"""
 
 

@@ -15,7 +15,10 @@ OURS, THEIRS = (
     [b"4", b" 7", b" =", b" 85", b"", b" ok"],
     [b"4", b" ", b"7", b" = ", b"8", b"5", b" ok"],
 )
-SEEN = """nodes => nodes.map((n) => [n.textContent, n.querySelector("path").getAttribute("d"), n.className, n.style.minWidth])"""
+SEEN = """nodes => nodes.map((n) => {
+  const path = n.querySelector("path").getAttribute("d");
+  return [n.textContent, path, n.className, n.style.minWidth];
+})"""
 
 
 def test_the_page_is_the_still_picture_and_can_be_walked(open_page, tmp_path, axe):

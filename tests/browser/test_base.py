@@ -21,17 +21,20 @@ WORDS = [b"The", b" cat", b" sat", *byte_pieces(" 🤗", 2), b" on", b"\n", b" t
 
 # The shipped decoder, with its two entries in reach of the tests.
 PROBE = (
-    f"<script type=module>{embed.bundle(['payload.js'])}; Object.assign(window, {{ bytesOf, inflate,"
-    " decode })</script>"
+    f"<script type=module>{embed.bundle(['payload.js'])}; "
+    "Object.assign(window, { bytesOf, inflate, decode })</script>"
 )
 HASHED = (
     "(b) => { let h = 0; const r = inflate(bytesOf(b)); for (const x of r) h = (h * 31 + x) >>> 0;"
     " return [r.length, h]; }"
 )
 PLAIN = """(base64) => {
-  const plain = (x) => ArrayBuffer.isView(x) ? [...x].map((v) => Number.isFinite(v) ? v : String(v))
-    : Array.isArray(x) ? x.map(plain)
-    : x && typeof x === "object" ? Object.fromEntries(Object.entries(x).map(([k, v]) => [k, plain(v)])) : x;
+  const plain = (x) => {
+    if (ArrayBuffer.isView(x)) return [...x].map((v) => Number.isFinite(v) ? v : String(v));
+    if (Array.isArray(x)) return x.map(plain);
+    if (!x || typeof x !== "object") return x;
+    return Object.fromEntries(Object.entries(x).map(([k, v]) => [k, plain(v)]));
+  };
   return plain(decode(bytesOf(base64)));
 }"""
 

@@ -31,7 +31,9 @@ board = viz.RunBoard(run)"""
 METHODS = """import opdlab
 from opdlab import viz
 student, teacher, task = opdlab.load('market')
-step = opdlab.distill(student, teacher, task, method=opdlab.TOPD(window=6), steps=1, batch=4, lr=0, quiet=True).train().last
+method = opdlab.TOPD(window=6)
+run = opdlab.distill(student, teacher, task, method=method, steps=1, batch=4, lr=0, quiet=True)
+step = run.train().last
 forks = viz.Forks(step.trace(), policies=step.policies, prompts=step.rollout.prompts)
 regimes = viz.Regimes(step.trace())"""
 OWN_LOSS = """from opdlab import viz

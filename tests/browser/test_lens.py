@@ -1,4 +1,4 @@
-"""TokenLens beyond one strip: tracks, kinds, search, pins, brush, help, and the map of long texts."""
+"""TokenLens beyond one strip: tracks, kinds, search, pins, brush, help, the map of long texts."""
 
 from __future__ import annotations
 
@@ -179,7 +179,8 @@ def test_a_map_of_a_long_text_keeps_peaks_and_scrolls(open_page, tmp_path, axe):
       const { width, height } = canvas, x = Math.floor(part * width), pen = canvas.getContext("2d");
       const orange = (dx) => {
         const pixels = pen.getImageData(x + dx, 0, 1, height).data;
-        return [...Array(height).keys()].filter((y) => pixels[4 * y] > 200 && pixels[4 * y + 2] < 30).length / height;
+        const isOrange = (y) => pixels[4 * y] > 200 && pixels[4 * y + 2] < 30;
+        return [...Array(height).keys()].filter(isOrange).length / height;
       };
       return Math.max(...[-1, 0, 1].map(orange));
     }"""

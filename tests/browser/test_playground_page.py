@@ -1,4 +1,4 @@
-"""The playground in a real browser: its JavaScript is the Python, everything moves what it should."""
+"""The playground in a real browser: JavaScript agrees with Python, and every control works."""
 
 from __future__ import annotations
 
@@ -18,12 +18,18 @@ PROBE = (
     " pullsOf, fieldOf, walkOf, fitHills };</script>"
 )
 READ = """([name, parameter, clip, mass, temperature, steps, teacher, student]) => {
-  const T = window.toys, push = T.pushOf(name, parameter, clip), plain = (v) => [...v].map((x) => (Number.isNaN(x) ? null : x));
+  const T = window.toys, push = T.pushOf(name, parameter, clip);
+  const plain = (v) => [...v].map((x) => (Number.isNaN(x) ? null : x));
   const form = T.FORMS[name](parameter);
-  return { f: plain(T.RATIOS.map((x) => form.f(x))), weight: plain(T.RATIOS.map((x) => form.weight(x))),
-           push: plain(T.RATIOS.map((x) => push.weight(x))), pulls: plain(T.pullsOf(push, mass)),
-           field: T.fieldOf(push, teacher, temperature).flat(), walk: T.walkOf(push, student, teacher, steps, temperature).flat(),
-           fit: T.fitHills(push, steps, temperature) };
+  return {
+    f: plain(T.RATIOS.map((x) => form.f(x))),
+    weight: plain(T.RATIOS.map((x) => form.weight(x))),
+    push: plain(T.RATIOS.map((x) => push.weight(x))),
+    pulls: plain(T.pullsOf(push, mass)),
+    field: T.fieldOf(push, teacher, temperature).flat(),
+    walk: T.walkOf(push, student, teacher, steps, temperature).flat(),
+    fit: T.fitHills(push, steps, temperature),
+  };
 }"""
 DRAWN = "() => new Promise((done) => requestAnimationFrame(() => requestAnimationFrame(done)))"
 
@@ -101,6 +107,7 @@ def test_everything_moves_what_it_should(open_page, tmp_path, axe):
     )  # single precision against double: the first arrows read the same
 
     dot = worlds.nth(2).locator(".opd-dot-teacher")
+    dot.scroll_into_view_if_needed()
     box = dot.bounding_box()
     view.mouse.move(box["x"] + box["width"] / 2, box["y"] + box["height"] / 2)
     view.mouse.down()

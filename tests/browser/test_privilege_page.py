@@ -107,7 +107,8 @@ def test_it_fits_and_reads_in_the_dark(open_page, tmp_path, lens, axe):
     assert view.evaluate("document.documentElement.scrollWidth") <= 480
     cells = view.locator(".opd-mean").evaluate_all("""nodes => nodes.map((node) => {
       const of = (part) => part.getBoundingClientRect(), row = of(node.parentNode);
-      const bar = of(node.querySelector(".opd-track")), words = of(node.querySelector(".opd-value"));
+      const bar = of(node.querySelector(".opd-track"));
+      const words = of(node.querySelector(".opd-value"));
       return [row.top, words.top, words.bottom, bar.top, bar.bottom, row.bottom];
     })""")
     assert cells

@@ -78,12 +78,15 @@ TAGS = {
     "del",
 }
 LOOK = """(wanted) => {
-  const all = [...document.querySelectorAll(".opd, .opd *")], strips = [...document.querySelectorAll(".opd-strip")];
-  const live = document.querySelector("[data-mounted]"), inside = (node) => [...node.children].map((child) => child.textContent).join("");
+  const all = [...document.querySelectorAll(".opd, .opd *")];
+  const strips = [...document.querySelectorAll(".opd-strip")];
+  const live = document.querySelector("[data-mounted]");
+  const inside = (node) => [...node.children].map((child) => child.textContent).join("");
+  const acts = (name) => name.startsWith("on") || name === "href" || name === "src";
   const text = (node) => (live ? inside(node) : node.textContent);
   return {
     tags: [...new Set(all.map((node) => node.localName))],
-    handlers: all.flatMap((node) => node.getAttributeNames().filter((name) => name.startsWith("on") || name === "href" || name === "src")),
+    handlers: all.flatMap((node) => node.getAttributeNames().filter(acts)),
     scripts: document.querySelectorAll("script").length,
     broken: window.broken ?? null,
     strips: strips.length,

@@ -32,17 +32,23 @@ CONTRAST = """() => {
     return [...canvas.getImageData(0, 0, 1, 1).data].slice(0, 3);
   };
   const light = (rgb) => {
-    const [r, g, b] = rgb.map((v) => v / 255).map((v) => (v <= 0.03928 ? v / 12.92 : ((v + 0.055) / 1.055) ** 2.4));
+    const linear = (v) => (v <= 0.03928 ? v / 12.92 : ((v + 0.055) / 1.055) ** 2.4);
+    const [r, g, b] = rgb.map((v) => linear(v / 255));
     return 0.2126 * r + 0.7152 * g + 0.0722 * b;
   };
-  const ratio = (a, b) => (Math.max(light(a), light(b)) + 0.05) / (Math.min(light(a), light(b)) + 0.05);
+  const ratio = (a, b) => {
+    const [dark, bright] = [light(a), light(b)].sort((x, y) => x - y);
+    return (bright + 0.05) / (dark + 0.05);
+  };
   const paper = getComputedStyle(document.querySelector(".opd")).backgroundColor;
-  return [...document.querySelectorAll(".opd-ink, .opd-soft, .opd-button, .opd-p, .opd-name, .opd-value, .opd-legend, .opd-prompt")]
-    .map((node) => {
-      const style = getComputedStyle(node);
-      const behind = over(paper, style.backgroundColor);
-      return [node.className, ratio(over(paper, style.backgroundColor, style.color), behind), style.backgroundColor];
-    });
+  const names = ["ink", "soft", "button", "p", "name", "value", "legend", "prompt"];
+  const nodes = document.querySelectorAll(names.map((name) => `.opd-${name}`).join(", "));
+  return [...nodes].map((node) => {
+    const style = getComputedStyle(node);
+    const behind = over(paper, style.backgroundColor);
+    const before = over(paper, style.backgroundColor, style.color);
+    return [node.className, ratio(before, behind), style.backgroundColor];
+  });
 }"""
 
 
