@@ -1,4 +1,4 @@
-"""What is stored: prompts, rollouts, columns, traces.
+"""Stored data: prompts, rollouts, columns, traces.
 
 Nothing here imports a model or transformers.
 """

@@ -197,6 +197,13 @@ class Policy:
             weights, adapter=AdapterInUse(weights.active), chat_template_kwargs=chat_template_kwargs
         )
 
+    # Its parts.
+
+    @property
+    def name(self) -> str:
+        """The model's name in errors."""
+        return self.weights.name
+
     @property
     def tokenizer(self) -> PreTrainedTokenizerBase:
         """The tokenizer of the weights."""
@@ -206,6 +213,18 @@ class Policy:
     def adapter(self) -> str | None:
         """Name of the adapter in use; None is the bare model."""
         return self._adapter.name
+
+    @property
+    def head(self) -> Head:
+        """The output head as this policy's adapter leaves it."""
+        return self.weights.head_of(self.adapter)
+
+    @property
+    def limit(self) -> ContextLimit:
+        """Tokens that a prompt and its completion may have together."""
+        return ContextLimit(self.weights.context_length, self.name, self.context is not None)
+
+    # Other policies made of this one, and training.
 
     def seeing(
         self, context: str | Callable[[Prompt], Prompt] | Sequence[Mapping[str, Any]] | None = None
@@ -241,10 +260,10 @@ class Policy:
 
             policy.with_template(enable_thinking=False)
 
-        Those that it has already stay, unless they are given again. What transformers reads itself
-        is allowed too: `tools`, `documents`, `add_generation_prompt`, `continue_final_message` (for
-        chats that end with the beginning of an answer), `sanitize_control_tokens` (special tokens
-        that a message spells are read letter by letter).
+        Arguments that the policy has already stay, unless they are given again. Those that
+        transformers reads itself are allowed too: `tools`, `documents`, `add_generation_prompt`,
+        `continue_final_message` (for chats that end with the beginning of an answer),
+        `sanitize_control_tokens` (special tokens that a message spells are read letter by letter).
 
         Raises:
             InvalidValue: Neither the template nor transformers reads one of them.
@@ -320,15 +339,7 @@ class Policy:
             self.weights.drop_adapter(replaced, self.weights.config_of(replaced))
         return self
 
-    @property
-    def head(self) -> Head:
-        """The output head as this policy's adapter leaves it."""
-        return self.weights.head_of(self.adapter)
-
-    @property
-    def limit(self) -> ContextLimit:
-        """Tokens that a prompt and its completion may have together."""
-        return ContextLimit(self.weights.context_length, self.name, self.context is not None)
+    # Reading prompts.
 
     def encode(self, prompt: Prompt) -> list[int]:
         """Encode a prompt as this policy sees it, with its context and its chat template.
@@ -387,10 +398,7 @@ class Policy:
             )
         return seen
 
-    @property
-    def name(self) -> str:
-        """The model's name in errors."""
-        return self.weights.name
+    # Sampling and grading.
 
     @validate_arguments
     def sample(

@@ -110,7 +110,7 @@ _known: dict[tuple[Any, ...], Abilities] = {}
 
 
 def _kind(model: PreTrainedModel) -> tuple[Any, ...]:
-    """What two models have in common if one check is enough for both."""
+    """Make a key that two models share if one check is enough for both."""
     devices = {(str(weight.dtype), weight.device.type) for weight in model.parameters()}
     # A private setting of transformers, which not every configuration has.
     attention = getattr(model.config, "_attn_implementation", None)

@@ -135,7 +135,7 @@ def check_written_with(
     Args:
         tokenizer: The tokenizer of the policy that is to read the rollout.
         vocab_size: How many tokens its model has.
-        rollout: What was written.
+        rollout: The rollout.
         name: The policy's name, for the error.
 
     Raises:

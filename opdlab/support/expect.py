@@ -25,7 +25,7 @@ def expect(value: Any, kind: type[Kind], where: str, name: str) -> Kind:
     """Return `value` if it is an instance of `kind`.
 
     Args:
-        value: What the user passed.
+        value: The object that the user passed.
         kind: The class that is right, such as `Policy`.
         where: The function that was called, for the error.
         name: The argument's name, for the error.
@@ -175,7 +175,7 @@ class _Known:
     """A kind of object that opdlab knows.
 
     Attributes:
-        words: What it is, in a sentence: "That is a policy."
+        words: Its name in a sentence, such as "a policy" in "That is a policy."
         advise: Says how to get one, given the object that stands in its place.
     """
 

@@ -170,7 +170,9 @@ def validate_fields(instance: Any) -> None:
     for name, adapter in _adapters(cast(Hashable, kind)).items():
         if name in kind.__dataclass_fields__:
             object.__setattr__(
-                instance, name, _validated(kind.__name__, name, getattr(instance, name), adapter)
+                instance,
+                name,
+                _validate_value(kind.__name__, name, getattr(instance, name), adapter),
             )
 
 
@@ -197,7 +199,7 @@ def validate_arguments(function: _Function) -> _Function:
             ) from None
         for name, adapter in _adapters(function).items():
             if name in bound.arguments:
-                bound.arguments[name] = _validated(owner, name, bound.arguments[name], adapter)
+                bound.arguments[name] = _validate_value(owner, name, bound.arguments[name], adapter)
         return function(*bound.args, **bound.kwargs)
 
     return checked  # type: ignore[return-value]
@@ -221,7 +223,9 @@ def validate(owner: str, values: Mapping[str, Any], types: Mapping[str, Any]) ->
     """
     checks = {name: _adapter(types[name]) for name in values}
     return {
-        name: value if (check := checks[name]) is None else _validated(owner, name, value, check)
+        name: value
+        if (check := checks[name]) is None
+        else _validate_value(owner, name, value, check)
         for name, value in values.items()
     }
 
@@ -297,7 +301,7 @@ def _by_instance(hint: Any) -> Any:
     return hint
 
 
-def _validated(owner: str, name: str, value: Any, adapter: TypeAdapter[Any]) -> Any:
+def _validate_value(owner: str, name: str, value: Any, adapter: TypeAdapter[Any]) -> Any:
     try:
         return adapter.validate_python(value)
     except ValidationError as error:
@@ -317,10 +321,10 @@ def _advice(adapter: TypeAdapter[Any], error: ValidationError, value: Any) -> st
         if one["type"] == "is_instance_of" and not one["loc"]
     ]
     told = advice(wanted[0], value) if len(wanted) == 1 else ""
-    return told or f"Use {_wanted(adapter, error)}."
+    return told or f"Use {_say_wanted(adapter, error)}."
 
 
-def _wanted(adapter: TypeAdapter[Any], error: ValidationError) -> str:
+def _say_wanted(adapter: TypeAdapter[Any], error: ValidationError) -> str:
     """Say what would be right, from the descriptions of the type; else in pydantic's own words."""
     try:
         schema = adapter.json_schema()
