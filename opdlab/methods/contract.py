@@ -1,10 +1,10 @@
-"""The contract of a method, and the way to make one from a bare function.
+"""The contract of a method, and the decorator that makes one of a loss function.
 
-    plan(batch) -> columns      no gradient, whole batch: what should each token be told?
-    loss(rows)  -> [n]          gradient, a chunk of tokens: tell it
+    plan(batch) -> columns      no gradient, whole batch: decide what each token should be told
+    loss(rows)  -> [n]          with gradient, a chunk of tokens: compute it
 
-A method is any object with `needs` and `loss`; the rest is optional. `as_method` makes one of a
-class or of a bare function, and refuses everything else in words.
+A method is any object with `needs` and `loss` (`Method`); all other parts are optional, each with a
+protocol of its own. `opdlab.methods.conversion.as_method` accepts classes and functions too.
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any, Protocol, overload, runtime_checkable
 
 from torch import Tensor
 
+from opdlab.data.column import Column
 from opdlab.engine.batch import Batch
 from opdlab.engine.needs import parse_needs
 from opdlab.errors import InvalidValue
@@ -25,47 +26,115 @@ from opdlab.support.expect import shortened
 if TYPE_CHECKING:
     from opdlab.engine.rows import Rows
 
+Columns = Mapping[str, "Tensor | Column"]
 Loss = Callable[["Rows"], Tensor]
-Planner = Callable[[Batch], Mapping[str, Tensor]]
-DEFAULT_NEEDS = ("teacher",)  # what a bare function reads unless it says otherwise
+Planner = Callable[[Batch], Columns]
+DEFAULT_NEEDS = ("teacher",)  # the needs of a bare function that states none
 
 
 @runtime_checkable
 class Method(Protocol):
-    """`needs` names what the method looks at besides the student's own distribution
-    (`opdlab.training.resolution`): `teacher`, `reference` (the student before training), `ema`,
-    any of them told hints (`teacher+hint`), or `teacher.text` (a teacher that only writes).
+    """What every method has: the distributions that it reads, and a loss.
 
-    Optional: `plan(batch) -> {name: [B, T] or [B, T, K] or [B]}`; `on_policy`, the share of prompts
-        whose completion the
-    student writes (1); `writer`, who writes the others ("teacher", "answer", a policy of `needs`,
-    or several of them, each of whom writes all, in that order); `recipe`, the settings of `distill`
-    that the method's paper trains with, as `{"normalize": "sequence"}` (they go before the task's
-    own); `state_dict()` and `load_state_dict(state)`, for a method that keeps something from step
-    to step (`opdlab.training.method_state`).
+    A method may also be a `HasPlan`, `HasShare`, `HasWriter` or `HasRecipe`. It may have
+    `verifies = True` (it learns from the task's verifier), `least_n` (samples per prompt that it
+    compares at least), and `state_dict()` with `load_state_dict(state)` where it keeps something
+    from step to step (`opdlab.training.method_state`).
     """
 
     @property
-    def needs(self) -> tuple[str, ...]: ...
+    def needs(self) -> tuple[str, ...]:
+        """The policies that it reads besides the student.
 
-    def loss(self, rows: Rows) -> Tensor: ...
+        "teacher", "reference" (the student before training), "ema", any other name that
+        `policies=` gives; with "+hint" where the policy sees the hint, as "teacher.text" for a
+        teacher that only writes, or as "teacher.spans" for one with other tokens.
+        """
+        ...
+
+    def loss(self, rows: Rows) -> Tensor:
+        """Compute the loss of each token, `[n]`, from its row alone."""
+        ...
+
+
+@runtime_checkable
+class HasPlan(Protocol):
+    """A method that looks at the whole batch before the loss runs."""
+
+    def plan(self, batch: Batch) -> Columns:
+        """Return columns by name: `[B, T]`, `[B, T, K]` or `[B]`, which a loss reads as rows."""
+        ...
+
+
+@runtime_checkable
+class HasShare(Protocol):
+    """A method that says for which share of prompts the student writes the completion."""
+
+    @property
+    def on_policy(self) -> float:
+        """The share, from 0 to 1; 1 for a method that does not say."""
+        ...
+
+
+@runtime_checkable
+class HasWriter(Protocol):
+    """A method that says who writes the completions that the student does not write."""
+
+    @property
+    def writer(self) -> str | tuple[str, ...]:
+        """Name "teacher" (the default), "answer", a policy of `needs`, or several.
+
+        Each of several writes all prompts, in that order.
+        """
+        ...
+
+
+@runtime_checkable
+class HasRecipe(Protocol):
+    """A method that brings the settings its paper trains with."""
+
+    @property
+    def recipe(self) -> Mapping[str, Any]:
+        """Settings of `distill`, such as `{"normalize": "sequence"}`.
+
+        They go before those of the task, and the user's go before both.
+        """
+        ...
+
+
+@runtime_checkable
+class HasForms(Protocol):
+    """A method made of an f-divergence, of which `audit` tries other generators."""
+
+    def form(self, c: float) -> Method:
+        """Return the method made of `f + c (u - 1)`."""
+        ...
 
 
 @dataclass(frozen=True)
 class FunctionMethod:
-    """A bare loss function as a method."""
+    """A loss function as a method; it can still be called as the function.
+
+    Attributes:
+        function: The loss, `rows -> [n]`.
+        needs: The policies that it reads.
+        planner: Its plan, `batch -> columns`, or None.
+    """
 
     function: Loss
     needs: tuple[str, ...]
     planner: Planner | None = None
 
-    def plan(self, batch: Batch) -> Mapping[str, Tensor]:
+    def plan(self, batch: Batch) -> Columns:
+        """Return the planner's columns, or none."""
         return self.planner(batch) if self.planner else {}
 
     def loss(self, rows: Rows) -> Tensor:
+        """Return the function's value, `[n]`."""
         return self.function(rows)
 
     def __call__(self, rows: Rows) -> Tensor:
+        """Call the function itself."""
         return self.function(rows)
 
 
@@ -85,6 +154,9 @@ def method(needs: Any = DEFAULT_NEEDS, plan: Planner | None = None) -> Any:
         needs: The names of the policies that the loss reads; one name may be given alone.
         plan: The method's plan, a function of the batch.
 
+    Returns:
+        A method, or a decorator that makes one.
+
     Raises:
         InvalidValue: A name cannot be read, or a function does not take what it is given.
     """
@@ -92,29 +164,43 @@ def method(needs: Any = DEFAULT_NEEDS, plan: Planner | None = None) -> Any:
         return method_of_function(needs, DEFAULT_NEEDS, plan)
     names = (needs,) if isinstance(needs, str) else needs
     parse_needs(names, "opdlab.method")
-    return lambda function: method_of_function(function, names, plan)
+
+    def decorate(function: Loss) -> FunctionMethod:
+        return method_of_function(function, names, plan)
+
+    return decorate
 
 
-def student_share(method: Any) -> float:
-    """The share of prompts whose completion the student writes: the method's `on_policy`, 1 by default."""
-    return float(getattr(method, "on_policy", 1.0))
+def student_share(method: object) -> float:
+    """Return the share of prompts whose completion the student writes."""
+    return float(method.on_policy) if isinstance(method, HasShare) else 1.0
 
 
-def writer_names(method: Any) -> tuple[str, ...]:
-    """Who writes the other completions: the method's `writer`, the teacher by default."""
-    writer = getattr(method, "writer", "teacher")
+def writer_names(method: object) -> tuple[str, ...]:
+    """Return who writes the other completions."""
+    writer = method.writer if isinstance(method, HasWriter) else "teacher"
     return (writer,) if isinstance(writer, str) else tuple(writer)
 
 
 def name_of(method: Any) -> str:
-    """The name of a method for people: its class, or the name of the function that it was made of."""
-    function = getattr(method, "function", None) if isinstance(method, FunctionMethod) else method
+    """Return the name of a method for people: its class, or the function that it was made of."""
+    function = method.function if isinstance(method, FunctionMethod) else method
     while isinstance(function, partial):
-        function = function.args[0] if function.func is _of_rows else function.func
+        function = function.args[0] if function.func is _loss_of_pair else function.func
     return str(getattr(function, "__name__", type(function).__name__))
 
 
 def method_of_function(function: Any, needs: Sequence[str], plan: Planner | None) -> FunctionMethod:
+    """Make a method of a loss function of rows, or of two distributions.
+
+    Args:
+        function: `rows -> [n]`, or a function of the log-probs of student and teacher `[n, V]`.
+        needs: The policies that it reads.
+        plan: Its plan, or None; one of a `FunctionMethod` is kept.
+
+    Raises:
+        InvalidValue: It is no function, takes something else, or a name cannot be read.
+    """
     if not callable(function):
         raise InvalidValue(
             f"opdlab.method got {shortened(function)}. Put it above a loss function: def"
@@ -132,23 +218,21 @@ def method_of_function(function: Any, needs: Sequence[str], plan: Planner | None
             )
         check_takes_one(plan, f"the plan of {name}", "batch")
     if _takes_two_distributions(function):
-        return FunctionMethod(partial(_of_rows, function), names, plan)
+        return FunctionMethod(partial(_loss_of_pair, function), names, plan)
     check_takes_one(function, name, "rows")
     return FunctionMethod(function, names, plan)
 
 
-def _of_rows(pair: Callable[..., Tensor], rows: Rows) -> Tensor:
+def _loss_of_pair(pair: Callable[..., Tensor], rows: Rows) -> Tensor:
     return pair(rows.student, rows.teacher)
 
 
 def _takes_two_distributions(function: Callable[..., Any]) -> bool:
-    """Whether it takes the student's and the teacher's log-probs, as those of `opdlab.losses`,
-    rather than rows.
-    """
+    """Whether a function takes the log-probs of student and teacher rather than rows."""
     required = [
         name
-        for name, one in parameters_of(function)
-        if one.default is one.empty and one.kind in _POSITIONAL
+        for name, parameter in parameters_of(function)
+        if parameter.default is parameter.empty and parameter.kind in _POSITIONAL
     ]
     return len(required) == 2 and required[0] not in ("rows", "row", "batch", "chunk")
 
@@ -158,28 +242,36 @@ VARIADIC = (inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD)
 
 
 def parameters_of(function: Callable[..., Any]) -> list[tuple[str, inspect.Parameter]]:
-    """What a function takes; nothing for those of C, which cannot be asked."""
+    """Return the parameters of a function; none for functions of C, which cannot be asked."""
     try:
         return list(inspect.signature(function).parameters.items())
     except (TypeError, ValueError):
         return []
 
 
-def check_takes_one(function: Callable[..., Any], name: str, what: str) -> None:
-    """Raise InvalidValue unless a function can be called with one argument."""
+def check_takes_one(function: Callable[..., Any], name: str, argument: str) -> None:
+    """Check that a function can be called with one argument.
+
+    Args:
+        function: The function.
+        name: Its name, for the error.
+        argument: The name of the argument, for the error.
+
+    Raises:
+        InvalidValue: It cannot.
+    """
     try:
         inspect.signature(function).bind(object())
     except TypeError:
         takes = ", ".join(str(one) for _, one in parameters_of(function)) or "nothing"
         raise InvalidValue(
-            f"{name} takes {takes}, but it is called with {what} alone. Write it as a function of"
-            f" one argument, {what}."
+            f"{name} takes {takes}, but it is called with {argument} alone. Write it as a function"
+            f" of one argument, {argument}."
         ) from None
-    except (
-        ValueError
-    ):  # functions of C do not say what they take, and methods must at least take self
+    except ValueError:
+        # Functions of C do not say what they take; a method of a class must at least take self.
         if inspect.ismethod(function):
             own = name.rpartition(".")[2]
             raise InvalidValue(
-                f"{name} takes nothing, not even self. Write it as def {own}(self, {what})."
+                f"{name} takes nothing, not even self. Write it as def {own}(self, {argument})."
             ) from None

@@ -1,4 +1,7 @@
-"""Make a method of what a user gives as one: an instance, a class, or a function."""
+"""The one conversion of what a user gives as a method: an instance, a class or a function.
+
+`distill`, `audit`, `what_if`, `exact`, the Playground and the TRL bridge all call `as_method`.
+"""
 
 from __future__ import annotations
 
@@ -12,6 +15,10 @@ from opdlab.errors import InvalidValue
 from opdlab.methods.contract import (
     DEFAULT_NEEDS,
     VARIADIC,
+    HasPlan,
+    HasRecipe,
+    HasShare,
+    HasWriter,
     Method,
     check_takes_one,
     method_of_function,
@@ -25,32 +32,36 @@ from opdlab.support.validation import Share, validate
 def as_method(
     value: Any, where: str = "distill", needs: Sequence[str] | str | None = None
 ) -> Method:
-    """Make a method of what a user gives as one.
+    """Convert what a user gives as a method to a `Method`.
 
     Args:
-        value: A method, the class of one (made with its defaults), or a loss function of rows, or
+        value: A method, a class (made with its defaults), a loss function of rows, or a function
             of the student's and the teacher's log-probs. A function reads the teacher, unless it
             has an attribute `needs` or `needs` is given.
         where: The function that was called, for errors.
-        needs: What a bare function reads.
+        needs: The policies that a bare function reads.
 
     Returns:
-        The method itself where `value` is one.
+        The method; `value` itself where it is one.
 
     Raises:
-        InvalidValue: It is none of these, as a name, or an object without a loss.
+        InvalidValue: `value` is none of these, such as a name or an object without a loss, or its
+            parts do not fit the contract.
     """
     if inspect.isclass(value):
-        value = _instance(value, where)
+        value = _make_instance(value, where)
     if isinstance(value, str):
-        raise InvalidValue(f"{where} got the text {shortened(value)} for a method. {_named(value)}")
+        raise InvalidValue(
+            f"{where} got the text {shortened(value)} for a method. {_advise_on_name(value)}"
+        )
     if hasattr(value, "loss"):
         if needs is not None:
             raise InvalidValue(
                 f"{where} got needs={shortened(needs)} beside {name_of(value)}, which names its"
                 " own. Leave needs out."
             )
-        return _checked(value, where)
+        _check_contract(value, where)
+        return value  # type: ignore[no-any-return]  # it has needs and loss
     if not callable(value) or is_model(value):
         raise InvalidValue(
             f"{where} got {shortened(value)}. Give a loss (a function of rows), a method, as"
@@ -62,8 +73,8 @@ def as_method(
     )
 
 
-def _instance(kind: type, where: str) -> Any:
-    """An object of a class, made with its defaults."""
+def _make_instance(kind: type, where: str) -> Any:
+    """Make an object of a class with its defaults."""
     if kind is Method or not (hasattr(kind, "loss") or _is_callable_class(kind)):
         raise InvalidValue(
             f"{where} got the class {kind.__name__}, which has no loss. Use a method, as"
@@ -89,14 +100,12 @@ def _instance(kind: type, where: str) -> Any:
 
 
 def _is_callable_class(kind: type) -> bool:
-    """Whether objects of the class can be called; calling the class itself makes one, which every
-    class can.
-    """
+    """Whether objects of the class can be called; every class itself can."""
     return any("__call__" in vars(base) for base in kind.__mro__ if base is not object)
 
 
-def _checked(value: Any, where: str) -> Method:
-    """A method whose parts fit the contract."""
+def _check_contract(value: Any, where: str) -> None:
+    """Raise InvalidValue unless the parts of a method fit the contract."""
     name = name_of(value)
     if not callable(value.loss):
         raise InvalidValue(
@@ -110,7 +119,7 @@ def _checked(value: Any, where: str) -> Method:
             " or () for nothing."
         )
     parse_needs(value.needs, name)
-    if hasattr(value, "plan"):
+    if isinstance(value, HasPlan):
         if not callable(value.plan):
             raise InvalidValue(
                 f"{where} got {name}, whose plan is {shortened(value.plan)}. Make it a function of"
@@ -118,18 +127,18 @@ def _checked(value: Any, where: str) -> Method:
             )
         check_takes_one(value.plan, f"{name}.plan", "batch")
     _check_writers(value, name)
-    if not isinstance(getattr(value, "recipe", {}), Mapping):
+    if isinstance(value, HasRecipe) and not isinstance(value.recipe, Mapping):
         raise InvalidValue(
             f"{name} has recipe={shortened(value.recipe)}. Use a dict of settings, as"
             " {'normalize': 'sequence'}."
         )
-    return value
 
 
 def _check_writers(value: Any, name: str) -> None:
-    share = getattr(value, "on_policy", 1.0)
-    validate(name, {"on_policy": share}, {"on_policy": Share})
-    writer = getattr(value, "writer", "teacher")
+    """Raise InvalidValue unless `on_policy` is a share and `writer` names policies."""
+    if isinstance(value, HasShare):
+        validate(name, {"on_policy": value.on_policy}, {"on_policy": Share})
+    writer = value.writer if isinstance(value, HasWriter) else "teacher"
     names = (writer,) if isinstance(writer, str) else writer
     known = ("teacher", "answer", *value.needs)
     if not isinstance(names, Sequence) or not names or any(one not in known for one in names):
@@ -139,8 +148,8 @@ def _check_writers(value: Any, name: str) -> None:
         )
 
 
-def _named(name: str) -> str:
-    """What to write instead of a method's name."""
+def _advise_on_name(name: str) -> str:
+    """Say what to write instead of a method's name."""
     known = [one for one in methods.__all__ if one not in ("Method", "method")]
     same = {one.lower(): one for one in known}
     found = same.get(name.lower().replace("-", "").replace("_", "").replace("+", "plus"))
