@@ -15,7 +15,6 @@ from opdlab.errors import InvalidValue
 from opdlab.methods.contract import (
     DEFAULT_NEEDS,
     VARIADIC,
-    HasPlan,
     HasRecipe,
     HasShare,
     HasWriter,
@@ -119,7 +118,8 @@ def _check_contract(value: Any, where: str) -> None:
             " or () for nothing."
         )
     parse_needs(value.needs, name)
-    if isinstance(value, HasPlan):
+    # Not isinstance(value, HasPlan), for which a plan of None is no plan.
+    if hasattr(value, "plan"):
         if not callable(value.plan):
             raise InvalidValue(
                 f"{where} got {name}, whose plan is {shortened(value.plan)}. Make it a function of"

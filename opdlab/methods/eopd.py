@@ -1,6 +1,6 @@
 """Entropy-aware OPD: cover the teacher where it is undecided (EOPD, arXiv 2603.07079).
 
-    loss_t = KL(p || q)  +  weight · 1[ H(q) > threshold ] · KL(q || p) on the teacher's top k
+    loss_t = KL(p || q)  +  w · 1[ H(q) > τ ] · KL(q || p) on the teacher's top k
 
 The forward KL is added to the reverse KL and does not replace it. Reverse KL alone picks one of the
 tokens that an undecided teacher allows, and loses the others.
@@ -16,18 +16,24 @@ from torch import Tensor
 from opdlab.data.column import Column
 from opdlab.engine.batch import Batch
 from opdlab.engine.rows import Rows
-from opdlab.losses.divergences import TopK, entropy, forward_kl, reverse_kl
+from opdlab.losses import TopK, entropy, forward_kl, reverse_kl
 from opdlab.support.validation import Amount, AmountOrInfinity, Count, validate_fields
 
 
 @dataclass(frozen=True)
 class EOPD:
-    """threshold: of the teacher's entropy, in nats; infinity closes the gate. k: size of the
-    support of the forward KL. weight: of the forward KL.
+    """Reverse KL, and the forward KL too at tokens where the teacher's entropy is high.
 
-    The paper confirms the sum, the gate by the teacher's entropy and the teacher's top k. Ours are
-    the numbers, as far as we could check, and that the mass outside the top k counts as one more
-    outcome.
+    The paper confirms the sum, the gate by the teacher's entropy and the teacher's top k. The
+    default numbers, and counting the mass outside the top k as one more outcome, are ours.
+
+    Attributes:
+        threshold: τ, of the teacher's entropy in nats; infinity closes the gate.
+        k: Size of the support of the forward KL, in tokens.
+        weight: w, of the forward KL.
+
+    Raises:
+        InvalidValue: A value is out of its range.
     """
 
     threshold: AmountOrInfinity = 0.8
@@ -40,21 +46,21 @@ class EOPD:
         validate_fields(self)
 
     def plan(self, batch: Batch) -> dict[str, Column]:
+        """Return `gated [B, T]`, 1 where the teacher's entropy is above the threshold."""
         high = batch.map(lambda rows: entropy(rows.teacher), needs=("teacher",)) > self.threshold
-        return {
-            "gated": Column(
-                high.long(),
-                "whether the teacher's entropy is above the threshold",
-                labels=("reverse KL alone", "gated: forward KL too"),
-            )
-        }
+        gated = Column(
+            high.long(),
+            "whether the teacher's entropy is above the threshold",
+            labels=("reverse KL alone", "gated: forward KL too"),
+        )
+        return {"gated": gated}
 
     def loss(self, rows: Rows) -> Tensor:
+        """Return the loss of each token, `[n]`, in nats."""
         loss = reverse_kl(rows.student, rows.teacher)
         at = rows.gated.nonzero()[:, 0]
         student, teacher = rows.student.index_select(0, at), rows.teacher.index_select(0, at)
         top = TopK(self.k)
         ids = top.support(teacher)
-        return loss.index_add(
-            0, at, self.weight * forward_kl(top.coarse(student, ids), top.coarse(teacher, ids))
-        )
+        added = forward_kl(top.coarse(student, ids), top.coarse(teacher, ids))
+        return loss.index_add(0, at, self.weight * added)

@@ -1,11 +1,12 @@
 """Generalised OPD: reward extrapolation beyond the teacher (G-OPD and ExOPD, arXiv 2602.12125).
 
-    max  E_{y ~ p} sum_t [ λ log( q(y_t) / r(y_t) ) - KL(p || r) ],      q the teacher, r a reference
-    A_t = sg[ λ (log q - log r) - (log p - log r) ]  at the sampled token,      loss_t = -A_t p(y_t) / sg p(y_t)
+    max  E_{y ~ p} sum_t [ λ log( q(y_t) / r(y_t) ) - KL(p || r) ]        q teacher, r reference
+    A_t = sg[ λ (log q - log r) - (log p - log r) ]  at the sampled token
+    loss_t = -A_t p(y_t) / sg p(y_t)
 
-At every prefix the optimum is p* ∝ r^(1-λ) q^λ: the teacher for λ = 1 (plain OPD, whatever the
-reference), and for λ > 1 the teacher sharpened away from the reference. Left out: the same on the
-full vocabulary.
+At every prefix the optimum is p* ∝ r^(1-λ) q^λ. For λ = 1 that is the teacher (plain OPD, whatever
+the reference), and for λ > 1 the teacher sharpened away from the reference. The same objective on
+the full vocabulary is not implemented.
 """
 
 from __future__ import annotations
@@ -17,19 +18,31 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
+from opdlab.data.column import Column
 from opdlab.engine.batch import Batch
 from opdlab.engine.rows import Rows
 from opdlab.errors import InvalidValue
+from opdlab.methods.policy_gradient import (
+    advantage_column,
+    policy_gradient_loss,
+    sampler_column,
+)
 from opdlab.support.validation import Number, validate_fields
 
 
 @dataclass(frozen=True)
 class GOPD:
-    """`scale` is λ; the paper extrapolates with 1.25 and finds 1.5 worse.
+    """Reward the student for going beyond the teacher, as `OPD(estimator="sampled")` otherwise.
 
     The reference is the student before training. The paper's "reward correction" takes the model
-    that the teacher was trained from instead: `policies={"reference": base}`. Token-local, as
-    `OPD(estimator="sampled")` without a discount.
+    that the teacher was trained from: give distill `policies={"reference": base}`. Each token is
+    credited with its own reward only.
+
+    Attributes:
+        scale: λ, above 0. The paper extrapolates with 1.25 (the default) and finds 1.5 worse.
+
+    Raises:
+        InvalidValue: scale is not a positive number.
     """
 
     scale: Number = 1.25
@@ -44,17 +57,25 @@ class GOPD:
                 " above 0; 1 is plain OPD."
             )
 
-    def plan(self, batch: Batch) -> dict[str, Tensor]:
+    def plan(self, batch: Batch) -> dict[str, Column]:
+        """Return `advantage` and `sampler_logp`, `[B, T]` each, in nats."""
         logp = batch.map(
             lambda rows: torch.stack([rows.logp_of("teacher"), rows.logp_of("reference")], -1),
             needs=self.needs,
         )
-        teacher, reference = logp.unbind(-1)
-        advantage = teacher - batch.rollout.logp
-        if self.scale != 1:  # λ(q - r) - (p - r), written as what goes beyond OPD
-            advantage = advantage + (self.scale - 1) * (teacher - reference)
-        return {"advantage": advantage, "sampler_logp": batch.rollout.logp}
+        q, r = logp.unbind(-1)
+        p = batch.rollout.logp
+        # λ (q - r) - (p - r), written as OPD's advantage and what goes beyond it, so that λ = 1 is
+        # OPD to the last bit.
+        advantage = q - p
+        if self.scale != 1:
+            advantage = advantage + (self.scale - 1) * (q - r)
+        formula = "λ (log q − log r) − (log p − log r), y the sampled token"
+        return {
+            "advantage": advantage_column(advantage, formula),
+            "sampler_logp": sampler_column(p),
+        }
 
     def loss(self, rows: Rows) -> Tensor:
-        ratio = (rows.logp - rows.sampler_logp).exp()  # 1, but it carries the gradient
-        return -ratio * rows.advantage
+        """Return -ratio A of each token, `[n]`."""
+        return policy_gradient_loss(rows)

@@ -1,10 +1,10 @@
-"""GRPO, the reinforcement-learning baseline: only the verifier teaches (Shao et al., arXiv
-2402.03300).
+"""GRPO, the reinforcement-learning baseline: only the verifier teaches (arXiv 2402.03300).
 
-    A = (r - mean r) / std r   over the n samples of a prompt,     loss_t = -min(ratio A, clip(ratio, 1 ± eps) A)
+    A      = (r - mean r) / std r                over the n samples of a prompt
+    loss_t = -min( ratio_t A, clip(ratio_t, 1 ± ε) A )
 
-Left out: the KL to a reference, as most current recipes do; use a method with `reference` in its
-needs to have one.
+The KL to a reference is left out, as in most current recipes; a method with "reference" in its
+needs can add it.
 """
 
 from __future__ import annotations
@@ -15,18 +15,28 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
+from opdlab.data.column import Column
 from opdlab.engine.batch import Batch
 from opdlab.engine.rows import Rows
 from opdlab.errors import OpdlabError
+from opdlab.methods.policy_gradient import advantage_column, importance_ratio, sampler_column
 from opdlab.support.validation import Flag, PositiveShare, validate_fields
+
+SMALLEST_STD = 1e-4  # added to a standard deviation, so that equal rewards give an advantage of 0
 
 
 @dataclass(frozen=True)
 class GRPO:
-    """`scale=False` leaves out the division by the standard deviation (Dr.
+    """Learn from the verifier's scores, compared among the samples of a prompt.
 
-    GRPO, arXiv 2503.20783). clip: how far the ratio may leave 1 before a token stops counting,
-    above 0 and at most 1.
+    Needs a task with a verifier and at least two samples per prompt (`n=4`, say).
+
+    Attributes:
+        scale: Divide by the standard deviation. False is Dr. GRPO (arXiv 2503.20783).
+        clip: ε, how far the ratio may leave 1 before a token stops counting; above 0, at most 1.
+
+    Raises:
+        InvalidValue: A value is out of its range.
     """
 
     scale: Flag = True
@@ -39,21 +49,34 @@ class GRPO:
     def __post_init__(self) -> None:
         validate_fields(self)
 
-    def plan(self, batch: Batch) -> dict[str, Tensor]:
+    def plan(self, batch: Batch) -> dict[str, Column]:
+        """Return `advantage [B]` and `sampler_logp [B, T]`.
+
+        Raises:
+            OpdlabError: There is one sample per prompt.
+        """
         n = batch.rollout.n
         if n < 2:
             raise OpdlabError(
-                "GRPO compares the samples of a prompt, but there is one sample a prompt. Use n=4"
+                "GRPO compares the samples of a prompt, but there is one sample per prompt. Use n=4"
                 " or more."
             )
-        groups = batch.rewards.view(-1, n)
-        advantage = groups - groups.mean(1, keepdim=True)
+        rewards = batch.rewards.view(-1, n)
+        advantage = rewards - rewards.mean(1, keepdim=True)
         if self.scale:
-            advantage = advantage / (groups.std(1, keepdim=True) + 1e-4)
-        return {"advantage": advantage.flatten(), "sampler_logp": batch.rollout.logp}
+            advantage = advantage / (rewards.std(1, keepdim=True) + SMALLEST_STD)
+        formula = "reward − mean reward of the prompt's samples" + ", over their std" * self.scale
+        return {
+            "advantage": advantage_column(advantage.flatten(), formula, unit=""),
+            "sampler_logp": sampler_column(batch.rollout.logp),
+        }
 
     def loss(self, rows: Rows) -> Tensor:
-        ratio = (rows.logp - rows.sampler_logp).exp()
-        return -torch.min(
-            ratio * rows.advantage, ratio.clamp(1 - self.clip, 1 + self.clip) * rows.advantage
-        )
+        """Return the clipped policy-gradient loss of each token, `[n]`."""
+        return clipped_loss(rows, self.clip)
+
+
+def clipped_loss(rows: Rows, clip: float) -> Tensor:
+    """Return -min(ratio A, clip(ratio, 1 ± clip) A) of each token, `[n]`."""
+    ratio = importance_ratio(rows)
+    return -torch.min(ratio * rows.advantage, ratio.clamp(1 - clip, 1 + clip) * rows.advantage)

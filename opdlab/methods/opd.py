@@ -1,12 +1,15 @@
-"""On-policy distillation: the student writes, the teacher grades every token (GKD, Agarwal et al.,
-arXiv 2306.13649).
+"""On-policy distillation: the student writes, the teacher grades every token (GKD).
 
-    L(theta) = E_{y ~ p_theta} sum_t D( p_theta(.|s_t), q(.|s_t) ),     no gradient through the sampling
+    L(θ) = E_{y ~ p_θ} sum_t D( p_θ(.|s_t), q(.|s_t) )         no gradient through the sampling
 
-`D` is any divergence of `opdlab.losses`, on the full vocabulary or on a top-k support; or only the
-sampled token is graded, as a policy gradient with the detached advantage A_t = log q(y_t) - log
-p(y_t), which is the gradient of the reverse KL. Left out: advantages of other f-divergences (they
-need more than -f, see OPD+) and teachers that only write.
+`D` is any divergence of `opdlab.losses`, on the full vocabulary or on a top-k support (Agarwal et
+al., arXiv 2306.13649). With estimator="sampled" only the sampled token is graded, as a policy
+gradient with the detached advantage
+
+    A_t = log q(y_t) - log p(y_t),                             loss_t = -A_t p(y_t) / sg p(y_t)
+
+which is the gradient of the reverse KL. Advantages of other f-divergences need more than -f: see
+`OPDPlus`. For teachers that only write, see `OmniOPD`.
 """
 
 from __future__ import annotations
@@ -14,36 +17,53 @@ from __future__ import annotations
 import numbers
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any, ClassVar, Literal
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 import torch
 from torch import Tensor
 
+from opdlab.data.column import Column
 from opdlab.engine.batch import Batch, return_to_go
 from opdlab.engine.rows import Rows
 from opdlab.errors import InvalidValue, UnknownOption
 from opdlab.losses import DIVERGENCES, TopK, reverse_kl
+from opdlab.methods.policy_gradient import (
+    advantage_column,
+    policy_gradient_loss,
+    sampler_column,
+)
 from opdlab.support.expect import shortened
 from opdlab.support.validation import Finite, Flag, validate, validate_fields
+
+if TYPE_CHECKING:
+    from opdlab.methods.self_distillation import SelfDistillation
 
 
 @dataclass(frozen=True)
 class OPD:
     """Match the teacher on the student's own tokens.
 
-    divergence: a name of `DIVERGENCES`; options: its keywords, as `{"beta": 0.9, "normalize":
-        True}`.
-    top_k: compare on a coarse support instead of the full vocabulary; a number k stands for
-        `TopK(k)`, the student's top k.
-    estimator: "full", or "sampled" for the policy gradient (reverse KL only). With it, `discount` >
-        0 credits a token with
-    what follows (arXiv 2306.08543), and baseline="value" replaces what the state alone decides by
-    its expectation: it adds KL(p || q) at the token (vOPD, arXiv 2605.07865) and counts -KL(p || q)
-    instead of the sampled log-ratio at later ones (arXiv 2504.10637). Neither moves the expected
-    gradient; both cut its variance (the first may not, where the student is nearly sure of a
-    token).
-    on_policy: share of prompts that the student answers; the teacher writes the others (GKD's
-        lambda).
+    `discount` and `baseline` belong to estimator="sampled". Neither baseline moves the expected
+    gradient. Both cut its variance, the one at the token not where the student is nearly sure.
+
+    Attributes:
+        divergence: A name of `opdlab.losses.DIVERGENCES`.
+        options: Keywords of the divergence, such as `{"beta": 0.9, "normalize": True}`.
+        top_k: A coarse support to compare on; a number k stands for `TopK(k)`, the student's top k.
+            None is the full vocabulary.
+        estimator: "full" for the divergence itself, or "sampled" for the policy gradient of the
+            reverse KL.
+        baseline: "value" replaces what the state alone decides by its expectation. It adds
+            KL(p || q) at the token (vOPD, arXiv 2605.07865), and counts -KL(p || q) instead of the
+            sampled log-ratio at later tokens (arXiv 2504.10637).
+        discount: From 0 to 1; above 0 a token is credited with what follows (MiniLLM, arXiv
+            2306.08543).
+        on_policy: Share of prompts that the student answers, from 0 to 1; the teacher writes the
+            others (GKD's λ).
+
+    Raises:
+        UnknownOption: The divergence does not take an option.
+        InvalidValue: A value is out of its range, or two do not go together.
     """
 
     divergence: str = "reverse_kl"
@@ -70,8 +90,8 @@ class OPD:
                 f"OPD got on_policy={self.on_policy}, discount={self.discount}. Both are shares"
                 " from 0 to 1."
             )
-        sampled = self.estimator == "sampled"
-        if sampled and (
+        is_sampled = self.estimator == "sampled"
+        if is_sampled and (
             self.divergence != "reverse_kl" or self.top_k or self.options or self.on_policy < 1
         ):
             raise InvalidValue(
@@ -79,18 +99,20 @@ class OPD:
                 " Leave divergence, options, top_k and on_policy at their defaults, or use"
                 " estimator='full'."
             )
-        if not sampled and (self.baseline or self.discount):
+        if not is_sampled and (self.baseline or self.discount):
             raise InvalidValue(
                 "OPD's baseline and discount belong to the policy gradient. Use them with"
                 " estimator='sampled'."
             )
 
-    def plan(self, batch: Batch) -> dict[str, Tensor]:
+    def plan(self, batch: Batch) -> dict[str, Column]:
+        """Return nothing, or for the policy gradient `advantage` and `sampler_logp`, `[B, T]`."""
         if self.estimator == "full":
             return {}
         logp = batch.rollout.logp
         reward = batch.map(lambda rows: rows.logp_of("teacher"), needs=("teacher",)) - logp
-        value = reward  # what a later token is expected to earn: by default, what it earned
+        # The reward that a later token is expected to earn: by default, the one that it earned.
+        value = reward
         if self.baseline == "value":
             value = -batch.map(
                 lambda rows: reverse_kl(rows.student, rows.teacher), needs=("student", "teacher")
@@ -98,19 +120,28 @@ class OPD:
         advantage = reward - value if self.baseline else reward
         if self.discount:
             advantage = advantage + return_to_go(value, batch.mask, self.discount) - value
-        return {"advantage": advantage, "sampler_logp": logp}
+        formula = "log T(y) − log S(y), y the sampled token"
+        if self.baseline:
+            formula += ", + KL(S || T)"
+        if self.discount:
+            formula += ", with that of later tokens"
+        return {
+            "advantage": advantage_column(advantage, formula),
+            "sampler_logp": sampler_column(logp),
+        }
 
     def loss(self, rows: Rows) -> Tensor:
+        """Return the divergence or the policy-gradient loss of each token, `[n]`."""
         if self.estimator == "sampled":
-            ratio = (rows.logp - rows.sampler_logp).exp()  # 1, but it carries the gradient
-            return -ratio * rows.advantage
+            return policy_gradient_loss(rows)
         pair = rows.on("teacher", self.top_k) if self.top_k else (rows.student, rows.teacher)
         return DIVERGENCES[self.divergence](*pair, **self.options)
 
 
-def check_divergence(method: Any) -> None:
-    """Check `divergence`, `options` and `top_k` of a method, before the first rollout; a number for
-    `top_k` becomes a `TopK`.
+def check_divergence(method: OPD | SelfDistillation) -> None:
+    """Check `divergence`, `options` and `top_k` of a method before the first rollout.
+
+    A number for `top_k` becomes a `TopK`.
 
     Raises:
         UnknownOption: The divergence does not take an option.
@@ -136,13 +167,11 @@ def check_divergence(method: Any) -> None:
                 f"{owner} got options={shortened(method.options)}, but {method.divergence} has no"
                 f" option {name!r}. {takes}"
             )
-        validate(
-            f"{owner}({method.divergence!r})",
-            {name: value},
-            {name: Flag if isinstance(known[name], bool) else Finite},
-        )
-    probe = torch.zeros(1, 2).log_softmax(-1)
-    divergence(probe, probe, **method.options)  # a value out of range is refused here
+        kind = Flag if isinstance(known[name], bool) else Finite
+        validate(f"{owner}({method.divergence!r})", {name: value}, {name: kind})
+    # A value out of range is refused by the divergence itself.
+    uniform = torch.zeros(1, 2).log_softmax(-1)
+    divergence(uniform, uniform, **method.options)
     if isinstance(method.top_k, numbers.Integral) and not isinstance(method.top_k, bool):
         object.__setattr__(method, "top_k", TopK(int(method.top_k)))
     if isinstance(method.top_k, TopK) and method.top_k.by not in ("student", "teacher"):

@@ -1,19 +1,18 @@
-"""OPD+: any f-divergence from the sampled token alone (Zhao, Chen et al., arXiv 2606.01039).
+"""OPD+: any f-divergence, estimated from the sampled token only (arXiv 2606.01039).
 
-    u_t = q(y_t) / p(y_t),   D_f(q || p) = E_p f(u)
-    A_t = w_f(u_t) = -f(u_t) + u_t f'(u_t)                 detached;     loss_t = -(p / p_old)(y_t) A_t
+    u_t = q(y_t) / p(y_t),      D_f(q || p) = E_p f(u)
+    A_t = w_f(u_t) = -f(u_t) + u_t f'(u_t)        detached;      loss_t = -(p / p_old)(y_t) A_t
 
-The advantage that others use, -f(u), forgets that u moves with the student: `stop_gradient=True`
+The advantage that others use, -f(u), ignores that u moves with the student; `stop_gradient=True`
 has it, for comparison. It is right for the reverse KL, whose u f'(u) is the constant -1; with the
-forward KL it climbs. With a discount, what a token leads to is rewarded by -f alone, and its own
-correction u f'(u) stays with it:
+forward KL it climbs. With a discount, later tokens count by -f alone, and a token keeps its own
+correction u f'(u):
 
     A_t = sum_{s >= t} discount^(s - t) (-f(u_s)) + u_t f'(u_t)
 
-Confirmed of the paper, as far as its text could be read: the weight, the three divergences of its
-table, sampled tokens only.
-Ours: the other generators, the discount, the centre and the value baseline; the clip is that of a
-    public reproduction.
+The paper, as far as its text could be read, confirms the weight, the three divergences of its table
+and sampled tokens only. The other generators, the discount, the centre and the value baseline are
+ours; the clip is that of a public reproduction.
 """
 
 from __future__ import annotations
@@ -25,29 +24,43 @@ from typing import Any, ClassVar, Literal
 import torch
 from torch import Tensor
 
+from opdlab.data.column import Column
 from opdlab.engine.batch import Batch, return_to_go
 from opdlab.engine.rows import Rows
 from opdlab.errors import InvalidValue, UnknownOption
 from opdlab.losses import Generator
+from opdlab.methods.policy_gradient import (
+    advantage_column,
+    policy_gradient_loss,
+    sampler_column,
+)
 from opdlab.support.validation import Finite, Flag, validate, validate_fields
 
 
 @dataclass(frozen=True)
 class OPDPlus:
-    """Descend D_f(teacher || student) where the student goes, knowing one log-prob of the teacher a
-    token.
+    """Descend D_f(teacher || student), knowing one log-prob of the teacher per token.
 
-    divergence: a name of `opdlab.losses.Generator`; options: its keywords, as `{"alpha": 0.25}`.
-    discount: 0 leaves out how a token changes what follows (common practice); 1 is the gradient of
-        the sum over the text.
-    clip: log u is held within ±clip (None: as it is). This biases the gradient a little, and the
-        forward KL's the most.
-    centred: subtract f'(1), so that a token on which both agree says nothing. baseline="value":
-        subtract E_p[w_f], from the whole
-    distributions, and count its expectation -D_f at later tokens instead of the sampled -f. Neither
-    moves the expected gradient. Divergences differ in unit: divide the learning rate by
-    `generator.curvature` before comparing them. Write at temperature 1 and top_p 1, where the
-    student's own probabilities are those of the sampler.
+    Keeps the pathwise term that is lost when -f(u) is treated as a fixed reward. Divergences differ
+    in unit: divide the learning rate by `generator.curvature` before comparing them. Sample at
+    temperature 1 and top_p 1, where the student's own probabilities are those of the sampler.
+
+    Attributes:
+        divergence: A name of `opdlab.losses.DIVERGENCES`.
+        options: Keywords of `opdlab.losses.Generator`, such as `{"alpha": 0.25}`.
+        discount: From 0 to 1. 0 leaves out how a token changes what follows (common practice); 1 is
+            the gradient of the sum over the text.
+        clip: log u is held within ±clip, in nats; None for no limit. This biases the gradient a
+            little, that of the forward KL most.
+        centred: Subtract f'(1), so that a token on which both agree has no advantage.
+        baseline: "value" subtracts E_p[w_f], from the whole distributions, and counts -D_f at later
+            tokens instead of the sampled -f. Like `centred`, it does not move the expected
+            gradient.
+        stop_gradient: Use the advantage -f(u).
+
+    Raises:
+        UnknownOption: No divergence has such an option.
+        InvalidValue: A value is out of its range, or two do not go together.
     """
 
     divergence: str = "reverse_kl"
@@ -62,11 +75,10 @@ class OPDPlus:
 
     def __post_init__(self) -> None:
         validate("OPDPlus", {"options": self.options}, {"options": dict[str, Any]})
-        if strange := [
-            name for name in self.options if name not in ("alpha", "beta", "shift", "scale")
-        ]:
+        known = ("alpha", "beta", "shift", "scale")
+        if unknown := [name for name in self.options if name not in known]:
             raise UnknownOption(
-                f"OPDPlus got options={self.options!r}, but no divergence has {strange[0]!r}. Use"
+                f"OPDPlus got options={self.options!r}, but no divergence has {unknown[0]!r}. Use"
                 " alpha, beta, shift or scale."
             )
         _ = self.generator  # a bad name or option raises here, not after the first rollout
@@ -86,53 +98,63 @@ class OPDPlus:
 
     @property
     def generator(self) -> Generator:
+        """The generator f of the divergence."""
         return Generator(self.divergence, **self.options)
 
     def form(self, c: float) -> OPDPlus:
-        """The same method from `f + c (u - 1)`, another form of the same divergence: the
-        stop-gradient trains something else.
-        """
+        """Return the method made of `f + c (u - 1)`, another generator of the same divergence."""
         return replace(self, options={**self.options, "shift": self.options.get("shift", 0.0) + c})
 
-    def plan(self, batch: Batch) -> dict[str, Tensor]:
-        """`advantage`, `clipped` (1 where log u was outside ±clip) and `sampler_logp`, `[B, T]`
-        each.
-        """
+    def plan(self, batch: Batch) -> dict[str, Column]:
+        """Return `advantage`, `clipped` and `sampler_logp`, `[B, T]` each."""
         logp = batch.rollout.logp
         log_u = batch.map(lambda rows: rows.logp_of("teacher"), needs=("teacher",)) - logp
         reward, advantage = self.reward(log_u), self.weight(log_u)
         if self.baseline == "value":
             expected = batch.map(
-                lambda rows: {"weight": mean(self.weight, rows), "reward": mean(self.reward, rows)}
+                lambda rows: {
+                    "weight": student_mean(self.weight, rows),
+                    "reward": student_mean(self.reward, rows),
+                }
             )
             reward, advantage = expected["reward"], advantage - expected["weight"]
         if self.discount:
             advantage = advantage + return_to_go(reward, batch.mask, self.discount) - reward
-        clipped = log_u.abs() > (torch.inf if self.clip is None else self.clip)
-        return {"advantage": advantage, "clipped": clipped.long(), "sampler_logp": logp}
+        limit = torch.inf if self.clip is None else self.clip
+        formula = "−f(u)" if self.stop_gradient else "−f(u) + u f′(u)"
+        return {
+            "advantage": advantage_column(
+                advantage, f"{formula}, u = T(y) / S(y), y the sampled token", unit=""
+            ),
+            "clipped": Column(
+                (log_u.abs() > limit).long(),
+                "whether |log T(y) − log S(y)| was above the clip",
+                labels=("as it is", "clipped"),
+            ),
+            "sampler_logp": sampler_column(logp),
+        }
 
     def reward(self, log_u: Tensor) -> Tensor:
-        """-f(u), what the divergence takes from a token."""
-        return self.generator.stop_gradient_weight(self._within(log_u))
+        """Return -f(u) of clipped log-ratios."""
+        return self.generator.stop_gradient_weight(self._clip(log_u))
 
     def weight(self, log_u: Tensor) -> Tensor:
-        """w_f(u), or -f(u) with the stop-gradient."""
+        """Return w_f(u) of clipped log-ratios, or -f(u) with the stop-gradient."""
         if self.stop_gradient:
             return self.reward(log_u)
-        return self.generator.weight(self._within(log_u)) - (
-            self.generator.centre if self.centred else 0
-        )
+        centre = self.generator.centre if self.centred else 0.0
+        return self.generator.weight(self._clip(log_u)) - centre
 
     def loss(self, rows: Rows) -> Tensor:
-        ratio = (rows.logp - rows.sampler_logp).exp()  # 1, but it carries the gradient
-        return -ratio * rows.advantage
+        """Return -ratio A of each token, `[n]`."""
+        return policy_gradient_loss(rows)
 
-    def _within(self, log_u: Tensor) -> Tensor:
+    def _clip(self, log_u: Tensor) -> Tensor:
         return log_u if self.clip is None else log_u.clamp(-self.clip, self.clip)
 
 
-def mean(value: Callable[[Tensor], Tensor], rows: Rows) -> Tensor:
-    """`E_{a ~ p} value(log u(a))` over the whole vocabulary, `[n]`: what the state alone decides."""
+def student_mean(function: Callable[[Tensor], Tensor], rows: Rows) -> Tensor:
+    """Return `E_{a ~ p} function(log u(a))` over the whole vocabulary, `[n]`."""
     p = rows.student.exp()
-    each = value(rows.teacher - rows.student)
-    return torch.where(p > 0, p * each, 0.0).sum(-1)
+    values = function(rows.teacher - rows.student)
+    return torch.where(p > 0, p * values, 0.0).sum(-1)

@@ -1,19 +1,16 @@
-"""Privileged self-distillation: the teacher is the student itself, told a hint that nobody has
-after training.
+"""Privileged self-distillation: the teacher is the student itself, given a hint.
 
-    L(theta) = E_{y ~ p_theta(.|x)} sum_t D( p_theta(.|x, y_<t),  sg p_anchor(.|x, hint, y_<t) )
+    L(θ) = E_{y ~ p_θ(.|x)} sum_t D( p_θ(.|x, y_<t),  sg p_anchor(.|x, hint, y_<t) )
 
-The anchor is the student before training ("frozen"), a moving average of it ("ema") or its present
-self ("live"). A hint brings information, not skill: what the student cannot work out without it is
-imitated, not learnt (see `dopd.py` for a method that tells the two apart). Left out: feedback from
-a verifier as a hint, and reward terms.
+Nobody has the hint after training. The anchor is the student before training ("frozen"), a moving
+average of it ("ema") or its present self ("live"). A hint brings information, not skill: the
+student imitates what it cannot work out without the hint, and does not learn it. `DOPD` tells the
+two apart. Feedback from a verifier as a hint and reward terms are left out.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass, field
-from functools import partial
 from typing import Any, Literal
 
 import torch
@@ -32,14 +29,23 @@ ANCHORS: dict[str, str] = {"live": "student+hint", "frozen": "reference+hint", "
 
 @dataclass(frozen=True)
 class SelfDistillation:
-    """Match the student told its hint, on the student's own tokens; `opsd`, `sdft` and
-    `context_distillation` are settings.
+    """Match the student that sees its hint, on the student's own tokens.
 
-    divergence, options, top_k: as in `OPD`. anchor: whose hinted self teaches; "ema" moves by
-        `Settings.ema_rate`. clip: the
-    most that one entry of the vocabulary adds to a forward KL, in nats (the loss may then be
-    negative). Each prompt needs a `hint`; for one context for all prompts give distill
+    `opsd`, `sdft` and `context_distillation` make it as three papers have it. Each prompt needs a
+    `hint`; for one context for all prompts give distill
     `policies={"reference+hint": student.frozen().seeing("…")}`.
+
+    Attributes:
+        divergence: A name of `opdlab.losses.DIVERGENCES`.
+        options: Keywords of the divergence, as in `OPD`.
+        top_k: A coarse support to compare on, as in `OPD`.
+        anchor: The teacher: "frozen", "ema" (which moves by `Settings.ema_rate`) or "live".
+        clip: The most that one entry of the vocabulary adds to a forward KL, in nats; the loss may
+            then be negative. None for no limit.
+
+    Raises:
+        UnknownOption: The divergence does not take an option.
+        InvalidValue: A value is out of its range, or two do not go together.
     """
 
     divergence: str = "jensen_shannon"
@@ -63,61 +69,70 @@ class SelfDistillation:
 
     @classmethod
     def opsd(cls, clip: float | None = None) -> SelfDistillation:
-        """On-policy self-distillation (OPSD, arXiv 2601.18734): the hint is a worked solution, the
-        teacher the initial weights.
+        """Make OPSD (arXiv 2601.18734): the hint is a worked solution, the teacher is frozen.
 
-        Generalised JSD at ½ on the full vocabulary, as in the authors' first scripts. `clip=0.05`
-        gives the clipped forward KL of later runs; that it is clipped an entry at a time, and this
-        value, are taken from a re-implementation by others. They sample at temperature 1.1, here 1
-        unless told otherwise.
+        The divergence is the Jensen-Shannon one on the full vocabulary, as in the authors' first
+        scripts. They sample at temperature 1.1; here it is 1 unless `distill` gets another.
+
+        Args:
+            clip: Use a forward KL clipped at this number of nats instead. 0.05 is that of their
+                later runs; that value, and clipping entry by entry, are taken from a
+                re-implementation by others.
         """
         return cls() if clip is None else cls("forward_kl", clip=clip)
 
     @classmethod
     def sdft(cls, divergence: str = "reverse_kl") -> SelfDistillation:
-        """Self-distillation fine-tuning (SDFT, arXiv 2601.19897): the hint is a demonstration, the
-        teacher a moving average.
+        """Make SDFT (arXiv 2601.19897): the hint is a demonstration, the teacher a moving average.
 
-        Reverse KL is the objective that the paper states. Its authors have since said that their
-        reported runs used the forward KL on the same on-policy samples: `sdft("forward_kl")`. Their
-        code averages with `ema_rate=0.01`.
+        The authors' code averages with `ema_rate=0.01`.
+
+        Args:
+            divergence: The paper states the reverse KL. Its authors have since said that their
+                reported runs used the forward KL on the same on-policy samples, "forward_kl".
         """
         return cls(divergence, anchor="ema")
 
     @classmethod
     def context_distillation(cls, k: int | None = None) -> SelfDistillation:
-        """On-policy context distillation (OPCD, arXiv 2602.12275): reverse KL to the frozen model
-        that sees the context.
+        """Make OPCD (arXiv 2602.12275): reverse KL to the frozen model that sees the context.
 
-        The paper's code keeps the student's top 256 tokens and drops the rest; the full vocabulary
-        is the default here, and `k=256` keeps the rest as one bucket, so that mass cannot hide in
-        it.
+        Args:
+            k: Compare on the student's top k tokens, with the rest as one bucket. The paper's code
+                keeps the top 256 and drops the rest, in which mass can hide. None is the full
+                vocabulary.
         """
         return cls("reverse_kl", top_k=None if k is None else TopK(k))
 
     @property
     def needs(self) -> tuple[str, ...]:
+        """The anchor with its hint."""
         return (ANCHORS[self.anchor],)
 
     def loss(self, rows: Rows) -> Tensor:
+        """Return the divergence to the anchor of each token, `[n]`."""
         (teacher,) = self.needs
-        support = self.top_k and TopK(
-            self.top_k.k, teacher if self.top_k.by == "teacher" else "student", self.top_k.tail
-        )
-        return self._divergence()(
-            *(rows.on(teacher, support) if support else (rows.student, rows[teacher]))
-        )
-
-    def _divergence(self) -> Callable[..., Tensor]:
+        pair = (rows.student, rows[teacher])
+        if self.top_k is not None:
+            by = teacher if self.top_k.by == "teacher" else "student"
+            pair = rows.on(teacher, TopK(self.top_k.k, by, self.top_k.tail))
         if self.clip is not None:
-            return partial(clipped_forward_kl, clip=self.clip)
-        return partial(DIVERGENCES[self.divergence], **self.options)
+            return clipped_forward_kl(*pair, clip=self.clip)
+        return DIVERGENCES[self.divergence](*pair, **self.options)
 
 
 def clipped_forward_kl(student: Tensor, teacher: Tensor, clip: float) -> Tensor:
-    """sum over the vocabulary of min(q (log q - log p), clip):
+    """Return sum over the vocabulary of min(q (log q - log p), clip).
 
-    `[..., V] -> [...]`, nats. Below the forward KL, may be negative.
+    It is at most the forward KL, and may be negative.
+
+    Args:
+        student: Log-probs `[..., V]`.
+        teacher: Log-probs `[..., V]`.
+        clip: The most that one entry adds, in nats.
+
+    Returns:
+        `[...]`, nats.
     """
     q = teacher.exp()
     terms = torch.where(q > 0, q * (teacher - student), 0.0)  # 0 * -inf is 0 here

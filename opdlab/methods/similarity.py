@@ -1,8 +1,7 @@
-"""How alike two texts are, from 0 (nothing in common) to 1 (equal): what a teacher that only writes
-can be asked.
+"""Similarities of two texts, from 0 (nothing in common) to 1 (equal).
 
-All take `(student's text, teacher's text)`. Two empty texts are equal, an empty and another have
-nothing in common.
+All take the student's text and the teacher's text. Two empty texts are equal; an empty text has
+nothing in common with another one.
 """
 
 from __future__ import annotations
@@ -19,15 +18,17 @@ Similarity = Callable[[str, str], float]
 
 
 def edit(ours: str, theirs: str) -> float:
-    """1 - Levenshtein(a, b) / max(|a|, |b|), on characters (OmniOPD, arXiv 2606.01476; the unit is
-    our reading).
+    """Return 1 - Levenshtein(a, b) / max(|a|, |b|) on characters (OmniOPD, arXiv 2606.01476).
+
+    The paper does not name the unit; characters are our reading.
     """
     return Levenshtein.normalized_similarity(ours, theirs)
 
 
 def rouge1(ours: str, theirs: str) -> float:
-    """F1 of the words that both have, by whitespace, each counted as often as both have it
-    (ROUGE-1; F1 is our reading).
+    """Return ROUGE-1: the F1 score of the words that both have, split at whitespace.
+
+    A word counts as often as both have it. The paper does not name the variant; F1 is our reading.
     """
     a, b = Counter(ours.split()), Counter(theirs.split())
     if not a or not b:
@@ -38,8 +39,12 @@ def rouge1(ours: str, theirs: str) -> float:
 SIMILARITIES: dict[str, Similarity] = {"edit": edit, "rouge1": rouge1}
 
 
-def checked(similarity: Similarity, ours: str, theirs: str) -> float:
-    """The similarity as a number from 0 to 1; raises OpdlabError for anything else."""
+def measure(similarity: Similarity, ours: str, theirs: str) -> float:
+    """Call a similarity and check its value.
+
+    Raises:
+        OpdlabError: The value is not a number from 0 to 1.
+    """
     value = float(similarity(ours, theirs))
     if not (math.isfinite(value) and 0 <= value <= 1):
         raise OpdlabError(

@@ -1,14 +1,17 @@
-"""SODA: the teacher's answer is preferred to that of the student as it was (arXiv 2604.03873).
+"""SODA: prefer the teacher's answer to that of the student before training (arXiv 2604.03873).
 
-    Delta = beta [ log p(y_T)/p_0(y_T) - log p(y_0)/p_0(y_0) ]      y_T by the teacher, y_0 by p_0, the student before training
-    L     = - log sigmoid(Delta),     dL = - beta sigmoid(-Delta) [ d log p(y_T) - d log p(y_0) ]
+    Δ  = β [ log p(y_T) / p_0(y_T) - log p(y_0) / p_0(y_0) ]
+    L  = - log sigmoid(Δ)
+    dL = - β sigmoid(-Δ) [ d log p(y_T) - d log p(y_0) ]
 
-Confirmed by the abstract: the pair, the frozen snapshot, a preference objective. Our reading: the
-standard DPO form (arXiv 2305.18290), beta, and that the snapshot writes anew in each step, from the
-same frozen law that a data set made once would hold. A sequence's loss as one of its tokens: the
-plan knows Delta at the current parameters, so every token is told the pair's loss as a value and -+
-beta sigmoid(-Delta) as the slope of its log-prob. That is the exact gradient, for one update a
-rollout.
+y_T is written by the teacher and y_0 by p_0, the student before training. The abstract confirms the
+pair, the frozen snapshot and a preference objective. Our reading: the standard DPO form (arXiv
+2305.18290), β, and that the snapshot writes anew in each step, from the same frozen law that a data
+set made once would hold.
+
+A sequence's loss is computed as a loss of its tokens: the plan knows Δ at the current parameters,
+so every token gets the pair's loss as its value and ∓ β sigmoid(-Δ) as the slope of its log-prob.
+That is the exact gradient, for one update per rollout.
 """
 
 from __future__ import annotations
@@ -20,6 +23,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import softplus
 
+from opdlab.data.column import Column, Kind
 from opdlab.engine.batch import Batch
 from opdlab.engine.rows import Rows
 from opdlab.errors import InvalidValue, OpdlabError
@@ -28,10 +32,17 @@ from opdlab.support.validation import Finite, validate_fields
 
 @dataclass(frozen=True)
 class SODA:
-    """Any teacher that writes will do.
+    """Learn from pairs of answers: the teacher's and the snapshot's.
 
-    `distill` gives the first half of the rows to the teacher and the second, prompt by prompt, to
-    the snapshot. Keep normalize="sequence" (the recipe's): then the loss is the mean over pairs.
+    Any teacher that writes will do. `distill` gives the first half of the rows to the teacher and
+    the second, prompt by prompt, to the snapshot. With normalize="sequence", which the recipe sets,
+    the loss is the mean over pairs.
+
+    Attributes:
+        beta: β, the weight of the distance to the snapshot; above 0.
+
+    Raises:
+        InvalidValue: beta is not a positive number.
     """
 
     beta: Finite = 0.1
@@ -49,34 +60,52 @@ class SODA:
                 " positive number."
             )
 
-    def plan(self, batch: Batch) -> dict[str, Tensor]:
+    def plan(self, batch: Batch) -> dict[str, Column]:
+        """Return `preferred`, `delta`, `pair_loss` and `slope`, `[B]` each.
+
+        Raises:
+            OpdlabError: The rows are not the teacher's answers and then the snapshot's.
+        """
         half = len(batch.rollout) // 2
-        who = batch.rollout.writer
-        if (
-            set(who[:half]) != {"teacher"}
-            or set(who[half:]) != {"reference"}
-            or batch.rollout.prompts[:half] != batch.rollout.prompts[half:]
-        ):
-            raise OpdlabError(
-                f"SODA compares pairs, but the rows are by {', '.join(sorted(set(who)))}. Give it"
-                " the teacher's answers first and then the snapshot's to the same prompts, as"
-                " distill does."
-            )
-        gap = batch.map(
+        _check_pairs(batch, half)
+        log_ratio = batch.map(
             lambda rows: rows.logp - rows.logp_of("reference"), needs=("student", "reference")
         ).sum(1)
-        sign = torch.cat([gap.new_ones(half), -gap.new_ones(half)])
-        delta = (self.beta * (gap[:half] - gap[half:])).repeat(2)
+        sign = torch.cat([log_ratio.new_ones(half), -log_ratio.new_ones(half)])
+        delta = (self.beta * (log_ratio[:half] - log_ratio[half:])).repeat(2)
         slope = -sign * self.beta * (-delta).sigmoid()
-        whole = (
-            2 * batch.rollout.lengths
-        )  # undoes the mean over two sequences a pair, and over a sequence's tokens
+        # The engine takes the mean over the two sequences of a pair, and over a sequence's tokens.
+        undo_means = 2 * batch.rollout.lengths
         return {
-            "preferred": sign,
-            "delta": delta,
-            "pair_loss": softplus(-delta),
-            "slope": slope * whole,
+            "preferred": Column(
+                sign,
+                "1 for the teacher's answer, −1 for the snapshot's",
+                kind=Kind.SIGNED,
+                less="rejected",
+                more="preferred",
+            ),
+            "delta": Column(
+                delta, "β times the pair's log-ratio, teacher's answer first", kind=Kind.SIGNED
+            ),
+            "pair_loss": Column(softplus(-delta), "−log sigmoid(Δ)", unit="nats", kind=Kind.AMOUNT),
+            "slope": Column(slope * undo_means, "slope of the loss in the token's log-prob"),
         }
 
     def loss(self, rows: Rows) -> Tensor:
+        """Return the pair's loss at each token, `[n]`, with the gradient of the token's part."""
         return rows.pair_loss + rows.slope * (rows.logp - rows.logp.detach())
+
+
+def _check_pairs(batch: Batch, half: int) -> None:
+    """Raise OpdlabError unless the halves are answers of the two writers to the same prompts."""
+    writers, prompts = batch.rollout.writer, batch.rollout.prompts
+    if (
+        set(writers[:half]) != {"teacher"}
+        or set(writers[half:]) != {"reference"}
+        or prompts[:half] != prompts[half:]
+    ):
+        raise OpdlabError(
+            f"SODA compares pairs, but the rows are by {', '.join(sorted(set(writers)))}. Give it"
+            " the teacher's answers first and then the snapshot's to the same prompts, as distill"
+            " does."
+        )

@@ -1,7 +1,9 @@
 """Off-policy baselines: cross-entropy on text that somebody else wrote.
 
-Sequence KD (Kim and Rush, arXiv 1606.07947) trains on the teacher's samples, SFT on the task's
-reference answers.
+    loss_t = -log p(y_t)
+
+Sequence-level distillation (Kim and Rush, arXiv 1606.07947) trains on the teacher's samples,
+supervised fine-tuning on the task's reference answers.
 """
 
 from __future__ import annotations
@@ -16,9 +18,9 @@ from opdlab.engine.rows import Rows
 
 @dataclass(frozen=True)
 class SequenceKD:
-    """`-log p(y_t)` on completions that the teacher writes.
+    """Cross-entropy on completions that the teacher writes.
 
-    Looks at no distribution, so any teacher that writes will do.
+    It reads no distribution, so any teacher that writes will do.
     """
 
     needs: ClassVar[tuple[str, ...]] = ()
@@ -26,16 +28,18 @@ class SequenceKD:
     writer: ClassVar[str] = "teacher"
 
     def loss(self, rows: Rows) -> Tensor:
+        """Return -log p of each token, `[n]`."""
         return -rows.logp
 
 
 @dataclass(frozen=True)
 class SFT:
-    """`-log p(y_t)` on each prompt's `answer`. Needs no teacher."""
+    """Cross-entropy on the `answer` of each prompt; needs no teacher."""
 
     needs: ClassVar[tuple[str, ...]] = ()
     on_policy: ClassVar[float] = 0.0
     writer: ClassVar[str] = "answer"
 
     def loss(self, rows: Rows) -> Tensor:
+        """Return -log p of each token, `[n]`."""
         return -rows.logp

@@ -264,7 +264,7 @@ def test_grpo_clips_what_already_moved_far(advantage, ratio, flat, student, prom
 
 
 def test_grpo_refuses_single_samples(student, rollout):
-    with pytest.raises(OpdlabError, match=r"one sample a prompt\. Use n=4 or more"):
+    with pytest.raises(OpdlabError, match=r"one sample per prompt\. Use n=4 or more"):
         GRPO().plan(rewarded(student, student.sample([PROMPT], max_new_tokens=1), [1.0]))
 
 

@@ -97,7 +97,7 @@ class Careless(OPDPlus):
     """The trap: corrections of later tokens in the return too."""
 
     def plan(self, batch: Batch) -> dict[str, torch.Tensor]:
-        columns = super().plan(batch)
+        columns = {**super().plan(batch)}
         log_u = batch.map(lambda rows: rows.logp_of("teacher") - rows.logp)
         return columns | {"advantage": return_to_go(self.weight(log_u), batch.mask, self.discount)}
 

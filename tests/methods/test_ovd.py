@@ -112,7 +112,7 @@ def test_a_batch_without_scores_or_replies_is_an_error(student, rollout):
 
     with pytest.raises(OpdlabError, match="did not give 2 replies to each of 12 questions"):
         plan(OVD(ballots=2), student, rollout, Lazy(lambda prompt, i: "5"))
-    with pytest.raises(OpdlabError, match=r"one sample a prompt\. Use n=4 or more"):
+    with pytest.raises(OpdlabError, match=r"one sample per prompt\. Use n=4 or more"):
         plan(
             OVD(),
             student,
