@@ -1,22 +1,23 @@
-"""Dual on-policy distillation: each token is taught by the privileged teacher or by the privileged
-student (arXiv 2606.30626).
+"""Dual on-policy distillation: the privileged teacher or student teaches each token.
 
-With a hint p that both sides are told, and y_n the token that the bare student sampled (equation 1
-and the table of regimes):
+The hint p is given to both teachers (arXiv 2606.30626, equation 1 and the table of regimes), and
+y_n is the token that the bare student sampled:
 
     A_n = | log T(y_n|x,p,y_<n) - log S(y_n|x,p,y_<n) |,      q_T, q_S the two probabilities
 
-    LH  A <  Ā, q_S + q_T >= their mean    β_l KL( S(.|x) || T(.|x,p) )        the hint is what is missing: imitate lightly
-    LL  A <  Ā, q_S + q_T <  their mean    β_w KL( S(.|x) || sg S(.|x,p) )     both are unsure: only steady
-    HT  A >= Ā, q_T >= q_S                     JS( S(.|x),    T(.|x,p) )       the teacher can do more: transfer all of it
-    HS  A >= Ā, q_T <  q_S                 β_l KL( S(.|x) || sg S(.|x,p) )     the student knows its way: keep it
+    LH  A <  Ā, q_S + q_T >= their mean    β_l KL( S(.|x) || T(.|x,p) )
+    LL  A <  Ā, q_S + q_T <  their mean    β_w KL( S(.|x) || sg S(.|x,p) )
+    HT  A >= Ā, q_T >= q_S                     JS( S(.|x),    T(.|x,p) )
+    HS  A >= Ā, q_T <  q_S                 β_l KL( S(.|x) || sg S(.|x,p) )
+
+In words: LH, only the hint is missing, so imitate lightly; LL, both are unsure, so only steady; HT,
+the teacher can do more, so transfer all of it; HS, the student knows its way, so keep it.
 
 The paper has no official code. It confirms the masks, the divergences, the weights, K and the 5 %.
 Ours are: the support of the top K (the student's, with a bucket for the rest), the trimming (tokens
 in the top 5 % of A leave the two means, and are still routed and trained), and that means run over
 all tokens of a step. Every target sees the hint, so the pull towards what only the hint tells is
-weakened and not removed. `anchor`, `hs`, `gap_student` and `adaptive` are switches of opdlab's, not
-the paper's.
+weakened and not removed. The switches `anchor`, `hs`, `gap_student` and `adaptive` are opdlab's.
 """
 
 from __future__ import annotations
@@ -33,7 +34,7 @@ from opdlab.data.column import Column, Kind
 from opdlab.engine.batch import Batch
 from opdlab.engine.rows import Rows
 from opdlab.errors import InvalidValue
-from opdlab.losses.divergences import TopK, jensen_shannon, reverse_kl
+from opdlab.losses import TopK, jensen_shannon, reverse_kl
 from opdlab.methods.self_distillation import ANCHORS, Anchor, check_anchor
 from opdlab.support.validation import Count, Finite, Flag, validate_fields
 
@@ -47,9 +48,7 @@ CHOICES = {
 
 
 class Route(IntEnum):
-    """The four regimes: low or high gap; high or low confidence (L), teacher's or student's lead
-    (H).
-    """
+    """The four regimes: low gap (L) by confidence, high gap (H) by who leads."""
 
     LH = 0
     LL = 1
@@ -62,20 +61,33 @@ ROUTE_HUES = ("amount", "minus", "teacher", "student")
 
 
 def gap(logp_teacher: Tensor, logp_student: Tensor) -> Tensor:
-    """The privilege advantage gap A of sampled tokens, in nats: zero where both rule the token out."""
+    """Return the privilege advantage gap A of sampled tokens, in nats.
+
+    It is zero where both rule the token out.
+
+    Args:
+        logp_teacher: Log-probs of the tokens under the hinted teacher, any shape.
+        logp_student: The same under the hinted student.
+    """
     return (logp_teacher - logp_student).abs().nan_to_num(nan=0.0, posinf=torch.inf)
 
 
 def thresholds(
     logp_teacher: Tensor, logp_student: Tensor, mask: Tensor, trim: float = 0.05
 ) -> tuple[float, float]:
-    """Ā and the mean of q_S + q_T over the tokens in `mask` whose gap is not above the quantile 1 -
-    trim; zeros for no tokens.
+    """Return Ā and the mean of q_S + q_T over the tokens whose gap is not among the largest.
+
+    Args:
+        logp_teacher: Log-probs of the sampled tokens under the hinted teacher, any shape.
+        logp_student: The same under the hinted student.
+        mask: Which tokens count, in the same shape.
+        trim: Tokens with a gap above the quantile 1 - trim are left out.
+
+    Returns:
+        Two numbers, the first in nats; zeros where there is no token.
     """
-    logp_teacher, logp_student = (
-        logp_teacher.detach()[mask].double(),
-        logp_student.detach()[mask].double(),
-    )
+    logp_teacher = logp_teacher.detach()[mask].double()
+    logp_student = logp_student.detach()[mask].double()
     a = gap(logp_teacher, logp_student)
     if not len(a):
         return 0.0, 0.0
@@ -90,11 +102,17 @@ def route(
     trim: float = 0.05,
     limits: tuple[float, float] | None = None,
 ) -> Tensor:
-    """The `Route` of every token, and -1 outside the mask: int64, in the shape of `mask`.
+    """Return the `Route` of every token, -1 outside the mask; ties go to High, to LH and to HT.
 
-    logp_teacher, logp_student: log-probs of the sampled tokens, both told the hint. limits:
-        `thresholds` from elsewhere, as of
-    all processes. Ties go to High, to LH and to HT.
+    Args:
+        logp_teacher: Log-probs of the sampled tokens under the hinted teacher, any shape.
+        logp_student: The same under the hinted student.
+        mask: Which tokens count, in the same shape.
+        trim: As in `thresholds`.
+        limits: The two thresholds, where they are known from all tokens of a step.
+
+    Returns:
+        int64, in the shape of `mask`.
     """
     mean_gap, mean_confidence = limits or thresholds(logp_teacher, logp_student, mask, trim)
     logp_teacher, logp_student = logp_teacher.detach().double(), logp_student.detach().double()
@@ -107,22 +125,30 @@ def route(
 
 @dataclass(frozen=True)
 class DOPD:
-    """Route each token to the privileged teacher or student.
+    """Route each token to the privileged teacher or the privileged student.
 
-    Defaults are the paper's; loss a mean over sequences, as there.
+    The defaults are the paper's; so is the mean over sequences of the recipe.
 
-    light, weak: β_l and β_w. k, trim: the top K of the reverse KLs, and the share of gaps that
-        leave the means.
-    support, tail: whose top K, and what becomes of the rest (see `TopK`). Switches of ours:
-    anchor: the privileged student of gap and targets: live (the paper's), frozen before training,
-        or a moving average. A live one drifts where no token is sent to the teacher.
-    hs: what the fourth regime does: "self" (the paper's), "teacher" (as HT), or "none" (no loss).
-        "self" leaves a student that is confidently wrong to itself, since it never samples what the
-        teacher would say.
-    gap_student: "bare" takes the gap from the student without the hint, a known error of
-        implementations: it counts missing information as missing capability.
-    adaptive: False gives every token the top-K reverse KL to the privileged teacher at weight 1;
-        routes are still recorded.
+    Attributes:
+        light: β_l, of the regimes LH and HS.
+        weak: β_w, of the regime LL.
+        k: K, the number of tokens on which the reverse KLs are compared.
+        trim: Share of tokens, those of largest gap, that leave the two means; from 0 to below 1.
+        support: The policy whose top K are taken, "student" or "teacher" (the target).
+        tail: What becomes of the mass outside (see `TopK`).
+        anchor: The privileged student of gap and targets: "live" (the paper's), "frozen" before
+            training, or "ema", a moving average. A live one drifts where no token is routed to the
+            teacher.
+        hs: The fourth regime: "self" (the paper's), "teacher" (as HT), or "none" (no loss). "self"
+            leaves a student that is confidently wrong to itself, since it never samples what the
+            teacher would say.
+        gap_student: "bare" takes the gap from the student without the hint, a known error of
+            implementations: it counts missing information as missing capability.
+        adaptive: False gives every token the top-K reverse KL to the privileged teacher at weight
+            1; routes are still recorded.
+
+    Raises:
+        InvalidValue: A value is out of its range.
     """
 
     light: Finite = 0.6
@@ -157,18 +183,19 @@ class DOPD:
 
     @property
     def needs(self) -> tuple[str, ...]:
+        """The hinted teacher and the hinted anchor."""
         return (TEACHER, ANCHORS[self.anchor])
 
     def plan(self, batch: Batch) -> dict[str, Column]:
+        """Return `route`, `gap` (nats) and `confidence`, `[B, T]` each."""
         student = ANCHORS[self.anchor] if self.gap_student == "privileged" else "student"
         logp = batch.map(
             lambda rows: torch.stack([rows.logp_of(TEACHER), rows.logp_of(student)], -1),
             needs=(TEACHER, student),
         )
         ours, theirs = logp[..., 1], logp[..., 0]
-        everyone = batch.gather(
-            logp
-        )  # the means are those of the step, however many processes share it
+        # The means are those of the step, however many processes share it.
+        everyone = batch.gather(logp)
         is_token = torch.ones(len(everyone), dtype=torch.bool, device=everyone.device)
         limits = thresholds(everyone[:, 0], everyone[:, 1], is_token, self.trim)
         sides = (TEACHER, student)
@@ -201,11 +228,11 @@ class DOPD:
         }
 
     def loss(self, rows: Rows) -> Tensor:
+        """Return the loss of each token's regime, `[n]`, in nats."""
         if not self.adaptive:
             return self._top_k_kl(rows.student, rows[TEACHER])
-        loss = rows.student[:0].sum() + rows.student.new_zeros(
-            len(rows)
-        )  # zeros that still depend on the student
+        # Zeros that still depend on the student.
+        loss = rows.student[:0].sum() + rows.student.new_zeros(len(rows))
         for regime, (weight, policy, divergence) in self._regimes().items():
             at = (rows.route == regime).nonzero()[:, 0]
             if weight and len(at):
@@ -216,7 +243,7 @@ class DOPD:
         return loss
 
     def _regimes(self) -> dict[Route, Regime]:
-        """What each regime trains; one that is not here has no loss."""
+        """Weight, target and divergence of each regime; one that is not here has no loss."""
         anchor = ANCHORS[self.anchor]
         table: dict[Route, Regime] = {
             Route.LH: (self.light, TEACHER, self._top_k_kl),
@@ -237,5 +264,5 @@ class DOPD:
 
 
 def _mean(values: Tensor) -> float:
-    """The mean, kept from rounding past the least or the greatest: equal values must tie with it."""
+    """The mean, kept within the values: rounding must not stop equal values from tying with it."""
     return float(values.mean().clamp(values.min(), values.max()))

@@ -1,24 +1,27 @@
-"""Distillation from log-probs across tokenizers: both models grade the same bytes of what the
-student wrote.
+"""Distillation from log-probs across tokenizers: both models grade the same bytes of a text.
 
-    y     = s_1 s_2 … s_K            the student's text, cut wherever both tokenizers have a boundary (`opdlab.data.alignment`)
-    r_k   = log p(s_k | x, before) - log q(s_k | x, before)        all tokens of the span, each model's own; its end is a span too
-    A_t   = - r_k                    for every student's token t of s_k; credit="later": - sum_{j >= k} r_j; "all": - sum_j r_j
-    L     = - sum_t ratio_t A_t      ratio_t = p(y_t) / sg p(y_t): one, but it carries the gradient
+    y     = s_1 s_2 … s_K        the student's text, cut wherever both tokenizers have a boundary
+    r_k   = log p(s_k | x, before) - log q(s_k | x, before)
+    A_t   = - r_k                for every token t of the student in s_k
+    L     = - sum_t ratio_t A_t,         ratio_t = p(y_t) / sg p(y_t): one, with the gradient
 
-The alignment is that of GOLD and rLLM (by byte offsets); the objective is the sampled reverse KL,
+r_k sums over all tokens of the span, each model's own; the end of the text is a span too. With
+credit="later" A_t is - sum_{j >= k} r_j, with credit="all" - sum_j r_j. The alignment is that of
+GOLD and rLLM (by byte offsets, `opdlab.data.alignment`); the objective is the sampled reverse KL,
 for spans. In expectation
 
-    "all"     the gradient of KL(p || q) over whole texts, whatever the tokenizers: p over the student's token sequences, q over texts
-              in the teacher's usual tokenization (what q gives to unusual ones is a constant and
-              moves nothing)
-    "later"   the same with less variance, where the text so far decides where its spans end (characters, bytes, words)
-    "span"    under the same condition the gradient of sum_k KL(p(s_k|before) || q(s_k|before)), the way there held fixed, as OPD's is
+    "all"    is the gradient of KL(p || q) over whole texts, whatever the tokenizers: p over the
+             student's token sequences, q over texts in the teacher's usual tokenization (what q
+             gives to unusual ones is a constant and moves nothing)
+    "later"  is the same with less variance, where the text so far decides where its spans end
+             (characters, bytes, words)
+    "span"   is, under the same condition, the gradient of sum_k KL(p(s_k|before) || q(s_k|before))
+             with the way there held fixed, as in OPD
 
 With one tokenizer on both sides this is OPD(estimator="sampled"), with "later" at discount 1.
 Neglected: q's mass on unusual tokenizations of the same bytes (the student pays for it), texts of
-the student's that differ in tokens only (it is paid for writing one text in several ways), and,
-where a text was cut off, that its last teacher's token might have been a longer one.
+the student that differ in tokens only (it is paid for writing one text in several ways), and, where
+a text was cut off, that its last teacher's token might have been a longer one.
 """
 
 from __future__ import annotations
@@ -31,12 +34,18 @@ import torch
 from torch import Tensor
 
 from opdlab.data.alignment import Span, decode_bytes, nats_per_byte, one_to_one, spans
+from opdlab.data.column import Column, Kind
 from opdlab.data.notes import Alignments
 from opdlab.data.prompt import Prompt
 from opdlab.data.rollout import Rollout
 from opdlab.engine.batch import Batch
 from opdlab.engine.rows import Rows
 from opdlab.errors import InvalidValue, MissingPolicy, OpdlabError
+from opdlab.methods.policy_gradient import (
+    advantage_column,
+    policy_gradient_loss,
+    sampler_column,
+)
 from opdlab.models.policy import Policy
 from opdlab.support.validation import Text, validate
 
@@ -45,9 +54,16 @@ SHOWN = 16  # completions whose alignment is kept in the notes of a step
 
 @dataclass(frozen=True)
 class Reading:
-    """Completion `sample` of `length` student tokens as the teacher reads it: the text, its ids and
-    their bytes, the spans (the end is none of them), and whether the text ends in a way that
-    both models can say.
+    """A completion as the teacher reads it.
+
+    Attributes:
+        sample: Number of the completion.
+        length: Its student's tokens.
+        text: Its text.
+        ids: The teacher's ids of the text.
+        pieces: The bytes of these.
+        spans: The spans, without the end.
+        ends: Whether the text ends in a way that both models can say.
     """
 
     sample: int
@@ -60,22 +76,25 @@ class Reading:
 
     @property
     def parts(self) -> list[tuple[list[int], list[int]]]:
-        """Token places of every span, ours and theirs; the end is the last."""
+        """Token places of every span, student's and teacher's; the end is the last."""
         end = [([self.length - 1], [len(self.ids)])] if self.ends else []
         return [(list(s.ours), list(s.theirs)) for s in self.spans] + end
 
 
 @dataclass(frozen=True)
 class SpanOPD:
-    """Learn from the log-probs of a teacher that speaks other tokens.
+    """Learn from the log-probs of a teacher with another tokenizer.
 
-    `credit`: see the module; "span" has the least variance.
+    A completion that the teacher's tokenizer cannot spell, or with special tokens amid its text, is
+    not trained on, and counted. The notes hold the share of bytes in 1:1 spans, the sampled KL per
+    UTF-8 byte and the spans of some completions.
 
-    Leaves in the trace: `span` (its number in the text, -1 for a completion that could not be
-    aligned), `one_to_one`, `advantage`, `span_kl` (r_k, in equal parts on the student's tokens of
-    the span; they sum to log p(y) - log q(y)), and in the notes the share of bytes in 1:1 spans,
-    the sampled KL per UTF-8 byte and the spans of some completions. A completion that the teacher's
-    tokenizer cannot spell, or with special tokens amid its text, is not trained on, and counted.
+    Attributes:
+        credit: The spans that a token answers for: "span", its own (least variance), "later", its
+            own and those after, or "all".
+
+    Raises:
+        InvalidValue: There is no such credit.
     """
 
     credit: Literal["span", "later", "all"] = "span"
@@ -87,48 +106,79 @@ class SpanOPD:
         if self.credit not in ("span", "later", "all"):
             raise InvalidValue(f"SpanOPD got credit={self.credit!r}. Use span, later or all.")
 
-    def plan(self, batch: Batch) -> dict[str, Tensor]:
+    def plan(self, batch: Batch) -> dict[str, Column]:
+        """Align, and return `advantage`, `span_kl`, `span`, `one_to_one` and `sampler_logp`.
+
+        Returns:
+            `[B, T]` each. `span_kl` is r_k in equal parts on the student's tokens of the span; over
+            a completion it sums to log p(y) - log q(y). `span` is -1 where a completion could not
+            be aligned.
+
+        Raises:
+            OpdlabError: The teacher's tokenizer spells none of the completions.
+            MissingPolicy: The teacher has no tokenizer.
+        """
         readings = _read(batch)
         logp = batch.map(lambda rows: rows.logp, needs=("student",))
-        columns = {name: torch.zeros_like(logp) for name in ("advantage", "one_to_one", "span_kl")}
-        columns |= {"planned_logp": logp, "span": torch.full_like(logp, -1)}
-        shown: list[dict[str, Any]] = []
+        advantage, one_to_one, span_kl = (torch.zeros_like(logp) for _ in range(3))
+        number = torch.full_like(logp, -1)
+        kept: list[dict[str, Any]] = []
         for reading, theirs in zip(readings, _teacher_logp(batch, readings), strict=True):
             b = reading.sample
-            gap = torch.stack(
+            r = torch.stack(
                 [logp[b, ours].sum() - theirs[other].sum() for ours, other in reading.parts]
             )
             for k, (ours, other) in enumerate(reading.parts):
-                columns["advantage"][b, ours] = -_credit(gap, k, self.credit)
-                columns["span_kl"][b, ours] = gap[k] / len(ours)
-                columns["one_to_one"][b, ours] = float(len(ours) == len(other) == 1)
-                columns["span"][b, ours] = k
-            if len(shown) < SHOWN:
-                shown.append(_shown(reading, gap))
-        facts = _summary(batch, readings, columns["span_kl"])
-        batch.notes["alignments"] = Alignments(shown, facts=facts)
-        return columns
+                advantage[b, ours] = -_credit(r, k, self.credit)
+                span_kl[b, ours] = r[k] / len(ours)
+                one_to_one[b, ours] = float(len(ours) == len(other) == 1)
+                number[b, ours] = k
+            if len(kept) < SHOWN:
+                kept.append(_describe(reading, r))
+        facts = _summarize(batch, readings, span_kl)
+        batch.notes["alignments"] = Alignments(kept, facts=facts)
+        formula = "log q − log p of the span" + _CREDITS[self.credit]
+        return {
+            "advantage": advantage_column(advantage, formula),
+            "span_kl": Column(
+                span_kl,
+                "log p − log q of the span, in equal parts on its tokens",
+                unit="nats",
+                kind=Kind.SIGNED,
+                compares=("teacher.spans", "student"),
+                less="teacher wants it more",
+                more="student wants it more",
+            ),
+            "span": Column(number, "number of the span in the text, −1 for a text left out"),
+            "one_to_one": Column(
+                one_to_one, "whether the span is one token for both models", kind=Kind.FLAG
+            ),
+            "sampler_logp": sampler_column(logp),
+        }
 
     def loss(self, rows: Rows) -> Tensor:
-        ratio = (rows.logp - rows.planned_logp).exp()
-        return -ratio * rows.advantage
+        """Return -ratio A of each token, `[n]`."""
+        return policy_gradient_loss(rows)
 
 
-def _credit(gap: Tensor, k: int, credit: str) -> Tensor:
-    """What a token of span `k` answers for."""
-    return gap[k] if credit == "span" else gap[k:].sum() if credit == "later" else gap.sum()
+_CREDITS = {"span": "", "later": " and of those after", "all": "s of the whole text"}
 
 
-def _shown(reading: Reading, gap: Tensor) -> dict[str, Any]:
-    """A reading as plain data: the teacher's tokens, and `[start, stop, start, stop]` of every
-    span, ours and theirs.
-    """
+def _credit(r: Tensor, k: int, credit: str) -> Tensor:
+    """The sum of the log-ratios that a token of span `k` answers for."""
+    if credit == "span":
+        return r[k]
+    return r[k:].sum() if credit == "later" else r.sum()
+
+
+def _describe(reading: Reading, r: Tensor) -> dict[str, Any]:
+    """A reading as plain data; a span is `[start, stop, start, stop]`, student's and teacher's."""
     cuts = [[s.ours.start, s.ours.stop, s.theirs.start, s.theirs.stop] for s in reading.spans]
     teacher = [piece.decode(errors="replace") for piece in reading.pieces]
-    return {"sample": reading.sample, "teacher": teacher, "spans": cuts, "kl": gap.tolist()}
+    return {"sample": reading.sample, "teacher": teacher, "spans": cuts, "kl": r.tolist()}
 
 
-def _summary(batch: Batch, readings: Sequence[Reading], span_kl: Tensor) -> dict[str, float]:
+def _summarize(batch: Batch, readings: Sequence[Reading], span_kl: Tensor) -> dict[str, float]:
     """Share of bytes in 1:1 spans, sampled KL in nats per UTF-8 byte, completions left out."""
     texts = [r.text for r in readings]
     per_byte = nats_per_byte([float(span_kl.sum())], texts) if any(texts) else 0.0
@@ -141,8 +191,9 @@ def _summary(batch: Batch, readings: Sequence[Reading], span_kl: Tensor) -> dict
 
 
 def _read(batch: Batch) -> list[Reading]:
-    """The completions that the teacher's tokenizer spells byte for byte; raises OpdlabError where
-    there is none.
+    """The completions that the teacher's tokenizer spells byte for byte.
+
+    Raises OpdlabError where there is none.
     """
     student, teacher = batch.policies["student"], batch.policies["teacher.spans"]
     if not hasattr(teacher, "tokenizer"):
@@ -150,41 +201,8 @@ def _read(batch: Batch) -> list[Reading]:
             f"SpanOPD reads the text in the teacher's own tokens, but {type(teacher).__name__} has"
             " no tokenizer here. Load the teacher with Policy.load(…), or use OmniOPD."
         )
-    out = []
-    for b, ids in enumerate(batch.rollout.completions()):
-        ended = bool(ids) and batch.rollout.finish[b] == "stop" and ids[-1] in _ends(student)
-        mine = decode_bytes(student.tokenizer, ids[: len(ids) - ended])
-        if not all(mine):  # a special token amid the text: the teacher cannot be asked about it
-            continue
-        try:
-            text = b"".join(mine).decode()
-            theirs = (
-                list(
-                    teacher.tokenizer(text, add_special_tokens=False, split_special_tokens=True)[
-                        "input_ids"
-                    ]
-                )
-                if text
-                else []
-            )
-            pieces = decode_bytes(teacher.tokenizer, theirs)
-            out.append(
-                Reading(
-                    b,
-                    len(ids),
-                    text,
-                    theirs,
-                    pieces,
-                    spans(mine, pieces),
-                    ended and bool(_ends(teacher)),
-                )
-            )
-        except (
-            UnicodeDecodeError,
-            OpdlabError,
-        ):  # no text in UTF-8, or one with characters that the teacher lacks
-            continue
-    out = [reading for reading in out if reading.parts]
+    readings = [_read_one(batch, b, student, teacher) for b in range(len(batch.rollout))]
+    out = [reading for reading in readings if reading is not None and reading.parts]
     if not out:
         raise OpdlabError(
             f"Step {batch.step + 1}: the teacher's tokenizer spells none of the"
@@ -195,19 +213,43 @@ def _read(batch: Batch) -> list[Reading]:
     return out
 
 
+def _read_one(batch: Batch, b: int, student: Any, teacher: Any) -> Reading | None:
+    """One completion as the teacher reads it; None where it cannot be asked about it."""
+    length = int(batch.rollout.lengths[b])
+    ids = batch.rollout.ids[b, :length].tolist()
+    ended = bool(ids) and batch.rollout.finish[b] == "stop" and ids[-1] in _ends(student)
+    mine = decode_bytes(student.tokenizer, ids[: length - ended])
+    if not all(mine):  # a special token amid the text
+        return None
+    try:
+        text = b"".join(mine).decode()
+        theirs: list[int] = []
+        if text:
+            theirs = list(
+                teacher.tokenizer(text, add_special_tokens=False, split_special_tokens=True)[
+                    "input_ids"
+                ]
+            )
+        pieces = decode_bytes(teacher.tokenizer, theirs)
+        aligned = spans(mine, pieces)
+    except (UnicodeDecodeError, OpdlabError):
+        # The bytes are no text in UTF-8, or hold characters that the teacher's tokenizer lacks.
+        return None
+    return Reading(b, length, text, theirs, pieces, aligned, ended and bool(_ends(teacher)))
+
+
 def _teacher_logp(batch: Batch, readings: Sequence[Reading]) -> list[Tensor]:
-    """Log-probs of each text's teacher tokens, and of the end where it ends (by any of the tokens
-    that end the teacher's texts).
+    """Log-probs of each text in the teacher's tokens, and of its end.
+
+    Any of the tokens that end the teacher's texts will do.
     """
     teacher = batch.policies["teacher.spans"]
     stops = sorted(_ends(teacher))
     bodies = [r.ids + stops[:1] * r.ends for r in readings]
     rollout = _rollout([batch.rollout.prompts[r.sample] for r in readings], bodies, batch.rollout)
     asked = Batch(rollout, {"student": teacher})
-    logp, end = (
-        asked.map(lambda rows: rows.logp),
-        asked.map(lambda rows: rows.student[:, stops].logsumexp(-1)) if stops else None,
-    )
+    logp = asked.map(lambda rows: rows.logp)
+    end = asked.map(lambda rows: rows.student[:, stops].logsumexp(-1)) if stops else None
     out = []
     for i, reading in enumerate(readings):
         own = logp[i, : len(bodies[i])].to(batch.rollout.logp)
