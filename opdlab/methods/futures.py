@@ -1,9 +1,8 @@
-"""What comes after a fork: the window distances at tokens of high and low loss, and what a few
-updates on one window change.
+"""The futures after a fork: window distances by loss, and the effect of updates on one window.
 
 These are the two diagnoses of arXiv 2606.00305 (figures 2 and 5), for any pair of policies. The
 paper finds 29 % false alarms (a high loss before futures as alike as those after tokens of low
-loss) and window distances of 0.538 before, 0.350 after five updates of OPD and 0.204 after five of
+loss), and window distances of 0.538 before, 0.350 after five updates of OPD and 0.204 after five of
 TOPD. Both depend on choices that it does not report, so both functions name theirs: above all
 whether the student's window is the rollout's own text or a greedy one.
 """
@@ -25,7 +24,7 @@ from opdlab.data.prompt import Prompt
 from opdlab.data.rollout import Rollout
 from opdlab.engine.batch import Batch
 from opdlab.errors import InvalidValue
-from opdlab.losses.divergences import reverse_kl
+from opdlab.losses import reverse_kl
 from opdlab.methods import windows
 from opdlab.methods.windows import Point
 from opdlab.models.policy import Policy
@@ -45,20 +44,28 @@ def forks(
     embedding: str = "student",
     seed: int = 0,
 ) -> pd.DataFrame:
-    """Window distances at the tokens of highest and lowest score and at random ones: a data frame,
-    one row a probed position.
+    """Measure window distances at tokens of high, of low and of any score.
 
-    Columns: `group` ("high", "random", "low": ceil(share N) positions of each completion, the
-        random ones may be in another
-    group too), `sample`, `position`, `token_id`, `score` (nats), and the exact transport distance
-    of the teacher's greedy window to the student's `rollout` text and to its `greedy` one.
+    Args:
+        student: The student.
+        teacher: The teacher, with the same tokens.
+        rollout: The completions.
+        window: K, in tokens.
+        share: ceil(share N) positions of each completion of N tokens are in each group.
+        score: As in `TOPD`.
+        embedding: As in `TOPD`.
+        seed: Of the random group.
+
+    Returns:
+        One row per probed position: `group` ("high", "random", "low"; the random positions may be
+        in another group too), `sample`, `position`, `token_id`, `score` (nats), and the exact
+        transport distance of the teacher's greedy window to the student's `rollout` text and to its
+        `greedy` one.
     """
     check_same_tokens(student, teacher)
     policies = {"student": student, "teacher": teacher}
-    value, room = (
-        windows.scores(Batch(rollout, policies), score),
-        windows.room(student, rollout, window),
-    )
+    value = windows.scores(Batch(rollout, policies), score)
+    room = windows.room(student, rollout, window)
     noise = torch.rand(value.shape, generator=torch.Generator().manual_seed(seed))
     counts = windows.quota(rollout.lengths, share)
     groups = {
@@ -93,22 +100,33 @@ def forks(
 
 
 def false_alarm_rate(high: Sequence[float] | pd.Series, low: Sequence[float] | pd.Series) -> float:
-    """The share of high-loss positions whose window distance is at most the upper quartile of the
-    low-loss positions' ones.
+    """Return the share of high-loss positions with a window distance as at low-loss positions.
 
-    0.75, and not 0.5, where the loss says nothing about the future. NaN where one group is empty.
+    A distance is one of those if it is at most the upper quartile of the low-loss positions, so the
+    share is 0.75, and not 0.5, where the loss says nothing about the future.
+
+    Args:
+        high: Distances at positions of high loss.
+        low: Distances at positions of low loss.
+
+    Returns:
+        The share; NaN where one group is empty.
     """
-    return (
-        float(np.mean(np.asarray(high) <= np.quantile(low, 0.75)))
-        if len(high) and len(low)
-        else float("nan")
-    )
+    if not len(high) or not len(low):
+        return float("nan")
+    return float(np.mean(np.asarray(high) <= np.quantile(low, 0.75)))
 
 
 @dataclass(frozen=True)
 class Pair:
-    """A prefix and the two windows after it, with the teacher's log-probs `[K, V]` along the
-    student's.
+    """A prefix and the two windows after it.
+
+    Attributes:
+        prompt: The prompt.
+        prefix: Token ids before the windows.
+        student: The student's window.
+        teacher: The teacher's window.
+        logp: The teacher's log-probs along the student's window, `[K, V]`.
     """
 
     prompt: Prompt
@@ -134,20 +152,36 @@ def local_correction(
     embedding: str = "student",
     rank: int = 16,
 ) -> pd.DataFrame:
-    """Train a copy of the student's adapter on one window alone, let it write again, measure: a row
-    for each point and arm.
+    """Train a copy of the student on one window alone, let it write again, and measure.
 
-    Columns: `sample`, `position`, `arm` ("origin" is before), `distance` (exact, of the new greedy
-        window to the teacher's greedy
-    window, which stays) and `first_token` (whether the new text begins with the teacher's token:
-    the trap is one that does and goes wrong after it). All arms take the reverse KL over the
-    student's window ("opd"), plus weight times the cross-entropy to the plan's targets ("topd"
-    entropic, "exact"), to the teacher's token at the same place ("diagonal"), or along the
-    teacher's own window ("teacher_context"). Adam, `updates` steps from the same start for every
-    point and arm.
-    student_window: the text that is trained on, the student's greedy one or its rollout's. The
-        student is left as it was;
-    one without an adapter gets a passing one of that rank.
+    All arms take the reverse KL over the student's window ("opd"), plus `weight` times the
+    cross-entropy to the plan's targets ("topd" entropic, "exact"), to the teacher's token at the
+    same place ("diagonal"), or along the teacher's own window ("teacher_context"). Each point and
+    arm takes the same number of Adam updates from the same start. The student stays as it is.
+
+    Args:
+        student: The student.
+        teacher: The teacher, with the same tokens.
+        rollout: The completions.
+        points: Completion and position of each window.
+        arms: Names of `ARMS`.
+        window: K, in tokens.
+        updates: Adam steps.
+        lr: Learning rate.
+        weight: λ, as in `TOPD`.
+        epsilon: Of the entropic plan, as in `TOPD`.
+        student_window: The text that is trained on, the student's "greedy" one or its "rollout".
+        embedding: As in `TOPD`.
+        rank: Of the adapter that a student without one gets for the time.
+
+    Returns:
+        One row per point and arm: `sample`, `position`, `arm` ("origin" is before), `distance`
+        (exact, of the new greedy window to the teacher's, which stays), and `first_token` (whether
+        the new text begins with the teacher's token; the trap is a text that does and goes wrong
+        after it).
+
+    Raises:
+        InvalidValue: There is no such arm or window.
     """
     if strange := sorted(set(arms) - set(ARMS)):
         raise InvalidValue(
@@ -194,22 +228,30 @@ def local_correction(
 
 
 def loss_of(student: Policy, pair: Pair, plan: Tensor | None, arm: str, weight: float) -> Tensor:
-    """What one update of an arm lowers: means over the window, in nats."""
+    """Compute the loss of an arm, a mean over the window, in nats.
+
+    Args:
+        student: The policy in training.
+        pair: The windows.
+        plan: The arm's plan `[K, K']`; None for arms without one.
+        arm: A name of `ARMS`.
+        weight: λ.
+    """
     logp = _log_probs(student, pair.prompt, pair.prefix, pair.student)
     loss = reverse_kl(logp, pair.logp).mean()
     if arm == "teacher_context":
         theirs = _log_probs(student, pair.prompt, pair.prefix, pair.teacher)
-        return (
-            loss
-            - weight
-            * theirs.gather(-1, torch.tensor(pair.teacher, device=theirs.device)[:, None]).mean()
-        )
-    return loss if plan is None else loss - weight * (plan.to(logp) * logp[:, pair.teacher]).sum()
+        tokens = torch.tensor(pair.teacher, device=theirs.device)
+        return loss - weight * theirs.gather(-1, tokens[:, None]).mean()
+    if plan is None:
+        return loss
+    return loss - weight * (plan.to(logp) * logp[:, pair.teacher]).sum()
 
 
 def plans_of(
     pair: Pair, embedding: str, policies: dict[str, Any], epsilon: float
 ) -> dict[str, Tensor]:
+    """Return the plans `[K, K']` of a pair by arm, for the arms that have one."""
     cost = windows.costs([pair.student], [pair.teacher], embedding, policies)
     return {
         "topd": windows.solve(cost, epsilon)[1][0],
@@ -221,6 +263,7 @@ def plans_of(
 def pair_of(
     teacher: Policy, prompt: Prompt, prefix: list[int], student: list[int], text: list[int]
 ) -> Pair:
+    """Make a pair of windows, the teacher's called `text`, and grade the student's."""
     with torch.no_grad():
         return Pair(prompt, prefix, student, text, _log_probs(teacher, prompt, prefix, student))
 
@@ -262,7 +305,7 @@ def _reset(parameters: Sequence[Tensor], start: Sequence[Tensor]) -> None:
 def _train(
     loss: Callable[[], Tensor], parameters: Sequence[Tensor], updates: int, lr: float
 ) -> None:
-    """Adam on these parameters alone: whatever else may train gets no gradient."""
+    """Run Adam on these parameters alone; nothing else gets a gradient."""
     optimizer = torch.optim.Adam(list(parameters), lr=lr)
     for _ in range(updates):
         with torch.enable_grad():

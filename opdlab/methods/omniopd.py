@@ -1,21 +1,21 @@
 """OmniOPD: on-policy distillation from a teacher that only writes (arXiv 2606.01476).
 
-    H_t    = - sum_v p(v|y_<t) log p(v|y_<t)                 the chunks start at the M highest, C tokens each, none overlapping
-    k_c    = sum_{i=1..N} phi(y_c, teacher's continuation i of x, y_<c)                       phi: text similarity in [0, 1]
-    pi_c   = (k_c + alpha exp(mean_{t in c} log p(y_t))) / (N + alpha)                        detached: a weight
-    L      = - sum_c pi_c sum_{t in c} log p(y_t)  +  beta sum_{t in no chunk} KL(reference || student)_t
+    H_t  = - sum_v p(v|y_<t) log p(v|y_<t)        M chunks of C tokens start where it is highest
+    k_c  = sum_{i=1..N} φ(y_c, teacher's continuation i of x, y_<c)      φ: similarity in [0, 1]
+    π_c  = (k_c + α exp(mean_{t in c} log p(y_t))) / (N + α)             detached: a weight
+    L    = - sum_c π_c sum_{t in c} log p(y_t)  +  β sum_{t in no chunk} KL(reference || student)_t
 
-Both sums are divided by one number (the engine's mean over all tokens): means of their own would
-shrink the anchor. What the first term trains is the expected similarity to what the teacher would
-go on with, by REINFORCE without a baseline, and (its alpha part) the student's own confidence: a
-student learns nothing here that it never writes. So look at `similarity` beside the loss, which
-falls by self-reinforcement alone.
+Chunks do not overlap. Both sums are divided by one number (the engine's mean over all tokens):
+means of their own would shrink the anchor. The first term trains the expected similarity to the
+teacher's continuations, by REINFORCE without a baseline, and (its α part) the student's own
+confidence. A student learns nothing here that it never writes, so look at `similarity` beside the
+loss, which falls by self-reinforcement alone.
 
-Confirmed by readers of the paper: the formulas, M, N, C, alpha, beta. Our reading: greedy choice of
-chunks, characters as the unit of phi, whole chunks only, temperature 1, one normaliser. Entropy and
-log-prob are recomputed from the states that the loss pass sees, over the full vocabulary in
-float32: a sampler's own may come from other kernels or another precision, and near-ties then choose
-other chunks.
+Readers of the paper confirm the formulas, M, N, C, α and β. Our reading: greedy choice of chunks,
+characters as the unit of φ, whole chunks only, temperature 1, one normaliser. Entropy and log-prob
+are recomputed from the states that the loss pass sees, over the full vocabulary in float32: a
+sampler's own may come from other kernels or another precision, and near-ties then choose other
+chunks.
 """
 
 from __future__ import annotations
@@ -30,14 +30,14 @@ import torch
 from torch import Tensor
 
 from opdlab.data.alignment import decode_bytes, starts_character, text_of
-from opdlab.data.column import Column
+from opdlab.data.column import Column, Kind
 from opdlab.data.notes import Chunks
 from opdlab.data.seeds import seed_of
 from opdlab.engine.batch import Batch
 from opdlab.engine.rows import Rows
 from opdlab.errors import InvalidValue, OpdlabError
-from opdlab.losses.divergences import entropy, forward_kl
-from opdlab.methods.similarity import SIMILARITIES, Similarity, checked
+from opdlab.losses import entropy, forward_kl
+from opdlab.methods.similarity import SIMILARITIES, Similarity, measure
 from opdlab.support.validation import (
     Finite,
     Flag,
@@ -53,8 +53,16 @@ SELECT, ASK = 4000, 4001  # uses of randomness, see `seed_of`
 
 @dataclass(frozen=True)
 class Audit:
-    """A chunk of completion `sample`: where it starts, the text before it, its own, and whether the
-    completion ends in it.
+    """A chunk that is compared with the teacher's texts.
+
+    Attributes:
+        sample: Number of the completion.
+        start: Its first token.
+        prefix: The text before it.
+        text: Its text.
+        ends: Whether the completion ends in it.
+        size: Its bytes.
+        mean_logp: Mean log-prob of its tokens under the student, in nats.
     """
 
     sample: int
@@ -68,22 +76,32 @@ class Audit:
 
 @dataclass(frozen=True)
 class OmniOPD:
-    """Learn from `continuations` (N) texts at each of at most `chunks` (M) places of `length` (C)
-    tokens a completion.
+    """Learn from the teacher's continuations at the most uncertain places of a completion.
 
-    similarity: "edit" (characters), "rouge1" (words), or a function of two texts. select:
-        "entropy", or "random" places.
-    match_length: cut the teacher's texts to the chunk's number of characters, since C tokens of
-        another tokenizer are more or
-    less text; where the chunk holds the end of the completion they stay whole. teacher_tokens: how
-    long they may be in the teacher's tokens; by default `length`, and with match_length as many as
-    the longest chunk has bytes. temperature: the teacher's; 0 makes all N the same. The paper's
-    sizes suit 4000-token answers: keep chunks * length at or below a quarter of yours.
-
-    All weights are positive and only their differences teach, so what similarity gives to unlike
-    texts is noise in the gradient: where a wrong chunk still scores 0.8, lower the learning rate or
-    shorten the chunks. Answers of twenty tokens, measured on the market: OmniOPD(chunks=4,
+    All weights are positive and only their differences teach, so the similarity of unlike texts is
+    noise in the gradient: where a wrong chunk still scores 0.8, lower the learning rate or shorten
+    the chunks. The paper's sizes suit answers of 4000 tokens: keep chunks * length at or below a
+    quarter of yours. For answers of twenty tokens, measured on the market: OmniOPD(chunks=4,
     continuations=4, length=1, similarity="rouge1", match_length=True).
+
+    Attributes:
+        chunks: M, the most chunks of a completion.
+        continuations: N, the teacher's texts for each chunk.
+        length: C, tokens of a chunk.
+        alpha: α, the weight of the student's own prior.
+        beta: β, the weight of the anchor.
+        similarity: φ: "edit" (characters), "rouge1" (words), or a function of two texts.
+        select: Where chunks start: at the highest "entropy", or at "random" places.
+        match_length: Cut the teacher's texts to the chunk's number of characters, since C tokens of
+            another tokenizer are more or less text. Texts stay whole where the chunk holds the end
+            of the completion.
+        teacher_tokens: The most tokens of a text, in the teacher's tokens. None is `length`, or,
+            with match_length, as many as the longest chunk has bytes.
+        temperature: The teacher's; 0 makes all N the same.
+        seed: Of random places and of the teacher's texts.
+
+    Raises:
+        InvalidValue: A value is out of its range.
     """
 
     chunks: Whole = 10
@@ -128,32 +146,27 @@ class OmniOPD:
                 stacklevel=3,
             )
 
-    def plan(self, batch: Batch) -> dict[str, Tensor | Column]:
+    def plan(self, batch: Batch) -> dict[str, Column]:
+        """Ask the teacher, and return `audited`, `weight` and `similarity`, `[B, T]` each.
+
+        Raises:
+            OpdlabError: The teacher gave fewer texts than asked for.
+        """
         audits = self.schedule(batch)
         texts = self.ask(batch, audits)
-        similarity = (
-            SIMILARITIES[self.similarity] if isinstance(self.similarity, str) else self.similarity
-        )
-        columns: dict[str, Any] = {
-            name: torch.zeros_like(batch.rollout.logp)
-            for name in ("audited", "weight", "similarity")
-        }
+        similarity = self.similarity
+        if isinstance(similarity, str):
+            similarity = SIMILARITIES[similarity]
+        audited, weights, similarities = (torch.zeros_like(batch.rollout.logp) for _ in range(3))
         chunks: list[dict[str, Any]] = []
         for audit, written in zip(audits, texts, strict=True):
-            phi = [checked(similarity, audit.text, text) for text in written]
-            weight = posterior(
-                math.fsum(phi),
-                len(phi),
-                torch.tensor(audit.mean_logp, dtype=torch.float64),
-                self.alpha,
-            ).item()
+            phi = [measure(similarity, audit.text, text) for text in written]
+            mean_logp = torch.tensor(audit.mean_logp, dtype=torch.float64)
+            weight = posterior(math.fsum(phi), len(phi), mean_logp, self.alpha).item()
             where = audit.sample, slice(audit.start, audit.start + self.length)
-            for name, value in (
-                ("audited", 1.0),
-                ("weight", weight),
-                ("similarity", math.fsum(phi) / len(phi)),
-            ):
-                columns[name][where] = value
+            audited[where] = 1.0
+            weights[where] = weight
+            similarities[where] = math.fsum(phi) / len(phi)
             chunks.append(
                 {
                     "sample": audit.sample,
@@ -168,62 +181,84 @@ class OmniOPD:
             )
         _warn(chunks)
         batch.notes["chunks"] = Chunks(chunks, facts={"alpha": self.alpha})
-        audited = Column(
-            columns["audited"].long(),
-            "whether the token is in a chunk that was compared with the teacher's texts",
-            labels=("anchored", "audited"),
-        )
-        return columns | {"audited": audited}
+        return {
+            "audited": Column(
+                audited.long(),
+                "whether the token is in a chunk that was compared with the teacher's texts",
+                labels=("anchored", "audited"),
+            ),
+            "weight": Column(
+                weights,
+                "(k + α p) / (N + α) of the chunk, the weight of its log-probs",
+                kind=Kind.AMOUNT,
+                less="reinforced little",
+                more="reinforced much",
+            ),
+            "similarity": Column(
+                similarities,
+                "mean similarity of the chunk to the teacher's texts",
+                kind=Kind.AMOUNT,
+                less="nothing in common",
+                more="equal",
+            ),
+        }
 
     def loss(self, rows: Rows) -> Tensor:
+        """Return the weighted cross-entropy in chunks and the anchor elsewhere, `[n]`, in nats."""
         audit = -rows.weight * rows.logp
         anchor = self.beta * forward_kl(rows.student, rows.reference)  # KL(reference || student)
         return torch.where(rows.audited > 0, audit, anchor)
 
     def schedule(self, batch: Batch) -> list[Audit]:
-        """The chunks of all completions, in order.
+        """Choose the chunks of all completions, in order.
 
-        None starts inside a character: the teacher reads text.
+        No chunk starts inside a character, since the teacher reads text.
         """
-        logp, rank = (
-            batch.map(fn, needs=("student",))
-            for fn in (lambda rows: rows.logp, lambda rows: entropy(rows.student))
-        )
+        logp = batch.map(lambda rows: rows.logp, needs=("student",))
+        rank = batch.map(lambda rows: entropy(rows.student), needs=("student",))
         if self.select == "random":
             rank = torch.rand(
                 rank.shape,
                 generator=torch.Generator().manual_seed(seed_of(self.seed, batch.step, SELECT)),
             )
-        tokenizer, out = batch.policies["student"].tokenizer, []
+        tokenizer = batch.policies["student"].tokenizer
+        out: list[Audit] = []
         for b, ids in enumerate(batch.rollout.completions()):
             pieces = decode_bytes(tokenizer, ids)
             free = torch.tensor([starts_character(piece) for piece in pieces], device=rank.device)
-            for t in select_chunks(
-                rank[b, : len(ids)].masked_fill(~free, -math.inf), self.length, self.chunks
-            ):
+            allowed = rank[b, : len(ids)].masked_fill(~free, -math.inf)
+            for t in select_chunks(allowed, self.length, self.chunks):
                 end = t + self.length
-                said, ends = pieces[t:end], end == len(ids) and batch.rollout.finish[b] == "stop"
-                mean = logp[b, t:end].double().mean().item()
-                out.append(
-                    Audit(b, t, text_of(pieces[:t]), text_of(said), ends, sum(map(len, said)), mean)
+                chunk = pieces[t:end]
+                audit = Audit(
+                    sample=b,
+                    start=t,
+                    prefix=text_of(pieces[:t]),
+                    text=text_of(chunk),
+                    ends=end == len(ids) and batch.rollout.finish[b] == "stop",
+                    size=sum(map(len, chunk)),
+                    mean_logp=logp[b, t:end].double().mean().item(),
                 )
+                out.append(audit)
         return out
 
     def ask(self, batch: Batch, audits: Sequence[Audit]) -> list[list[str]]:
-        """N texts an audit, all asked for at once.
+        """Ask the teacher for N texts per chunk, all at once.
 
-        Raises OpdlabError for fewer: a text that is missing is no disagreement.
+        Raises:
+            OpdlabError: There are fewer; a text that is missing is no disagreement.
         """
         if not audits:
             return []
-        limit = (
-            max(a.size for a in audits) + 1 if self.match_length else self.length
-        )  # the end of a text is a token too
-        prompts, n = [batch.rollout.prompts[a.sample] for a in audits], self.continuations
+        limit = self.length
+        if self.match_length:
+            limit = max(audit.size for audit in audits) + 1  # the end of a text is a token too
+        prompts = [batch.rollout.prompts[audit.sample] for audit in audits]
+        n = self.continuations
         texts = batch.policies["teacher.text"].write(
             prompts,
             n,
-            prefixes=[a.prefix for a in audits],
+            prefixes=[audit.prefix for audit in audits],
             max_new_tokens=self.teacher_tokens or limit,
             temperature=self.temperature,
             seed=seed_of(self.seed, batch.step, ASK),
@@ -237,17 +272,28 @@ class OmniOPD:
                 f" each of {len(audits)} chunks. Nothing was trained on it: ask a teacher that"
                 " gives all n, or lower continuations."
             )
-        cut = lambda a, text: text[: len(a.text)] if self.match_length and not a.ends else text
-        return [[cut(a, text) for text in row] for a, row in zip(audits, texts, strict=True)]
+        return [self._cut(row, audit) for audit, row in zip(audits, texts, strict=True)]
+
+    def _cut(self, texts: Sequence[str], audit: Audit) -> list[str]:
+        """The teacher's texts as they are compared with a chunk."""
+        if self.match_length and not audit.ends:
+            return [text[: len(audit.text)] for text in texts]
+        return list(texts)
 
 
 def select_chunks(entropy: Tensor, chunk: int, limit: int) -> list[int]:
-    """Starts of at most `limit` chunks of `chunk` tokens, none overlapping, in order; `entropy
-    [T]`.
+    """Choose the starts of chunks that do not overlap.
 
     The highest entropy that leaves room for a chunk goes first, then the highest that overlaps no
-    chosen chunk; of equal ones the earliest. Positions of -inf never start a chunk. A text shorter
-    than `chunk` has none.
+    chosen chunk; of equal ones the earliest. A text shorter than `chunk` has none.
+
+    Args:
+        entropy: `[T]`; positions of -inf never start a chunk.
+        chunk: Tokens of a chunk.
+        limit: The most chunks.
+
+    Returns:
+        The starts, in order.
     """
     chosen: list[int] = []
     values = entropy.tolist()
@@ -262,16 +308,21 @@ def select_chunks(entropy: Tensor, chunk: int, limit: int) -> list[int]:
 
 
 def posterior(k: Tensor | float, n: int, mean_logp: Tensor, alpha: float) -> Tensor:
-    """(k + alpha p) / (n + alpha), p = exp(mean_logp):
+    """Return (k + alpha p) / (n + alpha), p = exp(mean_logp), without gradient.
 
-    `k` fractional matches of `n`, and the student's own prior. Detached.
+    Args:
+        k: Fractional matches.
+        n: Texts of which they are.
+        mean_logp: Mean log-prob of the chunk's tokens under the student, in nats.
+        alpha: The weight of the student's prior p.
     """
     return ((k + alpha * mean_logp.exp()) / (n + alpha)).detach()
 
 
-def _warn(audits: Sequence[dict]) -> None:
-    """Say so where the teacher's texts carry no information: all the same, or nothing between a
-    miss and a match.
+def _warn(audits: Sequence[dict[str, Any]]) -> None:
+    """Warn where the teacher's texts carry no information.
+
+    They do not if they are all the same, or if there is nothing between a miss and a match.
     """
     if not audits:
         return

@@ -1,21 +1,25 @@
-"""TOPD: reverse KL on all tokens, plus a target over a window where the teacher really goes
-elsewhere (arXiv 2606.00305).
+"""TOPD: reverse KL, plus a target over a window where the teacher really goes elsewhere.
 
-    H = the positions of highest loss;    T_t, S_t, D_OT(t): the windows from the same prefix and their distance (`windows`)
-    D = { t ∈ H : D_OT(t) > τ }                                                              real divergent points
-    ỹ_{t+i} = Σ_j γ_ij onehot(T_{t+j}),      L_traj = Σ_i KL( ỹ_{t+i} || p_S(.|q, x_{<t+i}) )
-    L_TOPD = L_OPD + λ L_traj
+    H        = the positions of highest loss
+    T_t, S_t = the windows of teacher and student from the same prefix, D_OT(t) their distance
+    D        = { t ∈ H : D_OT(t) > τ }                               real divergent points
+    ỹ_{t+i}  = Σ_j γ_ij onehot(T_{t+j})
+    L_traj   = Σ_i KL( ỹ_{t+i} || p_S(.|q, x_{<t+i}) )
+    L_TOPD   = L_OPD + λ L_traj                                      (arXiv 2606.00305)
 
-The plan γ is a constant. With uniform marginals ỹ sums to 1/K, so the printed sum is the window's
-mean of a proper cross-entropy to ȳ = Kỹ, up to a constant: what is trained here is -Σ_ij γ_ij log
-p_S(T_{t+j} | x_{<t+i}), a mean over the window, then a mean over D. Not reported by the paper, and
-ours: the score (teacher's NLL of the student's token; its figure 6 has that axis), ρ (its 218
-points in 9688 tokens), τ, λ, ε, embeddings, the mean over D. Known traps, kept because they are the
-method: the distance is blind to order, a teacher who only inserts one token gets a distance of 1/K
-and targets that are the student's own tokens, and where both windows agree the loss would only
-sharpen the student, hence the gate. `targets="diagonal"` is a control that in small experiments
-does better. Left out: cross-entropy on the teacher's own contexts. They hold tokens that the
-student never wrote, so that loss is not one on rows of the rollout; `local_correction` compares it.
+The plan γ is a constant. With uniform marginals ỹ sums to 1/K, so the printed sum is, up to a
+constant, the window's mean of a proper cross-entropy to ȳ = Kỹ. What is trained here is
+-Σ_ij γ_ij log p_S(T_{t+j} | x_{<t+i}), a mean over the window, then a mean over D.
+
+Not reported by the paper, and ours: the score (the teacher's NLL of the student's token; its figure
+6 has that axis), ρ (its 218 points in 9688 tokens), τ, λ, ε, embeddings, the mean over D.
+
+Known traps, kept because they are the method: the distance is blind to order; a teacher that only
+inserts one token gets a distance of 1/K and targets that are the student's own tokens; and where
+both windows agree the loss would only sharpen the student, hence the gate. `targets="diagonal"` is
+a control that does better in small experiments. Cross-entropy on the teacher's own contexts is left
+out: they hold tokens that the student never wrote, so that loss is not one on rows of the rollout.
+`local_correction` compares it.
 """
 
 from __future__ import annotations
@@ -35,10 +39,11 @@ from opdlab.data.notes import Windows
 from opdlab.engine.batch import Batch
 from opdlab.engine.rows import Rows
 from opdlab.errors import InvalidValue, MissingPolicy
-from opdlab.losses.divergences import reverse_kl
+from opdlab.losses import reverse_kl
 from opdlab.methods import futures, windows
 from opdlab.methods.futures import ARMS, false_alarm_rate, forks, local_correction
 from opdlab.methods.windows import Point, transport
+from opdlab.models.protocols import Sampler
 from opdlab.support.validation import Amount, Count, Finite, PositiveShare, Share, validate_fields
 
 __all__ = ["ARMS", "TOPD", "false_alarm_rate", "forks", "futures", "local_correction", "transport"]
@@ -58,31 +63,41 @@ CHOICES: dict[str, tuple[Any, ...]] = {
 class TOPD:
     """OPD with a trajectory term at real divergent points.
 
-    window: K. The paper's 50 suits texts of thousands of tokens; 8 to 16 suit hundreds. No point is
-        taken closer to the end.
-    share: ρ, the part of a completion's tokens that are candidates, by highest `score`
-        ("teacher_nll" = -log p_T(x_t), "log_ratio" = log p_S - log p_T of it, "reverse_kl"),
-        rounded up: in short texts that is one token each, an error or not, unless min_loss asks for
-        a least score (1 nat, say). max_points: most candidates in a step.
-    threshold: τ, the `quantile` of the candidates' distances in the step, or "low_loss_q3": the
-        upper quartile of distances at as many positions of lowest score (twice the teacher's
-        writing).
-    weight: λ. epsilon: of the entropic plan that makes the targets; None takes the exact plan. The
-        distance is always exact.
-    student_window: what is compared with the teacher's window: the rollout's own tokens, or a
-        greedy text of the student from the same prefix. The targets are for the rollout's tokens in
-        both cases, since only those are trained.
-    targets: from the transport plan, or "diagonal": token i of the teacher for token i of the
-        student.
-    embedding: whose token embeddings the cost is between; "onehot" knows equal and different only.
-    downweight: the paper's intervention (use weight=0 to have it alone): "low_ot" lowers the loss
-        of the `quantile` of candidates with least distance to the median of their completion,
-        "high_ot" that of as many drawn from the others.
-
     The trajectory term is exactly the mean over points and window where the loss is a mean over
     tokens (the recipe). With normalize="sequence" a point counts by mean length / own length, as
     the other losses of its completion do; with "constant" both terms shrink alike. Over several
     processes it is the mean of theirs, by tokens.
+
+    Attributes:
+        window: K, in tokens. The paper's 50 suits texts of thousands of tokens; 8 to 16 suit
+            hundreds. No point is taken closer to the end.
+        share: ρ, the part of a completion's tokens that are candidates, by highest `score`, rounded
+            up. In short texts that is one token each, an error or not, unless `min_loss` asks for a
+            least score.
+        min_loss: The least score of a candidate, in nats (1, say); None for any.
+        max_points: Most candidates in a step; None for any number.
+        threshold: τ. "quantile" takes the `quantile` of the candidates' distances in the step,
+            "low_loss_q3" the upper quartile of distances at as many positions of lowest score
+            (twice the teacher's writing).
+        quantile: For the threshold and for `downweight`.
+        weight: λ.
+        epsilon: Of the entropic plan that makes the targets; None takes the exact plan. The
+            distance is always exact.
+        student_window: The text that is compared with the teacher's window: "rollout" for the
+            rollout's own tokens, "greedy" for a greedy text of the student from the same prefix.
+            The targets are for the rollout's tokens in both cases, since only those are trained.
+        targets: From the "transport" plan, or "diagonal": token i of the teacher for token i of the
+            student.
+        embedding: The policy whose token embeddings the cost is between; "onehot" knows equal and
+            different only.
+        downweight: The paper's intervention (use weight=0 to have it alone). "low_ot" lowers the
+            loss of the `quantile` of candidates with least distance to the median of their
+            completion, "high_ot" that of as many drawn from the others.
+        score: "teacher_nll" is -log p_T(x_t), "log_ratio" log p_S - log p_T of it, "reverse_kl" the
+            loss of OPD; in nats.
+
+    Raises:
+        InvalidValue: A value is out of its range.
     """
 
     window: Count = 8
@@ -119,12 +134,19 @@ class TOPD:
         windows.solve([], self.epsilon)  # raises for a bad epsilon
 
     def plan(self, batch: Batch) -> dict[str, Tensor | Column]:
+        """Find the real forks, and return their targets.
+
+        Returns:
+            `target` and `target_weight`, `[B, T, M]`; `divergent` and `window_distance`, `[B, T]`;
+            `downweight [B, T]` where it is asked for.
+
+        Raises:
+            MissingPolicy: The teacher cannot write on, or a policy has no embeddings.
+        """
         began, rollout, policies = time.perf_counter(), batch.rollout, batch.policies
         _check_writes(policies["teacher"])
-        score, room = (
-            windows.scores(batch, self.score),
-            windows.room(policies["student"], rollout, self.window),
-        )
+        score = windows.scores(batch, self.score)
+        room = windows.room(policies["student"], rollout, self.window)
         if not bool(room.any()):
             _warn_no_room(batch, self.window)
         points = windows.top(
@@ -134,7 +156,7 @@ class TOPD:
         student = self._student_windows(batch, points)
         distance, exact = windows.solve(windows.costs(student, teacher, self.embedding, policies))
         limit, more = self._limit(batch, score, room, points, distance)
-        kept = distance > limit + 1e-9  # equal up to rounding is not above
+        kept = distance > limit + 1e-9  # a distance equal up to rounding is not above
         plans = self._plans(batch, points, teacher)
         drawn = plans if self.student_window == "rollout" else exact
         facts = {
@@ -146,10 +168,10 @@ class TOPD:
         compared = _notes(points, student, teacher, distance, kept, drawn)
         batch.notes["windows"] = Windows(compared, threshold=limit, facts=facts)
         real = [i for i in range(len(points)) if kept[i]]
-        told = windows.scatter(
+        targets = windows.scatter(
             rollout, [points[i] for i in real], [teacher[i] for i in real], [plans[i] for i in real]
         )
-        columns: dict[str, Tensor | Column] = {**told}
+        columns: dict[str, Tensor | Column] = {**targets}
         columns["divergent"] = Column(
             _placed(batch, points, kept.long() + 1, 0),
             "whether the windows of student and teacher differ from here on",
@@ -162,32 +184,34 @@ class TOPD:
             compares=("teacher", "student"),
             threshold=limit,
         )
-        return columns | (
-            {"downweight": self._downweights(batch, points, distance)} if self.downweight else {}
-        )
+        if self.downweight:
+            columns["downweight"] = Column(
+                self._downweights(batch, points, distance),
+                "factor of the token's loss",
+                kind=Kind.AMOUNT,
+            )
+        return columns
 
     def loss(self, rows: Rows) -> Tensor:
+        """Return the reverse KL and the trajectory term of each token, `[n]`, in nats."""
         loss = reverse_kl(rows.student, rows.teacher)
         if self.downweight:
             loss = loss * rows.downweight.to(loss.dtype)
         if not self.weight or not rows.target.shape[-1]:
             return loss
         share = rows.target_weight.to(loss.dtype)
-        told = rows.student.gather(-1, rows.target).masked_fill(
-            share == 0, 0.0
-        )  # an unused place may hold a token of -inf
-        return loss - self.weight * (share * told).sum(-1)
+        # An unused place may hold a token of -inf.
+        target_logp = rows.student.gather(-1, rows.target).masked_fill(share == 0, 0.0)
+        return loss - self.weight * (share * target_logp).sum(-1)
 
     def _student_windows(self, batch: Batch, points: list[Point]) -> list[list[int]]:
-        """What is compared with the teacher's windows."""
+        """The texts that are compared with the teacher's windows."""
         if self.student_window == "greedy":
             return windows.write(batch.policies["student"], batch.rollout, points, self.window)
         return windows.slices(batch.rollout, points, self.window)
 
     def _plans(self, batch: Batch, points: list[Point], teacher: list[list[int]]) -> list[Tensor]:
-        """The plans between the rollout's own tokens and the teacher's windows, of which the
-        targets are made.
-        """
+        """The plans from the rollout's own tokens to the teacher's windows, for the targets."""
         student = windows.slices(batch.rollout, points, self.window)
         if self.targets == "diagonal":
             return [windows.diagonal(s, t) for s, t in zip(student, teacher, strict=True)]
@@ -198,10 +222,7 @@ class TOPD:
     def _limit(
         self, batch: Batch, score: Tensor, room: Tensor, points: list[Point], distance: Tensor
     ) -> tuple[float, int]:
-        """τ, and the tokens that the teacher wrote to find it.
-
-        Only distances above τ are real divergences.
-        """
+        """τ, and the number of tokens that the teacher wrote to find it."""
         if not points:
             return 0.0, 0
         if self.threshold == "quantile":
@@ -215,14 +236,12 @@ class TOPD:
         return float(windows.solve(costs)[0].quantile(0.75)), sum(map(len, texts))
 
     def _downweights(self, batch: Batch, points: list[Point], distance: Tensor) -> Tensor:
-        """min(1, median / ℓ_t) at the selected points, 1 elsewhere: such a token's loss counts as
-        the median of its completion.
+        """min(1, median / ℓ_t) at the selected points, 1 elsewhere.
+
+        The loss of such a token counts as the median of its completion.
         """
-        loss, order, n = (
-            batch.signals["teacher_reverse_kl"],
-            distance.argsort(stable=True),
-            round(self.quantile * len(points)),
-        )
+        loss, order = batch.signals["teacher_reverse_kl"], distance.argsort(stable=True)
+        n = round(self.quantile * len(points))
         selected = order[:n]
         if self.downweight == "high_ot":
             shuffled = torch.randperm(
@@ -238,7 +257,7 @@ class TOPD:
 
 
 def _check_writes(teacher: Any) -> None:
-    if not hasattr(teacher, "sample"):
+    if not isinstance(teacher, Sampler):
         raise MissingPolicy(
             "TOPD has the teacher write on from the student's own tokens, which a"
             f" {type(teacher).__name__} cannot do. Load the teacher with Policy.load(…), or use"
@@ -271,7 +290,7 @@ def _notes(
     kept: Tensor,
     plans: Sequence[Tensor],
 ) -> list[dict[str, Any]]:
-    """What pictures show: all windows of the step, the first `DRAWN` with their plans."""
+    """All windows of the step for pictures, the first `DRAWN` with their plans."""
     out: list[dict[str, Any]] = [
         {"sample": b, "position": t, "student": s, "teacher": w, "distance": d, "kept": k}
         for (b, t), s, w, d, k in zip(

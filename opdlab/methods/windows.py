@@ -1,16 +1,15 @@
-"""Near-future windows: what two policies write next from one prefix, and the transport distance
-between the two texts.
+"""Near-future windows: the texts of two policies from one prefix, and their transport distance.
 
-For a position t of a rollout x, with K tokens in a window (arXiv 2606.00305, sections 2.1, 2.2 and
-3):
+For a position t of a rollout x, with K tokens in a window (arXiv 2606.00305, sections 2.1, 2.2, 3):
 
-    T = the teacher's continuation of (q, x_<t)        S = (x_t, …, x_{t+K-1}), or the student's own continuation
-    C_ij = 1 - cos(e(S_i), e(T_j)),     D_OT = min_{γ ∈ Π(1/K, 1/K)} Σ_ij γ_ij C_ij
+    T    = the teacher's continuation of (q, x_<t)
+    S    = (x_t, …, x_{t+K-1}), or the student's own continuation
+    C_ij = 1 - cos(e(S_i), e(T_j)),         D_OT = min_{γ ∈ Π(1/K, 1/K)} Σ_ij γ_ij C_ij
 
-Confirmed by the paper: K = 50, the same prefix for both, windows that start at t itself, optimal
+The paper confirms K = 50, the same prefix for both, windows that start at t itself, and optimal
 transport between embedded tokens. Not reported there, and ours: static token embeddings, the cosine
 cost, uniform marginals, greedy continuations. The distance compares bags of tokens: it does not see
-their order. Rows are the student's window, columns the teacher's, everywhere.
+their order. Rows are the student's window and columns the teacher's, everywhere.
 """
 
 from __future__ import annotations
@@ -21,7 +20,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.nn import functional as F
+from torch.nn.functional import normalize
 
 from opdlab.data.rollout import Rollout
 from opdlab.engine.batch import Batch
@@ -31,40 +30,56 @@ from opdlab.models.policy import TOKENS_PER_PASS, Policy
 Point = tuple[int, int]  # completion, position
 EMBEDDINGS = ("student", "teacher", "onehot")
 SCORES = ("teacher_nll", "log_ratio", "reverse_kl")
-SWEEPS, TOLERANCE = (
-    1000,
-    1e-6,
-)  # of Sinkhorn's iteration; what is left of the marginals' error is rounded away
+SWEEPS, TOLERANCE = 1000, 1e-6  # of Sinkhorn's iteration; rounding removes the rest of its error
 
 
 def transport(
     student_vectors: Tensor, teacher_vectors: Tensor, epsilon: float | None = None
 ) -> tuple[float, Tensor]:
-    """Transport distance between two windows of vectors `[K, H]` and `[K', H]`, and the plan `[K,
-    K']`, float64 on the CPU.
+    """Compute the transport distance between two windows of vectors, with cost 1 - cosine.
 
-    Uniform marginals (rows of the plan sum to 1/K, columns to 1/K'), cost 1 - cosine. epsilon: None
-    is exact; otherwise the entropic plan, whose cost is then the distance. Raises InvalidValue for
-    an epsilon of 0 or less.
+    Args:
+        student_vectors: `[K, H]`.
+        teacher_vectors: `[K', H]`.
+        epsilon: None for the exact plan; otherwise that of the entropic plan, above 0.
+
+    Returns:
+        The distance, which is the cost of the plan, and the plan `[K, K']` in float64 on the CPU;
+        its rows sum to 1/K and its columns to 1/K'.
+
+    Raises:
+        InvalidValue: epsilon is not above 0.
     """
     distances, plans = solve([cost(student_vectors, teacher_vectors)], epsilon)
     return float(distances[0]), plans[0]
 
 
 def cost(student_vectors: Tensor, teacher_vectors: Tensor) -> Tensor:
-    """1 - cosine, `[K, H]`, `[K', H]` -> `[K, K']`, as half the squared distance of unit vectors:
-    exactly 0 for equal ones.
+    """Compute 1 - cosine as half the squared distance of unit vectors, 0 for equal vectors.
 
-    A zero vector is at 1/2 from all others.
+    Args:
+        student_vectors: `[K, H]`.
+        teacher_vectors: `[K', H]`; a zero vector is at ½ from all others.
+
+    Returns:
+        `[K, K']`, float64 on the CPU.
     """
-    s, t = (F.normalize(x.detach().double(), dim=-1) for x in (student_vectors, teacher_vectors))
+    s, t = (normalize(x.detach().double(), dim=-1) for x in (student_vectors, teacher_vectors))
     return (torch.cdist(s, t, compute_mode="donot_use_mm_for_euclid_dist") ** 2 / 2).cpu()
 
 
 def solve(costs: Sequence[Tensor], epsilon: float | None = None) -> tuple[Tensor, list[Tensor]]:
-    """Transport for many cost matrices: distances `[P]` and plans.
+    """Solve the transport for many cost matrices, those of one shape side by side.
 
-    Those of one shape are solved side by side.
+    Args:
+        costs: `P` matrices `[K, K']`.
+        epsilon: As in `transport`.
+
+    Returns:
+        Distances `[P]`, and a plan `[K, K']` each.
+
+    Raises:
+        InvalidValue: epsilon is not above 0.
     """
     if epsilon is not None and not epsilon > 0:
         raise InvalidValue(
@@ -90,19 +105,18 @@ def _exact(costs: Tensor) -> Tensor:
 
 
 def _entropic(costs: Tensor, epsilon: float) -> Tensor:
-    """Sinkhorn in the log domain on `[P, K, K']`, then rounded to exact marginals (Altschuler et
-    al., arXiv 1705.09634, alg. 2).
+    """Sinkhorn in the log domain on `[P, K, K']`, then rounded to exact marginals.
 
-    Where windows share some tokens and not others the iteration converges slowly, whatever the
-    solver; rounding moves no more mass than the marginals are off, so it may stop early.
+    The rounding is algorithm 2 of Altschuler et al. (arXiv 1705.09634). Where windows share some
+    tokens and not others the iteration converges slowly, whatever the solver; rounding moves no
+    more mass than the marginals are off, so it may stop early.
     """
     from ot.batch import bregman_log_projection_batch
 
     a, b = (torch.full((len(costs), k), 1 / k, dtype=torch.float64) for k in costs.shape[1:])
     plan = bregman_log_projection_batch(-costs / epsilon, a, b, max_iter=SWEEPS, tol=TOLERANCE)["T"]
-    plan = (
-        plan * (a / plan.sum(2)).clamp(max=1)[:, :, None]
-    )  # the iteration ends on exact columns: only rows can be too heavy
+    # The iteration ends on exact columns, so only rows can be too heavy.
+    plan = plan * (a / plan.sum(2)).clamp(max=1)[:, :, None]
     rows, columns = (a - plan.sum(2)).clamp(min=0), (b - plan.sum(1)).clamp(min=0)
     return (
         plan + rows[:, :, None] * columns[:, None, :] / rows.sum(1).clamp(min=1e-300)[:, None, None]
@@ -110,8 +124,9 @@ def _entropic(costs: Tensor, epsilon: float) -> Tensor:
 
 
 def diagonal(student: Sequence[int], teacher: Sequence[int]) -> Tensor:
-    """The plan that matches token i with token i, `[K, K']` with mass 1: the control that ignores
-    the embeddings.
+    """Return the plan that matches token i with token i, `[K, K']` with mass 1.
+
+    It is the control that ignores the embeddings.
     """
     both = min(len(student), len(teacher))
     return torch.eye(len(student), len(teacher), dtype=torch.float64) / both
@@ -123,8 +138,17 @@ def costs(
     embedding: str,
     policies: Mapping[str, Any],
 ) -> list[Tensor]:
-    """Cost matrices of pairs of windows, by the token embeddings of a policy, or "onehot": any two
-    tokens are at distance 1.
+    """Compute the cost matrices of pairs of windows.
+
+    Args:
+        students: Token ids of the student's windows.
+        teachers: Token ids of the teacher's windows, as many.
+        embedding: The policy whose token embeddings are compared, or "onehot": any two different
+            tokens are at distance 1.
+        policies: The policies by name.
+
+    Raises:
+        MissingPolicy: That policy has no token embeddings.
     """
     pairs = [
         (torch.tensor(list(s)), torch.tensor(list(t)))
@@ -143,18 +167,23 @@ def costs(
 
 
 def room(policy: Any, rollout: Rollout, window: int) -> Tensor:
-    """`[B, T]`, true where a window fits into the completion and the token is not a special one."""
-    special = {
-        *getattr(policy.tokenizer, "all_special_ids", []),
-        *(policy.weights.eos if isinstance(policy, Policy) else []),
-    }
+    """Return `[B, T]`, true where a window fits and the token is not a special one.
+
+    Args:
+        policy: The student.
+        rollout: The completions.
+        window: K, in tokens.
+    """
+    special = set(getattr(policy.tokenizer, "all_special_ids", []))
+    if isinstance(policy, Policy):
+        special |= policy.weights.eos
     last = rollout.lengths[:, None] - window
     fits = torch.arange(rollout.ids.shape[1], device=rollout.ids.device) <= last
     return fits & ~torch.isin(rollout.ids, torch.tensor(sorted(special), device=rollout.ids.device))
 
 
 def quota(lengths: Tensor, share: float) -> list[int]:
-    """ceil(share N) for completions of N tokens."""
+    """Return ceil(share N) for completions of N tokens."""
     return [math.ceil(share * n - 1e-9) for n in lengths.tolist()]
 
 
@@ -165,10 +194,17 @@ def top(
     least: float | None = None,
     most: int | None = None,
 ) -> list[Point]:
-    """The `counts[b]` positions of highest score `[B, T]` in each completion, among those that
-    `where` allows, in order.
+    """Choose the positions of highest score in each completion.
 
-    least: lower scores do not count. most: how many in all, the highest first.
+    Args:
+        score: `[B, T]`.
+        where: `[B, T]`, the positions that are allowed.
+        counts: How many in each completion.
+        least: Lower scores do not count; None for any.
+        most: How many in all, the highest first; None for any number.
+
+    Returns:
+        The points in order; of equal scores the earlier.
     """
     score = score.double().cpu()
     allowed = where.cpu() if least is None else where.cpu() & (score >= least)
@@ -187,9 +223,14 @@ def top(
 
 
 def scores(batch: Batch, name: str) -> Tensor:
-    """How much a token looks like an error, `[B, T]`, nats:
+    """Score how much each token looks like an error.
 
-    `teacher_nll`, `log_ratio` (student over teacher) or `reverse_kl`.
+    Args:
+        batch: The batch, with a teacher.
+        name: "teacher_nll", "log_ratio" (student over teacher) or "reverse_kl".
+
+    Returns:
+        `[B, T]`, nats.
     """
     if name == "reverse_kl":
         return batch.signals["teacher_reverse_kl"]
@@ -198,18 +239,26 @@ def scores(batch: Batch, name: str) -> Tensor:
 
 
 def slices(rollout: Rollout, points: Sequence[Point], window: int) -> list[list[int]]:
-    """The rollout's own tokens from each point on, fewer at the end of a completion."""
+    """Return the rollout's own tokens from each point on, fewer at the end of a completion."""
     return [
         rollout.ids[b, t : min(t + window, int(rollout.lengths[b]))].tolist() for b, t in points
     ]
 
 
 def write(policy: Any, rollout: Rollout, points: Sequence[Point], window: int) -> list[list[int]]:
-    """What `policy` writes greedily, at most `window` tokens, after the prompt and exactly the
-    tokens before each point.
+    """Let a policy write on greedily after the prompt and exactly the tokens before each point.
 
     Points with the same prompt and prefix are written once; the others side by side, as many as fit
-    a pass, those of like length together. Draws no random numbers.
+    a pass, those of like length together. No random numbers are drawn.
+
+    Args:
+        policy: A `Sampler`.
+        rollout: The completions.
+        points: Completion and position of each window.
+        window: The most tokens to write.
+
+    Returns:
+        Token ids of each window.
     """
     begun = [(id(rollout.prompts[b]), tuple(rollout.ids[b, :t].tolist())) for b, t in points]
     jobs = {key: rollout.prompts[b] for key, (b, _) in zip(begun, points, strict=True)}
@@ -231,9 +280,7 @@ def _length(policy: Any, prompt: Any) -> int:
 
 
 def _groups(jobs: list[Any], size: Callable[[Any], int]) -> list[list[Any]]:
-    """Jobs in ascending size, cut so that a group, padded to its longest, keeps to what a scoring
-    pass may hold.
-    """
+    """Jobs in ascending size, cut into groups that fit a scoring pass when padded."""
     groups: list[list[Any]] = []
     for job in jobs:
         if groups and (len(groups[-1]) + 1) * size(job) <= TOKENS_PER_PASS:
@@ -249,12 +296,21 @@ def scatter(
     texts: Sequence[Sequence[int]],
     plans: Sequence[Tensor],
 ) -> dict[str, Tensor]:
-    """Soft targets as columns: `target [B, T, M]` token ids and `target_weight [B, T, M]`, zero
-    where a place is not used.
+    """Write soft targets as columns.
 
     The mean over all tokens of `-sum(weight * logp[target])` is the mean over points of `-Σ_ij γ_ij
     log p(text_j | x_<t+i)`, γ having mass 1. Windows that overlap add up; equal tokens at one place
     are one target.
+
+    Args:
+        rollout: The completions.
+        points: Completion and position of each window.
+        texts: The teacher's window at each point.
+        plans: The plan `[K, K']` at each point.
+
+    Returns:
+        `target [B, T, M]` (token ids) and `target_weight [B, T, M]`, zero where a place is not
+        used.
     """
     b_t, token, mass = [], [], []
     for (b, t), text, plan in zip(points, texts, plans, strict=True):
@@ -263,24 +319,25 @@ def scatter(
         token.append(torch.tensor(list(text))[j])
         mass.append(plan[i, j] * rollout.tokens / len(points))
     none = torch.zeros(0, dtype=torch.long)
-    place, slot, ids, weight = _merged(
+    place, slot, ids, weight = _merge(
         torch.cat([none, *b_t]), torch.cat([none, *token]), torch.cat([none.double(), *mass])
     )
     shape = (rollout.ids.numel(), 1 + int(slot.max()) if len(slot) else 0)
-    target, share = (
-        torch.zeros(shape, dtype=torch.long),
-        torch.zeros(shape, dtype=rollout.logp.dtype),
-    )
+    if not shape[1]:
+        return _no_targets(rollout)
+    target = torch.zeros(shape, dtype=torch.long)
+    share = torch.zeros(shape, dtype=rollout.logp.dtype)
     target[place, slot], share[place, slot] = ids, weight.to(share.dtype)
-    wide = lambda x: x.view(*rollout.ids.shape, -1).to(rollout.ids.device)
-    return (
-        {"target": wide(target), "target_weight": wide(share)} if shape[1] else _no_targets(rollout)
-    )
+    return {
+        name: values.view(*rollout.ids.shape, -1).to(rollout.ids.device)
+        for name, values in (("target", target), ("target_weight", share))
+    }
 
 
-def _merged(place: Tensor, token: Tensor, mass: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Entries with equal place and token as one: places, their running numbers within a place,
-    tokens, masses.
+def _merge(place: Tensor, token: Tensor, mass: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Add up entries with equal place and token.
+
+    Returns places, their running numbers within a place, tokens and masses.
     """
     vocab = 1 + int(token.max()) if len(token) else 1
     key, back = torch.unique(place * vocab + token, return_inverse=True)
