@@ -1,10 +1,11 @@
-"""Estimators of the KL from one sampled token, and `audit`: which gradient does a loss really
-train?
+"""Which gradient a loss really trains, and estimators of the KL from one sampled token.
 
-    audit(estimator.as_loss("k3"))           # differentiates k3, an estimate of the reverse KL: this trains the forward KL
+A value, a reward and a loss are three uses of one formula, and each has a gradient of its own:
+
+    audit(estimator.as_loss("k3"))      # k3 estimates the reverse KL; this trains the forward KL
     audit(OPDPlus("forward_kl", stop_gradient=True))
 
-A value, a reward and a loss are three uses of one formula, and each has a gradient of its own.
+The package holds the function `audit` of the same name; `opdlab.audit` is the function.
 """
 
 from opdlab.audit.auditing import audit

@@ -16,13 +16,14 @@ from typing import Any, Literal
 
 import pandas as pd
 import torch
+from torch import Tensor
 
 from opdlab import exact
 from opdlab.audit import checks
 from opdlab.audit.card import Audit
 from opdlab.audit.kl import ESTIMATES, Estimate
 from opdlab.audit.references import FIXED, Match, matches
-from opdlab.audit.subject import Seen, Subject, see, subject_of
+from opdlab.audit.subject import Observation, Subject, observe, subject_of
 from opdlab.support.validation import Seed, validate_arguments
 
 
@@ -35,22 +36,30 @@ def audit(
     sweep: Mapping[str, Callable[[float], Any]] | None = None,
     seed: Seed = 0,
 ) -> Audit:
-    """What `loss` trains: a function of rows (or of student and teacher log-probs), an
-    `@opdlab.method`, or a method.
+    """Find out which gradient a loss trains.
 
-    needs: the policies that a bare function reads, the teacher by default.
-    forms: c -> the same loss made from f + c (u - 1); known for OPDPlus and the estimates. sweep:
-        name -> (value -> loss), tried at
-    0 and 1 and beside them; known for the alpha and beta among a method's options. A plan sees all
-    texts in one batch, each once, so one that compares texts (means, quantiles) compares all of
-    them. Raises OpdlabError for methods that learn from texts or from a verifier, and whatever the
-    loss itself raises.
+    A plan sees all texts in one batch, each once, so a plan that compares texts (means, quantiles)
+    compares all of them.
+
+    Args:
+        loss: A method, or anything else that `as_method` takes, such as a function of rows.
+        needs: The policies that a bare function reads, the teacher by default.
+        forms: Makes the same loss from f + c (u - 1), given c; known for OPDPlus and the estimates.
+        sweep: Makes the loss from the value of a parameter, by the parameter's name; tried at 0 and
+            1 and beside them. Known for the alpha and beta among a method's options.
+        seed: Of the random students and targets.
+
+    Returns:
+        The verdict, with warnings and a table of divergences.
+
+    Raises:
+        OpdlabError: The method learns from texts or from a verifier, or the loss itself raises.
     """
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # the texts here are short, and a method may say so
         subject = subject_of(loss, needs)
         world = subject.world(seed)
-        seen = see(subject.method, subject, world)
+        seen = observe(subject.method, subject, world)
         visits = None if subject.writer == "student" else exact.visits(world[subject.writer])
         found = matches(
             seen.gradient, world["student"], {name: world[name] for name in subject.targets}, visits
@@ -60,14 +69,14 @@ def audit(
             _reads_as(seen, subject, world),
             _estimate(seen, subject, world),
         )
-        trains = best.divergence if best.exact and best.cosine > 0 and not seen.zero else None
+        trains = best.divergence if best.exact and best.cosine > 0 and not seen.is_zero else None
         flags = checks.direction(seen, best, reads_as, trains)
         flags |= (
             checks.equality(subject, seen)
             | checks.form(subject, world, seen, forms)
             | checks.jumps(subject, world, sweep)
         )
-    noise = math.inf if seen.zero else seen.rms / seen.length
+    noise = math.inf if seen.is_zero else seen.rms / seen.length
     uses = {"reward": "in the reward", "loss": "as a loss"}
     said = f"{estimate.k} {uses[estimate.use]}" if estimate else None
     return Audit(
@@ -82,21 +91,26 @@ def audit(
     )
 
 
-def _estimate(seen: Seen, subject: Subject, world: Mapping[str, exact.Table]) -> Estimate | None:
-    """The use of an estimate of the KL that it is, in value and gradient, token by token."""
+def _estimate(
+    seen: Observation, subject: Subject, world: Mapping[str, exact.Table]
+) -> Estimate | None:
+    """The estimate of the KL, and its use, that the loss is in value and gradient at each token."""
     if subject.writer != "student" or len(subject.targets) != 1 or not seen.rms:
         return None
     pair = {"student": world["student"], "teacher": world[subject.targets[0]]}
     uses: tuple[Literal["reward", "loss"], ...] = ("reward", "loss")
     for estimate in (Estimate(k, use) for k in ESTIMATES for use in uses):
-        other = see(estimate, replace(subject, needs=("teacher",)), pair)
-        near = lambda a, b: torch.allclose(a, b, rtol=1e-6, atol=1e-12)
-        if near(other.losses, seen.losses) and near(other.slopes, seen.slopes):
+        other = observe(estimate, replace(subject, needs=("teacher",)), pair)
+        if _is_near(other.losses, seen.losses) and _is_near(other.slopes, seen.slopes):
             return estimate
     return None
 
 
-def _reads_as(seen: Seen, subject: Subject, world: Mapping[str, exact.Table]) -> str | None:
+def _is_near(one: Tensor, other: Tensor) -> bool:
+    return torch.allclose(one, other, rtol=1e-6, atol=1e-12)
+
+
+def _reads_as(seen: Observation, subject: Subject, world: Mapping[str, exact.Table]) -> str | None:
     """The divergence that its mean value is, at every prefix."""
     for target in subject.targets:
         for name, known in FIXED.items():
@@ -110,7 +124,7 @@ def _reads_as(seen: Seen, subject: Subject, world: Mapping[str, exact.Table]) ->
     return None
 
 
-def _verdict(subject: Subject, seen: Seen, best: Match, estimate: Estimate | None) -> str:
+def _verdict(subject: Subject, seen: Observation, best: Match, estimate: Estimate | None) -> str:
     lead = ""
     if estimate:
         lead = (
@@ -121,7 +135,7 @@ def _verdict(subject: Subject, seen: Seen, best: Match, estimate: Estimate | Non
     whom = _whom(best.target)
     where = " over whole texts" if best.credit == "text" else subject.texts and f", {subject.texts}"
     often = "" if abs(best.ratio - 1) < 1e-6 else f", at {best.ratio:.3g} times its gradient"
-    if seen.zero:
+    if seen.is_zero:
         said = "its expected gradient is zero, so it trains nothing."
     elif best.exact and best.cosine > 0:
         said = f"this trains the {best.label} to {whom}{where}{often}."

@@ -15,16 +15,19 @@ BLUE, ORANGE = "#0072B2", "#D55E00"
 
 @dataclass(frozen=True, eq=False)
 class Audit:
-    """`verdict`: what the loss trains, in a sentence.
+    """What an audit found.
 
-    `flags`: what is wrong with it, a sentence by name; empty is good.
-
-    table: one row a known divergence, with the cosine and the ratio of lengths of the two expected
-        gradients, closest first.
-    trains: name of the divergence whose gradient it is, or None. reads_as: the one that its value
-        is, or None. estimate: which
-    use of which estimate it is ("k1 in the reward"), or None. noise: root mean square length of one
-    token's gradient, over the length of its mean (infinite where the mean is zero).
+    Attributes:
+        name: The loss.
+        verdict: What the loss trains, in a sentence.
+        flags: What is wrong with it, a sentence by name; empty is good.
+        table: One row per known divergence, with the cosine and the ratio of lengths of the two
+            expected gradients, closest first.
+        trains: Name of the divergence whose gradient it is, or None.
+        reads_as: Name of the divergence that its value is, or None.
+        estimate: The use of an estimate of the KL that it is, such as "k1 in the reward", or None.
+        noise: Root mean square length of one token's gradient over the length of the mean; infinite
+            where the mean is zero.
     """
 
     name: str
@@ -42,37 +45,34 @@ class Audit:
         )
 
     def _repr_html_(self) -> str:
-        """Colours beside the bars are the page's own, so it reads in light and dark; everything is
-        escaped.
-        """
+        """Draw the card; colours are the page's own but for the bars, and all text is escaped."""
         flags = "".join(
-            f'<li style="margin:.15em 0"><b>{escape(k.replace("_", " "))}</b>: {escape(v)}</li>'
-            for k, v in self.flags.items()
+            f'<li style="margin:.15em 0"><b>{escape(name.replace("_", " "))}</b>:'
+            f" {escape(sentence)}</li>"
+            for name, sentence in self.flags.items()
         )
+        if flags:
+            style = f"margin:.3em 0;padding-left:1.2em;border-left:3px solid {ORANGE}"
+            flags = f'<ul style="{style}">{flags}</ul>'
         rows = "".join(_row(row) for row in self.table.head(SHOWN).to_dict("records"))
         head = "".join(
             f'<th scope="col" style="{_CELL};opacity:.75">{name}</th>'
             for name in ("divergence", "to", "cosine", "", "length")
         )
-        warned = (
-            '<ul style="margin:.3em 0;padding-left:1.2em;border-left:3px solid'
-            f' {ORANGE}">{flags}</ul>'
-            if flags
-            else ""
-        )
+        code = f'<code style="{_PLAIN}">{escape(self.name)}</code>'
         return (
-            '<div style="border:1px solid currentColor;border-radius:6px;padding:.6em'
-            ' .9em;max-width:46em;line-height:1.4">'
-            '<div style="opacity:.75">audit of <code'
-            f' style="color:inherit;background:none">{escape(self.name)}</code></div>'
-            '<div style="font-size:1.05em;margin:.2em 0'
-            f' .4em"><b>{escape(self.verdict)}</b></div>{warned}'
-            "<table"
-            f' style="border-collapse:collapse;color:inherit;background:none"><thead><tr>{head}</tr></thead><tbody>{rows}</tbody>'
-            "</table></div>"
+            f'<div style="{_CARD}"><div style="opacity:.75">audit of {code}</div>'
+            f'<div style="font-size:1.05em;margin:.2em 0 .4em"><b>{escape(self.verdict)}</b></div>'
+            f'{flags}<table style="border-collapse:collapse;{_PLAIN}">'
+            f"<thead><tr>{head}</tr></thead><tbody>{rows}</tbody></table></div>"
         )
 
 
+_PLAIN = "color:inherit;background:none"
+_CARD = (
+    "border:1px solid currentColor;border-radius:6px;padding:.6em .9em;max-width:46em;"
+    "line-height:1.4"
+)
 _CELL = "padding:.1em .7em .1em 0;text-align:left;background:none"
 
 
@@ -83,7 +83,8 @@ def _row(row: Mapping[str, object]) -> str:
         "display:inline-block;width:6em;height:.7em;position:relative;border-bottom:1px solid"
         " currentColor"
     )
-    fill = f"position:absolute;top:0;height:.7em;width:{3 * min(abs(cosine), 1):.2f}em;{side}:3em;background:{colour}"
+    width = 3 * min(abs(cosine), 1)
+    fill = f"position:absolute;top:0;height:.7em;width:{width:.2f}em;{side}:3em;background:{colour}"
     bar = f'<span aria-hidden="true" style="{box}"><span style="{fill}"></span></span>'
     text = [
         str(row["divergence"]),

@@ -1,6 +1,4 @@
-"""What is wrong with a loss: questions that losses in use have failed, each answered by a sentence
-or not at all.
-"""
+"""Questions that losses in use have failed, each answered by a sentence or not at all."""
 
 from __future__ import annotations
 
@@ -14,17 +12,18 @@ from torch import Tensor
 
 from opdlab import exact
 from opdlab.audit.references import FIXED, Match
-from opdlab.audit.subject import ROUNDING, Seen, Subject, see
+from opdlab.audit.subject import ROUNDING, Observation, Subject, observe
+from opdlab.methods.contract import HasForms
 
 Tables = Mapping[str, exact.Table]
 Flags = dict[str, str]
 
 
-def direction(seen: Seen, best: Match, reads_as: str | None, trains: str | None) -> Flags:
+def direction(seen: Observation, best: Match, reads_as: str | None, trains: str | None) -> Flags:
     """Whether the expected gradient is there, points to the target, and belongs to the value."""
     if seen.rms <= ROUNDING:
         return {"zero_gradient": "No token's loss has a gradient."}
-    if seen.zero:
+    if seen.is_zero:
         return {
             "zero_gradient": (
                 "Its pushes on the tokens of a prefix undo each other in the mean: all of it is"
@@ -45,9 +44,9 @@ def direction(seen: Seen, best: Match, reads_as: str | None, trains: str | None)
     return flags
 
 
-def equality(subject: Subject, seen: Seen) -> Flags:
+def equality(subject: Subject, seen: Observation) -> Flags:
     """Whether it moves a student that equals everybody, and where to."""
-    arrived = see(subject.method, subject, subject.world(same=True))
+    arrived = observe(subject.method, subject, subject.world(same=True))
     if arrived.length <= max(1e-7 * max(seen.rms, arrived.rms), ROUNDING):
         return {}
     q, p = descended(subject)
@@ -69,9 +68,8 @@ def equality(subject: Subject, seen: Seen) -> Flags:
     return flags
 
 
-def drains(arrived: Seen, subject: Subject) -> bool:
-    """Whether all it does at equality is to lower p(S), S being the likeliest few tokens of every
-    prefix.
+def drains(arrived: Observation, subject: Subject) -> bool:
+    """Whether the loss only lowers p(S) at equality, S being the likeliest tokens of every prefix.
 
     The slope of p(S) is p_v (1[v in S] - p(S)) in logit v: over p_v it takes two values, a positive
     one on S.
@@ -86,33 +84,36 @@ def drains(arrived: Seen, subject: Subject) -> bool:
 
 
 def descended(subject: Subject, steps: int = 250) -> tuple[Tensor, Tensor]:
-    """Law `[V]` of the first token before and after Adam on the exact gradient, from a student that
-    equals everybody.
+    """Run Adam on the exact gradient, from a student that equals everybody.
+
+    Returns:
+        The law `[V]` of the first token before and after.
     """
     world = subject.world(seed=1, same=True, prompts=1)
     start, leaf = world["student"], world["student"].logits.clone().requires_grad_()
     optimizer = torch.optim.Adam([leaf], lr=0.05)
     for _ in range(steps):
         world["student"] = replace(start, logits=leaf.detach().clone())
-        leaf.grad = see(subject.method, subject, world).gradient
+        leaf.grad = observe(subject.method, subject, world).gradient
         optimizer.step()
     return start.logp[0, 0].exp(), leaf.detach()[0, 0].softmax(-1)
 
 
 def form(
-    subject: Subject, world: Tables, seen: Seen, forms: Callable[[float], Any] | None
+    subject: Subject, world: Tables, seen: Observation, forms: Callable[[float], Any] | None
 ) -> Flags:
     """Whether f + c (u - 1), the same divergence, gives another gradient."""
-    forms = forms or getattr(subject.method, "form", None)
+    if forms is None and isinstance(subject.method, HasForms):
+        forms = subject.method.form
     if forms is None:
         return {}
-    other = see(forms(1.0), subject, world)
+    other = observe(forms(1.0), subject, world)
     change = (other.gradient - seen.gradient).norm().item()
     if change <= 1e-6 * max(seen.length, other.length):
         return {}
     said = (
         "only the second has a gradient"
-        if seen.zero
+        if seen.is_zero
         else f"its gradient changes by {change / seen.length:.2g} times its length"
     )
     return {"form": f"f and f + (u - 1) are the same divergence, but {said}."}
@@ -126,7 +127,7 @@ def jumps(
     for name, make in (own_parameters(subject.method) if sweep is None else sweep).items():
         for end, beside in ((0.0, 1e-5), (1.0, 1 - 1e-5)):
             try:
-                at, near = (see(make(x), subject, world) for x in (end, beside))
+                at, near = (observe(make(x), subject, world) for x in (end, beside))
             except (ValueError, TypeError):  # refused there, which leaves no jump
                 continue
             if (at.gradient - near.gradient).norm().item() > 0.05 * max(at.length, near.length):
@@ -143,5 +144,8 @@ def own_parameters(method: Any) -> dict[str, Callable[[float], Any]]:
     options = getattr(method, "options", None)
     if not is_dataclass(method) or not isinstance(options, dict):
         return {}
-    change = lambda name: lambda x: replace(method, options={**options, name: x})  # type: ignore[type-var]
+
+    def change(name: str) -> Callable[[float], Any]:
+        return lambda value: replace(method, options={**options, name: value})
+
     return {name: change(name) for name in options if name in ("alpha", "beta")}

@@ -1,7 +1,6 @@
-"""k1, k2, k3: what one token, drawn by the student, says about KL(p || q); as a value, in a reward
-and as a loss.
+"""k1, k2, k3: estimates of KL(p || q) from one token, as a value, in a reward and as a loss.
 
-With u = q/p at the token, S = grad log p(token) and p the law of the token:
+The student draws the token. With u = q/p at the token, S = grad log p(token) and p the law of it:
 
               value                       in the reward: E[k S]             as a loss: E[-u k'(u) S]
     k1        unbiased, any sign          grad KL(p || q)                   0
@@ -28,17 +27,17 @@ Value = Callable[[Tensor], Tensor]
 
 
 def k1(log_u: Tensor) -> Tensor:
-    """-log u, with log u = log q - log p: unbiased, of either sign, noisy. Nats."""
+    """Return -log u, with log u = log q - log p: unbiased, of either sign, noisy. Nats."""
     return -log_u
 
 
 def k2(log_u: Tensor) -> Tensor:
-    """½ log² u: biased, never negative. Nats."""
+    """Return ½ log² u: biased, never negative. Nats."""
     return 0.5 * log_u**2
 
 
 def k3(log_u: Tensor) -> Tensor:
-    """u - 1 - log u: unbiased and never negative; noisier than k1 where a ratio is large. Nats."""
+    """Return u - 1 - log u: unbiased, never negative; noisier than k1 at large ratios. Nats."""
     return log_u.expm1() - log_u
 
 
@@ -47,9 +46,15 @@ ESTIMATES: dict[str, Value] = {"k1": k1, "k2": k2, "k3": k3}
 
 @dataclass(frozen=True)
 class Estimate:
-    """An estimate of the KL made into a method.
+    """An estimate of the KL as a method.
 
-    `shift` adds c (u - 1), whose mean is zero: k3 is k1 with a shift of 1.
+    Attributes:
+        k: "k1", "k2" or "k3".
+        use: "reward" holds the number fixed, "loss" differentiates it as it stands.
+        shift: Adds c (u - 1), whose mean is zero; k3 is k1 with a shift of 1.
+
+    Raises:
+        InvalidValue: There is no such estimate or use.
     """
 
     k: str
@@ -71,31 +76,30 @@ class Estimate:
             )
 
     def value(self, log_u: Tensor) -> Tensor:
+        """Return the estimate in nats, in the shape of `log_u`."""
         return ESTIMATES[self.k](log_u) + (self.shift * log_u.expm1() if self.shift else 0)
 
     def loss(self, rows: Rows) -> Tensor:
-        """`[n]`.
+        """Return the estimate of each token, `[n]`.
 
-        In the reward the number is held fixed and multiplies the token's own probability ratio (1,
-        with a gradient).
+        In the reward it is held fixed and multiplies the token's own probability ratio (1, with a
+        gradient).
         """
         value = self.value(rows.logp_of("teacher") - rows.logp)
-        return (
-            value if self.use == "loss" else (rows.logp - rows.logp.detach()).exp() * value.detach()
-        )
+        if self.use == "loss":
+            return value
+        return (rows.logp - rows.logp.detach()).exp() * value.detach()
 
     def form(self, c: float) -> Estimate:
-        """The same mean, with `c (u - 1)` added."""
+        """Return the estimate with the same mean and `c (u - 1)` added."""
         return replace(self, shift=self.shift + c)
 
 
 def in_reward(k: str) -> Estimate:
-    """`k` as the price of a sampled token, which is made likelier or less likely by it: no gradient
-    through the number.
-    """
+    """Use `k` as the price of a sampled token, without a gradient through the number."""
     return Estimate(k, "reward")
 
 
 def as_loss(k: str) -> Estimate:
-    """`k` differentiated as it stands: no gradient through the drawing of the token."""
+    """Differentiate `k` as it stands, without a gradient through the drawing of the token."""
     return Estimate(k, "loss")

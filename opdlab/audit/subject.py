@@ -1,6 +1,4 @@
-"""What is audited, the small world that it is put in, and the one look at it that every check
-takes.
-"""
+"""The loss that is audited, the small world that it is put in, and one observation of it."""
 
 from __future__ import annotations
 
@@ -15,7 +13,7 @@ from opdlab import exact
 from opdlab.engine.batch import Batch
 from opdlab.engine.needs import Access, parse_need
 from opdlab.errors import OpdlabError
-from opdlab.methods.contract import FunctionMethod, name_of
+from opdlab.methods.contract import FunctionMethod, HasPlan, name_of, student_share, writer_names
 from opdlab.methods.conversion import as_method
 
 PAIRS, TOKENS = 8, 5  # students beside their targets, and tokens of the vocabulary
@@ -25,11 +23,16 @@ ROUNDING = 1e-13  # a float64 slope of log-probs no longer than this is none
 
 @dataclass(frozen=True)
 class Subject:
-    """A loss with what it needs, who writes, and how long texts must be to show what its plan does
-    (one token without a plan).
+    """A loss with what it needs.
 
-    texts: whose they are, in words, where the student does not write. Given answers are taken for
-        the teacher's.
+    Attributes:
+        method: The loss as a method.
+        name: Its name for people.
+        needs: The policies that it reads.
+        writer: "student", or "teacher" where it learns from given texts.
+        length: Tokens that texts must have to show what its plan does; one without a plan.
+        texts: Whose texts they are, in words, where the student does not write. Given answers are
+            taken for the teacher's.
     """
 
     method: Any
@@ -47,18 +50,25 @@ class Subject:
     def world(
         self, seed: int = 0, same: bool = False, prompts: int = PAIRS
     ) -> dict[str, exact.Table]:
-        """A table for every policy: all different, or all the student's."""
+        """Make a table for every policy: all different, or all the student's."""
         names = list(dict.fromkeys(["student", *self.needs, *self.targets]))
-        make = lambda i: exact.Table.random(
-            TOKENS, self.length, prompts, seed=1000 * seed + i, scale=1.2
-        )
-        return {name: make(0 if same else i) for i, name in enumerate(names)}
+        seeds = [0 if same else i for i in range(len(names))]
+        return {
+            name: exact.Table.random(TOKENS, self.length, prompts, seed=1000 * seed + i, scale=1.2)
+            for name, i in zip(names, seeds, strict=True)
+        }
 
 
 @dataclass(frozen=True)
-class Seen:
-    """The expected gradient `[X, S, V]`, the root mean square length of one token's, the mean loss
-    `[X, S]` at every prefix; then losses and slopes token by token.
+class Observation:
+    """One observation of a loss: its exact expectation, and its value at every token.
+
+    Attributes:
+        gradient: The expected gradient `[X, S, V]`.
+        rms: Root mean square length of one token's gradient.
+        value: The mean loss `[X, S]` at every prefix.
+        losses: The loss of every token, `[tokens]`.
+        slopes: The weighted gradient of every token, `[tokens, V]`.
     """
 
     gradient: Tensor
@@ -69,14 +79,16 @@ class Seen:
 
     @property
     def length(self) -> float:
+        """Length of the expected gradient."""
         return self.gradient.norm().item()
 
     @property
-    def zero(self) -> bool:
+    def is_zero(self) -> bool:
+        """Whether the expected gradient is zero but for rounding."""
         return self.length <= max(ZERO * self.rms, ROUNDING)
 
 
-def see(method: Any, subject: Subject, world: Mapping[str, exact.Table]) -> Seen:
+def observe(method: Any, subject: Subject, world: Mapping[str, exact.Table]) -> Observation:
     """Run plan and loss on every text, each with its exact probability."""
     student, by = world["student"], world[subject.writer]
     rollout = exact.everything(by.prompts, by.vocab, by.length, by=by)
@@ -84,32 +96,43 @@ def see(method: Any, subject: Subject, world: Mapping[str, exact.Table]) -> Seen
     policies = {name: world[name] for name in dict.fromkeys(["student", *subject.needs])}
     result = exact.loss_pass(method, policies, rollout, law)
     each, where = law.repeat_interleave(rollout.lengths), student.where(rollout)
-    spread = lambda flat, like: torch.zeros_like(like).index_put_(where, flat, accumulate=True)
+
+    def spread(flat: Tensor, like: Tensor) -> Tensor:
+        return torch.zeros_like(like).index_put_(where, flat, accumulate=True)
+
     weight = spread(each, student.logits[..., 0])
     value = spread(each * result.loss, weight) / weight
     rms = (each * result.columns["grad_norm"] ** 2).sum().sqrt().item()
-    return Seen(spread(result.gradient, student.logits), rms, value, result.loss, result.gradient)
+    return Observation(
+        spread(result.gradient, student.logits), rms, value, result.loss, result.gradient
+    )
 
 
 def subject_of(
     loss: Any, needs: Sequence[str] | str | None = None, where: str = "audit"
 ) -> Subject:
-    """What is audited, from whatever `as_method` takes.
+    """Make the subject of an audit from whatever `as_method` takes.
 
-    Raises OpdlabError for what has no expectation over the student's tokens.
+    Args:
+        loss: The loss.
+        needs: The policies that a bare function reads.
+        where: The function that was called, for errors.
+
+    Raises:
+        OpdlabError: The loss has no expectation over the student's tokens.
     """
     method: Any = as_method(loss, where, needs)
     name = _name(method)
-    share, writer = getattr(method, "on_policy", 1.0), getattr(method, "writer", "teacher")
+    share, writers = student_share(method), writer_names(method)
     if other := [n for n in method.needs if parse_need(n).access is not Access.LOGITS]:
         raise OpdlabError(
             f"{name} needs {other[0]!r}, which does not grade the student's own tokens, so there is"
             " no expectation over them to take. Audit methods that need a teacher, a reference or"
             " an ema."
         )
-    if share == 0 and writer not in ("teacher", "answer"):
+    if share == 0 and writers not in (("teacher",), ("answer",)):
         raise OpdlabError(
-            f"{name} learns from texts of {' and '.join(writer)} side by side. Audit losses on the"
+            f"{name} learns from texts of {' and '.join(writers)} side by side. Audit losses on the"
             " texts of one writer."
         )
     if share > 0 and not method.needs:
@@ -117,31 +140,25 @@ def subject_of(
             f"{name} looks at no other distribution, so there is no divergence to name. Audit"
             " methods that need a teacher."
         )
-    texts = (
-        {"teacher": "on the teacher's texts", "answer": "if a teacher wrote the answers"}[writer]
-        if share == 0
-        else ""
-    )
+    texts = _TEXTS[writers[0]] if share == 0 else ""
     subject = Subject(
         method, name, tuple(method.needs), "teacher" if texts else "student", 1, texts
     )
     return replace(subject, length=2) if _plans(subject) else subject
 
 
+_TEXTS = {"teacher": "on the teacher's texts", "answer": "if a teacher wrote the answers"}
+
+
 def _plans(subject: Subject) -> bool:
     """Whether there is a plan that says anything."""
-    if not hasattr(subject.method, "plan"):
+    if not isinstance(subject.method, HasPlan):
         return False
     world = subject.world(prompts=1)
     student = world["student"]
     rollout = exact.everything(student.prompts, TOKENS, 1, by=student)
-    return bool(
-        subject.method.plan(
-            Batch(
-                rollout, {name: world[name] for name in dict.fromkeys(["student", *subject.needs])}
-            )
-        )
-    )
+    names = dict.fromkeys(["student", *subject.needs])
+    return bool(subject.method.plan(Batch(rollout, {name: world[name] for name in names})))
 
 
 def _name(method: Any) -> str:

@@ -24,7 +24,7 @@ from opdlab.methods.conversion import as_method
 
 
 def what_if(trace: Trace, loss: Callable[[Rows], Tensor]) -> Trace:
-    """The same rollout under another loss: new columns `loss`, `grad_norm` and `share`.
+    """Compute the columns `loss`, `grad_norm` and `share` of a trace under another loss.
 
     Runs on the kept top tokens plus one bucket for the tail, so an f-divergence reads as a lower
     bound of the full one (exact where the tails are empty). `grad_norm` is with respect to the
@@ -32,8 +32,12 @@ def what_if(trace: Trace, loss: Callable[[Rows], Tensor]) -> Trace:
     everywhere: the sampled token stands first in the support.
 
     Args:
+        trace: A trace with the top tokens of the student and of the policies that the loss reads.
         loss: A function of rows, a method or the class of one. Its plan does not run: rows have the
             trace's plan columns.
+
+    Returns:
+        The trace with these columns.
 
     Raises:
         InvalidValue: It is neither a loss nor a method.

@@ -1,11 +1,10 @@
-"""Enumerable toy language models: every law, expectation and gradient of a method exactly, in
-float64.
+"""Enumerable toy models: every law, expectation and gradient of a method exactly, in float64.
 
     student, teacher = exact.Table.random(4, 3, seed=0), exact.Table.random(4, 3, seed=1)
-    exact.gradient(OPD(), {"student": student, "teacher": teacher})      # [prompts, prefixes, tokens]
+    exact.gradient(OPD(), {"student": student, "teacher": teacher})      # [prompts, prefixes, V]
 
-The methods that run here are those that train models: their plan and loss, the batch and the
-engine, no second copies.
+The methods that run here are those that train models, with the same plan and loss, batch and
+engine.
 """
 
 from opdlab.exact import privilege

@@ -1,11 +1,10 @@
-"""A road and the ground beside it: why the prefixes that a student is trained on matter, in closed
-form.
+"""A road and the ground beside it: why the training prefixes matter, in closed form.
 
 A text is a walk of `T` steps. One wrong step leads off the road, and every step that ends off it
 costs 1. A student is trained until it errs with chance `error` where it was trained. On the
-teacher's prefixes that is the road only: once off it, the student has never been told what to do.
-On its own prefixes it is wherever it walks, as far as the teacher knows (Ross, Gordon and Bagnell
-2011, arXiv 1011.0686: regret of order error T² against error T).
+teacher's prefixes that is the road only: once off it, the student was never told what to do. On its
+own prefixes it is wherever it walks, as far as the teacher knows (Ross, Gordon and Bagnell 2011,
+arXiv 1011.0686: regret of order error T² against error T).
 """
 
 from __future__ import annotations
@@ -23,12 +22,18 @@ Prefixes = Literal["teacher", "student"]
 
 @dataclass(frozen=True)
 class Chain:
-    """`error`: chance of a wrong step where the student was trained. `horizon`: steps `T`.
+    """A walk along a road.
 
-    oracle: whether the teacher knows the way back; one that does not stays off the road, and so
-        does who learns from it.
-    lost: chance that a step leads back where nobody taught it (0: the ground beside the road is
-        absorbing).
+    Attributes:
+        error: Chance of a wrong step where the student was trained.
+        horizon: Steps `T`.
+        oracle: Whether the teacher knows the way back. A teacher that does not stays off the road,
+            and so does a student that learns from it.
+        lost: Chance that a step leads back where nobody taught it (0: the ground beside the road is
+            absorbing).
+
+    Raises:
+        OpdlabError: A chance is not one, or there is no step.
     """
 
     error: float
@@ -44,7 +49,7 @@ class Chain:
             )
 
     def matrix(self, prefixes: Prefixes) -> Tensor:
-        """Where a step leads, `[2, 2]`: row on the road, row off it; columns likewise."""
+        """Return where a step leads, `[2, 2]`: row on the road, row off it; columns likewise."""
         if prefixes not in ("teacher", "student"):
             raise OpdlabError(f"Chain knows no prefixes {prefixes!r}. Use 'teacher' or 'student'.")
         taught = prefixes == "student" and self.oracle
@@ -52,8 +57,10 @@ class Chain:
         return torch.tensor([[1 - self.error, self.error], [back, 1 - back]], dtype=torch.float64)
 
     def visits(self, prefixes: Prefixes) -> Tensor:
-        """Chance to be on the road and off it after each step, `[T, 2]`, for a student trained on
-        these prefixes.
+        """Return the chance to be on the road and off it after each step, `[T, 2]`.
+
+        Args:
+            prefixes: The prefixes that the student was trained on.
         """
         move, at, out = self.matrix(prefixes), torch.tensor([1.0, 0.0], dtype=torch.float64), []
         for _ in range(self.horizon):
@@ -62,5 +69,5 @@ class Chain:
         return torch.stack(out)
 
     def regret(self, prefixes: Prefixes) -> float:
-        """Expected steps off the road; a teacher that starts on the road has none."""
+        """Return the expected steps off the road; a teacher that starts on the road has none."""
         return float(self.visits(prefixes)[:, 1].sum())

@@ -1,8 +1,7 @@
-"""What a method really does to a student, exactly: its own plan and loss, through the engine, over
-every completion.
+"""The exact effect of a method on a student, by its own plan and loss, over every completion.
 
 Nothing here knows a formula of any method. The expected gradient is the sum over all completions of
-their probability times what a training step would do with them; no gradient runs through the
+their probability times the gradient of a training step on them; no gradient runs through the
 sampling, as in training. Central differences of any objective are the other side of the comparison.
 """
 
@@ -29,13 +28,20 @@ if TYPE_CHECKING:
 def gradient(
     method: Any, policies: Mapping[str, Any], *, writer: str = "student", task: Task | None = None
 ) -> Tensor:
-    """The expected gradient `[X, S, V]` for the student's logits of `sum_t loss_t`, a completion
-    being written by `writer`.
+    """Compute the expected gradient of `sum_t loss_t` for the student's logits.
 
-    policies: tables by name (`student`, and what the method needs). Each prompt counts once. The
-        plan sees all completions
-    in one batch, so it must give a row what it would give that row alone: for a plan that compares
-    rows (group means, quantiles), sum `gradient_on` over the batches that may occur.
+    Each prompt counts once. The plan sees all completions in one batch, so it must give a row what
+    it would give that row alone. For a plan that compares rows (group means, quantiles), sum
+    `gradient_on` over the batches that may occur.
+
+    Args:
+        method: Anything that `as_method` takes.
+        policies: Tables by name: "student", and those that the method needs.
+        writer: The policy that writes the completions.
+        task: For methods that learn from a verifier.
+
+    Returns:
+        `[X, S, V]`, like the student's logits.
     """
     by: Table = policies[writer]
     rollout = everything(by.prompts, by.vocab, by.length, eos=by.eos, by=by)
@@ -50,11 +56,19 @@ def gradient_on(
     *,
     task: Task | None = None,
 ) -> Tensor:
-    """Gradient `[X, S, V]` of `sum_b weight_b sum_t loss_bt` on a given rollout: one training
-    step's plan and loss pass.
+    """Compute the gradient of `sum_b weight_b sum_t loss_bt` on a given rollout.
 
-    weight: `[N]`, one a completion. A bare loss function is a method without a plan, a class is
-        made with its defaults.
+    That is one training step's plan and loss pass.
+
+    Args:
+        method: Anything that `as_method` takes.
+        policies: Tables by name.
+        rollout: `N` completions.
+        weight: `[N]`, one per completion.
+        task: For methods that learn from a verifier.
+
+    Returns:
+        `[X, S, V]`, like the student's logits.
     """
     student: Table = policies["student"]
     flat = loss_pass(method, policies, rollout, weight, task=task).gradient
@@ -71,9 +85,17 @@ def loss_pass(
     *,
     task: Task | None = None,
 ) -> Pass:
-    """The engine's own numbers for `gradient_on`, token by token:
+    """Run the loss pass of `gradient_on` and return the engine's own numbers.
 
-    `loss`, weighted `gradient [tokens, V]`, `grad_norm`.
+    Args:
+        method: Anything that `as_method` takes.
+        policies: Tables by name.
+        rollout: `N` completions.
+        weight: `[N]`, one per completion.
+        task: For methods that learn from a verifier.
+
+    Returns:
+        `loss`, weighted `gradient [tokens, V]` and `grad_norm`, token by token.
     """
     chosen: Any = as_method(method, "exact.gradient")
     planned = run_plan(chosen, Batch(rollout, policies, task))
@@ -81,14 +103,21 @@ def loss_pass(
 
 
 def differences(objective: Callable[[Table], Tensor], table: Table, step: float = 1e-5) -> Tensor:
-    """Central differences of a number in every logit, `[X, S, V]`; the error is about step² (and
-    1e-16 / step).
+    """Compute central differences of a number in every logit.
+
+    Args:
+        objective: A function of a table.
+        table: The table.
+        step: Half the distance; the error is about step² and 1e-16 / step.
+
+    Returns:
+        `[X, S, V]`.
     """
     out = torch.zeros_like(table.logits).flatten()
     with torch.no_grad():
         for i in range(out.numel()):
-            nudge = (
-                torch.zeros_like(out).index_fill(0, torch.tensor([i]), step).view_as(table.logits)
-            )
-            out[i] = (objective(table.moved(nudge)) - objective(table.moved(-nudge))) / (2 * step)
+            at = torch.tensor([i])
+            nudge = torch.zeros_like(out).index_fill(0, at, step).view_as(table.logits)
+            above, below = objective(table.add(nudge)), objective(table.add(-nudge))
+            out[i] = (above - below) / (2 * step)
     return out.view_as(table.logits)

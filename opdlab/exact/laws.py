@@ -15,14 +15,14 @@ from opdlab.exact.table import Table, everything
 
 
 def law(table: Table, rollout: Rollout) -> Tensor:
-    """The probability of each completion, `[N]`. Over `everything` of a prompt they sum to one."""
+    """Return the probability of each completion, `[N]`. They sum to one over `everything`."""
     own = table.logp[table.where(rollout)].gather(-1, rollout.ids[rollout.mask][:, None])[:, 0]
     spread = torch.zeros(rollout.ids.shape, dtype=torch.float64).masked_scatter(rollout.mask, own)
     return spread.sum(1).exp()
 
 
 def visits(table: Table) -> Tensor:
-    """The probability that a text of the table passes through each prefix, `[X, S]`.
+    """Return the probability that a text of the table passes each prefix, `[X, S]`.
 
     The prefixes of one length sum to one, less what has ended before.
     """
@@ -38,9 +38,14 @@ def visits(table: Table) -> Tensor:
 
 
 def expectation(table: Table, value: Callable[[Rollout], Tensor]) -> Tensor:
-    """`E_{y ~ table(.|x)} value(y)` for every prompt, `[X, ...]`:
+    """Return `E_{y ~ table(.|x)} value(y)` for every prompt.
 
-    `value` maps all completions to `[N, ...]`.
+    Args:
+        table: The table.
+        value: Maps all completions to `[N, ...]`.
+
+    Returns:
+        `[X, ...]`.
     """
     rollout = everything(table.prompts, table.vocab, table.length, eos=table.eos, by=table)
     values = value(rollout)

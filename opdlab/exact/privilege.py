@@ -6,8 +6,10 @@ tokens y, weighted as the bare student S(y|x) would write them: nothing is sampl
 a token splits in two exact ways (both sums are telescopes):
 
     G = log T(y|x,p) - log S(y|x)
-      = [log T(x,p) - log S(x,p)] + [log S(x,p) - log S(x)]      capability with the hint    + the student's information
-      = [log T(x,p) - log T(x)]   + [log T(x)   - log S(x)]      the teacher's information   + capability without the hint
+      = [log T(x,p) - log S(x,p)]     capability with the hint
+      + [log S(x,p) - log S(x)]       the student's information
+      = [log T(x,p) - log T(x)]       the teacher's information
+      + [log T(x)   - log S(x)]       capability without the hint
 
 Half of both is the Shapley split; their difference, the interaction, is what needs the hint *and*
 the skill. Left out: everything that depends on earlier tokens (`opdlab.exact` has tables over
@@ -50,8 +52,9 @@ class Split:
 
     @property
     def interaction(self) -> Tensor:
-        """What only hint and skill together explain: the difference of the two capabilities (and of
-        the two informations).
+        """The part that only hint and skill together explain.
+
+        It is the difference of the two capabilities, and of the two informations.
         """
         return self.capability_with_hint - self.capability_without_hint
 
@@ -82,9 +85,17 @@ def split(logp: Mapping[str, Any]) -> Split:
 
 @dataclass(frozen=True)
 class World:
-    """error: what "knows" leaves to the other tokens, together. weak: what the student puts on the
-    right token where it is weak. second: what either side puts on the other right answer of type
-    R. shares: how many of the tokens are of each type.
+    """A world of single tokens of the seven `TYPES`.
+
+    Attributes:
+        vocab: Number of tokens, and of hints.
+        error: The probability that a policy which knows the right token leaves to the others.
+        weak: The student's probability of the right token where it is weak.
+        second: The probability that either side puts on the other right answer of type R.
+        shares: How many of the tokens are of each type, in the order of `TYPES`.
+
+    Raises:
+        OpdlabError: A number is out of its range.
     """
 
     vocab: int = 16
@@ -119,9 +130,7 @@ class World:
         return torch.stack([row[place] for row in self._rows()]).log()
 
     def law(self) -> Tensor:
-        """`[types, hints, V]`: how likely a token of the bare student is of this type, this hint
-        and this y. Sums to one.
-        """
+        """Return the law of type, hint and token y of the bare student, `[types, hints, V]`."""
         shares = torch.tensor(self.shares, dtype=torch.float64) / sum(self.shares)
         return shares[:, None, None] / self.vocab * self.logp("student").exp()
 
@@ -135,11 +144,18 @@ class World:
         return dict(zip(TYPES, (weight * value).sum((1, 2)).tolist(), strict=True))
 
     def tokens(self, size: int = 1200) -> tuple[Tensor, Tensor, Tensor]:
-        """Type, hint and token ids of a batch in which every y occurs exactly as often as it is
-        likely: `[n]` each.
+        """Return a batch in which every y occurs exactly as often as it is likely.
 
-        size: tokens a hint and share. What holds on it holds in expectation. Raises OpdlabError
-            where `size` is no such number.
+        What holds on it holds in expectation.
+
+        Args:
+            size: Tokens per hint and share.
+
+        Returns:
+            Type, hint and token ids, `[n]` each.
+
+        Raises:
+            OpdlabError: The probabilities are no whole numbers of `size` tokens.
         """
         want = self.law() * size * self.vocab * sum(self.shares)
         count = want.round()
@@ -154,14 +170,17 @@ class World:
         return kind, hint, token
 
     def _rows(self) -> list[tuple[Tensor, ...]]:
-        """Probabilities `[hints, V]` of the four policies, type by type, in the order of `TYPES`."""
+        """Probabilities `[hints, V]` of the four policies for each of `TYPES`."""
         fixed = torch.zeros(self.vocab, dtype=torch.long)
         z = torch.arange(self.vocab)
         other = (z + 1) % self.vocab  # what follows from the hint by a skill
-        sure, weak = (
-            lambda right: self._peak(right, 1 - self.error),
-            lambda right: self._peak(right, self.weak),
-        )
+
+        def sure(right: Tensor) -> Tensor:
+            return self._peak(right, 1 - self.error)
+
+        def weak(right: Tensor) -> Tensor:
+            return self._peak(right, self.weak)
+
         flat = torch.full((self.vocab, self.vocab), 1 / self.vocab, dtype=torch.float64)
         first, second = self._two(0, 1), self._two(1, 0)
         skill = (sure(fixed), sure(fixed), weak(fixed), weak(fixed))
@@ -191,8 +210,12 @@ class World:
 
 @dataclass(frozen=True)
 class Floor:
-    """The least mean divergence from a hinted teacher that a student without the hint can reach, in
-    nats.
+    """The least mean divergence from a hinted teacher for a student without the hint, in nats.
+
+    Attributes:
+        forward_kl: KL(teacher || student).
+        reverse_kl: KL(student || teacher).
+        jensen_shannon: The Jensen-Shannon divergence.
     """
 
     forward_kl: float
@@ -201,16 +224,21 @@ class Floor:
 
 
 def floor(vocab: int = 16, error: float = 0.05) -> Floor:
-    """Closed forms for a token that only the hint tells (type I): the uniform student is best for
-    all three.
+    """Compute the floors of a token that only the hint tells (type I), in closed form.
 
-    The teacher puts 1 - error on z and spreads the rest over the other tokens. Whoever goes lower
-    on given prompts has memorised their hints.
+    The teacher puts 1 - error on z and spreads the rest over the other tokens; the uniform student
+    is best for all three. A student that goes lower on given prompts has memorised their hints.
+
+    Args:
+        vocab: Number of tokens.
+        error: As in `World`.
     """
     right, wrong, flat = 1 - error, error / (vocab - 1), 1 / vocab
-    kl = lambda a, b: sum(
-        n * x * math.log(x / y) for n, x, y in zip((1, vocab - 1), a, b, strict=True)
-    )
+
+    def kl(a: tuple[float, float], b: tuple[float, float]) -> float:
+        counts = (1, vocab - 1)
+        return sum(n * x * math.log(x / y) for n, x, y in zip(counts, a, b, strict=True))
+
     teacher, student = (right, wrong), (flat, flat)
     middle = ((right + flat) / 2, (wrong + flat) / 2)
     return Floor(
@@ -219,17 +247,29 @@ def floor(vocab: int = 16, error: float = 0.05) -> Floor:
 
 
 def information(logp: Tensor) -> Tensor:
-    """I(Y; P) in nats of `[..., hints, V]` log-probs under equally likely hints: the floor of the
-    mean forward KL, `[...]`.
+    """Return I(Y; P) in nats under equally likely hints, the floor of the mean forward KL.
 
     It is reached at the mean of the hinted teachers: E_p KL(T_p || S) = I(Y; P) + KL(mean || S).
+
+    Args:
+        logp: Log-probs `[..., hints, V]` of the hinted teachers.
+
+    Returns:
+        `[...]`.
     """
     mean = logp.logsumexp(-2, keepdim=True) - math.log(logp.shape[-2])
     return torch.linalg.vecdot(logp.exp(), logp - mean).mean(-1)
 
 
 def geometric_floor(logp: Tensor) -> Tensor:
-    """-log Z, Z = sum_y exp(E_p log T_p(y)): the floor of the mean reverse KL, reached at the
-    geometric mean, `[...]`.
+    """Return -log Z, Z = sum_y exp(E_p log T_p(y)), the floor of the mean reverse KL.
+
+    It is reached at the geometric mean of the hinted teachers.
+
+    Args:
+        logp: Log-probs `[..., hints, V]` of the hinted teachers.
+
+    Returns:
+        `[...]`.
     """
     return -logp.mean(-2).logsumexp(-1)

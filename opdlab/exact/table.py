@@ -1,5 +1,4 @@
-"""A language model small enough to be written down: one row of logits for every prompt and every
-text begun.
+"""A language model small enough to be written down: one row of logits per prompt and prefix.
 
 A `Table` stands wherever a method's plan or loss meets a policy: the batch takes its states (an
 identity head, so the hidden states are the logits), a plan can have it write on from any tokens.
@@ -30,11 +29,16 @@ LARGEST = 200_000  # completions that are listed at once
 
 @dataclass(frozen=True, eq=False)
 class Table:
-    """A next-token distribution for each of `S` beginnings: all texts of fewer than `length` of `V`
-    tokens.
+    """A next-token distribution for each of `S` prefixes: all texts of fewer than `length` tokens.
 
-    `logits [X, S, V]`, float64: row `start(prefix)` of prompt `x` is what follows `prefix`. A text
-    ends after `length` tokens, or with `eos` where that is a token.
+    Attributes:
+        logits: `[X, S, V]`, float64: row `start(prefix)` of prompt `x` is what follows `prefix`.
+        prompts: The `X` prompts.
+        length: Tokens after which a text ends.
+        eos: A token that ends a text before, or None.
+
+    Raises:
+        OpdlabError: The logits have another shape or type.
     """
 
     logits: Tensor
@@ -76,6 +80,7 @@ class Table:
 
     @property
     def vocab(self) -> int:
+        """Number of tokens `V`."""
         return self.logits.shape[-1]
 
     @property
@@ -85,15 +90,17 @@ class Table:
 
     @property
     def tokenizer(self) -> Letters:
+        """A tokenizer with one token per letter."""
         return Letters(self.vocab, self.eos)
 
-    def moved(self, change: Tensor) -> Table:
-        """The table with `change [X, S, V]` added to its logits."""
+    def add(self, change: Tensor) -> Table:
+        """Return the table with `change [X, S, V]` added to its logits."""
         return replace(self, logits=self.logits + change)
 
     def start(self, prefix: Sequence[int]) -> int:
-        """Index of the row that follows `prefix`: shorter ones first, then in the order of
-        counting.
+        """Return the index of the row that follows `prefix`.
+
+        Shorter prefixes come first, then the order of counting.
         """
         number = 0
         for token in prefix:
@@ -110,9 +117,9 @@ class Table:
         return self.prompts.index(prompt)
 
     def where(self, rollout: Rollout) -> tuple[Tensor, Tensor]:
-        """Prompt and prefix of every completion token, `[tokens]` each:
+        """Return prompt and prefix of every completion token, `[tokens]` each.
 
-        `logits[where]` is what it was drawn from.
+        `logits[where]` is what the token was drawn from.
         """
         known = {
             id(prompt): self.place(prompt)
@@ -126,23 +133,20 @@ class Table:
         return x.repeat_interleave(rollout.lengths), torch.stack(at, 1)[rollout.mask]
 
     def grade(self, rollout: Rollout) -> States:
-        """What a batch asks of a policy: hidden states `[tokens, V]` that are the logits, and the
-        head that leaves them so.
-        """
+        """Grade a rollout: its logits `[tokens, V]` behind an identity head."""
         return States(
             self.logits[self.where(rollout)],
             Head(torch.eye(self.vocab, dtype=torch.float64), None, self.vocab),
         )
 
     def own(self, rollout: Rollout) -> Rollout:
-        """The same completions with this table's log-probs and entropies, as if it had written
-        them.
+        """Return the same completions with this table's log-probs and entropies.
+
+        They are then as if the table had written them.
         """
-        logp = self.logp.detach()[self.where(rollout)]
-        logp, entropy = (
-            logp.gather(-1, rollout.ids[rollout.mask][:, None])[:, 0],
-            -(logp.exp() * logp).sum(-1),
-        )
+        all_logp = self.logp.detach()[self.where(rollout)]
+        logp = all_logp.gather(-1, rollout.ids[rollout.mask][:, None])[:, 0]
+        entropy = -(all_logp.exp() * all_logp).sum(-1)
         none = torch.zeros(rollout.ids.shape, dtype=torch.float64)
         return replace(
             rollout,
@@ -191,14 +195,14 @@ class Table:
             tokens = draw(logits, uniform[going, t], config)[0]
             for i, token in zip(going, tokens.tolist(), strict=True):
                 bodies[i].append(token)
-        whole = listed(
+        whole = make_rollout(
             asked,
             [start + body for start, body in zip(begun, bodies, strict=True)],
             self.tokenizer,
             n,
             writer,
         )
-        return _continued(listed(asked, bodies, self.tokenizer, n, writer), self.own(whole))
+        return _continued(make_rollout(asked, bodies, self.tokenizer, n, writer), self.own(whole))
 
     def write(
         self,
@@ -208,9 +212,9 @@ class Table:
         prefixes: Sequence[str] | None = None,
         **options: Any,
     ) -> list[list[str]]:
-        """As a teacher that only writes:
+        """Write `n` texts per prompt, as a teacher that only writes.
 
-        `n` texts a prompt, which go on from `prefixes` and do not repeat them.
+        The texts go on from `prefixes` and do not repeat them.
         """
         begun = (
             None if prefixes is None else [self.tokenizer(text)["input_ids"] for text in prefixes]
@@ -226,7 +230,7 @@ class Table:
 
 
 def starts(vocab: int, length: int) -> int:
-    """How many texts have fewer than `length` tokens: sum of V^t."""
+    """Return how many texts have fewer than `length` tokens: sum of V^t."""
     return sum(vocab**t for t in range(length))
 
 
@@ -238,11 +242,17 @@ def everything(
     eos: int | None = None,
     by: Table | None = None,
 ) -> Rollout:
-    """Every completion of every prompt: all `V^length` sequences, or with `eos` those that end with
-    it or are that long.
+    """Enumerate every completion of every prompt.
 
-    `by`: whose log-probs and entropies the rollout carries (zero otherwise). Raises OpdlabError for
-    more than LARGEST.
+    Args:
+        prompts: The prompts.
+        vocab: Number of tokens `V`.
+        length: Tokens after which a text ends.
+        eos: A token that ends a text before; without one there are `V^length` per prompt.
+        by: The table with whose log-probs and entropies the rollout comes; None for zeros.
+
+    Raises:
+        OpdlabError: There are more than `LARGEST` completions.
     """
     if len(prompts) * vocab**length > LARGEST:
         raise OpdlabError(
@@ -252,21 +262,22 @@ def everything(
         )
     bodies: list[list[int]] = [[]]
     for _ in range(length):
-        done = lambda body: bool(body) and body[-1] == eos
-        bodies = [
-            longer
-            for body in bodies
-            for longer in ([body] if done(body) else [[*body, i] for i in range(vocab)])
-        ]
+        longer = []
+        for body in bodies:
+            is_done = bool(body) and body[-1] == eos
+            longer += [body] if is_done else [[*body, token] for token in range(vocab)]
+        bodies = longer
     asked = [prompt for prompt in prompts for _ in bodies]
-    rollout = listed(asked, bodies * len(prompts), Letters(vocab, eos), len(bodies), "student")
+    rollout = make_rollout(
+        asked, bodies * len(prompts), Letters(vocab, eos), len(bodies), "student"
+    )
     return by.own(rollout) if by is not None else rollout
 
 
-def listed(
+def make_rollout(
     prompts: Sequence[Prompt], bodies: Sequence[list[int]], tokenizer: Letters, n: int, writer: str
 ) -> Rollout:
-    """Given completions as a rollout, without log-probs."""
+    """Make a rollout of given completions, without log-probs."""
     width = max(1, *map(len, bodies))
     ids = torch.tensor([body + [0] * (width - len(body)) for body in bodies])
     none = torch.zeros(ids.shape, dtype=torch.float64)

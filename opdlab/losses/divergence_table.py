@@ -4,8 +4,8 @@
 
 `q` is the teacher and `p` the student. `OPD`, `OPDPlus`, `SelfDistillation`, `audit`, `Generator`
 and the Playground take every name in `DIVERGENCES`. To add a divergence, write its generator as a
-`Form` and its entry below; `tests/losses/test_divergence_table.py` then checks it. An entry without an exact
-form is summed from its generator, which holds while the ratios fit a float.
+`Form` and its entry below; `tests/losses/test_divergence_table.py` then checks it. An entry without
+an exact form is summed from its generator, which holds while the ratios fit a float.
 
 Forward KL, reverse KL and Jensen-Shannon are those of OPD+ (arXiv 2606.01039, table 1, as a public
 reproduction quotes it); the weights of the other rows are derived here by the same rule.
@@ -143,7 +143,7 @@ def sum_over_vocabulary(
 
 
 def _forward_kl(_: float) -> Form:
-    """f = u log u."""
+    """Make f = u log u."""
     return Form(
         f=lambda x: x.exp() * x,
         weight=lambda x: x.exp(),
@@ -156,7 +156,7 @@ def _forward_kl(_: float) -> Form:
 
 
 def _reverse_kl(_: float) -> Form:
-    """f = -log u."""
+    """Make f = -log u."""
     return Form(
         f=lambda x: -x,
         weight=lambda x: x - 1,
@@ -169,7 +169,7 @@ def _reverse_kl(_: float) -> Form:
 
 
 def _reverse_kl_k3(_: float) -> Form:
-    """f = u - 1 - log u: never negative; its weight is log u itself."""
+    """Make f = u - 1 - log u: never negative; its weight is log u itself."""
     return Form(
         f=lambda x: x.expm1() - x,
         weight=lambda x: x,
@@ -182,7 +182,7 @@ def _reverse_kl_k3(_: float) -> Form:
 
 
 def _generalized_jsd(b: float) -> Form:
-    """f = b u log(u / m) - (1 - b) log m,  m = b u + 1 - b."""
+    """Make f = b u log(u / m) - (1 - b) log m,  m = b u + 1 - b."""
 
     def log_m(x: Tensor) -> Tensor:
         return _log_mix(x, b, 1 - b)
@@ -202,12 +202,12 @@ def _generalized_jsd(b: float) -> Form:
 
 
 def _jensen_shannon(_: float) -> Form:
-    """f = ½ u log(u / m) - ½ log m,  m = ½ (u + 1)."""
+    """Make f = ½ u log(u / m) - ½ log m,  m = ½ (u + 1)."""
     return _generalized_jsd(0.5)
 
 
 def _total_variation(_: float) -> Form:
-    """f = ½ |u - 1|."""
+    """Make f = ½ |u - 1|."""
     return Form(
         f=lambda x: 0.5 * x.expm1().abs(),
         weight=lambda x: 0.5 * x.sign(),
@@ -220,7 +220,7 @@ def _total_variation(_: float) -> Form:
 
 
 def _squared_hellinger(_: float) -> Form:
-    """f = ½ (√u - 1)²."""
+    """Make f = ½ (√u - 1)²."""
     return Form(
         f=lambda x: 0.5 * (x / 2).expm1() ** 2,
         weight=lambda x: 0.5 * (x / 2).expm1(),
@@ -233,7 +233,7 @@ def _squared_hellinger(_: float) -> Form:
 
 
 def _pearson(_: float) -> Form:
-    """f = (u - 1)²."""
+    """Make f = (u - 1)²."""
     return Form(
         f=lambda x: x.expm1() ** 2,
         weight=lambda x: (2 * x).expm1(),
@@ -246,7 +246,7 @@ def _pearson(_: float) -> Form:
 
 
 def _neyman(_: float) -> Form:
-    """f = (u - 1)² / u."""
+    """Make f = (u - 1)² / u."""
     return Form(
         f=lambda x: -x.expm1() * (-x).expm1(),
         weight=lambda x: -2 * (-x).expm1(),
@@ -259,7 +259,7 @@ def _neyman(_: float) -> Form:
 
 
 def _alpha_divergence(a: float) -> Form:
-    """f = (u^a - a u - (1 - a)) / (a (a - 1)); the weight is the Box-Cox transform of u."""
+    """Make f = (u^a - a u - (1 - a)) / (a (a - 1)); the weight is the Box-Cox transform of u."""
     return Form(
         # u f' - w, which has no division by a (a - 1)
         f=lambda x: x.exp() * _power(x, a - 1) - _power(x, a),
@@ -273,7 +273,7 @@ def _alpha_divergence(a: float) -> Form:
 
 
 def _skew_forward_kl(a: float) -> Form:
-    """f = u log(u / m),  m = a u + 1 - a."""
+    """Make f = u log(u / m),  m = a u + 1 - a."""
 
     def log_u_over_m(x: Tensor) -> Tensor:
         return -_log_mix(-x, 1 - a, a)
@@ -290,7 +290,7 @@ def _skew_forward_kl(a: float) -> Form:
 
 
 def _skew_reverse_kl(a: float) -> Form:
-    """f = -log m,  m = (1 - a) u + a."""
+    """Make f = -log m,  m = (1 - a) u + a."""
 
     def log_m(x: Tensor) -> Tensor:
         return _log_mix(x, 1 - a, a)
@@ -307,7 +307,7 @@ def _skew_reverse_kl(a: float) -> Form:
 
 
 def _jeffreys(_: float) -> Form:
-    """f = (u - 1) log u: forward and reverse KL together."""
+    """Make f = (u - 1) log u: forward and reverse KL together."""
     return Form(
         f=lambda x: x.expm1() * x,
         weight=lambda x: x + x.expm1(),
@@ -320,7 +320,7 @@ def _jeffreys(_: float) -> Form:
 
 
 def _le_cam(_: float) -> Form:
-    """f = (u - 1)² / (u + 1)."""
+    """Make f = (u - 1)² / (u + 1)."""
     return Form(
         f=lambda x: x.expm1() * (x / 2).tanh(),
         weight=lambda x: 4 * x.sigmoid() ** 2 - 1,

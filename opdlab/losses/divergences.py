@@ -329,7 +329,7 @@ def _kl(a: Tensor, b: Tensor) -> Tensor:
 
 
 def _chi_squared(base: Tensor, other: Tensor) -> Tensor:
-    """sum (b - a)² / a of base a and other b, as (b / √a - √a)²: no ratio to a power."""
+    """Return sum (b - a)² / a of base a and other b, as (b / √a - √a)²: no ratio to a power."""
     base, other = _finite(base), _finite(other)
     half = 0.5 * base
     return ((other - half).exp() - half.exp()).square().sum(-1)

@@ -78,7 +78,7 @@ def test_k2_in_the_reward_has_no_first_order_signal():
     away = tables["student"].logits
 
     def share(gap: float) -> float:
-        close = {"student": tables["teacher"].moved(gap * away), "teacher": tables["teacher"]}
+        close = {"student": tables["teacher"].add(gap * away), "teacher": tables["teacher"]}
         return (
             exact.gradient(in_reward("k2"), close).norm() / exact.gradient(OPD(), close).norm()
         ).item()

@@ -226,7 +226,7 @@ def test_one_row_of_logits_moves_one_entropy():
     for t in range(3):
         nudge = torch.zeros_like(table.logits)
         nudge[0, table.start(ids[:t]), 0] = 1.0
-        moved = (flat(table.moved(nudge)) - flat(table)).abs() > 1e-9
+        moved = (flat(table.add(nudge)) - flat(table)).abs() > 1e-9
         assert moved.tolist() == [i == t for i in range(3)]
 
 

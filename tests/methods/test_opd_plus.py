@@ -327,7 +327,7 @@ def test_with_the_stop_gradient_the_forward_kl_climbs():
         exact.gradient(plus("forward_kl", stop_gradient=True), tables),
         exact.differences(hill, tables["student"]),
     )
-    tables["student"] = tables["teacher"].moved(0.03 * tables["student"].logits)
+    tables["student"] = tables["teacher"].add(0.03 * tables["student"].logits)
     right, wrong = (
         exact.gradient(plus("forward_kl", stop_gradient=stop), tables).flatten()
         for stop in (False, True)
@@ -359,7 +359,7 @@ def test_the_surrogate_is_the_plain_loss_at_ratio_one_and_only_there():
     straight = opd.method(plan=told)(undetached)
     near(exact.gradient(plus("jensen_shannon"), tables), exact.gradient(straight, tables))
     stale = tables | {
-        "sampler": tables["student"].moved(0.5 * exact.Table.random(4, 1, 2, seed=99).logits)
+        "sampler": tables["student"].add(0.5 * exact.Table.random(4, 1, 2, seed=99).logits)
     }
     want = exact.differences(total(plus("jensen_shannon"), stale, live=False), stale["student"])
     near(exact.gradient(straight, stale, writer="sampler"), want)
@@ -383,7 +383,7 @@ def test_small_exact_steps_lower_the_divergence_every_time(name):
     rate, values = 0.1 / method.generator.curvature, []
     for _ in range(30):
         values.append(total(method, tables, live=True)(tables["student"]).item())
-        tables["student"] = tables["student"].moved(-rate * exact.gradient(method, tables))
+        tables["student"] = tables["student"].add(-rate * exact.gradient(method, tables))
     assert (torch.tensor(values).diff() < 0).all()
     assert values[-1] < 0.6 * values[0]
 
@@ -396,7 +396,7 @@ def test_small_exact_steps_with_the_stop_gradient_raise_it(name):
     method = OPDPlus(name, stop_gradient=True)
     before = total(method, tables, live=True)(tables["student"]).item()
     for _ in range(60):
-        tables["student"] = tables["student"].moved(-0.1 * exact.gradient(method, tables))
+        tables["student"] = tables["student"].add(-0.1 * exact.gradient(method, tables))
     assert total(method, tables, live=True)(tables["student"]).item() > before
     assert forward_kl(tables["student"].logp, tables["teacher"].logp).sum() > 0
 

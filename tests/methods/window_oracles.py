@@ -40,7 +40,7 @@ def sinkhorn(cost: np.ndarray, epsilon: float) -> np.ndarray:
 
 def text(*rows: list[int]) -> Rollout:
     """A rollout of given ids."""
-    return exact.table.listed(
+    return exact.table.make_rollout(
         [Prompt("x")] * len(rows), list(rows), exact.Letters(12), 1, "student"
     )
 
