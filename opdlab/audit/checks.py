@@ -142,7 +142,7 @@ def jumps(
 def own_parameters(method: Any) -> dict[str, Callable[[float], Any]]:
     """The alpha and beta among a method's options."""
     options = getattr(method, "options", None)
-    if not is_dataclass(method) or not isinstance(options, dict):
+    if not is_dataclass(method) or isinstance(method, type) or not isinstance(options, dict):
         return {}
 
     def change(name: str) -> Callable[[float], Any]:

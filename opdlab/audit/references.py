@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import partial
+from typing import Any
 
 import torch
 from scipy.optimize import minimize_scalar
@@ -135,7 +136,8 @@ class Comparison:
 
         def at(value: float) -> Match:
             label = f"{entry.label} ({parameter.name} {value:.3g})"
-            return self.match(partial(entry, **{parameter.name: value}), name, label)
+            options: dict[str, Any] = {parameter.name: value}
+            return self.match(partial(entry, **options), name, label)
 
         def loss(value: float) -> float:
             return -abs(at(float(value)).cosine)

@@ -80,7 +80,7 @@ class Observation:
     @property
     def length(self) -> float:
         """Length of the expected gradient."""
-        return self.gradient.norm().item()
+        return float(self.gradient.norm())
 
     @property
     def is_zero(self) -> bool:

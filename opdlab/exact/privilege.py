@@ -258,7 +258,8 @@ def information(logp: Tensor) -> Tensor:
         `[...]`.
     """
     mean = logp.logsumexp(-2, keepdim=True) - math.log(logp.shape[-2])
-    return torch.linalg.vecdot(logp.exp(), logp - mean).mean(-1)
+    divergence: Tensor = torch.linalg.vecdot(logp.exp(), logp - mean)
+    return divergence.mean(-1)
 
 
 def geometric_floor(logp: Tensor) -> Tensor:

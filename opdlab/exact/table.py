@@ -20,9 +20,9 @@ from opdlab.data.rollout import Rollout
 from opdlab.data.sampling_config import SamplingConfig
 from opdlab.errors import OpdlabError
 from opdlab.exact.letters import Letters
-from opdlab.models.sampling import draw
 from opdlab.models.graded import States
 from opdlab.models.head import Head
+from opdlab.models.sampling import draw
 
 LARGEST = 200_000  # completions that are listed at once
 

@@ -230,7 +230,8 @@ def entropy(logp: Tensor) -> Tensor:
         logp: Log-probs `[..., V]`.
     """
     logp = as_float(logp)
-    return -torch.linalg.vecdot(logp.exp(), _finite(logp))  # 0 * -inf is 0 here
+    value: Tensor = torch.linalg.vecdot(logp.exp(), _finite(logp))  # 0 * -inf is 0 here
+    return -value
 
 
 @dataclass(frozen=True)
@@ -310,7 +311,7 @@ class _KL(torch.autograd.Function):
         # floats. +inf is a true value elsewhere, and NaN stays NaN: a teacher with broken weights
         # must not look like one that agrees.
         gap = (a - b).masked_fill_(p == 0, 0.0)
-        value = torch.linalg.vecdot(p, gap)
+        value: Tensor = torch.linalg.vecdot(p, gap)
         # The slope p (gap + 1), in the memory of gap.
         slope = torch.addcmul(p, p, gap, out=gap) if ctx.needs_input_grad[0] else None
         ctx.save_for_backward(slope, p if ctx.needs_input_grad[1] else None)
@@ -325,7 +326,9 @@ class _KL(torch.autograd.Function):
 
 
 def _kl(a: Tensor, b: Tensor) -> Tensor:
-    return _KL.apply(*torch.broadcast_tensors(as_float(a), as_float(b)))
+    pair = torch.broadcast_tensors(as_float(a), as_float(b))
+    value: Tensor = _KL.apply(*pair)  # type: ignore[no-untyped-call]  # PyTorch has no types for it
+    return value
 
 
 def _chi_squared(base: Tensor, other: Tensor) -> Tensor:

@@ -118,7 +118,8 @@ class TOPD:
     recipe: ClassVar[dict[str, Any]] = {"normalize": "token"}
 
     def __post_init__(self) -> None:
-        if self.targets == "teacher_context":
+        targets: str = self.targets
+        if targets == "teacher_context":
             raise InvalidValue(
                 "TOPD cannot train on the teacher's contexts: they hold tokens that are not in the"
                 " student's rollout, and a loss sees rows of the rollout only. Compare that target"

@@ -118,9 +118,9 @@ def _entropic(costs: Tensor, epsilon: float) -> Tensor:
     # The iteration ends on exact columns, so only rows can be too heavy.
     plan = plan * (a / plan.sum(2)).clamp(max=1)[:, :, None]
     rows, columns = (a - plan.sum(2)).clamp(min=0), (b - plan.sum(1)).clamp(min=0)
-    return (
-        plan + rows[:, :, None] * columns[:, None, :] / rows.sum(1).clamp(min=1e-300)[:, None, None]
-    )
+    missing = rows[:, :, None] * columns[:, None, :]
+    rounded: Tensor = plan + missing / rows.sum(1).clamp(min=1e-300)[:, None, None]
+    return rounded
 
 
 def diagonal(student: Sequence[int], teacher: Sequence[int]) -> Tensor:
@@ -234,7 +234,7 @@ def scores(batch: Batch, name: str) -> Tensor:
     """
     if name == "reverse_kl":
         return batch.signals["teacher_reverse_kl"]
-    theirs = batch.map(lambda rows: rows.logp_of("teacher"), needs=("teacher",))
+    theirs: Tensor = batch.map(lambda rows: rows.logp_of("teacher"), needs=("teacher",))
     return -theirs if name == "teacher_nll" else batch.rollout.logp - theirs
 
 
