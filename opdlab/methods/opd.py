@@ -17,7 +17,7 @@ from __future__ import annotations
 import numbers
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, ClassVar, Literal
+from typing import Any, ClassVar, Literal, Protocol
 
 import torch
 from torch import Tensor
@@ -35,8 +35,24 @@ from opdlab.methods.policy_gradient import (
 from opdlab.support.expect import shortened
 from opdlab.support.validation import Finite, Flag, validate, validate_fields
 
-if TYPE_CHECKING:
-    from opdlab.methods.self_distillation import SelfDistillation
+
+class HasDivergence(Protocol):
+    """A method with a choice of divergence, its options and a support."""
+
+    @property
+    def divergence(self) -> str:
+        """A name of `DIVERGENCES`."""
+        ...
+
+    @property
+    def options(self) -> dict[str, Any]:
+        """Keywords of the divergence."""
+        ...
+
+    @property
+    def top_k(self) -> TopK | None:
+        """A coarse support, or None."""
+        ...
 
 
 @dataclass(frozen=True)
@@ -138,7 +154,7 @@ class OPD:
         return DIVERGENCES[self.divergence](*pair, **self.options)
 
 
-def check_divergence(method: OPD | SelfDistillation) -> None:
+def check_divergence(method: HasDivergence) -> None:
     """Check `divergence`, `options` and `top_k` of a method before the first rollout.
 
     A number for `top_k` becomes a `TopK`.
