@@ -106,7 +106,7 @@ class Rollout:
             for row, length in zip(self.ids.tolist(), self.lengths.tolist(), strict=True)
         ]
 
-    def rows(self, which: Sequence[int]) -> Rollout:
+    def select(self, which: Sequence[int]) -> Rollout:
         """Make a rollout of some rows only, in that order; it keeps `n` if groups stay whole."""
         pick = torch.as_tensor(list(which), dtype=torch.long, device=self.ids.device)
         width = max(1, int(self.lengths[pick].max())) if len(which) else 1

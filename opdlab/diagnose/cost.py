@@ -190,7 +190,7 @@ def _memory(
 
 def _saved_per_token(policy: Policy, rollout: Rollout) -> float:
     """Bytes that autograd keeps per token, counted on the longest completion at hand."""
-    row = rollout.rows([int(rollout.lengths.argmax())])
+    row = rollout.select([int(rollout.lengths.argmax())])
     model = policy.weights.model
     own = {p.untyped_storage().data_ptr() for p in model.parameters()}
     flags = [(p, p.requires_grad) for p in model.parameters()]
@@ -266,7 +266,7 @@ def _seconds(
 
     Learning is the student's passes and the engine's.
     """
-    piece = rollout.rows(range(min(len(rollout), sizes.rows)))
+    piece = rollout.select(range(min(len(rollout), sizes.rows)))
     scale = sizes.rows / len(piece)
     states, took = {}, {}
     with torch.no_grad():

@@ -252,7 +252,7 @@ def _check_scores(pair: _Pair, rollout: Rollout) -> tuple[pd.DataFrame | None, l
         unknown = f"{task.name} has no verifier, so pass@{k} and the teacher's accuracy are unknown"
         return None, [Check("student", "none", unknown)]
     right = pair.scores(rollout)
-    firsts = rollout.rows(range(0, len(rollout), k))
+    firsts = rollout.select(range(0, len(rollout), k))
     half = max(1, int(firsts.lengths.float().median()) // 2)
     room = _room(rollout, student, teacher)
     probe = continuation(firsts, student, teacher, task, at=[0, half], room=room)

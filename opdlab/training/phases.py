@@ -154,7 +154,7 @@ def _backward(run: RunState, planned: Planned, rows: range, weight: Tensor, chec
     """Add the gradient of some completions to the parameters."""
     batch = planned.batch
     rollout = batch.rollout
-    part = rollout if len(rows) == len(rollout) else rollout.rows(rows)
+    part = rollout if len(rows) == len(rollout) else rollout.select(rows)
     model = run.student.weights.model
     with backbone_precision(run):
         for name in batch.distributions:

@@ -24,8 +24,8 @@ from opdlab.methods.contract import name_of
 from opdlab.models.policy import Policy
 from opdlab.models.protocols import Grader, Writer
 from opdlab.support.expect import shortened
-from opdlab.teachers import TextOnly
 from opdlab.teachers.contract import expect_teacher
+from opdlab.teachers.text_only import as_writer
 
 
 def resolve_policies(
@@ -178,14 +178,13 @@ def _with_access(policy: Any, need: Need) -> Any:
     Where only texts are needed, a local model is reduced to its texts.
     """
     if need.access is Access.TEXT:
-        if isinstance(policy, Policy):
-            return TextOnly(policy)
-        if not isinstance(policy, Writer):
+        writer = as_writer(policy)
+        if not isinstance(writer, Writer):
             raise MissingPolicy(
                 f"{str(need)!r} must write texts, but {type(policy).__name__} only grades. Use a"
                 " teacher that writes."
             )
-        return policy
+        return writer
     if not isinstance(policy, Grader):
         raise MissingPolicy(
             f"{str(need)!r} must grade tokens, but {type(policy).__name__} only writes. Use a"

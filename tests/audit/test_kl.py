@@ -169,7 +169,7 @@ def test_the_rao_blackwellised_gradient_is_that_of_whole_texts_and_varies_less()
     )
     law = exact.law(student, rollout).tolist()
     spread = lambda m: sum(
-        p * exact.gradient_on(m, tables, rollout.rows([i]), one).square().sum()
+        p * exact.gradient_on(m, tables, rollout.select([i]), one).square().sum()
         for i, p in enumerate(law)
     )
     assert spread(ours) < 0.6 * spread(plain)

@@ -68,22 +68,22 @@ def test_wrong_shapes_and_values_are_refused(fields, said):
 
 def test_rows_keep_what_is_learned():
     rollout = written(learn=LEARN, turn=TURN)
-    back = rollout.rows([1, 0])
+    back = rollout.select([1, 0])
     assert torch.equal(back.learn, LEARN[[1, 0]])
     assert torch.equal(back.turn, TURN[[1, 0]])
-    short = rollout.rows([1])
+    short = rollout.select([1])
     assert short.ids.shape == (1, 2)
     assert torch.equal(short.learn, LEARN[1:, :2])
-    empty = rollout.rows([])
+    empty = rollout.select([])
     assert (len(empty), empty.tokens) == (0, 0)
 
 
 def test_only_whole_groups_stay_groups():
     rollout = written((1, 1, 1, 1), n=2)
-    assert rollout.rows([2, 3, 0, 1]).n == 2
-    assert rollout.rows([0, 1]).n == 2
+    assert rollout.select([2, 3, 0, 1]).n == 2
+    assert rollout.select([0, 1]).n == 2
     for which in ([0], [1, 0], [0, 2], [1, 2]):
-        assert rollout.rows(which).n == 1
+        assert rollout.select(which).n == 1
 
 
 def test_joining_pads_what_is_learned_with_false():
@@ -94,7 +94,7 @@ def test_joining_pads_what_is_learned_with_false():
     assert whole.learn[0].tolist() == [True, False, False, False]
     assert whole.ids[0].tolist() == [1, 0, 0, 0]
     assert whole.completions() == [*narrow.completions(), *wide.completions()]
-    assert torch.equal(whole.rows([1, 2]).learn, LEARN)
+    assert torch.equal(whole.select([1, 2]).learn, LEARN)
 
 
 def test_joining_keeps_n_and_vocabulary_where_all_agree():

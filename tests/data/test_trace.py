@@ -321,7 +321,7 @@ def test_a_rollout_is_scored_only_with_its_own_tokens(
         score(replace(rollout, vocabulary=None), make_policy(0, make_tokenizer()))
     score(rollout_from_texts(other, rollout.prompts, ["w1 w2"] * len(rollout)), other)
     assert (
-        rollout.rows([0]).vocabulary
+        rollout.select([0]).vocabulary
         == concat_rollouts([rollout, rollout]).vocabulary
         == rollout.vocabulary
     )

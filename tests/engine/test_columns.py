@@ -223,7 +223,7 @@ def write_logp(batch):
 
 
 def replace_rollout(batch):
-    batch.rollout = batch.rollout.rows([0])
+    batch.rollout = batch.rollout.select([0])
 
 
 @pytest.mark.parametrize(

@@ -35,7 +35,7 @@ def test_the_gradient_is_that_of_the_learned_tokens_alone(rollout, student, teac
     weight = torch.linspace(0.1, 1, rollout.tokens)
     found = run_plan(KL, batch).gradient(weight, rows=rows, watch=cheap)
     chosen = range(len(rollout)) if rows is None else rows
-    part = rollout.rows(chosen)
+    part = rollout.select(chosen)
     start = int(rollout.lengths[: chosen.start].sum())
     weight = weight[start : start + part.tokens]
 

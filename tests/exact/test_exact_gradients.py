@@ -94,7 +94,7 @@ def test_bare_losses_and_the_order_of_rows(shape):
     order = torch.randperm(len(rollout), generator=torch.Generator().manual_seed(0)).tolist()
     weight = exact.law(student, rollout)
     near(
-        exact.gradient_on(loss, tables, rollout.rows(order), weight[order]),
+        exact.gradient_on(loss, tables, rollout.select(order), weight[order]),
         exact.gradient(loss, tables),
     )
 
@@ -112,7 +112,7 @@ def test_many_samples_come_to_the_expectation():
     every = exact.everything(student.prompts, 3, 2, by=student)
     law = exact.law(student, every)
     one = lambda i: exact.gradient_on(
-        method, tables, every.rows([i]), torch.ones(1, dtype=torch.float64)
+        method, tables, every.select([i]), torch.ones(1, dtype=torch.float64)
     )
     square = sum(p * one(i) ** 2 for i, p in enumerate(law.tolist()))
     error = ((square - want**2).clamp(min=0) / n).sqrt()
@@ -134,7 +134,7 @@ def test_plans_that_compare_rows_are_summed_over_batches():
     total = torch.zeros_like(student.logits)
     for i in range(len(texts)):
         for j in range(len(texts)):
-            rows = replace(texts.rows([i, j]), n=2)
+            rows = replace(texts.select([i, j]), n=2)
             total += exact.gradient_on(
                 GRPO(scale=False), tables, rows, (law[i] * law[j] / 2).expand(2), task=task
             )

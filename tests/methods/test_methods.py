@@ -97,7 +97,7 @@ def test_the_expected_policy_gradient_is_that_of_the_reverse_kl(name, pair):
     student, teacher = pair
     rollout, logp = every_completion(student, 1)
     assert logp.exp().sum().item() == pytest.approx(1)
-    p, q = (x.weights.head(x.hidden(rollout.rows([0]))).log_softmax(-1)[0] for x in pair)
+    p, q = (x.weights.head(x.hidden(rollout.select([0]))).log_softmax(-1)[0] for x in pair)
     want = slopes(reverse_kl(p, q), student)
     close(engine_gradient(SAMPLED[name], student, teacher, rollout, logp.exp().detach()), want)
 

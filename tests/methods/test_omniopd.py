@@ -218,7 +218,7 @@ def test_chunks_start_at_the_peaks_of_the_distribution_that_emits_the_token(stud
 
 def test_one_row_of_logits_moves_one_entropy():
     table = exact.Table.random(4, 3, seed=2)
-    body = exact.everything(table.prompts, 4, 3).rows([27])
+    body = exact.everything(table.prompts, 4, 3).select([27])
     flat = lambda t: Batch(body, {"student": t}).signals["student_entropy"][0]
     base = flat(exact.Table(torch.zeros_like(table.logits), table.prompts, 3))
     torch.testing.assert_close(base, torch.full((3,), math.log(4), dtype=torch.float64))
@@ -276,7 +276,7 @@ def test_the_anchor_holds_to_the_reference_and_looks_from_it():
     """
     sure = exact.Table(torch.tensor([[[3.0, 0.0, -1.0]]], dtype=torch.float64), (Prompt("x"),), 1)
     flat = exact.Table(torch.tensor([[[0.0, 0.5, 0.0]]], dtype=torch.float64), (Prompt("x"),), 1)
-    body = exact.everything(sure.prompts, 3, 1).rows([0])
+    body = exact.everything(sure.prompts, 3, 1).select([0])
 
     def anchor(student, reference) -> tuple[float, torch.Tensor]:
         policies = {"student": student, "teacher.text": Says(), "reference": reference}
@@ -359,7 +359,7 @@ def test_the_order_of_the_continuations_does_not_count(student, rollout, order):
             similarity=lambda ours, theirs, table=table: table[theirs],
         )
         audits.append(
-            planned(method, student, rollout.rows([0]), Says(*"abcde"))[0].notes["chunks"].chunks
+            planned(method, student, rollout.select([0]), Says(*"abcde"))[0].notes["chunks"].chunks
         )
     assert [a["weight"] for a in audits[0]] == [a["weight"] for a in audits[1]]
 
@@ -445,7 +445,7 @@ def test_the_weight_concentrates():
     """Var <= N / (4 (N + a)^2), and the mean is the shrunken one, over 300 seeds."""
     student, teacher = exact.Table.random(3, 2, seed=0), exact.Table.random(3, 2, seed=1)
     n, alpha = 5, 1.0
-    body = exact.everything(student.prompts, 3, 2).rows([4])
+    body = exact.everything(student.prompts, 3, 2).select([4])
     body = student.own(body)
     weights = []
     for seed in range(300):
@@ -494,14 +494,14 @@ def test_both_terms_are_divided_by_one_number(make_policy, prompts):
 
 def test_padding_and_repeats_change_nothing(student, rollout):
     method = OmniOPD(**SMALL)
-    one = rollout.rows([0, 1, 2])
+    one = rollout.select([0, 1, 2])
     wide = replace(
         one,
         **{k: torch.nn.functional.pad(getattr(one, k), (0, 7)) for k in ("ids", "logp", "entropy")},
         learn=None,
         turn=None,
     )
-    twice = rollout.rows([0, 1, 2, 0, 1, 2])
+    twice = rollout.select([0, 1, 2, 0, 1, 2])
     losses = []
     for body in (one, wide, twice):
         batch, columns = planned(method, student, body, Says("4", "7 4", " 8 "))

@@ -119,7 +119,7 @@ def test_returns_by_hand():
     """One text of three tokens; a discount of ½."""
     tables = pair(4, vocab=3, length=3, prompts=1)
     student, teacher = tables["student"], tables["teacher"]
-    rollout = exact.everything(student.prompts, 3, 3, by=student).rows([14])
+    rollout = exact.everything(student.prompts, 3, 3, by=student).select([14])
     u = [
         math.exp((teacher.logp - student.logp)[0, student.start(rollout.completions()[0][:t]), a])
         for t, a in enumerate(rollout.completions()[0])
@@ -160,7 +160,7 @@ def spread(method: OPDPlus, tables: dict[str, exact.Table]) -> float:
     law = exact.law(student, rollout).tolist()
     one = torch.ones(1, dtype=torch.float64)
     return sum(
-        p * exact.gradient_on(method, tables, rollout.rows([i]), one).square().sum().item()
+        p * exact.gradient_on(method, tables, rollout.select([i]), one).square().sum().item()
         for i, p in enumerate(law)
     )
 
@@ -243,7 +243,7 @@ def test_sampled_gradients_come_to_the_exact_one(name):
     want = exact.gradient(method, tables)
     every = exact.everything(student.prompts, 3, 2, by=student)
     one = [
-        exact.gradient_on(method, tables, every.rows([i]), torch.ones(1, dtype=torch.float64))
+        exact.gradient_on(method, tables, every.select([i]), torch.ones(1, dtype=torch.float64))
         for i in range(len(every))
     ]
     square = sum(p * g**2 for p, g in zip(exact.law(student, every).tolist(), one, strict=True))
@@ -437,7 +437,7 @@ def test_a_row_is_told_the_same_in_any_company(options, student, teacher, prompt
     policies = {"student": student, "teacher": teacher}
     whole = plan_values(method, Batch(rollout, policies))["advantage"]
     for i in (0, 3, 6):
-        alone = plan_values(method, Batch(rollout.rows([i]), policies))["advantage"][0]
+        alone = plan_values(method, Batch(rollout.select([i]), policies))["advantage"][0]
         torch.testing.assert_close(whole[i, : len(alone)], alone, rtol=1e-3, atol=1e-4)
 
 

@@ -24,7 +24,7 @@ def pairs(student: exact.Table, chosen: list[int], rejected: list[int]) -> Rollo
     """Completions of `everything` by number: the teacher's first, then the snapshot's."""
     body = exact.everything(student.prompts, student.vocab, student.length, eos=student.eos)
     half = len(chosen)
-    both = body.rows([*chosen, *rejected])
+    both = body.select([*chosen, *rejected])
     return replace(both, writer=("teacher",) * half + ("reference",) * half)
 
 

@@ -329,7 +329,7 @@ def test_what_the_teacher_cannot_spell_is_left_out(make_policy, bytes_bpe, scrib
     with pytest.raises(
         OpdlabError, match=r"Step 1: the teacher's tokenizer spells none of the 1 completions .*世"
     ):
-        planned(student, scribe, body.rows([1]))
+        planned(student, scribe, body.select([1]))
 
 
 def test_a_special_token_amid_the_text_leaves_it_out(student, scribe):

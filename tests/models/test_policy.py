@@ -88,14 +88,14 @@ def test_scores_whatever_the_padding(family, make_policy, prompts):
 
 def test_scores_do_not_depend_on_the_rest_of_the_batch(student, rollout, monkeypatch):
     whole = student.log_probs(rollout)
-    alone = torch.cat([student.log_probs(rollout.rows([i])) for i in range(len(rollout))])
+    alone = torch.cat([student.log_probs(rollout.select([i])) for i in range(len(rollout))])
     close(whole, alone)
     monkeypatch.setattr("opdlab.models.policy.TOKENS_PER_PASS", 50)  # several passes
     close(student.log_probs(rollout), whole)
     with torch.no_grad():
         assert torch.equal(
-            student.hidden(rollout.rows([5])),
-            student.hidden(rollout.rows([5, 5]))[: rollout.lengths[5]],
+            student.hidden(rollout.select([5])),
+            student.hidden(rollout.select([5, 5]))[: rollout.lengths[5]],
         )
 
 

@@ -83,7 +83,7 @@ def test_numbers_equal_a_fresh_scoring_pass(student, prompts, temperature):
 
 def test_the_first_token_follows_the_models_distribution(student):
     rollout = student.sample([Prompt("ana has")], n=6000, max_new_tokens=1, seed=11)
-    p = student.log_probs(rollout.rows([0]))[0].double().exp()
+    p = student.log_probs(rollout.select([0]))[0].double().exp()
     seen = torch.bincount(rollout.ids[:, 0], minlength=70)
     often = p * 6000 > 5
     observed, expected = (
@@ -485,7 +485,7 @@ def test_a_text_knows_why_it_ends():
 
 def test_rows_and_joined_are_inverse(student, prompts):
     whole = student.sample(prompts, n=3, max_new_tokens=15, seed=6, writer="teacher")
-    again = concat_rollouts([whole.rows(range(5)), whole.rows([5]), whole.rows(range(6, 12))])
+    again = concat_rollouts([whole.select(range(5)), whole.select([5]), whole.select(range(6, 12))])
     assert again.completions() == whole.completions()
     assert (again.prompts, again.texts, again.finish, again.writer) == (
         whole.prompts,
@@ -495,7 +495,7 @@ def test_rows_and_joined_are_inverse(student, prompts):
     )
     torch.testing.assert_close(again.logp, whole.logp[:, : again.ids.shape[1]])
     torch.testing.assert_close(again.entropy, whole.entropy[:, : again.ids.shape[1]])
-    back = whole.rows([7, 2])
+    back = whole.select([7, 2])
     assert back.completions() == [whole.completions()[7], whole.completions()[2]]
     assert back.ids.shape[1] == max(map(len, back.completions()))
 
@@ -509,12 +509,12 @@ def test_an_empty_completion_is_handled(make_model, make_tokenizer):
     )
     assert rollout.lengths.tolist() == [1, 0, 2]
     assert policy.log_probs(rollout).shape == (3, 12)
-    torch.testing.assert_close(policy.log_probs(rollout)[1:], policy.log_probs(rollout.rows([2])))
+    torch.testing.assert_close(policy.log_probs(rollout)[1:], policy.log_probs(rollout.select([2])))
     nothing = rollout_from_texts(policy, [Prompt("a b")], [""])
     assert nothing.ids.dtype == torch.long
     assert nothing.mask.tolist() == [[False]]
     assert policy.log_probs(nothing).shape == (0, 12)
-    assert concat_rollouts([rollout, nothing]).rows([1, 3]).completions() == [[], []]
+    assert concat_rollouts([rollout, nothing]).select([1, 3]).completions() == [[], []]
 
 
 # Bad input.

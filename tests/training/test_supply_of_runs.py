@@ -88,10 +88,10 @@ def test_n_is_1_where_prompts_have_different_numbers_of_texts(student, prompts):
     answers = rollout_from_texts(student, prompts, ["ana"] * len(prompts))
     assert concat_rollouts([sampled, sampled]).n == 3
     assert concat_rollouts([sampled, answers]).n == 1
-    assert sampled.rows(range(3, 9)).n == 3
-    assert [sampled.rows(which).n for which in ([0, 1], [1, 2, 3], [2, 1, 0], range(0, 12, 3))] == [
-        1
-    ] * 4
+    assert sampled.select(range(3, 9)).n == 3
+    assert [
+        sampled.select(which).n for which in ([0, 1], [1, 2, 3], [2, 1, 0], range(0, 12, 3))
+    ] == [1] * 4
 
 
 @pytest.mark.parametrize("method", [GRPO(), OPD()])

@@ -87,7 +87,8 @@ def advantage(rewards: Tensor, n: int) -> Tensor:
 def _reference_advantage(rewards: Tensor, n: int) -> Tensor:
     # GRPO's plan reads no more of a batch than this.
     batch = SimpleNamespace(rollout=SimpleNamespace(n=n, logp=rewards), rewards=rewards)
-    return GRPO().plan(cast(Batch, batch))["advantage"].values
+    advantage: Tensor = GRPO().plan(cast(Batch, batch))["advantage"].values
+    return advantage
 
 
 def _cases_of_advantage() -> list[tuple[Tensor, int]]:
