@@ -235,9 +235,9 @@ def test_evaluation_and_rewards_need_a_verifier(world):
     )
     refused(
         lambda: world.distill(method=GRPO()),
-        "distill got n=1, which is one sample a prompt. Use n=4 or more",
+        "distill got n=1, too few per prompt. Use n=4 or more",
     )
-    refused(lambda: world.distill(method=OVD()), "OVD compares the samples of a prompt")
+    refused(lambda: world.distill(method=OVD()), "OVD compares the completions of a prompt")
 
 
 # Objects in the wrong place.

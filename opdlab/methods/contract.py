@@ -171,6 +171,36 @@ def method(needs: Any = DEFAULT_NEEDS, plan: Planner | None = None) -> Any:
     return decorate
 
 
+def recipe_of(method: Any) -> Mapping[str, Any]:
+    """Return the settings that the method's paper trains with; none where it names none.
+
+    Args:
+        method: A method.
+
+    Returns:
+        Settings of `distill` by name.
+    """
+    return getattr(method, "recipe", {})
+
+
+def needs_verifier(method: Any) -> bool:
+    """Return whether a method learns from the task's verifier: its `verifies`, False by default.
+
+    Args:
+        method: A method.
+    """
+    return bool(getattr(method, "verifies", False))
+
+
+def fewest_completions(method: Any) -> int:
+    """Return how many completions of a prompt a method compares: its `least_n`, 1 by default.
+
+    Args:
+        method: A method.
+    """
+    return int(getattr(method, "least_n", 1))
+
+
 def student_share(method: object) -> float:
     """Return the share of prompts whose completion the student writes."""
     return float(method.on_policy) if isinstance(method, HasShare) else 1.0

@@ -249,10 +249,12 @@ def _remembered_values(method: Any) -> dict[str, str]:
 
 def _reachable_values(function: Any) -> dict[str, Any]:
     """Variables outside of a function that it reads or writes, if they can hold a state."""
-    function = (
-        inspect.unwrap(getattr(function, "__func__", function)) if function is not None else None
-    )
-    if not inspect.isfunction(function) or function.__module__.startswith("opdlab."):
+    if function is None:
+        return {}
+    function = inspect.unwrap(getattr(function, "__func__", function))
+    if not inspect.isfunction(function):
+        return {}
+    if (function.__module__ or "").startswith("opdlab."):  # None for functions made by exec
         return {}
     try:
         reached = inspect.getclosurevars(function)

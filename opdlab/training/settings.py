@@ -10,7 +10,14 @@ from typing import Any, Literal
 from opdlab.data.sampling_config import SamplingConfig
 from opdlab.engine.needs import did_you_mean
 from opdlab.errors import InvalidValue, MissingPolicy
-from opdlab.methods.contract import Method
+from opdlab.methods.contract import (
+    Method,
+    fewest_completions,
+    needs_verifier,
+    recipe_of,
+    student_share,
+    writer_names,
+)
 from opdlab.support.validation import (
     Amount,
     Count,
@@ -127,7 +134,7 @@ def make_settings(
     Raises:
         InvalidValue: A name that is no setting, or a value that cannot be right.
     """
-    recipes = {"task": task.recipe, "method": getattr(method, "recipe", {})}
+    recipes = {"task": task.recipe, "method": recipe_of(method)}
     _check_names(given, where)
     for whose, recipe in recipes.items():
         _check_names(recipe, f"the {whose}'s recipe")
@@ -153,15 +160,16 @@ def check_settings(
         MissingPolicy: The method learns from a verifier, and the task has none.
     """
     name = _name_of(method)
-    if getattr(method, "verifies", False) and task.verify is None:
+    if needs_verifier(method) and task.verify is None:
         raise MissingPolicy(
             f"{name} learns from a verifier, but {task.name} has none. Use a task with verify=, or"
             " a method with a teacher."
         )
-    if settings.n < (least := getattr(method, "least_n", 1)):
+    least = fewest_completions(method)
+    if settings.n < least:
         raise InvalidValue(
-            f"{name} compares the samples of a prompt, but distill got n={settings.n}, which is one"
-            f" sample a prompt. Use n=4 or more (at least {least})."
+            f"{name} compares the completions of a prompt, but distill got n={settings.n}, too few"
+            f" per prompt. Use n=4 or more (at least {least})."
         )
     if settings.evaluate_every and task.verify is None:
         raise InvalidValue(
@@ -171,7 +179,7 @@ def check_settings(
     recipe = {
         **{field.name: field.default for field in fields(Settings)},
         **task.recipe,
-        **getattr(method, "recipe", {}),
+        **recipe_of(method),
     }
     for setting, why in _without_effect(settings, method, name, saves).items():
         if setting in given and getattr(settings, setting) != recipe[setting]:
@@ -184,10 +192,7 @@ def check_settings(
 def _without_effect(settings: Settings, method: Method, name: str, saves: bool) -> dict[str, str]:
     """Settings that change nothing in this run, each with the reason and the way out."""
     ignored = {}
-    writer = getattr(method, "writer", "teacher")
-    if getattr(method, "on_policy", 1.0) == 0 and set(
-        (writer,) if isinstance(writer, str) else writer
-    ) == {"answer"}:
+    if student_share(method) == 0 and set(writer_names(method)) == {"answer"}:
         why = f"{name} trains on the reference answers, and nothing is sampled. Leave it out."
         ignored = {"temperature": why, "top_p": why, "n": why}
     if not any(need.split("+")[0] == "ema" for need in method.needs):
