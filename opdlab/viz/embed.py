@@ -6,7 +6,7 @@ import json
 import math
 import os
 import re
-from collections.abc import Iterable
+from collections.abc import Container, Iterable
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
@@ -16,6 +16,10 @@ MOUNT = "mount.js"  # the last module of every page
 # spaces that a style sheet can do without
 _IDLE = r'(?P<quoted>"[^"]*")|(?:\s*;)?\s*(?P<sign>\}|[{;,])\s*|(?<=[a-z]): '
 _IMPORT = re.compile(r'^import \{[^}]*\} from "\./([\w.]+)";\n', re.MULTILINE)
+_EXPORT = re.compile(r"^export const (\w+)", re.MULTILINE)
+# An export from its first line to the last, as the formatter indents it.
+_STATEMENT = re.compile(r"^export const (\w+).*\n(?:[ )\]}].*\n|\n(?= ))*", re.MULTILINE)
+_SPACED = re.compile(r'(`[^`]*`|"(?:[^"\\]|\\.)*")| ?([=<>?:,;{}()\[\]&|*!]+) ?')
 _UNSAFE = {"<": "\\u003c", ">": "\\u003e", "&": "\\u0026"}
 POLICY = (
     "default-src 'none'; script-src 'unsafe-inline'; style-src 'unsafe-inline'; img-src data:"
@@ -43,10 +47,10 @@ def style(*names: str) -> str:
 def bundle(names: Iterable[str]) -> str:
     """Join ES modules of `static/` and everything they import into one module without imports.
 
-    Each file is included once, after the files that it imports. All files share one scope, so their
-    top-level names must differ (`tests/viz/test_embed.py`). Comments, JSDoc types and indentation
-    are left out. Only `import { names } from "./file.js"` and `export const` (or `function`) are
-    understood.
+    Each file is included once, after the files that it imports, in a scope of its own. What files
+    export lies in one scope, so these names must differ (`tests/viz/test_embed.py`). Comments,
+    JSDoc types and indentation are left out. Only `import { names } from "./file.js"` and
+    `export const name` are understood.
 
     Args:
         names: Files of `static/`, in the order in which they are to run.
@@ -54,21 +58,53 @@ def bundle(names: Iterable[str]) -> str:
     ordered: list[str] = []
 
     def add(name: str) -> None:
-        if name in ordered:
-            return
         for imported in _IMPORT.findall(asset(name)):
             add(imported)
         if name not in ordered:
             ordered.append(name)
 
-    for name in names:
+    entries = [*names]
+    for name in entries:
         add(name)
-    text = _IMPORT.sub("", "\n".join(asset(name) for name in ordered))
-    text = re.sub(r"^export (?!default)", "", text, flags=re.MULTILINE)
-    text = re.sub(r"/\*\*.*?\*/ ?", "", text, flags=re.DOTALL)
-    lines = [line.strip() for line in text.splitlines()]
-    text = "\n".join(line for line in lines if line and not line.startswith("//"))
+    imports = "".join(found[0] for name in ordered for found in _IMPORT.finditer(asset(name)))
+    wanted = set(re.findall(r"\w+", imports)) | set(_EXPORT.findall("".join(map(asset, entries))))
+    text = "\n".join(_scoped(name, wanted) for name in ordered)
     return re.sub("</(?=script)", r"<\\/", text, flags=re.IGNORECASE)
+
+
+def _scoped(name: str, wanted: Container[str]) -> str:
+    """Return a module as a block whose result is those of its exports that are wanted.
+
+    Exports that neither others nor the module itself use are left out.
+    """
+    source = _IMPORT.sub("", asset(name))
+    for found in list(_STATEMENT.finditer(source)):
+        if found[1] not in wanted and len(re.findall(rf"\b{found[1]}\b", source)) == 1:
+            source = source.replace(found[0], "")
+    text = _shortened(source)
+    if "export default" in text:
+        return text
+    exported = ",".join(one for one in _EXPORT.findall(text) if one in wanted)
+    text = _EXPORT.sub(r"const \1", text)
+    return f"const{{{exported}}}=(()=>{{{text}return{{{exported}}};}})();"
+
+
+def _shortened(text: str) -> str:
+    """Return a script without comments, indentation, and what a browser does not need of the rest.
+
+    The formatter ends statements with semicolons, so a line that ends with other punctuation, or
+    begins with it, goes on in the next. Lines that may have a pattern in them, or a template within
+    a template, keep their spaces.
+    """
+    text = re.sub(r"/\*\*.*?\*/ ?", "", text, flags=re.DOTALL)
+    lines = [re.sub("(^|\\s+)// .*$", "", line).strip() for line in text.splitlines()]
+    lines = [line if _is_fragile(line) else _SPACED.sub(r"\1\2", line) for line in lines]
+    text = re.sub(r",\n(?=[)\]}])", "", "\n".join(filter(None, lines)))
+    return re.sub(r"(?<=[,;{}()\[=>&|?:])\n(?!export )|\n(?=[)\]}?:.&|])", "", text)
+
+
+def _is_fragile(line: str) -> bool:
+    return "/" in line or "'" in line or line.count("`") not in (0, 2)
 
 
 def script_text(scripts: Iterable[str]) -> str:

@@ -1,15 +1,85 @@
-// RunBoard: small plots on one axis of steps; a slider (or the pointer) reads all of them at one step.
+// RunBoard: small plots on one axis of steps; a slider (or the pointer) reads all at one step.
 
-import { clamp, define, make, number, put } from "./core.js";
+/** @import { BoardPayload, Line, Plot, State } from "./types.js" */
+/** @import { DrawnPlot } from "./lines.js" */
+
+import { clamp, closest, define, make, makeButton, number, put, titleOf } from "./core.js";
 import { linePlot, valueAt } from "./lines.js";
 
+/**
+ * Return the lines that are read at a step: not dots, and of a faint line beside its smoothed one
+ * only the smoothed.
+ * @param {Line[]} lines
+ */
+export const readableLines = (lines) =>
+  lines.filter((line) => {
+    const hasOther = lines.some((other) => other !== line && other.name === line.name);
+    return line.kind !== "dots" && !(line.kind === "faint" && hasOther);
+  });
+
+/** @param {BoardPayload} data @param {State} state */
+const runButtons = ({ runs, hues }, state) =>
+  runs.map((name) => {
+    const node = makeButton("");
+    node.append(make("span", `opd-lp-key opd-l-${hues[name]}`, name));
+    node.addEventListener("click", () => {
+      const hidden = state.get("hidden");
+      const isHidden = hidden.includes(name);
+      state.set("hidden", isHidden ? hidden.filter((other) => other !== name) : [...hidden, name]);
+    });
+    return node;
+  });
+
+/** @param {BoardPayload} data */
+const alarmList = ({ alarms, runs }) => {
+  const node = make("ol", "opd-alarms");
+  for (const [sign, run, step, signature, sentence, remedy] of alarms) {
+    const line = make("li");
+    const place = `${runs.length > 1 ? `${run}, ` : ""}step ${step}, ${signature}: `;
+    line.append(make("b", "", sign), make("span", "opd-sign", place));
+    line.append(`${sentence} `, make("span", "opd-soft", remedy));
+    node.append(line);
+  }
+  return node;
+};
+
+/**
+ * Make the plots. `draw` leaves hidden runs out, `read` shows the numbers at a step (NaN: none).
+ * @param {BoardPayload} data
+ */
+const plotGrid = (data) => {
+  const node = make("div", "opd-plots");
+  /** @type {(DrawnPlot & { plot: Plot })[]} */
+  let drawn = [];
+  /** @param {Line} line @param {number} step */
+  const figure = (line, step) =>
+    `${data.runs.length > 1 ? `${line.name} ` : ""}${number(valueAt(line, step))}`;
+  /** @param {Set<string>} hidden */
+  const draw = (hidden) => {
+    drawn = data.plots.map((plot) => {
+      const lines = plot.lines.filter(({ name }) => !hidden.has(name));
+      return { plot, ...linePlot({ ...plot, lines }) };
+    });
+    node.replaceChildren(...drawn.map((one) => one.node));
+  };
+  /** @param {number} step */
+  const read = (step) => {
+    for (const { plot, told, mark } of drawn) {
+      mark(step);
+      told.textContent = Number.isNaN(step)
+        ? plot.told
+        : readableLines(plot.lines)
+            .map((line) => figure(line, step))
+            .join(" · ");
+    }
+    return drawn.map(({ plot, told }) => `${plot.label} ${told.textContent}`);
+  };
+  return { node, draw, read };
+};
+
 define("board", ({ box, data, state }) => {
-  const said = make("div", "opd-said", data.said);
-  const bar = make("div", "opd-board-bar");
-  const plots = make("div", "opd-plots");
-  const several = data.runs.length > 1;
-  const last = data.plots.length ? data.plots[0].x[1] : 0;
-  const first = data.plots.length ? data.plots[0].x[0] : 0;
+  const [first, last] = data.plots.length ? data.plots[0].x : [0, 0];
+  const buttons = data.runs.length > 1 ? runButtons(data, state) : [];
   const slider = put(make("input"), {
     type: "range",
     min: first,
@@ -18,88 +88,41 @@ define("board", ({ box, data, state }) => {
     "aria-label": "Step to read the curves at",
   });
   const at = make("span", "opd-at");
-  let drawn = [];
+  const grid = plotGrid(data);
   let step = NaN;
 
   const read = () => {
-    for (const { plot, told, mark } of drawn) {
-      mark(step);
-      if (Number.isNaN(step)) told.textContent = plot.told;
-      else {
-        const lines = plot.lines.filter(
-          (line) =>
-            line.kind !== "dots" &&
-            !(line.kind === "faint" && plot.lines.some((l) => l !== line && l.name === line.name)),
-        );
-        told.textContent = lines
-          .map((line) => `${several ? `${line.name} ` : ""}${number(valueAt(line, step))}`)
-          .join(" · ");
-      }
-    }
+    const words = grid.read(step);
     at.textContent = Number.isNaN(step) ? "" : `step ${step}`;
-    slider.setAttribute(
-      "aria-valuetext",
-      [at.textContent, ...drawn.map(({ plot, told }) => `${plot.label} ${told.textContent}`)].join(
-        ", ",
-      ),
-    );
+    put(slider, { "aria-valuetext": [at.textContent, ...words].join(", ") });
   };
-  const go = (value) => {
-    step = value;
-    if (!Number.isNaN(value)) slider.value = value;
+  /** @param {number} to */
+  const go = (to) => {
+    step = to;
+    if (!Number.isNaN(step)) slider.value = String(step);
     read();
   };
   const draw = () => {
     const hidden = new Set(state.get("hidden"));
-    drawn = data.plots.map((plot) => ({
-      plot,
-      ...linePlot({ ...plot, lines: plot.lines.filter((line) => !hidden.has(line.name)) }),
-    }));
-    plots.replaceChildren(...drawn.map(({ node }) => node));
-    [...bar.querySelectorAll("button")].forEach((b, i) =>
-      b.setAttribute("aria-pressed", !hidden.has(data.runs[i])),
-    );
+    grid.draw(hidden);
+    buttons.forEach((one, i) => put(one, { "aria-pressed": !hidden.has(data.runs[i]) }));
     read();
   };
-  for (const name of several ? data.runs : []) {
-    const button = put(make("button", "opd-button"), { type: "button" });
-    button.append(make("span", `opd-lp-key opd-l-${data.hues[name]}`, name));
-    button.addEventListener("click", () => {
-      const hidden = state.get("hidden");
-      state.set(
-        "hidden",
-        hidden.includes(name) ? hidden.filter((n) => n !== name) : [...hidden, name],
-      );
-    });
-    bar.append(button);
-  }
-  bar.append(slider, at);
   slider.addEventListener("input", () => go(Number(slider.value)));
-  plots.addEventListener("pointermove", ({ target, clientX }) => {
-    const area = target.closest?.(".opd-lp-area")?.getBoundingClientRect();
-    if (area?.width)
-      go(Math.round(first + (last - first) * clamp((clientX - area.left) / area.width, 0, 1)));
+  grid.node.addEventListener("pointermove", (event) => {
+    const area = closest(event, ".opd-lp-area")?.getBoundingClientRect();
+    if (!area?.width) return;
+    const share = clamp((event.clientX - area.left) / area.width, 0, 1);
+    go(Math.round(first + (last - first) * share));
   });
-  plots.addEventListener("pointerleave", () => go(NaN));
+  grid.node.addEventListener("pointerleave", () => go(NaN));
 
-  const alarms = make("ol", "opd-alarms");
-  for (const [i, run, at_, signature, sentence, remedy] of data.alarms) {
-    const line = make("li");
-    line.append(
-      make("b", "", i),
-      make("span", "opd-sign", `${several ? `${run}, ` : ""}step ${at_}, ${signature}: `),
-      `${sentence} `,
-      make("span", "opd-soft", remedy),
-    );
-    alarms.append(line);
-  }
-  box.append(
-    ...(data.title ? [make("div", "opd-title", data.title)] : []),
-    said,
-    ...(data.plots.length ? [bar, plots] : []),
-  );
-  if (data.alarms.length) box.append(alarms);
-  slider.value = last;
+  const bar = make("div", "opd-board-bar");
+  bar.append(...buttons, slider, at);
+  box.append(...titleOf(data), make("div", "opd-said", data.said));
+  if (data.plots.length) box.append(bar, grid.node);
+  if (data.alarms.length) box.append(alarmList(data));
+  slider.value = String(last);
   state.on("hidden", draw);
   draw();
 });

@@ -1,350 +1,548 @@
-// Rollouts: a table of which only the rows in sight exist, to sort and to filter, and the tokens of the row chosen.
+// Rollouts: a table of which only the rows in sight exist, to sort and to filter, and the tokens of
+// the row chosen.
+
+/** @import { Channel, RolloutsPayload, RolloutTable, Spark, State, StripState, Text } from "./types.js" */
+/** @import { Strip } from "./strip.js" */
 
 import {
   clamp,
+  closest,
+  completionAt,
   define,
   drawLegend,
   make,
+  makeBar,
+  makeButton,
   measure,
   moveCursor,
   number,
+  promptBox,
   put,
   shape,
+  titleOf,
   unique,
   weightOf,
-  wordOf,
+  wordAt,
 } from "./core.js";
-import { channelButtons, peaksIn, tokenStrip } from "./strip.js";
+import { channelButtons, peaksIn, TALL_STRIP, tokenStrip } from "./strip.js";
 
-const LINE = 30; // px of a row, as in rollouts.css
-const SHOWN = 9; // rows in sight
-const WIDE = { tokens: 62, finish: 54, reward: 64, reverse_kl: 75, log_ratio: 115, peak: 64 }; // px of a column with its heading
-const NARROW = ["reward", "reverse_kl", "peak"]; // columns that a narrow page has room for; of these the first two
-const HEADS = {
-  tokens: "tokens",
-  finish: "finish",
-  reward: "reward",
-  reverse_kl: "mean KL",
-  log_ratio: "mean log ratio",
-  peak: "largest",
+const ROW_HEIGHT = 30; // px, as in rollouts.css
+const ROWS_SHOWN = 9;
+const ROWS_BEFORE = 3; // drawn out of sight, so that scrolling shows no gap
+const ROWS_AFTER = 4;
+
+/** @typedef {"tokens" | "finish" | "reward" | "reverse_kl" | "log_ratio" | "peak"} Column */
+
+/** The columns: heading, and width with it, px. @type {Record<Column, { head: string, width: number }>} */
+const COLUMNS = {
+  tokens: { head: "tokens", width: 62 },
+  finish: { head: "finish", width: 54 },
+  reward: { head: "reward", width: 64 },
+  reverse_kl: { head: "mean KL", width: 75 },
+  log_ratio: { head: "mean log ratio", width: 115 },
+  peak: { head: "largest", width: 64 },
+};
+/** @type {Column[]} */
+const NARROW = ["reward", "reverse_kl", "peak"]; // a narrow page has room for the first two of these
+
+// ── Model ────────────────────────────────────────────────────────────────────────────────────────
+
+/** @param {RolloutTable} table */
+const columnsOf = (table) =>
+  /** @type {Column[]} */ (Object.keys(COLUMNS)).filter((column) => table[column]);
+
+/**
+ * Return the rows of a table that a filter keeps, sorted.
+ * @param {RolloutTable} table
+ * @param {string[]} texts what the filter searches, in lower case
+ * @param {{ wanted: string, finish: string | null, sort: string }} view `sort` is a column, with
+ *   "-" before it for the largest first, or ""
+ */
+export const orderOf = (table, texts, { wanted, finish, sort }) => {
+  const column = sort.replace(/^-/, "");
+  const sign = sort.startsWith("-") ? -1 : 1;
+  const finishes = [...new Set(table.finish)];
+  /** @param {number} k */
+  const valueOf = (k) => {
+    if (column === "finish") return finishes.indexOf(table.finish[k]);
+    const values = table[/** @type {Exclude<Column, "finish">} */ (column)];
+    const value = values ? values[k] : k;
+    return Number.isNaN(value) ? -Infinity : value; // no number is less than any
+  };
+  return [...table.sample.keys()]
+    .filter((k) => {
+      const isFound = !wanted || texts[k].includes(wanted.toLowerCase());
+      return isFound && (finish === null || table.finish[k] === finish);
+    })
+    .sort((a, b) => sign * (valueOf(a) - valueOf(b)) || a - b);
 };
 
-// What a live page asked for arrives as lists; none stands for what JSON does not know.
+// What a live page asked for arrives as lists; null stands for what JSON does not know.
+/** @param {Channel & { values: ArrayLike<number | null> }} channel @returns {Channel} */
 const revived = (channel) => ({
   ...channel,
-  values: Float32Array.from(channel.values, (v) => v ?? NaN),
+  values: Float32Array.from(channel.values, (value) => value ?? NaN),
 });
 
-const sparkOf = (spark, k) => {
-  const bars = spark.bins.length / spark.count;
+/**
+ * The state of a strip whose tokens only this view has: nobody else hears of it.
+ * @returns {StripState}
+ */
+const privateState = () => {
+  /** @type {Record<string, any>} */
+  const values = { selected: 0, hovered: -1, brush: [] };
+  /** @type {Record<string, ((value: any) => unknown)[]>} */
+  const listeners = {};
+  return {
+    get: (name) => values[name],
+    on: (name, act) => {
+      listeners[name] = [...(listeners[name] ?? []), act];
+    },
+    set: (name, value) => {
+      values[name] = value;
+      for (const act of listeners[name] ?? []) act(value);
+    },
+  };
+};
+
+// ── The table ────────────────────────────────────────────────────────────────────────────────────
+
+/**
+ * Draw the log ratio of one rollout as small bars.
+ * @param {Spark} spark
+ * @param {number} k
+ * @param {number} count rollouts
+ */
+const sparkOf = (spark, k, count) => {
+  const bars = spark.bins.length / count;
   const signed = spark.kind === "ratio";
+  const base = signed ? 10 : 20;
   const svg = shape("svg", {
     viewBox: `0 0 ${bars} 20`,
     preserveAspectRatio: "none",
     class: "opd-spark",
     "aria-hidden": "true",
   });
-  const ways = { teacher: "", student: "", amount: "" };
+  /** @type {Record<string, string>} */
+  const paths = { teacher: "", student: "", amount: "" };
   for (let i = 0; i < bars; i++) {
     const value = spark.bins[k * bars + i];
-    const size = (signed ? 10 : 20) * weightOf(value, spark);
+    const size = base * weightOf(value, spark);
     if (!(size > 0.5)) continue;
-    const side = signed ? (value > 0 ? "teacher" : "student") : "amount";
-    const base = signed ? 10 : 20;
-    ways[side] +=
-      `M${i + 0.5} ${base}V${(value > 0 || !signed ? base - size : base + size).toFixed(1)}`;
+    const isUp = value > 0 || !signed;
+    const side = isUp ? "teacher" : "student";
+    const end = (isUp ? base - size : base + size).toFixed(1);
+    paths[signed ? side : "amount"] += `M${i + 0.5} ${base}V${end}`;
   }
-  for (const [side, d] of Object.entries(ways))
-    if (d) svg.append(shape("path", { d, class: `opd-spark-${side}` }));
-  svg.append(shape("path", { d: `M0 ${signed ? 10 : 19.5}H${bars}`, class: "opd-spark-zero" }));
+  for (const [side, path] of Object.entries(paths)) {
+    if (path) svg.append(shape("path", { d: path, class: `opd-spark-${side}` }));
+  }
+  const zero = `M0 ${signed ? 10 : 19.5}H${bars}`;
+  svg.append(shape("path", { d: zero, class: "opd-spark-zero" }));
   return svg;
 };
 
-define("rollouts", ({ box, data, state }) => {
-  const { table, text, prompts } = data;
-  const count = table.sample.length;
-  const spark = { ...data.spark, count };
-  const columns = ["tokens", "finish", "reward", "reverse_kl", "log_ratio", "peak"].filter(
-    (key) => table[key],
-  );
-  const place = new Map([...table.sample].map((sample, k) => [sample, k]));
-  const haystack = [...table.sample].map((_, k) =>
-    `${prompts[table.prompt[k]]}\n${table.end[k]}`.toLowerCase(),
-  );
-  let order = [];
-  let rows = new Map();
+/** @param {Column[]} columns */
+const narrowColumns = (columns) => NARROW.filter((column) => columns.includes(column)).slice(0, 2);
 
-  // Controls: filter by text and by finish.
-  const bar = make("div", "opd-bar opd-rollouts-bar");
-  const field = put(make("input", "opd-field"), {
-    type: "search",
-    placeholder: "Filter prompts and texts",
-    "aria-label": "Filter prompts and texts",
-  });
-  const finishes = [...new Set(table.finish)];
-  const finish = put(make("select", "opd-pick"), { "aria-label": "Finish" });
-  const told = put(make("span", "opd-soft"), { role: "status" });
-  finish.append(
-    put(make("option", "", "any finish"), { value: "-1" }),
-    ...finishes.map((name, i) => put(make("option", "", name), { value: i })),
-  );
-  bar.append(field, ...(finishes.length > 1 ? [finish] : []), told);
+/**
+ * Return the function that gives a column's class: those that a narrow page leaves out are wide.
+ * @param {Column[]} columns
+ */
+const lookOf = (columns) => {
+  const narrow = narrowColumns(columns);
+  return (/** @type {string} */ column) => {
+    const known = columns.find((one) => one === column);
+    return known && !narrow.includes(known) ? "opd-grid-wide" : "";
+  };
+};
 
-  // The table.
-  const grid = put(make("div", "opd-grid"), {
-    role: "grid",
-    tabindex: "0",
-    "aria-label": "Rollouts",
-    "aria-rowcount": String(count + 1),
-  });
-  const head = put(make("div", "opd-grid-row opd-grid-head"), {
+/**
+ * Make the head of the table. Pressing a heading sorts by it, again the other way round.
+ * @param {RolloutsPayload} data
+ * @param {State} state
+ */
+const tableHead = ({ table, spark, channels }, state) => {
+  const columns = columnsOf(table);
+  const look = lookOf(columns);
+  const node = put(make("div", "opd-grid-row opd-grid-head"), {
     role: "row",
     "aria-rowindex": "1",
   });
-  const body = put(make("div", "opd-grid-body"), { role: "rowgroup" });
-  const room = put(make("div", "opd-grid-room"), { role: "none" });
-  const narrow = NARROW.filter((key) => columns.includes(key)).slice(0, 2);
-  const look = (key) => (columns.includes(key) && !narrow.includes(key) ? "opd-grid-wide" : "");
-  const widths = (keys) => keys.map((key) => `${WIDE[key]}px`).join(" ");
-  grid.style.setProperty("--columns", widths(columns));
-  grid.style.setProperty("--narrow", widths(narrow));
-  const heading = (label, key) => {
-    const cell = put(make("div", `opd-grid-cell ${look(key)}`), { role: "columnheader" });
-    if (!key) return (cell.append(label), cell);
-    const button = put(make("button", "opd-button", label), { type: "button", "data-key": key });
-    button.addEventListener("click", () =>
-      state.set("sort", state.get("sort") === `-${key}` ? key : `-${key}`),
-    );
-    cell.append(button);
+  /** @param {string} words @param {string} [width] */
+  const heading = (words, width = "") => {
+    const cell = put(make("div", `opd-grid-cell ${width}`), { role: "columnheader" });
+    cell.append(words);
+    node.append(cell);
     return cell;
   };
-  head.append(
-    heading("#", "sample"),
-    heading("prompt"),
-    heading("…text"),
-    ...columns.map((key) => heading(HEADS[key], key)),
-    heading("log ratio"),
-  );
-  if (spark.kind !== "ratio") head.lastChild.textContent = data.channels[0]?.label ?? "";
-  body.style.height = `${clamp(count, 1, SHOWN) * LINE}px`;
-  body.append(room);
-  grid.append(head, body);
+  /** @param {string} words @param {string} key */
+  const sortable = (words, key) => {
+    const cell = heading("", look(key));
+    const sort = put(makeButton("", words), { "data-key": key });
+    sort.addEventListener("click", () => {
+      state.set("sort", state.get("sort") === `-${key}` ? key : `-${key}`);
+    });
+    cell.append(sort);
+    return { cell, key };
+  };
+  const byNumber = sortable("#", "sample");
+  heading("prompt");
+  heading("…text");
+  const cells = [byNumber, ...columns.map((column) => sortable(COLUMNS[column].head, column))];
+  heading(spark.kind === "ratio" ? "log ratio" : (channels[0]?.label ?? ""));
+  const showSort = () => {
+    const sort = state.get("sort");
+    for (const { cell, key } of cells) {
+      const direction = sort.startsWith("-") ? "descending" : "ascending";
+      put(cell, { "aria-sort": sort.replace(/^-/, "") === key ? direction : "none" });
+    }
+  };
+  return { node, showSort };
+};
 
-  const value = (key, k) =>
-    key === "finish" ? table.finish[k] : number(table[key][k], key === "log_ratio");
-  const row = (k, i) => {
+/**
+ * Return the function that makes the table's row of rollout k at place i.
+ * @param {RolloutsPayload} data
+ */
+const tableRows = ({ table, prompts, spark }) => {
+  const columns = columnsOf(table);
+  const look = lookOf(columns);
+  /** @param {string} words @param {string} [classes] */
+  const cell = (words, classes = "") =>
+    put(make("div", `opd-grid-cell ${classes}`, words), { role: "gridcell" });
+  /** @param {Column} column @param {number} k */
+  const figure = (column, k) => {
+    if (column === "finish") return table.finish[k];
+    return number(table[column]?.[k] ?? NaN, column === "log_ratio");
+  };
+  /** @param {number} k @param {number} i */
+  return (k, i) => {
     const node = put(make("div", "opd-grid-row"), {
       role: "row",
-      "aria-rowindex": String(i + 2),
+      "aria-rowindex": i + 2,
       "data-k": k,
       id: unique(),
     });
-    const cell = (content, look = "") =>
-      put(make("div", `opd-grid-cell ${look}`, content), { role: "gridcell" });
-    node.append(
-      cell(String(table.sample[k])),
-      cell(prompts[table.prompt[k]], "opd-grid-text"),
-      cell("", "opd-grid-text opd-grid-end"),
-    );
-    node.lastChild.append(make("span", "", table.end[k]));
-    node.append(...columns.map((key) => cell(value(key, k), `opd-grid-number ${look(key)}`)));
+    const prompt = cell(prompts[table.prompt[k]], "opd-grid-text");
+    const end = cell("", "opd-grid-text opd-grid-end");
+    end.append(make("span", "", table.end[k]));
+    for (const words of [prompt, end]) put(words, { dir: "auto", title: words.textContent });
+    const figures = columns.map((column) => {
+      return cell(figure(column, k), `opd-grid-number ${look(column)}`);
+    });
     const last = cell("");
-    last.append(sparkOf(spark, k));
-    node.append(last);
-    for (const words of node.querySelectorAll(".opd-grid-text"))
-      put(words, { dir: "auto", title: words.textContent });
-    node.style.top = `${i * LINE}px`;
+    last.append(sparkOf(spark, k, table.sample.length));
+    node.append(cell(String(table.sample[k])), prompt, end, ...figures, last);
+    node.style.top = `${i * ROW_HEIGHT}px`;
     return node;
   };
+};
+
+/** @param {RolloutTable} table */
+const emptyGrid = (table) => {
+  const count = table.sample.length;
+  const columns = columnsOf(table);
+  const node = put(make("div", "opd-grid"), {
+    role: "grid",
+    tabindex: "0",
+    "aria-label": "Rollouts",
+    "aria-rowcount": count + 1,
+  });
+  const body = put(make("div", "opd-grid-body"), { role: "rowgroup" });
+  const room = put(make("div", "opd-grid-room"), { role: "none" }); // as high as all rows
+  body.style.height = `${clamp(count, 1, ROWS_SHOWN) * ROW_HEIGHT}px`;
+  body.append(room);
+  const widths = (/** @type {Column[]} */ some) =>
+    some.map((column) => `${COLUMNS[column].width}px`).join(" ");
+  node.style.setProperty("--columns", widths(columns));
+  node.style.setProperty("--narrow", widths(narrowColumns(columns)));
+  return { node, body, room };
+};
+
+/**
+ * Make the grid: `show(order)` draws the rows in sight of an order, `reveal(k)` scrolls to one.
+ * @param {RolloutsPayload} data
+ * @param {State} state
+ * @param {(sample: number) => number | undefined} placeOf
+ */
+const rolloutGrid = (data, state, placeOf) => {
+  const makeRow = tableRows(data);
+  const { node, body, room } = emptyGrid(data.table);
+  const head = tableHead(data, state);
+  node.append(head.node, body);
+  /** @type {number[]} */
+  let order = [];
+  /** @type {Map<number, HTMLElement>} */
+  let rows = new Map();
   const mark = () => {
-    const chosen = place.get(state.get("rollout"));
-    grid.removeAttribute("aria-activedescendant");
-    for (const [k, node] of rows) {
-      put(node, { "aria-selected": String(k === chosen) });
-      if (k === chosen) grid.setAttribute("aria-activedescendant", node.id);
+    const chosen = placeOf(state.get("rollout"));
+    node.removeAttribute("aria-activedescendant");
+    for (const [k, row] of rows) {
+      put(row, { "aria-selected": k === chosen });
+      if (k === chosen) put(node, { "aria-activedescendant": row.id });
     }
   };
   const draw = () => {
-    const from = Math.max(0, Math.floor(body.scrollTop / LINE) - 3);
-    const to = Math.min(order.length, from + SHOWN + 7);
-    const kept = new Map();
-    for (let i = from; i < to; i++) {
-      const k = order[i];
+    const from = Math.max(0, Math.floor(body.scrollTop / ROW_HEIGHT) - ROWS_BEFORE);
+    const drawn = order.slice(from, from + ROWS_BEFORE + ROWS_SHOWN + ROWS_AFTER);
+    const kept = drawn.map((k, j) => {
       const old = rows.get(k);
-      kept.set(k, old && old.style.top === `${i * LINE}px` ? old : row(k, i));
-    }
-    rows = kept;
-    room.style.height = `${order.length * LINE}px`;
-    room.replaceChildren(...kept.values());
-    mark();
-  };
-  const arrange = () => {
-    const wanted = field.value.toLowerCase();
-    const end = Number(finish.value);
-    const key = state.get("sort").replace(/^-/, "");
-    const down = state.get("sort").startsWith("-");
-    order = [...table.sample.keys()].filter(
-      (k) =>
-        (!wanted || haystack[k].includes(wanted)) && (end < 0 || table.finish[k] === finishes[end]),
-    );
-    const of =
-      key === "finish" ? (k) => finishes.indexOf(table.finish[k]) : (k) => table[key]?.[k] ?? k;
-    const size = (k) => (Number.isNaN(of(k)) ? -Infinity : of(k));
-    order.sort((a, b) => (down ? size(b) - size(a) : size(a) - size(b)) || a - b);
-    told.textContent =
-      order.length === count ? `${count} rollouts` : `${order.length} of ${count} rollouts`;
-    for (const button of head.querySelectorAll("[data-key]")) {
-      button.parentNode.setAttribute(
-        "aria-sort",
-        button.dataset.key === key ? (down ? "descending" : "ascending") : "none",
-      );
-    }
-    rows = new Map();
-    draw();
-  };
-  const reveal = (k) => {
-    const i = order.indexOf(k);
-    const top = i * LINE;
-    if (i < 0) return;
-    if (top < body.scrollTop) body.scrollTop = top;
-    if (top + LINE > body.scrollTop + body.clientHeight)
-      body.scrollTop = top + LINE - body.clientHeight;
-    draw();
-  };
-
-  // The strip of the rollout chosen.
-  const below = make("div", "opd-rollouts-text");
-  const chrome = make("div", "opd-bar");
-  const legend = make("div");
-  const facts = make("div", "opd-timeline-told");
-  const strips = new Map();
-  let channel = 0;
-  let open = null;
-  const buttons = channelButtons(data.channels, (i) => ((channel = i), recolour()));
-  chrome.append(buttons.node, legend);
-  const recolour = () => {
-    buttons.press(channel);
-    drawLegend(legend, data.channels[channel]);
-    if (open) open.strip.paint(open.channels[channel]);
-  };
-  const fact = (row) => {
-    if (!open || row < open.first || row >= open.first + open.size) return;
-    const shown = open.channels.map((c) =>
-      make("span", "", `${c.label} ${measure(c.values[row], c)}`),
-    );
-    facts.replaceChildren(
-      make("b", "", `rollout ${open.sample}`),
-      make("span", "opd-soft", `${open.size} tokens, ${open.finish}`),
-      make("span", "opd-word", wordOf(open.text, open.text.index[row])),
-      make("span", "opd-soft", `position ${row - open.first}`),
-      ...shown,
-    );
-    moveCursor(legend, open.channels[channel], open.channels[channel].values[row]);
-  };
-  // The state of a strip whose tokens only this view has: as `state`, but nobody else hears.
-  const alone = () => {
-    const values = { selected: 0, hovered: -1, brush: [] };
-    const heard = {};
-    return {
-      get: (name) => values[name],
-      on: (name, act) => (heard[name] ??= []).push(act),
-      set: (name, next) => ((values[name] = next), (heard[name] ?? []).forEach((act) => act(next))),
-    };
-  };
-  const opened = (sample, from, some, own) => {
-    const { first, size, finish: end, prompt } = from.texts.find((t) => t.sample === sample);
-    const strip = tokenStrip({
-      text: from,
-      first,
-      size,
-      finish: end,
-      state: own,
-      label: `Tokens of rollout ${sample}`,
+      const isInPlace = old?.style.top === `${(from + j) * ROW_HEIGHT}px`;
+      return /** @type {[number, HTMLElement]} */ ([
+        k,
+        old && isInPlace ? old : makeRow(k, from + j),
+      ]);
     });
-    strip.node.classList.toggle("opd-tall", size > 400);
-    own.on("hovered", (at) => fact(at < 0 ? own.get("selected") : at));
-    own.on("selected", fact);
-    const drawn = some.map((c) => ({ ...c, peaks: peaksIn(c, first, size) }));
-    return { sample, first, size, prompt, finish: end, text: from, channels: drawn, strip, own };
-  };
-  const show = (one) => {
-    open = one;
-    below.replaceChildren(
-      put(make("div", "opd-prompt", one.prompt), { dir: "auto" }),
-      one.strip.node,
-    );
-    recolour();
-    const chosen = one.own.get("selected");
-    const inside = chosen >= one.first && chosen < one.first + one.size;
-    fact(inside ? chosen : (one.channels[0].peaks[0] ?? one.first));
-  };
-  const choose = async (sample) => {
+    rows = new Map(kept);
+    room.style.height = `${order.length * ROW_HEIGHT}px`;
+    room.replaceChildren(...rows.values());
     mark();
-    if (!strips.has(sample) && text.texts.some((t) => t.sample === sample))
-      strips.set(sample, opened(sample, text, data.channels, state));
-    if (!strips.has(sample) && state.live && place.has(sample)) {
-      const found = await state.ask({ sample });
-      strips.set(sample, opened(sample, found.text, found.channels.map(revived), alone()));
-      if (state.get("rollout") !== sample) return;
-    }
-    if (strips.has(sample)) return show(strips.get(sample));
-    open = null;
-    below.replaceChildren(
-      make(
-        "div",
-        "opd-soft",
-        place.has(sample)
-          ? "This page has no room for the tokens of this rollout; a live view fetches them."
-          : "",
-      ),
-    );
   };
+  /** @param {number[]} next */
+  const show = (next) => {
+    order = next;
+    rows = new Map();
+    head.showSort();
+    draw();
+  };
+  /** @param {number | undefined} k */
+  const reveal = (k = -1) => {
+    const i = order.indexOf(k);
+    if (i < 0) return;
+    const top = i * ROW_HEIGHT;
+    body.scrollTop = clamp(body.scrollTop, top + ROW_HEIGHT - body.clientHeight, top);
+    draw();
+  };
+  return { node, body, draw, show, reveal, mark, order: () => order };
+};
 
-  field.addEventListener("input", arrange);
-  finish.addEventListener("change", arrange);
+/**
+ * Scrolling draws the rows in sight; clicks and keys choose a rollout.
+ * @param {ReturnType<typeof rolloutGrid>} grid
+ * @param {RolloutTable} table
+ * @param {State} state
+ * @param {(sample: number) => number | undefined} placeOf
+ */
+const listenToGrid = ({ node, body, draw, order, reveal }, table, state, placeOf) => {
   let waiting = 0;
-  body.addEventListener(
-    "scroll",
-    () => (waiting ||= requestAnimationFrame(() => ((waiting = 0), draw()))),
-  );
-  body.addEventListener("click", (event) => {
-    const k = event.target.closest("[data-k]")?.dataset.k;
-    if (k !== undefined) state.set("rollout", table.sample[k]);
+  body.addEventListener("scroll", () => {
+    waiting ||= requestAnimationFrame(() => {
+      waiting = 0;
+      draw();
+    });
   });
-  grid.addEventListener("keydown", (event) => {
-    if (event.target !== grid) return;
-    const at = order.indexOf(place.get(state.get("rollout")));
-    const to = {
+  body.addEventListener("click", (event) => {
+    const k = closest(event, "[data-k]")?.dataset.k;
+    if (k !== undefined) state.set("rollout", table.sample[Number(k)]);
+  });
+  node.addEventListener("keydown", (event) => {
+    if (event.target !== node) return;
+    const last = order().length - 1;
+    const at = order().indexOf(placeOf(state.get("rollout")) ?? -1);
+    /** @type {Record<string, number>} */
+    const steps = {
       ArrowDown: at + 1,
       ArrowUp: at - 1,
-      PageDown: at + SHOWN,
-      PageUp: at - SHOWN,
+      PageDown: at + ROWS_SHOWN,
+      PageUp: at - ROWS_SHOWN,
       Home: 0,
-      End: order.length - 1,
-    }[event.key];
-    if (to === undefined || !order.length) return;
+      End: last,
+    };
+    const to = steps[event.key];
+    if (to === undefined || last < 0) return;
     event.preventDefault();
-    const k = order[clamp(to, 0, order.length - 1)];
+    const k = order()[clamp(to, 0, last)];
     state.set("rollout", table.sample[k]);
     reveal(k);
   });
+};
 
-  box.append(
-    ...(data.title ? [make("div", "opd-title", data.title)] : []),
-    bar,
-    grid,
-    chrome,
-    facts,
-    below,
+/**
+ * Make the filter by text and by finish.
+ * @param {RolloutsPayload} data
+ * @param {() => void} hear is told of changes
+ */
+const filterBar = ({ table, prompts }, hear) => {
+  const node = make("div", "opd-bar opd-rollouts-bar");
+  const texts = [...table.sample.keys()].map((k) =>
+    `${prompts[table.prompt[k]]}\n${table.end[k]}`.toLowerCase(),
   );
-  state.on("sort", arrange);
-  state.on("rollout", choose);
-  state.on("selected", (at) => {
-    const one = text.texts.find(({ first, size }) => at >= first && at < first + size);
-    if (one && one.sample !== state.get("rollout"))
-      (state.set("rollout", one.sample), reveal(place.get(one.sample)));
+  const words = "Filter prompts and texts";
+  const field = put(make("input", "opd-field"), {
+    type: "search",
+    placeholder: words,
+    "aria-label": words,
   });
-  arrange();
-  recolour();
+  const finishes = [...new Set(table.finish)];
+  const finish = put(make("select", "opd-pick"), { "aria-label": "Finish" });
+  ["any finish", ...finishes].forEach((name, i) => {
+    finish.append(put(make("option", "", name), { value: i - 1 }));
+  });
+  const told = put(make("span", "opd-soft"), { role: "status" });
+  node.append(field, ...(finishes.length > 1 ? [finish] : []), told);
+  field.addEventListener("input", hear);
+  finish.addEventListener("change", hear);
+  /** @param {string} sort */
+  const order = (sort) => {
+    const chosen = finishes[Number(finish.value)] ?? null;
+    const rows = orderOf(table, texts, { wanted: field.value, finish: chosen, sort });
+    const count = texts.length;
+    told.textContent = `${rows.length === count ? "" : `${rows.length} of `}${count} rollouts`;
+    return rows;
+  };
+  return { node, order };
+};
+
+// ── The tokens of one rollout ────────────────────────────────────────────────────────────────────
+
+/**
+ * A rollout whose tokens are here: its strip, and the state that the strip follows.
+ * @typedef {object} OpenRollout
+ * @property {number} sample
+ * @property {number} first
+ * @property {number} size
+ * @property {string} prompt
+ * @property {string} finish
+ * @property {Text} text
+ * @property {Channel[]} channels
+ * @property {Strip} strip
+ * @property {StripState} own
+ */
+
+/**
+ * @param {number} sample
+ * @param {Text} text
+ * @param {Channel[]} channels
+ * @param {StripState} own
+ * @returns {OpenRollout | null}
+ */
+const openRollout = (sample, text, channels, own) => {
+  const completion = text.texts.find((one) => one.sample === sample);
+  if (!completion) return null;
+  const { first, size } = completion;
+  const label = `Tokens of rollout ${sample}`;
+  const strip = tokenStrip({ text, first, size, finish: completion.finish, state: own, label });
+  strip.node.classList.toggle("opd-tall", size > TALL_STRIP);
+  const peaked = channels.map((one) => ({ ...one, peaks: peaksIn(one, first, size) }));
+  return { ...completion, text, channels: peaked, strip, own };
+};
+
+/**
+ * Make the place under the table where the chosen rollout is shown.
+ * @param {RolloutsPayload} data
+ */
+const rolloutPlace = ({ channels }) => {
+  const below = make("div", "opd-rollouts-text");
+  const legend = make("div");
+  const facts = make("div", "opd-timeline-told");
+  let chosen = 0; // channel
+  /** @type {OpenRollout | null} */
+  let shown = null;
+  const showChannel = () => {
+    buttons.press(chosen);
+    drawLegend(legend, channels[chosen]);
+    shown?.strip.paint(shown.channels[chosen]);
+  };
+  const buttons = channelButtons(channels, (i) => {
+    chosen = i;
+    showChannel();
+  });
+  /** @param {number} row */
+  const showFacts = (row) => {
+    if (!shown || row < shown.first || row >= shown.first + shown.size) return;
+    const { sample, size, finish, text, first } = shown;
+    const values = shown.channels.map((one) => `${one.label} ${measure(one.values[row], one)}`);
+    facts.replaceChildren(
+      make("b", "", `rollout ${sample}`),
+      make("span", "opd-soft", `${size} tokens, ${finish}`),
+      make("span", "opd-word", wordAt(text, row)),
+      make("span", "opd-soft", `position ${row - first}`),
+      ...values.map((value) => make("span", "", value)),
+    );
+    moveCursor(legend, shown.channels[chosen], shown.channels[chosen].values[row]);
+  };
+  /** @param {OpenRollout} rollout */
+  const show = (rollout) => {
+    shown = rollout;
+    below.replaceChildren(promptBox(rollout.prompt), rollout.strip.node);
+    showChannel();
+    const { first, size } = rollout;
+    const row = rollout.own.get("selected");
+    const isInside = row >= first && row < first + size;
+    showFacts(isInside ? row : (rollout.channels[0].peaks[0] ?? first));
+  };
+  /** @param {string} words */
+  const showNone = (words) => {
+    shown = null;
+    below.replaceChildren(make("div", "opd-soft", words));
+  };
+  const nodes = [makeBar(buttons.node, legend), facts, below];
+  return { nodes, show, showNone, showChannel, showFacts };
+};
+
+/**
+ * Return the function that shows a rollout; a live page asks Python for tokens that it lacks.
+ * @param {RolloutsPayload} data
+ * @param {State} state
+ * @param {ReturnType<typeof rolloutPlace>} place
+ */
+const rolloutOpener = ({ text, channels, table }, state, place) => {
+  /** @type {Map<number, OpenRollout>} */
+  const opened = new Map();
+  const samples = new Set(table.sample);
+  /** @param {number} sample @param {Text} from @param {Channel[]} some @param {StripState} own */
+  const keep = (sample, from, some, own) => {
+    const rollout = openRollout(sample, from, some, own);
+    if (!rollout) return;
+    own.on("hovered", (row) => place.showFacts(row < 0 ? own.get("selected") : row));
+    own.on("selected", place.showFacts);
+    opened.set(sample, rollout);
+  };
+  /** @param {number} sample */
+  return async (sample) => {
+    if (!opened.has(sample)) keep(sample, text, channels, state);
+    if (!opened.has(sample) && state.live && samples.has(sample)) {
+      const found = await state.ask({ sample });
+      keep(sample, found.text, found.channels.map(revived), privateState());
+      if (state.get("rollout") !== sample) return; // the reader has gone on
+    }
+    const rollout = opened.get(sample);
+    const isElsewhere = samples.has(sample);
+    if (rollout) place.show(rollout);
+    else if (!isElsewhere) place.showNone("");
+    else
+      place.showNone(
+        "This page has no room for the tokens of this rollout; a live view fetches them.",
+      );
+  };
+};
+
+define("rollouts", ({ box, data, state }) => {
+  const { table, text } = data;
+  const places = new Map([...table.sample].map((sample, k) => [sample, k]));
+  const placeOf = (/** @type {number} */ sample) => places.get(sample);
+  const grid = rolloutGrid(data, state, placeOf);
+  const place = rolloutPlace(data);
+  const open = rolloutOpener(data, state, place);
+  const sort = () => grid.show(filter.order(state.get("sort")));
+  const filter = filterBar(data, sort);
+  /** @param {number} sample */
+  const choose = (sample) => {
+    grid.mark();
+    open(sample);
+  };
+  listenToGrid(grid, table, state, placeOf);
+  box.append(...titleOf(data), filter.node, grid.node, ...place.nodes);
+  state.on("sort", sort);
+  state.on("rollout", choose);
+  state.on("selected", (row) => {
+    const completion = completionAt(text, row);
+    if (!completion || completion.sample === state.get("rollout")) return;
+    state.set("rollout", completion.sample);
+    grid.reveal(placeOf(completion.sample));
+  });
+  sort();
+  place.showChannel();
   choose(state.get("rollout"));
 });

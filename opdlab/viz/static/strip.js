@@ -1,104 +1,388 @@
-// The token strip: the text itself with one option a token, coloured by a channel, walked by keys, in step with `state`.
-// A channel here is { key, label, unit, kind, limit, values, peaks, … } with one value a row, as `channels.described` makes it.
+// The token strip: the text itself with one option per token, coloured by a channel, walked by
+// keys, in step with `state`.
 
-import { clamp, drawGlyph, groupsOf, isNamed, make, put, tintOf, unique, wordOf } from "./core.js";
+/** @import { Channel, Group, Scale, StripState, Text, Words } from "./types.js" */
 
-const BLOCK = 400; // glyphs after which a long text is cut into blocks that need no layout while they are out of sight
+import {
+  clamp,
+  closest,
+  drawGlyph,
+  groupsOf,
+  isModified,
+  isNamed,
+  make,
+  makeButton,
+  put,
+  tintOf,
+  unique,
+  wordAt,
+} from "./core.js";
+
+const BLOCK = 400; // glyphs per block of a long text; blocks out of sight need no layout
 const LONG_TEXT = 2000;
+export const TALL_STRIP = 400; // tokens from which a strip scrolls in its own box
 
+/**
+ * A glyph of the strip: the node that takes the colour, and the rows that it shows, counted from
+ * the strip's first.
+ * @typedef {{ ink: HTMLElement, base: string, first: number, size: number, look: string }} DrawnGlyph
+ *
+ * What is drawn: the strip's node, a node per token, the glyphs, and the rows.
+ * @typedef {object} Tokens
+ * @property {HTMLElement} node
+ * @property {HTMLElement[]} nodes
+ * @property {DrawnGlyph[]} glyphs
+ * @property {number} first
+ * @property {number} size
+ *
+ * @typedef {Tokens & { paint: (channel: Channel) => void, reveal: () => void }} Strip
+ *
+ * Takes the keys that the strip does not know; returns true if it used the key.
+ * @typedef {(event: KeyboardEvent) => boolean} KeyHandler
+ */
+
+// ── Values of several rows ───────────────────────────────────────────────────────────────────────
+
+/** @param {ArrayLike<number>} values @param {number} from @param {number} to */
 export const strongest = (values, from, to) => {
   let best = NaN;
-  for (let i = from; i < to; i++)
+  for (let i = from; i < to; i++) {
     if (Number.isNaN(best) || Math.abs(values[i]) > Math.abs(best)) best = values[i];
+  }
   return best;
 };
 
-// What a glyph of rows from … to - 1 shows: of numbers the largest size, so that peaks survive; of kinds the first.
+/**
+ * Return what a glyph of rows from … to - 1 shows: of numbers the largest size, so that peaks
+ * survive; of categories the first.
+ * @param {Scale & { values: ArrayLike<number> }} channel
+ * @param {number} from
+ * @param {number} to
+ */
 export const shownOf = (channel, from, to) =>
   isNamed(channel) ? channel.values[from] : strongest(channel.values, from, to);
 
-// Draws rows first … first + size of `text`. Several tokens that are one glyph (bytes of an emoji) lie as cells under it.
-const drawTokens = (text, first, size, strip) => {
-  const nodes = [];
-  const glyphs = [];
-  const option = put(make("span", "opd-token"), { role: "option", "aria-selected": "false" });
-  const byte = put(make("span", "opd-byte"), { role: "option", "aria-selected": "false" });
-  const long = size > LONG_TEXT;
-  let block = strip;
-  let room = 0;
-  for (const group of groupsOf(text, first, size)) {
-    if (long && room-- <= 0)
-      [block, room] = [strip.appendChild(put(make("div", "opd-block"), { role: "none" })), BLOCK];
-    const single = group.size === 1;
-    const holder = single ? option.cloneNode() : make("span", "opd-token");
-    const ink = drawGlyph(group.glyph, holder);
-    const add = (node, row) => (nodes.push(node), node.setAttribute("data-i", row));
-    if (single) {
-      add(holder, group.first);
-      if (typeof group.glyph !== "string")
-        holder.setAttribute("aria-label", wordOf(text, text.index[group.first]));
-    }
-    if (!single) {
-      const cells = ink.appendChild(make("span", "opd-cells"));
-      for (let row = group.first; row < group.first + group.size; row++) {
-        add(
-          put(cells.appendChild(byte.cloneNode()), { "aria-label": wordOf(text, text.index[row]) }),
-          row,
-        );
-      }
-    }
-    glyphs.push({ ink, base: ink.className, first: group.first - first, size: group.size });
-    block.append(holder);
-    if (long && room < BLOCK / 2 && ink.textContent.endsWith("\n")) room = 0;
-  }
-  if (!size) strip.append(make("span", "opd-soft", "(no tokens)"));
-  return { nodes, glyphs };
-};
-
-// The token on the next line (down = 1) or the one before (-1) that lies nearest below or above.
-const acrossLines = (nodes, from, down) => {
-  const box = (i) => nodes[i].getClientRects()[0] ?? nodes[i].getBoundingClientRect();
-  const here = box(from);
-  const middle = (b) => b.left + b.width / 2;
-  let best = from;
-  let line = null;
-  let gap = Infinity;
-  for (let i = from + down; nodes[i]; i += down) {
-    const b = box(i);
-    if (Math.abs(b.bottom - here.bottom) < 8) continue;
-    line ??= b.bottom;
-    if (Math.abs(b.bottom - line) >= 8) break;
-    if (Math.abs(middle(b) - middle(here)) < gap)
-      [best, gap] = [i, Math.abs(middle(b) - middle(here))];
-  }
-  return best;
-};
-
-// The rows of largest size among first … first + size, largest first, as `Channel.peaks` finds them.
+/**
+ * Return the rows of largest size among first … first + size, largest first, as `Channel.peaks`
+ * finds them in Python.
+ * @param {{ values: ArrayLike<number>, limit: number }} channel
+ * @param {number} first
+ * @param {number} size
+ */
 export const peaksIn = ({ values, limit }, first, size, most = 5) => {
+  /** @type {number[]} */
   const best = [];
   for (let i = first; i < first + size; i++) {
     const value = Math.abs(values[i]);
-    if (
-      !(value > 0.05 * limit) ||
-      (best.length === most && value <= Math.abs(values[best[most - 1]]))
-    )
-      continue;
-    const at = best.findIndex((j) => Math.abs(values[j]) < value);
-    best.splice(at < 0 ? best.length : at, 0, i);
+    const isTooSmall = best.length === most && value <= Math.abs(values[best[most - 1]]);
+    if (!(value > 0.05 * limit) || isTooSmall) continue;
+    const place = best.findIndex((j) => Math.abs(values[j]) < value);
+    best.splice(place < 0 ? best.length : place, 0, i);
     if (best.length > most) best.pop();
   }
   return best;
 };
 
-const nextPeak = (peaks, from, way) => {
-  const sorted = [...peaks].sort((a, b) => way * (a - b));
-  return sorted.find((i) => way * (i - from) > 0) ?? sorted[0] ?? from;
+/**
+ * Return the next peak to the right (step 1) or left (-1), going round at the end.
+ * @param {number[]} peaks
+ * @param {number} from
+ * @param {number} step
+ */
+export const nextPeak = (peaks, from, step) => {
+  const sorted = [...peaks].sort((a, b) => step * (a - b));
+  return sorted.find((row) => step * (row - from) > 0) ?? sorted[0] ?? from;
 };
 
-// { node, paint(channel), channel(), nodes, glyphs, reveal() }. Clicks and keys set state.selected (rows of the data), pointing sets state.hovered;
-// both, and state.brush, are marked here whoever set them. `keys(event)` may take what the strip does not: return true.
-// `escape()` is what Esc does where nothing is brushed.
+// ── Drawing ──────────────────────────────────────────────────────────────────────────────────────
+
+/** @param {string} look */
+const option = (look) => put(make("span", look), { role: "option", "aria-selected": "false" });
+
+/**
+ * Return the function that says which node the next glyph goes into: the strip, or of a long text
+ * the present block.
+ * @param {HTMLElement} node
+ * @param {number} size
+ */
+const blocksOf = (node, size) => {
+  if (size <= LONG_TEXT) return () => node;
+  let block = node;
+  let room = 0;
+  return (/** @type {boolean} */ endsLine) => {
+    // A block ends with a line where it can.
+    if (endsLine && room < BLOCK / 2) room = 0;
+    if (room <= 0) {
+      block = node.appendChild(put(make("div", "opd-block"), { role: "none" }));
+      room = BLOCK + 1;
+    }
+    room -= 1;
+    return block;
+  };
+};
+
+/**
+ * Draw rows first … first + size. Several tokens that are one glyph (bytes of an emoji) lie as
+ * cells under it.
+ * @param {Text} text
+ * @param {number} first
+ * @param {number} size
+ * @param {HTMLElement} node
+ * @returns {Tokens}
+ */
+const drawTokens = (text, first, size, node) => {
+  /** @type {HTMLElement[]} */
+  const nodes = [];
+  // Cloning is faster than making each anew.
+  const token = option("opd-token");
+  const byte = option("opd-byte");
+  const cloneOf = (/** @type {HTMLElement} */ model, /** @type {number} */ row) => {
+    const clone = /** @type {HTMLElement} */ (model.cloneNode());
+    nodes.push(put(clone, { "data-i": row }));
+    return clone;
+  };
+  const drawSingle = (/** @type {Group} */ group) => {
+    const holder = cloneOf(token, group.first);
+    if (typeof group.glyph !== "string") put(holder, { "aria-label": wordAt(text, group.first) });
+    return { holder, ink: drawGlyph(group.glyph, holder) };
+  };
+  const drawSeveral = (/** @type {Group} */ group) => {
+    const holder = make("span", "opd-token");
+    const ink = drawGlyph(group.glyph, holder);
+    const cells = ink.appendChild(make("span", "opd-cells"));
+    for (let row = group.first; row < group.first + group.size; row++) {
+      cells.append(put(cloneOf(byte, row), { "aria-label": wordAt(text, row) }));
+    }
+    return { holder, ink };
+  };
+  const blockFor = blocksOf(node, size);
+  let endsLine = false;
+  const glyphs = groupsOf(text, first, size).map((group) => {
+    const { holder, ink } = group.size === 1 ? drawSingle(group) : drawSeveral(group);
+    blockFor(endsLine).append(holder);
+    endsLine = ink.textContent.endsWith("\n");
+    const base = ink.className;
+    return { ink, base, first: group.first - first, size: group.size, look: "" };
+  });
+  if (!size) node.append(make("span", "opd-soft", "(no tokens)"));
+  return { node, nodes, glyphs, first, size };
+};
+
+/**
+ * Return the function that colours a strip by a channel.
+ * @param {Tokens} tokens
+ */
+const painter = ({ node, nodes, glyphs, first }) => {
+  let wasCategory = false;
+  /** @param {DrawnGlyph} glyph @param {Channel} channel @param {number} value */
+  const colour = (glyph, channel, value) => {
+    const look = `${glyph.base} ${tintOf(value, channel)}`;
+    if (look !== glyph.look) {
+      glyph.ink.className = look;
+      glyph.look = look;
+    }
+    if (glyph.size === 1) return;
+    for (let i = glyph.first; i < glyph.first + glyph.size; i++) {
+      nodes[i].className = `opd-byte ${tintOf(channel.values[first + i], channel)}`;
+    }
+  };
+  /** @param {Channel} channel */
+  const paint = (channel) => {
+    const isCategory = channel.kind === "category";
+    let before = -1;
+    for (const glyph of glyphs) {
+      const from = first + glyph.first;
+      const value = shownOf(channel, from, from + glyph.size);
+      colour(glyph, channel, value);
+      // The letter of a category stands where a run of it begins.
+      if (isCategory && value >= 0 && value !== before) {
+        put(glyph.ink, { "data-run": channel.marks?.[value] ?? value });
+      } else if (isCategory || wasCategory) {
+        glyph.ink.removeAttribute("data-run");
+      }
+      before = value;
+    }
+    wasCategory = isCategory;
+    for (const old of node.querySelectorAll(".opd-peak")) old.classList.remove("opd-peak");
+    for (const row of channel.peaks) nodes[row - first]?.classList.add("opd-peak");
+  };
+  return paint;
+};
+
+/**
+ * Mark the chosen token, the one pointed at and what is brushed, whoever set them.
+ * @param {Tokens} tokens
+ * @param {Text} text
+ * @param {StripState} state
+ */
+const showMarks = ({ node, nodes, first }, text, state) => {
+  /** @type {HTMLElement | null} */
+  let chosen = null;
+  /** @type {HTMLElement | null} */
+  let pointed = null;
+  /** @type {HTMLElement[]} */
+  let brushed = [];
+  /** @param {number} row */
+  const select = (row) => {
+    chosen?.setAttribute("aria-selected", "false");
+    chosen = nodes[row - first] ?? null;
+    if (!chosen) {
+      node.removeAttribute("aria-activedescendant");
+      return;
+    }
+    chosen.id ||= unique();
+    const name = `position ${row - first}, ${wordAt(text, row)}`;
+    put(chosen, { "aria-selected": "true", "aria-label": name });
+    put(node, { "aria-activedescendant": chosen.id });
+  };
+  /** @param {number} row */
+  const point = (row) => {
+    pointed?.classList.remove("opd-pointed");
+    pointed = nodes[row - first] ?? null;
+    pointed?.classList.add("opd-pointed");
+  };
+  /** @param {number[]} runs first and last row of each run */
+  const brush = (runs) => {
+    for (const old of brushed) old.classList.remove("opd-brushed");
+    brushed = [];
+    for (let k = 0; k < runs.length; k += 2) {
+      const [low, high] = [runs[k], runs[k + 1] ?? runs[k]].sort((a, b) => a - b);
+      brushed.push(...nodes.slice(Math.max(0, low - first), Math.max(0, high - first + 1)));
+    }
+    for (const one of brushed) one.classList.add("opd-brushed");
+  };
+  state.on("selected", select);
+  state.on("hovered", point);
+  state.on("brush", brush);
+  select(state.get("selected"));
+  point(state.get("hovered"));
+  brush(state.get("brush"));
+  return { reveal: () => chosen?.scrollIntoView({ block: "nearest", behavior: "instant" }) };
+};
+
+// ── Input ────────────────────────────────────────────────────────────────────────────────────────
+
+/**
+ * Return the token on the next line (step 1) or the one before (-1) that lies nearest below or
+ * above.
+ * @param {HTMLElement[]} nodes
+ * @param {number} from
+ * @param {number} step
+ */
+const acrossLines = (nodes, from, step) => {
+  const boxOf = (/** @type {number} */ i) =>
+    nodes[i].getClientRects()[0] ?? nodes[i].getBoundingClientRect();
+  const middleOf = (/** @type {DOMRect} */ box) => box.left + box.width / 2;
+  const here = boxOf(from);
+  let best = from;
+  let line = null;
+  let gap = Infinity;
+  for (let i = from + step; nodes[i]; i += step) {
+    const box = boxOf(i);
+    if (Math.abs(box.bottom - here.bottom) < 8) continue;
+    line ??= box.bottom;
+    if (Math.abs(box.bottom - line) >= 8) break;
+    const distance = Math.abs(middleOf(box) - middleOf(here));
+    if (distance < gap) {
+      best = i;
+      gap = distance;
+    }
+  }
+  return best;
+};
+
+/**
+ * Keys walk the tokens; with shift they brush.
+ * @param {Tokens} tokens
+ * @param {StripState} state
+ * @param {{ peaks: () => number[], reveal: () => void, keys?: KeyHandler, escape?: () => void }} acts
+ */
+const listenToKeys = ({ node, nodes, first, size }, state, { peaks, reveal, keys, escape }) => {
+  /** @type {Record<string, (i: number) => number>} */
+  const moves = {
+    ArrowRight: (i) => Math.min(size - 1, i + 1),
+    ArrowLeft: (i) => Math.max(0, i - 1),
+    Home: () => 0,
+    End: () => size - 1,
+    ArrowDown: (i) => acrossLines(nodes, i, 1),
+    ArrowUp: (i) => acrossLines(nodes, i, -1),
+    n: (i) => nextPeak(peaks(), i + first, 1) - first,
+    p: (i) => nextPeak(peaks(), i + first, -1) - first,
+  };
+  const letGo = () => {
+    if (state.get("brush").length) state.set("brush", []);
+    else escape?.();
+  };
+  /** @param {number} from @param {number} to @param {boolean} isBrush */
+  const goTo = (from, to, isBrush) => {
+    if (isBrush) state.set("brush", [state.get("brush")[0] ?? from + first, to + first]);
+    state.set("selected", to + first);
+    reveal();
+  };
+  node.addEventListener("keydown", (event) => {
+    if (isModified(event) || !size) return;
+    const from = clamp(state.get("selected") - first, 0, size - 1);
+    const to = moves[event.key]?.(from);
+    if (event.key === "Escape") letGo();
+    else if (to !== undefined) goTo(from, to, event.shiftKey);
+    else if (!keys?.(event)) return;
+    event.preventDefault();
+  });
+};
+
+/**
+ * A click selects. A drag brushes, and selects the text too, so that what is brushed can be copied;
+ * a click lets go of both.
+ * @param {Tokens} tokens
+ * @param {StripState} state
+ */
+const listenToPointer = ({ node, first, size }, state) => {
+  /** @type {number | null} */
+  let start = null; // of a drag
+  let isDragged = false;
+  const rowUnder = (/** @type {Event} */ event) => {
+    const row = closest(event, "[data-i]")?.dataset.i;
+    return row === undefined ? null : Number(row);
+  };
+  node.addEventListener("pointerdown", (event) => {
+    start = event.button === 0 ? rowUnder(event) : null;
+    isDragged = false;
+  });
+  node.addEventListener("pointerover", (event) => {
+    const row = rowUnder(event);
+    if (row === null) return;
+    state.set("hovered", row);
+    if (!(event.buttons & 1)) start = null;
+    if (start === null) return;
+    if (row !== start) isDragged = true;
+    if (isDragged) state.set("brush", [Math.min(start, row), Math.max(start, row)]);
+  });
+  node.addEventListener("pointerleave", () => state.set("hovered", -1));
+  node.addEventListener("click", (event) => {
+    const row = rowUnder(event);
+    if (!isDragged && start !== null && !event.shiftKey) state.set("brush", []);
+    if (row !== null && event.shiftKey) {
+      state.set("brush", [first + clamp(state.get("selected") - first, 0, size - 1), row]);
+    }
+    if (row !== null && !isDragged) state.set("selected", row);
+    start = null;
+    isDragged = false;
+  });
+};
+
+/**
+ * Draw a strip. Clicks and keys set `selected` (a row of the payload), pointing sets `hovered`.
+ * @param {object} options
+ * @param {Text} options.text
+ * @param {number} [options.first]
+ * @param {number} [options.size]
+ * @param {string} [options.finish] why the text ends
+ * @param {string} [options.label]
+ * @param {StripState} options.state
+ * @param {KeyHandler} [options.keys] further keys
+ * @param {() => void} [options.escape] what Escape does where nothing is brushed
+ * @returns {Strip}
+ */
 export const tokenStrip = ({
   text,
   first = 0,
@@ -116,167 +400,86 @@ export const tokenStrip = ({
     "aria-label": label,
     "data-finish": finish,
   });
-  const { nodes, glyphs } = drawTokens(text, first, size, node);
-  const here = () => clamp(state.get("selected") - first, 0, size - 1);
-  let channel = null;
-  let chosen = null;
-  let pointed = null;
-  let brushed = [];
-
-  const paint = (next) => {
-    const kinds = next.kind === "category";
-    const lettered = kinds || channel?.kind === "category";
-    const peaks = new Set(next.peaks);
-    let before = -1;
-    channel = next;
-    for (const g of glyphs) {
-      const value = shownOf(channel, first + g.first, first + g.first + g.size);
-      const look = `${g.base} ${tintOf(value, channel)}`;
-      if (look !== g.look) g.ink.className = g.look = look;
-      if (lettered && kinds && value >= 0 && value !== before)
-        g.ink.setAttribute("data-run", channel.marks?.[value] ?? value);
-      else if (lettered) g.ink.removeAttribute("data-run");
-      before = value;
-      if (g.size > 1)
-        for (let k = g.first; k < g.first + g.size; k++)
-          nodes[k].className = `opd-byte ${tintOf(channel.values[first + k], channel)}`;
-    }
-    for (const old of node.querySelectorAll(".opd-peak")) old.classList.remove("opd-peak");
-    for (const row of peaks) nodes[row - first]?.classList.add("opd-peak");
+  const tokens = drawTokens(text, first, size, node);
+  const paintTokens = painter(tokens);
+  /** @type {Channel | null} */
+  let shown = null;
+  /** @param {Channel} channel */
+  const paint = (channel) => {
+    shown = channel;
+    paintTokens(channel);
   };
-
-  const select = (row) => {
-    chosen?.setAttribute("aria-selected", "false");
-    chosen = nodes[row - first] ?? null;
-    if (!chosen) return node.removeAttribute("aria-activedescendant");
-    chosen.id ||= unique();
-    put(chosen, {
-      "aria-selected": "true",
-      "aria-label": `position ${row - first}, ${wordOf(text, text.index[row])}`,
-    });
-    node.setAttribute("aria-activedescendant", chosen.id);
-  };
-  const point = (row) => {
-    pointed?.classList.remove("opd-pointed");
-    pointed = nodes[row - first] ?? null;
-    pointed?.classList.add("opd-pointed");
-  };
-  const mark = (runs) => {
-    for (const old of brushed) old.classList.remove("opd-brushed");
-    brushed = [];
-    for (let k = 0; k < runs.length; k += 2) {
-      const [low, high] = [runs[k], runs[k + 1] ?? runs[k]].sort((a, b) => a - b);
-      brushed.push(...nodes.slice(Math.max(0, low - first), Math.max(0, high - first + 1)));
-    }
-    for (const one of brushed) one.classList.add("opd-brushed");
-  };
-  const reveal = () => chosen?.scrollIntoView({ block: "nearest", behavior: "instant" });
-
-  const moves = {
-    ArrowRight: (i) => Math.min(size - 1, i + 1),
-    ArrowLeft: (i) => Math.max(0, i - 1),
-    Home: () => 0,
-    End: () => size - 1,
-    ArrowDown: (i) => acrossLines(nodes, i, 1),
-    ArrowUp: (i) => acrossLines(nodes, i, -1),
-    n: (i) => nextPeak(channel?.peaks ?? [], i + first, 1) - first,
-    p: (i) => nextPeak(channel?.peaks ?? [], i + first, -1) - first,
-  };
-  const press = (event) => {
-    if (event.ctrlKey || event.metaKey || event.altKey || !size) return;
-    const from = here();
-    const to = moves[event.key]?.(from);
-    if (to === undefined && event.key !== "Escape") return keys?.(event) && event.preventDefault();
-    event.preventDefault();
-    if (event.key === "Escape")
-      return state.get("brush").length ? state.set("brush", []) : escape?.();
-    if (event.shiftKey) state.set("brush", [state.get("brush")[0] ?? from + first, to + first]);
-    state.set("selected", to + first);
-    reveal();
-  };
-  const rowAt = (event) => event.target.closest?.("[data-i]")?.dataset.i;
-  const over = (event) => {
-    if (rowAt(event) === undefined) return;
-    const row = Number(rowAt(event));
-    state.set("hovered", row);
-    if (!(event.buttons & 1)) from = null;
-    if (from !== null && row !== from) dragged = true;
-    if (from !== null && dragged) state.set("brush", [Math.min(from, row), Math.max(from, row)]);
-  };
-  // A drag brushes, and selects the text too, so that what is brushed can be copied; a click lets go of both.
-  let from = null;
-  let dragged = false;
-  node.addEventListener("pointerdown", (event) => {
-    [from, dragged] = [
-      event.button === 0 && rowAt(event) !== undefined ? Number(rowAt(event)) : null,
-      false,
-    ];
-  });
-  node.addEventListener("pointerover", over);
-  node.addEventListener("pointerleave", () => state.set("hovered", -1));
-  node.addEventListener("click", (event) => {
-    if (!dragged && from !== null && !event.shiftKey) state.set("brush", []);
-    if (rowAt(event) !== undefined && event.shiftKey)
-      state.set("brush", [here() + first, Number(rowAt(event))]);
-    if (rowAt(event) !== undefined && !dragged) state.set("selected", Number(rowAt(event)));
-    [from, dragged] = [null, false];
-  });
-  node.addEventListener("keydown", press);
-  for (const [name, act] of [
-    ["selected", select],
-    ["hovered", point],
-    ["brush", mark],
-  ]) {
-    state.on(name, act);
-    act(state.get(name));
-  }
-  return { node, paint, nodes, glyphs, reveal, first, size, channel: () => channel };
+  const peaks = () => shown?.peaks ?? [];
+  const { reveal } = showMarks(tokens, text, state);
+  listenToKeys(tokens, state, { peaks, reveal, keys, escape });
+  listenToPointer(tokens, state);
+  return { ...tokens, paint, reveal };
 };
 
-// Buttons that choose a channel; `press(i, tracks)` marks the chosen one, and those whose "+" added a track. Minor channels
-// wait behind "more". `add(i)`, where it is given, is what "+" and a click with shift do.
+/**
+ * Return the token nodes of rows from … to - 1, as far as the strip has them.
+ * @param {Tokens} strip
+ * @param {number} from
+ * @param {number} to
+ */
+export const nodesOf = ({ nodes, first }, from, to) =>
+  nodes.slice(Math.max(0, from - first), Math.max(0, to - first));
+
+// ── Channel buttons ──────────────────────────────────────────────────────────────────────────────
+
+/**
+ * @param {Words} channel
+ * @param {number} i
+ * @param {(i: number) => void} choose
+ * @param {((i: number) => void) | null} add
+ */
+const channelChoice = (channel, i, choose, add) => {
+  const node = make("span", channel.minor ? "opd-choice opd-minor" : "opd-choice");
+  const pick = makeButton("", channel.label);
+  put(pick, { "data-channel": channel.key, "aria-pressed": "false" });
+  pick.title = `${channel.formula || channel.label}${i < 9 ? ` (key ${i + 1})` : ""}`;
+  pick.addEventListener("click", (event) => (event.shiftKey && add ? add(i) : choose(i)));
+  node.append(pick);
+  if (!add) return { node, pick, plus: null };
+  const plus = put(make("button", "opd-plus", "+"), {
+    type: "button",
+    "aria-label": `${channel.label} as a track`,
+    "aria-pressed": "false",
+  });
+  plus.addEventListener("click", () => add(i));
+  node.append(plus);
+  return { node, pick, plus };
+};
+
+/**
+ * Make the buttons that choose a channel. Minor channels wait behind "more". `press(i, tracks)`
+ * marks the chosen one, and those whose "+" added a track.
+ * @param {Words[]} channels
+ * @param {(i: number) => void} choose
+ * @param {((i: number) => void) | null} [add] what "+" and a click with shift do
+ */
 export const channelButtons = (channels, choose, add = null) => {
   const node = put(make("div", "opd-buttons"), {
     role: "group",
     "aria-label": "What the colour shows",
   });
-  const more = put(make("button", "opd-button opd-more-button", "more"), {
-    type: "button",
-    "aria-expanded": "false",
-  });
-  const open = (yes) =>
-    put(more, { "aria-expanded": yes }) && node.toggleAttribute("data-all", yes);
-  const items = channels.map((channel, i) => {
-    const item = make("span", channel.minor ? "opd-choice opd-minor" : "opd-choice");
-    const digit = i < 9 ? ` (key ${i + 1})` : "";
-    const button = put(make("button", "opd-button", channel.label), {
-      type: "button",
-      "data-channel": channel.key,
-      "aria-pressed": "false",
-    });
-    button.title = `${channel.formula ? `${channel.formula}${digit}` : `${channel.label}${digit}`}`;
-    button.addEventListener("click", (event) => (event.shiftKey && add ? add(i) : choose(i)));
-    item.append(button);
-    if (add) {
-      const plus = put(make("button", "opd-plus", "+"), {
-        type: "button",
-        "aria-label": `${channel.label} as a track`,
-        "aria-pressed": "false",
-      });
-      plus.addEventListener("click", () => add(i));
-      item.append(plus);
-    }
-    return item;
-  });
+  const more = put(makeButton("opd-more-button", "more"), { "aria-expanded": "false" });
+  const open = (/** @type {boolean} */ isOpen) => {
+    put(more, { "aria-expanded": isOpen });
+    node.toggleAttribute("data-all", isOpen);
+  };
   more.addEventListener("click", () => open(more.getAttribute("aria-expanded") === "false"));
-  node.append(...items, ...(channels.some((c) => c.minor) ? [more] : []));
-  const press = (i, tracks = []) => {
-    if (channels[i]?.minor) open(true);
-    items.forEach((item, k) => {
-      item.firstChild.setAttribute("aria-pressed", k === i);
-      const plus = item.querySelector(".opd-plus");
-      const on = tracks.includes(channels[k].key);
-      if (plus) put(plus, { "aria-pressed": on }).textContent = on ? "−" : "+";
+  const choices = channels.map((channel, i) => channelChoice(channel, i, choose, add));
+  node.append(...choices.map((choice) => choice.node));
+  if (channels.some((channel) => channel.minor)) node.append(more);
+  /** @param {number} chosen @param {string[]} [tracks] */
+  const press = (chosen, tracks = []) => {
+    if (channels[chosen]?.minor) open(true);
+    choices.forEach(({ pick, plus }, i) => {
+      put(pick, { "aria-pressed": i === chosen });
+      if (!plus) return;
+      const isTrack = tracks.includes(channels[i].key);
+      put(plus, { "aria-pressed": isTrack }).textContent = isTrack ? "−" : "+";
     });
   };
   return { node, press };

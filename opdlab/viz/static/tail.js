@@ -1,51 +1,113 @@
 // TailAudit: curves against k, a slider for k, and at each token what its top k cover and miss.
 
-import { clamp, define, drawLegend, make, moveCursor, number, put, wordOf } from "./core.js";
+/** @import { Channel, State, TailPayload } from "./types.js" */
+
+import {
+  clamp,
+  define,
+  drawLegend,
+  make,
+  makeBar,
+  moveCursor,
+  number,
+  put,
+  titleOf,
+  wordAt,
+} from "./core.js";
 import { linePlot } from "./lines.js";
-import { channelButtons, peaksIn, tokenStrip } from "./strip.js";
+import { channelButtons, peaksIn, TALL_STRIP, tokenStrip } from "./strip.js";
 
-define("tail", ({ box, data, state }) => {
-  const { text, ks, curve, by, against } = data;
-  const size = text.index.length;
-  const plots = data.plots.map(linePlot);
-  const pictures = make("div", "opd-tail-plots");
-  const step = () => Math.max(0, ks.indexOf(state.get("k")));
-  const part = (values) => values.subarray(step() * size, (step() + 1) * size);
-  const channels = () => [
-    {
-      key: "missed",
-      label: "missed KL",
-      unit: "nats",
-      kind: "amount",
-      less: "read whole",
-      more: "not seen",
-      limit: data.limit,
-      values: part(data.missed),
-      names: [],
-    },
-    {
-      key: "uncovered",
-      label: "uncovered mass",
-      unit: "%",
-      kind: "amount",
-      less: "all covered",
-      more: "half or more not",
-      limit: 50,
-      names: [],
-      values: Float32Array.from(
-        part(data.student),
-        (v, i) => 100 - Math.min(v, part(data.rival)[i]),
-      ),
-    },
-  ];
-  let drawn = channels();
-  const here = () => drawn.find((c) => c.key === state.get("channel")) ?? drawn[0];
+/** @param {number} share */
+const percentOf = (share) => `${number(share)} %`;
 
-  const bar = make("div", "opd-bar");
-  const legend = make("div");
-  const label = make("label", "opd-tail-k");
-  const out = make("output");
-  const told = put(make("div", "opd-tail-told"), { role: "status" });
+// ── Model ────────────────────────────────────────────────────────────────────────────────────────
+
+/**
+ * The numbers of the payload at the chosen k.
+ * @param {TailPayload} data
+ * @param {State} state
+ */
+const atChosenK = (data, state) => {
+  const size = data.text.index.length;
+  const place = () => Math.max(0, data.ks.indexOf(state.get("k")));
+  /** @param {"missed" | "student" | "rival"} name */
+  const values = (name) => data[name].subarray(place() * size, (place() + 1) * size);
+  /** @returns {Channel[]} */
+  const channels = () => {
+    const rival = values("rival");
+    const uncovered = values("student").map((share, row) => 100 - Math.min(share, rival[row]));
+    const shared = { kind: "amount", names: [], peaks: [] };
+    return [
+      {
+        ...shared,
+        key: "missed",
+        label: "missed KL",
+        unit: "nats",
+        less: "read whole",
+        more: "not seen",
+        limit: data.limit,
+        values: values("missed"),
+      },
+      {
+        ...shared,
+        key: "uncovered",
+        label: "uncovered mass",
+        unit: "%",
+        less: "all covered",
+        more: "half or more not",
+        limit: 50,
+        values: Float32Array.from(uncovered),
+      },
+    ];
+  };
+  const channel = () => {
+    const all = channels();
+    return all.find(({ key }) => key === state.get("channel")) ?? all[0];
+  };
+  /** @param {number} step */
+  const move = (step) => state.set("k", data.ks[clamp(place() + step, 0, data.ks.length - 1)]);
+  return { place, values, channels, channel, move };
+};
+
+/**
+ * Return the means over all tokens at one k, in words.
+ * @param {TailPayload} data
+ * @param {number} k
+ */
+const totalsAt = ({ curve, by, against }, k) => {
+  const at = curve.k.indexOf(k);
+  if (at < 0) return "";
+  const student = percentOf(100 * curve.student_mass[at]);
+  const rival = percentOf(100 * curve.rival_mass[at]);
+  const read = `${number(curve.bucket[at])} of ${number(curve.exact[at])} nats`;
+  const share = percentOf(100 * curve.read[at]);
+  const cover = `The ${by}'s top ${k} cover ${student} of the student, ${rival} of ${against}`;
+  return `${cover}, and read ${read} (${share}).`;
+};
+
+// ── Parts ────────────────────────────────────────────────────────────────────────────────────────
+
+/** @param {TailPayload} data */
+const curvesOf = (data) => {
+  const node = make("div", "opd-tail-plots");
+  const plots = data.plots.map((plot) => {
+    const drawn = linePlot(plot);
+    const keys = make("div", "opd-tail-keys");
+    for (const { name, look, kind } of plot.lines) {
+      keys.append(make("span", `opd-lp-key opd-l-${look} opd-l-${kind}`, name));
+    }
+    drawn.node.append(keys);
+    node.append(drawn.node);
+    return drawn;
+  });
+  const mark = (/** @type {number} */ k) => plots.forEach((plot) => plot.mark(k));
+  return { node, mark };
+};
+
+/** @param {number[]} ks @param {State} state */
+const sliderOfK = (ks, state) => {
+  const node = make("label", "opd-tail-k");
+  const shown = make("output");
   const slider = put(make("input"), {
     type: "range",
     min: "0",
@@ -54,81 +116,74 @@ define("tail", ({ box, data, state }) => {
     "aria-label": "k, how many tokens are scored",
   });
   slider.addEventListener("input", () => state.set("k", ks[Number(slider.value)]));
-  label.append("top k", slider, out);
-  const buttons = channelButtons(drawn, (i) => state.set("channel", drawn[i].key));
-  const badge = make("div", "opd-tail-badge");
-  const chrome = make("div", "opd-bar");
-  chrome.append(buttons.node, legend);
-  bar.append(label, told);
-  plots.forEach((plot, k) => {
-    const keys = make("div", "opd-tail-keys");
-    keys.append(
-      ...data.plots[k].lines.map((line) =>
-        make("span", `opd-lp-key opd-l-${line.look} opd-l-${line.kind}`, line.name),
-      ),
-    );
-    plot.node.append(keys);
-    pictures.append(plot.node);
-  });
+  node.append("top k", slider, shown);
+  /** @param {number} place */
+  const show = (place) => {
+    slider.value = String(place);
+    shown.textContent = String(state.get("k"));
+  };
+  return { node, show };
+};
 
+define("tail", ({ box, data, state }) => {
+  const { text, against } = data;
+  const now = atChosenK(data, state);
+  const keysOfChannels = now.channels().map(({ key }) => key);
+  /** @param {KeyboardEvent} event */
   const keys = ({ key }) => {
-    const move = { "[": -1, "]": 1 }[key];
-    const digit = Number(key) - 1;
-    if (drawn[digit]) return (state.set("channel", drawn[digit].key), true);
-    if (!move) return false;
-    state.set("k", ks[clamp(step() + move, 0, ks.length - 1)]);
+    const channel = keysOfChannels[Number(key) - 1];
+    if (channel) state.set("channel", channel);
+    else if (key === "[" || key === "]") now.move(key === "]" ? 1 : -1);
+    else return false;
     return true;
   };
   const strip = tokenStrip({ text, finish: data.finish, state, keys });
-  strip.node.classList.toggle("opd-tall", size > 400);
+  strip.node.classList.toggle("opd-tall", strip.size > TALL_STRIP);
+  const curves = curvesOf(data);
+  const slider = sliderOfK(data.ks, state);
+  const buttons = channelButtons(now.channels(), (i) => state.set("channel", keysOfChannels[i]));
+  const legend = make("div");
+  const told = put(make("div", "opd-tail-told"), { role: "status" });
+  const badge = make("div", "opd-tail-badge");
 
-  const whole = (share) => `${number(share)} %`;
-  const look = (row) => {
-    if (row < 0 || row >= size) return;
-    const read = data.exact[row] - part(data.missed)[row];
-    const cover = make(
-      "b",
-      "opd-tail-cover",
-      `top-${state.get("k")} covers ${whole(part(data.student)[row])}`,
-    );
+  /** @param {number} row */
+  const showToken = (row) => {
+    if (row < 0 || row >= strip.size) return;
+    const [missed, student, rival] = [
+      now.values("missed"),
+      now.values("student"),
+      now.values("rival"),
+    ];
+    const exact = data.exact[row];
+    const cover = `top-${state.get("k")} covers ${percentOf(student[row])}`;
+    const position = row - (text.texts[0]?.first ?? 0);
     badge.replaceChildren(
-      make("span", "opd-word", wordOf(text, text.index[row])),
-      make("span", "opd-soft", `position ${row - (text.texts[0]?.first ?? 0)}`),
-      cover,
-      make("span", "", `of student, ${whole(part(data.rival)[row])} of ${against}`),
-      make("span", "", `reads ${number(read)} of ${number(data.exact[row])} nats`),
+      make("span", "opd-word", wordAt(text, row)),
+      make("span", "opd-soft", `position ${position}`),
+      make("b", "opd-tail-cover", cover),
+      make("span", "", `of student, ${percentOf(rival[row])} of ${against}`),
+      make("span", "", `reads ${number(exact - missed[row])} of ${number(exact)} nats`),
     );
-    moveCursor(legend, here(), here().values[row]);
+    moveCursor(legend, now.channel(), now.channel().values[row]);
   };
-  const redo = () => {
-    drawn = channels();
+  const redraw = () => {
+    const channel = now.channel();
     const k = state.get("k");
-    const at = curve.k.indexOf(k);
-    slider.value = String(step());
-    out.textContent = String(k);
-    for (const plot of plots) plot.mark(k);
-    told.textContent =
-      at < 0
-        ? ""
-        : `The ${by}'s top ${k} cover ${whole(100 * curve.student_mass[at])} of the student, ${whole(100 * curve.rival_mass[at])} of ${against}, and read ${number(curve.bucket[at])} of ${number(curve.exact[at])} nats (${whole(100 * curve.read[at])}).`;
-    buttons.press(drawn.indexOf(here()));
-    strip.paint({ ...here(), peaks: peaksIn(here(), 0, size) });
-    drawLegend(legend, here());
-    look(state.get("hovered") < 0 ? state.get("selected") : state.get("hovered"));
+    slider.show(now.place());
+    curves.mark(k);
+    told.textContent = totalsAt(data, k);
+    buttons.press(keysOfChannels.indexOf(channel.key));
+    strip.paint({ ...channel, peaks: peaksIn(channel, 0, strip.size) });
+    drawLegend(legend, channel);
+    showToken(state.get("hovered") < 0 ? state.get("selected") : state.get("hovered"));
   };
 
-  box.append(
-    ...(data.title ? [make("div", "opd-title", data.title)] : []),
-    bar,
-    pictures,
-    chrome,
-    strip.node,
-    badge,
-  );
-  if (size && state.get("selected") < 0) state.set("selected", 0);
-  state.on("k", redo);
-  state.on("channel", redo);
-  state.on("selected", look);
-  state.on("hovered", (row) => look(row < 0 ? state.get("selected") : row));
-  redo();
+  const chrome = makeBar(buttons.node, legend);
+  box.append(...titleOf(data), makeBar(slider.node, told), curves.node, chrome, strip.node, badge);
+  if (strip.size && state.get("selected") < 0) state.set("selected", 0);
+  state.on("k", redraw);
+  state.on("channel", redraw);
+  state.on("selected", showToken);
+  state.on("hovered", (row) => showToken(row < 0 ? state.get("selected") : row));
+  redraw();
 });

@@ -1,26 +1,50 @@
-// Tracks: further channels as thin bars under each line of a strip, as genome browsers draw them. The height says the size, above
-// or below the middle the sign, and of kinds the step which it is: the colour only repeats it.
+// Tracks: further channels as thin bars under each line of a strip, as genome browsers draw them.
+// The height says the size, above or below the middle the sign, and of categories the step which
+// one it is: the colour only repeats it.
 
-import { css, hueOf, isNamed, make, number, put, twoSided, weightOf } from "./core.js";
+/** @import { Channel } from "./types.js" */
+/** @import { Strip } from "./strip.js" */
+
+import { css, hueOf, isNamed, make, makeButton, number, put, twoSided, weightOf } from "./core.js";
 import { shownOf } from "./strip.js";
 
 const LANE = 10; // px of a track, as in opd.css
 export const MOST_TRACKS = 4;
 
-// [height, distance from the lane's floor], px.
-const barOf = (value, channel) => {
+/**
+ * Return the share of its room that a value's bar fills; NaN or 0 for none.
+ * @param {number} value
+ * @param {Channel} channel
+ */
+export const barShare = (value, channel) =>
+  channel.kind === "category"
+    ? (value + 1) / (channel.names ?? []).length
+    : weightOf(value, channel);
+
+/**
+ * Return the height of a value's bar and its distance from the lane's floor, px.
+ * @param {number} value
+ * @param {Channel} channel
+ * @returns {[height: number, floor: number]}
+ */
+export const barOf = (value, channel) => {
   const room = LANE - 2;
-  const share =
-    channel.kind === "category" ? (value + 1) / channel.names.length : weightOf(value, channel);
+  const share = barShare(value, channel);
   if (!(share > 0)) return [0, 0];
-  const height = Math.max(1, share * (twoSided(channel) ? room / 2 : room));
-  return [height, twoSided(channel) ? (value > 0 ? room / 2 : room / 2 - height) : 0];
+  if (!twoSided(channel)) return [Math.max(1, share * room), 0];
+  const height = Math.max(1, (share * room) / 2);
+  return [height, value > 0 ? room / 2 : room / 2 - height];
 };
 
-export const paintTracks = (strip, channels) => {
-  const { node, glyphs, first } = strip;
+/**
+ * Draw bars under every glyph of a strip, a lane per channel. The bars are custom properties of the
+ * glyph: `--c` colour, `--h` height, `--y` floor of each lane.
+ * @param {Strip} strip
+ * @param {Channel[]} channels
+ */
+export const paintTracks = ({ node, glyphs, first }, channels) => {
   node.toggleAttribute("data-tracks", channels.length > 0);
-  node.style.setProperty("--lanes", channels.length);
+  node.style.setProperty("--lanes", String(channels.length));
   for (const { ink, first: from, size } of glyphs) {
     let style = "";
     channels.forEach((channel, lane) => {
@@ -28,26 +52,49 @@ export const paintTracks = (strip, channels) => {
       const [height, floor] = barOf(value, channel);
       if (!height) return;
       const low = (channels.length - 1 - lane) * LANE + 1 + floor;
-      style += `--c${lane}:${css(hueOf(value, channel), 0.9)};--h${lane}:${height.toFixed(1)}px;--y${lane}:${low.toFixed(1)}px;`;
+      const colour = css(hueOf(value, channel), 0.9);
+      style += `--c${lane}:${colour};--h${lane}:${height.toFixed(1)}px;--y${lane}:${low.toFixed(1)}px;`;
     });
     if (ink.style.cssText || style) ink.style.cssText = style;
   }
 };
 
-// The names of the tracks from top to bottom, with their ranges, each a button that takes its track away.
+/** @param {Channel} channel */
+const rangeOf = (channel) => {
+  if (isNamed(channel)) return `${channel.marks?.[0] ?? ""} lowest`;
+  const unit = channel.unit ? ` ${channel.unit}` : "";
+  return `${twoSided(channel) ? "±" : "0 to "}${number(channel.limit)}${unit}`;
+};
+
+/**
+ * Return the names of the tracks from top to bottom, with their ranges, each a button that takes
+ * its track away.
+ * @param {Channel[]} channels
+ * @param {(key: string) => void} remove
+ */
 export const trackNames = (channels, remove) =>
   channels.map((channel) => {
-    const ends = isNamed(channel)
-      ? channel.names
-          .map((name, i) => `${channel.marks[i]}${i ? "" : " lowest"}`)
-          .slice(0, 1)
-          .join("")
-      : `${twoSided(channel) ? "±" : "0 to "}${number(channel.limit)}${channel.unit ? ` ${channel.unit}` : ""}`;
-    const button = put(make("button", "opd-button opd-track-name"), {
-      type: "button",
-      "aria-label": `Take away the track ${channel.label}`,
-    });
-    button.append(make("b", "", channel.label), make("span", "", ends), make("span", "", "×"));
-    button.addEventListener("click", () => remove(channel.key));
-    return button;
+    const node = makeButton("opd-track-name");
+    put(node, { "aria-label": `Take away the track ${channel.label}` });
+    node.append(make("b", "", channel.label));
+    node.append(make("span", "", rangeOf(channel)), make("span", "", "×"));
+    node.addEventListener("click", () => remove(channel.key));
+    return node;
   });
+
+/**
+ * Return the key of the lanes under a strip: their numbers and names.
+ * @param {string} words
+ * @param {Channel[]} channels
+ */
+export const laneKey = (words, channels) => {
+  const node = make("div", "opd-lanes opd-soft");
+  node.append(make("span", "", words));
+  channels.forEach((channel, i) => {
+    const item = make("span", "opd-lane-name");
+    item.append(make("b", "", `${i + 1} ${channel.label}`));
+    item.title = channel.formula ?? "";
+    node.append(item);
+  });
+  return node;
+};
