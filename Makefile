@@ -22,8 +22,9 @@ gallery: $(ENV)/small.done  ## every view, on the market and on SmolLM2: runs/ga
 lab: $(ENV)/notebooks.done  ## JupyterLab on the notebook series
 	@$(BIN)/opdlab lab
 
-test: $(ENV)/test.done $(ENV)/small.done  ## style, types, unit tests, browser tests, notebooks
+test: $(ENV)/test.done $(ENV)/small.done  ## style, types, unit tests (Python and JavaScript), browser tests, notebooks
 	@sh tests/browser/install.sh
+	@sh tests/javascript/check.sh
 	@$(BIN)/ruff check .
 	@$(BIN)/ruff format --check .
 	@$(BIN)/mypy
@@ -43,7 +44,7 @@ bench: $(ENV)/trl.done  ## measure against TRL; writes benchmarks/results/
 	@$(BIN)/python -m benchmarks.run
 
 clean:
-	rm -rf $(ENV) build dist runs .mypy_cache .ruff_cache .pytest_cache
+	rm -rf $(ENV) node_modules build dist runs .mypy_cache .ruff_cache .pytest_cache
 
 # Setting up: each extra is installed once and leaves a mark. Versions are pinned in constraints.txt.
 $(ENV)/bin/python:
