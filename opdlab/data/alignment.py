@@ -48,6 +48,9 @@ def decode_bytes(tokenizer: Tokenizer, ids: Sequence[int]) -> list[bytes]:
     Args:
         tokenizer: The tokenizer that the ids are of.
         ids: Token ids of one completion.
+
+    Returns:
+        The bytes of each token, one entry per id; b"" for special tokens.
     """
     silent = set(tokenizer.all_special_ids)
     said = [
@@ -95,7 +98,14 @@ def spans(ours: Sequence[bytes], theirs: Sequence[bytes]) -> list[Span]:
 
 
 def one_to_one(found: Iterable[Span]) -> float:
-    """Share of the bytes in spans of one token on either side; 1.0 where there is no text."""
+    """Compute the share of a text's bytes that lie in spans of one token on either side.
+
+    Args:
+        found: Spans of one text or of several, as `spans` gives them.
+
+    Returns:
+        From 0 to 1; 1.0 where there is no text.
+    """
     found = list(found)
     if not found:
         return 1.0
@@ -114,6 +124,9 @@ def nats_per_byte(nats: Iterable[float], texts: Iterable[str]) -> float:
         nats: One number per token.
         texts: The texts that the tokens spell.
 
+    Returns:
+        The mean in nats per byte, over all texts together.
+
     Raises:
         OpdlabError: There is no text.
     """
@@ -130,13 +143,25 @@ def text_of(pieces: Iterable[bytes]) -> str:
     """Decode some tokens' bytes to whole characters.
 
     A last character that is cut in two is left out; bytes that are no UTF-8 show as �.
+
+    Args:
+        pieces: The bytes of consecutive tokens.
+
+    Returns:
+        Their text.
     """
     return codecs.getincrementaldecoder("utf-8")("replace").decode(b"".join(pieces))
 
 
 def starts_character(piece: bytes) -> bool:
-    """Whether a text may be cut before this token.
+    """Tell whether a text may be cut before this token.
 
     It may not where the token goes on with a character that the token before began.
+
+    Args:
+        piece: The bytes of the token.
+
+    Returns:
+        True for a token without bytes, too.
     """
     return not piece or piece[0] & 0xC0 != 0x80

@@ -82,7 +82,11 @@ class Description:
         object.__setattr__(self, name, value)  # the dataclass is frozen for everybody else
 
     def as_json(self) -> dict[str, Any]:
-        """Give the fields that say something, as a trace stores them."""
+        """Give the fields that say something, as a trace stores them.
+
+        Returns:
+            The fields by name, without those that are empty; tuples as lists, the kind as its text.
+        """
         stored: dict[str, Any] = {}
         for name, value in asdict(self).items():
             if value not in ("", (), None):
@@ -92,6 +96,12 @@ class Description:
     @classmethod
     def from_json(cls, stored: Mapping[str, Any]) -> Description:
         """Read what `as_json` wrote; fields of later versions are left out.
+
+        Args:
+            stored: Fields by name; those that are missing take their defaults.
+
+        Returns:
+            The description.
 
         Raises:
             InvalidValue: A field holds something else.

@@ -25,7 +25,11 @@ class Note:
     kind: ClassVar[str] = ""
 
     def as_json(self) -> dict[str, Any]:
-        """Give plain data for a file."""
+        """Give plain data for a file.
+
+        Returns:
+            The note's fields by name, and its kind under `TYPE`.
+        """
         return {TYPE: self.kind, **asdict(self)}
 
 

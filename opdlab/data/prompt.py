@@ -70,6 +70,16 @@ class Prompt:
 
         A text gets it on a line of its own. A chat gets it in its system message; the messages of a
         `ChatHint` stand before the chat's own, behind its system message.
+
+        Args:
+            context: A text, or a `ChatHint`; one that is empty or blank changes nothing.
+
+        Returns:
+            A prompt with the same hint, answer and id; the prompt itself where the context is
+            empty.
+
+        Raises:
+            InvalidValue: The context is something else; see `read_hint`.
         """
         told = read_hint(context)
         if told is None:
@@ -116,6 +126,12 @@ class ChatHint(str):
 def own_hint(prompt: Prompt) -> Prompt:
     """Tell a prompt its own hint.
 
+    Args:
+        prompt: The prompt, whose `hint` is its own.
+
+    Returns:
+        The prompt with its hint before it, as `Prompt.with_context` puts it there.
+
     Raises:
         MissingHint: It has none.
     """
@@ -128,7 +144,15 @@ def own_hint(prompt: Prompt) -> Prompt:
 
 
 def name_of(prompt: Prompt, number: int | None = None) -> str:
-    """Name a prompt in an error: by its id, else by its number, else by its beginning."""
+    """Name a prompt in an error: by its id, else by its number, else by its beginning.
+
+    Args:
+        prompt: The prompt.
+        number: Its number among the prompts of a call, from 0; None where there is none.
+
+    Returns:
+        The name, on one line.
+    """
     if prompt.id:
         return repr(prompt.id)
     return shortened(prompt.text or prompt.messages) if number is None else str(number)
@@ -141,6 +165,9 @@ def read_messages(messages: Any, name: str = "messages") -> tuple[dict[str, Any]
         messages: The content of each is a text, or a list of text parts, which are joined. Other
             entries (`tool_calls`, `name`, …) are kept for the chat template, unless they are None.
         name: The argument's name, for errors.
+
+    Returns:
+        The messages as dicts of their own, in order, with the content of each as one text.
 
     Raises:
         InvalidValue: They are something else, or there are none.
@@ -189,6 +216,9 @@ def read_content(content: Any, name: str) -> str:
             between them.
         name: Its place, for errors.
 
+    Returns:
+        The content as one text.
+
     Raises:
         InvalidValue: It is something else, or has parts that are no text (images, audio).
     """
@@ -220,7 +250,11 @@ def read_content(content: Any, name: str) -> str:
 def read_hint(hint: Any) -> str | None:
     """Read a hint: a text or a number, a list of texts (joined by line breaks), or chat messages.
 
-    Empty ones are none.
+    Args:
+        hint: The hint as the user gave it.
+
+    Returns:
+        The hint as a text, as a `ChatHint` for chat messages, or None where it is empty or blank.
 
     Raises:
         InvalidValue: It is something else.
@@ -261,6 +295,14 @@ def _check_characters(text: str, name: str) -> None:
 
 def expect_prompts(value: Any, where: str, name: str = "prompts") -> list[Prompt]:
     """Return a list of prompts, which may be empty; one `Prompt` alone counts as a list of one.
+
+    Args:
+        value: The prompts as the user passed them, in any iterable.
+        where: The function that was called, for the error.
+        name: The argument's name, for the error.
+
+    Returns:
+        The prompts in order.
 
     Raises:
         InvalidValue: It is something else, as a text, a list of texts or a task.

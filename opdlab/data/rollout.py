@@ -100,14 +100,25 @@ class Rollout:
         return self.learn[self.mask]
 
     def completions(self) -> list[list[int]]:
-        """List the token ids of each completion, without padding."""
+        """List the token ids of each completion, without padding.
+
+        Returns:
+            One list per row.
+        """
         return [
             row[:length]
             for row, length in zip(self.ids.tolist(), self.lengths.tolist(), strict=True)
         ]
 
     def select(self, which: Sequence[int]) -> Rollout:
-        """Make a rollout of some rows only, in that order; it keeps `n` if groups stay whole."""
+        """Make a rollout of some rows only, in that order; it keeps `n` if groups stay whole.
+
+        Args:
+            which: Numbers of rows, from 0; a row may be taken several times.
+
+        Returns:
+            The rollout, as wide as its longest row.
+        """
         pick = torch.as_tensor(list(which), dtype=torch.long, device=self.ids.device)
         width = max(1, int(self.lengths[pick].max())) if len(which) else 1
         parts: dict[str, Any] = {name: getattr(self, name)[pick][:, :width] for name in _PER_TOKEN}
@@ -141,6 +152,9 @@ def concat_rollouts(parts: Sequence[Rollout]) -> Rollout:
     Args:
         parts: At least one. `n` and `vocabulary` of the whole are theirs where they agree, else 1
             and None.
+
+    Returns:
+        One rollout, as wide as the widest part.
 
     Raises:
         InvalidValue: There are none.

@@ -24,6 +24,15 @@ class SamplingOptions(TypedDict, total=False):
 
     Signatures use it as `**options: Unpack[SamplingOptions]`, so that editors and type checkers
     know the options.
+
+    Attributes:
+        max_new_tokens: Length limit per completion, in tokens of whoever writes.
+        temperature: Divides the logits; 0 takes the likeliest token.
+        top_p: Keep the fewest likeliest tokens that together have this probability.
+        top_k: Keep this many likeliest tokens; 0 keeps all.
+        min_p: Keep tokens with at least this share of the likeliest probability; 0 keeps all.
+        stop: Texts that end a completion where they occur.
+        seed: The same seed gives the same texts.
     """
 
     max_new_tokens: int
@@ -89,6 +98,9 @@ class SamplingConfig:
             options: Fields by name.
             beside: Other arguments of the function, which the error for an unknown one lists too.
 
+        Returns:
+            The config; options that are not given take their defaults.
+
         Raises:
             UnknownOption: An option is no field.
             InvalidValue: A field has a value that cannot be right.
@@ -105,7 +117,11 @@ class SamplingConfig:
             raise InvalidValue(str(error).replace("SamplingConfig", where, 1)) from None
 
     def options(self) -> SamplingOptions:
-        """Give the fields by name, to pass on as keyword arguments."""
+        """Give the fields by name, to pass on as keyword arguments.
+
+        Returns:
+            All fields, those at their defaults too.
+        """
         return cast(SamplingOptions, asdict(self))
 
 

@@ -10,5 +10,8 @@ def seed_of(seed: int, step: int, use: int) -> int:
         seed: The run's seed.
         step: Number of the step, below 2**32.
         use: Number of the use within the step, from 0 to 4095.
+
+    Returns:
+        The seed; it differs between any two steps or uses of a run.
     """
     return (seed * 1_000_003 + step) * 4096 + use

@@ -25,19 +25,46 @@ class Tokenizer(Protocol):
         ...
 
     def get_added_vocab(self) -> dict[str, int]:
-        """Ids of the tokens that were added to the vocabulary, by their text."""
+        """List the ids of the tokens that were added to the vocabulary, by their text.
+
+        Returns:
+            Ids by text.
+        """
         ...
 
     def convert_ids_to_tokens(self, ids: Any) -> Any:
-        """Name the pieces of ids, as the vocabulary spells them; None for an id without one."""
+        """Name the pieces of ids, as the vocabulary spells them; None for an id without one.
+
+        Args:
+            ids: A list of ids, or one id.
+
+        Returns:
+            One piece per id, or one piece.
+        """
         ...
 
     def batch_decode(self, sequences: Any, **options: Any) -> Any:
-        """Decode several sequences of ids to texts."""
+        """Decode several sequences of ids to texts.
+
+        Args:
+            sequences: One list of ids per text.
+            options: As in transformers, such as `skip_special_tokens`.
+
+        Returns:
+            One text per sequence.
+        """
         ...
 
     def decode(self, token_ids: Any, **options: Any) -> Any:
-        """Decode one sequence of ids to a text."""
+        """Decode one sequence of ids to a text.
+
+        Args:
+            token_ids: A list of ids.
+            options: As in transformers, such as `clean_up_tokenization_spaces`.
+
+        Returns:
+            The text.
+        """
         ...
 
     def __len__(self) -> int: ...
@@ -50,6 +77,13 @@ def token_bytes(tokenizer: Tokenizer, ids: list[int]) -> list[bytes]:
     """Give the bytes of each token; b"" for an id that the tokenizer does not have.
 
     Knows byte-level BPE, SentencePiece-like pieces (`▁`, `<0x0A>`) and plain pieces.
+
+    Args:
+        tokenizer: The tokenizer that the ids are of.
+        ids: Token ids; they need not be one text.
+
+    Returns:
+        One entry per id. Special and added tokens stand as the UTF-8 bytes of their own text.
     """
     byte_level = '"ByteLevel"' in _decoder(tokenizer)
     # Added tokens stand as themselves.
@@ -74,6 +108,9 @@ def completion_texts(
         tokenizer: The tokenizer of the policy that wrote the completions.
         rows: Token ids of each completion, without padding.
         eos: The tokens that end that policy's texts.
+
+    Returns:
+        One text per completion.
     """
     ended = [bool(row) and row[-1] in eos for row in rows]
     bodies = [list(row[:-1] if stops else row) for row, stops in zip(rows, ended, strict=True)]

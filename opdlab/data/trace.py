@@ -49,7 +49,11 @@ class Trace:
     meta: dict[str, Any]
 
     def to_pandas(self) -> pd.DataFrame:
-        """Copy the table to a data frame; list columns hold numpy arrays."""
+        """Copy the table to a data frame; list columns hold numpy arrays.
+
+        Returns:
+            One row per token, columns in the table's order.
+        """
         return self.table.to_pandas()
 
     @property
@@ -61,11 +65,25 @@ class Trace:
         return int(self.table.num_rows)
 
     def describe(self, name: str) -> Description:
-        """Look up what a plan says about its column; empty for columns that nobody described."""
+        """Look up what a plan says about its column; empty for columns that nobody described.
+
+        Args:
+            name: The column's name; it need not be in the table.
+
+        Returns:
+            The description.
+        """
         return Description.from_json(self.meta.get("columns", {}).get(name, {}))
 
     def note(self, kind: type[AnyNote]) -> AnyNote | None:
-        """Look up the plan's note of a type, such as `Windows`; None where there is none."""
+        """Look up the plan's note of a type, such as `Windows`; None where there is none.
+
+        Args:
+            kind: The note's class.
+
+        Returns:
+            The first note of that type.
+        """
         for notes in self.meta.get("notes", {}).values():
             for stored in notes.values():
                 if (found := read_note(stored, kind)) is not None:
@@ -74,6 +92,12 @@ class Trace:
 
     def sample(self, i: int) -> Trace:
         """Select the rows of completion `i`.
+
+        Args:
+            i: Number of the completion, from 0.
+
+        Returns:
+            A trace of these rows with the whole trace's metadata.
 
         Raises:
             OpdlabError: The trace has no such completion.
@@ -87,15 +111,32 @@ class Trace:
         return Trace(self.table.filter(pa.compute.equal(self.table["sample"], i)), self.meta)
 
     def tokens(self) -> list[bytes]:
-        """List the exact bytes of every token, in row order."""
+        """List the exact bytes of every token, in row order.
+
+        Returns:
+            One entry per row.
+        """
         return [self.piece(i) for i in self.table["token_id"].to_pylist()]
 
     def piece(self, token_id: int) -> bytes:
-        """Look up the exact bytes of a token id that occurs in the trace."""
+        """Look up the exact bytes of a token id that occurs in the trace.
+
+        Args:
+            token_id: An id of the trace's column `token_id`.
+
+        Returns:
+            The bytes; b"" for tokens that add nothing to a text.
+        """
         return str(self.meta["vocab"][str(token_id)]).encode("latin-1")
 
     def column(self, name: str) -> np.ndarray:
         """Take a column as an array `[rows]` or `[rows, K]`.
+
+        Args:
+            name: The column's name.
+
+        Returns:
+            The values in row order, as numpy reads the table's type.
 
         Raises:
             UnknownName: There is no such column. It is a KeyError, and lists what there is.
@@ -117,6 +158,9 @@ class Trace:
             columns: By name: a list, array or tensor `[rows]`, or a `Column` of them that
                 describes itself.
 
+        Returns:
+            A new trace; this one stays as it is.
+
         Raises:
             InvalidValue: A column has not one value for each row, or values that no table holds.
         """
@@ -133,6 +177,9 @@ class Trace:
 
     def save(self, path: str | os.PathLike[str]) -> Path:
         """Write Parquet, atomically: a reader sees the old file or the new one.
+
+        Args:
+            path: The file; folders that are missing are made.
 
         Returns:
             The path.
@@ -152,9 +199,16 @@ class Trace:
     def load(cls, path: str | os.PathLike[str]) -> Trace:
         """Read what `save` wrote.
 
+        Args:
+            path: A file that `save` wrote, also with an earlier format.
+
+        Returns:
+            The trace, in the present format.
+
         Raises:
             DamagedFile: The file is something else, or is not whole.
             FileNotFoundError: There is no such file.
+            OpdlabError: `path` is no path.
         """
         if not isinstance(path, (str, os.PathLike)):
             raise OpdlabError(

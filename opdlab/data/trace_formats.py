@@ -31,6 +31,9 @@ def upgrade(meta: Any) -> Any:
     Args:
         meta: As a file has them. Anything but a mapping is returned as it is.
 
+    Returns:
+        Metadata of format 2; the argument itself where there is nothing to do.
+
     Raises:
         ValueError: The file was written by a later version.
     """

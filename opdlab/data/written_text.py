@@ -40,5 +40,12 @@ class WrittenText(str):
 
 
 def finish_of(text: str) -> Finish:
-    """Tell why a teacher's text ends; a plain string counts as finished."""
+    """Tell why a teacher's text ends; a plain string counts as finished.
+
+    Args:
+        text: The text, a `WrittenText` or a plain string.
+
+    Returns:
+        The text's own `finish`, or "stop".
+    """
     return text.finish if isinstance(text, WrittenText) else "stop"

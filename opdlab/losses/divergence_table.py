@@ -132,6 +132,9 @@ def sum_over_vocabulary(
         at_infinity: Price of the teacher's mass on tokens that the student rules out.
         student: Log-probs `[..., V]`.
         teacher: Log-probs `[..., V]`.
+
+    Returns:
+        `[...]`; mass on a token that one of the two rules out counts at its price.
     """
     student, teacher = torch.broadcast_tensors(as_float(student), as_float(teacher))
     in_student, in_teacher = ~student.isneginf(), ~teacher.isneginf()

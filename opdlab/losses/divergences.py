@@ -48,6 +48,9 @@ def forward_kl(student: Tensor, teacher: Tensor) -> Tensor:
     Args:
         student: Log-probs `[..., V]` of p.
         teacher: Log-probs `[..., V]` of q.
+
+    Returns:
+        `[...]`; +inf where the student rules out a token that the teacher does not.
     """
     return _kl(teacher, student)
 
@@ -58,6 +61,9 @@ def reverse_kl(student: Tensor, teacher: Tensor) -> Tensor:
     Args:
         student: Log-probs `[..., V]` of p.
         teacher: Log-probs `[..., V]` of q.
+
+    Returns:
+        `[...]`; +inf where the teacher rules out a token that the student does not.
     """
     return _kl(student, teacher)
 
@@ -68,6 +74,9 @@ def jeffreys(student: Tensor, teacher: Tensor) -> Tensor:
     Args:
         student: Log-probs `[..., V]` of p.
         teacher: Log-probs `[..., V]` of q.
+
+    Returns:
+        `[...]`; +inf where one of the two rules out a token that the other does not.
     """
     return _kl(teacher, student) + _kl(student, teacher)
 
@@ -78,6 +87,9 @@ def jensen_shannon(student: Tensor, teacher: Tensor) -> Tensor:
     Args:
         student: Log-probs `[..., V]` of p.
         teacher: Log-probs `[..., V]` of q.
+
+    Returns:
+        The divergence, `[...]`.
     """
     return generalized_jsd(student, teacher, 0.5)
 
@@ -97,6 +109,9 @@ def generalized_jsd(
         beta: The teacher's share of the mixture, between 0 and 1.
         normalize: Divide by beta (1 - beta). The limits are then the two KLs themselves, and a
             beta of 0 or 1 is allowed.
+
+    Returns:
+        The divergence, `[...]`.
 
     Raises:
         InvalidValue: beta is outside its range.
@@ -124,6 +139,9 @@ def skew_forward_kl(student: Tensor, teacher: Tensor, alpha: float = 0.1) -> Ten
         teacher: Log-probs `[..., V]` of q.
         alpha: The teacher's share of the mixture, from 0 (the forward KL) to below 1.
 
+    Returns:
+        The divergence, `[...]`.
+
     Raises:
         InvalidValue: alpha is outside its range.
     """
@@ -140,6 +158,9 @@ def skew_reverse_kl(student: Tensor, teacher: Tensor, alpha: float = 0.1) -> Ten
         teacher: Log-probs `[..., V]` of q.
         alpha: The student's share of the mixture, from 0 (the reverse KL) to below 1.
 
+    Returns:
+        The divergence, `[...]`.
+
     Raises:
         InvalidValue: alpha is outside its range.
     """
@@ -154,6 +175,9 @@ def alpha_divergence(student: Tensor, teacher: Tensor, alpha: float = 0.5) -> Te
         teacher: Log-probs `[..., V]` of q.
         alpha: 0 is the reverse KL, 1 the forward KL, ½ four times the squared Hellinger distance, 2
             half of Pearson's and -1 half of Neyman's chi².
+
+    Returns:
+        The divergence, `[...]`.
 
     Raises:
         InvalidValue: alpha is not a finite number.
@@ -175,6 +199,9 @@ def total_variation(student: Tensor, teacher: Tensor) -> Tensor:
     Args:
         student: Log-probs `[..., V]` of p.
         teacher: Log-probs `[..., V]` of q.
+
+    Returns:
+        The divergence, `[...]`.
     """
     return 0.5 * (as_float(student).exp() - as_float(teacher).exp()).abs().sum(-1)
 
@@ -185,6 +212,9 @@ def squared_hellinger(student: Tensor, teacher: Tensor) -> Tensor:
     Args:
         student: Log-probs `[..., V]` of p.
         teacher: Log-probs `[..., V]` of q.
+
+    Returns:
+        The divergence, `[...]`.
     """
     root_p, root_q = (0.5 * as_float(student)).exp(), (0.5 * as_float(teacher)).exp()
     return 0.5 * (root_q - root_p).square().sum(-1)
@@ -196,6 +226,9 @@ def pearson(student: Tensor, teacher: Tensor) -> Tensor:
     Args:
         student: Log-probs `[..., V]` of p.
         teacher: Log-probs `[..., V]` of q.
+
+    Returns:
+        The divergence, `[...]`.
     """
     return _chi_squared(student, teacher)
 
@@ -206,6 +239,9 @@ def neyman(student: Tensor, teacher: Tensor) -> Tensor:
     Args:
         student: Log-probs `[..., V]` of p.
         teacher: Log-probs `[..., V]` of q.
+
+    Returns:
+        The divergence, `[...]`.
     """
     return _chi_squared(teacher, student)
 
@@ -216,6 +252,9 @@ def le_cam(student: Tensor, teacher: Tensor) -> Tensor:
     Args:
         student: Log-probs `[..., V]` of p.
         teacher: Log-probs `[..., V]` of q.
+
+    Returns:
+        The divergence, `[...]`.
     """
     student, teacher = _finite(student), _finite(teacher)
     # (q - p) / (q + p) is a hyperbolic tangent of the log-ratio, which neither overflows nor
@@ -228,6 +267,9 @@ def entropy(logp: Tensor) -> Tensor:
 
     Args:
         logp: Log-probs `[..., V]`.
+
+    Returns:
+        `[...]`, from 0 to log V.
     """
     logp = as_float(logp)
     value: Tensor = torch.linalg.vecdot(logp.exp(), _finite(logp))  # 0 * -inf is 0 here
@@ -275,6 +317,9 @@ class TopK:
 
         Args:
             by: Log-probs `[n, V]` of the policy whose top tokens are taken.
+
+        Returns:
+            Token ids; no gradient goes through the choice.
         """
         return by.detach().topk(min(self.k, by.shape[-1]), dim=-1).indices
 
@@ -363,7 +408,14 @@ def _share(alpha: float) -> float:
 
 
 def as_float(logp: Tensor) -> Tensor:
-    """Return float32 and float64 as they are and other types as float32."""
+    """Return float32 and float64 as they are and other types as float32.
+
+    Args:
+        logp: A tensor of any floating-point type and shape.
+
+    Returns:
+        The tensor itself, or a float32 copy.
+    """
     return logp if logp.dtype in (torch.float32, torch.float64) else logp.float()
 
 

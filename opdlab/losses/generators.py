@@ -77,7 +77,14 @@ class Generator:
             raise InvalidValue(f"{self!r} is no divergence. Use {own.advice}.")
 
     def f(self, log_u: Tensor) -> Tensor:
-        """Return `f(u)`, whose mean under the student is the divergence."""
+        """Return `f(u)`, whose mean under the student is the divergence.
+
+        Args:
+            log_u: log q - log p of any shape, ±inf included.
+
+        Returns:
+            `f(u)`, of the same shape.
+        """
         log_u = as_float(log_u)
         value = self._form.f(log_u) + (self.shift * log_u.expm1() if self.shift else 0)
         value = value.masked_fill(log_u.isneginf(), self._form.at_zero - self.shift)
@@ -88,13 +95,26 @@ class Generator:
         return self.scale * value
 
     def slope(self, log_u: Tensor) -> Tensor:
-        """Return `f'(u)`."""
+        """Return `f'(u)`.
+
+        Args:
+            log_u: log q - log p of any shape.
+
+        Returns:
+            `f'(u)`, of the same shape.
+        """
         return self.scale * (self._form.slope(as_float(log_u)) + self.shift)
 
     def weight(self, log_u: Tensor) -> Tensor:
         """Return `w_f(u) = -f(u) + u f'(u)`, the advantage of OPD+, which never decreases in u.
 
         `shift` adds a constant to it.
+
+        Args:
+            log_u: log q - log p of any shape.
+
+        Returns:
+            `w_f(u)`, of the same shape.
         """
         return self.scale * (self._form.weight(as_float(log_u)) + self.shift)
 
@@ -102,6 +122,12 @@ class Generator:
         """Return `-f(u)`, the advantage that ignores how f(u) moves with the student.
 
         It is right for the reverse KL and few others, and `shift` changes what it trains.
+
+        Args:
+            log_u: log q - log p of any shape.
+
+        Returns:
+            `-f(u)`, of the same shape.
         """
         return -self.f(log_u)
 
@@ -126,11 +152,25 @@ class Generator:
         return self.scale * (self._form.at_infinity + self.shift)
 
     def shifted(self, c: float) -> Generator:
-        """Return `f + c (u - 1)`, another generator of the same divergence."""
+        """Return `f + c (u - 1)`, another generator of the same divergence.
+
+        Args:
+            c: Slope of the line that is added.
+
+        Returns:
+            A new generator.
+        """
         return replace(self, shift=self.shift + c / self.scale)
 
     def scaled(self, factor: float) -> Generator:
-        """Return `factor f`; with `1 / curvature`, learning rates of divergences compare."""
+        """Return `factor f`; with `1 / curvature`, learning rates of divergences compare.
+
+        Args:
+            factor: A number above 0.
+
+        Returns:
+            A new generator.
+        """
         return replace(self, scale=self.scale * factor)
 
     def divergence(self, student: Tensor, teacher: Tensor) -> Tensor:

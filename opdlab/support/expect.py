@@ -30,6 +30,9 @@ def expect(value: Any, kind: type[Kind], where: str, name: str) -> Kind:
         where: The function that was called, for the error.
         name: The argument's name, for the error.
 
+    Returns:
+        The value itself.
+
     Raises:
         InvalidValue: It is something else. The message says what it is and how to get the right
             thing.
@@ -40,7 +43,14 @@ def expect(value: Any, kind: type[Kind], where: str, name: str) -> Kind:
 
 
 def shortened(value: Any) -> str:
-    """Represent a foreign value in an error message, short and on one line."""
+    """Represent a foreign value in an error message, short and on one line.
+
+    Args:
+        value: An object of any kind.
+
+    Returns:
+        Its `repr`, cut by `reprlib`; only its kind where the `repr` fails.
+    """
     try:
         said = reprlib.repr(value)
     except Exception:  # a foreign `__repr__` may fail in any way
@@ -73,6 +83,9 @@ def refusal(wanted: str, value: Any, where: str, name: str) -> InvalidValue:
         value: The object that stands in its place.
         where: The function that was called.
         name: The argument's name.
+
+    Returns:
+        The error, for the caller to raise.
     """
     return InvalidValue(f"{where} got {name}={shortened(value)}. {advice(wanted, value)}")
 
@@ -239,7 +252,14 @@ def _kind(value: Any) -> str:
 
 
 def is_model(value: Any) -> bool:
-    """Whether it is a model of transformers or PEFT, told without importing either."""
+    """Tell whether a value is a model of transformers or PEFT, without importing either.
+
+    Args:
+        value: An object of any kind.
+
+    Returns:
+        True for a PyTorch module with a `config`.
+    """
     is_module = any(cls.__module__.startswith("torch.nn") for cls in type(value).__mro__)
     return is_module and hasattr(value, "config")
 

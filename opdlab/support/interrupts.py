@@ -16,6 +16,9 @@ def hold_interrupts() -> Iterator[None]:
 
     Signals that came meanwhile are delivered afterwards, as they would have been without the block.
     Only the main thread hears signals, so in others the block runs as it is.
+
+    Yields:
+        Nothing.
     """
     if threading.current_thread() is not threading.main_thread():
         yield

@@ -13,7 +13,11 @@ from tqdm import tqdm
 
 
 def in_notebook() -> bool:
-    """Whether this process is a Jupyter kernel."""
+    """Tell whether this process is a Jupyter kernel.
+
+    Returns:
+        True in a Jupyter kernel; False in a script and in a terminal IPython.
+    """
     if "IPython" not in sys.modules:
         return False
     from IPython import get_ipython

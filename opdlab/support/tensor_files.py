@@ -16,6 +16,12 @@ from opdlab.errors import DamagedFile
 def read_tensors(path: Path) -> dict[str, Tensor]:
     """Read the tensors of a file.
 
+    Args:
+        path: A safetensors file.
+
+    Returns:
+        The tensors by name, on the CPU.
+
     Raises:
         DamagedFile: It cannot be read.
     """
@@ -60,6 +66,11 @@ def check_same_tensors(
 
 def copy_tensors(there: Mapping[str, Tensor], values: Mapping[str, Tensor], path: Path) -> None:
     """Copy saved tensors into those of the run, all of them or none.
+
+    Args:
+        there: The tensors of the run, which are written to.
+        values: The saved tensors.
+        path: Their file, for errors.
 
     Raises:
         DamagedFile: They do not fit; see `check_same_tensors`.

@@ -162,6 +162,9 @@ def validate_fields(instance: Any) -> None:
 
     Converted values, such as Python's numbers for numpy's, are put back.
 
+    Args:
+        instance: The dataclass object; its fields may be replaced.
+
     Raises:
         InvalidValue: A field has a value that its type does not allow. The message names the class,
             the field, the value and what would be right.
@@ -182,9 +185,15 @@ def validate_arguments(function: _Function) -> _Function:
     Annotations that cannot be read here, such as types that are imported for type checkers alone,
     let every value pass.
 
+    Args:
+        function: The function or method to decorate.
+
+    Returns:
+        A function with the same signature, which checks and then calls it.
+
     Raises:
-        UnknownOption: An argument is unknown or missing.
-        InvalidValue: An argument has a value that its type does not allow.
+        UnknownOption: A call has an unknown argument or lacks one.
+        InvalidValue: A call has an argument with a value that its type does not allow.
     """
     signature = inspect.signature(function)
     owner = function.__qualname__.removesuffix(".__init__").removesuffix(".__call__")
