@@ -33,7 +33,15 @@ class Judge(Protocol):
         ...
 
     def scores(self, prompts: Sequence[Prompt], texts: Sequence[str]) -> list[float]:
-        """The verifier's score of each text, from 0 to 1."""
+        """Score texts by the verifier.
+
+        Args:
+            prompts: The prompt of each text.
+            texts: The completions, as many.
+
+        Returns:
+            One score per text, from 0 to 1.
+        """
         ...
 
 
@@ -41,13 +49,26 @@ class Processes(Protocol):
     """The processes that share a training step."""
 
     def sum(self, values: Tensor) -> Tensor:
-        """Add up a tensor over all processes."""
+        """Add up a tensor over all processes.
+
+        Args:
+            values: A tensor of any shape, the same shape in every process.
+
+        Returns:
+            The sum, the same in every process.
+        """
         ...
 
     def gather(self, values: Tensor) -> Tensor:
         """Put the rows `[n, ...]` of all processes together, in the order of their ranks.
 
         `n` may differ among the processes.
+
+        Args:
+            values: `[n, ...]` of this process.
+
+        Returns:
+            `[N, ...]`, the same in every process.
         """
         ...
 
@@ -56,11 +77,25 @@ class OneProcess:
     """A step that runs in this process alone."""
 
     def sum(self, values: Tensor) -> Tensor:
-        """The values themselves."""
+        """Return the values themselves.
+
+        Args:
+            values: A tensor of any shape.
+
+        Returns:
+            `values`, not a copy.
+        """
         return values
 
     def gather(self, values: Tensor) -> Tensor:
-        """The values themselves."""
+        """Return the values themselves.
+
+        Args:
+            values: A tensor `[n, ...]`.
+
+        Returns:
+            `values`, not a copy.
+        """
         return values
 
 
@@ -115,6 +150,12 @@ class Batch:
 
     def states(self, name: str) -> Graded:
         """Let a policy grade the whole rollout, without gradient; computed once.
+
+        Args:
+            name: The policy, as in `policies`.
+
+        Returns:
+            The policy's hidden states with its head, or a server's top log-probs.
 
         Raises:
             MissingPolicy: There is no policy of this name.
@@ -178,7 +219,14 @@ class Batch:
         )
 
     def sum(self, values: Tensor) -> Tensor:
-        """Add up a tensor of any shape over all processes."""
+        """Add up a tensor of any shape over all processes.
+
+        Args:
+            values: A tensor of any shape, the same shape in every process.
+
+        Returns:
+            The sum, the same in every process.
+        """
         return self._processes.sum(values)
 
     def gather(self, values: Tensor, where: Tensor | None = None) -> Tensor:
@@ -209,11 +257,25 @@ class Batch:
         return self._processes.sum(chosen.sum(0)) / self._processes.sum(count)
 
     def flatten(self, values: Tensor) -> Tensor:
-        """`[B, T, ...]` to `[tokens, ...]`, rows in order, without the padding."""
+        """Put the tokens of all completions in a row, without the padding.
+
+        Args:
+            values: `[B, T, ...]`.
+
+        Returns:
+            `[tokens, ...]`, completion by completion.
+        """
         return values[self.mask]
 
     def spread(self, flat: Tensor) -> Tensor:
-        """`[tokens, ...]` to `[B, T, ...]`, zero in the padding."""
+        """Put tokens in a row back into their completions: the inverse of `flatten`.
+
+        Args:
+            flat: `[tokens, ...]`, completion by completion.
+
+        Returns:
+            `[B, T, ...]`, zero in the padding.
+        """
         out = flat.new_zeros(*self.mask.shape, *flat.shape[1:])
         out[self.mask] = flat
         return out

@@ -49,6 +49,9 @@ def flatten(batch: Batch, name: str, column: Any, graded: Iterable[str] | None =
         column: Its values.
         graded: Policies whose numbers a trace has; all of the batch by default.
 
+    Returns:
+        `[tokens]`, or `[tokens, K]` for a column `[B, T, K]`.
+
     Raises:
         BadPlan: The name is taken or cannot be read as `rows.<name>`, or the column has not one
             value per token.
@@ -73,6 +76,11 @@ def flatten(batch: Batch, name: str, column: Any, graded: Iterable[str] | None =
 
 def check_name(name: Any, policies: Iterable[str], graded: Iterable[str]) -> None:
     """Refuse a column's name that means something else in a loss or in a trace.
+
+    Args:
+        name: The column's name.
+        policies: Policies of the batch; `rows.<policy>` means their log-probs.
+        graded: Policies whose numbers a trace has, as `<policy>_logp`.
 
     Raises:
         BadPlan: The name is no identifier, or is taken.
@@ -104,6 +112,9 @@ def plain_data(value: Any, where: str) -> Any:
     Args:
         value: What the plan noted.
         where: Its place in the notes, for the error.
+
+    Returns:
+        The same data in dicts with texts as keys, lists, texts, numbers, booleans and None.
 
     Raises:
         BadPlan: There is something else in them. The message says where.
@@ -163,5 +174,13 @@ def _unusable(column: Tensor) -> tuple[str, str] | None:
 
 
 def is_same(one: Tensor, other: Tensor) -> bool:
-    """Whether two tensors are equal, NaN counting as equal to NaN."""
+    """Tell whether two tensors are equal, NaN counting as equal to NaN.
+
+    Args:
+        one: A tensor.
+        other: Another, of any shape.
+
+    Returns:
+        True if shapes and all values agree.
+    """
     return one.shape == other.shape and bool(((one == other) | (one.isnan() & other.isnan())).all())

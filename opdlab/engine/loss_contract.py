@@ -120,10 +120,18 @@ def check_rows_are_independent(loss: Loss, rows: Rows) -> bool:
 
 
 def spread_index(tokens: int, most: int, device: torch.device) -> Tensor:
-    """Indices of up to `most` tokens, evenly spread over all of them, and so over completions.
+    """Choose up to `most` tokens, evenly spread over all of them, and so over completions.
 
     A single token is taken twice, so that a softmax over tokens shows there too; no tokens give
     none.
+
+    Args:
+        tokens: How many tokens there are.
+        most: The largest number to choose; `CHECKED_ROWS` is another limit.
+        device: Where the indices lie.
+
+    Returns:
+        Indices `[n]` in rising order.
     """
     n = min(max(2, min(most, CHECKED_ROWS, tokens)), 2 * tokens)
     return torch.linspace(0, tokens - 1, n, device=device).round().long()
@@ -134,6 +142,12 @@ def adding_note(note: str) -> Iterator[None]:
     """Add a line to any error raised in the block.
 
     So the user's traceback says where in opdlab it happened.
+
+    Args:
+        note: The line; it is added on Python 3.11 and later.
+
+    Yields:
+        Nothing; the block runs once.
     """
     try:
         yield
@@ -155,7 +169,15 @@ def _evaluate(loss: Loss, rows: Rows, weight: Tensor) -> tuple[Tensor, Tensor, t
 
 
 def gradient_of_loss(value: Tensor, weight: Tensor, student: Tensor) -> Tensor:
-    """Gradient of `sum(weight * value)` with respect to the student's log-probs.
+    """Compute the gradient of `sum(weight * value)` with respect to the student's log-probs.
+
+    Args:
+        value: The loss of each token, `[n]`.
+        weight: Each token's share of the mean, `[n]`.
+        student: The student's log-probs `[n, V]`, of which `value` was computed.
+
+    Returns:
+        `[n, V]`.
 
     Raises:
         BadLoss: The loss does not depend on the student, or broke the graph by an operation in

@@ -45,6 +45,11 @@ class Need:
     """One distribution that a method reads.
 
     `str(need)` is the name by which `rows` and `batch` know it.
+
+    Attributes:
+        policy: Name of the policy, e.g. "teacher".
+        hinted: Whether the policy sees each prompt's hint.
+        access: What the policy gives: log-probs on the student's tokens by default.
     """
 
     policy: str
@@ -61,6 +66,9 @@ def parse_need(name: Any, owner: str = "needs") -> Need:
     Args:
         name: As a method writes it, e.g. "teacher+hint".
         owner: Whose name it is, for the error.
+
+    Returns:
+        The need; `str` of it is `name`.
 
     Raises:
         InvalidValue: It is no text, its suffix is unknown, or it combines what cannot be combined.
@@ -110,6 +118,13 @@ def parse_need(name: Any, owner: str = "needs") -> Need:
 def parse_needs(names: Any, owner: str = "needs") -> tuple[Need, ...]:
     """Read all names of a method's `needs`, each once, in order.
 
+    Args:
+        names: A method's `needs`.
+        owner: The method's name, for the error.
+
+    Returns:
+        The needs in order, without repeats.
+
     Raises:
         InvalidValue: It is one bare text or no sequence, or a name cannot be read (see
             `parse_need`).
@@ -130,7 +145,12 @@ def parse_needs(names: Any, owner: str = "needs") -> tuple[Need, ...]:
 def did_you_mean(name: str, known: Iterable[str]) -> str:
     """Ask whether a similar known name was meant.
 
-    Returns a question with a space behind it, or "" where no known name is similar.
+    Args:
+        name: A name that is not known.
+        known: The names that are.
+
+    Returns:
+        A question with a space behind it, or "" where no known name is similar.
     """
     by_lower_case = {one.lower(): one for one in known}
     close = difflib.get_close_matches(name.lower(), list(by_lower_case), n=1)

@@ -53,7 +53,15 @@ class Pass:
     is_checked: bool = False
 
     def spread(self, index: Tensor, tokens: int) -> Pass:
-        """Make a pass over `tokens` tokens, with these numbers at `index` and zero elsewhere."""
+        """Make a pass over `tokens` tokens, with these numbers at `index` and zero elsewhere.
+
+        Args:
+            index: Where the tokens of this pass belong, `[n]`.
+            tokens: How many tokens the new pass has.
+
+        Returns:
+            The larger pass; `is_checked` stays as it is.
+        """
 
         def place(values: Tensor) -> Tensor:
             out = values.new_zeros(tokens, *values.shape[1:])
@@ -74,6 +82,9 @@ def chunks(
         vocab_size: V.
         device: Whose memory budget counts.
         chunk: Tokens in one chunk, in place of the budget's.
+
+    Returns:
+        Slices in order that cover all tokens.
     """
     budget = CHUNK_BYTES.get(device.type, CHUNK_BYTES["cuda"])
     size = chunk or max(32, budget // (4 * vocab_size))
@@ -82,6 +93,12 @@ def chunks(
 
 def student_states(states: Mapping[str, Graded]) -> States:
     """Return the student's states, which are a local model's.
+
+    Args:
+        states: What the policies gave, by name.
+
+    Returns:
+        The entry "student".
 
     Raises:
         MissingPolicy: There are none, or they are those of a server.
@@ -169,6 +186,9 @@ def gradient(
         check: Whether to compare the loss of a few rows as a whole and in parts first, so that a
             loss that reads other rows of its chunk is refused. Not needed where an earlier pass of
             the same loss `is_checked`.
+
+    Returns:
+        Loss, gradient and numbers of every token.
 
     Raises:
         BadLoss: The loss does not keep its contract (`opdlab.engine.loss_contract`).

@@ -46,7 +46,14 @@ class Planned:
     notes: dict[str, Any]
 
     def compute(self, function: Callable[[Rows], Any]) -> Any:
-        """Run a function of rows, with the plan's columns, over all tokens without gradient."""
+        """Run a function of rows, with the plan's columns, over all tokens without gradient.
+
+        Args:
+            function: Gives `[n, ...]`, or a dict of them, for the rows of `n` tokens.
+
+        Returns:
+            `[tokens, ...]`, or a dict of them.
+        """
         states = {name: self.batch.states(name) for name in self.batch.distributions}
         return compute(function, states, self.batch.token, self.columns)
 
@@ -109,6 +116,10 @@ def run_plan(method: Any, batch: Batch) -> Planned:
     Args:
         method: With or without a `plan`.
         batch: What the plan sees.
+
+    Returns:
+        The batch with the plan's columns, their descriptions and notes; a method without a plan has
+        none.
 
     Raises:
         BadPlan: The plan returned something else than columns, or changed the rollout.

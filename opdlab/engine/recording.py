@@ -37,6 +37,9 @@ def record_trace(
         step: The training step, from 1; -1 for none.
         planned: What a method planned for the rollout: its columns, their descriptions and its
             notes are kept.
+
+    Returns:
+        The trace, one row per completion token.
     """
     plan = {} if planned is None else planned.columns
     notes = {} if planned is None else planned.notes
@@ -84,6 +87,12 @@ def name_of_planner(method: Any) -> str:
     """Return the name under which a trace keeps a method's notes.
 
     It is the method's class, or the function that the method was made of.
+
+    Args:
+        method: The method that planned.
+
+    Returns:
+        The name.
     """
     function = getattr(method, "function", None)
     return str(getattr(function, "__name__", type(method).__name__))
@@ -118,5 +127,12 @@ def _tokens_in_notes(notes: Mapping[str, Any]) -> Iterator[int]:
 
 
 def gradient_shares(norm: np.ndarray) -> dict[str, np.ndarray]:
-    """Gradient norms `[rows]` with each row's share of their sum."""
+    """Compute each row's share of the sum of gradient norms.
+
+    Args:
+        norm: Gradient norms `[rows]`.
+
+    Returns:
+        The columns `grad_norm` and `share`, `[rows]` each; the shares sum to 1.
+    """
     return {"grad_norm": norm, "share": norm / max(float(norm.sum()), 1e-30)}

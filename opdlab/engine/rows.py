@@ -45,7 +45,18 @@ class Rows:
         return self.logp_of("student")
 
     def logp_of(self, policy: str) -> Tensor:
-        """A policy's log-prob of the sampled token, `[n]`."""
+        """Read a policy's log-prob of the sampled token.
+
+        Args:
+            policy: The policy's name.
+
+        Returns:
+            `[n]`, in nats. A server's log-prob is known even where the token is not among its top
+            ones.
+
+        Raises:
+            UnknownColumn: There is no such name.
+        """
         known = self.distributions.get(policy)
         if isinstance(known, TopLogprobs):
             return known.sampled
@@ -76,7 +87,14 @@ class Rows:
         return support.coarse(self["student"], ids), coarse
 
     def select(self, index: Tensor) -> Rows:
-        """The rows at some indices, in that order."""
+        """Select the rows at some indices, in that order.
+
+        Args:
+            index: Indices `[m]` of rows; an index may stand there twice.
+
+        Returns:
+            The `m` rows.
+        """
         distributions: dict[str, LogProbs] = {}
         for name, logp in self.distributions.items():
             distributions[name] = logp.part(index) if isinstance(logp, TopLogprobs) else logp[index]

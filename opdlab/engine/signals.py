@@ -24,6 +24,9 @@ TOP = 8  # tokens of each policy that `Signals` keeps
 def cheap(rows: Rows) -> dict[str, Tensor]:
     """Compute what training keeps at every step.
 
+    Args:
+        rows: Tokens under all policies.
+
     Returns:
         `[n]` each: `<policy>_logp` of the sampled token, `student_entropy`, and
         `<policy>_reverse_kl` of every other policy. A server that gives top log-probs only has
@@ -58,6 +61,9 @@ def full(k: int = TOP, allow_partial: bool = False) -> Callable[[Rows], dict[str
         allow_partial: Whether a policy that gives only some log-probs contributes what can be known
             (the numbers of `cheap`, the overlap, its own top tokens). By default such a policy
             raises PartialDistribution.
+
+    Returns:
+        The function; it gives a dict of `[n]` or `[n, S]` for `n` tokens.
     """
 
     def measure(rows: Rows) -> dict[str, Tensor]:
