@@ -45,7 +45,16 @@ FORMAT = 2  # of run.json; files without it are of the first
 
 
 def write_checkpoint(run: RunState, folder: Path) -> Path:
-    """Save `run` as `folder/step-NNNNNN`; returns that path.
+    """Save `run` as `folder/step-NNNNNN`.
+
+    A crash at any moment leaves either the complete checkpoint or none under that name.
+
+    Args:
+        run: The run, between two steps.
+        folder: The run's folder; it is made if it is missing.
+
+    Returns:
+        The path of the checkpoint.
 
     Raises:
         OpdlabError: The folder holds checkpoints of another run.
@@ -79,6 +88,13 @@ def update_history(run: RunState, step: Path) -> None:
 
     At every moment the manifest fits the files: it allows the old and the new history while one
     replaces the other.
+
+    Args:
+        run: The run, whose metrics are written.
+        step: The folder of the checkpoint.
+
+    Raises:
+        DamagedFile: The checkpoint's manifest cannot be read.
     """
     history = json.dumps(run.metrics, indent=1).encode()
     manifest = read_json(step / "manifest.json")
@@ -97,7 +113,19 @@ def update_history(run: RunState, step: Path) -> None:
 
 
 def find_checkpoint(path: Path, step: int | None = None) -> Path:
-    """Find the checkpoint of a step, or the one written last, and verify its checksums."""
+    """Find the checkpoint of a step, or the one written last, and verify its checksums.
+
+    Args:
+        path: A run's folder, or one checkpoint, which is then the answer.
+        step: The step to look for in a run's folder; the one written last by default.
+
+    Returns:
+        The checkpoint's folder.
+
+    Raises:
+        OpdlabError: There is no such checkpoint. The message lists those that there are.
+        DamagedFile: A file is missing or not what was written.
+    """
     if (path / "manifest.json").exists():
         return _verify(path)
     there = run_folder.list_checkpoints(path)
@@ -115,6 +143,13 @@ def load_weights(student: Policy, folder: Path) -> None:
     """Put a checkpoint's weights into a policy.
 
     The policy has the same adapter, or the same model in full training.
+
+    Args:
+        student: The policy that gets the weights.
+        folder: The checkpoint's folder.
+
+    Raises:
+        DamagedFile: A file cannot be read, or its tensors do not fit the policy.
     """
     if (folder / "adapter_model.safetensors").exists():
         path, state, saved = (
@@ -132,7 +167,14 @@ def load_weights(student: Policy, folder: Path) -> None:
 
 
 def read_adapter(folder: Path) -> dict[str, Tensor]:
-    """The tensors of a checkpoint's adapter, as `Weights.set_adapter_state` takes them."""
+    """Read the tensors of a checkpoint's adapter, as `Weights.set_adapter_state` takes them.
+
+    Args:
+        folder: The checkpoint's folder.
+
+    Returns:
+        Tensors by name, without the embeddings that lie beside the adapter in the file.
+    """
     beside = _names_beside(folder)
     return {name: value for name, value in _read_adapter_file(folder).items() if name not in beside}
 
@@ -153,7 +195,15 @@ def _names_beside(folder: Path) -> set[str]:
 
 
 def plain_name(name: str, adapter: str | None) -> str:
-    """A parameter's name without the adapter's: `….lora_A.lora3.weight` is `….lora_A.weight`."""
+    """Strip the adapter from a parameter's name: `….lora_A.lora3.weight` gives `….lora_A.weight`.
+
+    Args:
+        name: The parameter's name in the model.
+        adapter: The adapter's name; None for a model without one.
+
+    Returns:
+        The name, which is the same whatever the adapter is called.
+    """
     parts = name.removeprefix(_PEFT).replace(".base_layer.", ".").split(".")
     if adapter in parts:
         del parts[len(parts) - 1 - parts[::-1].index(adapter)]
@@ -247,7 +297,18 @@ def _write_snapshots(run: RunState, folder: Path) -> dict[str, dict[str, str]]:
 
 
 def read_snapshot(path: Path, checksum: str) -> dict[str, Tensor]:
-    """The tensors of one snapshot; raises DamagedFile."""
+    """Read the tensors of one snapshot.
+
+    Args:
+        path: The snapshot's file.
+        checksum: The SHA-256 that the file must have.
+
+    Returns:
+        The adapter's tensors by name.
+
+    Raises:
+        DamagedFile: The file is missing, not what was written, or cannot be read.
+    """
     if not path.exists() or _checksum_of(path) != checksum:
         raise DamagedFile(f"{path} is missing or not what was written.")
     return read_tensors(path)
@@ -282,14 +343,31 @@ def _write_json(path: Path, value: Any) -> None:
 
 
 def json_default(value: Any) -> Any:
-    """What JSON does not know: the sets and choices of PEFT's configurations."""
+    """Turn values of PEFT's configurations that JSON does not know into ones that it does.
+
+    Args:
+        value: A set, an enum member, or anything else.
+
+    Returns:
+        A sorted list, the member's value, or the text of the value.
+    """
     if isinstance(value, (set, frozenset)):
         return sorted(value)
     return value.value if isinstance(value, Enum) else str(value)
 
 
 def read_json(path: Path) -> Any:
-    """The content of a JSON file; raises DamagedFile for one that cannot be read."""
+    """Read a JSON file.
+
+    Args:
+        path: The file.
+
+    Returns:
+        Its content.
+
+    Raises:
+        DamagedFile: The file cannot be read.
+    """
     try:
         return json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:

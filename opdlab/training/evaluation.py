@@ -46,6 +46,17 @@ class Conditions(NamedTuple):
     """All that defines an evaluation beside the policy.
 
     Two evaluations pair where all of it is equal.
+
+    Attributes:
+        task: Name of the task.
+        settings: Settings of the task, as texts by name.
+        verifier: The function that judges.
+        n: How many prompts were asked.
+        prompts: A checksum of everything in them: texts, messages, answers, hints.
+        k: Samples for each prompt.
+        seed: Of the prompts and of the samples.
+        max_new_tokens: How long answers may be, in tokens.
+        temperature: Of the `k` samples; the others are greedy.
     """
 
     task: str
@@ -109,10 +120,20 @@ class Evaluation:
         return wilson(self.avg_at_k, self.prompts)
 
     def pass_at(self, k: int) -> float:
-        """The chance that the best of `k` samples is right (scores above 0.5).
+        """Estimate the chance that the best of `k` samples is right (scores above 0.5).
 
         1 - C(n-c, k) / C(n, k) with c right of n samples, unbiased for k <= n (arXiv 2107.03374),
         as a mean over prompts.
+
+        Args:
+            k: How many samples of each prompt count, at least 1 and at most those that were taken.
+
+        Returns:
+            A chance from 0 to 1.
+
+        Raises:
+            OpdlabError: There are no samples, or fewer than `k`.
+            InvalidValue: `k` is no positive whole number.
         """
         self._require_samples("pass@k")
         k = validate("pass_at", {"k": k}, {"k": Count})["k"]
@@ -145,6 +166,11 @@ class Evaluation:
         """Return the numbers by name.
 
         `low` and `high` are the 95 % interval of the accuracy over that many `prompts`.
+
+        Returns:
+            `accuracy`, `low`, `high` and `prompts`; `length` (tokens) and `cut` where lengths are
+            known;
+            `avg@k` and `pass@k` where there are samples.
         """
         shown = self.interval
         numbers = {
@@ -204,6 +230,9 @@ def evaluate(
             most); changes no result.
         max_new_tokens: How long answers may be; the task's length by default.
         quiet: Whether to leave out the progress bar.
+
+    Returns:
+        The scores of every prompt, and what was asked.
 
     Raises:
         MissingPolicy: The task has no verifier.

@@ -15,6 +15,10 @@ class Claim:
     """A run's claim to train an adapter, or the whole model, alone.
 
     Two runs may be prepared on one student, but only one of them may go on.
+
+    Attributes:
+        weights: The weights that the run trains.
+        adapter: The adapter among them; None for the whole model.
     """
 
     def __init__(self, weights: Weights, adapter: str | None) -> None:

@@ -38,7 +38,13 @@ LEAST_CHANGED = (
 
 @dataclass(frozen=True)
 class Interval:
-    """A 95 % interval for a mean over `prompts` prompts."""
+    """A 95 % interval for a mean over `prompts` prompts.
+
+    Attributes:
+        low: The lower end.
+        high: The upper end.
+        prompts: How many prompts the mean is over.
+    """
 
     low: float
     high: float
@@ -50,7 +56,14 @@ class Interval:
 
 @dataclass(frozen=True, eq=False)
 class Difference:
-    """A paired difference of means with a 95 % interval over prompts."""
+    """A paired difference of means with a 95 % interval over prompts.
+
+    Attributes:
+        mean: The mean of `after - before`.
+        low: The lower end of the interval.
+        high: The upper end of the interval.
+        prompts: How many prompts the mean is over.
+    """
 
     mean: float
     low: float
@@ -73,6 +86,16 @@ def wilson(mean: float, prompts: int) -> Interval:
     """Compute Wilson's interval for the mean of `prompts` scores from 0 to 1.
 
     It is the textbook interval where all scores are 0 or 1.
+
+    Args:
+        mean: Mean of the scores, from 0 to 1.
+        prompts: How many scores there are, at least 1.
+
+    Returns:
+        The 95 % interval, within 0 to 1.
+
+    Raises:
+        EmptyPrompts: There are no prompts.
     """
     if prompts < 1:
         raise EmptyPrompts("An interval needs at least one prompt. Evaluate on some.")
@@ -86,10 +109,17 @@ def wilson(mean: float, prompts: int) -> Interval:
 
 
 def paired(after: Sequence[float] | np.ndarray, before: Sequence[float] | np.ndarray) -> Difference:
-    """Mean of `after - before`, one number a prompt each, with a 95 % interval.
+    """Compute the mean of `after - before`, one number per prompt each, with a 95 % interval.
 
     Scores from 0 to 1 get Tango's interval, other numbers Student's. Where numbers without bounds
     all changed alike, their common change bounds what the next prompt is taken to do.
+
+    Args:
+        after: One number per prompt, `[P]`.
+        before: One number for each of the same prompts, `[P]`.
+
+    Returns:
+        The difference; its interval contains 0 where fewer than `LEAST_CHANGED` numbers changed.
 
     Raises:
         InvalidValue: The two do not have one number for each of the same prompts.
@@ -128,7 +158,14 @@ def paired(after: Sequence[float] | np.ndarray, before: Sequence[float] | np.nda
 
 
 def tango(change: np.ndarray) -> tuple[float, float]:
-    """Tango's score interval for the mean of changes from -1 to 1, one a prompt."""
+    """Compute Tango's score interval for the mean of changes from -1 to 1, one per prompt.
+
+    Args:
+        change: The changes, `[P]`.
+
+    Returns:
+        The lower and the upper end of the 95 % interval.
+    """
     gained, lost, prompts = (
         float(change.clip(min=0).sum()),
         float(-change.clip(max=0).sum()),

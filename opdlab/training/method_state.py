@@ -53,7 +53,13 @@ _MOST = 1000  # entries of a container that are looked at, half of them at each 
 
 
 def keeps_state(method: Any) -> bool:
-    """Whether a method says how its state is saved.
+    """Tell whether a method says how its state is saved.
+
+    Args:
+        method: The method.
+
+    Returns:
+        True if it has `state_dict` and `load_state_dict`, False if it has neither.
 
     Raises:
         OpdlabError: It has one half of the protocol only.
@@ -70,7 +76,13 @@ def keeps_state(method: Any) -> bool:
 
 
 def read_state(method: Any) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """A method's state: copies of its tensors, and the rest as JSON holds it.
+    """Read a method's state: copies of its tensors, and the rest as JSON holds it.
+
+    Args:
+        method: A method that keeps state.
+
+    Returns:
+        The tensors by name, and the plain values by name.
 
     Raises:
         InvalidValue: `state_dict` returned something that cannot be saved.
@@ -114,7 +126,12 @@ def _check_plain(value: Any, where: str) -> None:
 
 
 def write_state(method: Any, folder: Path) -> None:
-    """Save the state of a method that has one into a checkpoint's folder."""
+    """Save the state of a method that has one into a checkpoint's folder.
+
+    Args:
+        method: The method; one without state writes nothing.
+        folder: The checkpoint's folder.
+    """
     if not keeps_state(method):
         return
     tensors, plain = read_state(method)
@@ -127,6 +144,11 @@ def write_state(method: Any, folder: Path) -> None:
 
 def restore_state(method: Any, folder: Path, device: torch.device) -> None:
     """Give a method the state that a checkpoint holds, if it has one.
+
+    Args:
+        method: The method.
+        folder: The checkpoint's folder.
+        device: Where tensors go that were not on a CPU when they were saved.
 
     Raises:
         DamagedFile: The file cannot be read.
@@ -163,6 +185,13 @@ def restoring_on_failure(method: Any, is_counted: Callable[[], bool]) -> Iterato
     """Put a method's state back if the block fails before its step is counted.
 
     So a step that is repeated counts nothing twice.
+
+    Args:
+        method: The method; nothing is done for one without state.
+        is_counted: Tells whether the step counts already.
+
+    Yields:
+        Nothing; the block runs once.
     """
     if not keeps_state(method):
         yield
@@ -180,6 +209,13 @@ class Memory:
     """Watches for what a method remembers without saying so.
 
     `Memory(method)` at the beginning of a run; `moved()` later names what is no longer as it was.
+
+    Attributes:
+        method: The method that is watched.
+
+    Raises:
+        OpdlabError: The method has one half of the protocol of state only.
+        InvalidValue: Its state cannot be saved.
     """
 
     def __init__(self, method: Any) -> None:
@@ -191,7 +227,11 @@ class Memory:
         self._told = False
 
     def moved(self) -> list[str]:
-        """Name the attributes, enclosing variables and globals that changed since the beginning."""
+        """Name the attributes, enclosing variables and globals that changed since the beginning.
+
+        Returns:
+            Their names, sorted.
+        """
         now = _remembered_values(self.method)
         return sorted(
             name
@@ -200,7 +240,11 @@ class Memory:
         )
 
     def forgotten(self) -> list[str]:
-        """Name what has changed and no checkpoint holds; warns the first time."""
+        """Name what has changed and no checkpoint holds; warns the first time.
+
+        Returns:
+            Their names, sorted; none for a method that saves its state.
+        """
         names = [] if self._is_saved else self.moved()
         if names and not self._told:
             self._told = True

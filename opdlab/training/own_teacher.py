@@ -39,9 +39,16 @@ def warn_of_own_teacher(
 
 
 def is_same_distribution(one: Policy, other: Any) -> bool:
-    """Whether two policies are one distribution.
+    """Tell whether two policies are one distribution.
 
     They share weights and context, and have the same adapter or equal copies of it.
+
+    Args:
+        one: A policy.
+        other: Another grader; one that is no `Policy` is never the same.
+
+    Returns:
+        True if they are the same.
     """
     if not isinstance(other, Policy):
         return False

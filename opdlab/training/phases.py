@@ -63,7 +63,14 @@ class Learned:
 
 
 def write_rollout(run: RunState) -> Rollout:
-    """Write the step's rollout: the student's texts, and the share that others write."""
+    """Write the step's rollout: the student's texts, and the share that others write.
+
+    Args:
+        run: The run, between two steps.
+
+    Returns:
+        The completions of this process, those of the student first.
+    """
     settings = run.settings
     world, rank = run.accelerator.num_processes, run.accelerator.process_index
     prompts = run.task.training_batch(settings.batch * world, run.done, settings.seed)
@@ -112,7 +119,15 @@ def _write_by(run: RunState, name: str, prompts: list[Prompt], config: SamplingC
 
 
 def plan_step(run: RunState, rollout: Rollout) -> Planned:
-    """Let the method plan on the whole batch; policies grade it when the plan asks for them."""
+    """Let the method plan on the whole batch; policies grade it when the plan asks for them.
+
+    Args:
+        run: The run.
+        rollout: The step's rollout.
+
+    Returns:
+        The batch with the columns of the plan.
+    """
     processes = AcceleratedProcesses(run.accelerator)
     batch = Batch(rollout, run.policies, run.task, run.done, processes)
     with backbone_precision(run):
@@ -124,6 +139,13 @@ def plan_step(run: RunState, rollout: Rollout) -> Planned:
 
 def accumulate_gradient(run: RunState, planned: Planned) -> Learned:
     """Run the loss on all micro-batches and add its gradient to the parameters, over all processes.
+
+    Args:
+        run: The run; its parameters get the gradient, clipped by `Settings.clip`.
+        planned: The step's batch with the plan.
+
+    Returns:
+        The numbers of every token, and the length of the gradient before clipping.
 
     Raises:
         NonFinite: A loss or the gradient is NaN or infinite. The weights are as they were.
@@ -182,10 +204,17 @@ def _backward(run: RunState, planned: Planned, rows: range, weight: Tensor, chec
 
 
 def token_weights(run: RunState, rollout: Rollout) -> Tensor:
-    """Each token's share of the step's mean, `[tokens]`, by `Settings.normalize`.
+    """Compute each token's share of the step's mean, by `Settings.normalize`.
 
     Counted over the tokens that the loss sees and over all processes, so neither micro-batches nor
     the split among processes matter. Tokens that the loss does not see have no share.
+
+    Args:
+        run: The run.
+        rollout: The step's rollout in this process.
+
+    Returns:
+        `[tokens]`, zero on tokens that the loss does not see.
     """
     learned = rollout.learn.sum(1).double()  # [B]
     local = torch.stack([torch.full_like(learned[:1].sum(), len(rollout)), learned.sum()])
@@ -202,7 +231,11 @@ def token_weights(run: RunState, rollout: Rollout) -> Tensor:
 
 
 def reduce_gradients(run: RunState) -> None:
-    """Add up the gradients of all processes; parameters without one get zeros."""
+    """Add up the gradients of all processes; parameters without one get zeros.
+
+    Args:
+        run: The run; the gradients of its parameters change in place.
+    """
     for parameter in run.parameters.values():
         if parameter.grad is None:
             parameter.grad = torch.zeros_like(parameter)
@@ -215,6 +248,9 @@ def reduce_gradients(run: RunState) -> None:
 
 def update_weights(run: RunState) -> float:
     """Move the student and its average, and count the step.
+
+    Args:
+        run: The run; its parameters have the step's gradient.
 
     Returns:
         The learning rate that was used.
@@ -231,7 +267,14 @@ def update_weights(run: RunState) -> float:
 
 
 def backbone_precision(run: RunState) -> AbstractContextManager[None]:
-    """Use one precision for all that a step asks of models: writing, grading, the loss pass."""
+    """Use one precision for all that a step asks of models: writing, grading, the loss pass.
+
+    Args:
+        run: The run; `Settings.precision` decides.
+
+    Returns:
+        A context: autocast to bf16 for "bf16", else one without effect.
+    """
     return autocast_backbones(run.settings.precision == "bf16")
 
 

@@ -96,6 +96,10 @@ def _check_tokens(
 def check_writers(method: Method, teacher: Any) -> None:
     """Check that a method that lets the teacher write has one that can.
 
+    Args:
+        method: The method.
+        teacher: As it was given to `distill`; None for none.
+
     Raises:
         MissingPolicy: There is no teacher, or it only grades.
     """
@@ -114,7 +118,15 @@ def check_writers(method: Method, teacher: Any) -> None:
 
 
 def prompts_to_check(task: Task, settings: Settings) -> list[Prompt]:
-    """All training prompts of a task that lists them, else those of the first steps."""
+    """List all training prompts of a task that lists them, else those of the first steps.
+
+    Args:
+        task: The task.
+        settings: The run's settings: batch, steps and seed.
+
+    Returns:
+        The prompts; of a task that draws them, those of enough steps for `DRAWN` prompts.
+    """
     if task.pool.get("train"):
         return list(task.pool["train"])
     steps = min(settings.steps, -(-DRAWN // settings.batch))
@@ -126,6 +138,12 @@ def prompts_to_check(task: Task, settings: Settings) -> list[Prompt]:
 
 def check_answers(prompts: Sequence[Prompt]) -> list[str]:
     """Return the answers of prompts that are trained on.
+
+    Args:
+        prompts: The prompts, with their answers.
+
+    Returns:
+        One answer per prompt.
 
     Raises:
         OpdlabError: A prompt has none.

@@ -12,13 +12,23 @@ class AcceleratedProcesses:
     """Sums and gathers over the processes of an Accelerate run.
 
     In a run of one process they give its own values back.
+
+    Args:
+        accelerator: The processes of the run.
     """
 
     def __init__(self, accelerator: Accelerator) -> None:
         self._accelerator = accelerator
 
     def sum(self, values: Tensor) -> Tensor:
-        """Add up a tensor over all processes."""
+        """Add up a tensor over all processes.
+
+        Args:
+            values: A tensor of any shape, the same shape in every process.
+
+        Returns:
+            The sum, the same in every process.
+        """
         total: Tensor = self._accelerator.reduce(values, "sum")
         return total
 
@@ -26,6 +36,12 @@ class AcceleratedProcesses:
         """Put the rows `[n, ...]` of all processes together, in the order of their ranks.
 
         `n` may differ among the processes.
+
+        Args:
+            values: `[n, ...]` of this process.
+
+        Returns:
+            `[N, ...]`, the same in every process.
         """
         if self._accelerator.num_processes == 1:
             return values

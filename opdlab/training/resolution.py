@@ -67,6 +67,10 @@ def resolve_policies(
 def check_overrides(method: Any, overrides: Any) -> None:
     """Check the user's `policies=` before any of them is used.
 
+    Args:
+        method: The method that reads the policies.
+        overrides: As it was given to `distill`.
+
     Raises:
         InvalidValue: It is no dict, names a policy that the method does not read, or holds
             something that cannot teach.
@@ -100,6 +104,9 @@ def missing_policy_error(method: object, name: str) -> MissingPolicy:
     Args:
         method: The method that needs it.
         name: As in the method's `needs`, e.g. "teacher+hint".
+
+    Returns:
+        The error, to be raised. Its message says what to give, or which methods do without.
     """
     base = parse_need(name).policy
     if base == "teacher":
@@ -116,7 +123,14 @@ def missing_policy_error(method: object, name: str) -> MissingPolicy:
 
 
 def grader_names(policies: Mapping[str, Any]) -> list[str]:
-    """List the policies that grade the student's own tokens: all but `….text` and `….spans`."""
+    """List the policies that grade the student's own tokens: all but `….text` and `….spans`.
+
+    Args:
+        policies: The policies by name.
+
+    Returns:
+        Their names, in order.
+    """
     return [name for name in policies if parse_need(name).access is Access.LOGITS]
 
 
@@ -146,7 +160,13 @@ def start_average(
 
 
 def move_average(average: Policy, student: Policy, rate: float) -> None:
-    """Move the average towards the student: `w <- (1 - rate) w + rate w_student`."""
+    """Move the average towards the student: `w <- (1 - rate) w + rate w_student`.
+
+    Args:
+        average: The moving average, changed in place.
+        student: The student, as it is after its update.
+        rate: How far to move, from 0 to 1.
+    """
     with torch.no_grad():
         theirs = trained_tensors(student)
         for name, ours in trained_tensors(average).items():
@@ -154,7 +174,14 @@ def move_average(average: Policy, student: Policy, rate: float) -> None:
 
 
 def trained_tensors(policy: Policy) -> dict[str, torch.Tensor]:
-    """Return the tensors that training moves, by name: the adapter's, or the model's. No copies."""
+    """Return the tensors that training moves, by name: the adapter's, or the model's.
+
+    Args:
+        policy: The policy; without an adapter all parameters of its model count.
+
+    Returns:
+        The tensors themselves, not copies.
+    """
     if policy.adapter is None:
         return dict(policy.weights.model.named_parameters())
     return policy.weights.adapter_state(policy.adapter)

@@ -43,7 +43,12 @@ _ADAPTER = (
 
 @dataclass(frozen=True)
 class SavedRun:
-    """A checkpoint that was found and verified, and what its `run.json` says."""
+    """Hold a checkpoint that was found and verified, and what its `run.json` says.
+
+    Attributes:
+        folder: The checkpoint's folder.
+        said: The content of `run.json`.
+    """
 
     folder: Path
     said: Mapping[str, Any]
@@ -69,6 +74,14 @@ def fit_adapter(run: RunState, saved: SavedRun) -> None:
     """Give a student without adapter the one that the checkpoint describes.
 
     Refuses a student with another adapter.
+
+    Args:
+        run: The new run; its student may get an adapter.
+        saved: The checkpoint; one of full training has no adapter, and nothing is done.
+
+    Raises:
+        OpdlabError: The student has an adapter of other settings.
+        DamagedFile: The description of the adapter cannot be read.
     """
     path = saved.folder / "adapter_config.json"
     if not path.exists():
@@ -101,6 +114,10 @@ def restore_optimizer(run: RunState, saved: SavedRun) -> None:
     """Give every parameter its optimizer state.
 
     States are matched by names that do not depend on the adapter's name.
+
+    Args:
+        run: The new run, whose optimizer gets the states.
+        saved: The checkpoint; one of step 0 may hold no states.
 
     Raises:
         DamagedFile: A parameter has no state, or one of another shape.

@@ -63,6 +63,9 @@ def resume(
         options: Options of `distill`. `save=` another folder to go on there. Settings that change
             the training are taken from then on, with a warning; the rank of the adapter is fixed.
 
+    Returns:
+        The run, ready for the step after the checkpoint's.
+
     Raises:
         DamagedFile: The checkpoint is not what was written, or does not fit the run.
         OpdlabError: What is given is not what the run was trained with; or `steps` lie behind it.

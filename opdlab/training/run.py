@@ -139,6 +139,13 @@ def prepare(
         recorded: All settings of a run that goes on; the user's go before them.
         admit: Looks at the run before it gets an adapter and an optimizer, with the user's
             policies.
+
+    Returns:
+        The run, before its first step.
+
+    Raises:
+        OpdlabError: There is no task, or the arguments do not fit together. Its kinds say what is
+            wrong: `MissingPolicy`, `InvalidValue`, and others.
     """
     if teacher is not None:
         expect_teacher(teacher, "distill")
@@ -162,6 +169,9 @@ class Run(RunState):
 
     `history` is a data frame of metrics; `save` writes a checkpoint, and `opdlab.resume` takes one
     up again. The other attributes are those of `RunState`, and `last`, the step done last.
+
+    Attributes:
+        last: The step done last; None before the first.
     """
 
     def __init__(
@@ -276,13 +286,23 @@ class Run(RunState):
             saving.keep_accuracy(self, evaluate(self.student, self.task).accuracy)
 
     def train(self) -> Run:
-        """Run all remaining steps; returns itself."""
+        """Run all remaining steps.
+
+        Returns:
+            The run itself.
+        """
         for _ in self:
             pass
         return self
 
     def at(self, step: int) -> Policy:
-        """The student as it was after `step`, from the snapshots kept by `snapshot_every`.
+        """Return the student as it was after `step`, from the snapshots kept by `snapshot_every`.
+
+        Args:
+            step: Number of steps done; 0 is the student before any update.
+
+        Returns:
+            A frozen policy with the snapshot's adapter, on the same weights.
 
         Raises:
             OpdlabError: There is no snapshot of that step.
@@ -299,10 +319,18 @@ class Run(RunState):
     def save(self, path: str | os.PathLike[str] | None = None) -> Path:
         """Write a checkpoint, atomically.
 
-        A crash at any moment leaves the earlier checkpoints, and a complete new one or
-        none.
+        A crash at any moment leaves the earlier checkpoints, and a complete new one or none. Of
+        several
+        processes the main one writes.
 
-        Of several processes the main one writes.
+        Args:
+            path: The folder to write into; the run's own by default.
+
+        Returns:
+            The path of the checkpoint.
+
+        Raises:
+            OpdlabError: There is no folder, or it holds checkpoints of another run.
         """
         return saving.save_checkpoint(self, path)
 
@@ -312,6 +340,11 @@ class Run(RunState):
         """Go on after `done` steps, with the history and the snapshots until then.
 
         For `opdlab.resume`.
+
+        Args:
+            done: How many steps are done.
+            metrics: The metrics of each of them.
+            snapshots: The student's adapter after some of them, by step.
         """
         self.done, self.metrics = done, list(metrics)
         self.snapshots = {**self.snapshots, **snapshots}

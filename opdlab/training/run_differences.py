@@ -9,13 +9,17 @@ from typing import Any
 def find_differences(
     saved: Mapping[str, Any], given: Mapping[str, Any], moved: Sequence[str] = ()
 ) -> dict[str, str]:
-    """What differs between two descriptions, by part, each in words that name both values.
+    """Find the parts in which two descriptions of a run differ.
 
     Args:
         saved: The description at the beginning of the run.
         given: The description of what it is to go on with.
         moved: What the method changed by itself in the meantime (`method_state.Memory`), which
             tells nothing.
+
+    Returns:
+        By part ("student", "tokenizer", "task", "teacher", "policies", "method"), a text that names
+        both values; parts that agree are left out.
     """
     same_versions = saved.get("transformers") == given.get("transformers")
     tokenizer = _tokenizers(saved["tokenizer"], given["tokenizer"])
@@ -112,7 +116,16 @@ def _tasks(saved: Mapping[str, Any], given: Mapping[str, Any]) -> str:
 
 
 def same_function(saved: Any, given: Any) -> bool:
-    """Whether two described functions are one, wherever the module now lies that defines it."""
+    """Tell whether two described functions are one, wherever the module now lies that defines it.
+
+    Args:
+        saved: The description in the checkpoint.
+        given: The description of the function that was given now.
+
+    Returns:
+        True if their sources agree, or, where a source is unknown, their bare names, and if their
+        bound arguments agree.
+    """
     if not (isinstance(saved, dict) and isinstance(given, dict)):
         return bool(saved == given)
     if saved.get("source") and given.get("source"):

@@ -25,7 +25,13 @@ _STEP = re.compile(r"step-(\d{6,})")
 
 @dataclass(frozen=True)
 class Lineage:
-    """The name of a run, and of the runs that it was resumed from."""
+    """The name of a run, and of the runs that it was resumed from.
+
+    Attributes:
+        name: The run's own name, random.
+        ancestors: For each earlier run, the last step of it that is on this run's path.
+        root: The run that was not resumed from any other; None if it is this one.
+    """
 
     name: str = field(default_factory=lambda: uuid.uuid4().hex[:12])
     ancestors: Mapping[str, int] = field(default_factory=dict)
@@ -37,11 +43,26 @@ class Lineage:
         return self.name if self.root is None else self.root
 
     def includes(self, name: str, step: int) -> bool:
-        """Whether the checkpoint that run `name` wrote after `step` is on this run's path."""
+        """Tell whether the checkpoint that run `name` wrote after `step` is on this run's path.
+
+        Args:
+            name: The run that wrote it.
+            step: The step after which it was written.
+
+        Returns:
+            True for this run's own checkpoints, and for earlier runs' up to where they were left.
+        """
         return name == self.name or step <= self.ancestors.get(name, -1)
 
     def child(self, step: int) -> Lineage:
-        """The lineage of a run that takes this one up after `step`."""
+        """Make the lineage of a run that takes this one up after `step`.
+
+        Args:
+            step: The step of the checkpoint that is resumed.
+
+        Returns:
+            A lineage with a new name and this run among the ancestors.
+        """
         kept = {name: min(last, step) for name, last in self.ancestors.items()}
         return Lineage(ancestors={**kept, self.name: step}, root=self.family)
 
@@ -51,6 +72,13 @@ class Saved:
     """A checkpoint in a folder.
 
     `family` is the run at the beginning of those that were resumed one from the other.
+
+    Attributes:
+        path: The checkpoint's folder.
+        step: The step after which it was written.
+        run: Name of the run that wrote it.
+        family: Name of the first of the runs that were resumed one from the other.
+        serial: Place in the order of writing; infinite for a checkpoint that cannot be read.
     """
 
     path: Path
@@ -61,7 +89,14 @@ class Saved:
 
 
 def list_checkpoints(folder: Path) -> list[Saved]:
-    """The complete checkpoints in a run's folder, in the order in which they were written."""
+    """List the complete checkpoints in a run's folder, in the order in which they were written.
+
+    Args:
+        folder: The run's folder; one that does not exist holds none.
+
+    Returns:
+        The checkpoints.
+    """
     if not folder.is_dir():
         return []
     found = []
@@ -86,7 +121,14 @@ def _read(path: Path, step: int) -> Saved:
 
 
 def next_serial(folder: Path) -> int:
-    """One more than any checkpoint in the folder has."""
+    """Return a serial number that is one more than any checkpoint in the folder has.
+
+    Args:
+        folder: The run's folder.
+
+    Returns:
+        The number, 1 for an empty folder.
+    """
     return 1 + int(
         max((one.serial for one in list_checkpoints(folder) if one.serial < math.inf), default=0)
     )
@@ -94,6 +136,10 @@ def next_serial(folder: Path) -> int:
 
 def check_owner(folder: Path, lineage: Lineage) -> None:
     """Refuse a folder that holds checkpoints of a run that did not begin with this one.
+
+    Args:
+        folder: The folder to write into.
+        lineage: The run that wants to write.
 
     Raises:
         OpdlabError: With the steps that lie there.

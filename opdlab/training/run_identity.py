@@ -37,6 +37,9 @@ def describe_run(
         given: The user's `policies=`.
         drawn: Number of prompts and seed with which the task is looked at; by default those of the
             first step.
+
+    Returns:
+        A description by part, as it is after saving as JSON and loading.
     """
     batch, seed = drawn or (run.settings.batch, run.settings.seed)
     prompts = run.task.prompts(batch, seed=seed_of(seed, 0, 0))
@@ -60,12 +63,27 @@ def describe_run(
 
 
 def as_json(value: Any) -> Any:
-    """A description as it is after saving and loading."""
+    """Turn a description into what it is after saving and loading.
+
+    Args:
+        value: JSON data; tuples become lists, and all keys texts.
+
+    Returns:
+        A copy.
+    """
     return json.loads(json.dumps(value))
 
 
 def describe_student(policy: Policy, without: Container[str] = ()) -> dict[str, Any]:
-    """Describe the model under a policy, and its adapter if that changes anything yet."""
+    """Describe the model under a policy, and its adapter if that changes anything yet.
+
+    Args:
+        policy: The policy.
+        without: Names of base tensors that do not count.
+
+    Returns:
+        Source, class, dtype, configuration, and digests of weights and adapter.
+    """
     weights = policy.weights
     base = {
         name: value
@@ -83,7 +101,15 @@ def describe_student(policy: Policy, without: Container[str] = ()) -> dict[str, 
 
 
 def describe_tokenizer(policy: Policy, prompts: list[Prompt]) -> dict[str, Any]:
-    """Describe the tokens, the chat template, the EOS set, and the first prompts as tokens."""
+    """Describe the tokens, the chat template, the EOS set, and the first prompts as tokens.
+
+    Args:
+        policy: The policy whose tokenizer is described.
+        prompts: The prompts to encode.
+
+    Returns:
+        Digests of vocabulary, chat template and encoded prompts, and the ids that end a text.
+    """
     template = getattr(policy.tokenizer, "chat_template", None)
     return {
         "vocabulary": fingerprints.vocabulary_digest(policy.tokenizer),
@@ -96,7 +122,15 @@ def describe_tokenizer(policy: Policy, prompts: list[Prompt]) -> dict[str, Any]:
 
 
 def describe_task(task: Task, prompts: list[Prompt]) -> dict[str, Any]:
-    """A task's name and settings, the prompts of the first step, and the function that judges."""
+    """Describe a task: its name, its settings, the first prompts, and the function that judges.
+
+    Args:
+        task: The task.
+        prompts: The prompts of the first step.
+
+    Returns:
+        The description; of the prompts, a digest.
+    """
     read = [[p.text, fingerprints.describe(p.messages), p.answer, p.hint] for p in prompts]
     return {
         "name": task.name,
@@ -120,6 +154,13 @@ def describe_teacher(teacher: Any, prompts: list[Prompt]) -> dict[str, Any] | No
 
     A local model is described by its weights and by the first prompts as it reads them, a
     server by its kind and its model's name.
+
+    Args:
+        teacher: Any grader or writer, or None.
+        prompts: The prompts of the first step.
+
+    Returns:
+        The description, or None for no teacher.
     """
     if teacher is None:
         return None
@@ -150,7 +191,14 @@ def _behind(teacher: Any) -> Policy | None:
 
 
 def describe_method(method: Any) -> dict[str, Any]:
-    """Describe a method: its class, its options, and the source of a user's own."""
+    """Describe a method: its class, its options, and the source of a user's own.
+
+    Args:
+        method: The method.
+
+    Returns:
+        Its class, its options, and a digest of the source of a class from outside opdlab.
+    """
     kind = type(method)
     named = (
         [f.name for f in fields(method)]

@@ -24,6 +24,12 @@ def check_parameters(student: Policy) -> None:
     All policies share these weights, and neither snapshots nor frozen policies hold them.
 
     Called before the adapter is made, which would freeze them without a word, and after.
+
+    Args:
+        student: The policy that will train through an adapter.
+
+    Raises:
+        OpdlabError: The base model has parameters that would be trained.
     """
     model = student.weights.model
     base = {
@@ -45,7 +51,15 @@ def check_parameters(student: Policy) -> None:
 
 
 def is_saved(run: RunState) -> bool:
-    """Whether a checkpoint of the run's latest step is kept: the last one always is."""
+    """Tell whether a checkpoint of the run's latest step is kept: the last one always is.
+
+    Args:
+        run: The run.
+
+    Returns:
+        True in the main process of a run with a folder, where `save_every` or the last step says
+        so.
+    """
     s = run.settings
     due = run.done == s.steps or (s.save_every > 0 and run.done % s.save_every == 0)
     return run.folder is not None and due and run.done > 0 and run.accelerator.is_main_process
@@ -54,7 +68,17 @@ def is_saved(run: RunState) -> bool:
 def save_checkpoint(run: RunState, path: Any = None) -> Path:
     """Write a checkpoint into `path`, or into the run's folder.
 
-    Returns where it is. Of several processes the main one writes.
+    Of several processes the main one writes. An interrupt waits until the checkpoint is complete.
+
+    Args:
+        run: The run.
+        path: The folder to write into; the run's own by default.
+
+    Returns:
+        The path of the checkpoint, the same in every process.
+
+    Raises:
+        OpdlabError: There is no folder, or it holds checkpoints of another run.
     """
     folder = run.folder if path is None else run_folder.check_folder(path, "save got path")
     if folder is None:
@@ -69,6 +93,9 @@ def keep_snapshot(run: RunState) -> None:
     """Keep a snapshot of the adapter as it is now.
 
     Full training keeps none, since every copy would be a whole model.
+
+    Args:
+        run: The run; `snapshots` gets an entry on the CPU.
     """
     if run.student.adapter:
         state = run.student.weights.adapter_state(run.student.adapter)
@@ -76,7 +103,14 @@ def keep_snapshot(run: RunState) -> None:
 
 
 def is_evaluation_due(run: RunState) -> bool:
-    """Whether the run's latest step is to be evaluated and has not been yet."""
+    """Tell whether the run's latest step is to be evaluated and has not been yet.
+
+    Args:
+        run: The run.
+
+    Returns:
+        True if `evaluate_every` divides the steps done and their accuracy is not known.
+    """
     every = run.settings.evaluate_every
     return (
         bool(every and run.metrics) and run.done % every == 0 and "accuracy" not in run.metrics[-1]
@@ -84,7 +118,12 @@ def is_evaluation_due(run: RunState) -> bool:
 
 
 def keep_accuracy(run: RunState, accuracy: float) -> None:
-    """Add the accuracy to the history of the latest step, and to its checkpoint if there is one."""
+    """Add the accuracy to the history of the latest step, and to its checkpoint if there is one.
+
+    Args:
+        run: The run.
+        accuracy: Mean score from 0 to 1.
+    """
     run.metrics[-1]["accuracy"] = accuracy
     if run.folder is None or not run.accelerator.is_main_process:
         return

@@ -102,14 +102,28 @@ class Settings:
             )
 
     def rate(self, done: int) -> float:
-        """The learning rate of the update after `done` others."""
+        """Compute the learning rate of the update after `done` others.
+
+        Args:
+            done: How many updates were made before.
+
+        Returns:
+            The learning rate: a linear warm-up, then constant or along a cosine to zero.
+        """
         warm = min(1.0, (done + 1) / (self.warmup + 1))
         if self.schedule == "constant":
             return self.lr * warm
         return self.lr * warm * 0.5 * (1 + math.cos(math.pi * done / self.steps))
 
     def sampling(self, seed: int) -> SamplingConfig:
-        """How the run samples completions."""
+        """Return how the run samples completions.
+
+        Args:
+            seed: The seed of the draws.
+
+        Returns:
+            Length, temperature, top_p and seed.
+        """
         return SamplingConfig(
             max_new_tokens=self.max_new_tokens,
             temperature=self.temperature,
@@ -130,6 +144,9 @@ def make_settings(
         method: The method whose recipe counts, or None.
         task: The task whose recipe and length limit count.
         where: The function that was called, for errors.
+
+    Returns:
+        The settings, checked.
 
     Raises:
         InvalidValue: A name that is no setting, or a value that cannot be right.

@@ -38,6 +38,12 @@ def steps(run: Run) -> list[int]:
     """List the steps whose student is known, in order.
 
     They are those of `run.snapshots` and of the checkpoints in the run's folder.
+
+    Args:
+        run: The run.
+
+    Returns:
+        Numbers of steps done; 0 is the student before any update.
     """
     return sorted({*run.snapshots, *_saved(run)})
 

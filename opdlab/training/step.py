@@ -54,6 +54,9 @@ class Step:
         """Make a `Trace` of the step's tokens.
 
         It has no top tokens; `opdlab.score` on `step.rollout` adds them.
+
+        Returns:
+            The trace, with the columns and notes of the method's plan.
         """
         graders = {name: self.policies[name] for name in grader_names(self.policies)}
         return record_trace(

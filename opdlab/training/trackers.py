@@ -17,6 +17,13 @@ def make_accelerator(log_with: Any, folder: Path | None) -> Accelerator:
 
     Trackers that keep files put them into the run's folder.
 
+    Args:
+        log_with: A tracker's name, a tracker, a list of them, or None.
+        folder: The run's folder; None puts trackers' files under `runs`.
+
+    Returns:
+        The accelerator.
+
     Raises:
         InvalidValue: There is no such tracker, or its package is not installed.
     """
@@ -30,6 +37,12 @@ def check_trackers(log_with: Any) -> None:
     """Refuse values that are no tracker, and trackers whose package is missing.
 
     Accelerate would leave these out without a word.
+
+    Args:
+        log_with: A tracker's name, a tracker, a list of them, or None.
+
+    Raises:
+        InvalidValue: There is no such tracker, or its package is not installed.
     """
     known = {str(name): name for name in LOGGER_TYPE_TO_CLASS}
     installed = {str(name) for name in get_available_trackers()}

@@ -20,11 +20,14 @@ from opdlab.training.settings import Settings
 
 
 def read_lora_setting(student: Policy, given: Mapping[str, Any]) -> dict[str, int]:
-    """The `lora` of a run whose student has an adapter already: that adapter's own rank.
+    """Read the `lora` of a run whose student has an adapter already: that adapter's own rank.
 
     Args:
         student: The policy to be trained.
         given: The settings that the user passes.
+
+    Returns:
+        `{"lora": rank}`, or an empty dict for a student without an adapter.
 
     Raises:
         InvalidValue: The user asks for another rank, which the adapter cannot take.
