@@ -111,12 +111,28 @@ class Alignment(View):
 
     @classmethod
     def fits(cls, given: object, sample: int = 0) -> bool:
-        """Return whether `given` is a trace whose plan noted the spans of this completion."""
+        """Return whether `given` is a trace whose plan noted the spans of this completion.
+
+        Args:
+            given: Anything.
+            sample: The completion whose spans are wanted.
+
+        Returns:
+            Whether `of_trace(given, sample)` would work.
+        """
         return isinstance(given, Trace) and sample in _find_spans(given)
 
     @classmethod
     def example(cls, tokens: Sequence[bytes] = EXAMPLE_TOKENS, words: str = EXAMPLE_WORDS) -> Self:
-        """Make the alignment of a text with the same text in pieces of three bytes."""
+        """Make the alignment of a text with the same text in pieces of three bytes.
+
+        Args:
+            tokens: The bytes of the text's tokens.
+            words: The title, and the name of both models.
+
+        Returns:
+            The alignment.
+        """
         raw = b"".join(tokens).decode("utf-8", "replace").encode()
         thirds = [raw[i : i + 3] for i in range(0, len(raw), 3)]
         return cls(tokens, thirds, title=words, names=(words, f"{words}, in threes"))
@@ -130,6 +146,9 @@ class Alignment(View):
             ours: The student's tokenizer.
             theirs: The teacher's tokenizer.
             options: Other arguments of `Alignment`.
+
+        Returns:
+            The alignment, without KL unless `options` has `kl`.
         """
         return cls(_cut(text, ours), _cut(text, theirs), **options)
 
@@ -141,6 +160,9 @@ class Alignment(View):
             trace: The trace of a step of SpanOPD, or of another method that notes `Alignments`.
             sample: The completion.
             options: Other arguments of `Alignment`.
+
+        Returns:
+            The alignment, coloured by the KL of each span.
 
         Raises:
             OpdlabError: The spans of this completion were not noted.
@@ -187,7 +209,11 @@ class Alignment(View):
         return table if self.kl is None else table.assign(kl=self._kl())
 
     def data(self) -> dict[str, Any]:
-        """Return all that the script draws."""
+        """Return all that the script draws.
+
+        Returns:
+            Plain data and numpy arrays, as `static/alignment.js` reads them.
+        """
         return {
             "title": self.title,
             "names": list(self.names),
@@ -202,7 +228,11 @@ class Alignment(View):
         }
 
     def static(self) -> str:
-        """Return the picture as HTML without a script."""
+        """Return the picture as HTML without a script.
+
+        Returns:
+            Markup with the first 400 spans; every foreign string in it is escaped.
+        """
         cells = "".join(self._draw_cell(i, piece) for i, piece in enumerate(self.pieces[:STILL]))
         left = len(self.pieces) - STILL
         more = f'<span class="opd-soft">… {left:,} more spans</span>' if left > 0 else ""
@@ -291,6 +321,13 @@ def find_pieces(ours: Sequence[bytes], theirs: Sequence[bytes]) -> Iterator[Piec
     """Yield the spans of two token rows, with the part where they differ as one unmatched piece.
 
     The spans of the common beginning come first, then that piece, then the spans of the common end.
+
+    Args:
+        ours: The bytes of each token of the student.
+        theirs: The same of the teacher.
+
+    Yields:
+        Pieces in the order of the text.
     """
     n, m = len(ours), len(theirs)
     a, b = _count_common(ours, theirs)
@@ -319,7 +356,14 @@ def _shift_spans(
 
 @lru_cache(maxsize=65_536)
 def count_columns(piece: bytes) -> int:
-    """Return the columns that a token takes in a monospaced row, with a little air."""
+    """Return the columns that a token takes in a monospaced row, with a little air.
+
+    Args:
+        piece: The token's bytes.
+
+    Returns:
+        One more than the columns of its name; wide characters count twice.
+    """
     return 1 + sum(
         2 if unicodedata.east_asian_width(c) in "WF" else 1
         for c in payload.shorten_word(show_piece(piece))
@@ -330,6 +374,13 @@ def draw_joints(above: Sequence[bytes], below: Sequence[bytes]) -> str:
     """Return the SVG path that joins each token above with those below that share its bytes.
 
     In hundredths of the cell's width; the path is twenty high.
+
+    Args:
+        above: The bytes of each token of the upper row.
+        below: The bytes of each token of the lower row.
+
+    Returns:
+        The `d` of an SVG path.
     """
     out = []
     feet = _places(below)

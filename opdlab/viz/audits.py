@@ -83,17 +83,41 @@ class Audits(View):
 
     @classmethod
     def fits(cls, given: object, sample: int = 0) -> bool:
-        """Return whether `given` is a trace whose plan noted chunks."""
+        """Return whether `given` is a trace whose plan noted chunks.
+
+        Args:
+            given: Anything.
+            sample: Not used: the view shows all completions.
+
+        Returns:
+            Whether at least one chunk was noted.
+        """
         return isinstance(given, Trace) and bool(_find_chunks(given))
 
     @classmethod
     def of_trace(cls, trace: Trace, sample: int = 0) -> Self:
-        """Make the view of all chunks of a trace."""
+        """Make the view of all chunks of a trace.
+
+        Args:
+            trace: A trace that the view fits.
+            sample: Not used: the view shows all completions.
+
+        Returns:
+            The view.
+        """
         return cls(trace)
 
     @classmethod
     def example(cls, tokens: Sequence[bytes] = EXAMPLE_TOKENS, words: str = EXAMPLE_WORDS) -> Self:
-        """Make the view of one chunk, the first token, and two texts of a teacher."""
+        """Make the view of one chunk, the first token, and two texts of a teacher.
+
+        Args:
+            tokens: The bytes of the completion's tokens.
+            words: All other texts: title, prompt, names.
+
+        Returns:
+            The view.
+        """
         said = b"".join(tokens).decode("utf-8", "replace")
         chunk = {
             "sample": 0,
@@ -140,7 +164,11 @@ class Audits(View):
         return pd.DataFrame(rows).sort_values("weight", kind="stable", ignore_index=True)
 
     def data(self) -> dict[str, Any]:
-        """Return all that the script draws."""
+        """Return all that the script draws.
+
+        Returns:
+            Plain data and numpy arrays, as `static/audits.js` reads them.
+        """
         lanes = [
             self._entropy,
             Channel("weight", "weight", self._in_chunks("weight"), "", fixed=1.0),
@@ -158,7 +186,11 @@ class Audits(View):
         }
 
     def static(self) -> str:
-        """Return the picture as HTML without a script."""
+        """Return the picture as HTML without a script.
+
+        Returns:
+            Markup with a table of the chunks; every foreign string in it is escaped.
+        """
         names = ("chunk", "weight", "prior", "similarity", "the student wrote", "the teacher wrote")
         head = "".join(f"<th>{name}</th>" for name in names)
         rows = "".join(_table_row(chunk) for chunk in self.table.to_dict("records"))

@@ -56,6 +56,12 @@ class Axis:
         """Return values as places from 0 (least) to 1 (largest), as the page draws them.
 
         Infinities lie at the ends.
+
+        Args:
+            values: Numbers of any shape, in the axis' unit.
+
+        Returns:
+            Places of the same shape.
         """
         low, high = (self._bend(np.array(end)) for end in self.ends)
         return np.asarray(
@@ -74,6 +80,12 @@ def find_axes(trace: Trace) -> dict[str, Axis]:
     The channels that are numbers, with their line at the threshold that the plan describes; and
     `gap`, `confidence`, `max_p` and `rank` of the first rival where no column has that name. `gap`
     is |log q_T − log q_S| of the sampled token, `confidence` q_S + q_T (see `compared_sides`).
+
+    Args:
+        trace: The trace.
+
+    Returns:
+        The axes by key, `[n]` values each; empty for a trace without numbers.
     """
     found = {}
     for channel in find_channels(trace).values():
@@ -90,6 +102,12 @@ def find_sides(trace: Trace) -> tuple[str, str] | None:
 
     The two policies that the plan's first comparing column compares, else the first rival and the
     student; None where the trace has not the log-probs of both.
+
+    Args:
+        trace: The trace.
+
+    Returns:
+        (teacher, student) by name, or None.
     """
     have = trace.table.column_names
     described = [trace.describe(name).compares for name in trace.meta.get("columns", {})]

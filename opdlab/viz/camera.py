@@ -61,6 +61,9 @@ _BECOME = (
 def browser() -> str:
     """Return the path of a Chromium-like browser; OPDLAB_BROWSER overrides the search.
 
+    Returns:
+        The path.
+
     Raises:
         OpdlabError: There is none. The message says what to install.
     """

@@ -22,7 +22,14 @@ FLAG_NAMES = ("no", "yes")
 
 
 def is_text(kind: pa.DataType) -> bool:
-    """Return whether a column of this type holds names."""
+    """Return whether a column of this type holds names.
+
+    Args:
+        kind: The type of an Arrow column.
+
+    Returns:
+        True for strings, large strings and dictionaries of them.
+    """
     if pa.types.is_dictionary(kind):
         return is_text(kind.value_type)
     return bool(pa.types.is_string(kind) or pa.types.is_large_string(kind))
@@ -57,7 +64,16 @@ def channel_of_names(
 def channel_of_flags(
     key: str, values: Sequence[bool | float | None], said: Description | None = None
 ) -> Channel:
-    """Make a channel of yes and no; None and NaN are neither."""
+    """Make a channel of yes and no; None and NaN are neither.
+
+    Args:
+        key: The column's name.
+        values: `[n]` flags or numbers; any number but 0 is a yes.
+        said: The column's description.
+
+    Returns:
+        A category with the names "no" and "yes".
+    """
     at = [np.nan if value is None else float(value) for value in values]
     at = [value if np.isnan(value) else float(bool(value)) for value in at]
     return _category(key, np.array(at), FLAG_NAMES, said)
@@ -81,7 +97,15 @@ def channel_of_codes(key: str, values: np.ndarray, said: Description) -> Channel
 
 
 def are_codes(values: np.ndarray, labels: int) -> bool:
-    """Return whether all values are whole numbers from -1 to `labels` - 1, or NaN."""
+    """Return whether all values are whole numbers from -1 to `labels` - 1, or NaN.
+
+    Args:
+        values: `[n]` of any type.
+        labels: How many labels there are.
+
+    Returns:
+        False also for no values, and for values that are not numbers.
+    """
     if values.dtype.kind not in "fiub" or not len(values):
         return False
     known = values[~np.isnan(values)] if values.dtype.kind == "f" else values
@@ -91,7 +115,18 @@ def are_codes(values: np.ndarray, labels: int) -> bool:
 def channel_of_ranks(
     key: str, label: str, rank: np.ndarray, against: str = "", minor: bool = False
 ) -> Channel:
-    """Make a channel of ranks in four steps: the favourite, and powers of ten."""
+    """Make a channel of ranks in four steps: the favourite, and powers of ten.
+
+    Args:
+        key: The channel's key.
+        label: The name that people read.
+        rank: `[n]` ranks of the sampled token, 1 for the likeliest.
+        against: The policy whose ranks they are; "" for the student's.
+        minor: Whether the page offers the channel under "more".
+
+    Returns:
+        An ordinal channel with the names "1", "2–10", "11–100" and "over 100".
+    """
     return Channel(
         key,
         label,
@@ -113,6 +148,12 @@ def choose_marks(names: Sequence[str]) -> tuple[str, ...]:
 
     The first words where all of them have one or two letters ("LH agree, sure" is "LH"), else the
     first letters that tell a name apart, two at most, else its number.
+
+    Args:
+        names: The names of a category, in order.
+
+    Returns:
+        One or two characters for each name.
     """
     first = [(name.split() or [""])[0] for name in names]
     short = all(len(word) <= 2 for word in first)

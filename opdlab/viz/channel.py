@@ -67,6 +67,12 @@ class Channel:
         """Return the `n` tokens of largest size, largest first.
 
         NaN and values too pale to see do not count. Categories have no peaks.
+
+        Args:
+            n: How many tokens at most.
+
+        Returns:
+            Rows of `values`; fewer than `n` where only few count.
         """
         if self.kind == "category":
             return []
@@ -80,6 +86,9 @@ def describe_channel(channel: Channel, limit: float) -> dict[str, Any]:
     Args:
         channel: The channel.
         limit: The size that gets full colour, as of several channels that compare.
+
+    Returns:
+        The fields of the channel with `limit`, `peaks`, and `values` in few bytes.
     """
     return {
         "key": channel.key,

@@ -61,6 +61,12 @@ def find_channels(trace: Trace) -> dict[str, Channel]:
 
     Those of the first rival have plain keys (`log_ratio`), those of the others begin with the
     rival's name (`teacher+hint_log_ratio`).
+
+    Args:
+        trace: The trace.
+
+    Returns:
+        Channels of `[n]` values, one for each row of the trace.
     """
     compared: list[list[Channel]] = []
     for i, rival in enumerate(find_rivals(trace)):
@@ -73,19 +79,40 @@ def find_channels(trace: Trace) -> dict[str, Channel]:
 
 
 def find_rivals(trace: Trace) -> list[str]:
-    """Return the policies that the student is compared with, in order."""
+    """Return the policies that the student is compared with, in order.
+
+    Args:
+        trace: The trace.
+
+    Returns:
+        All policies of the trace but "student".
+    """
     return [name for name in trace.policies if name != "student"]
 
 
 def find_kinds(trace: Trace) -> dict[str, Channel]:
-    """Return the channels of the trace whose values are names: routes, gates, types, flags."""
+    """Return the channels of the trace whose values are names: routes, gates, types, flags.
+
+    Args:
+        trace: The trace.
+
+    Returns:
+        The channels of kind "category", by key.
+    """
     return {
         key: channel for key, channel in find_channels(trace).items() if channel.kind == "category"
     }
 
 
 def find_labelled_kinds(trace: Trace) -> dict[str, Channel]:
-    """Return the kinds whose names stand in a column's description, as those of a method's plan."""
+    """Return the kinds whose names stand in a column's description, as those of a method's plan.
+
+    Args:
+        trace: The trace.
+
+    Returns:
+        Those of `find_kinds` whose column describes its labels, by key.
+    """
     kinds = find_kinds(trace)
     return {key: kind for key, kind in kinds.items() if trace.describe(key).labels}
 
@@ -105,6 +132,9 @@ def describe_fitting(
         limits: The size that gets full colour, by key.
         keep: Keys that are carried in any case.
         spent: Bytes of `ROOM` that something else takes.
+
+    Returns:
+        The channels that fit, in their order, each as `describe_channel` gives it.
     """
     out = []
     for key, channel in found.items():

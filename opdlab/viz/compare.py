@@ -82,7 +82,15 @@ class Compare(View):
 
     @classmethod
     def fits(cls, given: object, sample: int = 0) -> bool:
-        """Return whether `given` holds two or more traces by name."""
+        """Return whether `given` holds two or more traces by name.
+
+        Args:
+            given: Anything.
+            sample: Not used: the number of traces decides.
+
+        Returns:
+            Whether it is a mapping of two to eight traces or TokenLenses.
+        """
         return (
             isinstance(given, Mapping)
             and 2 <= len(given) <= MOST
@@ -91,7 +99,15 @@ class Compare(View):
 
     @classmethod
     def example(cls, tokens: Sequence[bytes] = EXAMPLE_TOKENS, words: str = EXAMPLE_WORDS) -> Self:
-        """Make a comparison of two gradings of the same tokens."""
+        """Make a comparison of two gradings of the same tokens.
+
+        Args:
+            tokens: The bytes of the tokens, the same in both traces.
+            words: All other texts: title, prompt, names.
+
+        Returns:
+            The view.
+        """
         first, second = (
             make_trace(tokens, prompt=words, finish=words, seed=seed) for seed in (0, 1)
         )
@@ -157,7 +173,11 @@ class Compare(View):
         return self.df.loc[size[(size > 0) & (size >= size.max() / 100)].nlargest(CHANGED).index]
 
     def static(self) -> str:
-        """Return the picture as HTML without a script."""
+        """Return the picture as HTML without a script.
+
+        Returns:
+            Markup with a strip for each trace; every foreign string in it is escaped.
+        """
         chosen = self.channels[self.channel]
         tokens = group_pieces(next(iter(self.traces.values())).tokens())
         strips = [
@@ -174,7 +194,11 @@ class Compare(View):
         )
 
     def data(self) -> dict[str, Any]:
-        """Return all that the script draws."""
+        """Return all that the script draws.
+
+        Returns:
+            Plain data and numpy arrays, as `static/compare.js` reads them.
+        """
         text = payload.describe_text(next(iter(self.traces.values())))
         kinds = [
             describe_channel(found[0], found[0].limit)

@@ -45,6 +45,9 @@ def curves(history: pd.DataFrame, keys: Sequence[str] | None = None, columns: in
         keys: Its columns; by default those of `KEYS` that it has.
         columns: Plots in a row.
 
+    Returns:
+        A Plotly figure with a titled plot for each column that has values.
+
     Raises:
         OpdlabError: The history is empty.
         KeyError: The history has no such column.

@@ -19,6 +19,9 @@ ENTRIES, FEWER = 9000, 4000
 def find_duel(trace: Trace) -> dict[str, Any] | None:
     """Return the top candidates of every policy at each token, as the page reads them.
 
+    Args:
+        trace: The trace of one completion, or of several.
+
     Returns:
         None for a trace that kept no top tokens, else:
 

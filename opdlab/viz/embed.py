@@ -29,18 +29,41 @@ POLICY = (
 
 @lru_cache
 def asset(name: str) -> str:
-    """A file of `opdlab/viz/static`, as text."""
+    """Read a file of `opdlab/viz/static` as text.
+
+    Args:
+        name: The file's name.
+
+    Returns:
+        Its text.
+    """
     return (Path(__file__).parent / "static" / name).read_text(encoding="utf-8")
 
 
 def style_text(*names: str) -> str:
-    """Style sheets as one, comments and idle spaces left out; what stands in quotes stays."""
+    """Join style sheets into one, without comments and idle spaces.
+
+    What stands in quotes stays.
+
+    Args:
+        names: Files of `static/`, in order.
+
+    Returns:
+        The CSS.
+    """
     text = re.sub(r"/\*.*?\*/", "", "\n".join(asset(name) for name in names), flags=re.DOTALL)
     return re.sub(_IDLE, lambda found: found["quoted"] or found["sign"] or ":", text).strip()
 
 
 def style(*names: str) -> str:
-    """Return style sheets inline."""
+    """Return style sheets inline.
+
+    Args:
+        names: Files of `static/`, in order.
+
+    Returns:
+        A `<style>` element.
+    """
     return f"<style>\n{style_text(*names)}\n</style>"
 
 
@@ -54,6 +77,9 @@ def bundle(names: Iterable[str]) -> str:
 
     Args:
         names: Files of `static/`, in the order in which they are to run.
+
+    Returns:
+        The module's JavaScript, safe inside a `<script>` element.
     """
     ordered: list[str] = []
 
@@ -108,24 +134,52 @@ def _is_fragile(line: str) -> bool:
 
 
 def script_text(scripts: Iterable[str]) -> str:
-    """Return one ES module that draws the views of `scripts` and mounts them."""
+    """Return one ES module that draws the views of `scripts` and mounts them.
+
+    Args:
+        scripts: Files of `static/` that define the views.
+
+    Returns:
+        The module's JavaScript.
+    """
     return bundle([*scripts, MOUNT])
 
 
 def module(scripts: Iterable[str]) -> str:
-    """Return `script_text` as an inline script."""
+    """Return `script_text` as an inline script.
+
+    Args:
+        scripts: Files of `static/` that define the views.
+
+    Returns:
+        A `<script type="module">` element.
+    """
     return f'<script type="module">\n{script_text(scripts)}</script>'
 
 
 def plain_module(name: str) -> str:
-    """One file of `static` alone, inline."""
+    """Return one file of `static` alone as an inline script.
+
+    Args:
+        name: The file's name; it must import nothing.
+
+    Returns:
+        A `<script type="module">` element.
+    """
     return f'<script type="module">\n{asset(name)}</script>'
 
 
 def script_json(data: Any, css_class: str) -> str:
-    """Data as an inert block.
+    """Return data as an inert block of JSON that the page's scripts read.
 
     Numbers that JSON does not know are written as strings: "NaN", "Infinity", "-Infinity".
+
+    Args:
+        data: Plain data.
+        css_class: The class by which the scripts find the block.
+
+    Returns:
+        A `<script type="application/json">` element, safe against markup in the data.
     """
     text = json.dumps(_plain(data), ensure_ascii=True, allow_nan=False, separators=(",", ":"))
     text = re.sub("[<>&]", lambda found: _UNSAFE[found[0]], text)
@@ -133,9 +187,15 @@ def script_json(data: Any, css_class: str) -> str:
 
 
 def document(title: str, head: str, body: str) -> str:
-    """A whole page; `title` is markup already escaped.
+    """Return a whole HTML page whose content policy forbids every request to the outside.
 
-    Its content policy forbids every request to the outside.
+    Args:
+        title: The title, as markup that is already escaped.
+        head: Markup for the end of the head: styles and scripts.
+        body: Markup of the body.
+
+    Returns:
+        The page's HTML.
     """
     return (
         '<!doctype html>\n<html lang="en">\n<head>\n<meta charset="utf-8">\n<meta'
@@ -146,7 +206,15 @@ def document(title: str, head: str, body: str) -> str:
 
 
 def write(path: str | os.PathLike[str], text: str) -> Path:
-    """Write UTF-8, atomically: a reader sees the old file or the new one."""
+    """Write a UTF-8 file atomically: a reader sees the old file or the new one.
+
+    Args:
+        path: Where the file goes; missing folders are made.
+        text: The text.
+
+    Returns:
+        The path.
+    """
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_name(f".{path.name}.{os.getpid()}.partial")

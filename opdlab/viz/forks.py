@@ -91,17 +91,41 @@ class Forks(View):
 
     @classmethod
     def fits(cls, given: object, sample: int = 0) -> bool:
-        """Return whether `given` is a trace whose plan noted windows."""
+        """Return whether `given` is a trace whose plan noted windows.
+
+        Args:
+            given: Anything.
+            sample: Not used: the view shows all completions.
+
+        Returns:
+            Whether at least one window was noted.
+        """
         return isinstance(given, Trace) and bool(_find_windows(given))
 
     @classmethod
     def of_trace(cls, trace: Trace, sample: int = 0) -> Self:
-        """Make the view of all windows of a trace."""
+        """Make the view of all windows of a trace.
+
+        Args:
+            trace: A trace that the view fits.
+            sample: Not used: the view shows all completions.
+
+        Returns:
+            The view.
+        """
         return cls(trace)
 
     @classmethod
     def example(cls, tokens: Sequence[bytes] = EXAMPLE_TOKENS, words: str = EXAMPLE_WORDS) -> Self:
-        """Make the view of one window of two tokens, at the first token."""
+        """Make the view of one window of two tokens, at the first token.
+
+        Args:
+            tokens: The bytes of the completion's tokens.
+            words: All other texts: title, prompt, names.
+
+        Returns:
+            The view.
+        """
         last = len(set(tokens)) - 1
         window = {
             "sample": 0,
@@ -196,6 +220,9 @@ class Forks(View):
             side: "student" or "teacher".
             tokens: Tokens to write; by default as many as the longest completion has left.
 
+        Returns:
+            The text, without what stands before the token.
+
         Raises:
             OpdlabError: No policies were handed in, or there is no such row.
         """
@@ -204,7 +231,18 @@ class Forks(View):
         return self._decode(self._write(side, prompt, prefix, room))
 
     def answer(self, question: Mapping[str, Any]) -> Any:
-        """Return new windows, or the text that one side goes on with, from before a row."""
+        """Return new windows, or the text that one side goes on with, from before a row.
+
+        Args:
+            question: `row`, and `do`: "windows" for new windows; else also `side`, "student" or
+                "teacher", whose text is wanted.
+
+        Returns:
+            The window as the page reads it, or `{"text": …}`.
+
+        Raises:
+            OpdlabError: There is no such side or row, or no policies were handed in.
+        """
         row = int(question["row"])
         if question["do"] == "windows":
             return self._describe_window(row, self.at(row))
@@ -214,7 +252,11 @@ class Forks(View):
         return {"text": self.continue_text(row, side)}
 
     def data(self) -> dict[str, Any]:
-        """Return all that the script draws."""
+        """Return all that the script draws.
+
+        Returns:
+            Plain data and numpy arrays, as `static/forks.js` reads them.
+        """
         channel = self._channel
         drawn = describe_channel(channel, channel.limit) | {"peaks": sorted(self.windows)}
         return {
@@ -227,7 +269,11 @@ class Forks(View):
         }
 
     def static(self) -> str:
-        """Return the picture as HTML without a script."""
+        """Return the picture as HTML without a script.
+
+        Returns:
+            Markup with a table of the windows; every foreign string in it is escaped.
+        """
         names = ("token", "distance", "verdict", "the student goes on", "the teacher goes on")
         head = "".join(f"<th>{name}</th>" for name in names)
         rows = "".join(_table_row(window) for window in self.table.to_dict("records"))

@@ -39,6 +39,9 @@ def select_completion(trace: Trace, sample: int, of: str = "The trace") -> Trace
         sample: The completion's number.
         of: The trace in words, for the error.
 
+    Returns:
+        A trace of this completion alone.
+
     Raises:
         OpdlabError: The trace does not have it, or has no row of it.
     """

@@ -49,6 +49,12 @@ def group_pieces(pieces: Iterable[bytes]) -> list[Group]:
     """Return the pieces of a text as groups whose texts re-join to the whole, decoded.
 
     Bytes that are no UTF-8 give U+FFFD.
+
+    Args:
+        pieces: The bytes of each token.
+
+    Returns:
+        Groups in order; the sum of their `tokens` is the number of pieces.
     """
     decoder = codecs.getincrementaldecoder("utf-8")("replace")
     out: list[Group] = []
@@ -76,6 +82,12 @@ def show_piece(piece: bytes) -> str:
     r"""Return one token as lists show it.
 
     Spaces are `·`, controls have names, stray bytes are `\xf0`, and no bytes are `∅`.
+
+    Args:
+        piece: The token's bytes.
+
+    Returns:
+        Its name, never empty.
     """
     text = _decode(piece)
     if _is_plain(text):
@@ -84,7 +96,14 @@ def show_piece(piece: bytes) -> str:
 
 
 def clean_text(text: str) -> str:
-    """Return any string as one that UTF-8 can hold."""
+    """Return any string as one that UTF-8 can hold.
+
+    Args:
+        text: Any string, also one with lone surrogates.
+
+    Returns:
+        The text, with "?" for each lone surrogate.
+    """
     return text.encode("utf-8", "replace").decode()
 
 

@@ -40,6 +40,12 @@ def find_groupings(trace: Trace) -> dict[str, Grouping]:
     """Return the columns with 2 to `MOST` groups, by name.
 
     First the columns that describe their labels, then `type`, then the plan's other columns.
+
+    Args:
+        trace: The trace.
+
+    Returns:
+        Groupings of all rows of the trace, by column.
     """
     have = trace.table.column_names
     labelled = [name for name in have if trace.describe(name).labels]

@@ -15,7 +15,15 @@ DUST = 1e-9  # a tail below this is rounding, not mass
 
 
 def has_top(trace: Trace, *policies: str) -> bool:
-    """Return whether the trace kept the top tokens of these policies."""
+    """Return whether the trace kept the top tokens of these policies.
+
+    Args:
+        trace: The trace.
+        policies: Names of policies.
+
+    Returns:
+        Whether `support` is there, and `<policy>_top` and `<policy>_tail` of each of them.
+    """
     return {
         "support",
         *(f"{name}_top" for name in policies),
@@ -27,6 +35,13 @@ def coarse(trace: Trace, policy: str) -> np.ndarray:
     """Return log-probs of the kept tokens, then of the bucket, `[n, S + 1]`.
 
     -inf at repeats, and where a tail is only dust.
+
+    Args:
+        trace: A trace that kept the top tokens of `policy`.
+        policy: The policy's name.
+
+    Returns:
+        In nats, S the width of the support; no bucket where the trace has no rows.
     """
     top = trace.column(f"{policy}_top").astype(float)
     if not len(trace):
@@ -40,13 +55,28 @@ def kl(p: np.ndarray, q: np.ndarray) -> np.ndarray:
     """Return KL(p || q) of log-probs over the last axis, in nats.
 
     +inf where q rules out a token that p does not.
+
+    Args:
+        p: `[…, K]` log-probs; -inf for what cannot happen.
+        q: The same of the other distribution.
+
+    Returns:
+        `[…]`, in nats.
     """
     with np.errstate(invalid="ignore"):
         return np.asarray(np.where(np.isneginf(p), 0.0, np.exp(p) * (p - q)).sum(-1))
 
 
 def jsd(p: np.ndarray, q: np.ndarray) -> np.ndarray:
-    """Return ½ KL(p || m) + ½ KL(q || m), m = ½ p + ½ q, in nats."""
+    """Return ½ KL(p || m) + ½ KL(q || m), m = ½ p + ½ q, in nats.
+
+    Args:
+        p: `[…, K]` log-probs; -inf for what cannot happen.
+        q: The same of the other distribution.
+
+    Returns:
+        `[…]`, in nats.
+    """
     middle = np.logaddexp(p, q) - np.log(2)
     return np.asarray(0.5 * (kl(p, middle) + kl(q, middle)))
 
@@ -55,6 +85,13 @@ def overlap(trace: Trace, policy: str) -> np.ndarray:
     """Return the share of the policy's k likeliest tokens that are among the student's.
 
     k is `width(trace)`, the tokens that the trace kept of each policy.
+
+    Args:
+        trace: A trace that kept the top tokens of the student and of `policy`.
+        policy: The policy's name.
+
+    Returns:
+        `[n]`, from 0 to 1.
     """
     k = width(trace)
     mine, theirs = (_likeliest(trace.column(f"{name}_top"), k) for name in ("student", policy))
@@ -65,6 +102,12 @@ def width(trace: Trace) -> int:
     """Return how many likeliest tokens of each policy the trace kept.
 
     The support is the sampled token and as many of each policy.
+
+    Args:
+        trace: The trace.
+
+    Returns:
+        The number of tokens; 0 for a trace without rows or without top tokens.
     """
     have = [name for name in trace.policies if f"{name}_top" in trace.table.column_names]
     return (trace.column("support").shape[1] - 1) // len(have) if len(trace) and have else 0

@@ -60,7 +60,11 @@ class Plot:
     marks: Sequence[tuple[float, str]] = field(default_factory=list)
 
     def data(self) -> dict[str, Any]:
-        """Return the plot as `static/lines.js` reads it."""
+        """Return the plot as `static/lines.js` reads it.
+
+        Returns:
+            Plain data and numpy arrays in single precision.
+        """
         lines = [
             {
                 "name": s.name,
@@ -87,7 +91,11 @@ class Plot:
         return f'<path class="opd-l opd-l-{line.look} opd-l-{line.kind}" d="{path}"/>'
 
     def html(self) -> str:
-        """Return the plot as HTML: numbers and escaped words."""
+        """Return the plot as HTML: numbers and escaped words.
+
+        Returns:
+            A `<figure>` that needs the style sheet `lines.css`.
+        """
         almost = (self.y[1] - self.y[0]) / 1000
         low, top = (format_number(0.0 if abs(end) < almost else end) for end in self.y)
         first, last = (f"{x:g}".replace("-", "−") for x in self.x)
@@ -122,6 +130,14 @@ def draw_path(line: Line, x: tuple[float, float], y: tuple[float, float]) -> str
     """Return the SVG path of a line, in hundredths of the box.
 
     It has gaps where a value is not finite, and a dot where a value stands alone.
+
+    Args:
+        line: The line.
+        x: The steps at the left and the right edge of the box.
+        y: The values at the lower and the upper edge of the box.
+
+    Returns:
+        The `d` of an SVG path.
     """
     out, pen = [], False
     for a, b in zip(line.x.tolist(), line.y.tolist(), strict=True):
@@ -138,8 +154,11 @@ def find_range(arrays: Sequence[np.ndarray], zero: bool = False) -> tuple[float,
     """Return the range of all finite values, made wider where they are all the same.
 
     Args:
-        arrays: The values.
-        zero: Whether zero is in the range in any case.
+        arrays: `[n]` values each; NaN and infinities do not count.
+        zero: Whether the range reaches down to zero in any case.
+
+    Returns:
+        The least and the largest value; 0 and 1 where there is none.
     """
     finite = np.concatenate([a[np.isfinite(a)] for a in arrays]) if arrays else np.zeros(0)
     if not finite.size:
@@ -152,9 +171,16 @@ def find_range(arrays: Sequence[np.ndarray], zero: bool = False) -> tuple[float,
 
 
 def thin(x: np.ndarray, y: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Return a line with at most `POINTS` points.
+    """Return a line with at most `POINTS` points and its two ends.
 
     Of each stretch the least and the largest value stay, so that peaks survive.
+
+    Args:
+        x: `[n]` steps.
+        y: `[n]` values; gaps where they are not finite.
+
+    Returns:
+        The steps and the values that stay.
     """
     if len(x) <= POINTS:
         return x, y

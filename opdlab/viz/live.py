@@ -19,7 +19,13 @@ except ImportError as error:
 
 
 class Mirrored(Protocol):
-    """A view, as far as its widget needs it."""
+    """A view, as far as its widget needs it.
+
+    Attributes:
+        name: The view's name in JavaScript.
+        scripts: Files of `static/` that draw it.
+        styles: Its style sheets of `static/`.
+    """
 
     name: ClassVar[str]
     scripts: ClassVar[tuple[str, ...]]
@@ -31,15 +37,34 @@ class Mirrored(Protocol):
         ...
 
     def data(self) -> Mapping[str, Any]:
-        """Return all that the script draws."""
+        """Return all that the script draws.
+
+        Returns:
+            Plain data and numpy arrays (see `payload`).
+        """
         ...
 
     def answer(self, question: Mapping[str, Any]) -> Any:
-        """Return the reply to a question of the page."""
+        """Return the reply to a question of the page.
+
+        Args:
+            question: Plain data that the page's script sent.
+
+        Returns:
+            Plain data.
+        """
         ...
 
     def html(self, assets: bool = True, script: bool = True) -> str:
-        """Return the picture as HTML."""
+        """Return the picture as HTML.
+
+        Args:
+            assets: False leaves styles and module to the page around it.
+            script: False leaves out all scripts and data: a still picture.
+
+        Returns:
+            An HTML fragment.
+        """
         ...
 
 
@@ -81,7 +106,14 @@ class LiveView(anywidget.AnyWidget):
 
 
 def make_widget(view: Mirrored) -> LiveView:
-    """Make a live widget that mirrors the traits of `view`, both ways."""
+    """Make a live widget that mirrors the traits of `view`, both ways.
+
+    Args:
+        view: The view.
+
+    Returns:
+        The widget; it sends the page's questions to `view.answer`.
+    """
     kind = _widget_class(type(view))
     widget = kind(view=view.name, packed=payload.pack(view.data()), **view.traits)
     widget._shown = view

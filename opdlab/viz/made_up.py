@@ -37,6 +37,9 @@ def make_trace(
         plan: Columns of a plan, `[tokens]` each.
         finish: Why the completion ended.
         seed: Seeds the distributions.
+
+    Returns:
+        The trace; the same arguments give the same one.
     """
     rng = np.random.default_rng(seed)
     spare = [f" w{i}".encode() for i in range(SPARE_WORDS)]

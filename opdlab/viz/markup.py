@@ -41,7 +41,15 @@ _STEPS = 12  # cells of the legend on each side of zero
 
 
 def colour_of(kind: str, value: float) -> str:
-    """Return the colour of a value, a key of `INK`."""
+    """Return the colour of a value, a key of `INK`.
+
+    Args:
+        kind: The kind of the channel (`Channel.kind`).
+        value: The value; of a category, the place of its name.
+
+    Returns:
+        A key of `INK`.
+    """
     if kind == "category":
         return f"k{int(value) % len(KINDS)}" if value >= 0 else "minus"
     negative, positive = {"ratio": ("student", "teacher"), "signed": ("minus", "amount")}.get(
@@ -54,6 +62,14 @@ def strength_of(value: float, limit: float, kind: str = "amount") -> float:
     """Return how strong the colour of a value is, from 0 to 1.
 
     The square root of the size, so that middling values show; of ordinals, their place.
+
+    Args:
+        value: The value.
+        limit: The size that gets full colour.
+        kind: The kind of the channel (`Channel.kind`).
+
+    Returns:
+        The strength; 0 for NaN, and 1 for all values of categories.
     """
     if math.isnan(value):
         return 0.0
@@ -67,6 +83,14 @@ def draw_strip(groups: Sequence[Group], channel: Channel, limit: float) -> str:
 
     Its text content is the text itself, apart from NUL, which HTML cannot hold. Of texts longer
     than `WHOLE` groups it holds the beginning and the neighbours of the peaks, and counts the rest.
+
+    Args:
+        groups: The tokens, as `group_pieces` gives them.
+        channel: The channel that colours, one value per token.
+        limit: The size that gets full colour.
+
+    Returns:
+        Markup of the tokens, escaped.
     """
     values, out, at = list(_strongest(groups, channel)), [], 0
     shown = _shown(values)
@@ -82,24 +106,56 @@ def draw_strip(groups: Sequence[Group], channel: Channel, limit: float) -> str:
 def draw_strip_box(
     groups: Sequence[Group], channel: Channel, limit: float, finish: str | None = None
 ) -> str:
-    """Return `strip` in its box, with the finish reason of the completion where one is given."""
+    """Return `draw_strip` in its box, with the finish reason where one is given.
+
+    Args:
+        groups: The tokens, as `group_pieces` gives them.
+        channel: The channel that colours, one value per token.
+        limit: The size that gets full colour.
+        finish: Why the completion ended; None shows nothing.
+
+    Returns:
+        A `<div>` of class `opd-strip`.
+    """
     ended = "" if finish is None else f' data-finish="{escape(finish)}"'
     colours = draw_strip(groups, channel, limit)
     return f'<div class="opd-strip"{ended} dir="auto" style="{STRIP_STYLE}">{colours}</div>'
 
 
 def draw_prompt(text: str) -> str:
-    """Return a prompt as HTML."""
+    """Return a prompt as HTML.
+
+    Args:
+        text: The text, not escaped.
+
+    Returns:
+        A `<div>`.
+    """
     return f'<div class="opd-prompt" style="white-space:pre-wrap" dir="auto">{escape(text)}</div>'
 
 
 def draw_words(text: str) -> str:
-    """Return a line of words under a picture, as HTML."""
+    """Return a line of words under a picture, as HTML.
+
+    Args:
+        text: The text, not escaped.
+
+    Returns:
+        A `<div>`.
+    """
     return f'<div class="opd-peaks">{escape(text)}</div>'
 
 
 def draw_legend(channel: Channel, limit: float) -> str:
-    """Return the colour scale with its ends and unit; of categories, the mark and name of each."""
+    """Return the colour scale with its ends and unit; of categories, the mark and name of each.
+
+    Args:
+        channel: The channel.
+        limit: The size that gets full colour.
+
+    Returns:
+        A `<div>`.
+    """
     if channel.names:
         return _key(channel, limit)
     has_sides = channel.kind != "amount"
@@ -123,6 +179,13 @@ def draw_sparkline(channel: Channel, width: int = 64) -> str:
 
     Where many tokens share a character, it shows the largest. A category is shown by numbers, from
     1 in the order of its names; the commonest where many tokens share a character.
+
+    Args:
+        channel: The channel.
+        width: Characters at most.
+
+    Returns:
+        One character per token or stretch of tokens; "" for no tokens.
     """
     if channel.kind == "category":
         codes = np.nan_to_num(channel.values, nan=-1).astype(int)
@@ -137,12 +200,28 @@ def draw_sparkline(channel: Channel, width: int = 64) -> str:
 
 
 def draw_bar(strength: float) -> str:
-    """Return one character that is as high as `strength`, from 0 to 1."""
+    """Return one character that is as high as `strength`, from 0 to 1.
+
+    Args:
+        strength: The height as a share of a full line; what lies outside 0 to 1 is cut off.
+
+    Returns:
+        One of `BARS`.
+    """
     return BARS[min(len(BARS) - 1, int(len(BARS) * max(0.0, strength)))]
 
 
 def draw_sparkline_of(trace: Trace, channel: Channel, row: int) -> list[str]:
-    """Return the sparkline of the completion that a row lies in; nothing for no such row."""
+    """Return the sparkline of the completion that a row lies in; nothing for no such row.
+
+    Args:
+        trace: The trace.
+        channel: A channel over all rows of the trace.
+        row: A row of the trace.
+
+    Returns:
+        One line of text in a list, or an empty list.
+    """
     samples = trace.column("sample")
     if not 0 <= row < len(samples):
         return []
@@ -154,7 +233,15 @@ def draw_sparkline_of(trace: Trace, channel: Channel, row: int) -> list[str]:
 
 
 def format_number(value: float, sign: bool = False) -> str:
-    """Return a number with three significant digits and a real minus."""
+    """Return a number with three significant digits and a real minus.
+
+    Args:
+        value: The number.
+        sign: Whether a positive number gets a plus.
+
+    Returns:
+        The text; "–" for NaN, "∞" or "−∞", and "<0.001" for what is smaller than 0.0005.
+    """
     if not math.isfinite(value):
         return "–" if math.isnan(value) else "∞" if value > 0 else "−∞"
     text = np.format_float_positional(value, 3, fractional=False, trim="-")
@@ -164,7 +251,15 @@ def format_number(value: float, sign: bool = False) -> str:
 
 
 def format_value(value: float, channel: Channel) -> str:
-    """Return a value in words: its name, or the number, signed where the channel has two sides."""
+    """Return a value in words: its name, or the number, signed where the channel has two sides.
+
+    Args:
+        value: The value.
+        channel: The channel that it is from.
+
+    Returns:
+        The text, without the unit; "–" for none.
+    """
     if channel.names:
         return channel.names[int(value)] if value >= 0 else "–"
     return format_number(value, channel.kind in ("ratio", "signed"))
@@ -174,17 +269,38 @@ def escape(text: str) -> str:
     """Return text as HTML that reads back as that text.
 
     Markup is escaped, CR is kept, NUL, which HTML cannot hold, is dropped.
+
+    Args:
+        text: Any string.
+
+    Returns:
+        Markup, also for attribute values in quotes.
     """
     return html.escape(clean_text(text)).replace("\r", "&#13;").replace("\0", "")
 
 
 def draw_title(text: str) -> str:
-    """Return the title of a view as HTML; nothing for no title."""
+    """Return the title of a view as HTML; nothing for no title.
+
+    Args:
+        text: The title, not escaped.
+
+    Returns:
+        A `<div>`, or "".
+    """
     return f'<div class="opd-title">{escape(text)}</div>' if text else ""
 
 
 def count_names(channel: Channel) -> str:
-    """Return how common each name of a category is, in words: "route: 1 imitate 40 %, …"."""
+    """Return how common each name of a category is, in words: "route: 1 imitate 40 %, …".
+
+    Args:
+        channel: A category with at least one value.
+
+    Returns:
+        The label and each name with its number and its share of all tokens, in the order of the
+        names.
+    """
     parts = [
         f"{i + 1} {name} {100 * (channel.values == i).mean():.0f} %"
         for i, name in enumerate(channel.names)

@@ -15,6 +15,9 @@ def overview(trace: Trace, sample: int = 0) -> list[tuple[str, View]]:
         trace: The trace. One of a student alone has a lens and nothing to compare.
         sample: The completion that views of a single completion show.
 
+    Returns:
+        (caption, view) in the order of `VIEWS`.
+
     Raises:
         OpdlabError: The trace has no such completion.
     """

@@ -18,7 +18,12 @@ COLUMNS = ("", "before", "after", "teacher")
 
 
 class Drawable(Protocol):
-    """A view, as far as a page needs it."""
+    """A view, as far as a page needs it.
+
+    Attributes:
+        scripts: Files of `static/` that draw it.
+        styles: Its style sheets of `static/`.
+    """
 
     scripts: ClassVar[tuple[str, ...]]
     styles: ClassVar[tuple[str, ...]]
@@ -29,11 +34,26 @@ class Drawable(Protocol):
         ...
 
     def with_limits(self, limits: Mapping[str, float]) -> Drawable:
-        """Return the view with full colour at these values, or at its own if larger."""
+        """Return the view with full colour at these values, or at its own if larger.
+
+        Args:
+            limits: Values that get full colour, by name.
+
+        Returns:
+            The view, or a copy of it.
+        """
         ...
 
     def html(self, assets: bool = True, script: bool = True) -> str:
-        """Return the picture as HTML."""
+        """Return the picture as HTML.
+
+        Args:
+            assets: False leaves styles and module to the page around it.
+            script: False leaves out all scripts and data: a still picture.
+
+        Returns:
+            An HTML fragment.
+        """
         ...
 
 

@@ -1,9 +1,9 @@
-"""The data of a view as one deflated block, read back by `static/payload.js`.
+"""Pack the data of a view as one deflated block, read back by `static/payload.js`.
 
 The block, before deflating: the length of the JSON (4 bytes, little-endian), the JSON, then each
 array from a multiple of 8 on. The JSON is `{"tree": …, "arrays": [[path, kind, start, length, top],
-…]}`: the arrays lie outside the tree, so no key of foreign data can pose as one. `text` and
-`numbers` are the same for every view of a trace.
+…]}`: the arrays lie outside the tree, so no key of foreign data can pose as one. `describe_text`
+and `compact` are the same for every view of a trace.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ _LEVELS = 126
 
 
 class Coarse(np.ndarray):
-    """Floats that may travel in 8 bits, as `sign · (level / 126)² · top`; `numbers` makes them."""
+    """Floats that may travel in 8 bits, as `sign · (level / 126)² · top`; `compact` makes them."""
 
 
 def compact(given: Any) -> np.ndarray:
@@ -37,6 +37,12 @@ def compact(given: Any) -> np.ndarray:
     Half precision (three digits); in texts of more than `LONG` tokens 126 levels for each sign. The
     levels are squares, so that colours, which show square roots, have even steps. NaN and
     infinities survive.
+
+    Args:
+        given: `[n]` numbers.
+
+    Returns:
+        `[n]` in half precision, in single precision where half cannot hold them, or `Coarse`.
     """
     values: np.ndarray = np.asarray(given, np.float64)
     if len(values) > LONG:
@@ -47,7 +53,15 @@ def compact(given: Any) -> np.ndarray:
 
 
 def compact_to_colours(values: np.ndarray, limit: float) -> np.ndarray:
-    """Return `numbers`, in long texts rounded to the 16 steps up to `limit` that colours have."""
+    """Return `compact(values)`, in long texts rounded to the 16 steps of colour up to `limit`.
+
+    Args:
+        values: `[n]` numbers.
+        limit: The size that gets full colour.
+
+    Returns:
+        `[n]`, of the same types as of `compact`.
+    """
     values = np.asarray(values, np.float64)
     if len(values) > LONG:
         values = np.sign(values) * (np.rint(16 * np.sqrt(np.abs(values) / limit)) / 16) ** 2 * limit
@@ -55,12 +69,22 @@ def compact_to_colours(values: np.ndarray, limit: float) -> np.ndarray:
 
 
 def measure_cost(values: np.ndarray) -> int:
-    """Return the bytes that an array takes in the block, about."""
+    """Return the bytes that an array takes in the block, about.
+
+    Args:
+        values: The array, as `compact` gives it.
+
+    Returns:
+        Deflated bytes.
+    """
     return len(_deflate([_store(values)[1].tobytes()]))
 
 
 def describe_text(trace: Trace) -> dict[str, Any]:
     """Return the tokens of a trace, every distinct one once, and its completions.
+
+    Args:
+        trace: The trace.
 
     Returns:
         - `index [n]`: each token's place in the vocabulary, which is `id`, `word` (the token as
@@ -95,7 +119,14 @@ def describe_text(trace: Trace) -> dict[str, Any]:
 
 
 def find_spans(trace: Trace) -> Iterator[tuple[int, int, int]]:
-    """Yield (sample, first row, rows) of each completion that has rows, in row order."""
+    """Yield (sample, first row, rows) of each completion that has rows, in row order.
+
+    Args:
+        trace: The trace; the rows of a completion follow each other.
+
+    Yields:
+        Whole numbers, one triple for each completion.
+    """
     samples = trace.column("sample")
     starts = [0, *(np.flatnonzero(np.diff(samples)) + 1).tolist(), len(samples)]
     for start, end in pairwise(starts):
@@ -104,7 +135,14 @@ def find_spans(trace: Trace) -> Iterator[tuple[int, int, int]]:
 
 
 def shorten_word(seen: str) -> str:
-    """Return a token's name, cut where it is endless."""
+    """Return a token's name, cut where it is endless.
+
+    Args:
+        seen: The name, as `show_piece` gives it.
+
+    Returns:
+        At most `WORD` characters as they are, else the beginning and the length of the name.
+    """
     return (
         clean_text(seen)
         if len(seen) <= WORD
@@ -113,7 +151,16 @@ def shorten_word(seen: str) -> str:
 
 
 def make_key(ids: np.ndarray, prompt: str, sample: int) -> str:
-    """Return the key that links the views of one completion, also of traces that grade it again."""
+    """Return the key that links the views of one completion, also of traces that grade it again.
+
+    Args:
+        ids: `[n]` token ids of the completion.
+        prompt: The prompt's text.
+        sample: The completion's number.
+
+    Returns:
+        12 hexadecimal digits.
+    """
     return hashlib.sha256(
         repr((sample, prompt, ids.tolist())).encode("utf-8", "replace")
     ).hexdigest()[:12]
@@ -123,6 +170,12 @@ def pack(tree: Mapping[str, Any]) -> bytes:
     """Return plain data with numpy arrays in it as one deflated block.
 
     Arrays of two dimensions become flat. Non-finite floats outside arrays become strings.
+
+    Args:
+        tree: Mappings, lists, strings, numbers and arrays.
+
+    Returns:
+        A raw deflate stream.
     """
     arrays: list[tuple[list[Any], str, np.ndarray, float]] = []
     plain = _split(tree, [], arrays)
@@ -142,12 +195,26 @@ def pack(tree: Mapping[str, Any]) -> bytes:
 
 
 def to_base64(block: bytes) -> str:
-    """Return a block as text."""
+    """Return a block as text.
+
+    Args:
+        block: The block, as `pack` gives it.
+
+    Returns:
+        Base64, in ASCII.
+    """
     return base64.b64encode(block).decode("ascii")
 
 
 def unpack(block: bytes) -> dict[str, Any]:
-    """Return the data of a block, arrays as float64 or integers: the reference for `payload.js`."""
+    """Return the data of a block, arrays as float64 or integers: the reference for `payload.js`.
+
+    Args:
+        block: The block, as `pack` gives it.
+
+    Returns:
+        The data; arrays that travel in levels or half precision have lost digits.
+    """
     raw = zlib.decompress(block, -15)
     size = int.from_bytes(raw[:4], "little")
     head, base = json.loads(raw[4 : 4 + size]), -(-(4 + size) // 8) * 8
@@ -243,7 +310,14 @@ def _to_levels(values: np.ndarray) -> tuple[np.ndarray, float]:
 
 
 def to_plain_data(data: Any) -> Any:
-    """Return data as an `answer` sends it: arrays as lists, NaN and infinities as None."""
+    """Return data as an `answer` sends it: arrays as lists, NaN and infinities as None.
+
+    Args:
+        data: Mappings, lists, strings, numbers and arrays.
+
+    Returns:
+        Data that JSON can hold.
+    """
     if isinstance(data, Mapping):
         return {k: to_plain_data(v) for k, v in data.items()}
     if isinstance(data, np.ndarray):

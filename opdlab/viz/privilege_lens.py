@@ -100,17 +100,42 @@ class PrivilegeLens(View):
 
     @classmethod
     def fits(cls, given: object, sample: int = 0) -> bool:
-        """Return whether `given` is a trace under the teacher with and without its hint."""
+        """Return whether `given` is a trace under the teacher with and without its hint.
+
+        Args:
+            given: Anything.
+            sample: Not used: the names of the policies decide.
+
+        Returns:
+            Whether the trace has both policies under their usual names, "teacher" and
+            "teacher+hint".
+        """
         return isinstance(given, Trace) and {"teacher", "teacher+hint"} <= set(given.policies)
 
     @classmethod
     def of_trace(cls, trace: Trace, sample: int = 0) -> Self:
-        """Make the lens of one completion."""
+        """Make the lens of one completion.
+
+        Args:
+            trace: A trace that the view fits.
+            sample: The completion.
+
+        Returns:
+            The view.
+        """
         return cls(trace, sample=sample)
 
     @classmethod
     def example(cls, tokens: Sequence[bytes] = EXAMPLE_TOKENS, words: str = EXAMPLE_WORDS) -> Self:
-        """Make the lens of one completion whose tokens all have the type `words`."""
+        """Make the lens of one completion whose tokens all have the type `words`.
+
+        Args:
+            tokens: The bytes of the completion's tokens.
+            words: All other texts: title, prompt, names.
+
+        Returns:
+            The view.
+        """
         policies = ("student", "teacher", "teacher+hint")
         trace = make_trace(tokens, policies, prompt=words, finish=words)
         return cls(trace.with_columns(type=[words] * len(tokens)), title=words)
@@ -199,7 +224,11 @@ class PrivilegeLens(View):
         )
 
     def data(self) -> dict[str, Any]:
-        """Return all that the script draws."""
+        """Return all that the script draws.
+
+        Returns:
+            Plain data and numpy arrays, as `static/privilege.js` reads them.
+        """
         entropy = {
             key: payload.compact(self.trace.column(f"{name}_entropy"))
             for key, name in self.sides.items()
@@ -225,7 +254,12 @@ class PrivilegeLens(View):
         }
 
     def static(self) -> str:
-        """Return the picture as HTML without a script."""
+        """Return the picture as HTML without a script.
+
+        Returns:
+            Markup with the strip of the gap and the table by type; every foreign string in it is
+            escaped.
+        """
         gap = self.channels["gap"]
         head = "".join(f"<th>{name}</th>" for name in ("type", "tokens", *PARTS))
         rows = "".join(_table_row(str(kind), row) for kind, row in self.table.iterrows())

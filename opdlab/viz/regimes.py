@@ -108,17 +108,41 @@ class Regimes(View):
 
     @classmethod
     def fits(cls, given: object, sample: int = 0) -> bool:
-        """Return whether `given` is a trace with tokens, of a student and another policy."""
+        """Return whether `given` is a trace with tokens, of a student and another policy.
+
+        Args:
+            given: Anything.
+            sample: Not used: the view shows all completions.
+
+        Returns:
+            Whether the view can be made of it.
+        """
         return isinstance(given, Trace) and bool(find_rivals(given)) and len(given) > 0
 
     @classmethod
     def of_trace(cls, trace: Trace, sample: int = 0) -> Self:
-        """Make the scatter of all tokens of a trace."""
+        """Make the scatter of all tokens of a trace.
+
+        Args:
+            trace: A trace that the view fits.
+            sample: Not used: the view shows all completions.
+
+        Returns:
+            The view.
+        """
         return cls(trace)
 
     @classmethod
     def example(cls, tokens: Sequence[bytes] = EXAMPLE_TOKENS, words: str = EXAMPLE_WORDS) -> Self:
-        """Make the scatter of one completion whose tokens all have the type `words`."""
+        """Make the scatter of one completion whose tokens all have the type `words`.
+
+        Args:
+            tokens: The bytes of the completion's tokens.
+            words: All other texts: title, prompt, names.
+
+        Returns:
+            The view.
+        """
         trace = make_trace(tokens, prompt=words, finish=words)
         return cls(trace.with_columns(type=[words] * len(tokens)), title=words)
 
@@ -166,7 +190,11 @@ class Regimes(View):
         return df[in_x & in_y]
 
     def data(self) -> dict[str, Any]:
-        """Return all that the script draws."""
+        """Return all that the script draws.
+
+        Returns:
+            Plain data and numpy arrays, as `static/regimes.js` reads them.
+        """
         drawn = np.float32 if len(self.trace) <= EXACT else np.float16
         with np.errstate(over="ignore"):
             described = [
@@ -198,7 +226,11 @@ class Regimes(View):
         }
 
     def static(self) -> str:
-        """Return the picture as HTML without a script."""
+        """Return the picture as HTML without a script.
+
+        Returns:
+            Markup with the scatter and its quadrants; every foreign string in it is escaped.
+        """
         x, y = self.axes[self.x], self.axes[self.y]
         head = markup.escape(f"{_title_axis(y)} over {_title_axis(x)}, {len(self.trace):,} tokens")
         return (

@@ -86,17 +86,41 @@ class Rollouts(View):
 
     @classmethod
     def fits(cls, given: object, sample: int = 0) -> bool:
-        """Return whether `given` is a trace of several completions, with tokens."""
+        """Return whether `given` is a trace of several completions, with tokens.
+
+        Args:
+            given: Anything.
+            sample: Not used: the view shows all completions.
+
+        Returns:
+            Whether the view can be made of it.
+        """
         return isinstance(given, Trace) and len(given.meta["texts"]) > 1 and len(given) > 0
 
     @classmethod
     def of_trace(cls, trace: Trace, sample: int = 0) -> Self:
-        """Make the table of all completions of a trace."""
+        """Make the table of all completions of a trace.
+
+        Args:
+            trace: A trace that the view fits.
+            sample: Not used: the view shows all completions.
+
+        Returns:
+            The view.
+        """
         return cls(trace)
 
     @classmethod
     def example(cls, tokens: Sequence[bytes] = EXAMPLE_TOKENS, words: str = EXAMPLE_WORDS) -> Self:
-        """Make the table of one completion."""
+        """Make the table of one completion.
+
+        Args:
+            tokens: The bytes of the completion's tokens.
+            words: All other texts: title, prompt, names.
+
+        Returns:
+            The view.
+        """
         return cls(make_trace(tokens, prompt=words, finish=words), title=words)
 
     @cached_property
@@ -146,7 +170,14 @@ class Rollouts(View):
         )
 
     def answer(self, question: Mapping[str, Any]) -> Any:
-        """Return the tokens of a rollout that the page does not carry: `{"sample": 7}`."""
+        """Return the tokens of a rollout that the page does not carry: `{"sample": 7}`.
+
+        Args:
+            question: `sample`, the number of a completion.
+
+        Returns:
+            The `text` and the `channels` of this completion, as plain data.
+        """
         rows = self.whole.sample(int(question["sample"]))
         return payload.to_plain_data(
             {
@@ -156,7 +187,11 @@ class Rollouts(View):
         )
 
     def static(self) -> str:
-        """Return the picture as HTML without a script."""
+        """Return the picture as HTML without a script.
+
+        Returns:
+            Markup with a table of at most 20 rollouts; every foreign string in it is escaped.
+        """
         table = self._sort_table()
         keys = [key for key in ("tokens", "finish", *COLUMNS[1:]) if key in table]
         names = ["prompt", "…text", *map(label, keys), "log ratio"]
@@ -179,7 +214,11 @@ class Rollouts(View):
         return f"<tr>{''.join(f'<td>{cell}</td>' for cell in cells)}</tr>"
 
     def data(self) -> dict[str, Any]:
-        """Return all that the script draws."""
+        """Return all that the script draws.
+
+        Returns:
+            Plain data and numpy arrays, as `static/rollouts.js` reads them.
+        """
         table, prompts = self.table, list(dict.fromkeys(self.table["prompt"]))
         at = {prompt: i for i, prompt in enumerate(prompts)}
         ratio = self._spark_channel
@@ -256,7 +295,14 @@ class Rollouts(View):
 
 
 def label(key: str) -> str:
-    """Return the heading of a column."""
+    """Return the heading of a column.
+
+    Args:
+        key: The column's name in `Rollouts.table`.
+
+    Returns:
+        The heading; the name itself where it has no other.
+    """
     return LABELS.get(key, key)
 
 

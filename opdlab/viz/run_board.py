@@ -131,14 +131,30 @@ class RunBoard(View):
 
     @classmethod
     def fits(cls, given: object, sample: int = 0) -> bool:
-        """Return whether `given` is a run or a history, or holds some by name."""
+        """Return whether `given` is a run or a history, or holds some by name.
+
+        Args:
+            given: Anything.
+            sample: Not used: a run has no completion to choose.
+
+        Returns:
+            Whether the view can be made of it.
+        """
         if isinstance(given, Mapping):
             return bool(given) and all(_is_run(run) for run in given.values())
         return _is_run(given)
 
     @classmethod
     def example(cls, tokens: Sequence[bytes] = EXAMPLE_TOKENS, words: str = EXAMPLE_WORDS) -> Self:
-        """Make a board of two runs whose entropy collapses; it shows no tokens."""
+        """Make a board of two runs whose entropy collapses; it shows no tokens.
+
+        Args:
+            tokens: Not used.
+            words: The title and the names of the runs.
+
+        Returns:
+            The view.
+        """
         return cls({words: example_history(), f"{words}, again": example_history()}, title=words)
 
     def __iter__(self) -> Iterator[Any]:
@@ -190,7 +206,11 @@ class RunBoard(View):
         return [self._plot(key, tables, ends) for key in keys]
 
     def data(self) -> dict[str, Any]:
-        """Return all that the script draws."""
+        """Return all that the script draws.
+
+        Returns:
+            Plain data and numpy arrays, as `static/board.js` reads them.
+        """
         listed = [
             [i, name, alarm.step, alarm.signature, alarm.sentence, alarm.remedy]
             for i, (name, alarm) in enumerate(self.alarms, 1)
@@ -205,7 +225,11 @@ class RunBoard(View):
         }
 
     def static(self) -> str:
-        """Return the picture as HTML without a script."""
+        """Return the picture as HTML without a script.
+
+        Returns:
+            Markup with the plots and the list of alarms; every foreign string in it is escaped.
+        """
         keys = "".join(
             f'<span class="opd-lp-key opd-l-{hue}">{markup.escape(name)}</span>'
             for name, hue in self._hues().items()
@@ -378,7 +402,11 @@ def _keep_apart(
 
 
 def example_history() -> pd.DataFrame:
-    """Return the history of a made-up run of 30 steps, whose entropy collapses."""
+    """Return the history of a made-up run of 30 steps, whose entropy collapses.
+
+    Returns:
+        One row for each step: `step`, `loss`, `entropy` and `reward`.
+    """
     steps = range(1, 31)
     entropy = np.linspace(2, 0, 30)
     return pd.DataFrame({"step": steps, "loss": 1.0, "entropy": entropy, "reward": 0.5})

@@ -83,12 +83,28 @@ class RunCard(View):
 
     @classmethod
     def fits(cls, given: object, sample: int = 0) -> bool:
-        """Return whether `given` is a run or a history."""
+        """Return whether `given` is a run or a history.
+
+        Args:
+            given: Anything.
+            sample: Not used: a run has no completion to choose.
+
+        Returns:
+            Whether it is a run or a history; it may still have no steps.
+        """
         return not isinstance(given, Mapping) and RunBoard.fits(given)
 
     @classmethod
     def example(cls, tokens: Sequence[bytes] = EXAMPLE_TOKENS, words: str = EXAMPLE_WORDS) -> Self:
-        """Make the card of a made-up run with one text."""
+        """Make the card of a made-up run with one text.
+
+        Args:
+            tokens: The bytes of the completion's tokens.
+            words: All other texts: title, prompt, names.
+
+        Returns:
+            The view.
+        """
         samples = {words: make_trace(tokens, prompt=words, finish=words)}
         return cls({words: example_history()}, samples=samples, title=words, note=words)
 
@@ -98,22 +114,45 @@ class RunCard(View):
         return self.board.df
 
     def html(self, assets: bool = True, script: bool = True) -> str:
-        """As of every view, but there is no script to leave out."""
+        """Return the card as an HTML fragment that needs nothing else.
+
+        Args:
+            assets: False leaves the styles to the page around it.
+            script: Not used: there is no script to leave out.
+
+        Returns:
+            The fragment.
+        """
         return super().html(assets, script=False)
 
     def data(self) -> dict[str, Any]:
-        """Return nothing: there is no script to draw it."""
+        """Return nothing: there is no script to draw it.
+
+        Returns:
+            An empty dict.
+        """
         return {}
 
     def live(self) -> Any:
-        """Raise OpdlabError: a still picture has no widget."""
+        """Refuse to make a widget: a card is a still picture.
+
+        Returns:
+            Nothing; the call always raises.
+
+        Raises:
+            OpdlabError: Always. The message names the views to use instead.
+        """
         raise OpdlabError(
             "A RunCard is a still picture and has no widget. Show the card itself, or a RunBoard"
             " for a live one."
         )
 
     def static(self) -> str:
-        """Return the picture as HTML without a script."""
+        """Return the picture as HTML without a script.
+
+        Returns:
+            Markup with the whole card; every foreign string in it is escaped.
+        """
         plots = "".join(plot.html() for plot in self.board.plots if plot.key in CURVES)
         note = f'<div class="opd-soft">{markup.escape(self.note)}</div>' if self.note else ""
         return (

@@ -121,7 +121,15 @@ class Scrubber(View):
 
     @classmethod
     def fits(cls, given: object, sample: int = 0) -> bool:
-        """Return whether `given` holds traces by step."""
+        """Return whether `given` holds traces by step.
+
+        Args:
+            given: Anything.
+            sample: Not used: the steps decide.
+
+        Returns:
+            Whether it is a mapping, not empty, from whole numbers to traces.
+        """
         return (
             isinstance(given, Mapping)
             and bool(given)
@@ -131,7 +139,15 @@ class Scrubber(View):
 
     @classmethod
     def example(cls, tokens: Sequence[bytes] = EXAMPLE_TOKENS, words: str = EXAMPLE_WORDS) -> Self:
-        """Make a scrubber of two gradings of the same tokens."""
+        """Make a scrubber of two gradings of the same tokens.
+
+        Args:
+            tokens: The bytes of the tokens, the same in both traces.
+            words: All other texts: title, prompt, names.
+
+        Returns:
+            The view.
+        """
         first = make_trace(tokens, prompt=words, finish=words)
         first = first.with_columns(type=[words] * len(tokens))
         later = first.with_columns(student_logp=np.linspace(-2, 0, len(first)))
@@ -156,7 +172,11 @@ class Scrubber(View):
         return pd.DataFrame({"step": self.steps, "length": [len(t) for t in self.traces], **means})
 
     def data(self) -> dict[str, Any]:
-        """Return all that the script draws."""
+        """Return all that the script draws.
+
+        Returns:
+            Plain data and numpy arrays, as `static/scrubber.js` reads them.
+        """
         text = (
             payload.describe_text(self.traces[0])
             if self.probe
@@ -181,7 +201,11 @@ class Scrubber(View):
         }
 
     def static(self) -> str:
-        """Return the first and the last step, coloured on one scale."""
+        """Return the first and the last step, coloured on one scale.
+
+        Returns:
+            Markup with a strip for each of both steps; every foreign string in it is escaped.
+        """
         found = self.channels[self.channel]
         limit, out = _limit(found), []
         for at in dict.fromkeys((0, len(self.steps) - 1)):
@@ -359,6 +383,14 @@ def word_diff(before: str, after: str) -> list[list[str]]:
     """Return the words that stayed, went and came: `[["same" | "gone" | "new", text], …]`.
 
     Spaces belong to the word after them.
+
+    Args:
+        before: The older text.
+        after: The newer text.
+
+    Returns:
+        Stretches in order; without those that are "new" they make `before`, without those that are
+        "gone" `after`.
     """
     from rapidfuzz.distance import LCSseq  # no other picture needs it
 
@@ -384,6 +416,13 @@ def measure_change(first: Channel, now: Channel) -> np.ndarray:
     """Return how a channel moved since the first step.
 
     By how much nearer to the teacher, where it measures a distance; else the difference.
+
+    Args:
+        first: The channel at the first step.
+        now: The same channel at another step, over the same tokens.
+
+    Returns:
+        `[n]`, in the channel's unit.
     """
     with np.errstate(invalid="ignore"):
         if _measures_distance(first):

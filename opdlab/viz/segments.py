@@ -19,6 +19,12 @@ def find_segments(trace: Trace) -> list[tuple[str, int, int]]:
 
     A column `segment` of names decides, else `<think>` and `</think>` in the text: "think" with
     both marks, "answer" besides. Nothing where neither is there.
+
+    Args:
+        trace: The trace of one completion.
+
+    Returns:
+        Stretches that cover all rows, or an empty list.
     """
     if "segment" in trace.table.column_names and categories.is_text(trace.table["segment"].type):
         names = [name or "" for name in trace.table["segment"].to_pylist()]

@@ -11,7 +11,11 @@ BEGIN, END = "<!-- views: begin -->", "<!-- views: end -->"
 
 
 def table_of_views() -> str:
-    """Return the table of all views in Markdown: question, ingredients, files."""
+    """Return the table of all views in Markdown: question, ingredients, files.
+
+    Returns:
+        Markdown without a newline at the end.
+    """
     rows = ["| view | question | made of | files |", "|---|---|---|---|"]
     for view in VIEWS:
         module = view.__module__.rpartition(".")[2]
@@ -22,7 +26,11 @@ def table_of_views() -> str:
 
 
 def write_table(path: Path = README) -> None:
-    """Replace the table between the two marks of the README."""
+    """Replace the table between the two marks of the README.
+
+    Args:
+        path: The README, which has both marks.
+    """
     before, _, rest = path.read_text(encoding="utf-8").partition(BEGIN)
     _, _, after = rest.partition(END)
     path.write_text(f"{before}{BEGIN}\n{table_of_views()}\n{END}{after}", encoding="utf-8")

@@ -99,7 +99,15 @@ class TailAudit(View):
 
     @classmethod
     def fits(cls, given: object, sample: int = 0) -> bool:
-        """Return whether `given` is a trace that kept the top tokens of the student and a rival."""
+        """Return whether `given` is a trace that kept the top tokens of the student and a rival.
+
+        Args:
+            given: Anything.
+            sample: Not used: the trace as a whole decides.
+
+        Returns:
+            Whether the trace has what the view needs.
+        """
         if not isinstance(given, Trace) or not len(given):
             return False
         rivals = find_rivals(given)
@@ -107,12 +115,28 @@ class TailAudit(View):
 
     @classmethod
     def of_trace(cls, trace: Trace, sample: int = 0) -> Self:
-        """Make the audit of a trace, with the tokens of one completion."""
+        """Make the audit of a trace, with the tokens of one completion.
+
+        Args:
+            trace: A trace that the view fits.
+            sample: The completion whose tokens are shown.
+
+        Returns:
+            The view.
+        """
         return cls(trace, sample)
 
     @classmethod
     def example(cls, tokens: Sequence[bytes] = EXAMPLE_TOKENS, words: str = EXAMPLE_WORDS) -> Self:
-        """Make the audit of one completion with three kept tokens of each policy."""
+        """Make the audit of one completion with three kept tokens of each policy.
+
+        Args:
+            tokens: The bytes of the completion's tokens.
+            words: All other texts: title, prompt, names.
+
+        Returns:
+            The view.
+        """
         return cls(make_trace(tokens, prompt=words, finish=words), title=words)
 
     @cached_property
@@ -147,7 +171,11 @@ class TailAudit(View):
         )
 
     def static(self) -> str:
-        """Return the picture as HTML without a script."""
+        """Return the picture as HTML without a script.
+
+        Returns:
+            Markup with the plots and the strip of missed KL; every foreign string in it is escaped.
+        """
         missed = self._missed(self.k)
         plots = "".join(plot.html() for plot in self._plots())
         return (
@@ -159,7 +187,11 @@ class TailAudit(View):
         )
 
     def data(self) -> dict[str, Any]:
-        """Return all that the script draws."""
+        """Return all that the script draws.
+
+        Returns:
+            Plain data and numpy arrays, as `static/tail.js` reads them.
+        """
         ks = self._ks()
         rows = [self._at(self.trace, k) for k in ks]
         full = self._full(self.trace, rows[-1]["bucket"])

@@ -97,17 +97,41 @@ class Timeline(View):
 
     @classmethod
     def fits(cls, given: object, sample: int = 0) -> bool:
-        """Return whether `given` is a trace with tokens, of a student and another policy."""
+        """Return whether `given` is a trace with tokens, of a student and another policy.
+
+        Args:
+            given: Anything.
+            sample: Not used: the trace as a whole decides.
+
+        Returns:
+            Whether the trace has what the view needs.
+        """
         return isinstance(given, Trace) and bool(find_rivals(given)) and len(given) > 0
 
     @classmethod
     def of_trace(cls, trace: Trace, sample: int = 0) -> Self:
-        """Make the timeline of one completion."""
+        """Make the timeline of one completion.
+
+        Args:
+            trace: A trace that the view fits.
+            sample: The completion.
+
+        Returns:
+            The view.
+        """
         return cls(trace, samples=[sample])
 
     @classmethod
     def example(cls, tokens: Sequence[bytes] = EXAMPLE_TOKENS, words: str = EXAMPLE_WORDS) -> Self:
-        """Make the timeline of one completion whose tokens all have the type `words`."""
+        """Make the timeline of one completion whose tokens all have the type `words`.
+
+        Args:
+            tokens: The bytes of the completion's tokens.
+            words: All other texts: title, prompt, names.
+
+        Returns:
+            The view.
+        """
         trace = make_trace(tokens, prompt=words, finish=words)
         return cls(trace.with_columns(type=[words] * len(tokens)), rewards=[1], title=words)
 
@@ -187,7 +211,11 @@ class Timeline(View):
         return table.astype({"fork": float, "row": float}).set_index("sample")
 
     def static(self) -> str:
-        """Return the picture as HTML without a script."""
+        """Return the picture as HTML without a script.
+
+        Returns:
+            Markup with the plots and the forks in words; every foreign string in it is escaped.
+        """
         own, shared = ("".join(plot.html() for plot in plots) for plots in self._plots())
         if own:
             label, told = self._names["cumulative_log_ratio"]
@@ -200,7 +228,11 @@ class Timeline(View):
         return f'{markup.draw_title(self.title)}<div class="opd-timeline">{own}{shared}</div>{said}'
 
     def data(self) -> dict[str, Any]:
-        """Return all that the script draws."""
+        """Return all that the script draws.
+
+        Returns:
+            Plain data and numpy arrays, as `static/timeline.js` reads them.
+        """
         paths = {
             key: values if key.startswith("cumulative") else payload.compact(values)
             for key, values in self._paths.items()

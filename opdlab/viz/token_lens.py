@@ -99,17 +99,41 @@ class TokenLens(View):
 
     @classmethod
     def fits(cls, given: object, sample: int = 0) -> bool:
-        """Return whether `given` is a trace."""
+        """Return whether `given` is a trace.
+
+        Args:
+            given: Anything.
+            sample: Not used: every trace has a lens.
+
+        Returns:
+            Whether it is a `Trace`.
+        """
         return isinstance(given, Trace)
 
     @classmethod
     def of_trace(cls, trace: Trace, sample: int = 0) -> Self:
-        """Make the lens of a completion."""
+        """Make the lens of a completion.
+
+        Args:
+            trace: A trace that the view fits.
+            sample: The completion.
+
+        Returns:
+            The view.
+        """
         return cls(trace, sample)
 
     @classmethod
     def example(cls, tokens: Sequence[bytes] = EXAMPLE_TOKENS, words: str = EXAMPLE_WORDS) -> Self:
-        """Make the lens of a completion whose tokens all have the type `words`."""
+        """Make the lens of a completion whose tokens all have the type `words`.
+
+        Args:
+            tokens: The bytes of the completion's tokens.
+            words: All other texts: title, prompt, names.
+
+        Returns:
+            The view.
+        """
         trace = make_trace(tokens, prompt=words, finish=words)
         typed = trace.with_columns(type=[words] * len(tokens))
         return cls(typed, channel="type", title=words, tracks=["jsd"])
@@ -120,7 +144,14 @@ class TokenLens(View):
         return {key: max(c.limit, self._least.get(key, 0.0)) for key, c in self.channels.items()}
 
     def with_limits(self, limits: Mapping[str, float]) -> TokenLens:
-        """Return the lens with full colour at these values, or at its own where they are larger."""
+        """Return the lens with full colour at these values, or at its own where they are larger.
+
+        Args:
+            limits: The values by channel; channels without one keep their own.
+
+        Returns:
+            A copy without a widget and without watchers.
+        """
         other = copy.copy(self)
         other._least = dict(limits)
         other._traits = dict(self._traits)
@@ -141,7 +172,11 @@ class TokenLens(View):
         return "".join(group.text for group in group_pieces(self.trace.tokens()))
 
     def static(self) -> str:
-        """Return the picture as HTML without a script."""
+        """Return the picture as HTML without a script.
+
+        Returns:
+            Markup with the coloured strip and its peaks; every foreign string in it is escaped.
+        """
         chosen, limit = self.channels[self.channel], self.limits[self.channel]
         tokens = group_pieces(self.trace.tokens())
         return (
@@ -152,7 +187,11 @@ class TokenLens(View):
         )
 
     def data(self) -> dict[str, Any]:
-        """Return all that the script draws."""
+        """Return all that the script draws.
+
+        Returns:
+            Plain data and numpy arrays, as `static/lens.js` reads them.
+        """
         fixed = {"text": payload.describe_text(self.trace), "duel": find_duel(self.trace)}
         spent = len(payload.pack(fixed)) if len(self.trace) > payload.LONG else 0
         carried = describe_fitting(

@@ -41,6 +41,12 @@ class Trait:
     def convert(self, value: Any) -> Any:
         """Return a value as one of the trait's type.
 
+        Args:
+            value: The value. Integers of numpy fit an int, and tuples fit a list.
+
+        Returns:
+            The value, of the type of `default`.
+
         Raises:
             TypeError: It is of another type.
         """
@@ -58,7 +64,14 @@ class Trait:
 
 
 def find_traits(kind: type) -> dict[str, Trait]:
-    """Return the traits of a class and its bases, by name, the base's first."""
+    """Return the traits of a class and its bases, by name, the base's first.
+
+    Args:
+        kind: The class of a view.
+
+    Returns:
+        The traits by name.
+    """
     found = {}
     for owner in reversed(kind.__mro__):
         for name, value in vars(owner).items():

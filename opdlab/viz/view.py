@@ -47,7 +47,14 @@ def set_renderer(name: str) -> None:
 
 
 def renderer() -> str:
-    """Return the renderer in force."""
+    """Return the renderer in force.
+
+    Returns:
+        "html", "live" or "static".
+
+    Raises:
+        OpdlabError: OPDLAB_RENDERER names no renderer.
+    """
     return _renderer[0] if _renderer else _known_renderer(os.environ.get("OPDLAB_RENDERER", "html"))
 
 
@@ -57,6 +64,9 @@ class View:
     A subclass declares itself (`caption`, `fits`, `example`), sets `name`, `scripts` and `styles`,
     and implements `data`, `static`, `__repr__` and `df`. Views of the same completion on a page
     follow each other's selection, in the browser, without the kernel.
+
+    Args:
+        traits: Values of traits at first, by name.
 
     Attributes:
         caption: One sentence: the question that the view answers.
@@ -100,6 +110,9 @@ class View:
         Args:
             given: Anything; `takes` names what the view is made of.
             sample: The completion that a view of a single completion would show.
+
+        Returns:
+            Whether the view can be made of it.
         """
         raise NotImplementedError
 
@@ -110,6 +123,9 @@ class View:
         Args:
             trace: The trace.
             sample: The completion that a view of a single completion shows.
+
+        Returns:
+            The view.
 
         Raises:
             OpdlabError: The trace has no such completion.
@@ -123,19 +139,29 @@ class View:
         Args:
             tokens: The tokens of the completions that it shows.
             words: All other texts: title, prompts, names.
+
+        Returns:
+            The view.
         """
         raise NotImplementedError
 
     # A subclass says what it shows.
 
     def data(self) -> Mapping[str, Any]:
-        """Return all that the script draws: plain data and numpy arrays (see `payload`)."""
+        """Return all that the script draws: plain data and numpy arrays (see `payload`).
+
+        Returns:
+            A mapping whose arrays travel as one deflated block.
+        """
         raise NotImplementedError
 
     def static(self) -> str:
         """Return markup that carries the message where no script runs.
 
         Every foreign string in it goes through `markup.escape`.
+
+        Returns:
+            The markup, without the box around it.
         """
         raise NotImplementedError
 
@@ -148,6 +174,12 @@ class View:
         """Return the reply to `ask` of the page's script, as plain data.
 
         Only pages of live views can ask.
+
+        Args:
+            question: Plain data that the page's script sent.
+
+        Returns:
+            The reply, which JSON can hold.
         """
         raise NotImplementedError
 
@@ -159,6 +191,9 @@ class View:
         Args:
             assets: False leaves styles and module to the page around it.
             script: False leaves out all scripts and data: a still picture.
+
+        Returns:
+            The fragment, with the picture of `static` in it for where no script runs.
         """
         style = embed.style(*embed.STYLES, *self.styles) if assets else ""
         module = embed.module(self.scripts) if assets and script else ""
@@ -174,7 +209,14 @@ class View:
         )
 
     def to_html(self, path: str | os.PathLike[str]) -> Path:
-        """Write a page that stands alone, atomically, and return its path."""
+        """Write a page that stands alone, atomically, and return its path.
+
+        Args:
+            path: Where the page goes.
+
+        Returns:
+            The path.
+        """
         from opdlab.viz.page import page
 
         return page(path, title=self.title or self.name, lenses=[("", self)])
@@ -209,6 +251,9 @@ class View:
         """Return the same picture as a widget; its traits are this view's attributes.
 
         There is one widget for each view, made at the first call.
+
+        Returns:
+            The widget, which needs anywidget.
         """
         from opdlab.viz.live import make_widget
 
@@ -223,6 +268,10 @@ class View:
 
     def on(self, trait: str, act: Callable[[Any], object]) -> None:
         """Call `act(value)` whenever a trait changes, from Python or from the live widget's page.
+
+        Args:
+            trait: The trait's name.
+            act: The function to call; it gets the new value.
 
         Raises:
             OpdlabError: The view has no such trait.
@@ -244,7 +293,14 @@ class View:
         return {}
 
     def with_limits(self, limits: Mapping[str, float]) -> View:
-        """Return the view with full colour at these values, or at its own where they are larger."""
+        """Return the view with full colour at these values, or at its own where they are larger.
+
+        Args:
+            limits: The values by name, as in `limits`.
+
+        Returns:
+            A copy, or the view itself where it has no limits.
+        """
         return self
 
     def _repr_mimebundle_(self, include: Any = None, exclude: Any = None) -> Any:
