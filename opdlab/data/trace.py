@@ -114,7 +114,7 @@ class Trace:
         """List the exact bytes of every token, in row order.
 
         Returns:
-            One entry per row.
+            One entry per row, as `piece` gives it.
         """
         return [self.piece(i) for i in self.table["token_id"].to_pylist()]
 
@@ -125,7 +125,7 @@ class Trace:
             token_id: An id of the trace's column `token_id`.
 
         Returns:
-            The bytes; b"" for tokens that add nothing to a text.
+            The bytes as `token_bytes` gives them; a special token is spelled out.
         """
         return str(self.meta["vocab"][str(token_id)]).encode("latin-1")
 

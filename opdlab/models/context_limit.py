@@ -24,7 +24,14 @@ class ContextLimit:
     is_hinted: bool
 
     def allows(self, length: int) -> bool:
-        """Whether as many tokens fit."""
+        """Tell whether this many tokens fit.
+
+        Args:
+            length: Tokens of a prompt and its completion together.
+
+        Returns:
+            True without a limit, too.
+        """
         return self.tokens is None or length <= self.tokens
 
     def check_prompts(
@@ -63,6 +70,11 @@ class ContextLimit:
         bodies: Sequence[Sequence[int]],
     ) -> None:
         """Check that each completion fits behind its prompt.
+
+        Args:
+            prompts: The prompts, for the error.
+            starts: Token ids of each prompt.
+            bodies: Token ids of each completion.
 
         Raises:
             ContextTooLong: One does not. The message is about the longest.

@@ -26,11 +26,19 @@ class Continuation(Protocol):
     states: Tensor
 
     def keep(self, rows: Tensor) -> None:
-        """Go on with some of the texts only: `rows` are their numbers `[B']`."""
+        """Go on with some of the texts only.
+
+        Args:
+            rows: Their numbers `[B']`, in the order that they shall have.
+        """
         ...
 
     def append(self, tokens: Tensor) -> None:
-        """Add a token `[B]` to each text and compute the new `states`."""
+        """Add a token to each text and compute the new `states`.
+
+        Args:
+            tokens: One token id per text, `[B]`.
+        """
         ...
 
 
@@ -45,6 +53,9 @@ def begin(
             pad (`Abilities.pads_left`).
         n: Texts per prompt.
         abilities: The shortcuts that may be taken.
+
+    Returns:
+        The texts, with the `states` after their prompts computed.
     """
     if abilities.caches:
         return Cached(model, starts, n)
@@ -55,6 +66,17 @@ class Cached:
     """Go on from a cache, one token at a time.
 
     Each prompt is run once, left-padded, and its `n` texts share its cache.
+
+    Args:
+        model: The model, with the adapter in force that shall write.
+        starts: Token ids of each prompt.
+        n: Texts per prompt.
+
+    Attributes:
+        states: The hidden state where each text's next token is predicted, `[B, H]`.
+        cache: Keys, values and recurrent states of all texts.
+        position: Position of the next token of each text, `[B]`.
+        mask: 1 for tokens and 0 for padding, `[B, T]`; None where nothing is padded.
     """
 
     def __init__(self, model: PreTrainedModel, starts: list[list[int]], n: int) -> None:
@@ -76,13 +98,21 @@ class Cached:
         self.mask = None if self.mask is None else self.mask.repeat_interleave(n, 0)
 
     def keep(self, rows: Tensor) -> None:
-        """Go on with some of the texts only."""
+        """Go on with some of the texts only.
+
+        Args:
+            rows: Their numbers `[B']`, in the order that they shall have.
+        """
         pick_rows(self.cache, rows)
         self.states, self.position = self.states[rows], self.position[rows]
         self.mask = None if self.mask is None else self.mask[rows]
 
     def append(self, tokens: Tensor) -> None:
-        """Add a token to each text."""
+        """Add a token to each text and compute the new `states`.
+
+        Args:
+            tokens: One token id per text, `[B]`.
+        """
         if self.mask is not None:
             self.mask = torch.cat([self.mask, self.mask.new_ones(len(tokens), 1)], 1)
         ids, positions = tokens[:, None], self.position[:, None]
@@ -93,19 +123,37 @@ class Cached:
 
 
 class Recomputed:
-    """Run all texts from the beginning for every token."""
+    """Run all texts from the beginning for every token.
+
+    Args:
+        model: The model, with the adapter in force that shall write.
+        rows: Token ids of each text so far.
+        abilities: The shortcuts that may be taken within a pass.
+
+    Attributes:
+        states: The hidden state where each text's next token is predicted, `[B, H]`.
+        rows: Token ids of each text, prompt included.
+    """
 
     def __init__(self, model: PreTrainedModel, rows: list[list[int]], abilities: Abilities) -> None:
         self.model, self.rows, self.abilities = model, rows, abilities
         self.states = self._run()
 
     def keep(self, rows: Tensor) -> None:
-        """Go on with some of the texts only."""
+        """Go on with some of the texts only.
+
+        Args:
+            rows: Their numbers `[B']`, in the order that they shall have.
+        """
         self.rows = [self.rows[i] for i in rows.tolist()]
         self.states = self.states[rows]
 
     def append(self, tokens: Tensor) -> None:
-        """Add a token to each text."""
+        """Add a token to each text and compute the new `states`.
+
+        Args:
+            tokens: One token id per text, `[B]`.
+        """
         self.rows = [[*row, token] for row, token in zip(self.rows, tokens.tolist(), strict=True)]
         self.states = self._run()
 

@@ -46,6 +46,9 @@ def encode_prompts(
         options: More arguments for the chat template.
         eos: The tokens that end the policy's texts.
 
+    Returns:
+        Token ids of each prompt, in the order of `prompts`.
+
     Raises:
         OpdlabError: A chat cannot be rendered. The message names the prompt.
     """

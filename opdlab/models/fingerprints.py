@@ -46,7 +46,14 @@ _NEUTRAL = {
 
 
 def digest(*parts: str | bytes) -> str:
-    """Make sixteen hexadecimal digits that stand for texts or bytes, in order."""
+    """Make sixteen hexadecimal digits that stand for texts or bytes, in order.
+
+    Args:
+        parts: Texts or bytes; the digits depend on where one ends and the next begins.
+
+    Returns:
+        The beginning of a SHA-256.
+    """
     whole = hashlib.sha256()
     for part in parts:
         data = part if isinstance(part, bytes) else part.encode("utf-8", "surrogatepass")
@@ -58,6 +65,12 @@ def tensor_digest(value: Tensor) -> str:
     """Make a fingerprint of a tensor.
 
     All entries of a small one are read; of a large one, a spread of entries and one in every row.
+
+    Args:
+        value: A tensor of any shape and dtype, both of which count.
+
+    Returns:
+        Sixteen hexadecimal digits.
     """
     flat = value.detach().reshape(-1)
     if flat.numel() > 2 * SPREAD:
@@ -71,17 +84,28 @@ def tensor_digest(value: Tensor) -> str:
 
 
 def tensors_digest(tensors: Mapping[str, Tensor]) -> str:
-    """Make a fingerprint of named tensors, whatever their order."""
+    """Make a fingerprint of named tensors, whatever their order.
+
+    Args:
+        tensors: Tensors by name.
+
+    Returns:
+        Sixteen hexadecimal digits.
+    """
     return digest(*(f"{name} {tensor_digest(tensors[name])}" for name in sorted(tensors)))
 
 
 def base_tensors(model: nn.Module) -> dict[str, Tensor]:
     """Take the model's own tensors, under the names that they have without adapters.
 
-    They are not copies.
-
     PEFT wraps a layer that it adapts: the original is then `layer.base_layer`, or
     `layer.original_module` where the adapter holds a copy that is trained whole.
+
+    Args:
+        model: The model, with or without adapters.
+
+    Returns:
+        Parameters and buffers by name. They are not copies.
     """
     kept = {}
     for name, module in model.named_modules():
@@ -146,6 +170,12 @@ def model_config(model: nn.Module) -> dict[str, Any]:
     """Take the settings of a transformers model that change its numbers.
 
     Those that equal the defaults of its family are left out.
+
+    Args:
+        model: A transformers model.
+
+    Returns:
+        The settings by name, as JSON holds them.
     """
     config: Any = model.config
     return {
@@ -157,6 +187,12 @@ def vocabulary_digest(tokenizer: PreTrainedTokenizerBase) -> str:
     """Make a fingerprint of a tokenizer's tokens and their ids.
 
     Two tokenizers share it exactly if every id is the same text in both.
+
+    Args:
+        tokenizer: The tokenizer; its fingerprint is kept until tokens are added.
+
+    Returns:
+        A SHA-256 in hexadecimal digits.
     """
     size, known = _VOCABULARIES.get(tokenizer, (-1, ""))
     if size != len(tokenizer):  # tokens can be added
@@ -167,7 +203,14 @@ def vocabulary_digest(tokenizer: PreTrainedTokenizerBase) -> str:
 
 
 def function_description(function: Any) -> dict[str, Any]:
-    """Describe a function or class: its place, its code, and the plain values it was made with."""
+    """Describe a function or class: its place, its code, and the plain values it was made with.
+
+    Args:
+        function: A function, a class or a `functools.partial`.
+
+    Returns:
+        Its `name` and `source`, and under `given` the plain values, if there are any.
+    """
     out: dict[str, Any] = {"name": qualified_name(function)}
     if isinstance(function, functools.partial):
         inner = function_description(function.func)
@@ -193,7 +236,14 @@ def function_description(function: Any) -> dict[str, Any]:
 
 
 def written_names(function: Any) -> set[str]:
-    """List the names of enclosing functions that a function assigns to (`nonlocal`)."""
+    """List the names of enclosing functions that a function assigns to (`nonlocal`).
+
+    Args:
+        function: A function, or anything else.
+
+    Returns:
+        The names; none for classes and built-in functions.
+    """
     code = getattr(function, "__code__", None)  # classes and built-in functions have none
     if code is None:
         return set()
@@ -211,8 +261,11 @@ def _contents(cell: Any) -> Any:
 def source_digest(thing: Any) -> str | None:
     """Make a fingerprint of the code of a function or class, without comments and layout.
 
+    Args:
+        thing: A function or class.
+
     Returns:
-        None where the source is not at hand.
+        Sixteen hexadecimal digits; None where the source is not at hand.
     """
     try:
         source = textwrap.dedent(inspect.getsource(thing))
@@ -231,6 +284,9 @@ def describe(value: Any, depth: int = 6) -> Any:
         value: Plain values stay as they are; others become their kind and a fingerprint of what is
             in them.
         depth: How far into nested values to look.
+
+    Returns:
+        Lists, dicts and plain values, nested at most `depth` deep.
     """
     if value is None or isinstance(value, (bool, int, float, str)):
         return value
@@ -283,6 +339,12 @@ def qualified_name(thing: Any) -> str:
     """Name a class or function with its module.
 
     Of opdlab's own modules only the package counts, since they may be moved.
+
+    Args:
+        thing: A class or function; of any other object its class is named.
+
+    Returns:
+        Such as "torch.nn.modules.linear.Linear", or "opdlab.OPD".
     """
     # Anything may be asked for its name here, also objects without one.
     module = str(getattr(thing, "__module__", "?"))

@@ -25,6 +25,12 @@ def find_backbone(model: PreTrainedModel) -> Any:
     """Find the part of a model below its head.
 
     Its output has `last_hidden_state`, to which the head is applied.
+
+    Args:
+        model: A causal language model of transformers.
+
+    Returns:
+        The module that computes the hidden states.
     """
     inner = model.base_model
     if inner is model:  # some families keep it under another name than the one that they announce
@@ -178,7 +184,14 @@ def _one_batch(
 
 
 def repeat_cache(cache: DynamicCache, rows: int, repeats: int, device: torch.device) -> None:
-    """Repeat each of the cache's `rows` `repeats` times, in place."""
+    """Repeat each of the cache's `rows` `repeats` times, in place.
+
+    Args:
+        cache: The cache of `rows` texts.
+        rows: Number of texts in the cache.
+        repeats: Copies of each; they stand side by side.
+        device: The cache's device.
+    """
     pick_rows(cache, torch.arange(rows, device=device).repeat_interleave(repeats))
 
 
@@ -186,6 +199,10 @@ def pick_rows(cache: DynamicCache, rows: Tensor) -> None:
     """Keep only these rows of the cache, in that order, in place.
 
     Written as a reordering, the one operation on rows that recurrent layers have too.
+
+    Args:
+        cache: The cache.
+        rows: Numbers of the rows `[B']`; a row may be taken several times.
     """
     cache.reorder_cache(cast(torch.LongTensor, rows))
 

@@ -29,11 +29,22 @@ class Graded(Protocol):
         ...
 
     def part(self, piece: slice | Tensor) -> Graded:
-        """Take the grades of some tokens, without gradient; `piece` is a slice or indices."""
+        """Take the grades of some tokens, without gradient.
+
+        Args:
+            piece: A slice or indices of tokens.
+
+        Returns:
+            The grades of these tokens.
+        """
         ...
 
     def logp(self) -> Tensor | TopLogprobs:
-        """Compute log-probs `[n, V]`; the top ones where only these are known."""
+        """Compute log-probs `[n, V]`; the top ones where only these are known.
+
+        Returns:
+            In nats, over the whole vocabulary or over the top tokens.
+        """
         ...
 
 
@@ -55,11 +66,22 @@ class States:
         return self.head.vocab_size
 
     def part(self, piece: slice | Tensor) -> States:
-        """Take the states of some tokens, without gradient; `piece` is a slice or indices."""
+        """Take the states of some tokens, without gradient.
+
+        Args:
+            piece: A slice or indices of tokens.
+
+        Returns:
+            The states of these tokens, with the same head.
+        """
         return States(self.hidden[piece].detach(), self.head)
 
     def logp(self) -> Tensor:
-        """Compute log-probs `[n, V]`."""
+        """Compute log-probs `[n, V]`.
+
+        Returns:
+            In nats, in the precision of the head's logits: float32, or float64.
+        """
         return log_softmax_in_place(self.head(self.hidden))
 
 
@@ -93,7 +115,14 @@ class TopLogprobs:
         return self.ids.shape[-1]
 
     def part(self, piece: slice | Tensor) -> TopLogprobs:
-        """Take the log-probs of some tokens; `piece` is a slice or indices."""
+        """Take the log-probs of some tokens.
+
+        Args:
+            piece: A slice or indices of tokens.
+
+        Returns:
+            The log-probs of these tokens.
+        """
         return TopLogprobs(
             self.ids[piece],
             self.top[piece],
@@ -103,11 +132,21 @@ class TopLogprobs:
         )
 
     def logp(self) -> TopLogprobs:
-        """Return itself: these are log-probs already."""
+        """Return itself: these are log-probs already.
+
+        Returns:
+            The object itself.
+        """
         return self
 
     def support(self, support: TopK) -> Tensor:
         """Take the ids `[n, k']` of the likeliest tokens that a loss asks for.
+
+        Args:
+            support: Says how many tokens, and of which policy.
+
+        Returns:
+            Ids, likeliest first; k' is at most `k`.
 
         Raises:
             PartialDistribution: It asks for more than there are.
@@ -122,6 +161,9 @@ class TopLogprobs:
 
     def coarse(self, support: TopK) -> Tensor:
         """Compute log-probs on the top tokens, as `TopK.coarse` does.
+
+        Args:
+            support: Says how many tokens, and what becomes of the mass outside.
 
         Returns:
             `[n, k']`, or `[n, k' + 1]` with the bucket of all other tokens at the end.
@@ -140,6 +182,9 @@ class TopLogprobs:
 
         The top tokens leave that mass over. Below `RESOLUTION` it is rounding, so it is kept within
         known bounds.
+
+        Returns:
+            Log-masses in nats, in the dtype of `top`.
         """
         top = self.top.double()
         mass = (1 - top.exp().sum(-1)).clamp(min=RESOLUTION)
@@ -157,6 +202,9 @@ def whole_distribution_error(name: str, some: TopLogprobs) -> PartialDistributio
     Args:
         name: The server's name among the policies.
         some: Its grades.
+
+    Returns:
+        The error, for the caller to raise.
     """
     return PartialDistribution(
         f"This loss needs the whole distribution of {name!r}, but its server gives the {some.k}"
@@ -167,5 +215,12 @@ def whole_distribution_error(name: str, some: TopLogprobs) -> PartialDistributio
 
 
 def log_softmax_in_place(logits: Tensor) -> Tensor:
-    """Compute a log-softmax in the logits' own memory, which a head makes anew at every call."""
+    """Compute a log-softmax in the logits' own memory, which a head makes anew at every call.
+
+    Args:
+        logits: Logits `[n, V]`, which are overwritten.
+
+    Returns:
+        Log-probs `[n, V]` in nats, in the same memory.
+    """
     return torch.log_softmax(logits, -1, out=logits)

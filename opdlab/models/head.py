@@ -71,6 +71,9 @@ class Head:
             vocab_size: Number of tokens of the tokenizer; the head may have fewer rows, or more.
             adapter: Name of the adapter; None for the bare model.
 
+        Returns:
+            The head.
+
         Raises:
             InvalidValue: The head is no plain matrix.
             UnsupportedModel: The model's logits are something else than the head gives. The message
@@ -83,6 +86,14 @@ class Head:
     @classmethod
     def read(cls, model: PreTrainedModel, vocab_size: int, adapter: str | None = None) -> Head:
         """Find the head of a model without running anything; see `of`.
+
+        Args:
+            model: The model; `adapter` need not be in force.
+            vocab_size: Number of tokens of the tokenizer; the head may have fewer rows, or more.
+            adapter: Name of the adapter; None for the bare model.
+
+        Returns:
+            The head, unchecked.
 
         Raises:
             InvalidValue: The head is no plain matrix.
@@ -162,9 +173,13 @@ class Head:
         return inner @ down
 
     def precision(self, hidden: Tensor) -> torch.dtype:
-        """The dtype of gradients for hidden states: float64 where these and the head are.
+        """Choose the dtype of gradients for hidden states: float64 where these and the head are.
 
-        Proofs use it; everything else is float32.
+        Args:
+            hidden: The hidden states, of any shape.
+
+        Returns:
+            torch.float32 or torch.float64.
         """
         is_double = hidden.dtype == self.weight.dtype == torch.float64
         return torch.float64 if is_double else torch.float32
@@ -195,7 +210,15 @@ class Head:
 
 
 def cannot_run(model: PreTrainedModel, error: Exception) -> UnsupportedModel:
-    """Make the error for a model that fails on plain token ids."""
+    """Make the error for a model that fails on plain token ids.
+
+    Args:
+        model: The model that failed.
+        error: The error that its forward pass raised.
+
+    Returns:
+        The error, for the caller to raise.
+    """
     return UnsupportedModel(
         f"{type(model).__name__} cannot be run on plain token ids ({type(error).__name__}:"
         f" {_line(str(error))}). Use a causal language model that needs nothing else."

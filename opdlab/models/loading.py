@@ -38,6 +38,9 @@ def load_model(source: Any, dtype: Any = None, device: Any = None) -> PreTrained
         dtype: A torch.dtype or its name; bfloat16 on a GPU and float32 on a CPU by default.
         device: As PyTorch names it; the GPU if there is one by default.
 
+    Returns:
+        The model on its device, in evaluation mode.
+
     Raises:
         InvalidValue: There is no such model, device or dtype.
     """
@@ -62,6 +65,9 @@ def load_tokenizer(source: Any) -> PreTrainedTokenizerBase:
         source: A folder, or a name on the Hub. An adapter's folder without a tokenizer takes that
             of its base model.
 
+    Returns:
+        The tokenizer.
+
     Raises:
         InvalidValue: There is none.
     """
@@ -84,6 +90,12 @@ def load_tokenizer(source: Any) -> PreTrainedTokenizerBase:
 
 def read_dtype(dtype: Any) -> torch.dtype | None:
     """Read a torch.dtype, its name, or None.
+
+    Args:
+        dtype: As the user gave it: torch.float32, torch.bfloat16, torch.float64, a name, or None.
+
+    Returns:
+        The dtype; None for None.
 
     Raises:
         InvalidValue: opdlab does not compute in it.
@@ -109,6 +121,12 @@ def read_dtype(dtype: Any) -> torch.dtype | None:
 
 def read_device(device: Any) -> torch.device:
     """Read the name of a device that is there; by default a GPU, or the CPU without one.
+
+    Args:
+        device: As the user gave it: a torch.device, a name such as "cuda:1", or None.
+
+    Returns:
+        The device.
 
     Raises:
         InvalidValue: There is no such device.

@@ -20,6 +20,12 @@ def own_tensors(weights: Weights) -> dict[str, Tensor]:
     """Take the model's own parameters and buffers, by the names that the bare model has.
 
     Tied weights are there once, under their first name. They are not copies.
+
+    Args:
+        weights: The model.
+
+    Returns:
+        The tensors by name, in the model's own memory.
     """
     tensors = base_tensors(weights.model)
     return {name: tensors[name] for name in dict.fromkeys(_first_names(tensors).values())}
@@ -38,7 +44,14 @@ def _place(name: str, value: Tensor) -> Any:
 
 
 def write_model(weights: Weights, folder: Path) -> None:
-    """Save model and tokenizer so that `from_pretrained(folder)` gives them back."""
+    """Save model and tokenizer so that `from_pretrained(folder)` gives them back.
+
+    Adapters on the model are left out.
+
+    Args:
+        weights: The model with its tokenizer.
+        folder: The folder to write to.
+    """
     model: Any = weights.model
     state = {name: value.detach() for name, value in base_tensors(model).items()}
     with _without_adapters(model), _savable_generation(model, folder), _quiet():
@@ -48,6 +61,13 @@ def write_model(weights: Weights, folder: Path) -> None:
 
 def read_model(weights: Weights, folder: Path) -> dict[str, Tensor]:
     """Read the tensors of a saved model, under the names of `own_tensors`.
+
+    Args:
+        weights: A model of the same family and size; it is not changed.
+        folder: The folder that `write_model` wrote, also in the first format.
+
+    Returns:
+        The tensors by name; those that the folder lacks are missing.
 
     Raises:
         DamagedFile: The file cannot be read.
@@ -75,11 +95,17 @@ def read_model(weights: Weights, folder: Path) -> dict[str, Tensor]:
 
 
 def has_new_embeddings(weights: Weights) -> bool:
-    """Whether the vocabulary was resized after loading.
+    """Tell whether the vocabulary was resized after loading.
 
     Then the embeddings have another number of rows than the configuration on the disk says. Only
     files that are already on this machine are read. A model that was made in memory has no
     configuration to compare with.
+
+    Args:
+        weights: The model.
+
+    Returns:
+        False as well where no configuration can be read.
     """
     # A private field of transformers: where a configuration was read from, if it was.
     source = weights.source or getattr(weights.model.config, "_name_or_path", "")
@@ -100,6 +126,9 @@ def embeddings(weights: Weights, wanted: Container[str] | None = None) -> dict[s
     Args:
         weights: The model.
         wanted: Which names to take; all by default.
+
+    Returns:
+        The parameters by name. They are not copies.
     """
     layers = [weights.model.get_input_embeddings(), weights.model.get_output_embeddings()]
     names = set()
@@ -115,7 +144,14 @@ def embeddings(weights: Weights, wanted: Container[str] | None = None) -> dict[s
 
 
 def embedding_names(weights: Weights) -> set[str]:
-    """List the names of the input and output embeddings in the bare model."""
+    """List the names of the input and output embeddings in the bare model.
+
+    Args:
+        weights: The model.
+
+    Returns:
+        The names, those of tied copies included.
+    """
     own = embeddings(weights)
     first_names = _first_names(base_tensors(weights.model))
     tied = {name for name, first in first_names.items() if first in own}

@@ -54,7 +54,14 @@ _LIVE: weakref.WeakSet[Policy] = weakref.WeakSet()
 
 
 def live_policies(model: PreTrainedModel) -> list[Policy]:
-    """List all policies in use that look at `model`."""
+    """List all policies in use that look at `model`.
+
+    Args:
+        model: A transformers model, without PEFT's wrapper.
+
+    Returns:
+        The policies, in no order.
+    """
     return [policy for policy in list(_LIVE) if policy.weights.model is model]
 
 
@@ -121,6 +128,9 @@ class Policy:
             chat_template_kwargs: Arguments for the tokenizer's chat template, as
                 `{"enable_thinking": False}`; see `with_template`.
 
+        Returns:
+            The policy, which looks through the adapter if the folder is that of one.
+
         Raises:
             InvalidValue: There is no such model, device or dtype.
             UnsupportedModel: The model's numbers would not be right.
@@ -169,6 +179,9 @@ class Policy:
                 `{"enable_thinking": False}`; see `with_template`.
             adapter: Name of the adapter to look through, or None for the bare model; the active one
                 by default.
+
+        Returns:
+            The policy. It shares the model's memory.
 
         Raises:
             InvalidValue: The model, its precision, its output head or one of its adapters is none
@@ -240,6 +253,9 @@ class Policy:
                 chat, in the user's turn where the template has no system role; chat messages land
                 before those of the prompt.
 
+        Returns:
+            A view on the same weights and adapter, with this context in place of an earlier one.
+
         Raises:
             InvalidValue: It is something else.
         """
@@ -265,6 +281,12 @@ class Policy:
         `continue_final_message` (for chats that end with the beginning of an answer),
         `sanitize_control_tokens` (special tokens that a message spells are read letter by letter).
 
+        Args:
+            chat_template_kwargs: Arguments by name.
+
+        Returns:
+            A view on the same weights and adapter.
+
         Raises:
             InvalidValue: Neither the template nor transformers reads one of them.
         """
@@ -272,11 +294,19 @@ class Policy:
         return self._view(chat_template_kwargs=check_template_options(self.tokenizer, merged))
 
     def without_context(self) -> Policy:
-        """Make a view of this policy that sees the plain prompts."""
+        """Make a view of this policy that sees the plain prompts.
+
+        Returns:
+            A view on the same weights and adapter.
+        """
         return self._view(context=None)
 
     def without_adapter(self) -> Policy:
-        """Make a policy of the bare model, with the same context and template arguments."""
+        """Make a policy of the bare model, with the same context and template arguments.
+
+        Returns:
+            A policy on the same weights.
+        """
         return self._view(_adapter=AdapterInUse())
 
     def _view(self, **changes: Any) -> Policy:
@@ -290,7 +320,12 @@ class Policy:
     def frozen(self) -> Policy:
         """Make a policy that stays as this one is now.
 
-        It costs no memory before training, a copy of the adapter after.
+        It costs no memory if this policy has no adapter, and a copy of the adapter if it has one.
+        The weights are shared, so training all of them would move it too: train a `copied` policy
+        then.
+
+        Returns:
+            A policy on the same weights, with the same context and template arguments.
         """
         still = self.without_adapter()
         if self.adapter is not None:
@@ -301,6 +336,9 @@ class Policy:
         """Put this policy on weights of its own, with its adapter and no other.
 
         Full training needs this, since it moves weights that other policies may share.
+
+        Returns:
+            A policy with the same context, on a copy of the model.
         """
         weights = self.weights.copy(self.adapter)
         return self._view(weights=weights, _adapter=AdapterInUse(self.adapter))
@@ -311,6 +349,9 @@ class Policy:
         A new LoRA then stacks on it. The sums are rounded to the model's precision: exact to
         float32 rounding in float32, about three digits in bfloat16. It costs the memory of one more
         model. Embeddings and head that were tied get one matrix each if the adapter changes either.
+
+        Returns:
+            A policy with the same context, on a copy of the model, without an adapter.
         """
         return self._view(weights=self.weights.fold(self.adapter), _adapter=AdapterInUse())
 
@@ -318,9 +359,12 @@ class Policy:
         """Give this policy a trainable LoRA (in place, so live views follow); returns itself.
 
         Args:
-            rank: Of the LoRA's matrices.
+            rank: Rank of the LoRA's matrices.
             options: `alpha`, `targets`, `seed` and further fields of `peft.LoraConfig`; see
                 `Weights.add_lora`.
+
+        Returns:
+            The policy itself.
 
         Raises:
             InvalidValue: The policy looks through an adapter that was trained, or the options make
@@ -344,6 +388,12 @@ class Policy:
     def encode(self, prompt: Prompt) -> list[int]:
         """Encode a prompt as this policy sees it, with its context and its chat template.
 
+        Args:
+            prompt: The prompt.
+
+        Returns:
+            Its token ids, not checked against the context length.
+
         Raises:
             EmptyPrompts: It has no tokens.
         """
@@ -359,6 +409,9 @@ class Policy:
             room: How many new tokens must fit behind each prompt.
             begun: How many tokens are written already behind each prompt; none by default.
 
+        Returns:
+            Token ids of each prompt, without padding.
+
         Raises:
             EmptyPrompts: There are no prompts, or one has no tokens.
             ContextTooLong: A prompt with all that comes behind it does not fit the model's context.
@@ -373,6 +426,12 @@ class Policy:
 
     def encode_unchecked(self, prompts: Sequence[Prompt]) -> list[list[int]]:
         """Encode many prompts, however long they are.
+
+        Args:
+            prompts: The prompts.
+
+        Returns:
+            Token ids of each prompt, without padding.
 
         Raises:
             EmptyPrompts: One has no tokens.
@@ -424,6 +483,9 @@ class Policy:
             options: Fields of `SamplingConfig`: `max_new_tokens`, `temperature`, `top_p`, `top_k`,
                 `min_p`, `stop`, `seed`.
 
+        Returns:
+            The completions with their log-probs and entropies at temperature 1, in nats.
+
         Raises:
             InvalidValue: An option is not what it must be.
             EmptyPrompts: There are no prompts.
@@ -465,6 +527,12 @@ class Policy:
     def grade(self, rollout: Rollout) -> States:
         """Grade a rollout with the hidden states of its tokens and this policy's head.
 
+        Args:
+            rollout: `B` completions in this policy's tokens.
+
+        Returns:
+            The states of `rollout.tokens` tokens, rows in order, without padding.
+
         Raises:
             TokenizerMismatch: The rollout's ids are not of this policy's tokenizer.
             ContextTooLong: A prompt with its completion does not fit the model's context.
@@ -477,6 +545,9 @@ class Policy:
 
         Each prompt is rendered as this policy sees it, so a longer hint moves nothing. The states
         carry a gradient when grad mode is on and the policy trains.
+
+        Args:
+            rollout: `B` completions in this policy's tokens.
 
         Returns:
             The last hidden state where each completion token is predicted, `[tokens, H]`, rows in
@@ -504,6 +575,15 @@ class Policy:
         """Compute full log-probs `[tokens, V]` in float32, for looking at.
 
         Training never makes them; see `opdlab.engine.rows`.
+
+        Args:
+            rollout: `B` completions in this policy's tokens.
+
+        Returns:
+            Log-probs in nats, rows in order, without gradient.
+
+        Raises:
+            ContextTooLong: A prompt with its completion does not fit the model's context.
         """
         with torch.no_grad(), self.weights.using(self.adapter):
             return self.head(self.hidden(rollout)).log_softmax(-1)
@@ -521,7 +601,20 @@ class Policy:
 
 
 def sample(policy: Policy, prompts: Sequence[Prompt], n: int = 1, **options: Any) -> Rollout:
-    """Write `n` completions of each prompt: `policy.sample(prompts, n, …)`."""
+    """Write `n` completions of each prompt: `policy.sample(prompts, n, …)`.
+
+    Args:
+        policy: The policy that writes.
+        prompts: A single prompt counts as a list of one.
+        n: Completions of each prompt.
+        options: Further arguments of `Policy.sample`.
+
+    Returns:
+        The completions; see `Policy.sample`.
+
+    Raises:
+        InvalidValue: `policy` is no `Policy`, or an option is not what it must be.
+    """
     return expect(policy, Policy, "sample", "policy").sample(prompts, n, **options)
 
 

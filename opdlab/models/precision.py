@@ -19,7 +19,14 @@ _backbones_in_bf16: ContextVar[bool] = ContextVar("backbones_in_bf16", default=F
 
 @contextmanager
 def autocast_backbones(enabled: bool) -> Iterator[None]:
-    """Run backbones under bfloat16 autocast until the block ends, if `enabled`."""
+    """Run backbones under bfloat16 autocast until the block ends, if `enabled`.
+
+    Args:
+        enabled: Whether to use bfloat16; False switches it off inside an outer block.
+
+    Yields:
+        Nothing.
+    """
     token = _backbones_in_bf16.set(enabled)
     try:
         yield
@@ -32,10 +39,23 @@ def backbone_autocast(device: torch.device) -> torch.autocast:
 
     Accelerate's would be one for the life of a process, but a notebook may hold runs of both
     precisions.
+
+    Args:
+        device: The model's device.
+
+    Returns:
+        A context manager around the passes.
     """
     return torch.autocast(device.type, torch.bfloat16, enabled=_backbones_in_bf16.get())
 
 
 def without_autocast(device: torch.device) -> torch.autocast:
-    """Compute in the tensors' own precision, whatever autocast is on around."""
+    """Compute in the tensors' own precision, whatever autocast is on around.
+
+    Args:
+        device: The device of the tensors.
+
+    Returns:
+        A context manager around the computation.
+    """
     return torch.autocast(device.type, enabled=False)

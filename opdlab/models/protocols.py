@@ -45,7 +45,14 @@ class TopGrader(Protocol):
         ...
 
     def grade(self, rollout: Rollout) -> Graded:
-        """Grade a rollout; see `Grader.grade`."""
+        """Grade a rollout; see `Grader.grade`.
+
+        Args:
+            rollout: `B` completions, in tokens that this grader shares.
+
+        Returns:
+            Log-probs of the `k` likeliest tokens and of the written ones, rows in order.
+        """
         ...
 
 
@@ -94,6 +101,17 @@ class Sampler(Protocol):
         """Write `n` completions of each prompt; row `i * n + j` is sample `j` of prompt `i`.
 
         See `Policy.sample`.
+
+        Args:
+            prompts: Texts and chats to answer.
+            n: Completions of each prompt.
+            prefixes: Token ids already written after each prompt, to be continued.
+            batch_size: Prompts held in memory at once; all by default.
+            writer: Who writes, for the trace.
+            options: Fields of `SamplingConfig`.
+
+        Returns:
+            The completions.
         """
         ...
 

@@ -31,6 +31,9 @@ def recompute_layers(model: PreTrainedModel, enabled: bool = True) -> Iterator[N
         model: The model, in any mode.
         enabled: Whether to do it.
 
+    Yields:
+        Nothing.
+
     Raises:
         InvalidValue: The family has no layers that are known to run again.
     """
@@ -48,6 +51,12 @@ def recompute_layers(model: PreTrainedModel, enabled: bool = True) -> Iterator[N
 
 def recomputable_layers(model: PreTrainedModel) -> list[nn.Module]:
     """List the layers of `model` that can run again in the backward pass.
+
+    Args:
+        model: The model, in any mode.
+
+    Returns:
+        The outermost layers of that kind; none lies inside another.
 
     Raises:
         InvalidValue: There are none.

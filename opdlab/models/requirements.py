@@ -69,6 +69,9 @@ def check_model(model: Any) -> PreTrainedModel:
 def check_tokenizer(tokenizer: Any) -> None:
     """Check that something is a tokenizer of transformers.
 
+    Args:
+        tokenizer: As the user gave it.
+
     Raises:
         InvalidValue: It is something else.
     """

@@ -66,6 +66,10 @@ def compare_vocabularies(
 ) -> dict[int, tuple[str | None, str | None]]:
     """Find the token ids that stand for different strings.
 
+    Args:
+        student: The policy that writes.
+        teacher: The policy that grades.
+
     Returns:
         The student's and the teacher's string by id, lowest id first; None for an id that one of
         them does not have.
@@ -80,6 +84,10 @@ def compare_chats(student: Policy, teacher: Policy) -> RenderedChat:
     """Render chats as each policy reads them, with and without a system message.
 
     Each is rendered with the arguments that its policy gives to the template.
+
+    Args:
+        student: The policy that writes.
+        teacher: The policy that grades.
 
     Returns:
         The first chat that differs; else the one without a system message.

@@ -37,6 +37,9 @@ def read_prefixes(prefixes: Any, prompts: int, vocab_size: int) -> list[list[int
         prompts: How many prompts there are.
         vocab_size: How many token ids there are.
 
+    Returns:
+        Token ids for each prompt, as plain ints.
+
     Raises:
         InvalidValue: There is not one list for each prompt, or something in them is no token id.
     """
@@ -82,7 +85,16 @@ class SampledTexts:
 
     @classmethod
     def empty(cls, rows: int, steps: int, device: torch.device) -> SampledTexts:
-        """Make room for `rows` texts of at most `steps` tokens."""
+        """Make room for `rows` texts of at most `steps` tokens.
+
+        Args:
+            rows: Number of texts `B`.
+            steps: Most tokens per text `T`.
+            device: Where the tensors are.
+
+        Returns:
+            Texts of zeros that count as full and cut, until something is put there.
+        """
         return cls(
             ids=torch.zeros(rows, steps, dtype=torch.long, device=device),
             logp=torch.zeros(rows, steps, device=device),
@@ -93,19 +105,35 @@ class SampledTexts:
 
     @classmethod
     def concat(cls, parts: Sequence[SampledTexts]) -> SampledTexts:
-        """Put several together, rows in order."""
+        """Put several batches together, rows in order.
+
+        Args:
+            parts: At least one, all of the same width `T`.
+
+        Returns:
+            One batch.
+        """
         return cls(
             *(torch.cat(column) for column in zip(*(p.tensors() for p in parts), strict=True))
         )
 
     def put(self, rows: Sequence[int], part: SampledTexts) -> None:
-        """Copy the texts of `part` to these rows."""
+        """Copy the texts of `part` to these rows.
+
+        Args:
+            rows: One row number per text of `part`.
+            part: Texts of the same width `T`.
+        """
         where = torch.as_tensor(rows, device=self.ids.device)
         for mine, theirs in zip(self.tensors(), part.tensors(), strict=True):
             mine[where] = theirs
 
     def tensors(self) -> tuple[Tensor, ...]:
-        """All fields, in order."""
+        """List all fields, in order.
+
+        Returns:
+            The tensors themselves.
+        """
         return self.ids, self.logp, self.entropy, self.lengths, self.stopped
 
 
@@ -130,6 +158,9 @@ class SamplingLoop:
             starts: Token ids of each prompt.
             n: Texts per prompt.
             batch_size: Prompts held in memory at once; all by default.
+
+        Returns:
+            The texts, `[len(starts) * n, max_new_tokens]`.
         """
         shape = (len(starts), n, self.config.max_new_tokens)
         seeded = torch.Generator().manual_seed(self.config.seed)

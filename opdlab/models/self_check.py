@@ -45,7 +45,14 @@ class Tolerance:
     worst: float
 
     def allows(self, off: Tensor) -> bool:
-        """Whether distances `[positions]` lie within both limits; NaN does not."""
+        """Tell whether distances lie within both limits.
+
+        Args:
+            off: One distance per position, `[positions]`, as a share of the logits' spread.
+
+        Returns:
+            False where one is NaN, too.
+        """
         return bool(off.median() <= self.typical) and bool(off.max() <= self.worst)
 
 
@@ -67,6 +74,9 @@ def find_abilities(model: PreTrainedModel, head: Head, longest: int | None = Non
         model: In evaluation mode.
         head: Its output head.
         longest: Tokens that fit its context, if that is limited.
+
+    Returns:
+        The shortcuts that may be taken; models of one kind are checked once.
 
     Raises:
         UnsupportedModel: Plain passes fail, or a token's distribution depends on later tokens.

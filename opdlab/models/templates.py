@@ -55,6 +55,9 @@ def render_chat(
         messages: The chat.
         options: More arguments for the template.
 
+    Returns:
+        The text, special tokens included.
+
     Raises:
         OpdlabError: The tokenizer has no template, or the template refuses the chat.
     """
@@ -162,6 +165,10 @@ def end_token(
 def check_template(tokenizer: PreTrainedTokenizerBase, options: Mapping[str, Any]) -> None:
     """Check that there is a template for chats.
 
+    Args:
+        tokenizer: Brings the template.
+        options: Arguments for the template; `chat_template` among them counts as one.
+
     Raises:
         OpdlabError: There is none.
     """
@@ -177,6 +184,14 @@ def render_first_form(
     tokenizer: PreTrainedTokenizerBase, chat: Chat, options: Mapping[str, Any]
 ) -> tuple[Chat, str]:
     """Render a chat in the first form that the template accepts.
+
+    The forms are: as it is, with the system message in the user's turn, with neighbours of one role
+    joined, and with both changes.
+
+    Args:
+        tokenizer: Brings the template.
+        chat: The messages.
+        options: More arguments for the template.
 
     Returns:
         The chat in that form, and its text.
@@ -204,9 +219,17 @@ def render_first_form(
 def takes_system(
     tokenizer: PreTrainedTokenizerBase, prompts: Sequence[Prompt], options: Mapping[str, Any]
 ) -> bool:
-    """Whether a system message reaches the model.
+    """Tell whether a system message reaches the model.
 
     Some templates raise an error for one, some leave it out in silence.
+
+    Args:
+        tokenizer: Brings the template.
+        prompts: Chats and texts; without a system message among them nothing is tried.
+        options: More arguments for the template.
+
+    Returns:
+        True as well if no prompt has a system message.
     """
     if not any(
         message["role"] == "system" for prompt in prompts for message in prompt.messages or ()
@@ -225,7 +248,14 @@ def takes_system(
 
 
 def put_system_in_user(chat: Chat) -> Chat:
-    """Put the content of a first system message in front of the first user's message."""
+    """Put the content of a first system message in front of the first user's message.
+
+    Args:
+        chat: At least one message.
+
+    Returns:
+        The chat without its system message; the chat itself if it has none, or no user's message.
+    """
     user = next((i for i, message in enumerate(chat) if message["role"] == "user"), None)
     if chat[0]["role"] != "system" or user is None:
         return chat
@@ -245,12 +275,28 @@ def _join_neighbours(chat: Chat) -> Chat:
 def apply_template(
     tokenizer: PreTrainedTokenizerBase, chat: Chat, options: Mapping[str, Any]
 ) -> str:
-    """Render a chat as it is; the template may raise any error."""
+    """Render a chat as it is; the template may raise any error.
+
+    Args:
+        tokenizer: Brings the template.
+        chat: The messages.
+        options: More arguments for the template.
+
+    Returns:
+        The text.
+    """
     return str(tokenizer.apply_chat_template(chat, tokenize=False, **text_arguments(options)))
 
 
 def text_arguments(options: Mapping[str, Any]) -> dict[str, Any]:
-    """Choose the arguments that matter for the text."""
+    """Choose the arguments that matter for the text.
+
+    Args:
+        options: Arguments that the policy gives to the template.
+
+    Returns:
+        All but `sanitize_control_tokens`, completed by `template_arguments`.
+    """
     return {
         name: value
         for name, value in template_arguments(options).items()
@@ -259,7 +305,14 @@ def text_arguments(options: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def template_arguments(options: Mapping[str, Any]) -> dict[str, Any]:
-    """Complete the template's arguments: it opens an answer, unless it goes on with one."""
+    """Complete the template's arguments: it opens an answer, unless it goes on with one.
+
+    Args:
+        options: Arguments that the policy gives to the template; they count before the default.
+
+    Returns:
+        The arguments with `add_generation_prompt`.
+    """
     return {"add_generation_prompt": not options.get("continue_final_message"), **options}
 
 

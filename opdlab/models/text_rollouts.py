@@ -28,6 +28,10 @@ def rollout_from_texts(
         prompts: The prompt of each text.
         texts: One text per prompt; plain strings count as finished.
         writer: Who wrote them, for the trace.
+
+    Returns:
+        A rollout with one completion per prompt; `logp` and `entropy` are zero, since nobody
+        sampled.
     """
     tokenizer, eos = policy.tokenizer, policy.weights.eos
     prompts = expect_prompts(prompts, "rollout_from_texts")

@@ -24,6 +24,10 @@ NAMED = 5  # tokens that a message lists
 def check_tokens(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> None:
     """Refuse tokens that the tokenizer can produce and the model has no row for.
 
+    Args:
+        model: The model.
+        tokenizer: Its tokenizer.
+
     Raises:
         TokenizerMismatch: The embeddings or the output head end before the tokenizer's last id.
     """
@@ -53,6 +57,9 @@ def find_eos(
         model: The model, whose generation settings may name some.
         tokenizer: Its tokenizer, which may name one.
         eos: Ids that the user gives in place of both.
+
+    Returns:
+        Token ids; empty where neither names one.
 
     Raises:
         InvalidValue: Something given is no token.
@@ -96,7 +103,14 @@ def _check_eos(
 
 
 def count_rows(model: PreTrainedModel) -> int:
-    """Count the ids that the model both reads and writes."""
+    """Count the ids that the model both reads and writes.
+
+    Args:
+        model: The model.
+
+    Returns:
+        The rows of the smaller one of embeddings and output head.
+    """
     layers = (model.get_input_embeddings(), model.get_output_embeddings())
     weights = [cast(Tensor, layer.weight) for layer in layers if layer is not None]
     return min(int(weight.shape[0]) for weight in weights)
@@ -111,6 +125,9 @@ def pick_ordinary_tokens(model: PreTrainedModel, rows: int, count: int) -> list[
         model: The model.
         rows: How many ids there are.
         count: How many to pick.
+
+    Returns:
+        Ids below 4096 and `rows`; one may occur twice.
     """
     config = model.config
     special: set[Any] = set()

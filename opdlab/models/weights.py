@@ -136,7 +136,14 @@ class Weights:
         return self.source or type(self.model).__name__
 
     def copy(self, adapter: str | None) -> Weights:
-        """Copy the model, with one of its adapters (None: without any)."""
+        """Copy the model, with one of its adapters (None: without any).
+
+        Args:
+            adapter: Name of the adapter that the copy keeps; None for none.
+
+        Returns:
+            Weights of their own, checked anew.
+        """
         with self.using(adapter) as model:
             copied = copy.deepcopy(model)
         twin = self._around(copied)
@@ -146,7 +153,17 @@ class Weights:
         return twin
 
     def fold(self, adapter: str | None) -> Weights:
-        """Copy the model and add one of its adapters to the copy's own weights."""
+        """Copy the model and add one of its adapters to the copy's own weights.
+
+        Args:
+            adapter: Name of the adapter; None copies the bare model.
+
+        Returns:
+            Weights of their own, without adapters.
+
+        Raises:
+            InvalidValue: PEFT cannot add this adapter to the weights.
+        """
         twin = self.copy(adapter)
         adapters.fold(twin.model, adapter)
         return self._around(twin.model)  # checked anew, since its weights are others now
@@ -222,11 +239,22 @@ class Weights:
         return self._add(name, lambda new: self._make(new, config, seed))
 
     def clone_adapter(self, source: str) -> str:
-        """Make an exact copy of an adapter, settings and tensors; returns its name."""
+        """Make an exact copy of an adapter, settings and tensors.
+
+        Args:
+            source: Name of the adapter to copy.
+
+        Returns:
+            The copy's name, which is made up.
+        """
         return self._add("", lambda new: adapters.clone(self.model, source, new))
 
     def delete_adapter(self, name: str) -> None:
-        """Take an adapter off the model."""
+        """Take an adapter off the model; nothing happens if it is not there.
+
+        Args:
+            name: The adapter's name.
+        """
         adapters.remove(self.model, name)
 
     def drop_adapter(self, name: str, config: LoraConfig) -> None:
@@ -252,23 +280,44 @@ class Weights:
                 adapters.remove(self.model, name)
 
     def config_of(self, name: str) -> LoraConfig:
-        """Look up the PEFT configuration of an adapter."""
+        """Look up the PEFT configuration of an adapter.
+
+        Args:
+            name: The adapter's name.
+
+        Returns:
+            The configuration itself, and not a copy.
+        """
         return adapters.config_of(self.model, name)
 
     def adapter_state(self, name: str) -> dict[str, Tensor]:
-        """Take the adapter's tensors, as PEFT names them. They are not copies."""
+        """Take the adapter's tensors, as PEFT names them. They are not copies.
+
+        Args:
+            name: The adapter's name.
+
+        Returns:
+            The tensors by name, in the adapter's own memory.
+        """
         return adapters.state(self.model, name)
 
     def adapter_digest(self, name: str | None) -> str | None:
         """Make a fingerprint of what an adapter adds.
 
+        Args:
+            name: The adapter's name, or None.
+
         Returns:
-            None for no adapter, and for one that changes nothing yet.
+            The fingerprint; None for no adapter, and for one that changes nothing yet.
         """
         return None if name is None else adapter_digest(self.model, self.adapter_state(name))
 
     def set_adapter_state(self, name: str, state: dict[str, Tensor]) -> None:
         """Copy tensors into an adapter.
+
+        Args:
+            name: The adapter's name.
+            state: Tensors under the names that `adapter_state` gives.
 
         Raises:
             InvalidValue: Names or shapes are not those of the adapter.
@@ -276,15 +325,26 @@ class Weights:
         adapters.set_state(self.model, name, state)
 
     def head_of(self, adapter: str | None) -> Head:
-        """Find the output head as a policy with this adapter reads it."""
+        """Find the output head as a policy with this adapter reads it.
+
+        Args:
+            adapter: Name of the adapter; None for the bare model.
+
+        Returns:
+            The head.
+        """
         return self.head if adapter is None else Head.read(self.model, self.vocab_size, adapter)
 
     def check_adapter(self, name: str | None) -> None:
         """Check that an adapter is there, and that opdlab computes the model's logits under it.
 
+        Args:
+            name: The adapter's name; None passes.
+
         Raises:
             InvalidValue: It is not there, or changes the output head in a way that opdlab does not
                 compute.
+            UnsupportedModel: The model's logits under it are something else than the head gives.
         """
         if name is None:
             return
@@ -301,6 +361,15 @@ class Weights:
         """Put `adapter` in force (None: the bare model) until the block ends.
 
         Forward passes in the block compute in the precision of `opdlab.models.precision`.
+
+        Args:
+            adapter: Name of the adapter; None for the bare model.
+
+        Yields:
+            The model.
+
+        Raises:
+            OpdlabError: The adapter is not on the model.
         """
         before = self.active
         self._passes += 1
@@ -313,7 +382,14 @@ class Weights:
             self._passes -= 1
 
     def use(self, adapter: str | None) -> None:
-        """Put `adapter` in force (None: the bare model) until something else is."""
+        """Put `adapter` in force (None: the bare model) until something else is.
+
+        Args:
+            adapter: Name of the adapter; None for the bare model.
+
+        Raises:
+            OpdlabError: The adapter is not on the model.
+        """
         if adapter is not None and adapter not in self.adapters:
             raise OpdlabError(
                 f"The adapter {adapter!r} was taken off the model, and a policy looks through it."
@@ -379,7 +455,12 @@ class AdapterInUse:
         self.name = name
 
     def own(self, weights: Weights, name: str) -> None:
-        """Look through `name` from now on, and take it off the weights with the last view."""
+        """Look through `name` from now on, and take it off the weights with the last view.
+
+        Args:
+            weights: The weights that carry the adapter.
+            name: The adapter's name.
+        """
         self.name = name
         end = weakref.finalize(self, weights.drop_adapter, name, weights.config_of(name))
         end.atexit = False

@@ -41,6 +41,12 @@ def unwrap(model: Any) -> Any:
 
     Anything else is returned as it is.
 
+    Args:
+        model: A model of transformers or PEFT, or anything else.
+
+    Returns:
+        The model; its layers still carry the adapters.
+
     Raises:
         InvalidValue: The adapter is not inside the model's layers (prompt tuning and the like), or
             is of several kinds.
@@ -58,7 +64,14 @@ def unwrap(model: Any) -> Any:
 
 
 def names(model: nn.Module) -> list[str]:
-    """List the names of all adapters on `model`."""
+    """List the names of all adapters on `model`.
+
+    Args:
+        model: A transformers model, without PEFT's wrapper.
+
+    Returns:
+        The names, in the order in which the adapters were made; `[]` for a bare model.
+    """
     return list(_configs(model))
 
 
@@ -68,17 +81,37 @@ def _configs(model: nn.Module) -> dict[str, LoraConfig]:
 
 
 def config_of(model: nn.Module, name: str) -> LoraConfig:
-    """Look up the PEFT configuration of an adapter."""
+    """Look up the PEFT configuration of an adapter.
+
+    Args:
+        model: The model with the adapter on it.
+        name: The adapter's name.
+
+    Returns:
+        The configuration itself, and not a copy.
+    """
     return _configs(model)[name]
 
 
 def has_config(model: nn.Module, name: str, config: LoraConfig) -> bool:
-    """Whether the adapter of that name is still the one that this configuration made."""
+    """Tell whether the adapter of that name is still the one that this configuration made.
+
+    Args:
+        model: The model.
+        name: The adapter's name; it may be gone.
+        config: The configuration object.
+
+    Returns:
+        False if there is no such adapter, or if it has another configuration object.
+    """
     return _configs(model).get(name) is config
 
 
 def check(model: nn.Module) -> None:
     """Check every adapter on `model`.
+
+    Args:
+        model: A transformers model, without PEFT's wrapper.
 
     Raises:
         InvalidValue: One is no LoRA, moves the base model, or is merged into it.
@@ -94,6 +127,12 @@ def check(model: nn.Module) -> None:
 
 def in_force(model: nn.Module) -> list[str]:
     """List the adapters that a forward pass of `model` goes through, `[]` for the bare model.
+
+    Args:
+        model: The model.
+
+    Returns:
+        The names; several if the layers go through several adapters at once.
 
     Raises:
         InvalidValue: The layers disagree.
@@ -111,14 +150,29 @@ def in_force(model: nn.Module) -> list[str]:
 
 
 def switch(model: nn.Module, name: str | None) -> None:
-    """Put one adapter in force, its weights trainable, or none: then the bare model answers."""
+    """Put one adapter in force, its weights trainable, or none: then the bare model answers.
+
+    Args:
+        model: The model.
+        name: The adapter's name; None for the bare model.
+    """
     layers = find_layers(model)
     if not all(is_in_force(layer, name) for layer in layers):
         put_in_force(layers, name)
 
 
 def make_trainable(model: nn.Module, name: str) -> list[nn.Parameter]:
-    """Put an adapter in force with its weights trainable, whatever froze them; returns them."""
+    """Put an adapter in force with its weights trainable, and freeze everything else.
+
+    They train also if something froze them before.
+
+    Args:
+        model: The model.
+        name: The adapter's name.
+
+    Returns:
+        The trainable parameters: those of the adapter.
+    """
     model.requires_grad_(False)
     put_in_force(find_layers(model), name)
     return [p for p in model.parameters() if p.requires_grad]
@@ -126,6 +180,11 @@ def make_trainable(model: nn.Module, name: str) -> list[nn.Parameter]:
 
 def add(model: nn.Module, name: str, config: LoraConfig) -> None:
     """Make a new adapter, in float32, and leave it in force.
+
+    Args:
+        model: The model.
+        name: A name that no adapter has yet.
+        config: The adapter's settings.
 
     Raises:
         InvalidValue: PEFT cannot put it on this model. The model is as it was.
@@ -157,7 +216,13 @@ def add(model: nn.Module, name: str, config: LoraConfig) -> None:
 
 
 def clone(model: nn.Module, source: str, name: str) -> None:
-    """Make `name` an exact copy of the adapter `source`: all settings, tensors and precision."""
+    """Make `name` an exact copy of the adapter `source`: all settings, tensors and precision.
+
+    Args:
+        model: The model.
+        source: Name of the adapter to copy.
+        name: Name of the copy, which is left in force.
+    """
     original = config_of(model, source)
     config = copy.deepcopy(original)
     # Some initialisations (PiSSA and the like) change the base model, and all of them are
@@ -171,7 +236,15 @@ def clone(model: nn.Module, source: str, name: str) -> None:
 
 
 def state(model: nn.Module, name: str) -> dict[str, Tensor]:
-    """Take the adapter's tensors, named as PEFT names them in files. They are not copies."""
+    """Take the adapter's tensors, named as PEFT names them in files. They are not copies.
+
+    Args:
+        model: The model.
+        name: The adapter's name.
+
+    Returns:
+        The tensors by name, in the adapter's own memory.
+    """
     with warnings.catch_warnings():
         # PEFT takes biases for matrices.
         warnings.filterwarnings("ignore", "Adapter .* have invalid shape")
@@ -184,6 +257,11 @@ def state(model: nn.Module, name: str) -> dict[str, Tensor]:
 
 def set_state(model: nn.Module, name: str, values: dict[str, Tensor]) -> None:
     """Copy `values` into the adapter's tensors.
+
+    Args:
+        model: The model.
+        name: The adapter's name.
+        values: Tensors under the names that `state` gives.
 
     Raises:
         InvalidValue: Names or shapes are not those of the adapter; nothing is changed then.
@@ -207,6 +285,10 @@ def make_float32(model: nn.Module, name: str) -> None:
     """Keep an adapter's weights in float32 whatever the base model's dtype.
 
     Small updates vanish in bfloat16.
+
+    Args:
+        model: The model.
+        name: The adapter's name.
     """
     cast_adapter_dtype(model, name)
     for layer in find_layers(model):
@@ -218,6 +300,10 @@ def remove(model: nn.Module, name: str) -> None:
     """Take an adapter off the model; with the last one, PEFT's layers go as well.
 
     Nothing happens if it is not there.
+
+    Args:
+        model: The model.
+        name: The adapter's name.
     """
     layers = find_layers(model)
     before = None
@@ -237,6 +323,10 @@ def remove(model: nn.Module, name: str) -> None:
 
 def fold(model: nn.Module, name: str | None) -> None:
     """Add one adapter to the base weights for good and take all adapters off.
+
+    Args:
+        model: The model, which is changed in place.
+        name: The adapter to fold; None takes all off and leaves the weights as they are.
 
     Raises:
         InvalidValue: PEFT cannot add this one to the weights. The model is spoilt then.

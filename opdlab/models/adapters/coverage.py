@@ -23,6 +23,12 @@ def find_refused_layers(model: nn.Module) -> list[str]:
     """List the names of linear layers that PEFT refuses to wrap.
 
     Some families read these layers' weights without calling them.
+
+    Args:
+        model: The model, before the adapter is made.
+
+    Returns:
+        Last parts of the layers' paths, sorted; `[]` where PEFT refuses none.
     """
     # A private function of PEFT, which another version may not have; then PEFT refuses nothing.
     refuses = getattr(tuners_utils, "_check_lora_target_modules_mamba", None)
@@ -46,6 +52,12 @@ def find_special_layers(model: nn.Module) -> list[str]:
     """List the paths of linear layers that a family computes in a way of its own.
 
     Such are routers that return several tensors; a LoRA would break them.
+
+    Args:
+        model: The model, before the adapter is made.
+
+    Returns:
+        The paths, as in `model.named_modules()`.
     """
     return [
         path
@@ -74,7 +86,14 @@ def _is_plain(layer: nn.Linear) -> bool:
 def find_unused_layers(model: PreTrainedModel) -> list[str]:
     """List the paths of linear layers that plain text never enters, as of an image encoder.
 
-    They could not learn.
+    They could not learn. The backbone runs once on four tokens to tell, if it has more than one
+    part with linear layers.
+
+    Args:
+        model: The model, before the adapter is made.
+
+    Returns:
+        The paths, as in `model.named_modules()`.
     """
     parts = [
         part
@@ -117,6 +136,9 @@ def find_unused_settings(
         config: The adapter's configuration.
         said: PEFT's warnings while it made the adapter; it warns of some settings only.
         has_patterns: Whether the user gave ranks or alphas for single layers.
+
+    Returns:
+        One text per setting, for an error; `[]` if all settings fit.
     """
     paths = [path for path, _ in model.named_modules()]
     there = [*paths, *(path for path, _ in model.named_parameters())]
@@ -147,6 +169,9 @@ def _without_peft(path: str) -> str:
 def find_unreached_weights(model: nn.Module) -> dict[str, int]:
     """Count the entries of matrices that no adapter wraps, as those of fused experts.
 
+    Args:
+        model: The model with the adapter on it.
+
     Returns:
         By place, such as "mlp.experts.down_proj": the entries in all layers together.
     """
@@ -163,7 +188,13 @@ def find_unreached_weights(model: nn.Module) -> dict[str, int]:
 
 
 def warn_about_unreached_weights(model: nn.Module) -> None:
-    """Warn of a large part of the model that the LoRA on it does not reach, if there is one."""
+    """Warn of a large part of the model that the LoRA on it does not reach, if there is one.
+
+    Parts below the share `WARN_FROM` of all parameters pass in silence.
+
+    Args:
+        model: The model with the adapter on it.
+    """
     left = find_unreached_weights(model)
     share = sum(left.values()) / sum(parameter.numel() for parameter in model.parameters())
     if share < WARN_FROM:

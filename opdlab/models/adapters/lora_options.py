@@ -62,6 +62,9 @@ def make_config(
         targets: "all-linear", or names of layers, or one regular expression over them.
         options: Further fields of `peft.LoraConfig`, by their names there.
 
+    Returns:
+        The configuration, checked.
+
     Raises:
         InvalidValue: An option is unknown, has a value that it cannot have, or would not be
             honoured.
