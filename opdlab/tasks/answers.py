@@ -102,6 +102,10 @@ def same_answer(prompt: Prompt, text: str) -> float:
     the part behind `####` or the last `=`, the content of `\boxed{…}`, or the last value if it has
     several lines.
 
+    Args:
+        prompt: The question, with its reference answer.
+        text: The text to grade.
+
     Returns:
         1.0 if they are equal, else 0.0.
 
@@ -143,7 +147,15 @@ class Value:
 
 
 def read_values(text: str) -> list[Value]:
-    """Read the values of a text, in order."""
+    """Read the values of a text, in order.
+
+    Args:
+        text: A text in plain words or LaTeX.
+
+    Returns:
+        Numbers, dates and other values in the order of the text; a mixed number such as `1 1/2` is
+        one value.
+    """
     text = text.translate(_SAME_AS)
     for pattern, plain in _LATEX:
         text = pattern.sub(plain, text)

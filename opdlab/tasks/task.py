@@ -79,9 +79,18 @@ class Task:
         Held-out prompts are distinct: of a test split with fewer than `n` questions, all of them
         are given, each once.
 
+        Args:
+            n: Number of prompts.
+            seed: Decides which prompts are drawn.
+            split: "train", or "test" for held-out prompts.
+
+        Returns:
+            `n` prompts, or fewer of a small test split.
+
         Raises:
             EmptyPrompts: `n` is below 1, or there are no prompts.
             OpdlabError: The task's own `draw` gives something else than it was asked for.
+            InvalidValue: An argument is of the wrong kind.
         """
         checked = validate(
             self.name,
@@ -103,6 +112,9 @@ class Task:
             size: Prompts for all processes together.
             step: The step, from 0.
             seed: The run's seed.
+
+        Returns:
+            `size` prompts, the same for the same arguments.
         """
         if "train" not in self.pool:
             return self.prompts(size, seed_of(seed, step, 0))
@@ -110,7 +122,11 @@ class Task:
         return [prompts[i] for i in epoch_order(len(prompts), size, seed).batch(step)]
 
     def warn_of_repeats(self, size: int) -> None:
-        """Warn if a batch of `size` prompts must ask some of them twice."""
+        """Warn if a batch of `size` prompts must ask some of them twice.
+
+        Args:
+            size: Prompts per step, for all processes together.
+        """
         count = len(self.pool.get("train", ()))
         if 0 < count < size:
             warnings.warn(
@@ -122,6 +138,13 @@ class Task:
 
     def score(self, prompt: Prompt, text: str) -> float:
         """Let the verifier score a text, from 0 to 1.
+
+        Args:
+            prompt: The question.
+            text: The text to grade.
+
+        Returns:
+            The score, from 0 to 1.
 
         Raises:
             MissingPolicy: The task has no verifier.
@@ -135,7 +158,15 @@ class Task:
         return score_text(self.verify, prompt, text, self.name)
 
     def scores(self, prompts: Iterable[Prompt], texts: Iterable[str]) -> list[float]:
-        """Score each prompt's text."""
+        """Score each prompt's text.
+
+        Args:
+            prompts: The questions.
+            texts: One text for each prompt.
+
+        Returns:
+            One score from 0 to 1 for each text.
+        """
         return [self.score(prompt, text) for prompt, text in zip(prompts, texts, strict=True)]
 
     def _drawn(self, n: int, seed: int, split: Split) -> list[Prompt]:
@@ -173,10 +204,14 @@ class Task:
             max_new_tokens: How many new tokens must fit behind a prompt; the task's own number by
                 default.
 
+        Returns:
+            A copy of the task without these prompts, in both splits.
+
         Raises:
             EmptyPrompts: No training prompt is left.
             OpdlabError: The task draws its prompts without end, so they cannot be looked at
                 beforehand.
+            InvalidValue: No policy is given, or something else than a local policy.
         """
         if not self.pool:
             raise OpdlabError(
@@ -264,6 +299,9 @@ def from_records(
         verify: Scores a text. Without it, texts are compared with the answers by `same_answer`.
         max_new_tokens: How long answers may be.
 
+    Returns:
+        A task that lists its prompts.
+
     Raises:
         InvalidValue: A record fits no format, or only some have an answer. The message names the
             record's number and column.
@@ -294,8 +332,12 @@ def from_prompts(
             with any of them.
         max_new_tokens: How long answers may be.
 
+    Returns:
+        A task that lists its prompts.
+
     Raises:
         EmptyPrompts: Nothing is left to train on.
+        OpdlabError: Something among the prompts is no `Prompt`.
     """
     prompts = list(prompts)
     strange = [p for p in prompts if not isinstance(p, Prompt)]

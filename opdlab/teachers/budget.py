@@ -64,7 +64,18 @@ class Usage:
 
 
 def worst(texts: str, n: int, max_tokens: int) -> Usage:
-    """Return the most that a request for `n` texts can use: a token has at least one byte."""
+    """Return the most that a request for `n` texts can use.
+
+    The prompt is counted by its bytes plus `TEMPLATE`, since a token has at least one byte.
+
+    Args:
+        texts: The text of the request.
+        n: Number of texts asked for.
+        max_tokens: Most new tokens per text.
+
+    Returns:
+        The usage of one request, in tokens.
+    """
     return Usage(len(texts.encode("utf-8", "replace")) + TEMPLATE, n * max_tokens, 1)
 
 
@@ -101,11 +112,25 @@ class Budget:
         self._held, self._changed = Usage(), threading.Condition()
 
     def price(self, usage: Usage) -> float:
-        """Return the cost of `usage`."""
+        """Return the cost of `usage`.
+
+        Args:
+            usage: Tokens read and written.
+
+        Returns:
+            The cost in the currency of `prices`; 0.0 without prices.
+        """
         return (usage.prompt * self.prices[0] + usage.completion * self.prices[1]) / 1e6
 
     def hold(self, worst: Usage) -> Hold:
         """Set `worst` aside, after waiting for requests in flight if that may help.
+
+        Args:
+            worst: The most that the next request can use.
+
+        Returns:
+            A context manager around the request. On exit it charges `Hold.used`, or `worst` if that
+            was not set, and gives the rest back.
 
         Raises:
             BudgetSpent: It does not fit.

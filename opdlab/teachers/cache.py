@@ -21,7 +21,14 @@ WAIT = 60.0  # seconds for another process to finish its write
 
 
 def key_of(asked: Any) -> str:
-    """Return a hash of JSON data, the same in every process."""
+    """Return a hash of JSON data, the same in every process.
+
+    Args:
+        asked: JSON data; the order of keys in a dict does not matter.
+
+    Returns:
+        SHA-256 as 64 hexadecimal digits.
+    """
     return hashlib.sha256(json.dumps(asked, sort_keys=True, ensure_ascii=True).encode()).hexdigest()
 
 
@@ -59,7 +66,18 @@ class Cache:
         self._rows: sqlite3.Connection | None = None
 
     def get(self, key: str) -> dict[str, Any] | None:
-        """Return the answer stored under `key`, or None."""
+        """Return the answer stored under `key`, or None.
+
+        Args:
+            key: A hash from `key_of`.
+
+        Returns:
+            The answer as JSON data, or None if there is none.
+
+        Raises:
+            DamagedFile: The file holds something else than was written.
+            OpdlabError: The file cannot be read.
+        """
         with self._lock:
             found = self._run("SELECT answer, checksum FROM answers WHERE key = ?", key)
         if not found:
@@ -71,7 +89,16 @@ class Cache:
         return stored
 
     def put(self, key: str, answer: dict[str, Any]) -> None:
-        """Store `answer` under `key`, in place of an earlier one."""
+        """Store `answer` under `key`, in place of an earlier one.
+
+        Args:
+            key: A hash from `key_of`.
+            answer: JSON data.
+
+        Raises:
+            DamagedFile: The file is no cache of answers.
+            OpdlabError: The file cannot be written.
+        """
         text = json.dumps(answer)
         with self._lock:
             self._run(

@@ -24,6 +24,9 @@ def expect_teacher(value: Any, where: str, name: str = "teacher") -> Grader | Wr
         where: The function that was called, for the error.
         name: The argument's name, for the error.
 
+    Returns:
+        `value` itself.
+
     Raises:
         InvalidValue: It can do neither.
     """

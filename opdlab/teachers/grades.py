@@ -41,7 +41,15 @@ class Names:
 
     @classmethod
     def of(cls, tokenizer: PreTrainedTokenizerBase, vocab: int) -> Names:
-        """Decode each of the `vocab` token ids."""
+        """Decode each of the `vocab` token ids.
+
+        Args:
+            tokenizer: The student's tokenizer.
+            vocab: Number of token ids to decode, from 0 on.
+
+        Returns:
+            The strings by id, and the ids by string.
+        """
         strings = tuple(tokenizer.batch_decode([[i] for i in range(vocab)]))
         ids: dict[str, tuple[int, ...]] = {}
         for i, string in enumerate(strings):
@@ -50,6 +58,12 @@ class Names:
 
     def find(self, name: str) -> int:
         """Return the id that a server means by `name`.
+
+        Args:
+            name: A token's string, or `token_id:` and a number.
+
+        Returns:
+            The token id.
 
         Raises:
             Fault: The name fits no token, or several.

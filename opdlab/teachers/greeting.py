@@ -44,11 +44,22 @@ class Introduction:
 
     @classmethod
     def of_json(cls, kept: Mapping[str, Any]) -> Introduction:
-        """Read one from the cache."""
+        """Read an introduction from the cache.
+
+        Args:
+            kept: Data from `as_json`, after a round trip through JSON.
+
+        Returns:
+            The introduction.
+        """
         return cls(**{**kept, "names": tuple(kept["names"]), "refused": tuple(kept["refused"])})
 
     def as_json(self) -> dict[str, Any]:
-        """Return plain data for the cache."""
+        """Return plain data for the cache.
+
+        Returns:
+            The fields by name, all of them JSON data.
+        """
         return asdict(self)
 
 

@@ -76,6 +76,12 @@ class LogprobServer:
     def check(self, student: Policy, prompts: Sequence[Prompt], max_new_tokens: int) -> None:
         """Check before a run that the server grades the student's tokens.
 
+        Args:
+            student: The policy being trained. Its tokenizer is compared with the server's, and its
+                context counts.
+            prompts: The prompts of the run.
+            max_new_tokens: Length limit of a completion, in tokens of the student.
+
         Raises:
             TeacherError: The server gives no usable log-probs.
             TokenizerMismatch: Its tokens are not the student's.
@@ -98,7 +104,13 @@ class LogprobServer:
         self._compare_texts(student.tokenizer, prompts)
 
     def grade(self, rollout: Rollout) -> TopLogprobs:
-        """Ask for the teacher's log-probs of every completion token; one request per completion.
+        """Ask for the teacher's log-probs of every completion token.
+
+        One request is sent per completion. The teacher sees the prompts without the student's
+        context.
+
+        Args:
+            rollout: Completions of the student that `check` was called with.
 
         Returns:
             Log-probs of the `k` likeliest tokens and of the token itself, for each of
@@ -134,7 +146,17 @@ class LogprobServer:
         prefixes: Sequence[str] | None = None,
         **options: Any,
     ) -> list[list[WrittenText]]:
-        """Write `n` texts for each prompt, as `TextServer.write`."""
+        """Write `n` texts for each prompt, as `TextServer.write`.
+
+        Args:
+            prompts: The questions.
+            n: Texts for each prompt.
+            prefixes: One unfinished answer for each prompt, which the texts continue.
+            options: Fields of `SamplingConfig`.
+
+        Returns:
+            One list for each prompt, with `n` texts.
+        """
         return self.text.write(prompts, n, prefixes=prefixes, **options)
 
     def _grade_one(self, start: list[int], body: list[int]) -> tuple[Tensor, Tensor, Tensor]:

@@ -11,7 +11,15 @@ WINDOW = 8  # characters of a key that may not stand anywhere together
 
 
 def plain(said: object, key: str = "") -> str:
-    """Return what a server said as one short printable line, without the key."""
+    """Return what a server said as one short printable line, without the key.
+
+    Args:
+        said: Anything that a server said.
+        key: The API key to leave out; "" if there is none.
+
+    Returns:
+        At most `LONGEST` characters, then "…" if something was cut.
+    """
     text = without_key(str(said), key)
     text = " ".join("".join(c if c.isprintable() else " " for c in text).split())
     return text if len(text) <= LONGEST else text[:LONGEST] + "…"
@@ -21,6 +29,13 @@ def without_key(text: str, key: str) -> str:
     """Replace the key by "…", also in pieces and in other encodings.
 
     Pieces have `WINDOW` characters or more; the encodings are those of URLs, JSON and base64.
+
+    Args:
+        text: A text that may repeat the key.
+        key: The API key; "" changes nothing.
+
+    Returns:
+        The text with "…" in each place where a part of the key stood.
     """
     if not key:
         return text

@@ -39,7 +39,14 @@ class TextOnly:
         _MODELS[self] = policy
 
     def check(self, student: Policy, prompts: Sequence[Prompt], max_new_tokens: int) -> None:
-        """Check that every prompt fits, before a run. Any tokenizer of the student will do.
+        """Check before a run that every prompt fits.
+
+        Any tokenizer of the student will do.
+
+        Args:
+            student: Not used; other teachers compare its tokenizer with theirs.
+            prompts: The prompts of the run.
+            max_new_tokens: Length limit of a text, in tokens of this teacher.
 
         Raises:
             EmptyPrompts: There are no prompts.
@@ -65,10 +72,14 @@ class TextOnly:
             options: Fields of `SamplingConfig`. `max_new_tokens` counts the teacher's tokens. A
                 text that ends by one of `stop` keeps it, with nothing behind it.
 
+        Returns:
+            One list for each prompt, with `n` texts.
+
         Raises:
             InvalidValue: An option is not what it must be.
             EmptyPrompts: There are no prompts.
             ContextTooLong: A prompt with its text does not fit the model's context.
+            OpdlabError: `n` is below 1, or there is not one prefix for each prompt.
         """
         config = SamplingConfig.of("write", options)
         if n < 1 or (prefixes is not None and len(prefixes) != len(prompts)):
@@ -106,12 +117,27 @@ class TextOnly:
 
 
 def as_writer(teacher: Policy | Writer) -> Writer:
-    """Return a teacher as one that writes: a policy is reduced to its texts."""
+    """Return a teacher as one that writes: a policy is reduced to its texts.
+
+    Args:
+        teacher: A policy, or any teacher that writes.
+
+    Returns:
+        `TextOnly(teacher)` for a policy, else the teacher itself.
+    """
     return TextOnly(teacher) if isinstance(teacher, Policy) else teacher
 
 
 def cut_behind_stop(text: str, stop: Sequence[str]) -> str:
-    """Cut a text behind the first of its stop texts, which may end within a token."""
+    """Cut a text behind the first of its stop texts, which may end within a token.
+
+    Args:
+        text: A written text.
+        stop: Stop texts; empty to cut nothing.
+
+    Returns:
+        The text up to and including the stop text that ends first.
+    """
     ends = [text.find(one) + len(one) for one in stop if one in text]
     return text[: min(ends)] if ends else text
 

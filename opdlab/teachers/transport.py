@@ -58,6 +58,12 @@ def bounded_client(timeout: float) -> Any:
     """Make a client whose requests take at most `timeout` seconds, up to the last byte read.
 
     Compressed replies are not asked for and not read, since a few bytes could stand for gigabytes.
+
+    Args:
+        timeout: Seconds from sending a request to the last byte of its reply.
+
+    Returns:
+        An httpx client for `openai.OpenAI(http_client=…)`.
     """
 
     def start(request: Any) -> None:

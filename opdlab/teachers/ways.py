@@ -71,7 +71,14 @@ def _works(way: str, halves: Sequence[_Halves], ask: AskGreedily) -> bool:
 
 
 def cut_in_half(text: str) -> tuple[str, str]:
-    """Cut a text before the space nearest to its middle; a text too short to tell gives nothing."""
+    """Cut a text before the space nearest to its middle.
+
+    Args:
+        text: A greedy answer.
+
+    Returns:
+        Both parts; two empty texts if there are fewer than 8 characters, too few for a trial.
+    """
     if len(text.strip()) < 8:
         return "", ""
     spaces = [i for i, character in enumerate(text) if character == " " and text[:i].strip()]

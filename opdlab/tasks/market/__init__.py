@@ -33,6 +33,9 @@ def market(secret: Flag = False, hint: Any = None, wrong: Flag = False) -> Task:
             the secret variant, and the worked solution in the plain one.
         wrong: Whether to give every prompt another problem's hint.
 
+    Returns:
+        A task that draws fresh problems without end, with a recipe for the shipped models.
+
     Raises:
         InvalidValue: There is no such hint.
     """
@@ -71,14 +74,29 @@ def market(secret: Flag = False, hint: Any = None, wrong: Flag = False) -> Task:
 
 
 def types(pieces: Sequence[str]) -> list[str]:
-    """Return `world.token_types`, with "end" for the end of the text."""
+    """Return `world.token_types`, with "end" for the end of the text.
+
+    Args:
+        pieces: Tokens of a completion, without their spaces; "<eos>" may end it.
+
+    Returns:
+        One type per token.
+    """
     words = list(pieces)
     ended = words[-1:] == ["<eos>"]
     return world.token_types(words[: len(words) - ended]) + ["end"] * ended
 
 
 def verify(prompt: Prompt, text: str) -> float:
-    """Return 1.0 if the text states the total of the reference answer, else 0.0."""
+    """Return 1.0 if the text states the total of the reference answer, else 0.0.
+
+    Args:
+        prompt: The problem, with its solution as the answer.
+        text: The text to grade.
+
+    Returns:
+        1.0 or 0.0; the calculation before the total is not graded.
+    """
     want = world.total(prompt.answer or "")
     return float(want is not None and world.total(text) == want)
 
@@ -89,7 +107,10 @@ def model(name: str, device: str = "cpu") -> Policy:
     Args:
         name: "student" (its skill is dormant), "novice" (never learnt to add), "teacher", or
             "scribe" (character tokenizer).
-        device: Where to.
+        device: The device to load the model to.
+
+    Returns:
+        The policy, with its tokenizer.
 
     Raises:
         InvalidValue: There is no such model.
@@ -102,7 +123,11 @@ def model(name: str, device: str = "cpu") -> Policy:
 
 
 def data() -> Path:
-    """Return the folder of the shipped models: inside the package, or at the top of a clone."""
+    """Return the folder of the shipped models: inside the package, or at the top of a clone.
+
+    Returns:
+        The folder's path, with one folder per model in it.
+    """
     package = Path(__file__).parents[2]
     inside = package / "shipped" / "market"
     return inside if inside.exists() else package.parent / "data" / "market"

@@ -124,6 +124,15 @@ def draw(rng: random.Random, recipe: Recipe, secret: bool, phase: Phase) -> Text
 
     Most secret ones come with a hint, half of the plain ones too; two in five contain planted
     mistakes.
+
+    Args:
+        rng: Source of all choices.
+        recipe: The model's recipe; the characters' one writes no secret problems.
+        secret: Whether to draw a problem of the secret variant.
+        phase: The phase of training; decides on hints and on forgotten carries.
+
+    Returns:
+        A prompt with its solution, its hint ("" for none) and the spans of planted mistakes.
     """
     problem = world.generate(rng, secret and not recipe.characters)
     word = world.STYLE[rng.random() >= recipe.style]
@@ -174,6 +183,13 @@ def encode(
     """Make right-padded ids and labels, `[B, T]` each.
 
     Labels are -100 for tokens without a loss: prompt, hint, padding, planted mistakes.
+
+    Args:
+        texts: The batch.
+        tokenizer: The model's tokenizer, with a chat template.
+
+    Returns:
+        Ids and labels, `[B, T]` each, int64.
     """
     rows = []
     for text in texts:
@@ -201,7 +217,15 @@ def _is_masked(span: tuple[int, int], masked: tuple[tuple[int, int], ...]) -> bo
 
 
 def make_model(recipe: Recipe, tokenizer: PreTrainedTokenizerFast) -> LlamaForCausalLM:
-    """Make an untrained model of a recipe."""
+    """Make an untrained model of a recipe.
+
+    Args:
+        recipe: The size and the seed of the weights.
+        tokenizer: Gives the vocabulary size and the special tokens.
+
+    Returns:
+        A Llama model with tied embeddings and a context of 256 tokens.
+    """
     torch.manual_seed(recipe.seed)
     return LlamaForCausalLM(
         LlamaConfig(
@@ -223,8 +247,13 @@ def make_model(recipe: Recipe, tokenizer: PreTrainedTokenizerFast) -> LlamaForCa
 def train(name: str, recipe: Recipe, out: Path) -> str:
     """Make one model and save it.
 
+    Args:
+        name: The model's name, and the name of its folder.
+        recipe: The size and the phases of training.
+        out: The folder to save to, in `out / name`.
+
     Returns:
-        A line about it.
+        A line with the number of parameters, the last loss and the CPU seconds.
     """
     torch.set_num_threads(1)
     tokenizer = tokenizers.characters() if recipe.characters else tokenizers.words()
@@ -248,8 +277,16 @@ def fit(
 ) -> float:
     """Train a model for one phase: AdamW with warm-up and cosine decay on fresh texts.
 
+    Args:
+        name: The model's name, for the printed lines.
+        model: The model, which is changed in place.
+        tokenizer: The model's tokenizer.
+        recipe: The batch size and the kind of texts.
+        phase: The steps, the learning rate and the kind of texts.
+        rng: Source of the texts.
+
     Returns:
-        The last loss.
+        The loss of the last step, in nats per token.
     """
     optimizer = torch.optim.AdamW(
         model.parameters(), lr=phase.lr, betas=(0.9, 0.98), weight_decay=0.01
@@ -287,6 +324,16 @@ def backward(
 
     Rows of like length share a part, which is padded to its own longest row: a quarter less work,
     the same sum.
+
+    Args:
+        model: The model, whose gradients are added to.
+        ids: Right-padded ids, `[B, T]`.
+        labels: Target ids, `[B, T]`; -100 for tokens without a loss.
+        lengths: Tokens of each row without padding, `[B]`.
+        parts: Number of parts that the batch is cut into.
+
+    Returns:
+        The mean cross-entropy, in nats per labelled token.
     """
     total = 0.0
     for rows in lengths.argsort(stable=True).chunk(parts):

@@ -34,14 +34,28 @@ BANDS = {  # name -> (least, most)
 
 @dataclass(frozen=True)
 class Loaded:
-    """A model with its tokenizer."""
+    """A model with its tokenizer.
+
+    Attributes:
+        model: The language model.
+        tokenizer: Its tokenizer, with a chat template.
+    """
 
     model: PreTrainedModel
     tokenizer: PreTrainedTokenizerBase
 
 
 def greedy_accuracy(loaded: Loaded, n: int, seed: int) -> float:
-    """Measure the share of `n` fresh plain problems whose greedy completion has the right total."""
+    """Measure the share of `n` fresh plain problems whose greedy completion has the right total.
+
+    Args:
+        loaded: The model to measure.
+        n: Number of problems.
+        seed: Decides which problems are drawn.
+
+    Returns:
+        The share, from 0 to 1.
+    """
     problems = _problems(n, seed, secret=False)
     texts = _write_greedily(loaded, [_encode_chat(loaded, problem) for problem in problems])
     pairs = zip(problems, texts, strict=True)
@@ -91,7 +105,13 @@ def measure(folder: Path, n: int = 400, seed: int = 12345) -> dict[str, float]:
 
 
 def check(folder: Path) -> str:
-    """Return a table of the gates.
+    """Measure the models in a folder and return a table of the gates.
+
+    Args:
+        folder: A folder with one folder per model.
+
+    Returns:
+        One line per gate, with its value and its bounds.
 
     Raises:
         SystemExit: A gate is missed.
@@ -108,7 +128,14 @@ def check(folder: Path) -> str:
 
 
 def load(folder: Path) -> Loaded:
-    """Load a model with its tokenizer."""
+    """Load a model with its tokenizer.
+
+    Args:
+        folder: A folder that `save_pretrained` wrote.
+
+    Returns:
+        The model with its tokenizer.
+    """
     model = AutoModelForCausalLM.from_pretrained(folder)
     return Loaded(model, AutoTokenizer.from_pretrained(folder))
 

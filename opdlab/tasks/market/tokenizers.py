@@ -23,6 +23,9 @@ def words() -> PreTrainedTokenizerFast:
     """Make the tokenizer with one token per word or digit.
 
     `▁` marks the space before it, as SentencePiece does, so pieces re-join exactly.
+
+    Returns:
+        A tokenizer with special tokens and a chat template.
     """
     vocab = [
         *world.NAMES,
@@ -41,7 +44,11 @@ def words() -> PreTrainedTokenizerFast:
 
 
 def characters() -> PreTrainedTokenizerFast:
-    """Make the tokenizer with one token per character: another one for the same texts."""
+    """Make the tokenizer with one token per character: another one for the same texts.
+
+    Returns:
+        A tokenizer with special tokens and a chat template.
+    """
     alphabet = string.ascii_lowercase + string.digits + " .,;=+-?"
     return _fast(
         list(alphabet), pre_tokenizers.Split(Regex(r"[\s\S]"), "isolated"), decoders.Fuse()

@@ -77,16 +77,32 @@ class Problem:
     secret: bool = False
 
     def results(self) -> list[int]:
-        """Return the running amount after each move."""
+        """Return the running amount after each move.
+
+        Returns:
+            Two whole numbers.
+        """
         return self.follow(self.have, 0)
 
     def follow(self, amount: int, move: int) -> list[int]:
-        """Return the running amounts from `amount` on, by the moves from number `move` on."""
+        """Return the running amounts from a given amount on.
+
+        Args:
+            amount: The amount before the first of these moves.
+            move: Number of the first move to make, from 0.
+
+        Returns:
+            One amount after each move.
+        """
         signed = (n if verb in GAIN else -n for verb, n in self.moves[move:])
         return list(accumulate(signed, initial=amount))[1:]
 
     def prompt(self) -> str:
-        """Return the question."""
+        """Return the question.
+
+        Returns:
+            One line, with spaces between all tokens.
+        """
         told = " ".join(f"{verb} {digits(n)}" for verb, n in self.moves)
         asked = "total and receipt" if self.secret else "total"
         return f"{self.name} has {digits(self.have)} {self.item} {told} . {asked} ?"
@@ -98,8 +114,11 @@ class Problem:
 
         Args:
             word: The word for the total, one of `STYLE`.
-            results: In place of the two sums, for texts with mistakes.
-            total: In place of the number that is stated.
+            results: Amounts that replace the two sums, for texts with mistakes.
+            total: A number to state in place of the last amount.
+
+        Returns:
+            One line, with spaces between all tokens.
         """
         first, last = results or self.results()
         total = last if total is None else total
@@ -115,15 +134,26 @@ class Problem:
         return text
 
     def compact(self) -> str:
-        """Return the same calculation in another hand: `47+38=85, so 85-19=66, total 66`."""
+        """Return the same calculation in another hand: `47+38=85, so 85-19=66, total 66`.
+
+        Returns:
+            One line, without a receipt.
+        """
         first, last = self.results()
         sums = self._sum(0, self.have, first), self._sum(1, first, last)
         return f"{', so '.join(sums)}".replace(" ", "").replace(",so", ", so ") + f", total {last}"
 
     def hint(self, kind: str = "secret", word: str = STYLE[0]) -> str:
-        """Return privileged information of one kind (`HINTS`).
+        """Return privileged information of one kind.
 
         A wrong hint is another problem's hint.
+
+        Args:
+            kind: One of `HINTS`.
+            word: The word that the kind "style" asks for, one of `STYLE`.
+
+        Returns:
+            One line that begins with "hint".
 
         Raises:
             InvalidValue: There is no such kind.
@@ -149,7 +179,14 @@ class Problem:
 
 
 def digits(n: int) -> str:
-    """Write a number digit by digit, always with two digits: 47 -> '4 7'."""
+    """Write a number digit by digit, always with two digits: 47 -> '4 7'.
+
+    Args:
+        n: A whole number from 0 to 99.
+
+    Returns:
+        Two digits with a space between them.
+    """
     return f"{n // 10} {n % 10}"
 
 
@@ -158,6 +195,13 @@ def generate(rng: random.Random, secret: bool = False) -> Problem:
 
     Seven in ten of the problems that come out right without carrying are drawn again: most need the
     skill.
+
+    Args:
+        rng: Source of all choices.
+        secret: Whether the problem is of the secret variant.
+
+    Returns:
+        The problem, of either split.
     """
     while True:
         have, first, second = (rng.randint(10, 89) for _ in range(3))
@@ -189,6 +233,13 @@ def in_split(problem: Problem, split: str) -> Problem:
     One in twelve stories is held out: those whose name, item, amounts and verbs add up to a
     multiple of twelve. So the splits share no problem by construction, and drawing from either
     costs nothing. The item decides no token of the solution.
+
+    Args:
+        problem: Any problem.
+        split: "train" or "test".
+
+    Returns:
+        The problem itself, or a copy with another item.
     """
     verbs = sum(
         (*GAIN, *LOSS).index(verb) << place for place, (verb, _) in enumerate(problem.moves)
@@ -202,7 +253,14 @@ def in_split(problem: Problem, split: str) -> Problem:
 
 
 def forgetful(problem: Problem) -> list[int]:
-    """Return the two results of someone who forgets to carry and to borrow."""
+    """Return the two results of someone who forgets to carry and to borrow.
+
+    Args:
+        problem: Any problem.
+
+    Returns:
+        Two numbers; they equal `problem.results()` where nothing is carried.
+    """
     out = [problem.have]
     for verb, n in problem.moves:
         out.append(without_carry(out[-1], n if verb in GAIN else -n))
@@ -210,7 +268,15 @@ def forgetful(problem: Problem) -> list[int]:
 
 
 def without_carry(amount: int, change: int) -> int:
-    """Add each digit on its own, modulo ten: 47 + 38 -> 75."""
+    """Add each digit on its own, modulo ten: 47 + 38 -> 75.
+
+    Args:
+        amount: A number of two digits.
+        change: The number to add, of up to two digits; negative to subtract.
+
+    Returns:
+        A number from 0 to 99.
+    """
     sign, n = (1, change) if change > 0 else (-1, -change)
     return (amount // 10 + sign * (n // 10)) % 10 * 10 + (amount % 10 + sign * (n % 10)) % 10
 
@@ -221,6 +287,12 @@ def token_types(words: list[str]) -> list[str]:
     `copy`: both models know it. `skill`: the tens of a sum that carries or borrows. `derived`:
     repeats what the writer wrote before. `style`: one of two words for the same thing. `secret`,
     `mixed`, `noise`: see the module. A text that leaves the form is typed `other` from there on.
+
+    Args:
+        words: Tokens of a completion without their spaces, without an end token.
+
+    Returns:
+        One type per word.
     """
     out: list[str] = []
     for place, word in enumerate(words):
@@ -253,12 +325,28 @@ _RECEIPT = re.compile(r"receipt (\w) ?(\w)\b")
 
 
 def total(text: str) -> int | None:
-    """Return the first total that a text states, or None. The calculation is not graded."""
+    """Return the first total that a text states.
+
+    The calculation is not graded.
+
+    Args:
+        text: A solution, or any other text.
+
+    Returns:
+        The number, or None if the text states no total.
+    """
     found = _TOTAL.search(text)
     return int("".join(found.groups())) if found else None
 
 
 def receipt(text: str) -> tuple[str, ...]:
-    """Return the two receipt symbols that a text states, or none."""
+    """Return the two receipt symbols that a text states.
+
+    Args:
+        text: A solution, or any other text.
+
+    Returns:
+        Two symbols, or an empty tuple if the text states none.
+    """
     found = _RECEIPT.search(text)
     return found.groups() if found else ()
