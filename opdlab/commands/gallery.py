@@ -82,7 +82,14 @@ def gallery(
 
 
 def complete(views: list[View]) -> list[View]:
-    """Return the views in the order of `VIEWS`, with the example of each kind that is not there."""
+    """Return the views in the order of `VIEWS`, with the example of each kind that is not there.
+
+    Args:
+        views: Views of any kinds.
+
+    Returns:
+        At least one view of each kind.
+    """
     out: list[View] = []
     for kind in VIEWS:
         out += [view for view in views if type(view) is kind] or [kind.example()]
@@ -90,7 +97,14 @@ def complete(views: list[View]) -> list[View]:
 
 
 def market_views(quick: bool = False) -> Iterator[View]:
-    """Yield views of the shipped models before, during and after a run."""
+    """Yield views of the shipped models before, during and after a run.
+
+    Args:
+        quick: Whether to train for 4 steps in place of 60, and to evaluate less.
+
+    Yields:
+        Views of nearly every kind; `complete` adds the others.
+    """
     student, teacher, task = load("market")
     start = student.frozen()
     room = task.max_new_tokens
@@ -135,6 +149,12 @@ def small_views(quick: bool = False) -> Iterator[View]:
     """Yield views of one scored text and of a short run on SmolLM2.
 
     Real words, a vocabulary of 49,000, byte-level pieces.
+
+    Args:
+        quick: Whether to write 8 tokens in place of 48, and to train for 1 step in place of 6.
+
+    Yields:
+        Views of a few kinds.
     """
     student, teacher, task = load("small")
     start = student.frozen()
@@ -170,6 +190,9 @@ def secret_trace() -> Trace:
     """Grade answers to secret problems with and without hints, and route them as DOPD does.
 
     The teacher reads the problem alone, with its hint, and with the hint of another problem.
+
+    Returns:
+        A trace with the true types of the tokens and the columns of DOPD's plan.
     """
     student, teacher, task = load("market", secret=True)
     prompts = task.prompts(24, split="test")
@@ -190,12 +213,36 @@ def secret_trace() -> Trace:
 
 
 def first_step(student: Policy, teacher: Any, task: Task, method: Any, batch: int) -> Trace:
-    """Return the trace of one step of training, whose plan notes what it compared."""
+    """Return the trace of one step of training, with the notes of its plan.
+
+    Args:
+        student: The policy to start from; it is not changed.
+        teacher: The teacher, which may only write.
+        task: The task to train on.
+        method: The method whose plan is wanted.
+        batch: Prompts of the step.
+
+    Returns:
+        The trace of the step.
+    """
     run = distill(student.frozen(), teacher, task, method=method, steps=1, batch=batch, quiet=True)
     return next(run).trace()
 
 
 def with_types(trace: Trace, task: Task, rollout: Rollout, student: Policy) -> Trace:
-    """Add the true type of every token, where the task knows it."""
+    """Add the true type of every token.
+
+    Args:
+        trace: The trace of the rollout.
+        task: A task that knows the types.
+        rollout: The texts.
+        student: Its tokenizer cuts the texts into pieces.
+
+    Returns:
+        The trace with the column `type`.
+
+    Raises:
+        OpdlabError: The task knows no types.
+    """
     types = task.token_types(rollout, student.tokenizer)
     return trace.with_columns(type=[kind for row in types for kind in row])

@@ -26,6 +26,9 @@ def load_pair(
         teacher: Likewise. `small small` is SmolLM2, and the same told a rule.
         task: See `load_task`; by default the task that the names belong to, or none.
 
+    Returns:
+        The student, the teacher and the task, or None in place of the task.
+
     Raises:
         OpdlabError: There is no such model or task.
     """
@@ -44,7 +47,14 @@ def load_pair(
 
 
 def load_task(name: str | None) -> Task | None:
-    """Load market, market-secret, rule, gym:NAME (a task of reasoning-gym) or a JSONL file.
+    """Load a task by its name.
+
+    Args:
+        name: market, market-secret, rule, gym:NAME (a task of reasoning-gym), or the path of a
+            JSONL file; None for no task.
+
+    Returns:
+        The task; None if there is no name.
 
     Raises:
         OpdlabError: There is no such task.

@@ -101,13 +101,18 @@ class Cost:
 
 
 def cost(student: Policy, teacher: Policy, rollout: Rollout, settings: Settings) -> Cost:
-    """Predict the cost of a step of OPD. Trains nothing.
+    """Predict the cost of a step of OPD.
+
+    Nothing is trained.
 
     Args:
         student: The policy that would train.
         teacher: The policy that would grade.
         rollout: Texts of the student on typical prompts.
         settings: How the run would train.
+
+    Returns:
+        Bytes of memory and seconds of a step, by part, and the bytes that are free.
     """
     rows = settings.batch * settings.n
     lengths = rollout.lengths.float()
@@ -129,6 +134,12 @@ def available(policy: Policy) -> float:
     """Return the bytes that are free on the policy's device.
 
     The policy's own weights count as free, since they are there already.
+
+    Args:
+        policy: A policy that is loaded.
+
+    Returns:
+        Bytes.
     """
     own = _count_bytes(policy.weights.model.parameters())
     if policy.weights.device.type == "cuda":

@@ -190,7 +190,16 @@ def _check_other(
 
 
 def check_lengths(rollout: Rollout, limit: int) -> Check:
-    """Check that the student's texts are neither empty nor cut off at `limit` tokens."""
+    """Check that the student's texts are neither empty nor cut off.
+
+    Args:
+        rollout: Texts of the student.
+        limit: The length limit of the texts, in tokens.
+
+    Returns:
+        "stop" if there is no token, "warn" if half of the texts end at once, "note" if many are
+        cut, else "ok".
+    """
     name = "student's texts"
     remedy = "Look at its stop tokens and template; a short SFT teaches the form."
     if not rollout.tokens:
@@ -214,6 +223,14 @@ def check_overlap(overlap: Overlap, rollout: Rollout, teacher_is_told_more: bool
     """Check the agreement everywhere, at the student's stops, and at its first tokens.
 
     A teacher that is told more may differ at the first tokens.
+
+    Args:
+        overlap: The agreement of student and teacher on `rollout`.
+        rollout: Texts of the student.
+        teacher_is_told_more: Whether the teacher reads a context that the student does not.
+
+    Returns:
+        The check "overlap", and where they fail, "stopping" and "first token".
     """
     tokens, mean = overlap.tokens, overlap.mean
     found = (
@@ -356,13 +373,30 @@ def _check_ranking(pair: _Pair, overlap: Overlap, rollout: Rollout) -> list[Chec
 
 
 def auroc(positive: np.ndarray, negative: np.ndarray) -> float:
-    """Return the chance that a positive is above a negative; ties count half."""
+    """Compute the area under the ROC curve, the chance that a positive is above a negative.
+
+    Ties count half.
+
+    Args:
+        positive: Scores of the positives, `[N]`.
+        negative: Scores of the negatives, `[M]`.
+
+    Returns:
+        The chance, from 0 to 1; 0.5 if the scores tell nothing.
+    """
     gap = np.subtract.outer(positive, negative)
     return float((gap > 0).mean() + 0.5 * (gap == 0).mean())
 
 
 def check_memory(predicted: Cost) -> Check:
-    """Check that the predicted peak fits the free memory."""
+    """Check that the predicted peak fits the free memory.
+
+    Args:
+        predicted: The predicted cost of a step.
+
+    Returns:
+        "warn" if it does not fit, else "ok".
+    """
     if predicted.peak > predicted.available:
         remedy = "It does not fit: lower micro_batch, set checkpointing=True, or train a LoRA."
         return Check("cost", "warn", predicted.sentence, remedy)

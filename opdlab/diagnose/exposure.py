@@ -127,6 +127,10 @@ def exposure(
         seed: Of prompts and texts.
         max_new_tokens: Length limit; by default the task's.
 
+    Returns:
+        The table by position, the probe if the task has a verifier (else None), and the number of
+        questions.
+
     Raises:
         InvalidValue: One of the two is no policy.
         TokenizerMismatch: They have other tokens.
@@ -311,8 +315,13 @@ def _continue(
 def kls(student: Policy, teacher: Policy, rollout: Rollout) -> dict[str, Tensor]:
     """Compute forward and reverse KL on a rollout.
 
+    Args:
+        student: The policy whose divergence is measured.
+        teacher: A policy with the same tokens.
+        rollout: Texts of either side, `[B, T]`.
+
     Returns:
-        `forward_kl` and `reverse_kl`, `[B, T]` each in nats, zero in the padding.
+        `forward_kl` and `reverse_kl`, `[B, T]` each in nats, on the CPU; zero in the padding.
     """
     flat = measure_tokens(rollout, _measure_kls, {"student": student, "teacher": teacher})
     mask = rollout.mask.cpu()

@@ -103,7 +103,14 @@ class Health:
         return self.note(read_vitals(step))
 
     def note(self, now: Vitals) -> list[Alarm]:
-        """Take in the numbers of a step: `step` and any of those that `read_vitals` gives."""
+        """Take in the numbers of a step.
+
+        Args:
+            now: `step`, and any of the numbers that `read_vitals` gives.
+
+        Returns:
+            The alarms that the step sets off.
+        """
         self.rows.append(now)
         found = []
         for signature in SIGNATURES:
@@ -149,6 +156,13 @@ class Health:
         """Return the mean of metric `name` over the first and the last `window` steps.
 
         Both are NaN if fewer steps have it, or the last step does not.
+
+        Args:
+            name: Name of a metric, as in `Vitals`.
+            window: Steps to average over; by default that of `limits`.
+
+        Returns:
+            The mean at the beginning and the mean now.
         """
         seen = [row[name] for row in self.rows if not math.isnan(row.get(name, math.nan))]
         steps = window or self.limits.window
@@ -163,6 +177,9 @@ def health(run: Run | pd.DataFrame | None = None, limits: Limits | None = None) 
     Args:
         run: A run or its `history`, which is read first; None for a run that has not begun.
         limits: When alarms go off.
+
+    Returns:
+        A watch to call with each step.
     """
     watch = Health(limits or Limits())
     if run is None:
@@ -178,7 +195,14 @@ def health(run: Run | pd.DataFrame | None = None, limits: Limits | None = None) 
 
 
 def find_long_texts(watch: Health) -> str | None:
-    """See whether the 95th percentile of lengths grows, or more texts are cut off."""
+    """See whether the 95th percentile of lengths grows, or more texts are cut off.
+
+    Args:
+        watch: The watch, with the steps so far.
+
+    Returns:
+        A sentence that says what was seen; None if neither is the case.
+    """
     limits = watch.limits
     start, now = watch.compare("length_p95")
     if now > max(limits.length * start, start + 4):
@@ -196,7 +220,14 @@ def find_long_texts(watch: Health) -> str | None:
 
 
 def find_repetition(watch: Health) -> str | None:
-    """See whether texts repeat themselves more than at the beginning."""
+    """See whether texts repeat themselves more than at the beginning.
+
+    Args:
+        watch: The watch, with the steps so far.
+
+    Returns:
+        A sentence that says what was seen; None if it is not the case.
+    """
     start, now = watch.compare("repetition")
     if now > start + watch.limits.repetition:
         return (
@@ -210,6 +241,12 @@ def find_collapse(watch: Health) -> str | None:
     """See whether the student grows sure without coming nearer to the teacher.
 
     A student that learns from a sure teacher may grow sure.
+
+    Args:
+        watch: The watch, with the steps so far.
+
+    Returns:
+        A sentence that says what was seen; None if it is not the case.
     """
     (start, now), (before, acceptance) = watch.compare("entropy"), watch.compare("acceptance")
     beside = ""
@@ -225,7 +262,14 @@ def find_collapse(watch: Health) -> str | None:
 
 
 def find_falling_overlap(watch: Health) -> str | None:
-    """See whether the teacher accepts fewer of the student's tokens than at the beginning."""
+    """See whether the teacher accepts fewer of the student's tokens than at the beginning.
+
+    Args:
+        watch: The watch, with the steps so far.
+
+    Returns:
+        A sentence that says what was seen; None if it is not the case.
+    """
     start, now = watch.compare("acceptance")
     if now < start - watch.limits.acceptance:
         return (
@@ -236,7 +280,14 @@ def find_falling_overlap(watch: Health) -> str | None:
 
 
 def find_mismatch(watch: Health) -> str | None:
-    """See whether the teacher refuses the student's stops or first tokens, and not the others."""
+    """See whether the teacher refuses the student's stops or first tokens, and not the others.
+
+    Args:
+        watch: The watch, with the steps so far.
+
+    Returns:
+        A sentence that says what was seen; None if neither is the case.
+    """
     _, everywhere = watch.compare("acceptance", 2)
     first, _ = watch.compare("first_acceptance", 2)
     _, stop = watch.compare("stop_acceptance", 2)
@@ -254,7 +305,15 @@ def find_mismatch(watch: Health) -> str | None:
 
 
 def find_late_training(watch: Health) -> str | None:
-    """See whether the last two held-out accuracies are below the peak."""
+    """See whether the last two held-out accuracies are below the best one before them.
+
+    Args:
+        watch: The watch, with the steps so far.
+
+    Returns:
+        A sentence that says what was seen; None if it is not the case, or fewer than three are
+        known.
+    """
     seen = [
         (int(row["step"]), row["accuracy"])
         for row in watch.rows

@@ -76,6 +76,9 @@ def illusion(train: Sequence[Privilege], held_out: Sequence[Privilege]) -> Illus
             training, on prompts that it trains on.
         held_out: The same at the same moments, on other prompts.
 
+    Returns:
+        A table by measurement and type, with both falls in nats per token and the index.
+
     Raises:
         OpdlabError: There are fewer than two measurements, or their numbers differ.
     """

@@ -103,6 +103,9 @@ def overlap(
         n: Texts for each prompt.
         seed: Of prompts and texts.
 
+    Returns:
+        The table of tokens, with the columns that `agreement` lists, and `k`.
+
     Raises:
         InvalidValue: One of the two is no policy.
         TokenizerMismatch: They have other tokens.
@@ -127,6 +130,12 @@ def agreement(k: int) -> Callable[[Rows], dict[str, Tensor]]:
     student_mass   p(K_q)
     teacher_mass   q(K_p)
     entropy_gap    |H(q) - H(p)|, nats
+
+    Args:
+        k: How many top tokens of each policy are compared; cut to the vocabulary.
+
+    Returns:
+        A function of rows of log-probs (`[n, V]` for each policy) that gives these columns.
     """
 
     def measure(rows: Rows) -> dict[str, Tensor]:

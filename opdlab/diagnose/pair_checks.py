@@ -30,6 +30,9 @@ def check_pair(
         teacher: The policy that would grade.
         prompts: Prompts that they would be asked.
         room: New tokens that must fit behind a prompt.
+
+    Returns:
+        One check per comparison.
     """
     return [
         check_tokens(student, teacher),
@@ -41,7 +44,15 @@ def check_pair(
 
 
 def check_tokens(student: Policy, teacher: Policy) -> Check:
-    """Compare id -> string over both vocabularies, and not their sizes."""
+    """Compare the strings that the ids stand for in both vocabularies, and not the sizes.
+
+    Args:
+        student: The policy that would train.
+        teacher: The policy that would grade.
+
+    Returns:
+        "ok", or "stop" if an id differs.
+    """
     ours, theirs = student.tokenizer.get_vocab(), teacher.tokenizer.get_vocab()
     differences = compare_vocabularies(student, teacher)
     if not differences:
@@ -59,7 +70,16 @@ def check_tokens(student: Policy, teacher: Policy) -> Check:
 
 
 def check_stops(student: Policy, teacher: Policy) -> Check:
-    """Compare the sets of tokens that end a text."""
+    """Compare the sets of tokens that end a text.
+
+    Args:
+        student: The policy that would train.
+        teacher: The policy that would grade.
+
+    Returns:
+        "ok"; "warn" if the student has no stop token; "note" if the sets differ and so do the
+        vocabularies; "stop" if only the sets differ.
+    """
     ours, theirs = _list_stops(student), _list_stops(teacher)
     found = f"the student ends with {ours}, the teacher with {theirs}"
     if not student.weights.eos:
@@ -83,7 +103,17 @@ def check_stops(student: Policy, teacher: Policy) -> Check:
 
 
 def check_templates(student: Policy, teacher: Policy, prompts: Sequence[Prompt]) -> Check:
-    """Compare a chat as each of them reads it."""
+    """Compare a chat as each of them reads it.
+
+    Args:
+        student: The policy that would train.
+        teacher: The policy that would grade.
+        prompts: Prompts that they would be asked.
+
+    Returns:
+        "ok"; "stop" if the student has no template for chats, or the forms differ; "note" if they
+        may differ, since the vocabularies do or one model reads both forms.
+    """
     chats = any(prompt.messages is not None for prompt in prompts)
     if chats and not student.tokenizer.chat_template:
         return Check(
@@ -117,7 +147,17 @@ def check_templates(student: Policy, teacher: Policy, prompts: Sequence[Prompt])
 
 
 def check_heads(student: Policy, teacher: Policy) -> Check:
-    """Count the rows of the output heads beyond the last token, which are padding and cut."""
+    """Count the rows of the output heads beyond the last token.
+
+    These rows are padding and are cut.
+
+    Args:
+        student: The policy that would train.
+        teacher: The policy that would grade.
+
+    Returns:
+        "ok", or "note" if there are such rows.
+    """
     rows = [policy.head.weight.shape[0] for policy in (student, teacher)]
     spare = [rows[0] - student.weights.vocab_size, rows[1] - teacher.weights.vocab_size]
     if not any(spare):
@@ -131,7 +171,17 @@ def check_heads(student: Policy, teacher: Policy) -> Check:
 
 
 def check_room(student: Policy, teacher: Policy, prompts: Sequence[Prompt], room: int) -> Check:
-    """Check that every prompt with `room` tokens behind it fits both contexts."""
+    """Check that every prompt with its completion fits both contexts.
+
+    Args:
+        student: The policy that would train.
+        teacher: The policy that would grade.
+        prompts: Prompts that they would be asked.
+        room: New tokens that must fit behind a prompt.
+
+    Returns:
+        "ok", or "stop" if a prompt does not fit.
+    """
     pair = (student, teacher)
     longest = [max(len(policy.encode(prompt)) for prompt in prompts) for policy in pair]
     limits = [policy.weights.context_length for policy in pair]

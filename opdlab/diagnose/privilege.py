@@ -154,6 +154,10 @@ def privilege(
         controls: Whether to try another prompt's hint too (two more passes).
         method: Its routes and weights are those reported; by default DOPD's.
 
+    Returns:
+        The split of every token, the effect of other prompts' hints (empty without `controls`), and
+        the share of prompts that leak their hint to the student.
+
     Raises:
         MissingPolicy: The teacher is no policy.
         MissingHint: A prompt has no hint.

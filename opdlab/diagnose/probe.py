@@ -28,6 +28,15 @@ def choose_prompts(
 
     A task that holds out fewer prompts gives all of them.
 
+    Args:
+        task: Where prompts come from; it may be None if `prompts` is a list.
+        prompts: The prompts, or how many of the task's.
+        seed: Decides which of the task's prompts are drawn.
+        split: The split that the task's prompts are from.
+
+    Returns:
+        The prompts.
+
     Raises:
         InvalidValue: `prompts` is neither a number nor a list of prompts.
         OpdlabError: It is a number, and there is no task.
@@ -51,9 +60,19 @@ def write_rollout(
     split: Split = "test",
     max_new_tokens: int | None = None,
 ) -> Rollout:
-    """Write `n` completions of each prompt at temperature 1.
+    """Write completions of each prompt at temperature 1.
 
-    They have at most `max_new_tokens`; by default the task's number, or 64 without a task.
+    Args:
+        policy: The policy that writes.
+        task: Where prompts come from; it may be None if `prompts` is a list.
+        prompts: The prompts, or how many of the task's.
+        n: Completions of each prompt.
+        seed: Of prompts and texts.
+        split: The split that the task's prompts are from.
+        max_new_tokens: Length limit of a text; by default the task's number, or 64 without a task.
+
+    Returns:
+        The texts, those of one prompt next to each other.
     """
     length = max_new_tokens or (task.max_new_tokens if task else 64)
     asked = choose_prompts(task, prompts, seed, split)

@@ -51,6 +51,10 @@ def make_token_table(
 def mean_by_type(tokens: pd.DataFrame, columns: Sequence[str]) -> pd.DataFrame:
     """Average columns over all tokens and by type.
 
+    Args:
+        tokens: A table of tokens with the column `type`.
+        columns: The columns to average.
+
     Returns:
         One row per type, the commonest first, with its count in `tokens`.
     """
@@ -64,7 +68,17 @@ def mean_by_type(tokens: pd.DataFrame, columns: Sequence[str]) -> pd.DataFrame:
 
 
 def to_html(sentence: str, table: pd.DataFrame) -> str:
-    """Show a result in a notebook. Everything that came from a model or a file is escaped."""
+    """Show a result in a notebook.
+
+    Everything that came from a model or a file is escaped.
+
+    Args:
+        sentence: The result in words, shown above the table.
+        table: The numbers; at most 40 rows are shown.
+
+    Returns:
+        HTML.
+    """
     shown = table.to_html(escape=True, float_format=_show_number, max_rows=40)
     return f"<p>{html.escape(sentence)}</p>{shown}"
 

@@ -39,9 +39,12 @@ def draw_diagnosis(
 
     Args:
         verdict: The verdict.
-        names: Of the student and of the teacher.
+        names: The names of the student and of the teacher.
         checks: What was looked at, in order.
         chat: A chat as both read it; shown if they differ.
+
+    Returns:
+        A drawing for `rich.console.Console.print`.
     """
     word, style, meaning = VERDICTS[verdict]
     student, teacher = (show_plain(name) for name in names)
@@ -62,7 +65,17 @@ def draw_diagnosis(
 
 
 def draw_templates(chat: RenderedChat, at: int) -> Table:
-    """Draw one chat under both templates: character `at` is marked, everything after dimmed."""
+    """Draw one chat under both templates, with the first difference marked.
+
+    Everything after the difference is dimmed.
+
+    Args:
+        chat: The chat as both read it.
+        at: The character at which they begin to differ, from 0.
+
+    Returns:
+        A table with one column for each policy.
+    """
     table = Table(
         title="the same chat as each of them reads it", title_justify="left", expand=False
     )
@@ -77,7 +90,15 @@ def draw_templates(chat: RenderedChat, at: int) -> Table:
 
 
 def render_text(drawing: RenderableType, width: int = 100) -> str:
-    """Render a drawing as text without colours."""
+    """Render a drawing as text without colours.
+
+    Args:
+        drawing: Anything that rich can draw.
+        width: Characters per line.
+
+    Returns:
+        The text, without spaces or empty lines at its end.
+    """
     console = Console(width=width, color_system=None, force_terminal=False)
     with console.capture() as captured:
         console.print(drawing)
@@ -85,5 +106,12 @@ def render_text(drawing: RenderableType, width: int = 100) -> str:
 
 
 def show_plain(value: str) -> str:
-    """Replace characters that do not print: the end of a line by a sign, others by a space."""
+    """Replace characters that do not print.
+
+    Args:
+        value: A text from a model, a tokenizer or a file.
+
+    Returns:
+        The text on one line, with ⏎ for the end of a line and a space for other such characters.
+    """
     return "".join("\u23ce" if c == "\n" else c if c.isprintable() else " " for c in value)

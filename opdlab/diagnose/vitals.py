@@ -23,9 +23,17 @@ class _ReadsContext(Protocol):
 
 
 def read_vitals(step: Step) -> Vitals:
-    """Return a step's metrics, with the lengths, repetition and acceptances of the student's texts.
+    """Return a step's metrics and further numbers of the student's own texts.
 
-    Texts of other writers do not count, since they do not show what the student would write.
+    These are their lengths, repetition and acceptances. Texts of other writers do not count, since
+    they do not show what the student would write.
+
+    Args:
+        step: A step of a run.
+
+    Returns:
+        Numbers by name: the step's metrics alone if the student wrote no text, and no acceptances
+        without a teacher's log-probs.
     """
     rollout, columns = step.rollout, step.columns
     own = torch.tensor([name == "student" for name in rollout.writer], device=rollout.ids.device)

@@ -42,7 +42,17 @@ class WrongAnswer(Exception):
 
 
 def call(function: Function, *case: Any) -> Any:
-    """Call a function on a case, which is how an exercise observes it by default."""
+    """Call a function on a case.
+
+    An exercise observes a function in this way by default.
+
+    Args:
+        function: The reader's function or the library's.
+        case: The arguments.
+
+    Returns:
+        The function's result.
+    """
     return function(*case)
 
 
@@ -171,6 +181,12 @@ def author(key: str) -> str:
 def find_exercise(key: str) -> Exercise:
     """Find an exercise by its key.
 
+    Args:
+        key: The notebook's number and the exercise's, such as "00.1".
+
+    Returns:
+        The exercise.
+
     Raises:
         OpdlabError: There is none. The message lists what there is.
     """
@@ -189,12 +205,23 @@ def find_exercise(key: str) -> Exercise:
 
 
 def list_notebooks() -> list[str]:
-    """List the numbers of the notebooks that have exercises, such as "00" and "10"."""
+    """List the numbers of the notebooks that have exercises, such as "00" and "10".
+
+    Returns:
+        The numbers, in order.
+    """
     return sorted(_modules())
 
 
 def list_exercises(number: str) -> dict[str, Exercise]:
-    """List the exercises of a notebook by key, in the notebook's order."""
+    """List the exercises of a notebook by key, in the notebook's order.
+
+    Args:
+        number: The notebook's number, such as "00".
+
+    Returns:
+        Exercises by key.
+    """
     module = importlib.import_module(f"{exercises.__name__}.{_modules()[number]}")
     return {each.key: each for each in module.EXERCISES}
 

@@ -29,13 +29,26 @@ Output = dict[str, Any]
 
 
 def hash_source(notebook: Mapping[str, Any]) -> str:
-    """Compute a checksum of the code cells, which tells whether stored outputs are stale."""
+    """Compute a checksum of the code cells, which tells whether stored outputs are stale.
+
+    Args:
+        notebook: The notebook as plain data.
+
+    Returns:
+        16 hexadecimal digits.
+    """
     sources = ["".join(cell["source"]) for cell in notebook["cells"] if cell["cell_type"] == "code"]
     return hashlib.sha256(json.dumps(sources).encode()).hexdigest()[:16]
 
 
 def read_notebook(path: str | os.PathLike[str]) -> dict[str, Any]:
     """Read a notebook of format 4 as plain data.
+
+    Args:
+        path: The path of an .ipynb file.
+
+    Returns:
+        The notebook's JSON.
 
     Raises:
         OpdlabError: The file is not a notebook, or of an older format.

@@ -34,10 +34,13 @@ class Context:
         return self.device.startswith("cuda")
 
     def pick(self, **sizes: Any) -> Any:
-        """Pick the value for this profile: `ctx.pick(ci=8, cpu=64, gpu=512)`.
+        """Pick the value for this profile, as in `ctx.pick(ci=8, cpu=64, gpu=512)`.
 
         Args:
             sizes: Values by profile. A profile that is left out takes that of the next smaller.
+
+        Returns:
+            The value.
 
         Raises:
             OpdlabError: There is no value for this profile or a smaller one.
@@ -57,6 +60,9 @@ def setup(minutes: Mapping[str, float] | None = None) -> Context:
 
     Args:
         minutes: The expected time of the notebook, by profile.
+
+    Returns:
+        The profile and the device.
 
     Raises:
         OpdlabError: `OPDLAB_PROFILE` is not a profile.

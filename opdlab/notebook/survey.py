@@ -85,6 +85,9 @@ def compose(
         weight: How tokens are weighted; "none" for alike.
         schedule: "constant"; opdlab has no other.
 
+    Returns:
+        A method for `distill`.
+
     Raises:
         OpdlabError: opdlab has no such method. The message names the slot and what it may be.
     """
@@ -106,7 +109,14 @@ def compose(
 
 
 def compose_all(frame: pd.DataFrame) -> dict[str, Any]:
-    """Compose the methods of a survey whose slots opdlab has, by name."""
+    """Compose the methods of a survey whose slots opdlab has.
+
+    Args:
+        frame: One row per method, with its name as the index and one column per slot.
+
+    Returns:
+        Methods of opdlab by the survey's names; others are left out.
+    """
     found = {}
     for name, row in frame[frame["prefix"].notna()].iterrows():
         try:

@@ -74,6 +74,13 @@ def render_chat(prompt: Prompt, template: PreTrainedTokenizerBase | None) -> str
 
     The token of the beginning is left out, since a server adds it itself.
 
+    Args:
+        prompt: A prompt of messages.
+        template: The tokenizer of the teacher's model; None if it is not known.
+
+    Returns:
+        The text, which ends where the answer begins.
+
     Raises:
         OpdlabError: There is no template.
     """
@@ -99,7 +106,16 @@ def _harmless(text: str, template: PreTrainedTokenizerBase | None) -> str:
 
 
 def read_continuation(text: str, prefix: str, way: str) -> str:
-    """Return the part of a reply that goes on from `prefix`."""
+    """Return the part of a reply that goes on from `prefix`.
+
+    Args:
+        text: The text of a reply.
+        prefix: The unfinished answer that was sent.
+        way: How the server was asked, one of `WAYS`.
+
+    Returns:
+        The text; for "instruct", without a repetition of the prefix.
+    """
     return without_echo(text, prefix) if way == "instruct" else text
 
 
@@ -107,6 +123,13 @@ def without_echo(text: str, prefix: str) -> str:
     """Cut from the start of `text` its longest repetition of the end of `prefix`, or of all of it.
 
     Repetitions under `SHORTEST_ECHO` characters are left.
+
+    Args:
+        text: The text of a reply.
+        prefix: The unfinished answer that was sent.
+
+    Returns:
+        The rest of the text, or all of it if it repeats nothing.
     """
     begun, said = prefix.rstrip(), text.lstrip()
     if begun and said.startswith(begun):
@@ -119,6 +142,10 @@ def without_echo(text: str, prefix: str) -> str:
 
 def check_texts(prompts: Sequence[Prompt], prefixes: Sequence[str]) -> None:
     """Check that every prompt and prefix can be sent.
+
+    Args:
+        prompts: The questions.
+        prefixes: One unfinished answer for each prompt, or "".
 
     Raises:
         InvalidValue: One holds half of a character (a lone surrogate), which is no text.
@@ -139,7 +166,14 @@ def check_texts(prompts: Sequence[Prompt], prefixes: Sequence[str]) -> None:
 
 
 def find_lone_surrogate(text: str) -> int | None:
-    """Return where the text holds half of a character, or None."""
+    """Return where the text holds half of a character, or None.
+
+    Args:
+        text: Any text.
+
+    Returns:
+        The index of the first half of a character; None if the text is whole.
+    """
     try:
         text.encode()
     except UnicodeEncodeError as error:
@@ -170,7 +204,14 @@ def read_choices(reply: Mapping[str, Any], most: int) -> list[dict[str, Any]]:
 
 
 def check_no_error(choice: Any) -> None:
-    """Raise Fault if a choice carries an error, in the server's words."""
+    """Check that a choice of a reply carries no error.
+
+    Args:
+        choice: A choice of the reply; anything but a dict passes.
+
+    Raises:
+        Fault: It carries an error. The message has the server's words.
+    """
     if isinstance(choice, dict):
         raise_error_of(choice)
 
@@ -180,6 +221,12 @@ def read_finish(choice: Any) -> str:
 
     Servers say `abort` or `error` if they gave up, `content_filter` if they hold something back,
     `tool_calls` if the text is not the answer, and null if they do not know.
+
+    Args:
+        choice: A choice of the reply.
+
+    Returns:
+        "stop" or "length".
 
     Raises:
         Fault: The answer was broken off.

@@ -182,7 +182,16 @@ def make_table(
 
 
 def read_names(choice: Mapping[str, Any], ids: Sequence[int], way: str) -> list[str | None]:
-    """Return the server's name for each token of `ids` but the first; None if it has none."""
+    """Return the server's names for the tokens of a prompt, all but the first.
+
+    Args:
+        choice: A choice of the reply.
+        ids: The token ids that were sent.
+        way: The form of the log-probs, "prompt_logprobs" or "echo".
+
+    Returns:
+        One name for each of `ids[1:]`; None where the server gives no name.
+    """
     if way != "prompt_logprobs":
         return [
             name if isinstance(name, str) and not name.startswith("token_id:") else None

@@ -33,9 +33,17 @@ REFUSED = (400, 422)  # statuses of a request that the server does not understan
 
 
 def sampling_fields(config: SamplingConfig) -> dict[str, Any]:
-    """Return the fields of a request that say how texts are drawn; all others are switched off.
+    """Return the fields of a request that say how texts are drawn.
 
-    Length and seed are not among them, since they differ from request to request.
+    All other ways to shape the distribution are switched off. Length and seed are not among the
+    fields, since they differ from request to request.
+
+    Args:
+        config: How texts are drawn.
+
+    Returns:
+        Values by name of field, as vLLM spells it. Only with stop texts, they include `stop` and a
+        field that keeps the stop text.
     """
     fields = NEUTRAL | {
         "temperature": config.temperature,
@@ -53,8 +61,17 @@ def without_refused(
 ) -> dict[str, Any]:
     """Leave out the fields that a server refuses.
 
+    Args:
+        fields: The sampling fields of a request.
+        refused: Names of the fields that the server refuses.
+        url: The server's address, for the error.
+
+    Returns:
+        The other fields.
+
     Raises:
-        OpdlabError: One of them was given a value of its own, which the server could not honour.
+        OpdlabError: A refused field was given a value of its own, which the server could not
+            honour.
     """
     for name in refused:
         value = fields.get(name)

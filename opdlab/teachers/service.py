@@ -157,17 +157,27 @@ class Service:
         raise error
 
     def without_key(self, text: str) -> str:
-        """Return a text without the key that is in the environment at this moment."""
+        """Return a text without the key that is in the environment at this moment.
+
+        Args:
+            text: Any text.
+
+        Returns:
+            The text with "…" where the key or a piece of it stood.
+        """
         return without_key(text, os.environ.get(self.key_env, ""))
 
     def many(self, jobs: Sequence[Callable[[], T]], unit: int = 1) -> list[T]:
-        """Run all jobs, some at once, and return their results in order.
+        """Run all jobs, several at once.
 
-        The first error stops the jobs that have not begun.
+        The first error stops the jobs that have not begun, and is raised.
 
         Args:
             jobs: Functions without arguments.
             unit: Texts per job, for the progress bar.
+
+        Returns:
+            The results in the order of the jobs.
         """
         if not jobs:
             return []
@@ -292,6 +302,12 @@ def raise_error_of(answer: Mapping[str, Any]) -> None:
 
     Routers answer so with status 200: `{"error": {"message": "…", "code": 403}}`, or a text in
     place of the object, or the object alone, as `{"object": "error", "message": "…"}`.
+
+    Args:
+        answer: A reply, or one of its choices.
+
+    Raises:
+        Fault: It carries an error. The message has the server's words.
     """
     error = answer if answer.get("object") == "error" else answer.get("error")
     if not error:  # some servers say `"error": null` in every reply

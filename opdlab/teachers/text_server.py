@@ -126,6 +126,11 @@ class TextServer:
 
         Any tokenizer of the student will do.
 
+        Args:
+            student: Its tokenizer renders chats if the server was made without a `template`.
+            prompts: The prompts of the run; the first one is asked.
+            max_new_tokens: Not used; a server's context is not known.
+
         Raises:
             EmptyPrompts: There are no prompts.
             TeacherError: The server gives no usable answer.
@@ -135,6 +140,9 @@ class TextServer:
 
     def meet(self, prompts: Sequence[Prompt]) -> None:
         """Learn the model's name and which fields the server understands, once.
+
+        Args:
+            prompts: Prompts of which the first one is asked.
 
         Raises:
             EmptyPrompts: There are no prompts.
@@ -182,6 +190,9 @@ class TextServer:
                 here do (vLLM's `include_stop_str_in_output`). A server that refuses this field is
                 refused; one that ignores it leaves the stop text out. Nothing else shapes the
                 teacher's distribution but `extra`.
+
+        Returns:
+            One list for each prompt, with `n` texts.
 
         Raises:
             InvalidValue: An option is not what it must be, or contradicts `extra`.
@@ -289,8 +300,8 @@ class TextServer:
     ) -> T:
         """Post a request with the model, all sampling fields that the server knows, and `extra`.
 
-        Fields that the server refuses are left out, and remembered once a request without them was
-        answered.
+        Fields that the server refuses are left out. They are remembered once a request without them
+        was answered.
 
         Args:
             path: Behind the server's url.
@@ -301,6 +312,9 @@ class TextServer:
             retries: How often to ask again; by default as the service is set.
             guess: Whether to leave out all fields beyond OpenAI's if the server does not name the
                 one that it refuses.
+
+        Returns:
+            The value that `accept` returns.
 
         Raises:
             OpdlabError: The server refuses a field that was given a value of its own.
@@ -326,7 +340,14 @@ class TextServer:
             return answer
 
     def check_model(self, reply: Mapping[str, Any]) -> None:
-        """Raise Fault if another model answers than the one that was met."""
+        """Check that the model that was met answers, and not another one.
+
+        Args:
+            reply: The server's reply.
+
+        Raises:
+            Fault: Another model answers.
+        """
         if reply.get("model") not in self._names:
             raise Fault(
                 f"another model answered: {plain(reply.get('model'))!r} and not {self._names[0]!r}"

@@ -20,6 +20,12 @@ def write_texts(
 ) -> list[list[str]]:
     """Let a teacher write `n` texts for each prompt.
 
+    Args:
+        writer: The teacher.
+        prompts: The questions.
+        n: Texts for each prompt.
+        config: How texts are drawn, with their length limit and seed.
+
     Returns:
         One list for each prompt, with `n` texts.
 
@@ -42,6 +48,14 @@ def options_for(writer: Writer, config: SamplingConfig) -> dict[str, Any]:
 
     Options that change nothing are left out if the writer does not take them by name, so a teacher
     of a user's own needs few arguments.
+
+    Args:
+        writer: The teacher.
+        config: How texts are drawn.
+
+    Returns:
+        Keyword arguments by name: `NEEDED`, all that differ from the neutral value, and `USUAL` if
+        the writer takes them.
 
     Raises:
         InvalidValue: The writer takes no length or seed, or lacks an option that the config sets.

@@ -11,12 +11,26 @@ from opdlab.notebook.checking import Exercise
 
 
 def my_loss(rows: Rows) -> Tensor:
-    """Solve 00.1: the reverse KL of every row."""
+    """Solve 00.1: the reverse KL of every row.
+
+    Args:
+        rows: Log-probs of student and teacher, `[n, V]` each.
+
+    Returns:
+        The reverse KL, `[n]` in nats.
+    """
     return (rows.student.exp() * (rows.student - rows.teacher)).sum(-1)
 
 
 def forward(rows: Rows) -> Tensor:
-    """Solve 00.2: the forward KL of every row."""
+    """Solve 00.2: the forward KL of every row.
+
+    Args:
+        rows: Log-probs of student and teacher, `[n, V]` each.
+
+    Returns:
+        The forward KL, `[n]` in nats.
+    """
     return (rows.teacher.exp() * (rows.teacher - rows.student)).sum(-1)
 
 

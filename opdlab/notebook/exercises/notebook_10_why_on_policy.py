@@ -14,7 +14,16 @@ from opdlab.notebook.checking import Exercise
 
 
 def regret(error: float, back: float, horizon: int) -> float:
-    """Solve 10.1: the expected number of steps that end off track."""
+    """Solve 10.1: the expected number of steps that end off track.
+
+    Args:
+        error: The chance to leave the track in a step.
+        back: The chance to come back in a step.
+        horizon: Number of steps.
+
+    Returns:
+        The expected number of steps, from 0 to `horizon`.
+    """
     off, total = 0.0, 0.0
     for _ in range(horizon):
         off = (1 - off) * error + off * (1 - back)
@@ -43,7 +52,16 @@ def _counted_before_each_step(error: float, back: float, horizon: int) -> float:
 
 
 def pull(student: Table, teacher: Table, visits: Tensor) -> Tensor:
-    """Solve 10.2: the gradient of the forward KL at every prefix, times its visits."""
+    """Solve 10.2: the gradient of the forward KL at every prefix, times its visits.
+
+    Args:
+        student: Log-probs at every prefix, `[X, S, V]`.
+        teacher: Log-probs at every prefix, `[X, S, V]`.
+        visits: How often each prefix is visited, `[X, S]`.
+
+    Returns:
+        The gradient in the student's logits, `[X, S, V]`.
+    """
     p, q = student.logp.exp(), teacher.logp.exp()
     return visits[..., None] * (p - q)
 
@@ -77,7 +95,15 @@ def _difference_of_log_probs(student: Table, teacher: Table, visits: Tensor) -> 
 
 
 def excess(student: Table, teacher: Table) -> Tensor:
-    """Solve 10.3: the excess accumulated error up to each position, in per cent."""
+    """Solve 10.3: the excess accumulated error up to each position, in per cent.
+
+    Args:
+        student: A table of one prompt.
+        teacher: Likewise, of the same length and vocabulary.
+
+    Returns:
+        The excess, `[T]` in per cent.
+    """
     kl = forward_kl(student.logp, teacher.logp)[0]
     sums, first = [], 0
     for t in range(student.length):

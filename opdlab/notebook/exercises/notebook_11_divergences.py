@@ -19,7 +19,16 @@ SMOOTH = ("forward_kl", "reverse_kl", "jensen_shannon", "squared_hellinger", "pe
 
 
 def divergence(f: Function, student: Tensor, teacher: Tensor) -> Tensor:
-    """Solve 11.1: any f-divergence of every row."""
+    """Solve 11.1: any f-divergence of every row.
+
+    Args:
+        f: The generator as a function of log u, with u = teacher / student.
+        student: Log-probs, `[n, V]`.
+        teacher: Log-probs, `[n, V]`.
+
+    Returns:
+        The divergence, `[n]` in nats.
+    """
     return (student.exp() * f(teacher - student)).sum(-1)
 
 
@@ -50,7 +59,16 @@ def _f_of_the_ratio(f: Function, student: Tensor, teacher: Tensor) -> Tensor:
 
 
 def jsd(student: Tensor, teacher: Tensor, beta: float) -> Tensor:
-    """Solve 11.2: the generalised JSD divided by its strength."""
+    """Solve 11.2: the generalised JSD divided by its strength.
+
+    Args:
+        student: Log-probs, `[n, V]`.
+        teacher: Log-probs, `[n, V]`.
+        beta: The teacher's share of the middle, between 0 and 1.
+
+    Returns:
+        The divergence, `[n]` in nats.
+    """
     p, q = student.exp(), teacher.exp()
     m = beta * q + (1 - beta) * p
     teacher_to_middle = (q * (q / m).log()).sum(-1)
@@ -81,7 +99,15 @@ def _beta_for_the_student(student: Tensor, teacher: Tensor, beta: float) -> Tens
 
 
 def strength(divergence: Divergence, teacher: Tensor) -> Tensor:
-    """Solve 11.3: the strength of a divergence, measured close to the teacher."""
+    """Solve 11.3: the strength of a divergence, measured close to the teacher.
+
+    Args:
+        divergence: A function of the log-probs of student and teacher, `[V]` each.
+        teacher: Log-probs, `[V]`.
+
+    Returns:
+        The strength, one number; 1 for the KL divergences.
+    """
     q = teacher.exp()
     tilt = torch.linspace(-1, 1, len(q), dtype=q.dtype)
     p = q * (1 + 1e-3 * (tilt - (q * tilt).sum()))

@@ -19,7 +19,16 @@ Gradients = tuple[Tensor, Tensor]
 
 
 def two_gradients(k: Estimate, logits: Tensor, teacher: Tensor) -> Gradients:
-    """Solve 12.1: the expected gradients of an estimate in the reward and as a loss."""
+    """Solve 12.1: the expected gradients of an estimate in the reward and as a loss.
+
+    Args:
+        k: The estimate as a function of log u, with u = teacher / student.
+        logits: The student's logits, `[V]`.
+        teacher: Log-probs, `[V]`.
+
+    Returns:
+        The gradients in the logits, `[V]` each: of the estimate as a fixed reward, and as a loss.
+    """
     logits = logits.clone().requires_grad_()
     logp = logits.log_softmax(-1)
     p, value = logp.exp().detach(), k(teacher - logp)
@@ -82,7 +91,16 @@ def _reward_differentiated(k: Estimate, logits: Tensor, teacher: Tensor) -> Grad
 
 
 def coarse(student: Tensor, teacher: Tensor, k: int) -> Tensor:
-    """Solve 12.2: the reverse KL on the teacher's top k and one outcome for the rest."""
+    """Solve 12.2: the reverse KL on the teacher's top k and one outcome for the rest.
+
+    Args:
+        student: Log-probs, `[n, V]`.
+        teacher: Log-probs, `[n, V]`.
+        k: Number of tokens that are kept apart.
+
+    Returns:
+        The reverse KL of the coarse distributions, `[n]` in nats.
+    """
     ids = teacher.topk(k, dim=-1).indices
     p, q = student.gather(-1, ids).exp(), teacher.gather(-1, ids).exp()
     p = torch.cat([p, 1 - p.sum(-1, keepdim=True)], -1)
@@ -125,7 +143,16 @@ def _forward_on_support(student: Tensor, teacher: Tensor, k: int) -> Tensor:
 
 
 def advantage(student: Tensor, teacher: Tensor, token: Tensor) -> Tensor:
-    """Solve 12.3: the advantage of a sampled token minus its expectation."""
+    """Solve 12.3: the advantage of a sampled token minus its expectation.
+
+    Args:
+        student: Log-probs, `[n, V]`.
+        teacher: Log-probs, `[n, V]`.
+        token: The sampled ids, `[n]`.
+
+    Returns:
+        The advantage, `[n]` in nats.
+    """
     gap = (teacher - student).gather(-1, token[:, None])[:, 0]
     return gap + (student.exp() * (student - teacher)).sum(-1)
 

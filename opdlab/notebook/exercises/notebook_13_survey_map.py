@@ -13,7 +13,16 @@ Row = Mapping[str, Any]
 
 
 def build(prefix: str, divergence: str, estimator: str) -> Any:
-    """Solve 13.1: the method of three choices."""
+    """Solve 13.1: the method of three choices.
+
+    Args:
+        prefix: "student", "mixed" or "teacher".
+        divergence: A name of a divergence.
+        estimator: "sampled", or another for whole distributions.
+
+    Returns:
+        A method for `distill`.
+    """
     if estimator == "sampled":
         return OPD(estimator="sampled") if divergence == "reverse_kl" else OPDPlus(divergence)
     share = {"student": 1.0, "mixed": 0.5, "teacher": 0.0}[prefix]
@@ -56,7 +65,15 @@ def _prefix_ignored(prefix: str, divergence: str, estimator: str) -> Any:
 
 
 def apart(a: Row, b: Row) -> list[str]:
-    """Solve 13.2: the slots in which two methods differ."""
+    """Solve 13.2: the slots in which two methods differ.
+
+    Args:
+        a: The slots of a method.
+        b: The slots of another method.
+
+    Returns:
+        Names of slots, in the order of `SLOTS`.
+    """
     return [slot for slot in SLOTS if a[slot] != b[slot]]
 
 

@@ -20,7 +20,16 @@ NORMAL_QUANTILE = 1.959964  # of 0.975
 
 
 def loss(logits: Tensor, teacher: Tensor, mask: Tensor) -> Tensor:
-    """Solve 20.1: the mean reverse KL over all tokens."""
+    """Solve 20.1: the mean reverse KL over all tokens.
+
+    Args:
+        logits: The student's logits, `[B, T, V]`.
+        teacher: Log-probs, `[B, T, V]`.
+        mask: True for tokens and false for padding, `[B, T]`.
+
+    Returns:
+        The mean, one number in nats per token.
+    """
     student = logits.log_softmax(-1)
     kl = (student.exp() * (student - teacher)).sum(-1)
     return kl[mask].mean()
@@ -78,7 +87,15 @@ def _forward_loss(logits: Tensor, teacher: Tensor, mask: Tensor) -> Tensor:
 
 
 def advantage(rewards: Tensor, n: int) -> Tensor:
-    """Solve 20.2: the advantage of every text within its group."""
+    """Solve 20.2: the advantage of every text within its group.
+
+    Args:
+        rewards: One reward per text, `[B]`, those of a group next to each other.
+        n: Texts per group.
+
+    Returns:
+        The advantage, `[B]`.
+    """
     groups = rewards.view(-1, n)
     centred = groups - groups.mean(1, keepdim=True)
     return (centred / (groups.std(1, keepdim=True) + 1e-4)).flatten()
@@ -108,7 +125,14 @@ def _not_divided_by_deviation(rewards: Tensor, n: int) -> Tensor:
 
 
 def interval(values: Sequence[float]) -> tuple[float, float]:
-    """Solve 20.3: the mean and the half width of its 95 % interval."""
+    """Solve 20.3: the mean and the half width of its 95 % interval.
+
+    Args:
+        values: One value per seed, two or more.
+
+    Returns:
+        The mean and the half width, by Student's t.
+    """
     from scipy import stats
 
     n, mean = len(values), sum(values) / len(values)

@@ -18,7 +18,15 @@ SHOWN = ("forward_kl", "jensen_shannon", "squared_hellinger", "pearson")
 
 
 def weight(f: Function, log_u: Tensor) -> Tensor:
-    """Solve 21.1: the weight of OPD+ for any f."""
+    """Solve 21.1: the weight of OPD+ for any f.
+
+    Args:
+        f: The generator as a function of log u.
+        log_u: Teacher's minus student's log-probs, any shape.
+
+    Returns:
+        The weight u f'(u) - f(u), in the shape of `log_u`.
+    """
     x = log_u.clone().requires_grad_()
     value = f(x)
     (slope,) = torch.autograd.grad(value.sum(), x)
@@ -53,7 +61,15 @@ def _divided_by_u(f: Function, log_u: Tensor) -> Tensor:
 
 
 def loss(generator: Generator, rows: Rows) -> Tensor:
-    """Solve 21.2: a loss with the gradient of OPD+."""
+    """Solve 21.2: a loss with the gradient of OPD+.
+
+    Args:
+        generator: The f-divergence to train.
+        rows: Log-probs of student and teacher, and the sampled tokens, of `n` rows.
+
+    Returns:
+        The loss, `[n]`; only its gradient counts.
+    """
     log_u = (rows.logp_of("teacher") - rows.logp).detach()
     return -generator.weight(log_u) * rows.logp
 
@@ -89,7 +105,14 @@ def _f_differentiated(generator: Generator, rows: Rows) -> Tensor:
 
 
 def factor(f: Function) -> Tensor:
-    """Solve 21.3: the length of the stop-gradient's gradient close to the teacher."""
+    """Solve 21.3: the length of the stop-gradient's gradient close to the teacher.
+
+    Args:
+        f: The generator as a function of log u.
+
+    Returns:
+        -f'(1) / f''(1), one number.
+    """
     h = 1e-4
     up, down = f(torch.tensor(1 + h).double().log()), f(torch.tensor(1 - h).double().log())
     first, second = (up - down) / (2 * h), (up + down) / h**2

@@ -16,7 +16,15 @@ from opdlab.notebook.checking import Exercise
 
 
 def distance(student: Tensor, teacher: Tensor) -> float:
-    """Solve 22.1: the transport distance of two windows."""
+    """Solve 22.1: the transport distance of two windows.
+
+    Args:
+        student: The vectors of a window, `[K, H]`.
+        teacher: The vectors of another window, `[K, H]`.
+
+    Returns:
+        The mean cosine distance under the best assignment.
+    """
     from scipy.optimize import linear_sum_assignment
 
     cost = _cosine_cost(student, teacher)
@@ -57,7 +65,15 @@ def _summed(student: Tensor, teacher: Tensor) -> float:
 
 
 def rate(high: Sequence[float], low: Sequence[float]) -> float:
-    """Solve 22.2: the share of false alarms."""
+    """Solve 22.2: the share of false alarms.
+
+    Args:
+        high: Window distances at positions of high loss.
+        low: Window distances at positions of low loss; their upper quartile is the limit.
+
+    Returns:
+        The share of `high` within the limit, from 0 to 1.
+    """
     limit = torch.tensor(low).double().quantile(0.75)
     return (torch.tensor(high).double() <= limit).double().mean().item()
 
@@ -89,7 +105,16 @@ def _with_the_median(high: Sequence[float], low: Sequence[float]) -> float:
 
 
 def trajectory(logp: Tensor, teacher: Tensor, plan: Tensor) -> Tensor:
-    """Solve 22.3: the trajectory term of one window."""
+    """Solve 22.3: the trajectory term of one window.
+
+    Args:
+        logp: The student's log-probs in the window, `[K, V]`.
+        teacher: The teacher's tokens in the window, `[K]`.
+        plan: The transport plan, `[K, K]`.
+
+    Returns:
+        The term, one number in nats.
+    """
     logp_of_teacher_tokens = logp[:, teacher]
     return -(plan * logp_of_teacher_tokens).sum()
 

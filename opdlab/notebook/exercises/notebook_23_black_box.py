@@ -21,7 +21,16 @@ Similarity = Callable[[str, str], float]
 
 
 def select(entropy: Tensor, length: int, limit: int) -> list[int]:
-    """Solve 23.1: the starts of the chunks."""
+    """Solve 23.1: the starts of the chunks.
+
+    Args:
+        entropy: The student's entropy at each position, `[T]` in nats.
+        length: Tokens per chunk.
+        limit: Most chunks.
+
+    Returns:
+        Positions from 0, ascending; the chunks neither overlap nor pass the end.
+    """
     chosen: list[int] = []
     for t in entropy.argsort(descending=True, stable=True).tolist():
         fits = t + length <= len(entropy)
@@ -59,7 +68,18 @@ def _sorted_by_entropy(entropy: Tensor, length: int, limit: int) -> list[int]:
 def weight(
     text: str, continuations: Sequence[str], logp: Tensor, alpha: float, similarity: Similarity
 ) -> Tensor:
-    """Solve 23.2: the weight of a chunk."""
+    """Solve 23.2: the weight of a chunk.
+
+    Args:
+        text: The chunk's text.
+        continuations: The texts of the teacher from the chunk's start.
+        logp: Log-probs of the chunk's tokens, `[K]`.
+        alpha: The weight of the student's own certainty, as a number of continuations.
+        similarity: Compares two texts, from 0 to 1.
+
+    Returns:
+        The weight, one number.
+    """
     k = sum(similarity(text, other) for other in continuations)
     prior = logp.mean().exp()
     return (k + alpha * prior) / (len(continuations) + alpha)
@@ -102,7 +122,16 @@ def _mean_similarity(
 
 
 def loss(rows: Rows, beta: float) -> Tensor:
-    """Solve 23.3: the loss of OmniOPD."""
+    """Solve 23.3: the loss of OmniOPD.
+
+    Args:
+        rows: Log-probs of student and reference, `[n, V]`, and the columns `weight` and `audited`,
+            `[n]`.
+        beta: The factor of the anchor, for tokens that were not audited.
+
+    Returns:
+        The loss, `[n]`.
+    """
     audit = -rows.weight * rows.logp
     anchor = (rows.reference.exp() * (rows.reference - rows.student)).sum(-1)
     return torch.where(rows.audited > 0, audit, beta * anchor)

@@ -23,7 +23,17 @@ def _kl(p: Tensor, q: Tensor) -> Tensor:
 
 
 def hinted_loss(logits: Logits, prompt: Tensor, hinted: Tensor, text: Tensor) -> Tensor:
-    """Solve 30.1: the Jensen-Shannon divergence to the hinted student, from logits."""
+    """Solve 30.1: the Jensen-Shannon divergence to the hinted student, from logits.
+
+    Args:
+        logits: Returns the logits `[T, V]` of ids `[T]`.
+        prompt: Ids of the bare prompt.
+        hinted: Ids of the prompt with its hint.
+        text: Ids of the text, `[T]`.
+
+    Returns:
+        The divergence, `[T]` in nats.
+    """
     student = logits(torch.cat([prompt, text]))[len(prompt) - 1 : -1].log_softmax(-1)
     with torch.no_grad():
         teacher = logits(torch.cat([hinted, text]))[len(hinted) - 1 : -1].log_softmax(-1)
@@ -95,7 +105,14 @@ def _reverse_kl_only(logits: Logits, prompt: Tensor, hinted: Tensor, text: Tenso
 
 
 def best(hinted: Tensor) -> tuple[Tensor, Tensor]:
-    """Solve 30.2: the best compromises for the forward and for the reverse KL."""
+    """Solve 30.2: the best compromises for the forward and for the reverse KL.
+
+    Args:
+        hinted: Log-probs under each hint, `[P, V]`.
+
+    Returns:
+        Log-probs, `[V]` each.
+    """
     forward = hinted.exp().mean(0).log()
     reverse = hinted.mean(0).log_softmax(-1)
     return forward, reverse
@@ -152,7 +169,14 @@ def _both_arithmetic(hinted: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def clipped(rows: Rows) -> Tensor:
-    """Solve 30.3: the forward KL with clipped entries."""
+    """Solve 30.3: the forward KL with clipped entries.
+
+    Args:
+        rows: Log-probs of student and `reference+hint`, `[n, V]` each.
+
+    Returns:
+        The sum of the clipped entries, `[n]`.
+    """
     teacher = rows["reference+hint"]
     entries = teacher.exp() * (teacher - rows.student)
     return entries.clamp(max=0.05).sum(-1)

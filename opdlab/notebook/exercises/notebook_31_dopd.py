@@ -18,7 +18,15 @@ WEIGHTS = (0.6, 0.3, 1.0, 0.6)  # of LH, LL, HT and HS
 
 
 def route(teacher: Tensor, student: Tensor) -> Tensor:
-    """Solve 31.1: the route of every token."""
+    """Solve 31.1: the route of every token.
+
+    Args:
+        teacher: The hinted teacher's log-probs of the sampled tokens, `[n]`.
+        student: The hinted student's log-probs of them, `[n]`.
+
+    Returns:
+        The number of the route, 0 to 3, `[n]`.
+    """
     return _route(teacher, student, 0.95)
 
 
@@ -80,7 +88,15 @@ def _kl(p: Tensor, q: Tensor) -> Tensor:
 
 
 def dopd(rows: Rows) -> Tensor:
-    """Solve 31.2: the loss of every token."""
+    """Solve 31.2: the loss of every token.
+
+    Args:
+        rows: Log-probs of student, `teacher+hint` and `student+hint`, `[n, V]` each, and the column
+            `route`.
+
+    Returns:
+        The loss, `[n]`.
+    """
     s, t, own = rows.student, rows["teacher+hint"], rows["student+hint"]
     m = torch.logaddexp(s, t) - math.log(2)
     js = (_kl(s, m) + _kl(t, m)) / 2
@@ -131,7 +147,18 @@ def weight(
     mean_gap: float,
     mean_sure: float,
 ) -> Tensor:
-    """Solve 31.3: the mean weight of the teacher at a prefix."""
+    """Solve 31.3: the mean weight of the teacher at a prefix.
+
+    Args:
+        student: Log-probs, `[V]`.
+        hinted_teacher: Log-probs, `[V]`.
+        hinted_student: Log-probs, `[V]`.
+        mean_gap: The limit of a small gap, in nats.
+        mean_sure: The limit of a sure pair, as a sum of two probabilities.
+
+    Returns:
+        The expected weight, one number.
+    """
     low = (hinted_teacher - hinted_student).abs() < mean_gap
     sure = hinted_teacher.exp() + hinted_student.exp() >= mean_sure
     light = low & sure

@@ -31,7 +31,17 @@ NOT_READ = (
 def split(
     teacher: Tensor, hinted_teacher: Tensor, student: Tensor, hinted_student: Tensor
 ) -> Split:
-    """Solve 40.1: capability, information and interaction."""
+    """Solve 40.1: capability, information and interaction.
+
+    Args:
+        teacher: Log-probs of the tokens, `[n]`.
+        hinted_teacher: The same with the hint.
+        student: Log-probs of the tokens, `[n]`.
+        hinted_student: The same with the hint.
+
+    Returns:
+        Capability, information and interaction, `[n]` each in nats.
+    """
     with_hint, without_hint = hinted_teacher - hinted_student, teacher - student
     capability = (with_hint + without_hint) / 2
     information = hinted_teacher - student - capability
@@ -69,7 +79,14 @@ def _parts_swapped(*logp: Tensor) -> Split:
 
 
 def floor(logp: Tensor) -> Tensor:
-    """Solve 40.2: the information in the hint."""
+    """Solve 40.2: the information in the hint.
+
+    Args:
+        logp: The teacher's log-probs under each hint, `[P, V]`.
+
+    Returns:
+        The mutual information of token and hint, one number in nats.
+    """
     mean = logp.exp().mean(0).log()
     return (logp.exp() * (logp - mean)).sum(-1).mean()
 
@@ -93,7 +110,17 @@ def _summed_over_hints(logp: Tensor) -> Tensor:
 
 
 def index(train_before: float, train_after: float, held_before: float, held_after: float) -> float:
-    """Solve 40.3: the illusion index."""
+    """Solve 40.3: the illusion index.
+
+    Args:
+        train_before: KL on training prompts before training, in nats.
+        train_after: The same after training.
+        held_before: KL on held-out prompts before training.
+        held_after: The same after training.
+
+    Returns:
+        The index; NaN if the fall in training is not above 0.01.
+    """
     fall = train_before - train_after
     return 1 - (held_before - held_after) / fall if fall > 0.01 else math.nan
 

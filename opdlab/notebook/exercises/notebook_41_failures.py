@@ -16,7 +16,15 @@ from opdlab.notebook.checking import Exercise
 
 
 def acceptance(student: Tensor, teacher: Tensor) -> Tensor:
-    """Solve 41.1: the probability that the teacher accepts the student's token."""
+    """Solve 41.1: the probability that the teacher accepts the student's token.
+
+    Args:
+        student: Log-probs, `[n, V]`.
+        teacher: Log-probs, `[n, V]`.
+
+    Returns:
+        The probability, `[n]`.
+    """
     return torch.minimum(student, teacher).exp().sum(-1)
 
 
@@ -41,7 +49,14 @@ def _mean_over_vocabulary(student: Tensor, teacher: Tensor) -> Tensor:
 
 
 def repetition(ids: Sequence[int]) -> float:
-    """Solve 41.2: the share of triples that occurred before."""
+    """Solve 41.2: the share of triples that occurred before.
+
+    Args:
+        ids: The tokens of a text.
+
+    Returns:
+        The share, from 0 to 1; 0 for fewer than four tokens.
+    """
     triples = list(zip(ids, ids[1:], ids[2:], strict=False))
     return 1 - len(set(triples)) / len(triples) if len(triples) > 1 else 0.0
 
@@ -77,7 +92,16 @@ def _divided_by_tokens(ids: Sequence[int]) -> float:
 
 
 def rings(values: Sequence[float], window: int, share: float) -> int:
-    """Solve 41.3: the step at which the alarm rings, or 0."""
+    """Solve 41.3: the step at which the alarm rings, or 0.
+
+    Args:
+        values: A metric at each step.
+        window: Steps to average over.
+        share: The alarm rings below this share of the first mean.
+
+    Returns:
+        The step, from 1; 0 if the alarm never rings.
+    """
 
     def mean(part: Sequence[float]) -> float:
         return sum(part) / len(part)

@@ -29,7 +29,15 @@ ONE_SIDED = (
 
 
 def gated(student: Tensor, teacher: Tensor) -> Tensor:
-    """Solve 50.1: reverse KL where the teacher is sure, forward KL where it is undecided."""
+    """Solve 50.1: reverse KL where the teacher is sure, forward KL where it is undecided.
+
+    Args:
+        student: Log-probs, `[n, V]`.
+        teacher: Log-probs, `[n, V]`.
+
+    Returns:
+        The loss, `[n]` in nats.
+    """
     entropy = -(teacher.exp() * teacher).sum(-1)
     gate = 1 - torch.exp(-entropy)
     reverse = (student.exp() * (student - teacher)).sum(-1)
@@ -67,7 +75,18 @@ def _entropy_sign_wrong(student: Tensor, teacher: Tensor) -> Tensor:
 
 
 def keep(entropy: Tensor, kl: Tensor, mask: Tensor, vocab: int, share: float) -> Tensor:
-    """Solve 50.2: the tokens with the largest score in the batch."""
+    """Solve 50.2: the tokens with the largest score in the batch.
+
+    Args:
+        entropy: Entropy at each token, `[B, T]` in nats.
+        kl: Divergence at each token, `[B, T]` in nats.
+        mask: True for tokens and false for padding, `[B, T]`.
+        vocab: The number of tokens, `V`.
+        share: The share of the batch's tokens to keep.
+
+    Returns:
+        1 for kept tokens and 0 for the others, `[B, T]`.
+    """
     h = entropy / math.log(vocab)
     delta = 1 - torch.exp(-kl)
     u = (h + delta - h * delta).masked_fill(~mask, -1.0)
@@ -141,7 +160,17 @@ def _divergence_alone(
 
 
 def slope(loss: PairLoss, logits: Tensor, teacher: Tensor, step: float = 1e-5) -> Tensor:
-    """Solve 50.3: the slope of a loss by central differences."""
+    """Solve 50.3: the slope of a loss by central differences.
+
+    Args:
+        loss: A function of the log-probs of student and teacher, which returns `[n]`.
+        logits: The student's logits, `[n, V]`.
+        teacher: Log-probs, `[n, V]`.
+        step: How far a logit is moved up and down.
+
+    Returns:
+        The slope in each logit, `[n, V]`.
+    """
     out = torch.zeros_like(logits)
     for v in range(logits.shape[-1]):
         nudge = torch.zeros_like(logits)

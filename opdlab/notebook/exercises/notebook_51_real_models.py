@@ -11,7 +11,15 @@ Shapes = Sequence[tuple[int, int]]  # inputs and outputs of linear layers
 
 
 def training_bytes(shapes: Shapes, rank: int) -> int:
-    """Solve 51.1: the bytes of an adapter in training."""
+    """Solve 51.1: the bytes of an adapter in training.
+
+    Args:
+        shapes: Inputs and outputs of each adapted layer.
+        rank: The adapter's rank.
+
+    Returns:
+        Bytes of weights, gradient and two moments, in float32.
+    """
     numbers = sum(rank * (inputs + outputs) for inputs, outputs in shapes)
     return numbers * 4 * (1 + 1 + 2)
 
@@ -42,7 +50,17 @@ def _without_moments(shapes: Shapes, rank: int) -> int:
 
 
 def micro_batch(fixed: float, each: float, free: float, rows: int) -> int:
-    """Solve 51.2: the largest number of completions in one backward pass."""
+    """Solve 51.2: the largest number of completions in one backward pass.
+
+    Args:
+        fixed: Bytes that are used whatever the size.
+        each: Bytes per completion.
+        free: Bytes that are free.
+        rows: Completions of the whole batch.
+
+    Returns:
+        A number from 0 to `rows`.
+    """
     room = free - fixed
     return max(0, min(rows, int(room // each)))
 
