@@ -118,6 +118,10 @@ class Column:
         description: A `Description`, or the text of its field `description`.
         fields: Other fields of `Description`: `unit`, `kind`, `labels`, `compares`, `threshold`, …
 
+    Attributes:
+        values: The values as they were given.
+        description: The `Description`, complete.
+
     Raises:
         InvalidValue: A field of the description is unknown or not of its type.
     """

@@ -76,6 +76,11 @@ class Policy:
         context: Rewrites each prompt as this policy alone sees it; None for no context.
         adapter: The adapter to look through, shared with live views; none by default.
         chat_template_kwargs: Arguments for the tokenizer's chat template.
+
+    Attributes:
+        weights: The shared model with its tokenizer and adapters.
+        context: The function that rewrites prompts, or None.
+        chat_template_kwargs: Arguments for the chat template, by name.
     """
 
     def __init_subclass__(cls) -> None:
@@ -320,9 +325,8 @@ class Policy:
     def frozen(self) -> Policy:
         """Make a policy that stays as this one is now.
 
-        It costs no memory if this policy has no adapter, and a copy of the adapter if it has one.
-        The weights are shared, so training all of them would move it too: train a `copied` policy
-        then.
+        It costs no memory if this policy has no adapter, and a copy of the adapter if it has one. A
+        run that trains all weights (`lora=None`) moves it to a copy of the model first.
 
         Returns:
             A policy on the same weights, with the same context and template arguments.

@@ -34,6 +34,13 @@ class Progress:
         unit: The name of a unit.
         quiet: Whether to draw nothing.
         leave: Whether the last state stays after `close` (in a terminal; in a notebook it does).
+
+    Attributes:
+        total: The number of units in all.
+        name: The name of the task.
+        unit: The name of a unit.
+        quiet: Whether nothing is drawn.
+        leave: Whether the last state stays after `close`.
     """
 
     def __init__(
