@@ -74,6 +74,9 @@ class Alignment(View):
     Attributes:
         pieces: The spans, in order.
         selected: A span, as a row of `df`.
+        ours: The bytes of the student's tokens.
+        theirs: The bytes of the teacher's tokens.
+        kl: log p - log q of each matched span in nats; None where it is not known.
 
     Raises:
         OpdlabError: There is not one KL for each span.

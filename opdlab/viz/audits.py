@@ -53,6 +53,7 @@ class Audits(View):
         audits: The chunks by their first row of `df`.
         alpha: The number of texts that the prior counts as; None where the notes do not say.
         selected: The row of `df` that is looked at; at first in the chunk of least weight.
+        trace: The trace.
 
     Raises:
         OpdlabError: The trace has no chunks.

@@ -45,6 +45,8 @@ class Compare(View):
     Attributes:
         channel: The key of the channel that colours.
         pair: [minuend, subtrahend] by place; at first the second minus the first.
+        traces: The rows of the completion in each trace, by name.
+        selected: The position looked at; at first the one where the pair differs most.
 
     Raises:
         OpdlabError: There are fewer than two traces, or their tokens differ.

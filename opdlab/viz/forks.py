@@ -55,6 +55,9 @@ class Forks(View):
         threshold: The distance from which a fork is real; at first that of the notes.
         windows: The windows by row of `df`.
         selected: The row of `df` that is looked at.
+        trace: The trace.
+        policies: The policies that can be asked, by side.
+        prompts: The prompts that they read; None for those of the trace.
 
     Raises:
         OpdlabError: The trace has no windows, and there are no policies to ask.

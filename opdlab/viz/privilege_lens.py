@@ -53,6 +53,9 @@ class PrivilegeLens(View):
         undecided: The entropy of T- in nats from which a token can be flagged; 0.69 is two equal
             choices.
         selected: The position looked at; at first the one of largest gap.
+        sides: The policies' names by role: "student", "plain", "informed" and perhaps "wrong".
+        whole: The trace.
+        trace: The rows of the completion.
 
     Raises:
         MissingPolicy: The trace lacks one of the policies.

@@ -55,6 +55,7 @@ class Regimes(View):
         region: What is brushed, [x low, x high, y low, y high]; [] for nothing.
         brush: In the text that is looked at, the runs of brushed rows: [first, last, first, last,
             …].
+        trace: The trace.
 
     Raises:
         OpdlabError: The trace has no numbers.

@@ -50,6 +50,8 @@ class Rollouts(View):
         rollout: The completion chosen; -1 for none.
         sort: The column that the rows are sorted by.
         selected: The row of `df` (a token) that is looked at.
+        whole: The trace; `trace` has the rows of the rollouts whose tokens a page carries.
+        rewards: The rewards by completion; empty where there are none.
 
     Raises:
         OpdlabError: The trace has no tokens, or the table has no such column.

@@ -45,6 +45,11 @@ class RunCard(View):
         title: The title above.
         note: A line of your own.
 
+    Attributes:
+        board: A RunBoard of the run.
+        gain: The paired difference of `after` and `before`; None without evaluations.
+        strips: (caption, rows of one completion, its number) of each text shown.
+
     Raises:
         InvalidValue: `before`, `after` or `samples` is something else.
         OpdlabError: The run has no steps, or the evaluations are of different prompts.

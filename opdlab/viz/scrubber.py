@@ -55,6 +55,12 @@ class Scrubber(View):
         delta: Whether the change since the first step is shown.
         against: The step that the words are compared with: "previous" or "first".
         channel: The key of the channel that colours.
+        steps: The steps, in order.
+        traces: The rows of the completion at each step.
+        probe: Whether all steps have the same tokens.
+        channels: The channel of each step, by the keys that all steps share; no categories.
+        kinds: The category of each step, by the keys that all steps share with the same names.
+        selected: The position looked at; at first the one that moved most, -1 where texts differ.
 
     Raises:
         InvalidValue: `traces` holds something else.

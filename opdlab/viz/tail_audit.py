@@ -46,6 +46,12 @@ class TailAudit(View):
     Attributes:
         k: How many tokens are read.
         channel: The channel that colours the tokens.
+        by: The policy whose likeliest tokens are read.
+        against: The other side of the KL.
+        whole: The trace.
+        trace: The rows of the completion.
+        width: How many likeliest tokens of each policy the trace kept.
+        selected: The position looked at; at first the one where most is missed.
 
     Raises:
         OpdlabError: The trace kept no top tokens or not as many, has the student alone, or has no

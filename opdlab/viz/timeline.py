@@ -53,6 +53,11 @@ class Timeline(View):
 
     Attributes:
         threshold: The nats below zero at which a rollout forks; the page can move it.
+        samples: The completions shown.
+        trace: Their rows.
+        against: The policy compared with.
+        rewards: The rewards by completion; empty where there are none.
+        selected: The row of `trace` that is looked at; at first the first fork.
 
     Raises:
         OpdlabError: The trace has the student alone, or not these completions.

@@ -50,6 +50,8 @@ class TokenLens(View):
         tracks: The keys of the further channels.
         selected: The position looked at; at first the channel's largest.
         pins: Up to three positions that stay in view side by side.
+        trace: The rows of the completion.
+        channels: All channels of the completion, by key.
 
     Raises:
         OpdlabError: The trace has no such completion or no numbers, or there are too many tracks.
