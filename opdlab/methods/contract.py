@@ -53,7 +53,14 @@ class Method(Protocol):
         ...
 
     def loss(self, rows: Rows) -> Tensor:
-        """Compute the loss of each token, `[n]`, from its row alone."""
+        """Compute the loss of each token from its row alone.
+
+        Args:
+            rows: A chunk of `n` tokens.
+
+        Returns:
+            `[n]`, with a gradient in the student's log-probs.
+        """
         ...
 
 
@@ -62,7 +69,14 @@ class HasPlan(Protocol):
     """A method that looks at the whole batch before the loss runs."""
 
     def plan(self, batch: Batch) -> Columns:
-        """Return columns by name: `[B, T]`, `[B, T, K]` or `[B]`, which a loss reads as rows."""
+        """Compute what the loss reads beside the log-probs, from the whole batch.
+
+        Args:
+            batch: The step's rollout under all policies.
+
+        Returns:
+            Columns by name, `[B, T]`, `[B, T, K]` or `[B]`; the loss reads them as `rows.<name>`.
+        """
         ...
 
 
@@ -107,7 +121,14 @@ class HasForms(Protocol):
     """A method made of an f-divergence, of which `audit` tries other generators."""
 
     def form(self, c: float) -> Method:
-        """Return the method made of `f + c (u - 1)`."""
+        """Return the method made of `f + c (u - 1)`.
+
+        Args:
+            c: How much of `u - 1` is added to the generator.
+
+        Returns:
+            A new method.
+        """
         ...
 
 
@@ -126,11 +147,25 @@ class FunctionMethod:
     planner: Planner | None = None
 
     def plan(self, batch: Batch) -> Columns:
-        """Return the planner's columns, or none."""
+        """Call the planner.
+
+        Args:
+            batch: The step's rollout under all policies.
+
+        Returns:
+            The planner's columns by name; none without a planner.
+        """
         return self.planner(batch) if self.planner else {}
 
     def loss(self, rows: Rows) -> Tensor:
-        """Return the function's value, `[n]`."""
+        """Call the function.
+
+        Args:
+            rows: A chunk of `n` tokens.
+
+        Returns:
+            The function's value, `[n]`.
+        """
         return self.function(rows)
 
     def __call__(self, rows: Rows) -> Tensor:
@@ -187,7 +222,10 @@ def needs_verifier(method: Any) -> bool:
     """Return whether a method learns from the task's verifier: its `verifies`, False by default.
 
     Args:
-        method: A method.
+        method: The method.
+
+    Returns:
+        Its `verifies`; False for a method that does not say.
     """
     return bool(getattr(method, "verifies", False))
 
@@ -196,24 +234,48 @@ def fewest_completions(method: Any) -> int:
     """Return how many completions of a prompt a method compares: its `least_n`, 1 by default.
 
     Args:
-        method: A method.
+        method: The method.
+
+    Returns:
+        Its `least_n`; 1 for a method that does not say.
     """
     return int(getattr(method, "least_n", 1))
 
 
 def student_share(method: object) -> float:
-    """Return the share of prompts whose completion the student writes."""
+    """Return the share of prompts whose completion the student writes.
+
+    Args:
+        method: The method.
+
+    Returns:
+        From 0 to 1; 1 for a method that does not say.
+    """
     return float(method.on_policy) if isinstance(method, HasShare) else 1.0
 
 
 def writer_names(method: object) -> tuple[str, ...]:
-    """Return who writes the other completions."""
+    """Return the names of those who write the other completions.
+
+    Args:
+        method: The method.
+
+    Returns:
+        Its `writer` as a tuple; `("teacher",)` for a method that does not say.
+    """
     writer = method.writer if isinstance(method, HasWriter) else "teacher"
     return (writer,) if isinstance(writer, str) else tuple(writer)
 
 
 def name_of(method: Any) -> str:
-    """Return the name of a method for people: its class, or the function that it was made of."""
+    """Return the name of a method for people: its class, or the function that it was made of.
+
+    Args:
+        method: A method, a function, or a partial of one.
+
+    Returns:
+        The name.
+    """
     function = method.function if isinstance(method, FunctionMethod) else method
     while isinstance(function, partial):
         function = function.args[0] if function.func is _loss_of_pair else function.func
@@ -227,6 +289,9 @@ def method_of_function(function: Any, needs: Sequence[str], plan: Planner | None
         function: `rows -> [n]`, or a function of the log-probs of student and teacher `[n, V]`.
         needs: The policies that it reads.
         plan: Its plan, or None; one of a `FunctionMethod` is kept.
+
+    Returns:
+        The method; its needs are read and without repeats.
 
     Raises:
         InvalidValue: It is no function, takes something else, or a name cannot be read.
@@ -272,7 +337,14 @@ VARIADIC = (inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD)
 
 
 def parameters_of(function: Callable[..., Any]) -> list[tuple[str, inspect.Parameter]]:
-    """Return the parameters of a function; none for functions of C, which cannot be asked."""
+    """Return the parameters of a function; none for functions of C, which cannot be asked.
+
+    Args:
+        function: Any callable.
+
+    Returns:
+        Names and parameters, in order.
+    """
     try:
         return list(inspect.signature(function).parameters.items())
     except (TypeError, ValueError):

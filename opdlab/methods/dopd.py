@@ -68,6 +68,9 @@ def gap(logp_teacher: Tensor, logp_student: Tensor) -> Tensor:
     Args:
         logp_teacher: Log-probs of the tokens under the hinted teacher, any shape.
         logp_student: The same under the hinted student.
+
+    Returns:
+        Nats, in the same shape.
     """
     return (logp_teacher - logp_student).abs().nan_to_num(nan=0.0, posinf=torch.inf)
 
@@ -187,7 +190,14 @@ class DOPD:
         return (TEACHER, ANCHORS[self.anchor])
 
     def plan(self, batch: Batch) -> dict[str, Column]:
-        """Return `route`, `gap` (nats) and `confidence`, `[B, T]` each."""
+        """Route each token, and keep the two numbers that decide.
+
+        Args:
+            batch: The step's rollout under all policies.
+
+        Returns:
+            `route` (a regime), `gap` (nats) and `confidence`, `[B, T]` each.
+        """
         student = ANCHORS[self.anchor] if self.gap_student == "privileged" else "student"
         logp = batch.map(
             lambda rows: torch.stack([rows.logp_of(TEACHER), rows.logp_of(student)], -1),
@@ -228,7 +238,14 @@ class DOPD:
         }
 
     def loss(self, rows: Rows) -> Tensor:
-        """Return the loss of each token's regime, `[n]`, in nats."""
+        """Compute the loss of each token's regime.
+
+        Args:
+            rows: A chunk of `n` tokens, with the column `route`.
+
+        Returns:
+            `[n]`, in nats.
+        """
         if not self.adaptive:
             return self._top_k_kl(rows.student, rows[TEACHER])
         # Zeros that still depend on the student.

@@ -46,7 +46,14 @@ class EOPD:
         validate_fields(self)
 
     def plan(self, batch: Batch) -> dict[str, Column]:
-        """Return `gated [B, T]`, 1 where the teacher's entropy is above the threshold."""
+        """Mark the tokens where the teacher's entropy is above the threshold.
+
+        Args:
+            batch: The step's rollout under all policies.
+
+        Returns:
+            `gated [B, T]`, 1 at these tokens and 0 elsewhere.
+        """
         high = batch.map(lambda rows: entropy(rows.teacher), needs=("teacher",)) > self.threshold
         gated = Column(
             high.long(),
@@ -56,7 +63,14 @@ class EOPD:
         return {"gated": gated}
 
     def loss(self, rows: Rows) -> Tensor:
-        """Return the loss of each token, `[n]`, in nats."""
+        """Compute the reverse KL, and at gated tokens add the forward KL.
+
+        Args:
+            rows: A chunk of `n` tokens, with the column `gated`.
+
+        Returns:
+            `[n]`, in nats.
+        """
         loss = reverse_kl(rows.student, rows.teacher)
         at = rows.gated.nonzero()[:, 0]
         student, teacher = rows.student.index_select(0, at), rows.teacher.index_select(0, at)

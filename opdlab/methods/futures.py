@@ -236,6 +236,9 @@ def loss_of(student: Policy, pair: Pair, plan: Tensor | None, arm: str, weight: 
         plan: The arm's plan `[K, K']`; None for arms without one.
         arm: A name of `ARMS`.
         weight: λ.
+
+    Returns:
+        A scalar with a gradient in the student's parameters.
     """
     logp = _log_probs(student, pair.prompt, pair.prefix, pair.student)
     loss = reverse_kl(logp, pair.logp).mean()
@@ -251,7 +254,17 @@ def loss_of(student: Policy, pair: Pair, plan: Tensor | None, arm: str, weight: 
 def plans_of(
     pair: Pair, embedding: str, policies: dict[str, Any], epsilon: float
 ) -> dict[str, Tensor]:
-    """Return the plans `[K, K']` of a pair by arm, for the arms that have one."""
+    """Return the plans `[K, K']` of a pair by arm, for the arms that have one.
+
+    Args:
+        pair: The windows of student and teacher.
+        embedding: As in `TOPD`.
+        policies: The policies by name.
+        epsilon: Of the entropic plan, above 0.
+
+    Returns:
+        "topd" (the entropic plan), "exact" and "diagonal".
+    """
     cost = windows.costs([pair.student], [pair.teacher], embedding, policies)
     return {
         "topd": windows.solve(cost, epsilon)[1][0],
@@ -263,7 +276,18 @@ def plans_of(
 def pair_of(
     teacher: Policy, prompt: Prompt, prefix: list[int], student: list[int], text: list[int]
 ) -> Pair:
-    """Make a pair of windows, the teacher's called `text`, and grade the student's."""
+    """Make a pair of windows, the teacher's called `text`, and grade the student's.
+
+    Args:
+        teacher: The teacher.
+        prompt: The prompt.
+        prefix: Token ids of the completion before the windows.
+        student: Token ids of the student's window.
+        text: Token ids of the teacher's window.
+
+    Returns:
+        The pair, with the teacher's log-probs along the student's window.
+    """
     with torch.no_grad():
         return Pair(prompt, prefix, student, text, _log_probs(teacher, prompt, prefix, student))
 

@@ -58,7 +58,14 @@ class GOPD:
             )
 
     def plan(self, batch: Batch) -> dict[str, Column]:
-        """Return `advantage` and `sampler_logp`, `[B, T]` each, in nats."""
+        """Compute the advantage of each sampled token.
+
+        Args:
+            batch: The step's rollout under all policies.
+
+        Returns:
+            `advantage` and `sampler_logp`, `[B, T]` each, in nats.
+        """
         logp = batch.map(
             lambda rows: torch.stack([rows.logp_of("teacher"), rows.logp_of("reference")], -1),
             needs=self.needs,
@@ -77,5 +84,12 @@ class GOPD:
         }
 
     def loss(self, rows: Rows) -> Tensor:
-        """Return -ratio A of each token, `[n]`."""
+        """Compute the policy-gradient loss -ratio A.
+
+        Args:
+            rows: A chunk of `n` tokens, with the columns of `plan`.
+
+        Returns:
+            `[n]`.
+        """
         return policy_gradient_loss(rows)

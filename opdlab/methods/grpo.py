@@ -50,10 +50,17 @@ class GRPO:
         validate_fields(self)
 
     def plan(self, batch: Batch) -> dict[str, Column]:
-        """Return `advantage [B]` and `sampler_logp [B, T]`.
+        """Compute the advantage of each completion over the other samples of its prompt.
+
+        Args:
+            batch: The step's rollout, with a verifier.
+
+        Returns:
+            `advantage [B]` and `sampler_logp [B, T]` (nats).
 
         Raises:
             OpdlabError: There is one sample per prompt.
+            MissingPolicy: There is no verifier.
         """
         n = batch.rollout.n
         if n < 2:
@@ -72,11 +79,26 @@ class GRPO:
         }
 
     def loss(self, rows: Rows) -> Tensor:
-        """Return the clipped policy-gradient loss of each token, `[n]`."""
+        """Compute the clipped policy-gradient loss.
+
+        Args:
+            rows: A chunk of `n` tokens, with the columns of `plan`.
+
+        Returns:
+            `[n]`.
+        """
         return clipped_loss(rows, self.clip)
 
 
 def clipped_loss(rows: Rows, clip: float) -> Tensor:
-    """Return -min(ratio A, clip(ratio, 1 ± clip) A) of each token, `[n]`."""
+    """Compute the clipped policy-gradient loss -min(ratio A, clip(ratio, 1 ± clip) A).
+
+    Args:
+        rows: A chunk of `n` tokens, with the columns `advantage` and `sampler_logp`.
+        clip: How far the ratio may be from 1 before it stops counting.
+
+    Returns:
+        `[n]`.
+    """
     ratio = importance_ratio(rows)
     return -torch.min(ratio * rows.advantage, ratio.clamp(1 - clip, 1 + clip) * rows.advantage)

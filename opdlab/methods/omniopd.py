@@ -147,7 +147,14 @@ class OmniOPD:
             )
 
     def plan(self, batch: Batch) -> dict[str, Column]:
-        """Ask the teacher, and return `audited`, `weight` and `similarity`, `[B, T]` each.
+        """Ask the teacher for texts, and compare the student's chunks with them.
+
+        Args:
+            batch: The step's rollout under all policies.
+
+        Returns:
+            `audited` (1 in chunks), `weight` and `similarity` (of the chunk, 0 elsewhere), `[B, T]`
+            each.
 
         Raises:
             OpdlabError: The teacher gave fewer texts than asked for.
@@ -204,7 +211,14 @@ class OmniOPD:
         }
 
     def loss(self, rows: Rows) -> Tensor:
-        """Return the weighted cross-entropy in chunks and the anchor elsewhere, `[n]`, in nats."""
+        """Compute the weighted cross-entropy in chunks and the anchor elsewhere.
+
+        Args:
+            rows: A chunk of `n` tokens, with the columns `audited` and `weight`.
+
+        Returns:
+            `[n]`, in nats.
+        """
         audit = -rows.weight * rows.logp
         anchor = self.beta * forward_kl(rows.student, rows.reference)  # KL(reference || student)
         return torch.where(rows.audited > 0, audit, anchor)
@@ -213,6 +227,12 @@ class OmniOPD:
         """Choose the chunks of all completions, in order.
 
         No chunk starts inside a character, since the teacher reads text.
+
+        Args:
+            batch: The step's rollout under all policies.
+
+        Returns:
+            The chunks, completion by completion.
         """
         logp = batch.map(lambda rows: rows.logp, needs=("student",))
         rank = batch.map(lambda rows: entropy(rows.student), needs=("student",))
@@ -244,6 +264,14 @@ class OmniOPD:
 
     def ask(self, batch: Batch, audits: Sequence[Audit]) -> list[list[str]]:
         """Ask the teacher for N texts per chunk, all at once.
+
+        Args:
+            batch: The step's rollout under all policies.
+            audits: The chunks.
+
+        Returns:
+            For each chunk N texts; with `match_length` cut to its characters unless the completion
+            ends there.
 
         Raises:
             OpdlabError: There are fewer; a text that is missing is no disagreement.
@@ -308,13 +336,16 @@ def select_chunks(entropy: Tensor, chunk: int, limit: int) -> list[int]:
 
 
 def posterior(k: Tensor | float, n: int, mean_logp: Tensor, alpha: float) -> Tensor:
-    """Return (k + alpha p) / (n + alpha), p = exp(mean_logp), without gradient.
+    """Compute (k + alpha p) / (n + alpha) with p = exp(mean_logp), without gradient.
 
     Args:
         k: Fractional matches.
         n: Texts of which they are.
         mean_logp: Mean log-prob of the chunk's tokens under the student, in nats.
         alpha: The weight of the student's prior p.
+
+    Returns:
+        The weight of the chunk, in the shape of `mean_logp`.
     """
     return ((k + alpha * mean_logp.exp()) / (n + alpha)).detach()
 

@@ -122,7 +122,15 @@ class OPD:
             )
 
     def plan(self, batch: Batch) -> dict[str, Column]:
-        """Return nothing, or for the policy gradient `advantage` and `sampler_logp`, `[B, T]`."""
+        """Compute the advantage of sampled tokens; the full divergence needs no plan.
+
+        Args:
+            batch: The step's rollout under all policies.
+
+        Returns:
+            Nothing with `estimator="full"`, else `advantage` and `sampler_logp`, `[B, T]` each, in
+            nats.
+        """
         if self.estimator == "full":
             return {}
         logp = batch.rollout.logp
@@ -147,7 +155,14 @@ class OPD:
         }
 
     def loss(self, rows: Rows) -> Tensor:
-        """Return the divergence or the policy-gradient loss of each token, `[n]`."""
+        """Compute the divergence, or the policy-gradient loss with `estimator="sampled"`.
+
+        Args:
+            rows: A chunk of `n` tokens, with the columns of `plan`.
+
+        Returns:
+            `[n]`.
+        """
         if self.estimator == "sampled":
             return policy_gradient_loss(rows)
         pair = rows.on("teacher", self.top_k) if self.top_k else (rows.student, rows.teacher)
@@ -158,6 +173,9 @@ def check_divergence(method: HasDivergence) -> None:
     """Check `divergence`, `options` and `top_k` of a method before the first rollout.
 
     A number for `top_k` becomes a `TopK`.
+
+    Args:
+        method: The method; its `top_k` may change in place.
 
     Raises:
         UnknownOption: The divergence does not take an option.

@@ -102,11 +102,26 @@ class OPDPlus:
         return Generator(self.divergence, **self.options)
 
     def form(self, c: float) -> OPDPlus:
-        """Return the method made of `f + c (u - 1)`, another generator of the same divergence."""
+        """Return the method made of `f + c (u - 1)`, another generator of the same divergence.
+
+        Args:
+            c: How much of `u - 1` is added to the generator.
+
+        Returns:
+            A new method.
+        """
         return replace(self, options={**self.options, "shift": self.options.get("shift", 0.0) + c})
 
     def plan(self, batch: Batch) -> dict[str, Column]:
-        """Return `advantage`, `clipped` and `sampler_logp`, `[B, T]` each."""
+        """Compute the advantage of each sampled token.
+
+        Args:
+            batch: The step's rollout under all policies.
+
+        Returns:
+            `advantage`, `clipped` (1 where the clip held log u) and `sampler_logp` (nats), `[B, T]`
+            each.
+        """
         logp = batch.rollout.logp
         log_u = batch.map(lambda rows: rows.logp_of("teacher"), needs=("teacher",)) - logp
         reward, advantage = self.reward(log_u), self.weight(log_u)
@@ -135,18 +150,39 @@ class OPDPlus:
         }
 
     def reward(self, log_u: Tensor) -> Tensor:
-        """Return -f(u) of clipped log-ratios."""
+        """Compute -f(u) of clipped log-ratios.
+
+        Args:
+            log_u: log q - log p of tokens in nats, any shape.
+
+        Returns:
+            The same shape.
+        """
         return self.generator.stop_gradient_weight(self._clip(log_u))
 
     def weight(self, log_u: Tensor) -> Tensor:
-        """Return w_f(u) of clipped log-ratios, or -f(u) with the stop-gradient."""
+        """Compute w_f(u) of clipped log-ratios, or -f(u) with the stop-gradient.
+
+        Args:
+            log_u: log q - log p of tokens in nats, any shape.
+
+        Returns:
+            The same shape.
+        """
         if self.stop_gradient:
             return self.reward(log_u)
         centre = self.generator.centre if self.centred else 0.0
         return self.generator.weight(self._clip(log_u)) - centre
 
     def loss(self, rows: Rows) -> Tensor:
-        """Return -ratio A of each token, `[n]`."""
+        """Compute the policy-gradient loss -ratio A.
+
+        Args:
+            rows: A chunk of `n` tokens, with the columns of `plan`.
+
+        Returns:
+            `[n]`.
+        """
         return policy_gradient_loss(rows)
 
     def _clip(self, log_u: Tensor) -> Tensor:
@@ -154,7 +190,15 @@ class OPDPlus:
 
 
 def student_mean(function: Callable[[Tensor], Tensor], rows: Rows) -> Tensor:
-    """Return `E_{a ~ p} function(log u(a))` over the whole vocabulary, `[n]`."""
+    """Compute `E_{a ~ p} function(log u(a))` over the whole vocabulary.
+
+    Args:
+        function: Takes log u `[n, V]` in nats, and gives the same shape.
+        rows: A chunk of `n` tokens, with the whole distributions of student and teacher.
+
+    Returns:
+        `[n]`.
+    """
     p = rows.student.exp()
     values = function(rows.teacher - rows.student)
     return torch.where(p > 0, p * values, 0.0).sum(-1)

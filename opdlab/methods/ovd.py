@@ -38,7 +38,15 @@ ASK = 4002  # a use of randomness, see `seed_of`
 
 
 def question(prompt: Prompt, text: str) -> Prompt:
-    """Make the question that the teacher is asked about an answer."""
+    """Make the question that the teacher is asked about an answer.
+
+    Args:
+        prompt: The prompt that was answered; of messages, the last one is asked about.
+        text: The answer.
+
+    Returns:
+        A prompt with one user message and the same `id`.
+    """
     asked = prompt.text if prompt.messages is None else prompt.messages[-1]["content"]
     content = (
         f"Question:\n{asked}\n\nAnswer:\n{text}\n\nHow good is the answer, from 0 (useless) to 9"
@@ -80,7 +88,13 @@ class OVD:
         validate_fields(self)
 
     def plan(self, batch: Batch) -> dict[str, Column]:
-        """Ask for the replies, and return `advantage [B]`, `score [B]` and `sampler_logp [B, T]`.
+        """Ask the teacher for scores, and compare the samples of each prompt.
+
+        Args:
+            batch: The step's rollout under all policies.
+
+        Returns:
+            `advantage [B]`, `score [B]` (0 to 9, -1 for none) and `sampler_logp [B, T]` (nats).
 
         Raises:
             OpdlabError: There is one sample per prompt, replies are missing, or none has a score.
@@ -113,7 +127,14 @@ class OVD:
         }
 
     def loss(self, rows: Rows) -> Tensor:
-        """Return the clipped policy-gradient loss of each token, `[n]`."""
+        """Compute the clipped policy-gradient loss.
+
+        Args:
+            rows: A chunk of `n` tokens, with the columns of `plan`.
+
+        Returns:
+            `[n]`.
+        """
         return clipped_loss(rows, self.clip)
 
     def _ask_teacher(self, batch: Batch) -> list[list[str]]:

@@ -14,12 +14,26 @@ from opdlab.engine.rows import Rows
 
 
 def importance_ratio(rows: Rows) -> Tensor:
-    """Return p(y) / p_sampler(y) of the sampled tokens, `[n]`, from the column `sampler_logp`."""
+    """Compute p(y) / p_sampler(y) of the sampled tokens.
+
+    Args:
+        rows: A chunk of `n` tokens, with the column `sampler_logp`.
+
+    Returns:
+        `[n]`, with a gradient.
+    """
     return (rows.logp - rows.sampler_logp).exp()
 
 
 def policy_gradient_loss(rows: Rows) -> Tensor:
-    """Return -ratio A, `[n]`, from the columns `advantage` and `sampler_logp`."""
+    """Compute the policy-gradient loss -ratio A.
+
+    Args:
+        rows: A chunk of `n` tokens, with the columns `advantage` and `sampler_logp`.
+
+    Returns:
+        `[n]`.
+    """
     return -importance_ratio(rows) * rows.advantage
 
 
@@ -30,6 +44,9 @@ def advantage_column(advantage: Tensor, formula: str, unit: str = "nats") -> Col
         advantage: `[B, T]`, or `[B]` for one per completion.
         formula: How it is computed, in one line.
         unit: "nats", or "" for a plain number.
+
+    Returns:
+        The column, signed.
     """
     return Column(
         advantage,
@@ -42,5 +59,12 @@ def advantage_column(advantage: Tensor, formula: str, unit: str = "nats") -> Col
 
 
 def sampler_column(logp: Tensor) -> Column:
-    """Describe the sampler's log-probs `[B, T]` for a trace."""
+    """Describe the sampler's log-probs for a trace.
+
+    Args:
+        logp: Log-probs of the sampled tokens when they were drawn, `[B, T]`, in nats.
+
+    Returns:
+        The column.
+    """
     return Column(logp, "log-prob of the token when it was sampled", unit="nats")

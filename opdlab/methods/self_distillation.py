@@ -78,6 +78,9 @@ class SelfDistillation:
             clip: Use a forward KL clipped at this number of nats instead. 0.05 is that of their
                 later runs; that value, and clipping entry by entry, are taken from a
                 re-implementation by others.
+
+        Returns:
+            The method.
         """
         return cls() if clip is None else cls("forward_kl", clip=clip)
 
@@ -90,6 +93,9 @@ class SelfDistillation:
         Args:
             divergence: The paper states the reverse KL. Its authors have since said that their
                 reported runs used the forward KL on the same on-policy samples, "forward_kl".
+
+        Returns:
+            The method.
         """
         return cls(divergence, anchor="ema")
 
@@ -101,6 +107,9 @@ class SelfDistillation:
             k: Compare on the student's top k tokens, with the rest as one bucket. The paper's code
                 keeps the top 256 and drops the rest, in which mass can hide. None is the full
                 vocabulary.
+
+        Returns:
+            The method.
         """
         return cls("reverse_kl", top_k=None if k is None else TopK(k))
 
@@ -110,7 +119,14 @@ class SelfDistillation:
         return (ANCHORS[self.anchor],)
 
     def loss(self, rows: Rows) -> Tensor:
-        """Return the divergence to the anchor of each token, `[n]`."""
+        """Compute the divergence to the anchor.
+
+        Args:
+            rows: A chunk of `n` tokens under the student and the anchor.
+
+        Returns:
+            `[n]`.
+        """
         (teacher,) = self.needs
         pair = (rows.student, rows[teacher])
         if self.top_k is not None:
@@ -140,7 +156,15 @@ def clipped_forward_kl(student: Tensor, teacher: Tensor, clip: float) -> Tensor:
 
 
 def check_anchor(method: object, anchor: str) -> None:
-    """Raise InvalidValue unless `anchor` is one of `ANCHORS`."""
+    """Check that a method's anchor is one of `ANCHORS`.
+
+    Args:
+        method: The method, for the error.
+        anchor: The anchor's name.
+
+    Raises:
+        InvalidValue: It is not.
+    """
     if not isinstance(anchor, str) or anchor not in ANCHORS:
         raise InvalidValue(
             f"{type(method).__name__} got anchor={shortened(anchor)}. Use one of"

@@ -18,17 +18,31 @@ Similarity = Callable[[str, str], float]
 
 
 def edit(ours: str, theirs: str) -> float:
-    """Return 1 - Levenshtein(a, b) / max(|a|, |b|) on characters (OmniOPD, arXiv 2606.01476).
+    """Compute 1 - Levenshtein(a, b) / max(|a|, |b|) on characters (OmniOPD, arXiv 2606.01476).
 
     The paper does not name the unit; characters are our reading.
+
+    Args:
+        ours: The student's chunk.
+        theirs: A text of the teacher.
+
+    Returns:
+        From 0 to 1; 1 for equal texts.
     """
     return Levenshtein.normalized_similarity(ours, theirs)
 
 
 def rouge1(ours: str, theirs: str) -> float:
-    """Return ROUGE-1: the F1 score of the words that both have, split at whitespace.
+    """Compute ROUGE-1: the F1 score of the words that both have, split at whitespace.
 
     A word counts as often as both have it. The paper does not name the variant; F1 is our reading.
+
+    Args:
+        ours: The student's chunk.
+        theirs: A text of the teacher.
+
+    Returns:
+        From 0 to 1; two texts without words are equal.
     """
     a, b = Counter(ours.split()), Counter(theirs.split())
     if not a or not b:
@@ -41,6 +55,14 @@ SIMILARITIES: dict[str, Similarity] = {"edit": edit, "rouge1": rouge1}
 
 def measure(similarity: Similarity, ours: str, theirs: str) -> float:
     """Call a similarity and check its value.
+
+    Args:
+        similarity: The function of two texts.
+        ours: The student's chunk.
+        theirs: A text of the teacher.
+
+    Returns:
+        The similarity, from 0 to 1.
 
     Raises:
         OpdlabError: The value is not a number from 0 to 1.

@@ -61,7 +61,13 @@ class SODA:
             )
 
     def plan(self, batch: Batch) -> dict[str, Column]:
-        """Return `preferred`, `delta`, `pair_loss` and `slope`, `[B]` each.
+        """Compare the two answers of each pair, and take the slope of the pair's loss.
+
+        Args:
+            batch: The teacher's answers and then the snapshot's, to the same prompts.
+
+        Returns:
+            `preferred`, `delta`, `pair_loss` (nats) and `slope`, `[B]` each.
 
         Raises:
             OpdlabError: The rows are not the teacher's answers and then the snapshot's.
@@ -92,7 +98,14 @@ class SODA:
         }
 
     def loss(self, rows: Rows) -> Tensor:
-        """Return the pair's loss at each token, `[n]`, with the gradient of the token's part."""
+        """Compute the pair's loss, with the gradient of the token's part.
+
+        Args:
+            rows: A chunk of `n` tokens, with the columns `pair_loss` and `slope`.
+
+        Returns:
+            `[n]`, in nats.
+        """
         return rows.pair_loss + rows.slope * (rows.logp - rows.logp.detach())
 
 

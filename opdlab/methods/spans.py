@@ -107,12 +107,17 @@ class SpanOPD:
             raise InvalidValue(f"SpanOPD got credit={self.credit!r}. Use span, later or all.")
 
     def plan(self, batch: Batch) -> dict[str, Column]:
-        """Align, and return `advantage`, `span_kl`, `span`, `one_to_one` and `sampler_logp`.
+        """Align the tokens of student and teacher, and compute the advantage of each span.
+
+        Args:
+            batch: The step's rollout under all policies.
 
         Returns:
-            `[B, T]` each. `span_kl` is r_k in equal parts on the student's tokens of the span; over
-            a completion it sums to log p(y) - log q(y). `span` is -1 where a completion could not
-            be aligned.
+            `advantage` (nats), `span_kl` (nats), `span`, `one_to_one` and `sampler_logp` (nats),
+            `[B, T]`
+            each. `span_kl` is r_k in equal parts on the student's tokens of the span; over a
+            completion it
+            sums to log p(y) - log q(y). `span` is -1 where a completion could not be aligned.
 
         Raises:
             OpdlabError: The teacher's tokenizer spells none of the completions.
@@ -157,7 +162,14 @@ class SpanOPD:
         }
 
     def loss(self, rows: Rows) -> Tensor:
-        """Return -ratio A of each token, `[n]`."""
+        """Compute the policy-gradient loss -ratio A.
+
+        Args:
+            rows: A chunk of `n` tokens, with the columns `advantage` and `sampler_logp`.
+
+        Returns:
+            `[n]`.
+        """
         return policy_gradient_loss(rows)
 
 

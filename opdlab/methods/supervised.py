@@ -18,9 +18,14 @@ from opdlab.engine.rows import Rows
 
 @dataclass(frozen=True)
 class SequenceKD:
-    """Cross-entropy on completions that the teacher writes.
+    """Train by cross-entropy on completions that the teacher writes.
 
     It reads no distribution, so any teacher that writes will do.
+
+    Attributes:
+        needs: None.
+        on_policy: 0; the student writes nothing.
+        writer: The teacher.
     """
 
     needs: ClassVar[tuple[str, ...]] = ()
@@ -28,18 +33,38 @@ class SequenceKD:
     writer: ClassVar[str] = "teacher"
 
     def loss(self, rows: Rows) -> Tensor:
-        """Return -log p of each token, `[n]`."""
+        """Compute the cross-entropy -log p of each token.
+
+        Args:
+            rows: A chunk of `n` tokens.
+
+        Returns:
+            `[n]`, in nats.
+        """
         return -rows.logp
 
 
 @dataclass(frozen=True)
 class SFT:
-    """Cross-entropy on the `answer` of each prompt; needs no teacher."""
+    """Train by cross-entropy on the `answer` of each prompt; needs no teacher.
+
+    Attributes:
+        needs: None.
+        on_policy: 0; the student writes nothing.
+        writer: The prompts' answers.
+    """
 
     needs: ClassVar[tuple[str, ...]] = ()
     on_policy: ClassVar[float] = 0.0
     writer: ClassVar[str] = "answer"
 
     def loss(self, rows: Rows) -> Tensor:
-        """Return -log p of each token, `[n]`."""
+        """Compute the cross-entropy -log p of each token.
+
+        Args:
+            rows: A chunk of `n` tokens.
+
+        Returns:
+            `[n]`, in nats.
+        """
         return -rows.logp

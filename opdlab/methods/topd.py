@@ -137,6 +137,9 @@ class TOPD:
     def plan(self, batch: Batch) -> dict[str, Tensor | Column]:
         """Find the real forks, and return their targets.
 
+        Args:
+            batch: The step's rollout under all policies.
+
         Returns:
             `target` and `target_weight`, `[B, T, M]`; `divergent` and `window_distance`, `[B, T]`;
             `downweight [B, T]` where it is asked for.
@@ -194,7 +197,15 @@ class TOPD:
         return columns
 
     def loss(self, rows: Rows) -> Tensor:
-        """Return the reverse KL and the trajectory term of each token, `[n]`, in nats."""
+        """Compute the reverse KL and the trajectory term.
+
+        Args:
+            rows: A chunk of `n` tokens, with the columns `target`, `target_weight` and
+                `downweight`.
+
+        Returns:
+            `[n]`, in nats.
+        """
         loss = reverse_kl(rows.student, rows.teacher)
         if self.downweight:
             loss = loss * rows.downweight.to(loss.dtype)

@@ -124,9 +124,14 @@ def _entropic(costs: Tensor, epsilon: float) -> Tensor:
 
 
 def diagonal(student: Sequence[int], teacher: Sequence[int]) -> Tensor:
-    """Return the plan that matches token i with token i, `[K, K']` with mass 1.
+    """Make the plan that matches token i with token i, the control that ignores the embeddings.
 
-    It is the control that ignores the embeddings.
+    Args:
+        student: Token ids of the student's window, K of them.
+        teacher: Token ids of the teacher's window, K' of them.
+
+    Returns:
+        `[K, K']` in float64, with mass 1.
     """
     both = min(len(student), len(teacher))
     return torch.eye(len(student), len(teacher), dtype=torch.float64) / both
@@ -146,6 +151,9 @@ def costs(
         embedding: The policy whose token embeddings are compared, or "onehot": any two different
             tokens are at distance 1.
         policies: The policies by name.
+
+    Returns:
+        One matrix `[K, K']` per pair, in float64 on the CPU.
 
     Raises:
         MissingPolicy: That policy has no token embeddings.
@@ -167,12 +175,15 @@ def costs(
 
 
 def room(policy: Any, rollout: Rollout, window: int) -> Tensor:
-    """Return `[B, T]`, true where a window fits and the token is not a special one.
+    """Find the tokens at which a window fits and that are not special ones.
 
     Args:
         policy: The student.
         rollout: The completions.
         window: K, in tokens.
+
+    Returns:
+        `[B, T]`, true there.
     """
     special = set(getattr(policy.tokenizer, "all_special_ids", []))
     if isinstance(policy, Policy):
@@ -183,7 +194,15 @@ def room(policy: Any, rollout: Rollout, window: int) -> Tensor:
 
 
 def quota(lengths: Tensor, share: float) -> list[int]:
-    """Return ceil(share N) for completions of N tokens."""
+    """Compute how many positions of each completion are taken: ceil(share N) of N tokens.
+
+    Args:
+        lengths: Tokens of each completion, `[B]`.
+        share: From 0 to 1.
+
+    Returns:
+        One number per completion.
+    """
     return [math.ceil(share * n - 1e-9) for n in lengths.tolist()]
 
 
@@ -239,7 +258,16 @@ def scores(batch: Batch, name: str) -> Tensor:
 
 
 def slices(rollout: Rollout, points: Sequence[Point], window: int) -> list[list[int]]:
-    """Return the rollout's own tokens from each point on, fewer at the end of a completion."""
+    """Return the rollout's own tokens from each point on, fewer at the end of a completion.
+
+    Args:
+        rollout: The completions.
+        points: Completion and position of each window.
+        window: K, in tokens.
+
+    Returns:
+        Token ids, at most K per point.
+    """
     return [
         rollout.ids[b, t : min(t + window, int(rollout.lengths[b]))].tolist() for b, t in points
     ]
