@@ -20,7 +20,18 @@ Flags = dict[str, str]
 
 
 def direction(seen: Observation, best: Match, reads_as: str | None, trains: str | None) -> Flags:
-    """Whether the expected gradient is there, points to the target, and belongs to the value."""
+    """Check whether the expected gradient is there, points to the target, and belongs to the value.
+
+    Args:
+        seen: The loss on the world.
+        best: The divergence whose gradient is closest.
+        reads_as: Name of the divergence that the loss's mean value is; None if it is none.
+        trains: Name of the divergence that its gradient is; None if it is none.
+
+    Returns:
+        The flags `zero_gradient`, `ascends` and `value`, those that are raised, each with a
+        sentence.
+    """
     if seen.rms <= ROUNDING:
         return {"zero_gradient": "No token's loss has a gradient."}
     if seen.is_zero:
@@ -45,7 +56,15 @@ def direction(seen: Observation, best: Match, reads_as: str | None, trains: str 
 
 
 def equality(subject: Subject, seen: Observation) -> Flags:
-    """Whether it moves a student that equals everybody, and where to."""
+    """Check whether the loss moves a student that equals everybody, and where to.
+
+    Args:
+        subject: The loss.
+        seen: The loss where policies differ, for the scale of its gradients.
+
+    Returns:
+        The flags `not_zero_at_equality` and `leaves_support`, those that are raised.
+    """
     arrived = observe(subject.method, subject, subject.world(same=True))
     if arrived.length <= max(1e-7 * max(seen.rms, arrived.rms), ROUNDING):
         return {}
@@ -69,10 +88,17 @@ def equality(subject: Subject, seen: Observation) -> Flags:
 
 
 def drains(arrived: Observation, subject: Subject) -> bool:
-    """Whether the loss only lowers p(S) at equality, S being the likeliest tokens of every prefix.
+    """Tell whether the loss only lowers p(S) at equality, S the likeliest tokens of every prefix.
 
     The slope of p(S) is p_v (1[v in S] - p(S)) in logit v: over p_v it takes two values, a positive
     one on S.
+
+    Args:
+        arrived: The loss at equality.
+        subject: The loss.
+
+    Returns:
+        True if its gradient has this form at every prefix.
     """
     p = subject.world(same=True)["student"].logp.exp()
     each = arrived.gradient / p
@@ -85,6 +111,10 @@ def drains(arrived: Observation, subject: Subject) -> bool:
 
 def descended(subject: Subject, steps: int = 250) -> tuple[Tensor, Tensor]:
     """Run Adam on the exact gradient, from a student that equals everybody.
+
+    Args:
+        subject: The loss.
+        steps: Updates of Adam, at a learning rate of 0.05.
 
     Returns:
         The law `[V]` of the first token before and after.
@@ -102,7 +132,17 @@ def descended(subject: Subject, steps: int = 250) -> tuple[Tensor, Tensor]:
 def form(
     subject: Subject, world: Tables, seen: Observation, forms: Callable[[float], Any] | None
 ) -> Flags:
-    """Whether f + c (u - 1), the same divergence, gives another gradient."""
+    """Check whether f + c (u - 1), the same divergence, gives another gradient.
+
+    Args:
+        subject: The loss.
+        world: A table for every policy.
+        seen: The loss on this world.
+        forms: Makes the method of c; by default the method's own `form`.
+
+    Returns:
+        The flag `form` if the gradient changes, else nothing.
+    """
     if forms is None and isinstance(subject.method, HasForms):
         forms = subject.method.form
     if forms is None:
@@ -122,7 +162,18 @@ def form(
 def jumps(
     subject: Subject, world: Tables, sweep: Mapping[str, Callable[[float], Any]] | None
 ) -> Flags:
-    """Whether the gradient at an end of a parameter's range is far from those beside it."""
+    """Check whether the gradient at an end of a parameter's range is far from those beside it.
+
+    Args:
+        subject: The loss.
+        world: A table for every policy.
+        sweep: By parameter, a function that makes the method for a value from 0 to 1; by default
+            the
+            alpha and beta among its options.
+
+    Returns:
+        The flag `discontinuous` if there is a jump, else nothing.
+    """
     said = []
     for name, make in (own_parameters(subject.method) if sweep is None else sweep).items():
         for end, beside in ((0.0, 1e-5), (1.0, 1 - 1e-5)):
@@ -140,7 +191,14 @@ def jumps(
 
 
 def own_parameters(method: Any) -> dict[str, Callable[[float], Any]]:
-    """The alpha and beta among a method's options."""
+    """Find the alpha and beta among a method's options.
+
+    Args:
+        method: The method; only a dataclass with a dict `options` has any.
+
+    Returns:
+        By name, a function that makes the method with another value.
+    """
     options = getattr(method, "options", None)
     if not is_dataclass(method) or isinstance(method, type) or not isinstance(options, dict):
         return {}

@@ -27,17 +27,38 @@ Value = Callable[[Tensor], Tensor]
 
 
 def k1(log_u: Tensor) -> Tensor:
-    """Return -log u, with log u = log q - log p: unbiased, of either sign, noisy. Nats."""
+    """Compute -log u, with log u = log q - log p: unbiased, of either sign, noisy.
+
+    Args:
+        log_u: Log-ratios of sampled tokens in nats, any shape.
+
+    Returns:
+        Nats, in the same shape.
+    """
     return -log_u
 
 
 def k2(log_u: Tensor) -> Tensor:
-    """Return ½ log² u: biased, never negative. Nats."""
+    """Compute ½ log² u: biased, never negative.
+
+    Args:
+        log_u: Log-ratios of sampled tokens in nats, any shape.
+
+    Returns:
+        Nats, in the same shape.
+    """
     return 0.5 * log_u**2
 
 
 def k3(log_u: Tensor) -> Tensor:
-    """Return u - 1 - log u: unbiased, never negative; noisier than k1 at large ratios. Nats."""
+    """Compute u - 1 - log u: unbiased, never negative; noisier than k1 at large ratios.
+
+    Args:
+        log_u: Log-ratios of sampled tokens in nats, any shape.
+
+    Returns:
+        Nats, in the same shape.
+    """
     return log_u.expm1() - log_u
 
 
@@ -76,14 +97,27 @@ class Estimate:
             )
 
     def value(self, log_u: Tensor) -> Tensor:
-        """Return the estimate in nats, in the shape of `log_u`."""
+        """Compute the estimate, with its shift.
+
+        Args:
+            log_u: Log-ratios log q - log p of sampled tokens in nats, any shape.
+
+        Returns:
+            Nats, in the same shape.
+        """
         return ESTIMATES[self.k](log_u) + (self.shift * log_u.expm1() if self.shift else 0)
 
     def loss(self, rows: Rows) -> Tensor:
-        """Return the estimate of each token, `[n]`.
+        """Compute the estimate of each token.
 
         In the reward it is held fixed and multiplies the token's own probability ratio (1, with a
         gradient).
+
+        Args:
+            rows: A chunk of `n` tokens.
+
+        Returns:
+            `[n]`, in nats.
         """
         value = self.value(rows.logp_of("teacher") - rows.logp)
         if self.use == "loss":
@@ -91,15 +125,42 @@ class Estimate:
         return (rows.logp - rows.logp.detach()).exp() * value.detach()
 
     def form(self, c: float) -> Estimate:
-        """Return the estimate with the same mean and `c (u - 1)` added."""
+        """Return the estimate with the same mean and `c (u - 1)` added.
+
+        Args:
+            c: How much of `u - 1` is added.
+
+        Returns:
+            A new estimate.
+        """
         return replace(self, shift=self.shift + c)
 
 
 def in_reward(k: str) -> Estimate:
-    """Use `k` as the price of a sampled token, without a gradient through the number."""
+    """Use `k` as the price of a sampled token, without a gradient through the number.
+
+    Args:
+        k: "k1", "k2" or "k3".
+
+    Returns:
+        The estimate as a method.
+
+    Raises:
+        InvalidValue: There is no such estimate.
+    """
     return Estimate(k, "reward")
 
 
 def as_loss(k: str) -> Estimate:
-    """Differentiate `k` as it stands, without a gradient through the drawing of the token."""
+    """Differentiate `k` as it stands, without a gradient through the drawing of the token.
+
+    Args:
+        k: "k1", "k2" or "k3".
+
+    Returns:
+        The estimate as a method.
+
+    Raises:
+        InvalidValue: There is no such estimate.
+    """
     return Estimate(k, "loss")

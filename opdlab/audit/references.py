@@ -19,17 +19,41 @@ SAME_DIRECTION = 1 - 1e-7  # cosine from which two gradients count as one
 
 
 def log_ratio_squared(student: Tensor, teacher: Tensor) -> Tensor:
-    """Return ½ E_q log² (q / p), `[..., V] -> [...]`."""
+    """Compute ½ E_q log² (q / p).
+
+    Args:
+        student: Log-probs log p, `[..., V]`.
+        teacher: Log-probs log q, `[..., V]`.
+
+    Returns:
+        `[...]`.
+    """
     return 0.5 * (teacher.exp() * (teacher - student) ** 2).sum(-1)
 
 
 def squared_error(student: Tensor, teacher: Tensor) -> Tensor:
-    """Return ½ sum (q - p)², `[..., V] -> [...]`."""
+    """Compute ½ sum (q - p)².
+
+    Args:
+        student: Log-probs log p, `[..., V]`.
+        teacher: Log-probs log q, `[..., V]`.
+
+    Returns:
+        `[...]`.
+    """
     return 0.5 * ((teacher.exp() - student.exp()) ** 2).sum(-1)
 
 
 def reverse_minus_forward(student: Tensor, teacher: Tensor) -> Tensor:
-    """Return KL(p || q) - KL(q || p), `[..., V] -> [...]`."""
+    """Compute KL(p || q) - KL(q || p).
+
+    Args:
+        student: Log-probs log p, `[..., V]`.
+        teacher: Log-probs log q, `[..., V]`.
+
+    Returns:
+        `[...]`, in nats.
+    """
     return reverse_kl(student, teacher) - forward_kl(student, teacher)
 
 
@@ -107,7 +131,14 @@ class Comparison:
     visits: Tensor | None
 
     def reference(self, divergence: Value) -> Tensor:
-        """Return the gradient `[X, S, V]` of a divergence summed over a text, by autograd."""
+        """Compute the gradient of a divergence summed over a text, by autograd.
+
+        Args:
+            divergence: Takes log-probs of student and target `[..., V]` and gives `[...]`.
+
+        Returns:
+            The gradient in the student's logits, `[X, S, V]`.
+        """
         leaf = self.student.logits.clone().requires_grad_()
         live = exact.Table(leaf, self.student.prompts, self.student.length, self.student.eos)
         if self.visits is not None:
@@ -118,7 +149,16 @@ class Comparison:
         return torch.autograd.grad(total, leaf)[0]
 
     def match(self, divergence: Value, name: str, label: str) -> Match:
-        """Compare with one divergence."""
+        """Compare the gradient with that of one divergence.
+
+        Args:
+            divergence: Takes log-probs of student and target `[..., V]` and gives `[...]`.
+            name: Its name.
+            label: Its name in sentences.
+
+        Returns:
+            The match; cosine and ratio are 0 where a gradient they divide by is zero.
+        """
         other = self.reference(divergence)
         length, other_length = self.gradient.norm().item(), other.norm().item()
         cosine = ratio = 0.0
@@ -129,7 +169,16 @@ class Comparison:
         return Match(name, label, self.name, self.credit, cosine, ratio)
 
     def fit(self, name: str) -> Match:
-        """Compare with the closest member of a family: the best of a grid, then a search around."""
+        """Compare the gradient with that of the closest member of a family of divergences.
+
+        Tries a grid of nine parameters, then searches around the best.
+
+        Args:
+            name: A divergence of `opdlab.losses.DIVERGENCES` that has a parameter.
+
+        Returns:
+            The match with the largest absolute cosine.
+        """
         entry = DIVERGENCES[name]
         parameter = entry.parameter
         assert parameter is not None

@@ -50,7 +50,16 @@ class Subject:
     def world(
         self, seed: int = 0, same: bool = False, prompts: int = PAIRS
     ) -> dict[str, exact.Table]:
-        """Make a table for every policy: all different, or all the student's."""
+        """Make a table for every policy: all different, or all the student's.
+
+        Args:
+            seed: Of the tables.
+            same: Whether all policies are equal.
+            prompts: How many prompts the tables have.
+
+        Returns:
+            The tables by policy, the student's first.
+        """
         names = list(dict.fromkeys(["student", *self.needs, *self.targets]))
         seeds = [0 if same else i for i in range(len(names))]
         return {
@@ -89,7 +98,16 @@ class Observation:
 
 
 def observe(method: Any, subject: Subject, world: Mapping[str, exact.Table]) -> Observation:
-    """Run plan and loss on every text, each with its exact probability."""
+    """Run plan and loss on every text, each with its exact probability.
+
+    Args:
+        method: The method to run; the subject's own or a variant of it.
+        subject: Tells who writes the texts and which policies are read.
+        world: A table for every policy.
+
+    Returns:
+        The expected gradient, and the loss of every token of every text.
+    """
     student, by = world["student"], world[subject.writer]
     rollout = exact.everything(by.prompts, by.vocab, by.length, by=by)
     law = exact.law(by, rollout)
@@ -117,6 +135,9 @@ def subject_of(
         loss: The loss.
         needs: The policies that a bare function reads.
         where: The function that was called, for errors.
+
+    Returns:
+        The subject; its length is two tokens if the method's plan makes columns.
 
     Raises:
         OpdlabError: The loss has no expectation over the student's tokens.

@@ -49,7 +49,17 @@ class Chain:
             )
 
     def matrix(self, prefixes: Prefixes) -> Tensor:
-        """Return where a step leads, `[2, 2]`: row on the road, row off it; columns likewise."""
+        """Return the chances of where a step leads.
+
+        Args:
+            prefixes: The prefixes that the student was trained on.
+
+        Returns:
+            `[2, 2]` in float64: row on the road, row off it; columns likewise.
+
+        Raises:
+            OpdlabError: There are no such prefixes.
+        """
         if prefixes not in ("teacher", "student"):
             raise OpdlabError(f"Chain knows no prefixes {prefixes!r}. Use 'teacher' or 'student'.")
         taught = prefixes == "student" and self.oracle
@@ -57,10 +67,13 @@ class Chain:
         return torch.tensor([[1 - self.error, self.error], [back, 1 - back]], dtype=torch.float64)
 
     def visits(self, prefixes: Prefixes) -> Tensor:
-        """Return the chance to be on the road and off it after each step, `[T, 2]`.
+        """Return the chance to be on the road and off it after each step.
 
         Args:
             prefixes: The prefixes that the student was trained on.
+
+        Returns:
+            `[T, 2]` in float64; each row sums to 1.
         """
         move, at, out = self.matrix(prefixes), torch.tensor([1.0, 0.0], dtype=torch.float64), []
         for _ in range(self.horizon):
@@ -69,5 +82,12 @@ class Chain:
         return torch.stack(out)
 
     def regret(self, prefixes: Prefixes) -> float:
-        """Return the expected steps off the road; a teacher that starts on the road has none."""
+        """Return the expected steps off the road; a teacher that starts on the road has none.
+
+        Args:
+            prefixes: The prefixes that the student was trained on.
+
+        Returns:
+            From 0 to T, in steps.
+        """
         return float(self.visits(prefixes)[:, 1].sum())

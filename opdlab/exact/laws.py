@@ -15,16 +15,30 @@ from opdlab.exact.table import Table, everything
 
 
 def law(table: Table, rollout: Rollout) -> Tensor:
-    """Return the probability of each completion, `[N]`. They sum to one over `everything`."""
+    """Compute the probability of each completion.
+
+    Args:
+        table: The table that writes the completions.
+        rollout: Completions of the table's prompts.
+
+    Returns:
+        `[N]` in float64; over `everything` it sums to one per prompt.
+    """
     own = table.logp[table.where(rollout)].gather(-1, rollout.ids[rollout.mask][:, None])[:, 0]
     spread = torch.zeros(rollout.ids.shape, dtype=torch.float64).masked_scatter(rollout.mask, own)
     return spread.sum(1).exp()
 
 
 def visits(table: Table) -> Tensor:
-    """Return the probability that a text of the table passes each prefix, `[X, S]`.
+    """Compute the probability that a text of the table passes each prefix.
 
     The prefixes of one length sum to one, less what has ended before.
+
+    Args:
+        table: The table that writes the texts.
+
+    Returns:
+        `[X, S]` in float64, with a gradient if the table's logits have one.
     """
     p, level, out, first = table.logp.exp(), table.logits.new_ones(len(table.prompts), 1), [], 0
     for _ in range(table.length):

@@ -27,28 +27,59 @@ class Letters:
         return [] if self.eos_token_id is None else [self.eos_token_id]
 
     def get_vocab(self) -> dict[str, int]:
-        """Return the ids by letter."""
+        """Return the ids by letter.
+
+        Returns:
+            One entry per token.
+        """
         return {
             piece: i for i, piece in enumerate(self.convert_ids_to_tokens(list(range(self.vocab))))
         }
 
     def get_added_vocab(self) -> dict[str, int]:
-        """Return nothing: no token was added."""
+        """Return nothing: no token was added.
+
+        Returns:
+            An empty dict.
+        """
         return {}
 
     def convert_ids_to_tokens(self, ids: Sequence[int]) -> list[str]:
-        """Return the letter of each id; the EOS token is a full stop."""
+        """Return the letter of each id; the EOS token is a full stop.
+
+        Args:
+            ids: Token ids, below `vocab`.
+
+        Returns:
+            One letter per id.
+        """
         return ["." if i == self.eos_token_id else string.ascii_letters[i] for i in ids]
 
     def decode(self, ids: Sequence[int], skip_special_tokens: bool = False) -> str:
-        """Return the text of ids."""
+        """Return the text of ids.
+
+        Args:
+            ids: Token ids, below `vocab`.
+            skip_special_tokens: Whether to leave out the EOS token.
+
+        Returns:
+            The letters in a row.
+        """
         kept = [i for i in ids if not (skip_special_tokens and i == self.eos_token_id)]
         return "".join(self.convert_ids_to_tokens(kept))
 
     def batch_decode(
         self, rows: Sequence[Sequence[int]], skip_special_tokens: bool = False
     ) -> list[str]:
-        """Return the text of each row of ids."""
+        """Return the text of each row of ids.
+
+        Args:
+            rows: Token ids of each text.
+            skip_special_tokens: Whether to leave out the EOS token.
+
+        Returns:
+            One text per row.
+        """
         return [self.decode(row, skip_special_tokens) for row in rows]
 
     def __call__(self, text: str, **_: object) -> dict[str, list[int]]:

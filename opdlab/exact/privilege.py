@@ -42,7 +42,17 @@ POLICIES = ("teacher", "teacher+hint", "student", "student+hint")
 
 @dataclass(frozen=True)
 class Split:
-    """The total gap of sampled tokens and its parts, in nats; any shape."""
+    """Split the total gap of sampled tokens into its parts, in nats; any shape.
+
+    Attributes:
+        gap: Log-prob under the hinted teacher less that under the bare student.
+        capability_with_hint: Hinted teacher less hinted student.
+        information_of_student: Hinted student less bare student; with the line above it makes the
+            gap.
+        information_of_teacher: Hinted teacher less bare teacher.
+        capability_without_hint: Bare teacher less bare student; with the line above it makes the
+            gap.
+    """
 
     gap: Tensor
     capability_with_hint: Tensor
@@ -70,7 +80,14 @@ class Split:
 
 
 def split(logp: Mapping[str, Any]) -> Split:
-    """Both telescopes of sampled tokens, from their log-probs under the four `POLICIES`."""
+    """Split the gap of sampled tokens in both ways: by the student's hint, and by the teacher's.
+
+    Args:
+        logp: Log-probs of the tokens in nats, any shape, under each of `POLICIES` by name.
+
+    Returns:
+        The parts, in the same shape.
+    """
     teacher, told_teacher, student, told_student = (
         torch.as_tensor(logp[name]) for name in POLICIES
     )
@@ -122,24 +139,43 @@ class World:
             )
 
     def logp(self, policy: str) -> Tensor:
-        """`[types, hints, V]` float64; `policy` is one of `POLICIES`.
+        """Return all log-probs of a policy; without a hint they are the same for all hints.
 
-        Without a hint it is the same for all hints.
+        Args:
+            policy: One of `POLICIES`.
+
+        Returns:
+            `[types, hints, V]` in float64, nats.
         """
         place = POLICIES.index(policy)
         return torch.stack([row[place] for row in self._rows()]).log()
 
     def law(self) -> Tensor:
-        """Return the law of type, hint and token y of the bare student, `[types, hints, V]`."""
+        """Return the probability of type, hint and token y where the bare student writes.
+
+        Returns:
+            `[types, hints, V]` in float64; it sums to one.
+        """
         shares = torch.tensor(self.shares, dtype=torch.float64) / sum(self.shares)
         return shares[:, None, None] / self.vocab * self.logp("student").exp()
 
     def split(self) -> Split:
-        """Both telescopes of every token, `[types, hints, V]` each."""
+        """Split the gap of every token in both ways.
+
+        Returns:
+            The parts, `[types, hints, V]` each, in nats.
+        """
         return split({name: self.logp(name) for name in POLICIES})
 
     def mean(self, value: Tensor) -> dict[str, float]:
-        """The exact mean of `[types, hints, V]` over the tokens of each type."""
+        """Compute the exact mean of a number over the student's tokens of each type.
+
+        Args:
+            value: `[types, hints, V]`.
+
+        Returns:
+            One mean per type, by its letter.
+        """
         weight = self.logp("student").exp() / self.vocab
         return dict(zip(TYPES, (weight * value).sum((1, 2)).tolist(), strict=True))
 
@@ -232,6 +268,9 @@ def floor(vocab: int = 16, error: float = 0.05) -> Floor:
     Args:
         vocab: Number of tokens.
         error: As in `World`.
+
+    Returns:
+        The three floors, in nats.
     """
     right, wrong, flat = 1 - error, error / (vocab - 1), 1 / vocab
 

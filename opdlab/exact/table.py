@@ -66,7 +66,19 @@ class Table:
         scale: float = 1.0,
         eos: int | None = None,
     ) -> Table:
-        """Normal logits with standard deviation `scale`. `prompts`: how many, or which."""
+        """Make a table of normal logits.
+
+        Args:
+            vocab: Number of tokens `V`.
+            length: Tokens after which a text ends.
+            prompts: How many prompts, or which.
+            seed: Of the logits.
+            scale: Standard deviation of the logits.
+            eos: A token that ends a text before, or None.
+
+        Returns:
+            The table.
+        """
         asked = (
             tuple(Prompt(f"prompt {i}", id=str(i), hint=f"hint {i}") for i in range(prompts))
             if isinstance(prompts, int)
@@ -94,13 +106,26 @@ class Table:
         return Letters(self.vocab, self.eos)
 
     def add(self, change: Tensor) -> Table:
-        """Return the table with `change [X, S, V]` added to its logits."""
+        """Return the table with `change [X, S, V]` added to its logits.
+
+        Args:
+            change: `[X, S, V]`, float64.
+
+        Returns:
+            A new table; this one stays as it is.
+        """
         return replace(self, logits=self.logits + change)
 
     def start(self, prefix: Sequence[int]) -> int:
         """Return the index of the row that follows `prefix`.
 
         Shorter prefixes come first, then the order of counting.
+
+        Args:
+            prefix: Token ids, fewer than `length`.
+
+        Returns:
+            The index, from 0 (the empty prefix) to S - 1.
         """
         number = 0
         for token in prefix:
@@ -108,7 +133,17 @@ class Table:
         return starts(self.vocab, len(prefix)) + number
 
     def place(self, prompt: Prompt) -> int:
-        """Index of a prompt; raises OpdlabError for one that the table was not made for."""
+        """Return the index of a prompt.
+
+        Args:
+            prompt: One of `prompts`.
+
+        Returns:
+            The index, from 0 to X - 1.
+
+        Raises:
+            OpdlabError: The table was not made for this prompt.
+        """
         if prompt not in self.prompts:
             raise OpdlabError(
                 f"The table has no row for prompt {prompt.id or prompt.text!r}. Use the prompts"
@@ -117,9 +152,18 @@ class Table:
         return self.prompts.index(prompt)
 
     def where(self, rollout: Rollout) -> tuple[Tensor, Tensor]:
-        """Return prompt and prefix of every completion token, `[tokens]` each.
+        """Find prompt and prefix of every completion token.
 
         `logits[where]` is what the token was drawn from.
+
+        Args:
+            rollout: Completions of the table's prompts.
+
+        Returns:
+            Index of the prompt and index of the prefix, `[tokens]` each.
+
+        Raises:
+            OpdlabError: The table was not made for one of the prompts.
         """
         known = {
             id(prompt): self.place(prompt)
@@ -133,7 +177,14 @@ class Table:
         return x.repeat_interleave(rollout.lengths), torch.stack(at, 1)[rollout.mask]
 
     def grade(self, rollout: Rollout) -> States:
-        """Grade a rollout: its logits `[tokens, V]` behind an identity head."""
+        """Grade a rollout: its logits `[tokens, V]` behind an identity head.
+
+        Args:
+            rollout: Completions of the table's prompts.
+
+        Returns:
+            States whose hidden states are the logits, with the gradient of the table's.
+        """
         return States(
             self.logits[self.where(rollout)],
             Head(torch.eye(self.vocab, dtype=torch.float64), None, self.vocab),
@@ -143,6 +194,12 @@ class Table:
         """Return the same completions with this table's log-probs and entropies.
 
         They are then as if the table had written them.
+
+        Args:
+            rollout: Completions of the table's prompts.
+
+        Returns:
+            A new rollout; `logp` and `entropy` are float64, without gradient.
         """
         all_logp = self.logp.detach()[self.where(rollout)]
         logp = all_logp.gather(-1, rollout.ids[rollout.mask][:, None])[:, 0]
@@ -164,9 +221,20 @@ class Table:
         writer: str = "student",
         **options: Any,
     ) -> Rollout:
-        """As `Policy.sample`, by the same draws.
+        """Sample completions as `Policy.sample`, by the same draws.
 
         A text ends where the table does, however many tokens were asked for.
+
+        Args:
+            prompts: Prompts that the table was made for.
+            n: Completions per prompt.
+            prefixes: Token ids that the texts of each prompt go on from; none by default.
+            batch_size: Ignored.
+            writer: Who is named as the writer.
+            options: Options of `SamplingConfig`; `max_new_tokens` is the table's length by default.
+
+        Returns:
+            The completions without their prefixes, with log-probs and entropies in nats.
         """
         config = SamplingConfig.of("sample", {"max_new_tokens": self.length, **options})
         begun = [
@@ -215,6 +283,15 @@ class Table:
         """Write `n` texts per prompt, as a teacher that only writes.
 
         The texts go on from `prefixes` and do not repeat them.
+
+        Args:
+            prompts: Prompts that the table was made for.
+            n: Texts per prompt.
+            prefixes: A text for each prompt to go on from; none by default.
+            options: Options of `SamplingConfig`.
+
+        Returns:
+            `n` texts for each prompt.
         """
         begun = (
             None if prefixes is None else [self.tokenizer(text)["input_ids"] for text in prefixes]
@@ -223,14 +300,26 @@ class Table:
         return [list(texts[i : i + n]) for i in range(0, len(texts), n)]
 
     def check(self, *_: object) -> None:
-        """Nothing to prepare."""
+        """Accept every student and all prompts: a table has nothing to prepare.
+
+        Args:
+            *_: Ignored.
+        """
 
     def __repr__(self) -> str:
         return f"Table({len(self.prompts)} prompts, {self.vocab} tokens, texts of {self.length})"
 
 
 def starts(vocab: int, length: int) -> int:
-    """Return how many texts have fewer than `length` tokens: sum of V^t."""
+    """Count the texts with fewer than `length` tokens: the sum of V^t for t < length.
+
+    Args:
+        vocab: Number of tokens `V`.
+        length: Number of tokens.
+
+    Returns:
+        How many there are, the empty text among them.
+    """
     return sum(vocab**t for t in range(length))
 
 
@@ -250,6 +339,9 @@ def everything(
         length: Tokens after which a text ends.
         eos: A token that ends a text before; without one there are `V^length` per prompt.
         by: The table with whose log-probs and entropies the rollout comes; None for zeros.
+
+    Returns:
+        The completions of all prompts, as many of each.
 
     Raises:
         OpdlabError: There are more than `LARGEST` completions.
@@ -277,7 +369,18 @@ def everything(
 def make_rollout(
     prompts: Sequence[Prompt], bodies: Sequence[list[int]], tokenizer: Letters, n: int, writer: str
 ) -> Rollout:
-    """Make a rollout of given completions, without log-probs."""
+    """Make a rollout of given completions; log-probs and entropies are zeros.
+
+    Args:
+        prompts: The prompt of each completion.
+        bodies: Token ids of each completion, as many.
+        tokenizer: Turns ids into texts, and knows the EOS token.
+        n: Completions per prompt.
+        writer: Who is named as the writer of all.
+
+    Returns:
+        The rollout, of `B` completions.
+    """
     width = max(1, *map(len, bodies))
     ids = torch.tensor([body + [0] * (width - len(body)) for body in bodies])
     none = torch.zeros(ids.shape, dtype=torch.float64)
