@@ -80,7 +80,7 @@ class Generator:
         """Return `f(u)`, whose mean under the student is the divergence.
 
         Args:
-            log_u: log q - log p of any shape, ±inf included.
+            log_u: log q - log p of any shape; -inf gives `at_zero`.
 
         Returns:
             `f(u)`, of the same shape.

@@ -175,6 +175,8 @@ class Head:
     def precision(self, hidden: Tensor) -> torch.dtype:
         """Choose the dtype of gradients for hidden states: float64 where these and the head are.
 
+        Proofs use float64; everything else is float32.
+
         Args:
             hidden: The hidden states, of any shape.
 

@@ -127,7 +127,7 @@ def pick_ordinary_tokens(model: PreTrainedModel, rows: int, count: int) -> list[
         count: How many to pick.
 
     Returns:
-        Ids below 4096 and `rows`; one may occur twice.
+        `count` ids; one may occur twice.
     """
     config = model.config
     special: set[Any] = set()
