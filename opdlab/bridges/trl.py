@@ -53,8 +53,8 @@ class MethodTrainer(DistillationTrainer):  # type: ignore[misc, unused-ignore]
     texts compares `per_device_train_batch_size` of them.
 
     Args:
-        method: What `opdlab.distill` takes as `method`; it may read only a teacher that grades.
-        arguments: What `trl.DistillationTrainer` takes: `model`, `teacher_model`, `args`,
+        method: A method, as `opdlab.distill` takes it; it may read only a teacher that grades.
+        arguments: Arguments of `trl.DistillationTrainer`: `model`, `teacher_model`, `args`,
             `train_dataset`, …
 
     Attributes:

@@ -167,7 +167,7 @@ def lab(port: int = 8888) -> None:
     """Open JupyterLab on the notebooks, or in this folder if the notebooks are not installed.
 
     Args:
-        port: Where to serve it, on this machine only; the next free port if it is taken.
+        port: The port to serve it at, on this machine only; the next free one if it is taken.
     """
     from jupyterlab.labapp import LabApp
 

@@ -42,14 +42,14 @@ Server = LogprobServer | TextServer
 
 @dataclass(frozen=True)
 class Plan:
-    """How long the demo of a profile trains, and how it measures.
+    """The training and the measurements of a profile's demo.
 
     Attributes:
         steps: Updates.
         prompts: Held-out prompts to measure on.
         is_sampled: Whether accuracy is that of one sample per prompt at temperature 1, not of the
             greedy answer.
-        score: What counts as right, in words.
+        score: The meaning of a right answer, in words.
     """
 
     steps: int
@@ -113,7 +113,7 @@ def demo(
         student: A shipped model's name, a Hub name or a folder; the profile's own by default.
         teacher: Likewise.
         steps: Updates; the profile's own number by default.
-        seed: Of prompts, samples and the adapter.
+        seed: Seed of prompts, samples and the adapter.
         out: Folder for the page and the traces.
         prompts: Held-out prompts to measure on; the profile's own number by default.
         settings: Further settings of `distill`.

@@ -31,7 +31,7 @@ class Measured:
 
     Attributes:
         evaluation: Its scores on held-out prompts.
-        rollout: What it wrote on the probe prompts; None for a teacher whose tokens are not known.
+        rollout: Its texts on the probe prompts; None for a teacher whose tokens are not known.
         is_sampled: Whether its accuracy is that of samples, not of greedy answers.
     """
 
@@ -56,7 +56,7 @@ class Outcome:
 
     Attributes:
         profile: The profile it ran.
-        score: What counts as right, in words.
+        score: The meaning of a right answer, in words.
         before: The student before training.
         after: The student after training.
         teacher: The teacher.
@@ -98,8 +98,8 @@ def print_tables(console: Console, outcome: Outcome, task: str) -> None:
     """Print the summary, and some answers before and after.
 
     Args:
-        console: Where to print.
-        outcome: What to show.
+        console: The console to print to.
+        outcome: The measurements and texts to show.
         task: The task's name.
     """
     table = Table("", title=f"{task}: before and after")
@@ -142,7 +142,7 @@ def write_page(path: Path, outcome: Outcome, run: Run) -> Path:
 
     Args:
         path: The file to write.
-        outcome: What to show.
+        outcome: The measurements and texts to show.
         run: The run, for its curves and its last step.
 
     Returns:

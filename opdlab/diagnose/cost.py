@@ -109,7 +109,7 @@ def cost(student: Policy, teacher: Policy, rollout: Rollout, settings: Settings)
         student: The policy that would train.
         teacher: The policy that would grade.
         rollout: Texts of the student on typical prompts.
-        settings: How the run would train.
+        settings: The settings of the planned run.
 
     Returns:
         Bytes of memory and seconds of a step, by part, and the bytes that are free.

@@ -1,4 +1,4 @@
-"""What `opdlab.doctor` returns: a verdict on a pair of models, with everything it rests on."""
+"""The result of `opdlab.doctor`: a verdict on a pair of models, with everything it rests on."""
 
 from __future__ import annotations
 
@@ -20,13 +20,13 @@ class Diagnosis:
     """Whether on-policy distillation can work on a pair of models.
 
     Attributes:
-        checks: What was looked at, in order.
+        checks: The checks, in order.
         templates: A chat as both read it.
-        overlap: How far they agree on the student's texts.
-        probe: How often the teacher is right, alone and from half of the student's text; see
+        overlap: Their agreement on the student's texts.
+        probe: The teacher's scores, alone and from half of the student's text; see
             `exposure.continuation`.
         cost: The predicted cost of a step.
-        names: Of the student and of the teacher.
+        names: The names of the student and of the teacher.
     """
 
     checks: tuple[Check, ...]

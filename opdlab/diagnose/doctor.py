@@ -78,7 +78,7 @@ def doctor(
             nothing can be scored.
         prompts: Prompts to ask, or how many of the task's held-out ones.
         k: The student's samples of each.
-        seed: Of prompts and samples.
+        seed: Seed of prompts and samples.
         settings: Settings of the planned `distill`, for the cost.
 
     Returns:
@@ -109,7 +109,7 @@ class _Pair:
         teacher: The policy that would grade.
         task: Where prompts and scores come from.
         k: The student's samples of each prompt.
-        planned: How it would train.
+        planned: The settings of the planned run.
     """
 
     student: Policy
@@ -286,7 +286,7 @@ def _check_scores(pair: _Pair, rollout: Rollout) -> tuple[pd.DataFrame | None, l
 
 @dataclass(frozen=True)
 class _Skill:
-    """How often the two are right.
+    """The accuracies of the two.
 
     Attributes:
         mean: The student's texts.

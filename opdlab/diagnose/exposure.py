@@ -58,7 +58,7 @@ class Exposure:
             on the teacher's own prefixes), `excess` (ExAccErr up to and including it, %), and the
             95 % bootstrap interval over prompts, `low` and `high`.
         probe: See `continuation`; None if nothing can be scored.
-        prompts: How many different prompts the interval rests on.
+        prompts: Number of different prompts that the interval rests on.
     """
 
     table: pd.DataFrame
@@ -124,7 +124,7 @@ def exposure(
         prompts: The prompts, or how many of the task's held-out ones.
         n: Texts of each side for each prompt.
         at: Lengths L of the probe; by default five from 0 to the student's usual length.
-        seed: Of prompts and texts.
+        seed: Seed of prompts and texts.
         max_new_tokens: Length limit; by default the task's.
 
     Returns:
@@ -249,7 +249,7 @@ def continuation(
 
     Args:
         rollout: Texts of the student.
-        student: Who wrote them.
+        student: The policy that wrote them.
         teacher: A policy, or a teacher that writes.
         task: Scores the texts.
         at: Lengths L; by default five from 0 to the usual length of a text.

@@ -64,8 +64,8 @@ class Alarm:
     Attributes:
         step: The step.
         signature: The signature's name.
-        sentence: What was seen.
-        remedy: What to do.
+        sentence: The symptom in words, with its numbers.
+        remedy: Advice.
         metric: The number of the run that it was read off, whose curve shows it; "" for none.
     """
 
@@ -137,7 +137,7 @@ class Health:
 
     @property
     def sentence(self) -> str:
-        """How many alarms there were, and which."""
+        """The number of alarms, and the signature and step of each."""
         if not self.alarms:
             return f"No alarms in {len(self.rows)} steps."
         listed = "; ".join(f"{alarm.signature} (step {alarm.step})" for alarm in self.alarms)
@@ -338,7 +338,7 @@ class Signature:
         name: The name that alarms have.
         find: Looks at a watch. Returns a sentence if it shows the signature, else None.
         metric: The number that it is read off; pictures mark alarms on its curve.
-        remedy: What to do.
+        remedy: Advice.
     """
 
     name: str

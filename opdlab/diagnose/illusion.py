@@ -20,7 +20,7 @@ LEAST = 0.01  # nats per token: a smaller fall on the training prompts says noth
 
 @dataclass(frozen=True, eq=False)
 class Illusion:
-    """How much of a gain from hints holds on other prompts.
+    """The share of a gain from hints that holds on other prompts.
 
     Attributes:
         table: By (measurement, type): the falls of KL(T_xp || S_x) since the first measurement,

@@ -33,10 +33,10 @@ NUMBERS = ("overlap", "advantage", "acceptance", "student_mass", "teacher_mass",
 
 @dataclass(frozen=True, eq=False)
 class Overlap:
-    """How far two policies agree.
+    """The agreement of two policies.
 
     Attributes:
-        k: How many top tokens of each were compared.
+        k: Number of top tokens of each policy that were compared.
         tokens: One row per token, with the numbers of `agreement(k)`.
     """
 
@@ -97,11 +97,11 @@ def overlap(
         student: A policy, or an exact table.
         teacher: Likewise, with the student's tokens.
         task: Where prompts come from, if neither `rollout` nor `prompts` is a list.
-        k: How many top tokens of each are compared; cut to the vocabulary.
+        k: Number of top tokens of each policy to compare; cut to the vocabulary.
         rollout: Texts of the student; written here by default.
         prompts: The prompts to write to, or how many of the task's held-out ones.
         n: Texts for each prompt.
-        seed: Of prompts and texts.
+        seed: Seed of prompts and texts.
 
     Returns:
         The table of tokens, with the columns that `agreement` lists, and `k`.
@@ -132,7 +132,7 @@ def agreement(k: int) -> Callable[[Rows], dict[str, Tensor]]:
     entropy_gap    |H(q) - H(p)|, nats
 
     Args:
-        k: How many top tokens of each policy are compared; cut to the vocabulary.
+        k: Number of top tokens of each policy to compare; cut to the vocabulary.
 
     Returns:
         A function of rows of log-probs (`[n, V]` for each policy) that gives these columns.

@@ -149,7 +149,7 @@ def privilege(
         rollout: Texts of the student; written here by default.
         prompts: The prompts to write to, or how many of the task's.
         n: Texts for each prompt.
-        seed: Of prompts and texts.
+        seed: Seed of prompts and texts.
         split: The split that the task's prompts are from.
         controls: Whether to try another prompt's hint too (two more passes).
         method: Its routes and weights are those reported; by default DOPD's.
@@ -300,7 +300,7 @@ def _try_other_hints(
 def _measure_moves(
     rollout: Rollout, hinted: Rollout | None, policies: dict[str, Policy]
 ) -> dict[str, np.ndarray]:
-    """How far hints move teacher and student, and the gap that is left, `[tokens]` each.
+    """The moves of teacher and student by hints, and the gap that is left, `[tokens]` each.
 
     The hints are those of the prompts of `hinted`; None stands for no hints.
     """

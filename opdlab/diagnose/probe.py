@@ -67,7 +67,7 @@ def write_rollout(
         task: Where prompts come from; it may be None if `prompts` is a list.
         prompts: The prompts, or how many of the task's.
         n: Completions of each prompt.
-        seed: Of prompts and texts.
+        seed: Seed of prompts and texts.
         split: The split that the task's prompts are from.
         max_new_tokens: Length limit of a text; by default the task's number, or 64 without a task.
 
@@ -89,7 +89,7 @@ def measure_tokens(
     Args:
         rollout: The student's texts.
         measure: Gives numbers `[n]` by name for `n` tokens.
-        graders: Who grades, by name; the student first.
+        graders: The graders by name, the student first.
 
     Returns:
         The numbers of every token, `[tokens]` each.

@@ -40,7 +40,7 @@ def draw_diagnosis(
     Args:
         verdict: The verdict.
         names: The names of the student and of the teacher.
-        checks: What was looked at, in order.
+        checks: The checks, in order.
         chat: A chat as both read it; shown if they differ.
 
     Returns:

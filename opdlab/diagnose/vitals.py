@@ -63,7 +63,7 @@ def repetition(ids: Tensor, lengths: Tensor) -> Tensor:
 
     Args:
         ids: Token ids `[B, T]`.
-        lengths: How many of them are real, `[B]`.
+        lengths: Number of tokens of each text without padding, `[B]`.
 
     Returns:
         The share of each text's triples of tokens that stand in it before, `[B]`; 0 for texts under

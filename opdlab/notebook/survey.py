@@ -78,11 +78,11 @@ def compose(
     """Make the method of opdlab that six choices describe.
 
     Args:
-        prefix: Who writes the texts: "student", "mixed" or "teacher".
+        prefix: The writer of the texts: "student", "mixed" or "teacher".
         target: The distribution that the student is to match, such as "teacher".
         divergence: A name of `opd.OPD` or of a generator.
         estimator: "full", "top-k", "sampled", "sampled, baseline" or "return".
-        weight: How tokens are weighted; "none" for alike.
+        weight: The weight of each token; "none" for equal weights.
         schedule: "constant"; opdlab has no other.
 
     Returns:

@@ -19,9 +19,9 @@ class EpochOrder:
     other way to fill it.
 
     Args:
-        count: How many prompts there are.
+        count: Number of prompts.
         size: Prompts per batch.
-        seed: Of the shuffles.
+        seed: Seed of the shuffles.
     """
 
     def __init__(self, count: int, size: int, seed: int) -> None:

@@ -32,7 +32,7 @@ def reasoning_gym(
     Args:
         name: The dataset's name.
         chat: Whether to ask in a chat or in plain text.
-        max_new_tokens: How long answers may be.
+        max_new_tokens: Length limit of an answer, in tokens.
         config: Goes to the package. If it allows too few questions, fewer held-out prompts than
             asked for come back.
 

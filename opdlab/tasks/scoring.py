@@ -66,7 +66,7 @@ def check_callable(function: Any, arguments: tuple[str, ...], owner: str, name: 
     Args:
         function: The function.
         arguments: Names of the arguments.
-        owner: Who got it, for the error.
+        owner: The object that got it, for the error.
         name: The name of the function's argument, for the error.
 
     Raises:

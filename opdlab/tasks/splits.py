@@ -66,7 +66,7 @@ def split_prompts(
     Args:
         prompts: All of them. A question may come several times, as with several answers to learn
             from.
-        test: How many different questions to hold out, as a number or as a share.
+        test: Number or share of the different questions to hold out.
         name: The task's name, for errors.
 
     Returns:

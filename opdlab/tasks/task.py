@@ -42,8 +42,8 @@ class Task:
             for the same seed. It must give each question to one split only. Fewer test prompts than
             asked for are fine, if there are no more.
         verify: `verify(prompt, text)` gives a score from 0 to 1. None: nothing can be checked.
-        max_new_tokens: How long answers may be, in the student's tokens.
-        settings: What tells two variants of the task apart.
+        max_new_tokens: Length limit of an answer, in the student's tokens.
+        settings: Settings that tell two variants of the task apart.
         recipe: Training settings that suit the task's own models.
         types: Names the ground-truth type of every token of a completion (pieces without their
             spaces), for worlds in which it is known.
@@ -170,7 +170,7 @@ class Task:
         return [self.score(prompt, text) for prompt, text in zip(prompts, texts, strict=True)]
 
     def _drawn(self, n: int, seed: int, split: Split) -> list[Prompt]:
-        """What `draw` gives, checked against its contract."""
+        """The prompts that `draw` gives, checked against its contract."""
         given = self.draw(n, seed, split)
         asked = f"{self.name} was asked for {n} {split} prompts and its draw"
         if isinstance(given, Prompt | str | bytes | Mapping) or not isinstance(given, Iterable):
@@ -199,9 +199,9 @@ class Task:
         """Leave out the prompts that do not fit the context of a policy; a warning counts them.
 
         Args:
-            policies: Who will read the prompts, each as it will read them:
+            policies: The readers of the prompts, each as it will read them:
                 `task.without_too_long(student, teacher.seeing())`.
-            max_new_tokens: How many new tokens must fit behind a prompt; the task's own number by
+            max_new_tokens: Number of new tokens that must fit behind a prompt; the task's own by
                 default.
 
         Returns:
@@ -295,9 +295,9 @@ def from_records(
         records: A `datasets.Dataset`, a list of dicts, a DataFrame, a dict of columns, or the path
             of a JSONL file.
         name: The task's name.
-        test: How many questions to hold out for evaluation, as a number or as a share.
+        test: Number or share of the questions to hold out for evaluation.
         verify: Scores a text. Without it, texts are compared with the answers by `same_answer`.
-        max_new_tokens: How long answers may be.
+        max_new_tokens: Length limit of an answer, in tokens.
 
     Returns:
         A task that lists its prompts.
@@ -326,11 +326,11 @@ def from_prompts(
     Args:
         prompts: All prompts. Those that ask the same are one question, and lie in one split.
         name: The task's name.
-        test: How many questions to hold out for evaluation, as a number or as a share.
+        test: Number or share of the questions to hold out for evaluation.
         verify: Scores a text. Without it, texts are compared with the prompts' answers by
             `same_answer`; where a question comes with several answers, a text is right if it agrees
             with any of them.
-        max_new_tokens: How long answers may be.
+        max_new_tokens: Length limit of an answer, in tokens.
 
     Returns:
         A task that lists its prompts.

@@ -40,9 +40,9 @@ def make_request(
     """Make the request for an answer to `prompt`, going on from `prefix` if there is one.
 
     Args:
-        prompt: What is asked.
+        prompt: The question.
         prefix: An unfinished answer, or "".
-        way: How to ask for more of it, one of `WAYS`.
+        way: The way to ask for more of it, one of `WAYS`.
         template: Renders the chat for "completion".
 
     Returns:
@@ -111,7 +111,7 @@ def read_continuation(text: str, prefix: str, way: str) -> str:
     Args:
         text: The text of a reply.
         prefix: The unfinished answer that was sent.
-        way: How the server was asked, one of `WAYS`.
+        way: The way in which the server was asked, one of `WAYS`.
 
     Returns:
         The text; for "instruct", without a repetition of the prefix.

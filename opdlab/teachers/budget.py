@@ -25,7 +25,7 @@ TEMPLATE = 256
 
 @dataclass(frozen=True)
 class Usage:
-    """How much some requests used.
+    """The tokens and the number of some requests.
 
     Attributes:
         prompt: Tokens read.
@@ -89,8 +89,8 @@ class Budget:
         tokens: Most tokens, read and written together; None for no limit.
         cost: Most cost, in the currency of `prices`; None for no limit.
         requests: Most requests, the repeated ones included; None for no limit.
-        prices: Of a million tokens read, and of a million tokens written.
-        spent: How much was used so far.
+        prices: Price per million tokens read, and per million tokens written.
+        spent: The usage so far.
 
     Raises:
         InvalidValue: A limit is no limit, or there is a limit on cost without prices.
@@ -178,8 +178,12 @@ class Budget:
 class Hold:
     """A request's share of a budget while it is under way.
 
+    Args:
+        budget: The budget.
+        worst: The usage that was set aside.
+
     Attributes:
-        used: What is charged in the end; the worst case unless it is set.
+        used: The usage that is charged in the end; the worst case unless it is set.
     """
 
     def __init__(self, budget: Budget, worst: Usage) -> None:

@@ -20,7 +20,7 @@ def expect_teacher(value: Any, where: str, name: str = "teacher") -> Grader | Wr
     """Return `value` if it can teach: a policy, or an object that grades tokens or writes texts.
 
     Args:
-        value: What the user passed.
+        value: The object that the user passed.
         where: The function that was called, for the error.
         name: The argument's name, for the error.
 

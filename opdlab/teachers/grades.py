@@ -132,8 +132,8 @@ def make_table(
     Args:
         entries: For each token, log-probs by id.
         ids: The tokens themselves.
-        k: How many of the likeliest tokens to keep.
-        vocab: How many tokens there are.
+        k: Number of the likeliest tokens to keep.
+        vocab: Number of tokens of the student.
 
     Returns:
         The ids `[n, k]` of the likeliest tokens, their log-probs `[n, k]`, and those of the tokens

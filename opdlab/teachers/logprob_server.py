@@ -49,12 +49,12 @@ class LogprobServer:
     Args:
         url: The server's address, with its /v1.
         model: The model's name at the server; by default the one that answers.
-        k: How many of the likeliest tokens to ask for. vLLM allows 20 unless it is started with
+        k: Number of the likeliest tokens to ask for. vLLM allows 20 unless it is started with
             --max-logprobs.
         options: As for `TextServer`.
 
     Attributes:
-        k: As above.
+        k: Number of the likeliest tokens to ask for.
         text: The `TextServer` that it writes with.
 
     Raises:

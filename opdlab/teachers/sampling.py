@@ -39,7 +39,7 @@ def sampling_fields(config: SamplingConfig) -> dict[str, Any]:
     fields, since they differ from request to request.
 
     Args:
-        config: How texts are drawn.
+        config: The sampling settings.
 
     Returns:
         Values by name of field, as vLLM spells it. Only with stop texts, they include `stop` and a

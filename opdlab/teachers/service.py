@@ -38,6 +38,10 @@ ABSURD_USAGE = 16  # times the worst case of a request: a server's count beyond 
 class Fault(Exception):
     """A reply that cannot be used.
 
+    Args:
+        what: The fault in words, as the message.
+        wait, status, final, paid: See the attributes.
+
     Attributes:
         wait: Seconds that the server asks us to wait, or None.
         status: The HTTP status; None if there was no reply.
@@ -66,7 +70,7 @@ class Service:
         url: Its address, with its /v1.
         key_env: The environment variable that holds the key. If it is not set, no key is sent.
         timeout: Seconds from a request to the end of its reply.
-        retries: How often a request is sent again.
+        retries: Most times that a request is sent again.
         concurrency: Requests in flight.
         budget: Limits on what may be spent.
         cache: A file or a `Cache`; None keeps answers as long as this object lives.
@@ -120,10 +124,10 @@ class Service:
             body: The request.
             worst: The most that it can use.
             accept: Reads the reply; raises Fault for a reply that cannot be used.
-            retries: How often to send it again; by default as the service is set.
+            retries: Most times to send it again; by default the service's own number.
 
         Returns:
-            What `accept` returns.
+            The value that `accept` returns.
 
         Raises:
             BudgetSpent: The request may not fit the budget; it was not sent.

@@ -65,7 +65,7 @@ class TextOnly:
         """Write `n` texts for each prompt; each says whether the length limit cut it.
 
         Args:
-            prompts: What is asked.
+            prompts: The questions.
             n: Texts for each prompt.
             prefixes: One unfinished answer for each prompt, which the texts continue and do not
                 repeat. If one spells a special token, that is read as text.

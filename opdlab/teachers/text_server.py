@@ -68,8 +68,8 @@ class TextServer:
     Args:
         url: The server's address, with its /v1.
         model: The model's name at the server; by default the one that answers.
-        continue_by: How to ask the server to go on with an unfinished text, one of `asking.WAYS`;
-            by default the first way that is found to work (see the attribute `way`).
+        continue_by: The way to ask the server to go on with an unfinished text, one of
+            `asking.WAYS`; by default the first that is found to work (see the attribute `way`).
         template: A tokenizer with the teacher's chat template, for `continue_by="completion"`; by
             default the student's, if it proves right.
         extra: Further fields for every request, as `{"repetition_penalty": 1.1}`. They win over
@@ -80,7 +80,7 @@ class TextServer:
 
     Attributes:
         model: The model's name, once it is known.
-        way: How the server is asked to go on with unfinished answers, once that is known.
+        way: The way to ask for more of an unfinished answer, once it is known.
         service: The connection, with the cache and the budget.
 
     Raises:
@@ -181,7 +181,7 @@ class TextServer:
         from them.
 
         Args:
-            prompts: What is asked.
+            prompts: The questions.
             n: Texts for each prompt.
             prefixes: One unfinished answer for each prompt, which the texts continue and do not
                 repeat.
@@ -306,10 +306,10 @@ class TextServer:
         Args:
             path: Behind the server's url.
             body: The request without model and sampling fields.
-            config: How texts are drawn; length and seed stand in `body`.
+            config: The sampling settings; length and seed stand in `body`.
             worst: The most that the request can use.
             accept: Reads the reply; raises Fault for a reply that cannot be used.
-            retries: How often to ask again; by default as the service is set.
+            retries: Most times to ask again; by default the service's own number.
             guess: Whether to leave out all fields beyond OpenAI's if the server does not name the
                 one that it refuses.
 
@@ -387,7 +387,7 @@ class TextServer:
         return dataclasses.replace(met, model=self.model or met.model, refused=self._refused[path])
 
     def _way(self, prompts: Sequence[Prompt]) -> str:
-        """How to ask for more of an unfinished answer: as the user said, else as a trial shows."""
+        """The way to ask for more of an unfinished answer: as the user said, or as a trial shows."""
         chats = [prompt for prompt in prompts if prompt.messages is not None]
         if not self.way and chats:
             self.way = self._find_way(chats[:PROBES])

@@ -59,6 +59,9 @@ def bounded_client(timeout: float) -> Any:
 
     Compressed replies are not asked for and not read, since a few bytes could stand for gigabytes.
 
+    A request raises `UnusableReply` if its reply is compressed, longer than `LARGEST` bytes, or
+    redirects to another origin.
+
     Args:
         timeout: Seconds from sending a request to the last byte of its reply.
 

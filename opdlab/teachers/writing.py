@@ -24,7 +24,7 @@ def write_texts(
         writer: The teacher.
         prompts: The questions.
         n: Texts for each prompt.
-        config: How texts are drawn, with their length limit and seed.
+        config: The sampling settings, with length limit and seed.
 
     Returns:
         One list for each prompt, with `n` texts.
@@ -51,7 +51,7 @@ def options_for(writer: Writer, config: SamplingConfig) -> dict[str, Any]:
 
     Args:
         writer: The teacher.
-        config: How texts are drawn.
+        config: The sampling settings, with length limit and seed.
 
     Returns:
         Keyword arguments by name: `NEEDED`, all that differ from the neutral value, and `USUAL` if

@@ -57,7 +57,7 @@ def pull(student: Table, teacher: Table, visits: Tensor) -> Tensor:
     Args:
         student: Log-probs at every prefix, `[X, S, V]`.
         teacher: Log-probs at every prefix, `[X, S, V]`.
-        visits: How often each prefix is visited, `[X, S]`.
+        visits: Expected number of visits of each prefix, `[X, S]`.
 
     Returns:
         The gradient in the student's logits, `[X, S, V]`.

@@ -166,7 +166,7 @@ def slope(loss: PairLoss, logits: Tensor, teacher: Tensor, step: float = 1e-5) -
         loss: A function of the log-probs of student and teacher, which returns `[n]`.
         logits: The student's logits, `[n, V]`.
         teacher: Log-probs, `[n, V]`.
-        step: How far a logit is moved up and down.
+        step: Size of the move of a logit, up and down.
 
     Returns:
         The slope in each logit, `[n, V]`.

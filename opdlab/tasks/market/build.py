@@ -36,15 +36,15 @@ class Phase:
     """Some steps on one mixture of texts.
 
     Attributes:
-        steps: How many steps.
+        steps: Number of steps.
         lr: The peak learning rate.
         forget: Whether the texts forget carries.
         hints: Whether nearly all texts are secret ones with their hint. In the usual mixture these
             are too rare for reading them to be learnt in time. The teacher starts with them, since
             a model that already knows everything else may not find the step to reading them in
             hundreds of updates.
-        seed: Of a new stream of texts; without one, the phase goes on with that of the phase
-            before.
+        seed: Seed of a new stream of texts; without one, the phase goes on with the stream of the
+            phase before.
     """
 
     steps: int
@@ -56,13 +56,13 @@ class Phase:
 
 @dataclass(frozen=True)
 class Recipe:
-    """How one model is made.
+    """The size, the texts and the training of one model.
 
     Attributes:
         hidden: Its hidden size.
         layers: Its layers.
         style: The chance of saying `world.STYLE[0]`.
-        seed: Of its weights and texts.
+        seed: Seed of its weights and texts.
         phases: Its training, in order.
         batch: Texts per step.
         characters: Whether its tokens are characters.
@@ -351,7 +351,7 @@ def main(out: Path = Path("data/market"), smoke: bool = False, only: tuple[str, 
     """Build every model, two at a time, then print the gates.
 
     Args:
-        out: Where to.
+        out: The folder to save to.
         smoke: Whether to make only two steps per phase, without gates.
         only: Names of the models to build, without gates; all by default.
     """

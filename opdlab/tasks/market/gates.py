@@ -68,9 +68,9 @@ def measure(folder: Path, n: int = 400, seed: int = 12345) -> dict[str, float]:
     Training draws none of them on purpose, and there are millions.
 
     Args:
-        folder: Where the models lie.
+        folder: A folder with one folder per model.
         n: Problems for each measurement.
-        seed: Of the problems.
+        seed: Seed of the problems.
 
     Returns:
         Values by the names of `BANDS`.

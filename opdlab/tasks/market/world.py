@@ -57,8 +57,8 @@ class Problem:
     Amounts are whole numbers from 10 to 99.
 
     Attributes:
-        name: Who has the shop.
-        item: What is sold there.
+        name: The person who has the shop.
+        item: The goods that are sold there.
         have: The first amount.
         moves: Two verbs with their amounts.
         receipt: Two symbols that only a hint can tell.
