@@ -168,8 +168,7 @@ def jumps(
         subject: The loss.
         world: A table for every policy.
         sweep: By parameter, a function that makes the method for a value from 0 to 1; by default
-            the
-            alpha and beta among its options.
+            the alpha and beta among its options.
 
     Returns:
         The flag `discontinuous` if there is a jump, else nothing.

@@ -28,8 +28,8 @@ def what_if(trace: Trace, loss: Callable[[Rows], Tensor]) -> Trace:
 
     Runs on the kept top tokens plus one bucket for the tail, so an f-divergence reads as a lower
     bound of the full one (exact where the tails are empty). `grad_norm` is with respect to the
-    logits of that support. `rows.token` is 0
-    everywhere: the sampled token stands first in the support.
+    logits of that support. `rows.token` is 0 everywhere: the sampled token stands first in the
+    support.
 
     Args:
         trace: A trace with the top tokens of the student and of the policies that the loss reads.
@@ -40,6 +40,7 @@ def what_if(trace: Trace, loss: Callable[[Rows], Tensor]) -> Trace:
         The trace with these columns.
 
     Raises:
+        OpdlabError: The trace kept no top tokens, or none of the student.
         InvalidValue: It is neither a loss nor a method.
         BadLoss: The loss does not keep its contract, as in training.
         NonFinite: It is NaN or infinite at a token.

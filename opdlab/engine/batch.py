@@ -102,6 +102,13 @@ class OneProcess:
 class Batch:
     """A rollout under all policies of a method.
 
+    Args:
+        rollout: The completions.
+        policies: The policies by name.
+        task: The task; None for rollouts of no task.
+        step: Number of the training step, from 0.
+        processes: The processes that share the step; this one alone by default.
+
     Attributes:
         rollout: `B` completions of at most `T` tokens.
         policies: What the method reads, by name: graders of the rollout, and writers under
@@ -230,15 +237,15 @@ class Batch:
         return self._processes.sum(values)
 
     def gather(self, values: Tensor, where: Tensor | None = None) -> Tensor:
-        """The values of the learned tokens of all processes together, `[N, ...]`.
+        """Gather the values of the learned tokens of all processes.
 
         Args:
             values: `[B, T, ...]` of this process.
             where: `[B, T]`, which tokens count; those of `learn` by default.
 
         Returns:
-            The same in every process, for statistics of the whole step: quantiles, thresholds,
-            counts.
+            `[N, ...]`, the same in every process, for statistics of the whole step: quantiles,
+            thresholds, counts.
         """
         return self._processes.gather(values[self.learn if where is None else where])
 

@@ -24,6 +24,11 @@ class Rows:
     several tokens (a mean, a quantile, a softmax over tokens) belongs in the plan. A loss draws no
     random numbers, and may be called more than once on a chunk.
 
+    Args:
+        logp: Log-probs by policy, kept as `distributions`.
+        token: The sampled ids `[n]`.
+        columns: The plan's columns by name; none by default.
+
     Attributes:
         distributions: Log-probs `[n, V]` of each policy in float32; the student's carry the
             gradient. Of a server, the top log-probs that it gives.

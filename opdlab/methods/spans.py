@@ -114,10 +114,9 @@ class SpanOPD:
 
         Returns:
             `advantage` (nats), `span_kl` (nats), `span`, `one_to_one` and `sampler_logp` (nats),
-            `[B, T]`
-            each. `span_kl` is r_k in equal parts on the student's tokens of the span; over a
-            completion it
-            sums to log p(y) - log q(y). `span` is -1 where a completion could not be aligned.
+            `[B, T]` each. `span_kl` is r_k in equal parts on the student's tokens of the span; over
+            a completion it sums to log p(y) - log q(y). `span` is -1 where a completion could not
+            be aligned.
 
         Raises:
             OpdlabError: The teacher's tokenizer spells none of the completions.

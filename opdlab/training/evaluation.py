@@ -169,8 +169,7 @@ class Evaluation:
 
         Returns:
             `accuracy`, `low`, `high` and `prompts`; `length` (tokens) and `cut` where lengths are
-            known;
-            `avg@k` and `pass@k` where there are samples.
+            known; `avg@k` and `pass@k` where there are samples.
         """
         shown = self.interval
         numbers = {

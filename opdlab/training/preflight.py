@@ -42,6 +42,7 @@ def check_run(run: RunState) -> None:
         TokenizerMismatch: A policy that grades does not share the student's tokens.
         MissingHint: A policy reads hints, and a prompt has none.
         ContextTooLong: A prompt does not fit a policy's context.
+        OpdlabError: The method trains on answers, and a prompt has none.
     """
     settings, method = run.settings, run.method
     for name in method.needs:

@@ -165,10 +165,23 @@ def prepare(
 
 
 class Run(RunState):
-    """A training run: an iterator over `Step`s.
+    """Iterate over the steps of a training run.
 
     `history` is a data frame of metrics; `save` writes a checkpoint, and `opdlab.resume` takes one
-    up again. The other attributes are those of `RunState`, and `last`, the step done last.
+    up again. Runs are made by `distill` and `resume`. The other attributes are those of `RunState`.
+
+    Args:
+        student: The policy that trains.
+        teacher: The teacher, or None.
+        task: Where the prompts come from.
+        method: The method.
+        settings: How the run trains.
+        policies: The user's `policies=`.
+        save: Folder for checkpoints; None for none.
+        log_with: A tracker of Accelerate; None for none.
+        quiet: Whether to show no progress.
+        admit: Looks at the run before it gets an adapter and an optimizer, with the user's
+            policies.
 
     Attributes:
         last: The step done last; None before the first.
@@ -320,8 +333,7 @@ class Run(RunState):
         """Write a checkpoint, atomically.
 
         A crash at any moment leaves the earlier checkpoints, and a complete new one or none. Of
-        several
-        processes the main one writes.
+        several processes the main one writes.
 
         Args:
             path: The folder to write into; the run's own by default.

@@ -59,6 +59,7 @@ def score(
             run then.
         MissingPolicy: One of them cannot grade, or the method needs another policy.
         InvalidValue: `k` is no count, or `method` is no method.
+        OpdlabError: `rollout` is no rollout.
     """
     if not isinstance(rollout, Rollout):
         raise OpdlabError(
