@@ -387,7 +387,7 @@ class TextServer:
         return dataclasses.replace(met, model=self.model or met.model, refused=self._refused[path])
 
     def _way(self, prompts: Sequence[Prompt]) -> str:
-        """The way to ask for more of an unfinished answer: as the user said, or as a trial shows."""
+        """The way to ask for more of an unfinished answer: as the user said, or a trial shows."""
         chats = [prompt for prompt in prompts if prompt.messages is not None]
         if not self.way and chats:
             self.way = self._find_way(chats[:PROBES])
