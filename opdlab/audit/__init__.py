@@ -1,4 +1,4 @@
-"""Which gradient a loss really trains, and estimators of the KL from one sampled token.
+"""Name the gradient that a loss really trains; estimate the KL from one sampled token.
 
 A value, a reward and a loss are three uses of one formula, and each has a gradient of its own:
 

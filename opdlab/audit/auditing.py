@@ -47,7 +47,7 @@ def audit(
         forms: Makes the same loss from f + c (u - 1), given c; known for OPDPlus and the estimates.
         sweep: Makes the loss from the value of a parameter, by the parameter's name; tried at 0 and
             1 and beside them. Known for the alpha and beta among a method's options.
-        seed: Of the random students and targets.
+        seed: Seed of the random students and targets.
 
     Returns:
         The verdict, with warnings and a table of divergences.

@@ -1,4 +1,4 @@
-"""What an audit found: a sentence, warnings, a table; and a small card for a notebook."""
+"""The result of an audit: a sentence, warnings, a table; and a small card for a notebook."""
 
 from __future__ import annotations
 
@@ -15,12 +15,12 @@ BLUE, ORANGE = "#0072B2", "#D55E00"
 
 @dataclass(frozen=True, eq=False)
 class Audit:
-    """What an audit found.
+    """The result of an audit.
 
     Attributes:
         name: The loss.
-        verdict: What the loss trains, in a sentence.
-        flags: What is wrong with it, a sentence by name; empty is good.
+        verdict: A sentence that says what the loss trains.
+        flags: The faults that were found, a sentence each by name; empty is good.
         table: One row per known divergence, with the cosine and the ratio of lengths of the two
             expected gradients, closest first.
         trains: Name of the divergence whose gradient it is, or None.

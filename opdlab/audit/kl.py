@@ -128,7 +128,7 @@ class Estimate:
         """Return the estimate with the same mean and `c (u - 1)` added.
 
         Args:
-            c: How much of `u - 1` is added.
+            c: The multiple of `u - 1` that is added.
 
         Returns:
             A new estimate.

@@ -84,7 +84,7 @@ FAMILIES = [name for name, entry in DIVERGENCES.items() if entry.parameter is no
 
 @dataclass(frozen=True)
 class Match:
-    """How a gradient compares with that of one divergence.
+    """The comparison of a gradient with that of one divergence.
 
     Attributes:
         divergence: The name of the divergence.
@@ -119,7 +119,7 @@ class Comparison:
         name: The target's name.
         target: The target.
         credit: As in `Match`.
-        visits: How often somebody else's texts pass each prefix, `[X, S]`; None where the student
+        visits: Frequency of each prefix in somebody else's texts, `[X, S]`; None where the student
             writes.
     """
 
@@ -211,7 +211,7 @@ def matches(
         gradient: The gradient `[X, S, V]` of a loss.
         student: The student.
         targets: Policies that the student may be drawn to, by name.
-        visits: How often somebody else's texts pass each prefix, `[X, S]`; None where the student
+        visits: Frequency of each prefix in somebody else's texts, `[X, S]`; None where the student
             writes.
 
     Returns:

@@ -31,7 +31,7 @@ class Subject:
         needs: The policies that it reads.
         writer: "student", or "teacher" where it learns from given texts.
         length: Tokens that texts must have to show what its plan does; one without a plan.
-        texts: Whose texts they are, in words, where the student does not write. Given answers are
+        texts: The texts in words, where the student does not write them. Given answers are
             taken for the teacher's.
     """
 
@@ -53,9 +53,9 @@ class Subject:
         """Make a table for every policy: all different, or all the student's.
 
         Args:
-            seed: Of the tables.
+            seed: Seed of the tables.
             same: Whether all policies are equal.
-            prompts: How many prompts the tables have.
+            prompts: Number of prompts of the tables.
 
         Returns:
             The tables by policy, the student's first.

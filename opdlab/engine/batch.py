@@ -25,7 +25,7 @@ from opdlab.models.graded import Graded
 
 
 class Judge(Protocol):
-    """What a batch asks of a task: whether there is a verifier, and its scores."""
+    """The part of a task that a batch reads: its verifier, if there is one, and the scores."""
 
     @property
     def verify(self) -> Callable[[Prompt, str], Any] | None:
@@ -111,11 +111,11 @@ class Batch:
 
     Attributes:
         rollout: `B` completions of at most `T` tokens.
-        policies: What the method reads, by name: graders of the rollout, and writers under
+        policies: The policies that the method reads: graders of the rollout, and writers under
             `….text`.
-        task: Where the prompts are from, with its verifier; None for rollouts of no task.
+        task: The task of the prompts, with its verifier; None for rollouts of no task.
         step: Number of the training step, from 0.
-        notes: What a plan wants remembered beside its columns: notes of `opdlab.data.notes`, or
+        notes: Notes of a plan beside its columns, by name: notes of `opdlab.data.notes`, or
             plain JSON data.
     """
 

@@ -44,7 +44,7 @@ def flatten(batch: Batch, name: str, column: Any, graded: Iterable[str] | None =
     """Read a plan's column as `[tokens, ...]`, without gradient, on the rollout's device.
 
     Args:
-        batch: What the plan saw.
+        batch: The batch that the plan saw.
         name: The column's name.
         column: Its values.
         graded: Policies whose numbers a trace has; all of the batch by default.
@@ -110,7 +110,7 @@ def plain_data(value: Any, where: str) -> Any:
     """Turn notes into what JSON can hold: tensors and numpy arrays into lists.
 
     Args:
-        value: What the plan noted.
+        value: A note of the plan, or a part of one.
         where: Its place in the notes, for the error.
 
     Returns:

@@ -41,7 +41,7 @@ def call_loss(loss: Loss, rows: Rows) -> Tensor:
 
     Args:
         loss: Any function of rows.
-        rows: What it reads. The student's log-probs are a leaf that requires a gradient.
+        rows: The tokens. The student's log-probs are a leaf that requires a gradient.
 
     Returns:
         The loss of each token, `[n]`, in float32 or float64.
@@ -126,9 +126,9 @@ def spread_index(tokens: int, most: int, device: torch.device) -> Tensor:
     none.
 
     Args:
-        tokens: How many tokens there are.
+        tokens: Number of tokens.
         most: The largest number to choose; `CHECKED_ROWS` is another limit.
-        device: Where the indices lie.
+        device: The device of the indices.
 
     Returns:
         Indices `[n]` in rising order.
@@ -265,7 +265,7 @@ def _check_graph(graph: Any, student: Tensor) -> torch.dtype:
 
 
 def _versions(rows: Rows) -> dict[str, list[int | None]]:
-    """How often each tensor has been written to, as PyTorch counts it."""
+    """Count how often each tensor has been written to, as PyTorch does."""
     distributions = {name: _tensors(value) for name, value in rows.distributions.items()}
     columns = {name: [column] for name, column in rows.columns.items()}
     named = {**distributions, "token": [rows.token], **columns}
@@ -283,7 +283,7 @@ def _tensors(logp: LogProbs) -> list[Tensor]:
 
 
 def _differs(one: Tensor, other: Tensor, all_rows: Tensor, precision: torch.dtype) -> Tensor:
-    """Which rows are further apart than rounding explains, `[n]`.
+    """Find the rows that are further apart than rounding explains, `[n]`.
 
     Args:
         one: Losses `[n]` or gradients `[n, V]`.

@@ -49,7 +49,7 @@ class Need:
     Attributes:
         policy: Name of the policy, e.g. "teacher".
         hinted: Whether the policy sees each prompt's hint.
-        access: What the policy gives: log-probs on the student's tokens by default.
+        access: The policy's kind of answer: log-probs on the student's tokens by default.
     """
 
     policy: str
@@ -65,7 +65,7 @@ def parse_need(name: Any, owner: str = "needs") -> Need:
 
     Args:
         name: As a method writes it, e.g. "teacher+hint".
-        owner: Whose name it is, for the error.
+        owner: The method that states the name, for the error.
 
     Returns:
         The need; `str` of it is `name`.

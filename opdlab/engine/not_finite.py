@@ -47,7 +47,7 @@ def check_graded(name: str, graded: Graded) -> None:
 
     Args:
         name: The policy's name, for the message.
-        graded: What it gave for all tokens of a rollout.
+        graded: Its states or log-probs of all tokens of a rollout.
 
     Raises:
         NonFinite: Its hidden states are NaN, or its log-probs of the first token are.

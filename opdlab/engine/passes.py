@@ -56,8 +56,8 @@ class Pass:
         """Make a pass over `tokens` tokens, with these numbers at `index` and zero elsewhere.
 
         Args:
-            index: Where the tokens of this pass belong, `[n]`.
-            tokens: How many tokens the new pass has.
+            index: The places of this pass's tokens among all, `[n]`.
+            tokens: Number of tokens of the new pass.
 
         Returns:
             The larger pass; `is_checked` stays as it is.
@@ -78,9 +78,9 @@ def chunks(
     """Cut tokens into chunks such that one `[chunk, V]` buffer keeps to the memory budget.
 
     Args:
-        tokens: How many tokens there are; none give one empty slice.
+        tokens: Number of tokens; 0 gives one empty slice.
         vocab_size: V.
-        device: Whose memory budget counts.
+        device: The device whose memory budget counts.
         chunk: Tokens in one chunk, in place of the budget's.
 
     Returns:
@@ -95,7 +95,7 @@ def student_states(states: Mapping[str, Graded]) -> States:
     """Return the student's states, which are a local model's.
 
     Args:
-        states: What the policies gave, by name.
+        states: Hidden states or top log-probs by policy.
 
     Returns:
         The entry "student".

@@ -33,10 +33,10 @@ class Planned:
 
     Attributes:
         method: The method.
-        batch: What it planned for.
-        columns: What the plan returned, `[tokens, ...]` each.
-        descriptions: What the plan's `Column`s say about themselves, by name.
-        notes: What the plan left in `batch.notes`, as plain JSON data.
+        batch: The batch that it planned for.
+        columns: The plan's columns by name, `[tokens, ...]` each.
+        descriptions: The descriptions of the plan's `Column`s, by name.
+        notes: The notes that the plan left in `batch.notes`, as plain JSON data.
     """
 
     method: Any
@@ -72,7 +72,7 @@ class Planned:
             weight: `[tokens]`, each token's share of the mean, for all tokens of the batch.
             student: The student's states on these completions, which carry its gradient; those of
                 the batch by default.
-            rows: Which completions, side by side; all by default.
+            rows: The completions to use, side by side; all by default.
             watch: Numbers to note in the same pass, on detached rows.
             check: Whether to check that the loss treats each row alone (see
                 `opdlab.engine.passes.gradient`).
@@ -115,7 +115,7 @@ def run_plan(method: Any, batch: Batch) -> Planned:
 
     Args:
         method: With or without a `plan`.
-        batch: What the plan sees.
+        batch: The batch that the plan sees.
 
     Returns:
         The batch with the plan's columns, their descriptions and notes; a method without a plan has

@@ -29,13 +29,13 @@ def record_trace(
     """Make a trace of a rollout.
 
     Args:
-        rollout: What was written.
-        policies: Who graded it, by name; the student's tokenizer gives the bytes of the tokens.
+        rollout: The completions.
+        policies: Its graders by name; the student's tokenizer gives the bytes of the tokens.
         columns: Numbers of every token, `[tokens, ...]` each. `grad_norm`, where there is one,
             gives each token's `share` too.
         run: Names the run.
         step: The training step, from 1; -1 for none.
-        planned: What a method planned for the rollout: its columns, their descriptions and its
+        planned: The rollout after a method's plan: its columns, their descriptions and its
             notes are kept.
 
     Returns:
@@ -107,7 +107,7 @@ def _table_column(value: Tensor) -> Any:
 
 
 def _prompt_text(prompt: Prompt) -> str:
-    """What the user asked: the text, or the last message; of a message in parts, its texts."""
+    """Return the user's question: the text or the last message; of one in parts, its texts."""
     content: Any = prompt.text if prompt.messages is None else prompt.messages[-1]["content"]
     if isinstance(content, (list, tuple)):
         return "".join(

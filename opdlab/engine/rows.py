@@ -1,4 +1,4 @@
-"""What a loss sees: aligned log-probs, sampled tokens and plan columns of a chunk of tokens."""
+"""The input of a loss: aligned log-probs, sampled tokens and plan columns of a chunk of tokens."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ class Rows:
         distributions: Log-probs `[n, V]` of each policy in float32; the student's carry the
             gradient. Of a server, the top log-probs that it gives.
         token: The sampled ids `[n]`.
-        columns: What the method's plan returned, `[n, ...]` each.
+        columns: The columns of the method's plan by name, `[n, ...]` each.
     """
 
     def __init__(
@@ -74,7 +74,7 @@ class Rows:
 
         Args:
             policy: The other policy's name.
-            support: Whose top tokens, how many, and what becomes of the rest.
+            support: The policy whose top tokens count, their number, and the fate of the rest.
 
         Returns:
             Log-probs of the student and of the policy, `[n, k + 1]` with a bucket for the rest,

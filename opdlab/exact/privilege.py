@@ -109,7 +109,7 @@ class World:
         error: The probability that a policy which knows the right token leaves to the others.
         weak: The student's probability of the right token where it is weak.
         second: The probability that either side puts on the other right answer of type R.
-        shares: How many of the tokens are of each type, in the order of `TYPES`.
+        shares: The number of tokens of each type, in the order of `TYPES`.
 
     Raises:
         OpdlabError: A number is out of its range.

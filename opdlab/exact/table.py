@@ -71,8 +71,8 @@ class Table:
         Args:
             vocab: Number of tokens `V`.
             length: Tokens after which a text ends.
-            prompts: How many prompts, or which.
-            seed: Of the logits.
+            prompts: The number of prompts, or the prompts themselves.
+            seed: Seed of the logits.
             scale: Standard deviation of the logits.
             eos: A token that ends a text before, or None.
 
@@ -230,7 +230,7 @@ class Table:
             n: Completions per prompt.
             prefixes: Token ids that the texts of each prompt go on from; none by default.
             batch_size: Ignored.
-            writer: Who is named as the writer.
+            writer: The name of the writer that the rollout tells.
             options: Options of `SamplingConfig`; `max_new_tokens` is the table's length by default.
 
         Returns:
@@ -318,7 +318,7 @@ def starts(vocab: int, length: int) -> int:
         length: Number of tokens.
 
     Returns:
-        How many there are, the empty text among them.
+        The number, the empty text among them.
     """
     return sum(vocab**t for t in range(length))
 
@@ -376,7 +376,7 @@ def make_rollout(
         bodies: Token ids of each completion, as many.
         tokenizer: Turns ids into texts, and knows the EOS token.
         n: Completions per prompt.
-        writer: Who is named as the writer of all.
+        writer: The name of the writer of all.
 
     Returns:
         The rollout, of `B` completions.

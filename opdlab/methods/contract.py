@@ -34,7 +34,7 @@ DEFAULT_NEEDS = ("teacher",)  # the needs of a bare function that states none
 
 @runtime_checkable
 class Method(Protocol):
-    """What every method has: the distributions that it reads, and a loss.
+    """The parts of every method: the distributions that it reads, and a loss.
 
     A method may also be a `HasPlan`, `HasShare`, `HasWriter` or `HasRecipe`. It may have
     `verifies = True` (it learns from the task's verifier), `least_n` (samples per prompt that it
@@ -124,7 +124,7 @@ class HasForms(Protocol):
         """Return the method made of `f + c (u - 1)`.
 
         Args:
-            c: How much of `u - 1` is added to the generator.
+            c: The multiple of `u - 1` that is added to the generator.
 
         Returns:
             A new method.

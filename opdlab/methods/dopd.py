@@ -83,7 +83,7 @@ def thresholds(
     Args:
         logp_teacher: Log-probs of the sampled tokens under the hinted teacher, any shape.
         logp_student: The same under the hinted student.
-        mask: Which tokens count, in the same shape.
+        mask: True on the tokens that count, in the same shape.
         trim: Tokens with a gap above the quantile 1 - trim are left out.
 
     Returns:
@@ -110,7 +110,7 @@ def route(
     Args:
         logp_teacher: Log-probs of the sampled tokens under the hinted teacher, any shape.
         logp_student: The same under the hinted student.
-        mask: Which tokens count, in the same shape.
+        mask: True on the tokens that count, in the same shape.
         trim: As in `thresholds`.
         limits: The two thresholds, where they are known from all tokens of a step.
 
@@ -138,7 +138,7 @@ class DOPD:
         k: K, the number of tokens on which the reverse KLs are compared.
         trim: Share of tokens, those of largest gap, that leave the two means; from 0 to below 1.
         support: The policy whose top K are taken, "student" or "teacher" (the target).
-        tail: What becomes of the mass outside (see `TopK`).
+        tail: The fate of the mass outside (see `TopK`).
         anchor: The privileged student of gap and targets: "live" (the paper's), "frozen" before
             training, or "ema", a moving average. A live one drifts where no token is routed to the
             teacher.

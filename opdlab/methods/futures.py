@@ -54,7 +54,7 @@ def forks(
         share: ceil(share N) positions of each completion of N tokens are in each group.
         score: As in `TOPD`.
         embedding: As in `TOPD`.
-        seed: Of the random group.
+        seed: Seed of the random group.
 
     Returns:
         One row per probed position: `group` ("high", "random", "low"; the random positions may be
@@ -169,10 +169,10 @@ def local_correction(
         updates: Adam steps.
         lr: Learning rate.
         weight: λ, as in `TOPD`.
-        epsilon: Of the entropic plan, as in `TOPD`.
+        epsilon: Strength of the entropic plan's regularization, as in `TOPD`.
         student_window: The text that is trained on, the student's "greedy" one or its "rollout".
         embedding: As in `TOPD`.
-        rank: Of the adapter that a student without one gets for the time.
+        rank: Rank of the adapter that a student without one gets for the time.
 
     Returns:
         One row per point and arm: `sample`, `position`, `arm` ("origin" is before), `distance`
@@ -260,7 +260,7 @@ def plans_of(
         pair: The windows of student and teacher.
         embedding: As in `TOPD`.
         policies: The policies by name.
-        epsilon: Of the entropic plan, above 0.
+        epsilon: Strength of the entropic plan's regularization, above 0.
 
     Returns:
         "topd" (the entropic plan), "exact" and "diagonal".

@@ -95,7 +95,7 @@ def clipped_loss(rows: Rows, clip: float) -> Tensor:
 
     Args:
         rows: A chunk of `n` tokens, with the columns `advantage` and `sampler_logp`.
-        clip: How far the ratio may be from 1 before it stops counting.
+        clip: The largest distance of the ratio from 1 that still counts.
 
     Returns:
         `[n]`.

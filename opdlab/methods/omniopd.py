@@ -91,14 +91,14 @@ class OmniOPD:
         alpha: α, the weight of the student's own prior.
         beta: β, the weight of the anchor.
         similarity: φ: "edit" (characters), "rouge1" (words), or a function of two texts.
-        select: Where chunks start: at the highest "entropy", or at "random" places.
+        select: The rule for the starts of chunks: the highest "entropy", or "random" places.
         match_length: Cut the teacher's texts to the chunk's number of characters, since C tokens of
             another tokenizer are more or less text. Texts stay whole where the chunk holds the end
             of the completion.
         teacher_tokens: The most tokens of a text, in the teacher's tokens. None is `length`, or,
             with match_length, as many as the longest chunk has bytes.
         temperature: The teacher's; 0 makes all N the same.
-        seed: Of random places and of the teacher's texts.
+        seed: Seed of random places and of the teacher's texts.
 
     Raises:
         InvalidValue: A value is out of its range.

@@ -105,7 +105,7 @@ class OPDPlus:
         """Return the method made of `f + c (u - 1)`, another generator of the same divergence.
 
         Args:
-            c: How much of `u - 1` is added to the generator.
+            c: The multiple of `u - 1` that is added to the generator.
 
         Returns:
             A new method.

@@ -42,7 +42,7 @@ def advantage_column(advantage: Tensor, formula: str, unit: str = "nats") -> Col
 
     Args:
         advantage: `[B, T]`, or `[B]` for one per completion.
-        formula: How it is computed, in one line.
+        formula: Its formula, in one line.
         unit: "nats", or "" for a plain number.
 
     Returns:

@@ -81,7 +81,7 @@ class TOPD:
             (twice the teacher's writing).
         quantile: For the threshold and for `downweight`.
         weight: λ.
-        epsilon: Of the entropic plan that makes the targets; None takes the exact plan. The
+        epsilon: For the entropic plan that makes the targets; None takes the exact plan. The
             distance is always exact.
         student_window: The text that is compared with the teacher's window: "rollout" for the
             rollout's own tokens, "greedy" for a greedy text of the student from the same prefix.

@@ -218,9 +218,9 @@ def top(
     Args:
         score: `[B, T]`.
         where: `[B, T]`, the positions that are allowed.
-        counts: How many in each completion.
+        counts: Number of points in each completion.
         least: Lower scores do not count; None for any.
-        most: How many in all, the highest first; None for any number.
+        most: Number of points in all, the highest first; None for any number.
 
     Returns:
         The points in order; of equal scores the earlier.

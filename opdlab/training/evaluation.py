@@ -51,12 +51,12 @@ class Conditions(NamedTuple):
         task: Name of the task.
         settings: Settings of the task, as texts by name.
         verifier: The function that judges.
-        n: How many prompts were asked.
+        n: Number of prompts that were asked.
         prompts: A checksum of everything in them: texts, messages, answers, hints.
         k: Samples for each prompt.
-        seed: Of the prompts and of the samples.
-        max_new_tokens: How long answers may be, in tokens.
-        temperature: Of the `k` samples; the others are greedy.
+        seed: Seed of the prompts and of the samples.
+        max_new_tokens: The longest answer, in tokens.
+        temperature: Temperature of the `k` samples; the others are greedy.
     """
 
     task: str
@@ -72,17 +72,17 @@ class Conditions(NamedTuple):
 
 @dataclass(frozen=True, eq=False)
 class Evaluation:
-    """How one policy did on some held-out prompts.
+    """The scores of one policy on some held-out prompts.
 
     Attributes:
-        name: Of the policy.
+        name: The policy's name.
         greedy: `[P]`, the verifier's scores of greedy completions.
         sampled: `[P, k]`, its scores of samples at temperature 1; `k` may be 0.
         length: `[P]`, tokens of the greedy completions; NaN where a teacher gives text only.
         cut: `[P]`, 1 for greedy completions that hit the length limit; NaN where a teacher gives
             text only.
-        key: What was evaluated (`Conditions`): evaluations pair where their keys are equal.
-        requested: How many prompts were asked for; more than `P` where the task has no more.
+        key: The `Conditions` of the evaluation; two evaluations pair where their keys are equal.
+        requested: Number of prompts asked for; more than `P` where the task has no more.
     """
 
     name: str
@@ -95,7 +95,7 @@ class Evaluation:
 
     @property
     def prompts(self) -> int:
-        """How many distinct prompts were answered."""
+        """The number of distinct prompts that were answered."""
         return len(self.greedy)
 
     @property
@@ -126,7 +126,7 @@ class Evaluation:
         as a mean over prompts.
 
         Args:
-            k: How many samples of each prompt count, at least 1 and at most those that were taken.
+            k: Number of samples of each prompt, from 1 to the number that was taken.
 
         Returns:
             A chance from 0 to 1.
@@ -219,15 +219,15 @@ def evaluate(
     Args:
         policy: A `Policy`, or a teacher that writes (`TextOnly`, `TextServer`, `LogprobServer`):
             every prompt is sent to it.
-        task: Where prompts come from, and how texts are judged.
-        n: How many distinct held-out prompts to ask. Where the task has fewer, all of them are
+        task: The source of the prompts, with the verifier that judges texts.
+        n: Number of distinct held-out prompts to ask. Where the task has fewer, all of them are
             asked, each once.
         k: Samples for each prompt.
-        seed: Of the prompts and of the samples.
+        seed: Seed of the prompts and of the samples.
         name: Names the evaluation; the policy's own name by default.
         batch_size: Prompts held in memory at once, each with its `k` samples (of those, 64 at
             most); changes no result.
-        max_new_tokens: How long answers may be; the task's length by default.
+        max_new_tokens: The longest answer, in tokens; the task's length by default.
         quiet: Whether to leave out the progress bar.
 
     Returns:
@@ -273,7 +273,7 @@ def evaluate(
 
 
 class _Texts(NamedTuple):
-    """What was written for some prompts: row `i * n + j` is sample `j` of prompt `i`."""
+    """Texts for some prompts: row `i * n + j` is sample `j` of prompt `i`."""
 
     texts: Sequence[str]
     lengths: list[float]

@@ -43,7 +43,7 @@ class Interval:
     Attributes:
         low: The lower end.
         high: The upper end.
-        prompts: How many prompts the mean is over.
+        prompts: Number of prompts that the mean is over.
     """
 
     low: float
@@ -62,7 +62,7 @@ class Difference:
         mean: The mean of `after - before`.
         low: The lower end of the interval.
         high: The upper end of the interval.
-        prompts: How many prompts the mean is over.
+        prompts: Number of prompts that the mean is over.
     """
 
     mean: float
@@ -89,7 +89,7 @@ def wilson(mean: float, prompts: int) -> Interval:
 
     Args:
         mean: Mean of the scores, from 0 to 1.
-        prompts: How many scores there are, at least 1.
+        prompts: Number of scores, at least 1.
 
     Returns:
         The 95 % interval, within 0 to 1.

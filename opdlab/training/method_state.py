@@ -148,7 +148,7 @@ def restore_state(method: Any, folder: Path, device: torch.device) -> None:
     Args:
         method: The method.
         folder: The checkpoint's folder.
-        device: Where tensors go that were not on a CPU when they were saved.
+        device: The device for tensors that were not on a CPU when they were saved.
 
     Raises:
         DamagedFile: The file cannot be read.

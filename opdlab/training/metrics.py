@@ -18,7 +18,7 @@ def measure_step(batch: Batch, columns: Mapping[str, Tensor], weight: Tensor) ->
     """Compute the metrics of a step.
 
     Args:
-        batch: What this process wrote and graded.
+        batch: The rollout of this process with its graders.
         columns: Numbers of its tokens, `[tokens]` each: `loss`, `student_entropy`, and
             `..._reverse_kl` where a teacher grades.
         weight: `[tokens]`, each token's share in the loss of the whole batch.

@@ -22,7 +22,7 @@ def warn_of_own_teacher(
     Args:
         student: The student before training.
         teacher: As given to `distill`.
-        needs: What the method reads. A method that reads no plain teacher is not looked at.
+        needs: The method's needs. A method that reads no plain teacher is not looked at.
         policies: The user's `policies=`, which replace what a name stands for.
     """
     for name in PLAIN:

@@ -43,7 +43,7 @@ from opdlab.training.state import RunState
 
 @dataclass(frozen=True)
 class Learned:
-    """What the loss pass of a step gave, before the weights move.
+    """The numbers of a step's loss pass, before the weights move.
 
     Attributes:
         columns: `loss`, `grad_norm` and the numbers of `signals.cheap` of every token, `[tokens]`
@@ -88,7 +88,7 @@ def write_rollout(run: RunState) -> Rollout:
 
 
 def _written_by_student(run: RunState, prompts: int) -> int:
-    """How many of the step's prompts the student answers.
+    """Count the step's prompts that the student answers.
 
     A fraction is drawn, the same in every process.
     """
@@ -100,7 +100,7 @@ def _written_by_student(run: RunState, prompts: int) -> int:
 
 
 def _write_by(run: RunState, name: str, prompts: list[Prompt], config: SamplingConfig) -> Rollout:
-    """What one of the method's writers answers to all these prompts."""
+    """Let one of the method's writers answer all these prompts."""
     if name == "answer":
         return rollout_from_texts(run.student, prompts, check_answers(prompts))
     writer = run.teacher if name == "teacher" else run.policies[name]

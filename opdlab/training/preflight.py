@@ -167,8 +167,8 @@ def check_prompts(
 
     Args:
         policies: The policies by the names that the method gives them.
-        prompts: What they will be asked.
-        room: How many new tokens must fit behind every prompt; or, where texts are given, how many
+        prompts: The prompts that they will be asked.
+        room: Number of new tokens that must fit behind every prompt; or, for given texts, how many
             tokens each has, by the policy's name.
 
     Raises:
@@ -232,7 +232,7 @@ def _too_long(
 
 
 def _others(missing: Sequence[Prompt], prompts: Sequence[Prompt]) -> str:
-    """How many other prompts lack the same, and which are the first of them."""
+    """Say how many other prompts lack the same, and name the first of them."""
     if len(missing) == 1:
         return ""
     names = ", ".join(name_of(prompt) for prompt in missing[1:NAMED]) + (

@@ -165,7 +165,7 @@ def move_average(average: Policy, student: Policy, rate: float) -> None:
     Args:
         average: The moving average, changed in place.
         student: The student, as it is after its update.
-        rate: How far to move, from 0 to 1.
+        rate: The share of the way to move, from 0 to 1.
     """
     with torch.no_grad():
         theirs = trained_tensors(student)

@@ -57,7 +57,7 @@ def resume(
         teacher: As it was given to `distill`.
         task: As it was given to `distill`.
         method: A method of your own must be given again; opdlab's are rebuilt from their options.
-        step: Which checkpoint; the one written last by default.
+        step: The step of the checkpoint to resume; the one written last by default.
         allow: Parts that may differ from those of the run: "student", "tokenizer", "task",
             "teacher", "policies", "method".
         options: Options of `distill`. `save=` another folder to go on there. Settings that change
@@ -68,7 +68,7 @@ def resume(
 
     Raises:
         DamagedFile: The checkpoint is not what was written, or does not fit the run.
-        OpdlabError: What is given is not what the run was trained with; or `steps` lie behind it.
+        OpdlabError: An argument is not the one of the original run; or `steps` lie behind it.
     """
     saved = _read(_as_folder(path), step)
     allowed = _as_parts(allow)

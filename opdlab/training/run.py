@@ -130,8 +130,8 @@ def prepare(
         teacher: The teacher.
         task: The task.
         method: The method.
-        needs: What a bare loss function reads.
-        policies: What names stand for.
+        needs: The policies that a bare loss function reads.
+        policies: The user's replacements for names in the method's `needs`.
         save: Folder for checkpoints.
         log_with: A tracker.
         quiet: Whether to show no progress.
@@ -173,9 +173,9 @@ class Run(RunState):
     Args:
         student: The policy that trains.
         teacher: The teacher, or None.
-        task: Where the prompts come from.
+        task: The source of the prompts.
         method: The method.
-        settings: How the run trains.
+        settings: The settings of the run.
         policies: The user's `policies=`.
         save: Folder for checkpoints; None for none.
         log_with: A tracker of Accelerate; None for none.
@@ -354,7 +354,7 @@ class Run(RunState):
         For `opdlab.resume`.
 
         Args:
-            done: How many steps are done.
+            done: Number of steps done.
             metrics: The metrics of each of them.
             snapshots: The student's adapter after some of them, by step.
         """

@@ -14,8 +14,8 @@ def find_differences(
     Args:
         saved: The description at the beginning of the run.
         given: The description of what it is to go on with.
-        moved: What the method changed by itself in the meantime (`method_state.Memory`), which
-            tells nothing.
+        moved: State that the method changed by itself in the meantime
+            (`method_state.Memory`), which are not compared.
 
     Returns:
         By part ("student", "tokenizer", "task", "teacher", "policies", "method"), a text that names

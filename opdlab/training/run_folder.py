@@ -163,7 +163,7 @@ def check_folder(folder: Any, owner: str = "distill got save") -> Path | None:
     """Check that checkpoints can be written to a folder, before anything is computed.
 
     Args:
-        folder: What the user passed as `save=`; None for no checkpoints.
+        folder: The user's `save=`; None for no checkpoints.
         owner: The start of the error message, as "distill got save".
 
     Returns:

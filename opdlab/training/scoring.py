@@ -45,9 +45,9 @@ def score(
             token, a lower bound of the reverse KL (`teacher_coarse_reverse_kl`), and the overlap of
             the top tokens.
         k: Top tokens that are kept of each policy.
-        method: Whatever `distill` takes as a method. Its `needs` are resolved as there, from the
+        method: A method, as `distill` takes it. Its `needs` are resolved as there, from the
             student, the teacher and `others`.
-        task: Whose verifier the method's plan asks, if it asks for rewards.
+        task: The task whose verifier the method's plan asks, if it asks for rewards.
         others: More graders by name, such as `reference=…`; pass `**{"teacher+hint": …}` for names
             that are no identifiers.
 

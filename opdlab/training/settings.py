@@ -34,7 +34,7 @@ from opdlab.tasks import Task
 
 @dataclass(frozen=True)
 class Settings:
-    """How a run trains. Sizes are per process.
+    """The settings of a run. Sizes are per process.
 
     Attributes:
         steps: Updates in all.
@@ -52,10 +52,10 @@ class Settings:
             likeliest token each time, so it allows one completion for each prompt only.
         top_p: Used for sampling. Values other than 1 make the data off-policy.
         clip: Largest norm of the gradient; 0 clips nothing.
-        weight_decay: Of AdamW.
-        ema_rate: How far the policy `ema` moves towards the student after each update; 0.05 as in
+        weight_decay: Weight decay of AdamW.
+        ema_rate: The share of the way that `ema` moves to the student after each update; 0.05 as in
             SDPO (arXiv 2601.20802).
-        seed: Of all random numbers: prompts, completions, the adapter's first values.
+        seed: Seed of all random numbers: prompts, completions, the adapter's first values.
         precision: "bf16" computes the models in bfloat16 by autocast, on float32 weights.
         checkpointing: Whether layers run again in the backward pass. Changes memory and no number.
         evaluate_every: Steps between two evaluations; 0 for none.
@@ -105,7 +105,7 @@ class Settings:
         """Compute the learning rate of the update after `done` others.
 
         Args:
-            done: How many updates were made before.
+            done: Number of updates made before.
 
         Returns:
             The learning rate: a linear warm-up, then constant or along a cosine to zero.

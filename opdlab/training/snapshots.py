@@ -64,7 +64,7 @@ def rescore(
 
     Args:
         run: A run that kept snapshots or checkpoints.
-        rollout: What to score.
+        rollout: The completions to score.
         teacher: The policy that the student is compared with; None for none.
         at: Only these steps; all kept ones by default.
         k: Top tokens that are kept of each policy.
@@ -108,11 +108,11 @@ def rewrite(
 
     Args:
         run: A run that kept snapshots or checkpoints.
-        prompts: What is asked.
+        prompts: The prompts to ask.
         teacher: The policy that the student is compared with; None for none.
         at: Only these steps; all kept ones by default.
         k: Top tokens that are kept of each policy.
-        seed: Of the sampling; all steps draw with the same random numbers.
+        seed: Seed of the sampling; all steps draw with the same random numbers.
         temperature: 0 takes the likeliest tokens.
 
     Returns:

@@ -1,4 +1,4 @@
-"""What a run consists of.
+"""The parts of a run.
 
 Saving, resuming and the phases of a step work on this; `Run` adds the loop.
 """
@@ -27,21 +27,21 @@ class RunState:
     Attributes:
         student: The policy that trains.
         teacher: The teacher as the user gave it, who may also write texts; None for none.
-        task: Where the prompts come from.
+        task: The source of the prompts.
         method: The method.
-        settings: How the run trains.
-        policies: Who grades, by the names in the method's `needs`; the student first.
+        settings: The settings of the run.
+        policies: Graders and writers, by the names in the method's `needs`; the student first.
         averages: The moving average of the student, if the method reads one.
-        parameters: What trains, by name.
+        parameters: The parameters that train, by name.
         optimizer: AdamW over the parameters.
         accelerator: The processes and trackers of Accelerate.
-        done: How many steps are done.
+        done: Number of steps done.
         metrics: The metrics of each step done.
         snapshots: The student's adapter after some steps, by step.
-        folder: Where checkpoints go; None for nowhere.
+        folder: The folder for checkpoints; None for no checkpoints.
         lineage: The name of the run and those that it was resumed from.
-        identity: What the run is made of, for comparison on resuming.
-        memory: What the method keeps from step to step.
+        identity: A description of the run's parts, for comparison on resuming.
+        memory: The watch over what the method keeps from step to step.
         has_new_embeddings: Whether the student has embeddings that no file of its base model holds.
         claim: Notices when another run moves the student's weights.
         loss_is_checked: Whether the loss was found to treat each row alone.

@@ -32,7 +32,7 @@ class Step:
 
     @property
     def rollout(self) -> Rollout:
-        """What was written."""
+        """The completions of this process."""
         return self.planned.batch.rollout
 
     @property
@@ -42,12 +42,12 @@ class Step:
 
     @property
     def notes(self) -> dict[str, Any]:
-        """What the plan noted, as plain JSON data."""
+        """The plan's notes, as plain JSON data."""
         return self.planned.notes
 
     @property
     def policies(self) -> dict[str, Any]:
-        """Who graded, by name."""
+        """The policies that the method reads, by name: graders and writers."""
         return self.planned.batch.policies
 
     def trace(self) -> Trace:

@@ -1,4 +1,4 @@
-"""Which trackers of Accelerate a run can log to."""
+"""Check the trackers of Accelerate that a run logs to."""
 
 from __future__ import annotations
 

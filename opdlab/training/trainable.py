@@ -1,4 +1,4 @@
-"""What a run trains: the student's adapter, a new LoRA, or all weights.
+"""Make trainable: the student's adapter, a new LoRA, or all weights.
 
 Decided and prepared before the first step.
 """
@@ -54,9 +54,9 @@ def prepare_parameters(
     Args:
         student: The policy to be trained. It gets a new LoRA (`settings.lora`) if it has no
             adapter.
-        policies: Those that the run grades with, by name. In full training they move to copies of
+        policies: The graders of the run, by name. In full training they move to copies of
             the weights.
-        settings: How the run trains.
+        settings: The settings of the run.
 
     Returns:
         The parameters that train, by name: float32 (or float64) all of them.
