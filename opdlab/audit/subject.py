@@ -31,8 +31,8 @@ class Subject:
         needs: The policies that it reads.
         writer: "student", or "teacher" where it learns from given texts.
         length: Tokens that texts must have to show what its plan does; one without a plan.
-        texts: The texts in words, where the student does not write them. Given answers are
-            taken for the teacher's.
+        texts: The texts in words, where the student does not write them. Given answers are taken
+            for the teacher's.
     """
 
     method: Any

@@ -115,8 +115,8 @@ class Batch:
             `….text`.
         task: The task of the prompts, with its verifier; None for rollouts of no task.
         step: Number of the training step, from 0.
-        notes: Notes of a plan beside its columns, by name: notes of `opdlab.data.notes`, or
-            plain JSON data.
+        notes: Notes of a plan beside its columns, by name: notes of `opdlab.data.notes`, or plain
+            JSON data.
     """
 
     def __init__(

@@ -35,8 +35,8 @@ def record_trace(
             gives each token's `share` too.
         run: Names the run.
         step: The training step, from 1; -1 for none.
-        planned: The rollout after a method's plan: its columns, their descriptions and its
-            notes are kept.
+        planned: The rollout after a method's plan: its columns, their descriptions and its notes
+            are kept.
 
     Returns:
         The trace, one row per completion token.
@@ -133,6 +133,7 @@ def gradient_shares(norm: np.ndarray) -> dict[str, np.ndarray]:
         norm: Gradient norms `[rows]`.
 
     Returns:
-        The columns `grad_norm` and `share`, `[rows]` each; the shares sum to 1.
+        The columns `grad_norm` and `share`, `[rows]` each. The shares sum to 1, or to 0
+        if no norm is above 0.
     """
     return {"grad_norm": norm, "share": norm / max(float(norm.sum()), 1e-30)}

@@ -23,7 +23,7 @@ class SequenceKD:
     It reads no distribution, so any teacher that writes will do.
 
     Attributes:
-        needs: None.
+        needs: Empty; no distribution is read.
         on_policy: 0; the student writes nothing.
         writer: The teacher.
     """
@@ -49,7 +49,7 @@ class SFT:
     """Train by cross-entropy on the `answer` of each prompt; needs no teacher.
 
     Attributes:
-        needs: None.
+        needs: Empty; no distribution is read.
         on_policy: 0; the student writes nothing.
         writer: The prompts' answers.
     """

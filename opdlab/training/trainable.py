@@ -54,8 +54,8 @@ def prepare_parameters(
     Args:
         student: The policy to be trained. It gets a new LoRA (`settings.lora`) if it has no
             adapter.
-        policies: The graders of the run, by name. In full training they move to copies of
-            the weights.
+        policies: The graders of the run, by name. In full training they move to copies of the
+            weights.
         settings: The settings of the run.
 
     Returns:
