@@ -74,10 +74,10 @@ def test_lines_and_groups_change_the_shares(open_page, tmp_path, regimes, axe):
 
     view.locator("select[data-axis=by]").select_option("type")
     chips = view.locator(".opd-chip")
-    assert chips.locator("span:first-of-type").all_text_contents() == regimes.sorts["type"].names
+    assert chips.locator("span:first-of-type").all_text_contents() == regimes.groupings["type"].names
     chips.first.click()
     moved = Regimes(regimes.trace, by="type")
-    moved.hidden = [moved.sorts["type"].names[0]]
+    moved.hidden = [moved.groupings["type"].names[0]]
     assert agrees(view, moved)
     view.locator("select[data-axis=x]").select_option("student_entropy")
     moved.x = "student_entropy"
