@@ -144,7 +144,7 @@ class Playground(View):
             "tall": TALL,
             "alone": ALONE,
             "known": [[name, self.losses.parameters.get(name, "")] for name in self.losses.known],
-            "own": [self.losses.describe_loss(name, self._setting()) for name in self.own],
+            "own": self._describe_losses(self._setting()),
             "cards": [self.losses.describe_audit(name) for name in self.own],
             "settings": vars(self._setting()),
         }
@@ -168,7 +168,7 @@ class Playground(View):
             teacher=list(teacher / teacher.sum()),
             student=list(student / student.sum()),
         )
-        return payload.to_plain_data([self.losses.describe_loss(name, at) for name in self.own])
+        return payload.to_plain_data(self._describe_losses(at))
 
     def static(self) -> str:
         """Return the picture as HTML without a script."""
@@ -214,6 +214,13 @@ class Playground(View):
         return [
             _plot("weights", "push per unit of probability", weights, TALL),
             _plot("pulls", "push on the logit", pulls, 0.5),
+        ]
+
+    def _describe_losses(self, at: Setting) -> list[dict[str, Any]]:
+        """The losses that the page cannot compute itself, at these settings."""
+        return [
+            self.losses.describe_loss(name, at, self.parameter, self.clip)
+            for name in self.losses.by_python
         ]
 
     def _setting(self) -> Setting:

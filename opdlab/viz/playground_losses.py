@@ -19,6 +19,13 @@ from opdlab.viz import markup, toys
 from opdlab.viz.toys import Push
 
 SHOWN_AT_FIRST = ("forward_kl", "reverse_kl", "generalized_jsd")
+# Divergences that the page computes itself (`static/toys.js`), so that its sliders need no Python.
+# All others of the table are computed here, as a user's own losses are.
+IN_SCRIPT = (
+    *("forward_kl", "reverse_kl", "reverse_kl_k3", "jensen_shannon", "generalized_jsd", "jeffreys"),
+    *("total_variation", "squared_hellinger", "pearson", "neyman", "le_cam", "alpha_divergence"),
+    *("skew_forward_kl", "skew_reverse_kl"),
+)
 ALONE = 0.1  # a hill with less of the student's mass is left out
 MOVED = 1e-6  # a gap to finite differences, relative to the slope, that is no rounding
 
@@ -49,6 +56,8 @@ class PlaygroundLosses:
         losses: What the user gave: names, `Generator`s and own losses, alone, in a list or by name.
 
     Attributes:
+        by_python: The losses that the page cannot compute itself: the user's own, and divergences
+            of the table that `static/toys.js` does not know.
         names: The names of all losses, in order.
         own: The user's own losses, by name.
         audits: The audit of each own loss.
@@ -58,7 +67,7 @@ class PlaygroundLosses:
         InvalidValue: There is no divergence of a name.
     """
 
-    known = tuple(DIVERGENCES)
+    known = tuple(name for name in DIVERGENCES if name in IN_SCRIPT)
     parameters: Mapping[str, str] = {
         name: entry.parameter.name for name, entry in DIVERGENCES.items() if entry.parameter
     }
@@ -77,6 +86,7 @@ class PlaygroundLosses:
                 names.append(_choose_name(toys.of_loss(loss, name).name, names))
                 self.own[names[-1]] = loss
         self.names = names
+        self.by_python = [name for name in names if name not in self.known]
         self.audits = {name: audit(loss) for name, loss in self.own.items()}
         self._checks = {name: toys.finite_difference(loss) for name, loss in self.own.items()}
 
@@ -110,14 +120,27 @@ class PlaygroundLosses:
             "covers": min(left, right) > ALONE,
         }
 
-    def describe_loss(self, name: str, at: Setting) -> dict[str, Any]:
-        """Return all that the page draws of an own loss."""
-        push = toys.of_loss(self.own[name], name)
+    def describe_loss(
+        self, name: str, at: Setting, parameter: float, clip: float
+    ) -> dict[str, Any]:
+        """Return all that the page draws of a loss that Python computes.
+
+        Args:
+            name: Its name, one of `by_python`.
+            at: The sliders of the page.
+            parameter: The beta or alpha of a divergence that has one.
+            clip: The largest push of a divergence; 0 for any.
+
+        Returns:
+            The fields of `OwnLoss` in `static/types.js`.
+        """
+        push = self.push(name, parameter, clip)
         teacher = torch.tensor(at.teacher, dtype=torch.float64)
         student = torch.tensor(at.student, dtype=torch.float64)
         walk = toys.path(push, student, teacher, at.steps, at.temperature)
         return {
             "name": name,
+            "mine": name in self.own,
             "weights": toys.weights(push).astype(np.float32),
             "pulls": toys.pulls(push, at.mass).astype(np.float32),
             "field": toys.field(push, teacher, at.temperature).ravel().astype(np.float32),

@@ -74,7 +74,9 @@ def test_lines_and_groups_change_the_shares(open_page, tmp_path, regimes, axe):
 
     view.locator("select[data-axis=by]").select_option("type")
     chips = view.locator(".opd-chip")
-    assert chips.locator("span:first-of-type").all_text_contents() == regimes.groupings["type"].names
+    assert (
+        chips.locator("span:first-of-type").all_text_contents() == regimes.groupings["type"].names
+    )
     chips.first.click()
     moved = Regimes(regimes.trace, by="type")
     moved.hidden = [moved.groupings["type"].names[0]]

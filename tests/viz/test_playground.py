@@ -18,6 +18,7 @@ from opdlab.errors import OpdlabError, UnknownColumn
 from opdlab.losses import DIVERGENCES, Generator
 from opdlab.methods import OPD
 from opdlab.viz import Playground, payload, toys
+from opdlab.viz.playground_losses import PlaygroundLosses
 
 LOSSES = {
     "forward_kl": losses.forward_kl,
@@ -172,3 +173,18 @@ def test_it_begins_at_the_token_where_the_two_sides_differ_most():
     )
     assert Playground(trace=trace).selected == 2
     assert Playground(trace=made([b"a", b" b"], ("student",))).selected == 0
+
+
+def test_a_divergence_that_the_page_does_not_know_is_computed_here(monkeypatch):
+    known = tuple(name for name in PlaygroundLosses.known if name != "pearson")
+    monkeypatch.setattr(PlaygroundLosses, "known", known)
+    view = Playground(["pearson", "forward_kl"])
+    drawn = view.data()
+    assert [one["name"] for one in drawn["own"]] == ["pearson"]
+    assert not drawn["own"][0]["mine"]
+    assert "pearson" not in [name for name, _ in drawn["known"]]
+    np.testing.assert_allclose(drawn["own"][0]["weights"], toys.weights(view.push("pearson")))
+    assert drawn["cards"] == []
+    (again,) = view.answer({**drawn["settings"], "steps": 3})
+    assert again["name"] == "pearson"
+    assert len(again["walk"]) == 3 * (3 + 1)

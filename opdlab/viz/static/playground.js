@@ -1,5 +1,5 @@
 // Playground: curves, a triangle and two hills for each loss shown. Built-in losses are computed
-// here (toys.js), own ones by Python.
+// here (toys.js), all others by Python.
 
 /** @import { Duel, LossCard, OwnLoss, PlaygroundPayload, State, Text, WorldSettings } from "./types.js" */
 
@@ -113,7 +113,7 @@ const lossesOf = (data, state) => {
     askPython,
     /** @param {string} name */
     labelOf: (name) => {
-      if (own.has(name)) return `${name} (yours)`;
+      if (own.get(name)?.mine) return `${name} (yours)`;
       return name.replaceAll("_", " ").replace("kl", "KL").replace("jsd", "JSD");
     },
   };

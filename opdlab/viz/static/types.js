@@ -262,6 +262,7 @@
  * @typedef {{ mass: number, temperature: number, steps: number, teacher: number[], student: number[] }} WorldSettings
  * @typedef {object} OwnLoss
  * @property {string} name
+ * @property {boolean} mine whether it is the user's, and not one of opdlab's table
  * @property {(number | null)[]} weights
  * @property {(number | null)[]} pulls
  * @property {number[]} field
