@@ -137,8 +137,8 @@ def own_hint(prompt: Prompt) -> Prompt:
     """
     if prompt.hint is None:
         raise MissingHint(
-            f"Prompt {name_of(prompt)} has no hint, but this policy reads hints. "
-            "Give the prompts a hint=, or name one context for all: policy.seeing('…')."
+            f"Prompt {name_of(prompt)} has no hint, but this policy reads hints. Give the prompts a"
+            " hint=, or name one context for all: policy.seeing('…')."
         )
     return prompt.with_context(prompt.hint)
 

@@ -330,8 +330,8 @@ def _check_teacher(skill: _Skill, half: int) -> Check:
         return Check("teacher", "warn", found, remedy)
     if skill.helped < skill.alone / 2:
         remedy = (
-            "Its grades are worth less the further the student has gone: shorter completions"
-            " may do."
+            "Its grades are worth less the further the student has gone: shorter completions may"
+            " do."
         )
         return Check("teacher", "note", found, remedy)
     return Check("teacher", "ok", found)

@@ -366,8 +366,8 @@ SIGNATURES = (
         "entropy collapse",
         find_collapse,
         "entropy",
-        "Try a divergence that covers the teacher (OPD('jensen_shannon')) or a lower lr, and"
-        " watch pass@k.",
+        "Try a divergence that covers the teacher (OPD('jensen_shannon')) or a lower lr, and watch"
+        " pass@k.",
     ),
     Signature(
         "falling overlap",

@@ -62,9 +62,8 @@ def check_tokens(student: Policy, teacher: Policy) -> Check:
     return Check(
         "tokens",
         "stop",
-        f"id {first} is {here!r} in the student and {there!r} in the teacher;"
-        f" {len(differences)} of {ids} ids differ, {len(ours.keys() & theirs.keys())} strings are"
-        " in both vocabularies",
+        f"id {first} is {here!r} in the student and {there!r} in the teacher; {len(differences)} of"
+        f" {ids} ids differ, {len(ours.keys() & theirs.keys())} strings are in both vocabularies",
         f"Token by token they cannot be compared. {WRITES}",
     )
 
@@ -97,8 +96,8 @@ def check_stops(student: Policy, teacher: Policy) -> Check:
         "stop tokens",
         "stop",
         found,
-        "Lengths would run away. Load one with the other's set, Policy.load(…, eos=[…]), and "
-        "teach the student to end like that first (a short SFT).",
+        "Lengths would run away. Load one with the other's set, Policy.load(…, eos=[…]), and teach"
+        " the student to end like that first (a short SFT).",
     )
 
 
@@ -129,8 +128,8 @@ def check_templates(student: Policy, teacher: Policy, prompts: Sequence[Prompt])
             return Check("template", "ok", "neither has one; prompts are plain text")
         return Check("template", "ok", "a chat looks the same to both")
     found = (
-        f"from character {both.at} on the student's is {both.student[both.at : both.at + 30]!r}"
-        f" and the teacher's {both.teacher[both.at : both.at + 30]!r}"
+        f"from character {both.at} on the student's is {both.student[both.at : both.at + 30]!r} and"
+        f" the teacher's {both.teacher[both.at : both.at + 30]!r}"
     )
     if compare_vocabularies(student, teacher):
         return Check("template", "note", f"{found}, each for a vocabulary of its own")
@@ -165,8 +164,8 @@ def check_heads(student: Policy, teacher: Policy) -> Check:
     return Check(
         "head rows",
         "note",
-        f"{rows[0]} and {rows[1]}, of which {spare[0]} and {spare[1]} stand for no token; they"
-        " are cut",
+        f"{rows[0]} and {rows[1]}, of which {spare[0]} and {spare[1]} stand for no token; they are"
+        " cut",
     )
 
 

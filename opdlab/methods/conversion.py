@@ -86,8 +86,8 @@ def _make_instance(kind: type, where: str) -> Any:
     ]
     if required:
         raise InvalidValue(
-            f"{where} got the class {kind.__name__}, which needs {', '.join(required)}. "
-            f"Make a method of it: {kind.__name__}({required[0]}=…)."
+            f"{where} got the class {kind.__name__}, which needs {', '.join(required)}. Make a"
+            f" method of it: {kind.__name__}({required[0]}=…)."
         )
     try:
         return kind()

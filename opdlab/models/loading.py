@@ -51,8 +51,8 @@ def load_model(source: Any, dtype: Any = None, device: Any = None) -> PreTrained
         model: PreTrainedModel = AutoModelForCausalLM.from_pretrained(source, dtype=kind)
     except _UNREADABLE as error:
         raise InvalidValue(
-            f"No causal language model can be loaded from {source!r}: {_first_line(error)} "
-            "Give the folder of one (with its config.json), or its name on the Hub."
+            f"No causal language model can be loaded from {source!r}: {_first_line(error)} Give the"
+            " folder of one (with its config.json), or its name on the Hub."
         ) from error
     model.to(place)  # type: ignore[arg-type]
     return model

@@ -46,15 +46,15 @@ def check_same_tokens(student: Policy, teacher: Policy, name: str = "teacher") -
         return
     for i, (ours, theirs) in compare_vocabularies(student, teacher).items():
         raise TokenizerMismatch(
-            f"The {name}'s tokenizer differs from the student's: id {i} is {theirs!r}"
-            f" there and {ours!r} here. A token-level loss would compare unrelated"
-            " tokens. Use a teacher of the same family, or one that only writes."
+            f"The {name}'s tokenizer differs from the student's: id {i} is {theirs!r} there and"
+            f" {ours!r} here. A token-level loss would compare unrelated tokens. Use a teacher of"
+            " the same family, or one that only writes."
         )
     if student.weights.eos != teacher.weights.eos:
         raise TokenizerMismatch(
             f"The {name} stops at tokens {_name_stops(teacher)}, the student at"
-            f" {_name_stops(student)}: trained like this, lengths run away. Load one"
-            " of them with the other's set: Policy.load(…, eos=[…])."
+            f" {_name_stops(student)}: trained like this, lengths run away. Load one of them with"
+            " the other's set: Policy.load(…, eos=[…])."
         )
     chat = compare_chats(student, teacher)
     if chat.at is not None:
@@ -139,8 +139,8 @@ def _template_error(
         f"The {name}'s chat template differs from the student's from character {at} on:"
         f" {chat.teacher[at : at + 40]!r} there, {chat.student[at : at + 40]!r} here.{given} To"
         f" score the student's form, load the {name} with tokenizer=student.tokenizer and the same"
-        " chat_template_kwargs (both of Policy.load); to let each read its own template, use"
-        " the method SpanOPD()."
+        " chat_template_kwargs (both of Policy.load); to let each read its own template, use the"
+        " method SpanOPD()."
     )
 
 

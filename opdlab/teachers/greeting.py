@@ -123,8 +123,8 @@ def read_name(
     # The name may be a dated snapshot's, or lack the part that a router's name begins with.
     if model and not (name.startswith(model) or model.endswith(f"/{name}")):
         raise Fault(
-            f"the model {plain(name)!r} answered and not {model!r}. Name it as the server"
-            " does, or leave model= out"
+            f"the model {plain(name)!r} answered and not {model!r}. Name it as the server does, or"
+            " leave model= out"
         )
     return name, len(listed)
 

@@ -213,8 +213,8 @@ class LogprobServer:
                 refusals.append(f"{way}: {error}")
         raise TeacherError(
             f"{self.text.service.url} gives no log-probs of a prompt that can be used. Serve the"
-            " teacher with vLLM or SGLang, or use it as a TextServer with a method that learns"
-            f" from texts alone (OmniOPD, SequenceKD). It was asked so: {' | '.join(refusals)}"
+            " teacher with vLLM or SGLang, or use it as a TextServer with a method that learns from"
+            f" texts alone (OmniOPD, SequenceKD). It was asked so: {' | '.join(refusals)}"
         )
 
     def _compare_texts(self, tokenizer: PreTrainedTokenizerBase, prompts: Sequence[Prompt]) -> None:

@@ -80,12 +80,12 @@ def without_refused(
         if name == KEEP_STOP:
             raise OpdlabError(
                 f"{url} takes no {KEEP_STOP}, so its texts would lack the text of stop= that ends"
-                " them. Leave stop= out and cut the texts yourself, or use another server (vLLM"
-                " has it)."
+                " them. Leave stop= out and cut the texts yourself, or use another server (vLLM has"
+                " it)."
             )
         raise OpdlabError(
-            f"{url} takes no {name}, so it cannot write at {name}={plain(value)}. "
-            f"Use {name}={NEUTRAL[name]:g}, or another server."
+            f"{url} takes no {name}, so it cannot write at {name}={plain(value)}. Use"
+            f" {name}={NEUTRAL[name]:g}, or another server."
         )
     return {name: value for name, value in fields.items() if name not in refused}
 

@@ -37,8 +37,8 @@ def write_texts(
     counts = [len(row) for row in texts]
     if counts != [n] * len(prompts):
         raise OpdlabError(
-            f"The teacher's {type(writer).__name__}.write gave {counts} texts for"
-            f" {len(prompts)} prompts. Let it return one list for each prompt, with n={n} texts."
+            f"The teacher's {type(writer).__name__}.write gave {counts} texts for {len(prompts)}"
+            f" prompts. Let it return one list for each prompt, with n={n} texts."
         )
     return texts
 
@@ -68,8 +68,8 @@ def options_for(writer: Writer, config: SamplingConfig) -> dict[str, Any]:
     for name in NEEDED:
         if name not in takes:
             raise InvalidValue(
-                f"The teacher's {owner} takes no {name}, which a run sets in every step. Give"
-                f" write a keyword argument {name}, or **options."
+                f"The teacher's {owner} takes no {name}, which a run sets in every step. Give write"
+                f" a keyword argument {name}, or **options."
             )
     for name in sorted(changed - takes):
         raise InvalidValue(

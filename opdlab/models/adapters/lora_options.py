@@ -144,8 +144,8 @@ def check_config(name: str, config: Any) -> None:
     if odd := sorted(field for field in _NOT_SUPPORTED if getattr(config, field, None)):
         raise InvalidValue(
             f"The adapter {name!r} has {odd[0]}={shortened(getattr(config, odd[0]))}, a variant of"
-            " LoRA that opdlab does not compute. Leave it out, or merge the adapter into the"
-            " model: merge_and_unload()."
+            " LoRA that opdlab does not compute. Leave it out, or merge the adapter into the model:"
+            " merge_and_unload()."
         )
     if str(config.init_lora_weights).lower() == "mica":
         raise InvalidValue(

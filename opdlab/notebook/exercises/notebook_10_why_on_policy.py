@@ -179,8 +179,8 @@ EXERCISES = (
         cases=_cases_of_pull,
         mistakes={
             (
-                "it leads away from the teacher: the gradient of a loss points uphill, from "
-                "teacher to student."
+                "it leads away from the teacher: the gradient of a loss points uphill, from teacher"
+                " to student."
             ): _uphill,
             "all prefixes count alike. Multiply by visits[..., None].": _without_visits,
             (
@@ -198,8 +198,8 @@ EXERCISES = (
         cases=_cases_of_excess,
         mistakes={
             (
-                "each position stands alone. The error accumulates: add up to l (cumsum) before "
-                "you compare."
+                "each position stands alone. The error accumulates: add up to l (cumsum) before you"
+                " compare."
             ): _not_accumulated,
             "that is a share, not per cent. Multiply by 100.": _as_a_share,
             (

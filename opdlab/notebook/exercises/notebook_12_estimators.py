@@ -193,8 +193,8 @@ EXERCISES = (
                 "token is sampled, not differentiated."
             ): _sampling_differentiated_in_loss,
             (
-                "both let a gradient through the token's probability. Detach p: a token is "
-                "sampled, not differentiated."
+                "both let a gradient through the token's probability. Detach p: a token is sampled,"
+                " not differentiated."
             ): _sampling_differentiated_in_both,
             (
                 "the first lets a gradient through the token's probability as well. Detach p: a "
@@ -238,8 +238,8 @@ EXERCISES = (
         mistakes={
             "that is the advantage without a baseline.": _without_baseline,
             (
-                "the baseline has the wrong sign: the expectation of log q - log p is minus the "
-                "KL, so the KL is added."
+                "the baseline has the wrong sign: the expectation of log q - log p is minus the KL,"
+                " so the KL is added."
             ): _baseline_subtracted,
             (
                 "the expectation is under the student, which samples the token, and not under the "

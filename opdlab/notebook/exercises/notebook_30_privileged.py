@@ -225,8 +225,8 @@ EXERCISES = (
                 "last position of the prompt."
             ): _one_position_late,
             (
-                "the text begins later after the prompt with the hint. Cut each sequence behind "
-                "its own prompt."
+                "the text begins later after the prompt with the hint. Cut each sequence behind its"
+                " own prompt."
             ): _cut_behind_the_same_prompt,
             (
                 "the hinted student is a target: compute it without gradient. Otherwise both sides "

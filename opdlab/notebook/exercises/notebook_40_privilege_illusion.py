@@ -174,8 +174,8 @@ EXERCISES = (
         cases=_cases_of_split,
         mistakes={
             (
-                "that is the first split alone. Take the mean of both capabilities; the rest of "
-                "the gap is information."
+                "that is the first split alone. Take the mean of both capabilities; the rest of the"
+                " gap is information."
             ): _first_order_only,
             (
                 "the interaction is the other way round: capability with the hint minus capability "

@@ -23,8 +23,8 @@ AUTOGRAD = (
     "the difference."
 )
 ONE_SIDED = (
-    "that is a one-sided difference. Take (loss above - loss below) / (2 · step), which is far "
-    "more exact."
+    "that is a one-sided difference. Take (loss above - loss below) / (2 · step), which is far more"
+    " exact."
 )
 
 
@@ -262,8 +262,8 @@ EXERCISES = (
         observe=_observe_gated,
         mistakes={
             (
-                "the gate is the wrong way round: g, near 1 where the teacher is undecided, "
-                "belongs to the forward KL."
+                "the gate is the wrong way round: g, near 1 where the teacher is undecided, belongs"
+                " to the forward KL."
             ): _gate_reversed,
             (
                 "that is the student's entropy. The gate asks whether the teacher is undecided."
@@ -278,8 +278,8 @@ EXERCISES = (
     Exercise(
         "50.2",
         request=(
-            "return 1 for the ceil(share · tokens) largest u of the batch and 0 for the others, "
-            "[B, T]"
+            "return 1 for the ceil(share · tokens) largest u of the batch and 0 for the others, [B,"
+            " T]"
         ),
         confirmation="that is the selection over the whole batch",
         reference=_reference_keep,

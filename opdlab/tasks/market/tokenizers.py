@@ -13,9 +13,8 @@ from opdlab.tasks.market import world
 SPECIALS = ["<pad>", "<eos>", "<system>", "<user>", "<assistant>"]
 _WORDS = "has total and receipt ? . ; = + - sum pays lot hint add take coupon say".split()
 TEMPLATE = (
-    "{% for m in messages %}<{{ m['role'] }}>{{ m['content'] }}"
-    "{% if m['role'] == 'assistant' %}<eos>{% endif %}{% endfor %}"
-    "{% if add_generation_prompt %}<assistant>{% endif %}"
+    "{% for m in messages %}<{{ m['role'] }}>{{ m['content'] }}{% if m['role'] == 'assistant'"
+    " %}<eos>{% endif %}{% endfor %}{% if add_generation_prompt %}<assistant>{% endif %}"
 )
 
 
