@@ -19,7 +19,7 @@ BLOCK = re.compile(
     r"```\w+\n(?P<code>.*?)^```$",
     re.MULTILINE | re.DOTALL,
 )
-FILES = {"divergence": 3, "teacher": 2, "task": 2, "method": 2, "alarm": 2, "view": 5}
+FILES = {"divergence": 2, "teacher": 2, "task": 2, "method": 2, "alarm": 2, "view": 4}
 
 
 def recipes() -> dict[str, list[re.Match[str]]]:

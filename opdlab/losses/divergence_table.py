@@ -23,8 +23,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from opdlab.errors import InvalidValue, UnknownOption
 from opdlab.losses import divergences
 from opdlab.losses.divergences import as_float
+from opdlab.support.expect import shortened
 
 Function = Callable[[Tensor], Tensor]
 
@@ -105,12 +107,38 @@ class Divergence:
 
         Returns:
             `[...]`, in float32 at least.
+
+        Raises:
+            UnknownOption: The divergence has no such keyword.
+            InvalidValue: The parameter is out of its range.
         """
+        self.check_options(options)
         if self.exact is not None:
             return self.exact(student, teacher, **options)
         value = options.get(self.parameter.name, self.parameter.default) if self.parameter else 0.0
         form = self.form(value)
         return sum_over_vocabulary(form.f, form.at_zero, form.at_infinity, student, teacher)
+
+    def check_options(self, options: Mapping[str, Any]) -> None:
+        """Refuse keywords that the divergence does not have, and parameters out of range.
+
+        An exact form checks its parameter itself: it may allow ends of the range at which the
+        generator is another one.
+
+        Args:
+            options: Keywords of a call.
+
+        Raises:
+            UnknownOption: The divergence has no such keyword.
+            InvalidValue: The parameter is out of its range.
+        """
+        for name, value in options.items():
+            if name not in self.options:
+                takes = f"It takes {', '.join(self.options)}." if self.options else "It takes none."
+                raise UnknownOption(f"{self.name} has no option {name!r}. {takes}")
+            if self.exact is None and self.parameter and not self.parameter.allows(value):
+                advice = f"Use {self.parameter.advice}."
+                raise InvalidValue(f"{self.name} got {name}={shortened(value)}. {advice}")
 
     @cached_property
     def options(self) -> Mapping[str, float | bool]:

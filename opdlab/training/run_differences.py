@@ -160,11 +160,11 @@ def _teachers(
             f"{who} is of another kind: {_teacher(saved)} was saved and {_teacher(given)} is given"
         )
     if "weights" not in saved:
-        return (
-            ""
-            if saved == given
-            else f"{who} is another one: {_teacher(saved)} was saved and {_teacher(given)} is given"
-        )
+        if all(given.get(name) == value for name, value in saved.items()):
+            return ""
+        if saved.get("fields") != given.get("fields"):
+            return f"{who} ({_teacher(given)}) has other fields than the one that was saved"
+        return f"{who} is another one: {_teacher(saved)} was saved and {_teacher(given)} is given"
     said = _models(who, saved, given, same_versions)
     if not said and saved["rendered"] != given["rendered"]:
         said = f"{who} reads the prompts in another way (context, template or hints): " + _both(

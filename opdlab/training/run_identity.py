@@ -180,7 +180,28 @@ def describe_teacher(teacher: Any, prompts: list[Prompt]) -> dict[str, Any] | No
         "kind": kind,
         "model": name if isinstance(name, str) else None,
         "k": fingerprints.describe(getattr(teacher, "k", None)),
+        "fields": _digest_fields(teacher),
     }
+
+
+def _digest_fields(teacher: Any) -> str | None:
+    """A digest of the fields of a user's dataclass; None for teachers of other kinds.
+
+    A digest, and not the values, since a field may be a key.
+    """
+    if not is_dataclass(teacher) or type(teacher).__module__.startswith("opdlab."):
+        return None
+    described = {one.name: _describe_field(getattr(teacher, one.name)) for one in fields(teacher)}
+    return fingerprints.digest(json.dumps(described, sort_keys=True, default=str))
+
+
+def _describe_field(value: Any) -> Any:
+    """A field's value for comparison; policies by their weights."""
+    if isinstance(value, Policy):
+        return describe_student(value)
+    if isinstance(value, (list, tuple)):
+        return [_describe_field(one) for one in value]
+    return fingerprints.describe(value)
 
 
 def _behind(teacher: Any) -> Policy | None:

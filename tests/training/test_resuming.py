@@ -638,3 +638,29 @@ def test_a_new_run_in_the_folder_of_another_is_refused(saved, make_policy, tmp_p
         is None
     )
     assert [path.name for path in (tmp_path / "elsewhere").iterdir()] == ["step-000004"]
+
+
+@dataclass(frozen=True)
+class Dictionary:
+    """A teacher of one's own that knows its answers by heart."""
+
+    answers: dict[str, str]
+
+    def write(self, prompts, n=1, *, prefixes=None, **options):
+        return [[self.answers.get(prompt.text, "4")] * n for prompt in prompts]
+
+
+def test_a_teacher_of_ones_own_is_compared_by_its_fields(make_policy, tmp_path):
+    options = {"steps": 2, "batch": 2, "quiet": True, "save_every": 1, "max_new_tokens": 4}
+    method = opd.SequenceKD()
+    teacher = Dictionary({"ana has 1": "3 a"})
+    opd.distill(make_policy(0), teacher, task(), method=method, save=tmp_path, **options).train()
+    other = Dictionary({"ana has 1": "secret"})
+    with pytest.raises(
+        errors.OpdlabError, match="has other fields than the one that was saved"
+    ) as caught:
+        opd.resume(tmp_path, make_policy(0), other, task(), step=1, quiet=True)
+    assert "secret" not in str(caught.value)
+    assert "3 a" not in (tmp_path / "step-000001" / "run.json").read_text()
+    again = opd.resume(tmp_path, make_policy(0), teacher, task(), step=1, quiet=True)
+    assert again.done == 1

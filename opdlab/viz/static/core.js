@@ -6,10 +6,11 @@
 export const views = {};
 
 /**
- * Register a view under the name that Python knows it by.
- * @template {keyof Payloads} Name
+ * Register a view under the name that Python knows it by. A view that `Payloads` does not list reads
+ * its data unchecked.
+ * @template {string} Name
  * @param {Name} name
- * @param {Draw<Payloads[Name]>} draw
+ * @param {Draw<Name extends keyof Payloads ? Payloads[Name] : any>} draw
  */
 export const define = (name, draw) => {
   views[name] = draw;
