@@ -239,6 +239,9 @@ class Regimes(View):
             f'<div class="opd-bar"><span>{head}</span></div>'
             f'<div class="opd-stage">{_draw_picture(x, y, self.thresholds)}</div>'
             f'<div class="opd-still">{_draw_rows(self.quadrants)}</div>'
+            + "".join(
+                f'<div class="opd-soft">{markup.escape(line)}</div>' for line in self._groups()
+            )
         )
 
     def __repr__(self) -> str:
@@ -254,9 +257,16 @@ class Regimes(View):
             f"{name:<14} {', '.join(_list_shares(row))}" for name, row in self.quadrants.iterrows()
         ]
         bars = markup.draw_sparkline(Channel("", "", self._values(self.x)))
-        return "\n".join(
-            [f"{head}, {lines}", f"{bars} {self.axes[self.x].label} along the tokens", *rows]
-        )
+        along = f"{bars} {self.axes[self.x].label} along the tokens"
+        return "\n".join([f"{head}, {lines}", along, *rows, *self._groups()])
+
+    def _groups(self) -> list[str]:
+        """A line with the number of tokens in each group, in the words of the column; or none."""
+        if not self.by:
+            return []
+        counts = self.df["kind"].value_counts()
+        names = [name for name in self.groupings[self.by].names if name in counts.index]
+        return [f"by {self.by}: " + " · ".join(f"{name} {counts[name]:,}" for name in names)]
 
     def _values(self, key: str) -> np.ndarray:
         if key not in self.axes:
