@@ -30,7 +30,7 @@ class Axis:
         scale: "linear", "log", or "asinh": linear to about `soft` and logarithmic from there, on
             both sides of zero.
         soft: See `scale`.
-        start: Where the axis' line lies at first; values from it on are high.
+        start: The place of the axis' line at first; values from it on are high.
         less: The meaning of small values.
         more: The meaning of large values.
     """

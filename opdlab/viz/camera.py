@@ -96,7 +96,7 @@ def shoot(
 
     Args:
         document: The HTML.
-        path: Where the PNG goes.
+        path: The file of the PNG.
         dark: Whether the page is told that the system is dark.
         width: The width of the window in CSS pixels.
         density: Pixels of the picture for each CSS pixel.

@@ -101,7 +101,7 @@ def are_codes(values: np.ndarray, labels: int) -> bool:
 
     Args:
         values: `[n]` of any type.
-        labels: How many labels there are.
+        labels: The number of labels.
 
     Returns:
         False also for no values, and for values that are not numbers.

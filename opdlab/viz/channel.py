@@ -69,7 +69,7 @@ class Channel:
         NaN and values too pale to see do not count. Categories have no peaks.
 
         Args:
-            n: How many tokens at most.
+            n: The largest number of tokens returned.
 
         Returns:
             Rows of `values`; fewer than `n` where only few count.

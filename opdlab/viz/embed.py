@@ -43,7 +43,7 @@ def asset(name: str) -> str:
 def style_text(*names: str) -> str:
     """Join style sheets into one, without comments and idle spaces.
 
-    What stands in quotes stays.
+    Text in quotes stays as it is.
 
     Args:
         names: Files of `static/`, in order.
@@ -209,7 +209,7 @@ def write(path: str | os.PathLike[str], text: str) -> Path:
     """Write a UTF-8 file atomically: a reader sees the old file or the new one.
 
     Args:
-        path: Where the file goes; missing folders are made.
+        path: The file; missing folders are made.
         text: The text.
 
     Returns:

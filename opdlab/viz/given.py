@@ -14,9 +14,9 @@ def check_traces(value: Any, where: str, example: str, kinds: tuple[type, ...] =
     """Check a dict of traces.
 
     Args:
-        value: What the user passed.
+        value: The value that the user passed.
         where: The view, for the error.
-        example: How a right value looks, for the error.
+        example: A right value as code, for the error.
         kinds: The classes that its entries may have.
 
     Raises:

@@ -30,7 +30,7 @@ class Group:
     Attributes:
         lead: Leading spaces.
         parts: The rest: each shown text with the text that it stands for.
-        tokens: How many tokens they are.
+        tokens: The number of tokens in the group.
         special: Whether it is a special token such as `<eos>`.
     """
 

@@ -44,7 +44,7 @@ class Plot:
         label: Its name for people.
         lines: The lines.
         unit: Their unit.
-        told: What stands beside the heading.
+        told: The words beside the heading.
         x: Least and largest step.
         y: Least and largest value.
         marks: (step, sign) of vertical marks, such as alarms; a mark without a sign has no flag.

@@ -35,7 +35,7 @@ def make_trace(
         top: Top tokens that are kept of each policy; 0 keeps none, as traces of training do.
         prompt: The prompt's text.
         plan: Columns of a plan, `[tokens]` each.
-        finish: Why the completion ended.
+        finish: The reason why the completion ended.
         seed: Seeds the distributions.
 
     Returns:

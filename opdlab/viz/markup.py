@@ -112,7 +112,7 @@ def draw_strip_box(
         groups: The tokens, as `group_pieces` gives them.
         channel: The channel that colours, one value per token.
         limit: The size that gets full colour.
-        finish: Why the completion ended; None shows nothing.
+        finish: The reason why the completion ended; None shows nothing.
 
     Returns:
         A `<div>` of class `opd-strip`.

@@ -70,7 +70,7 @@ def page(
     """Write one HTML file that fetches nothing and follows the system's light or dark theme.
 
     Args:
-        path: Where the page goes.
+        path: The file of the page.
         title: The page's title.
         summary: Rows (label, before, after, teacher), or as `columns` names them. Numbers get three
             digits.

@@ -106,17 +106,41 @@ class Playground(View):
 
     @classmethod
     def fits(cls, given: object, sample: int = 0) -> bool:
-        """Return whether `given` is a function, a name of a loss, or a list or dict of such."""
+        """Return whether `given` is a function, a name of a loss, or a list or dict of such.
+
+        Args:
+            given: Anything.
+            sample: Not used: the losses decide.
+
+        Returns:
+            Whether it could be a loss or several; names and functions are looked at when it is
+            made.
+        """
         return callable(given) or (isinstance(given, (str, list, tuple, Mapping)) and bool(given))
 
     @classmethod
     def example(cls, tokens: Sequence[bytes] = EXAMPLE_TOKENS, words: str = EXAMPLE_WORDS) -> Self:
-        """Make a playground of three divergences with a text."""
+        """Make a playground of three divergences with a text.
+
+        Args:
+            tokens: The bytes of the text's tokens.
+            words: All other texts: title, prompt.
+
+        Returns:
+            The view.
+        """
         trace = make_trace(tokens, prompt=words, finish=words)
         return cls(["forward_kl", "reverse_kl", "jensen_shannon"], trace=trace, title=words)
 
     def push(self, name: str) -> Push:
-        """Return a loss by its name, at the settings of the view."""
+        """Return a loss by its name, at the settings of the view.
+
+        Args:
+            name: The name of an own loss of the view, or of a divergence.
+
+        Returns:
+            The loss as the small worlds take it.
+        """
         return self.losses.push(name, self.parameter, self.clip)
 
     @property
@@ -137,7 +161,11 @@ class Playground(View):
         return pd.DataFrame(rows)
 
     def data(self) -> dict[str, Any]:
-        """Return all that the script draws."""
+        """Return all that the script draws.
+
+        Returns:
+            Plain data and numpy arrays, as `static/playground.js` reads them.
+        """
         drawn: dict[str, Any] = {
             "title": self.title,
             "hues": list(HUES),
@@ -155,7 +183,15 @@ class Playground(View):
         return drawn
 
     def answer(self, question: Mapping[str, Any]) -> Any:
-        """Return the own losses at other settings, as the page asks when a slider moves."""
+        """Return the losses that Python computes at other settings, as the page asks for a slider.
+
+        Args:
+            question: The fields of `Setting`, as the sliders have them; values out of range are
+                clipped, and probabilities normalised.
+
+        Returns:
+            A list with the fields of `OwnLoss` in `static/types.js` for each loss, as plain data.
+        """
         from opdlab.viz.playground_losses import Setting
 
         teacher, student = (
@@ -171,7 +207,11 @@ class Playground(View):
         return payload.to_plain_data(self._describe_losses(at))
 
     def static(self) -> str:
-        """Return the picture as HTML without a script."""
+        """Return the picture as HTML without a script.
+
+        Returns:
+            Markup with the curves and the losses in words; every foreign string in it is escaped.
+        """
         keys = "".join(
             f'<span class="opd-lp-key opd-l-{hue}">{markup.escape(self.losses.label(name))}</span>'
             for name, hue in zip(self.shown, HUES, strict=False)
@@ -230,7 +270,15 @@ class Playground(View):
 
 
 def hills_in_words(left: float, right: float) -> str:
-    """Return whether the student's mass left and right of the valley seeks or covers, in words."""
+    """Return whether the student's mass left and right of the valley seeks or covers, in words.
+
+    Args:
+        left: The student's mass left of the valley, from 0 to 1.
+        right: The student's mass right of it.
+
+    Returns:
+        "covers both hills" where both hold more than 0.1, else the hill that the student sits on.
+    """
     if min(left, right) > ALONE:
         return "covers both hills"
     return f"sits on the {'left' if left > right else 'right'} hill"

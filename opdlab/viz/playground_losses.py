@@ -53,7 +53,7 @@ class PlaygroundLosses:
     """The losses of a playground.
 
     Args:
-        losses: What the user gave: names, `Generator`s and own losses, alone, in a list or by name.
+        losses: Names, `Generator`s and the user's own losses, alone, in a list or by name.
 
     Attributes:
         by_python: The losses that the page cannot compute itself: the user's own, and divergences
@@ -62,6 +62,8 @@ class PlaygroundLosses:
         own: The user's own losses, by name.
         audits: The audit of each own loss.
         parameter: The beta or alpha of the last `Generator` that has one; None for none.
+        known: The names of the divergences that the page computes itself.
+        parameters: The name of the parameter of each divergence that has one.
 
     Raises:
         InvalidValue: There is no divergence of a name.
@@ -97,6 +99,9 @@ class PlaygroundLosses:
             name: Its name.
             parameter: The beta or alpha of divergences that have one.
             clip: The largest push of a built-in divergence; 0 for any.
+
+        Returns:
+            The loss, with its gradient over logits.
         """
         if name in self.own:
             return toys.of_loss(self.own[name], name)
@@ -105,11 +110,29 @@ class PlaygroundLosses:
         return toys.of_generator(generator, clip)
 
     def curves(self, push: Push, mass: float) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        """Return the log ratios, the push per unit of probability there, and that on the logit."""
+        """Return the log ratios, the push per unit of probability there, and that on the logit.
+
+        Args:
+            push: The loss.
+            mass: The teacher's probability of the token that is pushed.
+
+        Returns:
+            `[121]` each: log q - log p in nats, and both pushes; see `toys.weights` and
+            `toys.pulls`.
+        """
         return toys.X.numpy(), toys.weights(push), toys.pulls(push, mass)
 
     def fit(self, push: Push, steps: int, temperature: float) -> dict[str, Any]:
-        """Return the Gaussian under two hills: centre, width, mass, and whether it covers both."""
+        """Return the Gaussian under two hills: centre, width, mass, and whether it covers both.
+
+        Args:
+            push: The loss.
+            steps: Gradient steps that the Gaussian takes.
+            temperature: The teacher's temperature.
+
+        Returns:
+            `centre`, `width`, the mass `left` and `right` of the valley, and `covers`.
+        """
         centre, width = toys.fit(push, steps, temperature)
         left, right = toys.shares(centre, width)
         return {
@@ -149,7 +172,15 @@ class PlaygroundLosses:
         }
 
     def describe_audit(self, name: str) -> dict[str, Any]:
-        """Return the audit of an own loss as the page shows it."""
+        """Return the audit of an own loss as the page shows it.
+
+        Args:
+            name: The name of an own loss.
+
+        Returns:
+            Its verdict and flags, the check by finite differences, and the five first rows of the
+            table.
+        """
         found, (gap, slope) = self.audits[name], self._checks[name]
         is_held = gap > MOVED * max(slope, 1.0)
         check = "Agrees with finite differences."
@@ -169,7 +200,14 @@ class PlaygroundLosses:
         }
 
     def label(self, name: str) -> str:
-        """Return the name of a loss for people."""
+        """Return the name of a loss for people.
+
+        Args:
+            name: The name of a loss.
+
+        Returns:
+            The name of an own loss as it is, that of a divergence without underscores.
+        """
         if name not in DIVERGENCES:
             return name
         return name.replace("_", " ").replace("kl", "KL").replace("jsd", "JSD")

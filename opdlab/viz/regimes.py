@@ -40,7 +40,7 @@ class Regimes(View):
             `reverse_kl`, an entropy, `max_p`, `rank`, or any plan column. Where there is no
             `log_ratio`, the first axis takes its place.
         y: The vertical axis.
-        thresholds: Where the lines lie, by axis. The others begin at the threshold that the plan
+        thresholds: Places of the lines, by axis. The others begin at the threshold that the plan
             describes, else at zero or the mean.
         by: The column that groups the points, a key of `find_groupings`, such as a method's routes
             or `type`; by default the first there is, "" for none.
@@ -50,9 +50,9 @@ class Regimes(View):
         x: The key of the horizontal axis.
         y: The key of the vertical axis.
         by: The column that groups the points.
-        thresholds: Where each axis' line lies.
+        thresholds: The place of each axis' line.
         hidden: Names of groups that are not drawn.
-        region: What is brushed, [x low, x high, y low, y high]; [] for nothing.
+        region: The brushed region, [x low, x high, y low, y high]; [] for nothing.
         brush: In the text that is looked at, the runs of brushed rows: [first, last, first, last,
             …].
         trace: The trace.

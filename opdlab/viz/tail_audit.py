@@ -38,19 +38,19 @@ class TailAudit(View):
     Args:
         trace: The trace.
         sample: The completion whose tokens are shown; the curves are over all completions.
-        k: How many tokens are read at first; by default all that the trace kept.
+        k: The number of tokens read at first; by default all that the trace kept.
         by: The policy whose likeliest tokens are read.
         against: The other side of the KL; by default the first rival.
         title: The title above.
 
     Attributes:
-        k: How many tokens are read.
+        k: The number of tokens read.
         channel: The channel that colours the tokens.
         by: The policy whose likeliest tokens are read.
         against: The other side of the KL.
         whole: The trace.
         trace: The rows of the completion.
-        width: How many likeliest tokens of each policy the trace kept.
+        width: The number of likeliest tokens that the trace kept of each policy.
         selected: The position looked at; at first the one where most is missed.
 
     Raises:

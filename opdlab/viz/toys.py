@@ -61,8 +61,11 @@ def of_generator(generator: Generator, clip: float = 0.0, name: str = "") -> Pus
 
     Args:
         generator: The divergence.
-        clip: How far the weights may lie from that of a token on which both agree; 0 for any.
+        clip: The largest distance of a weight from that of a token on which both agree; 0 for any.
         name: A name of your own.
+
+    Returns:
+        The loss; its curvature sets the step.
     """
 
     def gradient(logits: Tensor, teacher: Tensor) -> Tensor:
@@ -81,6 +84,12 @@ def of_loss(loss: Any, name: str = "") -> Push:
     Args:
         loss: A function of rows, or of student and teacher log-probs, or a method without a plan.
         name: A name of your own; by default the loss'.
+
+    Returns:
+        The loss, with a curvature of 1.
+
+    Raises:
+        OpdlabError: The loss has no expectation over the student's tokens.
     """
     subject = subject_of(loss, where="Playground")
 
@@ -91,7 +100,16 @@ def of_loss(loss: Any, name: str = "") -> Push:
 
 
 def losses(function: Callable[[Rows], Tensor], student: Tensor, teacher: Tensor) -> Tensor:
-    """Return the loss of every token that each student may sample, `[n, V]`."""
+    """Return the loss of every token that each student may sample, `[n, V]`.
+
+    Args:
+        function: The loss of rows, `[n]`.
+        student: `[n, V]` log-probs.
+        teacher: `[n, V]` log-probs.
+
+    Returns:
+        `[n, V]`: the loss at each position, if the student sampled that token there.
+    """
     n, vocab_size = student.shape
     policies = {
         name: log_probs[:, None, :].expand(n, vocab_size, vocab_size).reshape(-1, vocab_size)
@@ -101,7 +119,16 @@ def losses(function: Callable[[Rows], Tensor], student: Tensor, teacher: Tensor)
 
 
 def slope(function: Callable[[Rows], Tensor], logits: Tensor, teacher: Tensor) -> Tensor:
-    """Return d/dlogits of the mean loss, the sampling held still as in training, `[n, V]`."""
+    """Return d/dlogits of the mean loss, the sampling held still as in training, `[n, V]`.
+
+    Args:
+        function: The loss of rows, `[n]`.
+        logits: `[n, V]` logits of the student.
+        teacher: `[n, V]` log-probs.
+
+    Returns:
+        `[n, V]`; each row is of its own mean loss.
+    """
     leaf = logits.detach().clone().requires_grad_()
     with torch.enable_grad():
         student = leaf.log_softmax(-1)
@@ -115,6 +142,11 @@ def finite_difference(loss: Any, seed: int = 0, step: float = 1e-5) -> tuple[flo
 
     They differ where a loss holds part of itself back (`detach`), as estimates in the reward do on
     purpose.
+
+    Args:
+        loss: The loss, as `of_loss` takes it.
+        seed: Seeds the four students and teachers over five tokens that are compared.
+        step: The distance by which a logit is moved.
 
     Returns:
         The largest gap, and the largest slope.
@@ -141,6 +173,12 @@ def weights(push: Push) -> np.ndarray:
     """Return the push on a token per unit of the student's probability, by its log ratio `X`.
 
     It is 0 where both agree. Read off one world with every ratio: p ~ e^(-x/2), q ~ e^(x/2).
+
+    Args:
+        push: The loss.
+
+    Returns:
+        `[121]`, one for each value of `X`.
     """
     student, teacher = (-X / 2).log_softmax(-1)[None], (X / 2).log_softmax(-1)[None]
     w = push.gradient(student, teacher)[0] / student[0].exp()
@@ -151,6 +189,13 @@ def pulls(push: Push, mass: float = 0.5) -> np.ndarray:
     """Return the push on the logit of a token that the teacher gives `mass`, by log ratio.
 
     NaN where the student would give it more than 1.
+
+    Args:
+        push: The loss.
+        mass: The teacher's probability of the token; a second token has the rest.
+
+    Returns:
+        `[121]`, one for each value of `X`.
     """
     p = mass * (-X).exp()
     there = p < 1 - 1e-9
@@ -162,7 +207,11 @@ def pulls(push: Push, mass: float = 0.5) -> np.ndarray:
 
 
 def students() -> Tensor:
-    """Return the points of the triangle that get an arrow, `[n, 3]`."""
+    """Return the points of the triangle that get an arrow, `[n, 3]`.
+
+    Returns:
+        Probabilities of three outcomes, none of them 0.
+    """
     sides = range(CELLS + 1)
     points = [(i, j, CELLS - i - j) for i, j in product(sides, sides) if i + j <= CELLS]
     p = torch.tensor(points, dtype=torch.float64) * 0.94 / CELLS + 0.02
@@ -170,12 +219,29 @@ def students() -> Tensor:
 
 
 def apply_temperature(teacher: Tensor, temperature: float) -> Tensor:
-    """Return log q^(1/T), normalised."""
+    """Return log q^(1/T), normalised.
+
+    Args:
+        teacher: `[…, V]` log-probs, or logits.
+        temperature: T; above 1 the teacher gets flatter.
+
+    Returns:
+        `[…, V]` log-probs.
+    """
     return (teacher / temperature).log_softmax(-1)
 
 
 def field(push: Push, teacher: Tensor, temperature: float = 1.0) -> np.ndarray:
-    """Return the move dp/dt of each of `students` in a gradient step on its logits, `[n, 3]`."""
+    """Return the move dp/dt of each of `students` in a gradient step on its logits, `[n, 3]`.
+
+    Args:
+        push: The loss.
+        teacher: `[3]` probabilities.
+        temperature: The teacher's temperature.
+
+    Returns:
+        Moves whose three parts sum to 0.
+    """
     p = students()
     g = push.gradient(p.log(), apply_temperature(teacher.log(), temperature).expand_as(p))
     return (p * (g - (p * g).sum(-1, keepdim=True))).numpy()
@@ -184,7 +250,18 @@ def field(push: Push, teacher: Tensor, temperature: float = 1.0) -> np.ndarray:
 def path(
     push: Push, student: Tensor, teacher: Tensor, steps: int, temperature: float = 1.0
 ) -> np.ndarray:
-    """Return the student after each of `steps` gradient steps on its logits, `[steps + 1, 3]`."""
+    """Return the student after each of `steps` gradient steps on its logits, `[steps + 1, 3]`.
+
+    Args:
+        push: The loss.
+        student: `[3]` probabilities before the first step.
+        teacher: `[3]` probabilities.
+        steps: The number of steps.
+        temperature: The teacher's temperature.
+
+    Returns:
+        Probabilities, the first row those of `student`.
+    """
     z, q, out = student.log()[None], apply_temperature(teacher.log(), temperature)[None], [student]
     for _ in range(steps):
         z = z + push.rate * push.gradient(z, q)
@@ -193,7 +270,14 @@ def path(
 
 
 def hills(temperature: float = 1.0) -> Tensor:
-    """Return the log-probs of the teacher with two hills, over `SPACE`."""
+    """Return the log-probs of the teacher with two hills, over `SPACE`.
+
+    Args:
+        temperature: The teacher's temperature.
+
+    Returns:
+        `[121]` log-probs.
+    """
     q = sum(
         share * (-(((SPACE - at) / width) ** 2) / 2).exp() / width for share, at, width in HILLS
     )
@@ -201,7 +285,16 @@ def hills(temperature: float = 1.0) -> Tensor:
 
 
 def fit(push: Push, steps: int, temperature: float = 1.0) -> tuple[float, float]:
-    """Return centre and width of a Gaussian after `steps` natural gradient steps."""
+    """Return centre and width of a Gaussian after `steps` natural gradient steps.
+
+    Args:
+        push: The loss.
+        steps: The number of steps, from `START`.
+        temperature: The teacher's temperature.
+
+    Returns:
+        (centre, width), on the scale of `SPACE`.
+    """
     (at, width), teacher = START, hills(temperature)[None]
     spread = math.log(width)
     for _ in range(steps):
@@ -215,7 +308,15 @@ def fit(push: Push, steps: int, temperature: float = 1.0) -> tuple[float, float]
 
 
 def shares(at: float, width: float) -> tuple[float, float]:
-    """Return the student's mass left and right of the valley between the hills."""
+    """Return the student's mass left and right of the valley between the hills.
+
+    Args:
+        at: The centre of the student's Gaussian.
+        width: Its width.
+
+    Returns:
+        (left, right), which sum to 1.
+    """
     p = (-(((SPACE - at) / width) ** 2) / 2).softmax(-1)
     left = float(p[SPACE < 0.1].sum())
     return left, 1 - left

@@ -17,7 +17,7 @@ class HasTraits(Protocol):
 class Trait:
     """An attribute that Python and the page share, both ways.
 
-    What a reader clicks changes it, and setting it changes the page of the live widget.
+    A reader's clicks change it, and setting it changes the page of the live widget.
 
     Args:
         default: The value at first. Its type is the trait's type; a value of another type raises

@@ -70,7 +70,7 @@ class View:
 
     Attributes:
         caption: One sentence: the question that the view answers.
-        takes: What the view is made of, in words.
+        takes: The data that the view is made of, in words.
         name: The view's name in JavaScript, `define("lens", …)`, and in the class `opd-lens` of its
             root node.
         scripts: Files of `static/`, after those of the base; none for a still picture.
@@ -212,7 +212,7 @@ class View:
         """Write a page that stands alone, atomically, and return its path.
 
         Args:
-            path: Where the page goes.
+            path: The file.
 
         Returns:
             The path.
@@ -225,7 +225,7 @@ class View:
         """Draw the view with the Chromium or Chrome of this machine.
 
         Args:
-            path: Where the PNG goes.
+            path: The file of the PNG.
             dark: Whether to draw it as on a dark page.
             width: Width in CSS pixels; the picture has twice as many.
 
