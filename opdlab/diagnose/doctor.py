@@ -31,7 +31,7 @@ from opdlab.diagnose.probe import choose_prompts, measure_tokens
 from opdlab.diagnose.tables import make_token_table
 from opdlab.engine.rows import Rows
 from opdlab.errors import OpdlabError
-from opdlab.models.policy import Policy, sample
+from opdlab.models.policy import Policy, as_policy, sample
 from opdlab.models.protocols import Checked, Grader, Writer
 from opdlab.models.same_tokens import compare_chats, compare_vocabularies
 from opdlab.support.validation import Count, Seed, Unchecked, validate_arguments
@@ -95,9 +95,10 @@ def doctor(
     planned = make_settings(settings, None, task, "doctor")
     asked = choose_prompts(task, prompts, seed)
     names = _name(student, "student"), _name(teacher, "teacher")
-    if not isinstance(teacher, Policy):
+    local = as_policy(teacher)
+    if local is None:
         return Diagnosis(tuple(_check_other(student, teacher, asked, planned)), names=names)
-    return _examine(_Pair(student, teacher, task, k, planned), asked, seed, names)
+    return _examine(_Pair(student, local, task, k, planned), asked, seed, names)
 
 
 @dataclass(frozen=True)
@@ -419,5 +420,6 @@ def _room(rollout: Rollout, student: Policy, teacher: Policy) -> float:
 
 def _name(teacher: object, role: str) -> str:
     """The name of a model for the report: that of its folder or on the Hub."""
-    source = teacher.weights.source if isinstance(teacher, Policy) else type(teacher).__name__
+    policy = as_policy(teacher)
+    source = type(teacher).__name__ if policy is None else policy.weights.source
     return (Path(source).name if Path(source).is_dir() else source) or role

@@ -36,7 +36,7 @@ from opdlab.engine.rows import Rows
 from opdlab.errors import MissingPolicy, OpdlabError
 from opdlab.exact.table import Table
 from opdlab.losses.divergences import forward_kl, reverse_kl
-from opdlab.models.policy import Policy, sample
+from opdlab.models.policy import Policy, as_policy, sample
 from opdlab.models.protocols import Writer
 from opdlab.models.same_tokens import compare_vocabularies
 from opdlab.support.expect import expect
@@ -302,10 +302,11 @@ def _continue(
     left: int,
 ) -> list[str]:
     """Let the teacher add up to `left` tokens to each text that was begun; returns whole texts."""
-    if isinstance(teacher, Policy) and not compare_vocabularies(student, teacher):
-        added = sample(teacher, prompts, temperature=0, max_new_tokens=left, prefixes=begun)
+    policy = as_policy(teacher)
+    if policy is not None and not compare_vocabularies(student, policy):
+        added = sample(policy, prompts, temperature=0, max_new_tokens=left, prefixes=begun)
         whole = [start + more for start, more in zip(begun, added.completions(), strict=True)]
-        return completion_texts(student.tokenizer, whole, teacher.weights.eos)
+        return completion_texts(student.tokenizer, whole, policy.weights.eos)
     writer = as_writer(teacher)
     starts = completion_texts(student.tokenizer, begun, student.weights.eos)
     texts = writer.write(prompts, 1, prefixes=starts, max_new_tokens=left, temperature=0.0)

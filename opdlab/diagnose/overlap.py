@@ -23,7 +23,7 @@ from opdlab.diagnose.probe import measure_tokens, write_rollout
 from opdlab.diagnose.tables import make_token_table, to_html
 from opdlab.engine.rows import Rows
 from opdlab.losses.divergences import entropy, total_variation
-from opdlab.models.policy import Policy
+from opdlab.models.policy import as_policy
 from opdlab.support.validation import Count, Seed, Unchecked, validate_arguments
 from opdlab.tasks import Task
 from opdlab.teachers.contract import expect_teacher
@@ -114,7 +114,8 @@ def overlap(
         expect_teacher(policy, "overlap", name)
     rollout = rollout or write_rollout(student, task, prompts, n, seed)
     columns = measure_tokens(rollout, agreement(k), {"student": student, "teacher": teacher})
-    compared = min(k, student.weights.vocab_size) if isinstance(student, Policy) else k
+    local = as_policy(student)
+    compared = k if local is None else min(k, local.weights.vocab_size)
     return Overlap(compared, make_token_table(rollout, columns, task, student.tokenizer))
 
 

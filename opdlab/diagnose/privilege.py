@@ -41,7 +41,7 @@ from opdlab.errors import MissingHint, MissingPolicy
 from opdlab.losses.divergences import entropy, forward_kl, reverse_kl
 from opdlab.methods.dopd import DOPD, Route, route, thresholds
 from opdlab.models.graded import States
-from opdlab.models.policy import Policy
+from opdlab.models.policy import Policy, as_policy
 from opdlab.models.protocols import Grader
 from opdlab.support.validation import Count, Flag, Seed, Unchecked, validate_arguments
 from opdlab.tasks import Task
@@ -164,7 +164,7 @@ def privilege(
         TokenizerMismatch: The two have other tokens.
     """
     expect_teacher(teacher, "privilege")
-    if not isinstance(teacher, Policy):
+    if as_policy(teacher) is None:
         raise MissingPolicy(
             f"privilege tells the teacher hints, and {type(teacher).__name__} takes none. Load it"
             " with Policy.load(…)."

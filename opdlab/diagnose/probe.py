@@ -13,7 +13,7 @@ from opdlab.engine.batch import Batch
 from opdlab.engine.passes import compute
 from opdlab.engine.rows import Rows
 from opdlab.errors import OpdlabError
-from opdlab.models.policy import Policy
+from opdlab.models.policy import as_policy
 from opdlab.models.protocols import Grader, Sampler
 from opdlab.models.same_tokens import check_same_tokens
 from opdlab.support.validation import Count, validate
@@ -103,10 +103,11 @@ def measure_tokens(
             f"None of the {len(rollout)} completions has a token to grade. Allow more tokens, or"
             " mend the student first."
         )
-    student = next(iter(graders.values()))
+    student = as_policy(next(iter(graders.values())))
     for name, grader in graders.items():
-        if isinstance(student, Policy) and isinstance(grader, Policy):
-            check_same_tokens(student, grader, name)
+        policy = as_policy(grader)
+        if student is not None and policy is not None:
+            check_same_tokens(student, policy, name)
     batch = Batch(rollout, graders)
     out = compute(measure, {name: batch.states(name) for name in graders}, batch.token)
     return {name: column.cpu().numpy() for name, column in out.items()}

@@ -46,7 +46,7 @@ from opdlab.methods.policy_gradient import (
     policy_gradient_loss,
     sampler_column,
 )
-from opdlab.models.policy import Policy
+from opdlab.models.policy import as_policy
 from opdlab.support.validation import Text, validate
 
 SHOWN = 16  # completions whose alignment is kept in the notes of a step
@@ -272,8 +272,9 @@ def _teacher_logp(batch: Batch, readings: Sequence[Reading]) -> list[Tensor]:
 
 def _ends(policy: Any) -> frozenset[int]:
     """The tokens that end a policy's texts."""
-    if isinstance(policy, Policy):
-        return policy.weights.eos
+    local = as_policy(policy)
+    if local is not None:
+        return local.weights.eos
     return frozenset([policy.tokenizer.eos_token_id]) - {None}
 
 

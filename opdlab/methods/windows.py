@@ -25,7 +25,7 @@ from torch.nn.functional import normalize
 from opdlab.data.rollout import Rollout
 from opdlab.engine.batch import Batch
 from opdlab.errors import InvalidValue, MissingPolicy
-from opdlab.models.policy import TOKENS_PER_PASS, Policy
+from opdlab.models.policy import TOKENS_PER_PASS, as_policy
 
 Point = tuple[int, int]  # completion, position
 EMBEDDINGS = ("student", "teacher", "onehot")
@@ -164,11 +164,11 @@ def costs(
     ]
     if embedding == "onehot":
         return [(s[:, None] != t[None]).double() for s, t in pairs]
-    policy = policies[embedding]
-    if not isinstance(policy, Policy):
+    policy = as_policy(policies[embedding])
+    if policy is None:
+        kind = type(policies[embedding]).__name__
         raise MissingPolicy(
-            f"The {embedding}, a {type(policy).__name__}, has no token embeddings. Use"
-            " embedding='onehot'."
+            f"The {embedding}, a {kind}, has no token embeddings. Use embedding='onehot'."
         )
     table = policy.weights.embeddings
     return [cost(table[s.to(table.device)], table[t.to(table.device)]) for s, t in pairs]
@@ -186,8 +186,9 @@ def room(policy: Any, rollout: Rollout, window: int) -> Tensor:
         `[B, T]`, true there.
     """
     special = set(getattr(policy.tokenizer, "all_special_ids", []))
-    if isinstance(policy, Policy):
-        special |= policy.weights.eos
+    local = as_policy(policy)
+    if local is not None:
+        special |= local.weights.eos
     last = rollout.lengths[:, None] - window
     fits = torch.arange(rollout.ids.shape[1], device=rollout.ids.device) <= last
     return fits & ~torch.isin(rollout.ids, torch.tensor(sorted(special), device=rollout.ids.device))
@@ -304,7 +305,8 @@ def write(policy: Any, rollout: Rollout, points: Sequence[Point], window: int) -
 
 
 def _length(policy: Any, prompt: Any) -> int:
-    return len(policy.encode(prompt)) if isinstance(policy, Policy) else 0
+    local = as_policy(policy)
+    return 0 if local is None else len(local.encode(prompt))
 
 
 def _groups(jobs: list[Any], size: Callable[[Any], int]) -> list[list[Any]]:

@@ -642,3 +642,15 @@ def find_too_long(
             if not limit.allows(len(row) + behind[number]):
                 too_long[number] = len(row)
     return too_long
+
+
+def as_policy(value: object) -> Policy | None:
+    """Return a value as a local policy, with weights and a tokenizer in this process.
+
+    Args:
+        value: A policy, a server, or anything else.
+
+    Returns:
+        The value itself if it is a `Policy`, else None.
+    """
+    return value if isinstance(value, Policy) else None

@@ -17,7 +17,7 @@ from opdlab.data.rollout import Rollout
 from opdlab.data.seeds import seed_of
 from opdlab.data.tokens import token_bytes
 from opdlab.errors import EmptyPrompts, InvalidValue, MissingPolicy, OpdlabError
-from opdlab.models.policy import Policy, find_too_long
+from opdlab.models.policy import Policy, as_policy, find_too_long
 from opdlab.support.expect import shortened
 from opdlab.support.validation import Count, Text, Whole, validate
 from opdlab.tasks.answers import same_answer
@@ -218,7 +218,7 @@ class Task:
                 f"{self.name} does not list its prompts but draws new ones, so none can be left out"
                 " beforehand. Make them shorter, or ask for fewer new tokens."
             )
-        strange = [policy for policy in policies if not isinstance(policy, Policy)]
+        strange = [policy for policy in policies if as_policy(policy) is None]
         if strange or not policies:
             given = shortened(strange[0]) if strange else "no policy"
             raise InvalidValue(

@@ -8,7 +8,7 @@ method that trains with it would train with a stranger's API too.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, cast
 from weakref import WeakKeyDictionary
 
 from opdlab.data.prompt import Prompt
@@ -16,7 +16,7 @@ from opdlab.data.sampling_config import SamplingConfig
 from opdlab.data.tokens import completion_texts
 from opdlab.data.written_text import WrittenText
 from opdlab.errors import OpdlabError
-from opdlab.models.policy import Policy, sample
+from opdlab.models.policy import Policy, as_policy, sample
 from opdlab.models.protocols import Writer
 
 ROWS_AT_ONCE = 1024  # texts that are written side by side; changes memory and not the texts
@@ -125,7 +125,8 @@ def as_writer(teacher: Policy | Writer) -> Writer:
     Returns:
         `TextOnly(teacher)` for a policy, else the teacher itself.
     """
-    return TextOnly(teacher) if isinstance(teacher, Policy) else teacher
+    policy = as_policy(teacher)
+    return cast(Writer, teacher) if policy is None else TextOnly(policy)
 
 
 def cut_behind_stop(text: str, stop: Sequence[str]) -> str:

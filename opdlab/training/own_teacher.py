@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from opdlab.models.policy import Policy
+from opdlab.models.policy import Policy, as_policy
 
 # A hinted teacher knows more than the student, so it is not among these.
 PLAIN = ("teacher", "teacher.text", "teacher.spans")
@@ -50,11 +50,12 @@ def is_same_distribution(one: Policy, other: Any) -> bool:
     Returns:
         True if they are the same.
     """
-    if not isinstance(other, Policy):
+    two = as_policy(other)
+    if two is None:
         return False
-    if one.weights is not other.weights or one.context is not other.context:
+    if one.weights is not two.weights or one.context is not two.context:
         return False
-    if one.adapter is None or other.adapter is None or one.adapter == other.adapter:
-        return one.adapter == other.adapter
-    ours, theirs = (one.weights.adapter_state(adapter) for adapter in (one.adapter, other.adapter))
+    if one.adapter is None or two.adapter is None or one.adapter == two.adapter:
+        return one.adapter == two.adapter
+    ours, theirs = (one.weights.adapter_state(adapter) for adapter in (one.adapter, two.adapter))
     return ours.keys() == theirs.keys() and all(torch.equal(ours[key], theirs[key]) for key in ours)

@@ -15,7 +15,7 @@ from opdlab.errors import ContextTooLong, MissingHint, MissingPolicy, OpdlabErro
 from opdlab.methods import Method
 from opdlab.methods.contract import name_of as name_of_method
 from opdlab.methods.contract import student_share, writer_names
-from opdlab.models.policy import Policy, find_too_long
+from opdlab.models.policy import Policy, as_policy, find_too_long
 from opdlab.models.protocols import Checked, Sampler, Writer
 from opdlab.models.same_tokens import check_same_tokens
 from opdlab.models.text_rollouts import rollout_from_texts
@@ -84,13 +84,14 @@ def _check_tokens(
     Teachers of other kinds look at the student and the prompts themselves.
     """
     local: dict[str, Policy] = {}
-    for name, policy in everyone.items():
-        if isinstance(policy, Policy):
+    for name, teacher in everyone.items():
+        policy = as_policy(teacher)
+        if policy is not None:
             if name == "writer" or parse_need(name).access is not Access.SPANS:
                 check_same_tokens(run.student, policy, name)
             local[name] = policy
-        elif isinstance(policy, Checked):
-            policy.check(run.student, prompts, run.settings.max_new_tokens)
+        elif isinstance(teacher, Checked):
+            teacher.check(run.student, prompts, run.settings.max_new_tokens)
     return local
 
 

@@ -21,7 +21,7 @@ import torch
 from opdlab.engine.needs import KNOWN, Access, Need, did_you_mean, parse_need, parse_needs
 from opdlab.errors import InvalidValue, MissingPolicy
 from opdlab.methods.contract import name_of
-from opdlab.models.policy import Policy
+from opdlab.models.policy import Policy, as_policy
 from opdlab.models.protocols import Grader, Writer
 from opdlab.support.expect import shortened
 from opdlab.teachers.contract import expect_teacher
@@ -191,12 +191,13 @@ def _with_hint(policy: Any, need: Need) -> Any:
     """The policy, told hints where the need asks for that."""
     if not need.hinted:
         return policy
-    if not isinstance(policy, Policy):
+    local = as_policy(policy)
+    if local is None:
         raise MissingPolicy(
             f"{str(need)!r} must be told hints, and only local models can. Load the teacher with"
             " Policy.load(…)."
         )
-    return policy.seeing()
+    return local.seeing()
 
 
 def _with_access(policy: Any, need: Need) -> Any:

@@ -18,7 +18,7 @@ import transformers
 from opdlab.data.prompt import Prompt
 from opdlab.data.seeds import seed_of
 from opdlab.models import fingerprints, model_files
-from opdlab.models.policy import Policy
+from opdlab.models.policy import Policy, as_policy
 from opdlab.tasks import Task
 from opdlab.training.method_state import keeps_state
 from opdlab.training.state import RunState
@@ -165,7 +165,7 @@ def describe_teacher(teacher: Any, prompts: list[Prompt]) -> dict[str, Any] | No
     if teacher is None:
         return None
     kind = fingerprints.qualified_name(type(teacher))
-    local = teacher if isinstance(teacher, Policy) else _behind(teacher)
+    local = as_policy(teacher) or _behind(teacher)
     if local is not None:
         try:
             rendered = fingerprints.digest(json.dumps([local.encode(prompt) for prompt in prompts]))
@@ -197,8 +197,9 @@ def _digest_fields(teacher: Any) -> str | None:
 
 def _describe_field(value: Any) -> Any:
     """A field's value for comparison; policies by their weights."""
-    if isinstance(value, Policy):
-        return describe_student(value)
+    policy = as_policy(value)
+    if policy is not None:
+        return describe_student(policy)
     if isinstance(value, (list, tuple)):
         return [_describe_field(one) for one in value]
     return fingerprints.describe(value)

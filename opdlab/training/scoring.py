@@ -13,7 +13,7 @@ from opdlab.engine.planned import Planned, run_plan
 from opdlab.engine.recording import record_trace
 from opdlab.errors import MissingPolicy, OpdlabError
 from opdlab.methods.conversion import as_method
-from opdlab.models.policy import Policy
+from opdlab.models.policy import Policy, as_policy
 from opdlab.models.protocols import Checked, Grader
 from opdlab.models.same_tokens import check_same_tokens
 from opdlab.models.vocabulary import check_written_with
@@ -66,7 +66,7 @@ def score(
             f"score got {_named(rollout)} for a rollout. Write one with student.sample(prompts) or"
             " opdlab.rollout_from_texts(…)."
         )
-    if not isinstance(student, Policy):
+    if as_policy(student) is None:
         raise MissingPolicy(
             f"score got {_named(student)} for the student. Give a Policy: opdlab.score(rollout,"
             " student, teacher)."
@@ -111,8 +111,9 @@ def _plan(
 
 def _check_grader(name: str, grader: Any, student: Policy, rollout: Rollout) -> None:
     """Refuse a grader that cannot grade the student's tokens."""
-    if isinstance(grader, Policy):
-        check_same_tokens(student, grader, name)
+    policy = as_policy(grader)
+    if policy is not None:
+        check_same_tokens(student, policy, name)
     elif not isinstance(grader, Grader):
         raise MissingPolicy(
             f"score got {_named(grader)} for {name!r}, which has no log-probs of given tokens. Give"

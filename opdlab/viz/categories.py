@@ -162,7 +162,8 @@ def choose_marks(names: Sequence[str]) -> tuple[str, ...]:
         letters = "".join(c for c in name if c.isalnum())
         words = [first[i]] if short else [letters[:1].upper(), letters[:2]]
         options = [*words, str(i + 1), f"#{i + 1}"]
-        out.append(next(option for option in options if _is_mark(option) and option not in out))
+        free = (option for option in options if _is_mark(option) and option not in out)
+        out.append(next(free, "·"))  # of so many kinds that no letters are left
     return tuple(out)
 
 

@@ -221,7 +221,7 @@ class PrivilegeLens(View):
             else ""
         )
         return (
-            f"Gap {markup.format_number(m['gap'], True)} nats a token = information"
+            f"Gap {markup.format_number(m['gap'], True)} nats per token = information"
             f" {markup.format_number(m['information'], True)} + capability"
             f" {markup.format_number(m['capability'], True)}; {flags}.{control}"
         )

@@ -116,6 +116,11 @@ class Scrubber(View):
                     self.kinds[key] = steps
             elif not steps[0].names and (not steps[0].minor or key == channel):
                 self.channels[key] = steps
+        if not self.channels:
+            raise UnknownColumn(
+                "The traces have no numbers in common that could be drawn. Score them under the"
+                " same policies: opdlab.score(rollout, student, teacher)."
+            )
         if channel not in self.channels and channel != "log_ratio":
             raise UnknownColumn(
                 f"The traces have no channel {channel!r} in common. They have"

@@ -246,3 +246,9 @@ def test_tracks_are_channels_and_there_are_four():
         TokenLens(trace, tracks=["nothing"])
     with pytest.raises(OpdlabError, match="room for 4 tracks under a line, not 5"):
         TokenLens(trace, tracks=["jsd"] * 5)
+
+
+def test_more_kinds_than_there_are_letters_have_marks():
+    marks = categories.choose_marks([f"kind {i}" for i in range(130)])
+    assert len(marks) == 130
+    assert len(set(marks[:99])) == 99

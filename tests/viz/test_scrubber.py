@@ -14,6 +14,7 @@ from hypothesis import strategies as st
 from viz.test_token_lens import Read
 from viz.traces import NASTY, made
 
+from opdlab.data.trace import Trace
 from opdlab.errors import OpdlabError, UnknownColumn
 from opdlab.viz import Scrubber, payload
 from opdlab.viz.glyphs import show_piece
@@ -210,3 +211,11 @@ def test_one_step_an_empty_text_and_a_student_alone_are_drawn():
     alone = Scrubber({0: made(TOKENS, ("student",)), 1: made(TOKENS, ("student",), seed=1)})
     assert alone.channel == "student_entropy"
     assert alone.data()["fate"]["rival"] is None
+
+
+def test_traces_without_a_common_number_are_refused():
+    bare = made([b"a", b" b"])
+    names = [name for name in bare.table.column_names if "_" in name and name != "token_id"]
+    bare = Trace(bare.table.drop_columns(names), bare.meta)
+    with pytest.raises(UnknownColumn, match="no numbers in common"):
+        Scrubber({0: bare, 1: bare})
