@@ -12,7 +12,7 @@ command -v npm >/dev/null || leave_out "no npm"
 mark=node_modules/.done
 if [ ! -e "$mark" ] || [ package-lock.json -nt "$mark" ]; then
   echo "opdlab: installing ESLint and TypeScript"
-  npm ci --no-audit --no-fund --silent || leave_out "npm could not install (offline?)"
+  npm ci --no-audit --no-fund --silent --fetch-retries=5 || leave_out "npm could not install (offline?)"
   touch "$mark"
 fi
 npm run --silent check
