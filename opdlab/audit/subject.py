@@ -172,7 +172,7 @@ _TEXTS = {"teacher": "on the teacher's texts", "answer": "if a teacher wrote the
 
 
 def _plans(subject: Subject) -> bool:
-    """Whether there is a plan that says anything."""
+    """Tell whether there is a plan that says anything."""
     if not isinstance(subject.method, HasPlan):
         return False
     world = subject.world(prompts=1)

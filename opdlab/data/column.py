@@ -21,7 +21,7 @@ HUES = ("", "student", "teacher", "amount", "minus")
 
 
 class Kind(str, Enum):
-    """How the values of a column are read and drawn."""
+    """The way to read and draw the values of a column."""
 
     AMOUNT = "amount"  # a size from 0 up
     SIGNED = "signed"  # two sides of 0

@@ -128,7 +128,7 @@ class Rollout:
         return replace(self, **parts, lengths=self.lengths[pick], n=n)
 
     def _keeps_groups(self, which: Sequence[int]) -> bool:
-        """Whether these rows are whole groups of `n`, each in its order."""
+        """Tell whether these rows are whole groups of `n`, each in its order."""
         groups = [list(which[i : i + self.n]) for i in range(0, len(which), self.n)]
         return all(
             group[0] % self.n == 0 and group == list(range(group[0], group[0] + self.n))

@@ -299,7 +299,7 @@ def _differs(one: Tensor, other: Tensor, all_rows: Tensor, precision: torch.dtyp
 
 
 def _has_variety(value: Tensor, slope: Tensor) -> bool:
-    """Whether rows differ in loss or in gradient."""
+    """Tell whether rows differ in loss or in gradient."""
     spread = float(value.max() - value.min())
     return spread > 100 * NOISE or float(slope.std(dim=0).max()) > 100 * NOISE
 

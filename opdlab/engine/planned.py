@@ -13,13 +13,14 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from opdlab.data.column import Column, Description
 from opdlab.data.notes import Note
 from opdlab.engine.batch import Batch
 from opdlab.engine.columns import flatten, is_same, plain_data
-from opdlab.engine.loss_contract import adding_note
+from opdlab.engine.loss_contract import adding_note, call_loss
 from opdlab.engine.passes import Pass, compute, gradient
 from opdlab.engine.rows import Rows
 from opdlab.errors import BadPlan
@@ -56,6 +57,26 @@ class Planned:
         """
         states = {name: self.batch.states(name) for name in self.batch.distributions}
         return compute(function, states, self.batch.token, self.columns)
+
+    def losses(self) -> Tensor:
+        """Compute the loss of every token without training, under the contract of training.
+
+        Returns:
+            `[tokens]`; zero where the loss does not see the token.
+
+        Raises:
+            BadLoss: The loss does not keep its contract.
+        """
+        loss = self.method.loss
+
+        def call(rows: Rows) -> Tensor:
+            leaf = rows["student"].detach().clone().requires_grad_()
+            distributions = {**rows.distributions, "student": leaf}
+            with torch.enable_grad():
+                return call_loss(loss, Rows(distributions, rows.token, rows.columns)).detach()
+
+        losses: Tensor = self.compute(call)
+        return torch.where(self.batch.rollout.learned, losses, 0.0)
 
     def gradient(
         self,

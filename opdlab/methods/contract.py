@@ -323,7 +323,7 @@ def _loss_of_pair(pair: Callable[..., Tensor], rows: Rows) -> Tensor:
 
 
 def _takes_two_distributions(function: Callable[..., Any]) -> bool:
-    """Whether a function takes the log-probs of student and teacher rather than rows."""
+    """Tell whether a function takes the log-probs of student and teacher rather than rows."""
     required = [
         name
         for name, parameter in parameters_of(function)

@@ -99,7 +99,7 @@ def _make_instance(kind: type, where: str) -> Any:
 
 
 def _is_callable_class(kind: type) -> bool:
-    """Whether objects of the class can be called; every class itself can."""
+    """Tell whether objects of the class can be called; every class itself can."""
     return any("__call__" in vars(base) for base in kind.__mro__ if base is not object)
 
 

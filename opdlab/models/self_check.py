@@ -259,7 +259,7 @@ class _Check:
 
 
 def _is_filled(cache: DynamicCache) -> bool:
-    """Whether a pass has put anything into the cache that it was given."""
+    """Tell whether a pass has put anything into the cache that it was given."""
     # Layers of transformers' caches differ in what they hold: keys, or states of two kinds.
     for layer in cache.layers:
         recurrent = [

@@ -182,7 +182,7 @@ def _freeze_output(output: Output) -> Output | None:
 
 
 def _is_progress(data: Mapping[str, Any]) -> bool:
-    """Whether an output is a finished progress bar, which says nothing to a later reader."""
+    """Tell whether an output is a finished progress bar, which says nothing to a later reader."""
     if _OWN_PROGRESS.fullmatch("".join(data.get("text/html", ""))):
         return True
     text = "".join(data.get("text/plain", "")) if set(data) == {"text/plain"} else ""

@@ -265,7 +265,7 @@ def is_model(value: Any) -> bool:
 
 
 def _is_pair(value: Any) -> bool:
-    """Whether it is the result of `opdlab.load`, not unpacked."""
+    """Tell whether it is the result of `opdlab.load`, not unpacked."""
     return isinstance(value, tuple) and len(value) > 1 and _kind(value[0]) == "Policy"
 
 

@@ -302,7 +302,7 @@ def _same(want: Value, got: Value) -> bool:
 
 
 def _is_whole(value: Value) -> bool:
-    """Whether a fraction may follow it, as in 1 1/2."""
+    """Tell whether a fraction may follow it, as in 1 1/2."""
     return (
         value.above is not None
         and value.below == 1

@@ -359,7 +359,7 @@ class _Record:
 
 
 def _is_missing(value: Any) -> bool:
-    """Whether it is None, an empty text or list, NaN, or pandas' sign for a missing cell."""
+    """Tell whether it is None, an empty text or list, NaN, or pandas' sign for a missing cell."""
     if value is None or type(value).__name__ in ("NAType", "NaTType"):
         return True
     if isinstance(value, str):

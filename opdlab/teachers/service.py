@@ -340,7 +340,7 @@ def _pause(i: int) -> float:
 
 
 def _is_address(url: str) -> bool:
-    """Whether this is an http(s) address of a host without parts that may hold a key.
+    """Tell whether this is an http(s) address of a host without parts that may hold a key.
 
     Those are user, password, query and fragment.
     """
@@ -361,7 +361,7 @@ def _is_address(url: str) -> bool:
 
 
 def _is_final(status: int) -> bool:
-    """Whether asking again cannot help."""
+    """Tell whether asking again cannot help."""
     return status < 500 and status not in AGAIN
 
 

@@ -56,7 +56,7 @@ def find_way(prompts: Sequence[Prompt], ways: Sequence[str], ask: AskGreedily) -
 
 
 def _works(way: str, halves: Sequence[_Halves], ask: AskGreedily) -> bool:
-    """Whether the server goes on with the second halves."""
+    """Tell whether the server goes on with the second halves."""
     right = 0
     try:
         for one in halves:

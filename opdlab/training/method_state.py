@@ -321,7 +321,7 @@ def _reachable_values(function: Any) -> dict[str, Any]:
 
 
 def _is_record(value: Any) -> bool:
-    """Whether it is an object with attributes, of a class of the user's own."""
+    """Tell whether it is an object with attributes, of a class of the user's own."""
     if isinstance(value, (type, ModuleType)) or (
         callable(value) and not isinstance(value, nn.Module)
     ):

@@ -88,7 +88,7 @@ def score(
     states = {name: batch.states(name) for name in graders}
     numbers = compute(signals.full(k, allow_partial=True), states, batch.token)
     if planned is not None:
-        numbers["loss"] = planned.compute(planned.method.loss)
+        numbers["loss"] = planned.losses()
     return record_trace(rollout, graders, numbers, planned=planned)
 
 

@@ -290,7 +290,7 @@ def _own_channels(trace: Trace) -> list[Channel]:
 
 
 def _is_given(trace: Trace, name: str) -> bool:
-    """Whether a column is drawn in a way of its own, or not at all."""
+    """Tell whether a column is drawn in a way of its own, or not at all."""
     return name in GIVEN or any(
         name == f"{policy}_{number}" for policy in trace.policies for number in NUMBERS
     )

@@ -377,7 +377,7 @@ class _Screen:
 
 
 def _has(tables: Mapping[str, pd.DataFrame], key: str) -> bool:
-    """Whether a run has numbers under this name."""
+    """Tell whether a run has numbers under this name."""
     found = [table[key] for table in tables.values() if key in table and key != "step"]
     return any(
         pd.api.types.is_numeric_dtype(column) and bool(column.notna().any()) for column in found

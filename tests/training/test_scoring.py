@@ -8,7 +8,7 @@ import torch
 
 import opdlab as opd
 from opdlab.data.column import Column
-from opdlab.errors import InvalidValue, MissingPolicy
+from opdlab.errors import BadLoss, InvalidValue, MissingPolicy
 
 
 @pytest.fixture(scope="module")
@@ -54,3 +54,16 @@ def test_what_a_method_lacks_is_said(rollout, student, teacher):
         opd.score(rollout, student, teacher, method="OPD")
     with pytest.raises(MissingPolicy, match="has no verifier"):
         opd.score(rollout, student, teacher, method=opd.GRPO())
+
+
+def test_a_loss_that_breaks_its_contract_is_refused_in_words(rollout, student, teacher):
+    def mean(rows):
+        return opd.losses.reverse_kl(rows.student, rows.teacher).mean()
+
+    def constant(rows):
+        return opd.losses.entropy(rows.teacher)
+
+    with pytest.raises(BadLoss, match=r"returned shape \[\] for .* Return one number per token"):
+        opd.score(rollout, student, teacher, method=opd.method(mean))
+    with pytest.raises(BadLoss, match="carries no gradient"):
+        opd.score(rollout, student, teacher, method=opd.method(constant))

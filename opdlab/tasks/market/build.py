@@ -212,7 +212,7 @@ def encode(
 
 
 def _is_masked(span: tuple[int, int], masked: tuple[tuple[int, int], ...]) -> bool:
-    """Whether a span of characters overlaps one of those that are masked."""
+    """Tell whether a span of characters overlaps one of those that are masked."""
     return any(span[0] < end and span[1] > begin for begin, end in masked)
 
 
