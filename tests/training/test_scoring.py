@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import torch
@@ -67,3 +69,21 @@ def test_a_loss_that_breaks_its_contract_is_refused_in_words(rollout, student, t
         opd.score(rollout, student, teacher, method=opd.method(mean))
     with pytest.raises(BadLoss, match="carries no gradient"):
         opd.score(rollout, student, teacher, method=opd.method(constant))
+
+
+def test_tokens_that_the_loss_does_not_see_have_loss_zero(rollout, student, teacher):
+    place = torch.arange(rollout.ids.shape[1])
+    said = replace(rollout, learn=rollout.mask & (place % 3 != 2))
+    method = opd.method(needs=("teacher",), plan=lambda batch: {"scale": _only_learned(batch)})(
+        lambda rows: rows.scale * opd.losses.reverse_kl(rows.student, rows.teacher)
+    )
+    trace = opd.score(said, student, teacher, method=method)
+    learned = said.learned.numpy()
+    assert 0 < learned.sum() < len(learned)
+    assert (trace.column("loss")[~learned] == 0).all()
+    want = trace.column("teacher_reverse_kl")[learned]
+    np.testing.assert_allclose(trace.column("loss")[learned], want, rtol=1e-4, atol=1e-5)
+
+
+def _only_learned(batch):
+    return torch.where(batch.learn, 1.0, torch.nan)
