@@ -25,6 +25,7 @@ lab: $(ENV)/notebooks.done  ## JupyterLab on the notebook series
 test: $(ENV)/test.done $(ENV)/small.done  ## style, types, unit tests (Python and JavaScript), browser tests, notebooks
 	@sh tests/browser/install.sh
 	@sh tests/javascript/check.sh
+	@$(BIN)/python -m tests.imitation_hub.tokenizer_files
 	@$(BIN)/ruff check .
 	@$(BIN)/ruff format --check .
 	@$(BIN)/mypy

@@ -4,7 +4,10 @@ in milliseconds.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import os
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+from typing import TYPE_CHECKING
 
 import pytest
 import torch
@@ -14,6 +17,9 @@ from transformers import CONFIG_MAPPING, AutoModelForCausalLM, PreTrainedTokeniz
 
 from opdlab import Policy, Prompt
 from opdlab.tasks.market import tokenizers as market
+
+if TYPE_CHECKING:
+    from imitation_hub.connection import Connection
 
 settings.register_profile("opdlab", deadline=None, max_examples=25, derandomize=True)
 settings.load_profile("opdlab")
@@ -177,3 +183,41 @@ def perturb() -> Callable[[Policy, int], None]:
         )
 
     return move
+
+
+@pytest.fixture(scope="session")
+def running_hub(tmp_path_factory) -> Iterator[Connection]:
+    """The imitation of the Hub, started once."""
+    from imitation_hub import connection, tokenizer_files
+
+    try:
+        tokenizer_files.fetch_all()
+    except tokenizer_files.NotFetched as missing:
+        if os.environ.get("CI"):
+            raise
+        pytest.skip(str(missing))
+    with connection.running_hub(tmp_path_factory.mktemp("hub")) as running:
+        yield running
+
+
+@pytest.fixture
+def hub(running_hub, monkeypatch) -> Connection:
+    """The imitation of the Hub in place of the real one, for this process and its commands.
+
+    `hub.hub.requests` are those of the test. What other tests downloaded lies in the cache.
+    """
+    from imitation_hub import connection
+
+    running_hub.hub.requests.clear()
+    connection.connect(running_hub, monkeypatch)
+    return running_hub
+
+
+@pytest.fixture
+def empty_hub(hub, tmp_path, monkeypatch) -> Connection:
+    """The same with an empty cache and no stored token."""
+    from imitation_hub import connection
+
+    fresh = replace(hub, home=tmp_path / "home")
+    connection.connect(fresh, monkeypatch)
+    return fresh
