@@ -15,6 +15,7 @@ from typing import Annotated
 
 import tyro
 
+from opdlab.commands.flags import Flags
 from opdlab.errors import OpdlabError
 
 app = tyro.extras.SubcommandApp()
@@ -26,6 +27,56 @@ def _hide_loading_bars() -> None:
 
     disable: Callable[[], None] = logging.disable_progress_bar
     disable()
+
+
+Config = Annotated[Path | None, tyro.conf.Positional]
+RunFlags = Annotated[Flags, tyro.conf.OmitArgPrefixes]
+NO_FLAGS = Flags()
+
+
+@app.command
+def distill(
+    config: Config = None,
+    flags: RunFlags = NO_FLAGS,
+    fresh: bool = False,
+    accept_changes: bool = False,
+    json: bool = False,
+) -> None:
+    """Train a student as a config file or flags say, and report what changed.
+
+    A run that its folder holds already is taken up where it was. Ctrl-C leaves a run that can be
+    taken up.
+
+    Args:
+        config: A TOML file; flags go over it.
+        flags: What the run is made of.
+        fresh: Begin a new run, in the next folder that is free.
+        accept_changes: Go on with a run although its parts or settings are others now.
+        json: Print the report as JSON, alone on stdout.
+    """
+    from opdlab.commands.distill import distill as run_distill
+    from opdlab.commands.flags import read_given
+    from opdlab.commands.output import Output
+
+    _hide_loading_bars()
+    with Output(json).printing() as output:
+        run_distill(read_given(config, flags), output, fresh=fresh, accept_changes=accept_changes)
+
+
+@app.command
+def report(folder: Annotated[Path, tyro.conf.Positional], json: bool = False) -> None:
+    """Write the report of a run, finished or not, from the files in its folder.
+
+    Args:
+        folder: The run's folder.
+        json: Print the report as JSON, alone on stdout.
+    """
+    from opdlab.commands import report as reports
+    from opdlab.commands.output import Output
+
+    with Output(json).printing() as output:
+        output.result = reports.write_report(folder)
+        reports.print_report(output.console, output.result)
 
 
 @app.command
@@ -149,7 +200,7 @@ def doctor(
     from rich.console import Console
 
     from opdlab import diagnose
-    from opdlab.diagnose.by_name import load_pair
+    from opdlab.tasks.by_name import load_pair
 
     _hide_loading_bars()
     console = Console()

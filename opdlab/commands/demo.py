@@ -16,13 +16,13 @@ from typing import Any
 import numpy as np
 from rich.console import Console
 
-from opdlab import methods
 from opdlab.commands.demo_report import Measured, Outcome, print_tables, write_page
 from opdlab.data.trace import Trace
 from opdlab.engine.needs import Access, parse_need
-from opdlab.errors import InvalidValue, OpdlabError, TokenizerMismatch
+from opdlab.errors import InvalidValue, TokenizerMismatch
 from opdlab.losses.divergences import TopK
 from opdlab.methods import Method
+from opdlab.methods.by_name import find_method
 from opdlab.models.policy import Policy, sample
 from opdlab.models.same_tokens import check_same_tokens
 from opdlab.support.validation import Count, validate
@@ -209,22 +209,13 @@ def choose_method(
     Raises:
         OpdlabError: There is no such method.
     """
-    kinds = {
-        kind: getattr(methods, kind) for kind in methods.__all__ if kind not in ("Method", "method")
-    }
-    wanted = name.lower().replace("-", "").replace("_", "")
-    by_lower_case = {kind.lower(): kind for kind in kinds}
-    if wanted not in by_lower_case:
-        raise OpdlabError(
-            f"There is no method {name!r}. Use one of {', '.join(sorted(kinds))}; capitals and"
-            " hyphens do not matter."
-        )
-    found = by_lower_case[wanted]
+    kind = find_method(name)
+    found = kind.__name__
     sizes = MARKET_SIZES.get(found, Sizes()) if profile == "market" else Sizes()
     options = dict(sizes.options)
     if is_served and found == "OPD":
         options["top_k"] = TopK(LogprobServer.K, by="teacher")
-    return kinds[found](**options), dict(sizes.settings)
+    return kind(**options), dict(sizes.settings)
 
 
 def _connect(method: Method, url: str, model: str | None, cache: Path) -> Server:

@@ -185,6 +185,7 @@ class Run(RunState):
 
     Attributes:
         last: The step done last; None before the first.
+        progress: The line that shows where the run is.
     """
 
     def __init__(
@@ -235,7 +236,7 @@ class Run(RunState):
         if settings.snapshot_every:
             saving.keep_snapshot(self)  # step 0, the student before any update
         is_quiet = quiet or not self.accelerator.is_main_process
-        self._progress = Progress(settings.steps, name_of(method), quiet=is_quiet)
+        self.progress = Progress(settings.steps, name_of(method), quiet=is_quiet)
 
     @property
     def history(self) -> pd.DataFrame:
@@ -252,7 +253,7 @@ class Run(RunState):
     def __next__(self) -> Step:
         self._evaluate()  # one that was interrupted is made up for
         if self.done >= self.settings.steps:
-            self._progress.close()
+            self.progress.close()
             raise StopIteration
         self.claim.check(self)
         before = self.done
@@ -264,7 +265,7 @@ class Run(RunState):
         finally:
             self.accelerator.log(step.metrics, step=self.done)
         shown = {name: value for name, value in step.metrics.items() if name in SHOWN}
-        self._progress.update(self.done, **shown)
+        self.progress.update(self.done, **shown)
         return step
 
     def _step(self) -> Step:

@@ -66,6 +66,8 @@ def page(
     lenses: Sequence[tuple[str, Drawable]] = (),
     note: str = "",
     columns: Sequence[str] = COLUMNS,
+    texts: Sequence[tuple[str, str]] = (),
+    refresh: float = 0,
 ) -> Path:
     """Write one HTML file that fetches nothing and follows the system's light or dark theme.
 
@@ -79,6 +81,9 @@ def page(
             that before and after compare.
         note: Paragraphs under the title, with an empty line between them.
         columns: Heads of the summary's columns.
+        texts: (caption, plain text) at the end, such as a config or code.
+        refresh: Seconds after which a browser loads the page again, at the place where the reader
+            is; 0 for a page that stays as it is.
 
     Returns:
         The path.
@@ -92,6 +97,11 @@ def page(
     for caption, view in views:
         heading = f"<h2>{escape(caption)}</h2>" if caption else ""
         body.append(f"<section>{heading}{view.html(assets=False)}</section>")
+    for caption, text in texts:
+        body.append(
+            f'<section><h2>{escape(caption)}</h2><pre class="opd-text">{escape(text)}</pre>'
+            "</section>"
+        )
     kinds = list(dict.fromkeys(type(view) for _, view in views))
     styles = dict.fromkeys(name for kind in kinds for name in kind.styles)
     head = embed.style(*embed.STYLES, *styles, "page.css")
@@ -101,6 +111,9 @@ def page(
 
         head += f"\n<script>{get_plotlyjs()}</script>"
         scripts += embed.plain_module("charts.js")
+    if refresh > 0:
+        head += f'\n<meta name="opd-refresh" content="{refresh:g}">'
+        scripts += embed.plain_module("refresh.js")
     main = "\n".join(body)
     return embed.write(
         path, embed.document(escape(title), head, f"<main>\n{main}\n</main>\n{scripts}")

@@ -14,12 +14,12 @@ import torch
 import opdlab as opd
 from opdlab import Policy, Prompt, Task, tasks
 from opdlab.diagnose import Diagnosis, doctor
-from opdlab.diagnose.by_name import load_pair, load_task
 from opdlab.diagnose.checks import Check
 from opdlab.diagnose.doctor import auroc, check_memory
 from opdlab.diagnose.terminal import draw_templates, render_text
 from opdlab.errors import OpdlabError
 from opdlab.models.same_tokens import RenderedChat
+from opdlab.tasks.by_name import load_pair, load_task
 from opdlab.tasks.market import data, model
 from opdlab.teachers import TextOnly
 
