@@ -6,7 +6,7 @@ ENV := .venv
 BIN := $(ENV)/bin
 SOURCES := pyproject.toml constraints.txt
 
-.PHONY: demo serve gallery lab test notebooks models families bench clean
+.PHONY: demo serve gallery lab test notebooks models families bench pair clean
 .DEFAULT_GOAL := demo
 
 demo: $(ENV)/$(if $(filter small,$(PROFILE)),small,base).done  ## distil a student and write runs/demo/index.html
@@ -43,6 +43,9 @@ families: $(ENV)/test.done  ## check a hundred tiny model families; writes docs/
 
 bench: $(ENV)/trl.done  ## measure against TRL; writes benchmarks/results/
 	@$(BIN)/python -m benchmarks.run
+
+pair: $(ENV)/small.done  ## a real pair on the CPU: downloads 1.6 GB, trains for hours; writes benchmarks/results/pair.json
+	@$(BIN)/python -m benchmarks.pair $(ARGS)
 
 clean:
 	rm -rf $(ENV) node_modules build dist runs .mypy_cache .ruff_cache .pytest_cache

@@ -133,6 +133,22 @@ def one(case: str, folder: str) -> dict[str, Any]:
 
 def about() -> dict[str, Any]:
     """Describe the measurement: date, machine, versions and workload, without hosts or folders."""
+    return {
+        **about_machine(),
+        "workload": {
+            "vocabulary": workload.VOCAB,
+            "batch": workload.BATCH,
+            "prompt": workload.PROMPT,
+            "completion": workload.COMPLETION,
+            "student": workload.STUDENT,
+            "teacher": workload.TEACHER,
+            "lora_rank": workload.RANK,
+        },
+    }
+
+
+def about_machine() -> dict[str, Any]:
+    """Describe date, machine and versions."""
     gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else None
     return {
         "date": date.today().isoformat(),
@@ -147,15 +163,6 @@ def about() -> dict[str, Any]:
             {"python": platform.python_version()}
             | {p: version(p) for p in ("opdlab", "torch", "transformers", "trl", "peft")}
         ),
-        "workload": {
-            "vocabulary": workload.VOCAB,
-            "batch": workload.BATCH,
-            "prompt": workload.PROMPT,
-            "completion": workload.COMPLETION,
-            "student": workload.STUDENT,
-            "teacher": workload.TEACHER,
-            "lora_rank": workload.RANK,
-        },
     }
 
 

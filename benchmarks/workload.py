@@ -121,10 +121,12 @@ class Cost:
     Attributes:
         seconds: CPU seconds of this process; on a GPU, synchronised wall seconds.
         peak_mib: Peak memory above that at the start, in MiB.
+        start_mib: Memory at the start, in MiB.
     """
 
     seconds: float = float("nan")
     peak_mib: float = float("nan")
+    start_mib: float = float("nan")
 
 
 @contextmanager
@@ -133,10 +135,11 @@ def measured() -> Iterator[Cost]:
 
     Memory on a CPU needs Linux with /proc; elsewhere it stays NaN.
     """
-    cost, before, began = Cost(), _reset_peak(), clock()
+    cost = Cost(start_mib=memory_now())
+    began = clock()
     yield cost
     cost.seconds = clock() - began
-    cost.peak_mib = _peak() - before
+    cost.peak_mib = _peak() - cost.start_mib
 
 
 def clock() -> float:
@@ -147,8 +150,8 @@ def clock() -> float:
     return time.perf_counter()
 
 
-def _reset_peak() -> float:
-    """Set the high-water mark back to the memory in use now, and return that in MiB."""
+def memory_now() -> float:
+    """Return the memory in use now, in MiB, and set the high-water mark back to it."""
     if device().type == "cuda":
         torch.cuda.reset_peak_memory_stats()
         return torch.cuda.memory_allocated() / 2**20
