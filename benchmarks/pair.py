@@ -50,7 +50,7 @@ class Experiment:
 EXPERIMENTS = {
     "form_forward": Experiment("form", "forward_kl", {"steps": 16, "lr": 5e-4}),
     "form_reverse": Experiment("form", "reverse_kl", {"steps": 16, "lr": 5e-4}),
-    "skill": Experiment("skill", "forward_kl", {"steps": 24, "lr": 5e-4, "schedule": "cosine"}),
+    "skill": Experiment("skill", "forward_kl", {"steps": 16, "lr": 5e-4, "schedule": "cosine"}),
 }
 
 
