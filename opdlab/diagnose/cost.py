@@ -6,9 +6,9 @@ activations that the backward pass keeps. The activations are not guessed from a
 architecture: one completion is run with gradients on, the bytes that autograd saves are counted,
 and they are scaled to the tokens of a micro-batch.
 
-Time is measured: one sampled batch of the run's own size for a few tokens, one pass of both models
-over the rollout at hand and one pass of the engine, each scaled by tokens. A backward pass counts
-as two forward passes (with LoRA it is less, but there the forward pass is slower).
+Time is measured on small pieces, which suffice on a slow machine, and scaled by tokens: a pass of
+both models over a few completions, one pass of the student forward and back, one of the engine, a
+few tokens of as many texts as a step has, and the optimizer on a few million numbers.
 
 Measured on a CPU (market and SmolLM2-135M, LoRA and full): memory from 0 to 12 % too high, time
 within 25 %. Left out: several devices, data loading, the optimizer's own time, methods other than
@@ -40,6 +40,7 @@ from opdlab.models.policy import Policy, sample
 from opdlab.training.settings import Settings
 
 ADAM = 3  # gradient and two moments, each as large as what trains
+LONG_ENOUGH = 0.5  # seconds of a measurement that need not be repeated on more
 # [chunk, V] float32 tensors alive at once in the engine with two policies, counted in a profile
 BUFFERS = 10
 
@@ -119,7 +120,8 @@ def cost(student: Policy, teacher: Policy, rollout: Rollout, settings: Settings)
     sizes = _Sizes(
         rows=rows,
         micro=min(settings.micro_batch or rows, rows),
-        prompt=max(len(student.encode(prompt)) for prompt in rollout.prompts),
+        prompt=_longest(student, rollout),
+        teacher_prompt=_longest(teacher, rollout),
         mean=float(lengths.mean()),
         long=float(lengths.quantile(0.95)),
     )
@@ -128,6 +130,10 @@ def cost(student: Policy, teacher: Policy, rollout: Rollout, settings: Settings)
         _seconds(student, teacher, rollout, settings, sizes),
         available(student),
     )
+
+
+def _longest(policy: Policy, rollout: Rollout) -> int:
+    return max(len(policy.encode(prompt)) for prompt in rollout.prompts)
 
 
 def available(policy: Policy) -> float:
@@ -155,6 +161,7 @@ class _Sizes:
         rows: Completions per step.
         micro: Completions in one backward pass.
         prompt: Tokens of the student's longest prompt.
+        teacher_prompt: Tokens of the same prompt as the teacher reads it.
         mean: New tokens per completion.
         long: The 95th percentile of new tokens.
     """
@@ -162,6 +169,7 @@ class _Sizes:
     rows: int
     micro: int
     prompt: int
+    teacher_prompt: int
     mean: float
     long: float
 
@@ -275,49 +283,136 @@ def _seconds(
 ) -> dict[str, float]:
     """Seconds of writing, of grading (the teacher's pass), and of learning.
 
-    Learning is the student's passes and the engine's.
+    Learning is the student's pass forward and back, the engine's, and the optimizer's.
     """
-    piece = rollout.select(range(min(len(rollout), sizes.rows)))
-    scale = sizes.rows / len(piece)
-    states, took = {}, {}
-    with torch.no_grad():
-        for name, policy in (("student", student), ("teacher", teacher)):
-            work = partial(policy.hidden, piece)
-            states[name] = States(work(), policy.head)  # the first pass also pays for setting up
-            took[name] = _time(work, policy)
-    weight = torch.full((piece.tokens,), 1 / piece.tokens, device=piece.ids.device)
+    ours, theirs = (_measure_reading(one, rollout, sizes.rows) for one in (student, teacher))
+    tokens = min(ours.states.hidden.shape[0], theirs.states.hidden.shape[0])
+    piece = slice(0, tokens)
+    weight = torch.full((tokens,), 1 / tokens, device=rollout.ids.device)
     engine = partial(
         gradient,
         _reverse_kl,
-        states,
-        piece.ids[piece.mask],
+        {"student": ours.states.part(piece), "teacher": theirs.states.part(piece)},
+        rollout.ids[rollout.mask][piece],
         weight,
-        watch=signals.cheap,
+        watch=signals.watched,
         check=False,
     )
-    passes = 3 + settings.checkpointing
+    trains_all = settings.lora is None
+    compared = _time(engine, student) / tokens * sizes.rows * sizes.mean
+    # A head that trains gets a gradient of its own: a fourth product beside three.
+    compared *= 4 / 3 if trains_all else 1
+    there_and_back = _measure_learning(student, rollout)
+    if trains_all:  # gradients of the weights take as long as a pass forward
+        there_and_back += ours.per_token
+    else:
+        there_and_back *= 1 + _share_of_lora(student, settings)
+    there_and_back += ours.per_token * settings.checkpointing
+    read = sizes.rows * (sizes.prompt + sizes.long)
     return {
-        "write": _seconds_of_writing(student, rollout, settings, sizes.long),
-        "grade": took["teacher"] * scale,
-        "learn": (passes * took["student"] + _time(engine, student)) * scale,
+        "write": _seconds_of_writing(student, rollout, settings, sizes, ours.per_token),
+        "grade": theirs.per_token * sizes.rows * (sizes.teacher_prompt + sizes.long),
+        "learn": there_and_back * read + compared + _seconds_of_update(student, settings),
     }
 
 
+@dataclass(frozen=True)
+class _Reading:
+    """A measured pass of a policy.
+
+    Attributes:
+        states: Its states on the first completions.
+        per_token: Seconds per token, prompts and padding included.
+    """
+
+    states: States
+    per_token: float
+
+
+def _measure_reading(policy: Policy, rollout: Rollout, most: int) -> _Reading:
+    """Time a pass over as many completions as it takes to be sure, at most `most`."""
+    count, most = 1, min(most, len(rollout))
+    while True:
+        piece = rollout.select(range(count))
+        with torch.no_grad():
+            took = _time(partial(policy.hidden, piece), policy)
+            if took > LONG_ENOUGH or count == most:
+                states = States(policy.hidden(piece), policy.head)
+                return _Reading(states, took / _padded(policy, piece))
+        count = min(2 * count, most)
+
+
+def _padded(policy: Policy, rollout: Rollout) -> int:
+    """Tokens of a pass over a rollout, with prompts and padding."""
+    starts = [len(policy.encode(prompt)) for prompt in rollout.prompts]
+    ends = rollout.lengths.tolist()
+    return len(rollout) * max(a + b for a, b in zip(starts, ends, strict=True))
+
+
+def _measure_learning(policy: Policy, rollout: Rollout) -> float:
+    """Seconds per token of a pass forward and of one back to the embeddings, no weight moving."""
+    row = rollout.select([int(rollout.lengths.argmax())])
+    embeddings = policy.weights.model.get_input_embeddings()
+    seed = torch.zeros((), device=row.ids.device, requires_grad=True)
+    hook = embeddings.register_forward_hook(lambda _, __, states: states + seed.to(states.dtype))
+
+    def work() -> None:
+        with torch.enable_grad():
+            states = policy.hidden(row)
+        torch.autograd.grad(states, seed, torch.ones_like(states))
+
+    try:
+        return _time(work, policy) / _padded(policy, row)
+    finally:
+        hook.remove()
+
+
+def _share_of_lora(policy: Policy, settings: Settings) -> float:
+    """Work of the adapters as a share of that of the layers they sit on.
+
+    Their products are thin and read the inputs once more, which takes about three times as long as
+    their operations alone would.
+    """
+    linear = _linear_layers(policy)
+    own = sum(layer.inputs * layer.outputs for layer in linear)
+    rank = settings.lora or 0
+    return 3 * rank * sum(layer.inputs + layer.outputs for layer in linear) / max(own, 1)
+
+
+def _seconds_of_update(policy: Policy, settings: Settings) -> float:
+    """Seconds of AdamW on all that trains, measured on a piece."""
+    if settings.lora is None:
+        count = sum(p.numel() for p in policy.weights.model.parameters())
+    else:
+        sides = sum(layer.inputs + layer.outputs for layer in _linear_layers(policy))
+        count = settings.lora * sides
+    piece = torch.zeros(min(count, 1 << 22), device=policy.weights.device, requires_grad=True)
+    piece.grad = torch.zeros_like(piece)
+    optimizer = torch.optim.AdamW([piece], fused=True)
+    optimizer.step()  # makes the moments
+    return _time(optimizer.step, policy) / piece.numel() * count
+
+
 def _seconds_of_writing(
-    student: Policy, rollout: Rollout, settings: Settings, length: float
+    student: Policy, rollout: Rollout, settings: Settings, sizes: _Sizes, per_token: float
 ) -> float:
-    """Seconds to write a step's rollout: those of the first token, and of each further one."""
-    asked = (list(rollout.prompts[:: rollout.n]) * settings.batch)[: settings.batch]
+    """Seconds to write a step's rollout: those of reading the prompts, and of each further token.
+
+    The texts of one prompt share its reading, so that is measured with as many texts of one.
+    """
+    one = [rollout.prompts[0]]
 
     def time_writing(tokens: int) -> float:
         config = SamplingConfig(max_new_tokens=tokens, top_p=settings.top_p)
-        work = partial(sample, student, asked, settings.n, **config.options())
-        return _time(work, student)
+        return _time(partial(sample, student, one, sizes.rows, **config.options()), student)
 
-    some = max(2, min(9, int(length)))
-    time_writing(1)  # the first call also pays for setting up
+    some = max(2, min(9, int(sizes.long)))
     first, several = time_writing(1), time_writing(some)
-    return first + (length - 1) * max(0.0, several - first) / (some - 1)
+    each = max(0.0, several - first) / (some - 1)
+    # Rows that are done are dropped, so the later tokens are cheaper.
+    shrinking = (1 + sizes.mean / max(sizes.long, 1)) / 2
+    read = per_token * settings.batch * sizes.prompt
+    return read + (sizes.long - 1) * each * shrinking
 
 
 def _reverse_kl(rows: Rows) -> Tensor:

@@ -7,11 +7,12 @@ from dataclasses import dataclass
 import pandas as pd
 from rich.console import Group
 
+from opdlab.data.rollout import Rollout
 from opdlab.diagnose.checks import Check
 from opdlab.diagnose.cost import Cost
+from opdlab.diagnose.first_tokens import FirstTokens
 from opdlab.diagnose.overlap import Overlap
-from opdlab.diagnose.tables import to_html
-from opdlab.diagnose.terminal import Verdict, draw_diagnosis, render_text
+from opdlab.diagnose.terminal import Verdict, draw_diagnosis, draw_html, render_text
 from opdlab.models.same_tokens import RenderedChat
 
 
@@ -26,6 +27,10 @@ class Diagnosis:
         probe: The teacher's scores, alone and from half of the student's text; see
             `exposure.continuation`.
         cost: The predicted cost of a step.
+        first_tokens: The teacher's first tokens, as the student sees them.
+        rollout: The student's texts.
+        method: A method that suits what was found, as the argument `method=…` of `distill`; "" if
+            none does.
         names: The names of the student and of the teacher.
     """
 
@@ -34,6 +39,9 @@ class Diagnosis:
     overlap: Overlap | None = None
     probe: pd.DataFrame | None = None
     cost: Cost | None = None
+    first_tokens: FirstTokens | None = None
+    rollout: Rollout | None = None
+    method: str = ""
     names: tuple[str, str] = ("student", "teacher")
 
     @property
@@ -57,14 +65,18 @@ class Diagnosis:
     def sentence(self) -> str:
         """The verdict, its reasons and their remedies."""
         remedies = dict.fromkeys(check.remedy for check in self._bad if check.remedy)
-        return " ".join([f"{self.verdict}: {'; '.join(self.reasons)}.", *remedies])
+        return " ".join([f"{self.verdict}: {'; '.join(self.reasons)}.", *remedies, *self._advice])
+
+    @property
+    def _advice(self) -> list[str]:
+        return [f"Begin with {self.method}."] if self.method else []
 
     @property
     def _bad(self) -> list[Check]:
         return [check for check in self.checks if check.state in ("stop", "warn")]
 
     def __rich__(self) -> Group:
-        return draw_diagnosis(self.verdict, self.names, self.checks, self.templates)
+        return draw_diagnosis(self.verdict, self.names, self.checks, self.templates, self.method)
 
     def __str__(self) -> str:
         return render_text(self)
@@ -74,4 +86,4 @@ class Diagnosis:
         return f"Diagnosis({self.verdict}{': ' * bool(bad)}{bad})"
 
     def _repr_html_(self) -> str:
-        return to_html(self.sentence, self.table)
+        return draw_html(self.verdict, self.names, self.checks, self.method)

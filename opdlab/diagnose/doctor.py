@@ -1,47 +1,52 @@
 """Check before any training whether on-policy distillation can work between two models.
 
-The doctor compares tokens, stops, templates and room without running a model. It lets the student
-write `k` answers to each of some held-out prompts and the teacher grade them, lets the teacher
-answer alone and from half of the student's text, and predicts the cost of a step. The order and
-most thresholds are those of the survey's practice notes (sections 8.2, 8.6, 8.10); the numbers in
-`ENOUGH` are opdlab's starting guesses. `stop` is only said of pairs that `distill` would refuse or
-that leave no signal at all. If success is unlikely, that is a `warn`, with what to do first.
+The doctor compares tokens, stops, templates and room without running a model. Then, for as many
+prompts as fit into some seconds, it lets the student write `k` answers and the teacher grade them,
+lets the teacher answer alone and from half of the student's text, looks whether the student can
+find the teacher's first tokens, and predicts the cost of a step
+(`opdlab.diagnose.examination`). `stop` is only said of pairs that `distill` would refuse or that
+leave no signal at all. If success is unlikely, that is a `warn`, with what to do first.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pandas as pd
-import torch
 
 from opdlab.data.prompt import Prompt
 from opdlab.data.rollout import Rollout
+from opdlab.diagnose.allowance import Allowance
 from opdlab.diagnose.checks import Check
-from opdlab.diagnose.cost import Cost, cost
 from opdlab.diagnose.diagnosis import Diagnosis
-from opdlab.diagnose.exposure import continuation
-from opdlab.diagnose.overlap import Overlap, agreement
+from opdlab.diagnose.examination import Evidence, Pair, examine, whole_scope
 from opdlab.diagnose.pair_checks import check_pair
-from opdlab.diagnose.probe import choose_prompts, measure_tokens
-from opdlab.diagnose.tables import make_token_table
-from opdlab.engine.rows import Rows
+from opdlab.diagnose.probe import choose_prompts
+from opdlab.diagnose.text_checks import (
+    Skill,
+    check_lengths,
+    check_memory,
+    check_overlap,
+    check_ranking,
+    check_student,
+    check_teacher,
+)
 from opdlab.errors import OpdlabError
-from opdlab.models.policy import Policy, as_policy, sample
+from opdlab.models.policy import Policy, as_policy
 from opdlab.models.protocols import Checked, Grader, Writer
-from opdlab.models.same_tokens import compare_chats, compare_vocabularies
-from opdlab.support.validation import Count, Seed, Unchecked, validate_arguments
+from opdlab.models.same_tokens import compare_chats
+from opdlab.support.progress import Progress
+from opdlab.support.validation import Count, Flag, Positive, Seed, Unchecked, validate_arguments
 from opdlab.tasks import Task
 from opdlab.tasks.splits import count_distinct
 from opdlab.teachers.contract import expect_teacher
 from opdlab.training.settings import Settings, make_settings
 
-TOP = 16  # tokens of each side that are compared
-ENOUGH = {"acceptance": 0.5, "pass@k": 0.2, "right": 0.1, "stop": 0.2, "first": 0.1, "cut": 0.5}
+BUDGET = 90.0  # seconds
 QUESTIONS = (
     "What is 17 + 25?",
     "Name three colours.",
@@ -67,18 +72,26 @@ def doctor(
     prompts: Unchecked[int | Sequence[Prompt]] = 32,
     k: Count = 8,
     seed: Seed = 0,
+    budget: Positive = BUDGET,
+    quiet: Flag = False,
     **settings: Any,
 ) -> Diagnosis:
     """Look at a pair before training it. Trains nothing.
+
+    It asks as much as fits into `budget`, and says what it left out and how wide the intervals
+    therefore are. An interrupt ends it early, with what it has found so far.
 
     Args:
         student: The policy that would train.
         teacher: A policy, or any other teacher; of the latter only its own check runs.
         task: Where prompts and scores come from. Without one, a few plain questions are asked and
             nothing can be scored.
-        prompts: Prompts to ask, or how many of the task's held-out ones.
-        k: The student's samples of each.
+        prompts: Prompts to ask at most, or how many of the task's held-out ones.
+        k: The student's samples of each, at most.
         seed: Seed of prompts and samples.
+        budget: Seconds to keep to, without loading. A single long text can take longer on a slow
+            machine.
+        quiet: Whether to show no progress.
         settings: Settings of the planned `distill`, for the cost.
 
     Returns:
@@ -98,71 +111,183 @@ def doctor(
     local = as_policy(teacher)
     if local is None:
         return Diagnosis(tuple(_check_other(student, teacher, asked, planned)), names=names)
-    return _examine(_Pair(student, local, task, k, planned), asked, seed, names)
-
-
-@dataclass(frozen=True)
-class _Pair:
-    """Two local models that are looked at.
-
-    Attributes:
-        student: The policy that would train.
-        teacher: The policy that would grade.
-        task: Where prompts and scores come from.
-        k: The student's samples of each prompt.
-        planned: The settings of the planned run.
-    """
-
-    student: Policy
-    teacher: Policy
-    task: Task
-    k: int
-    planned: Settings
-
-    @property
-    def teacher_is_told_more(self) -> bool:
-        """Whether the teacher reads more than the prompt."""
-        return self.teacher.context is not None
-
-    def scores(self, rollout: Rollout) -> np.ndarray:
-        """The verifier's scores of a rollout's texts."""
-        return np.array(self.task.scores(rollout.prompts, rollout.texts))
-
-
-def _examine(pair: _Pair, asked: list[Prompt], seed: int, names: tuple[str, str]) -> Diagnosis:
-    """Look at a local pair: first without running it, then at texts of the student."""
-    student, teacher, length = pair.student, pair.teacher, pair.planned.max_new_tokens
-    checks = check_pair(student, teacher, asked, length)
-    templates = compare_chats(student, teacher)
-    if any(check.state == "stop" and check.name == "room" for check in checks):
-        return Diagnosis(tuple(checks), templates, names=names)
-    rollout = sample(
-        student,
-        asked,
-        pair.k,
-        max_new_tokens=length,
-        seed=seed,
-        batch_size=max(1, 256 // pair.k),
+    pair = Pair(student, local, task, k, planned)
+    allowance = Allowance(
+        budget, Progress(len(asked), "doctor", "prompt", quiet, False, clock=False)
     )
-    checks.append(check_lengths(rollout, length))
-    overlap = predicted = None
-    if all(check.state != "stop" for check in checks):
-        columns = measure_tokens(rollout, _measure, {"student": student, "teacher": teacher})
-        overlap = Overlap(TOP, make_token_table(rollout, columns))
-        checks += check_overlap(overlap, rollout, pair.teacher_is_told_more)
+    return _look_at(pair, asked, seed, names, allowance)
+
+
+def _look_at(
+    pair: Pair, asked: list[Prompt], seed: int, names: tuple[str, str], allowance: Allowance
+) -> Diagnosis:
+    """Look at a local pair: first without running it, then at what both write."""
+    student, teacher = pair.student, pair.teacher
+    allowance.draw("tokens and templates are compared", is_due=True)
+    checks = check_pair(student, teacher, asked, pair.planned.max_new_tokens)
+    templates = compare_chats(student, teacher)
+    stopped = [check.name for check in checks if check.state == "stop"]
+    if "room" in stopped:
+        allowance.finish()
+        return Diagnosis(tuple(checks), templates, names=names)
+    pair = replace(pair, is_comparable=not stopped)
+    try:
+        evidence = examine(pair, asked, seed, allowance)
+    finally:
+        allowance.finish()
+    checks.append(_check_asked(pair, asked, evidence, allowance))
+    checks += _judge(pair, evidence)
+    return Diagnosis(
+        checks=tuple(checks),
+        templates=templates,
+        overlap=evidence.overlap,
+        probe=_probe_table(pair, evidence),
+        cost=evidence.cost,
+        first_tokens=evidence.first_tokens,
+        rollout=evidence.rollout,
+        method=recommend(checks),
+        names=names,
+    )
+
+
+def _check_asked(
+    pair: Pair, asked: Sequence[Prompt], evidence: Evidence, allowance: Allowance
+) -> Check:
+    """Say how much was asked, and what was left out."""
+    rollout, scope = evidence.rollout, evidence.scope
+    done = count_distinct(rollout.prompts) if rollout is not None else 0
+    wanted = count_distinct(asked)
+    left_out = scope.missing(whole_scope(pair)) if scope is not None else []
+    found = f"{done} of {wanted} prompts in {allowance.spent:.0f} s"
+    if evidence.is_interrupted:
+        found += "; then it was interrupted"
+    if left_out:
+        found += f"; {'; '.join(left_out)}"
+    if done == wanted and not left_out and not evidence.is_interrupted:
+        return Check("asked", "ok", found)
+    # Half the width of Wilson's interval, at its widest: for a share of one half.
+    wide = f"; shares are known to ±{0.98 / (done + 3.84) ** 0.5:.2f} at worst" * bool(done)
+    remedy = f"A larger budget asks more: it was {allowance.seconds:.0f} s."
+    return Check("asked", "note", f"{found}{wide}", remedy)
+
+
+def _judge(pair: Pair, evidence: Evidence) -> list[Check]:
+    """Judge all that was found."""
+    rollout, scope = evidence.rollout, evidence.scope
+    first = [evidence.first_tokens.check()] if evidence.first_tokens is not None else []
+    if rollout is None or scope is None:
+        nothing = "it had not written when the doctor was interrupted"
+        return [*first, Check("student's texts", "none", nothing)]
+    if scope.length < pair.planned.max_new_tokens and rollout.tokens:
+        checks = [Check("student's texts", "none", "cut short to keep to the budget")]
     else:
-        checks.append(Check("overlap", "none", "not comparable token by token"))
-    probe, scored = _check_scores(pair, rollout)
-    checks += scored
-    if overlap is not None:
-        checks += _check_ranking(pair, overlap, rollout)
-        predicted = cost(student, teacher, rollout, pair.planned)
-        checks.append(check_memory(predicted))
-    return Diagnosis(tuple(checks), templates, overlap, probe, predicted, names)
+        checks = [check_lengths(rollout, scope.length)]
+    overlap = evidence.overlap
+    if overlap is not None and evidence.graded_rollout is not None:
+        checks += check_overlap(overlap, evidence.graded_rollout, pair.teacher_is_told_more)
+    else:
+        said = "it was not graded" if pair.is_comparable else "not comparable token by token"
+        checks.append(Check("overlap", "none", said))
+    checks += first + _judge_scores(pair, evidence, rollout)
+    if evidence.cost is not None:
+        checks.append(check_memory(evidence.cost))
+    return checks
 
 
-def _measure(rows: Rows) -> dict[str, torch.Tensor]:
-    return agreement(TOP)(rows) | {"reward": rows.logp_of("teacher") - rows.logp}
+def _judge_scores(pair: Pair, evidence: Evidence, rollout: Rollout) -> list[Check]:
+    """Judge the student's pass@k, the teacher's answers, and its ranking of texts."""
+    scope = evidence.scope
+    assert scope is not None
+    if pair.task.verify is None:
+        unknown = (
+            f"{pair.task.name} has no verifier, so pass@{pair.k} and the teacher's accuracy are"
+            " unknown"
+        )
+        return [Check("student", "none", unknown)]
+    if scope.length < pair.planned.max_new_tokens:
+        return [Check("student", "none", "its texts were cut, so they were not scored")]
+    right = pair.scores(rollout)
+    helped = _mean_helped(evidence)
+    skill = Skill(
+        mean=float(right.mean()),
+        solved=float(right.reshape(-1, scope.k).max(1).mean()),
+        alone=float(np.mean(evidence.alone)) if evidence.alone else float("nan"),
+        helped=helped,
+        prompts=count_distinct(rollout.prompts),
+        answered=count_distinct(evidence.answered),
+    )
+    is_own_teacher = pair.student.weights is pair.teacher.weights and pair.teacher_is_told_more
+    checks = [
+        check_student(skill, scope.k, is_own_teacher),
+        check_teacher(skill, evidence.half),
+    ]
+    overlap, graded = evidence.overlap, evidence.graded_rollout
+    if overlap is not None and graded is not None:
+        sums = overlap.tokens.groupby("sample")["reward"].sum()
+        reward = sums.reindex(range(len(graded)), fill_value=0.0).to_numpy()
+        checks += check_ranking(pair.scores(graded), reward, graded)
+    return checks
+
+
+def _mean_helped(evidence: Evidence) -> float:
+    """The teacher's score from half of the student's text; NaN if no text is that long."""
+    tables = [table for table in evidence.helped if len(table)]
+    if not tables:
+        return float("nan")
+    every = pd.concat(tables)
+    return float(np.average(every["teacher"], weights=every["texts"]))
+
+
+def _probe_table(pair: Pair, evidence: Evidence) -> pd.DataFrame | None:
+    """The teacher's scores, alone and from half of the student's text, as `continuation` has them.
+
+    It is None if nothing was scored.
+    """
+    scope, rollout = evidence.scope, evidence.rollout
+    if scope is None or rollout is None or not evidence.alone:
+        return None
+    own = pair.scores(rollout.select(range(0, len(rollout), scope.k)))[: len(evidence.alone)]
+    rows: list[dict[str, float]] = [
+        {
+            "length": 0,
+            "texts": len(evidence.alone),
+            "teacher": float(np.mean(evidence.alone)),
+            "student": float(own.mean()),
+        }
+    ]
+    tables = [table for table in evidence.helped if len(table)]
+    if tables:
+        every = pd.concat(tables)
+        rows.append(
+            {
+                "length": evidence.half,
+                "texts": int(every["texts"].sum()),
+                "teacher": _mean_helped(evidence),
+                "student": float(np.average(every["student"], weights=every["texts"])),
+            }
+        )
+    return pd.DataFrame(rows)
+
+
+def recommend(checks: Sequence[Check]) -> str:
+    """Choose a method by what was found, as a line that can be pasted.
+
+    Args:
+        checks: The checks of a pair that can be compared token by token, or not.
+
+    Returns:
+        The argument `method=…` of `distill`; "" if the pair cannot be trained as it is.
+    """
+    states = {check.name: check.state for check in checks}
+    if "stop" in states.values():
+        return ""
+    if states.get("in reach") == "warn":
+        return 'method=opd.OPD("forward_kl")'
+    if "warn" in (states.get("overlap"), states.get("student"), states.get("stopping")):
+        return 'method=opd.OPD("forward_kl", on_policy=0.5)'
+    if states.get("overlap") == "ok":
+        return 'method=opd.OPD("reverse_kl")'
+    return ""
 
 
 def _check_other(
@@ -188,234 +313,6 @@ def _check_other(
         return [*checks, Check("teacher", "stop", str(error))]
     taken = "takes these prompts; it was not asked to write or grade"
     return [*checks, Check("teacher", "ok", taken)]
-
-
-def check_lengths(rollout: Rollout, limit: int) -> Check:
-    """Check that the student's texts are neither empty nor cut off.
-
-    Args:
-        rollout: Texts of the student.
-        limit: The length limit of the texts, in tokens.
-
-    Returns:
-        "stop" if there is no token, "warn" if half of the texts end at once, "note" if many are
-        cut, else "ok".
-    """
-    name = "student's texts"
-    remedy = "Look at its stop tokens and template; a short SFT teaches the form."
-    if not rollout.tokens:
-        nothing = "it writes nothing at all, so there is nothing to grade"
-        return Check(name, "stop", nothing, remedy)
-    cut = sum(finish == "length" for finish in rollout.finish) / len(rollout)
-    empty = float((rollout.lengths <= 1).float().mean())
-    found = (
-        f"{float(rollout.lengths.float().mean()):.0f} tokens on average, {cut:.0%} cut off at the"
-        f" limit of {limit} (on {count_distinct(rollout.prompts)} prompts)"
-    )
-    if empty > 0.5:
-        return Check(name, "warn", f"{empty:.0%} end at once", remedy)
-    if cut > ENOUGH["cut"]:
-        remedy = "Raise max_new_tokens, unless the teacher is to teach it to be brief."
-        return Check(name, "note", found, remedy)
-    return Check(name, "ok", found)
-
-
-def check_overlap(overlap: Overlap, rollout: Rollout, teacher_is_told_more: bool) -> list[Check]:
-    """Check the agreement everywhere, at the student's stops, and at its first tokens.
-
-    A teacher that is told more may differ at the first tokens.
-
-    Args:
-        overlap: The agreement of student and teacher on `rollout`.
-        rollout: Texts of the student.
-        teacher_is_told_more: Whether the teacher reads a context that the student does not.
-
-    Returns:
-        The check "overlap", and where they fail, "stopping" and "first token".
-    """
-    tokens, mean = overlap.tokens, overlap.mean
-    found = (
-        f"a token is accepted with probability {mean['acceptance']:.2f}; the top {overlap.k}"
-        f" overlap {mean['overlap']:.2f} and the teacher's hold {mean['student_mass']:.0%} of the"
-        " student's mass"
-    )
-    checks = [Check("overlap", "ok", found)]
-    if mean["acceptance"] < ENOUGH["acceptance"]:
-        remedy = "Train on the teacher's texts first (a short SFT: SequenceKD)."
-        checks = [Check("overlap", "warn", found, remedy)]
-    ends = tokens.groupby("sample")["acceptance"].last()
-    stop = ends[[rollout.finish[i] == "stop" for i in ends.index]].mean()
-    if stop < min(ENOUGH["stop"], mean["acceptance"] / 2):  # false for NaN: no text stops
-        found = f"where the student stops, the teacher would accept it with probability {stop:.2f}"
-        remedy = (
-            "Lengths may run away: align the stop tokens, or teach the teacher's way of ending"
-            " first (a short SFT)."
-        )
-        checks.append(Check("stopping", "warn", found, remedy))
-    first = tokens.loc[tokens["position"] == 0, "acceptance"].mean()
-    if first < min(ENOUGH["first"], mean["acceptance"] / 2) and not teacher_is_told_more:
-        found = f"the teacher would accept the student's with probability {first:.2f}"
-        remedy = (
-            "One of them expects another form here (a think tag, a system prompt): align the text"
-            " before the answer."
-        )
-        checks.append(Check("first token", "warn", found, remedy))
-    return checks
-
-
-def _check_scores(pair: _Pair, rollout: Rollout) -> tuple[pd.DataFrame | None, list[Check]]:
-    """Check the student's pass@k, and the teacher alone and from half of the student's text."""
-    student, teacher, task, k = pair.student, pair.teacher, pair.task, pair.k
-    if task.verify is None:
-        unknown = f"{task.name} has no verifier, so pass@{k} and the teacher's accuracy are unknown"
-        return None, [Check("student", "none", unknown)]
-    right = pair.scores(rollout)
-    firsts = rollout.select(range(0, len(rollout), k))
-    half = max(1, int(firsts.lengths.float().median()) // 2)
-    room = _room(rollout, student, teacher)
-    probe = continuation(firsts, student, teacher, task, at=[0, half], room=room)
-    alone, helped = (*probe["teacher"].tolist(), float("nan"), float("nan"))[:2]
-    skill = _Skill(
-        mean=float(right.mean()),
-        solved=float(right.reshape(-1, k).max(1).mean()),
-        alone=alone,
-        helped=helped,
-    )
-    is_own_teacher = student.weights is teacher.weights and pair.teacher_is_told_more
-    return probe, [_check_student(skill, k, is_own_teacher), _check_teacher(skill, half)]
-
-
-@dataclass(frozen=True)
-class _Skill:
-    """The accuracies of the two.
-
-    Attributes:
-        mean: The student's texts.
-        solved: Prompts with a right text among the student's k.
-        alone: The teacher from the prompt.
-        helped: The teacher from half of the student's text; NaN if no text is that long.
-    """
-
-    mean: float
-    solved: float
-    alone: float
-    helped: float
-
-
-def _check_student(skill: _Skill, k: int, is_own_teacher: bool) -> Check:
-    """Check whether the student ever gets there by itself.
-
-    A student that is its own teacher lacks what it is not told, and not a skill.
-    """
-    found = f"right {skill.mean:.2f} of the time, pass@{k} {skill.solved:.2f}"
-    if is_own_teacher:
-        return Check("student", "ok", found + " (its own teacher, told more)")
-    # It is hardly ever right, and its texts are beyond help.
-    is_lost = skill.mean < ENOUGH["right"] and skill.helped < skill.alone / 2
-    if (skill.solved < ENOUGH["pass@k"] or is_lost) and skill.solved < skill.alone:
-        remedy = (
-            "It hardly ever gets there by itself, so little of its text can be built on: short SFT"
-            " on the teacher's texts first."
-        )
-        return Check("student", "warn", found, remedy)
-    return Check("student", "ok", found)
-
-
-def _check_teacher(skill: _Skill, half: int) -> Check:
-    """Check whether the teacher is better than the student, and helps on the student's text."""
-    found = f"right {skill.alone:.2f} of the time alone"
-    if not np.isnan(skill.helped):
-        found += f", {skill.helped:.2f} from the student's first {half} tokens"
-    if skill.alone < skill.mean + 0.05:
-        remedy = "It is no better than the student here: take a better teacher, or tell it a hint."
-        return Check("teacher", "warn", found, remedy)
-    if skill.helped < skill.alone / 2:
-        remedy = (
-            "Its grades are worth less the further the student has gone: shorter completions may"
-            " do."
-        )
-        return Check("teacher", "note", found, remedy)
-    return Check("teacher", "ok", found)
-
-
-def _check_ranking(pair: _Pair, overlap: Overlap, rollout: Rollout) -> list[Check]:
-    """Check whether OPD's reward tells the student's right texts from its wrong ones.
-
-    The reward of a text is sum log T - log S, and the measure is AUROC.
-    """
-    if pair.task.verify is None:
-        return []
-    right = pair.scores(rollout) > 0.5
-    sums = overlap.tokens.groupby("sample")["reward"].sum()
-    reward = sums.reindex(range(len(rollout)), fill_value=0.0).to_numpy()
-    # Texts of one prompt are alike, so prompts are counted and not texts.
-    fewest = min(
-        count_distinct(
-            prompt
-            for prompt, is_right in zip(rollout.prompts, right, strict=True)
-            if is_right == kind
-        )
-        for kind in (True, False)
-    )
-    if fewest < 3:
-        return []
-    area = auroc(reward[right], reward[~right])
-    found = (
-        "the teacher ranks a right text of the student's above a wrong one with probability"
-        f" {area:.2f} ({right.sum()} right, {(~right).sum()} wrong)"
-    )
-    if area + (area * (1 - area) / fewest) ** 0.5 * 2 < 0.5:
-        remedy = (
-            "They are about something else than the verifier's: look at them in"
-            " opdlab.viz.TokenLens."
-        )
-        return [Check("grades", "note", found, remedy)]
-    return [Check("grades", "ok", found)]
-
-
-def auroc(positive: np.ndarray, negative: np.ndarray) -> float:
-    """Compute the area under the ROC curve, the chance that a positive is above a negative.
-
-    Ties count half.
-
-    Args:
-        positive: Scores of the positives, `[N]`.
-        negative: Scores of the negatives, `[M]`.
-
-    Returns:
-        The chance, from 0 to 1; 0.5 if the scores tell nothing.
-    """
-    gap = np.subtract.outer(positive, negative)
-    return float((gap > 0).mean() + 0.5 * (gap == 0).mean())
-
-
-def check_memory(predicted: Cost) -> Check:
-    """Check that the predicted peak fits the free memory.
-
-    Args:
-        predicted: The predicted cost of a step.
-
-    Returns:
-        "warn" if it does not fit, else "ok".
-    """
-    if predicted.peak > predicted.available:
-        remedy = "It does not fit: lower micro_batch, set checkpointing=True, or train a LoRA."
-        return Check("cost", "warn", predicted.sentence, remedy)
-    return Check("cost", "ok", predicted.sentence)
-
-
-def _room(rollout: Rollout, student: Policy, teacher: Policy) -> float:
-    """The teacher's tokens per token of the student, with a quarter to spare.
-
-    It is 1 if their tokens are the same.
-    """
-    if not compare_vocabularies(student, teacher):
-        return 1.0
-    ours, theirs = (
-        sum(len(policy.tokenizer(text, add_special_tokens=False)["input_ids"]) for text in texts)
-        for policy, texts in ((student, rollout.texts), (teacher, rollout.texts))
-    )
-    return max(1.0, 1.25 * theirs / max(ours, 1))
 
 
 def _name(teacher: object, role: str) -> str:

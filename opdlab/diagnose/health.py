@@ -44,6 +44,9 @@ class Limits:
         stop: Acceptance of the student's last tokens.
         first: Acceptance of the student's first tokens.
         accuracy: Fall of the held-out accuracy since its peak, at two evaluations in a row.
+        mass: The student's probability of the teacher's first choice, under which it is not found.
+        pull: Pull of a method on such a token that is enough to learn it (forward KL has 1).
+        stalled: Steps in a window in which a run that stalls is looked for.
     """
 
     window: int = 5
@@ -55,6 +58,9 @@ class Limits:
     stop: float = 0.2
     first: float = 0.1
     accuracy: float = 0.05
+    mass: float = 1e-3
+    pull: float = 0.1
+    stalled: int = 3
 
 
 @dataclass(frozen=True)
@@ -330,6 +336,34 @@ def find_late_training(watch: Health) -> str | None:
     return None
 
 
+def find_stall(watch: Health) -> str | None:
+    """See whether the student cannot find what the teacher wants at the beginning of a text.
+
+    Then the loss does not fall and the probability stays tiny, unless the method pulls on tokens
+    that the student never writes, as forward KL does.
+
+    Args:
+        watch: The watch, with the steps so far.
+
+    Returns:
+        A sentence that says what was seen; None if it is not the case.
+    """
+    limits, steps = watch.limits, watch.limits.stalled
+    if watch.rows[-1].get("pull", 0.0) > limits.pull:
+        return None
+    _, mass = watch.compare("first_mass", steps)
+    last = [row["loss"] for row in watch.rows[-2 * steps :] if "loss" in row]
+    if len(last) < 2 * steps or not mass < limits.mass:
+        return None
+    before, now = sum(last[:steps]) / steps, sum(last[steps:]) / steps
+    if now > 0.7 * before:
+        return (
+            "The student gives the token that the teacher wants at the beginning a probability of"
+            f" {mass:.1g}, and the loss does not fall ({before:.3g}, now {now:.3g})."
+        )
+    return None
+
+
 @dataclass(frozen=True)
 class Signature:
     """A way in which runs go wrong.
@@ -348,6 +382,14 @@ class Signature:
 
 
 SIGNATURES = (
+    Signature(
+        "out of reach",
+        find_stall,
+        "first_mass",
+        "A mode-seeking divergence has no gradient there, whoever wrote the text: use"
+        " OPD('forward_kl'), alone or on a share of the teacher's texts, or train on its texts"
+        " first (SequenceKD).",
+    ),
     Signature(
         "length run-away",
         find_long_texts,

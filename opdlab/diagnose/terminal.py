@@ -6,6 +6,7 @@ control characters.
 
 from __future__ import annotations
 
+import html
 from collections.abc import Sequence
 from typing import Literal
 
@@ -25,15 +26,29 @@ MARKS: dict[State, tuple[str, str]] = {
     "stop": ("STOP", "bold red"),
     "none": ("-", "dim"),
 }
+# Of middling lightness, to be read on white and on black.
+COLOURS: dict[State, str] = {
+    "ok": "#2e9e5b",
+    "note": "#2a8fbd",
+    "warn": "#c77f00",
+    "stop": "#e0483e",
+    "none": "#888888",
+}
 VERDICTS: dict[Verdict, tuple[str, str, str]] = {
     "go": ("GO", "bold green", "on-policy distillation can work on this pair."),
     "prepare": ("PREPARE", "bold yellow", "it would run, but do what is said below first."),
     "stop": ("STOP", "bold red", "on-policy distillation cannot work on this pair as it is."),
 }
 
+VERDICT_STATES: dict[Verdict, State] = {"go": "ok", "prepare": "warn", "stop": "stop"}
+
 
 def draw_diagnosis(
-    verdict: Verdict, names: tuple[str, str], checks: Sequence[Check], chat: RenderedChat | None
+    verdict: Verdict,
+    names: tuple[str, str],
+    checks: Sequence[Check],
+    chat: RenderedChat | None,
+    method: str = "",
 ) -> Group:
     """Draw a diagnosis for a console of rich.
 
@@ -42,6 +57,7 @@ def draw_diagnosis(
         names: The names of the student and of the teacher.
         checks: The checks, in order.
         chat: A chat as both read it; shown if they differ.
+        method: The argument `method=…` that is advised; "" for none.
 
     Returns:
         A drawing for `rich.console.Console.print`.
@@ -59,9 +75,48 @@ def draw_diagnosis(
             finding.append(f"\n-> {show_plain(check.remedy)}", style="italic")
         table.add_row(Text(*MARKS[check.state]), Text(check.name), finding)
     parts: list[RenderableType] = [head, Text(), table]
+    if method:
+        parts += [Text(), Text.assemble("begin with  ", (method, "bold"))]
     if chat is not None and chat.at is not None:
         parts += [Text(), draw_templates(chat, chat.at)]
     return Group(*parts)
+
+
+def draw_html(
+    verdict: Verdict, names: tuple[str, str], checks: Sequence[Check], method: str = ""
+) -> str:
+    """Draw a diagnosis for a notebook, in the page's own colours, so it suits light and dark.
+
+    Args:
+        verdict: The verdict.
+        names: The names of the student and of the teacher.
+        checks: The checks, in order.
+        method: The argument `method=…` that is advised; "" for none.
+
+    Returns:
+        HTML; everything that comes from a model or a file is escaped.
+    """
+    word, _, meaning = VERDICTS[verdict]
+    student, teacher = (html.escape(show_plain(name)) for name in names)
+    cell = "padding:2px 10px 2px 0;text-align:left;vertical-align:top"
+    rows = []
+    for check in checks:
+        colour = COLOURS[check.state]
+        said = html.escape(show_plain(check.finding))
+        if check.remedy:
+            said += f"<br><i>→ {html.escape(show_plain(check.remedy))}</i>"
+        mark = f'<b style="color:{colour}">{MARKS[check.state][0]}</b>'
+        name = f"<b>{html.escape(check.name)}</b>"
+        rows.append(
+            f'<tr><td style="{cell}">{mark}</td><td style="{cell};white-space:nowrap">{name}</td>'
+            f'<td style="{cell};max-width:60em">{said}</td></tr>'
+        )
+    advice = f"<p>Begin with <code>{html.escape(method)}</code></p>" if method else ""
+    return (
+        f'<p><b style="color:{COLOURS[VERDICT_STATES[verdict]]}">{word}</b> {student} ← {teacher}:'
+        f' {html.escape(meaning)}</p><table style="border-collapse:collapse">{"".join(rows)}'
+        f"</table>{advice}"
+    )
 
 
 def draw_templates(chat: RenderedChat, at: int) -> Table:

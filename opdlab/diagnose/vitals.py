@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from opdlab.data.rollout import Rollout
+from opdlab.diagnose.first_tokens import measure_pull
 from opdlab.training.resolution import grader_names
 from opdlab.training.step import Step
 
@@ -32,12 +33,15 @@ def read_vitals(step: Step) -> Vitals:
         step: A step of a run.
 
     Returns:
-        Numbers by name: the step's metrics alone if the student wrote no text, and no acceptances
-        without a teacher's log-probs.
+        Numbers by name: the step's metrics and the method's `pull` alone if the student wrote no
+        text, and no acceptances without a teacher's log-probs.
     """
     rollout, columns = step.rollout, step.columns
     own = torch.tensor([name == "student" for name in rollout.writer], device=rollout.ids.device)
     out = {"step": float(step.number), **step.metrics}
+    pull = measure_pull(step.planned.method)
+    if pull is not None:
+        out["pull"] = pull
     if not bool(own.any()):
         others = ("entropy", "length", "cut")
         return {name: value for name, value in out.items() if name not in others}

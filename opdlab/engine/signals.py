@@ -44,6 +44,24 @@ def cheap(rows: Rows) -> dict[str, Tensor]:
     return out
 
 
+def watched(rows: Rows) -> dict[str, Tensor]:
+    """Compute the numbers of `cheap`, and whether the student knows what its teacher wants.
+
+    Args:
+        rows: Tokens under all policies.
+
+    Returns:
+        The numbers of `cheap`, and `wanted`, `[n]`: the student's probability of the token that is
+        likeliest for the first of the other policies. It is left out if there is none.
+    """
+    out = cheap(rows)
+    others = _others(rows)
+    if others and "student" in rows.distributions:
+        likeliest = _likeliest(rows.distributions[others[0]], 1)
+        out["wanted"] = rows["student"].gather(-1, likeliest)[:, 0].exp()
+    return out
+
+
 def full(k: int = TOP, allow_partial: bool = False) -> Callable[[Rows], dict[str, Tensor]]:
     """Make a function of rows that computes everything a picture shows.
 

@@ -11,6 +11,8 @@ from typing import Any
 
 from tqdm import tqdm
 
+PLAIN = "{desc} |{bar:10}| {n_fmt} of {total_fmt} UNITs{postfix}"  # without tqdm's own clock
+
 
 def in_notebook() -> bool:
     """Tell whether this process is a Jupyter kernel.
@@ -34,19 +36,29 @@ class Progress:
         unit: The name of a unit.
         quiet: Whether to draw nothing.
         leave: Whether the last state stays after `close` (in a terminal; in a notebook it does).
+        clock: Whether a terminal shows the time gone and left, reckoned from the units done. Work
+            that knows better how long it takes says so itself in `update`.
 
     Attributes:
-        total: The number of units in all.
+        total: The number of units in all; it may change from one update to the next.
         name: The name of the task.
         unit: The name of a unit.
         quiet: Whether nothing is drawn.
         leave: Whether the last state stays after `close`.
+        clock: Whether a terminal shows the time gone and left.
     """
 
     def __init__(
-        self, total: int, name: str, unit: str = "step", quiet: bool = False, leave: bool = True
+        self,
+        total: int,
+        name: str,
+        unit: str = "step",
+        quiet: bool = False,
+        leave: bool = True,
+        clock: bool = True,
     ) -> None:
         self.total, self.name, self.unit, self.quiet, self.leave = total, name, unit, quiet, leave
+        self.clock = clock
         self._bar: Any = None
 
     def update(self, done: int, **numbers: float | str) -> None:
@@ -69,9 +81,17 @@ class Progress:
                 unit=self.unit,
                 leave=self.leave,
                 dynamic_ncols=True,
+                bar_format=None if self.clock else PLAIN.replace("UNIT", self.unit),
             )
-        self._bar.set_postfix(shown, refresh=False)
-        self._bar.update(done - self._bar.n)
+        self._bar.total = self.total
+        if self.clock:
+            self._bar.set_postfix(shown, refresh=False)
+            self._bar.update(done - self._bar.n)
+            return
+        facts = " · ".join(f"{name} {value}" for name, value in shown.items())
+        self._bar.set_postfix_str(facts, refresh=False)
+        self._bar.n = done
+        self._bar.refresh()
 
     def _draw(self, done: int, shown: dict[str, str]) -> None:
         from IPython.display import HTML, display

@@ -13,6 +13,8 @@ from torch import Tensor
 
 from opdlab.engine.batch import Batch
 
+FIRST = 4  # positions at the beginning of a completion that `first_mass` looks at
+
 
 def measure_step(batch: Batch, columns: Mapping[str, Tensor], weight: Tensor) -> dict[str, float]:
     """Compute the metrics of a step.
@@ -40,6 +42,32 @@ def measure_step(batch: Batch, columns: Mapping[str, Tensor], weight: Tensor) ->
     if "reward" in summed and summed["by_others"] == 0:
         metrics["reward"] = _ratio(summed["reward"], completions)
     return metrics | {"tokens": tokens}
+
+
+def measure_first_mass(batch: Batch, wanted: Tensor) -> dict[str, float]:
+    """Compute how much probability the student gives to what its teacher wants at the beginning.
+
+    Where it gives none, a mode-seeking divergence has no gradient, and the run stalls.
+
+    Args:
+        batch: The rollout of this process with its graders.
+        wanted: The student's probability of the teacher's likeliest token, `[tokens]`.
+
+    Returns:
+        `first_mass`: the mean over completions at the worst of the first `FIRST` positions; nothing
+        for a batch without tokens.
+    """
+    rollout = batch.rollout
+    spread = wanted.new_zeros(rollout.ids.shape).masked_scatter(rollout.mask, wanted)
+    sums = wanted.new_zeros(2, FIRST, dtype=torch.float64)
+    width = min(FIRST, spread.shape[1])
+    learn = rollout.learn[:, :width]
+    sums[0, :width] = (spread[:, :width] * learn).double().sum(0)
+    sums[1, :width] = learn.double().sum(0)
+    total, count = batch.sum(sums)
+    if not bool(count.any()):
+        return {}
+    return {"first_mass": float((total / count)[count > 0].min())}
 
 
 def _local_sums(batch: Batch, columns: Mapping[str, Tensor], weight: Tensor) -> dict[str, float]:

@@ -2,6 +2,7 @@
 
     rollout = write_rollout(run)              the student writes (or whoever the method lets write)
     planned = plan_step(run, rollout)         the policies grade, the method plans
+    grade(run, planned)                       the policies that the plan did not ask grade too
     learned = accumulate_gradient(run, planned)   the loss runs, gradients are added up
     update_weights(run)                       the optimizer moves the student
     measure_step(…)                           metrics of the whole step (`opdlab.training.metrics`)
@@ -51,12 +52,15 @@ class Learned:
         weight: Each token's share in the loss of the step, over all processes, `[tokens]`.
         grad_norm: Length of the gradient of all parameters, before clipping.
         is_checked: Whether the loss was found to treat each row alone.
+        wanted: The student's probability of each position's likeliest token of the teacher,
+            `[tokens]`; None without a teacher that grades.
     """
 
     columns: dict[str, Tensor]
     weight: Tensor
     grad_norm: float
     is_checked: bool
+    wanted: Tensor | None = None
 
 
 # Write.
@@ -134,6 +138,19 @@ def plan_step(run: RunState, rollout: Rollout) -> Planned:
         return run_plan(run.method, batch)
 
 
+def grade(run: RunState, planned: Planned) -> None:
+    """Let all other policies grade the step's rollout, as far as the plan has not asked for it.
+
+    Args:
+        run: The run.
+        planned: The step's batch with the plan; it keeps the grades.
+    """
+    with backbone_precision(run):  # once for the whole batch, in the precision of the step
+        for name in planned.batch.distributions:
+            if name != "student":
+                planned.batch.states(name)
+
+
 # Learn.
 
 
@@ -169,7 +186,8 @@ def accumulate_gradient(run: RunState, planned: Planned) -> Learned:
             f"Step {run.done + 1}: the gradient is {norm}. Lower the learning rate; the weights are"
             " as they were."
         )
-    return Learned(columns, weight, norm, any(one.is_checked for one in passes))
+    wanted = columns.pop("wanted", None)  # for the metrics alone
+    return Learned(columns, weight, norm, any(one.is_checked for one in passes), wanted)
 
 
 def _backward(run: RunState, planned: Planned, rows: range, weight: Tensor, check: bool) -> Pass:
@@ -178,12 +196,12 @@ def _backward(run: RunState, planned: Planned, rows: range, weight: Tensor, chec
     rollout = batch.rollout
     part = rollout if len(rows) == len(rollout) else rollout.select(rows)
     model = run.student.weights.model
-    with backbone_precision(run):
-        for name in batch.distributions:
-            if name != "student":
-                batch.states(name)  # once for the whole batch, in the precision of the step
-        with torch.enable_grad(), recompute_layers(model, run.settings.checkpointing):
-            hidden = run.student.hidden(part)
+    with (
+        backbone_precision(run),
+        torch.enable_grad(),
+        recompute_layers(model, run.settings.checkpointing),
+    ):
+        hidden = run.student.hidden(part)
     note = f"Raised by the loss of {type(run.method).__name__} in step {run.done + 1}."
     # The student's adapter is in force in both passes: its head gets gradients in the first, layers
     # run again in the second.
@@ -194,7 +212,7 @@ def _backward(run: RunState, planned: Planned, rows: range, weight: Tensor, chec
                     weight,
                     student=States(hidden, run.student.head),
                     rows=rows,
-                    watch=signals.cheap,
+                    watch=signals.watched,
                     check=check,
                 )
         except NonFinite as error:

@@ -35,9 +35,15 @@ from opdlab.teachers.contract import expect_teacher
 from opdlab.training import method_state, run_folder, run_identity, saving, trainable
 from opdlab.training.evaluation import evaluate
 from opdlab.training.exclusive import Claim
-from opdlab.training.metrics import measure_step
+from opdlab.training.metrics import measure_first_mass, measure_step
 from opdlab.training.own_teacher import warn_of_own_teacher
-from opdlab.training.phases import accumulate_gradient, plan_step, update_weights, write_rollout
+from opdlab.training.phases import (
+    accumulate_gradient,
+    grade,
+    plan_step,
+    update_weights,
+    write_rollout,
+)
 from opdlab.training.preflight import check_run, check_writers
 from opdlab.training.resolution import check_overrides, resolve_policies, start_average
 from opdlab.training.settings import Settings, check_settings, make_settings
@@ -275,15 +281,21 @@ class Run(RunState):
         rollout = write_rollout(self)
         wrote = time.perf_counter()
         planned = plan_step(self, rollout)
+        grade(self, planned)
+        graded = time.perf_counter()
         learned = accumulate_gradient(self, planned)
         measured = measure_step(planned.batch, learned.columns, learned.weight)
+        if learned.wanted is not None:
+            measured |= measure_first_mass(planned.batch, learned.wanted)
         metrics = {"step": float(self.done + 1), **measured, "grad_norm": learned.grad_norm}
         self.loss_is_checked |= learned.is_checked
         with (
             hold_interrupts()
         ):  # an interrupt waits until the weights have moved and the step is kept
             metrics["lr"] = update_weights(self)
-            metrics |= {"generate_s": wrote - began, "seconds": time.perf_counter() - began}
+            ended = time.perf_counter()
+            metrics |= {"generate_s": wrote - began, "grade_s": graded - wrote}
+            metrics |= {"learn_s": ended - graded, "seconds": ended - began}
             self.metrics.append(metrics)
             if self.settings.snapshot_every and self.done % self.settings.snapshot_every == 0:
                 saving.keep_snapshot(self)

@@ -13,10 +13,10 @@ import torch
 
 import opdlab as opd
 from opdlab import Policy, Prompt, Task, tasks
-from opdlab.diagnose import Diagnosis, doctor
+from opdlab.diagnose import Diagnosis, doctor, examination
 from opdlab.diagnose.checks import Check
-from opdlab.diagnose.doctor import auroc, check_memory
 from opdlab.diagnose.terminal import draw_templates, render_text
+from opdlab.diagnose.text_checks import auroc, check_memory, show_interval
 from opdlab.errors import OpdlabError
 from opdlab.models.same_tokens import RenderedChat
 from opdlab.tasks.by_name import load_pair, load_task
@@ -24,7 +24,7 @@ from opdlab.tasks.market import data, model
 from opdlab.teachers import TextOnly
 
 MARKET = tasks.market()
-QUICK = {"prompts": 16, "k": 8, "batch": 16}
+QUICK = {"prompts": 16, "k": 8, "batch": 16, "budget": 600, "quiet": True}
 
 
 def check(found: Diagnosis, name: str) -> Check:
@@ -53,13 +53,15 @@ def test_the_verdict_on_the_shipped_pairs(want, shipped):
 def test_a_good_pair_is_described_by_what_was_measured(shipped):
     found = shipped["go"]
     student, teacher = model("student"), model("teacher")
-    rollout = student.sample(MARKET.prompts(16, split="test"), 8, max_new_tokens=24, seed=0)
+    rollout = found.rollout
+    assert [p.id for p in rollout.prompts[::8]] == [p.id for p in MARKET.prompts(16, split="test")]
     right = np.array(
         [MARKET.verify(p, t) for p, t in zip(rollout.prompts, rollout.texts, strict=True)]
     ).reshape(-1, 8)
-    assert (
-        check(found, "student").finding
-        == f"right {right.mean():.2f} of the time, pass@8 {right.max(1).mean():.2f}"
+    solved = right.max(1).mean()
+    assert check(found, "student").finding == (
+        f"right {right.mean():.2f} of the time {show_interval(right.mean(), 16)}, pass@8"
+        f" {solved:.2f} {show_interval(solved, 16)}"
     )
     agreed = opd.diagnose.overlap(student, teacher, rollout=rollout).mean
     assert (
@@ -112,7 +114,9 @@ def test_a_student_told_more_needs_no_skill_of_its_own():
     student = model("novice")
     task = Task("say sum", MARKET.draw, lambda prompt, text: float("carry" in text), 8)
     plain = doctor(student, student.frozen().seeing("hint say sum"), task, prompts=4, k=2, batch=4)
-    assert "pass@2 0.00 (its own teacher, told more)" in check(plain, "student").finding
+    assert (
+        "pass@2 0.00 [0.00, 0.49] (its own teacher, told more)" in check(plain, "student").finding
+    )
     assert check(plain, "student").state == "ok"
 
 
@@ -240,3 +244,87 @@ def test_unknown_settings_are_refused(strangers):
         OpdlabError, match=r"doctor has no setting bach. It takes those of distill: steps, batch"
     ):
         doctor(*strangers, bach=3)
+
+
+def test_a_teacher_that_begins_out_of_reach_is_named_with_its_cure(marked):
+    teacher, task = marked
+    found = doctor(model("student"), teacher, task, **QUICK | {"k": 2})
+    assert check(found, "in reach").state == "warn"
+    assert "16 of 16, as ' lot'" in check(found, "in reach").finding
+    said = check(found, "in reach").remedy
+    assert said.startswith(
+        "The student gives the teacher's first tokens less than 1e-4: use forward"
+    )
+    assert 'OPD("jeffreys") would pull as well' in said
+    assert "Under reverse KL and Jensen-Shannon divergence such a run stalls" in said
+    assert found.method == 'method=opd.OPD("forward_kl")'
+    assert found.method in str(found)
+    assert "method=opd.OPD(&quot;forward_kl&quot;)" in found._repr_html_()
+    table = found.first_tokens.table
+    at_first = table[table["position"] == 0]
+    student = model("student")
+    begun = teacher.sample(task.prompts(16, split="test"), max_new_tokens=1, temperature=0)
+    want = student.log_probs(begun).exp().gather(-1, begun.ids)[:, 0]
+    np.testing.assert_allclose(at_first["student"], want, rtol=1e-3)
+
+
+@pytest.mark.parametrize("want", ["go", "prepare"])
+def test_the_advised_method_can_be_pasted(want, shipped):
+    assert check(shipped[want], "in reach").state == "ok"
+    _, _, line = shipped[want].method.partition("=")
+    method = eval(line, {"opd": opd})  # noqa: S307 (the test is that it is Python)
+    assert method == {"go": opd.OPD(), "prepare": opd.OPD("forward_kl", on_policy=0.5)}[want]
+    assert shipped["stop"].method == ""
+
+
+def test_a_small_budget_asks_less_and_says_so():
+    options = QUICK | {"budget": 1e-3}
+    found = doctor(model("student"), model("teacher"), MARKET, **options)
+    asked = check(found, "asked")
+    assert asked.state == "note"
+    assert asked.finding.startswith("2 of 16 prompts in ")
+    assert "texts were cut after 8 of 24 tokens, so they were not scored" in asked.finding
+    assert "shares are known to ±0.41 at worst" in asked.finding
+    assert found.rollout.ids.shape[1] == 8
+    assert check(found, "student").state == "none"
+    assert found.overlap is not None
+    assert found.cost is not None
+
+
+def test_an_interrupt_keeps_what_was_found(monkeypatch):
+    """The stop button while the teacher answers in the second round."""
+    answers = []
+    answer = examination._answer
+
+    def interrupted(*arguments):
+        answers.append(arguments)
+        if len(answers) == 2:
+            raise KeyboardInterrupt
+        return answer(*arguments)
+
+    monkeypatch.setattr(examination, "_answer", interrupted)
+    found = doctor(model("student"), model("teacher"), MARKET, **QUICK)
+    assert "; then it was interrupted" in check(found, "asked").finding
+    assert check(found, "teacher").finding.startswith("right 1.00 of the time alone [0.34, 1.00]")
+    assert len(found.rollout) > 2 * 8  # the second round's texts were written before
+    assert found.probe["texts"].tolist()[0] == 2
+
+
+def test_an_interrupt_before_anything_was_written_leaves_the_checks(monkeypatch):
+    def interrupted(*_):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(examination, "_measure_pace", interrupted)
+    found = doctor(model("student"), model("teacher"), MARKET, **QUICK)
+    assert check(found, "tokens").state == "ok"
+    assert check(found, "student's texts").state == "none"
+    assert check(found, "asked").finding.startswith("0 of 16 prompts")
+
+
+def test_it_shows_what_it_does_on_stderr(capsys):
+    doctor(model("student"), model("teacher"), MARKET, **QUICK | {"quiet": False, "prompts": 2})
+    shown = capsys.readouterr()
+    assert shown.out == ""
+    assert "doctor" in shown.err
+    assert "tokens and templates are compared" in shown.err
+    assert "left at most" in shown.err

@@ -11,8 +11,9 @@ import pandas as pd
 import pytest
 import torch
 
-from opdlab import OPD, SFT, Policy, Task, distill, method, tasks
+from opdlab import DOPD, OPD, SFT, TOPD, Policy, Task, distill, method, tasks
 from opdlab.diagnose import Alarm, Health, Limits, health
+from opdlab.diagnose.first_tokens import measure_pull
 from opdlab.diagnose.health import SIGNATURES
 from opdlab.diagnose.vitals import read_vitals, repetition
 from opdlab.losses.divergences import entropy
@@ -31,6 +32,9 @@ def watched(
     for step in run:
         watch(step)
     return watch
+
+
+LONG = next(one for one in SIGNATURES if one.name == "length run-away")
 
 
 def signatures(watch: Health) -> list[str]:
@@ -217,7 +221,7 @@ def test_each_threshold_from_both_sides():
     assert note(Health(short), accuracy=[0.6, 0.56, 0.56]) == []
     assert note(Health(short), accuracy=[0.6, 0.54, 0.6]) == []  # one bad evaluation may be noise
     assert note(Health(short), accuracy=[0.6, 0.54, 0.5]) == ["late over-training"]
-    assert len(SIGNATURES) == 6
+    assert len(SIGNATURES) == 7
 
 
 def test_an_alarm_comes_again_only_after_it_has_gone():
@@ -238,7 +242,7 @@ def test_a_history_alone_can_be_read():
     watch = health(history)
     assert [(a.step, a.signature) for a in watch.alarms] == [(7, "length run-away")]
     assert str(watch.alarms[0]) == str(
-        Alarm(7, "length run-away", watch.alarms[0].sentence, SIGNATURES[0].remedy, "length")
+        Alarm(7, "length run-away", watch.alarms[0].sentence, LONG.remedy, "length")
     )
     assert watch.sentence == "1 alarm in 9 steps: length run-away (step 7)."
     assert "length run-away" in watch._repr_html_()
@@ -274,3 +278,61 @@ def test_texts_of_others_are_not_taken_for_the_students():
     assert read_vitals(step)["entropy"] == pytest.approx(
         step.columns["student_entropy"][keep].mean().item(), abs=1e-6
     )
+
+
+@pytest.mark.parametrize("seed", [0, 1, 2])
+@pytest.mark.parametrize(
+    "how", [OPD(), OPD("jensen_shannon"), OPD(on_policy=0.5)], ids=lambda how: how.divergence
+)
+def test_a_run_that_cannot_find_the_teachers_first_token_is_told_so(how, seed, marked):
+    """The student gives that token 1e-8, so only a method that pulls there can learn it."""
+    teacher, task = marked
+    watch = watched("student", teacher, how, task, steps=8, batch=8, lr=3e-3, seed=seed)
+    found = [alarm for alarm in watch.alarms if alarm.signature == "out of reach"]
+    assert len(found) == 1
+    assert found[0].step <= 7
+    assert "OPD('forward_kl')" in found[0].remedy
+    assert found[0].metric in watch.vitals
+    assert watch.vitals["first_mass"].max() < 1e-6
+
+
+@pytest.mark.parametrize("seed", [0, 1, 2])
+def test_forward_kl_learns_there_and_is_not_warned(seed, marked):
+    teacher, task = marked
+    watch = watched(
+        "student", teacher, OPD("forward_kl"), task, steps=14, batch=8, lr=3e-3, seed=seed
+    )
+    assert "out of reach" not in signatures(watch)
+    mass = watch.vitals["first_mass"]
+    assert mass.iloc[0] < 1e-6
+    assert mass.max() > 1e-2
+
+
+@pytest.mark.parametrize("seed", [0, 1])
+@pytest.mark.parametrize(
+    "how", [OPD(), OPD("forward_kl"), TOPD(), DOPD()], ids=lambda how: type(how).__name__
+)
+def test_runs_whose_student_finds_the_tokens_are_not_warned(how, seed):
+    watch = watched("student", model("teacher"), how, steps=7, batch=8, seed=seed)
+    assert "out of reach" not in signatures(watch)
+    assert watch.vitals["first_mass"].min() > 0.01
+
+
+def test_a_stall_from_both_sides():
+    lost = {"first_mass": [1e-5] * 6, "loss": [1.0] * 6}
+    assert note(Health(), **lost) == ["out of reach"]
+    assert note(Health(), **{name: values[:5] for name, values in lost.items()}) == []  # too early
+    assert note(Health(), **(lost | {"loss": [1.0] * 3 + [0.6] * 3})) == []  # it is learning
+    assert note(Health(), **(lost | {"first_mass": [1e-5] * 3 + [2e-3] * 3})) == []
+    assert note(Health(), **lost, pull=[1.0] * 6) == []  # slow, and on its way
+    assert note(Health(), **lost, pull=[1e-5] * 6) == ["out of reach"]
+
+
+def test_the_pull_of_methods_on_a_token_that_is_never_written():
+    """With p = 1e-6 and q = 1 - p: q - p for forward KL, p (log q / p + KL) for reverse KL."""
+    p = 1e-6
+    kl = (1 - 2 * p) * math.log((1 - p) / p)
+    assert measure_pull(OPD("forward_kl")) == pytest.approx(1 - 2 * p, rel=1e-4)
+    assert measure_pull(OPD()) == pytest.approx(p * (math.log((1 - p) / p) + kl), rel=1e-3)
+    assert measure_pull(OPD("jensen_shannon")) < 1e-4
+    assert measure_pull(OPD(estimator="sampled")) is None  # its loss reads what its plan computes
