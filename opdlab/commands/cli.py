@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import os
 import sys
+import time
 import webbrowser
 from collections.abc import Callable
 from pathlib import Path
@@ -182,10 +183,12 @@ def doctor(
     prompts: int = 32,
     k: int = 8,
     seed: int = 0,
+    budget: float = 90.0,
 ) -> None:
     """Say before any training whether distillation can work between two models, and why not.
 
-    The exit code is 1 if it cannot work.
+    The exit code is 1 if it cannot work. Progress goes to stderr; Ctrl-C ends it early, with what
+    was found so far.
 
     Args:
         student: A shipped model (student, novice, teacher, scribe), small (SmolLM2), a folder or a
@@ -193,9 +196,10 @@ def doctor(
         teacher: Likewise. "small small" is SmolLM2 that learns from itself, given a rule.
         task: market, market-secret, rule, gym:NAME or a JSONL file. By default the shipped models'
             own task, and plain questions for other models.
-        prompts: Number of held-out prompts to ask.
-        k: Samples of the student per prompt, for pass@k.
+        prompts: Number of held-out prompts to ask at most.
+        k: Samples of the student per prompt at most, for pass@k.
         seed: Seed of prompts and samples.
+        budget: Seconds to keep to once the models are loaded; it asks as much as fits.
     """
     from rich.console import Console
 
@@ -203,12 +207,16 @@ def doctor(
     from opdlab.tasks.by_name import load_pair
 
     _hide_loading_bars()
-    console = Console()
-    with console.status("loading …") as status:
+    progress = Console(stderr=True)
+    began = time.monotonic()
+    progress.print(f"opdlab doctor: loading {student} and {teacher} …", markup=False)
+    with progress.status("loading …"):  # it moves in a terminal, and is not drawn elsewhere
         first, second, world = load_pair(student, teacher, task)
-        status.update("the student writes, the teacher grades …")
-        found = diagnose.doctor(first, second, world, prompts=prompts, k=k, seed=seed)
-    console.print(found)
+    progress.print(
+        f"loaded in {time.monotonic() - began:.0f} s; looking at the pair, {budget:.0f} s at most"
+    )
+    found = diagnose.doctor(first, second, world, prompts=prompts, k=k, seed=seed, budget=budget)
+    Console().print(found)
     if found.verdict == "stop":
         sys.exit(1)
 
