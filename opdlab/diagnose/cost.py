@@ -345,8 +345,8 @@ def _measure_reading(policy: Policy, rollout: Rollout, most: int) -> _Reading:
 def _padded(policy: Policy, rollout: Rollout) -> int:
     """Tokens of a pass over a rollout, with prompts and padding."""
     starts = [len(policy.encode(prompt)) for prompt in rollout.prompts]
-    ends = rollout.lengths.tolist()
-    return len(rollout) * max(a + b for a, b in zip(starts, ends, strict=True))
+    longest: int = max(a + b for a, b in zip(starts, rollout.lengths.tolist(), strict=True))
+    return len(rollout) * longest
 
 
 def _measure_learning(policy: Policy, rollout: Rollout) -> float:

@@ -57,7 +57,10 @@ def watched(rows: Rows) -> dict[str, Tensor]:
     out = cheap(rows)
     others = _others(rows)
     if others and "student" in rows.distributions:
-        likeliest = _likeliest(rows.distributions[others[0]], 1)
+        known = rows.distributions[others[0]]
+        # Half the time of `topk(1)`, and less than that of `argmax`.
+        is_partial = isinstance(known, TopLogprobs)
+        likeliest = known.ids[:, :1] if is_partial else known.max(-1, keepdim=True).indices
         out["wanted"] = rows["student"].gather(-1, likeliest)[:, 0].exp()
     return out
 
