@@ -58,9 +58,10 @@ def watched(rows: Rows) -> dict[str, Tensor]:
     others = _others(rows)
     if others and "student" in rows.distributions:
         known = rows.distributions[others[0]]
-        # Half the time of `topk(1)`, and less than that of `argmax`.
-        is_partial = isinstance(known, TopLogprobs)
-        likeliest = known.ids[:, :1] if is_partial else known.max(-1, keepdim=True).indices
+        if isinstance(known, TopLogprobs):
+            likeliest = known.ids[:, :1]
+        else:  # half the time of `topk(1)`, and less than that of `argmax`
+            likeliest = known.max(-1, keepdim=True).indices
         out["wanted"] = rows["student"].gather(-1, likeliest)[:, 0].exp()
     return out
 
