@@ -14,6 +14,7 @@ from transformers import DynamicCache, PreTrainedModel
 
 from opdlab.models.abilities import Abilities
 from opdlab.models.forward import hidden_at, pick_rows, repeat_cache, run_backbone
+from opdlab.models.placement import input_device
 
 
 class Continuation(Protocol):
@@ -80,11 +81,11 @@ class Cached:
     """
 
     def __init__(self, model: PreTrainedModel, starts: list[list[int]], n: int) -> None:
-        self.model = model
+        self.model, device = model, input_device(model)
         width = max(map(len, starts))
-        ids = torch.tensor([[0] * (width - len(s)) + s for s in starts], device=model.device)
-        lengths = torch.tensor([len(s) for s in starts], device=model.device)
-        mask = (torch.arange(width, device=model.device) >= width - lengths[:, None]).long()
+        ids = torch.tensor([[0] * (width - len(s)) + s for s in starts], device=device)
+        lengths = torch.tensor([len(s) for s in starts], device=device)
+        mask = (torch.arange(width, device=device) >= width - lengths[:, None]).long()
         positions = (mask.cumsum(1) - 1).clamp(min=0)
         self.mask = None if bool(mask.all()) else mask
         self.cache = DynamicCache(config=model.config)
@@ -92,7 +93,7 @@ class Cached:
             :, -1
         ]
         if n > 1:
-            repeat_cache(self.cache, len(starts), n, model.device)
+            repeat_cache(self.cache, len(starts), n, device)
         self.states = states.repeat_interleave(n, 0)
         self.position = lengths.repeat_interleave(n)
         self.mask = None if self.mask is None else self.mask.repeat_interleave(n, 0)

@@ -17,6 +17,7 @@ from torch import Tensor
 from transformers import DynamicCache, PreTrainedModel
 
 from opdlab.models.abilities import Abilities
+from opdlab.models.placement import input_device
 
 SHORTEST_SHARED_PREFIX = 16  # tokens; sharing fewer does not pay for another pass
 
@@ -167,17 +168,18 @@ def _one_batch(
     model: PreTrainedModel, rows: list[list[int]], spans: list[range], shared: int
 ) -> Tensor:
     """Run rows side by side; see `hidden_at`."""
+    device = input_device(model)
     # Right-padded: under causal attention padding cannot touch a real token, so no mask is needed.
     width = max(map(len, rows)) - shared
     batch = torch.tensor(
-        [row[shared:] + [0] * (width + shared - len(row)) for row in rows], device=model.device
+        [row[shared:] + [0] * (width + shared - len(row)) for row in rows], device=device
     )
-    positions = torch.arange(shared, shared + width, device=model.device)[None]
+    positions = torch.arange(shared, shared + width, device=device)[None]
     cache = None
     if shared:
         cache = DynamicCache(config=model.config)
-        run_backbone(model, torch.tensor([rows[0][:shared]], device=model.device), cache=cache)
-        repeat_cache(cache, 1, len(rows), model.device)
+        run_backbone(model, torch.tensor([rows[0][:shared]], device=device), cache=cache)
+        repeat_cache(cache, 1, len(rows), device)
     states = run_backbone(model, batch, positions=positions, cache=cache)
     where = [i * width + t - shared for i, span in enumerate(spans) for t in span]
     return states.flatten(0, 1)[torch.tensor(where, device=states.device, dtype=torch.long)]

@@ -55,10 +55,13 @@ class States:
     Attributes:
         hidden: `[tokens, H]`, the state where each token is predicted.
         head: The policy's output head.
+        device: Where log-probs are wanted: the device of the student's tokens. None for that of
+            the hidden states.
     """
 
     hidden: Tensor
     head: Head
+    device: torch.device | None = None
 
     @property
     def vocab_size(self) -> int:
@@ -74,15 +77,18 @@ class States:
         Returns:
             The states of these tokens, with the same head.
         """
-        return States(self.hidden[piece].detach(), self.head)
+        if isinstance(piece, Tensor):
+            piece = piece.to(self.hidden.device)
+        return States(self.hidden[piece].detach(), self.head, self.device)
 
     def logp(self) -> Tensor:
         """Compute log-probs `[n, V]`.
 
         Returns:
-            In nats, in the precision of the head's logits: float32, or float64.
+            In nats, in the precision of the head's logits: float32, or float64. They are on
+            `device`, so that those of a teacher elsewhere can be compared with the student's.
         """
-        return log_softmax_in_place(self.head(self.hidden))
+        return log_softmax_in_place(self.head(self.hidden)).to(self.device)
 
 
 # Float32 log-probs show the mass that the top tokens leave over to about this much.

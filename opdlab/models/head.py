@@ -20,6 +20,7 @@ from transformers import PreTrainedConfig, PreTrainedModel
 
 from opdlab.errors import InvalidValue, UnsupportedModel
 from opdlab.models.forward import run_backbone
+from opdlab.models.placement import fetch, input_device
 from opdlab.models.precision import without_autocast
 
 _FACTORS = ("logit_scale", "lm_head_multiplier", "output_multiplier")
@@ -113,17 +114,20 @@ class Head:
     def __call__(self, hidden: Tensor) -> Tensor:
         """Compute logits `[n, V]` of hidden states `[n, H]`.
 
-        They are float32 (or float64), in the head's own precision until after the product.
+        They are float32 (or float64), in the head's own precision until after the product, and on
+        the device of the hidden states, wherever the head is.
         """
-        bias = None if self.bias is None else self.bias[: self.vocab_size]
-        with without_autocast(hidden.device):
-            weight = self.weight[: self.vocab_size]
+        bias, device = None if self.bias is None else self.bias[: self.vocab_size], hidden.device
+        weight = self.weight[: self.vocab_size]
+        with without_autocast(weight.device):
+            hidden = hidden.to(weight.device)
             logits = functional.linear(hidden.to(weight.dtype), weight, bias)
             logits = logits if logits.dtype in (torch.float32, torch.float64) else logits.float()
             if self.lora is not None:
                 up, down = self.lora.up[: self.vocab_size], self.lora.down
                 inner = functional.linear(hidden.to(down.dtype), down)
                 logits = logits + functional.linear(inner, up) * self.lora.scale
+        logits = logits.to(device)
         if self.scale != 1.0:
             logits = logits * self.scale
         return logits if self.cap is None else torch.tanh(logits / self.cap) * self.cap
@@ -141,13 +145,15 @@ class Head:
             hidden: The hidden states `[n, H]`.
 
         Returns:
-            Gradient for the hidden states `[n, H]`, in float32, or in float64 where the states and
-            the head are.
+            Gradient for the hidden states `[n, H]`, on their device, in float32, or in float64
+            where the states and the head are.
         """
-        with without_autocast(hidden.device):
-            if self.cap is not None:
-                slope *= 1 - (logits / self.cap) ** 2
-            slope = slope if self.scale == 1.0 else slope.mul_(self.scale)
+        device = hidden.device
+        if self.cap is not None:
+            slope *= 1 - (logits / self.cap) ** 2
+        slope = slope if self.scale == 1.0 else slope.mul_(self.scale)
+        with without_autocast(self.weight.device):
+            slope, hidden = slope.to(self.weight.device), hidden.to(self.weight.device)
             through_lora = None
             if self.lora is not None:
                 through_lora = self._backward_lora(self.lora, slope, hidden)
@@ -157,7 +163,7 @@ class Head:
             if self.bias is not None and self.bias.requires_grad:
                 _grad(self.bias)[: self.vocab_size].add_(slope.sum(0))
             out = (slope @ self.weight[: self.vocab_size]).to(self.precision(hidden))
-            return out if through_lora is None else out.add_(through_lora)
+            return (out if through_lora is None else out.add_(through_lora)).to(device)
 
     def _backward_lora(self, lora: LowRank, slope: Tensor, hidden: Tensor) -> Tensor:
         """Do the LoRA's part of `backward`; returns its gradient for the hidden states."""
@@ -188,13 +194,13 @@ class Head:
 
     @torch.no_grad()
     def _check(self, model: PreTrainedModel) -> None:
-        ids = torch.arange(4, device=model.device)[None] % self.vocab_size
+        ids = torch.arange(4, device=input_device(model))[None] % self.vocab_size
         try:
             want = model(input_ids=ids, use_cache=False).logits[0].float()[:, : self.vocab_size]
         except Exception as error:
             raise cannot_run(model, error) from error
         try:
-            got = self(run_backbone(model, ids)[0]).float()
+            got = self(run_backbone(model, ids)[0]).float().to(want.device)
             far = (got - want).abs().max().item()
         except Exception as error:  # other shapes, no hidden states: it is built in another way
             reason = f"applying it to the last hidden states: {error}"
@@ -267,7 +273,7 @@ def _matrix(
             own = adapter is not None and adapter in layer.modules_to_save
             layer = layer.modules_to_save[str(adapter)] if own else layer.original_module
     # Not `layer.weight`: parametrizations make one up at every access.
-    weight, bias = layer._parameters.get("weight"), getattr(layer, "bias", None)
+    weight, bias = fetch(layer, "weight"), fetch(layer, "bias")
     is_plain = (
         weight is not None
         and type(weight.data) is Tensor

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import copy
 import os
+import warnings
 import weakref
 from collections.abc import Callable, Mapping, Sequence
 from enum import Enum
@@ -23,13 +24,16 @@ from opdlab.data.rollout import Rollout
 from opdlab.data.sampling_config import SamplingConfig, SamplingOptions
 from opdlab.data.tokens import completion_texts
 from opdlab.errors import EmptyPrompts, InvalidValue
+from opdlab.models import sharing
 from opdlab.models.context_limit import ContextLimit
 from opdlab.models.encoding import encode_prompts
 from opdlab.models.fingerprints import vocabulary_digest
 from opdlab.models.forward import last_hidden
 from opdlab.models.graded import States
 from opdlab.models.head import Head
-from opdlab.models.loading import load_model, load_tokenizer
+from opdlab.models.load_options import LoadOptions
+from opdlab.models.loading import find
+from opdlab.models.quantization import describe_quantization
 from opdlab.models.sampling import SampledTexts, SamplingLoop, read_prefixes
 from opdlab.models.templates import check_template_options
 from opdlab.models.vocabulary import check_written_with
@@ -111,43 +115,104 @@ class Policy:
         cls,
         source: str | os.PathLike[str],
         *,
+        revision: str | None = None,
         dtype: torch.dtype | str | None = None,
         device: str | torch.device | None = None,
-        tokenizer: PreTrainedTokenizerBase | None = None,
+        device_map: str | Mapping[str, Any] | None = None,
+        attn_implementation: str | None = None,
+        quantization: Any = None,
+        adapter: str | os.PathLike[str] | None = None,
+        chat_template: str | os.PathLike[str] | None = None,
+        chat_template_kwargs: Mapping[str, Any] | None = None,
+        tokenizer: PreTrainedTokenizerBase | str | os.PathLike[str] | None = None,
+        token: str | None = None,
         eos: int | Sequence[int] | None = None,
         context_length: int | None = None,
-        chat_template_kwargs: Mapping[str, Any] | None = None,
+        prefer_shared: Policy | None = None,
+        gguf_file: str | None = None,
     ) -> Policy:
-        """Load a causal language model from a folder or the Hub.
+        """Load a causal language model from a folder, a GGUF file or the Hub.
 
         Args:
-            source: A folder or a name on the Hub. The folder of an adapter (a checkpoint of opdlab
-                is one) loads its base model and looks through the adapter.
+            source: A folder, a GGUF file, or a name on the Hub. The folder or name of a PEFT
+                adapter (a checkpoint of opdlab is one) loads the base model that it names, and
+                looks through the adapter.
+            revision: Branch, tag or commit on the Hub; of the base model, where the source is the
+                folder of an adapter.
             dtype: torch.float32, torch.bfloat16 or torch.float64, or its name; bfloat16 on a GPU
-                and float32 on a CPU by default. float16 is refused.
+                that has it and float32 elsewhere by default. float16 is refused.
             device: "cpu", "cuda", "cuda:1", …; the GPU if there is one by default.
-            tokenizer: In place of the one in the folder.
+            device_map: In place of `device`, spreads the model with Accelerate: "auto", or a dict
+                of devices by module. Offloaded weights ("cpu" beside a GPU, "disk") can teach, but
+                not be trained.
+            attn_implementation: "sdpa", "eager", "flash_attention_2", …; what transformers chooses
+                by default.
+            quantization: "4bit" (NF4, as in QLoRA) or "8bit" with bitsandbytes, or a quantisation
+                config of transformers. A LoRA trains on it.
+            adapter: Folder of a PEFT adapter to look through, or its name on the Hub.
+            chat_template: A Jinja template, or the path of a file with one, in place of the
+                tokenizer's.
+            chat_template_kwargs: Arguments for the chat template, as `{"enable_thinking": False}`;
+                see `with_template`.
+            tokenizer: In place of the one in the folder: a tokenizer, or the folder or name of one.
+            token: For private models on the Hub; by default the one that is saved on this machine.
             eos: Ids of the tokens that end a text, in place of the model's own.
             context_length: Tokens that a prompt and its completion may have together, if fewer than
                 the model allows.
-            chat_template_kwargs: Arguments for the tokenizer's chat template, as
-                `{"enable_thinking": False}`; see `with_template`.
+            prefer_shared: A policy. If it is on the same base model, so is the new one, and the
+                weights are in memory once; if not, a warning says why.
+            gguf_file: Name of a GGUF file in the folder or repository.
 
         Returns:
-            The policy, which looks through the adapter if the folder is that of one.
+            The policy, which looks through the adapter if there is one.
 
         Raises:
-            InvalidValue: There is no such model, device or dtype.
+            InvalidValue: There is no such model, an option cannot be right, or two of them cannot
+                stand together.
             UnsupportedModel: The model's numbers would not be right.
             TokenizerMismatch: The tokenizer has tokens that the model lacks.
         """
-        model = load_model(source, dtype, device)
-        weights = Weights(
-            model, tokenizer or load_tokenizer(source), eos, str(source), context_length
+        options = LoadOptions(
+            revision=revision,
+            dtype=dtype,
+            device=device,
+            device_map=device_map,
+            attn_implementation=attn_implementation,
+            quantization=quantization,
+            adapter=adapter,
+            chat_template=chat_template,
+            chat_template_kwargs=chat_template_kwargs,
+            tokenizer=tokenizer,
+            token=token,
+            eos=eos,
+            context_length=context_length,
+            gguf_file=gguf_file,
         )
+        if prefer_shared is not None:
+            expect(prefer_shared, Policy, "Policy.load", "prefer_shared")
+        place = find(source, options)
+        if prefer_shared is not None:
+            found = sharing.share(prefer_shared.weights, place, options)
+            if isinstance(found, sharing.Shared):
+                return cls._on_shared(prefer_shared.weights, found)
+            warnings.warn(
+                f"{place.base} is loaded beside {prefer_shared!r} and does not share its weights:"
+                f" {found}.",
+                stacklevel=2,
+            )
+        weights = sharing.load_weights(place, options)
         return cls._through_active(
             weights, check_template_options(weights.tokenizer, chat_template_kwargs or {})
         )
+
+    @classmethod
+    def _on_shared(cls, weights: Weights, found: sharing.Shared) -> Policy:
+        options = check_template_options(weights.tokenizer, found.chat_template_kwargs)
+        adapter = AdapterInUse()
+        if found.adapter is not None:
+            weights.check_adapter(found.adapter)
+            adapter.own(weights, found.adapter)
+        return cls(weights, adapter=adapter, chat_template_kwargs=options)
 
     @classmethod
     def of(
@@ -542,7 +607,7 @@ class Policy:
             ContextTooLong: A prompt with its completion does not fit the model's context.
         """
         check_written_with(self.tokenizer, self.weights.vocab_size, rollout, self.name)
-        return States(self.hidden(rollout), self.head)
+        return States(self.hidden(rollout), self.head, rollout.ids.device)
 
     def hidden(self, rollout: Rollout) -> Tensor:
         """Run the backbone over a rollout.
@@ -590,10 +655,12 @@ class Policy:
             ContextTooLong: A prompt with its completion does not fit the model's context.
         """
         with torch.no_grad(), self.weights.using(self.adapter):
-            return self.head(self.hidden(rollout)).log_softmax(-1)
+            return self.head(self.hidden(rollout)).log_softmax(-1).to(rollout.ids.device)
 
     def __repr__(self) -> str:
+        how = describe_quantization(self.weights.model)
         looks = [
+            *([how] if how else []),
             f"adapter {self.adapter!r}" if self.adapter else "no adapter",
             *(["sees a context"] if self.context else []),
         ]

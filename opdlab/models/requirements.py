@@ -9,6 +9,7 @@ import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from opdlab.errors import InvalidValue, UnsupportedModel
+from opdlab.models.placement import stored_tensors
 
 # Rotary embeddings that transformers computes anew from a batch's longest row.
 _CHANGING_ROTARY = ("dynamic", "longrope")
@@ -58,10 +59,14 @@ def check_model(model: Any) -> PreTrainedModel:
             " and opdlab has none. Load it with dtype=torch.bfloat16 or torch.float32 (for a"
             " quantised model: as its compute dtype)."
         )
-    if any(p.device.type == "meta" for p in model.parameters()):
+    lost = {name for name, p in model.named_parameters() if p.is_meta} - stored_tensors(
+        model
+    ).keys()
+    if lost:
         raise InvalidValue(
-            f"Some weights of {type(model).__name__} are not in memory (offloaded). Load the model"
-            " whole, on one device."
+            f"Some weights of {type(model).__name__} are nowhere: {min(lost)} is on the meta device"
+            " and not offloaded. Load the model whole: Policy.load(…, device_map='auto') offloads"
+            " what does not fit."
         )
     return model
 

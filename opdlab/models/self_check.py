@@ -22,6 +22,8 @@ from opdlab.models.abilities import PLAIN, Abilities
 from opdlab.models.continuation import Cached
 from opdlab.models.forward import SHORTEST_SHARED_PREFIX, hidden_at
 from opdlab.models.head import Head, cannot_run
+from opdlab.models.placement import input_device
+from opdlab.models.quantization import rounds_coarsely
 from opdlab.models.vocabulary import pick_ordinary_tokens
 
 _FINE = {torch.float32, torch.float64}
@@ -132,7 +134,8 @@ class _Check:
 
     def __init__(self, model: PreTrainedModel, head: Head, longest: int | None) -> None:
         self.model, self.head = model, head
-        self.is_fine = all(parameter.dtype in _FINE for parameter in model.parameters())
+        kinds = {p.dtype for p in model.parameters() if p.is_floating_point()}
+        self.is_fine = kinds <= _FINE and not rounds_coarsely(model)
         self.tolerance = FINE if self.is_fine else COARSE
         # Long enough to leave the windows and blocks of toy models; those of real ones are out of
         # reach either way.
@@ -205,10 +208,10 @@ class _Check:
         want = [plain[i][prompts[i] - 1] for i in live]
         for step in range(self.steps):
             if step == 1:
-                batch.keep(torch.tensor([1, 2], device=self.model.device))
+                batch.keep(torch.tensor([1, 2], device=input_device(self.model)))
                 live = [0, 1]
             tokens = [texts[i][prompts[i] + step] for i in live]
-            batch.append(torch.tensor(tokens, device=self.model.device))
+            batch.append(torch.tensor(tokens, device=input_device(self.model)))
             states.append(batch.states)
             want += [plain[i][prompts[i] + step] for i in live]
         return self._agree(self._logits(torch.cat(states)), torch.stack(want))

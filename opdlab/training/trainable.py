@@ -15,6 +15,7 @@ import torch
 from opdlab.errors import InvalidValue, OpdlabError
 from opdlab.models import adapters
 from opdlab.models.policy import Policy, live_policies
+from opdlab.models.quantization import describe_quantization
 from opdlab.models.recomputation import recomputable_layers
 from opdlab.training.settings import Settings
 
@@ -84,6 +85,12 @@ def _prepare_all_weights(student: Policy, policies: Mapping[str, Any]) -> None:
             f"The student looks through the adapter {student.adapter!r}, which lora=None would"
             " leave beside the weights that it trains. Leave lora as it is to train the adapter on,"
             " or fold it in and train all weights: student.merged()."
+        )
+    if how := describe_quantization(weights.model):
+        raise InvalidValue(
+            f"lora=None trains the weights themselves, and {weights.name} is {how}, whose weights"
+            " cannot move. Train a LoRA on it (leave lora as it is), or load it without"
+            " quantization and with dtype=torch.float32."
         )
     if low := sorted(
         {

@@ -2,12 +2,19 @@
 
 from __future__ import annotations
 
+import json
+import shutil
+
 import pytest
 import torch
-from transformers import T5Config, T5ForConditionalGeneration
+from peft import LoraConfig, get_peft_model
+from safetensors.torch import load_file, save_file
+from transformers import AutoModelForCausalLM, T5Config, T5ForConditionalGeneration
 
-from opdlab import Policy
+import opdlab as opd
+from opdlab import Policy, Prompt
 from opdlab.errors import InvalidValue
+from opdlab.models.load_options import LoadOptions, default_dtype
 
 
 @pytest.fixture(scope="module")
@@ -53,10 +60,26 @@ def test_float16_is_refused(dtype, folder):
         ({"eos": 1.5}, "Policy got eos=1.5"),
         ({"eos": [70]}, r"eos=\[70\], but LlamaForCausalLM has tokens from 0 to 69"),
         ({"eos": [True]}, "Policy got eos=True"),
+        ({"tokenizer": "a/path"}, "No tokenizer can be loaded from 'a/path'"),
+        ({"tokenizer": 5}, "got a int as tokenizer"),
+        ({"device": "cpu", "device_map": "auto"}, "device='cpu' and device_map='auto'. Use device"),
+        ({"device_map": "everywhere"}, "in device_map the device 'everywhere'. Use 'cpu'"),
+        ({"device_map": {}}, "device_map={}. Use 'auto'"),
+        ({"device_map": {"model": 2.5}}, "got 2.5 as a device in device_map"),
+        ({"attn_implementation": "flash_attention_2"}, "needs the package flash-attn"),
+        ({"attn_implementation": "nope"}, "No causal language model can be loaded"),
+        ({"attn_implementation": ""}, "attn_implementation=''. Use a text"),
+        ({"revision": "main"}, "revision='main', which names a version on the Hub"),
+        ({"revision": 3}, "revision=3. Use a text"),
+        ({"adapter": 3}, "adapter=3. Use the folder of a PEFT adapter"),
+        ({"adapter": "no/such"}, "adapter='no/such', where no adapter can be found"),
+        ({"gguf_file": "a.gguf"}, "gguf_file='a.gguf', which is not in .*; there are none"),
+        ({"chat_template": "no such file"}, "chat_template='no such file', which is neither"),
         (
-            {"tokenizer": "a/path"},
-            r"got a str as tokenizer.*AutoTokenizer\.from_pretrained\('a/path'\)",
+            {"chat_template": "{{ 1 }}", "chat_template_kwargs": {"chat_template": "{{ 2 }}"}},
+            "got chat_template twice",
         ),
+        ({"prefer_shared": 3}, "prefer_shared=3"),
     ],
 )
 def test_wrong_options_are_refused(options, said, folder):
@@ -131,3 +154,189 @@ def test_a_model_with_an_encoder_is_refused(words):
         InvalidValue, match="T5ForConditionalGeneration has an encoder and a decoder"
     ):
         Policy.of(model, words)
+
+
+# Adapters.
+
+
+@pytest.fixture(scope="module")
+def adapter(tmp_path_factory, folder):
+    """An adapter as plain PEFT trains and saves it, with a whole module of its own."""
+    model = AutoModelForCausalLM.from_pretrained(folder)
+    torch.manual_seed(0)
+    config = LoraConfig(
+        r=4, target_modules=["q_proj", "down_proj"], modules_to_save=["lm_head"], use_dora=True
+    )
+    peft_model = get_peft_model(model, config)
+    with torch.no_grad():
+        for name, value in peft_model.named_parameters():
+            if "lora_B" in name or "modules_to_save" in name:
+                value.add_(0.2 * torch.randn_like(value))
+    path = tmp_path_factory.mktemp("adapter")
+    peft_model.save_pretrained(path)
+    ids = torch.arange(3, 20)[None]
+    with torch.no_grad():
+        logits = peft_model.eval()(input_ids=ids).logits[0, :-1]
+    return path, ids, logits.log_softmax(-1)
+
+
+def log_probs(policy: Policy, ids: torch.Tensor) -> torch.Tensor:
+    with torch.no_grad(), policy.weights.using(policy.adapter) as model:
+        return model(input_ids=ids).logits[0, :-1].float().log_softmax(-1)
+
+
+def test_an_adapter_on_its_own_finds_its_base(adapter, folder):
+    path, ids, want = adapter
+    policy = Policy.load(path, device="cpu")
+    torch.testing.assert_close(log_probs(policy, ids), want)
+    assert policy.weights.source == str(folder)
+    assert policy.adapter == "default"
+    halved = Policy.load(path, dtype="bfloat16", device="cpu")
+    assert halved.weights.model.dtype == torch.bfloat16
+    assert {v.dtype for v in halved.weights.adapter_state("default").values()} == {torch.float32}
+
+
+def test_an_adapter_is_put_on_a_given_base(adapter, folder, make_model, words, tmp_path):
+    path, ids, want = adapter
+    torch.testing.assert_close(
+        log_probs(Policy.load(folder, adapter=path, device="cpu"), ids), want
+    )
+    with pytest.raises(InvalidValue, match=r"which is an adapter itself\. Give the base model"):
+        Policy.load(path, adapter=path)
+    make_model(70, hidden_size=64).save_pretrained(tmp_path)
+    words.save_pretrained(tmp_path)
+    with pytest.raises(
+        InvalidValue, match=r"does not fit LlamaForCausalLM.*Use the base model that it was trained"
+    ):
+        Policy.load(tmp_path, adapter=path)
+
+
+def changed(adapter, tmp_path, **fields):
+    path = tmp_path / "changed"
+    shutil.copytree(adapter, path)
+    config = json.loads((path / "adapter_config.json").read_text())
+    (path / "adapter_config.json").write_text(json.dumps(config | fields))
+    return path
+
+
+@pytest.mark.parametrize(
+    ("fields", "said"),
+    [
+        (
+            {"base_model_name_or_path": "gone/model"},
+            "belongs to the base model 'gone/model', which cannot be loaded.*adapter='",
+        ),
+        (
+            {"base_model_name_or_path": None},
+            "does not say which model it belongs to. Give the base",
+        ),
+        ({"peft_type": "IA3"}, "of the kind IA3, and opdlab works with LoRA"),
+    ],
+)
+def test_adapters_that_cannot_be_used_are_told(fields, said, adapter, tmp_path):
+    with pytest.raises(InvalidValue, match=said):
+        Policy.load(changed(adapter[0], tmp_path, **fields), device="cpu")
+
+
+def test_a_pickled_adapter_and_a_damaged_one_are_refused(adapter, tmp_path):
+    path = changed(adapter[0], tmp_path)
+    (path / "adapter_model.safetensors").rename(path / "adapter_model.bin")
+    with pytest.raises(InvalidValue, match="a pickle, which opdlab does not open"):
+        Policy.load(path)
+    (path / "adapter_model.safetensors").write_bytes(b"nothing")
+    with pytest.raises(InvalidValue, match="cannot be read"):
+        Policy.load(path)
+
+
+def test_a_tensor_that_is_missing_or_too_much_is_named(adapter, tmp_path):
+    path = changed(adapter[0], tmp_path)
+    file = path / "adapter_model.safetensors"
+    state = load_file(file)
+    name = next(iter(state))
+    save_file({key: value for key, value in state.items() if key != name}, file)
+    with pytest.raises(InvalidValue, match="does not fit"):
+        Policy.load(path)
+    save_file({**state, "base_model.model.model.layers.9.lora_A.weight": torch.ones(2)}, file)
+    with pytest.raises(InvalidValue, match="does not fit"):
+        Policy.load(path)
+
+
+def test_a_second_stage_saves_the_name_of_the_base(adapter, folder, tmp_path):
+    policy = Policy.load(adapter[0], device="cpu")
+    task = opd.tasks.from_prompts([Prompt("ana has 4"), Prompt("ben")], name="t")
+    opd.distill(
+        policy,
+        policy.without_adapter(),
+        task,
+        steps=1,
+        batch=2,
+        max_new_tokens=4,
+        save=tmp_path,
+        quiet=True,
+    ).train()
+    said = json.loads((tmp_path / "step-000001" / "adapter_config.json").read_text())
+    assert said["base_model_name_or_path"] == str(folder)
+
+
+def test_weights_write_an_adapter_that_peft_loads(adapter, folder, tmp_path):
+    policy = Policy.load(adapter[0], device="cpu")
+    policy.weights.write_adapter("default", tmp_path / "new")
+    torch.testing.assert_close(
+        log_probs(Policy.load(tmp_path / "new", device="cpu"), adapter[1]), adapter[2]
+    )
+
+
+# Tokenizers and templates.
+
+
+def test_a_tokenizer_may_be_named_and_a_template_given(folder, words, tmp_path):
+    words.save_pretrained(tmp_path / "tokens")
+    (tmp_path / "t.jinja").write_text("{% for m in messages %}<{{ m['content'] }}>{% endfor %}")
+    for template in ((tmp_path / "t.jinja"), (tmp_path / "t.jinja").read_text()):
+        policy = Policy.load(folder, tokenizer=str(tmp_path / "tokens"), chat_template=template)
+        assert policy.tokenizer.chat_template.startswith("{% for m in messages %}<")
+    before = words.chat_template
+    policy = Policy.load(folder, tokenizer=words, chat_template="{{ messages[0]['content'] }}")
+    assert policy.tokenizer.chat_template != before
+    assert words.chat_template == before, "the user's own tokenizer was changed"
+
+
+def test_code_that_comes_with_weights_is_refused(folder, tmp_path):
+    shutil.copytree(folder, tmp_path / "custom")
+    file = tmp_path / "custom" / "config.json"
+    config = json.loads(file.read_text())
+    own = {"AutoConfig": "code.Config", "AutoModelForCausalLM": "code.Model"}
+    file.write_text(json.dumps(config | {"auto_map": own, "model_type": "my_own"}))
+    (tmp_path / "custom" / "code.py").write_text("raise SystemExit('it ran')")
+    with pytest.raises(
+        InvalidValue, match=r"brings its own code.*trust_remote_code=True.*Policy\.of"
+    ):
+        Policy.load(tmp_path / "custom")
+    file.write_text(json.dumps(config | {"auto_map": own}))  # transformers has a class of its own
+    assert Policy.load(tmp_path / "custom").weights.vocab_size == 70
+
+
+def test_a_token_is_shown_nowhere(folder):
+    secret = "hf_secretsecret"
+    assert secret not in repr(LoadOptions(token=secret))
+    policy = Policy.load(folder, token=secret)
+    assert secret not in repr(policy)
+    assert secret not in policy.weights.model.config.to_json_string(use_diff=False)
+    with pytest.raises(InvalidValue) as caught:
+        Policy.load(f"no/such{secret[:0]}", token=secret)
+    assert secret not in str(caught.value)
+    with pytest.raises(InvalidValue, match="got a list as token") as caught:
+        Policy.load(folder, token=[secret])
+    assert secret not in str(caught.value)
+
+
+def test_a_cpu_never_chooses_bfloat16(folder, tmp_path, monkeypatch):
+    shutil.copytree(folder, tmp_path / "half")
+    file = tmp_path / "half" / "config.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | {"dtype": "bfloat16"}))
+    assert Policy.load(tmp_path / "half", device="cpu").weights.model.dtype == torch.float32
+    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda **options: True)
+    assert default_dtype(torch.device("cuda")) == torch.bfloat16
+    assert default_dtype(torch.device("cpu")) == torch.float32
+    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda **options: False)
+    assert default_dtype(torch.device("cuda")) == torch.float32

@@ -34,6 +34,7 @@ from opdlab.models.adapters.layers import (
     untie_embeddings,
 )
 from opdlab.models.adapters.lora_options import check_config
+from opdlab.models.quantization import set_evaluation
 
 
 def unwrap(model: Any) -> Any:
@@ -211,7 +212,7 @@ def add(model: nn.Module, name: str, config: LoraConfig) -> None:
             " Use names as in model.named_modules(), or leave them out."
         )
     model._hf_peft_config_loaded = True  # type: ignore[assignment]
-    model.eval()  # new layers come in train mode, with their dropout on
+    set_evaluation(model)  # new layers come in train mode, with their dropout on
     make_float32(model, name)
 
 
@@ -224,15 +225,26 @@ def clone(model: nn.Module, source: str, name: str) -> None:
         name: Name of the copy, which is left in force.
     """
     original = config_of(model, source)
-    config = copy.deepcopy(original)
-    # Some initialisations (PiSSA and the like) change the base model, and all of them are
-    # overwritten by the copy.
-    config.init_lora_weights = True
-    config.inference_mode = False
+    config = plain_config(original)
     with torch.random.fork_rng(devices=[]):
         add(model, name, config)
     config.init_lora_weights = original.init_lora_weights
     set_state(model, name, state(model, source))
+
+
+def plain_config(config: LoraConfig) -> LoraConfig:
+    """Copy a configuration for an adapter whose tensors are overwritten at once.
+
+    Args:
+        config: The configuration to copy.
+
+    Returns:
+        The copy, with the plain initialisation: some (PiSSA and the like) change the base model.
+    """
+    plain = copy.deepcopy(config)
+    plain.init_lora_weights = True
+    plain.inference_mode = False
+    return plain
 
 
 def state(model: nn.Module, name: str) -> dict[str, Tensor]:

@@ -13,6 +13,7 @@ from torch.nn import functional
 from transformers import PreTrainedModel
 
 from opdlab.models.forward import find_backbone, run_backbone
+from opdlab.models.placement import input_device
 from opdlab.models.vocabulary import count_rows, pick_ordinary_tokens
 
 # Share of the model's weights; smaller parts (a recurrence's decay, a router) deserve no warning.
@@ -111,7 +112,7 @@ def find_unused_layers(model: PreTrainedModel) -> list[str]:
     hooks = [module.register_forward_pre_hook(note) for module in modules]
     try:
         ids = pick_ordinary_tokens(model, count_rows(model), 4)
-        run_backbone(model, torch.tensor([ids], device=model.device))
+        run_backbone(model, torch.tensor([ids], device=input_device(model)))
     finally:
         for hook in hooks:
             hook.remove()
