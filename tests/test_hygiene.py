@@ -16,7 +16,7 @@ BANNED = (
     r"\bimport pickle\b",
     r"torch\.(load|save)\(",
     r"(?<!\.)\b(eval|exec)\(",
-    r"trust_remote_code",
+    r"trust_remote_code(?!=False\b)",  # only ever switched off by name: unset, transformers asks
     r"yaml\.load\(",
     r"innerHTML",
     r"document\.write",

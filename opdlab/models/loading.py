@@ -294,7 +294,7 @@ def refuse_remote_code(place: Place, options: LoadOptions) -> None:
     raise InvalidValue(
         f"{place.base!r} brings its own code (auto_map in its config.json), and opdlab runs no code"
         " that comes with weights. Read that code; if you trust it, load model and tokenizer"
-        " yourself with transformers (trust_remote_code=True) and give Policy.of(model, tokenizer)."
+        " yourself with transformers, and give Policy.of(model, tokenizer)."
     )
 
 

@@ -309,7 +309,7 @@ def test_code_that_comes_with_weights_is_refused(folder, tmp_path):
     file.write_text(json.dumps(config | {"auto_map": own, "model_type": "my_own"}))
     (tmp_path / "custom" / "code.py").write_text("raise SystemExit('it ran')")
     with pytest.raises(
-        InvalidValue, match=r"brings its own code.*trust_remote_code=True.*Policy\.of"
+        InvalidValue, match=r"brings its own code.*yourself with transformers.*Policy\.of"
     ):
         Policy.load(tmp_path / "custom")
     file.write_text(json.dumps(config | {"auto_map": own}))  # transformers has a class of its own
