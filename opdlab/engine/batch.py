@@ -22,6 +22,7 @@ from opdlab.engine.rows import Rows
 from opdlab.engine.signals import Signals
 from opdlab.errors import MissingPolicy, TokenizerMismatch
 from opdlab.models.graded import Graded
+from opdlab.models.places import seeded
 
 
 class Judge(Protocol):
@@ -47,6 +48,16 @@ class Judge(Protocol):
 
 class Processes(Protocol):
     """The processes that share a training step."""
+
+    @property
+    def index(self) -> int:
+        """Number of this process, from 0."""
+        ...
+
+    @property
+    def count(self) -> int:
+        """How many processes there are."""
+        ...
 
     def sum(self, values: Tensor) -> Tensor:
         """Add up a tensor over all processes.
@@ -74,7 +85,15 @@ class Processes(Protocol):
 
 
 class OneProcess:
-    """A step that runs in this process alone."""
+    """A step that runs in this process alone.
+
+    Attributes:
+        index: 0.
+        count: 1.
+    """
+
+    index = 0
+    count = 1
 
     def sum(self, values: Tensor) -> Tensor:
         """Return the values themselves.
@@ -108,6 +127,7 @@ class Batch:
         task: The task; None for rollouts of no task.
         step: Number of the training step, from 0.
         processes: The processes that share the step; this one alone by default.
+        row: The number of each completion in the whole step, `[B]`; 0, 1, 2, … by default.
 
     Attributes:
         rollout: `B` completions of at most `T` tokens.
@@ -115,6 +135,7 @@ class Batch:
             `….text`.
         task: The task of the prompts, with its verifier; None for rollouts of no task.
         step: Number of the training step, from 0.
+        row: The number of each completion in the whole step, over all processes, `[B]`.
         notes: Notes of a plan beside its columns, by name: notes of `opdlab.data.notes`, or plain
             JSON data.
     """
@@ -126,9 +147,12 @@ class Batch:
         task: Judge | None = None,
         step: int = 0,
         processes: Processes | None = None,
+        row: Tensor | None = None,
     ) -> None:
         self.rollout, self.policies, self.task, self.step = rollout, dict(policies), task, step
         self.notes: dict[str, Any] = {}
+        here = rollout.ids.device
+        self.row = torch.arange(len(rollout), device=here) if row is None else row.to(here)
         self._processes = processes or OneProcess()
         self._states: dict[str, Graded] = {}
 
@@ -244,10 +268,94 @@ class Batch:
             where: `[B, T]`, which tokens count; those of `learn` by default.
 
         Returns:
-            `[N, ...]`, the same in every process, for statistics of the whole step: quantiles,
-            thresholds, counts.
+            `[N, ...]`, completion by completion, the same in every process and for any number of
+            processes. For statistics of the whole step: quantiles, thresholds, counts.
         """
-        return self._processes.gather(values[self.learn if where is None else where])
+        where = self.learn if where is None else where
+        chosen = self._processes.gather(values[where])
+        if self._processes.count == 1:
+            return chosen
+        rows = self._processes.gather(self.row[:, None].expand_as(where)[where])
+        return chosen[rows.argsort(stable=True)]
+
+    def number(self, where: Tensor) -> Tensor:
+        """Number some tokens in the order of `gather`, over all processes.
+
+        With it a plan finds its own tokens in what it computed for all of them:
+
+            chosen = decide(batch.gather(values, where))        # [N], all processes
+            ours = chosen[batch.number(where)[where]]           # this process's, as values[where]
+
+        Args:
+            where: `[B, T]`, which tokens count.
+
+        Returns:
+            `[B, T]`, numbers from 0, and -1 elsewhere.
+        """
+        numbers = self._first(where.sum(1))[:, None] + where.cumsum(1) - 1
+        return numbers.masked_fill(~where, -1)
+
+    def largest(self, value: int) -> int:
+        """Return the largest of the numbers that the processes have.
+
+        Args:
+            value: This process's number.
+
+        Returns:
+            The largest, the same in every process.
+        """
+        return int(self._processes.gather(self.row.new_tensor([value])).max())
+
+    def random(self, seed: int) -> Tensor:
+        """Draw a number from 0 to 1 for every token, whatever the number of processes.
+
+        Args:
+            seed: The same seed gives the same numbers; it should follow from `step`.
+
+        Returns:
+            `[B, T]`, on the CPU's generator and the rollout's device.
+        """
+        shape = self.largest(int(self.row.max()) + 1), self.largest(self.mask.shape[1])
+        drawn = torch.rand(shape, generator=torch.Generator().manual_seed(seed))
+        return drawn.to(self.row.device)[self.row, : self.mask.shape[1]]
+
+    def write(
+        self, name: str, prompts: Sequence[Prompt], n: int, rows: Sequence[int], **options: Any
+    ) -> Any:
+        """Let a policy that writes answer prompts of the plan's own, for all processes alike.
+
+        Every process must call it, also with no prompts.
+
+        Args:
+            name: The writer, as "teacher.text".
+            prompts: The questions of this process, completion by completion.
+            n: Texts for each prompt.
+            rows: The completion of this process that each question belongs to, in order.
+            options: What `Writer.write` takes; `seed` is needed, the same in every process.
+
+        Returns:
+            What the writer gives: `n` texts for each prompt. Nothing is asked without prompts.
+        """
+        counts = torch.bincount(torch.tensor(rows, dtype=torch.long), minlength=len(self.row))
+        first = self._first(counts.to(self.row.device)).tolist()
+        before = [i - rows.index(row) for i, row in enumerate(rows)]
+        if not prompts:
+            return []
+        writer, seed = self.policies[name], options.pop("seed")
+        is_shared = self._processes.count > 1
+        places = [first[row] + i for row, i in zip(rows, before, strict=True)]
+        random = seeded(writer.write, seed, places if is_shared else None, self._processes.index)
+        return writer.write(prompts, n, **options, **random)
+
+    def _first(self, counts: Tensor) -> Tensor:
+        """Number things that completions have, `counts [B]` each: the number of each one's first.
+
+        The numbers run over the completions of all processes, in order.
+        """
+        rows, everyone = self._processes.gather(self.row), self._processes.gather(counts)
+        order = rows.argsort()
+        before = everyone[order].cumsum(0) - everyone[order]
+        return before[torch.searchsorted(rows[order], self.row)]
 
     def mean(self, values: Tensor, where: Tensor | None = None) -> Tensor:
         """Compute the mean over the learned tokens of all processes; NaN where there are none.

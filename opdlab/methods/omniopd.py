@@ -186,7 +186,7 @@ class OmniOPD:
                     "weight": weight,
                 }
             )
-        _warn(chunks)
+        _warn(batch, chunks)
         batch.notes["chunks"] = Chunks(chunks, facts={"alpha": self.alpha})
         return {
             "audited": Column(
@@ -237,10 +237,7 @@ class OmniOPD:
         logp = batch.map(lambda rows: rows.logp, needs=("student",))
         rank = batch.map(lambda rows: entropy(rows.student), needs=("student",))
         if self.select == "random":
-            rank = torch.rand(
-                rank.shape,
-                generator=torch.Generator().manual_seed(seed_of(self.seed, batch.step, SELECT)),
-            )
+            rank = batch.random(seed_of(self.seed, batch.step, SELECT))
         tokenizer = batch.policies["student"].tokenizer
         out: list[Audit] = []
         for b, ids in enumerate(batch.rollout.completions()):
@@ -276,16 +273,17 @@ class OmniOPD:
         Raises:
             OpdlabError: There are fewer; a text that is missing is no disagreement.
         """
-        if not audits:
-            return []
         limit = self.length
         if self.match_length:
-            limit = max(audit.size for audit in audits) + 1  # the end of a text is a token too
+            # Over all processes; the end of a text is a token too.
+            limit = batch.largest(max((audit.size for audit in audits), default=0)) + 1
         prompts = [batch.rollout.prompts[audit.sample] for audit in audits]
         n = self.continuations
-        texts = batch.policies["teacher.text"].write(
+        texts = batch.write(
+            "teacher.text",
             prompts,
             n,
+            [audit.sample for audit in audits],
             prefixes=[audit.prefix for audit in audits],
             max_new_tokens=self.teacher_tokens or limit,
             temperature=self.temperature,
@@ -350,22 +348,26 @@ def posterior(k: Tensor | float, n: int, mean_logp: Tensor, alpha: float) -> Ten
     return ((k + alpha * mean_logp.exp()) / (n + alpha)).detach()
 
 
-def _warn(audits: Sequence[dict[str, Any]]) -> None:
-    """Warn where the teacher's texts carry no information.
+def _warn(batch: Batch, audits: Sequence[dict[str, Any]]) -> None:
+    """Warn where the teacher's texts carry no information, in any process.
 
     They do not if they are all the same, or if there is nothing between a miss and a match.
     """
-    if not audits:
+    same = sum(len(a["similarity"]) > 1 and len(set(a["continuations"])) == 1 for a in audits)
+    telling = sum(0.05 < math.fsum(a["similarity"]) / len(a["similarity"]) < 0.95 for a in audits)
+    counts = batch.row.new_tensor([len(audits), same, telling])
+    total, same, telling = batch.sum(counts).tolist()
+    if not total:
         return
-    if all(len(a["similarity"]) > 1 and len(set(a["continuations"])) == 1 for a in audits):
+    if same == total:
         warnings.warn(
-            f"All continuations of each of the {len(audits)} chunks are the same. Is the teacher"
+            f"All continuations of each of the {total} chunks are the same. Is the teacher"
             " greedy? One vote counts as N: sample it at temperature 1.",
             stacklevel=4,
         )
-    if not any(0.05 < math.fsum(a["similarity"]) / len(a["similarity"]) < 0.95 for a in audits):
+    if not telling:
         warnings.warn(
-            f"No chunk of {len(audits)} has a mean similarity between 0.05 and 0.95, so the weights"
+            f"No chunk of {total} has a mean similarity between 0.05 and 0.95, so the weights"
             " tell no chunk from another of its kind. Use another similarity, shorter chunks, or a"
             " teacher that samples.",
             stacklevel=4,

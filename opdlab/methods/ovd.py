@@ -107,7 +107,7 @@ class OVD:
             )
         replies = self._ask_teacher(batch)
         score = rollout.logp.new_tensor([_mean_score(row) for row in replies])
-        if not bool((score >= 0).any()):
+        if not int(batch.sum((score >= 0).sum())):  # over all processes
             raise OpdlabError(
                 f"No reply names a score from 0 to 9, as {replies[0][0][:60]!r}. Give OVD(ask=…) a"
                 " clearer question."
@@ -144,9 +144,11 @@ class OVD:
         questions = [
             ask(prompt, text) for prompt, text in zip(rollout.prompts, rollout.texts, strict=True)
         ]
-        replies = batch.policies["teacher.text"].write(
+        replies = batch.write(
+            "teacher.text",
             questions,
             self.ballots,
+            range(len(questions)),
             max_new_tokens=self.max_new_tokens,
             temperature=self.temperature,
             seed=seed_of(self.seed, batch.step, ASK),

@@ -33,7 +33,7 @@ from typing import Any, ClassVar, Literal
 import torch
 from torch import Tensor
 
-from opdlab.data.alignment import Span, decode_bytes, nats_per_byte, one_to_one, spans
+from opdlab.data.alignment import Span, decode_bytes, spans
 from opdlab.data.column import Column, Kind
 from opdlab.data.notes import Alignments
 from opdlab.data.prompt import Prompt
@@ -127,6 +127,9 @@ class SpanOPD:
         advantage, one_to_one, span_kl = (torch.zeros_like(logp) for _ in range(3))
         number = torch.full_like(logp, -1)
         kept: list[dict[str, Any]] = []
+        is_read = torch.zeros_like(batch.mask)
+        is_read[[reading.sample for reading in readings], 0] = True
+        place = batch.number(is_read)[:, 0].tolist()  # of each text among those of all processes
         for reading, theirs in zip(readings, _teacher_logp(batch, readings), strict=True):
             b = reading.sample
             r = torch.stack(
@@ -137,7 +140,7 @@ class SpanOPD:
                 span_kl[b, ours] = r[k] / len(ours)
                 one_to_one[b, ours] = float(len(ours) == len(other) == 1)
                 number[b, ours] = k
-            if len(kept) < SHOWN:
+            if place[b] < SHOWN:
                 kept.append(_describe(reading, r))
         facts = _summarize(batch, readings, span_kl)
         batch.notes["alignments"] = Alignments(kept, facts=facts)
@@ -190,14 +193,25 @@ def _describe(reading: Reading, r: Tensor) -> dict[str, Any]:
 
 
 def _summarize(batch: Batch, readings: Sequence[Reading], span_kl: Tensor) -> dict[str, float]:
-    """Share of bytes in 1:1 spans, sampled KL in nats per UTF-8 byte, completions left out."""
-    texts = [r.text for r in readings]
-    per_byte = nats_per_byte([float(span_kl.sum())], texts) if any(texts) else 0.0
-    whole = one_to_one(s for r in readings for s in r.spans)
+    """Share of bytes in 1:1 spans, sampled KL in nats per UTF-8 byte, completions left out.
+
+    Over all processes.
+    """
+    size = sum(len(reading.text.encode()) for reading in readings)
+    found = [span for reading in readings for span in reading.spans]
+    local = [
+        size,
+        float(span_kl.double().sum()),
+        sum(span.size for span in found),
+        sum(span.size for span in found if span.single),
+        len(batch.rollout) - len(readings),
+    ]
+    everyone = batch.sum(torch.tensor(local, dtype=torch.float64, device=span_kl.device))
+    size, kl, spanned, single, left_out = everyone.tolist()
     return {
-        "one_to_one": whole,
-        "nats_per_byte": per_byte,
-        "left_out": len(batch.rollout) - len(readings),
+        "one_to_one": single / spanned if spanned else 1.0,
+        "nats_per_byte": kl / size if size else 0.0,
+        "left_out": int(left_out),
     }
 
 
@@ -214,10 +228,11 @@ def _read(batch: Batch) -> list[Reading]:
         )
     readings = [_read_one(batch, b, student, teacher) for b in range(len(batch.rollout))]
     out = [reading for reading in readings if reading is not None and reading.parts]
-    if not out:
+    spelled, asked = batch.sum(batch.row.new_tensor([len(out), len(readings)])).tolist()
+    if not spelled:  # in any process
         raise OpdlabError(
             f"Step {batch.step + 1}: the teacher's tokenizer spells none of the"
-            f" {len(batch.rollout)} completions as they were written, as"
+            f" {asked} completions as they were written, as"
             f" {batch.rollout.texts[0][:60]!r}. Use a teacher that knows these characters, or"
             " OmniOPD."
         )
@@ -254,6 +269,8 @@ def _teacher_logp(batch: Batch, readings: Sequence[Reading]) -> list[Tensor]:
 
     Any of the tokens that end the teacher's texts will do.
     """
+    if not readings:  # another process has some
+        return []
     teacher = batch.policies["teacher.spans"]
     stops = sorted(_ends(teacher))
     bodies = [r.ids + stops[:1] * r.ends for r in readings]

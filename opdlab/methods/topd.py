@@ -65,8 +65,7 @@ class TOPD:
 
     The trajectory term is exactly the mean over points and window where the loss is a mean over
     tokens (the recipe). With normalize="sequence" a point counts by mean length / own length, as
-    the other losses of its completion do; with "constant" both terms shrink alike. Over several
-    processes it is the mean of theirs, by tokens.
+    the other losses of its completion do; with "constant" both terms shrink alike.
 
     Attributes:
         window: K, in tokens. The paper's 50 suits texts of thousands of tokens; 8 to 16 suit
@@ -151,11 +150,9 @@ class TOPD:
         _check_writes(policies["teacher"])
         score = windows.scores(batch, self.score)
         room = windows.room(policies["student"], rollout, self.window)
-        if not bool(room.any()):
+        if not int(batch.sum(room.sum())):
             _warn_no_room(batch, self.window)
-        points = windows.top(
-            score, room, windows.quota(rollout.lengths, self.share), self.min_loss, self.max_points
-        )
+        points = self._points(batch, score, room)
         teacher = windows.write(policies["teacher"], rollout, points, self.window)
         student = self._student_windows(batch, points)
         distance, exact = windows.solve(windows.costs(student, teacher, self.embedding, policies))
@@ -163,17 +160,22 @@ class TOPD:
         kept = distance > limit + 1e-9  # a distance equal up to rounding is not above
         plans = self._plans(batch, points, teacher)
         drawn = plans if self.student_window == "rollout" else exact
+        counts = [len(points), int(kept.sum()), sum(map(len, teacher)) + more]
+        candidates, divergent, tokens = batch.sum(batch.row.new_tensor(counts)).tolist()
         facts = {
-            "candidates": len(points),
-            "divergent": int(kept.sum()),
-            "teacher_tokens": sum(map(len, teacher)) + more,
+            "candidates": candidates,
+            "divergent": divergent,
+            "teacher_tokens": tokens,
             "seconds": time.perf_counter() - began,
         }
-        compared = _notes(points, student, teacher, distance, kept, drawn)
+        compared = _notes(points, student, teacher, distance, kept)
+        for i, number in enumerate(_numbers(batch, points)):
+            if number < DRAWN:
+                compared[i]["plan"] = [[round(x, 4) for x in row] for row in drawn[i].tolist()]
         batch.notes["windows"] = Windows(compared, threshold=limit, facts=facts)
         real = [i for i in range(len(points)) if kept[i]]
         targets = windows.scatter(
-            rollout, [points[i] for i in real], [teacher[i] for i in real], [plans[i] for i in real]
+            batch, [points[i] for i in real], [teacher[i] for i in real], [plans[i] for i in real]
         )
         columns: dict[str, Tensor | Column] = {**targets}
         columns["divergent"] = Column(
@@ -216,6 +218,18 @@ class TOPD:
         target_logp = rows.student.gather(-1, rows.target).masked_fill(share == 0, 0.0)
         return loss - self.weight * (share * target_logp).sum(-1)
 
+    def _points(self, batch: Batch, score: Tensor, room: Tensor) -> list[Point]:
+        """The candidates of this process; `max_points` counts those of all processes."""
+        counts = windows.quota(batch.rollout.lengths, self.share)
+        points = windows.top(score, room, counts, self.min_loss)
+        if self.max_points is None:
+            return points
+        where = _placed(batch, points, torch.ones(len(points), dtype=torch.bool), False)
+        highest = batch.gather(score.double(), where).argsort(descending=True, stable=True)
+        chosen = set(highest[: self.max_points].tolist())
+        numbers = _numbers(batch, points)
+        return [point for point, number in zip(points, numbers, strict=True) if number in chosen]
+
     def _student_windows(self, batch: Batch, points: list[Point]) -> list[list[int]]:
         """The texts that are compared with the teacher's windows."""
         if self.student_window == "greedy":
@@ -235,34 +249,40 @@ class TOPD:
         self, batch: Batch, score: Tensor, room: Tensor, points: list[Point], distance: Tensor
     ) -> tuple[float, int]:
         """τ, and the number of tokens that the teacher wrote to find it."""
-        if not points:
+        everyone = _gather(batch, points, distance)
+        if not len(everyone):
             return 0.0, 0
         if self.threshold == "quantile":
-            return float(distance.quantile(self.quantile)), 0
-        counts = torch.tensor([b for b, _ in points]).bincount(minlength=len(batch.rollout))
+            return float(everyone.quantile(self.quantile)), 0
+        rows = torch.tensor([b for b, _ in points], dtype=torch.long)
+        counts = rows.bincount(minlength=len(batch.rollout))
         low = windows.top(-score, room, counts.tolist())
         texts = windows.write(batch.policies["teacher"], batch.rollout, low, self.window)
         costs = windows.costs(
             self._student_windows(batch, low), texts, self.embedding, batch.policies
         )
-        return float(windows.solve(costs)[0].quantile(0.75)), sum(map(len, texts))
+        lowest = _gather(batch, low, windows.solve(costs)[0])
+        return float(lowest.quantile(0.75)), sum(map(len, texts))
 
     def _downweights(self, batch: Batch, points: list[Point], distance: Tensor) -> Tensor:
         """min(1, median / ℓ_t) at the selected points, 1 elsewhere.
 
         The loss of such a token counts as the median of its completion.
         """
-        loss, order = batch.signals["teacher_reverse_kl"], distance.argsort(stable=True)
-        n = round(self.quantile * len(points))
+        loss = batch.signals["teacher_reverse_kl"]
+        order = _gather(batch, points, distance).argsort(stable=True)  # of all processes' points
+        n = round(self.quantile * len(order))
         selected = order[:n]
         if self.downweight == "high_ot":
             shuffled = torch.randperm(
-                len(points) - n, generator=torch.Generator().manual_seed(batch.step)
+                len(order) - n, generator=torch.Generator().manual_seed(batch.step)
             )
             selected = order[n:][shuffled[:n]]
+        chosen = set(selected.tolist())
         out = torch.ones_like(loss)
-        for i in selected.tolist():
-            b, t = points[i]
+        for (b, t), number in zip(points, _numbers(batch, points), strict=True):
+            if number not in chosen:
+                continue
             median = loss[b, : int(batch.rollout.lengths[b])].quantile(0.5)
             out[b, t] = (median / loss[b, t].clamp(min=1e-30)).clamp(max=1)
         return out
@@ -294,21 +314,30 @@ def _placed(batch: Batch, points: Sequence[Point], values: Tensor, elsewhere: fl
     return out.to(batch.mask.device)
 
 
+def _gather(batch: Batch, points: Sequence[Point], values: Tensor) -> Tensor:
+    """Values of points of all processes, completion by completion, on the CPU."""
+    where = _placed(batch, points, torch.ones(len(points), dtype=torch.bool), False)
+    return batch.gather(_placed(batch, points, values, 0.0), where).cpu()
+
+
+def _numbers(batch: Batch, points: Sequence[Point]) -> list[int]:
+    """The numbers of points among those of all processes, in the order of `_gather`."""
+    where = _placed(batch, points, torch.ones(len(points), dtype=torch.bool), False)
+    numbers = batch.number(where)
+    return [int(numbers[point]) for point in points]
+
+
 def _notes(
     points: Sequence[Point],
     student: Sequence[list[int]],
     teacher: Sequence[list[int]],
     distance: Tensor,
     kept: Tensor,
-    plans: Sequence[Tensor],
 ) -> list[dict[str, Any]]:
-    """All windows of the step for pictures, the first `DRAWN` with their plans."""
-    out: list[dict[str, Any]] = [
+    """All windows of this process for pictures."""
+    return [
         {"sample": b, "position": t, "student": s, "teacher": w, "distance": d, "kept": k}
         for (b, t), s, w, d, k in zip(
             points, student, teacher, distance.tolist(), kept.tolist(), strict=True
         )
     ]
-    for note, plan in zip(out[:DRAWN], plans, strict=False):
-        note["plan"] = [[round(x, 4) for x in row] for row in plan.tolist()]
-    return out

@@ -321,19 +321,19 @@ def _groups(jobs: list[Any], size: Callable[[Any], int]) -> list[list[Any]]:
 
 
 def scatter(
-    rollout: Rollout,
+    batch: Batch,
     points: Sequence[Point],
     texts: Sequence[Sequence[int]],
     plans: Sequence[Tensor],
 ) -> dict[str, Tensor]:
     """Write soft targets as columns.
 
-    The mean over all tokens of `-sum(weight * logp[target])` is the mean over points of `-Σ_ij γ_ij
-    log p(text_j | x_<t+i)`, γ having mass 1. Windows that overlap add up; equal tokens at one place
-    are one target.
+    The mean over all tokens of the step, in all processes, of `-sum(weight * logp[target])` is the
+    mean over points of `-Σ_ij γ_ij log p(text_j | x_<t+i)`, γ having mass 1. Windows that overlap
+    add up; equal tokens at one place are one target.
 
     Args:
-        rollout: The completions.
+        batch: The completions.
         points: Completion and position of each window.
         texts: The teacher's window at each point.
         plans: The plan `[K, K']` at each point.
@@ -342,17 +342,20 @@ def scatter(
         `target [B, T, M]` (token ids) and `target_weight [B, T, M]`, zero where a place is not
         used.
     """
+    rollout = batch.rollout
+    local = batch.row.new_tensor([rollout.tokens, len(points)])
+    tokens, count = batch.sum(local).tolist()
     b_t, token, mass = [], [], []
     for (b, t), text, plan in zip(points, texts, plans, strict=True):
         i, j = plan.nonzero(as_tuple=True)
         b_t.append(b * rollout.ids.shape[1] + t + i)
         token.append(torch.tensor(list(text))[j])
-        mass.append(plan[i, j] * rollout.tokens / len(points))
+        mass.append(plan[i, j] * tokens / count)
     none = torch.zeros(0, dtype=torch.long)
     place, slot, ids, weight = _merge(
         torch.cat([none, *b_t]), torch.cat([none, *token]), torch.cat([none.double(), *mass])
     )
-    shape = (rollout.ids.numel(), 1 + int(slot.max()) if len(slot) else 0)
+    shape = (rollout.ids.numel(), batch.largest(1 + int(slot.max()) if len(slot) else 0))
     if not shape[1]:
         return _no_targets(rollout)
     target = torch.zeros(shape, dtype=torch.long)

@@ -33,6 +33,7 @@ from opdlab.models.graded import States
 from opdlab.models.head import Head
 from opdlab.models.load_options import LoadOptions
 from opdlab.models.loading import find
+from opdlab.models.places import read_places
 from opdlab.models.quantization import describe_quantization
 from opdlab.models.sampling import SampledTexts, SamplingLoop, read_prefixes
 from opdlab.models.templates import check_template_options
@@ -537,6 +538,7 @@ class Policy:
         prefixes: Unchecked[Sequence[Sequence[int]] | None] = None,
         batch_size: Count | None = None,
         writer: Text = "student",
+        places: Unchecked[Sequence[int] | None] = None,
         **options: Unpack[SamplingOptions],
     ) -> Rollout:
         """Write `n` completions of each prompt: row `i * n + j` is sample `j` of prompt `i`.
@@ -549,6 +551,8 @@ class Policy:
             batch_size: Prompts held in memory at once; all by default. Changes memory and not the
                 texts.
             writer: Who writes, for the trace.
+            places: Where each prompt stands in a batch that several processes share, from 0. The
+                texts are those that one process would write for the whole batch.
             options: Fields of `SamplingConfig`: `max_new_tokens`, `temperature`, `top_p`, `top_k`,
                 `min_p`, `stop`, `seed`.
 
@@ -562,8 +566,9 @@ class Policy:
         """
         prompts = expect_prompts(prompts, "sample")
         config = SamplingConfig.of(
-            "sample", options, beside=("n", "prefixes", "batch_size", "writer")
+            "sample", options, beside=("n", "prefixes", "batch_size", "writer", "places")
         )
+        places = read_places(places, len(prompts))
         if prefixes is None:
             starts = self.encode_all(prompts, config.max_new_tokens)
         else:
@@ -571,7 +576,8 @@ class Policy:
             starts = self.encode_all(prompts, config.max_new_tokens, [*map(len, begun)])
             starts = [start + prefix for start, prefix in zip(starts, begun, strict=True)]
         with torch.no_grad(), self.weights.using(self.adapter):
-            written = SamplingLoop(self.weights, self.head, config).run(starts, n, batch_size)
+            loop = SamplingLoop(self.weights, self.head, config)
+            written = loop.run(starts, n, batch_size, places)
         return self._make_rollout(prompts, n, written, writer)
 
     def _make_rollout(

@@ -151,20 +151,31 @@ class SamplingLoop:
     head: Head
     config: SamplingConfig
 
-    def run(self, starts: list[list[int]], n: int, batch_size: int | None = None) -> SampledTexts:
+    def run(
+        self,
+        starts: list[list[int]],
+        n: int,
+        batch_size: int | None = None,
+        places: Sequence[int] | None = None,
+    ) -> SampledTexts:
         """Write `n` texts after each prompt; text `j` of prompt `i` is row `i * n + j`.
 
         Args:
             starts: Token ids of each prompt.
             n: Texts per prompt.
             batch_size: Prompts held in memory at once; all by default.
+            places: Where each prompt stands in a batch that others write too; its random numbers
+                are those of that place. 0, 1, 2, … by default.
 
         Returns:
             The texts, `[len(starts) * n, max_new_tokens]`.
         """
-        shape = (len(starts), n, self.config.max_new_tokens)
+        rows = range(len(starts)) if places is None else places
+        shape = (max(rows) + 1, n, self.config.max_new_tokens)
         seeded = torch.Generator().manual_seed(self.config.seed)
         uniform = torch.rand(shape, generator=seeded, dtype=torch.float64)
+        if places is not None:
+            uniform = uniform[list(places)]
         size = batch_size or len(starts)
         parts = []
         for i in range(0, len(starts), size):

@@ -131,8 +131,8 @@ class Task:
         if 0 < count < size:
             warnings.warn(
                 f"{self.name} has {count} training prompts and a step asks {size}, so every step"
-                f" asks some of them twice or more often. Use batch={count} or less (for all"
-                " processes together), or n= for several completions of each prompt.",
+                f" asks some of them twice or more often. Use batch={count} or less, or n= for"
+                " several completions of each prompt.",
                 stacklevel=4,
             )
 

@@ -144,6 +144,7 @@ class LogprobServer:
         n: int = 1,
         *,
         prefixes: Sequence[str] | None = None,
+        places: Sequence[int] | None = None,
         **options: Any,
     ) -> list[list[WrittenText]]:
         """Write `n` texts for each prompt, as `TextServer.write`.
@@ -152,12 +153,13 @@ class LogprobServer:
             prompts: The questions.
             n: Texts for each prompt.
             prefixes: One unfinished answer for each prompt, which the texts continue.
+            places: Where each prompt stands in a batch that several processes share.
             options: Fields of `SamplingConfig`.
 
         Returns:
             One list for each prompt, with `n` texts.
         """
-        return self.text.write(prompts, n, prefixes=prefixes, **options)
+        return self.text.write(prompts, n, prefixes=prefixes, places=places, **options)
 
     def _grade_one(self, start: list[int], body: list[int]) -> tuple[Tensor, Tensor, Tensor]:
         vocab = len(self._names.strings)

@@ -60,6 +60,7 @@ class TextOnly:
         n: int = 1,
         *,
         prefixes: Sequence[str] | None = None,
+        places: Sequence[int] | None = None,
         **options: Any,
     ) -> list[list[WrittenText]]:
         """Write `n` texts for each prompt; each says whether the length limit cut it.
@@ -69,6 +70,8 @@ class TextOnly:
             n: Texts for each prompt.
             prefixes: One unfinished answer for each prompt, which the texts continue and do not
                 repeat. If one spells a special token, that is read as text.
+            places: Where each prompt stands in a batch that several processes share, as in
+                `Policy.sample`.
             options: Fields of `SamplingConfig`. `max_new_tokens` counts the teacher's tokens. A
                 text that ends by one of `stop` keeps it, with nothing behind it.
 
@@ -97,6 +100,7 @@ class TextOnly:
             prefixes=begun,
             batch_size=max(1, ROWS_AT_ONCE // n),
             writer="teacher",
+            places=places,
             **config.options(),
         )
         if begun is None:

@@ -173,6 +173,7 @@ class TextServer:
         n: Count = 1,
         *,
         prefixes: Sequence[str] | None = None,
+        places: Unchecked[Sequence[int] | None] = None,
         **options: Unchecked[Any],
     ) -> list[list[WrittenText]]:
         """Write exactly `n` texts for each prompt; each says whether the length limit cut it.
@@ -185,6 +186,9 @@ class TextServer:
             n: Texts for each prompt.
             prefixes: One unfinished answer for each prompt, which the texts continue and do not
                 repeat.
+            places: Where each prompt stands in a batch that several processes share. Here they
+                change nothing: every request has a seed of its own, which follows from `seed` and
+                the question.
             options: Fields of `SamplingConfig`. `max_new_tokens` counts the teacher's tokens. With
                 `stop`, the server is asked to keep the stop text at the end of a text, as samplers
                 here do (vLLM's `include_stop_str_in_output`). A server that refuses this field is

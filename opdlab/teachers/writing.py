@@ -9,6 +9,7 @@ from typing import Any
 from opdlab.data.prompt import Prompt
 from opdlab.data.sampling_config import SamplingConfig
 from opdlab.errors import InvalidValue, OpdlabError
+from opdlab.models.places import seeded
 from opdlab.models.protocols import Writer
 
 NEEDED = ("max_new_tokens", "seed")  # options that a run sets anew in every step
@@ -16,7 +17,12 @@ USUAL = ("temperature", "top_p")  # options that are passed on even where they c
 
 
 def write_texts(
-    writer: Writer, prompts: Sequence[Prompt], n: int, config: SamplingConfig
+    writer: Writer,
+    prompts: Sequence[Prompt],
+    n: int,
+    config: SamplingConfig,
+    places: Sequence[int] | None = None,
+    process: int = 0,
 ) -> list[list[str]]:
     """Let a teacher write `n` texts for each prompt.
 
@@ -25,6 +31,9 @@ def write_texts(
         prompts: The questions.
         n: Texts for each prompt.
         config: The sampling settings, with length limit and seed.
+        places: Where each prompt stands in a batch that several processes share; None for a batch
+            of this process alone.
+        process: Number of this process.
 
     Returns:
         One list for each prompt, with `n` texts.
@@ -33,7 +42,9 @@ def write_texts(
         InvalidValue: The teacher's `write` cannot be told a value of the config.
         OpdlabError: The teacher gave another number of texts.
     """
-    texts = [list(row) for row in writer.write(prompts, n, **options_for(writer, config))]
+    options = options_for(writer, config)
+    options |= seeded(writer.write, config.seed, places, process)
+    texts = [list(row) for row in writer.write(prompts, n, **options)]
     counts = [len(row) for row in texts]
     if counts != [n] * len(prompts):
         raise OpdlabError(

@@ -40,7 +40,9 @@ from opdlab.training import method_state, run_folder
 from opdlab.training.resolution import trained_tensors
 from opdlab.training.state import RunState
 
-FORMAT = 2  # of run.json; files without it are of the first
+# Of run.json; files without it are of the first. Up to the second, a run's `batch` counted the
+# prompts of each process; now it counts those of all processes.
+FORMAT = 3
 
 
 def write_checkpoint(run: RunState, folder: Path) -> Path:

@@ -16,10 +16,13 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
+import torch
+from accelerate import Accelerator
 
 from opdlab.data.prompt import Prompt
 from opdlab.data.sampling_config import SamplingConfig
 from opdlab.errors import InvalidValue, MissingPolicy, OpdlabError
+from opdlab.models.places import seeded
 from opdlab.models.protocols import Sampler, Writer
 from opdlab.support.expect import shortened
 from opdlab.support.progress import Progress
@@ -29,12 +32,14 @@ from opdlab.support.validation import (
     Flag,
     Seed,
     Text,
+    Unchecked,
     validate,
     validate_arguments,
 )
 from opdlab.tasks import Task
 from opdlab.teachers.writing import write_texts
 from opdlab.training.intervals import Difference, Interval, paired, wilson
+from opdlab.training.processes import AcceleratedProcesses
 
 __all__ = ["Difference", "Evaluation", "Interval", "evaluate", "paired"]
 
@@ -213,6 +218,7 @@ def evaluate(
     batch_size: Count = 64,
     max_new_tokens: Count | None = None,
     quiet: Flag = True,
+    processes: Unchecked[Accelerator | None] = None,
 ) -> Evaluation:
     """Score held-out prompts greedily and, with `k` > 0, with `k` samples each at temperature 1.
 
@@ -229,6 +235,8 @@ def evaluate(
             most); changes no result.
         max_new_tokens: The longest answer, in tokens; the task's length by default.
         quiet: Whether to leave out the progress bar.
+        processes: `run.accelerator`, to share the prompts among the processes of a run. Every
+            process must call it then, and all get the same result. None asks every prompt here.
 
     Returns:
         The scores of every prompt, and what was asked.
@@ -251,23 +259,29 @@ def evaluate(
     prompts = task.prompts(n, seed, "test")
     width = max_new_tokens or task.max_new_tokens
     greedy = SamplingConfig(max_new_tokens=width, temperature=0, seed=seed)
-    bar = Progress(len(prompts), f"evaluate {name or policy}", "prompt", quiet)
+    everyone = AcceleratedProcesses.of(processes, "evaluate")
+    process, count = everyone.index, everyone.count
+    ours = list(range(process, len(prompts), count))
+    bar = Progress(len(ours), f"evaluate {name or policy}", "prompt", quiet or process > 0)
     rows: dict[str, list[Any]] = {"greedy": [], "sampled": [], "length": [], "cut": []}
-    for start in range(0, len(prompts), batch_size):
-        part = prompts[start : start + batch_size]
+    for start in range(0, len(ours), batch_size):
+        part = [prompts[i] for i in ours[start : start + batch_size]]
         best = _write(policy, part, 1, greedy, batch_size)
         rows["greedy"] += task.scores(part, best.texts)
         rows["length"] += best.lengths
         rows["cut"] += best.cut
         bar.update(start + len(part), accuracy=float(np.mean(rows["greedy"])))
     for start in range(0, len(prompts) if k else 0, BLOCK):
-        part = prompts[start : start + BLOCK]
+        block = [i for i in ours if start <= i < start + BLOCK]
+        if not block:
+            continue
+        part = [prompts[i] for i in block]
         config = SamplingConfig(max_new_tokens=width, seed=seed + 7919 * (start + 1))
-        many = _write(policy, part, k, config, batch_size)
+        places = [i - start for i in block] if count > 1 else None
+        many = _write(policy, part, k, config, batch_size, places, process)
         rows["sampled"] += task.scores([prompt for prompt in part for _ in range(k)], many.texts)
     bar.close()
-    arrays = {key: np.asarray(value, float) for key, value in rows.items()}
-    arrays["sampled"] = arrays["sampled"].reshape(len(prompts), k)
+    arrays = _gather(rows, ours, k, everyone)
     key = _conditions(task, prompts, k=k, seed=seed, max_new_tokens=width)
     return Evaluation(name or repr(policy), **arrays, key=key, requested=n)
 
@@ -281,15 +295,41 @@ class _Texts(NamedTuple):
 
 
 def _write(
-    policy: Sampler | Writer, prompts: list[Prompt], n: int, config: SamplingConfig, batch_size: int
+    policy: Sampler | Writer,
+    prompts: list[Prompt],
+    n: int,
+    config: SamplingConfig,
+    batch_size: int,
+    places: list[int] | None = None,
+    process: int = 0,
 ) -> _Texts:
     """Let the policy answer; lengths and cuts are known of a local policy alone."""
     if isinstance(policy, Sampler):
-        rollout = policy.sample(prompts, n, batch_size=batch_size, **config.options())
+        options: dict[str, Any] = {**config.options()}
+        options |= seeded(policy.sample, config.seed, places, process)
+        rollout = policy.sample(prompts, n, batch_size=batch_size, **options)
         is_cut = [float(finish == "length") for finish in rollout.finish]
         return _Texts(rollout.texts, rollout.lengths.tolist(), is_cut)
-    texts = [text for row in write_texts(policy, prompts, n, config) for text in row]
+    written = write_texts(policy, prompts, n, config, places, process)
+    texts = [text for row in written for text in row]
     return _Texts(texts, [np.nan] * len(texts), [np.nan] * len(texts))
+
+
+def _gather(
+    rows: dict[str, list[Any]], ours: list[int], k: int, processes: AcceleratedProcesses
+) -> dict[str, Scores]:
+    """The scores of all processes, in the order of the prompts."""
+    sampled = np.asarray(rows["sampled"], float).reshape(len(ours), k)
+    columns = [np.asarray(rows[name], float) for name in ("greedy", "length", "cut")]
+    table = np.column_stack([np.asarray(ours, float), *columns, sampled])
+    whole = processes.gather(torch.from_numpy(table)).numpy()
+    whole = whole[np.argsort(whole[:, 0])]
+    return {
+        "greedy": whole[:, 1],
+        "length": whole[:, 2],
+        "cut": whole[:, 3],
+        "sampled": whole[:, 4:],
+    }
 
 
 def _check_writes(policy: Any) -> None:

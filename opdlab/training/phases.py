@@ -15,6 +15,7 @@ from __future__ import annotations
 import math
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -31,13 +32,14 @@ from opdlab.engine.planned import Planned, run_plan
 from opdlab.errors import NonFinite
 from opdlab.methods.contract import student_share, writer_names
 from opdlab.models.graded import States
+from opdlab.models.places import seeded
 from opdlab.models.precision import autocast_backbones
 from opdlab.models.protocols import Sampler
 from opdlab.models.recomputation import recompute_layers
 from opdlab.models.text_rollouts import rollout_from_texts
 from opdlab.teachers.writing import write_texts
 from opdlab.training.preflight import check_answers
-from opdlab.training.processes import AcceleratedProcesses
+from opdlab.training.processes import AcceleratedProcesses, Share, sum_in_place
 from opdlab.training.resolution import move_average
 from opdlab.training.state import RunState
 
@@ -76,42 +78,65 @@ def write_rollout(run: RunState) -> Rollout:
         The completions of this process, those of the student first.
     """
     settings = run.settings
-    world, rank = run.accelerator.num_processes, run.accelerator.process_index
-    prompts = run.task.training_batch(settings.batch * world, run.done, settings.seed)
-    own = _written_by_student(run, len(prompts))
-    # Every world-th prompt, so that each process gets its part of what each writer answers.
-    for_student, for_others = prompts[rank:own:world], prompts[own + (rank - own) % world :: world]
-    config = settings.sampling(seed_of(settings.seed, run.done, 2 + rank))
+    prompts = run.task.training_batch(settings.batch, run.done, settings.seed)
+    share = share_of_step(run)
+    config = settings.sampling(seed_of(settings.seed, run.done, 2))
     parts = []
     with backbone_precision(run):
-        if for_student:
-            parts.append(run.student.sample(for_student, settings.n, **config.options()))
-        if for_others:
-            parts += [_write_by(run, name, for_others, config) for name in writer_names(run.method)]
+        if share.student:
+            for_student = [prompts[place] for place in share.student]
+            options = {**config.options(), **_seeded(run, run.student, config, share.student)}
+            parts.append(run.student.sample(for_student, settings.n, **options))
+        if share.others:
+            for_others = [prompts[share.all_student + place] for place in share.others]
+            for name in writer_names(run.method):
+                parts.append(_write_by(run, name, for_others, config, share.others))
     return concat_rollouts(parts)
 
 
-def _written_by_student(run: RunState, prompts: int) -> int:
-    """Count the step's prompts that the student answers.
+def share_of_step(run: RunState) -> Share:
+    """Return this process's share of the next step's prompts.
 
-    A fraction is drawn, the same in every process.
+    The number of prompts that the student answers is drawn where it is a fraction, the same in
+    every process.
+
+    Args:
+        run: The run, between two steps.
+
+    Returns:
+        The share.
     """
-    share = student_share(run.method)
-    if share == 1:
-        return prompts
-    seed = torch.Generator().manual_seed(seed_of(run.settings.seed, run.done, 1))
-    return min(prompts, math.floor(share * prompts + torch.rand((), generator=seed).item()))
+    prompts, part = run.settings.batch, student_share(run.method)
+    own = prompts
+    if part != 1:
+        seed = torch.Generator().manual_seed(seed_of(run.settings.seed, run.done, 1))
+        own = min(prompts, math.floor(part * prompts + torch.rand((), generator=seed).item()))
+    accelerator = run.accelerator
+    return Share.of(prompts, own, accelerator.process_index, accelerator.num_processes)
 
 
-def _write_by(run: RunState, name: str, prompts: list[Prompt], config: SamplingConfig) -> Rollout:
+def _seeded(
+    run: RunState, writer: Sampler, config: SamplingConfig, places: range
+) -> dict[str, Any]:
+    """The options of `sample` that decide its random numbers."""
+    is_shared = run.accelerator.num_processes > 1
+    process = run.accelerator.process_index
+    return seeded(writer.sample, config.seed, places if is_shared else None, process)
+
+
+def _write_by(
+    run: RunState, name: str, prompts: list[Prompt], config: SamplingConfig, places: range
+) -> Rollout:
     """Let one of the method's writers answer all these prompts."""
     if name == "answer":
         return rollout_from_texts(run.student, prompts, check_answers(prompts))
     writer = run.teacher if name == "teacher" else run.policies[name]
     n = run.settings.n
     if isinstance(writer, Sampler):
-        return writer.sample(prompts, n, writer=name, **config.options())
-    texts = write_texts(writer, prompts, n, config)
+        options: dict[str, Any] = {**config.options(), **_seeded(run, writer, config, places)}
+        return writer.sample(prompts, n, writer=name, **options)
+    is_shared, process = run.accelerator.num_processes > 1, run.accelerator.process_index
+    texts = write_texts(writer, prompts, n, config, places if is_shared else None, process)
     repeated = [prompt for prompt in prompts for _ in range(n)]
     rollout = rollout_from_texts(
         run.student, repeated, [text for row in texts for text in row], name
@@ -133,7 +158,10 @@ def plan_step(run: RunState, rollout: Rollout) -> Planned:
         The batch with the columns of the plan.
     """
     processes = AcceleratedProcesses(run.accelerator)
-    batch = Batch(rollout, run.policies, run.task, run.done, processes)
+    n = run.settings.n
+    n_others = [1 if name == "answer" else n for name in writer_names(run.method)]
+    row = torch.tensor(share_of_step(run).rows(n, n_others))
+    batch = Batch(rollout, run.policies, run.task, run.done, processes, row)
     with backbone_precision(run):
         return run_plan(run.method, batch)
 
@@ -254,11 +282,13 @@ def reduce_gradients(run: RunState) -> None:
     Args:
         run: The run; the gradients of its parameters change in place.
     """
+    gradients = []
     for parameter in run.parameters.values():
         if parameter.grad is None:
             parameter.grad = torch.zeros_like(parameter)
-        if run.accelerator.num_processes > 1:
-            parameter.grad = run.accelerator.reduce(parameter.grad, "sum")
+        gradients.append(parameter.grad)
+    if run.accelerator.num_processes > 1:
+        sum_in_place(AcceleratedProcesses(run.accelerator), gradients)
 
 
 # Update.

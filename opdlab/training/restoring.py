@@ -65,6 +65,12 @@ class SavedRun:
         return int(self.said.get("format", 1)) < 2
 
     @property
+    def batches(self) -> int:
+        """How many batches of `settings` a step had: earlier versions counted one per process."""
+        is_earlier = int(self.said.get("format", 1)) < 3
+        return int(self.said.get("processes", 1)) if is_earlier else 1
+
+    @property
     def lineage(self) -> run_folder.Lineage:
         """The run that wrote it; files of the first format have no name."""
         written = self.said.get("run", {"name": "", "root": "", "ancestors": {}})

@@ -142,6 +142,7 @@ def _settings(saved: SavedRun, options: Mapping[str, Any]) -> dict[str, Any]:
         OpdlabError: The adapter is to be another one, or the steps lie behind the checkpoint.
     """
     before = dict(saved.said["settings"])
+    before["batch"] *= saved.batches
     known = Settings.__dataclass_fields__
     if unknown := sorted(before.keys() - known.keys()):
         raise OpdlabError(
@@ -242,10 +243,20 @@ def _admit(run: Run, saved: SavedRun, given: Mapping[str, Any], allowed: Sequenc
                 f"The run goes on from step {saved.step} although {'; '.join(found.values())}.",
                 stacklevel=6,
             )
-        if (processes := saved.said["processes"]) != run.accelerator.num_processes:
+        if saved.batches > 1:
             warnings.warn(
-                f"The run was trained by {processes} processes and goes on with "
-                f"{run.accelerator.num_processes}, so that a step has another number of prompts.",
+                f"{saved.folder} was written by an earlier version, in which batch counted the"
+                f" prompts of each of {saved.batches} processes and each had random numbers of its"
+                f" own. The run goes on with batch={run.settings.batch} for all processes together"
+                " and draws other texts.",
+                stacklevel=6,
+            )
+        elif (processes := saved.said["processes"]) != run.accelerator.num_processes:
+            warnings.warn(
+                f"The run was trained by {processes} process{'es' * (processes > 1)} and goes on"
+                f" with {run.accelerator.num_processes}. Each step keeps its prompts and its random"
+                " numbers, so the run is the same up to the rounding of sums; it is no longer"
+                " bit-identical.",
                 stacklevel=6,
             )
     run.lineage = saved.lineage.child(saved.step)

@@ -45,6 +45,7 @@ from opdlab.training.phases import (
     write_rollout,
 )
 from opdlab.training.preflight import check_run, check_writers
+from opdlab.training.processes import AcceleratedProcesses, check_batch, check_same_run
 from opdlab.training.resolution import check_overrides, resolve_policies, start_average
 from opdlab.training.settings import Settings, check_settings, make_settings
 from opdlab.training.state import RunState
@@ -218,13 +219,17 @@ class Run(RunState):
         check_run(self)
         warn_of_own_teacher(student, teacher, method.needs, policies)
         self.accelerator = make_accelerator(log_with, self.folder)
+        check_batch(settings.batch, self.accelerator.num_processes)
         if self.accelerator.is_main_process:
-            task.warn_of_repeats(settings.batch * self.accelerator.num_processes)
+            task.warn_of_repeats(settings.batch)
         if log_with is not None:
             self.accelerator.init_trackers("opdlab", asdict(settings))
         self.memory = method_state.Memory(method)
         self.has_new_embeddings = model_files.has_new_embeddings(student.weights)
         self.identity = run_identity.describe_run(self, policies)
+        check_same_run(
+            AcceleratedProcesses(self.accelerator), {**self.identity, "settings": asdict(settings)}
+        )
         if admit is not None:
             admit(self, policies)
         if self.folder is not None:
@@ -301,7 +306,8 @@ class Run(RunState):
                 saving.keep_snapshot(self)
             if saving.is_saved(self):
                 self.save()
-        return Step(self.done, metrics, planned, learned.columns)
+        processes = AcceleratedProcesses(self.accelerator)
+        return Step(self.done, metrics, planned, learned.columns, processes)
 
     def _evaluate(self) -> None:
         """Evaluate where that is due.
@@ -309,7 +315,8 @@ class Run(RunState):
         The step is saved by then, so an interrupt here loses nothing.
         """
         if saving.is_evaluation_due(self):
-            saving.keep_accuracy(self, evaluate(self.student, self.task).accuracy)
+            found = evaluate(self.student, self.task, processes=self.accelerator)
+            saving.keep_accuracy(self, found.accuracy)
 
     def train(self) -> Run:
         """Run all remaining steps.

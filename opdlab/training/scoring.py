@@ -4,6 +4,9 @@ from __future__ import annotations
 
 from typing import Any
 
+import torch
+from accelerate import Accelerator
+
 from opdlab.data.rollout import Rollout
 from opdlab.data.trace import Trace
 from opdlab.engine import signals
@@ -19,6 +22,7 @@ from opdlab.models.same_tokens import check_same_tokens
 from opdlab.models.vocabulary import check_written_with
 from opdlab.support.expect import shortened
 from opdlab.support.validation import Count, validate
+from opdlab.training.processes import AcceleratedProcesses, gather_trace
 from opdlab.training.resolution import grader_names, missing_policy_error, resolve_policies
 
 
@@ -30,6 +34,7 @@ def score(
     *,
     method: Any = None,
     task: Judge | None = None,
+    processes: Accelerator | None = None,
     **others: Grader,
 ) -> Trace:
     """Grade a rollout: every number of `signals.full(k)` per token, under all policies given.
@@ -48,6 +53,8 @@ def score(
         method: A method, as `distill` takes it. Its `needs` are resolved as there, from the
             student, the teacher and `others`.
         task: The task whose verifier the method's plan asks, if it asks for rewards.
+        processes: `run.accelerator`, to share the completions among the processes of a run. Every
+            process must call it then, with the same rollout, and all get the same trace.
         others: More graders by name, such as `reference=…`; pass `**{"teacher+hint": …}` for names
             that are no identifiers.
 
@@ -79,9 +86,18 @@ def score(
     check_written_with(student.tokenizer, student.weights.vocab_size, rollout, "the student")
     for name, grader in graders.items():
         _check_grader(name, grader, student, rollout)
+    everyone = AcceleratedProcesses.of(processes, "score")
+    groups = len(rollout) // rollout.n
+    row = torch.arange(len(rollout))
+    if groups < everyone.count:  # too few to share
+        everyone = AcceleratedProcesses(None)
+    elif everyone.count > 1:
+        row = row.view(groups, -1)[everyone.index :: everyone.count].flatten()
+        rollout = rollout.select(row.tolist())
+    shared = {"processes": everyone, "row": row}
     planned = None
     if method is not None:
-        planned = _plan(method, rollout, student, teacher, others, task)
+        planned = _plan(method, rollout, student, teacher, others, task, shared)
         policies = planned.batch.policies
         graders |= {name: policies[name] for name in grader_names(policies)}
     batch = Batch(rollout, graders) if planned is None else planned.batch
@@ -89,7 +105,8 @@ def score(
     numbers = compute(signals.full(k, allow_partial=True), states, batch.token)
     if planned is not None:
         numbers["loss"] = planned.losses()
-    return record_trace(rollout, graders, numbers, planned=planned)
+    trace = record_trace(rollout, graders, numbers, planned=planned)
+    return gather_trace(trace, row, everyone)
 
 
 def _plan(
@@ -99,6 +116,7 @@ def _plan(
     teacher: Grader | None,
     others: dict[str, Grader],
     task: Judge | None,
+    shared: dict[str, Any],
 ) -> Planned:
     """Let a method plan for the rollout, with its needs resolved as for a training run."""
     chosen = as_method(method, "score")
@@ -106,7 +124,7 @@ def _plan(
     for name in chosen.needs:
         if name not in policies:
             raise missing_policy_error(chosen, name)
-    return run_plan(chosen, Batch(rollout, policies | others, task))
+    return run_plan(chosen, Batch(rollout, policies | others, task, **shared))
 
 
 def _check_grader(name: str, grader: Any, student: Policy, rollout: Rollout) -> None:

@@ -34,11 +34,12 @@ from opdlab.tasks import Task
 
 @dataclass(frozen=True)
 class Settings:
-    """The settings of a run. Sizes are per process.
+    """The settings of a run.
 
     Attributes:
         steps: Updates in all.
-        batch: Prompts in each step.
+        batch: Prompts in each step, over all processes together. Each process takes its share;
+            shares differ by one prompt at most.
         n: Completions of each prompt.
         max_new_tokens: Length limit of completions, in tokens.
         lr: Learning rate of AdamW, after the warm-up.
@@ -47,7 +48,8 @@ class Settings:
         lora: Rank of the adapter on all linear layers; None trains all weights.
         normalize: The loss is a mean over "token" (all tokens alike), "sequence" (each completion
             alike) or "constant" (each completion, divided by `max_new_tokens`).
-        micro_batch: Completions in one backward pass; all by default. Changes memory and no number.
+        micro_batch: Completions in one backward pass of a process; all of its share by default.
+            Changes memory and no number.
         temperature: Used for sampling. Values other than 1 make the data off-policy; 0 takes the
             likeliest token each time, so it allows one completion for each prompt only.
         top_p: Used for sampling. Values other than 1 make the data off-policy.

@@ -11,6 +11,7 @@ from opdlab.data.rollout import Rollout
 from opdlab.data.trace import Trace
 from opdlab.engine.planned import Planned
 from opdlab.engine.recording import record_trace
+from opdlab.training.processes import AcceleratedProcesses, gather_trace
 from opdlab.training.resolution import grader_names
 
 
@@ -23,12 +24,14 @@ class Step:
         metrics: Means and counts over the whole step, by name.
         planned: The batch with what the method planned for it.
         columns: `loss`, `grad_norm` and further numbers of every token, `[tokens]` each.
+        processes: The processes that share the step; None for this one alone.
     """
 
     number: int
     metrics: dict[str, float]
     planned: Planned = field(repr=False)
     columns: dict[str, Tensor] = field(repr=False)
+    processes: AcceleratedProcesses | None = field(default=None, repr=False)
 
     @property
     def rollout(self) -> Rollout:
@@ -51,7 +54,7 @@ class Step:
         return self.planned.batch.policies
 
     def trace(self) -> Trace:
-        """Make a `Trace` of the step's tokens.
+        """Make a `Trace` of the step's tokens, those of this process.
 
         It has no top tokens; `opdlab.score` on `step.rollout` adds them.
 
@@ -62,6 +65,19 @@ class Step:
         return record_trace(
             self.rollout, graders, self.columns, step=self.number, planned=self.planned
         )
+
+    def gather_trace(self) -> Trace:
+        """Make a `Trace` of the step's tokens in all processes.
+
+        Every process must call it, since they send each other their parts.
+
+        Returns:
+            The trace of the whole step, the same in every process.
+        """
+        trace = self.trace()
+        if self.processes is None:
+            return trace
+        return gather_trace(trace, self.planned.batch.row, self.processes)
 
     def __repr__(self) -> str:
         said = ", ".join(

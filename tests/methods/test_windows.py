@@ -13,6 +13,7 @@ from scipy.optimize import linear_sum_assignment
 from window_oracles import cosine_cost, greedy, made_pair, program, text, texts_of
 
 from opdlab import Policy, Rollout
+from opdlab.engine.batch import Batch
 from opdlab.methods import topd, windows
 
 # Transport: tests 1 to 5 of the paper file.
@@ -135,7 +136,7 @@ def dense(columns: dict[str, torch.Tensor], vocab: int = 12) -> torch.Tensor:
 def test_targets_by_hand():
     """Rows sum to 1/K, equal teacher tokens are one target, and nothing else is a target."""
     rollout, plan = text([0, 1, 2, 3, 4]), torch.tensor([[0.1, 0.2, 0.2], [0.3, 0.1, 0.1]])
-    columns = windows.scatter(rollout, [(0, 2)], [[7, 5, 7]], [plan])
+    columns = windows.scatter(Batch(rollout, {}), [(0, 2)], [[7, 5, 7]], [plan])
     assert columns["target"].shape == (1, 5, 2)
     want = torch.zeros(1, 5, 12)
     want[0, 2, [5, 7]], want[0, 3, [5, 7]] = torch.tensor([0.2, 0.3]), torch.tensor([0.1, 0.4])
@@ -147,7 +148,7 @@ def test_targets_by_hand():
 def test_overlapping_windows_add_up():
     rollout, eye = text([0, 1, 2, 3], [4, 5, 6]), torch.eye(2) / 2
     columns = windows.scatter(
-        rollout, [(0, 1), (0, 2), (1, 0)], [[8, 9], [9, 10], [8, 8]], [eye] * 3
+        Batch(rollout, {}), [(0, 1), (0, 2), (1, 0)], [[8, 9], [9, 10], [8, 8]], [eye] * 3
     )
     want = torch.zeros(2, 4, 12)
     want[0, 1, 8] = want[0, 3, 10] = want[1, 0, 8] = want[1, 1, 8] = 1 / 6
@@ -170,7 +171,7 @@ def test_the_loss_is_the_kl_to_the_targets_up_to_their_entropy():
     kl = torch.special.xlogy(ideal, ideal).sum() - (ideal * logp).sum()
     literal = torch.special.xlogy(ideal / k, ideal / k).sum() - (ideal / k * logp).sum()
     assert literal.item() == pytest.approx((kl.item() - k * math.log(k)) / k)
-    columns = windows.scatter(text([0, 1, 2, 3]), [(0, 0)], [taught], [plan])
+    columns = windows.scatter(Batch(text([0, 1, 2, 3]), {}), [(0, 0)], [taught], [plan])
     ours = -(columns["target_weight"][0] * logp.gather(-1, columns["target"][0])).sum(-1).mean()
     entropy = -torch.special.xlogy(ideal, ideal).sum() / k
     assert ours.item() == pytest.approx((kl / k + entropy).item())
@@ -184,7 +185,7 @@ def test_agreement_is_the_likelihood_of_the_own_tokens():
     """Not zero: without the gate the term would sharpen the student."""
     own = [4, 7, 2, 9]
     plan = topd.transport(torch.eye(12)[own], torch.eye(12)[own])[1]
-    columns = windows.scatter(text(own), [(0, 0)], [own], [plan])
+    columns = windows.scatter(Batch(text(own), {}), [(0, 0)], [own], [plan])
     torch.testing.assert_close(dense(columns)[0], torch.eye(12, dtype=torch.float64)[own])
 
 
@@ -195,7 +196,7 @@ def test_an_inserted_token_is_nearly_no_distance_and_teaches_the_own_tokens():
     student, teacher = [1, 2, 3, 4, 5, 6, 7, 8], [0, 1, 2, 3, 4, 5, 6, 7]
     distance, plan = topd.transport(torch.eye(12)[student], torch.eye(12)[teacher])
     assert distance == pytest.approx(1 / 8)
-    targets = dense(windows.scatter(text(student), [(0, 0)], [teacher], [plan]))[0]
+    targets = dense(windows.scatter(Batch(text(student), {}), [(0, 0)], [teacher], [plan]))[0]
     assert targets.argmax(-1).tolist() == [*student[:-1], 0]
     entropic = topd.transport(torch.eye(12)[student], torch.eye(12)[teacher], 0.05)[1]
     assert (8 * entropic).gather(1, torch.arange(1, 8).repeat(8, 1)).diagonal().min() > 0.99

@@ -19,7 +19,7 @@ SCRIPT = """
 import sys
 import opdlab as opd
 
-options = {"steps": 2, "batch": 4, "seed": 3, "quiet": True, "save": sys.argv[1], "save_every": 2}
+options = {"steps": 2, "batch": 8, "seed": 3, "quiet": True, "save": sys.argv[1], "save_every": 2}
 run = opd.distill(*opd.load("market"), method=opd.SFT(), **options).train()
 assert run.accelerator.num_processes == 2
 """
@@ -96,7 +96,7 @@ def histories(tmp_path_factory) -> Histories:
     script = folder / "measure.py"
     script.write_text(MEASURED)
     for processes in (1, 2):
-        launched(script, processes, folder / str(processes), 8 // processes, processes)
+        launched(script, processes, folder / str(processes), 8, processes)
     return {
         own: tuple(pd.read_json(folder / f"{processes}-{own}.json") for processes in (1, 2))
         for own in (0.0, 0.2, 1.0)
@@ -194,7 +194,7 @@ class Given(type(method)):
 
 
 given = Given(method.function, method.needs, method.planner)
-options = {"steps": 1, "batch": 8 // processes, "seed": 1, "quiet": True}
+options = {"steps": 1, "batch": 8, "seed": 1, "quiet": True}
 run = opd.distill(student, teacher, answers, method=given, **options)
 step = next(run)
 lengths = step.rollout.lengths.tolist()

@@ -1,0 +1,103 @@
+"""Train two steps with every method, in as many processes as it is launched in.
+
+Run by `test_several_processes.py`: `every_method.py FOLDER`. The main process writes into
+`FOLDER/METHOD` the gathered trace of the second step and a checkpoint; `FOLDER/done.json` has an
+evaluation and a scored rollout.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+import opdlab as opd
+
+torch.set_num_threads(1)
+
+
+class Judge:
+    """A teacher that only writes: the length of the answer it is asked about, as a digit."""
+
+    def write(self, prompts, n=1, *, max_new_tokens=64, temperature=1.0, seed=0):
+        texts = [str(prompt.messages[-1]["content"]) for prompt in prompts]
+        return [[f"I say {len(text) % 10}."] * n for text in texts]
+
+
+@dataclass(frozen=True)
+class Own:
+    """A user's own plan: the loss counts where the student is less sure than the median."""
+
+    needs = ("teacher",)
+
+    def plan(self, batch):
+        everyone = batch.gather(batch.rollout.logp)
+        unsure = batch.rollout.logp < everyone.quantile(0.5)
+        return {
+            "weight": unsure * batch.random(batch.step) / batch.mean(-batch.rollout.logp).float(),
+        }
+
+    def loss(self, rows):
+        return rows.weight * opd.losses.reverse_kl(rows.student, rows.teacher)
+
+
+def methods() -> dict[str, tuple[object, dict[str, object]]]:
+    """Every method with the settings that it needs."""
+    audits = {"chunks": 4, "continuations": 4, "length": 1, "similarity": "rouge1"}
+    top = {"window": 3, "share": 0.3}
+    return {
+        "OPD full": (opd.OPD(), {}),
+        "OPD top-k": (opd.OPD("forward_kl", top_k=8), {}),
+        "OPD sampled": (opd.OPD(estimator="sampled", baseline="value", discount=0.9), {}),
+        "OPD mixed": (opd.OPD(on_policy=0.5), {"n": 2, "micro_batch": 3}),
+        "OPDPlus": (opd.OPDPlus("forward_kl", baseline="value"), {"normalize": "sequence"}),
+        "TOPD": (opd.TOPD(**top), {}),
+        "TOPD points": (
+            opd.TOPD(**top, max_points=5, threshold="low_loss_q3", downweight="high_ot"),
+            {},
+        ),
+        "DOPD": (opd.DOPD(), {}),
+        "OmniOPD": (opd.OmniOPD(**audits, match_length=True), {}),
+        "OmniOPD random": (opd.OmniOPD(**audits, select="random"), {}),
+        "SelfDistillation": (opd.SelfDistillation(anchor="ema"), {}),
+        "GRPO": (opd.GRPO(), {"n": 4}),
+        "SequenceKD": (opd.SequenceKD(), {"normalize": "constant"}),
+        "SFT": (opd.SFT(), {}),
+        "SODA": (opd.SODA(), {}),
+        "OVD": (opd.OVD(), {"n": 2}),
+        "SpanOPD": (opd.SpanOPD(), {}),
+        "EOPD": (opd.EOPD(), {}),
+        "GOPD": (opd.GOPD(), {}),
+        "own plan": (Own(), {}),
+    }
+
+
+def main(folder: Path) -> None:
+    """Train with every method, evaluate and score."""
+    base, teacher, task = opd.load("market")
+    for name, (method, settings) in methods().items():
+        chosen = Judge() if name == "OVD" else teacher
+        options = {"steps": 2, "batch": 5, "max_new_tokens": 12, "seed": 3, "lr": 1e-3}
+        options |= {"quiet": True, "save": folder / name, **settings}
+        run = opd.distill(base.frozen(), chosen, task, method=method, **options)
+        for step in run:
+            trace = step.gather_trace()
+        if run.accelerator.is_main_process:
+            trace.save(folder / name / "trace.parquet")
+    processes = run.accelerator
+    found = opd.evaluate(base, task, n=7, k=3, max_new_tokens=12, processes=processes)
+    rollout = base.sample(task.prompts(5), n=2, max_new_tokens=12)
+    trace = opd.score(rollout, base, teacher, method=opd.TOPD(), processes=processes)
+    if processes.is_main_process:
+        numbers = {
+            name: getattr(found, name).tolist() for name in ("greedy", "sampled", "length", "cut")
+        }
+        (folder / "evaluation.json").write_text(json.dumps(numbers))
+        trace.save(folder / "scored.parquet")
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]))

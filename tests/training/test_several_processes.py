@@ -1,0 +1,118 @@
+"""Every method in one, two and three processes: the same texts, routes, losses, weights, files.
+
+The batch of five prompts leaves the processes unequal shares.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from pathlib import Path
+
+import every_method
+import numpy as np
+import pandas as pd
+import pytest
+import torch
+from safetensors.torch import load_file
+from test_processes import launched
+
+from opdlab import Trace
+
+TIMES = ("generate_s", "seconds")
+METHODS = tuple(every_method.methods())
+
+
+@pytest.fixture(scope="module")
+def folders(tmp_path_factory) -> dict[int, Path]:
+    """The files of the runs, by the number of processes."""
+    script, out = Path(every_method.__file__), {}
+    for processes in (1, 2, 3):
+        out[processes] = tmp_path_factory.mktemp(f"{processes}-processes")
+        launched(script, processes, out[processes])
+    return out
+
+
+def assert_close(ours: object, theirs: object, where: str, tolerance: float = 1e-4) -> None:
+    """Compare plain data, numbers up to rounding."""
+    if isinstance(theirs, dict):
+        assert isinstance(ours, dict)
+        assert ours.keys() == theirs.keys(), where
+        for key, value in theirs.items():
+            if key not in TIMES:
+                assert_close(ours[key], value, f"{where}.{key}", tolerance)
+    elif isinstance(theirs, list):
+        assert isinstance(ours, list)
+        assert len(ours) == len(theirs), where
+        for i, (one, other) in enumerate(zip(ours, theirs, strict=True)):
+            assert_close(one, other, f"{where}[{i}]", tolerance)
+    elif isinstance(theirs, float):
+        both_nan = math.isnan(theirs) and math.isnan(float(ours))
+        assert both_nan or ours == pytest.approx(theirs, rel=tolerance, abs=tolerance), where
+    else:
+        assert ours == theirs, where
+
+
+def assert_same_trace(ours: Path, theirs: Path) -> None:
+    one, two = Trace.load(theirs), Trace.load(ours)
+    assert two.table.column_names == one.table.column_names
+    assert two.meta["texts"] == one.meta["texts"]
+    for name in one.table.column_names:
+        left, right = one.table[name].to_pylist(), two.table[name].to_pylist()
+        assert_close(right, left, name)
+    assert_close(two.meta, one.meta, "meta")
+
+
+@pytest.mark.parametrize("processes", [2, 3])
+@pytest.mark.parametrize("method", METHODS)
+def test_a_method_gives_the_trace_of_one_process(folders, method, processes):
+    """Texts, sampling log-probs, routes, plan columns, losses, gradients of every token, notes."""
+    assert_same_trace(
+        folders[processes] / method / "trace.parquet", folders[1] / method / "trace.parquet"
+    )
+
+
+@pytest.mark.parametrize("processes", [2, 3])
+@pytest.mark.parametrize("method", METHODS)
+def test_a_method_gives_the_checkpoint_of_one_process(folders, method, processes):
+    """Weights, the optimizer's averages of gradients, the moving average, metrics, identity."""
+    one, many = (folders[n] / method / "step-000002" for n in (1, processes))
+    names = {path.name for path in one.iterdir()}
+    assert {path.name for path in many.iterdir()} == names
+    for name in names:
+        if name.endswith(".safetensors"):
+            left, right = load_file(one / name), load_file(many / name)
+            assert left.keys() == right.keys()
+            for key, value in left.items():
+                size = float(value.abs().max())
+                torch.testing.assert_close(right[key], value, rtol=1e-3, atol=1e-3 * size)
+    history = [json.loads((folder / "history.json").read_text()) for folder in (one, many)]
+    assert_close(history[1], history[0], "history")
+    said = [json.loads((folder / "run.json").read_text()) for folder in (one, many)]
+    assert (said[0].pop("processes"), said[1].pop("processes")) == (1, processes)
+    assert said[0].pop("run").keys() == said[1].pop("run").keys()
+    assert said[0] == said[1]
+
+
+@pytest.mark.parametrize("processes", [2, 3])
+def test_an_evaluation_and_a_score_are_those_of_one_process(folders, processes):
+    found = [json.loads((folders[n] / "evaluation.json").read_text()) for n in (1, processes)]
+    assert_close(found[1], found[0], "evaluation")
+    assert len(found[0]["greedy"]) == 7
+    assert np.asarray(found[0]["sampled"]).shape == (7, 3)
+    assert_same_trace(folders[processes] / "scored.parquet", folders[1] / "scored.parquet")
+
+
+def test_the_methods_of_the_library_are_all_here():
+    """And each of the runs moved the student."""
+    import opdlab as opd
+
+    here = {type(method).__name__ for method, _ in every_method.methods().values()}
+    library = {name for name in opd.methods.__all__ if hasattr(getattr(opd.methods, name), "loss")}
+    assert library - here <= {"Method"}
+
+
+def test_texts_differ_between_the_two_steps(folders):
+    """So the second step's texts depend on random numbers of its own and on moved weights."""
+    history = pd.read_json(folders[1] / "OPD full" / "step-000002" / "history.json")
+    assert history["tokens"].iloc[0] != history["tokens"].iloc[1] or history["loss"].nunique() == 2
