@@ -8,7 +8,10 @@ of what each writer answers. Random numbers follow the place of a prompt in that
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+import os
+import warnings
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -281,3 +284,31 @@ def check_same_run(processes: AcceleratedProcesses, said: dict[str, Any]) -> Non
                 f" {', '.join(parts)}. Every process must make the same student, teacher, task,"
                 " method and settings; give whatever is random in the script a seed."
             )
+
+
+def is_main_by_environment() -> bool:
+    """Tell whether this is the main process, before the processes have met.
+
+    Returns:
+        False where the launcher (torchrun, `accelerate launch`, Ray, SLURM with torchrun) says
+        that this process has another number than 0.
+    """
+    return os.environ.get("RANK", "0") == "0"
+
+
+@contextmanager
+def warning_once(is_main: bool) -> Iterator[None]:
+    """Let the main process warn alone, so that a warning is not shown once for each process.
+
+    Args:
+        is_main: Whether this is the main process.
+
+    Yields:
+        Nothing.
+    """
+    if is_main:
+        yield
+        return
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        yield

@@ -22,6 +22,7 @@ from opdlab.support.tensor_files import copy_tensors, read_tensors
 from opdlab.support.validation import CountOrZero, validate
 from opdlab.tasks import Task
 from opdlab.training import checkpoint, method_state, run_differences, run_identity
+from opdlab.training.processes import is_main_by_environment, warning_once
 from opdlab.training.resolution import trained_tensors
 from opdlab.training.restoring import SavedRun, fit_adapter, restore_optimizer
 from opdlab.training.run import Run, prepare
@@ -70,29 +71,32 @@ def resume(
         DamagedFile: The checkpoint is not what was written, or does not fit the run.
         OpdlabError: An argument is not the one of the original run; or `steps` lie behind it.
     """
-    saved = _read(_as_folder(path), step)
-    allowed = _as_parts(allow)
-    options = {"save": saved.folder.parent, **options}
-    settings = _settings(saved, options)
-    run = prepare(
-        student,
-        teacher,
-        task,
-        method=method if method is not None else _rebuild(saved),
-        settings={name: value for name, value in options.items() if name not in _OPTIONS},
-        recorded=settings,
-        admit=lambda run, given: _admit(run, saved, given, allowed),
-        **{name: value for name, value in options.items() if name in _OPTIONS},
-    )
-    restore_optimizer(run, saved)
-    checkpoint.load_weights(run.student, saved.folder)
-    for average in run.averages:
-        path_of_average = saved.folder / "ema.safetensors"
-        copy_tensors(trained_tensors(average), read_tensors(path_of_average), path_of_average)
-    method_state.restore_state(run.method, saved.folder, run.student.weights.device)
-    run.restart(saved.step, checkpoint.read_json(saved.folder / "history.json"), _snapshots(saved))
-    _warn(run, saved)
-    return run
+    with warning_once(is_main_by_environment()):
+        saved = _read(_as_folder(path), step)
+        allowed = _as_parts(allow)
+        options = {"save": saved.folder.parent, **options}
+        settings = _settings(saved, options)
+        run = prepare(
+            student,
+            teacher,
+            task,
+            method=method if method is not None else _rebuild(saved),
+            settings={name: value for name, value in options.items() if name not in _OPTIONS},
+            recorded=settings,
+            admit=lambda run, given: _admit(run, saved, given, allowed),
+            **{name: value for name, value in options.items() if name in _OPTIONS},
+        )
+        restore_optimizer(run, saved)
+        checkpoint.load_weights(run.student, saved.folder)
+        for average in run.averages:
+            path_of_average = saved.folder / "ema.safetensors"
+            copy_tensors(trained_tensors(average), read_tensors(path_of_average), path_of_average)
+        method_state.restore_state(run.method, saved.folder, run.student.weights.device)
+        run.restart(
+            saved.step, checkpoint.read_json(saved.folder / "history.json"), _snapshots(saved)
+        )
+        _warn(run, saved)
+        return run
 
 
 def _as_folder(path: Any) -> Path:

@@ -45,7 +45,13 @@ from opdlab.training.phases import (
     write_rollout,
 )
 from opdlab.training.preflight import check_run, check_writers
-from opdlab.training.processes import AcceleratedProcesses, check_batch, check_same_run
+from opdlab.training.processes import (
+    AcceleratedProcesses,
+    check_batch,
+    check_same_run,
+    is_main_by_environment,
+    warning_once,
+)
 from opdlab.training.resolution import check_overrides, resolve_policies, start_average
 from opdlab.training.settings import Settings, check_settings, make_settings
 from opdlab.training.state import RunState
@@ -112,7 +118,8 @@ def distill(
         "log_with": log_with,
         "quiet": quiet,
     }
-    return prepare(student, teacher, task, method=method, settings=settings, **options)
+    with warning_once(is_main_by_environment()):
+        return prepare(student, teacher, task, method=method, settings=settings, **options)
 
 
 def prepare(
@@ -268,7 +275,10 @@ class Run(RunState):
             raise StopIteration
         self.claim.check(self)
         before = self.done
-        with method_state.restoring_on_failure(self.method, is_counted=lambda: self.done > before):
+        with (
+            method_state.restoring_on_failure(self.method, is_counted=lambda: self.done > before),
+            warning_once(self.accelerator.is_main_process),
+        ):
             step = self._step()
         self.last = step
         try:

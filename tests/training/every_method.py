@@ -1,8 +1,9 @@
 """Train two steps with every method, in as many processes as it is launched in.
 
-Run by `test_several_processes.py`: `every_method.py FOLDER`. The main process writes into
-`FOLDER/METHOD` the gathered trace of the second step and a checkpoint; `FOLDER/done.json` has an
-evaluation and a scored rollout.
+Run by `test_several_processes.py`: `every_method.py FOLDER [OTHER]`. The main process writes into
+`FOLDER/METHOD` the gathered trace of the second step and checkpoints. `FOLDER/evaluation.json` is
+an evaluation, `FOLDER/scored.parquet` a scored rollout, and `FOLDER/resumed` the second step of the
+run in `OTHER`, by another number of processes.
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ import torch
 import opdlab as opd
 
 torch.set_num_threads(1)
+LR = 1e-3
 
 
 class Judge:
@@ -35,7 +37,9 @@ class Own:
 
     def plan(self, batch):
         everyone = batch.gather(batch.rollout.logp)
-        unsure = batch.rollout.logp < everyone.quantile(0.5)
+        unsure = (
+            batch.rollout.logp < everyone.quantile(0.5) - 1e-3
+        )  # not a token at the median itself
         return {
             "weight": unsure * batch.random(batch.step) / batch.mean(-batch.rollout.logp).float(),
         }
@@ -75,13 +79,13 @@ def methods() -> dict[str, tuple[object, dict[str, object]]]:
     }
 
 
-def main(folder: Path) -> None:
-    """Train with every method, evaluate and score."""
+def main(folder: Path, other: Path | None) -> None:
+    """Train with every method, evaluate, score and resume."""
     base, teacher, task = opd.load("market")
     for name, (method, settings) in methods().items():
         chosen = Judge() if name == "OVD" else teacher
-        options = {"steps": 2, "batch": 5, "max_new_tokens": 12, "seed": 3, "lr": 1e-3}
-        options |= {"quiet": True, "save": folder / name, **settings}
+        options = {"steps": 2, "batch": 5, "max_new_tokens": 12, "seed": 3, "lr": LR}
+        options |= {"quiet": True, "save": folder / name, "save_every": 1, **settings}
         run = opd.distill(base.frozen(), chosen, task, method=method, **options)
         for step in run:
             trace = step.gather_trace()
@@ -98,6 +102,10 @@ def main(folder: Path) -> None:
         (folder / "evaluation.json").write_text(json.dumps(numbers))
         trace.save(folder / "scored.parquet")
 
+    if other is not None:
+        there = {"save": folder / "resumed", "quiet": True}
+        opd.resume(other / "OPD full", base.frozen(), teacher, task, step=1, **there).train()
+
 
 if __name__ == "__main__":
-    main(Path(sys.argv[1]))
+    main(Path(sys.argv[1]), Path(sys.argv[2]) if len(sys.argv) > 2 else None)

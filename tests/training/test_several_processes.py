@@ -17,6 +17,7 @@ import torch
 from safetensors.torch import load_file
 from test_processes import launched
 
+import opdlab as opd
 from opdlab import Trace
 
 TIMES = ("generate_s", "seconds")
@@ -29,7 +30,7 @@ def folders(tmp_path_factory) -> dict[int, Path]:
     script, out = Path(every_method.__file__), {}
     for processes in (1, 2, 3):
         out[processes] = tmp_path_factory.mktemp(f"{processes}-processes")
-        launched(script, processes, out[processes])
+        launched(script, processes, out[processes], *([out[1]] if processes > 1 else []))
     return out
 
 
@@ -84,8 +85,11 @@ def test_a_method_gives_the_checkpoint_of_one_process(folders, method, processes
             left, right = load_file(one / name), load_file(many / name)
             assert left.keys() == right.keys()
             for key, value in left.items():
-                size = float(value.abs().max())
-                torch.testing.assert_close(right[key], value, rtol=1e-3, atol=1e-3 * size)
+                # Adam makes a whole step of a gradient that is all rounding, so weights are
+                # compared to a twentieth of a step; the averages of gradients show the gradients.
+                is_weight = name != "optimizer.safetensors"
+                least = 0.05 * every_method.LR if is_weight else 1e-3 * float(value.abs().max())
+                torch.testing.assert_close(right[key], value, rtol=1e-3, atol=least)
     history = [json.loads((folder / "history.json").read_text()) for folder in (one, many)]
     assert_close(history[1], history[0], "history")
     said = [json.loads((folder / "run.json").read_text()) for folder in (one, many)]
@@ -103,10 +107,30 @@ def test_an_evaluation_and_a_score_are_those_of_one_process(folders, processes):
     assert_same_trace(folders[processes] / "scored.parquet", folders[1] / "scored.parquet")
 
 
-def test_the_methods_of_the_library_are_all_here():
-    """And each of the runs moved the student."""
-    import opdlab as opd
+def same_weights(one: Path, two: Path) -> None:
+    left, right = (load_file(folder / "adapter_model.safetensors") for folder in (one, two))
+    for key, value in left.items():
+        torch.testing.assert_close(right[key], value, rtol=1e-3, atol=0.05 * every_method.LR)
 
+
+@pytest.mark.parametrize("processes", [2, 3])
+def test_more_processes_take_up_a_run_of_one(folders, processes):
+    same_weights(
+        folders[1] / "OPD full" / "step-000002", folders[processes] / "resumed" / "step-000002"
+    )
+
+
+def test_one_process_takes_up_a_run_of_two(folders, tmp_path):
+    student, teacher, task = opd.load("market")
+    with pytest.warns(UserWarning, match="by 2 processes and goes on with 1.*random numbers"):
+        run = opd.resume(
+            folders[2] / "OPD full", student, teacher, task, step=1, save=tmp_path, quiet=True
+        )
+    run.train()
+    same_weights(folders[1] / "OPD full" / "step-000002", tmp_path / "step-000002")
+
+
+def test_the_methods_of_the_library_are_all_here():
     here = {type(method).__name__ for method, _ in every_method.methods().values()}
     library = {name for name in opd.methods.__all__ if hasattr(getattr(opd.methods, name), "loss")}
     assert library - here <= {"Method"}
