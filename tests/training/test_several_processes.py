@@ -20,7 +20,7 @@ from test_processes import launched
 import opdlab as opd
 from opdlab import Trace
 
-TIMES = ("generate_s", "seconds")
+TIMES = ("generate_s", "grade_s", "learn_s", "seconds")
 METHODS = tuple(every_method.methods())
 
 
