@@ -7,7 +7,6 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
-import time
 
 import pandas as pd
 import pytest
@@ -218,81 +217,3 @@ def test_statistics_of_a_plan_are_those_of_all_processes(tmp_path):
     numbers = [line.split(" ", 2)[2].rpartition(" ")[0] for line in lines[1] + lines[2]]
     assert len(set(numbers)) == 1, numbers
     assert {line.rpartition(" ")[2] for line in lines[2]} == {"4"}
-
-
-FAILS = """
-import os
-import signal
-import sys
-import time
-
-import opdlab as opd
-
-student, teacher, task = opd.load("market")
-
-
-class Lost(Exception):
-    pass
-
-
-def plan(batch):
-    if batch.step == 1 and os.environ["RANK"] == "1":
-        print("FAILED", time.time(), flush=True)
-        if sys.argv[1] == "killed":
-            os.kill(os.getpid(), signal.SIGKILL)
-        raise Lost("the plan lost its way")
-    batch.mean(batch.rollout.logp)  # where the others wait
-    return {}
-
-
-method = opd.method(needs=("teacher",), plan=plan)(lambda rows: -rows.logp)
-opd.distill(student, teacher, task, method=method, steps=3, batch=4, quiet=True).train()
-print("TRAINED", flush=True)
-"""
-
-
-@pytest.mark.parametrize(
-    ("how", "reason"), [("raised", "Lost: the plan lost"), ("killed", "SIGKILL")]
-)
-def test_one_process_that_fails_ends_all_with_the_reason(tmp_path, how, reason):
-    script = tmp_path / "fails.py"
-    script.write_text(FAILS)
-    done = run_processes(script, 2, how)
-    ended = time.time()
-    assert done.returncode != 0
-    assert "TRAINED" not in done.stdout
-    assert reason in done.stderr
-    failed = next(line for line in done.stdout.splitlines() if "FAILED" in line)
-    assert ended - float(failed.split()[-1]) < 60
-
-
-WARNS = """
-import sys
-import warnings
-
-import opdlab as opd
-
-student, _, _ = opd.load("market")
-records = [{"prompt": f"ana has {i}", "answer": "total 4", "id": str(i)} for i in range(3)]
-task = opd.tasks.from_records(records, test=0)
-run = opd.distill(student, None, task, method=opd.SFT(), steps=1, batch=4, save=sys.argv[1])
-run.train()
-"""
-
-
-def test_the_main_process_alone_warns_draws_progress_and_writes(tmp_path):
-    script = tmp_path / "warns.py"
-    script.write_text(WARNS)
-    done = run_processes(script, 2, tmp_path / "run")
-    assert done.returncode == 0, done.stderr[-2000:]
-    assert done.stderr.count("asks some of them twice") == 1
-    assert done.stderr.count("SFT:   0%|") == 1  # a bar begins so
-    assert [path.name for path in (tmp_path / "run").iterdir()] == ["step-000001"]
-
-
-def test_fewer_prompts_than_processes_are_refused(tmp_path):
-    script = tmp_path / "few.py"
-    script.write_text(WARNS.replace("batch=4", "batch=1"))
-    done = run_processes(script, 2, tmp_path / "run")
-    assert done.returncode != 0
-    assert "batch=1 for 2 processes" in done.stderr
