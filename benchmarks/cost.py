@@ -5,6 +5,9 @@ sizes, on this machine's CPU. Each case runs in a process of its own, which firs
 (`opdlab.diagnose.cost`) and then trains, so both see the same load. Memory is the largest resident
 size of the process less that before the models were made.
 
+With one thread (OMP_NUM_THREADS=1) seconds are those of the CPU, which other work on the machine
+does not stretch.
+
 `python -m benchmarks.cost` runs all cases and writes `benchmarks/results/cost.json`;
 `python -m benchmarks.cost CASE` runs one and prints a JSON line.
 """
@@ -22,6 +25,7 @@ import time
 from pathlib import Path
 from typing import Any
 
+import peft  # noqa: F401 (its size is not that of a step)
 import psutil
 import torch
 from tokenizers import Tokenizer, models, pre_tokenizers
@@ -117,11 +121,12 @@ def make_policy(size: str, layers: int | None, seed: int) -> opd.Policy:
         The policy.
     """
     kind, sizes, _ = SIZES[size]
-    vocab = {f"w{i}": i for i in range(sizes["vocab_size"])}
-    words = Tokenizer(models.WordLevel(vocab, unk_token="w2"))
+    names = ["<pad>", "<eos>", "<unk>", *(f"w{i}" for i in range(3, sizes["vocab_size"]))]
+    vocab = {name: i for i, name in enumerate(names)}
+    words = Tokenizer(models.WordLevel(vocab, unk_token="<unk>"))
     words.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
     tokenizer = PreTrainedTokenizerFast(
-        tokenizer_object=words, pad_token="w0", eos_token="w1", unk_token="w2"
+        tokenizer_object=words, pad_token="<pad>", eos_token="<eos>", unk_token="<unk>"
     )
     changes = {} if layers is None else {"num_hidden_layers": layers}
     config = kind(**{**sizes, **changes}, tie_word_embeddings=True, eos_token_id=1, pad_token_id=0)
@@ -153,6 +158,8 @@ def measure(case: str) -> dict[str, Any]:
     Returns:
         Predicted and real seconds by phase and bytes at the peak, and their ratios.
     """
+    if torch.get_num_threads() == 1:
+        time.perf_counter = time.process_time
     size, weights = case.split(" ", 1)
     lora = 16 if weights == "LoRA" else None
     memory = Memory()

@@ -108,6 +108,8 @@ def demo(
             Its key is read from OPDLAB_API_KEY.
         teacher_model: The model's name on that server; by default the server's own.
     """
+    # Said before the libraries are loaded, which takes some seconds.
+    print("opdlab demo: starting …", flush=True)
     from opdlab.commands.demo import demo as run_demo
 
     _hide_loading_bars()

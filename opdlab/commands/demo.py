@@ -7,6 +7,8 @@
 
 from __future__ import annotations
 
+import shutil
+import tempfile
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
@@ -27,10 +29,10 @@ from opdlab.models.policy import Policy, sample
 from opdlab.models.same_tokens import check_same_tokens
 from opdlab.support.validation import Count, validate
 from opdlab.tasks import Task
-from opdlab.tasks.profiles import load
+from opdlab.tasks.profiles import find_smollm2, load
 from opdlab.teachers import LogprobServer, TextOnly, TextServer
 from opdlab.training.evaluation import Evaluation, evaluate
-from opdlab.training.run import distill
+from opdlab.training.run import Run, distill
 from opdlab.training.scoring import score
 
 # Prompts that a teacher which only writes is measured on: its answers may cost money.
@@ -129,55 +131,168 @@ def demo(
         InvalidValue: An argument is not what it must be.
         OpdlabError: There is no such profile or method, or the pair cannot work.
     """
-    plan = _plan(profile, steps, prompts)
-    if teacher_model is not None and teacher_url is None:
+    began = time.perf_counter()
+    console = Console()
+    prepared = _prepare(
+        _Asked(profile, student, teacher, steps, seed, out, prompts, settings or {}),
+        _Served(method, teacher_url, teacher_model),
+        console,
+    )
+    console.print(f"loaded in {time.perf_counter() - began:.0f} s")
+    outcome, seconds = _distil(prepared, console)
+    _keep(prepared, outcome, out, console)
+    console.print(f"{time.perf_counter() - began:.0f} s in all, with loading and evaluations")
+    return (
+        f"demo: accuracy {outcome.before.accuracy:.2f} -> {outcome.after.accuracy:.2f} (teacher"
+        f" {outcome.teacher.accuracy:.2f}) in {seconds:.0f} s"
+    )
+
+
+@dataclass(frozen=True)
+class _Asked:
+    """The arguments of `demo` that say what runs."""
+
+    profile: str
+    student: str | None
+    teacher: str | None
+    steps: int | None
+    seed: int
+    out: Path
+    prompts: int | None
+    settings: Mapping[str, Any]
+
+
+@dataclass(frozen=True)
+class _Served:
+    """The arguments of `demo` that say who teaches, and how."""
+
+    method: str | None
+    url: str | None
+    model: str | None
+
+
+@dataclass(frozen=True, eq=False)
+class Prepared:
+    """Everything that a demo needs, checked.
+
+    Attributes:
+        profile: The profile's name.
+        plan: The profile's plan.
+        start: The student without the adapter that the run gives it.
+        learner: The student that learns.
+        guide: The teacher.
+        task: Where prompts come from.
+        run: The run, not begun.
+    """
+
+    profile: str
+    plan: Plan
+    start: Policy
+    learner: Policy
+    guide: Policy | Server
+    task: Task
+    run: Run
+
+
+def _prepare(asked: _Asked, served: _Served, console: Console) -> Prepared:
+    """Load the models and make the run, which checks all that can be checked."""
+    plan = _plan(asked.profile, asked.steps, asked.prompts)
+    if served.model is not None and served.url is None:
         raise InvalidValue(
-            f"demo got teacher_model={teacher_model!r} without a server. Give teacher_url as well,"
+            f"demo got teacher_model={served.model!r} without a server. Give teacher_url as well,"
             " or leave it out."
         )
-    name = method or ("omniopd" if teacher_url else "opd")
-    chosen, own_settings = choose_method(name, profile, is_served=bool(teacher_url))
-    console = Console()
-    console.print(f"[bold]opdlab demo[/bold]: loading the {profile} models …")
-    learner, local_teacher, task = load(profile, student=student, teacher=teacher)
+    name = served.method or ("omniopd" if served.url else "opd")
+    chosen, own_settings = choose_method(name, asked.profile, is_served=bool(served.url))
+    console.print(f"[bold]opdlab demo[/bold]: loading the {asked.profile} models …")
+    learner, local_teacher, task = load(asked.profile, student=asked.student, teacher=asked.teacher)
     guide: Policy | Server = local_teacher
-    if teacher_url:
-        guide = _connect(chosen, teacher_url, teacher_model, cache=out / "teacher.sqlite")
-    given = {"steps": plan.steps, **own_settings, **({"steps": steps} if steps else {})}
-    start = learner.frozen()  # without the adapter that the run gives the student
-    # The run is made first, because that checks all that can be checked.
-    run = distill(learner, guide, task, method=chosen, seed=seed, **{**given, **(settings or {})})
+    if served.url:
+        guide = _connect(chosen, served.url, served.model, cache=asked.out / "teacher.sqlite")
+    given = {"steps": plan.steps, **own_settings}
+    given |= {"steps": asked.steps} if asked.steps else {}
+    start = learner.frozen()
+    run = distill(
+        learner, guide, task, method=chosen, seed=asked.seed, **{**given, **asked.settings}
+    )
+    return Prepared(asked.profile, plan, start, learner, guide, task, run)
 
-    before = _measure(start, task, plan, "student")
-    best = _measure_teacher(guide, learner, task, plan)
+
+def _distil(prepared: Prepared, console: Console) -> tuple[Outcome, float]:
+    """Measure, train and measure again; returns the outcome and the seconds of training."""
+    plan, task, guide, run = prepared.plan, prepared.task, prepared.guide, prepared.run
+    before = _measure(prepared.start, task, plan, "student")
+    best = _measure_teacher(guide, prepared.learner, task, plan)
     console.print(
         f"student {before.accuracy:.2f}, teacher {best.accuracy:.2f} ({plan.score}); distilling"
-        f" with {type(chosen).__name__} …"
+        f" with {type(run.method).__name__} …"
     )
-    trace_before = _trace(before, start, guide)
+    trace_before = _trace(before, prepared.start, guide)
     began = time.perf_counter()
     run.train()
     seconds = time.perf_counter() - began
-    after = _measure(learner, task, plan, "student, distilled")
+    after = _measure(prepared.learner, task, plan, "student, distilled")
     outcome = Outcome(
-        profile=profile,
+        profile=prepared.profile,
         score=plan.score,
         before=before,
         after=after,
         teacher=best,
         trace_before=trace_before,
-        trace_after=_trace(before, learner, guide),
-        trace_now=_trace(after, learner, guide),
+        trace_after=_trace(before, prepared.learner, guide),
+        trace_now=_trace(after, prepared.learner, guide),
     )
-    print_tables(console, outcome, task.name)
-    path = write_page(out / "index.html", outcome, run)
+    return outcome, seconds
+
+
+def _keep(prepared: Prepared, outcome: Outcome, out: Path, console: Console) -> None:
+    """Show the tables, and write the page, the traces and the adapter."""
+    print_tables(console, outcome, prepared.task.name)
+    path = write_page(out / "index.html", outcome, prepared.run)
     outcome.trace_before.save(out / "before.parquet")
     outcome.trace_after.save(out / "after.parquet")
-    _print_cost(console, guide, out)
-    console.print(f"page: {path}")
+    _print_cost(console, prepared.guide, out)
+    console.print(f"page: {path}", soft_wrap=True)
+    adapter = _write_adapter(prepared.run, out / "adapter")
+    if adapter is not None:
+        console.print(f"adapter: {adapter}; it loads in plain PEFT:", soft_wrap=True)
+        console.print(
+            loading_code(prepared, adapter), soft_wrap=True, markup=False, highlight=False
+        )
+
+
+def _write_adapter(run: Run, folder: Path) -> Path | None:
+    """Write the trained adapter as PEFT reads it; None if all weights were trained."""
+    with tempfile.TemporaryDirectory() as scratch:
+        checkpoint = run.save(scratch)
+        files = [checkpoint / f"adapter_{name}" for name in ("model.safetensors", "config.json")]
+        if not all(file.exists() for file in files):
+            return None
+        folder.mkdir(parents=True, exist_ok=True)
+        for file in files:
+            part = folder / f".{file.name}"
+            shutil.copyfile(file, part)
+            part.replace(folder / file.name)
+    return folder
+
+
+def loading_code(prepared: Prepared, adapter: Path) -> str:
+    """Write the Python that loads a demo's student without opdlab.
+
+    Args:
+        prepared: The demo.
+        adapter: The folder of its adapter.
+
+    Returns:
+        Lines that can be pasted.
+    """
+    source = f"{prepared.start.weights.source!r}"
+    if prepared.profile == "small" and (file := find_smollm2()) is not None:
+        source = f"{str(file.parent)!r}, gguf_file={file.name!r}"
     return (
-        f"demo: accuracy {before.accuracy:.2f} -> {after.accuracy:.2f} (teacher"
-        f" {best.accuracy:.2f}) in {seconds:.0f} s"
+        "    from peft import PeftModel; from transformers import AutoModelForCausalLM\n"
+        f"    base = AutoModelForCausalLM.from_pretrained({source})\n"
+        f"    student = PeftModel.from_pretrained(base, {str(adapter.resolve())!r})"
     )
 
 

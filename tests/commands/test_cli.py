@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
@@ -23,6 +24,24 @@ def opdlab(*words: str, timeout: int = 2500) -> subprocess.CompletedProcess[str]
     )
 
 
+def check_the_printed_code(printed: str, folder: Path) -> None:
+    """Run the lines that the demo prints, in a process without opdlab; its student writes alike."""
+    lines = [line.strip() for line in printed.splitlines() if line.startswith("    ")]
+    code = "\n".join([line for line in lines if "PeftModel" in line or "base =" in line])
+    code += (
+        "\nimport sys, torch\nassert 'opdlab' not in sys.modules"
+        "\nwith torch.no_grad(): logits = student(torch.tensor([[5, 9, 12, 7]])).logits"
+        "\nprint('changed', float((logits - base_logits).abs().max()) > 0.1)"
+    )
+    before = "base_logits = base(__import__('torch').tensor([[5, 9, 12, 7]])).logits.detach()\n"
+    code = code.replace("student = PeftModel", before + "student = PeftModel", 1)
+    done = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, check=False, cwd=folder
+    )
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.split() == ["changed", "True"]
+
+
 def test_demo_learns_and_writes_what_it_says(tmp_path):
     done = opdlab("demo", "--steps", "20", "--out", str(tmp_path))
     assert done.returncode == 0, done.stderr
@@ -37,6 +56,8 @@ def test_demo_learns_and_writes_what_it_says(tmp_path):
     assert teacher >= 0.97
     page = (tmp_path / "index.html").read_text(encoding="utf-8")
     assert page.count("opd-lens") >= 3
+    assert done.stdout.startswith("opdlab demo: starting")
+    check_the_printed_code(done.stdout, tmp_path)
     assert (
         len(opd.Trace.load(tmp_path / "before.parquet"))
         == len(opd.Trace.load(tmp_path / "after.parquet"))
