@@ -302,7 +302,7 @@ def _seconds(
     compared = _time(engine, student) / tokens * sizes.rows * sizes.mean
     # A head that trains gets a gradient of its own: a fourth product beside three.
     compared *= 4 / 3 if trains_all else 1
-    there_and_back = _measure_learning(student, rollout)
+    there_and_back = _measure_learning(student, rollout, sizes.micro)
     if trains_all:  # gradients of the weights take as long as a pass forward
         there_and_back += ours.per_token
     else:
@@ -349,22 +349,31 @@ def _padded(policy: Policy, rollout: Rollout) -> int:
     return len(rollout) * longest
 
 
-def _measure_learning(policy: Policy, rollout: Rollout) -> float:
-    """Seconds per token of a pass forward and of one back to the embeddings, no weight moving."""
-    row = rollout.select([int(rollout.lengths.argmax())])
+def _measure_learning(policy: Policy, rollout: Rollout, most: int) -> float:
+    """Seconds per token of a pass forward and of one back to the embeddings, no weight moving.
+
+    A short pass is repeated on more completions, at most `most`, since a larger one is quicker per
+    token.
+    """
     embeddings = policy.weights.model.get_input_embeddings()
-    seed = torch.zeros((), device=row.ids.device, requires_grad=True)
+    seed = torch.zeros((), device=rollout.ids.device, requires_grad=True)
     hook = embeddings.register_forward_hook(lambda _, __, states: states + seed.to(states.dtype))
-
-    def work() -> None:
-        with torch.enable_grad():
-            states = policy.hidden(row)
-        torch.autograd.grad(states, seed, torch.ones_like(states))
-
+    count, most = 1, min(most, len(rollout))
     try:
-        return _time(work, policy) / _padded(policy, row)
+        while True:
+            piece = rollout.select(range(count))
+            took = _time(partial(_go_there_and_back, policy, piece, seed), policy)
+            if took > LONG_ENOUGH or count == most:
+                return took / _padded(policy, piece)
+            count = min(2 * count, most)
     finally:
         hook.remove()
+
+
+def _go_there_and_back(policy: Policy, rollout: Rollout, seed: Tensor) -> None:
+    with torch.enable_grad():
+        states = policy.hidden(rollout)
+    torch.autograd.grad(states, seed, torch.ones_like(states))
 
 
 def _share_of_lora(policy: Policy, settings: Settings) -> float:
