@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 from collections.abc import Mapping
@@ -30,9 +31,10 @@ from opdlab.training.intervals import paired, wilson
 
 ROOT = Path(__file__).parents[1]
 FOLDER = ROOT / "runs" / "pair"
+NOTEBOOK = ROOT / "notebooks" / "data" / "pair"  # what notebook 51 looks at
 RESULT = RESULTS / "pair.json"
 SEEDS = (0, 1, 2)
-PROMPTS = 48  # held-out prompts of an evaluation
+PROMPTS = {"form": 32, "skill": 48}  # held-out prompts of an evaluation
 # One thread: on a machine with other work, two threads mostly wait for each other.
 QUIET = {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"}
 
@@ -98,7 +100,7 @@ def write_config(name: str, student: Path, teacher: Path) -> Path:
         "settings": {"batch": 8, "lora": 16, "save_every": 4, **experiment.settings, "seed": seed},
         "run": {
             "folder": str(FOLDER / name),
-            "eval_prompts": PROMPTS,
+            "eval_prompts": PROMPTS[experiment.task],
             "eval_teacher": seed == 0,  # the same for all seeds
             "trace_prompts": 16 if seed == 0 else 1,
         },
@@ -127,6 +129,23 @@ def collect() -> None:
         if (FOLDER / name / "report.json").exists():
             runs[name] = read_run(FOLDER / name)
     write_result({"runs": runs, "summary": summarise(runs)})
+    publish(runs)
+
+
+def publish(runs: Mapping[str, Any]) -> None:
+    """Copy what notebook 51 looks at: numbers of all runs, and the traces of the first seeds."""
+    NOTEBOOK.mkdir(parents=True, exist_ok=True)
+    kept = ("evaluations", "history", "alarms", "settings")
+    said = {name: {key: run[key] for key in kept} for name, run in runs.items()}
+    (NOTEBOOK / "runs.json").write_text(json.dumps(said) + "\n", "utf-8")
+    for name in runs:
+        if not name.endswith("_0"):
+            continue
+        traces = sorted((FOLDER / name / "traces").glob("step-*.parquet"))
+        for path, stage in ((traces[0], "before"), (traces[-1], "after")):
+            shutil.copyfile(path, NOTEBOOK / f"{name[:-2]}_{stage}.parquet")
+        again = FOLDER / name / "traces" / "before-again.parquet"
+        shutil.copyfile(again, NOTEBOOK / f"{name[:-2]}_before_again.parquet")
 
 
 def read_run(folder: Path) -> dict[str, Any]:

@@ -1,9 +1,14 @@
-"""Notebook 51: the memory of a LoRA in training, and the largest micro-batch that fits."""
+"""Notebook 51: the pull of two divergences, the memory of a LoRA, the largest micro-batch."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 
+import torch
+from torch import Tensor
+
+from opdlab.losses.divergences import forward_kl, reverse_kl
+from opdlab.notebook.cases import random_log_probs
 from opdlab.notebook.checking import Exercise
 
 GIB = 2.0**30
@@ -11,7 +16,7 @@ Shapes = Sequence[tuple[int, int]]  # inputs and outputs of linear layers
 
 
 def training_bytes(shapes: Shapes, rank: int) -> int:
-    """Solve 51.1: the bytes of an adapter in training.
+    """Solve 51.2: the bytes of an adapter in training.
 
     Args:
         shapes: Inputs and outputs of each adapted layer.
@@ -50,7 +55,7 @@ def _without_moments(shapes: Shapes, rank: int) -> int:
 
 
 def micro_batch(fixed: float, each: float, free: float, rows: int) -> int:
-    """Solve 51.2: the largest number of completions in one backward pass.
+    """Solve 51.3: the largest number of completions in one backward pass.
 
     Args:
         fixed: Bytes that are used whatever the size.
@@ -91,9 +96,73 @@ def _negative(fixed: float, each: float, free: float, rows: int) -> int:
     return min(rows, int((free - fixed) // each))
 
 
+def pulls(student: Tensor, teacher: Tensor) -> tuple[Tensor, Tensor]:
+    """Solve 51.1: how two divergences move the student's logits.
+
+    Args:
+        student: Log-probs at one token, `[V]`.
+        teacher: Likewise.
+
+    Returns:
+        Minus the gradient in the student's logits: of the forward KL, and of the reverse KL.
+    """
+    p, q = student.exp(), teacher.exp()
+    gap = teacher - student
+    return q - p, p * (gap - (p * gap).sum())
+
+
+def _reference_pulls(student: Tensor, teacher: Tensor) -> tuple[Tensor, Tensor]:
+    """The library's divergences, by autograd."""
+    pulled = []
+    for divergence in (forward_kl, reverse_kl):
+        logits = student.clone().requires_grad_()
+        value = divergence(logits.log_softmax(-1), teacher)
+        pulled.append(-torch.autograd.grad(value, logits)[0])
+    return pulled[0], pulled[1]
+
+
+def _cases_of_pulls() -> list[tuple[Tensor, Tensor]]:
+    random = zip(*random_log_probs(n=3), strict=True)
+    never_said = torch.tensor([1e-6, 1 - 1e-6], dtype=torch.float64).log()
+    return [*random, (never_said, torch.tensor([0.95, 0.05], dtype=torch.float64).log())]
+
+
+def _pulls_uphill(student: Tensor, teacher: Tensor) -> tuple[Tensor, Tensor]:
+    forward, reverse = pulls(student, teacher)
+    return -forward, -reverse
+
+
+def _pulls_swapped(student: Tensor, teacher: Tensor) -> tuple[Tensor, Tensor]:
+    forward, reverse = pulls(student, teacher)
+    return reverse, forward
+
+
+def _without_the_mean(student: Tensor, teacher: Tensor) -> tuple[Tensor, Tensor]:
+    p, q = student.exp(), teacher.exp()
+    return q - p, p * (teacher - student)
+
+
 EXERCISES = (
     Exercise(
         "51.1",
+        request=(
+            "return minus the gradient in the student's logits, of the forward KL and of the "
+            "reverse KL"
+        ),
+        confirmation="only the reverse one carries the factor p",
+        reference=_reference_pulls,
+        solution=pulls,
+        cases=_cases_of_pulls,
+        mistakes={
+            "these are the gradients; a step goes against them.": _pulls_uphill,
+            "the two are swapped: the forward KL comes first.": _pulls_swapped,
+            (
+                "the softmax takes a mean off: subtract the mean of the gap under the student."
+            ): _without_the_mean,
+        },
+    ),
+    Exercise(
+        "51.2",
         request=(
             "return the bytes of an adapter of this rank in training: weights, gradient and two "
             "moments, in float32"
@@ -113,7 +182,7 @@ EXERCISES = (
         },
     ),
     Exercise(
-        "51.2",
+        "51.3",
         request="return the most completions, up to rows, whose backward pass fits, or 0",
         confirmation="it does not change the result of a step",
         reference=_reference_micro_batch,
