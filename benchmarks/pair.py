@@ -50,10 +50,12 @@ class Experiment:
 
 
 EXPERIMENTS = {
-    "form_forward": Experiment("form", "forward_kl", {"steps": 16, "lr": 5e-4}),
-    "form_reverse": Experiment("form", "reverse_kl", {"steps": 16, "lr": 5e-4}),
+    "form_forward": Experiment("form", "forward_kl", {"steps": 14, "lr": 5e-4, "batch": 6}),
+    "form_reverse": Experiment("form", "reverse_kl", {"steps": 14, "lr": 5e-4, "batch": 6}),
     "skill": Experiment("skill", "forward_kl", {"steps": 16, "lr": 5e-4, "schedule": "cosine"}),
 }
+
+TRACED = ("form_forward_0", "skill_0")  # the runs that notebook 51 looks at
 
 
 def main(only: tuple[str, ...] = (), phases: bool = False) -> None:
@@ -101,8 +103,9 @@ def write_config(name: str, student: Path, teacher: Path) -> Path:
         "run": {
             "folder": str(FOLDER / name),
             "eval_prompts": PROMPTS[experiment.task],
-            "eval_teacher": seed == 0,  # the same for all seeds
-            "trace_prompts": 16 if seed == 0 else 1,
+            # The teacher is the same for all runs of a task.
+            "eval_teacher": name in TRACED,
+            "trace_prompts": 16 if name in TRACED else 1,
         },
     }
     path = FOLDER / f"{name}.toml"
@@ -139,7 +142,7 @@ def publish(runs: Mapping[str, Any]) -> None:
     said = {name: {key: run[key] for key in kept} for name, run in runs.items()}
     (NOTEBOOK / "runs.json").write_text(json.dumps(said) + "\n", "utf-8")
     for name in runs:
-        if not name.endswith("_0"):
+        if name not in TRACED:
             continue
         traces = sorted((FOLDER / name / "traces").glob("step-*.parquet"))
         for path, stage in ((traces[0], "before"), (traces[-1], "after")):
@@ -179,7 +182,7 @@ def _evaluation(scores: list[float]) -> dict[str, Any]:
 def summarise(runs: Mapping[str, Any]) -> dict[str, Any]:
     """Pool the seeds of each experiment; a prompt counts once, with the mean of its scores."""
     summary = {}
-    for name in EXPERIMENTS:
+    for name, experiment in EXPERIMENTS.items():
         seeds = [runs[one] for one in runs if one.rpartition("_")[0] == name]
         if not seeds:
             continue
@@ -188,7 +191,7 @@ def summarise(runs: Mapping[str, Any]) -> dict[str, Any]:
             for role in ("before", "after")
         }
         gain = paired(scores["after"], scores["before"])
-        teacher = next((one["evaluations"].get("teacher") for one in seeds), None)
+        teacher = _teacher_of(experiment.task, runs)
         summary[name] = {
             "seeds": len(seeds),
             "after_by_seed": [one["evaluations"]["after"]["accuracy"] for one in seeds],
@@ -200,6 +203,14 @@ def summarise(runs: Mapping[str, Any]) -> dict[str, Any]:
             gap = teacher["accuracy"] - summary[name]["before"]["accuracy"]
             summary[name]["share_of_gap"] = gain.mean / gap if gap else None
     return summary
+
+
+def _teacher_of(task: str, runs: Mapping[str, Any]) -> dict[str, Any] | None:
+    """The teacher's evaluation, which one run of a task has."""
+    for name, run in runs.items():
+        if EXPERIMENTS[name.rpartition("_")[0]].task == task and "teacher" in run["evaluations"]:
+            return run["evaluations"]["teacher"]
+    return None
 
 
 def write_result(parts: Mapping[str, Any]) -> None:

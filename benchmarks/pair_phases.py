@@ -90,10 +90,10 @@ def measure(precision: str, student: str, teacher: str) -> dict[str, Any]:
 
 
 def _phases(run: Any, baseline: float) -> dict[str, dict[str, float]]:
-    """Run the phases of `opdlab.training.phases` one by one; grading is asked for beforehand."""
+    """Run the phases of `opdlab.training.phases` one by one."""
     from opdlab.training.phases import (
         accumulate_gradient,
-        backbone_precision,
+        grade,
         plan_step,
         update_weights,
         write_rollout,
@@ -111,9 +111,9 @@ def _phases(run: Any, baseline: float) -> dict[str, dict[str, float]]:
         run.optimizer.zero_grad()
         with measured() as sampling:
             rollout = write_rollout(run)
-        with measured() as grading, backbone_precision(run):
+        with measured() as grading:
             planned = plan_step(run, rollout)
-            planned.batch.states("teacher")
+            grade(run, planned)
         with measured() as learning:
             accumulate_gradient(run, planned)
             update_weights(run)
