@@ -6,7 +6,7 @@ ENV := .venv
 BIN := $(ENV)/bin
 SOURCES := pyproject.toml constraints.txt
 
-.PHONY: demo serve gallery lab test notebooks models families bench pair clean
+.PHONY: demo serve gallery lab test stress notebooks models families bench pair clean
 .DEFAULT_GOAL := demo
 
 demo: $(ENV)/$(if $(filter small,$(PROFILE)),small,base).done  ## distil a student and write runs/demo/index.html
@@ -31,6 +31,11 @@ test: $(ENV)/test.done $(ENV)/small.done  ## style, types, unit tests (Python an
 	@$(BIN)/mypy
 	@OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile
 	@OPDLAB_PROFILE=ci OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --nbmake --nbmake-timeout=900 notebooks
+
+MINUTES ?= 10
+stress: $(ENV)/test.done  ## the tests of robustness in their long form: MINUTES of fuzzing each, 1,000 damages, 30 kills
+	@OPDLAB_STRESS=$(MINUTES) OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile --timeout 0 --durations 20 \
+	  tests/teachers/test_reply_fuzz.py tests/test_damage.py tests/test_crashes.py
 
 notebooks: $(ENV)/test.done  ## run the notebooks again and freeze their outputs
 	@OPDLAB_PROFILE=cpu $(BIN)/opdlab freeze notebooks/*.ipynb --execute

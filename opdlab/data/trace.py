@@ -21,6 +21,7 @@ import pyarrow.parquet as pq
 
 from opdlab.data.column import Column, Description
 from opdlab.data.notes import AnyNote, read_note
+from opdlab.data.trace_checksum import checksum_of
 from opdlab.data.trace_formats import upgrade
 from opdlab.errors import (
     DamagedFile,
@@ -31,7 +32,20 @@ from opdlab.errors import (
 from opdlab.support.expect import shortened
 
 _META = b"opdlab"
-FORMAT = 2  # of the metadata; files without a number are of the first format
+_CHECKSUM = b"opdlab.sha256"  # of metadata and table, in files from format 3 on
+FORMAT = 3  # of the metadata; files without a number are of the first format
+# What reading a damaged file may raise, besides what this module raises itself.
+_DAMAGE = (
+    pa.ArrowException,
+    OSError,
+    LookupError,
+    ValueError,
+    TypeError,
+    AttributeError,
+    RecursionError,
+    MemoryError,
+    OverflowError,
+)
 
 
 @dataclass(frozen=True, eq=False)
@@ -188,7 +202,9 @@ class Trace:
         path.parent.mkdir(parents=True, exist_ok=True)
         partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
         try:
-            table = self.table.replace_schema_metadata({_META: json.dumps(self.meta).encode()})
+            meta = json.dumps(self.meta).encode()
+            checksum = checksum_of(self.table, meta).encode()
+            table = self.table.replace_schema_metadata({_META: meta, _CHECKSUM: checksum})
             pq.write_table(table, partial, compression="zstd", write_page_checksum=True)
             os.replace(partial, path)
         finally:
@@ -217,12 +233,11 @@ class Trace:
             )
         try:
             table = pq.read_table(path, page_checksum_verification=True)
-            meta = json.loads((table.schema.metadata or {})[_META])
-            meta = upgrade(meta)
+            meta = _read_meta(table)
             _check_meta(meta, table)
         except FileNotFoundError:
             raise
-        except (pa.ArrowException, OSError, KeyError, ValueError, RecursionError) as error:
+        except _DAMAGE as error:
             raise DamagedFile(
                 f"{path} is not an opdlab trace ({error}). It may be cut short: write it again with"
                 " trace.save()."
@@ -273,6 +288,22 @@ def _to_numpy(values: Any) -> Any:
         return values
     values = values.detach().cpu()
     return (values.float() if str(values.dtype) == "torch.bfloat16" else values).numpy()
+
+
+def _read_meta(table: pa.Table) -> Any:
+    """Read a file's metadata in the present format.
+
+    Raises KeyError where the file has none, and ValueError where the checksum that files have from
+    format 3 on is missing or not that of metadata and table.
+    """
+    stored = table.schema.metadata or {}
+    meta = json.loads(stored[_META])
+    upgraded = upgrade(meta)
+    checksum = stored.get(_CHECKSUM, b"").decode("latin-1")
+    is_guarded = checksum or (isinstance(meta, dict) and meta.get("format", 1) == FORMAT)
+    if is_guarded and checksum != checksum_of(table, stored[_META]):
+        raise ValueError("its checksum is not that of its table and its metadata")
+    return upgraded
 
 
 def _check_described(meta: dict[str, Any]) -> None:

@@ -1,6 +1,7 @@
 """Read traces of earlier formats.
 
 Format 1 kept no descriptions: only the method's name told what a plan's columns and notes were.
+Format 2 had no checksum over metadata and table.
 """
 
 from __future__ import annotations
@@ -32,13 +33,15 @@ def upgrade(meta: Any) -> Any:
         meta: As a file has them. Anything but a mapping is returned as it is.
 
     Returns:
-        Metadata of format 2; the argument itself where there is nothing to do.
+        Metadata of format 3; the argument itself where there is nothing to do.
 
     Raises:
         ValueError: The file was written by a later version.
     """
-    if not isinstance(meta, Mapping) or meta.get("format", 1) == 2:
+    if not isinstance(meta, Mapping) or meta.get("format", 1) == 3:
         return meta
+    if meta.get("format", 1) == 2:
+        return {**meta, "format": 3}
     if meta.get("format", 1) != 1:
         raise ValueError(
             f"its format is {meta['format']!r}, which only a later version of opdlab can read"
@@ -54,7 +57,7 @@ def upgrade(meta: Any) -> Any:
         columns |= _gap_of_dopd(meta)
     return {
         **meta,
-        "format": 2,
+        "format": 3,
         "method": name,
         "columns": columns,
         "notes": {name: notes} if notes else {},

@@ -7,7 +7,7 @@ texts are `WrittenText`s, which say whether the text was finished or cut.
 
 from opdlab.data.written_text import WrittenText
 from opdlab.teachers.budget import Budget, Usage
-from opdlab.teachers.cache import Cache
+from opdlab.teachers.cache import Cache, rescue
 from opdlab.teachers.contract import Checked, Grader, Writer
 from opdlab.teachers.logprob_server import LogprobServer
 from opdlab.teachers.text_only import TextOnly
@@ -18,4 +18,13 @@ _WRITERS: tuple[type[Writer], ...] = (TextOnly, TextServer, LogprobServer)
 _CHECKED: tuple[type[Checked], ...] = (TextOnly, TextServer, LogprobServer)
 _GRADERS: tuple[type[Grader], ...] = (LogprobServer,)
 
-__all__ = ["Budget", "Cache", "LogprobServer", "TextOnly", "TextServer", "Usage", "WrittenText"]
+__all__ = [
+    "Budget",
+    "Cache",
+    "LogprobServer",
+    "TextOnly",
+    "TextServer",
+    "Usage",
+    "WrittenText",
+    "rescue",
+]

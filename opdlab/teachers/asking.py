@@ -20,7 +20,7 @@ from transformers import PreTrainedTokenizerBase
 from opdlab.data.prompt import Prompt
 from opdlab.errors import InvalidValue, OpdlabError
 from opdlab.teachers.redaction import plain
-from opdlab.teachers.service import Fault, raise_error_of
+from opdlab.teachers.reply import Fault, raise_error_of
 
 WAYS = ("completion", "prefill", "prefix", "instruct")
 GO_ON = (
@@ -31,6 +31,7 @@ GO_ON = (
 # Finish reasons of answers that are whole or cut. Together and older TGI say "eos" and "eos_token"
 # for "stop".
 FINISHED = {"stop": "stop", "eos": "stop", "eos_token": "stop", "length": "length"}
+LONGEST_TOKEN = 1024  # characters
 SHORTEST_ECHO = 12  # characters: a shorter repetition may be the text itself
 
 
@@ -262,6 +263,8 @@ def _choice(choice: Any, usage: Any, n: int, most: int) -> dict[str, Any]:
         )
     if count is not None and count > most:
         raise Fault(f"the server wrote {count} tokens where {most} were asked for")
+    if len(text) > most * LONGEST_TOKEN:
+        raise Fault(f"a text has {len(text):,} characters where {most} tokens were asked for")
     # The end of a turn may take two tokens.
     stopped = finish == "stop" and (n > 1 or (count is not None and count <= 2))
     if not text and not stopped:

@@ -20,7 +20,7 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from opdlab.teachers.redaction import plain
-from opdlab.teachers.service import Fault
+from opdlab.teachers.reply import Fault
 
 # No model gives less. Lower numbers stand for "no probability", as -9999.0 at OpenAI and vLLM.
 LEAST = -500.0
@@ -258,7 +258,7 @@ def _logp(value: Any) -> float:
     if (
         isinstance(value, bool)
         or not isinstance(value, (int, float))
-        or not math.isfinite(value)
+        or (isinstance(value, float) and not math.isfinite(value))
         or value > SLACK
     ):
         raise Fault(f"a log-prob is {plain(value)}")

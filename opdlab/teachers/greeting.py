@@ -10,11 +10,12 @@ from typing import Any
 from opdlab.errors import TeacherError
 from opdlab.teachers.asking import check_no_error
 from opdlab.teachers.redaction import plain
+from opdlab.teachers.reply import Fault
 from opdlab.teachers.sampling import REFUSED
-from opdlab.teachers.service import Fault
 
 # `transformers serve` is greedy without this field.
 SAMPLE = {"generation_config": json.dumps({"do_sample": True, "top_k": 0, "top_p": 1.0})}
+LONGEST_NAME = 512  # characters of a model's name
 TRANSFORMERS = "@main"  # the end of names that `transformers serve` gives
 
 # Sends a greeting with these fields, and with or without a guess at the field that is refused (see
@@ -112,6 +113,8 @@ def read_name(
     name, listed = reply.get("model"), reply.get("choices")
     if not isinstance(name, str) or not name or not isinstance(listed, list) or not listed:
         raise Fault("the reply has no model or no choices")
+    if len(name) > LONGEST_NAME or not name.isprintable():
+        raise Fault(f"the model's name is none: {plain(name)!r}")
     if without_key(name) != name:
         raise Fault(
             "the model's name holds the key, which would be kept with the answers", final=True

@@ -28,7 +28,8 @@ from opdlab.teachers import grades
 from opdlab.teachers.asking import check_no_error, read_finish
 from opdlab.teachers.budget import Usage
 from opdlab.teachers.redaction import plain
-from opdlab.teachers.service import Fault
+from opdlab.teachers.reply import Fault
+from opdlab.teachers.service import USUAL
 from opdlab.teachers.text_server import TextServer
 
 T = TypeVar("T")
@@ -38,6 +39,7 @@ WAYS: dict[str, tuple[str, dict[str, Any]]] = {
     "echo by id": ("logprobs", {"echo": True, "return_tokens_as_token_ids": True}),
     "echo": ("logprobs", {"echo": True}),
 }
+BYTES_A_GRADE = 256  # of a reply: a log-prob with its rank and its token's name
 PROBE = 256  # ids of the vocabulary whose strings are compared
 
 
@@ -194,7 +196,10 @@ class LogprobServer:
             return read(grades.read_logprobs(listed[0], ids, way, self._names), listed[0])
 
         most = Usage(len(ids), 1, 1)
-        return text.post("/completions", body, SamplingConfig(), most, accept, retries)
+        largest = USUAL + len(ids) * (self.k + 2) * BYTES_A_GRADE
+        return text.post(
+            "/completions", body, SamplingConfig(), most, accept, retries, largest=largest
+        )
 
     def _find_way(self, ids: list[int]) -> tuple[str, list[str | None]]:
         """The first way in which the server grades `ids`, and the names that it has for them."""

@@ -15,7 +15,7 @@ import warnings
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor, as_completed
 from dataclasses import dataclass, field
-from typing import Any, TypeVar
+from typing import Any, TypeVar, cast
 from urllib.parse import urlsplit
 
 from pydantic import InstanceOf
@@ -26,40 +26,15 @@ from opdlab.support.progress import Progress, in_notebook
 from opdlab.support.validation import Count, CountOrZero, Flag, Positive, Text, validate_fields
 from opdlab.teachers.budget import Budget, Usage
 from opdlab.teachers.cache import Cache
-from opdlab.teachers.redaction import plain, without_key
+from opdlab.teachers.redaction import guard_logs, holds_key, plain, without_key
+from opdlab.teachers.reply import Fault, is_final, raise_error_of, read_reply
 
 T = TypeVar("T")
-AGAIN = (408, 409, 425, 429)  # and 5xx: asking again may help
 LONGEST_WAIT = 120.0  # seconds to wait at most before a request is sent again
 ABSURD_WAIT = 3600.0  # seconds: if a server asks us to wait longer, we give up instead
+USUAL = 8 * 2**20  # bytes of a reply besides its tokens
+BYTES_A_TOKEN = 2**10  # of a reply: a long token, each of its characters escaped
 ABSURD_USAGE = 16  # times the worst case of a request: a server's count beyond is not believed
-
-
-class Fault(Exception):
-    """A reply that cannot be used.
-
-    Args:
-        what: The fault in words, as the message.
-        wait, status, final, paid: See the attributes.
-
-    Attributes:
-        wait: Seconds that the server asks us to wait, or None.
-        status: The HTTP status; None if there was no reply.
-        final: Whether asking again cannot help.
-        paid: Whether the server did the work.
-    """
-
-    def __init__(
-        self,
-        what: str,
-        *,
-        wait: float | None = None,
-        status: int | None = 200,
-        final: bool = False,
-        paid: bool = True,
-    ) -> None:
-        super().__init__(what)
-        self.wait, self.status, self.final, self.paid = wait, status, final, paid
 
 
 @dataclass(eq=False)
@@ -116,6 +91,7 @@ class Service:
         worst: Usage,
         accept: Callable[[dict[str, Any]], T],
         retries: int | None = None,
+        largest: int | None = None,
     ) -> T:
         """Send a request until its reply can be used.
 
@@ -125,6 +101,7 @@ class Service:
             worst: The most that it can use.
             accept: Reads the reply; raises Fault for a reply that cannot be used.
             retries: Most times to send it again; by default the service's own number.
+            largest: Most bytes of the reply; by default enough for the tokens of `worst`.
 
         Returns:
             The value that `accept` returns.
@@ -133,32 +110,51 @@ class Service:
             BudgetSpent: The request may not fit the budget; it was not sent.
             TeacherError: No usable reply came.
         """
+        most = USUAL + worst.completion * BYTES_A_TOKEN if largest is None else largest
         tries = 1 + (self.retries if retries is None else retries)
-        for i in range(tries):
-            with self.budget.hold(worst) as hold:
-                reply = self._once(path, body)
-                hold.used = self._usage(reply, worst)
-            try:
-                if isinstance(reply, dict):
-                    raise_error_of(reply)
-                    return accept(reply)
-                fault = reply
-            except Fault as refused:
-                fault = refused
-            if (
-                fault.final
-                or i + 1 == tries
-                or self._stop.wait(_pause(i) if fault.wait is None else fault.wait)
-            ):
-                break
-        times = f" (asked {i + 1} times)" if i else ""
+        answer, fault, asked = self._try(path, body, worst, accept, tries, most)
+        if fault is None:
+            return cast(T, answer)
+        # Raised here, where no reply is at hand that a traceback with local variables would show.
+        times = f" (asked {asked} times)" if asked > 1 else ""
         error = TeacherError(
-            f"{self.url}{'' if '://' in path else path}: {self.without_key(str(fault))}{times}."
+            f"{self.url}{'' if '://' in path else path}: {fault}{times}."
             " Nothing was trained on it and nothing paid for is lost."
             f" {_advice(fault.status, self.key_env)}"
         )
         error.status = fault.status
         raise error
+
+    def _try(
+        self,
+        path: str,
+        body: Mapping[str, Any],
+        worst: Usage,
+        accept: Callable[[dict[str, Any]], T],
+        tries: int,
+        largest: int,
+    ) -> tuple[T | None, Fault | None, int]:
+        """Send a request until its reply can be used.
+
+        Returns:
+            The accepted value, or the last fault without the key, and the number of requests.
+        """
+        for i in range(tries):
+            with self.budget.hold(worst) as hold:
+                reply = self._once(path, body, largest)
+                hold.used = self._usage(reply, worst)
+            try:
+                if isinstance(reply, dict):
+                    raise_error_of(reply)
+                    return accept(reply), None, i + 1
+                fault = reply
+            except Fault as refused:
+                fault = refused
+            wait = _pause(i) if fault.wait is None else fault.wait
+            if fault.final or i + 1 == tries or self._stop.wait(wait):
+                break
+        said = Fault(self.without_key(str(fault)), status=fault.status)
+        return None, said, i + 1
 
     def without_key(self, text: str) -> str:
         """Return a text without the key that is in the environment at this moment.
@@ -170,6 +166,17 @@ class Service:
             The text with "…" where the key or a piece of it stood.
         """
         return without_key(text, os.environ.get(self.key_env, ""))
+
+    def holds_key(self, text: str) -> bool:
+        """Tell whether a text holds the key that is in the environment at this moment.
+
+        Args:
+            text: A text that is to be kept.
+
+        Returns:
+            Whether it does, as it stands or encoded.
+        """
+        return holds_key(text, os.environ.get(self.key_env, ""))
 
     def many(self, jobs: Sequence[Callable[[], T]], unit: int = 1) -> list[T]:
         """Run all jobs, several at once.
@@ -211,20 +218,39 @@ class Service:
             cost["cost"] = f"{self.budget.price(spent):.4f}"
         self._progress.update(self._done, tokens=f"{spent.tokens:,}", **cost)
 
-    def _once(self, path: str, body: Mapping[str, Any]) -> dict[str, Any] | Fault:
+    def _once(self, path: str, body: Mapping[str, Any], largest: int) -> dict[str, Any] | Fault:
         """Send one request.
 
         A fault is returned and not raised, so that no traceback leads to the request and its key.
         """
         client = self._connect()
+        key = self._key()
+        is_interrupted = False
+        try:
+            return self._send(client, path, body, key, largest)
+        except KeyboardInterrupt:
+            is_interrupted = True
+        except Fault as fault:
+            return fault
+        except Exception as error:
+            # No known one, but its traceback would lead to the key.
+            return Fault(f"the request failed ({type(error).__name__})", status=None)
+        finally:
+            del key
+        assert is_interrupted
+        raise KeyboardInterrupt
+
+    def _send(
+        self, client: Any, path: str, body: Mapping[str, Any], key: str, largest: int
+    ) -> dict[str, Any] | Fault:
         from openai import APIConnectionError, APIStatusError, APITimeoutError, OpenAIError
 
-        from opdlab.teachers.transport import UnusableReply
+        from opdlab.teachers.transport import Response, UnusableReply, limit_reply
 
-        key = os.environ.get(self.key_env, "")
+        limit_reply(largest)
         headers = {"headers": {"Authorization": f"Bearer {key}"}} if key else {}
         try:
-            reply = client.post(path, cast_to=object, body=dict(body), options=headers)
+            reply = client.post(path, cast_to=Response, body=dict(body), options=headers)
         except APITimeoutError:
             return Fault(f"no answer within {self.timeout:g} s", status=None)
         except APIConnectionError as error:
@@ -233,25 +259,25 @@ class Service:
             why = type(error.__cause__).__name__
             return Fault(f"no connection ({why})", status=None, paid=why != "ConnectError")
         except APIStatusError as error:
-            wait, status = _retry_after(error), error.status_code
-            said = f"it answers {status}: {plain(error.response.text, key)}"
-            if wait is not None and wait > ABSURD_WAIT:
-                return Fault(
-                    f"{said}, and wants to be asked again in {wait:.3g} s",
-                    status=status,
-                    final=True,
-                    paid=False,
-                )
-            return Fault(
-                said,
-                wait=wait and min(wait, LONGEST_WAIT),
-                status=status,
-                final=_is_final(status),
-                paid=False,
+            return _refusal(error, key)
+        except (OpenAIError, ValueError):
+            return Fault("the reply cannot be read")
+        return read_reply(reply.content)
+
+    def _key(self) -> str:
+        """The key at this moment; "" if there is none.
+
+        Raises:
+            InvalidValue: It cannot be sent as a header.
+        """
+        key = os.environ.get(self.key_env, "")
+        if key and not (key.isascii() and key.isprintable() and " " not in key):
+            raise InvalidValue(
+                f"The key in the environment variable {self.key_env} holds a space, a line break"
+                " or another character that no key has. Set it again, without what stands around"
+                " the key."
             )
-        except (OpenAIError, ValueError, RecursionError):
-            return Fault("the reply is not JSON")
-        return reply if isinstance(reply, dict) else Fault("the reply is not a JSON object")
+        return key
 
     def _connect(self) -> Any:
         """Return the client, made once. It knows no key: each request brings the key along."""
@@ -266,6 +292,7 @@ class Service:
                     ) from None
                 from opdlab.teachers.transport import bounded_client
 
+                guard_logs(self.key_env)
                 self._client = OpenAI(
                     base_url=self.url,
                     api_key="none",
@@ -301,34 +328,15 @@ class Service:
         return Usage(prompt, completion, requests=1)
 
 
-def raise_error_of(answer: Mapping[str, Any]) -> None:
-    """Raise Fault if a reply, or one of its choices, carries an error.
-
-    Routers answer so with status 200: `{"error": {"message": "…", "code": 403}}`, or a text in
-    place of the object, or the object alone, as `{"object": "error", "message": "…"}`.
-
-    Args:
-        answer: A reply, or one of its choices.
-
-    Raises:
-        Fault: It carries an error. The message has the server's words.
-    """
-    error = answer if answer.get("object") == "error" else answer.get("error")
-    if not error:  # some servers say `"error": null` in every reply
-        return
-    said, code = error, None
-    if isinstance(error, Mapping):
-        said = error.get("message") or dict(error)
-        code = next(
-            (error[name] for name in ("code", "status", "type") if error.get(name) is not None),
-            None,
-        )
-    number = int(str(code)) if str(code).isdecimal() and len(str(code)) == 3 else None
-    shown = f" ({plain(code)})" if isinstance(code, (str, int)) else ""
-    final = number is not None and number >= 400 and _is_final(number)
-    raise Fault(
-        f"it answers with an error{shown}: {plain(said)}", status=number or 200, final=final
-    )
+def _refusal(error: Any, key: str) -> Fault:
+    """The fault of a reply whose status says that there is no answer."""
+    wait, status = _retry_after(error), error.status_code
+    said = f"it answers {status}: {plain(error.response.text, key)}"
+    if wait is not None and wait > ABSURD_WAIT:
+        said += f", and wants to be asked again in {wait:.3g} s"
+        return Fault(said, status=status, final=True, paid=False)
+    wait = None if wait is None else min(wait, LONGEST_WAIT)
+    return Fault(said, wait=wait, status=status, final=is_final(status), paid=False)
 
 
 def _pause(i: int) -> float:
@@ -358,11 +366,6 @@ def _is_address(url: str) -> bool:
         and url.isprintable()
         and " " not in url
     )
-
-
-def _is_final(status: int) -> bool:
-    """Tell whether asking again cannot help."""
-    return status < 500 and status not in AGAIN
 
 
 def _retry_after(error: Any) -> float | None:

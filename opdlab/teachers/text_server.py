@@ -31,6 +31,7 @@ from opdlab.teachers.budget import Budget, Usage, worst
 from opdlab.teachers.cache import key_of
 from opdlab.teachers.greeting import Introduction, greet, read_name
 from opdlab.teachers.redaction import plain
+from opdlab.teachers.reply import Fault
 from opdlab.teachers.sampling import (
     KEEP_STOP,
     NEUTRAL,
@@ -38,7 +39,7 @@ from opdlab.teachers.sampling import (
     sampling_fields,
     without_refused,
 )
-from opdlab.teachers.service import Fault, Service
+from opdlab.teachers.service import Service
 from opdlab.teachers.ways import find_way
 
 T = TypeVar("T")
@@ -301,6 +302,7 @@ class TextServer:
         accept: Callable[[dict[str, Any]], T],
         retries: int | None = None,
         guess: bool = True,
+        largest: int | None = None,
     ) -> T:
         """Post a request with the model, all sampling fields that the server knows, and `extra`.
 
@@ -316,6 +318,7 @@ class TextServer:
             retries: Most times to ask again; by default the service's own number.
             guess: Whether to leave out all fields beyond OpenAI's if the server does not name the
                 one that it refuses.
+            largest: Most bytes of the reply; see `Service.post`.
 
         Returns:
             The value that `accept` returns.
@@ -333,7 +336,7 @@ class TextServer:
             fields = without_refused(wanted, refused, self.service.url)
             whole = {**named, **body, **fields, **self.extra}
             try:
-                answer = self.service.post(path, whole, worst, accept, retries)
+                answer = self.service.post(path, whole, worst, accept, retries, largest)
             except TeacherError as error:
                 more = refused_fields(error, fields, guess)
                 if not more:
@@ -371,6 +374,8 @@ class TextServer:
             raise Fault(
                 f"{len(texts)} texts came where {n} {'was' if n == 1 else 'were'} asked for"
             )
+        if any(self.service.holds_key(text["text"]) for text in texts):
+            raise Fault("a text holds the key, which would be kept with the answers", final=True)
         if len(texts) < n and not short:
             short.append(len(texts))
             raise Fault(f"{len(texts)} texts came where {n} were asked for")

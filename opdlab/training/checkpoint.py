@@ -21,6 +21,7 @@ import hashlib
 import json
 import os
 import shutil
+import warnings
 from collections.abc import Mapping
 from dataclasses import asdict
 from pathlib import Path
@@ -40,6 +41,7 @@ from opdlab.training import method_state, run_folder
 from opdlab.training.resolution import trained_tensors
 from opdlab.training.state import RunState
 
+_EARLIER = "Resume from an earlier one: opdlab.resume(path, …, step=N)."
 # Of run.json; files without it are of the first. Up to the second, a run's `batch` counted the
 # prompts of each process; now it counts those of all processes.
 FORMAT = 3
@@ -98,12 +100,9 @@ def update_history(run: RunState, step: Path) -> None:
         DamagedFile: The checkpoint's manifest cannot be read.
     """
     history = json.dumps(run.metrics, indent=1).encode()
-    manifest = read_json(step / "manifest.json")
-    old, new = manifest["history.json"], hashlib.sha256(history).hexdigest()
-    both = [
-        *(old if isinstance(old, list) else [old]),
-        new,
-    ]  # a list: an earlier update was cut short
+    manifest = _read_manifest(step)
+    new = hashlib.sha256(history).hexdigest()
+    both = [*manifest["history.json"], new]  # several old ones: an earlier update was cut short
     _replace_file(
         step / "manifest.json", json.dumps({**manifest, "history.json": both}, indent=1).encode()
     )
@@ -131,6 +130,8 @@ def find_checkpoint(path: Path, step: int | None = None) -> Path:
         return _verify(path)
     there = run_folder.list_checkpoints(path)
     wanted = there if step is None else [saved for saved in there if saved.step == step]
+    if step is None:
+        wanted = _without_empty(wanted)
     if not wanted:
         names = ", ".join(sorted(saved.path.name for saved in there)) or "none"
         raise OpdlabError(
@@ -138,6 +139,29 @@ def find_checkpoint(path: Path, step: int | None = None) -> Path:
             f" {names}."
         )
     return _verify(wanted[-1].path)
+
+
+def _without_empty(there: list[run_folder.Saved]) -> list[run_folder.Saved]:
+    """Leave out newest checkpoints that hold nothing, with a warning, where there are older ones.
+
+    A power cut can leave such a folder: its name is on the disk and its files are not.
+    """
+    left = list(there)
+    while len(left) > 1 and _is_empty(left[-1].path):
+        left.pop()
+    if len(left) < len(there):
+        empty = ", ".join(saved.path.name for saved in there[len(left) :])
+        warnings.warn(
+            f"{empty} in {there[-1].path.parent} holds no complete checkpoint, as after a power"
+            f" cut. {left[-1].path.name} is taken instead.",
+            stacklevel=5,
+        )
+    return left
+
+
+def _is_empty(folder: Path) -> bool:
+    manifest = folder / "manifest.json"
+    return not manifest.is_file() or not manifest.stat().st_size
 
 
 def load_weights(student: Policy, folder: Path) -> None:
@@ -313,14 +337,31 @@ def _checksums_of(folder: Path) -> dict[str, str]:
 
 
 def _verify(folder: Path) -> Path:
-    for name, allowed in read_json(folder / "manifest.json").items():
-        sums = allowed if isinstance(allowed, list) else [allowed]
-        if not (folder / name).exists() or _checksum_of(folder / name) not in sums:
-            raise DamagedFile(
-                f"{folder / name} is missing or not what was written. Resume from an earlier one:"
-                " opdlab.resume(path, …, step=N)."
-            )
+    """Return the folder if every file in it is what was written; raise DamagedFile if not."""
+    manifest = _read_manifest(folder)
+    files = {path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file()}
+    for name in sorted(files - set(manifest) - {"manifest.json"}):
+        if not Path(name).name.startswith("."):  # left by an update of the history that was cut
+            raise DamagedFile(f"{folder / name} is not in the manifest. {_EARLIER}")
+    for name, allowed in manifest.items():
+        if name not in files or _checksum_of(folder / name) not in allowed:
+            raise DamagedFile(f"{folder / name} is missing or not what was written. {_EARLIER}")
     return folder
+
+
+def _read_manifest(folder: Path) -> dict[str, list[str]]:
+    """The allowed checksums of each file of a checkpoint."""
+    path = folder / "manifest.json"
+    said = read_json(path)
+    found = {}
+    for name, allowed in said.items() if isinstance(said, dict) else ():
+        sums = allowed if isinstance(allowed, list) else [allowed]
+        if not all(isinstance(one, str) for one in sums):
+            raise DamagedFile(f"{path} has no checksum for {name!r}. {_EARLIER}")
+        found[name] = sums
+    if missing := {"run.json", "history.json"} - set(found):
+        raise DamagedFile(f"{path} lacks {', '.join(sorted(missing))}. {_EARLIER}")
+    return found
 
 
 def _checksum_of(path: Path) -> str:

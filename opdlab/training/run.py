@@ -35,6 +35,7 @@ from opdlab.teachers.contract import expect_teacher
 from opdlab.training import method_state, run_folder, run_identity, saving, trainable
 from opdlab.training.evaluation import evaluate
 from opdlab.training.exclusive import Claim
+from opdlab.training.folder_lock import FolderLock, remove_leftovers
 from opdlab.training.metrics import measure_first_mass, measure_step
 from opdlab.training.own_teacher import warn_of_own_teacher
 from opdlab.training.phases import (
@@ -239,8 +240,13 @@ class Run(RunState):
         )
         if admit is not None:
             admit(self, policies)
+        self._lock: FolderLock | None = None
         if self.folder is not None:
+            if self.accelerator.is_main_process:
+                self._lock = FolderLock(self.folder)
             run_folder.check_owner(self.folder, self.lineage)
+            if self._lock is not None:
+                remove_leftovers(self.folder)
         if settings.lora is not None:
             saving.check_parameters(student)
         self.parameters = trainable.prepare_parameters(student, self.policies, settings)
@@ -272,6 +278,8 @@ class Run(RunState):
         self._evaluate()  # one that was interrupted is made up for
         if self.done >= self.settings.steps:
             self.progress.close()
+            if self._lock is not None:
+                self._lock.release()
             raise StopIteration
         self.claim.check(self)
         before = self.done

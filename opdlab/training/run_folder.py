@@ -228,4 +228,4 @@ def _probe(path: Path) -> None:
     path.mkdir(parents=True, exist_ok=True)
     probe = path / f".probe-{uuid.uuid4().hex}"
     probe.touch()
-    probe.unlink()
+    probe.unlink(missing_ok=True)  # another process may have tidied up

@@ -8,6 +8,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+from safetensors import SafetensorError
 from torch import nn
 
 from opdlab.errors import OpdlabError
@@ -15,6 +16,7 @@ from opdlab.models.fingerprints import base_tensors
 from opdlab.models.policy import Policy
 from opdlab.support.interrupts import hold_interrupts
 from opdlab.training import checkpoint, run_folder
+from opdlab.training.folder_lock import FolderLock
 from opdlab.training.state import RunState
 
 
@@ -78,15 +80,24 @@ def save_checkpoint(run: RunState, path: Any = None) -> Path:
         The path of the checkpoint, the same in every process.
 
     Raises:
-        OpdlabError: There is no folder, or it holds checkpoints of another run.
+        OpdlabError: There is no folder, it holds checkpoints of another run, another process uses
+            it, or the files cannot be written.
     """
     folder = run.folder if path is None else run_folder.check_folder(path, "save got path")
     if folder is None:
         raise OpdlabError("Where to? Give run.save(path), or distill(…, save=path).")
     if not run.accelerator.is_main_process:
         return folder / f"step-{run.done:06d}"
-    with hold_interrupts():
-        return checkpoint.write_checkpoint(run, folder)
+    with hold_interrupts(), FolderLock(folder):
+        try:
+            return checkpoint.write_checkpoint(run, folder)
+        except (OSError, SafetensorError) as error:
+            reason = getattr(error, "strerror", None) or error
+            raise OpdlabError(
+                f"The checkpoint of step {run.done} could not be written to {folder} ({reason})."
+                " Earlier checkpoints are whole, and the run is as it was: make room, then call"
+                " run.save() and go on, or run.save(path) for another folder."
+            ) from error
 
 
 def keep_snapshot(run: RunState) -> None:

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from opdlab import Prompt
 from opdlab.errors import OpdlabError
 from opdlab.teachers import asking
-from opdlab.teachers.service import Fault, raise_error_of
+from opdlab.teachers.reply import Fault, raise_error_of
 
 CHAT = Prompt(messages=({"role": "user", "content": "a b"},), hint="secret")
 HERE = "The cat sat on the mat"

@@ -37,7 +37,7 @@ def run(make_policy, folder=None, student=None, **options) -> opd.Run:
 
 
 def names(folder) -> list[str]:
-    return sorted(path.name for path in folder.iterdir())
+    return sorted(path.name for path in folder.iterdir() if path.name != ".lock")
 
 
 # When.
