@@ -15,12 +15,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from hostile import Asked, hostile, http
 from stress import times
 
 import opdlab as opd
-from opdlab.data.prompt import Prompt
-from opdlab.teachers import TextServer
 
 KILLS = times(3, 30)
 
@@ -82,47 +79,6 @@ def test_a_second_process_in_the_folder_is_refused(lab):
     assert found["differs"] == []
 
 
-SERVED = """
-import os, signal, sys
-import opdlab as opd
-from opdlab.data.prompt import Prompt
-from opdlab.teachers import TextServer
-server = TextServer(sys.argv[1], cache=sys.argv[2], concurrency=2, quiet=True, retries=0)
-server.write([Prompt(text=f"question {i}", id=str(i)) for i in range(12)], max_new_tokens=4)
-"""
-
-
-def test_nothing_paid_for_is_asked_twice_after_a_kill(tmp_path):
-    """The process is killed after seven questions; those whose answers were kept are not asked."""
-    path = tmp_path / "c.sqlite"
-    process: subprocess.Popen | None = None
-
-    def act(line: Any, asked: Asked) -> None:
-        if process is not None and asked.number == 8:
-            process.send_signal(signal.SIGKILL)
-            process.wait()
-        line.sendall(http(asked.answer()))
-
-    with hostile() as server:
-        server.act = act
-        command = [sys.executable, "-c", SERVED, server.url, str(path)]
-        process = subprocess.Popen(command, stderr=subprocess.DEVNULL)
-        assert process.wait(300) == -signal.SIGKILL
-        before = {one.body["prompt"] for one in server.seen if not one.is_greeting}
-        server.act = None
-        first = len(server.seen)
-        prompts = [Prompt(text=f"question {i}", id=str(i)) for i in range(12)]
-        texts = TextServer(server.url, cache=path, concurrency=2, quiet=True).write(
-            prompts, max_new_tokens=4
-        )
-        again = [one.body["prompt"] for one in server.seen[first:] if not one.is_greeting]
-    assert [written for (written,) in texts] == ["text 0"] * 12
-    assert len(again) == len(set(again))
-    # Two were under way when the process died; the others were answered, and are kept.
-    assert len(before & set(again)) <= 2
-    assert len(before | set(again)) == 12
-
-
 def test_leftovers_are_removed_and_a_checkpoint_that_made_room_comes_back(tmp_path):
     from opdlab.training.folder_lock import remove_leftovers
 
@@ -136,22 +92,3 @@ def test_leftovers_are_removed_and_a_checkpoint_that_made_room_comes_back(tmp_pa
     remove_leftovers(tmp_path)
     left = sorted(str(path.relative_to(tmp_path)) for path in tmp_path.rglob("*"))
     assert left == [".keep", "snapshots", "step-000001", "step-000002"]
-
-
-def test_runs_of_one_process_share_the_folder(make_policy, tmp_path):
-    """An interrupted run is taken up in the same notebook while the first one still exists."""
-    records = [{"prompt": f"{name} has 4 7 apples", "answer": "9"} for name in ("ana", "ben")]
-    task = opd.tasks.from_records(records, test=1, max_new_tokens=2)
-    first = opd.distill(
-        make_policy(0), make_policy(1), task, batch=1, steps=2, save=tmp_path, save_every=1,
-        quiet=True,
-    )  # fmt: skip
-    next(first)
-    second = opd.resume(tmp_path, make_policy(0), make_policy(1), task, quiet=True)
-    second.train()
-    assert (tmp_path / ".lock").exists()  # the first one holds it
-    del first
-    import gc
-
-    gc.collect()
-    assert not (tmp_path / ".lock").exists()
