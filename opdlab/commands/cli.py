@@ -64,6 +64,126 @@ def distill(
         run_distill(read_given(config, flags), output, fresh=fresh, accept_changes=accept_changes)
 
 
+Who = Annotated[tuple[str, ...], tyro.conf.arg(metavar="{student,distilled,teacher}")]
+
+
+@app.command
+def evaluate(
+    config: Config = None,
+    flags: RunFlags = NO_FLAGS,
+    who: Who = (),
+    n: int = 200,
+    k: int = 0,
+    seed: int = 0,
+    json: bool = False,
+) -> None:
+    """Evaluate student, distilled student and teacher on held-out prompts, with intervals.
+
+    Args:
+        config: A TOML file; flags go over it.
+        flags: What the run is made of. The distilled student is the last checkpoint in its folder.
+        who: The models to evaluate; all that there are by default.
+        n: Number of prompts.
+        k: Samples for each prompt, beside the greedy answer.
+        seed: Seed of prompts and samples.
+        json: Print the numbers as JSON, alone on stdout.
+    """
+    from opdlab.commands import ask
+    from opdlab.commands.flags import read_given
+    from opdlab.commands.output import Output
+
+    _hide_loading_bars()
+    with Output(json).printing() as output:
+        ask.evaluate(read_given(config, flags), output, who, n, k, seed)
+
+
+@app.command
+def sample(
+    config: Config = None,
+    flags: RunFlags = NO_FLAGS,
+    who: Who = (),
+    prompt: tuple[str, ...] = (),
+    prompts: int = 4,
+    n: int = 1,
+    max_new_tokens: int | None = None,
+    temperature: float = 1.0,
+    top_p: float = 1.0,
+    seed: int = 0,
+    json: bool = False,
+) -> None:
+    """Let a model write: the distilled student, or the student if none was trained yet.
+
+    Args:
+        config: A TOML file; flags go over it.
+        flags: What the run is made of. The distilled student is the last checkpoint in its folder.
+        who: The models that write.
+        prompt: Questions of your own, in place of held-out prompts of the task.
+        prompts: Number of held-out prompts.
+        n: Texts for each prompt.
+        max_new_tokens: Length limit; the task's, or 256 for questions of your own.
+        temperature: 0 takes the likeliest token each time.
+        top_p: Keep the fewest likeliest tokens that together have this probability.
+        seed: Seed of prompts and texts.
+        json: Print the texts as JSON, alone on stdout.
+    """
+    from opdlab.commands import ask
+    from opdlab.commands.flags import read_given
+    from opdlab.commands.output import Output
+
+    _hide_loading_bars()
+    with Output(json).printing() as output:
+        ask.sample(
+            read_given(config, flags),
+            output,
+            who,
+            prompt,
+            prompts,
+            n,
+            {
+                "max_new_tokens": max_new_tokens,
+                "temperature": temperature,
+                "top_p": top_p,
+                "seed": seed,
+            },
+        )
+
+
+@app.command
+def score(
+    config: Config = None,
+    flags: RunFlags = NO_FLAGS,
+    who: Who = (),
+    texts: str = "student",
+    prompts: int = 8,
+    trace: Path = Path("trace.parquet"),
+    k: int = 8,
+    seed: int = 0,
+    page: bool = False,
+    json: bool = False,
+) -> None:
+    """Make a trace: held-out prompts, answered, and graded token by token by student and teacher.
+
+    Args:
+        config: A TOML file; flags go over it.
+        flags: What the run is made of. The distilled student is the last checkpoint in its folder.
+        who: The policy whose tokens are graded: student or distilled.
+        texts: The texts that are graded: student (it writes them) or answer (the data set's own).
+        prompts: Number of held-out prompts.
+        trace: The Parquet file to write.
+        k: Top tokens that are kept of each policy.
+        seed: Seed of prompts and texts.
+        page: Draw a page of the trace as well.
+        json: Print a summary as JSON, alone on stdout.
+    """
+    from opdlab.commands import ask
+    from opdlab.commands.flags import read_given
+    from opdlab.commands.output import Output
+
+    _hide_loading_bars()
+    with Output(json).printing() as output:
+        ask.score(read_given(config, flags), output, who, texts, prompts, trace, k, seed, page)
+
+
 @app.command
 def report(folder: Annotated[Path, tyro.conf.Positional], json: bool = False) -> None:
     """Write the report of a run, finished or not, from the files in its folder.

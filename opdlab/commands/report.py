@@ -194,15 +194,22 @@ def _list_files(files: RunFiles) -> dict[str, str]:
         "config": files.config,
         "report": files.report,
         "board": files.board,
-        "adapter": _trained(files),
+        "adapter": trained_place(files),
         "checkpoint": last,
     }
     listed = {name: str(path) for name, path in places.items() if path is not None}
     return {**listed, "traces": str(files.folder / "traces")} if files.traces() else listed
 
 
-def _trained(files: RunFiles) -> Path | None:
-    """The trained adapter, or the checkpoint, which PEFT and transformers load as well."""
+def trained_place(files: RunFiles) -> Path | None:
+    """Find what was trained: the adapter, or the last checkpoint, which PEFT loads as well.
+
+    Args:
+        files: The places of the run's files.
+
+    Returns:
+        A folder; None before the first checkpoint.
+    """
     return files.adapter if files.adapter.is_dir() else files.checkpoint()
 
 
@@ -215,7 +222,7 @@ def loading_code(found: Found) -> str:
     Returns:
         Python code.
     """
-    place = str(_trained(found.files))
+    place = str(trained_place(found.files))
     tokenizer = found.saved["student"] or place
     lines = ["from transformers import AutoModelForCausalLM, AutoTokenizer"]
     if found.saved["settings"]["lora"] is None:

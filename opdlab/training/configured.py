@@ -109,8 +109,8 @@ def load_parts(config: Config, method: Any = None, verify: Any = None) -> Parts:
     fit_threads(*(one.source for one in models))
     loaded: list[tuple[ModelTable, Policy]] = []
     student = load_policy(config.student, loaded)
-    teacher = None if config.teacher is None else _load_teacher(config.teacher, config, loaded)
-    policies = {name: _load_teacher(one, config, loaded) for name, one in config.policies.items()}
+    teacher = load_teacher(config.teacher, config, loaded)
+    policies = {name: load_teacher(one, config, loaded) for name, one in config.policies.items()}
     return Parts(student, teacher, task, method, policies)
 
 
@@ -182,9 +182,26 @@ def load_policy(table: ModelTable, loaded: list[tuple[ModelTable, Policy]]) -> P
     return policy if table.context is None else policy.seeing(table.context)
 
 
-def _load_teacher(
-    table: ModelTable | ServerTable, config: Config, loaded: list[tuple[ModelTable, Policy]]
+def load_teacher(
+    table: ModelTable | ServerTable | None,
+    config: Config,
+    loaded: list[tuple[ModelTable, Policy]],
 ) -> Any:
+    """Load a teacher, or connect to its server; nothing is sent yet.
+
+    Args:
+        table: Its table, or None.
+        config: The config that the table is of.
+        loaded: See `load_policy`.
+
+    Returns:
+        A policy, a model that only writes, a server, or None.
+
+    Raises:
+        OpdlabError: There is no such model.
+    """
+    if table is None:
+        return None
     if isinstance(table, ServerTable):
         return _connect(table)
     policy = load_policy(table, loaded)
