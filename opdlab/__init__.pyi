@@ -36,6 +36,7 @@ from .models.text_rollouts import rollout_from_texts
 from .tasks import Task
 from .tasks.profiles import load
 from .training import snapshots
+from .training.configured import from_config
 from .training.evaluation import evaluate
 from .training.resuming import resume
 from .training.run import Run, distill
@@ -80,6 +81,7 @@ __all__ = [
     "errors",
     "evaluate",
     "exact",
+    "from_config",
     "load",
     "losses",
     "method",

@@ -197,7 +197,10 @@ def test_a_setting_that_cannot_be_right_is_refused(world, given, says):
     ],
     ids=repr,
 )
-def test_an_odd_setting_that_has_a_meaning_is_used(given):
+def test_an_odd_setting_that_has_a_meaning_is_used(given, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)  # trackers write files
+    monkeypatch.setenv("WANDB_MODE", "offline")
+    monkeypatch.setenv("TRACKIO_DIR", str(tmp_path / "trackio"))
     run = World(*opd.load("market")).distill(**given)
     next(run)
     assert run.done == 1

@@ -35,6 +35,7 @@ from opdlab.models.load_options import LoadOptions
 from opdlab.models.loading import find
 from opdlab.models.places import read_places
 from opdlab.models.quantization import describe_quantization
+from opdlab.models.origin import Origin, Told, remember_loading
 from opdlab.models.sampling import SampledTexts, SamplingLoop, read_prefixes
 from opdlab.models.templates import check_template_options
 from opdlab.models.vocabulary import check_written_with
@@ -86,7 +87,10 @@ class Policy:
         weights: The shared model with its tokenizer and adapters.
         context: The function that rewrites prompts, or None.
         chat_template_kwargs: Arguments for the chat template, by name.
+        origin: How `load` made it; None for a policy that was made in another way.
     """
+
+    origin: Origin | None = None
 
     def __init_subclass__(cls) -> None:
         if "encode" in vars(cls):
@@ -112,6 +116,7 @@ class Policy:
         _LIVE.add(self)
 
     @classmethod
+    @remember_loading
     def load(
         cls,
         source: str | os.PathLike[str],
@@ -340,7 +345,7 @@ class Policy:
                 f"seeing got {shortened(context)}. Give a text, chat messages or a function of"
                 " prompts; nothing stands for each prompt's own hint."
             )
-        return self._view(context=lambda prompt: prompt.with_context(text))
+        return self._view(context=Told(text))
 
     def with_template(self, **chat_template_kwargs: Any) -> Policy:
         """Make a view with more arguments for the chat template.

@@ -100,7 +100,8 @@ def reasoning_gym(
         scorer = chunk(*place, int(i) // CHUNK)
         return float(scorer.score_answer(answer=text.strip(), entry=entry(*place, int(i))))
 
-    return Task(name, draw, verify, max_new_tokens, {**config, "chat": chat})
+    origin = {"name": f"gym:{name}", "chat": chat, "max_new_tokens": max_new_tokens, **config}
+    return Task(name, draw, verify, max_new_tokens, {**config, "chat": chat}, origin=origin)
 
 
 def _split_of(question: str) -> Split:

@@ -116,12 +116,21 @@ def rule_and_examples(prompt: Prompt) -> Prompt:
         The same question with the rule as system message and three answered examples, without a
         hint.
     """
-    shots: list[dict[str, Any]] = []
-    for question, answer in EXAMPLES:
-        shots.append({"role": "user", "content": question})
-        shots.append({"role": "assistant", "content": answer})
-    messages = ({"role": "system", "content": RULE}, *shots, *(prompt.messages or ()))
+    messages = (*rule_messages(), *(prompt.messages or ()))
     return Prompt(messages=messages, answer=prompt.answer, id=prompt.id)
+
+
+def rule_messages() -> list[dict[str, Any]]:
+    """List the messages that tell the rule: a system message and three answered examples.
+
+    Returns:
+        The chat messages.
+    """
+    messages: list[dict[str, Any]] = [{"role": "system", "content": RULE}]
+    for question, answer in EXAMPLES:
+        messages.append({"role": "user", "content": question})
+        messages.append({"role": "assistant", "content": answer})
+    return messages
 
 
 _NUMBER_ONLY = re.compile(r"\s*-?\$?\d[\d,]*(\.\d+)?\s*\.?\s*")
@@ -148,7 +157,8 @@ def rule_task() -> Task:
         for i, question in enumerate(questions)
     ]
     task = from_prompts(prompts, name="rule", test=HELD_OUT, verify=follows_rule, max_new_tokens=24)
-    return replace(task, recipe={"batch": 16, "n": 1, "lr": 3e-4, "lora": 16, "steps": 20})
+    recipe = {"batch": 16, "n": 1, "lr": 3e-4, "lora": 16, "steps": 20}
+    return replace(task, recipe=recipe, origin={"name": "rule"})
 
 
 def follows_rule(prompt: Prompt, text: str) -> float:

@@ -25,6 +25,7 @@ from opdlab.tasks.epochs import epoch_order
 from opdlab.tasks.records import read_prompts
 from opdlab.tasks.scoring import check_callable, score_text
 from opdlab.tasks.splits import check_disjoint, distinct, question_of, split_prompts
+from opdlab.tasks.verifiers import VERIFIERS
 
 Split = Literal["train", "test"]
 
@@ -49,6 +50,8 @@ class Task:
             spaces), for worlds in which it is known.
         pool: All prompts of a split, where they can be listed. Training passes over `pool["train"]`
             in epochs; without it, `draw` is asked for fresh prompts in every step.
+        origin: How a config file writes the task: its `name` with options, or `records` with the
+            arguments of `from_records`. Empty for a task that no config can write.
     """
 
     name: str
@@ -59,6 +62,7 @@ class Task:
     recipe: Mapping[str, Any] = field(default_factory=dict)
     types: Callable[[Sequence[str]], list[str]] | None = None
     pool: Mapping[str, Sequence[Prompt]] = field(default_factory=dict)
+    origin: Mapping[str, Any] = field(default_factory=dict, compare=False, repr=False)
 
     def __post_init__(self) -> None:
         validate("Task", {"name": self.name}, {"name": Text})
@@ -247,7 +251,7 @@ class Task:
                 " out.",
                 stacklevel=2,
             )
-        return replace(self, pool=pool, draw=_draw_from(pool, self.name))
+        return replace(self, pool=pool, draw=_draw_from(pool, self.name), origin={})
 
     def token_types(self, rollout: Rollout, tokenizer: PreTrainedTokenizerBase) -> list[list[str]]:
         """Return the ground-truth type of every completion token.
@@ -310,7 +314,23 @@ def from_records(
     prompts = read_prompts(records)
     if verify is None:
         _check_answers(prompts, name)
-    return from_prompts(prompts, name=name, test=test, verify=verify, max_new_tokens=max_new_tokens)
+    task = from_prompts(prompts, name=name, test=test, verify=verify, max_new_tokens=max_new_tokens)
+    return replace(task, origin=_origin(records, task, test, verify))
+
+
+def _origin(records: Any, task: Task, test: int | float, verify: Any) -> dict[str, Any]:
+    """How a config writes a task of records; empty unless they are a file, judged by name."""
+    named = [name for name, function in VERIFIERS.items() if function is verify]
+    if not isinstance(records, (str, os.PathLike)) or (verify is not None and not named):
+        return {}
+    judge = {"verify": named[0]} if named else {}
+    return {
+        "records": os.path.abspath(records),
+        "name": task.name,
+        "test": test,
+        "max_new_tokens": task.max_new_tokens,
+        **judge,
+    }
 
 
 def from_prompts(

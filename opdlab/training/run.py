@@ -27,12 +27,21 @@ from opdlab.methods.contract import name_of
 from opdlab.methods.conversion import as_method
 from opdlab.models import model_files
 from opdlab.models.policy import Policy
+from opdlab.support.files import write_file
 from opdlab.support.interrupts import hold_interrupts
 from opdlab.support.progress import Progress
 from opdlab.support.validation import ByName, Flag, Folder, validate_arguments
 from opdlab.tasks import Task
 from opdlab.teachers.contract import expect_teacher
-from opdlab.training import method_state, run_folder, run_identity, saving, trainable
+from opdlab.training import (
+    exporting,
+    method_state,
+    run_folder,
+    run_identity,
+    saving,
+    trainable,
+)
+from opdlab.training.config import write_toml
 from opdlab.training.evaluation import evaluate
 from opdlab.training.exclusive import Claim
 from opdlab.training.folder_lock import FolderLock, remove_leftovers
@@ -57,7 +66,7 @@ from opdlab.training.resolution import check_overrides, resolve_policies, start_
 from opdlab.training.settings import Settings, check_settings, make_settings
 from opdlab.training.state import RunState
 from opdlab.training.step import Step
-from opdlab.training.trackers import make_accelerator
+from opdlab.training.trackers import make_accelerator, start_trackers
 
 Admit = Callable[["Run", Mapping[str, Any]], None]
 SHOWN = ("loss", "reverse_kl", "reward", "length", "accuracy")  # metrics in the line of progress
@@ -201,6 +210,8 @@ class Run(RunState):
     Attributes:
         last: The step done last; None before the first.
         progress: The line that shows where the run is.
+        described: The models as they were given, for `to_config`.
+        log_with: The trackers as they were given.
     """
 
     def __init__(
@@ -231,8 +242,11 @@ class Run(RunState):
         if self.accelerator.is_main_process:
             task.warn_of_repeats(settings.batch)
         if log_with is not None:
-            self.accelerator.init_trackers("opdlab", asdict(settings))
+            start_trackers(self.accelerator, asdict(settings), self.folder)
         self.memory = method_state.Memory(method)
+        # Before an adapter is made or a weight moves, so that this is what was given.
+        self.described = exporting.describe_models(student, teacher, policies)
+        self.log_with = log_with
         self.has_new_embeddings = model_files.has_new_embeddings(student.weights)
         self.identity = run_identity.describe_run(self, policies)
         check_same_run(
@@ -383,6 +397,30 @@ class Run(RunState):
             OpdlabError: There is no folder, or it holds checkpoints of another run.
         """
         return saving.save_checkpoint(self, path)
+
+    def to_config(self, path: str | os.PathLike[str] | None = None) -> str:
+        """Write the run as a config, which `opdlab distill` and `opdlab.from_config` take.
+
+        On a CPU the run that they make trains bit for bit as this one does.
+
+        Args:
+            path: The file to write; None writes none.
+
+        Returns:
+            The config as TOML, with absolute paths.
+
+        Raises:
+            OpdlabError: Something of the run is code or an object in memory, which no config holds.
+                The message says what, and what to do.
+        """
+        text = write_toml(
+            exporting.write_config(
+                self.described, self.task, self.method, self.settings, self.folder, self.log_with
+            )
+        )
+        if path is not None:
+            write_file(Path(path), text.encode("utf-8"))
+        return text
 
     def restart(
         self, done: int, metrics: list[dict[str, float]], snapshots: Mapping[int, dict[str, Tensor]]

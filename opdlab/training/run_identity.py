@@ -165,7 +165,7 @@ def describe_teacher(teacher: Any, prompts: list[Prompt]) -> dict[str, Any] | No
     if teacher is None:
         return None
     kind = fingerprints.qualified_name(type(teacher))
-    local = as_policy(teacher) or _behind(teacher)
+    local = as_policy(teacher) or model_behind(teacher)
     if local is not None:
         try:
             rendered = fingerprints.digest(json.dumps([local.encode(prompt) for prompt in prompts]))
@@ -205,8 +205,15 @@ def _describe_field(value: Any) -> Any:
     return fingerprints.describe(value)
 
 
-def _behind(teacher: Any) -> Policy | None:
-    """The local model of a teacher that only writes."""
+def model_behind(teacher: Any) -> Policy | None:
+    """Find the local model of a teacher that only writes.
+
+    Args:
+        teacher: Any teacher.
+
+    Returns:
+        The model of a `TextOnly`; None for everything else.
+    """
     from opdlab.teachers import text_only
 
     return text_only._MODELS.get(teacher) if isinstance(teacher, text_only.TextOnly) else None

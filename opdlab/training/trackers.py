@@ -5,7 +5,11 @@ Numbers go to all trackers, and graded texts to those that can show them.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import hashlib
+import importlib
+import os
+import tempfile
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
@@ -13,7 +17,7 @@ from typing import Any, Protocol
 from accelerate import Accelerator
 from accelerate.tracking import LOGGER_TYPE_TO_CLASS, GeneralTracker, get_available_trackers
 
-from opdlab.errors import InvalidValue
+from opdlab.errors import InvalidValue, OpdlabError
 from opdlab.support.expect import shortened
 
 
@@ -36,6 +40,38 @@ def make_accelerator(log_with: Any, folder: Path | None) -> Accelerator:
     return Accelerator(
         log_with=log_with, project_dir=None if log_with is None else str(folder or Path("runs"))
     )
+
+
+def start_trackers(
+    accelerator: Accelerator, settings: Mapping[str, Any], folder: Path | None
+) -> None:
+    """Start the trackers of a run, and tell them its settings.
+
+    Args:
+        accelerator: The accelerator, as `make_accelerator` made it.
+        settings: The settings of the run.
+        folder: The run's folder, or None.
+
+    Raises:
+        InvalidValue: A tracker does not start, as for want of a key.
+    """
+    options: dict[str, dict[str, Any]] = {}
+    if folder is not None:
+        # The same folder is the same run when it is taken up; others with its name are not.
+        place = hashlib.sha256(str(folder.absolute()).encode()).hexdigest()[:6]
+        name = f"{folder.name}-{place}"
+        options = {
+            "trackio": {"name": name, "resume": "allow"},
+            "wandb": {"name": name, "dir": str(folder)},
+        }
+    try:
+        accelerator.init_trackers("opdlab", dict(settings), init_kwargs=options)
+    except Exception as error:  # each tracker has its own kinds
+        said = " ".join(str(error).split())
+        raise InvalidValue(
+            f"A tracker does not start: {type(error).__name__}: {said} Log in to it, use it"
+            " offline (WANDB_MODE=offline for Weights & Biases), or leave it out of log_with."
+        ) from error
 
 
 def check_trackers(log_with: Any) -> None:
@@ -84,6 +120,19 @@ class Picture(Protocol):
         """
         ...
 
+    def to_png(self, path: str | os.PathLike[str], dark: bool = False, width: int = 1200) -> Path:
+        """Draw the picture with a browser.
+
+        Args:
+            path: The file of the PNG.
+            dark: Whether to draw it as on a dark page.
+            width: Width in CSS pixels.
+
+        Returns:
+            The path.
+        """
+        ...
+
 
 @dataclass(frozen=True, eq=False)
 class Strip:
@@ -103,7 +152,9 @@ class Strip:
 
 
 def show_strips(accelerator: Accelerator, strips: Sequence[Strip], step: int) -> None:
-    """Show graded texts in every tracker that can.
+    """Show graded texts in every tracker that can: HTML in Weights & Biases and Trackio.
+
+    TensorBoard gets the plain texts, and the first one as an image where there is a browser.
 
     Args:
         accelerator: The accelerator of the run, with its trackers.
@@ -111,21 +162,42 @@ def show_strips(accelerator: Accelerator, strips: Sequence[Strip], step: int) ->
         step: The step after which they were written.
     """
     for tracker in accelerator.trackers:
-        show = _SHOWN.get(tracker.name)
-        if show is not None:
-            show(tracker, strips, step)
+        if tracker.name == "tensorboard":
+            _show_in_tensorboard(tracker.tracker, strips, step)
+        elif tracker.name in ("trackio", "wandb"):
+            _show_as_html(tracker, strips, step)
 
 
-def _show_in_tensorboard(tracker: Any, strips: Sequence[Strip], step: int) -> None:
-    for strip in strips:
-        # Markdown is drawn there, so a text stands in a block of code.
-        told = f"{_as_code(strip.prompt)}\n\n{_as_code(strip.text)}"
-        tracker.tracker.add_text(f"texts/{strip.name}", told, global_step=step)
-    tracker.tracker.flush()
+def _show_as_html(tracker: Any, strips: Sequence[Strip], step: int) -> None:
+    # Trackio and Weights & Biases have the same class under the same name.
+    kind: Any = importlib.import_module(tracker.name).Html
+    shown = {f"texts/{one.name}": kind(one.picture.html(script=False)) for one in strips}
+    tracker.log(shown, step=step)
+
+
+def _show_in_tensorboard(writer: Any, strips: Sequence[Strip], step: int) -> None:
+    for one in strips:
+        # TensorBoard reads Markdown, in which an indented text is shown letter by letter.
+        told = f"{_as_code(one.prompt)}\n\n---\n\n{_as_code(one.text)}"
+        writer.add_text(f"texts/{one.name}", told, global_step=step)
+    image = _draw(strips[0].picture) if strips else None
+    if image is not None:
+        writer.add_image(f"strips/{strips[0].name}", image, global_step=step, dataformats="HWC")
+    writer.flush()
+
+
+def _draw(picture: Picture) -> Any:
+    """The picture as an array `[height, width, 3]`; None without a browser or Pillow."""
+    try:
+        import numpy as np
+        from PIL import Image
+
+        with tempfile.TemporaryDirectory() as folder:
+            path = picture.to_png(Path(folder) / "strip.png")
+            return np.asarray(Image.open(path).convert("RGB"))
+    except (OpdlabError, ImportError):
+        return None
 
 
 def _as_code(text: str) -> str:
     return "\n".join(f"    {line}" for line in text.splitlines() or [""])
-
-
-_SHOWN = {"tensorboard": _show_in_tensorboard}

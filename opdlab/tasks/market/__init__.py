@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -70,7 +70,14 @@ def market(secret: Flag = False, hint: Any = None, wrong: Flag = False) -> Task:
         settings=settings,
         recipe=RECIPE,
         types=types,
+        origin=_origin(settings),
     )
+
+
+def _origin(settings: Mapping[str, Any]) -> dict[str, Any]:
+    """How a config writes the task."""
+    options = {key: value for key, value in settings.items() if key != "secret" and value}
+    return {"name": "market-secret" if settings["secret"] else "market", **options}
 
 
 def types(pieces: Sequence[str]) -> list[str]:
