@@ -54,13 +54,10 @@ class Output:
             yield self
             return
         sys.stdout.flush()
-        kept = os.dup(1)
-        os.dup2(2, 1)
-        try:
+        with os.fdopen(os.dup(1), "w", encoding="utf-8") as stdout:
+            # For good: some trackers print once more when the process ends.
+            os.dup2(2, 1)
             yield self
-        finally:
-            sys.stdout.flush()
-            os.dup2(kept, 1)
-            os.close(kept)
-        if self.result is not None:
-            print(json.dumps(self.result, indent=1, ensure_ascii=False, allow_nan=False))
+            if self.result is not None:
+                json.dump(self.result, stdout, indent=1, ensure_ascii=False, allow_nan=False)
+                stdout.write("\n")
