@@ -94,8 +94,11 @@ class Models:
     def _load_distilled(self) -> Policy:
         """The trained adapter on its base; it sees what the student sees."""
         table = self.config.student
-        options = {key: value for key, value in table.loading.items() if key != "adapter"}
-        policy = load_model(str(self.checkpoint), **options)
+        options, place = dict(table.loading), str(self.checkpoint)
+        if (Path(place) / "adapter_config.json").exists():
+            policy = load_model(table.source, **{**options, "adapter": place})
+        else:  # all weights were trained
+            policy = load_model(place, **options)
         if table.hint:
             return policy.seeing()
         return policy if table.context is None else policy.seeing(table.context)

@@ -33,9 +33,9 @@ from opdlab.models.graded import States
 from opdlab.models.head import Head
 from opdlab.models.load_options import LoadOptions
 from opdlab.models.loading import find
+from opdlab.models.origin import Origin, Told, remember_loading
 from opdlab.models.places import read_places
 from opdlab.models.quantization import describe_quantization
-from opdlab.models.origin import Origin, Told, remember_loading
 from opdlab.models.sampling import SampledTexts, SamplingLoop, read_prefixes
 from opdlab.models.templates import check_template_options
 from opdlab.models.vocabulary import check_written_with

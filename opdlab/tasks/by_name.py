@@ -155,7 +155,7 @@ def load_model(name: str, **options: Any) -> Policy:
         OpdlabError: There is no such model.
     """
     if name == SMALL:
-        return _load_small(options)
+        return smollm2(**options)
     if name in MODELS:  # models of this size are slower on a GPU
         return Policy.load(data() / name, **{"device": "cpu", **options})
     try:
@@ -167,15 +167,3 @@ def load_model(name: str, **options: Any) -> Policy:
             f" as a folder or from the Hub ({reason}). Check the name, and the network for a Hub"
             " name."
         ) from error
-
-
-def _load_small(options: Mapping[str, Any]) -> Policy:
-    """SmolLM2, which is unpacked from its GGUF file and takes no further arguments."""
-    known = ("chat_template_kwargs",)
-    for key in options:
-        if key not in known:
-            raise InvalidValue(
-                f"The model {SMALL!r} got {key}={options[key]!r}. It takes {', '.join(known)}"
-                " alone."
-            )
-    return smollm2().with_template(**options.get("chat_template_kwargs", {}))

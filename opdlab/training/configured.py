@@ -175,7 +175,10 @@ def load_policy(table: ModelTable, loaded: list[tuple[ModelTable, Policy]]) -> P
         for other, policy in loaded
         if (other.source, other.loading) == (table.source, table.loading)
     ]
-    policy = same[0].frozen() if same else load_model(table.source, **table.loading)
+    # Another adapter on the same base needs no second base.
+    base = [policy for other, policy in loaded if other.source == table.source]
+    sharing = {"prefer_shared": base[0]} if base and table.adapter is not None else {}
+    policy = same[0].frozen() if same else load_model(table.source, **table.loading, **sharing)
     loaded.append((table, policy))
     if table.hint:
         return policy.seeing()

@@ -24,7 +24,12 @@ from opdlab.support.expect import shortened
 from opdlab.tasks import Task
 from opdlab.tasks.by_name import load_records, load_task
 from opdlab.tasks.market import MODELS, data
-from opdlab.tasks.profiles import rule_and_examples, rule_messages
+from opdlab.tasks.profiles import (
+    SMALL_OPTIONS,
+    find_smollm2,
+    rule_and_examples,
+    rule_messages,
+)
 from opdlab.teachers import LogprobServer, TextServer
 from opdlab.training.config import (
     Config,
@@ -163,13 +168,17 @@ def _describe_policy(policy: Policy, kind: Any) -> ModelTable:
 
 
 def _short_name(source: str, options: dict[str, Any]) -> str:
-    """The name of a shipped model; its device is the CPU by default."""
+    """The name of a shipped model or of SmolLM2, without the options that the name stands for."""
+    found, defaults = source, {}
     for name in MODELS:
         if source == str(data() / name):
-            if options.get("device") == "cpu":
-                del options["device"]
-            return name
-    return source
+            found, defaults = name, {"device": "cpu"}
+    if source == str(find_smollm2()):
+        found, defaults = "small", SMALL_OPTIONS
+    for key, value in defaults.items():
+        if options.get(key) == value:
+            del options[key]
+    return found
 
 
 def _describe_context(policy: Policy) -> dict[str, Any]:
