@@ -133,6 +133,14 @@ class TeacherError(OpdlabError):
     status: int | None = None
 
 
+class SamplerError(OpdlabError):
+    """A sampler such as vLLM is not there, or writes something else than it was asked.
+
+    Raised by the call, after it was tried again. A run is between two steps then: what it has done
+    is kept, and it can go on.
+    """
+
+
 class BudgetSpent(OpdlabError):
     """The next request to a server could cost more than was allowed.
 

@@ -26,9 +26,10 @@ class Rollout:
         prompts: The prompt of each completion.
         ids: Token ids `[B, T]`.
         lengths: Tokens of each completion `[B]`; the EOS token counts.
-        logp: Log-probs of the tokens under the policy that wrote them, at temperature 1, in nats,
-            `[B, T]`; zero in the padding and where a text was not sampled.
-        entropy: Entropies of that policy in nats, `[B, T]`; zero as `logp` is.
+        logp: Log-probs of the tokens as whoever sampled them computed them, at temperature 1, in
+            nats, `[B, T]`; zero in the padding and where a text was not sampled.
+        entropy: Entropies of that policy in nats, `[B, T]`; zero as `logp` is, and where a sampler
+            such as vLLM gives none.
         finish: Why each completion ends: "stop", or "length" where the limit cut it.
         texts: The text of each completion.
         writer: Who wrote each completion: "student", "teacher", …

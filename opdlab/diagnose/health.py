@@ -27,6 +27,7 @@ import pandas as pd
 from opdlab.diagnose.tables import to_html
 from opdlab.diagnose.vitals import Vitals, read_vitals
 from opdlab.training.run import Run
+from opdlab.training.sampler_gap import BEYOND
 from opdlab.training.step import Step
 
 
@@ -47,6 +48,9 @@ class Limits:
         mass: The student's probability of the teacher's first choice, under which it is not found.
         pull: Pull of a method on such a token that is enough to learn it (forward KL has 1).
         stalled: Steps in a window in which a run that stalls is looked for.
+        gap: Mean size of the sampler's gap to the trainer, in nats per token.
+        beyond: Share of tokens whose probability differs by more than a factor of 2 between the
+            two.
     """
 
     window: int = 5
@@ -61,6 +65,8 @@ class Limits:
     mass: float = 1e-3
     pull: float = 0.1
     stalled: int = 3
+    gap: float = 0.05
+    beyond: float = 0.01
 
 
 @dataclass(frozen=True)
@@ -364,6 +370,26 @@ def find_stall(watch: Health) -> str | None:
     return None
 
 
+def find_sampler_gap(watch: Health) -> str | None:
+    """See whether the sampler's log-probs are far from the trainer's.
+
+    Args:
+        watch: The watch, with the steps so far.
+
+    Returns:
+        A sentence that says what was seen; None if it is not the case.
+    """
+    limits = watch.limits
+    (first, gap), (_, beyond) = watch.compare("sampler_gap"), watch.compare("sampler_beyond")
+    if gap > limits.gap or beyond > limits.beyond:
+        return (
+            f"Sampler and trainer give a token log-probs that differ by {gap:.2g} nats on average"
+            f" ({first:.2g} at the beginning), and {beyond:.1%} of the tokens have a probability"
+            f" that differs by more than a factor of {BEYOND:g}."
+        )
+    return None
+
+
 @dataclass(frozen=True)
 class Signature:
     """A way in which runs go wrong.
@@ -429,5 +455,12 @@ SIGNATURES = (
         find_late_training,
         "accuracy",
         "Stop, and keep the best step: snapshot_every=… and run.at(…).",
+    ),
+    Signature(
+        "sampler gap",
+        find_sampler_gap,
+        "sampler_gap",
+        "Check that the sampler takes up every adapter and has the student's base model; give both"
+        " the same dtype, or correct the rest: importance_cap=2.",
     ),
 )

@@ -7,6 +7,7 @@ are over the whole batch, whatever the micro-batches of the loss pass.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from functools import cached_property
 from typing import Any, Protocol
 
@@ -155,6 +156,26 @@ class Batch:
         self.row = torch.arange(len(rollout), device=here) if row is None else row.to(here)
         self._processes = processes or OneProcess()
         self._states: dict[str, Graded] = {}
+
+    def with_logp(self, logp: Tensor) -> Batch:
+        """Make the same batch with other log-probs of its sampled tokens.
+
+        Args:
+            logp: `[B, T]`, in place of `rollout.logp`.
+
+        Returns:
+            A batch that keeps what its policies have graded.
+        """
+        same = Batch(
+            replace(self.rollout, logp=logp),
+            self.policies,
+            self.task,
+            self.step,
+            self._processes,
+            self.row,
+        )
+        same._states = self._states
+        return same
 
     @property
     def distributions(self) -> list[str]:

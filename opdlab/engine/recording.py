@@ -9,6 +9,7 @@ import numpy as np
 import pyarrow as pa
 from torch import Tensor
 
+from opdlab.data.column import Description
 from opdlab.data.notes import Windows, read_note
 from opdlab.data.prompt import Prompt
 from opdlab.data.rollout import Rollout
@@ -25,6 +26,7 @@ def record_trace(
     run: str = "",
     step: int = -1,
     planned: Planned | None = None,
+    described: Mapping[str, Description] | None = None,
 ) -> Trace:
     """Make a trace of a rollout.
 
@@ -37,12 +39,14 @@ def record_trace(
         step: The training step, from 1; -1 for none.
         planned: The rollout after a method's plan: its columns, their descriptions and its notes
             are kept.
+        described: Descriptions of some of `columns`, by name.
 
     Returns:
         The trace, one row per completion token.
     """
     plan = {} if planned is None else planned.columns
     notes = {} if planned is None else planned.notes
+    said = dict(described or {}) | ({} if planned is None else planned.descriptions)
     ids = [i for row in rollout.completions() for i in row]
     sample = np.repeat(np.arange(len(rollout)), rollout.lengths.tolist())
     data: dict[str, Any] = {
@@ -70,9 +74,7 @@ def record_trace(
         "format": FORMAT,
         "policies": list(policies),
         "plan": list(plan),
-        "columns": {}
-        if planned is None
-        else {k: d.as_json() for k, d in planned.descriptions.items()},
+        "columns": {name: one.as_json() for name, one in said.items()},
         "texts": list(rollout.texts),
         "finish": list(rollout.finish),
         "prompts": [_prompt_text(prompt) for prompt in rollout.prompts],

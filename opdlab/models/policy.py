@@ -574,20 +574,53 @@ class Policy:
             "sample", options, beside=("n", "prefixes", "batch_size", "writer", "places")
         )
         places = read_places(places, len(prompts))
-        if prefixes is None:
-            starts = self.encode_all(prompts, config.max_new_tokens)
-        else:
-            begun = read_prefixes(prefixes, len(prompts), self.weights.vocab_size)
-            starts = self.encode_all(prompts, config.max_new_tokens, [*map(len, begun)])
-            starts = [start + prefix for start, prefix in zip(starts, begun, strict=True)]
+        starts = self.starts(prompts, config.max_new_tokens, prefixes)
         with torch.no_grad(), self.weights.using(self.adapter):
             loop = SamplingLoop(self.weights, self.head, config)
             written = loop.run(starts, n, batch_size, places)
-        return self._make_rollout(prompts, n, written, writer)
+        return self.make_rollout(prompts, n, written, writer)
 
-    def _make_rollout(
+    def starts(
+        self,
+        prompts: Sequence[Prompt],
+        room: int,
+        prefixes: Sequence[Sequence[int]] | None = None,
+    ) -> list[list[int]]:
+        """Encode the prompts with what is written already behind them, for a sampler to go on from.
+
+        Args:
+            prompts: The prompts.
+            room: How many new tokens must fit behind each prompt.
+            prefixes: Token ids already written after each prompt; none by default.
+
+        Returns:
+            Token ids for each prompt, without padding.
+
+        Raises:
+            InvalidValue: The prefixes are no token ids, or not one list for each prompt.
+            EmptyPrompts: There are no prompts.
+            ContextTooLong: A prompt with all that comes behind it does not fit the model's context.
+        """
+        if prefixes is None:
+            return self.encode_all(prompts, room)
+        begun = read_prefixes(prefixes, len(prompts), self.weights.vocab_size)
+        starts = self.encode_all(prompts, room, [*map(len, begun)])
+        return [start + prefix for start, prefix in zip(starts, begun, strict=True)]
+
+    def make_rollout(
         self, prompts: Sequence[Prompt], n: int, written: SampledTexts, writer: str
     ) -> Rollout:
+        """Make a rollout of texts in this policy's tokens.
+
+        Args:
+            prompts: The prompts.
+            n: Texts of each prompt; text `j` of prompt `i` is row `i * n + j`.
+            written: The texts.
+            writer: Who wrote them, for the trace.
+
+        Returns:
+            The texts as completions of their prompts.
+        """
         lengths = written.lengths.tolist()
         bodies = [row[:length] for row, length in zip(written.ids.tolist(), lengths, strict=True)]
         width = max(1, *lengths)

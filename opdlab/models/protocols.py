@@ -1,4 +1,4 @@
-"""Name the abilities of policies and teachers: grade a rollout, write texts, sample a rollout.
+"""Name the abilities of policies, teachers and samplers: grade, write texts, sample a rollout.
 
 A local `Policy` can grade and sample; the servers of `opdlab.teachers` can write, and some can
 grade. Any object with these methods takes part: nothing needs to inherit from them.
@@ -113,6 +113,47 @@ class Sampler(Protocol):
         Returns:
             The completions.
         """
+        ...
+
+
+@runtime_checkable
+class StudentSampler(Sampler, Protocol):
+    """Sample the student's texts during training, in place of the student's own loop.
+
+    It holds a copy of the student's weights, which a run keeps up to date:
+
+        sampler.start(student)           before the first step, or after another run's
+        sampler.sample(prompts, n, …)    once a step
+        sampler.update(student, step)    between an update and the next sampling
+
+    `sample` means what `Policy.sample` means, in all its options; what a sampler cannot honour, it
+    refuses. `Rollout.logp` holds the sampler's own log-probs at temperature 1, so that their gap to
+    the trainer's can be measured. A sampler that has `check` (`Checked`) is asked before the run
+    begins.
+    """
+
+    def start(self, student: Policy) -> None:
+        """Take up the student as it is now.
+
+        Called at the first step of a run, after an interruption too, and whenever another run has
+        used the sampler in between.
+
+        Args:
+            student: The policy that learns.
+        """
+        ...
+
+    def update(self, student: Policy, step: int) -> None:
+        """Take up the student's weights after an update.
+
+        Args:
+            student: The same policy as at `start`.
+            step: Number of updates done.
+        """
+        ...
+
+    def close(self) -> None:
+        """Give back memory, files and connections. A run does not call it: its owner does."""
         ...
 
 

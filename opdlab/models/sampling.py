@@ -15,6 +15,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from transformers import PreTrainedTokenizerBase
 
 from opdlab.data.sampling_config import SamplingConfig
 from opdlab.data.tokens import completion_texts
@@ -241,6 +242,26 @@ class SamplingLoop:
         texts = completion_texts(self.weights.tokenizer, ids[:, -window:].tolist(), ())
         held = [any(stop in text for stop in self.config.stop) for text in texts]
         return torch.tensor(held, device=ids.device)
+
+
+def find_stop(
+    tokenizer: PreTrainedTokenizerBase, ids: Sequence[int], stop: Sequence[str]
+) -> int | None:
+    """Find the first token that completes a stop text, as the sampling loop does.
+
+    Args:
+        tokenizer: The tokenizer of the ids.
+        ids: Token ids of a text.
+        stop: The stop texts.
+
+    Returns:
+        The number of tokens up to it; None if no stop text occurs.
+    """
+    window = max(len(text.encode()) for text in stop) + DECODED_BEFORE_STOP
+    pieces = [list(ids[max(0, t + 1 - window) : t + 1]) for t in range(len(ids))]
+    texts = completion_texts(tokenizer, pieces, ())
+    held = (t + 1 for t, text in enumerate(texts) if any(one in text for one in stop))
+    return next(held, None)
 
 
 def draw(logits: Tensor, uniform: Tensor, config: SamplingConfig) -> tuple[Tensor, Tensor, Tensor]:

@@ -23,6 +23,7 @@ from opdlab.data.prompt import Prompt
 from opdlab.data.sampling_config import SamplingConfig
 from opdlab.errors import InvalidValue, MissingPolicy, OpdlabError
 from opdlab.models.places import seeded
+from opdlab.models.policy import Policy
 from opdlab.models.protocols import Sampler, Writer
 from opdlab.support.expect import shortened
 from opdlab.support.progress import Progress
@@ -38,8 +39,10 @@ from opdlab.support.validation import (
 )
 from opdlab.tasks import Task
 from opdlab.teachers.writing import write_texts
+from opdlab.training.handover import Handover
 from opdlab.training.intervals import Difference, Interval, paired, wilson
 from opdlab.training.processes import AcceleratedProcesses
+from opdlab.training.sampler_checks import expect_sampler
 
 __all__ = ["Difference", "Evaluation", "Interval", "evaluate", "paired"]
 
@@ -219,6 +222,7 @@ def evaluate(
     max_new_tokens: Count | None = None,
     quiet: Flag = True,
     processes: Unchecked[Accelerator | None] = None,
+    sampler: Unchecked[Any] = None,
 ) -> Evaluation:
     """Score held-out prompts greedily and, with `k` > 0, with `k` samples each at temperature 1.
 
@@ -237,6 +241,7 @@ def evaluate(
         quiet: Whether to leave out the progress bar.
         processes: `run.accelerator`, to share the prompts among the processes of a run. Every
             process must call it then, and all get the same result. None asks every prompt here.
+        sampler: Writes the policy's texts in place of its own loop, as `opdlab.samplers.VLLM()`.
 
     Returns:
         The scores of every prompt, and what was asked.
@@ -256,6 +261,7 @@ def evaluate(
         raise MissingPolicy(
             f"{task.name} has no verifier, so nothing can be scored. Make the task with verify=…."
         )
+    writer = policy if sampler is None else _with_sampler(policy, sampler)
     prompts = task.prompts(n, seed, "test")
     width = max_new_tokens or task.max_new_tokens
     greedy = SamplingConfig(max_new_tokens=width, temperature=0, seed=seed)
@@ -266,7 +272,7 @@ def evaluate(
     rows: dict[str, list[Any]] = {"greedy": [], "sampled": [], "length": [], "cut": []}
     for start in range(0, len(ours), batch_size):
         part = [prompts[i] for i in ours[start : start + batch_size]]
-        best = _write(policy, part, 1, greedy, batch_size)
+        best = _write(writer, part, 1, greedy, batch_size)
         rows["greedy"] += task.scores(part, best.texts)
         rows["length"] += best.lengths
         rows["cut"] += best.cut
@@ -278,7 +284,7 @@ def evaluate(
         part = [prompts[i] for i in block]
         config = SamplingConfig(max_new_tokens=width, seed=seed + 7919 * (start + 1))
         places = [i - start for i in block] if count > 1 else None
-        many = _write(policy, part, k, config, batch_size, places, process)
+        many = _write(writer, part, k, config, batch_size, places, process)
         rows["sampled"] += task.scores([prompt for prompt in part for _ in range(k)], many.texts)
     bar.close()
     arrays = _gather(rows, ours, k, everyone)
@@ -330,6 +336,17 @@ def _gather(
         "cut": whole[:, 3],
         "sampled": whole[:, 4:],
     }
+
+
+def _with_sampler(policy: Any, sampler: Any) -> Sampler:
+    """Hand a policy over to a sampler, which then writes in its place."""
+    sampler = expect_sampler(sampler, "evaluate")
+    if not isinstance(policy, Policy):
+        raise InvalidValue(
+            f"evaluate got sampler={shortened(sampler)} for {shortened(policy)}, which is no Policy"
+            " whose weights could be handed over. Leave sampler out."
+        )
+    return Handover(sampler).bring(policy, 0)
 
 
 def _check_writes(policy: Any) -> None:

@@ -3,7 +3,7 @@
     rollout = write_rollout(run)              the student writes (or whoever the method lets write)
     planned = plan_step(run, rollout)         the policies grade, the method plans
     grade(run, planned)                       the policies that the plan did not ask grade too
-    learned = accumulate_gradient(run, planned)   the loss runs, gradients are added up
+    learned = accumulate_gradient(run, planned, rollout)   the loss runs, gradients are added up
     update_weights(run)                       the optimizer moves the student
     measure_step(…)                           metrics of the whole step (`opdlab.training.metrics`)
 
@@ -38,6 +38,7 @@ from opdlab.models.protocols import Sampler
 from opdlab.models.recomputation import recompute_layers
 from opdlab.models.text_rollouts import rollout_from_texts
 from opdlab.teachers.writing import write_texts
+from opdlab.training import sampler_gap
 from opdlab.training.preflight import check_answers
 from opdlab.training.processes import AcceleratedProcesses, Share, sum_in_place
 from opdlab.training.resolution import move_average
@@ -49,9 +50,10 @@ class Learned:
     """The numbers of a step's loss pass, before the weights move.
 
     Attributes:
-        columns: `loss`, `grad_norm` and the numbers of `signals.cheap` of every token, `[tokens]`
-            each.
-        weight: Each token's share in the loss of the step, over all processes, `[tokens]`.
+        columns: `loss`, `grad_norm`, `sampler_gap` and the numbers of `signals.cheap` of every
+            token, `[tokens]` each; `importance` where the gap is corrected.
+        weight: Each token's share in the loss of the step, over all processes, `[tokens]`; times
+            its importance where the gap is corrected.
         grad_norm: Length of the gradient of all parameters, before clipping.
         is_checked: Whether the loss was found to treat each row alone.
         wanted: The student's probability of each position's likeliest token of the teacher,
@@ -85,13 +87,19 @@ def write_rollout(run: RunState) -> Rollout:
     with backbone_precision(run):
         if share.student:
             for_student = [prompts[place] for place in share.student]
-            options = {**config.options(), **_seeded(run, run.student, config, share.student)}
-            parts.append(run.student.sample(for_student, settings.n, **options))
+            writer = _writer_of_student(run)
+            options = {**config.options(), **_seeded(run, writer, config, share.student)}
+            parts.append(writer.sample(for_student, settings.n, **options))
         if share.others:
             for_others = [prompts[share.all_student + place] for place in share.others]
             for name in writer_names(run.method):
                 parts.append(_write_by(run, name, for_others, config, share.others))
     return concat_rollouts(parts)
+
+
+def _writer_of_student(run: RunState) -> Sampler:
+    """The run's sampler with the student's present weights, or the student's own loop."""
+    return run.student if run.handover is None else run.handover.bring(run.student, run.done)
 
 
 def share_of_step(run: RunState) -> Share:
@@ -155,7 +163,8 @@ def plan_step(run: RunState, rollout: Rollout) -> Planned:
         rollout: The step's rollout.
 
     Returns:
-        The batch with the columns of the plan.
+        The batch with the columns of the plan. With `Settings.importance_cap`, its rollout has the
+        trainer's log-probs in place of the sampler's.
     """
     processes = AcceleratedProcesses(run.accelerator)
     n = run.settings.n
@@ -163,6 +172,8 @@ def plan_step(run: RunState, rollout: Rollout) -> Planned:
     row = torch.tensor(share_of_step(run).rows(n, n_others))
     batch = Batch(rollout, run.policies, run.task, run.done, processes, row)
     with backbone_precision(run):
+        if run.settings.importance_cap is not None:
+            batch = sampler_gap.with_trainer_logp(batch)
         return run_plan(run.method, batch)
 
 
@@ -182,12 +193,13 @@ def grade(run: RunState, planned: Planned) -> None:
 # Learn.
 
 
-def accumulate_gradient(run: RunState, planned: Planned) -> Learned:
+def accumulate_gradient(run: RunState, planned: Planned, written: Rollout) -> Learned:
     """Run the loss on all micro-batches and add its gradient to the parameters, over all processes.
 
     Args:
         run: The run; its parameters get the gradient, clipped by `Settings.clip`.
         planned: The step's batch with the plan.
+        written: The step's rollout as it was written, with the sampler's log-probs.
 
     Returns:
         The numbers of every token, and the length of the gradient before clipping.
@@ -197,6 +209,10 @@ def accumulate_gradient(run: RunState, planned: Planned) -> Learned:
     """
     rollout = planned.batch.rollout
     weight = token_weights(run, rollout)
+    corrected: dict[str, Tensor] = {}
+    if run.settings.importance_cap is not None:
+        ratio = sampler_gap.importance(written, rollout.logp, run.settings)[rollout.mask]
+        weight, corrected = weight * ratio, {"importance": ratio}
     size = run.settings.micro_batch or len(rollout)
     passes: list[Pass] = []
     for start in range(0, len(rollout), size):
@@ -205,6 +221,9 @@ def accumulate_gradient(run: RunState, planned: Planned) -> Learned:
         passes.append(_backward(run, planned, rows, weight, check=not is_checked))
     columns = {name: torch.cat([one.columns[name] for one in passes]) for name in passes[0].columns}
     columns["loss"] = torch.cat([one.loss for one in passes])
+    if corrected:  # the engine gives the norm of each token's gradient without its weight
+        columns["grad_norm"] = columns["grad_norm"] * corrected["importance"]
+    columns |= corrected | {"sampler_gap": sampler_gap.gap_of(written, columns["student_logp"])}
     reduce_gradients(run)
     norm = torch.nn.utils.clip_grad_norm_(
         run.parameters.values(), run.settings.clip or math.inf

@@ -23,6 +23,7 @@ from opdlab.tasks import Task
 from opdlab.teachers.writing import options_for
 from opdlab.training.rehearsal import rehearse
 from opdlab.training.resolution import missing_policy_error
+from opdlab.training.sampler_checks import check_sampler
 from opdlab.training.settings import Settings
 from opdlab.training.state import RunState
 
@@ -53,6 +54,7 @@ def check_run(run: RunState) -> None:
     writers = writer_names(method) if share < 1 else ()
     answers = check_answers(prompts) if "answer" in writers else None
     _check_sampling(run, writers)
+    check_sampler(run, prompts)
     rehearse(method, run.policies, run.task, prompts[0])
     everyone = dict(run.policies)
     if writers and run.teacher is not None:

@@ -32,7 +32,7 @@ from opdlab.training.settings import Settings
 FREE = ("steps", "micro_batch", "checkpointing", "evaluate_every", "snapshot_every", "save_every")
 
 # What `distill` takes besides settings and what every resumed run is given.
-_OPTIONS = ("policies", "save", "log_with", "quiet")
+_OPTIONS = ("policies", "save", "log_with", "quiet", "sampler")
 
 
 def resume(
@@ -60,9 +60,10 @@ def resume(
         method: A method of your own must be given again; opdlab's are rebuilt from their options.
         step: The step of the checkpoint to resume; the one written last by default.
         allow: Parts that may differ from those of the run: "student", "tokenizer", "task",
-            "teacher", "policies", "method".
-        options: Options of `distill`. `save=` another folder to go on there. Settings that change
-            the training are taken from then on, with a warning; the rank of the adapter is fixed.
+            "teacher", "policies", "method", "sampler".
+        options: Options of `distill`; give the same `sampler=`. `save=` another folder to go on
+            there. Settings that change the training are taken from then on, with a warning; the
+            rank of the adapter is fixed.
 
     Returns:
         The run, ready for the step after the checkpoint's.

@@ -27,10 +27,11 @@ from opdlab.methods.contract import name_of
 from opdlab.methods.conversion import as_method
 from opdlab.models import model_files
 from opdlab.models.policy import Policy
+from opdlab.models.protocols import StudentSampler
 from opdlab.support.files import write_file
 from opdlab.support.interrupts import hold_interrupts
 from opdlab.support.progress import Progress
-from opdlab.support.validation import ByName, Flag, Folder, validate_arguments
+from opdlab.support.validation import ByName, Flag, Folder, Unchecked, validate_arguments
 from opdlab.tasks import Task
 from opdlab.teachers.contract import expect_teacher
 from opdlab.training import (
@@ -45,6 +46,7 @@ from opdlab.training.config import write_toml
 from opdlab.training.evaluation import evaluate
 from opdlab.training.exclusive import Claim
 from opdlab.training.folder_lock import FolderLock, remove_leftovers
+from opdlab.training.handover import Handover
 from opdlab.training.metrics import measure_first_mass, measure_step
 from opdlab.training.own_teacher import warn_of_own_teacher
 from opdlab.training.phases import (
@@ -63,6 +65,8 @@ from opdlab.training.processes import (
     warning_once,
 )
 from opdlab.training.resolution import check_overrides, resolve_policies, start_average
+from opdlab.training.sampler_checks import expect_sampler
+from opdlab.training.sampler_gap import measure_gap
 from opdlab.training.settings import Settings, check_settings, make_settings
 from opdlab.training.state import RunState
 from opdlab.training.step import Step
@@ -84,6 +88,7 @@ def distill(
     save: Folder | None = None,
     log_with: Any = None,
     quiet: Flag = False,
+    sampler: Unchecked[Any] = None,
     **settings: Any,
 ) -> Run:
     """Prepare a run; iterating over it trains the student in place.
@@ -108,6 +113,8 @@ def distill(
             before it.
         log_with: A tracker of Accelerate.
         quiet: Whether to show no progress.
+        sampler: Who writes the student's texts, as `opdlab.samplers.VLLM()` or `VLLMServer(url)`;
+            by default the student's own loop. The run keeps it up to date and does not close it.
         settings: Fields of `Settings`. What is left out comes from the method's recipe, then the
             task's.
 
@@ -127,6 +134,7 @@ def distill(
         "save": save,
         "log_with": log_with,
         "quiet": quiet,
+        "sampler": sampler,
     }
     with warning_once(is_main_by_environment()):
         return prepare(student, teacher, task, method=method, settings=settings, **options)
@@ -143,6 +151,7 @@ def prepare(
     save: Any = None,
     log_with: Any = None,
     quiet: bool = False,
+    sampler: Any = None,
     settings: Mapping[str, Any],
     recorded: Mapping[str, Any] | None = None,
     admit: Admit | None = None,
@@ -159,6 +168,7 @@ def prepare(
         save: Folder for checkpoints.
         log_with: A tracker.
         quiet: Whether to show no progress.
+        sampler: Who writes the student's texts; None for the student's own loop.
         settings: The settings that the user passes.
         recorded: All settings of a run that goes on; the user's go before them.
         admit: Looks at the run before it gets an adapter and an optimizer, with the user's
@@ -185,7 +195,11 @@ def prepare(
     rank = trainable.read_lora_setting(student, {**(recorded or {}), **settings})
     made = make_settings({**rank, **(recorded or {}), **settings}, chosen, task)
     check_settings(made, settings, chosen, task, saves=bool(save))
-    return Run(student, teacher, task, chosen, made, policies, save, log_with, quiet, admit)
+    if sampler is not None:
+        expect_sampler(sampler, "distill")
+    return Run(
+        student, teacher, task, chosen, made, policies, save, log_with, quiet, admit, sampler
+    )
 
 
 class Run(RunState):
@@ -206,6 +220,7 @@ class Run(RunState):
         quiet: Whether to show no progress.
         admit: Looks at the run before it gets an adapter and an optimizer, with the user's
             policies.
+        sampler: Who writes the student's texts; None for the student's own loop.
 
     Attributes:
         last: The step done last; None before the first.
@@ -226,7 +241,10 @@ class Run(RunState):
         log_with: Any,
         quiet: bool,
         admit: Admit | None = None,
+        sampler: StudentSampler | None = None,
     ) -> None:
+        self.sampler = sampler
+        self.handover = None if sampler is None else Handover(sampler)
         self.student, self.teacher, self.task = student, teacher, task
         self.method, self.settings = method, settings
         self.done, self.metrics, self.snapshots = 0, [], {}
@@ -320,8 +338,9 @@ class Run(RunState):
         planned = plan_step(self, rollout)
         grade(self, planned)
         graded = time.perf_counter()
-        learned = accumulate_gradient(self, planned)
+        learned = accumulate_gradient(self, planned, rollout)
         measured = measure_step(planned.batch, learned.columns, learned.weight)
+        measured |= measure_gap(planned.batch, learned.columns["sampler_gap"])
         if learned.wanted is not None:
             measured |= measure_first_mass(planned.batch, learned.wanted)
         metrics = {"step": float(self.done + 1), **measured, "grad_norm": learned.grad_norm}
@@ -338,8 +357,11 @@ class Run(RunState):
                 saving.keep_snapshot(self)
             if saving.is_saved(self):
                 self.save()
+        columns = dict(learned.columns)
+        if self.sampler is None and self.settings.importance_cap is None:
+            del columns["sampler_gap"]  # rounding alone, which no picture needs to show
         processes = AcceleratedProcesses(self.accelerator)
-        return Step(self.done, metrics, planned, learned.columns, processes)
+        return Step(self.done, metrics, planned, columns, processes)
 
     def _evaluate(self) -> None:
         """Evaluate where that is due.
@@ -347,7 +369,9 @@ class Run(RunState):
         The step is saved by then, so an interrupt here loses nothing.
         """
         if saving.is_evaluation_due(self):
-            found = evaluate(self.student, self.task, processes=self.accelerator)
+            found = evaluate(
+                self.student, self.task, processes=self.accelerator, sampler=self.sampler
+            )
             saving.keep_accuracy(self, found.accuracy)
 
     def train(self) -> Run:

@@ -18,8 +18,8 @@ def find_differences(
             (`method_state.Memory`), which are not compared.
 
     Returns:
-        By part ("student", "tokenizer", "task", "teacher", "policies", "method"), a text that names
-        both values; parts that agree are left out.
+        By part ("student", "tokenizer", "task", "teacher", "policies", "method", "sampler"), a text
+        that names both values; parts that agree are left out.
     """
     same_versions = saved.get("transformers") == given.get("transformers")
     tokenizer = _tokenizers(saved["tokenizer"], given["tokenizer"])
@@ -36,6 +36,10 @@ def find_differences(
         "teacher": _teachers("the teacher", saved["teacher"], given["teacher"], same_versions),
         "policies": _policies(saved["policies"], given["policies"], same_versions),
         "method": _methods(saved["method"], given["method"], moved),
+        # Checkpoints of earlier versions know no sampler: the student's own loop wrote.
+        "sampler": _teachers(
+            "the sampler", saved.get("sampler"), given.get("sampler"), same_versions
+        ),
     }
     return {part: said for part, said in found.items() if said}
 

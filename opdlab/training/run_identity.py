@@ -24,7 +24,7 @@ from opdlab.training.method_state import keeps_state
 from opdlab.training.state import RunState
 
 # What can differ and still be taken up when the user says so: `resume(…, allow=("teacher",))`.
-PARTS = ("student", "tokenizer", "task", "teacher", "policies", "method")
+PARTS = ("student", "tokenizer", "task", "teacher", "policies", "method", "sampler")
 
 
 def describe_run(
@@ -55,6 +55,7 @@ def describe_run(
             name: describe_teacher(policy, prompts) for name, policy in sorted(given.items())
         },
         "method": describe_method(run.method),
+        "sampler": describe_teacher(run.sampler, prompts),
         "drawn": [batch, seed],
         "transformers": transformers.__version__,
     }

@@ -20,6 +20,7 @@ from opdlab.methods.contract import (
 )
 from opdlab.support.validation import (
     Amount,
+    AmountOrInfinity,
     Count,
     CountOrZero,
     Flag,
@@ -63,6 +64,12 @@ class Settings:
         evaluate_every: Steps between two evaluations; 0 for none.
         snapshot_every: Steps between two snapshots of the adapter in memory; 0 for none.
         save_every: Steps between two checkpoints; 0 saves the last step only.
+        importance_cap: Corrects the gap between sampler and trainer: each token's weight in the
+            loss is multiplied by min(importance_cap, p(y) / p_sampler(y)). At least 1, infinity for
+            no cap; None corrects nothing. It costs one more pass of the student.
+        importance_over: The tokens whose ratios are multiplied: "token", the token itself;
+            "prefix", all up to it; "sequence", the whole completion. See
+            `opdlab.training.sampler_gap`.
 
     Raises:
         InvalidValue: A value that cannot be right, alone or beside another.
@@ -89,6 +96,8 @@ class Settings:
     evaluate_every: CountOrZero = 0
     snapshot_every: CountOrZero = 0
     save_every: CountOrZero = 0
+    importance_cap: AmountOrInfinity | None = None
+    importance_over: Literal["token", "prefix", "sequence"] = "token"
 
     def __post_init__(self) -> None:
         validate_fields(self)
@@ -101,6 +110,25 @@ class Settings:
             raise InvalidValue(
                 f"Settings got temperature=0 with n={self.n}: without randomness, all completions"
                 " of a prompt are the same. Use n=1, or a temperature above 0."
+            )
+        self._check_importance()
+
+    def _check_importance(self) -> None:
+        if self.importance_cap is None:
+            return
+        if self.importance_cap < 1:
+            raise InvalidValue(
+                f"Settings got importance_cap={self.importance_cap:g}, which would shrink the"
+                " weight of tokens on which sampler and trainer agree. Use a number of at least 1,"
+                " as 2."
+            )
+        if self.temperature != 1 or self.top_p != 1:
+            raise InvalidValue(
+                f"Settings got importance_cap={self.importance_cap:g} with"
+                f" temperature={self.temperature:g} and top_p={self.top_p:g}. The correction"
+                " divides by the probability that a token was drawn with, and samplers give it at"
+                " temperature 1 without filters only. Use temperature=1 and top_p=1, or leave"
+                " importance_cap out."
             )
 
     def rate(self, done: int) -> float:
@@ -213,7 +241,9 @@ def _without_effect(settings: Settings, method: Method, name: str, saves: bool) 
     ignored = {}
     if student_share(method) == 0 and set(writer_names(method)) == {"answer"}:
         why = f"{name} trains on the reference answers, and nothing is sampled. Leave it out."
-        ignored = {"temperature": why, "top_p": why, "n": why}
+        ignored = {"temperature": why, "top_p": why, "n": why, "importance_cap": why}
+    if settings.importance_cap is None:
+        ignored["importance_over"] = "nothing is corrected. Give importance_cap=… too."
     if not any(need.split("+")[0] == "ema" for need in method.needs):
         ignored["ema_rate"] = f"{name} reads no moving average (`ema`). Leave it out."
     if settings.lora is None:

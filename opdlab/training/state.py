@@ -14,8 +14,10 @@ from torch import Tensor
 
 from opdlab.methods import Method
 from opdlab.models.policy import Policy
+from opdlab.models.protocols import StudentSampler
 from opdlab.tasks import Task
 from opdlab.training.exclusive import Claim
+from opdlab.training.handover import Handover
 from opdlab.training.method_state import Memory
 from opdlab.training.run_folder import Lineage
 from opdlab.training.settings import Settings
@@ -44,6 +46,8 @@ class RunState:
         memory: The watch over what the method keeps from step to step.
         has_new_embeddings: Whether the student has embeddings that no file of its base model holds.
         claim: Notices when another run moves the student's weights.
+        sampler: Who writes the student's texts; None for the student's own loop.
+        handover: Brings the student's weights to the sampler; None without one.
         loss_is_checked: Whether the loss was found to treat each row alone.
     """
 
@@ -66,4 +70,6 @@ class RunState:
     memory: Memory
     has_new_embeddings: bool
     claim: Claim
+    sampler: StudentSampler | None
+    handover: Handover | None
     loss_is_checked: bool

@@ -13,6 +13,7 @@ from opdlab.engine.planned import Planned
 from opdlab.engine.recording import record_trace
 from opdlab.training.processes import AcceleratedProcesses, gather_trace
 from opdlab.training.resolution import grader_names
+from opdlab.training.sampler_gap import DESCRIPTIONS
 
 
 @dataclass(frozen=True, eq=False)
@@ -63,7 +64,12 @@ class Step:
         """
         graders = {name: self.policies[name] for name in grader_names(self.policies)}
         return record_trace(
-            self.rollout, graders, self.columns, step=self.number, planned=self.planned
+            self.rollout,
+            graders,
+            self.columns,
+            step=self.number,
+            planned=self.planned,
+            described={name: DESCRIPTIONS[name] for name in DESCRIPTIONS if name in self.columns},
         )
 
     def gather_trace(self) -> Trace:
