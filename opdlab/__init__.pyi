@@ -1,6 +1,18 @@
 """The names that a notebook uses; `__init__.py` imports each when it is first used."""
 
-from . import diagnose, engine, errors, exact, losses, methods, notebook, tasks, teachers, viz
+from . import (
+    diagnose,
+    engine,
+    errors,
+    exact,
+    losses,
+    methods,
+    notebook,
+    samplers,
+    tasks,
+    teachers,
+    viz,
+)
 from .audit import audit
 from .audit.what_if import what_if
 from .data.prompt import Prompt
@@ -91,6 +103,7 @@ __all__ = [
     "resume",
     "rollout_from_texts",
     "sample",
+    "samplers",
     "score",
     "signals",
     "snapshots",

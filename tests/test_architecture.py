@@ -28,6 +28,9 @@ FLOORS = [
     "engine",  # rows, batch, signals, scoring
     "methods",  # one file per technique
     "teachers",  # local texts and servers
+    # Who writes the student's texts in place of its own loop (that one is in models): vLLM. Its
+    # server is talked to as teachers are.
+    "samplers",
     "tasks",  # market, reasoning-gym, records, profiles
     "training",  # settings, run, checkpoints, evaluation
     "exact",  # toy models that can be enumerated

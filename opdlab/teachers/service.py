@@ -50,6 +50,7 @@ class Service:
         budget: Limits on what may be spent.
         cache: A file or a `Cache`; None keeps answers as long as this object lives.
         quiet: Whether to show no progress bar.
+        who: Who is behind the server, for errors: "teacher" or "sampler".
 
     Raises:
         InvalidValue: A value cannot be right.
@@ -63,23 +64,24 @@ class Service:
     budget: InstanceOf[Budget] = field(default_factory=Budget)
     cache: Any = None
     quiet: Flag = False
+    who: Text = "teacher"
 
     def __post_init__(self) -> None:
         validate_fields(self)
         if not isinstance(self.cache, (str, os.PathLike, Cache, type(None))):
             raise InvalidValue(
-                f"The cache of a teacher is {shortened(self.cache)}. Use the path of a file, a"
+                f"The cache of a {self.who} is {shortened(self.cache)}. Use the path of a file, a"
                 " Cache, or None."
             )
         if not _is_address(self.url):
             raise InvalidValue(
-                "The url of a teacher must look like http://127.0.0.1:8000/v1, without a name,"
+                f"The url of a {self.who} must look like http://127.0.0.1:8000/v1, without a name,"
                 " password or query in it. Put the key into the environment variable"
                 f" {self.key_env}."
             )
         self.url = self.url.rstrip("/")
         self.cache = self.cache if isinstance(self.cache, Cache) else Cache(self.cache)
-        self._progress, self._done = Progress(0, "teacher", "text", self.quiet, leave=False), 0
+        self._progress, self._done = Progress(0, self.who, "text", self.quiet, leave=False), 0
         self._client: Any = None
         self._lock, self._stop = threading.Lock(), threading.Event()
         self._has_warned = False  # of a usage that cannot be right
@@ -92,6 +94,7 @@ class Service:
         accept: Callable[[dict[str, Any]], T],
         retries: int | None = None,
         largest: int | None = None,
+        is_text: bool = False,
     ) -> T:
         """Send a request until its reply can be used.
 
@@ -102,6 +105,7 @@ class Service:
             accept: Reads the reply; raises Fault for a reply that cannot be used.
             retries: Most times to send it again; by default the service's own number.
             largest: Most bytes of the reply; by default enough for the tokens of `worst`.
+            is_text: Whether a good reply is a plain text, which `accept` gets as `{"text": …}`.
 
         Returns:
             The value that `accept` returns.
@@ -112,7 +116,7 @@ class Service:
         """
         most = USUAL + worst.completion * BYTES_A_TOKEN if largest is None else largest
         tries = 1 + (self.retries if retries is None else retries)
-        answer, fault, asked = self._try(path, body, worst, accept, tries, most)
+        answer, fault, asked = self._try(path, body, worst, accept, tries, most, is_text)
         if fault is None:
             return cast(T, answer)
         # Raised here, where no reply is at hand that a traceback with local variables would show.
@@ -133,6 +137,7 @@ class Service:
         accept: Callable[[dict[str, Any]], T],
         tries: int,
         largest: int,
+        is_text: bool,
     ) -> tuple[T | None, Fault | None, int]:
         """Send a request until its reply can be used.
 
@@ -141,7 +146,7 @@ class Service:
         """
         for i in range(tries):
             with self.budget.hold(worst) as hold:
-                reply = self._once(path, body, largest)
+                reply = self._once(path, body, largest, is_text)
                 hold.used = self._usage(reply, worst)
             try:
                 if isinstance(reply, dict):
@@ -194,7 +199,7 @@ class Service:
             return []
         self._stop.clear()
         self._progress.total, self._done = unit * len(jobs), 0
-        pool = ThreadPoolExecutor(min(self.concurrency, len(jobs)), thread_name_prefix="teacher")
+        pool = ThreadPoolExecutor(min(self.concurrency, len(jobs)), thread_name_prefix=self.who)
         futures: list[Future[T]] = [pool.submit(job) for job in jobs]
         try:
             for future in as_completed(futures):
@@ -218,7 +223,9 @@ class Service:
             cost["cost"] = f"{self.budget.price(spent):.4f}"
         self._progress.update(self._done, tokens=f"{spent.tokens:,}", **cost)
 
-    def _once(self, path: str, body: Mapping[str, Any], largest: int) -> dict[str, Any] | Fault:
+    def _once(
+        self, path: str, body: Mapping[str, Any], largest: int, is_text: bool
+    ) -> dict[str, Any] | Fault:
         """Send one request.
 
         A fault is returned and not raised, so that no traceback leads to the request and its key.
@@ -227,7 +234,7 @@ class Service:
         key = self._key()
         is_interrupted = False
         try:
-            return self._send(client, path, body, key, largest)
+            return self._send(client, path, body, key, largest, is_text)
         except KeyboardInterrupt:
             is_interrupted = True
         except Fault as fault:
@@ -241,7 +248,13 @@ class Service:
         raise KeyboardInterrupt
 
     def _send(
-        self, client: Any, path: str, body: Mapping[str, Any], key: str, largest: int
+        self,
+        client: Any,
+        path: str,
+        body: Mapping[str, Any],
+        key: str,
+        largest: int,
+        is_text: bool,
     ) -> dict[str, Any] | Fault:
         from openai import APIConnectionError, APIStatusError, APITimeoutError, OpenAIError
 
@@ -262,6 +275,8 @@ class Service:
             return _refusal(error, key)
         except (OpenAIError, ValueError):
             return Fault("the reply cannot be read")
+        if is_text:
+            return {"text": reply.content.decode("utf-8", "replace")}
         return read_reply(reply.content)
 
     def _key(self) -> str:
@@ -287,8 +302,8 @@ class Service:
                     from openai import OpenAI
                 except ImportError:
                     raise OpdlabError(
-                        "Teachers behind a server need the openai client. Install it: pip install"
-                        " 'opdlab[servers]'."
+                        f"A {self.who} behind a server needs the openai client. Install it: pip"
+                        " install 'opdlab[servers]'."
                     ) from None
                 from opdlab.teachers.transport import bounded_client
 
