@@ -27,7 +27,7 @@ from opdlab.data.rollout import Rollout
 from opdlab.data.sampling_config import SamplingConfig, SamplingOptions
 from opdlab.engine.needs import did_you_mean
 from opdlab.errors import ContextTooLong, InvalidValue, OpdlabError, SamplerError, UnknownOption
-from opdlab.models import model_files
+from opdlab.models import fingerprints, model_files
 from opdlab.models.policy import Policy
 from opdlab.samplers.adapter_files import AdapterFiles, check_adapter
 from opdlab.samplers.completions import (
@@ -178,7 +178,7 @@ class VLLM:
         """
         if student.adapter is not None:
             check_adapter(student.weights.config_of(student.adapter))
-        wanted = (student.weights, self._rank(student))
+        wanted = self._describe(student)
         if self._engine is None or self._loaded != wanted:
             self.close()
             self._build(student)
@@ -403,6 +403,19 @@ class VLLM:
         yield
         if sleeps:
             self._engine.sleep(level=1)
+
+    def _describe(self, student: Policy) -> tuple[Any, ...]:
+        """What an engine is started for: another student that agrees in it is served by it too.
+
+        Without an adapter, the weights are no part of it, since they can be loaded in place.
+        """
+        weights = student.weights
+        rank, digest = self._rank(student), None
+        if rank is not None:
+            digest = fingerprints.tensors_digest(fingerprints.base_tensors(weights.model))
+        vocabulary = fingerprints.vocabulary_digest(student.tokenizer)
+        config = fingerprints.model_config(weights.model)
+        return type(weights.model), config, weights.model.dtype, vocabulary, rank, digest
 
     @staticmethod
     def _rank(student: Policy) -> int | None:

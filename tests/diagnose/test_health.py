@@ -221,7 +221,10 @@ def test_each_threshold_from_both_sides():
     assert note(Health(short), accuracy=[0.6, 0.56, 0.56]) == []
     assert note(Health(short), accuracy=[0.6, 0.54, 0.6]) == []  # one bad evaluation may be noise
     assert note(Health(short), accuracy=[0.6, 0.54, 0.5]) == ["late over-training"]
-    assert len(SIGNATURES) == 7
+    assert note(Health(short), sampler_gap=[0.049] * 3, sampler_beyond=[0.009] * 3) == []
+    assert note(Health(short), sampler_gap=[0.051] * 3, sampler_beyond=[0.0] * 3) == ["sampler gap"]
+    assert note(Health(short), sampler_gap=[0.01] * 3, sampler_beyond=[0.02] * 3) == ["sampler gap"]
+    assert len(SIGNATURES) == 8
 
 
 def test_an_alarm_comes_again_only_after_it_has_gone():

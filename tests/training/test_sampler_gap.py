@@ -323,7 +323,7 @@ def test_the_gap_is_a_channel_of_token_lens():
     assert channels["sampler_gap"].kind == "signed"
     assert channels["sampler_gap"].unit == "nats"
     assert channels["importance"].label == "importance weight"
-    page = viz.TokenLens(trace).html()
+    page = viz.TokenLens(trace, channel="sampler_gap").static()
     assert "sampler gap" in page
 
 
