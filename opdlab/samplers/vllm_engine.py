@@ -274,6 +274,8 @@ class VLLM:
         """Write; an engine that fails is started anew once, with the student's present weights."""
         try:
             return self._write(starts, n, config, first)
+        except ValueError:  # refused, by us or by vLLM
+            raise
         except Exception as error:
             student, reason = self._student, error
         assert student is not None
@@ -323,6 +325,7 @@ class VLLM:
             model_files.write_model(student.weights, Path(base))
         else:
             student.tokenizer.save_pretrained(self._folder / "tokenizer")
+            student.weights.model.config.save_pretrained(self._folder / "tokenizer")
         tokenizer = base if self.base is None else str(self._folder / "tokenizer")
         options = {
             **_defaults(student),

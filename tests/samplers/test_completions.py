@@ -116,6 +116,12 @@ def test_all_that_shapes_the_distribution_is_said(market):
     assert all(0 <= seed < SEEDS for seed in seeds)
 
 
+@pytest.mark.parametrize("temperature", [0.005, 2.5])
+def test_temperatures_that_vllm_would_change_are_refused(market, temperature):
+    with pytest.raises(InvalidValue, match=r"from 0\.01 to 2"):
+        fields_of(SamplingConfig(temperature=temperature), market[0])
+
+
 # Adapters on disk.
 
 

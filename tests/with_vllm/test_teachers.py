@@ -1,0 +1,58 @@
+"""Teachers behind a real vLLM server give the losses that the same model gives in this process."""
+
+from __future__ import annotations
+
+import pytest
+
+import opdlab as opd
+from opdlab.errors import OpdlabError, TeacherError
+from opdlab.losses import TopK
+from opdlab.tasks.market import model
+from opdlab.teachers import LogprobServer, TextServer
+
+
+def first_step(teacher, method):
+    student, _, task = opd.load("market")
+    return next(opd.distill(student, teacher, task, method=method, steps=1, batch=16, quiet=True))
+
+
+@pytest.mark.parametrize(
+    "method",
+    [
+        opd.OPD(top_k=TopK(20, by="teacher")),
+        opd.OPD("forward_kl", top_k=TopK(20, by="teacher")),
+        opd.OPD(estimator="sampled"),
+    ],
+)
+def test_its_losses_are_those_of_the_local_teacher(teacher_server, method):
+    local = first_step(model("teacher"), method)
+    served = first_step(LogprobServer(teacher_server.url, k=20, quiet=True), method)
+    assert served.rollout.completions() == local.rollout.completions()
+    gap = (served.columns["loss"] - local.columns["loss"]).abs().max()
+    assert float(gap) < 1e-4  # nats
+
+
+def test_it_writes_texts(teacher_server):
+    task = opd.tasks.market()
+    teacher = TextServer(teacher_server.url, quiet=True)
+    student = model("student")
+    step = next(
+        opd.distill(
+            student, teacher, task, method=opd.SequenceKD(), steps=1, batch=8, lr=3e-3, quiet=True
+        )
+    )
+    assert set(step.rollout.writer) == {"teacher"}
+    scores = task.scores(step.rollout.prompts, step.rollout.texts)
+    assert sum(scores) / len(scores) > 0.7  # they are the teacher's, who is right
+
+
+def test_too_many_log_probs_are_refused_before_the_run(teacher_server):
+    teacher = LogprobServer(teacher_server.url, k=40, quiet=True)
+    with pytest.raises(OpdlabError, match=r"(?i)log-?probs") as refused:
+        first_step(teacher, opd.OPD(estimator="sampled"))
+    assert "20" in str(refused.value)  # what the server allows
+
+
+def test_a_wrong_model_is_refused(teacher_server):
+    with pytest.raises(TeacherError, match="404"):
+        first_step(TextServer(teacher_server.url, "nobody", quiet=True), opd.SequenceKD())
