@@ -28,6 +28,7 @@ from opdlab.data.sampling_config import SamplingConfig, SamplingOptions
 from opdlab.engine.needs import did_you_mean
 from opdlab.errors import ContextTooLong, InvalidValue, OpdlabError, SamplerError, UnknownOption
 from opdlab.models import fingerprints, model_files
+from opdlab.models.places import read_places
 from opdlab.models.policy import Policy
 from opdlab.samplers.adapter_files import AdapterFiles, check_adapter
 from opdlab.samplers.completions import (
@@ -229,6 +230,7 @@ class VLLM:
         prefixes: Unchecked[Sequence[Sequence[int]] | None] = None,
         batch_size: Count | None = None,
         writer: Text = "student",
+        places: Unchecked[Sequence[int] | None] = None,
         **options: Unpack[SamplingOptions],
     ) -> Rollout:
         """Write `n` completions of each prompt; see `Policy.sample`.
@@ -239,6 +241,7 @@ class VLLM:
             prefixes: Token ids already written after each prompt, to be continued.
             batch_size: Prompts given to vLLM at once; all by default, since it batches by itself.
             writer: Who writes, for the trace.
+            places: Where each prompt stands in the batch of all processes; see `Policy.sample`.
             options: Fields of `SamplingConfig`.
 
         Returns:
@@ -255,25 +258,27 @@ class VLLM:
             )
         student, prompts = self._student, expect_prompts(prompts, "sample")
         config = SamplingConfig.of(
-            "sample", options, beside=("n", "prefixes", "batch_size", "writer")
+            "sample", options, beside=("n", "prefixes", "batch_size", "writer", "places")
         )
         starts = student.starts(prompts, config.max_new_tokens, prefixes)
         limit = self._engine.llm_engine.model_config.max_model_len
         _check_room(starts, config.max_new_tokens, limit)
+        numbers = read_places(places, len(prompts)) or list(range(len(prompts)))
         size = batch_size or len(starts)
         written: list[Completion] = []
         for first in range(0, len(starts), size):
-            written += self._write_or_restart(starts[first : first + size], n, config, first)
+            part = slice(first, first + size)
+            written += self._write_or_restart(starts[part], n, config, numbers[part])
         return rollout_of(student, prompts, n, written, config, writer)
 
     # The engine.
 
     def _write_or_restart(
-        self, starts: list[list[int]], n: int, config: SamplingConfig, first: int
+        self, starts: list[list[int]], n: int, config: SamplingConfig, numbers: Sequence[int]
     ) -> list[Completion]:
         """Write; an engine that fails is started anew once, with the student's present weights."""
         try:
-            return self._write(starts, n, config, first)
+            return self._write(starts, n, config, numbers)
         except ValueError:  # refused, by us or by vLLM
             raise
         except Exception as error:
@@ -282,7 +287,7 @@ class VLLM:
         try:
             self.close()
             self.start(student)
-            return self._write(starts, n, config, first)
+            return self._write(starts, n, config, numbers)
         except Exception as error:
             raise SamplerError(
                 f"vLLM failed ({_words(reason)}), was started again, and failed again"
@@ -291,15 +296,14 @@ class VLLM:
             ) from error
 
     def _write(
-        self, starts: list[list[int]], n: int, config: SamplingConfig, first: int = 0
+        self, starts: list[list[int]], n: int, config: SamplingConfig, numbers: Sequence[int] = (0,)
     ) -> list[Completion]:
         from vllm import SamplingParams
 
         assert self._student is not None
         fields = fields_of(config, self._student)
         parameters = [
-            SamplingParams(**fields, n=n, seed=seed_of_prompt(config, first + i))
-            for i in range(len(starts))
+            SamplingParams(**fields, n=n, seed=seed_of_prompt(config, number)) for number in numbers
         ]
         with _keeping_torch(), self._compiling(), self._awake():
             answers = self._engine.generate(

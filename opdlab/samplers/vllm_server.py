@@ -21,6 +21,7 @@ from opdlab.data.prompt import Prompt, expect_prompts
 from opdlab.data.rollout import Rollout
 from opdlab.data.sampling_config import SamplingConfig, SamplingOptions
 from opdlab.errors import ContextTooLong, InvalidValue, OpdlabError, SamplerError, TeacherError
+from opdlab.models.places import read_places
 from opdlab.models.policy import Policy
 from opdlab.samplers.adapter_files import AdapterFiles, check_adapter
 from opdlab.samplers.completions import (
@@ -169,6 +170,7 @@ class VLLMServer:
         prefixes: Unchecked[Sequence[Sequence[int]] | None] = None,
         batch_size: Count | None = None,
         writer: Text = "student",
+        places: Unchecked[Sequence[int] | None] = None,
         **options: Unpack[SamplingOptions],
     ) -> Rollout:
         """Write `n` completions of each prompt; see `Policy.sample`.
@@ -179,6 +181,7 @@ class VLLMServer:
             prefixes: Token ids already written after each prompt, to be continued.
             batch_size: Prompts sent at once; `concurrency` of them by default.
             writer: Who writes, for the trace.
+            places: Where each prompt stands in the batch of all processes; see `Policy.sample`.
             options: Fields of `SamplingConfig`.
 
         Returns:
@@ -195,15 +198,16 @@ class VLLMServer:
             )
         student, prompts = self._student, expect_prompts(prompts, "sample")
         config = SamplingConfig.of(
-            "sample", options, beside=("n", "prefixes", "batch_size", "writer")
+            "sample", options, beside=("n", "prefixes", "batch_size", "writer", "places")
         )
         starts = student.starts(prompts, config.max_new_tokens, prefixes)
         self._check_room(starts, config.max_new_tokens)
+        numbers = read_places(places, len(prompts)) or list(range(len(prompts)))
         size = batch_size or len(starts)
         written: list[Completion] = []
         for first in range(0, len(starts), size):
-            part = partial(self._write, starts[first : first + size], n, config, first)
-            written += self._patiently(part)
+            part = slice(first, first + size)
+            written += self._patiently(partial(self._write, starts[part], n, config, numbers[part]))
         return rollout_of(student, prompts, n, written, config, writer)
 
     # Talking to the server.
@@ -341,14 +345,14 @@ class VLLMServer:
             )
 
     def _write(
-        self, starts: list[list[int]], n: int, config: SamplingConfig, first: int = 0
+        self, starts: list[list[int]], n: int, config: SamplingConfig, numbers: Sequence[int] = (0,)
     ) -> list[Completion]:
         """Ask for all completions, several prompts at once."""
         assert self._student is not None
         fields = fields_of(config, self._student)
         jobs = [
-            partial(self._ask, start, n, {**fields, "seed": seed_of_prompt(config, first + i)})
-            for i, start in enumerate(starts)
+            partial(self._ask, start, n, {**fields, "seed": seed_of_prompt(config, number)})
+            for start, number in zip(starts, numbers, strict=True)
         ]
         return [one for row in self.service.many(jobs, unit=n) for one in row]
 

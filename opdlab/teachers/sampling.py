@@ -110,3 +110,15 @@ def refused_fields(error: TeacherError, sent: Collection[str], guess: bool) -> t
     if named:
         return optional
     return tuple(name for name in sent if guess and name in EXTENSIONS)
+
+
+def refuses_number(error: TeacherError) -> bool:
+    """Tell whether a server refuses to give as many texts at once as it was asked for.
+
+    Args:
+        error: The server's answer.
+
+    Returns:
+        True if the request was not understood and the answer names the field `n`.
+    """
+    return error.status in REFUSED and re.search(r"['\"`]n['\"`]", str(error)) is not None

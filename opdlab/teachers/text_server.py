@@ -36,6 +36,7 @@ from opdlab.teachers.sampling import (
     KEEP_STOP,
     NEUTRAL,
     refused_fields,
+    refuses_number,
     sampling_fields,
     without_refused,
 )
@@ -288,7 +289,16 @@ class TextServer:
             whole = {**body, self._limit: limit, **several, "seed": int(keys[0][:8], 16) >> 1}
             accept = partial(self._read_texts, n=len(keys), limit=limit, short=[])
             most = worst(json.dumps(body), len(keys), limit)
-            texts = self.post(path, whole, config, most, accept, retries)
+            try:
+                texts = self.post(path, whole, config, most, accept, retries)
+            except TeacherError as error:
+                if len(keys) == 1 or not refuses_number(error):
+                    raise
+                # llama.cpp takes as many as it has slots: from here on, one text for each request.
+                self._several = False
+                for key in keys:
+                    self._ask(path, body, config, [key], retries)
+                return
             for key, text in zip(keys, texts, strict=False):
                 self.service.cache.put(key, text)
             keys = keys[len(texts) :]

@@ -134,8 +134,8 @@ class _TimedBackend(_core.NetworkBackend):
 class _Client(DefaultHttpxClient):
     """A client that closes its connections when nobody holds it, as openai's own does."""
 
-    def __del__(self) -> None:
-        with suppress(Exception):
+    def __del__(self, _suppress: type[suppress] = suppress) -> None:
+        with _suppress(Exception):  # at the end of the program, this module may be gone
             self.close()
 
 

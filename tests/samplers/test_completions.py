@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 
 import pytest
@@ -114,6 +115,19 @@ def test_all_that_shapes_the_distribution_is_said(market):
     seeds = {seed_of_prompt(SamplingConfig(seed=2**64 - 1 - i), j) for i in (0, 1) for j in (0, 1)}
     assert len(seeds) == 4
     assert all(0 <= seed < SEEDS for seed in seeds)
+
+
+def test_every_field_of_the_config_is_translated():
+    """A field that is added to `SamplingConfig` must be said to vLLM, and be added here."""
+    assert {field.name for field in dataclasses.fields(SamplingConfig)} == {
+        "max_new_tokens",
+        "temperature",
+        "top_p",
+        "top_k",
+        "min_p",
+        "stop",
+        "seed",
+    }
 
 
 @pytest.mark.parametrize("temperature", [0.005, 2.5])
