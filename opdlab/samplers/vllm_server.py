@@ -44,7 +44,8 @@ from opdlab.support.validation import (
 )
 from opdlab.teachers.budget import Usage
 from opdlab.teachers.redaction import plain
-from opdlab.teachers.service import Fault, Service
+from opdlab.teachers.reply import Fault
+from opdlab.teachers.service import Service
 
 if TYPE_CHECKING:
     from typing import Unpack
