@@ -62,7 +62,6 @@ TAKEN = {
     "enable_lora": "it follows from the student",
     "max_lora_rank": "it follows from the student's adapter",
     "max_loras": "one adapter is in force",
-    "trust_remote_code": "code from model folders is never run",
     "logprobs_mode": "log-probs are those at temperature 1, without filters",
     "generation_config": "all sampling parameters are said with each request",
 }
@@ -345,7 +344,7 @@ class VLLM:
             from vllm import LLM
 
             try:
-                self._engine = LLM(**options)
+                self._engine = LLM(**options, trust_remote_code=False)
             except Exception as error:
                 raise SamplerError(
                     f"vLLM does not start for {student.name}: {_words(error)}. Its options are"
@@ -453,6 +452,8 @@ class VLLM:
 def _check_options(options: Mapping[str, Any]) -> dict[str, Any]:
     """Check the options that are known here."""
     for name in options:
+        if name.startswith("trust"):
+            raise InvalidValue(f"VLLM got {name}=…: code from model folders is never run.")
         if name in TAKEN:
             raise InvalidValue(f"VLLM got {name}=…: {TAKEN[name]}. Leave it out.")
     known = {name: value for name, value in options.items() if name in _TYPES}
