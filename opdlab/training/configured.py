@@ -12,12 +12,12 @@ from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
+from opdlab import samplers
 from opdlab.engine.needs import did_you_mean
 from opdlab.errors import InvalidValue, OpdlabError
 from opdlab.methods import Method
 from opdlab.methods.by_name import make_method
 from opdlab.models.policy import Policy
-from opdlab.support.expect import shortened
 from opdlab.tasks import Task
 from opdlab.tasks.by_name import (
     SMALL,
@@ -340,11 +340,14 @@ def _compare_settings(
 
 
 def _make_sampler(config: Config) -> Any:
-    """Make the sampler that `[sampler]` names."""
-    from opdlab.training import run
-
+    """Make the sampler that `[sampler]` names; its class checks the options."""
     assert config.sampler is not None
-    raise OpdlabError(
-        f"[sampler] asks for {shortened(config.sampler.name)}, and {run.__name__} samples with the"
-        " built-in sampler alone. Leave [sampler] out."
-    )
+    kinds = {"vllm": samplers.VLLM, "vllm-server": samplers.VLLMServer}
+    name = config.sampler.name
+    kind = kinds.get(name)
+    if kind is None:
+        raise InvalidValue(
+            f"[sampler] has kind={name!r}. {did_you_mean(name, kinds)}"
+            f"Use {' or '.join(kinds)}, or leave [sampler] out for the built-in sampler."
+        )
+    return kind(**config.sampler.options)
