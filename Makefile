@@ -7,7 +7,7 @@ BIN := $(ENV)/bin
 VLLM := .venv-vllm
 SOURCES := pyproject.toml constraints.txt
 
-.PHONY: demo serve gallery lab test test-vllm stress notebooks models families bench pair clean
+.PHONY: demo serve gallery lab test rehearse test-vllm stress notebooks models families bench pair clean
 .DEFAULT_GOAL := demo
 
 demo: $(ENV)/$(if $(filter small,$(PROFILE)),small,base).done  ## distil a student and write runs/demo/index.html
@@ -41,6 +41,10 @@ stress: $(ENV)/test.done  ## the tests of robustness in their long form: MINUTES
 test-vllm: $(VLLM)/vllm.done  ## real servers of vLLM and llama.cpp on this CPU, in an environment of their own
 	@PYTHONPATH=$(CURDIR) OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 \
 		$(VLLM)/bin/python -m pytest -p no:cacheprovider --durations=10 tests/with_vllm
+
+rehearse: $(ENV)/test.done $(ENV)/small.done  ## run the notebooks as on a GPU, on tiny models of an imitated Hub
+	@OPDLAB_PROFILE=gpu OMP_NUM_THREADS=1 $(BIN)/python -m tests.imitation_hub \
+	  $(BIN)/python -m pytest -n 2 --nbmake --nbmake-timeout=1800 $(or $(NOTEBOOKS),notebooks)
 
 notebooks: $(ENV)/test.done  ## run the notebooks again and freeze their outputs
 	@OPDLAB_PROFILE=cpu $(BIN)/opdlab freeze notebooks/*.ipynb --execute

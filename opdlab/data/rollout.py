@@ -128,6 +128,20 @@ class Rollout:
         n = self.n if self._keeps_groups(which) else 1
         return replace(self, **parts, lengths=self.lengths[pick], n=n)
 
+    def to(self, device: torch.device) -> Rollout:
+        """Make the same rollout on another device.
+
+        Args:
+            device: Where the tensors shall be.
+
+        Returns:
+            The rollout; itself if it is there already.
+        """
+        if self.ids.device == device:
+            return self
+        names = ("lengths", *_PER_TOKEN)
+        return replace(self, **{name: getattr(self, name).to(device) for name in names})
+
     def _keeps_groups(self, which: Sequence[int]) -> bool:
         """Tell whether these rows are whole groups of `n`, each in its order."""
         groups = [list(which[i : i + self.n]) for i in range(0, len(which), self.n)]

@@ -31,6 +31,7 @@ from opdlab.models.fingerprints import vocabulary_digest
 from opdlab.models.forward import last_hidden
 from opdlab.models.graded import States
 from opdlab.models.head import Head
+from opdlab.models.hub import from_cache_if_unreachable
 from opdlab.models.load_options import LoadOptions
 from opdlab.models.loading import find
 from opdlab.models.origin import Origin, Told, remember_loading
@@ -38,7 +39,7 @@ from opdlab.models.places import read_places
 from opdlab.models.quantization import describe_quantization
 from opdlab.models.sampling import SampledTexts, SamplingLoop, read_prefixes
 from opdlab.models.templates import check_template_options
-from opdlab.models.vocabulary import check_written_with
+from opdlab.models.vocabulary import check_readable, check_written_with
 from opdlab.models.weights import AdapterInUse, Weights
 from opdlab.support.expect import expect, shortened
 from opdlab.support.validation import Count, Text, Unchecked, validate_arguments
@@ -117,6 +118,7 @@ class Policy:
 
     @classmethod
     @remember_loading
+    @from_cache_if_unreachable
     def load(
         cls,
         source: str | os.PathLike[str],
@@ -510,6 +512,7 @@ class Policy:
 
         Raises:
             EmptyPrompts: One has no tokens.
+            TokenizerMismatch: One has a token that the model lacks.
         """
         seen = [self._in_context(prompt) for prompt in prompts]
         rows = encode_prompts(self.tokenizer, seen, self.chat_template_kwargs, self.weights.eos)
@@ -519,6 +522,7 @@ class Policy:
                     f"Prompt {name_of(prompt, number)} has no tokens to go on from. Give it some"
                     " text."
                 )
+            check_readable(self.tokenizer, self.weights.vocab_size, row, name_of(prompt, number))
         return rows
 
     def _in_context(self, prompt: Prompt) -> Prompt:

@@ -19,10 +19,16 @@ from opdlab.support.expect import shortened
 from opdlab.support.validation import CountOrZero, validate
 
 NAMED = 5  # tokens that a message lists
+# Tokens that stand for something else than text, as tokenizers of model families that read more
+# than text name them. The families' text models come without rows for them, as Gemma 3 1B does.
+PLACEHOLDERS = ("image_token", "video_token", "audio_token")
 
 
 def check_tokens(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> None:
     """Refuse tokens that the tokenizer can produce and the model has no row for.
+
+    The placeholders of images and the like may be missing, since only a text that spells them has
+    them; see `check_readable`.
 
     Args:
         model: The model.
@@ -32,7 +38,12 @@ def check_tokens(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> 
         TokenizerMismatch: The embeddings or the output head end before the tokenizer's last id.
     """
     rows = count_rows(model)
-    missing = sorted((id, token) for token, id in tokenizer.get_vocab().items() if id >= rows)
+    placeholders = {getattr(tokenizer, name, None) for name in PLACEHOLDERS}
+    missing = sorted(
+        (id, token)
+        for token, id in tokenizer.get_vocab().items()
+        if id >= rows and token not in placeholders
+    )
     if not missing:
         return
     named = ", ".join(f"{token!r} ({id})" for id, token in missing[:NAMED])
@@ -44,6 +55,28 @@ def check_tokens(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> 
         f" model.resize_token_embeddings({missing[-1][0] + 1}); or use the tokenizer that the model"
         " was trained with."
     )
+
+
+def check_readable(
+    tokenizer: PreTrainedTokenizerBase, vocab_size: int, row: Sequence[int], name: str
+) -> None:
+    """Refuse a prompt with a token that the model has no row for.
+
+    Args:
+        tokenizer: The tokenizer that encoded the prompt.
+        vocab_size: How many tokens the model has.
+        row: The ids of the prompt, at least one.
+        name: The prompt's name, for the error.
+
+    Raises:
+        TokenizerMismatch: It holds the placeholder of an image or the like.
+    """
+    largest = max(row)
+    if largest >= vocab_size:
+        raise TokenizerMismatch(
+            f"Prompt {name} holds {tokenizer.convert_ids_to_tokens(largest)!r} ({largest}), and the"
+            f" model has {vocab_size} tokens: it reads text alone. Take that out of the prompt."
+        )
 
 
 def find_eos(

@@ -142,7 +142,8 @@ def _write_by(
     n = run.settings.n
     if isinstance(writer, Sampler):
         options: dict[str, Any] = {**config.options(), **_seeded(run, writer, config, places)}
-        return writer.sample(prompts, n, writer=name, **options)
+        written = writer.sample(prompts, n, writer=name, **options)
+        return written.to(run.student.weights.device)  # a teacher may be on another device
     is_shared, process = run.accelerator.num_processes > 1, run.accelerator.process_index
     texts = write_texts(writer, prompts, n, config, places if is_shared else None, process)
     repeated = [prompt for prompt in prompts for _ in range(n)]

@@ -25,6 +25,8 @@ STUDENT, TEACHER = "Qwen/Qwen3-0.6B", "Qwen/Qwen3-4B"  # the pair of the gpu pro
 ADAPTER, OWN_CODE, SUMS = "someone/qwen3-0.6b-lora", "someone/own-code", "someone/sums"
 EARLIER = "before-update"  # a revision of the student with other weights
 
+SHARED = 4.0  # see `_let_texts_end`
+
 TINY = {
     "hidden_size": 16,
     "intermediate_size": 32,
@@ -176,6 +178,7 @@ def write_model(
     *,
     family: Family,
     seed: int,
+    ends: float,
     shard_size: str = "5GB",
     **sizes: int,
 ) -> None:
@@ -186,6 +189,7 @@ def write_model(
         revision: Another revision than main has other weights.
         family: The family of the real model.
         seed: Seed of the weights.
+        ends: Weight of the token that ends a text, such that texts have some ten tokens.
         shard_size: Largest size of a file with weights.
         sizes: Fields of the configuration in place of `TINY`.
     """
@@ -198,8 +202,10 @@ def write_model(
     shapes = {name: value for name, value in model.state_dict().items() if name not in tied}
     generator = torch.Generator().manual_seed(seed + (0 if revision == "main" else 1000))
     # The public function also writes the index of several files, as the Hub has it.
+    weights = {name: _random_weight(name, like, generator) for name, like in shapes.items()}
+    _let_texts_end(weights, family.generation["eos_token_id"], ends)
     save_torch_state_dict(
-        {name: _random_weight(name, like, generator) for name, like in shapes.items()},
+        weights,
         folder,
         max_shard_size=shard_size,
         metadata={"format": "pt"},
@@ -218,6 +224,23 @@ def _random_weight(name: str, like: torch.Tensor, generator: torch.Generator) ->
     is_matrix = like.ndim > 1
     centre = 0.0 if is_matrix or "bias" in name else 1.0
     return (centre + (0.4 if is_matrix else 0.05) * noise).to(like.dtype)
+
+
+def _let_texts_end(weights: dict[str, torch.Tensor], eos: int | list[int], more: float) -> None:
+    """Give the token that ends a text so much weight that texts end after some ten tokens.
+
+    The first number of every hidden state is large and much the same: all embeddings begin with it,
+    and no layer writes to it. The logit of the ending token reads it.
+    """
+    for name, weight in weights.items():
+        if name.endswith(("o_proj.weight", "down_proj.weight")):
+            weight *= 0.25
+            weight[..., 0, :] = 0
+    embeddings = weights["model.embed_tokens.weight"]
+    embeddings[:, 0] = SHARED
+    head = weights.get("lm_head.weight", embeddings)
+    ends = eos if isinstance(eos, int) else eos[-1]
+    head[ends, 0] = SHARED + more
 
 
 def write_adapter(folder: Path, revision: str, *, base: str, seed: int) -> None:
@@ -274,25 +297,30 @@ def write_json(file: Path, content: Mapping[str, Any]) -> None:
 def _model(
     family: Family,
     seed: int,
+    ends: float,
     *,
     revisions: tuple[str, ...] = ("main",),
     is_gated: bool = False,
     **options: Any,
 ) -> Repository:
     return Repository(
-        partial(write_model, family=family, seed=seed, **options), revisions, is_gated=is_gated
+        partial(write_model, family=family, seed=seed, ends=ends, **options),
+        revisions,
+        is_gated=is_gated,
     )
 
 
 REPOSITORIES: dict[str, Repository] = {
-    STUDENT: _model(QWEN3, 1, revisions=("main", EARLIER)),
-    TEACHER: _model(QWEN3, 2, shard_size="4MB", hidden_size=32, num_hidden_layers=3),
-    "google/gemma-3-270m-it": _model(GEMMA3, 3, is_gated=True),
-    "google/gemma-3-1b-it": _model(GEMMA3, 4, is_gated=True),
-    "meta-llama/Llama-3.2-1B-Instruct": _model(LLAMA3, 5, is_gated=True, tie_word_embeddings=True),
-    "meta-llama/Llama-3.1-8B-Instruct": _model(LLAMA3, 6, is_gated=True),
-    "deepseek-ai/DeepSeek-V3": _model(DEEPSEEK_V3, 7),
-    "deepseek-ai/DeepSeek-V3-0324": _model(DEEPSEEK_V3, 8),
+    STUDENT: _model(QWEN3, 1, 4.3, revisions=("main", EARLIER)),
+    TEACHER: _model(QWEN3, 2, 10.9, shard_size="4MB", hidden_size=32, num_hidden_layers=3),
+    "google/gemma-3-270m-it": _model(GEMMA3, 3, 2.8, is_gated=True),
+    "google/gemma-3-1b-it": _model(GEMMA3, 4, 2.8, is_gated=True),
+    "meta-llama/Llama-3.2-1B-Instruct": _model(
+        LLAMA3, 5, 4.3, is_gated=True, tie_word_embeddings=True
+    ),
+    "meta-llama/Llama-3.1-8B-Instruct": _model(LLAMA3, 6, 0.7, is_gated=True),
+    "deepseek-ai/DeepSeek-V3": _model(DEEPSEEK_V3, 7, 0.9),
+    "deepseek-ai/DeepSeek-V3-0324": _model(DEEPSEEK_V3, 8, 3.5),
     ADAPTER: Repository(partial(write_adapter, base=STUDENT, seed=9)),
     OWN_CODE: Repository(write_own_code),
     SUMS: Repository(write_sums, kind="dataset"),
