@@ -33,6 +33,7 @@ class SamplingOptions(TypedDict, total=False):
         min_p: Keep tokens with at least this share of the likeliest probability; 0 keeps all.
         stop: Texts that end a completion where they occur.
         seed: The same seed gives the same texts.
+        min_new_tokens: Tokens before which no completion ends.
     """
 
     max_new_tokens: int
@@ -42,6 +43,7 @@ class SamplingOptions(TypedDict, total=False):
     min_p: float
     stop: str | tuple[str, ...]
     seed: int
+    min_new_tokens: int
 
 
 @dataclass(frozen=True)
@@ -60,6 +62,8 @@ class SamplingConfig:
             all.
         stop: Texts that end a completion where they occur. The completion keeps them.
         seed: The same seed gives the same texts.
+        min_new_tokens: Tokens before which no completion ends: until then the tokens that end a
+            text are not drawn, and stop texts are passed over.
 
     Raises:
         InvalidValue: A field has a value that cannot be right.
@@ -72,6 +76,7 @@ class SamplingConfig:
     min_p: ShareBelowOne = 0.0
     stop: tuple[str, ...] = ()
     seed: GeneratorSeed = 0
+    min_new_tokens: CountOrZero = 0
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "stop", _read_stop(self.stop))
@@ -81,11 +86,22 @@ class SamplingConfig:
                 "SamplingConfig got an empty text in stop=. It would end every completion at once:"
                 " leave it out."
             )
+        if self.min_new_tokens > self.max_new_tokens:
+            raise InvalidValue(
+                f"SamplingConfig got min_new_tokens={self.min_new_tokens} and"
+                f" max_new_tokens={self.max_new_tokens}. Use at most as many."
+            )
 
     @property
     def is_on_policy(self) -> bool:
         """Whether texts come from the distribution itself, and not from a changed one."""
-        return self.temperature == 1 and self.top_p == 1 and self.top_k == 0 and self.min_p == 0
+        return (
+            self.temperature == 1
+            and self.top_p == 1
+            and self.top_k == 0
+            and self.min_p == 0
+            and self.min_new_tokens == 0
+        )
 
     @classmethod
     def of(

@@ -563,7 +563,7 @@ class Policy:
             places: Where each prompt stands in a batch that several processes share, from 0. The
                 texts are those that one process would write for the whole batch.
             options: Fields of `SamplingConfig`: `max_new_tokens`, `temperature`, `top_p`, `top_k`,
-                `min_p`, `stop`, `seed`.
+                `min_p`, `stop`, `seed`, `min_new_tokens`.
 
         Returns:
             The completions with their log-probs and entropies at temperature 1, in nats.

@@ -211,10 +211,16 @@ class SamplingLoop:
         going = torch.ones(rows, dtype=torch.bool, device=device)
         eos = torch.tensor(sorted(self.weights.eos), device=device)
         for t in range(steps):
-            token, logp, entropy = draw(self.head(texts.states), uniform[live, t], self.config)
+            may_end = t + 1 > self.config.min_new_tokens or not len(eos)
+            token, logp, entropy = draw(
+                self.head(texts.states),
+                uniform[live, t],
+                self.config,
+                without=None if may_end else eos,
+            )
             out.ids[live, t], out.logp[live, t], out.entropy[live, t] = token, logp, entropy
             ended = torch.isin(token, eos)
-            if self.config.stop:
+            if self.config.stop and t + 1 > self.config.min_new_tokens:
                 ended |= self._hold_stop(out.ids[live, : t + 1])
             ended &= going
             out.lengths[live[ended]] = t + 1
@@ -264,13 +270,16 @@ def find_stop(
     return next(held, None)
 
 
-def draw(logits: Tensor, uniform: Tensor, config: SamplingConfig) -> tuple[Tensor, Tensor, Tensor]:
+def draw(
+    logits: Tensor, uniform: Tensor, config: SamplingConfig, without: Tensor | None = None
+) -> tuple[Tensor, Tensor, Tensor]:
     """Sample by inverse CDF; a token without probability is never drawn.
 
     Args:
         logits: `[n, V]`.
         uniform: Numbers from 0 to 1, `[n]`.
         config: Temperature and which tokens are kept.
+        without: Ids of tokens that are not drawn; None for none.
 
     Returns:
         Token ids `[n]`, and their log-probs and the entropies at temperature 1 without any filter,
@@ -289,11 +298,12 @@ def draw(logits: Tensor, uniform: Tensor, config: SamplingConfig) -> tuple[Tenso
             "The model's logits hold NaN or infinity while sampling. Check its weights, dtype and"
             " learning rate."
         )
+    allowed = logits if without is None else logits.index_fill(-1, without, -torch.inf)
     if config.temperature == 0:
-        token = logits.argmax(-1)
+        token = allowed.argmax(-1)
     else:
-        if config.temperature != 1:
-            p = (logits / config.temperature).softmax(-1)
+        if config.temperature != 1 or without is not None:
+            p = (allowed / config.temperature).softmax(-1)
         token = _invert(_keep_likeliest(p, config), uniform)
     return token, logits.gather(-1, token[:, None])[:, 0] - norm[:, 0], entropy
 

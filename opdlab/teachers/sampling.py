@@ -43,7 +43,8 @@ def sampling_fields(config: SamplingConfig) -> dict[str, Any]:
 
     Returns:
         Values by name of field, as vLLM spells it. Only with stop texts, they include `stop` and a
-        field that keeps the stop text.
+        field that keeps the stop text; only with a least length, `min_tokens`, as vLLM and SGLang
+        name it. A server that refuses it is heard in its own words.
     """
     fields = NEUTRAL | {
         "temperature": config.temperature,
@@ -51,6 +52,8 @@ def sampling_fields(config: SamplingConfig) -> dict[str, Any]:
         "top_k": config.top_k or NEUTRAL["top_k"],
         "min_p": config.min_p,
     }
+    if config.min_new_tokens:
+        fields |= {"min_tokens": config.min_new_tokens}
     if config.stop:
         fields |= {"stop": list(config.stop), KEEP_STOP: True}
     return fields

@@ -37,13 +37,14 @@ from opdlab.teachers.contract import expect_teacher
 from opdlab.training import (
     exporting,
     method_state,
+    publishing,
     run_folder,
     run_identity,
     saving,
     trainable,
 )
 from opdlab.training.config import write_toml
-from opdlab.training.evaluation import evaluate
+from opdlab.training.evaluation import Evaluation, evaluate
 from opdlab.training.exclusive import Claim
 from opdlab.training.folder_lock import FolderLock, remove_leftovers
 from opdlab.training.handover import Handover
@@ -445,6 +446,93 @@ class Run(RunState):
         if path is not None:
             write_file(Path(path), text.encode("utf-8"))
         return text
+
+    def save_adapter(
+        self,
+        path: str | os.PathLike[str],
+        *,
+        evaluations: Mapping[str, Evaluation] | None = None,
+    ) -> Path:
+        """Write the trained adapter with its tokenizer and a model card, atomically.
+
+        Plain PEFT loads it: `PeftModel.from_pretrained(base, path)`; so does `Policy.load(path)`.
+
+        Args:
+            path: The folder; one that was written in this way before is replaced.
+            evaluations: Evaluations for the card, as `{"before": …, "after": …}`.
+
+        Returns:
+            The folder.
+
+        Raises:
+            InvalidValue: All weights are trained, or the folder holds something else.
+        """
+        return publishing.save_adapter(self, path, evaluations)
+
+    def export(
+        self,
+        path: str | os.PathLike[str],
+        merged: bool = True,
+        *,
+        evaluations: Mapping[str, Evaluation] | None = None,
+    ) -> Path:
+        """Write the whole model with its tokenizer and a model card, atomically.
+
+        Plain transformers loads it: `AutoModelForCausalLM.from_pretrained(path)`.
+
+        Args:
+            path: The folder; one that was written in this way before is replaced.
+            merged: Whether the adapter is added to the weights (a quantised base becomes plain).
+                Otherwise the base model is written, with the adapter in the folder `adapter`.
+            evaluations: Evaluations for the card, as `{"before": …, "after": …}`.
+
+        Returns:
+            The folder.
+
+        Raises:
+            InvalidValue: The folder holds something else, or the base model is quantised and not
+                to be merged.
+        """
+        return publishing.export(self, path, merged, evaluations)
+
+    def push_to_hub(
+        self,
+        repo_id: str,
+        *,
+        merged: bool | None = None,
+        private: bool | None = None,
+        token: str | None = None,
+        revision: str | None = None,
+        evaluations: Mapping[str, Evaluation] | None = None,
+    ) -> str:
+        """Upload the adapter, or the whole model, with its card to the Hub.
+
+        Args:
+            repo_id: The repository, as "name/model"; it is made if it is not there.
+            merged: None uploads the adapter (the model, if all weights were trained); True the
+                model with the adapter added to its weights.
+            private: Whether a new repository is private; the account's default by default.
+            token: The Hub's token; the one that is saved on this machine by default. It is written
+                nowhere.
+            revision: The branch to upload to; it is made if it is not there.
+            evaluations: Evaluations for the card, as `{"before": …, "after": …}`.
+
+        Returns:
+            The address of the repository.
+
+        Raises:
+            InvalidValue: The name is none.
+            OpdlabError: The Hub refuses, or cannot be reached.
+        """
+        return publishing.push_to_hub(
+            self,
+            repo_id,
+            merged=merged,
+            private=private,
+            token=token,
+            revision=revision,
+            evaluations=evaluations,
+        )
 
     def restart(
         self, done: int, metrics: list[dict[str, float]], snapshots: Mapping[int, dict[str, Tensor]]

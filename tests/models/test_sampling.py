@@ -536,3 +536,32 @@ def test_logits_that_are_no_distribution_raise(make_policy, number, temperature)
         policy.weights.head.weight[3, 3] = number
     with pytest.raises(OpdlabError, match=r"logits hold NaN or infinity.*learning rate"):
         policy.sample([Prompt("ana has")], temperature=temperature)
+
+
+@pytest.mark.parametrize("temperature", [0.0, 0.7, 1.0])
+def test_no_text_ends_before_its_least_length(make_policy, prompts, temperature):
+    policy = make_policy(0, eos=list(range(3, 60)))  # most tokens end a text
+    options = {"max_new_tokens": 12, "temperature": temperature, "seed": 2}
+    n = 1 if temperature == 0 else 8
+    free = policy.sample(prompts, n, **options)
+    held = policy.sample(prompts, n, min_new_tokens=5, **options)
+    assert int(free.lengths.min()) < 5
+    assert int(held.lengths.min()) >= 5
+    first = held.ids[:, :4]
+    assert not torch.isin(first, torch.tensor(sorted(policy.weights.eos))).any()
+    # The log-probs are those of the policy itself, not of the restricted draw.
+    full = policy.log_probs(held).gather(-1, held.ids[held.mask][:, None])[:, 0]
+    torch.testing.assert_close(held.logp[held.mask], full, atol=1e-4, rtol=1e-4)
+
+
+def test_a_least_length_passes_over_stop_texts_and_is_no_longer_on_policy(make_policy, prompts):
+    policy = make_policy(0)
+    texts = policy.sample(prompts, 1, max_new_tokens=10, seed=1).texts
+    stop = texts[0].split()[1]
+    options = {"max_new_tokens": 10, "seed": 1, "stop": stop}
+    assert len(policy.sample(prompts[:1], 1, **options).texts[0].split()) < 4
+    held = policy.sample(prompts[:1], 1, min_new_tokens=10, **options)
+    assert held.lengths.tolist() == [10]
+    assert not SamplingConfig(min_new_tokens=1).is_on_policy
+    with pytest.raises(InvalidValue, match="min_new_tokens=9 and max_new_tokens=8"):
+        policy.sample(prompts, 1, max_new_tokens=8, min_new_tokens=9)

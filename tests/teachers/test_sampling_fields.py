@@ -67,13 +67,17 @@ def test_every_option_is_sent_as_the_server_names_it(wire):
     """Length, seed and top_k=0 under other names; `stop` with the request to keep it."""
     server, _, url = wire
     one = teacher(url)
-    one.write(PROMPTS, top_k=7, min_p=0.1, stop=("=", "+"), max_new_tokens=5, seed=3)
+    one.write(
+        PROMPTS, top_k=7, min_p=0.1, stop=("=", "+"), max_new_tokens=5, seed=3, min_new_tokens=2
+    )
     one.write(PROMPTS, top_k=0, max_new_tokens=3, seed=3)
     bodies = [body for _, body, _ in server.requests[1:]]
     shaped, plain = bodies[:2], bodies[2:]
     assert {(body["top_k"], body["min_p"]) for body in shaped} == {(7, 0.1)}
     assert all(body["stop"] == ["=", "+"] for body in shaped)
     assert all(body["include_stop_str_in_output"] is True for body in shaped)
+    assert {body["min_tokens"] for body in shaped} == {2}
+    assert not any("min_tokens" in body for body in plain)
     assert {body["top_k"] for body in plain} == {-1}
     assert not any({"stop", "include_stop_str_in_output"} & set(body) for body in plain)
     assert [body["max_tokens"] for body in bodies] == [5, 5, 3, 3]

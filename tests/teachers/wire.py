@@ -66,6 +66,7 @@ class Wire:
             known |= {
                 "top_k",
                 "min_p",
+                "min_tokens",
                 "repetition_penalty",
                 "include_stop_str_in_output",
                 "prompt_logprobs",
