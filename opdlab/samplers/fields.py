@@ -49,6 +49,8 @@ def fields_of(config: SamplingConfig, student: Policy) -> dict[str, Any]:
         "skip_special_tokens": False,
         "logprobs": 0,  # of the sampled token alone
     }
+    if config.min_new_tokens:
+        fields |= {"min_tokens": config.min_new_tokens}
     if config.stop:
         fields |= {"stop": list(config.stop), "include_stop_str_in_output": True}
     return fields
