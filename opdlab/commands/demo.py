@@ -7,8 +7,6 @@
 
 from __future__ import annotations
 
-import shutil
-import tempfile
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
@@ -253,7 +251,7 @@ def _keep(prepared: Prepared, outcome: Outcome, out: Path, console: Console) -> 
     outcome.trace_after.save(out / "after.parquet")
     _print_cost(console, prepared.guide, out)
     console.print(f"page: {path}", soft_wrap=True)
-    adapter = _write_adapter(prepared.run, out / "adapter")
+    adapter = _write_adapter(prepared.run, outcome, out / "adapter")
     if adapter is not None:
         console.print(f"adapter: {adapter}; it loads in plain PEFT:", soft_wrap=True)
         console.print(
@@ -261,19 +259,13 @@ def _keep(prepared: Prepared, outcome: Outcome, out: Path, console: Console) -> 
         )
 
 
-def _write_adapter(run: Run, folder: Path) -> Path | None:
-    """Write the trained adapter as PEFT reads it; None if all weights were trained."""
-    with tempfile.TemporaryDirectory() as scratch:
-        checkpoint = run.save(scratch)
-        files = [checkpoint / f"adapter_{name}" for name in ("model.safetensors", "config.json")]
-        if not all(file.exists() for file in files):
-            return None
-        folder.mkdir(parents=True, exist_ok=True)
-        for file in files:
-            part = folder / f".{file.name}"
-            shutil.copyfile(file, part)
-            part.replace(folder / file.name)
-    return folder
+def _write_adapter(run: Run, outcome: Outcome, folder: Path) -> Path | None:
+    """Save the trained adapter with its card; None if all weights were trained."""
+    if run.student.adapter is None:
+        return None
+    measured = {"before": outcome.before, "after": outcome.after, "teacher": outcome.teacher}
+    evaluations = {name: one.evaluation for name, one in measured.items()}
+    return run.save_adapter(folder, evaluations=evaluations)
 
 
 def loading_code(prepared: Prepared, adapter: Path) -> str:

@@ -356,6 +356,8 @@ def finish(session: Session) -> None:
     if first is not None:
         again = report.rollout_of(Trace.load(first), session.probes)
         _grade(session, again, run.student).save(files.before_again)
+    if run.student.adapter is not None and run.accelerator.is_main_process:
+        run.save_adapter(files.adapter, evaluations=session.measured.evaluations)
     _draw_board(session, refreshes=False)
     files.write_measured(session.measured)
 

@@ -99,12 +99,28 @@ class VLLMServer:
         )
         self.model, self.patience = model, patience
         self._folder = adapter_folder
+        self._asked_model = model
         self._adapters: AdapterFiles | None = None
         self._student: Policy | None = None
         self._limit = 0  # tokens that a prompt and its completion may have together
         self._served = ""  # the name that the student has at the server
         self._serial = f"opdlab-{secrets.token_hex(4)}"
         self._number = 0
+
+    @property
+    def given(self) -> dict[str, Any]:
+        """The arguments that it was made with, by name; those at None are defaults."""
+        service = self.service
+        return {
+            "url": service.url,
+            "model": self._asked_model,
+            "adapter_folder": None if self._folder is None else str(self._folder),
+            "key_env": service.key_env,
+            "timeout": service.timeout,
+            "retries": service.retries,
+            "concurrency": service.concurrency,
+            "patience": self.patience,
+        }
 
     # The contract of a sampler.
 

@@ -20,6 +20,7 @@ from opdlab.methods.by_name import allows_none, list_methods
 from opdlab.methods.contract import name_of
 from opdlab.models.origin import Told
 from opdlab.models.policy import Policy, as_policy
+from opdlab.samplers import VLLM, VLLMServer
 from opdlab.support.expect import shortened
 from opdlab.tasks import Task
 from opdlab.tasks.by_name import load_records, load_task
@@ -87,6 +88,7 @@ def write_config(
     settings: Settings,
     folder: Path | None,
     log_with: Any,
+    sampler: Any = None,
 ) -> Config:
     """Write a run as a config.
 
@@ -97,6 +99,7 @@ def write_config(
         settings: All its settings.
         folder: Its folder, or None.
         log_with: Its trackers.
+        sampler: Who writes the student's texts; None for the student's own loop.
 
     Returns:
         The config.
@@ -115,6 +118,7 @@ def write_config(
         policies=tables,
         task=_describe_task(task),
         method=_describe_method(method),
+        sampler=_describe_sampler(sampler),
         settings=_describe_settings(settings),
         run=RunTable(
             folder=None if folder is None else str(folder.absolute()),
@@ -218,6 +222,31 @@ def _describe_server(server: LogprobServer | TextServer) -> ServerTable:
         concurrency=service.concurrency,
         key_env=service.key_env,
     )
+
+
+def _describe_sampler(sampler: Any) -> NamedOptions | None:
+    """The table `[sampler]`; None for the student's own loop."""
+    if sampler is None:
+        return None
+    said = "The run cannot be written as a config: its sampler"
+    if isinstance(sampler, VLLM):
+        options = {"base": sampler.base, **sampler.options}
+        name = "vllm"
+    elif isinstance(sampler, VLLMServer):
+        options = sampler.given
+        name = "vllm-server"
+    else:
+        raise OpdlabError(
+            f"{said} is {shortened(sampler)}, code of your own. Keep the Python that makes the run."
+        )
+    kept = {key: value for key, value in options.items() if value is not None}
+    for key, value in kept.items():
+        if not isinstance(value, (str, int, float, bool)):
+            raise OpdlabError(
+                f"{said} has {key}={shortened(value)}, which is no plain value. Keep the Python"
+                " that makes the run."
+            )
+    return NamedOptions(name, kept)
 
 
 def _describe_task(task: Task) -> TaskTable:

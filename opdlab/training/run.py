@@ -440,7 +440,13 @@ class Run(RunState):
         """
         text = write_toml(
             exporting.write_config(
-                self.described, self.task, self.method, self.settings, self.folder, self.log_with
+                self.described,
+                self.task,
+                self.method,
+                self.settings,
+                self.folder,
+                self.log_with,
+                self.sampler,
             )
         )
         if path is not None:

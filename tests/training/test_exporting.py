@@ -13,6 +13,7 @@ from opdlab.losses import TopK
 from opdlab.tasks.market import model
 from opdlab.tasks.verifiers import exact
 from opdlab.training.config import parse_toml
+from opdlab.training.exporting import _describe_sampler
 
 SIZES = {"steps": 3, "batch": 4, "quiet": True}
 
@@ -31,7 +32,7 @@ def assert_same_training(run: opd.Run) -> str:
     assert all(torch.equal(one[name], two[name]) for name in one)
     without_time = [
         [
-            {k: v for k, v in row.items() if k not in ("seconds", "generate_s")}
+            {k: v for k, v in row.items() if k != "seconds" and not k.endswith("_s")}
             for row in one.metrics
         ]
         for one in (run, again)
@@ -128,3 +129,21 @@ def test_a_config_runs_no_code_and_holds_no_key():
         opd.from_config(begin + '[method]\nname = "mine.py:loss"\n')
     with pytest.raises(InvalidValue, match="OPDLAB_API_KEY"):
         opd.from_config(begin.replace('"teacher"', '"teacher"\napi_key = "abc"'))
+
+
+def test_a_sampler_goes_round_or_is_refused():
+    student = model("student")
+    server = opd.samplers.VLLMServer("http://127.0.0.1:9/v1", timeout=7.0)
+    sampler = _describe_sampler(server)
+    assert sampler is not None
+    assert sampler.name == "vllm-server"
+    assert sampler.options["timeout"] == 7.0
+    again = opd.samplers.VLLMServer(**sampler.options)
+    assert again.given == server.given
+    engine = _describe_sampler(opd.samplers.VLLM(gpu_memory_utilization=0.4))
+    assert engine is not None
+    assert (engine.name, engine.options) == ("vllm", {"gpu_memory_utilization": 0.4})
+    with pytest.raises(OpdlabError, match="code of your own"):
+        _describe_sampler(student)
+    with pytest.raises(OpdlabError, match="no plain value"):
+        _describe_sampler(opd.samplers.VLLM(compilation_config={"level": 0}))
