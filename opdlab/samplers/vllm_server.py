@@ -317,7 +317,9 @@ class VLLMServer:
             try:
                 self._post("/v1/load_lora_adapter", body, lambda _: None, root=True)
             except TeacherError as error:
-                if error.status is None or error.status >= 500:
+                # vLLM answers 500, as for a fault of its own, where the rank is too high.
+                is_rank = "max_lora_rank" in str(error)
+                if not is_rank and (error.status is None or error.status >= 500):
                     raise
                 raise SamplerError(
                     f"The server does not load the student's adapter from {folder}: {error} If it"

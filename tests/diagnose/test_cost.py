@@ -57,7 +57,8 @@ def test_a_real_step_allocates_what_was_predicted(lora, micro, shipped):
     )
     next(run)  # the first step also makes the optimizer's moments
     got = allocated(lambda: next(run))
-    assert 0.9 * got <= guess.peak - guess.memory["weights"] - guess.memory["training"] <= 1.3 * got
+    beside = sum(guess.memory[name] for name in ("weights", "training", "allocator"))
+    assert 0.9 * got <= guess.peak - beside <= 1.3 * got
 
 
 def test_weights_and_training_are_counted_exactly(shipped, predicted):

@@ -95,12 +95,12 @@ def exact_law(student, prompt, config: SamplingConfig) -> dict[tuple[int, ...], 
         {"max_new_tokens": 2},
         {"max_new_tokens": 2, "temperature": 1.7},
         {"max_new_tokens": 1, "temperature": 1.8, "top_k": 6},
-        {"max_new_tokens": 1, "temperature": 1.8, "top_p": 0.8},
+        {"max_new_tokens": 1, "temperature": 2.0, "top_p": 0.8},
     ],
 )
-def test_the_empirical_law_is_the_exact_one(engine, moved, market, options):
+def test_the_empirical_law_is_the_exact_one(engine, moved, options):
     """Pearson's chi² over completions with 5 or more expected, the rest together, at 0.1 %."""
-    prompt, n = market[2].prompts(1)[0], 3000
+    prompt, n = opd.Prompt("receipt"), 3000  # of which the student makes many things
     chances = exact_law(moved, prompt, SamplingConfig(**options))
     assert sum(chances.values()) == pytest.approx(1, abs=1e-3)
     rollout = engine.sample([prompt], n, seed=11, **options)

@@ -28,8 +28,14 @@ def test_its_losses_are_those_of_the_local_teacher(teacher_server, method):
     local = first_step(model("teacher"), method)
     served = first_step(LogprobServer(teacher_server.url, k=20, quiet=True), method)
     assert served.rollout.completions() == local.rollout.completions()
-    gap = (served.columns["loss"] - local.columns["loss"]).abs().max()
-    assert float(gap) < 1e-4  # nats
+    losses = {name: step.columns["loss"] for name, step in (("here", local), ("there", served))}
+    gap = (losses["there"] - losses["here"]).abs()
+    # The mass beyond the top 20 is one minus the rest: float32 leaves it 1e-7, which matters where
+    # the student is outside the top 20 and the teacher leaves hardly any mass there.
+    is_plain = losses["here"].abs() < 5
+    assert is_plain.float().mean() > 0.9
+    assert float(gap[is_plain].max()) < 1e-4  # nats
+    assert float((gap / losses["here"].abs().clamp(min=1)).max()) < 1e-4
 
 
 def test_it_writes_texts(teacher_server):
