@@ -130,6 +130,7 @@ class VLLM:
         self._engine: Any = None
         self._student: Policy | None = None
         self._loaded: tuple[Any, ...] = ()  # what the engine was started for
+        self._is_fresh = False  # started with the student's weights, and not used yet
         self._folder: Path | None = None
         self._adapters: AdapterFiles | None = None
         self._request: Any = None  # vLLM's name for the adapter in force
@@ -185,6 +186,10 @@ class VLLM:
             self._loaded = wanted
         self._student = student
         self._load_weights(student)
+        self._check_agrees(student)
+
+    def _check_agrees(self, student: Policy) -> None:
+        """Refuse an engine whose log-probs are those of another model."""
         start = probe_ids(student)
         gap = mean_gap(student, start, self._write([start], 2, TRIED))
         if gap > OTHER_MODEL:
@@ -320,6 +325,7 @@ class VLLM:
 
     def _build(self, student: Policy) -> None:
         """Start an engine that holds the student's base model."""
+        self._is_fresh = True
         self._folder = Path(tempfile.mkdtemp(prefix="opdlab-vllm-"))
         self._adapters = AdapterFiles(self._folder / "adapters")
         base = self.base
@@ -383,7 +389,20 @@ class VLLM:
         self._adapters.keep_only(folder)
 
     def _load_model(self, student: Policy) -> None:
-        """Write the whole model anew, and let the engine read it in place."""
+        """Let the engine hold all weights as they are now.
+
+        On a CPU vLLM packs the weights of linear layers when it loads them, and reading others in
+        place leaves the packed ones as they were. So the engine is started anew there.
+        """
+        if self._is_fresh:
+            self._is_fresh = False
+            return
+        if student.weights.device.type == "cpu":
+            loaded = self._loaded
+            self.close()
+            self._build(student)
+            self._loaded, self._student, self._is_fresh = loaded, student, False
+            return
         assert self._folder is not None
         folder = self._folder / "model"
         if not folder.exists():
@@ -392,6 +411,7 @@ class VLLM:
         with _keeping_torch(), self._awake():
             self._engine.collective_rpc("reload_weights", kwargs={"weights_path": str(folder)})
             self._engine.reset_prefix_cache()
+        self._check_agrees(student)
 
     @contextmanager
     def _compiling(self) -> Iterator[None]:
