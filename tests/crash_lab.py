@@ -29,7 +29,7 @@ from opdlab.training import checkpoint, phases, saving
 from opdlab.training import run as run_module
 
 STEPS = 4
-TIMED = ("seconds", "generate_s")
+TIMED = ("seconds", "generate_s", "grade_s", "learn_s")
 SETTINGS = {
     "batch": 2,
     "n": 2,

@@ -155,10 +155,8 @@ def test_an_unused_place_may_hold_a_token_that_the_student_rules_out():
     """One token has two targets, the other one; the student gives the id that fills the gap, 0, no
     probability.
     """
-    columns = windows.scatter(
-        text([1, 2]), [(0, 0)], [[3, 4]], [torch.tensor([[0.3, 0.2], [0.5, 0.0]])]
-    )
     batch = Batch(text([1, 2]), {})
+    columns = windows.scatter(batch, [(0, 0)], [[3, 4]], [torch.tensor([[0.3, 0.2], [0.5, 0.0]])])
     logp = (
         torch.full((2, 12), 1.0)
         .log_softmax(-1)

@@ -75,7 +75,7 @@ def test_an_interrupt_during_an_evaluation_loses_nothing(make_policy, tmp_path, 
         patched.setattr(
             sys.modules[opd.Run.__module__],
             "evaluate",
-            lambda *_: (_ for _ in ()).throw(KeyboardInterrupt),
+            lambda *_, **__: (_ for _ in ()).throw(KeyboardInterrupt),
         )
         next(stopped)
         with pytest.raises(KeyboardInterrupt):
@@ -167,6 +167,7 @@ def test_only_the_main_process_writes(make_policy, tmp_path):
             "is_main_process": False,
             "num_processes": 2,
             "process_index": 1,
+            "device": torch.device("cpu"),
             "log": lambda *_, **__: None,
             "reduce": staticmethod(lambda value, _: value),
         },
