@@ -80,7 +80,6 @@ def read_given(path: Path | None, flags: Flags) -> Given:
     from opdlab.training.config import merge, parse_assignments, read_config, read_toml
 
     tables = {} if path is None else read_toml(path)
-    tables = merge(tables, parse_assignments(flags.set))
     method = verify = None
     if flags.method is not None and is_code(flags.method):
         method = load_function(flags.method, "--method")
@@ -96,6 +95,8 @@ def read_given(path: Path | None, flags: Flags) -> Given:
         tables = merge(tables, {"task": {"verify": flags.verify}})
     if flags.out is not None:
         tables = merge(tables, {"run": {"folder": str(flags.out.expanduser().absolute())}})
+    # Last, since a flag that names another method or task leaves out the options of the one before.
+    tables = merge(tables, parse_assignments(flags.set))
     folder = Path() if path is None else path.expanduser().parent
     config = read_config(tables, folder, "" if path is None else str(path))
     return Given(config, method, verify, "distill" if path is None else path.stem)

@@ -149,10 +149,11 @@ def test_gradients_are_those_of_the_model_itself(kind, make_model, words, prompt
     assert step.metrics["loss"] == pytest.approx(float(loss), rel=1e-4)
     want = {name: p.grad for name, p in student.weights.model.named_parameters() if name in got}
     assert any(g.norm() > 0 for g in want.values() if g is not None)
+    # Rounding goes with the largest gradient: small ones are differences of large terms.
+    largest = max(float(g.abs().max()) for g in want.values() if g is not None)
     for name, grad in got.items():
-        torch.testing.assert_close(
-            grad, torch.zeros_like(grad) if want[name] is None else want[name], rtol=1e-3, atol=1e-6
-        )
+        expected = torch.zeros_like(grad) if want[name] is None else want[name]
+        torch.testing.assert_close(grad, expected, rtol=1e-3, atol=1e-5 * largest)
 
 
 def test_an_adapter_that_cannot_be_folded_is_still_trained(make_model, words):
