@@ -12,6 +12,7 @@ import datasets
 import huggingface_hub
 import pytest
 from huggingface_hub import constants
+from transformers.utils import hub as transformers_hub
 
 from .server import serve
 from .store import ImitationHub
@@ -63,9 +64,9 @@ def running_hub(folder: Path) -> Iterator[Connection]:
     Yields:
         The connection to it.
     """
-    hub = ImitationHub(folder / "served")
-    with serve(hub) as url:
-        yield Connection(hub, url, folder / "home")
+    served = ImitationHub(folder / "served")
+    with serve(served) as url:
+        yield Connection(served, url, folder / "home")
 
 
 def connect(connection: Connection, patch: pytest.MonkeyPatch) -> None:
@@ -94,6 +95,8 @@ def connect(connection: Connection, patch: pytest.MonkeyPatch) -> None:
     for name, value in changes.items():
         patch.setattr(constants, name, value)
     patch.setattr(huggingface_hub.hf_api.api, "endpoint", connection.url)
+    # transformers makes a client once and keeps it.
+    patch.setattr(transformers_hub, "_hf_api", None)
     patch.setattr(datasets.config, "HF_ENDPOINT", connection.url)
     patch.setattr(datasets.config, "HF_DATASETS_CACHE", connection.home / "datasets")
     patch.setattr(datasets.config, "HF_HUB_OFFLINE", False)
