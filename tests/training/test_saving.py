@@ -170,6 +170,7 @@ def test_only_the_main_process_writes(make_policy, tmp_path):
             "device": torch.device("cpu"),
             "log": lambda *_, **__: None,
             "reduce": staticmethod(lambda value, _: value),
+            "gather": staticmethod(lambda value: value),
         },
     )()
     next(other)
