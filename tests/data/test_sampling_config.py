@@ -19,6 +19,7 @@ WRONG = [
     *(("temperature", value, "0 for the likeliest token") for value in (-1, 1e-9, math.inf, "1")),
     *(("top_p", value, "a number above 0, at most 1") for value in (0, 1.1, math.nan, None)),
     *(("top_k", value, "a whole number of at least 0") for value in (-1, 1.5, True, None)),
+    *(("min_new_tokens", value, "a whole number of at least 0") for value in (-1, 0.5, "2", True)),
     *(("min_p", value, "a number from 0 to below 1") for value in (-0.1, 1, math.nan, "0.1")),
     *(("seed", value, "a whole number from 0 to 2**64 - 1") for value in (-1, 1 << 64, 0.5, None)),
     *(("stop", value, "a text, or a tuple of texts") for value in (None, 3, (1,), ["a", None])),

@@ -112,6 +112,8 @@ def test_all_that_shapes_the_distribution_is_said(market):
     stopped = fields_of(SamplingConfig(stop=("x",), top_k=3), student)
     assert (stopped["stop"], stopped["include_stop_str_in_output"]) == (["x"], True)
     assert stopped["top_k"] == 3
+    assert "min_tokens" not in plain
+    assert fields_of(SamplingConfig(min_new_tokens=2), student)["min_tokens"] == 2
     seeds = {seed_of_prompt(SamplingConfig(seed=2**64 - 1 - i), j) for i in (0, 1) for j in (0, 1)}
     assert len(seeds) == 4
     assert all(0 <= seed < SEEDS for seed in seeds)
@@ -121,6 +123,7 @@ def test_every_field_of_the_config_is_translated():
     """A field that is added to `SamplingConfig` must be said to vLLM, and be added here."""
     assert {field.name for field in dataclasses.fields(SamplingConfig)} == {
         "max_new_tokens",
+        "min_new_tokens",
         "temperature",
         "top_p",
         "top_k",
