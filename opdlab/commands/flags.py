@@ -18,7 +18,7 @@ DEFAULT_FOLDER = "runs"
 
 @dataclass(frozen=True)
 class Flags:
-    """What a run is made of; each flag goes over the same key of the config file.
+    """Name the parts of a run; each flag goes over the same key of the config file.
 
     Attributes:
         student: A shipped model (student, novice, teacher, scribe), small (SmolLM2), a folder or a

@@ -1,4 +1,4 @@
-"""Where a command prints: results on stdout, progress on stderr; --json leaves stdout to JSON."""
+"""Print results on stdout and progress on stderr; --json leaves stdout to JSON."""
 
 from __future__ import annotations
 

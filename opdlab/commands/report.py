@@ -35,7 +35,7 @@ ROLES = ("before", "after", "teacher")
 
 @dataclass(frozen=True, eq=False)
 class Found:
-    """What a run's folder holds.
+    """Hold the content of a run's folder.
 
     Attributes:
         files: The places of its files.

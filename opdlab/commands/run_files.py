@@ -32,7 +32,7 @@ _TRACE = re.compile(r"step-(\d+)\.parquet")
 
 @dataclass
 class Measured:
-    """What a run has measured so far, beside its history.
+    """Hold the measurements of a run so far, beside its history.
 
     Attributes:
         evaluations: By role ("before", "teacher", "after").

@@ -1,4 +1,4 @@
-"""How texts are sampled: one object for all parameters that travel together."""
+"""Say how texts are sampled: one object for all parameters that travel together."""
 
 from __future__ import annotations
 

@@ -150,7 +150,7 @@ class Timing:
 
 @dataclass(frozen=True)
 class Scope:
-    """How much of each prompt is asked.
+    """Say how much of each prompt is asked.
 
     Attributes:
         k: Texts of the student.

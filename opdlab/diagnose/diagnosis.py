@@ -18,7 +18,7 @@ from opdlab.models.same_tokens import RenderedChat
 
 @dataclass(frozen=True, eq=False)
 class Diagnosis:
-    """Whether on-policy distillation can work on a pair of models.
+    """Say whether on-policy distillation can work on a pair of models.
 
     Attributes:
         checks: The checks, in order.

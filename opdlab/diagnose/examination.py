@@ -82,7 +82,7 @@ class Pair:
 
     @cached_property
     def has_same_ids(self) -> bool:
-        """Whether the ids of both stand for the same strings."""
+        """True if the ids of both stand for the same strings."""
         return not compare_vocabularies(self.student, self.teacher)
 
     def scores(self, rollout: Rollout) -> np.ndarray:

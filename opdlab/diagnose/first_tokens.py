@@ -63,7 +63,7 @@ class FirstTokens:
 
     @property
     def is_out_of_reach(self) -> bool:
-        """Whether the student gives such a token no probability on at least half of the prompts."""
+        """True if the student gives such a token no probability on at least half of the prompts."""
         return self.probability < TINY
 
     @property

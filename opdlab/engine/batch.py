@@ -57,7 +57,7 @@ class Processes(Protocol):
 
     @property
     def count(self) -> int:
-        """How many processes there are."""
+        """The number of processes."""
         ...
 
     def sum(self, values: Tensor) -> Tensor:
