@@ -346,7 +346,7 @@ def _measure_reading(policy: Policy, rollout: Rollout, most: int) -> _Reading:
         with torch.no_grad():
             took = _time(partial(policy.hidden, piece), policy)
             if took > LONG_ENOUGH or count == most:
-                states = States(policy.hidden(piece), policy.head)
+                states = policy.grade(piece)
                 return _Reading(states, took / _padded(policy, piece))
         count = min(2 * count, most)
 

@@ -324,8 +324,8 @@ class _Elsewhere:
     policy: Policy
     rollout: Rollout
 
-    def grade(self, _: Rollout) -> States:
-        return States(self.policy.hidden(self.rollout), self.policy.head)
+    def grade(self, asked: Rollout) -> States:
+        return States(self.policy.hidden(self.rollout), self.policy.head, asked.ids.device)
 
 
 def _swap_hints(prompts: Sequence[Prompt]) -> tuple[Prompt, ...]:

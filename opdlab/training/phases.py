@@ -258,7 +258,7 @@ def _backward(run: RunState, planned: Planned, rows: range, weight: Tensor, chec
             with adding_note(note):
                 found = planned.gradient(
                     weight,
-                    student=States(hidden, run.student.head),
+                    student=States(hidden, run.student.head, part.ids.device),
                     rows=rows,
                     watch=signals.watched,
                     check=check,

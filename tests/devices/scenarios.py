@@ -34,6 +34,7 @@ def load(name: str, device: str) -> Policy:
     """A shipped model on a pretended card."""
     policy = model(name)
     moved = policy.weights.model.to(device)
+    moved.tie_weights()  # moving pretended tensors parts what is shared
     assert {str(one.device) for one in moved.parameters()} == {device}
     return Policy.of(moved, policy.tokenizer)
 
@@ -137,6 +138,11 @@ def test_groups_of_samples(method):
 def test_micro_batches_and_checkpointing(on_the_cpu):
     run = train(("card:0", "card:1"), METHODS["OPD"], micro_batch=1, checkpointing=True)
     assert_same(run, on_the_cpu("OPD"))
+
+
+def test_full_training():
+    runs = [train(places, METHODS["OPD"], lora=None) for places in (PLACES[0], ("cpu", "cpu"))]
+    assert_same(*runs)
 
 
 # What is around a run.
