@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import json
 import os
 import re
@@ -13,6 +14,7 @@ from pathlib import Path
 import pytest
 
 from opdlab.methods.by_name import find_method
+from opdlab.samplers import VLLMServer
 from opdlab.tasks.verifiers import VERIFIERS
 from opdlab.training.config import (
     ModelTable,
@@ -22,6 +24,7 @@ from opdlab.training.config import (
     read_config,
     read_toml,
 )
+from opdlab.training.configured import make_sampler
 
 ROOT = Path(__file__).parent.parent
 PAGE = (ROOT / "docs" / "command_line.md").read_text(encoding="utf-8")
@@ -68,6 +71,12 @@ def test_the_page_names_every_key(table):
     assert missing <= in_other_words
 
 
+def test_the_page_names_every_option_of_a_sampler():
+    row = next(line for line in PAGE.splitlines() if line.startswith("| `[sampler]`"))
+    assert "`base`" in row
+    assert all(f"`{name}`" in row for name in inspect.signature(VLLMServer).parameters)
+
+
 def test_the_page_names_every_verifier():
     assert all(f"`{name}`" in PAGE for name in VERIFIERS)
 
@@ -79,8 +88,10 @@ def test_an_example_is_a_config(path):
     if config.method is not None:
         kind = find_method(config.method.name)
         assert config.method.options.keys() <= {one.name for one in fields(kind)}
+    if config.sampler is not None:
+        make_sampler(config.sampler)
 
 
 def test_there_are_examples():
     names = {path.stem for path in EXAMPLES}
-    assert {"market", "jsonl", "small", "qlora", "server"} <= names
+    assert {"market", "jsonl", "small", "qlora", "server", "vllm"} <= names

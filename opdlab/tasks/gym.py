@@ -27,7 +27,7 @@ PATIENCE = 256  # entries in a row without a new question of a split, before it 
 def reasoning_gym(
     name: str, *, chat: bool = True, max_new_tokens: int = 256, **config: Any
 ) -> Task:
-    """Make a task of a dataset of reasoning-gym, as `reasoning_gym("chain_sum", num_terms=3)`.
+    """Make a task of a dataset of reasoning-gym, as `reasoning_gym("chain_sum", max_terms=3)`.
 
     Args:
         name: The dataset's name.

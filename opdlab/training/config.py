@@ -307,7 +307,7 @@ def read_config(
         },
         task=_read_task(tables["task"], f"{where}[task]", base) if "task" in tables else None,
         method=_read_named(tables, "method", "name", where),
-        sampler=_read_named(tables, "sampler", "kind", where),
+        sampler=_read_sampler(tables, where, base),
         settings=_read_settings(tables.get("settings", {}), f"{where}[settings]"),
         run=_read_run(tables.get("run", {}), f"{where}[run]", base),
     )
@@ -452,6 +452,18 @@ def _read_named(tables: Mapping[str, Any], table: str, key: str, where: str) -> 
     if not isinstance(name, str):
         raise InvalidValue(f"{where}[{table}] has no {key}. Give it as a text: {key} = '…'.")
     return NamedOptions(name, options)
+
+
+def _read_sampler(tables: Mapping[str, Any], where: str, base: Path) -> NamedOptions | None:
+    sampler = _read_named(tables, "sampler", "kind", where)
+    if sampler is None:
+        return None
+    options = dict(sampler.options)
+    if isinstance(place := options.get("base"), str):  # the model that vLLM loads
+        options["base"] = _as_place(place, base)
+    if isinstance(folder := options.get("adapter_folder"), str):
+        options["adapter_folder"] = _as_path(folder, base)
+    return NamedOptions(sampler.name, options)
 
 
 def _read_settings(table: Mapping[str, Any], where: str) -> dict[str, Any]:

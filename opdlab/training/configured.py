@@ -33,6 +33,7 @@ from opdlab.training import checkpoint, run_folder, run_identity
 from opdlab.training.config import (
     Config,
     ModelTable,
+    NamedOptions,
     ServerTable,
     parse_toml,
     read_config,
@@ -269,7 +270,7 @@ def prepare_run(
         "quiet": quiet,
     }
     if config.sampler is not None:
-        options["sampler"] = _make_sampler(config)
+        options["sampler"] = make_sampler(config.sampler)
     folder = config.run.folder
     settings: Any = dict(config.settings)
     student, teacher, task = parts.student, parts.teacher, parts.task
@@ -339,15 +340,24 @@ def _compare_settings(
     return {name: getattr(now, name) for name in FREE}
 
 
-def _make_sampler(config: Config) -> Any:
-    """Make the sampler that `[sampler]` names; its class checks the options."""
-    assert config.sampler is not None
+def make_sampler(table: NamedOptions) -> Any:
+    """Make the sampler that `[sampler]` names.
+
+    Args:
+        table: The kind and its options.
+
+    Returns:
+        The sampler, which has not started.
+
+    Raises:
+        InvalidValue: There is no such kind, or an option cannot be right.
+    """
     kinds = {"vllm": samplers.VLLM, "vllm-server": samplers.VLLMServer}
-    name = config.sampler.name
+    name = table.name
     kind = kinds.get(name)
     if kind is None:
         raise InvalidValue(
             f"[sampler] has kind={name!r}. {did_you_mean(name, kinds)}"
             f"Use {' or '.join(kinds)}, or leave [sampler] out for the built-in sampler."
         )
-    return kind(**config.sampler.options)
+    return kind(**table.options)

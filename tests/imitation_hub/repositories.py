@@ -313,6 +313,7 @@ def _model(
 REPOSITORIES: dict[str, Repository] = {
     STUDENT: _model(QWEN3, 1, 4.3, revisions=("main", EARLIER)),
     TEACHER: _model(QWEN3, 2, 10.9, shard_size="4MB", hidden_size=32, num_hidden_layers=3),
+    "Qwen/Qwen3-8B": _model(QWEN3, 3, 10.9, hidden_size=32, num_hidden_layers=3),
     "google/gemma-3-270m-it": _model(GEMMA3, 3, 2.8, is_gated=True),
     "google/gemma-3-1b-it": _model(GEMMA3, 4, 2.8, is_gated=True),
     "meta-llama/Llama-3.2-1B-Instruct": _model(
