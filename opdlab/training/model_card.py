@@ -29,6 +29,7 @@ from opdlab.models.quantization import describe_quantization
 from opdlab.support.expect import shortened
 from opdlab.support.version import VERSION
 from opdlab.training.evaluation import Evaluation
+from opdlab.training.intervals import wilson
 from opdlab.training.state import RunState
 
 _HUB_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*/[A-Za-z0-9][A-Za-z0-9._-]*")
@@ -216,8 +217,8 @@ def _results(run: RunState, evaluations: Mapping[str, Evaluation]) -> str:
         )
     measured = [row for row in run.metrics if "accuracy" in row]
     if measured:
-        rows = [(f"step {row['step']:.0f}", f"{row['accuracy']:.3f}") for row in measured]
-        parts.append(_table(rows, ("during training", "accuracy")))
+        head = ("during training", "accuracy, greedy", "95 % interval (Wilson)", "prompts")
+        parts.append(_table([_measured_row(row) for row in measured], head))
     if run.metrics:
         first, last = run.metrics[:5], run.metrics[-5:]
         shown = [name for name in _SHOWN if name in run.metrics[-1]]
@@ -233,6 +234,14 @@ def _evaluation_row(name: str, evaluation: Evaluation) -> tuple[object, ...]:
     interval = evaluation.interval
     ends = f"{interval.low:.3f} to {interval.high:.3f}"
     return name, f"{evaluation.accuracy:.3f}", ends, evaluation.prompts
+
+
+def _measured_row(row: Mapping[str, float]) -> tuple[object, ...]:
+    """A row for the accuracy after a step; runs of earlier versions kept no number of prompts."""
+    accuracy, prompts = row["accuracy"], int(row.get("accuracy_prompts", 0))
+    interval = wilson(accuracy, prompts) if prompts else None
+    ends = f"{interval.low:.3f} to {interval.high:.3f}" if interval else "–"
+    return f"step {row['step']:.0f}", f"{accuracy:.3f}", ends, prompts or "–"
 
 
 def _mean(rows: list[dict[str, float]], name: str) -> str:
@@ -274,7 +283,7 @@ def _setting_rows(run: RunState) -> list[tuple[object, ...]]:
 def _cost_rows(run: RunState) -> list[tuple[object, ...]]:
     settings = run.settings
     seconds = sum(row.get("seconds", 0.0) for row in run.metrics)
-    per_step = settings.batch * settings.n * run.accelerator.num_processes
+    per_step = settings.batch * settings.n  # over all processes
     tokens = sum(row.get("length", 0.0) for row in run.metrics) * per_step
     rows: list[tuple[object, ...]] = [
         ("seconds of training", f"{seconds:.0f}"),

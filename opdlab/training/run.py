@@ -373,7 +373,7 @@ class Run(RunState):
             found = evaluate(
                 self.student, self.task, processes=self.accelerator, sampler=self.sampler
             )
-            saving.keep_accuracy(self, found.accuracy)
+            saving.keep_accuracy(self, found)
 
     def train(self) -> Run:
         """Run all remaining steps.

@@ -16,6 +16,7 @@ from opdlab.models.fingerprints import base_tensors
 from opdlab.models.policy import Policy
 from opdlab.support.interrupts import hold_interrupts
 from opdlab.training import checkpoint, run_folder
+from opdlab.training.evaluation import Evaluation
 from opdlab.training.folder_lock import FolderLock
 from opdlab.training.state import RunState
 
@@ -128,14 +129,14 @@ def is_evaluation_due(run: RunState) -> bool:
     )
 
 
-def keep_accuracy(run: RunState, accuracy: float) -> None:
+def keep_accuracy(run: RunState, found: Evaluation) -> None:
     """Add the accuracy to the history of the latest step, and to its checkpoint if there is one.
 
     Args:
         run: The run.
-        accuracy: Mean score from 0 to 1.
+        found: The evaluation after the step. Its number of prompts is kept too, for the interval.
     """
-    run.metrics[-1]["accuracy"] = accuracy
+    run.metrics[-1] |= {"accuracy": found.accuracy, "accuracy_prompts": found.prompts}
     if run.folder is None or not run.accelerator.is_main_process:
         return
     # The step may have been saved by the run that this one was resumed from, or not at all.

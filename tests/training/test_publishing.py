@@ -241,9 +241,10 @@ def test_the_card_says_what_was_done(folder, tmp_path):
     assert "opdlab" in head["tags"]
     assert "base_model" not in head, "a folder of this machine is no model of the Hub"
     low, high = after.interval.low, after.interval.high
+    whole = opd.evaluate(run.student, run.task).interval
     for said in (
         f"| after | 0.500 | {low:.3f} to {high:.3f} | 3 |",
-        "| step 2 | 0.500 |",
+        f"| step 2 | 0.500 | {whole.low:.3f} to {whole.high:.3f} | {whole.prompts} |",
         "| method | OPD |",
         "| task | names |",
         "| seed | 0 |",
