@@ -11,7 +11,7 @@ FOLDER = Path(__file__).parent
 
 
 def test_nothing_mixes_devices():
-    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider"]
+    command = [sys.executable, "-m", "pytest", "-p", "no:cacheprovider"]
     ran = subprocess.run(
         [*command, str(FOLDER / "scenarios.py")],
         cwd=FOLDER.parents[1],
