@@ -3,6 +3,7 @@
 One file a technique, each readable beside its paper.
 """
 
+from opdlab.methods.combined import Combined
 from opdlab.methods.contract import Method, method
 from opdlab.methods.dopd import DOPD
 from opdlab.methods.eopd import EOPD
@@ -28,6 +29,7 @@ __all__ = [
     "SFT",
     "SODA",
     "TOPD",
+    "Combined",
     "Method",
     "OPDPlus",
     "OmniOPD",

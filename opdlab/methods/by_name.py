@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import types
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import fields
 from typing import Any, Union, get_args, get_origin, get_type_hints
 
@@ -65,6 +65,8 @@ def make_method(name: str, options: Mapping[str, Any], where: str = "[method]") 
         InvalidValue: An option has a value that cannot be right.
     """
     kind = find_method(name)
+    if kind is methods.Combined:
+        return _make_combined(options, where)
     known = [field.name for field in fields(kind)]
     for key in options:
         if key not in known:
@@ -78,6 +80,28 @@ def make_method(name: str, options: Mapping[str, Any], where: str = "[method]") 
         **{key: _read_option(where, key, value, hints[key]) for key, value in options.items()}
     )
     return made
+
+
+def _make_combined(options: Mapping[str, Any], where: str) -> Method:
+    """Make a `Combined` of tables, each with the name and the options of a method."""
+    for key in options:
+        if key not in ("methods", "weights"):
+            raise UnknownOption(
+                f"{where} has {key!r}, which is no option of Combined."
+                f" {did_you_mean(key, ('methods', 'weights'))}It takes methods, weights."
+            )
+    tables = options.get("methods", ())
+    is_list = isinstance(tables, Sequence) and not isinstance(tables, str)
+    if not is_list or not all(isinstance(one, Mapping) and "name" in one for one in tables):
+        raise InvalidValue(
+            f"{where} has methods={shortened(tables)}. Give a list of tables, each with the name of"
+            ' a method: methods = [{name = "opd"}, {name = "grpo"}].'
+        )
+    made = []
+    for number, table in enumerate(tables):
+        own = {key: value for key, value in table.items() if key != "name"}
+        made.append(make_method(table["name"], own, f"{where}.methods[{number}]"))
+    return methods.Combined(*made, weights=options.get("weights"))
 
 
 def _read_option(where: str, key: str, value: Any, hint: Any) -> Any:

@@ -36,9 +36,9 @@ DEFAULT_NEEDS = ("teacher",)  # the needs of a bare function that states none
 class Method(Protocol):
     """The parts of every method: the distributions that it reads, and a loss.
 
-    A method may also be a `HasPlan`, `HasShare`, `HasWriter` or `HasRecipe`. It may have
-    `verifies = True` (it learns from the task's verifier), `least_n` (samples per prompt that it
-    compares at least), and `state_dict()` with `load_state_dict(state)` where it keeps something
+    A method may also be a `HasPlan`, `HasShare`, `HasWriter`, `HasRecipe` or `HasParts`. It may
+    have `verifies = True` (it learns from the task's verifier), `least_n` (samples per prompt that
+    it compares at least), and `state_dict()` with `load_state_dict(state)` where it keeps something
     from step to step (`opdlab.training.method_state`).
     """
 
@@ -113,6 +113,16 @@ class HasRecipe(Protocol):
 
         They go before those of the task, and the user's go before both.
         """
+        ...
+
+
+@runtime_checkable
+class HasParts(Protocol):
+    """A method made of other methods, each of which plans and keeps its state as it does alone."""
+
+    @property
+    def parts(self) -> Mapping[str, Method]:
+        """The methods by name; the names are identifiers, and the same for equal methods."""
         ...
 
 

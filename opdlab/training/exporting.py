@@ -297,6 +297,10 @@ def _describe_method(method: Method) -> NamedOptions:
             " own. Write the config of a run with one of opdlab's methods, and give yours on the"
             " command line: opdlab distill config.toml --method FILE.py:NAME."
         )
+    if isinstance(method, methods.Combined):
+        parts = [_describe_method(part) for part in method.methods]
+        tables = [{"name": part.name, **part.options} for part in parts]
+        return NamedOptions(name, {"methods": tables, "weights": list(method.weights)})
     hints = get_type_hints(kind)
     options: dict[str, Any] = {}
     assert is_dataclass(method)

@@ -7,7 +7,8 @@ A method that keeps running statistics offers
     state_dict() -> {name: tensor, or a value that JSON holds}
     load_state_dict(state)          the same mapping back, tensors on the device that they came from
 
-as `torch.nn.Module` does. Checkpoints hold that state, a resumed run goes on with it, and a step
+as `torch.nn.Module` does. A method with `parts` (`Combined`) keeps what its parts keep, under
+`<part>/<name>`. Checkpoints hold that state, a resumed run goes on with it, and a step
 that fails or is interrupted leaves it as it was. A method may remember things without saying so
 (attributes, variables of an enclosing function, globals). These are compared with what they were at
 the beginning: what has moved is named, since it is lost.
@@ -32,6 +33,7 @@ from safetensors.torch import save
 from torch import Tensor, nn
 
 from opdlab.errors import DamagedFile, InvalidValue, OpdlabError
+from opdlab.methods.contract import HasParts
 from opdlab.models.fingerprints import describe, digest
 
 FILE = "method.safetensors"
@@ -64,6 +66,29 @@ def keeps_state(method: Any) -> bool:
     Raises:
         OpdlabError: It has one half of the protocol only.
     """
+    return bool(_holders(method))
+
+
+def _holders(method: Any, prefix: str = "") -> dict[str, Any]:
+    """The methods that keep a state, by what stands before the names of their values."""
+    found = {prefix: method} if _keeps_own_state(method) else {}
+    for name, part in _parts_of(method).items():
+        found |= _holders(part, f"{prefix}{name}/")
+    return found
+
+
+def _parts_of(method: Any) -> Mapping[str, Any]:
+    return method.parts if isinstance(method, HasParts) else {}
+
+
+def _load_state(method: Any, state: Mapping[str, Any]) -> None:
+    """Give each method that keeps a state its own values back."""
+    for prefix, holder in _holders(method).items():
+        own = {k.removeprefix(prefix): v for k, v in state.items() if k.startswith(prefix)}
+        holder.load_state_dict(own)
+
+
+def _keeps_own_state(method: Any) -> bool:
     halves = [callable(getattr(method, name, None)) for name in ("state_dict", "load_state_dict")]
     if halves[0] != halves[1]:
         there, missing = (
@@ -87,6 +112,16 @@ def read_state(method: Any) -> tuple[dict[str, Tensor], dict[str, Any]]:
     Raises:
         InvalidValue: `state_dict` returned something that cannot be saved.
     """
+    tensors: dict[str, Tensor] = {}
+    plain: dict[str, Any] = {}
+    for prefix, holder in _holders(method).items():
+        own_tensors, own_plain = _read_own_state(holder)
+        tensors |= {f"{prefix}{name}": value for name, value in own_tensors.items()}
+        plain |= {f"{prefix}{name}": value for name, value in own_plain.items()}
+    return tensors, plain
+
+
+def _read_own_state(method: Any) -> tuple[dict[str, Tensor], dict[str, Any]]:
     owner = type(method).__name__
     state = method.state_dict()
     if not isinstance(state, Mapping):
@@ -177,7 +212,7 @@ def restore_state(method: Any, folder: Path, device: torch.device) -> None:
             ) from error
         for name in said["accelerated"]:
             tensors[name] = tensors[name].to(device)
-        method.load_state_dict({**tensors, **said["plain"]})
+        _load_state(method, {**tensors, **said["plain"]})
 
 
 @contextlib.contextmanager
@@ -201,7 +236,7 @@ def restoring_on_failure(method: Any, is_counted: Callable[[], bool]) -> Iterato
         yield
     except BaseException:
         if not is_counted():
-            method.load_state_dict({**tensors, **plain})
+            _load_state(method, {**tensors, **plain})
         raise
 
 
@@ -220,8 +255,9 @@ class Memory:
 
     def __init__(self, method: Any) -> None:
         self.method = method
-        self._is_saved = keeps_state(method)
-        if self._is_saved:
+        # What the parts of a method keep without saying so is looked at part by part.
+        self._is_saved = _keeps_own_state(method)
+        if keeps_state(method):
             read_state(method)  # what cannot be saved is refused before the first step
         self._before = _remembered_values(method)
         self._told = False
@@ -259,6 +295,12 @@ class Memory:
 
 def _remembered_values(method: Any) -> dict[str, str]:
     """Fingerprints of the values that a method's functions can change, by name."""
+    if parts := _parts_of(method):
+        return {
+            f"{part}: {name}": value
+            for part, one in parts.items()
+            for name, value in ({} if _keeps_own_state(one) else _remembered_values(one)).items()
+        }
     held: dict[str, Any] = {}
     own = dict(getattr(method, "__dict__", {}))
     own |= {

@@ -17,6 +17,7 @@ import transformers
 
 from opdlab.data.prompt import Prompt
 from opdlab.data.seeds import seed_of
+from opdlab.methods.contract import HasParts
 from opdlab.models import fingerprints, model_files
 from opdlab.models.policy import Policy, as_policy
 from opdlab.tasks import Task
@@ -230,6 +231,13 @@ def describe_method(method: Any) -> dict[str, Any]:
         Its class, its options, and a digest of the source of a class from outside opdlab.
     """
     kind = type(method)
+    if isinstance(method, HasParts):
+        return {
+            "class": fingerprints.qualified_name(kind),
+            "options": {"weights": fingerprints.describe(getattr(method, "weights", None))},
+            "parts": {name: describe_method(part) for name, part in method.parts.items()},
+            "source": None,
+        }
     named = (
         [f.name for f in fields(method)]
         if is_dataclass(method)

@@ -75,6 +75,7 @@ def methods() -> dict[str, tuple[object, dict[str, object]]]:
         "SpanOPD": (opd.SpanOPD(), {}),
         "EOPD": (opd.EOPD(), {}),
         "GOPD": (opd.GOPD(), {}),
+        "Combined": (opd.Combined(opd.OPD(), opd.GRPO(), Own(), weights=(1, 0.5, 2)), {"n": 4}),
         "own plan": (Own(), {}),
     }
 

@@ -63,6 +63,16 @@ def test_contexts_and_policies_go_round():
     assert tables["policies"]["reference"]["context"] == [{"role": "user", "content": "hello"}]
 
 
+def test_a_combined_method_goes_round():
+    student, teacher, task = opd.load("market")
+    method = opd.Combined(opd.OPD(top_k=8), opd.GRPO(scale=False), weights=(1, 0.5))
+    run = opd.distill(student, teacher, task, method=method, n=2, **SIZES)
+    assert parse_toml(assert_same_training(run))["method"]["methods"][1] == {
+        "name": "GRPO",
+        "scale": False,
+    }
+
+
 def test_records_options_without_value_and_all_weights_go_round(tmp_path):
     records = [{"prompt": f"1 + {i}", "answer": str(1 + i)} for i in range(20)]
     path = tmp_path / "sums.jsonl"
