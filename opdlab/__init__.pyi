@@ -48,6 +48,7 @@ from .models.policy import Policy, sample
 from .models.text_rollouts import rollout_from_texts
 from .tasks import Task
 from .tasks.profiles import load
+from .teachers import MultiTeacher
 from .training import snapshots
 from .training.configured import from_config
 from .training.evaluation import evaluate
@@ -69,6 +70,7 @@ __all__ = [
     "SODA",
     "TOPD",
     "Combined",
+    "MultiTeacher",
     "OPDPlus",
     "OmniOPD",
     "OpdlabError",

@@ -12,7 +12,7 @@ import resource
 import signal
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -35,7 +35,7 @@ from opdlab.methods.contract import name_of
 from opdlab.models.policy import Policy, as_policy
 from opdlab.models.protocols import Grader
 from opdlab.models.same_tokens import check_same_tokens
-from opdlab.teachers import LogprobServer, TextOnly, TextServer
+from opdlab.teachers import LogprobServer, MultiTeacher, TextOnly, TextServer
 from opdlab.training import trackers
 from opdlab.training.config import Config, write_toml
 from opdlab.training.configured import Parts, load_parts, prepare_run
@@ -187,7 +187,7 @@ def measure_before(session: Session, parts: Parts) -> None:
         _evaluate(session, "before", start, "student")
     if start is not None and 0 not in session.files.traces():
         _trace(session, 0, start)
-    is_server = isinstance(parts.teacher, (LogprobServer, TextServer))
+    is_server = _asks_servers(parts.teacher)
     asks = session.config.run.eval_teacher
     wanted = not is_server if asks is None else asks
     if parts.teacher is not None and wanted and not _is_known(session, "teacher"):
@@ -198,6 +198,14 @@ def measure_before(session: Session, parts: Parts) -> None:
             f"{run.task.name}: {', '.join(said)} of {_prompts(evaluations)} held-out prompts"
             f" right; distilling with {name_of(run.method)} …"
         )
+
+
+def _asks_servers(teacher: Any) -> bool:
+    """Tell whether a teacher's texts cost money, or have no single author."""
+    if isinstance(teacher, MultiTeacher):
+        is_mixed = isinstance(teacher.route, Mapping)
+        return is_mixed or any(map(_asks_servers, teacher.members.values()))
+    return isinstance(teacher, (LogprobServer, TextServer))
 
 
 def _start_of(run: Run) -> Policy | None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from decimal import Decimal
 from typing import Any
 
@@ -30,6 +30,8 @@ class Prompt:
         hint: Privileged information that only policies made with `.seeing()` read. A list of texts
             is joined by line breaks; chat messages become a `ChatHint`. An empty hint is none.
         id: Names the prompt in traces and errors.
+        metadata: Values by name that belong to the prompt and that no policy sees, such as the
+            subject by which a `MultiTeacher` chooses its teacher.
 
     Raises:
         InvalidValue: A field is not of its type, or holds something that no tokenizer can read.
@@ -40,6 +42,7 @@ class Prompt:
     answer: str | None = None
     hint: str | None = None
     id: str = ""
+    metadata: Mapping[str, Any] = field(default_factory=dict, hash=False)
 
     def __post_init__(self) -> None:
         if (self.text is None) == (self.messages is None):
@@ -64,6 +67,13 @@ class Prompt:
             raise InvalidValue(f"Prompt got id={shortened(self.id)}. Use a text or a whole number.")
         object.__setattr__(self, "id", str(self.id))
         _check_characters(self.id, "id")
+        if not isinstance(self.metadata, Mapping) or not all(
+            isinstance(name, str) for name in self.metadata
+        ):
+            raise InvalidValue(
+                f"Prompt got metadata={shortened(self.metadata)}. Use a dict of values by name."
+            )
+        object.__setattr__(self, "metadata", dict(self.metadata))
 
     def with_context(self, context: str) -> Prompt:
         """Put `context` before the prompt.

@@ -8,6 +8,7 @@ from torch import Tensor
 from opdlab.engine.rows import LogProbs, Rows
 from opdlab.errors import NonFinite
 from opdlab.models.graded import Graded, States, TopLogprobs
+from opdlab.models.routed import Routed
 
 SHOWN = 3  # ids in a message
 
@@ -52,6 +53,9 @@ def check_graded(name: str, graded: Graded) -> None:
     Raises:
         NonFinite: Its hidden states are NaN, or its log-probs of the first token are.
     """
+    if isinstance(graded, Routed):
+        for inner, part in zip(graded.names, graded.parts, strict=True):
+            check_graded(inner, part)
     numbers: list[Tensor] = []
     if isinstance(graded, TopLogprobs):
         numbers = [graded.top, graded.sampled]

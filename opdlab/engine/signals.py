@@ -17,6 +17,7 @@ from opdlab.engine.rows import LogProbs, Rows
 from opdlab.errors import PartialDistribution, UnknownName
 from opdlab.losses.divergences import TopK, entropy, forward_kl, generalized_jsd, reverse_kl
 from opdlab.models.graded import Graded, TopLogprobs
+from opdlab.models.routed import known_top
 
 TOP = 8  # tokens of each policy that `Signals` keeps
 
@@ -199,7 +200,7 @@ class Signals(Mapping[str, Tensor]):
         return out | {"support": ""}
 
     def _is_partial(self, name: str) -> bool:
-        return isinstance(self._states(name), TopLogprobs)
+        return known_top(self._states(name)) is not None
 
     def _compute(self, name: str) -> None:
         names = self._names()
@@ -210,8 +211,7 @@ class Signals(Mapping[str, Tensor]):
             )
         if policy := names[name]:
             have = [known for known in self._available() if known.startswith(f"{policy}_")]
-            graded = self._states(policy)
-            k = graded.k if isinstance(graded, TopLogprobs) else TOP
+            k = known_top(self._states(policy)) or TOP
             raise PartialDistribution(
                 f"The signal {name!r} needs the whole distribution of {policy!r}, whose server"
                 f" gives its {k} likeliest tokens and the sampled one. There are {', '.join(have)}."

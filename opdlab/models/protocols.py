@@ -40,8 +40,8 @@ class TopGrader(Protocol):
     """A grader that gives the log-probs of the `k` likeliest tokens only, as servers do."""
 
     @property
-    def k(self) -> int:
-        """How many tokens."""
+    def k(self) -> int | None:
+        """How many tokens; None where it gives whole distributions after all."""
         ...
 
     def grade(self, rollout: Rollout) -> Graded:

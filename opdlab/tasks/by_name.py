@@ -120,7 +120,7 @@ def load_records(path: str, verify: str | None = None, **options: Any) -> Task:
     Raises:
         InvalidValue: There is no such verifier, or an option is not one of `from_records`.
     """
-    _check_options(path, options, ("name", "test", "max_new_tokens"))
+    _check_options(path, options, ("name", "test", "max_new_tokens", "keep"))
     if verify is not None and verify not in VERIFIERS:
         raise InvalidValue(
             f"There is no verifier {verify!r}. {did_you_mean(verify, VERIFIERS)}Use one of"

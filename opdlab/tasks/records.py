@@ -47,13 +47,14 @@ _OTHER_FILES = {
 }
 
 
-def read_prompts(records: Any) -> list[Prompt]:
+def read_prompts(records: Any, keep: Sequence[str] = ()) -> list[Prompt]:
     """Read all prompts of a data set.
 
     Args:
         records: An iterable of records (a `datasets.Dataset`, a list of dicts, a generator), a
             DataFrame, a dict of columns, a list of texts or of `Prompt`s, or the path of a JSONL
             file, which may be gzipped.
+        keep: Columns whose values become the prompts' `metadata`; every record needs them.
 
     Returns:
         One prompt per record, in order.
@@ -68,7 +69,7 @@ def read_prompts(records: Any) -> list[Prompt]:
     unread: dict[str, None] = {}
     answers_twice = 0
     for number, record in enumerate(_records(records)):
-        reader = _Record(record, number)
+        reader = _Record(record, number, keep)
         prompt = reader.prompt()
         if prompt.id in numbers_of_ids:
             raise InvalidValue(
@@ -83,7 +84,8 @@ def read_prompts(records: Any) -> list[Prompt]:
         warnings.warn(
             f"Nothing reads the column{'s' * (len(unread) > 1)} {', '.join(unread)}. Prompts are"
             f" read from {', '.join(ASKED)}, answers from {' or '.join(ANSWERED)}, hints from hint,"
-            " names from id: rename a column that should count, and drop the rest.",
+            " names from id: rename a column that should count, name it in keep= where it belongs"
+            " to the prompt, and drop the rest.",
             stacklevel=3,
         )
     if answers_twice:
@@ -255,12 +257,13 @@ class _Record:
     Attributes:
         columns: Its values by column.
         number: Its number, for errors.
+        keep: Columns that become the prompt's metadata.
         present: The columns that are not missing.
         read: Names of the columns that were read, or need not be.
         leaves_turn_out: Whether an assistant's last message gave way to a column with the answer.
     """
 
-    def __init__(self, record: Any, number: int) -> None:
+    def __init__(self, record: Any, number: int, keep: Sequence[str] = ()) -> None:
         if isinstance(record, (str, Prompt)):
             record = {"prompt": record}
         if not isinstance(record, Mapping):
@@ -269,7 +272,7 @@ class _Record:
                 " '…'}, or a text."
             )
         self.columns = {str(name): value for name, value in record.items()}
-        self.number = number
+        self.number, self.keep = number, keep
         self.present = {
             name: value for name, value in self.columns.items() if not _is_missing(value)
         }
@@ -291,9 +294,12 @@ class _Record:
         column = self._column_asked()
         asked = self._value(column)
         if isinstance(asked, Prompt):
-            return asked if asked.id else replace(asked, id=str(self.number))
+            asked = asked if asked.id else replace(asked, id=str(self.number))
+            added = {k: self._kept(k) for k in self.keep if k not in asked.metadata}
+            return replace(asked, metadata={**asked.metadata, **added}) if added else asked
         answer = self._answer()
         rest = {"hint": self._of("hint", read_hint), "id": self._of("id", _id) or str(self.number)}
+        rest["metadata"] = {name: self._kept(name) for name in self.keep}
         if isinstance(asked, str):
             return self._make(column, text=asked, answer=answer, **rest)
         if not isinstance(asked, (list, tuple)):
@@ -301,6 +307,16 @@ class _Record:
                 column, f"it is {shortened(asked)}. Use a text, or a list of chat messages"
             )
         return self._of_chat(column, answer, rest)
+
+    def _kept(self, name: str) -> Any:
+        """The value of a column that becomes metadata."""
+        if name not in self.present:
+            there = shortened(self.columns[name]) if name in self.columns else "not there"
+            raise InvalidValue(
+                f"Record {self.number}, column {name}: it is {there}, and keep= names it. Give"
+                " every record a value, or leave the column out of keep."
+            )
+        return _with_plain_numbers(self._value(name))
 
     def _column_asked(self) -> str:
         """The column that holds the question."""

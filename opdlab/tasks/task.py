@@ -285,6 +285,7 @@ def from_records(
     test: int | float = 0.1,
     verify: Callable[[Prompt, str], float] | None = None,
     max_new_tokens: int = 256,
+    keep: str | Sequence[str] = (),
 ) -> Task:
     """Make a task of a data set.
 
@@ -302,6 +303,8 @@ def from_records(
         test: Number or share of the questions to hold out for evaluation.
         verify: Scores a text. Without it, texts are compared with the answers by `same_answer`.
         max_new_tokens: Length limit of an answer, in tokens.
+        keep: Columns whose values become each prompt's `metadata`, such as the subject by which a
+            `MultiTeacher` chooses its teacher.
 
     Returns:
         A task that lists its prompts.
@@ -311,14 +314,17 @@ def from_records(
             record's number and column.
         EmptyPrompts: Nothing is left to train on.
     """
-    prompts = read_prompts(records)
+    keep = (keep,) if isinstance(keep, str) else tuple(keep)
+    prompts = read_prompts(records, keep)
     if verify is None:
         _check_answers(prompts, name)
     task = from_prompts(prompts, name=name, test=test, verify=verify, max_new_tokens=max_new_tokens)
-    return replace(task, origin=_origin(records, task, test, verify))
+    return replace(task, origin=_origin(records, task, test, verify, keep))
 
 
-def _origin(records: Any, task: Task, test: int | float, verify: Any) -> dict[str, Any]:
+def _origin(
+    records: Any, task: Task, test: int | float, verify: Any, keep: Sequence[str]
+) -> dict[str, Any]:
     """How a config writes a task of records; empty unless they are a file, judged by name."""
     named = [name for name, function in VERIFIERS.items() if function is verify]
     if not isinstance(records, (str, os.PathLike)) or (verify is not None and not named):
@@ -330,6 +336,7 @@ def _origin(records: Any, task: Task, test: int | float, verify: Any) -> dict[st
         "test": test,
         "max_new_tokens": task.max_new_tokens,
         **judge,
+        **({"keep": list(keep)} if keep else {}),
     }
 
 

@@ -10,18 +10,20 @@ from opdlab.teachers.budget import Budget, Usage
 from opdlab.teachers.cache import Cache, rescue
 from opdlab.teachers.contract import Checked, Grader, Writer
 from opdlab.teachers.logprob_server import LogprobServer
+from opdlab.teachers.many import MultiTeacher
 from opdlab.teachers.text_only import TextOnly
 from opdlab.teachers.text_server import TextServer
 
 # mypy reads these lines: a class that does not fit its protocol is an error.
-_WRITERS: tuple[type[Writer], ...] = (TextOnly, TextServer, LogprobServer)
-_CHECKED: tuple[type[Checked], ...] = (TextOnly, TextServer, LogprobServer)
-_GRADERS: tuple[type[Grader], ...] = (LogprobServer,)
+_WRITERS: tuple[type[Writer], ...] = (TextOnly, TextServer, LogprobServer, MultiTeacher)
+_CHECKED: tuple[type[Checked], ...] = (TextOnly, TextServer, LogprobServer, MultiTeacher)
+_GRADERS: tuple[type[Grader], ...] = (LogprobServer, MultiTeacher)
 
 __all__ = [
     "Budget",
     "Cache",
     "LogprobServer",
+    "MultiTeacher",
     "TextOnly",
     "TextServer",
     "Usage",

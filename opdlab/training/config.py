@@ -1,7 +1,8 @@
 """The config file of a run: TOML in tables, each read into a dataclass and checked key by key.
 
     [student]            a model: source and what `Policy.load` takes
-    [teacher]            likewise, or kind = "logprobs" or "text" with the url of a server
+    [teacher]            likewise, or kind = "logprobs" or "text" with the url of a server;
+                         or several of these as [teacher.members.NAME], with a route
     [policies.NAME]      models that replace a name in the method's needs, such as reference
     [task]               name = "market", "rule", "gym:NAME", …, or records = "file.jsonl"
     [method]             name = "opd" and the options of the method
@@ -27,6 +28,7 @@ import tomli_w
 from opdlab.engine.needs import did_you_mean
 from opdlab.errors import InvalidValue, OpdlabError
 from opdlab.methods.by_name import allows_none
+from opdlab.models.routed import Mixture
 from opdlab.support.expect import shortened
 from opdlab.support.validation import Amount, Count, CountOrZero, Flag, Positive, Text, validate
 from opdlab.training.settings import Settings
@@ -126,6 +128,21 @@ class ServerTable:
 
 
 @dataclass(frozen=True)
+class ManyTable:
+    """Several teachers: `[teacher]` with a table `[teacher.members.NAME]` for each.
+
+    Attributes:
+        members: A model or a server for each name.
+        route: The column of the task that names a prompt's teacher, or weights for all prompts.
+        mixture: How several teachers of one prompt are mixed.
+    """
+
+    members: dict[str, ModelTable | ServerTable]
+    route: str | dict[str, float] = "teacher"
+    mixture: Mixture = "arithmetic"
+
+
+@dataclass(frozen=True)
 class TaskTable:
     """The source of the prompts.
 
@@ -135,6 +152,7 @@ class TaskTable:
         test: Number or share of the records to hold out.
         verify: How answers are judged: a name of `opdlab.tasks.verifiers.VERIFIERS`.
         max_new_tokens: Length limit of an answer.
+        keep: Columns of the records that become the prompts' metadata.
         options: Further arguments of a named task: `hint` and `wrong` of the market, the
             configuration of a task of reasoning-gym.
     """
@@ -144,6 +162,7 @@ class TaskTable:
     test: int | float | None = None
     verify: Text | None = None
     max_new_tokens: Count | None = None
+    keep: str | list[str] | None = None
     options: dict[str, Any] = field(default_factory=dict)
 
 
@@ -201,8 +220,8 @@ class Config:
     """
 
     student: ModelTable
-    teacher: ModelTable | ServerTable | None = None
-    policies: Mapping[str, ModelTable | ServerTable] = field(default_factory=dict)
+    teacher: ModelTable | ServerTable | ManyTable | None = None
+    policies: Mapping[str, ModelTable | ServerTable | ManyTable] = field(default_factory=dict)
     task: TaskTable | None = None
     method: NamedOptions | None = None
     sampler: NamedOptions | None = None
@@ -346,6 +365,8 @@ def _plain_table(table: Any) -> dict[str, Any]:
     found = {}
     for one in fields(table):
         value = getattr(table, one.name)
+        if isinstance(table, ManyTable) and one.name == "members":
+            value = {name: _plain_table(member) for name, member in value.items()}
         default = one.default_factory() if one.default_factory is not MISSING else one.default
         if value is not None and value != default:
             found[one.name] = value
@@ -396,8 +417,12 @@ def _read_student(table: Mapping[str, Any], where: str, base: Path) -> ModelTabl
     return model
 
 
-def _read_teacher(table: Mapping[str, Any], where: str, base: Path) -> ModelTable | ServerTable:
-    """Read a model, or a server where there is a url."""
+def _read_teacher(
+    table: Mapping[str, Any], where: str, base: Path
+) -> ModelTable | ServerTable | ManyTable:
+    """Read a model, a server where there is a url, or several where there are members."""
+    if "members" in table:
+        return _read_many(table, where, base)
     if "url" not in table:
         if table.get("kind") == "logprobs":
             raise InvalidValue(f"{where} has kind='logprobs' without a url. Give the server's url.")
@@ -410,6 +435,23 @@ def _read_teacher(table: Mapping[str, Any], where: str, base: Path) -> ModelTabl
     server = _read_table(ServerTable, where, table)
     cache = None if server.cache is None else _as_path(server.cache, base)
     return _replace(server, cache=cache)
+
+
+def _read_many(table: Mapping[str, Any], where: str, base: Path) -> ManyTable:
+    members = table["members"]
+    if not isinstance(members, Mapping) or not all(
+        isinstance(one, Mapping) and "members" not in one for one in members.values()
+    ):
+        raise InvalidValue(
+            f"{where} has members = {shortened(members)}. Make each of them a table of a model or a"
+            f" server: {where[:-1]}.members.NAME]."
+        )
+    read = {
+        name: _read_teacher(one, f"{where[:-1]}.members.{name}]", base)
+        for name, one in members.items()
+    }
+    many = _read_table(ManyTable, where, {**table, "members": {}})
+    return _replace(many, members=read)
 
 
 def _read_model(table: Mapping[str, Any], where: str, base: Path) -> ModelTable:

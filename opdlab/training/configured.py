@@ -28,10 +28,11 @@ from opdlab.tasks.by_name import (
     load_task,
 )
 from opdlab.tasks.profiles import rule_and_examples
-from opdlab.teachers import Budget, LogprobServer, TextOnly, TextServer
+from opdlab.teachers import Budget, LogprobServer, MultiTeacher, TextOnly, TextServer
 from opdlab.training import checkpoint, run_folder, run_identity
 from opdlab.training.config import (
     Config,
+    ManyTable,
     ModelTable,
     NamedOptions,
     ServerTable,
@@ -116,8 +117,12 @@ def load_parts(config: Config, method: Any = None, verify: Any = None) -> Parts:
 
 
 def _tables(config: Config) -> list[ModelTable | ServerTable]:
+    """The tables of all models and servers, those of several teachers one by one."""
     teacher = [] if config.teacher is None else [config.teacher]
-    return [config.student, *teacher, *config.policies.values()]
+    tables: list[ModelTable | ServerTable] = [config.student]
+    for one in (*teacher, *config.policies.values()):
+        tables += one.members.values() if isinstance(one, ManyTable) else [one]
+    return tables
 
 
 def load_config_task(config: Config, verify: Any = None) -> Task:
@@ -135,7 +140,7 @@ def load_config_task(config: Config, verify: Any = None) -> Task:
     """
     table = config.task
     if table is not None and table.records is not None:
-        names = ("name", "test", "verify", "max_new_tokens")
+        names = ("name", "test", "verify", "max_new_tokens", "keep")
         options = {k: v for k in names if (v := getattr(table, k)) is not None}
         if verify is not None:
             from opdlab.tasks import from_records
@@ -187,7 +192,7 @@ def load_policy(table: ModelTable, loaded: list[tuple[ModelTable, Policy]]) -> P
 
 
 def load_teacher(
-    table: ModelTable | ServerTable | None,
+    table: ModelTable | ServerTable | ManyTable | None,
     config: Config,
     loaded: list[tuple[ModelTable, Policy]],
 ) -> Any:
@@ -199,7 +204,7 @@ def load_teacher(
         loaded: See `load_policy`.
 
     Returns:
-        A policy, a model that only writes, a server, or None.
+        A policy, a model that only writes, a server, several of these, or None.
 
     Raises:
         OpdlabError: There is no such model.
@@ -208,6 +213,9 @@ def load_teacher(
         return None
     if isinstance(table, ServerTable):
         return _connect(table)
+    if isinstance(table, ManyTable):
+        members = {name: load_teacher(one, config, loaded) for name, one in table.members.items()}
+        return MultiTeacher(members, table.route, table.mixture)
     policy = load_policy(table, loaded)
     if table == config.teacher == config.student == ModelTable(SMALL):
         policy = policy.seeing(rule_and_examples)  # as everywhere, SmolLM2 teaches itself the rule

@@ -31,9 +31,10 @@ from opdlab.tasks.profiles import (
     rule_and_examples,
     rule_messages,
 )
-from opdlab.teachers import LogprobServer, TextServer
+from opdlab.teachers import LogprobServer, MultiTeacher, TextServer
 from opdlab.training.config import (
     Config,
+    ManyTable,
     ModelTable,
     NamedOptions,
     RunTable,
@@ -53,7 +54,7 @@ class Described:
         reasons: By name, why a model cannot be written.
     """
 
-    tables: Mapping[str, ModelTable | ServerTable] = field(default_factory=dict)
+    tables: Mapping[str, ModelTable | ServerTable | ManyTable] = field(default_factory=dict)
     reasons: Mapping[str, str] = field(default_factory=dict)
 
 
@@ -68,7 +69,7 @@ def describe_models(student: Policy, teacher: Any, policies: Mapping[str, Any]) 
     Returns:
         A table, or a reason, for each.
     """
-    tables: dict[str, ModelTable | ServerTable] = {}
+    tables: dict[str, ModelTable | ServerTable | ManyTable] = {}
     reasons = {}
     given = {"student": student, "teacher": teacher, **policies}
     for name, model in given.items():
@@ -131,7 +132,24 @@ def _who(name: str) -> str:
     return f"the {name}" if name in ("student", "teacher") else f"the policy {name!r}"
 
 
-def _describe_model(model: Any) -> ModelTable | ServerTable:
+def _describe_model(model: Any) -> ModelTable | ServerTable | ManyTable:
+    if isinstance(model, MultiTeacher):
+        return _describe_many(model)
+    return _describe_one(model)
+
+
+def _describe_many(teacher: MultiTeacher) -> ManyTable:
+    route = teacher.route
+    if callable(route):
+        raise OpdlabError(
+            f"chooses its teachers by the function {shortened(route)}. Keep a column with their"
+            " names in the task (from_records(…, keep=…)), and give route= that column."
+        )
+    members = {name: _describe_one(member) for name, member in teacher.members.items()}
+    return ManyTable(members, route if isinstance(route, str) else dict(route), teacher.mixture)
+
+
+def _describe_one(model: Any) -> ModelTable | ServerTable:
     behind = model_behind(model)
     if behind is not None:
         return _describe_policy(behind, "text")

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from opdlab.engine.batch import Batch
+from opdlab.teachers.many import MultiTeacher
 
 FIRST = 4  # positions at the beginning of a completion that `first_mass` looks at
 
@@ -68,6 +69,56 @@ def measure_first_mass(batch: Batch, wanted: Tensor) -> dict[str, float]:
     if not bool(count.any()):
         return {}
     return {"first_mass": float((total / count)[count > 0].min())}
+
+
+def measure_teachers(batch: Batch, columns: Mapping[str, Tensor]) -> dict[str, float]:
+    """Compute what each of several teachers did in a step (`opdlab.teachers.MultiTeacher`).
+
+    Args:
+        batch: The rollout of this process with its graders.
+        columns: Numbers of its tokens, `[tokens]` each, with `..._reverse_kl` of the teachers.
+
+    Returns:
+        By `<teacher>/<number>`: `rows` (completions in which it has a weight), `tokens`,
+        `reverse_kl` (mean nats per token, by weight), `reward` where a verifier can judge,
+        `grade_s` (seconds over all processes) and `paid` (tokens of its server); nothing for one
+        teacher.
+    """
+    metrics: dict[str, float] = {}
+    for policy, teacher in batch.policies.items():
+        if not isinstance(teacher, MultiTeacher):
+            continue
+        weights = teacher.weights_of(batch.rollout.prompts).to(batch.mask.device)  # [B, M]
+        learn = batch.rollout.learn.sum(1).double()  # [B]
+        meters = teacher.read_meters()
+        by_row = {"rows": (weights > 0).double(), "tokens": learn[:, None] * (weights > 0)}
+        by_row["weighted"] = learn[:, None] * weights
+        kl = next((columns[n] for n in _kl_names(policy) if n in columns), None)
+        if kl is not None:
+            summed = (batch.spread(kl) * batch.rollout.learn).double().sum(1)
+            by_row["kl"] = summed[:, None] * weights
+        by_others = sum(writer != "student" for writer in batch.rollout.writer)
+        judged = batch.task is not None and batch.task.verify is not None
+        if judged and not float(batch.sum(weights.new_tensor(by_others))):
+            by_row["reward"] = batch.rewards.double()[:, None] * (weights > 0)
+        sums = torch.stack([values.sum(0) for values in by_row.values()])  # [numbers, M]
+        costs = [[meters[name].seconds, meters[name].paid] for name in teacher.members]
+        total = batch.sum(torch.cat([sums, sums.new_tensor(costs).T])).tolist()
+        found = dict(zip((*by_row, "grade_s", "paid"), total, strict=True))
+        for m, name in enumerate(teacher.members):
+            one = {what: values[m] for what, values in found.items()}
+            said = {"rows": one["rows"], "tokens": one["tokens"]}
+            if "kl" in one:
+                said["reverse_kl"] = _ratio(one["kl"], one["weighted"])
+            if "reward" in one:
+                said["reward"] = _ratio(one["reward"], one["rows"])
+            said |= {"grade_s": one["grade_s"], "paid": one["paid"]}
+            metrics |= {f"{name}/{what}": value for what, value in said.items()}
+    return metrics
+
+
+def _kl_names(policy: str) -> tuple[str, str]:
+    return f"{policy}_reverse_kl", f"{policy}_coarse_reverse_kl"
 
 
 def _local_sums(batch: Batch, columns: Mapping[str, Tensor], weight: Tensor) -> dict[str, float]:

@@ -36,13 +36,18 @@ def rehearse(method: Method, policies: Mapping[str, Any], task: Task, prompt: Pr
         PartialDistribution: The loss or the plan needs all of a distribution of which a server
             gives only some log-probs.
     """
-    if not any(isinstance(policy, TopGrader) for policy in policies.values()):
+    partial = {
+        name: policy.k
+        for name, policy in policies.items()
+        if isinstance(policy, TopGrader) and policy.k is not None
+    }
+    if not partial:
         return
     student = policies["student"]
-    uniform = {}
-    for name, policy in policies.items():
-        is_partial = isinstance(policy, TopGrader)
-        uniform[name] = _Uniform(policy.k, student.weights.vocab_size) if is_partial else policy
+    uniform = {
+        name: _Uniform(partial[name], student.weights.vocab_size) if name in partial else policy
+        for name, policy in policies.items()
+    }
     try:
         batch = Batch(student.sample([prompt], max_new_tokens=2), uniform, task)
         run_plan(method, batch).compute(lambda rows: method.loss(rows).detach())

@@ -25,6 +25,7 @@ from opdlab.models.policy import Policy, as_policy
 from opdlab.models.protocols import Grader, Writer
 from opdlab.support.expect import shortened
 from opdlab.teachers.contract import expect_teacher
+from opdlab.teachers.many import MultiTeacher
 from opdlab.teachers.text_only import as_writer
 
 
@@ -191,6 +192,8 @@ def _with_hint(policy: Any, need: Need) -> Any:
     """The policy, told hints where the need asks for that."""
     if not need.hinted:
         return policy
+    if isinstance(policy, MultiTeacher):
+        return policy.seeing()
     local = as_policy(policy)
     if local is None:
         raise MissingPolicy(
@@ -205,6 +208,8 @@ def _with_access(policy: Any, need: Need) -> Any:
 
     Where only texts are needed, a local model is reduced to its texts.
     """
+    if isinstance(policy, MultiTeacher):
+        return policy.map(lambda member: _with_access(member, need))
     if need.access is Access.TEXT:
         writer = as_writer(policy)
         if not isinstance(writer, Writer):

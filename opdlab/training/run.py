@@ -48,7 +48,7 @@ from opdlab.training.evaluation import Evaluation, evaluate
 from opdlab.training.exclusive import Claim
 from opdlab.training.folder_lock import FolderLock, remove_leftovers
 from opdlab.training.handover import Handover
-from opdlab.training.metrics import measure_first_mass, measure_step
+from opdlab.training.metrics import measure_first_mass, measure_step, measure_teachers
 from opdlab.training.own_teacher import warn_of_own_teacher
 from opdlab.training.phases import (
     accumulate_gradient,
@@ -344,6 +344,7 @@ class Run(RunState):
         measured |= measure_gap(planned.batch, learned.columns["sampler_gap"])
         if learned.wanted is not None:
             measured |= measure_first_mass(planned.batch, learned.wanted)
+        measured |= measure_teachers(planned.batch, learned.columns)
         metrics = {"step": float(self.done + 1), **measured, "grad_norm": learned.grad_norm}
         self.loss_is_checked |= learned.is_checked
         with (

@@ -130,7 +130,7 @@ def same_function(saved: Any, given: Any) -> bool:
         True if their sources agree, or, where a source is unknown, their bare names, and if their
         bound arguments agree.
     """
-    if not (isinstance(saved, dict) and isinstance(given, dict)):
+    if not all(isinstance(one, dict) and "name" in one for one in (saved, given)):
         return bool(saved == given)
     if saved.get("source") and given.get("source"):
         return saved["source"] == given["source"] and saved.get("given") == given.get("given")
@@ -163,6 +163,8 @@ def _teachers(
         return (
             f"{who} is of another kind: {_teacher(saved)} was saved and {_teacher(given)} is given"
         )
+    if "members" in saved:
+        return _several_teachers(who, saved, given, same_versions)
     if "weights" not in saved:
         if all(given.get(name) == value for name, value in saved.items()):
             return ""
@@ -177,10 +179,39 @@ def _teachers(
     return said
 
 
+def _several_teachers(
+    who: str, saved: Mapping[str, Any], given: Mapping[str, Any], same_versions: bool
+) -> str:
+    """Compare several teachers one by one, and who grades which prompt."""
+    one, two = saved["members"], given["members"]
+    if one.keys() != two.keys():
+        return (
+            f"{who} has other members: {', '.join(one)} were saved and {', '.join(two)} are given"
+        )
+    for name in one:
+        said = _teachers(f"the teacher {name!r}", one[name], two[name], same_versions)
+        if said:
+            return said
+    if not same_function(saved["route"], given["route"]):
+        before, now = _route(saved["route"]), _route(given["route"])
+        return f"{who} has another route: {before} was saved and {now} is given"
+    if saved["mixture"] != given["mixture"]:
+        return f"{who} has another mixture: {_both(saved, given, 'mixture')}"
+    return ""
+
+
+def _route(described: Any) -> str:
+    is_function = isinstance(described, dict) and "name" in described
+    return _function(described) if is_function else str(described)
+
+
 def _teacher(described: Mapping[str, Any] | None) -> str:
     if described is None:
         return "none"
     kind = described["kind"].rsplit(".", 1)[-1]
+    if "members" in described:
+        members = [f"{name}: {_teacher(one)}" for name, one in described["members"].items()]
+        return f"{kind}({', '.join(members)})"
     k = f", k={described['k']}" if described.get("k") is not None else ""
     return f"{kind}({described.get('source') or described['model']}{k})"
 

@@ -21,6 +21,7 @@ from opdlab.methods.contract import HasParts
 from opdlab.models import fingerprints, model_files
 from opdlab.models.policy import Policy, as_policy
 from opdlab.tasks import Task
+from opdlab.teachers.many import MultiTeacher
 from opdlab.training.method_state import keeps_state
 from opdlab.training.state import RunState
 
@@ -133,7 +134,11 @@ def describe_task(task: Task, prompts: list[Prompt]) -> dict[str, Any]:
     Returns:
         The description; of the prompts, a digest.
     """
-    read = [[p.text, fingerprints.describe(p.messages), p.answer, p.hint] for p in prompts]
+    read = [
+        [p.text, fingerprints.describe(p.messages), p.answer, p.hint]
+        + ([dict(p.metadata)] if p.metadata else [])
+        for p in prompts
+    ]
     return {
         "name": task.name,
         "settings": fingerprints.describe(task.settings),
@@ -167,6 +172,16 @@ def describe_teacher(teacher: Any, prompts: list[Prompt]) -> dict[str, Any] | No
     if teacher is None:
         return None
     kind = fingerprints.qualified_name(type(teacher))
+    if isinstance(teacher, MultiTeacher):
+        return {
+            "kind": kind,
+            "members": {
+                name: describe_teacher(member, teacher.prompts_of(name, prompts))
+                for name, member in teacher.members.items()
+            },
+            "route": fingerprints.describe(teacher.route),
+            "mixture": teacher.mixture,
+        }
     local = as_policy(teacher) or model_behind(teacher)
     if local is not None:
         try:

@@ -48,6 +48,11 @@ class Own:
         return rows.weight * opd.losses.reverse_kl(rows.student, rows.teacher)
 
 
+def shop(prompt: opd.Prompt) -> str:
+    """The teacher of a prompt: one for each half of the shopkeepers."""
+    return "one" if str(prompt.messages[0]["content"]) < "f" else "other"
+
+
 def methods() -> dict[str, tuple[object, dict[str, object]]]:
     """Every method with the settings that it needs."""
     audits = {"chunks": 4, "continuations": 4, "length": 1, "similarity": "rouge1"}
@@ -76,6 +81,7 @@ def methods() -> dict[str, tuple[object, dict[str, object]]]:
         "EOPD": (opd.EOPD(), {}),
         "GOPD": (opd.GOPD(), {}),
         "Combined": (opd.Combined(opd.OPD(), opd.GRPO(), Own(), weights=(1, 0.5, 2)), {"n": 4}),
+        "many teachers": (opd.OPD("forward_kl"), {}),
         "own plan": (Own(), {}),
     }
 
@@ -83,8 +89,9 @@ def methods() -> dict[str, tuple[object, dict[str, object]]]:
 def main(folder: Path, other: Path | None) -> None:
     """Train with every method, evaluate, score and resume."""
     base, teacher, task = opd.load("market")
+    several = opd.MultiTeacher({"one": teacher, "other": base.frozen().seeing("7 + 6 = 1 3")}, shop)
     for name, (method, settings) in methods().items():
-        chosen = Judge() if name == "OVD" else teacher
+        chosen = {"OVD": Judge(), "many teachers": several}.get(name, teacher)
         options = {"steps": 2, "batch": 5, "max_new_tokens": 12, "seed": 3, "lr": LR}
         options |= {"quiet": True, "save": folder / name, "save_every": 1, **settings}
         run = opd.distill(base.frozen(), chosen, task, method=method, **options)

@@ -63,6 +63,31 @@ def test_contexts_and_policies_go_round():
     assert tables["policies"]["reference"]["context"] == [{"role": "user", "content": "hello"}]
 
 
+def test_several_teachers_go_round(tmp_path):
+    records = [
+        {"prompt": f"1 + {i}", "answer": str(1 + i), "who": ("one", "two")[i % 2]}
+        for i in range(20)
+    ]
+    path = tmp_path / "sums.jsonl"
+    path.write_text("\n".join(map(json.dumps, records)), encoding="utf-8")
+    task = opd.tasks.from_records(path, test=4, max_new_tokens=5, keep="who")
+    student, teacher, _ = opd.load("market")
+    members = {"one": teacher, "two": model("novice").seeing("add")}
+    many = opd.MultiTeacher(members, route="who")
+    text = assert_same_training(opd.distill(student, many, task, **SIZES))
+    tables = parse_toml(text)
+    assert tables["task"]["keep"] == ["who"]
+    assert tables["teacher"]["route"] == "who"
+    assert tables["teacher"]["members"]["two"] == {"source": "novice", "context": "add"}
+    mixed = opd.MultiTeacher(members, {"one": 1.0, "two": 3.0}, "geometric")
+    text = opd.distill(model("student"), mixed, task, **SIZES).to_config()
+    assert opd.from_config(text, quiet=True).teacher.route == {"one": 1.0, "two": 3.0}
+    by_function = opd.MultiTeacher(members, lambda prompt: "one")
+    assert "keep=" in refused(opd.distill(model("student"), by_function, task, **SIZES))
+    with pytest.raises(InvalidValue, match=r"\[teacher.members.NAME\]"):
+        opd.from_config(text.replace("members.one", "members.one.members.one"), quiet=True)
+
+
 def test_a_combined_method_goes_round():
     student, teacher, task = opd.load("market")
     method = opd.Combined(opd.OPD(top_k=8), opd.GRPO(scale=False), weights=(1, 0.5))

@@ -1,0 +1,473 @@
+"""Several teachers as one: each prompt is graded by its own teacher, or by a mixture of them.
+
+    MultiTeacher({"maths": a, "style": b}, route="subject")             a column of the task
+    MultiTeacher({"maths": a, "style": b}, route=lambda prompt: …)      a function of the prompt
+    MultiTeacher({"maths": a, "style": b}, route={"maths": 0.7, "style": 0.3})    all, with weights
+
+Every teacher sees only the completions that it grades. To the engine the result is one teacher, so
+every method and every divergence trains with it. Routing by domain is MOPD's (TRL, verl, ms-swift
+and NeMo-RL have it); mixtures are our reading of "all with weights":
+
+    arithmetic    q = sum_m w_m q_m              forward KL to it has the gradient of
+                                                 sum_m w_m KL(q_m || p)
+    geometric     q ∝ prod_m q_m^(w_m)           reverse KL to it has the gradient of
+                                                 sum_m w_m KL(p || q_m)
+"""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any, get_args
+
+import pandas as pd
+import torch
+from torch import Tensor
+
+from opdlab.data.prompt import Prompt, name_of
+from opdlab.data.rollout import Rollout
+from opdlab.data.sampling_config import SamplingConfig
+from opdlab.errors import InvalidValue, MissingPolicy, OpdlabError
+from opdlab.models.graded import Graded
+from opdlab.models.places import takes_places
+from opdlab.models.policy import Policy, as_policy
+from opdlab.models.protocols import Checked, Grader, TopGrader, Writer
+from opdlab.models.routed import Mixture, Routed
+from opdlab.models.same_tokens import check_same_tokens
+from opdlab.support.expect import shortened
+from opdlab.teachers.contract import expect_teacher
+from opdlab.teachers.logprob_server import LogprobServer
+from opdlab.teachers.text_only import as_writer
+from opdlab.teachers.text_server import TextServer
+from opdlab.teachers.writing import options_for
+
+Route = str | Mapping[str, float] | Callable[[Prompt], Any]
+# What a run notes of each teacher in its history, as "maths/rows". `reverse_kl` is in nats per
+# token (`coarse_reverse_kl` of top log-probs), `reward` the mean score, `paid` tokens of a server.
+NUMBERS = ("rows", "tokens", "reverse_kl", "reward", "grade_s", "paid")
+
+
+@dataclass
+class Meter:
+    """What a teacher has cost since it was last read.
+
+    Attributes:
+        seconds: Time that it took to grade and to write.
+        paid: Tokens that its server read and wrote.
+    """
+
+    seconds: float = 0.0
+    paid: int = 0
+
+
+class MultiTeacher:
+    """Several teachers that grade as one.
+
+    Args:
+        members: Teachers by name: policies (adapters on one base too), hinted views, servers. Names
+            are letters, digits and _.
+        route: Who grades a prompt: the name of a column that the task keeps
+            (`from_records(…, keep=…)`) and that holds the teacher's name; a function of the prompt
+            that gives a name, or weights by name; or weights for all prompts.
+        mixture: How several teachers of one prompt are mixed, "arithmetic" or "geometric".
+
+    Attributes:
+        members: The teachers by name.
+        route: As it was given.
+        mixture: As it was given.
+
+    Raises:
+        InvalidValue: There are fewer than two teachers, a name is none, one cannot teach, or the
+            weights are no weights of these teachers.
+        MissingPolicy: Teachers with top log-probs alone cannot be mixed.
+    """
+
+    def __init__(
+        self,
+        members: Mapping[str, Any],
+        route: Route = "teacher",
+        mixture: Mixture = "arithmetic",
+    ) -> None:
+        if not isinstance(members, Mapping) or len(members) < 2:
+            raise InvalidValue(
+                f"MultiTeacher got {shortened(members)}. Give two teachers or more by name, as"
+                " {'maths': policy, 'style': other}."
+            )
+        for name, member in members.items():
+            if not isinstance(name, str) or not name.isidentifier():
+                raise InvalidValue(
+                    f"MultiTeacher got a teacher named {shortened(name)}. Use letters, digits and"
+                    " _, beginning with a letter."
+                )
+            if isinstance(member, MultiTeacher):
+                raise InvalidValue(
+                    f"MultiTeacher got another MultiTeacher as {name!r}. Give all teachers in one."
+                )
+            expect_teacher(member, "MultiTeacher", f"members[{name!r}]")
+        if mixture not in get_args(Mixture):
+            raise InvalidValue(
+                f"MultiTeacher got mixture={shortened(mixture)}. Use arithmetic or geometric."
+            )
+        if not isinstance(route, str) and not callable(route) and not isinstance(route, Mapping):
+            raise InvalidValue(
+                f"MultiTeacher got route={shortened(route)}. Use the name of a column, a function"
+                " of the prompt, or weights by teacher."
+            )
+        self.members, self.route, self.mixture = dict(members), route, mixture
+        self._meters = {name: Meter() for name in members}
+        if isinstance(route, Mapping):
+            self._read_weights(route, "route")
+
+    @property
+    def name(self) -> str:
+        """The teachers' names, for a model card."""
+        return " and ".join(self.members)
+
+    @property
+    def k(self) -> int | None:
+        """The number of likeliest tokens that all teachers give; None for whole distributions."""
+        known = [
+            member.k
+            for member in self.members.values()
+            if isinstance(member, TopGrader) and member.k is not None
+        ]
+        return min(known, default=None)
+
+    # Routing.
+
+    def weights_of(self, prompts: Sequence[Prompt]) -> Tensor:
+        """Return the weight of each teacher for each prompt.
+
+        Args:
+            prompts: The prompts.
+
+        Returns:
+            `[B, M]` in float64, in the order of `members`; rows sum to 1.
+
+        Raises:
+            InvalidValue: The route gives no teacher, or no weights, for a prompt.
+        """
+        rows, known = [], dict[int, list[float]]()
+        for prompt in prompts:  # the completions of one prompt stand side by side
+            if id(prompt) not in known:
+                known[id(prompt)] = self._weights_of_one(prompt)
+            rows.append(known[id(prompt)])
+        return torch.tensor(rows, dtype=torch.float64).view(len(prompts), len(self.members))
+
+    def _weights_of_one(self, prompt: Prompt) -> list[float]:
+        if isinstance(self.route, Mapping):
+            return self._read_weights(self.route, "route")
+        if isinstance(self.route, str):
+            said: Any = prompt.metadata.get(self.route)
+            what = f"{self.route} = {shortened(said)}"
+            way = (
+                f"Keep a column {self.route!r} with one of these names in the task, as"
+                f" from_records(…, keep={self.route!r}), or give MultiTeacher route= a function."
+            )
+        else:
+            said = self.route(prompt)
+            what, way = f"the route {shortened(said)}", "Let the route give one of these names."
+        if isinstance(said, Mapping):
+            return self._read_weights(said, f"the route of prompt {name_of(prompt)}")
+        if not isinstance(said, str) or said not in self.members:
+            raise InvalidValue(
+                f"Prompt {name_of(prompt)} has {what}, and the teachers are"
+                f" {', '.join(self.members)}. {way}"
+            )
+        return [float(name == said) for name in self.members]
+
+    def _read_weights(self, weights: Mapping[str, Any], where: str) -> list[float]:
+        """Weights by name as numbers that sum to 1."""
+        values = list(weights.values())
+        is_right = set(weights) <= set(self.members) and all(
+            isinstance(one, int | float) and not isinstance(one, bool) and 0 <= one < math.inf
+            for one in values
+        )
+        if not is_right or not any(values):
+            raise InvalidValue(
+                f"MultiTeacher got {where}={shortened(dict(weights))}. Give numbers of at least 0,"
+                f" not all 0, for some of {', '.join(self.members)}."
+            )
+        if self.k is not None and sum(value > 0 for value in values) > 1:
+            partial = [n for n, one in self.members.items() if isinstance(one, TopGrader)]
+            raise MissingPolicy(
+                f"{where}={shortened(dict(weights))} mixes several teachers for one prompt, but"
+                f" {partial[0]!r} gives its likeliest tokens only, and a mixture needs whole"
+                " distributions. Route each prompt to one teacher, or load that teacher with"
+                " Policy.load(…)."
+            )
+        total = sum(values)
+        return [float(weights.get(name, 0.0)) / total for name in self.members]
+
+    def prompts_of(self, name: str, prompts: Sequence[Prompt]) -> list[Prompt]:
+        """Return the prompts that a teacher is asked about.
+
+        Args:
+            name: The teacher's name.
+            prompts: Some prompts.
+
+        Returns:
+            Those of them in which it has a weight, in order.
+        """
+        column = self.weights_of(prompts)[:, list(self.members).index(name)].tolist()
+        return [prompt for prompt, weight in zip(prompts, column, strict=True) if weight]
+
+    # What a teacher does.
+
+    def check(self, student: Policy, prompts: Sequence[Prompt], max_new_tokens: int) -> None:
+        """Check before a run that every teacher can teach its own prompts.
+
+        Args:
+            student: The policy being trained.
+            prompts: The prompts of the run.
+            max_new_tokens: Length limit of a completion, in tokens of the student.
+
+        Raises:
+            InvalidValue: A prompt has no teacher.
+            TokenizerMismatch: A teacher that grades has other tokens than the student.
+            OpdlabError: A teacher cannot read one of its prompts. The message names the teacher.
+        """
+        for name, member in self.members.items():
+            own = self.prompts_of(name, prompts)
+            local = as_policy(member)
+            with _naming(name), self._metered(name):
+                if local is not None:
+                    check_same_tokens(student, local, name)
+                    if own:
+                        local.encode_all(own, room=max_new_tokens)
+                elif isinstance(member, Checked):
+                    # A server is compared with the student, whoever's turn comes first.
+                    member.check(student, own or list(prompts[:1]), max_new_tokens)
+
+    def grade(self, rollout: Rollout) -> Routed:
+        """Let each teacher grade the completions of its own prompts.
+
+        Args:
+            rollout: `B` completions, in tokens that all teachers share.
+
+        Returns:
+            The grades of `rollout.tokens` tokens, rows in order.
+
+        Raises:
+            InvalidValue: A prompt has no teacher.
+            OpdlabError: A teacher failed. The message names it.
+        """
+        device = rollout.ids.device
+        weights = self.weights_of(rollout.prompts)  # [B, M]
+        row = torch.arange(len(rollout)).repeat_interleave(rollout.lengths.cpu())  # [tokens]
+        parts: list[Graded] = []
+        place = torch.full((len(row), 0), -1)
+        names = []
+        for m, (name, member) in enumerate(self.members.items()):
+            own = weights[:, m].nonzero()[:, 0]
+            if not len(own):
+                continue
+            with _naming(name), self._metered(name):
+                parts.append(self._grader(name, member).grade(rollout.select(own.tolist())))
+            column = torch.full((len(row),), -1)
+            tokens = torch.isin(row, own)
+            column[tokens] = torch.arange(int(tokens.sum()))
+            place = torch.cat([place, column[:, None]], 1)
+            names.append(m)
+        by_token = weights[row][:, names].float()
+        vocab_size = max((part.vocab_size for part in parts), default=0)
+        k = None if self.k is None else min(self.k, vocab_size)
+        return Routed(
+            tuple(parts),
+            place.to(device),
+            by_token.to(device),
+            rollout.ids[rollout.mask],
+            vocab_size,
+            k,
+            self.mixture,
+            tuple(list(self.members)[m] for m in names),
+        )
+
+    def write(
+        self,
+        prompts: Sequence[Prompt],
+        n: int = 1,
+        *,
+        prefixes: Sequence[str] | None = None,
+        places: Sequence[int] | None = None,
+        **options: Any,
+    ) -> list[list[str]]:
+        """Let each prompt's teacher write `n` texts for it.
+
+        Args:
+            prompts: The questions.
+            n: Texts for each prompt.
+            prefixes: One unfinished answer for each prompt, which the texts continue.
+            places: Where each prompt stands in a batch that several processes share.
+            options: Fields of `SamplingConfig`.
+
+        Returns:
+            One list for each prompt, with `n` texts.
+
+        Raises:
+            MissingPolicy: A prompt has several teachers, or its teacher only grades.
+            OpdlabError: A teacher failed. The message names it.
+        """
+        config = SamplingConfig.of("write", options)
+        weights = self.weights_of(prompts)
+        if bool(((weights > 0).sum(1) > 1).any()):
+            raise MissingPolicy(
+                "Several teachers share a prompt, and one text has one author. Route each prompt to"
+                " one teacher, or use a method that reads distributions, as OPD()."
+            )
+        out: list[list[str]] = [[] for _ in prompts]
+        for m, (name, member) in enumerate(self.members.items()):
+            rows = weights[:, m].nonzero()[:, 0].tolist()
+            if not rows:
+                continue
+            with _naming(name), self._metered(name):
+                writer = as_writer(member)
+                if not isinstance(writer, Writer):
+                    raise MissingPolicy(
+                        f"{type(member).__name__} only grades. Use a teacher that writes."
+                    )
+                chosen: dict[str, Any] = options_for(writer, config)
+                if takes_places(writer.write):
+                    chosen["places"] = [row if places is None else places[row] for row in rows]
+                if prefixes is not None:
+                    chosen["prefixes"] = [prefixes[row] for row in rows]
+                texts = writer.write([prompts[row] for row in rows], n, **chosen)
+            for row, written in zip(rows, texts, strict=True):
+                out[row] = list(written)
+        return out
+
+    # Other views, and the report.
+
+    def map(self, change: Callable[[Any], Any]) -> MultiTeacher:
+        """Make the same with every teacher replaced.
+
+        Args:
+            change: A function of a teacher that gives another.
+
+        Returns:
+            A view with the same names, route and report.
+        """
+        made = {}
+        for name, member in self.members.items():
+            with _naming(name):
+                made[name] = change(member)
+        view = MultiTeacher(made, self.route, self.mixture)
+        view._meters = self._meters
+        return view
+
+    def seeing(self, context: Any = None) -> MultiTeacher:
+        """Make a view in which every teacher sees privileged information, as `Policy.seeing`.
+
+        Args:
+            context: A text, chat messages or a function of prompts; each prompt's own hint by
+                default.
+
+        Returns:
+            The view.
+
+        Raises:
+            MissingPolicy: A teacher is no local model.
+        """
+
+        def told(member: Any) -> Policy:
+            local = as_policy(member)
+            if local is None:
+                raise MissingPolicy(
+                    f"{type(member).__name__} cannot be told hints; only local models can. Load it"
+                    " with Policy.load(…)."
+                )
+            return local.seeing(context)
+
+        return self.map(told)
+
+    def read_meters(self) -> dict[str, Meter]:
+        """Return what each teacher has cost since the last call.
+
+        Returns:
+            Seconds and tokens by teacher.
+        """
+        read = {name: Meter(meter.seconds, meter.paid) for name, meter in self._meters.items()}
+        for meter in self._meters.values():
+            meter.seconds, meter.paid = 0.0, 0
+        return read
+
+    def report(self, history: pd.DataFrame, last: int | None = None) -> pd.DataFrame:
+        """Sum up a run's history for each teacher.
+
+        Args:
+            history: `run.history`; that of a resumed run holds all its steps.
+            last: Look at this many steps at the end; all by default.
+
+        Returns:
+            One row for each teacher: `rows` (completions that it graded), `tokens`, `reverse_kl`
+            (mean nats per token), `reward` (mean score of these completions, NaN without a
+            verifier), `grade_s` (seconds) and `paid` (tokens of its server).
+        """
+        steps = history if last is None else history.tail(last)
+        table = {}
+        for name in self.members:
+            columns = {
+                what: steps.get(f"{name}/{what}", pd.Series(math.nan, steps.index))
+                for what in NUMBERS
+            }
+            table[name] = {
+                what: _mean(columns[what], columns["tokens" if what == "reverse_kl" else "rows"])
+                if what in ("reverse_kl", "reward")
+                else float(columns[what].sum())
+                for what in NUMBERS
+            }
+        return pd.DataFrame.from_dict(table, orient="index").rename_axis("teacher")
+
+    def _grader(self, name: str, member: Any) -> Grader:
+        if not isinstance(member, Grader):
+            raise MissingPolicy(
+                f"{type(member).__name__} only writes. Use a method that learns from texts alone"
+                " (OmniOPD, SequenceKD), or a teacher with log-probs."
+            )
+        return member
+
+    @contextmanager
+    def _metered(self, name: str) -> Iterator[None]:
+        """Charge the block's seconds and tokens to a teacher, also where it fails."""
+        began, before = time.perf_counter(), tokens_paid(self.members[name])
+        try:
+            yield
+        finally:
+            self._meters[name].seconds += time.perf_counter() - began
+            self._meters[name].paid += tokens_paid(self.members[name]) - before
+
+    def __repr__(self) -> str:
+        return f"MultiTeacher({self.members}, route={self.route!r}, mixture={self.mixture!r})"
+
+
+def tokens_paid(teacher: Any) -> int:
+    """Return how many tokens a teacher's server has charged so far.
+
+    Args:
+        teacher: Any teacher.
+
+    Returns:
+        Tokens read and written; 0 for a local model.
+    """
+    text = teacher.text if isinstance(teacher, LogprobServer) else teacher
+    return text.service.budget.spent.tokens if isinstance(text, TextServer) else 0
+
+
+def _mean(values: pd.Series[float], weights: pd.Series[float]) -> float:
+    """The weighted mean of the values that are there; NaN for none."""
+    there = values.notna() & (weights > 0)
+    total = float(weights[there].sum())
+    return float((values[there] * weights[there]).sum()) / total if total else math.nan
+
+
+@contextmanager
+def _naming(name: str) -> Iterator[None]:
+    """Say whose error it is."""
+    try:
+        yield
+    except OpdlabError as error:
+        error.args = (f"Teacher {name!r}: {error}", *error.args[1:])
+        raise
