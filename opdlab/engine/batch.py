@@ -14,16 +14,18 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-from opdlab.data.prompt import Prompt
+from opdlab.data.prompt import Prompt, name_of
 from opdlab.data.rollout import Rollout
 from opdlab.engine.needs import Access, parse_need
 from opdlab.engine.not_finite import check_graded
 from opdlab.engine.passes import compute
 from opdlab.engine.rows import Rows
 from opdlab.engine.signals import Signals
-from opdlab.errors import MissingPolicy, TokenizerMismatch
+from opdlab.errors import BadVerifier, MissingPolicy, OpdlabError, TokenizerMismatch
 from opdlab.models.graded import Graded
 from opdlab.models.places import seeded
+from opdlab.models.policy import as_policy
+from opdlab.models.routed import join_graded
 
 
 class Judge(Protocol):
@@ -32,6 +34,11 @@ class Judge(Protocol):
     @property
     def verify(self) -> Callable[[Prompt, str], Any] | None:
         """The verifier; None for none."""
+        ...
+
+    @property
+    def feedback(self) -> Callable[[Prompt, str], Any] | None:
+        """Says in words what is wrong with a text; None for none."""
         ...
 
     def scores(self, prompts: Sequence[Prompt], texts: Sequence[str]) -> list[float]:
@@ -156,6 +163,7 @@ class Batch:
         self.row = torch.arange(len(rollout), device=here) if row is None else row.to(here)
         self._processes = processes or OneProcess()
         self._states: dict[str, Graded] = {}
+        self._hints: tuple[str | None, ...] | None = None
 
     def with_logp(self, logp: Tensor) -> Batch:
         """Make the same batch with other log-probs of its sampled tokens.
@@ -174,8 +182,52 @@ class Batch:
             self._processes,
             self.row,
         )
-        same._states = self._states
+        same._states, same._hints = self._states, self._hints
         return same
+
+    def tell(self, hints: Sequence[str | None]) -> None:
+        """Give each completion a hint of its own, in place of its prompt's.
+
+        The policies whose names end with "+hint" read it. A completion without one is graded
+        without any.
+
+        Args:
+            hints: One hint, or None, for each completion.
+
+        Raises:
+            OpdlabError: There is not one for each completion, or a policy has graded already.
+        """
+        hinted = [name for name in self._states if parse_need(name).hinted]
+        if len(hints) != len(self.rollout) or hinted:
+            graded = f", and {hinted[0]!r} has graded already" if hinted else ""
+            raise OpdlabError(
+                f"tell got {len(hints)} hints for {len(self.rollout)} completions{graded}. Give one"
+                " hint or None for each, before anything reads a hinted policy."
+            )
+        self._hints = tuple(hints)
+
+    def feedback(self, prompt: Prompt, text: str) -> str | None:
+        """Ask the task what is wrong with a text.
+
+        Args:
+            prompt: The question.
+            text: The answer.
+
+        Returns:
+            The task's words; None where it has none.
+
+        Raises:
+            BadVerifier: The task's feedback is neither a text nor None.
+        """
+        if self.task is None or self.task.feedback is None:
+            return None
+        said = self.task.feedback(prompt, text)
+        if not isinstance(said, str | None):
+            raise BadVerifier(
+                f"The task's feedback returned a {type(said).__name__} for prompt"
+                f" {name_of(prompt)}. Return a text, or None where nothing is to be said."
+            )
+        return said if said and said.strip() else None
 
     @property
     def distributions(self) -> list[str]:
@@ -222,12 +274,34 @@ class Batch:
         if name not in self._states:
             try:
                 with torch.no_grad():
-                    graded = self.policies[name].grade(self.rollout)
+                    is_told = self._hints is not None and parse_need(name).hinted
+                    graded = self._grade_told(name) if is_told else self._grade(name)
             except TokenizerMismatch as error:
                 raise TokenizerMismatch(f"{name!r} cannot grade this rollout. {error}") from None
             check_graded(name, graded)
             self._states[name] = graded
         return self._states[name]
+
+    def _grade(self, name: str) -> Graded:
+        graded: Graded = self.policies[name].grade(self.rollout)
+        return graded
+
+    def _grade_told(self, name: str) -> Graded:
+        """Let a hinted policy grade each completion with the hint that `tell` gave it."""
+        policy, rollout, hints = self.policies[name], self.rollout, self._hints or ()
+        local = as_policy(policy)
+        told = [i for i, hint in enumerate(hints) if hint is not None]
+        rest = [i for i, hint in enumerate(hints) if hint is None]
+        parts, rows = [], []
+        if told:
+            prompts = tuple(replace(rollout.prompts[i], hint=hints[i]) for i in told)
+            parts.append(policy.grade(replace(rollout.select(told), prompts=prompts)))
+            rows.append(told)
+        if rest:
+            plain = policy if local is None else local.without_context()
+            parts.append(plain.grade(rollout.select(rest)))
+            rows.append(rest)
+        return join_graded(parts, rows, rollout)
 
     def map(self, function: Callable[[Rows], Any], needs: Sequence[str] | None = None) -> Any:
         """Run a function of rows over the whole batch, without gradient and in constant memory.

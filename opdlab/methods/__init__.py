@@ -7,6 +7,7 @@ from opdlab.methods.combined import Combined
 from opdlab.methods.contract import Method, method
 from opdlab.methods.dopd import DOPD
 from opdlab.methods.eopd import EOPD
+from opdlab.methods.feedback import RLSD, SDAR, SDPO
 from opdlab.methods.gopd import GOPD
 from opdlab.methods.grpo import GRPO
 from opdlab.methods.omniopd import OmniOPD
@@ -26,6 +27,9 @@ __all__ = [
     "GRPO",
     "OPD",
     "OVD",
+    "RLSD",
+    "SDAR",
+    "SDPO",
     "SFT",
     "SODA",
     "TOPD",

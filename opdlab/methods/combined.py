@@ -31,8 +31,10 @@ from opdlab.methods.contract import (
     needs_verifier,
     recipe_of,
     student_share,
+    tells_hints,
     writer_names,
 )
+from opdlab.methods.conversion import as_method
 from opdlab.support.expect import shortened
 
 
@@ -63,9 +65,6 @@ class Combined:
     weights: tuple[float, ...]
 
     def __init__(self, *methods: Any, weights: Sequence[float] | None = None) -> None:
-        # `conversion` lists all methods by name, this one among them.
-        from opdlab.methods.conversion import as_method
-
         if len(methods) < 2:
             raise InvalidValue(
                 f"Combined got {len(methods)} methods. Give two or more, as"
@@ -100,6 +99,11 @@ class Combined:
     def least_n(self) -> int:
         """The completions of a prompt that one of the methods compares at least."""
         return max(map(fewest_completions, self.methods))
+
+    @property
+    def tells(self) -> bool:
+        """Whether one of the methods gives the hints itself."""
+        return any(map(tells_hints, self.methods))
 
     @property
     def on_policy(self) -> float:

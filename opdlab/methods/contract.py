@@ -240,6 +240,18 @@ def needs_verifier(method: Any) -> bool:
     return bool(getattr(method, "verifies", False))
 
 
+def tells_hints(method: Any) -> bool:
+    """Return whether a method gives the hints itself (`Batch.tell`): its `tells`, False by default.
+
+    Args:
+        method: The method.
+
+    Returns:
+        Its `tells`; False for a method that does not say. The prompts then need hints.
+    """
+    return bool(getattr(method, "tells", False))
+
+
 def fewest_completions(method: Any) -> int:
     """Return how many completions of a prompt a method compares: its `least_n`, 1 by default.
 

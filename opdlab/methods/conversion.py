@@ -5,11 +5,11 @@
 
 from __future__ import annotations
 
+import importlib
 import inspect
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from opdlab import methods
 from opdlab.engine.needs import did_you_mean, parse_needs
 from opdlab.errors import InvalidValue
 from opdlab.methods.contract import (
@@ -150,6 +150,8 @@ def _check_writers(value: Any, name: str) -> None:
 
 def _advise_on_name(name: str) -> str:
     """Say what to write instead of a method's name."""
+    # Looked up when it is asked for: the methods themselves may convert what they are given.
+    methods = importlib.import_module("opdlab.methods")
     known = [one for one in methods.__all__ if one not in ("Method", "method")]
     same = {one.lower(): one for one in known}
     found = same.get(name.lower().replace("-", "").replace("_", "").replace("+", "plus"))

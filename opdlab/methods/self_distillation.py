@@ -5,7 +5,7 @@
 Nobody has the hint after training. The anchor is the student before training ("frozen"), a moving
 average of it ("ema") or its present self ("live"). A hint brings information, not skill: the
 student imitates what it cannot work out without the hint, and does not learn it. `DOPD` tells the
-two apart. Feedback from a verifier as a hint and reward terms are left out.
+two apart. `SDPO` makes the hint of feedback on the student's own attempt.
 """
 
 from __future__ import annotations

@@ -6,12 +6,14 @@ log-probs `[n, V]` of a chunk are made when they are asked for, each row by its 
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
 
 import torch
 from torch import Tensor
 
+from opdlab.data.rollout import Rollout
 from opdlab.losses.divergences import TopK
 from opdlab.models.graded import Graded, TopLogprobs
 
@@ -114,6 +116,37 @@ class Routed:
                 top[rows] = logp.gather(-1, ids[rows]).to(top)
                 sampled[rows] = logp.gather(-1, self.token[rows, None])[:, 0].to(top)
         return TopLogprobs(ids, top, sampled, self.token, self.vocab_size)
+
+
+def join_graded(parts: Sequence[Graded], rows: Sequence[Sequence[int]], rollout: Rollout) -> Graded:
+    """Put grades of some completions each together to those of the whole rollout.
+
+    Args:
+        parts: At least one grade.
+        rows: The completions that each part is about, in order; together all of the rollout's.
+        rollout: The whole rollout.
+
+    Returns:
+        The grades of all tokens; the only part itself where there is one.
+    """
+    if len(parts) == 1:
+        return parts[0]
+    row = torch.arange(len(rollout)).repeat_interleave(rollout.lengths.cpu())  # [tokens]
+    place = torch.full((len(row), len(parts)), -1)
+    for m, own in enumerate(rows):
+        tokens = torch.isin(row, torch.tensor(own))
+        place[tokens, m] = torch.arange(int(tokens.sum()))
+    device = rollout.ids.device
+    k = [known for part in parts if (known := known_top(part)) is not None]
+    return Routed(
+        tuple(parts),
+        place.to(device),
+        (place >= 0).float().to(device),
+        rollout.ids[rollout.mask],
+        max(part.vocab_size for part in parts),
+        min(k, default=None),
+        names=("hinted", "plain")[: len(parts)],
+    )
 
 
 def known_top(graded: Graded) -> int | None:

@@ -52,6 +52,8 @@ class Task:
             in epochs; without it, `draw` is asked for fresh prompts in every step.
         origin: How a config file writes the task: its `name` with options, or `records` with the
             arguments of `from_records`. Empty for a task that no config can write.
+        feedback: `feedback(prompt, text)` says in words what is wrong with a text, or None. `SDPO`
+            tells it the student as a hint.
     """
 
     name: str
@@ -63,12 +65,15 @@ class Task:
     types: Callable[[Sequence[str]], list[str]] | None = None
     pool: Mapping[str, Sequence[Prompt]] = field(default_factory=dict)
     origin: Mapping[str, Any] = field(default_factory=dict, compare=False, repr=False)
+    feedback: Callable[[Prompt, str], str | None] | None = None
 
     def __post_init__(self) -> None:
         validate("Task", {"name": self.name}, {"name": Text})
         check_callable(self.draw, ("n", "seed", "split"), f"Task {self.name!r}", "draw")
         if self.verify is not None:
             check_callable(self.verify, ("prompt", "text"), f"Task {self.name!r}", "verify")
+        if self.feedback is not None:
+            check_callable(self.feedback, ("prompt", "text"), f"Task {self.name!r}", "feedback")
         length = validate(
             f"Task {self.name!r}",
             {"max_new_tokens": self.max_new_tokens},

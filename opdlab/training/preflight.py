@@ -10,11 +10,11 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from opdlab.data.prompt import Prompt, name_of, own_hint
-from opdlab.engine.needs import Access, parse_need
+from opdlab.engine.needs import HINT, Access, parse_need
 from opdlab.errors import ContextTooLong, MissingHint, MissingPolicy, OpdlabError
 from opdlab.methods import Method
 from opdlab.methods.contract import name_of as name_of_method
-from opdlab.methods.contract import student_share, writer_names
+from opdlab.methods.contract import student_share, tells_hints, writer_names
 from opdlab.models.policy import Policy, as_policy, find_too_long
 from opdlab.models.protocols import Checked, Sampler, Writer
 from opdlab.models.same_tokens import check_same_tokens
@@ -60,6 +60,8 @@ def check_run(run: RunState) -> None:
     if writers and run.teacher is not None:
         everyone["writer"] = run.teacher
     local = _check_tokens(run, everyone, prompts)
+    if tells_hints(method):  # the prompts' own hints are not read
+        local = {name: one for name, one in local.items() if not name.endswith(HINT)}
     if answers is not None:
         lengths = rollout_from_texts(run.student, prompts, answers).lengths.tolist()
         check_prompts(local, prompts, dict.fromkeys(local, lengths))

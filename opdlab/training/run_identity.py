@@ -144,6 +144,7 @@ def describe_task(task: Task, prompts: list[Prompt]) -> dict[str, Any]:
         "settings": fingerprints.describe(task.settings),
         "prompts": fingerprints.digest(json.dumps(read)),
         "verify": None if task.verify is None else _judge(task.verify),
+        **({"feedback": _judge(task.feedback)} if task.feedback is not None else {}),
     }
 
 

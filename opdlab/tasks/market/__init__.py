@@ -71,6 +71,7 @@ def market(secret: Flag = False, hint: Any = None, wrong: Flag = False) -> Task:
         recipe=RECIPE,
         types=types,
         origin=_origin(settings),
+        feedback=feedback,
     )
 
 
@@ -106,6 +107,21 @@ def verify(prompt: Prompt, text: str) -> float:
     """
     want = world.total(prompt.answer or "")
     return float(want is not None and world.total(text) == want)
+
+
+def feedback(prompt: Prompt, text: str) -> str | None:
+    """Say what a wrong text should have calculated.
+
+    Args:
+        prompt: The problem, with its solution as the answer.
+        text: The text.
+
+    Returns:
+        The two sums, as "4 7 + 3 8 = 8 5 ; 8 5 - 1 9 = 6 6"; None for a text with the right total.
+    """
+    if verify(prompt, text):
+        return None
+    return (prompt.answer or "").split(" . ")[0]
 
 
 def model(name: str, device: str = "cpu") -> Policy:
