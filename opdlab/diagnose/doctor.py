@@ -24,6 +24,7 @@ from opdlab.diagnose.allowance import Allowance
 from opdlab.diagnose.checks import Check
 from opdlab.diagnose.diagnosis import Diagnosis
 from opdlab.diagnose.examination import Evidence, Pair, examine, whole_scope
+from opdlab.diagnose.first_tokens import FIRST
 from opdlab.diagnose.pair_checks import check_pair
 from opdlab.diagnose.probe import choose_prompts
 from opdlab.diagnose.text_checks import (
@@ -124,7 +125,7 @@ def _look_at(
     """Look at a local pair: first without running it, then at what both write."""
     student, teacher = pair.student, pair.teacher
     allowance.draw("tokens and templates are compared", is_due=True)
-    checks = check_pair(student, teacher, asked, pair.planned.max_new_tokens)
+    checks = check_pair(student, teacher, asked, max(pair.planned.max_new_tokens, FIRST))
     templates = compare_chats(student, teacher)
     stopped = [check.name for check in checks if check.state == "stop"]
     if "room" in stopped:
@@ -163,11 +164,19 @@ def _check_asked(
         found += "; then it was interrupted"
     if left_out:
         found += f"; {'; '.join(left_out)}"
-    if done == wanted and not left_out and not evidence.is_interrupted:
+    is_short = evidence.is_interrupted or evidence.answer_limit is not None
+    if done == wanted and not left_out and not is_short:
         return Check("asked", "ok", found)
+    if evidence.answer_limit is not None:
+        found += (
+            f"; the teacher's context left it {evidence.answer_limit} tokens for an answer, and it"
+            " did not go on from the student's texts"
+        )
     # Half the width of Wilson's interval, at its widest: for a share of one half.
     wide = f"; shares are known to ±{0.98 / (done + 3.84) ** 0.5:.2f} at worst" * bool(done)
     remedy = f"A larger budget asks more: it was {allowance.seconds:.0f} s."
+    if evidence.answer_limit is not None:
+        remedy = "Lower the task's max_new_tokens to what the teacher's context holds."
     return Check("asked", "note", f"{found}{wide}", remedy)
 
 

@@ -103,6 +103,8 @@ class Evidence:
         helped: The score of each text on which the teacher went on, averaged over a round, and
             their number.
         half: Tokens of the student's text from which it went on; 0 if it never did.
+        answer_limit: The tokens that the teacher's context left for an answer, where that is less
+            than the task allows; None where answers could be as long as the task has them.
         cost: The predicted cost of a step.
         scope: What was asked of each prompt; None if the speed is not known yet.
         is_interrupted: Whether the work was stopped from outside.
@@ -115,6 +117,7 @@ class Evidence:
     answered: list[Prompt] = field(default_factory=list)
     helped: list[pd.DataFrame] = field(default_factory=list)
     half: int = 0
+    answer_limit: int | None = None
     cost: Cost | None = None
     scope: Scope | None = None
     is_interrupted: bool = False
@@ -277,6 +280,9 @@ def _ask_teacher(
     student, teacher, task = pair.student, pair.teacher, pair.task
     room = _room(pair, rollout)
     length = max(1, round(room * task.max_new_tokens)) if scope.asks_teacher else FIRST
+    left = _context_left(teacher, prompts)
+    if left is not None and left < length:
+        length = evidence.answer_limit = left
     begun: Rollout | None = None
     if scope.asks_teacher or pair.is_comparable:
         with allowance.stage("the teacher answers", [teacher], length):
@@ -288,12 +294,23 @@ def _ask_teacher(
     if pair.is_comparable and begun is not None and seen < FIRST_AT_MOST and allowance.done:
         with allowance.stage("both grade its first tokens", [student, teacher]):
             _compare_first(pair, keep_first(begun), evidence)
-    if scope.asks_teacher and scope.asks_half:
+    if scope.asks_teacher and scope.asks_half and evidence.answer_limit is None:
         firsts = rollout.select(range(0, len(rollout), scope.k))
         evidence.half = evidence.half or max(1, int(firsts.lengths.float().median()) // 2)
         with allowance.stage("the teacher goes on from the student's half", [teacher], length):
             helped = continuation(firsts, student, teacher, task, at=[evidence.half], room=room)
         evidence.helped.append(helped)
+
+
+def _context_left(teacher: Policy, prompts: Sequence[Prompt]) -> int | None:
+    """Tokens that the teacher's context leaves behind the longest prompt; None for no limit.
+
+    It is at least 1, since the check of the room has passed before.
+    """
+    limit = teacher.weights.context_length
+    if limit is None:
+        return None
+    return max(1, limit - max(len(teacher.encode(prompt)) for prompt in prompts))
 
 
 def _answer(pair: Pair, prompts: list[Prompt], length: int) -> tuple[Rollout | None, Sequence[str]]:

@@ -161,6 +161,24 @@ def test_what_cannot_fit_is_said_before_anything_runs(strangers):
     assert [c.name for c in found.checks][-1] == "room"
 
 
+@pytest.mark.parametrize("has_same_ids", [True, False])
+def test_answers_of_the_task_that_do_not_fit_the_teacher_are_shortened_and_said(
+    strangers, make_policy, make_tokenizer, has_same_ids
+):
+    student, teacher = strangers
+    if not has_same_ids:
+        teacher = make_policy(1, make_tokenizer("abcd"))
+    prompts = [Prompt("a b " * 20, id=str(i)) for i in range(2)]
+    task = Task("long", lambda n, seed, split: prompts[:n], lambda prompt, text: 0.0, 300)
+    found = doctor(student, teacher, task, prompts=2, k=2, max_new_tokens=4, quiet=True)
+    left = 256 - len(teacher.encode(prompts[0]))
+    said = check(found, "asked")
+    assert said.state == "note"
+    assert f"left it {left} tokens for an answer" in said.finding
+    assert "Lower the task's max_new_tokens" in said.remedy
+    assert len(found.probe) == 1
+
+
 def test_too_little_memory_is_a_warning(shipped):
     predicted = shipped["go"].cost
     assert check_memory(predicted).state == "ok"
