@@ -47,6 +47,16 @@ class World:
     teacher: Policy
     task: opd.Task
 
+    @property
+    def all(self) -> tuple[Policy, Policy, opd.Task]:
+        """The arguments of functions that look at a pair."""
+        return self.student, self.teacher, self.task
+
+    @property
+    def rollout(self) -> opd.Rollout:
+        """Two tokens of the student."""
+        return self.student.sample(self.task.prompts(1), max_new_tokens=2)
+
     def distill(self, **changes: Any) -> opd.Run:
         """Prepare a run in which only `changes` differ from an ordinary one."""
         given = {
@@ -802,27 +812,37 @@ def test_sampling_refuses_what_cannot_be_right(world, given, says):
     )
 
 
-def test_prompts_in_the_wrong_form_are_told_apart(world):
-    prompts = world.task.prompts(2)
-    cases = [
-        ("abc", "sample got prompts='abc'."),
+PROMPTS = [
+    (lambda w: w.student.sample("abc"), "sample got prompts='abc'."),
+    (
+        lambda w: w.student.sample(["a", "b"]),
         (
-            ["a", "b"],
-            (
-                "sample got prompts[0]='a'. That is a text, a path or a name. Use Prompt('a') for"
-                " plain text"
-            ),
+            "sample got prompts[0]='a'. That is a text, a path or a name. Use Prompt('a') for"
+            " plain text"
         ),
-        (None, "sample got prompts=None. Use a list of Prompt objects"),
-        (world.task, "That is a task. Ask it for some: task.prompts(8)."),
-        ([prompts[0], "x"], "sample got prompts[1]='x'."),
-        ({"prompt": "a"}, "That is a dict."),
-        ([{"prompt": "a"}], "prompts[0]={'prompt': 'a'}. That is a dict. Use a Prompt"),
-    ]
-    for wrong, says in cases:
-        refused(lambda wrong=wrong: world.student.sample(wrong, max_new_tokens=2), says)
-    refused(lambda: opd.sample(None, prompts), "sample got policy=None. Use a Policy")
-    refused(lambda: opd.sample(world.student.weights.model, prompts), "Make a policy of it")
+    ),
+    (lambda w: w.student.sample(None), "sample got prompts=None. Use a list of Prompt objects"),
+    (lambda w: w.student.sample(w.task), "That is a task. Ask it for some: task.prompts(8)."),
+    (
+        lambda w: w.student.sample([w.task.prompts(1)[0], "x"]),
+        "sample got prompts[1]='x'.",
+    ),
+    (lambda w: w.student.sample({"prompt": "a"}), "That is a dict."),
+    (
+        lambda w: w.student.sample([{"prompt": "a"}]),
+        "prompts[0]={'prompt': 'a'}. That is a dict. Use a Prompt",
+    ),
+    (lambda w: opd.sample(None, w.task.prompts(2)), "sample got policy=None. Use a Policy"),
+    (
+        lambda w: opd.sample(w.student.weights.model, w.task.prompts(2)),
+        "Make a policy of it",
+    ),
+]
+
+
+@pytest.mark.parametrize(("call", "says"), PROMPTS, ids=[says[:50] for _, says in PROMPTS])
+def test_prompts_in_the_wrong_form_are_told_apart(world, call, says):
+    refused(lambda: call(world), says)
 
 
 def test_one_prompt_an_iterator_and_numpy_s_numbers_are_understood(world):
@@ -847,87 +867,96 @@ def test_one_prompt_an_iterator_and_numpy_s_numbers_are_understood(world):
 # Looking.
 
 
-def test_a_diagnosis_refuses_what_cannot_be_right(world):
-    pair = (world.student, world.teacher, world.task)
-    cases = [
-        (lambda: opd.doctor(*pair, k=0), "doctor got k=0. Use a whole number of at least 1."),
-        (lambda: opd.doctor(*pair, k=1.5), "doctor got k=1.5."),
-        (lambda: opd.doctor(*pair, seed=-1), "doctor got seed=-1."),
-        (
-            lambda: opd.doctor(*pair, prompts=0),
-            "A diagnosis got prompts=0. Use a whole number of at least 1.",
-        ),
-        (lambda: opd.doctor(*pair, prompts=2.5), "A diagnosis got prompts=2.5."),
-        (lambda: opd.doctor(*pair, prompts="two"), "A diagnosis got prompts='two'."),
-        (
-            lambda: opd.doctor(*pair, batchsize=2),
-            "doctor has no setting batchsize. It takes those of distill: steps, batch",
-        ),
-        (lambda: opd.doctor(*pair, batch=0), "batch=0"),
-        (lambda: opd.doctor(None, world.teacher), "doctor got student=None. Use a Policy"),
-        (lambda: opd.doctor(world.student, None), "doctor got teacher=None."),
-        (lambda: opd.doctor(world.student, world.task, world.teacher), "doctor got task=Policy("),
-        (
-            lambda: opd.doctor(world.student, "a/model", world.task),
-            "Load it: Policy.load('a/model').",
-        ),
-        (lambda: opd.diagnose.overlap(*pair, k=0), "overlap got k=0."),
-        (
-            lambda: opd.diagnose.overlap(*pair, rollout=[]),
-            "overlap got rollout=[]. That is a list. Use a Rollout",
-        ),
-        (lambda: opd.diagnose.exposure(*pair, n=0), "exposure got n=0."),
-        (
-            lambda: opd.diagnose.privilege(*pair, controls="no"),
-            "privilege got controls='no'. Use True or False.",
-        ),
-        (
-            lambda: opd.diagnose.privilege(*pair, split="dev"),
-            "privilege got split='dev'. Use 'train' or 'test'.",
-        ),
-    ]
-    for call, says in cases:
-        refused(call, says)
+DIAGNOSES = [
+    (lambda w: opd.doctor(*w.all, k=0), "doctor got k=0. Use a whole number of at least 1."),
+    (lambda w: opd.doctor(*w.all, k=1.5), "doctor got k=1.5."),
+    (lambda w: opd.doctor(*w.all, seed=-1), "doctor got seed=-1."),
+    (
+        lambda w: opd.doctor(*w.all, prompts=0),
+        "A diagnosis got prompts=0. Use a whole number of at least 1.",
+    ),
+    (lambda w: opd.doctor(*w.all, prompts=2.5), "A diagnosis got prompts=2.5."),
+    (lambda w: opd.doctor(*w.all, prompts="two"), "A diagnosis got prompts='two'."),
+    (
+        lambda w: opd.doctor(*w.all, batchsize=2),
+        "doctor has no setting batchsize. It takes those of distill: steps, batch",
+    ),
+    (lambda w: opd.doctor(*w.all, batch=0), "batch=0"),
+    (lambda w: opd.doctor(None, w.teacher), "doctor got student=None. Use a Policy"),
+    (lambda w: opd.doctor(w.student, None), "doctor got teacher=None."),
+    (lambda w: opd.doctor(w.student, w.task, w.teacher), "doctor got task=Policy("),
+    (
+        lambda w: opd.doctor(w.student, "a/model", w.task),
+        "Load it: Policy.load('a/model').",
+    ),
+    (lambda w: opd.diagnose.overlap(*w.all, k=0), "overlap got k=0."),
+    (
+        lambda w: opd.diagnose.overlap(*w.all, rollout=[]),
+        "overlap got rollout=[]. That is a list. Use a Rollout",
+    ),
+    (lambda w: opd.diagnose.exposure(*w.all, n=0), "exposure got n=0."),
+    (
+        lambda w: opd.diagnose.privilege(*w.all, controls="no"),
+        "privilege got controls='no'. Use True or False.",
+    ),
+    (
+        lambda w: opd.diagnose.privilege(*w.all, split="dev"),
+        "privilege got split='dev'. Use 'train' or 'test'.",
+    ),
+]
 
 
-def test_a_view_of_something_else_than_a_trace_is_refused(world):
-    viz, rollout = opd.viz, world.student.sample(world.task.prompts(1), max_new_tokens=2)
-    cases = [
-        (lambda: viz.TokenLens(None), "TokenLens got trace=None. Use a Trace, as opdlab.score("),
-        (lambda: viz.TokenLens("t.parquet"), "Read it: Trace.load('t.parquet')."),
-        (
-            lambda: viz.TokenLens(rollout),
-            "That is a rollout. Grade it first: opdlab.score(rollout, student, teacher).",
-        ),
-        (
-            lambda: viz.TokenLens(world.distill()),
-            "That is a training run. Take the trace of its last step, run.last.trace()",
-        ),
-        *(
-            (lambda view=view: getattr(viz, view)(None), f"{view} got trace=None")
-            for view in (
-                "Audits",
-                "Forks",
-                "PrivilegeLens",
-                "Regimes",
-                "Rollouts",
-                "TailAudit",
-                "Timeline",
-            )
-        ),
-        (lambda: viz.Playground(trace=rollout), "Playground got trace=Rollout("),
-        (lambda: viz.Playground(losses=3), "Playground got 3. Give a loss (a function of rows)"),
-        (lambda: viz.Playground(losses="nope"), "There is no divergence 'nope'."),
-        (lambda: viz.Compare({"a": None, "b": None}), "Compare got {'a': …}=None. Use a Trace"),
-        (lambda: viz.Compare(None), "Compare got None. Give traces by name"),
-        (lambda: viz.Scrubber([None]), "Scrubber got traces=[None]. Use traces by step"),
-        (lambda: viz.Scrubber({1: None}), "Scrubber got {1: …}=None. Use a Trace"),
-        (lambda: opd.snapshots.rescore(None, rollout), "rescore got run=None. Use a Run"),
-        (
-            lambda: opd.snapshots.rescore("runs/first", rollout),
-            "Take the saved run up again: opdlab.resume('runs/first'",
-        ),
-        (lambda: opd.snapshots.rewrite(world.distill(), "text"), "rewrite got prompts='text'."),
-    ]
-    for call, says in cases:
-        refused(call, says)
+@pytest.mark.parametrize(("call", "says"), DIAGNOSES, ids=[says[:50] for _, says in DIAGNOSES])
+def test_a_diagnosis_refuses_what_cannot_be_right(world, call, says):
+    refused(lambda: call(world), says)
+
+
+VIEWS = [
+    (
+        lambda w: opd.viz.TokenLens(None),
+        "TokenLens got trace=None. Use a Trace, as opdlab.score(",
+    ),
+    (lambda w: opd.viz.TokenLens("t.parquet"), "Read it: Trace.load('t.parquet')."),
+    (
+        lambda w: opd.viz.TokenLens(w.rollout),
+        "That is a rollout. Grade it first: opdlab.score(rollout, student, teacher).",
+    ),
+    (
+        lambda w: opd.viz.TokenLens(w.distill()),
+        "That is a training run. Take the trace of its last step, run.last.trace()",
+    ),
+    (lambda w: opd.viz.Audits(None), "Audits got trace=None"),
+    (lambda w: opd.viz.Forks(None), "Forks got trace=None"),
+    (lambda w: opd.viz.PrivilegeLens(None), "PrivilegeLens got trace=None"),
+    (lambda w: opd.viz.Regimes(None), "Regimes got trace=None"),
+    (lambda w: opd.viz.Rollouts(None), "Rollouts got trace=None"),
+    (lambda w: opd.viz.TailAudit(None), "TailAudit got trace=None"),
+    (lambda w: opd.viz.Timeline(None), "Timeline got trace=None"),
+    (lambda w: opd.viz.Playground(trace=w.rollout), "Playground got trace=Rollout("),
+    (
+        lambda w: opd.viz.Playground(losses=3),
+        "Playground got 3. Give a loss (a function of rows)",
+    ),
+    (lambda w: opd.viz.Playground(losses="nope"), "There is no divergence 'nope'."),
+    (
+        lambda w: opd.viz.Compare({"a": None, "b": None}),
+        "Compare got {'a': …}=None. Use a Trace",
+    ),
+    (lambda w: opd.viz.Compare(None), "Compare got None. Give traces by name"),
+    (lambda w: opd.viz.Scrubber([None]), "Scrubber got traces=[None]. Use traces by step"),
+    (lambda w: opd.viz.Scrubber({1: None}), "Scrubber got {1: …}=None. Use a Trace"),
+    (lambda w: opd.snapshots.rescore(None, w.rollout), "rescore got run=None. Use a Run"),
+    (
+        lambda w: opd.snapshots.rescore("runs/first", w.rollout),
+        "Take the saved run up again: opdlab.resume('runs/first'",
+    ),
+    (
+        lambda w: opd.snapshots.rewrite(w.distill(), "text"),
+        "rewrite got prompts='text'.",
+    ),
+]
+
+
+@pytest.mark.parametrize(("call", "says"), VIEWS, ids=[says[:50] for _, says in VIEWS])
+def test_a_view_of_something_else_than_a_trace_is_refused(world, call, says):
+    refused(lambda: call(world), says)
