@@ -300,7 +300,7 @@ def gallery(
 @app.command
 def doctor(
     student: Annotated[str, tyro.conf.Positional],
-    teacher: Annotated[str, tyro.conf.Positional],
+    teacher: Annotated[str | None, tyro.conf.Positional] = None,
     task: str | None = None,
     prompts: int = 32,
     k: int = 8,
@@ -314,10 +314,10 @@ def doctor(
 
     Args:
         student: A shipped model (student, novice, teacher, scribe), small (SmolLM2), a folder or a
-            Hub name.
+            Hub name. Or, alone, the config file of a run, as for `opdlab distill`.
         teacher: Likewise. "small small" is SmolLM2 that learns from itself, given a rule.
         task: market, market-secret, rule, gym:NAME or a JSONL file. By default the shipped models'
-            own task, and plain questions for other models.
+            own task, and plain questions for other models. A config has its own.
         prompts: Number of held-out prompts to ask at most.
         k: Samples of the student per prompt at most, for pass@k.
         seed: Seed of prompts and samples.
@@ -326,18 +326,24 @@ def doctor(
     from rich.console import Console
 
     from opdlab import diagnose
-    from opdlab.tasks.by_name import load_pair
+    from opdlab.commands.doctor import load_named_pair, load_planned_pair
 
     _hide_loading_bars()
     progress = Console(stderr=True)
     began = time.monotonic()
-    progress.print(f"opdlab doctor: loading {student} and {teacher} …", markup=False)
+    named = student if teacher is None else f"{student} and {teacher}"
+    progress.print(f"opdlab doctor: loading {named} …", markup=False)
     with progress.status("loading …"):  # it moves in a terminal, and is not drawn elsewhere
-        first, second, world = load_pair(student, teacher, task)
+        if teacher is None:
+            first, second, world, settings = load_planned_pair(student, task)
+        else:
+            first, second, world, settings = load_named_pair(student, teacher, task)
     progress.print(
         f"loaded in {time.monotonic() - began:.0f} s; looking at the pair, {budget:.0f} s at most"
     )
-    found = diagnose.doctor(first, second, world, prompts=prompts, k=k, seed=seed, budget=budget)
+    found = diagnose.doctor(
+        first, second, world, prompts=prompts, k=k, seed=seed, budget=budget, **settings
+    )
     Console().print(found)
     if found.verdict == "stop":
         sys.exit(1)

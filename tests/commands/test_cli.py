@@ -101,6 +101,26 @@ def test_errors_are_one_line_and_say_what_to_do(tmp_path):
     )
 
 
+def test_doctor_looks_at_the_pair_of_a_config(tmp_path):
+    config = tmp_path / "run.toml"
+    config.write_text(
+        '[student]\nsource = "student"\n[teacher]\nsource = "teacher"\nhint = true\n'
+        '[task]\nname = "market-secret"\n[settings]\nbatch = 3\n',
+        encoding="utf-8",
+    )
+    done = opdlab("doctor", config, "--prompts", "4", "--k", "2")
+    assert done.returncode == 0, done.stderr
+    assert "prompts of up to 18 (26 for the teacher) tokens" in done.stdout  # it reads the hint
+    assert "begin with" in done.stdout
+    for wrong, said in (
+        (["student"], "Give two models"),
+        ([config, "--task", "market"], "which has its own"),
+    ):
+        refused = opdlab("doctor", *wrong)
+        assert refused.returncode == 1
+        assert said in refused.stderr
+
+
 def test_doctor_says_whether_it_can_work_by_words_and_exit_code():
     done = opdlab("doctor", "student", "teacher", "--prompts", "16", "--k", "4")
     assert done.returncode == 0, done.stderr
