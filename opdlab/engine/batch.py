@@ -136,6 +136,7 @@ class Batch:
         step: Number of the training step, from 0.
         processes: The processes that share the step; this one alone by default.
         row: The number of each completion in the whole step, `[B]`; 0, 1, 2, … by default.
+        awaited: By policy, functions that wait for grades of this rollout which are under way.
 
     Attributes:
         rollout: `B` completions of at most `T` tokens.
@@ -156,6 +157,7 @@ class Batch:
         step: int = 0,
         processes: Processes | None = None,
         row: Tensor | None = None,
+        awaited: Mapping[str, Callable[[], Graded]] | None = None,
     ) -> None:
         self.rollout, self.policies, self.task, self.step = rollout, dict(policies), task, step
         self.notes: dict[str, Any] = {}
@@ -164,23 +166,30 @@ class Batch:
         self._processes = processes or OneProcess()
         self._states: dict[str, Graded] = {}
         self._hints: tuple[str | None, ...] | None = None
+        self._awaited = awaited or {}
 
-    def with_logp(self, logp: Tensor) -> Batch:
+    def with_logp(self, logp: Tensor, entropy: Tensor | None = None) -> Batch:
         """Make the same batch with other log-probs of its sampled tokens.
 
         Args:
             logp: `[B, T]`, in place of `rollout.logp`.
+            entropy: `[B, T]`, in place of `rollout.entropy`, which stays by default.
 
         Returns:
             A batch that keeps what its policies have graded.
         """
         same = Batch(
-            replace(self.rollout, logp=logp),
+            replace(
+                self.rollout,
+                logp=logp,
+                entropy=self.rollout.entropy if entropy is None else entropy,
+            ),
             self.policies,
             self.task,
             self.step,
             self._processes,
             self.row,
+            self._awaited,
         )
         same._states, same._hints = self._states, self._hints
         return same
@@ -283,6 +292,8 @@ class Batch:
         return self._states[name]
 
     def _grade(self, name: str) -> Graded:
+        if name in self._awaited:
+            return self._awaited[name]()
         graded: Graded = self.policies[name].grade(self.rollout)
         return graded
 

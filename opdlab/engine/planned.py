@@ -9,7 +9,7 @@ plans on the whole batch, the policies grade it, the loss runs on the tokens.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -78,12 +78,28 @@ class Planned:
         losses: Tensor = self.compute(call)
         return torch.where(self.batch.rollout.learned, losses, 0.0)
 
+    def tokens_of(self, rows: Sequence[int]) -> slice | Tensor:
+        """Find the tokens of some completions among all tokens of the batch.
+
+        Args:
+            rows: Numbers of completions.
+
+        Returns:
+            A slice where the completions stand side by side, else indices.
+        """
+        ends = self.batch.rollout.lengths.cumsum(0).tolist()
+        starts = [0, *ends[:-1]]
+        if isinstance(rows, range) and rows.step == 1 and len(rows):
+            return slice(starts[rows[0]], ends[rows[-1]])
+        index = [i for row in rows for i in range(starts[row], ends[row])]
+        return torch.tensor(index, dtype=torch.long, device=self.batch.rollout.ids.device)
+
     def gradient(
         self,
         weight: Tensor,
         *,
         student: States | None = None,
-        rows: range | None = None,
+        rows: Sequence[int] | None = None,
         watch: Callable[[Rows], dict[str, Tensor]] | None = None,
         check: bool = True,
     ) -> Pass:
@@ -93,7 +109,7 @@ class Planned:
             weight: `[tokens]`, each token's share of the mean, for all tokens of the batch.
             student: The student's states on these completions, which carry its gradient; those of
                 the batch by default.
-            rows: The completions to use, side by side; all by default.
+            rows: The completions to use, in this order; all by default.
             watch: Numbers to note in the same pass, on detached rows.
             check: Whether to check that the loss treats each row alone (see
                 `opdlab.engine.passes.gradient`).
@@ -103,9 +119,7 @@ class Planned:
             does not see have a loss and a gradient of zero.
         """
         rollout = self.batch.rollout
-        chosen = range(len(rollout)) if rows is None else rows
-        start, stop = (int(rollout.lengths[:end].sum()) for end in (chosen.start, chosen.stop))
-        piece = slice(start, stop)
+        piece = self.tokens_of(range(len(rollout)) if rows is None else rows)
         states: dict[str, Graded] = {}
         for name in self.batch.distributions:
             if name == "student" and student is not None:

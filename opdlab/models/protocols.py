@@ -6,7 +6,7 @@ grade. Any object with these methods takes part: nothing needs to inherit from t
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Protocol, runtime_checkable
 
 from opdlab.data.prompt import Prompt
@@ -154,6 +154,23 @@ class StudentSampler(Sampler, Protocol):
 
     def close(self) -> None:
         """Give back memory, files and connections. A run does not call it: its owner does."""
+        ...
+
+
+@runtime_checkable
+class RemoteGrader(Grader, Protocol):
+    """Grade on another machine, so that this process can work in the meantime."""
+
+    def begin(self, rollout: Rollout) -> Callable[[], Graded]:
+        """Prepare the grading of a rollout.
+
+        Args:
+            rollout: The completions.
+
+        Returns:
+            A function that has them graded and gives what `grade` gives. It may run in another
+            thread while this process uses its models and tokenizers.
+        """
         ...
 
 

@@ -399,9 +399,8 @@ class VLLMServer:
         most: Usage = ONE_TOKEN,
     ) -> Any:
         """Send a request; paths at the server's root lie beside /v1."""
-        where = self.service.url.removesuffix("/v1") + path if root else path
         is_text = path.endswith("lora_adapter")
-        return self.service.post(where, body, most, read, retries, is_text=is_text)
+        return self.service.post(path, body, most, read, retries, is_text=is_text, at_root=root)
 
     def __enter__(self) -> VLLMServer:
         return self

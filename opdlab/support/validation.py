@@ -155,6 +155,10 @@ ByName = Annotated[
 ]
 Unchecked = Annotated[_Value, SkipValidation]  # for arguments that the function itself looks at
 Text = Annotated[str, Field(strict=True, description="a text")]
+Addresses = Annotated[
+    str | Sequence[str],
+    Field(description="the address of a server, or a list of those of servers of one model"),
+]
 
 
 def validate_fields(instance: Any) -> None:

@@ -23,7 +23,7 @@ from opdlab.data.written_text import WrittenText
 from opdlab.errors import OpdlabError, TeacherError, TokenizerMismatch
 from opdlab.models.graded import TopLogprobs
 from opdlab.models.policy import Policy
-from opdlab.support.validation import Count, Text, validate_arguments
+from opdlab.support.validation import Addresses, Count, Text, validate_arguments
 from opdlab.teachers import grades
 from opdlab.teachers.asking import check_no_error, read_finish
 from opdlab.teachers.budget import Usage
@@ -33,6 +33,8 @@ from opdlab.teachers.service import USUAL
 from opdlab.teachers.text_server import TextServer
 
 T = TypeVar("T")
+# Of a completion of n tokens: ids [n, k] and log-probs [n, k] of the likeliest, and of its own [n].
+Grade = tuple[Tensor, Tensor, Tensor]
 # How the log-probs of a prompt can be asked for, best first: the field for k, and the others.
 WAYS: dict[str, tuple[str, dict[str, Any]]] = {
     "prompt_logprobs": ("prompt_logprobs", {}),
@@ -49,7 +51,8 @@ class LogprobServer:
     Its chat template is the student's, since it grades the very ids that the student read.
 
     Args:
-        url: The server's address, with its /v1.
+        url: The server's address, with its /v1; or a list of the addresses of servers of the same
+            model, which share the requests (see `opdlab.teachers.servers`).
         model: The model's name at the server; by default the one that answers.
         k: Number of the likeliest tokens to ask for. vLLM allows 20 unless it is started with
             --max-logprobs.
@@ -67,13 +70,15 @@ class LogprobServer:
 
     @validate_arguments
     def __init__(
-        self, url: Text, model: Text | None = None, *, k: Count = K, **options: Any
+        self, url: Addresses, model: Text | None = None, *, k: Count = K, **options: Any
     ) -> None:
         # The teacher reads what the student reads: its prompts are the student's, rendered.
         self.k, self.text = k, TextServer(url, model, **{"continue_by": "completion", **options})
         self._student: Policy | None = None
         self._names = grades.Names((), {})
         self._way = ""
+        # Grades of a rollout whose grading an error stopped, so that they are not paid for twice.
+        self._paid: dict[tuple[int, ...], Grade] = {}
 
     def check(self, student: Policy, prompts: Sequence[Prompt], max_new_tokens: int) -> None:
         """Check before a run that the server grades the student's tokens.
@@ -97,19 +102,28 @@ class LogprobServer:
         self._student = bare
         self._names = grades.Names.of(student.tokenizer, vocab)
         ids = _spread_ids(student.tokenizer, vocab, (context or PROBE) - 2)
-        self._way, said = self._find_way(ids)
+        self._way = ""
+        self.text.service.compare = partial(self._compare, ids, student.tokenizer, prompts[:3])
+        self.text.service.compare_servers()
+
+    def _compare(
+        self, ids: list[int], tokenizer: PreTrainedTokenizerBase, prompts: Sequence[Prompt]
+    ) -> None:
+        """Check that a server grades `ids`, all in one way, and has the student's tokens."""
+        way, said = self._find_way(ids, (self._way,) if self._way else tuple(WAYS))
         for i, name in zip(ids[1:], said, strict=True):
             ours = self._names.strings[i]
             # Half of a character has no string to compare.
             if name is not None and "\ufffd" not in name and name.strip() != ours.strip():
                 raise _mismatch(f"id {i} is {plain(name)!r} there and {ours!r} here")
-        self._compare_texts(student.tokenizer, prompts)
+        self._compare_texts(tokenizer, prompts)
+        self._way = way
 
     def grade(self, rollout: Rollout) -> TopLogprobs:
         """Ask for the teacher's log-probs of every completion token.
 
         One request is sent per completion. The teacher sees the prompts without the student's
-        context.
+        context. If an error stops this, grading the same rollout again goes on from what came.
 
         Args:
             rollout: Completions of the student that `check` was called with.
@@ -123,17 +137,37 @@ class LogprobServer:
             TeacherError: The server gives no usable answer.
             BudgetSpent: The next request may not fit the budget.
         """
+        return self.begin(rollout)()
+
+    def begin(self, rollout: Rollout) -> Callable[[], TopLogprobs]:
+        """Encode a rollout, to be graded by the function that is returned.
+
+        Args:
+            rollout: Completions of the student that `check` was called with.
+
+        Returns:
+            A function that does what `grade` does; it may run in another thread.
+
+        Raises:
+            OpdlabError: The server has not been compared with a student by `check`.
+        """
         if self._student is None:
             raise OpdlabError(
                 "This server has not been compared with a student yet. Call check(student, prompts,"
                 " max_new_tokens) first."
             )
         starts, bodies = self._student.encode_all(rollout.prompts), rollout.completions()
-        pairs = zip(starts, bodies, strict=True)
+        vocab = self._student.weights.vocab_size
+        return partial(self._grade, rollout, list(zip(starts, bodies, strict=True)), vocab)
+
+    def _grade(
+        self, rollout: Rollout, pairs: Sequence[tuple[list[int], list[int]]], vocab: int
+    ) -> TopLogprobs:
         rows = self.text.service.many(
             [partial(self._grade_one, start, body) for start, body in pairs if body]
         )
-        vocab, device = self._student.weights.vocab_size, rollout.ids.device
+        self._paid.clear()
+        device = rollout.ids.device
         if not rows:
             k = min(self.k, vocab)
             rows = [(torch.zeros(0, k, dtype=torch.long), torch.zeros(0, k), torch.zeros(0))]
@@ -163,13 +197,17 @@ class LogprobServer:
         """
         return self.text.write(prompts, n, prefixes=prefixes, places=places, **options)
 
-    def _grade_one(self, start: list[int], body: list[int]) -> tuple[Tensor, Tensor, Tensor]:
-        vocab = len(self._names.strings)
-        return self._post(
+    def _grade_one(self, start: list[int], body: list[int]) -> Grade:
+        vocab, key = len(self._names.strings), (len(start), *start, *body)
+        if (paid := self._paid.get(key)) is not None:
+            return paid
+        grade = self._post(
             start + body,
             self._way,
             lambda entries, _: grades.make_table(entries[len(start) - 1 :], body, self.k, vocab),
         )
+        self._paid[key] = grade
+        return grade
 
     def _post(
         self,
@@ -201,10 +239,10 @@ class LogprobServer:
             "/completions", body, SamplingConfig(), most, accept, retries, largest=largest
         )
 
-    def _find_way(self, ids: list[int]) -> tuple[str, list[str | None]]:
+    def _find_way(self, ids: list[int], ways: Sequence[str]) -> tuple[str, list[str | None]]:
         """The first way in which the server grades `ids`, and the names that it has for them."""
-        refusals = []
-        for way in WAYS:
+        refusals, status = [], None
+        for way in ways:
 
             def read(
                 entries: list[dict[int, float]], choice: dict[str, Any], way: str = way
@@ -218,21 +256,25 @@ class LogprobServer:
                 if error.status is None or error.status >= 500 or error.status in (401, 403):
                     raise
                 refusals.append(f"{way}: {error}")
-        raise TeacherError(
-            f"{self.text.service.url} gives no log-probs of a prompt that can be used. Serve the"
-            " teacher with vLLM or SGLang, or use it as a TextServer with a method that learns from"
-            f" texts alone (OmniOPD, SequenceKD). It was asked so: {' | '.join(refusals)}"
+                status = error.status
+        lost = TeacherError(
+            f"{self.text.service.asked_url} gives no log-probs of a prompt that can be used. Serve"
+            " the teacher with vLLM or SGLang, or use it as a TextServer with a method that learns"
+            f" from texts alone (OmniOPD, SequenceKD). It was asked so: {' | '.join(refusals)}"
         )
+        lost.status = status
+        raise lost
 
     def _compare_texts(self, tokenizer: PreTrainedTokenizerBase, prompts: Sequence[Prompt]) -> None:
         """Check that texts fall into the same tokens at the server, if it has /tokenize (vLLM)."""
-        url = self.text.service.url.removesuffix("/v1") + "/tokenize"
-        for prompt in prompts[:3]:
+        service = self.text.service
+        for prompt in prompts:
             said = prompt.text if prompt.messages is None else prompt.messages[-1]["content"]
             text = f"{said}\n{prompt.answer or ''}"
             body = {"model": self.text.model, "prompt": text, "add_special_tokens": False}
             try:
-                theirs = self.text.service.post(url, body, Usage(requests=1), _read_ids, retries=1)
+                most = Usage(requests=1)
+                theirs = service.post("/tokenize", body, most, _read_ids, retries=1, at_root=True)
             except TeacherError as error:
                 if error.status is None:
                     raise
@@ -244,7 +286,7 @@ class LogprobServer:
                 )
 
     def __repr__(self) -> str:
-        return f"LogprobServer({self.text.service.url!r}, {self.text.model!r}, k={self.k})"
+        return f"LogprobServer({self.text.service.shown_url}, {self.text.model!r}, k={self.k})"
 
 
 def _read_ids(reply: dict[str, Any]) -> list[int]:

@@ -1,8 +1,9 @@
-"""Talk to an OpenAI-compatible server: send a request until it is answered well, and many at once.
+"""Talk to OpenAI-compatible servers: send a request until it is answered well, and many at once.
 
 The `openai` client sends the requests. The loop around it is ours, because here a reply with broken
 JSON, another model's name or a missing text is as good as none: it is asked for again, with
-back-off, and each time is charged to the budget before it is sent. The key is read from the
+back-off, and each time is charged to the budget before it is sent. Where several servers hold the
+same model, `opdlab.teachers.servers` chooses the one that is asked. The key is read from the
 environment for the time of a request and kept nowhere.
 """
 
@@ -11,16 +12,18 @@ from __future__ import annotations
 import os
 import random
 import threading
+import time
 import warnings
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor, as_completed
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any, TypeVar, cast
 from urllib.parse import urlsplit
 
 from pydantic import InstanceOf
 
-from opdlab.errors import InvalidValue, OpdlabError, TeacherError
+from opdlab.errors import InvalidValue, OpdlabError, TeacherError, TokenizerMismatch
 from opdlab.support.expect import shortened
 from opdlab.support.progress import Progress, in_notebook
 from opdlab.support.validation import Count, CountOrZero, Flag, Positive, Text, validate_fields
@@ -28,6 +31,7 @@ from opdlab.teachers.budget import Budget, Usage
 from opdlab.teachers.cache import Cache
 from opdlab.teachers.redaction import guard_logs, holds_key, plain, without_key
 from opdlab.teachers.reply import Fault, is_final, raise_error_of, read_reply
+from opdlab.teachers.servers import Server, Servers
 
 T = TypeVar("T")
 LONGEST_WAIT = 120.0  # seconds to wait at most before a request is sent again
@@ -37,20 +41,39 @@ BYTES_A_TOKEN = 2**10  # of a reply: a long token, each of its characters escape
 ABSURD_USAGE = 16  # times the worst case of a request: a server's count beyond is not believed
 
 
+@dataclass(frozen=True)
+class _Request:
+    """A request, whichever server it goes to; see `Service.post`."""
+
+    path: str
+    body: Mapping[str, Any]
+    largest: int
+    is_text: bool
+    at_root: bool
+
+    def address(self, url: str) -> str:
+        """Where the server of this url gets it."""
+        return f"{url.removesuffix('/v1') if self.at_root else url}{self.path}"
+
+
 @dataclass(eq=False)
 class Service:
-    """A server and how to talk to it.
+    """The server or servers of one model, and how to talk to them.
 
     Attributes:
-        url: Its address, with its /v1.
+        url: The address, with its /v1. It stands for the model in the cache.
         key_env: The environment variable that holds the key. If it is not set, no key is sent.
         timeout: Seconds from a request to the end of its reply.
         retries: Most times that a request is sent again.
-        concurrency: Requests in flight.
+        concurrency: Requests in flight at each server.
         budget: Limits on what may be spent.
         cache: A file or a `Cache`; None keeps answers as long as this object lives.
         quiet: Whether to show no progress bar.
         who: Who is behind the server, for errors: "teacher" or "sampler".
+        replicas: Addresses of further servers of the same model.
+        compare: Compares a server with what is known of the model, by `post`, which then asks that
+            server alone; called before its first request where there are several servers.
+        servers: The servers and how they fare.
 
     Raises:
         InvalidValue: A value cannot be right.
@@ -65,6 +88,7 @@ class Service:
     cache: Any = None
     quiet: Flag = False
     who: Text = "teacher"
+    replicas: tuple[Text, ...] = ()
 
     def __post_init__(self) -> None:
         validate_fields(self)
@@ -73,17 +97,25 @@ class Service:
                 f"The cache of a {self.who} is {shortened(self.cache)}. Use the path of a file, a"
                 " Cache, or None."
             )
-        if not _is_address(self.url):
+        if not all(_is_address(url) for url in (self.url, *self.replicas)):
             raise InvalidValue(
                 f"The url of a {self.who} must look like http://127.0.0.1:8000/v1, without a name,"
                 " password or query in it. Put the key into the environment variable"
                 f" {self.key_env}."
             )
         self.url = self.url.rstrip("/")
+        self.replicas = tuple(url.rstrip("/") for url in self.replicas)
+        urls = (self.url, *self.replicas)
+        if twice := next((url for url in urls if urls.count(url) > 1), None):
+            raise InvalidValue(
+                f"A {self.who} got the address {twice} twice. Give each server once."
+            )
+        self.servers = Servers(urls, self.concurrency)
         self.cache = self.cache if isinstance(self.cache, Cache) else Cache(self.cache)
         self._progress, self._done = Progress(0, self.who, "text", self.quiet, leave=False), 0
-        self._client: Any = None
-        self._lock, self._stop = threading.Lock(), threading.Event()
+        self.compare: Callable[[], object] | None = None
+        self._stop = threading.Event()
+        self._only = threading.local()  # .server: the one that this thread's requests go to
         self._has_warned = False  # of a usage that cannot be right
 
     def post(
@@ -95,17 +127,21 @@ class Service:
         retries: int | None = None,
         largest: int | None = None,
         is_text: bool = False,
+        at_root: bool = False,
     ) -> T:
         """Send a request until its reply can be used.
 
+        A try asks one server after the other until one of them answers well.
+
         Args:
-            path: Behind the server's url, or a whole url.
+            path: Behind the server's url.
             body: The request.
             worst: The most that it can use.
             accept: Reads the reply; raises Fault for a reply that cannot be used.
-            retries: Most times to send it again; by default the service's own number.
+            retries: Most times to try it again; by default the service's own number.
             largest: Most bytes of the reply; by default enough for the tokens of `worst`.
             is_text: Whether a good reply is a plain text, which `accept` gets as `{"text": …}`.
+            at_root: Whether `path` lies beside the /v1 of the url and not behind it.
 
         Returns:
             The value that `accept` returns.
@@ -116,50 +152,191 @@ class Service:
         """
         most = USUAL + worst.completion * BYTES_A_TOKEN if largest is None else largest
         tries = 1 + (self.retries if retries is None else retries)
-        answer, fault, asked = self._try(path, body, worst, accept, tries, most, is_text)
-        if fault is None:
+        request = _Request(path, body, most, is_text, at_root)
+        answer, faults, asked = self._try(request, worst, accept, tries)
+        if not faults:
             return cast(T, answer)
         # Raised here, where no reply is at hand that a traceback with local variables would show.
         times = f" (asked {asked} times)" if asked > 1 else ""
+        reasons = [f"{request.address(url)}: {fault}" for url, fault in faults.items()]
+        said = reasons[0]
+        if len(reasons) > 1:
+            said = f"None of {len(reasons)} servers gives a usable answer. {'; '.join(reasons)}"
+        status = list(faults.values())[-1].status
         error = TeacherError(
-            f"{self.url}{'' if '://' in path else path}: {fault}{times}."
-            " Nothing was trained on it and nothing paid for is lost."
-            f" {_advice(fault.status, self.key_env)}"
+            f"{said}{times}. Nothing was trained on it and nothing paid for is lost."
+            f" {_advice(status, self.key_env)}"
         )
-        error.status = fault.status
+        error.status = status
         raise error
 
     def _try(
         self,
-        path: str,
-        body: Mapping[str, Any],
+        request: _Request,
         worst: Usage,
         accept: Callable[[dict[str, Any]], T],
         tries: int,
-        largest: int,
-        is_text: bool,
-    ) -> tuple[T | None, Fault | None, int]:
+    ) -> tuple[T | None, dict[str, Fault], int]:
         """Send a request until its reply can be used.
 
         Returns:
-            The accepted value, or the last fault without the key, and the number of requests.
+            The accepted value and no fault, or no value and the faults by server, without the key;
+            and the number of requests.
         """
+        asked, faults = 0, dict[str, Fault]()
+        fault = Fault("no server is left", status=None, final=True)
         for i in range(tries):
-            with self.budget.hold(worst) as hold:
-                reply = self._once(path, body, largest, is_text)
-                hold.used = self._usage(reply, worst)
-            try:
-                if isinstance(reply, dict):
-                    raise_error_of(reply)
-                    return accept(reply), None, i + 1
-                fault = reply
-            except Fault as refused:
-                fault = refused
+            tried: list[Server] = []
+            faults.clear()
+            while (server := self._take(tried)) is not None:
+                answer, found = self._ask(server, request, worst, accept)
+                asked += 1
+                if found is None:
+                    return answer, {}, asked
+                fault, faults[server.url] = found, self._plain(found)
+                if fault.final:  # the fault of the request: other servers would say the same
+                    return None, {server.url: faults[server.url]}, asked
+                tried.append(server)
+                if self._stop.is_set():
+                    break
             wait = _pause(i) if fault.wait is None else fault.wait
             if fault.final or i + 1 == tries or self._stop.wait(wait):
                 break
-        said = Fault(self.without_key(str(fault)), status=fault.status)
-        return None, said, i + 1
+        if self._chosen() is None:
+            for server in self.servers.all:  # those that were not asked now say why they left
+                faults.setdefault(server.url, Fault(server.reason, status=None))
+        return None, faults, asked
+
+    def _ask(
+        self,
+        server: Server,
+        request: _Request,
+        worst: Usage,
+        accept: Callable[[dict[str, Any]], T],
+    ) -> tuple[T | None, Fault | None]:
+        """Ask a server that was taken, and give it back with what came of it."""
+        began, answer, fault = time.perf_counter(), None, None
+        try:
+            with self.budget.hold(worst) as hold:
+                began = time.perf_counter()
+                reply = self._once(server, request)
+                hold.used = self._usage(server, reply, worst)
+            try:
+                if isinstance(reply, dict):
+                    raise_error_of(reply)
+                    answer = accept(reply)
+                else:
+                    fault = reply
+            except Fault as refused:
+                fault = refused
+        except BaseException:
+            self.servers.give_back(server, 0.0, Fault("interrupted", final=True))
+            raise
+        shown = None if fault is None else self._plain(fault)
+        leaves = self.servers.give_back(server, time.perf_counter() - began, shown)
+        if leaves and len(self.servers.all) > 1 and shown is not None:
+            warnings.warn(
+                f"{server.url} does not answer as it should: {shown}. The other servers of this"
+                f" {self.who} are asked in its place, and it is tried again after a while.",
+                stacklevel=2,
+            )
+        return answer, fault
+
+    def _plain(self, fault: Fault) -> Fault:
+        """The same fault without the key in its words."""
+        return Fault(
+            self.without_key(str(fault)), wait=fault.wait, status=fault.status, final=fault.final
+        )
+
+    # Several servers.
+
+    @property
+    def asked_url(self) -> str:
+        """The address of the server that this thread compares, or the first."""
+        chosen = self._chosen()
+        return self.url if chosen is None else chosen.url
+
+    @property
+    def shown_url(self) -> str:
+        """The address, or the list of addresses, as Python writes it."""
+        return repr([self.url, *self.replicas] if self.replicas else self.url)
+
+    def compare_servers(self) -> None:
+        """Compare every server with what is known of the model, before a run.
+
+        A server that does not answer is left out with a warning, and compared when it returns.
+
+        Raises:
+            OpdlabError: No server answers, or one of them holds another model.
+        """
+        lost: list[TeacherError] = []
+        for server in self.servers.all:
+            server.is_known = False
+            try:
+                self._compare(server)
+            except TeacherError as error:
+                if error.status is not None and error.status < 500:
+                    raise
+                lost.append(error)
+        if len(lost) == len(self.servers.all):
+            raise lost[-1]
+        for missing in lost:
+            warnings.warn(f"A server of this {self.who} is left out: {missing}", stacklevel=2)
+
+    def _compare(self, server: Server) -> None:
+        """Compare one server, once; other threads wait until it is done."""
+        with server.lock:
+            if server.is_known or self.compare is None:
+                return
+            with self._asking_only(server):
+                self.compare()
+            server.is_known = True
+
+    @contextmanager
+    def _asking_only(self, server: Server) -> Iterator[None]:
+        """Send the requests of this thread to one server."""
+        self._only.server = server
+        try:
+            yield
+        finally:
+            self._only.server = None
+
+    def _chosen(self) -> Server | None:
+        """The server that this thread's requests go to, where it is comparing one."""
+        chosen: Server | None = getattr(self._only, "server", None)
+        return chosen
+
+    def _take(self, tried: list[Server]) -> Server | None:
+        """Choose the server for a request; one that was not asked before is compared first."""
+        only = self._chosen()
+        if only is not None:
+            if only in tried:
+                return None
+            self.servers.take_this(only)
+            return only
+        while (server := self.servers.take(tried)) is not None:
+            if server.is_known or self.compare is None or len(self.servers.all) == 1:
+                return server
+            found: TeacherError | TokenizerMismatch
+            try:
+                self._compare(server)
+                return server
+            except TeacherError as lost:
+                found, is_lost = lost, lost.status is None or lost.status >= 500
+            except TokenizerMismatch as other:
+                found, is_lost = other, False
+            except BaseException:
+                self.servers.give_back(server, 0.0, Fault("interrupted", final=True))
+                raise
+            self.servers.give_back(server, 0.0, Fault("not compared", final=True))
+            tried.append(server)
+            if not is_lost:
+                self.servers.refuse(server, str(found))
+                warnings.warn(
+                    f"{server.url} is not asked, since it is not the {self.who}: {found}",
+                    stacklevel=2,
+                )
+        return None
 
     def without_key(self, text: str) -> str:
         """Return a text without the key that is in the environment at this moment.
@@ -199,7 +376,8 @@ class Service:
             return []
         self._stop.clear()
         self._progress.total, self._done = unit * len(jobs), 0
-        pool = ThreadPoolExecutor(min(self.concurrency, len(jobs)), thread_name_prefix=self.who)
+        workers = min(self.concurrency * len(self.servers.all), len(jobs))
+        pool = ThreadPoolExecutor(workers, thread_name_prefix=self.who)
         futures: list[Future[T]] = [pool.submit(job) for job in jobs]
         try:
             for future in as_completed(futures):
@@ -223,18 +401,16 @@ class Service:
             cost["cost"] = f"{self.budget.price(spent):.4f}"
         self._progress.update(self._done, tokens=f"{spent.tokens:,}", **cost)
 
-    def _once(
-        self, path: str, body: Mapping[str, Any], largest: int, is_text: bool
-    ) -> dict[str, Any] | Fault:
+    def _once(self, server: Server, request: _Request) -> dict[str, Any] | Fault:
         """Send one request.
 
         A fault is returned and not raised, so that no traceback leads to the request and its key.
         """
-        client = self._connect()
+        client = self._connect(server)
         key = self._key()
         is_interrupted = False
         try:
-            return self._send(client, path, body, key, largest, is_text)
+            return self._send(client, request.address(server.url), request, key)
         except KeyboardInterrupt:
             is_interrupted = True
         except Fault as fault:
@@ -248,22 +424,17 @@ class Service:
         raise KeyboardInterrupt
 
     def _send(
-        self,
-        client: Any,
-        path: str,
-        body: Mapping[str, Any],
-        key: str,
-        largest: int,
-        is_text: bool,
+        self, client: Any, address: str, request: _Request, key: str
     ) -> dict[str, Any] | Fault:
         from openai import APIConnectionError, APIStatusError, APITimeoutError, OpenAIError
 
         from opdlab.teachers.transport import Response, UnusableReply, limit_reply
 
-        limit_reply(largest)
+        limit_reply(request.largest)
         headers = {"headers": {"Authorization": f"Bearer {key}"}} if key else {}
         try:
-            reply = client.post(path, cast_to=Response, body=dict(body), options=headers)
+            body = dict(request.body)
+            reply = client.post(address, cast_to=Response, body=body, options=headers)
         except APITimeoutError:
             return Fault(f"no answer within {self.timeout:g} s", status=None)
         except APIConnectionError as error:
@@ -275,7 +446,7 @@ class Service:
             return _refusal(error, key)
         except (OpenAIError, ValueError):
             return Fault("the reply cannot be read")
-        if is_text:
+        if request.is_text:
             return {"text": reply.content.decode("utf-8", "replace")}
         return read_reply(reply.content)
 
@@ -294,10 +465,10 @@ class Service:
             )
         return key
 
-    def _connect(self) -> Any:
+    def _connect(self, server: Server) -> Any:
         """Return the client, made once. It knows no key: each request brings the key along."""
-        with self._lock:
-            if self._client is None:
+        with server.lock:
+            if server.client is None:
                 try:
                     from openai import OpenAI
                 except ImportError:
@@ -308,16 +479,16 @@ class Service:
                 from opdlab.teachers.transport import bounded_client
 
                 guard_logs(self.key_env)
-                self._client = OpenAI(
-                    base_url=self.url,
+                server.client = OpenAI(
+                    base_url=server.url,
                     api_key="none",
                     timeout=self.timeout,
                     max_retries=0,
                     http_client=bounded_client(self.timeout),
                 )
-            return self._client
+            return server.client
 
-    def _usage(self, reply: dict[str, Any] | Fault, worst: Usage) -> Usage:
+    def _usage(self, server: Server, reply: dict[str, Any] | Fault, worst: Usage) -> Usage:
         """The charge for a request: the server's count if it can be right, else the worst case."""
         if isinstance(reply, Fault):
             return worst if reply.paid else Usage(requests=1)
@@ -334,7 +505,7 @@ class Service:
             if count is not None and not is_right and not self._has_warned:
                 self._has_warned = True
                 warnings.warn(
-                    f"{self.url} says that a request used {name}={plain(count)}, which cannot be"
+                    f"{server.url} says that a request used {name}={plain(count)}, which cannot be"
                     f" right. The budget is charged {most} instead, the most that the request can"
                     " use; so are further ones of this kind.",
                     stacklevel=2,
@@ -360,6 +531,24 @@ def _pause(i: int) -> float:
     They are somewhat random, so that many requests do not come back at once.
     """
     return min(8.0, 0.5 * 2.0**i) * random.uniform(0.75, 1.0)
+
+
+def split_urls(url: str | Sequence[str]) -> tuple[str, tuple[str, ...]]:
+    """Split what a user gives as `url` into the fields `url` and `replicas` of a `Service`.
+
+    Args:
+        url: The address of a server, or those of several that hold the same model.
+
+    Returns:
+        The first address, and the others.
+
+    Raises:
+        InvalidValue: There is none.
+    """
+    urls = (url,) if isinstance(url, str) else tuple(url)
+    if not urls:
+        raise InvalidValue("url got no address. Give the server's, as http://127.0.0.1:8000/v1.")
+    return urls[0], urls[1:]
 
 
 def _is_address(url: str) -> bool:

@@ -25,7 +25,7 @@ from opdlab.data.written_text import WrittenText
 from opdlab.errors import EmptyPrompts, InvalidValue, OpdlabError, TeacherError
 from opdlab.models.policy import Policy
 from opdlab.support.expect import shortened
-from opdlab.support.validation import Count, Text, Unchecked, validate_arguments
+from opdlab.support.validation import Addresses, Count, Text, Unchecked, validate_arguments
 from opdlab.teachers import asking
 from opdlab.teachers.budget import Budget, Usage, worst
 from opdlab.teachers.cache import key_of
@@ -40,7 +40,7 @@ from opdlab.teachers.sampling import (
     sampling_fields,
     without_refused,
 )
-from opdlab.teachers.service import Service
+from opdlab.teachers.service import Service, split_urls
 from opdlab.teachers.ways import find_way
 
 T = TypeVar("T")
@@ -68,7 +68,9 @@ class TextServer:
     If the server needs a key, put it into the environment variable OPDLAB_API_KEY.
 
     Args:
-        url: The server's address, with its /v1.
+        url: The server's address, with its /v1; or a list of the addresses of servers of the same
+            model, which share the requests (see `opdlab.teachers.servers`). Answers are kept under
+            the first address, so the others may come and go between runs.
         model: The model's name at the server; by default the one that answers.
         continue_by: The way to ask the server to go on with an unfinished text, one of
             `asking.WAYS`; by default the first that is found to work (see the attribute `way`).
@@ -92,7 +94,7 @@ class TextServer:
     @validate_arguments
     def __init__(
         self,
-        url: Text,
+        url: Addresses,
         model: Text | None = None,
         *,
         continue_by: str = "auto",
@@ -106,7 +108,8 @@ class TextServer:
             raise InvalidValue(
                 f"TextServer got continue_by={continue_by!r}. Use auto, {', '.join(asking.WAYS)}."
             )
-        known = [field.name for field in dataclasses.fields(Service) if field.name != "url"]
+        taken = ("url", "replicas")
+        known = [field.name for field in dataclasses.fields(Service) if field.name not in taken]
         if unknown := sorted(set(options) - set(known)):
             raise InvalidValue(
                 f"TextServer has no option {', '.join(unknown)}. It has model, continue_by,"
@@ -115,9 +118,9 @@ class TextServer:
         self.model, self.template, self.extra = model, template, _checked_extra(extra or {})
         self._given = "" if continue_by == "auto" else continue_by
         self.way = self._given
-        self.service = Service(
-            url, cache=cache, budget=Budget() if budget is None else budget, **options
-        )
+        first, replicas = split_urls(url)
+        options |= {"cache": cache, "budget": Budget() if budget is None else budget}
+        self.service = Service(first, replicas=replicas, **options)
         self._names: tuple[str, ...] = ()  # under which the server has answered
         self._limit, self._several = "max_tokens", True
         # by path, the sampling fields that the server does not know
@@ -167,6 +170,17 @@ class TextServer:
         self._limit, self._several = met.limit, met.several
         self._refused[path] = met.refused
         self.extra = {**met.extra, **self.extra}
+        self.service.compare = partial(self._meet_again, path, body)
+
+    def _meet_again(self, path: str, body: dict[str, Any]) -> None:
+        """Check that one of several servers answers under the name that was met."""
+
+        def read(reply: dict[str, Any]) -> None:
+            self.check_model(reply)
+            read_name(reply, self.model, self.service.without_key)
+
+        most = worst(json.dumps(body), 1, 1)
+        self.post(path, {**body, self._limit: 1}, SamplingConfig(), most, read, retries=1)
 
     @validate_arguments
     def write(
@@ -437,7 +451,8 @@ class TextServer:
 
     def __repr__(self) -> str:
         return (
-            f"TextServer({self.service.url!r}, {self.model!r}, continue_by={self.way or 'auto'!r})"
+            f"TextServer({self.service.shown_url}, {self.model!r},"
+            f" continue_by={self.way or 'auto'!r})"
         )
 
 

@@ -6,6 +6,7 @@
         optimizer.safetensors
         ema.safetensors                                      where a method needs `ema`
         method.safetensors                                   where a method keeps a state
+        ahead.safetensors, ahead.json                        texts that were written ahead
         run.json, history.json
         manifest.json                                        a checksum of every file
     run/snapshots/
@@ -37,7 +38,7 @@ from opdlab.models.adapters import files as adapter_files
 from opdlab.models.policy import Policy
 from opdlab.support.tensor_files import check_same_tensors, copy_tensors, read_tensors
 from opdlab.support.version import VERSION
-from opdlab.training import method_state, run_folder
+from opdlab.training import ahead, method_state, run_folder
 from opdlab.training.resolution import trained_tensors
 from opdlab.training.state import RunState
 
@@ -73,6 +74,7 @@ def write_checkpoint(run: RunState, folder: Path) -> Path:
         for average in run.averages:
             save_file(_make_contiguous(trained_tensors(average)), partial / "ema.safetensors")
         method_state.write_state(run.method, partial)
+        ahead.write_ahead(run, partial)
         _write_json(partial / "run.json", _describe(run, folder))
         _write_json(partial / "history.json", run.metrics)
         _write_json(partial / "manifest.json", _checksums_of(partial))

@@ -30,7 +30,16 @@ from opdlab.errors import InvalidValue, OpdlabError
 from opdlab.methods.by_name import allows_none
 from opdlab.models.routed import Mixture
 from opdlab.support.expect import shortened
-from opdlab.support.validation import Amount, Count, CountOrZero, Flag, Positive, Text, validate
+from opdlab.support.validation import (
+    Addresses,
+    Amount,
+    Count,
+    CountOrZero,
+    Flag,
+    Positive,
+    Text,
+    validate,
+)
 from opdlab.training.settings import Settings
 
 if sys.version_info >= (3, 11):
@@ -100,7 +109,7 @@ class ServerTable:
 
     Attributes:
         kind: "logprobs" for a teacher that grades tokens, "text" for one that only writes.
-        url: The address, with its /v1.
+        url: The address, with its /v1, or a list of addresses of servers of the same model.
         model: The model's name there; by default the one that answers.
         k: Log-probs to ask for at each token; of kind "logprobs" alone.
         continue_by: See `opdlab.teachers.TextServer`, and so for all that follow.
@@ -114,7 +123,7 @@ class ServerTable:
     """
 
     kind: Literal["logprobs", "text"]
-    url: Text
+    url: Addresses
     model: Text | None = None
     k: Count | None = None
     continue_by: Text | None = None

@@ -229,7 +229,7 @@ def _describe_server(server: LogprobServer | TextServer) -> ServerTable:
     limits = {name: value for name, value in limits.items() if value not in (None, (0.0, 0.0))}
     return ServerTable(
         kind="logprobs" if isinstance(server, LogprobServer) else "text",
-        url=service.url,
+        url=[service.url, *service.replicas] if service.replicas else service.url,
         model=writer.model,
         k=server.k if isinstance(server, LogprobServer) else None,
         extra=dict(writer.extra) or None,

@@ -13,8 +13,9 @@ Each phase takes the run's state and returns a frozen result; only `update_weigh
 from __future__ import annotations
 
 import math
+from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -30,16 +31,13 @@ from opdlab.engine.loss_contract import adding_note
 from opdlab.engine.passes import Pass
 from opdlab.engine.planned import Planned, run_plan
 from opdlab.errors import NonFinite
-from opdlab.methods.contract import student_share, writer_names
-from opdlab.models.graded import States
+from opdlab.methods.contract import writer_names
+from opdlab.models.graded import Graded, States
 from opdlab.models.places import seeded
 from opdlab.models.precision import autocast_backbones
 from opdlab.models.protocols import Sampler
 from opdlab.models.recomputation import recompute_layers
-from opdlab.models.text_rollouts import rollout_from_texts
-from opdlab.teachers.writing import write_texts
-from opdlab.training import sampler_gap
-from opdlab.training.preflight import check_answers
+from opdlab.training import normalization, others, sampler_gap
 from opdlab.training.processes import AcceleratedProcesses, Share, sum_in_place
 from opdlab.training.resolution import move_average
 from opdlab.training.state import RunState
@@ -70,19 +68,21 @@ class Learned:
 # Write.
 
 
-def write_rollout(run: RunState) -> Rollout:
-    """Write the step's rollout: the student's texts, and the share that others write.
+def write_rollout(run: RunState, step: int | None = None) -> Rollout:
+    """Write a step's rollout: the student's texts, and the share that others write.
 
     Args:
-        run: The run, between two steps.
+        run: The run.
+        step: Number of the step, from 0; the next one to be done by default.
 
     Returns:
         The completions of this process, those of the student first.
     """
     settings = run.settings
-    prompts = run.task.training_batch(settings.batch, run.done, settings.seed)
-    share = share_of_step(run)
-    config = settings.sampling(seed_of(settings.seed, run.done, 2))
+    step = run.done if step is None else step
+    prompts = run.task.training_batch(settings.batch, step, settings.seed)
+    share = share_of_step(run, step)
+    config = settings.sampling(seed_of(settings.seed, step, 2))
     parts = []
     with backbone_precision(run):
         if share.student:
@@ -102,23 +102,21 @@ def _writer_of_student(run: RunState) -> Sampler:
     return run.student if run.handover is None else run.handover.bring(run.student, run.done)
 
 
-def share_of_step(run: RunState) -> Share:
-    """Return this process's share of the next step's prompts.
+def share_of_step(run: RunState, step: int) -> Share:
+    """Return this process's share of a step's prompts.
 
     The number of prompts that the student answers is drawn where it is a fraction, the same in
     every process.
 
     Args:
-        run: The run, between two steps.
+        run: The run.
+        step: Number of the step, from 0.
 
     Returns:
         The share.
     """
-    prompts, part = run.settings.batch, student_share(run.method)
-    own = prompts
-    if part != 1:
-        seed = torch.Generator().manual_seed(seed_of(run.settings.seed, run.done, 1))
-        own = min(prompts, math.floor(part * prompts + torch.rand((), generator=seed).item()))
+    prompts = run.settings.batch
+    own = others.count_of_student(run.method, prompts, run.settings.seed, step)
     accelerator = run.accelerator
     return Share.of(prompts, own, accelerator.process_index, accelerator.num_processes)
 
@@ -136,32 +134,31 @@ def _write_by(
     run: RunState, name: str, prompts: list[Prompt], config: SamplingConfig, places: range
 ) -> Rollout:
     """Let one of the method's writers answer all these prompts."""
-    if name == "answer":
-        return rollout_from_texts(run.student, prompts, check_answers(prompts))
-    writer = run.teacher if name == "teacher" else run.policies[name]
-    n = run.settings.n
-    if isinstance(writer, Sampler):
-        options: dict[str, Any] = {**config.options(), **_seeded(run, writer, config, places)}
-        written = writer.sample(prompts, n, writer=name, **options)
-        return written.to(run.student.weights.device)  # a teacher may be on another device
-    is_shared, process = run.accelerator.num_processes > 1, run.accelerator.process_index
-    texts = write_texts(writer, prompts, n, config, places if is_shared else None, process)
-    repeated = [prompt for prompt in prompts for _ in range(n)]
-    rollout = rollout_from_texts(
-        run.student, repeated, [text for row in texts for text in row], name
+    processes = run.accelerator
+    return others.write_by(
+        name,
+        run.teacher if name == "teacher" else run.policies.get(name),
+        run.student,
+        prompts,
+        run.settings.n,
+        config,
+        places=places if processes.num_processes > 1 else None,
+        process=processes.process_index,
     )
-    return replace(rollout, n=n)
 
 
 # Grade and plan.
 
 
-def plan_step(run: RunState, rollout: Rollout) -> Planned:
+def plan_step(
+    run: RunState, rollout: Rollout, awaited: Mapping[str, Callable[[], Graded]] | None = None
+) -> Planned:
     """Let the method plan on the whole batch; policies grade it when the plan asks for them.
 
     Args:
         run: The run.
         rollout: The step's rollout.
+        awaited: Functions that wait for grades which are under way, by policy.
 
     Returns:
         The batch with the columns of the plan. With `Settings.importance_cap`, its rollout has the
@@ -170,8 +167,8 @@ def plan_step(run: RunState, rollout: Rollout) -> Planned:
     processes = AcceleratedProcesses(run.accelerator)
     n = run.settings.n
     n_others = [1 if name == "answer" else n for name in writer_names(run.method)]
-    row = torch.tensor(share_of_step(run).rows(n, n_others))
-    batch = Batch(rollout, run.policies, run.task, run.done, processes, row)
+    row = torch.tensor(share_of_step(run, run.done).rows(n, n_others))
+    batch = Batch(rollout, run.policies, run.task, run.done, processes, row, awaited)
     with backbone_precision(run):
         if run.settings.importance_cap is not None:
             batch = sampler_gap.with_trainer_logp(batch)
@@ -282,18 +279,8 @@ def token_weights(run: RunState, rollout: Rollout) -> Tensor:
     Returns:
         `[tokens]`, zero on tokens that the loss does not see.
     """
-    learned = rollout.learn.sum(1).double()  # [B]
-    local = torch.stack([torch.full_like(learned[:1].sum(), len(rollout)), learned.sum()])
-    completions, tokens = run.accelerator.reduce(local, "sum").tolist()
-    rule = run.settings.normalize
-    if rule == "token":
-        per_row = torch.full_like(learned, 1 / max(tokens, 1))
-    elif rule == "sequence":
-        per_row = 1 / (completions * learned.clamp(min=1))
-    else:  # constant
-        per_row = torch.full_like(learned, 1 / (completions * run.settings.max_new_tokens))
-    spread = per_row.float().repeat_interleave(rollout.lengths)
-    return torch.where(rollout.learned, spread, 0.0)
+    settings, total = run.settings, AcceleratedProcesses(run.accelerator).sum
+    return normalization.token_weights(rollout, settings.normalize, settings.max_new_tokens, total)
 
 
 def reduce_gradients(run: RunState) -> None:

@@ -19,7 +19,9 @@ from opdlab.models.protocols import TopGrader
 from opdlab.tasks import Task
 
 
-def rehearse(method: Method, policies: Mapping[str, Any], task: Task, prompt: Prompt) -> None:
+def rehearse(
+    method: Method, policies: Mapping[str, Any], task: Task | None, prompt: Prompt
+) -> None:
     """Dry-run plan and loss on two sampled tokens, where a policy gives top log-probs only.
 
     Such a policy is replaced by one with uniform log-probs, so no request is sent. A loss that
@@ -29,7 +31,7 @@ def rehearse(method: Method, policies: Mapping[str, Any], task: Task, prompt: Pr
     Args:
         method: The method.
         policies: The resolved policies; the student writes the two tokens.
-        task: The task, whose verifier the plan may ask.
+        task: The task, whose verifier the plan may ask; None for none.
         prompt: The prompt to write to.
 
     Raises:

@@ -21,7 +21,7 @@ from opdlab.support.expect import shortened
 from opdlab.support.tensor_files import copy_tensors, read_tensors
 from opdlab.support.validation import CountOrZero, validate
 from opdlab.tasks import Task
-from opdlab.training import checkpoint, method_state, run_differences, run_identity
+from opdlab.training import ahead, checkpoint, method_state, run_differences, run_identity
 from opdlab.training.processes import is_main_by_environment, warning_once
 from opdlab.training.resolution import trained_tensors
 from opdlab.training.restoring import SavedRun, fit_adapter, restore_optimizer
@@ -93,6 +93,7 @@ def resume(
             path_of_average = saved.folder / "ema.safetensors"
             copy_tensors(trained_tensors(average), read_tensors(path_of_average), path_of_average)
         method_state.restore_state(run.method, saved.folder, run.student.weights.device)
+        run.ahead = ahead.read_ahead(run, saved.folder)
         run.restart(
             saved.step, checkpoint.read_json(saved.folder / "history.json"), _snapshots(saved)
         )
@@ -182,6 +183,12 @@ def _settings(saved: SavedRun, options: Mapping[str, Any]) -> dict[str, Any]:
         changed.append(
             f"steps {before['steps']} → {now['steps']} (the schedule {now['schedule']!r} depends on"
             " them)"
+        )
+    was_last = saved.step == before["steps"] < now["steps"]
+    if before.get("generate_ahead") and now["generate_ahead"] and was_last:
+        changed.append(
+            f"steps {before['steps']} → {now['steps']} (the last step wrote no texts ahead, so the"
+            " next one's are fresh)"
         )
     if changed:
         warnings.warn(

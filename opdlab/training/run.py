@@ -35,6 +35,7 @@ from opdlab.support.validation import ByName, Flag, Folder, Unchecked, validate_
 from opdlab.tasks import Task
 from opdlab.teachers.contract import expect_teacher
 from opdlab.training import (
+    ahead,
     exporting,
     method_state,
     publishing,
@@ -72,6 +73,7 @@ from opdlab.training.settings import Settings, check_settings, make_settings
 from opdlab.training.state import RunState
 from opdlab.training.step import Step
 from opdlab.training.trackers import make_accelerator, start_trackers
+from opdlab.training.written import Written
 
 Admit = Callable[["Run", Mapping[str, Any]], None]
 SHOWN = ("loss", "reverse_kl", "reward", "length", "accuracy")  # metrics in the line of progress
@@ -249,6 +251,7 @@ class Run(RunState):
         self.student, self.teacher, self.task = student, teacher, task
         self.method, self.settings = method, settings
         self.done, self.metrics, self.snapshots = 0, [], {}
+        self.ahead: list[Written] = []
         self.last: Step | None = None
         self.loss_is_checked = False
         self.folder = run_folder.check_folder(save)
@@ -258,6 +261,7 @@ class Run(RunState):
         warn_of_own_teacher(student, teacher, method.needs, policies)
         self.accelerator = make_accelerator(log_with, self.folder)
         check_batch(settings.batch, self.accelerator.num_processes)
+        ahead.check_ahead(self)
         if self.accelerator.is_main_process:
             task.warn_of_repeats(settings.batch)
         if log_with is not None:
@@ -334,9 +338,11 @@ class Run(RunState):
         """One step: the phases of `opdlab.training.phases`, in order."""
         began = time.perf_counter()
         self.optimizer.zero_grad()
-        rollout = write_rollout(self)
+        written = ahead.take_rollout(self, write_rollout)
+        rollout = written.rollout
+        awaited = ahead.work_ahead(self, written)
         wrote = time.perf_counter()
-        planned = plan_step(self, rollout)
+        planned = plan_step(self, rollout, awaited)
         grade(self, planned)
         graded = time.perf_counter()
         learned = accumulate_gradient(self, planned, rollout)
@@ -346,11 +352,14 @@ class Run(RunState):
             measured |= measure_first_mass(planned.batch, learned.wanted)
         measured |= measure_teachers(planned.batch, learned.columns)
         metrics = {"step": float(self.done + 1), **measured, "grad_norm": learned.grad_norm}
+        if self.settings.generate_ahead:
+            metrics["staleness"] = float(self.done - written.updates)
         self.loss_is_checked |= learned.is_checked
         with (
             hold_interrupts()
         ):  # an interrupt waits until the weights have moved and the step is kept
             metrics["lr"] = update_weights(self)
+            ahead.forget_done(self)
             ended = time.perf_counter()
             metrics |= {"generate_s": wrote - began, "grade_s": graded - wrote}
             metrics |= {"learn_s": ended - graded, "seconds": ended - began}
@@ -360,7 +369,8 @@ class Run(RunState):
             if saving.is_saved(self):
                 self.save()
         columns = dict(learned.columns)
-        if self.sampler is None and self.settings.importance_cap is None:
+        is_own = self.sampler is None and not self.settings.generate_ahead
+        if is_own and self.settings.importance_cap is None:
             del columns["sampler_gap"]  # rounding alone, which no picture needs to show
         processes = AcceleratedProcesses(self.accelerator)
         return Step(self.done, metrics, planned, columns, processes)

@@ -70,6 +70,9 @@ class Settings:
         importance_over: The tokens whose ratios are multiplied: "token", the token itself;
             "prefix", all up to it; "sequence", the whole completion. See
             `opdlab.training.sampler_gap`.
+        generate_ahead: Whether the student writes the next step's texts while the teacher's server
+            grades this step's, so that a step's texts are one update old. `history` has the column
+            `staleness`. For teachers that grade on a server; see `opdlab.training.ahead`.
 
     Raises:
         InvalidValue: A value that cannot be right, alone or beside another.
@@ -98,6 +101,7 @@ class Settings:
     save_every: CountOrZero = 0
     importance_cap: AmountOrInfinity | None = None
     importance_over: Literal["token", "prefix", "sequence"] = "token"
+    generate_ahead: Flag = False
 
     def __post_init__(self) -> None:
         validate_fields(self)

@@ -21,6 +21,7 @@ from opdlab.training.handover import Handover
 from opdlab.training.method_state import Memory
 from opdlab.training.run_folder import Lineage
 from opdlab.training.settings import Settings
+from opdlab.training.written import Written
 
 
 class RunState:
@@ -49,6 +50,7 @@ class RunState:
         sampler: Who writes the student's texts; None for the student's own loop.
         handover: Brings the student's weights to the sampler; None without one.
         loss_is_checked: Whether the loss was found to treat each row alone.
+        ahead: Texts that were written before their step; see `opdlab.training.ahead`.
     """
 
     student: Policy
@@ -73,3 +75,4 @@ class RunState:
     sampler: StudentSampler | None
     handover: Handover | None
     loss_is_checked: bool
+    ahead: list[Written]

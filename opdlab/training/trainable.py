@@ -105,6 +105,21 @@ def _prepare_all_weights(student: Policy, policies: Mapping[str, Any]) -> None:
             " the student with dtype=torch.float32 (precision='bf16' still computes in bfloat16),"
             " or train a LoRA."
         )
+    separate_policies(student, policies)
+    weights.model.requires_grad_(True)
+
+
+def separate_policies(student: Policy, policies: Mapping[str, Any]) -> None:
+    """Give the policies that share the student's weights copies of them, before these move.
+
+    Args:
+        student: The policy whose weights will move.
+        policies: The graders of the run, by name; views of the student move with it.
+
+    Raises:
+        OpdlabError: The model carries an adapter that no policy looks through.
+    """
+    weights = student.weights
     gc.collect()  # policies that nobody holds any more need no copy
     weights.tidy()
     others = [
@@ -112,7 +127,6 @@ def _prepare_all_weights(student: Policy, policies: Mapping[str, Any]) -> None:
     ]
     _refuse_strangers(student, others)
     _move_to_copies(others, {id(policy) for policy in policies.values()})
-    weights.model.requires_grad_(True)
 
 
 def _refuse_strangers(student: Policy, others: list[Policy]) -> None:

@@ -250,7 +250,7 @@ def patience(run: opd.Run, seconds: float) -> None:
     """Set the seconds after which a request counts as lost, short only while a fault is met."""
     teacher = run.teacher
     one = teacher.service if isinstance(teacher, TextServer) else teacher.text.service
-    one.timeout, one._client = seconds, None
+    one.timeout, one.servers.all[0].client = seconds, None
 
 
 @pytest.mark.parametrize("kind", METHODS)

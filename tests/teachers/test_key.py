@@ -26,15 +26,15 @@ CELLS = [
     ),
     "teacher = TextServer(URL, cache='answers.sqlite')\nteacher",
     (
-        "vars(teacher), vars(teacher.service), teacher.service._client and"
-        " vars(teacher.service._client)"
+        "vars(teacher), vars(teacher.service), teacher.service.servers.all[0].client and"
+        " vars(teacher.service.servers.all[0].client)"
     ),
     (
         "run = opd.distill(student, teacher, task, method=opd.SequenceKD(), batch=2, steps=2,"
         " max_new_tokens=6, save='run', save_every=1)"
     ),
     "for step in run:\n    step.trace().save(f'{step.number}.parquet')\nrun.history",
-    "vars(teacher.service._client)",
+    "vars(teacher.service.servers.all[0].client)",
     (
         "grader = LogprobServer(URL, k=4, cache=None)\nopd.distill(student, grader, task, batch=2,"
         " steps=1, max_new_tokens=6,            method=opd.OPD(top_k=opd.TopK(4,"
@@ -130,7 +130,7 @@ def test_no_error_no_repr_and_no_object_holds_the_key(guarded, caplog):
     said += [
         repr(one.service),
         repr(vars(one.service)),
-        repr(vars(one.service._client)),
+        repr(vars(one.service.servers.all[0].client)),
         caplog.text,
     ]
     assert all(KEY not in text for text in said)

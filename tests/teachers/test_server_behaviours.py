@@ -488,7 +488,7 @@ def test_an_interrupt_shows_no_key(monkeypatch):
 
     with hostile(act) as server:
         one = TextServer(server.url, cache=None, retries=0, quiet=True)
-        client = one.service._connect()
+        client = one.service._connect(one.service.servers.all[0])
         monkeypatch.setattr(client, "post", interrupt)
         with pytest.raises(KeyboardInterrupt) as caught:
             one.meet(PROMPTS)
