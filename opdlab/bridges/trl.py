@@ -1,40 +1,56 @@
-"""Run an opdlab method inside TRL: everything is TRL's, only the loss is the method's.
+"""Run an opdlab method inside TRL: the trainer is TRL's, plan and loss are the method's.
 
     trainer = MethodTrainer(
-        my_loss, model=…, teacher_model=…, args=DistillationConfig(…), train_dataset=…
+        my_method, model=…, teacher_model=…, args=DistillationConfig(…), train_dataset=…
     )
     trainer.train()
 
-`MethodTrainer` is a `trl.DistillationTrainer` (TRL 1.16). TRL reads the data, generates, talks to
-servers and runs the backbones; opdlab's engine runs plan and loss on their hidden states, one chunk
-of tokens at a time. The engine's gradients are handed back to autograd, so gradient accumulation,
-mixed precision and DDP work as for any other loss. Sharded weights (FSDP, ZeRO-3) and policies
-other than the teacher are not supported.
+`MethodTrainer` is a `trl.DistillationTrainer` (TRL 1.10 to 1.16). TRL reads the data, generates
+(also with vLLM and with tools) and runs the student's backbone, its optimizer and its processes:
+
+    TRL       generates the completions of a step, for all of its accumulated batches
+    opdlab    the policies grade them, the method plans, once for the whole step of all processes
+    TRL       takes one batch after the other and runs the student's backbone on it
+    opdlab    runs the loss on the hidden states, one chunk of tokens at a time
+    TRL       backward pass, accumulation, DDP, optimizer
+
+So a step has the loss and the gradient of `opdlab.distill` on the same completions. The engine's
+gradients are handed back to autograd, so gradient accumulation, mixed precision and DDP work as for
+any other loss. `opdlab.bridges.trl_checks` refuses what cannot be had there.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from torch import Tensor
+from transformers import TrainerCallback
 
+from opdlab.bridges.trl_checks import check_method, check_trainer, check_with_data
+from opdlab.bridges.trl_data import PromptsAsRead, pad_inputs, read_prompts, read_rollout
 from opdlab.data.prompt import Prompt
-from opdlab.data.rollout import Rollout
-from opdlab.data.tokens import completion_texts
+from opdlab.data.rollout import Rollout, concat_rollouts
+from opdlab.data.sampling_config import SamplingConfig
+from opdlab.data.seeds import seed_of
 from opdlab.engine import signals
 from opdlab.engine.batch import Batch
-from opdlab.engine.passes import Pass, compute
+from opdlab.engine.passes import Pass
 from opdlab.engine.planned import Planned, run_plan
-from opdlab.errors import OpdlabError
-from opdlab.methods import Method
-from opdlab.methods.contract import name_of, student_share, writer_names
+from opdlab.errors import InvalidValue
+from opdlab.methods.contract import recipe_of, writer_names
 from opdlab.methods.conversion import as_method
-from opdlab.models import adapters
 from opdlab.models.graded import States
 from opdlab.models.head import Head
+from opdlab.models.precision import autocast_backbones
+from opdlab.training import others
+from opdlab.training.normalization import token_weights
+from opdlab.training.processes import AcceleratedProcesses, Share
+from opdlab.training.resolution import move_average, resolve_policies, start_average
+from opdlab.training.trainable import separate_policies
 
 try:
     from trl import DistillationTrainer
@@ -44,53 +60,164 @@ except ImportError as error:
         " 'opdlab[trl]'."
     ) from error
 
+ROW = "opdlab_row"  # in TRL's inputs: the number of each completion in this process's step
+
+
+@dataclass(frozen=True)
+class _Step:
+    """A step of this process: all completions of its accumulated batches.
+
+    Attributes:
+        planned: The completions with the grades and the plan.
+        weight: Each token's share in the loss of the step, times the number of processes, over
+            which DDP takes the mean, `[tokens]`.
+    """
+
+    planned: Planned
+    weight: Tensor
+
 
 # TRL is optional, so the type checker does not look into it (pyproject.toml).
 class MethodTrainer(DistillationTrainer):  # type: ignore[misc, unused-ignore]
     """Train with an opdlab method in place of TRL's divergence.
 
-    TRL's `beta` is ignored. The plan sees one micro-batch on one device, so a plan that compares
-    texts compares `per_device_train_batch_size` of them.
+    TRL's `beta` is ignored. Columns `answer`, `hint` and `id` of the dataset become those of the
+    prompts. The log-probs of the student's tokens that a plan reads are the trainer's, whoever
+    generated them: TRL discards those of vLLM.
 
     Args:
-        method: A method, as `opdlab.distill` takes it; it may read only a teacher that grades.
+        method: A method, as `opdlab.distill` takes it.
+        teacher: In place of TRL's `teacher_model`: a policy, or one of `opdlab.teachers`.
+        policies: As in `opdlab.distill`: replaces what names in the method's `needs` stand for.
+        normalize: "token", "sequence" or "constant", as in `opdlab.distill`; by default what the
+            method's recipe says, else "token".
+        ema_rate: The share of the way that `ema` moves to the student after each update.
         arguments: Arguments of `trl.DistillationTrainer`: `model`, `teacher_model`, `args`,
             `train_dataset`, …
 
     Attributes:
         method: The method.
-        heads: The output heads of "student" and "teacher".
+        policies: The policies that it reads, by name, the student first.
 
     Raises:
-        OpdlabError: The method needs more than a teacher that grades, the temperature is not 1, or
-            the student has a LoRA on its output head.
+        OpdlabError: The method, the trainer's settings or the data do not go together. The message
+            says why, and what to use.
     """
 
-    def __init__(self, method: Any, **arguments: Any) -> None:
+    def __init__(
+        self,
+        method: Any,
+        *,
+        teacher: Any = None,
+        policies: Mapping[str, Any] | None = None,
+        normalize: str | None = None,
+        ema_rate: float = 0.05,
+        **arguments: Any,
+    ) -> None:
         self.method = as_method(method, "MethodTrainer")
+        has_model = arguments.get("teacher_model") is not None
+        check_method(self.method, teacher, has_model, policies or {}, bool(arguments.get("tools")))
+        self.normalize = normalize or recipe_of(self.method).get("normalize", "token")
+        if self.normalize not in ("token", "sequence", "constant"):
+            raise InvalidValue(
+                f"MethodTrainer got normalize={normalize!r}. Use 'token', 'sequence' or 'constant'."
+            )
         self._loss_is_checked = False
-        _check_method(self.method)
+        self._now: _Step | None = None
         super().__init__(**arguments)
-        if self.temperature != 1:
-            raise OpdlabError(
-                f"TRL's temperature is {self.temperature}, but opdlab's losses see the"
-                " distributions as they are. Set it to 1."
-            )
-        vocab_size = max(self.processing_class.get_vocab().values()) + 1
-        self.heads = {
-            "student": self._head_of(self.model, vocab_size),
-            "teacher": self._head_of(self.teacher_model, vocab_size),
-        }
-        if self.heads["student"].lora is not None:
-            raise OpdlabError(
-                "The student has a LoRA on its output head, to which this bridge hands no gradient."
-                " Leave the head out of its target_modules, or use opdlab.distill."
-            )
+        check_trainer(self)
+        self._make_policies(teacher, policies or {})
+        check_with_data(self, teacher)
+        if self.averages:
+            self.add_callback(_MovesAverage(self, ema_rate))
 
-    def _head_of(self, model: Any, vocab_size: int) -> Head:
-        bare = adapters.unwrap(self.accelerator.unwrap_model(model))
-        active = next(iter(adapters.in_force(bare)), None)
-        return Head.of(bare, vocab_size, active)
+    def _make_policies(self, teacher: Any, overrides: Mapping[str, Any]) -> None:
+        """Make policies of TRL's models, which stay as trainable as they are."""
+        model = self.accelerator.unwrap_model(self.model)
+        with _keeping_mode(model):
+            student = PromptsAsRead.of(model, self.processing_class)
+            if self.teacher_model is not None:
+                bare = self.accelerator.unwrap_model(self.teacher_model)
+                teacher = PromptsAsRead.of(bare, self.processing_class)
+                teacher.read = student.read
+            self.teacher = teacher
+            self.policies = resolve_policies(student, teacher, self.method.needs, overrides)
+            if student.adapter is None:
+                separate_policies(student, self.policies)
+            self.averages = start_average(student, self.policies, overrides)
+        self.student: PromptsAsRead = student
+
+    # A step begins: completions, grades, plan.
+
+    def _generate_and_score_completions(self, inputs: list[dict[str, Any]]) -> dict[str, Any]:
+        """Generate the completions of a step, where TRL asks for it, and let the method plan."""
+        prompts = read_prompts(inputs)
+        share = self._share(len(prompts))
+        own = len(share.student)
+        parts: list[Rollout] = []
+        generated: dict[str, Any] = {}
+        self.student.read.clear()
+        if own:
+            generated = super()._generate_and_score_completions(inputs[:own])
+            parts.append(read_rollout(self.student, prompts[:own], generated))
+        model = self.accelerator.unwrap_model(self.model)
+        with _keeping_mode(model), autocast_backbones(self.args.bf16):
+            parts += self._write_others(prompts[own:], share)
+            rollout = concat_rollouts(parts)
+            if own < len(rollout):
+                generated = pad_inputs(self.student, rollout, self._tokenizer.pad_token_id)
+            self._now = self._plan(rollout, share)
+        counted = rollout.learn.sum()
+        total = AcceleratedProcesses(self.accelerator).sum(counted)
+        row = torch.arange(len(rollout), device=rollout.ids.device)
+        return {**generated, "num_items_in_batch": total, ROW: row}
+
+    def _share(self, prompts: int) -> Share:
+        """Which prompts of a step the student answers, drawn as `opdlab.distill` draws them."""
+        count = self.accelerator.num_processes
+        own = others.count_of_student(
+            self.method, prompts * count, self.args.seed, self.state.global_step
+        )
+        return Share.of(prompts * count, own, self.accelerator.process_index, count)
+
+    def _write_others(self, prompts: list[Prompt], share: Share) -> list[Rollout]:
+        """Let the method's writers answer the prompts that the student does not answer."""
+        if not prompts:
+            return []
+        seed = seed_of(self.args.seed, self.state.global_step, 2)
+        config = SamplingConfig(max_new_tokens=self.max_completion_length, seed=seed)
+        return [
+            others.write_by(
+                name,
+                self.teacher if name == "teacher" else self.policies.get(name),
+                self.student,
+                prompts,
+                1,
+                config,
+                places=share.others if self.accelerator.num_processes > 1 else None,
+                process=self.accelerator.process_index,
+            )
+            for name in writer_names(self.method)
+        ]
+
+    def _plan(self, rollout: Rollout, share: Share) -> _Step:
+        """Let the policies grade and the method plan, over all processes."""
+        processes = AcceleratedProcesses(self.accelerator)
+        row = torch.tensor(share.rows(1, [1] * len(writer_names(self.method))))
+        batch = Batch(
+            rollout, self.policies, None, self.state.global_step, processes, row[: len(rollout)]
+        )
+        with torch.no_grad():
+            if hasattr(self.method, "plan"):  # only those who look pay one more pass
+                batch = _with_own_numbers(batch)
+            planned = run_plan(self.method, batch)
+            for name in batch.distributions:
+                if name != "student":
+                    planned.batch.states(name)
+        weight = token_weights(rollout, self.normalize, self.max_completion_length, processes.sum)
+        return _Step(planned, weight * processes.count)
+
+    # The loss of one accumulated batch.
 
     def _compute_loss(
         self,
@@ -103,34 +230,25 @@ class MethodTrainer(DistillationTrainer):  # type: ignore[misc, unused-ignore]
         Returns:
             The loss, the sum of the student's entropies (nats), and the number of counted tokens.
         """
-        rollout = self._read_rollout(inputs)
-        mask, counted = rollout.mask, rollout.learned.float()
-        total = counted.sum().clamp(min=1) if num_items_in_batch is None else num_items_in_batch
-        weight = counted / total
-
+        assert self._now is not None
+        rows = inputs[ROW].tolist()
+        mask = inputs["completion_mask"].bool()
         hidden = self._hidden_states(unwrapped_student, inputs)[mask]  # [tokens, H]
-        head = _with_own_leaves(self.heads["student"])
-        states = {
-            "student": States(hidden.detach(), head),
-            "teacher": States(self._teacher_states(inputs)[mask], self.heads["teacher"]),
-        }
-        with torch.autocast(hidden.device.type, enabled=False):
-            planned = self._run_plan(rollout, states)
-            found = planned.gradient(weight, watch=signals.cheap, check=not self._loss_is_checked)
-        self._loss_is_checked |= found.is_checked
-        loss = self._attach_gradient(found, weight, hidden, head)
-        return loss, (found.columns["student_entropy"] * counted).sum(), counted.sum()
-
-    def _teacher_states(self, inputs: Mapping[str, Tensor]) -> Tensor:
-        """The teacher's hidden states `[B, T, H]`, without gradient."""
-        self.teacher_model.eval()
-        bare = self.accelerator.unwrap_model(self.teacher_model)
-        with torch.no_grad():
-            # TRL's redirection calls a function through the wrapper of DDP, whose hooks then run.
-            hidden: Tensor = self._forward_redirection(
-                self.teacher_model, bare, self._hidden_states, bare, inputs
+        head = self.student.head
+        own = _with_own_leaves(head)
+        with torch.autocast(hidden.device.type, enabled=False), torch.enable_grad():
+            found = self._now.planned.gradient(
+                self._now.weight,
+                student=States(hidden.detach(), own),
+                rows=rows,
+                watch=signals.cheap,
+                check=not self._loss_is_checked,
             )
-        return hidden
+        self._loss_is_checked |= found.is_checked
+        weight = self._now.weight[self._now.planned.tokens_of(rows)]
+        loss = _attach_gradient(found, weight, hidden, head, own)
+        counted = (weight != 0).float()
+        return loss, (found.columns["student_entropy"] * counted).sum(), counted.sum()
 
     def _hidden_states(self, model: Any, inputs: Mapping[str, Tensor]) -> Tensor:
         """Hidden states `[B, T, H]` at the places where the completion tokens are predicted."""
@@ -140,71 +258,82 @@ class MethodTrainer(DistillationTrainer):  # type: ignore[misc, unused-ignore]
         hidden: Tensor = self._get_last_hidden_state(model, ids, mask, length)
         return hidden
 
-    def _read_rollout(self, inputs: Mapping[str, Tensor]) -> Rollout:
-        """The rollout in TRL's inputs; its log-probs and entropies are left at zero."""
-        ids, mask = inputs["completion_ids"], inputs["completion_mask"].bool()
-        lengths = mask.sum(-1)
-        prompts = self.processing_class.batch_decode(inputs["prompt_ids"], skip_special_tokens=True)
-        completions = [
-            row[:length] for row, length in zip(ids.tolist(), lengths.tolist(), strict=True)
-        ]
-        finish = tuple(
-            "stop" if completion and completion[-1] in self.eos_token_ids else "length"
-            for completion in completions
-        )
-        texts = completion_texts(self.processing_class, completions, self.eos_token_ids)
-        return Rollout(
-            prompts=tuple(Prompt(text) for text in prompts),
-            ids=ids,
-            lengths=lengths,
-            logp=torch.zeros(ids.shape, device=ids.device),
-            entropy=torch.zeros(ids.shape, device=ids.device),
-            finish=finish,
-            texts=tuple(texts),
-            writer=("student",) * len(ids),
-            # Tokens that tools wrote are completion tokens, but the student does not learn them.
-            learn=mask & inputs.get("tool_mask", inputs["completion_mask"]).bool(),
-        )
+    # What TRL's checkpoints do not hold.
 
-    def _run_plan(self, rollout: Rollout, states: Mapping[str, States]) -> Planned:
-        """Let the method plan, with the student's own log-probs in place of the sampler's."""
-        if hasattr(self.method, "plan"):  # one more pass over the head, only for those who look
-            student = {"student": states["student"]}
-            seen = compute(signals.cheap, student, rollout.ids[rollout.mask])
-            logp, entropy = rollout.logp.clone(), rollout.entropy.clone()
-            logp[rollout.mask] = seen["student_logp"]
-            entropy[rollout.mask] = seen["student_entropy"]
-            rollout = replace(rollout, logp=logp, entropy=entropy)
-        graders = {name: _KnownStates(known) for name, known in states.items()}
-        return run_plan(self.method, Batch(rollout, graders, step=self.state.global_step))
-
-    def _attach_gradient(self, found: Pass, weight: Tensor, hidden: Tensor, head: Head) -> Tensor:
-        """Make a scalar with the value of the loss and the gradients that the engine found.
-
-        Args:
-            found: The engine's loss `[tokens]` and its gradient `[tokens, H]`.
-            weight: Each token's share of the mean, `[tokens]`.
-            hidden: The student's hidden states in TRL's graph, `[tokens, H]`.
-            head: The student's head on its own leaves, which hold the head's gradients.
-        """
-        # The gradient of sum(x * g) with respect to x is g, so this linear form carries what the
-        # engine found into autograd; subtracting its detached value leaves the loss itself.
-        linear = (hidden.float() * found.gradient).sum()
-        own = self.heads["student"]
-        for parameter, leaf in ((own.weight, head.weight), (own.bias, head.bias)):
-            if parameter is not None and leaf is not None and leaf.grad is not None:
-                linear = linear + (parameter * leaf.grad).sum()
-        return linear + ((found.loss * weight).sum() - linear).detach()
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
+        """Take up a checkpoint of TRL, unless the method needs more than it holds."""
+        kept = [*(["a moving average"] if self.averages else [])]
+        kept += ["a state of the method"] if hasattr(self.method, "state_dict") else []
+        if kept:
+            raise InvalidValue(
+                f"This run needs {' and '.join(kept)}, which TRL's checkpoints do not hold, so it"
+                " cannot be taken up. Train in one go, or use opdlab.distill."
+            )
+        super()._load_from_checkpoint(resume_from_checkpoint, model)
 
 
-@dataclass(frozen=True)
-class _KnownStates:
-    """A grader whose states on this rollout are known already."""
+class _MovesAverage(TrainerCallback):  # type: ignore[misc, unused-ignore]
+    """Moves the student's average after each update."""
 
-    states: States
+    def __init__(self, trainer: MethodTrainer, rate: float) -> None:
+        self._trainer, self._rate = trainer, rate
 
-    def grade(self, rollout: Rollout) -> States:
-        return self.states
+    def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        """Move it by one update."""
+        for average in self._trainer.averages:
+            move_average(average, self._trainer.student, self._rate)
+
+
+@contextmanager
+def _keeping_mode(model: torch.nn.Module) -> Iterator[None]:
+    """Leave a model as trainable as it was, and in the mode of training or evaluation.
+
+    Policies grade in evaluation mode, and making one freezes the model.
+    """
+    trains = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    modes = {module: module.training for module in model.modules()}
+    try:
+        yield
+    finally:
+        for parameter in trains:
+            parameter.requires_grad_(True)
+        kept = {id(parameter) for parameter in trains}
+        for parameter in model.parameters():
+            if id(parameter) not in kept:
+                parameter.requires_grad_(False)
+        for module, mode in modes.items():
+            module.training = mode
+
+
+def _with_own_numbers(batch: Batch) -> Batch:
+    """The batch with the student's own log-probs and entropies, as `distill` has them."""
+    seen = batch.map(signals.cheap, needs=("student",))
+    by_student = torch.tensor([name == "student" for name in batch.rollout.writer])
+    own = batch.mask & by_student.to(batch.mask.device)[:, None]
+    return batch.with_logp(
+        torch.where(own, seen["student_logp"], 0.0), torch.where(own, seen["student_entropy"], 0.0)
+    )
+
+
+def _attach_gradient(
+    found: Pass, weight: Tensor, hidden: Tensor, head: Head, leaves: Head
+) -> Tensor:
+    """Make a scalar with the value of the loss and the gradients that the engine found.
+
+    Args:
+        found: The engine's loss `[tokens]` and its gradient `[tokens, H]`.
+        weight: Each token's share of the mean, `[tokens]`.
+        hidden: The student's hidden states in TRL's graph, `[tokens, H]`.
+        head: The student's head.
+        leaves: The head on leaves of its own, which hold the head's gradients.
+    """
+    # The gradient of sum(x * g) with respect to x is g, so this linear form carries what the
+    # engine found into autograd; subtracting its detached value leaves the loss itself.
+    linear = (hidden.float() * found.gradient).sum()
+    for parameter, leaf in ((head.weight, leaves.weight), (head.bias, leaves.bias)):
+        if parameter is not None and leaf is not None and leaf.grad is not None:
+            linear = linear + (parameter * leaf.grad).sum()
+    return linear + ((found.loss * weight).sum() - linear).detach()
 
 
 def _with_own_leaves(head: Head) -> Head:
@@ -214,23 +343,3 @@ def _with_own_leaves(head: Head) -> Head:
     if bias is not None:
         bias = bias.detach().requires_grad_(bias.requires_grad)
     return replace(head, weight=weight, bias=bias)
-
-
-def _check_method(method: Method) -> None:
-    """Raise OpdlabError for a method that needs more than a teacher that grades."""
-    name = name_of(method)
-    if others := [need for need in method.needs if need != "teacher"]:
-        raise OpdlabError(
-            f"{name} needs {', '.join(others)}, and TRL's trainer holds a student and a teacher"
-            " alone. Use opdlab.distill."
-        )
-    if not method.needs:
-        raise OpdlabError(
-            f"{name} looks at no teacher, which this bridge is for. Use opdlab.distill, or one of"
-            " TRL's own trainers."
-        )
-    if student_share(method) < 1:
-        raise OpdlabError(
-            f"{name} learns from texts of {', '.join(writer_names(method))} too; here the student"
-            " writes all. Use opdlab.distill."
-        )

@@ -1,16 +1,26 @@
-"""opdlab inside TRL: the same losses as TRL's own where it has them, and the same gradients as
-autograd where it has not.
-"""
+"""opdlab inside TRL: the loss and the gradient of `distill`, for every method that is accepted."""
 
+from __future__ import annotations
+
+import json
+import os
+import subprocess
 import sys
+from dataclasses import dataclass
+from pathlib import Path
 
 import pytest
 import torch
 
 import opdlab as opd
+from opdlab.data.seeds import seed_of
 from opdlab.losses.divergences import reverse_kl
 from opdlab.tasks import market
 from opdlab.tasks.market import model as shipped
+from opdlab.teachers import TextOnly
+from opdlab.training import phases
+
+HERE = Path(__file__).parent
 
 
 def test_says_how_to_get_trl(monkeypatch):
@@ -32,47 +42,239 @@ def bridge():
 @opd.method(
     needs=("teacher",),
     plan=lambda batch: {
-        "gain": batch.signals["student_entropy"] / batch.signals["student_entropy"].max()
+        "gain": batch.signals["student_entropy"] / batch.mean(batch.signals["student_entropy"])
     },
 )
 def gated(rows):
-    """Has a plan that compares the tokens of a batch."""
+    """Has a plan that compares the tokens of a step."""
     return (1 + rows.gain) * reverse_kl(rows.student, rows.teacher)
 
 
-def arguments(folder, lora=True, **options):
+@dataclass(frozen=True)
+class Audited:
+    """A user's own plan: quantiles and random numbers over the whole step."""
+
+    needs = ("teacher",)
+
+    def plan(self, batch):
+        logp = batch.rollout.logp
+        unsure = logp < batch.gather(logp).quantile(0.5) - 1e-3
+        return {"weight": unsure * batch.random(batch.step)}
+
+    def loss(self, rows):
+        return rows.weight * reverse_kl(rows.student, rows.teacher)
+
+
+AUDITS = {"chunks": 4, "continuations": 4, "length": 1, "similarity": "rouge1"}
+METHODS = {
+    "OPD": (opd.OPD(), "model"),
+    "OPD sampled": (opd.OPD(estimator="sampled", baseline="value", discount=0.9), "model"),
+    "OPD mixed": (opd.OPD(on_policy=0.5), "model"),
+    "OPDPlus": (opd.OPDPlus("forward_kl", baseline="value"), "model"),
+    "TOPD": (opd.TOPD(window=3, share=0.3), "model"),
+    "DOPD": (opd.DOPD(), "model"),
+    "OmniOPD": (opd.OmniOPD(**AUDITS, match_length=True), "model"),
+    "SelfDistillation": (opd.SelfDistillation(anchor="ema"), None),
+    "SequenceKD": (opd.SequenceKD(), "writer"),
+    "SFT": (opd.SFT(), None),
+    "SODA": (opd.SODA(), "model"),
+    "SpanOPD": (opd.SpanOPD(), "model"),
+    "EOPD": (opd.EOPD(), "model"),
+    "GOPD": (opd.GOPD(), "model"),
+    "gated": (gated, "model"),
+    "own plan": (Audited(), "model"),
+}
+
+
+def rows_of(prompts):
+    return [
+        {"prompt": [dict(m) for m in p.messages], "answer": p.answer, "hint": p.hint, "id": p.id}
+        for p in prompts
+    ]
+
+
+def arguments(folder, lora=True, teacher="model", **options):
     from datasets import Dataset
     from peft import LoraConfig
     from trl import DistillationConfig
 
-    student, teacher = shipped("student"), shipped("teacher")
+    student = shipped("student")
     student.weights.model.requires_grad_(not lora)
-    args = DistillationConfig(
-        output_dir=str(folder),
-        use_cpu=True,
-        bf16=False,
-        per_device_train_batch_size=4,
-        max_completion_length=12,
-        learning_rate=1e-3,
-        lr_scheduler_type="constant",
-        gradient_checkpointing=False,
-        report_to=[],
-        save_strategy="no",
-        logging_steps=1,
-        disable_tqdm=True,
-        max_steps=2,
+    chosen = {
+        "use_cpu": True,
+        "bf16": False,
+        "per_device_train_batch_size": 2,
+        "gradient_accumulation_steps": 2,
+        "max_completion_length": 12,
+        "learning_rate": 1e-2,
+        "lr_scheduler_type": "constant",
+        "gradient_checkpointing": False,
+        "report_to": [],
+        "save_strategy": "no",
+        "logging_steps": 1,
+        "disable_tqdm": True,
+        "max_steps": 2,
         **options,
-    )
-    prompts = [{"prompt": [dict(m) for m in p.messages]} for p in market().prompts(16, seed=3)]
+    }
     adapter = LoraConfig(r=4, target_modules="all-linear", task_type="CAUSAL_LM") if lora else None
-    return {
+    given = {
         "model": student.weights.model,
-        "teacher_model": teacher.weights.model,
-        "args": args,
+        "args": DistillationConfig(output_dir=str(folder), **chosen),
         "peft_config": adapter,
         "processing_class": student.tokenizer,
-        "train_dataset": Dataset.from_list(prompts),
+        "train_dataset": Dataset.from_list(rows_of(market(hint="answer").prompts(16, seed=3))),
     }
+    if teacher == "model":
+        given["teacher_model"] = shipped("teacher").weights.model
+    elif teacher == "writer":
+        given["teacher"] = TextOnly(shipped("teacher"))
+    return given
+
+
+def move_a_little(trainer):
+    """Give a LoRA that has not trained yet weights of its own, so that all policies differ."""
+    generator = torch.Generator().manual_seed(1)
+    for name, parameter in trainer.model.named_parameters():
+        if parameter.requires_grad and "lora_B" in name:
+            parameter.data = 0.02 * torch.randn(parameter.shape, generator=generator)
+
+
+def gradients(trainer, prompts):
+    """TRL's own way through one step of two accumulated batches; returns its loss too."""
+    trainer.model.train()
+    trainer.model.zero_grad()
+    total = 0.0
+    for number in range(2):
+        inputs = trainer._prepare_inputs(prompts)
+        loss = trainer.compute_loss(trainer.model, inputs)
+        if number == 0:  # nothing moves before TRL's backward pass
+            assert all(p.grad is None for p in trainer.model.parameters())
+        loss.backward()
+        total += loss.item()
+        trainer._step += 1
+    return total, {n: p.grad for n, p in trainer.model.named_parameters() if p.grad is not None}
+
+
+def of_distill(trainer, lora=True, **options):
+    """The same step by the phases of `distill`, on the trainer's own completions."""
+    rollout = trainer._now.planned.batch.rollout
+    prompts = list(dict.fromkeys(map(id, rollout.prompts)))
+    settings = {"batch": len(prompts), "steps": 1, "max_new_tokens": 12, "clip": 0.0}
+    settings |= {"seed": trainer.args.seed, "quiet": True, "lora": 4 if lora else None, **options}
+    run = opd.distill(
+        trainer.student, trainer.teacher, market(hint="answer"), method=trainer.method, **settings
+    )
+    run.policies = trainer.policies | {"student": run.student}
+    for parameter in run.parameters.values():
+        parameter.grad = None
+    planned = phases.plan_step(run, rollout)
+    learned = phases.accumulate_gradient(run, planned, rollout)
+    loss = float((learned.columns["loss"] * learned.weight).sum())
+    return loss, {p: p.grad for p in run.parameters.values()}
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_loss_and_gradient_are_those_of_distill(name, bridge, tmp_path):
+    method, teacher = METHODS[name]
+    trainer = bridge.MethodTrainer(method, **arguments(tmp_path, teacher=teacher))
+    move_a_little(trainer)
+    prompts = rows_of(market(hint="answer").prompts(4, seed=5))
+    loss, found = gradients(trainer, prompts)
+    found = {n: g.clone() for n, g in found.items()}
+    parameters = dict(trainer.model.named_parameters())
+    want_loss, wanted = of_distill(trainer)
+    assert loss == pytest.approx(want_loss, rel=1e-4, abs=1e-6)
+    assert len(found) == len(wanted) > 8
+    largest = max(g.abs().max().item() for g in wanted.values())
+    assert largest > 0
+    for parameter_name, gradient in found.items():
+        want = wanted[parameters[parameter_name]]
+        torch.testing.assert_close(
+            gradient, want, rtol=1e-3, atol=1e-4 * largest, msg=parameter_name
+        )
+
+
+def test_all_weights_too(bridge, tmp_path):
+    trainer = bridge.MethodTrainer(gated, **arguments(tmp_path, lora=False))
+    prompts = rows_of(market(hint="answer").prompts(4, seed=5))
+    loss, found = gradients(trainer, prompts)
+    found = {n: g.clone() for n, g in found.items()}
+    parameters = dict(trainer.model.named_parameters())
+    want_loss, wanted = of_distill(trainer, lora=False)
+    assert loss == pytest.approx(want_loss, rel=1e-4)
+    largest = max(g.abs().max().item() for g in wanted.values())
+    for parameter_name, gradient in found.items():
+        torch.testing.assert_close(
+            gradient,
+            wanted[parameters[parameter_name]],
+            rtol=1e-3,
+            atol=1e-4 * largest,
+            msg=parameter_name,
+        )
+
+
+@pytest.mark.parametrize("normalize", ["sequence", "constant"])
+def test_the_mean_is_taken_as_distill_takes_it(normalize, bridge, tmp_path):
+    trainer = bridge.MethodTrainer(opd.OPD(), normalize=normalize, **arguments(tmp_path))
+    loss, _ = gradients(trainer, rows_of(market(hint="answer").prompts(4, seed=5)))
+    want, _ = of_distill(trainer, normalize=normalize)
+    assert loss == pytest.approx(want, rel=1e-4)
+
+
+def test_texts_of_other_writers_are_theirs(bridge, tmp_path):
+    """The teacher's are those that it writes for `distill` at this seed, the answers are the
+    dataset's, and of a mixed method the student writes its share.
+    """
+    prompts = market(hint="answer").prompts(4, seed=5)
+    trainer = bridge.MethodTrainer(opd.SequenceKD(), **arguments(tmp_path))
+    trainer._prepare_inputs(rows_of(prompts))
+    rollout = trainer._now.planned.batch.rollout
+    seed = seed_of(trainer.args.seed, 0, 2)
+    want = shipped("teacher").sample(prompts, max_new_tokens=12, seed=seed)
+    assert rollout.texts == want.texts
+    assert set(rollout.writer) == {"teacher"}
+    trainer = bridge.MethodTrainer(opd.SFT(), **arguments(tmp_path, teacher=None))
+    trainer._prepare_inputs(rows_of(prompts))
+    assert trainer._now.planned.batch.rollout.texts == tuple(p.answer for p in prompts)
+    trainer = bridge.MethodTrainer(opd.OPD(on_policy=0.5), **arguments(tmp_path))
+    trainer._prepare_inputs(rows_of(prompts))
+    assert trainer._now.planned.batch.rollout.writer == ("student",) * 2 + ("teacher",) * 2
+
+
+def test_tokens_of_tools_are_not_learned(bridge, tmp_path, monkeypatch):
+    from trl import DistillationTrainer
+
+    generate = DistillationTrainer._generate_and_score_completions
+
+    def with_tools(self, inputs):
+        found = generate(self, inputs)
+        found["tool_mask"] = found["completion_mask"].clone()
+        found["tool_mask"][:, 1:4] = 0
+        return found
+
+    monkeypatch.setattr(DistillationTrainer, "_generate_and_score_completions", with_tools)
+    trainer = bridge.MethodTrainer(gated, **arguments(tmp_path))
+    loss, _ = gradients(trainer, rows_of(market(hint="answer").prompts(4, seed=5)))
+    batch = trainer._now.planned.batch
+    assert not batch.learn[:, 1:4].any()
+    assert batch.mask[:, 1:4].any()
+    assert (trainer._now.weight != 0).sum() == batch.learn.sum()
+    assert loss == pytest.approx(of_distill(trainer)[0], rel=1e-4)
+
+
+def test_log_probs_are_the_trainers_whoever_generates(bridge, tmp_path, monkeypatch):
+    """As with TRL's vLLM, which hands over ids alone."""
+    drawn = shipped("novice").sample(market(hint="answer").prompts(4, seed=5), max_new_tokens=12)
+    trainer = bridge.MethodTrainer(opd.OPD(estimator="sampled"), **arguments(tmp_path))
+    monkeypatch.setattr(trainer, "_generate_single_turn", lambda *_, **__: drawn.completions())
+    trainer._prepare_inputs(rows_of(market(hint="answer").prompts(4, seed=5)))
+    rollout = trainer._now.planned.batch.rollout
+    assert rollout.completions() == drawn.completions()
+    own = torch.zeros_like(rollout.logp)
+    own[rollout.mask] = (
+        trainer.student.log_probs(rollout).gather(1, rollout.ids[rollout.mask][:, None]).squeeze(1)
+    )
+    torch.testing.assert_close(rollout.logp, own, rtol=1e-4, atol=1e-5)
 
 
 def test_trains_as_trl_does_where_trl_has_the_loss(bridge, tmp_path):
@@ -80,7 +282,7 @@ def test_trains_as_trl_does_where_trl_has_the_loss(bridge, tmp_path):
 
     histories = []
     for make in (lambda **a: bridge.MethodTrainer(opd.OPD(), **a), DistillationTrainer):
-        trainer = make(**arguments(tmp_path, beta=1.0, gradient_accumulation_steps=2))
+        trainer = make(**arguments(tmp_path, beta=1.0))
         trainer.train()
         histories.append([row for row in trainer.state.log_history if "loss" in row])
     assert len(histories[0]) == 2
@@ -90,47 +292,95 @@ def test_trains_as_trl_does_where_trl_has_the_loss(bridge, tmp_path):
         assert ours["entropy"] == pytest.approx(theirs["entropy"], rel=1e-3)
 
 
-def test_gradients_of_all_weights_are_those_of_full_logits(bridge, tmp_path):
-    trainer = bridge.MethodTrainer(gated, **arguments(tmp_path, lora=False))
-    prompts = [{"prompt": [dict(m) for m in p.messages]} for p in market().prompts(3, seed=5)]
-    inputs = trainer._generate_and_score_completions(prompts)
-    ids, mask = (
-        torch.cat([inputs[f"prompt_{what}"], inputs[f"completion_{what}"]], 1)
-        for what in ("ids", "mask")
+def test_a_moving_average_moves_once_an_update(bridge, tmp_path):
+    trainer = bridge.MethodTrainer(
+        opd.SelfDistillation(anchor="ema"),
+        ema_rate=0.25,
+        **arguments(tmp_path, teacher=None, max_steps=1, save_strategy="steps", save_steps=1),
     )
-    width, told = inputs["completion_ids"].shape[1], inputs["completion_mask"].bool()
-
-    p, q = (
-        m(input_ids=ids, attention_mask=mask).logits[:, -width - 1 : -1].log_softmax(-1)[told]
-        for m in (trainer.model, trainer.teacher_model)
+    state = trainer.student.weights.adapter_state
+    before = {name: value.clone() for name, value in state(trainer.student.adapter).items()}
+    trainer.train()
+    (average,) = trainer.averages
+    after, moved = state(trainer.student.adapter), state(average.adapter)
+    assert any(not torch.equal(before[name], after[name]) for name in after)
+    for name, value in moved.items():
+        torch.testing.assert_close(value, 0.75 * before[name] + 0.25 * after[name])
+    again = bridge.MethodTrainer(
+        opd.SelfDistillation(anchor="ema"), **arguments(tmp_path, teacher=None)
     )
-    entropy = -(p.exp() * p).sum(-1).detach()
-    want = ((1 + entropy / entropy.max()) * (p.exp() * (p - q.detach())).sum(-1)).sum() / told.sum()
-    want.backward()
-    grads = {name: x.grad.clone() for name, x in trainer.model.named_parameters()}
-    trainer.model.zero_grad()
+    with pytest.raises(opd.OpdlabError, match="a moving average, which TRL's checkpoints do not"):
+        again.train(resume_from_checkpoint=True)
 
-    half, entropies, tokens = trainer._compute_loss(
-        trainer.model, inputs, 2 * told.sum()
-    )  # as one of two accumulated batches
-    assert all(x.grad is None for x in trainer.model.parameters())  # nothing moves before backward
-    (2 * half).backward()
-    assert half.item() == pytest.approx(want.item() / 2, rel=1e-5)
-    assert (entropies / tokens).item() == pytest.approx(entropy.mean().item(), rel=1e-4)
-    for name, x in trainer.model.named_parameters():
+
+def test_two_processes_have_the_gradient_of_one(bridge, tmp_path):
+    """DDP over gloo: the plan's statistics are over the step of both."""
+    command = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
+    env = os.environ | {"OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true"}
+    env["PYTHONPATH"] = os.pathsep.join([str(HERE), str(HERE.parents[1])])
+    subprocess.run(
+        [sys.executable, *command, str(HERE / "two_trl_processes.py"), str(tmp_path)],
+        env=env,
+        check=True,
+        timeout=3000,
+    )
+    parts = [json.loads((tmp_path / f"rollout-{rank}.json").read_text()) for rank in range(2)]
+    trainer = bridge.MethodTrainer(
+        gated,
+        **arguments(tmp_path, per_device_train_batch_size=4, gradient_accumulation_steps=2),
+    )
+    ids = {row["id"]: row for row in trainer.train_dataset}
+    rows = [ids[name] for part in parts for name in part["prompts"]]
+    bodies = [body for part in parts for body in part["completions"]]
+    assert len(bodies) == 8
+    assert parts[0]["completions"] != parts[1]["completions"]
+    trainer._generate_single_turn = lambda *_, **__: bodies
+    _, found = gradients(trainer, rows)
+    saved = torch.load(tmp_path / "gradients.pt", weights_only=True)
+    assert len(saved) == len(found) > 8
+    for name, gradient in found.items():
         torch.testing.assert_close(
-            x.grad, grads[name], rtol=1e-3, atol=1e-3 * grads[name].abs().max().item(), msg=name
+            saved[name], gradient, rtol=1e-3, atol=1e-5 * gradient.abs().max().item(), msg=name
         )
 
 
-def test_refuses_what_trl_cannot_give(bridge, tmp_path):
-    with pytest.raises(
-        opd.OpdlabError, match=r"SelfDistillation needs reference\+hint.*Use opdlab.distill"
-    ):
-        bridge.MethodTrainer(opd.SelfDistillation())
-    with pytest.raises(opd.OpdlabError, match="GRPO looks at no teacher"):
-        bridge.MethodTrainer(opd.GRPO())
-    with pytest.raises(opd.OpdlabError, match="OPD learns from texts of teacher too"):
-        bridge.MethodTrainer(opd.OPD(on_policy=0.5))
-    with pytest.raises(opd.OpdlabError, match=r"temperature is 0\.7"):
-        bridge.MethodTrainer(opd.OPD(), **arguments(tmp_path, temperature=0.7))
+REFUSED = [
+    (opd.GRPO(), {}, "GRPO learns from a verifier.*GRPOTrainer"),
+    (opd.OVD(), {}, "OVD compares the completions of a prompt, and TRL's"),
+    (opd.OPD(), {"teacher": None}, "OPD needs 'teacher', but there is no such policy"),
+    (opd.SequenceKD(), {"teacher": None}, "lets a teacher write, but there is none"),
+    (opd.SFT(), {}, "got a teacher, and SFT reads none"),
+    (opd.OPD(), {"temperature": 0.7}, r"temperature is 0\.7"),
+    (opd.OPD(), {"teacher": "writer"}, "must grade tokens, but TextOnly only writes"),
+    (opd.DOPD(), {"tools": True}, "renders prompts without TRL's tools"),
+    (opd.OPD(), {"normalize": "text"}, "Use 'token', 'sequence' or 'constant'"),
+]
+
+
+@pytest.mark.parametrize(("method", "options", "said"), REFUSED)
+def test_refuses_what_cannot_work(method, options, said, bridge, tmp_path):
+    options = dict(options)
+    added = {"normalize": options.pop("normalize")} if "normalize" in options else {}
+    added |= {"tools": [print]} if options.pop("tools", False) else {}
+    with pytest.raises(opd.OpdlabError, match=said):
+        bridge.MethodTrainer(method, **added, **arguments(tmp_path, **options))
+
+
+def test_refuses_both_kinds_of_teacher(bridge, tmp_path):
+    given = arguments(tmp_path)
+    with pytest.raises(opd.OpdlabError, match="teacher and teacher_model"):
+        bridge.MethodTrainer(opd.OPD(), teacher=shipped("teacher"), **given)
+
+
+def test_refuses_sharded_weights(bridge, tmp_path, monkeypatch):
+    from trl import DistillationTrainer
+
+    begin = DistillationTrainer.__init__
+
+    def sharded(self, *args, **options):
+        begin(self, *args, **options)
+        self.is_fsdp_enabled = True
+
+    monkeypatch.setattr(DistillationTrainer, "__init__", sharded)
+    with pytest.raises(opd.OpdlabError, match="FSDP gives each process a part"):
+        bridge.MethodTrainer(opd.OPD(), **arguments(tmp_path))
