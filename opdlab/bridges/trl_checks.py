@@ -16,6 +16,7 @@ from opdlab.methods.contract import (
     name_of,
     needs_verifier,
     student_share,
+    tells_hints,
     writer_names,
 )
 from opdlab.models.policy import as_policy
@@ -53,6 +54,11 @@ def check_method(
         raise OpdlabError(
             f"{name} learns from a verifier, and TRL's DistillationTrainer has none. Use"
             " opdlab.distill, or TRL's GRPOTrainer."
+        )
+    if tells_hints(method):
+        raise OpdlabError(
+            f"{name} learns from feedback on the student's attempts, which a task of opdlab gives"
+            " and a dataset of TRL does not. Use opdlab.distill."
         )
     if fewest_completions(method) > 1:
         raise OpdlabError(
