@@ -67,7 +67,7 @@ pair: $(ENV)/small.done  ## a real pair on the CPU: downloads 1.6 GB, trains for
 	@$(BIN)/python -m benchmarks.pair $(ARGS)
 
 clean:
-	rm -rf $(ENV) $(VLLM) node_modules build dist runs .mypy_cache .ruff_cache .pytest_cache
+	rm -rf $(ENV) $(VLLM) $(OLD_TRL) node_modules build dist runs .mypy_cache .ruff_cache .pytest_cache
 
 # Setting up: each extra is installed once and leaves a mark. Versions are pinned in constraints.txt.
 $(ENV)/bin/python:
