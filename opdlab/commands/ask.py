@@ -277,7 +277,9 @@ def score(
     if texts == "answer":
         rollout = rollout_from_texts(student, asked, [_answer_of(prompt) for prompt in asked])
     elif texts == "student":
-        rollout = student.sample(asked, max_new_tokens=task.max_new_tokens, seed=seed)
+        rollout = student.sample(
+            asked, max_new_tokens=task.max_new_tokens, seed=seed, **task.sample_options
+        )
     else:
         raise InvalidValue(f"--texts got {texts!r}. Use student or answer.")
     found = run_scoring(rollout, student, teacher, k)

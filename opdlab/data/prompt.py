@@ -32,6 +32,8 @@ class Prompt:
         id: Names the prompt in traces and errors.
         metadata: Values by name that belong to the prompt and that no policy sees, such as the
             subject by which a `MultiTeacher` chooses its teacher.
+        tools: JSON schemas of the tools that the chat template shows the policy, as transformers'
+            `get_json_schema` makes them of functions; only for chats.
 
     Raises:
         InvalidValue: A field is not of its type, or holds something that no tokenizer can read.
@@ -43,6 +45,7 @@ class Prompt:
     hint: str | None = None
     id: str = ""
     metadata: Mapping[str, Any] = field(default_factory=dict, hash=False)
+    tools: tuple[dict[str, Any], ...] = ()
 
     def __post_init__(self) -> None:
         if (self.text is None) == (self.messages is None):
@@ -74,6 +77,12 @@ class Prompt:
                 f"Prompt got metadata={shortened(self.metadata)}. Use a dict of values by name."
             )
         object.__setattr__(self, "metadata", dict(self.metadata))
+        object.__setattr__(self, "tools", read_tools(self.tools))
+        if self.tools and self.messages is None:
+            raise InvalidValue(
+                "Prompt got tools= with a plain text. A chat template shows tools, so give"
+                " messages=."
+            )
 
     def with_context(self, context: str) -> Prompt:
         """Put `context` before the prompt.
@@ -289,6 +298,37 @@ def read_hint(hint: Any) -> str | None:
         )
     _check_characters(hint or "", "hint")
     return hint if hint and hint.strip() else None
+
+
+def read_tools(tools: Any, name: str = "tools") -> tuple[dict[str, Any], ...]:
+    """Read the schemas of tools.
+
+    Args:
+        tools: A list of dicts, each with a `function` that has a `name`, or such functions of a
+            schema without the dict around them; None for none.
+        name: The argument's name, for errors.
+
+    Returns:
+        The schemas in order, each as `{"type": "function", "function": …}`.
+
+    Raises:
+        InvalidValue: They are something else.
+    """
+    advice = (
+        "Use a list of JSON schemas, as [{'type': 'function', 'function': {'name': …}}]; for Python"
+        " functions, opdlab.tasks.Tools(function, …).tools."
+    )
+    if tools is None:
+        return ()
+    if isinstance(tools, (str, bytes, Mapping)) or not isinstance(tools, Iterable):
+        raise InvalidValue(f"{name} is {shortened(tools)}. {advice}")
+    read = []
+    for number, tool in enumerate(tools):
+        inner = tool.get("function", tool) if isinstance(tool, Mapping) else None
+        if not isinstance(inner, Mapping) or not isinstance(inner.get("name"), str):
+            raise InvalidValue(f"{name}[{number}] is {shortened(tool)}. {advice}")
+        read.append({"type": "function", "function": dict(inner)})
+    return tuple(read)
 
 
 def _check_characters(text: str, name: str) -> None:

@@ -76,7 +76,8 @@ def write_rollout(
     """
     length = max_new_tokens or (task.max_new_tokens if task else 64)
     asked = choose_prompts(task, prompts, seed, split)
-    return policy.sample(asked, n, max_new_tokens=length, seed=seed)
+    turns = task.sample_options if task else {}
+    return policy.sample(asked, n, max_new_tokens=length, seed=seed, **turns)
 
 
 def measure_tokens(

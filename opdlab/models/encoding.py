@@ -8,6 +8,7 @@ tokens of the beginning.
 
 from __future__ import annotations
 
+import re
 import warnings
 from collections.abc import Collection, Mapping, Sequence
 from typing import Any
@@ -16,7 +17,7 @@ from weakref import WeakSet
 from transformers import PreTrainedTokenizerBase
 
 from opdlab.data.prompt import Prompt, name_of
-from opdlab.errors import OpdlabError
+from opdlab.errors import InvalidValue, OpdlabError
 from opdlab.models.templates import (
     Chat,
     apply_template,
@@ -59,11 +60,61 @@ def encode_prompts(
         encoded = _encode_texts(tokenizer, [prompts[i] for i in texts], eos)
         for i, row in zip(texts, encoded, strict=True):
             rows[i] = row
-    if chats:
-        encoded = _encode_chats(tokenizer, [prompts[i] for i in chats], options, eos)
-        for i, row in zip(chats, encoded, strict=True):
+    for tools, group in group_by_tools([prompts[i] for i in chats]):
+        together = [chats[j] for j in group]
+        told = with_tools(tokenizer, tools, options)
+        encoded = _encode_chats(tokenizer, [prompts[i] for i in together], told, eos)
+        for i, row in zip(together, encoded, strict=True):
             rows[i] = row
     return rows
+
+
+def group_by_tools(
+    prompts: Sequence[Prompt],
+) -> list[tuple[tuple[dict[str, Any], ...], list[int]]]:
+    """Group prompts that show the same tools.
+
+    Args:
+        prompts: The prompts.
+
+    Returns:
+        The tools of each group, with the numbers of its prompts.
+    """
+    groups: dict[str, tuple[tuple[dict[str, Any], ...], list[int]]] = {}
+    for number, prompt in enumerate(prompts):
+        key = repr(prompt.tools) if prompt.tools else ""
+        groups.setdefault(key, (prompt.tools, []))[1].append(number)
+    return list(groups.values())
+
+
+def with_tools(
+    tokenizer: PreTrainedTokenizerBase, tools: Sequence[dict[str, Any]], options: Mapping[str, Any]
+) -> Mapping[str, Any]:
+    """Add a prompt's tools to the arguments for the template.
+
+    Args:
+        tokenizer: Brings the template.
+        tools: The schemas; none leaves the arguments as they are.
+        options: The policy's arguments for the template.
+
+    Returns:
+        The arguments, with `tools`.
+
+    Raises:
+        InvalidValue: The template does not read tools.
+    """
+    if not tools:
+        return options
+    templates = options.get("chat_template", tokenizer.chat_template)
+    source = " ".join(templates.values()) if isinstance(templates, Mapping) else str(templates)
+    if templates and not re.search(r"\btools\b", source):
+        raise InvalidValue(
+            f"The prompt shows the tool {tools[0]['function']['name']!r}, but this tokenizer's chat"
+            " template does not read tools. Load the policy with a template that does"
+            " (Policy.load(…, chat_template=opdlab.models.CHATML_WITH_TOOLS) for models that know"
+            " <|im_start|>), or describe the tools in a system message and leave tools out."
+        )
+    return {**options, "tools": list(tools)}
 
 
 def _encode_texts(

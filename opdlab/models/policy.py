@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from opdlab.data.conversation import Environment
 from opdlab.data.prompt import Prompt, expect_prompts, name_of, own_hint, read_hint
 from opdlab.data.rollout import Rollout
 from opdlab.data.sampling_config import SamplingConfig, SamplingOptions
@@ -26,6 +27,7 @@ from opdlab.data.tokens import completion_texts
 from opdlab.errors import EmptyPrompts, InvalidValue
 from opdlab.models import sharing
 from opdlab.models.context_limit import ContextLimit
+from opdlab.models.conversations import converse
 from opdlab.models.encoding import encode_prompts
 from opdlab.models.fingerprints import vocabulary_digest
 from opdlab.models.forward import last_hidden
@@ -548,6 +550,7 @@ class Policy:
         batch_size: Count | None = None,
         writer: Text = "student",
         places: Unchecked[Sequence[int] | None] = None,
+        environment: Unchecked[Environment | None] = None,
         **options: Unpack[SamplingOptions],
     ) -> Rollout:
         """Write `n` completions of each prompt: row `i * n + j` is sample `j` of prompt `i`.
@@ -562,6 +565,8 @@ class Policy:
             writer: Who writes, for the trace.
             places: Where each prompt stands in a batch that several processes share, from 0. The
                 texts are those that one process would write for the whole batch.
+            environment: Replies between the policy's turns, as `opdlab.tasks.Tools(function)`.
+                `max_new_tokens` then limits the whole conversation after the prompt.
             options: Fields of `SamplingConfig`: `max_new_tokens`, `temperature`, `top_p`, `top_k`,
                 `min_p`, `stop`, `seed`, `min_new_tokens`.
 
@@ -575,9 +580,27 @@ class Policy:
         """
         prompts = expect_prompts(prompts, "sample")
         config = SamplingConfig.of(
-            "sample", options, beside=("n", "prefixes", "batch_size", "writer", "places")
+            "sample",
+            options,
+            beside=("n", "prefixes", "batch_size", "writer", "places", "environment"),
         )
         places = read_places(places, len(prompts))
+        if environment is not None:
+            if prefixes is not None:
+                raise InvalidValue(
+                    "sample got prefixes= and environment=. Put the beginning of a conversation"
+                    " into the prompt's messages, or leave one of them out."
+                )
+            return converse(
+                self,
+                prompts,
+                n,
+                environment,
+                config,
+                batch_size=batch_size,
+                writer=writer,
+                places=places,
+            )
         starts = self.starts(prompts, config.max_new_tokens, prefixes)
         with torch.no_grad(), self.weights.using(self.adapter):
             loop = SamplingLoop(self.weights, self.head, config)

@@ -171,39 +171,64 @@ class SamplingLoop:
         Returns:
             The texts, `[len(starts) * n, max_new_tokens]`.
         """
-        rows = range(len(starts)) if places is None else places
-        shape = (max(rows) + 1, n, self.config.max_new_tokens)
-        seeded = torch.Generator().manual_seed(self.config.seed)
-        uniform = torch.rand(shape, generator=seeded, dtype=torch.float64)
-        if places is not None:
-            uniform = uniform[list(places)]
+        uniform = self.draw_uniform(len(starts), n, places)
         size = batch_size or len(starts)
         parts = []
         for i in range(0, len(starts), size):
             part = uniform[i : i + size].flatten(0, 1)
-            parts.append(self._write(starts[i : i + size], n, part))
+            parts.append(self.write(starts[i : i + size], n, part))
         return SampledTexts.concat(parts)
 
-    def _write(self, starts: list[list[int]], n: int, uniform: Tensor) -> SampledTexts:
+    def draw_uniform(self, count: int, n: int, places: Sequence[int] | None = None) -> Tensor:
+        """Draw the numbers from 0 to 1 that decide every token.
+
+        Args:
+            count: Number of prompts.
+            n: Texts per prompt.
+            places: As in `run`.
+
+        Returns:
+            `[count, n, max_new_tokens]` in float64, on the CPU.
+        """
+        rows = range(count) if places is None else places
+        shape = (max(rows) + 1, n, self.config.max_new_tokens)
+        seeded = torch.Generator().manual_seed(self.config.seed)
+        uniform = torch.rand(shape, generator=seeded, dtype=torch.float64)
+        return uniform if places is None else uniform[list(places)]
+
+    def write(
+        self, starts: list[list[int]], n: int, uniform: Tensor, room: Tensor | None = None
+    ) -> SampledTexts:
         """Write texts, prompts of different length apart where the model cannot pad them.
 
-        `uniform [B, T]` holds the numbers from 0 to 1 that decide every token.
+        Args:
+            starts: Token ids of each prompt.
+            n: Texts per prompt.
+            uniform: The numbers from 0 to 1 that decide every token, `[len(starts) * n, T]`.
+            room: The most tokens of each text, `[len(starts) * n]`, from 1 to T; T by default.
+
+        Returns:
+            The texts, `[len(starts) * n, T]`.
         """
         abilities = self.weights.abilities
         mixed = abilities.pads_left or not abilities.caches  # without a cache, `hidden_at` pads
         groups = group_rows([len(start) for start in starts], mixed=mixed)
         if len(groups) == 1:
-            return self._write_batch(starts, n, uniform)
+            return self._write_batch(starts, n, uniform, room)
         out = SampledTexts.empty(uniform.shape[0], uniform.shape[1], self.weights.device)
         for group in groups:
             rows = [i * n + j for i in group for j in range(n)]
-            out.put(rows, self._write_batch([starts[i] for i in group], n, uniform[rows]))
+            part = None if room is None else room[rows]
+            out.put(rows, self._write_batch([starts[i] for i in group], n, uniform[rows], part))
         return out
 
-    def _write_batch(self, starts: list[list[int]], n: int, uniform: Tensor) -> SampledTexts:
+    def _write_batch(
+        self, starts: list[list[int]], n: int, uniform: Tensor, room: Tensor | None
+    ) -> SampledTexts:
         """Write texts token by token, all of them side by side."""
         device, (rows, steps) = self.weights.device, uniform.shape
         uniform = uniform.to(device)
+        room = None if room is None else room.to(device)
         texts = begin(self.weights.model, starts, n, self.weights.abilities)
         out = SampledTexts.empty(rows, steps, device)
         # The row of the result that each row of the batch writes, and whether its text goes on.
@@ -226,6 +251,10 @@ class SamplingLoop:
             out.lengths[live[ended]] = t + 1
             out.stopped[live[ended]] = True
             going = going & ~ended
+            if room is not None:
+                is_full = going & (room[live] <= t + 1)
+                out.lengths[live[is_full]] = t + 1
+                going = going & ~is_full
             left = int(going.sum())
             if left == 0 or t + 1 == steps:
                 break

@@ -13,6 +13,7 @@ from opdlab.errors import InvalidValue, OpdlabError
 from opdlab.models.policy import Policy
 from opdlab.tasks import Task, from_records, market, reasoning_gym
 from opdlab.tasks.market import MODELS, data
+from opdlab.tasks.market.agent_task import AGENTS
 from opdlab.tasks.profiles import load, rule_task, smollm2
 from opdlab.tasks.verifiers import VERIFIERS
 
@@ -54,8 +55,11 @@ def default_task(*sources: str) -> str | None:
         sources: The names of the models of a run.
 
     Returns:
-        market if one of them is a shipped model, rule if all are SmolLM2, or None.
+        market-tools if one of them is the trainee or the clerk, market if one is another shipped
+        model, rule if all are SmolLM2, or None.
     """
+    if any(name in AGENTS for name in sources):
+        return "market-tools"
     if any(name in MODELS for name in sources):
         return "market"
     return "rule" if all(name == SMALL for name in sources) else None
@@ -77,8 +81,8 @@ def load_task(name: str | None, options: Mapping[str, Any] | None = None) -> Tas
     """Load a task by its name.
 
     Args:
-        name: market, market-secret, rule, gym:NAME (a task of reasoning-gym), or the path of a
-            JSONL file; None for no task.
+        name: market, market-secret, market-tools, rule, gym:NAME (a task of reasoning-gym), or the
+            path of a JSONL file; None for no task.
         options: Further arguments of the task, as its function takes them.
 
     Returns:
@@ -93,6 +97,9 @@ def load_task(name: str | None, options: Mapping[str, Any] | None = None) -> Tas
     if name in ("market", "market-secret"):
         _check_options(name, given, ("hint", "wrong"))
         return market(secret=name != "market", **given)
+    if name == "market-tools":
+        _check_options(name, given, ())
+        return market(tools=True)
     if name == "rule":
         _check_options(name, given, ())
         return rule_task()
@@ -101,7 +108,8 @@ def load_task(name: str | None, options: Mapping[str, Any] | None = None) -> Tas
     if Path(name).is_file():
         return load_records(name, **given)
     raise OpdlabError(
-        f"There is no task {name!r}. Use market, market-secret, rule, gym:NAME or a JSONL file."
+        f"There is no task {name!r}. Use market, market-secret, market-tools, rule, gym:NAME or a"
+        " JSONL file."
     )
 
 

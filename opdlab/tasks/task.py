@@ -12,11 +12,13 @@ from typing import Any, Literal
 
 from transformers import PreTrainedTokenizerBase
 
+from opdlab.data.conversation import Environment
 from opdlab.data.prompt import Prompt
 from opdlab.data.rollout import Rollout
 from opdlab.data.seeds import seed_of
 from opdlab.data.tokens import token_bytes
 from opdlab.errors import EmptyPrompts, InvalidValue, MissingPolicy, OpdlabError
+from opdlab.models.conversations import check_environment, with_tools
 from opdlab.models.policy import Policy, as_policy, find_too_long
 from opdlab.support.expect import shortened
 from opdlab.support.validation import Count, Text, Whole, validate
@@ -48,6 +50,9 @@ class Task:
         recipe: Training settings that suit the task's own models.
         types: Names the ground-truth type of every token of a completion (pieces without their
             spaces), for worlds in which it is known.
+        environment: Replies between the student's turns, as `Tools(function)`. Its tools are shown
+            in every prompt that shows none of its own, and `max_new_tokens` limits whole
+            conversations. None: an answer is one turn.
         pool: All prompts of a split, where they can be listed. Training passes over `pool["train"]`
             in epochs; without it, `draw` is asked for fresh prompts in every step.
         origin: How a config file writes the task: its `name` with options, or `records` with the
@@ -63,6 +68,7 @@ class Task:
     settings: Mapping[str, Any] = field(default_factory=dict)
     recipe: Mapping[str, Any] = field(default_factory=dict)
     types: Callable[[Sequence[str]], list[str]] | None = None
+    environment: Environment | None = None
     pool: Mapping[str, Sequence[Prompt]] = field(default_factory=dict)
     origin: Mapping[str, Any] = field(default_factory=dict, compare=False, repr=False)
     feedback: Callable[[Prompt, str], str | None] | None = None
@@ -80,6 +86,12 @@ class Task:
             {"max_new_tokens": Count},
         )
         object.__setattr__(self, "max_new_tokens", length["max_new_tokens"])
+        if self.environment is not None:
+            check_environment(self.environment)
+            shown = {
+                split: with_tools(prompts, self.environment) for split, prompts in self.pool.items()
+            }
+            object.__setattr__(self, "pool", shown)
         check_disjoint(self.pool, self.name)
 
     def prompts(self, n: int, seed: int = 0, split: Split = "train") -> list[Prompt]:
@@ -129,6 +141,11 @@ class Task:
             return self.prompts(size, seed_of(seed, step, 0))
         prompts = self.pool["train"]
         return [prompts[i] for i in epoch_order(len(prompts), size, seed).batch(step)]
+
+    @property
+    def sample_options(self) -> dict[str, Any]:
+        """Options of `Policy.sample` that the task asks for: its environment, if it has one."""
+        return {} if self.environment is None else {"environment": self.environment}
 
     def warn_of_repeats(self, size: int) -> None:
         """Warn if a batch of `size` prompts must ask some of them twice.
@@ -202,6 +219,8 @@ class Task:
                 " there are no more, ask for fewer, or make the task with"
                 " opdlab.tasks.from_prompts, which passes over its prompts in epochs."
             )
+        if self.environment is not None:
+            prompts = with_tools(prompts, self.environment)
         return distinct(prompts) if split == "test" else prompts
 
     def without_too_long(self, *policies: Policy, max_new_tokens: int | None = None) -> Task:
@@ -291,12 +310,13 @@ def from_records(
     verify: Callable[[Prompt, str], float] | None = None,
     max_new_tokens: int = 256,
     keep: str | Sequence[str] = (),
+    environment: Environment | None = None,
 ) -> Task:
     """Make a task of a data set.
 
     The columns are `prompt` (a text or chat messages), `messages`, `conversations` (ShareGPT) or
-    `text`, and optionally `answer` or `completion`, `hint`, `id`. An assistant's message at the end
-    of a chat is its answer. `docs/data.md` lists all formats.
+    `text`, and optionally `answer` or `completion`, `hint`, `id`, `tools`. An assistant's message
+    at the end of a chat is its answer. `docs/data.md` lists all formats.
 
     The task has no recipe of its own: `distill` trains on it with the defaults of `Settings`, made
     for real models (`lr` 1e-4); tiny ones want ten times that.
@@ -310,6 +330,7 @@ def from_records(
         max_new_tokens: Length limit of an answer, in tokens.
         keep: Columns whose values become each prompt's `metadata`, such as the subject by which a
             `MultiTeacher` chooses its teacher.
+        environment: Replies between the student's turns; see `Task`.
 
     Returns:
         A task that lists its prompts.
@@ -323,7 +344,14 @@ def from_records(
     prompts = read_prompts(records, keep)
     if verify is None:
         _check_answers(prompts, name)
-    task = from_prompts(prompts, name=name, test=test, verify=verify, max_new_tokens=max_new_tokens)
+    task = from_prompts(
+        prompts,
+        name=name,
+        test=test,
+        verify=verify,
+        max_new_tokens=max_new_tokens,
+        environment=environment,
+    )
     return replace(task, origin=_origin(records, task, test, verify, keep))
 
 
@@ -332,7 +360,8 @@ def _origin(
 ) -> dict[str, Any]:
     """How a config writes a task of records; empty unless they are a file, judged by name."""
     named = [name for name, function in VERIFIERS.items() if function is verify]
-    if not isinstance(records, (str, os.PathLike)) or (verify is not None and not named):
+    is_own = task.environment is not None or (verify is not None and not named)
+    if not isinstance(records, (str, os.PathLike)) or is_own:
         return {}
     judge = {"verify": named[0]} if named else {}
     return {
@@ -352,6 +381,7 @@ def from_prompts(
     test: int | float = 0.1,
     verify: Callable[[Prompt, str], Any] | None = None,
     max_new_tokens: int = 256,
+    environment: Environment | None = None,
 ) -> Task:
     """Make a task of a list of prompts, which training passes over in epochs.
 
@@ -363,6 +393,7 @@ def from_prompts(
             `same_answer`; where a question comes with several answers, a text is right if it agrees
             with any of them.
         max_new_tokens: Length limit of an answer, in tokens.
+        environment: Replies between the student's turns; see `Task`.
 
     Returns:
         A task that lists its prompts.
@@ -384,6 +415,7 @@ def from_prompts(
         _draw_from(pools, name),
         verify or _by_answer(prompts, name),
         max_new_tokens,
+        environment=environment,
         pool=pools,
     )
 

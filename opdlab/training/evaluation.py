@@ -42,7 +42,7 @@ from opdlab.teachers.writing import write_texts
 from opdlab.training.handover import Handover
 from opdlab.training.intervals import Difference, Interval, paired, wilson
 from opdlab.training.processes import AcceleratedProcesses
-from opdlab.training.sampler_checks import expect_sampler
+from opdlab.training.sampler_checks import check_turns, expect_sampler
 
 __all__ = ["Difference", "Evaluation", "Interval", "evaluate", "paired"]
 
@@ -262,6 +262,7 @@ def evaluate(
             f"{task.name} has no verifier, so nothing can be scored. Make the task with verify=…."
         )
     writer = policy if sampler is None else _with_sampler(policy, sampler)
+    check_turns(writer, task, "evaluate")
     prompts = task.prompts(n, seed, "test")
     width = max_new_tokens or task.max_new_tokens
     greedy = SamplingConfig(max_new_tokens=width, temperature=0, seed=seed)
@@ -272,7 +273,7 @@ def evaluate(
     rows: dict[str, list[Any]] = {"greedy": [], "sampled": [], "length": [], "cut": []}
     for start in range(0, len(ours), batch_size):
         part = [prompts[i] for i in ours[start : start + batch_size]]
-        best = _write(writer, part, 1, greedy, batch_size)
+        best = _write(writer, task, part, 1, greedy, batch_size)
         rows["greedy"] += task.scores(part, best.texts)
         rows["length"] += best.lengths
         rows["cut"] += best.cut
@@ -284,7 +285,7 @@ def evaluate(
         part = [prompts[i] for i in block]
         config = SamplingConfig(max_new_tokens=width, seed=seed + 7919 * (start + 1))
         places = [i - start for i in block] if count > 1 else None
-        many = _write(writer, part, k, config, batch_size, places, process)
+        many = _write(writer, task, part, k, config, batch_size, places, process)
         rows["sampled"] += task.scores([prompt for prompt in part for _ in range(k)], many.texts)
     bar.close()
     arrays = _gather(rows, ours, k, everyone)
@@ -302,6 +303,7 @@ class _Texts(NamedTuple):
 
 def _write(
     policy: Sampler | Writer,
+    task: Task,
     prompts: list[Prompt],
     n: int,
     config: SamplingConfig,
@@ -311,7 +313,7 @@ def _write(
 ) -> _Texts:
     """Let the policy answer; lengths and cuts are known of a local policy alone."""
     if isinstance(policy, Sampler):
-        options: dict[str, Any] = {**config.options()}
+        options: dict[str, Any] = {**config.options(), **task.sample_options}
         options |= seeded(policy.sample, config.seed, places, process)
         rollout = policy.sample(prompts, n, batch_size=batch_size, **options)
         is_cut = [float(finish == "length") for finish in rollout.finish]
@@ -362,7 +364,12 @@ def _conditions(
     task: Task, prompts: list[Prompt], *, k: int, seed: int, max_new_tokens: int
 ) -> Conditions:
     settings = tuple(sorted((str(name), str(value)) for name, value in task.settings.items()))
-    asked = hashlib.sha256(repr([asdict(prompt) for prompt in prompts]).encode()).hexdigest()[:8]
+    # Prompts without tools are named as they were before there were tools.
+    named = [
+        {name: value for name, value in asdict(prompt).items() if value or name != "tools"}
+        for prompt in prompts
+    ]
+    asked = hashlib.sha256(repr(named).encode()).hexdigest()[:8]
     return Conditions(
         task.name,
         settings,

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -54,6 +54,7 @@ def write_by(
     *,
     places: range | None,
     process: int,
+    extra: Mapping[str, Any] | None = None,
 ) -> Rollout:
     """Let one of a method's writers answer all these prompts.
 
@@ -67,6 +68,7 @@ def write_by(
         places: Where the prompts stand in a step that several processes share; None for one
             process.
         process: Number of this process.
+        extra: More options of `sample`, such as a task's `environment`.
 
     Returns:
         The completions, prompt by prompt.
@@ -75,7 +77,7 @@ def write_by(
         return rollout_from_texts(student, prompts, check_answers(prompts))
     if isinstance(writer, Sampler):
         random = seeded(writer.sample, config.seed, places, process)
-        options: dict[str, Any] = {**config.options(), **random}
+        options: dict[str, Any] = {**config.options(), **random, **(extra or {})}
         written = writer.sample(prompts, n, writer=name, **options)
         return written.to(student.weights.device)  # a teacher may be on another device
     texts = write_texts(writer, prompts, n, config, places, process)

@@ -88,7 +88,8 @@ def write_rollout(run: RunState, step: int | None = None) -> Rollout:
         if share.student:
             for_student = [prompts[place] for place in share.student]
             writer = _writer_of_student(run)
-            options = {**config.options(), **_seeded(run, writer, config, share.student)}
+            options: dict[str, Any] = {**config.options(), **run.task.sample_options}
+            options |= _seeded(run, writer, config, share.student)
             parts.append(writer.sample(for_student, settings.n, **options))
         if share.others:
             for_others = [prompts[share.all_student + place] for place in share.others]
@@ -144,6 +145,7 @@ def _write_by(
         config,
         places=places if processes.num_processes > 1 else None,
         process=processes.process_index,
+        extra=run.task.sample_options,
     )
 
 

@@ -23,7 +23,7 @@ from opdlab.tasks import Task
 from opdlab.teachers.writing import options_for
 from opdlab.training.rehearsal import rehearse
 from opdlab.training.resolution import missing_policy_error
-from opdlab.training.sampler_checks import check_sampler
+from opdlab.training.sampler_checks import check_sampler, check_turns
 from opdlab.training.settings import Settings
 from opdlab.training.state import RunState
 
@@ -76,6 +76,8 @@ def _check_sampling(run: RunState, writers: Sequence[str]) -> None:
     config = run.settings.sampling(seed=0)
     for name in writers:
         writer = run.teacher if name == "teacher" else run.policies.get(name)
+        if name != "answer":
+            check_turns(writer, run.task, "distill")
         if isinstance(writer, Writer) and not isinstance(writer, Sampler):
             options_for(writer, config)
 

@@ -11,6 +11,7 @@ from opdlab.errors import InvalidValue
 from opdlab.methods.contract import name_of, student_share
 from opdlab.models.protocols import Checked, StudentSampler
 from opdlab.support.expect import shortened
+from opdlab.tasks import Task
 from opdlab.training.state import RunState
 
 
@@ -41,6 +42,28 @@ def expect_sampler(value: Any, where: str) -> StudentSampler:
     )
 
 
+def check_turns(writer: Any, task: Task, where: str) -> None:
+    """Check that a writer can talk to a task's environment.
+
+    Args:
+        writer: Whoever writes the conversations.
+        task: The task.
+        where: The function that was called, for the error.
+
+    Raises:
+        InvalidValue: The task has an environment, and the writer writes single turns only.
+    """
+    if task.environment is None:
+        return
+    sample = getattr(writer, "sample", None)
+    if sample is None or "environment" not in inspect.signature(sample).parameters:
+        raise InvalidValue(
+            f"{where} got {shortened(writer)} for {task.name}, whose environment replies between"
+            " turns. That writer writes one turn only: use a Policy and its own loop (leave"
+            " sampler= out), or a task without environment."
+        )
+
+
 def check_sampler(run: RunState, prompts: Sequence[Prompt]) -> None:
     """Check before a run that its sampler is used, and can write for this student.
 
@@ -54,6 +77,7 @@ def check_sampler(run: RunState, prompts: Sequence[Prompt]) -> None:
     """
     if run.sampler is None:
         return
+    check_turns(run.sampler, run.task, "distill")
     if student_share(run.method) == 0:
         raise InvalidValue(
             f"distill got sampler={shortened(run.sampler)}, which would change nothing: in"

@@ -125,7 +125,13 @@ def rewrite(
     prompts = expect_prompts(prompts, "rewrite")
     width, out = run.settings.max_new_tokens, {}
     for step, student in _students(run, at):
-        rollout = student.sample(prompts, max_new_tokens=width, temperature=temperature, seed=seed)
+        rollout = student.sample(
+            prompts,
+            max_new_tokens=width,
+            temperature=temperature,
+            seed=seed,
+            **run.task.sample_options,
+        )
         out[step] = score(rollout, student, teacher, k=k)
     return out
 

@@ -13,16 +13,19 @@ from opdlab.errors import InvalidValue
 from opdlab.models.policy import Policy
 from opdlab.support.expect import shortened
 from opdlab.support.validation import Flag, validate_arguments
-from opdlab.tasks.market import world
+from opdlab.tasks.market import agent_task, world
+from opdlab.tasks.market.agent_task import AGENTS
 from opdlab.tasks.task import Split, Task
 
 # 60 steps bring the student from 0.31 to above 0.9 in 20 CPU seconds.
 RECIPE = {"batch": 64, "lr": 1e-3, "lora": 16}
-MODELS = ("student", "novice", "teacher", "scribe")
+MODELS = ("student", "novice", "teacher", "scribe", *AGENTS)
 
 
 @validate_arguments
-def market(secret: Flag = False, hint: Any = None, wrong: Flag = False) -> Task:
+def market(
+    secret: Flag = False, hint: Any = None, wrong: Flag = False, tools: Flag = False
+) -> Task:
     """Make the task of short shop problems (see `world`).
 
     No problem is in both splits, whatever the seeds and the variants (`world.in_split`).
@@ -32,13 +35,22 @@ def market(secret: Flag = False, hint: Any = None, wrong: Flag = False) -> Task:
         hint: The kind of each prompt's hint, one of `world.HINTS`; by default the secret ones in
             the secret variant, and the worked solution in the plain one.
         wrong: Whether to give every prompt another problem's hint.
+        tools: Whether to make the world of `agent` in place of this one: conversations in which
+            prices are known to a tool alone. It has no secrets and no hints.
 
     Returns:
         A task that draws fresh problems without end, with a recipe for the shipped models.
 
     Raises:
-        InvalidValue: There is no such hint.
+        InvalidValue: There is no such hint, or `tools` stands beside another variant.
     """
+    if tools:
+        if secret or hint is not None or wrong:
+            raise InvalidValue(
+                "market got tools=True beside secret, hint or wrong, which its other world has."
+                " Leave them out."
+            )
+        return agent_task.market_with_tools()
     if hint is not None and hint not in world.HINTS:
         raise InvalidValue(
             f"market got hint={shortened(hint)}. Use one of {', '.join(world.HINTS)}, or None."
@@ -128,8 +140,9 @@ def model(name: str, device: str = "cpu") -> Policy:
     """Load a shipped model.
 
     Args:
-        name: "student" (its skill is dormant), "novice" (never learnt to add), "teacher", or
-            "scribe" (character tokenizer).
+        name: "student" (its skill is dormant), "novice" (never learnt to add), "teacher", "scribe"
+            (character tokenizer), or, for `market(tools=True)`, "trainee" (forgets to ask for
+            prices) and "clerk" (asks for all).
         device: The device to load the model to.
 
     Returns:

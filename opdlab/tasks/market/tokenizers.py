@@ -1,7 +1,8 @@
-"""Two real tokenizers for one world: words and digits, and characters for the black-box teacher."""
+"""Real tokenizers of the market: words and digits, characters, and the pieces of tool calls."""
 
 from __future__ import annotations
 
+import re
 import string
 from typing import Any
 
@@ -55,9 +56,13 @@ def characters() -> PreTrainedTokenizerFast:
 
 
 def _fast(
-    pieces: list[str], split: pre_tokenizers.PreTokenizer, decoder: decoders.Decoder
+    pieces: list[str],
+    split: pre_tokenizers.PreTokenizer,
+    decoder: decoders.Decoder,
+    specials: list[str] = SPECIALS,
+    template: str = TEMPLATE,
 ) -> PreTrainedTokenizerFast:
-    vocab = {piece: i for i, piece in enumerate([*SPECIALS, "<unk>", *pieces])}
+    vocab = {piece: i for i, piece in enumerate([*specials, "<unk>", *pieces])}
     tokenizer = Tokenizer(models.WordLevel(vocab, unk_token="<unk>"))
     tokenizer.pre_tokenizer, tokenizer.decoder = split, decoder
     # mypy knows no types of the constructor.
@@ -67,10 +72,50 @@ def _fast(
         pad_token="<pad>",
         eos_token="<eos>",
         unk_token="<unk>",
-        additional_special_tokens=SPECIALS[2:],
-        chat_template=TEMPLATE,
+        additional_special_tokens=specials[2:],
+        chat_template=template,
         padding_side="left",
         model_max_length=256,
         clean_up_tokenization_spaces=False,
     )
     return made
+
+
+# The tokenizer of the market with a tool.
+
+AGENT_SPECIALS = ["<pad>", "<eos>", "<system>", "<user>", "<assistant>", "<tool>", "<tools>"]
+_CALL_PIECES = ["<tool_call>", "</tool_call>", '{"name": "', '", "arguments": {"item": "']
+_CALL_PIECES += ['", "stall": ', "}}", '"}}', ", ", "+", "=", ",", "#", ".", '"', "{", "}", ":"]
+_AGENT_WORDS = "price item stall total: buys and at stall# total? cost Error no tool".split()
+_AGENT_WORDS += "ValueError not sold here hint".split()
+AGENT_TEMPLATE = (
+    "{% if tools %}<tools>{% for t in tools %}{{ t['function']['name'] }}{% endfor %}{% endif %}"
+    "{% for m in messages %}<{{ m['role'] }}>{{ m['content'] }}{% for c in m['tool_calls'] or [] %}"
+    """<tool_call>{{ '{"name": "' + c['function']['name'] + '", "arguments": ' }}"""
+    "{{ c['function']['arguments'] | tojson }}{{ '}' }}</tool_call>{% endfor %}"
+    "{% if m['role'] == 'assistant' or m['role'] == 'tool' %}<eos>{% endif %}{% endfor %}"
+    "{% if add_generation_prompt %}<assistant>{% endif %}"
+)
+
+
+def calls() -> PreTrainedTokenizerFast:
+    """Make the tokenizer of conversations with a tool: words, digits, and the pieces of a call.
+
+    Calls are written as JSON within `<tool_call>` tags, as Qwen's models write them.
+
+    Returns:
+        A tokenizer with special tokens and a chat template that lists tools.
+    """
+    words = [*world.NAMES, *world.ITEMS, *_AGENT_WORDS]
+    pieces = [*_CALL_PIECES, *string.digits, *words, *(f" {word}" for word in words)]
+    fixed = sorted({*_CALL_PIECES, "total:", "total?", "stall#"}, key=len, reverse=True)
+    pattern = "|".join(
+        [*(f" ?{re.escape(one)}" for one in fixed), " ?[A-Za-z]+", r"[0-9]", r"[\s\S]"]
+    )
+    return _fast(
+        list(dict.fromkeys(pieces)),
+        pre_tokenizers.Split(Regex(pattern), "isolated"),
+        decoders.Fuse(),
+        specials=AGENT_SPECIALS,
+        template=AGENT_TEMPLATE,
+    )

@@ -1,0 +1,138 @@
+"""Conversations of several turns: what an environment is, and what a student's turn says.
+
+An environment speaks between the student's turns. It is a function of the conversation so far, so
+that nothing has to be remembered between steps and a resumed run is the same run.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Protocol, runtime_checkable
+
+from opdlab.data.prompt import Prompt
+
+Message = Mapping[str, Any]
+
+
+@dataclass(frozen=True)
+class ToolCall:
+    """A call of a tool, as a student wrote it.
+
+    Attributes:
+        name: The tool's name.
+        arguments: Its arguments by name.
+    """
+
+    name: str
+    arguments: Mapping[str, Any]
+
+
+@dataclass(frozen=True)
+class Turn:
+    """What a student's turn says, read by a parser.
+
+    Attributes:
+        content: The text beside the calls.
+        calls: The calls of tools, in order.
+        thought: The text of a thought that stands before, or "".
+        error: What is wrong with a call that cannot be read, or "". The environment is told.
+    """
+
+    content: str
+    calls: tuple[ToolCall, ...] = ()
+    thought: str = ""
+    error: str = ""
+
+    def message(self) -> dict[str, Any]:
+        """Make the assistant's message, as chat templates read it.
+
+        Returns:
+            A dict with `role`, `content` and, where there are any, `tool_calls`,
+            `reasoning_content` and `error`.
+        """
+        calls = [
+            {"type": "function", "function": {"name": call.name, "arguments": dict(call.arguments)}}
+            for call in self.calls
+        ]
+        extra = {"tool_calls": calls, "reasoning_content": self.thought, "error": self.error}
+        return {
+            "role": "assistant",
+            "content": self.content,
+            **{name: value for name, value in extra.items() if value},
+        }
+
+
+Parser = Callable[[str], Turn]
+
+
+@runtime_checkable
+class Environment(Protocol):
+    """Speak between the student's turns: tool results, a user's reply, an error.
+
+    Subclass it, or use `opdlab.tasks.Tools` for plain functions.
+
+    Attributes:
+        tools: JSON schemas of the tools that the chat template shows the student.
+        max_turns: The most turns of the student. A conversation that would need more counts as cut.
+        parse: Reads the student's turns; None for the parser of the student's chat template.
+    """
+
+    tools: tuple[dict[str, Any], ...] = ()
+    max_turns: int = 8
+    parse: Parser | None = None
+
+    def reply(self, prompt: Prompt, messages: Sequence[Message], seed: int) -> Sequence[Message]:
+        """Reply to the student's last turn.
+
+        Args:
+            prompt: The prompt.
+            messages: The conversation after the prompt; the last message is the student's. Its
+                `tool_calls` are those that it wrote, its `error` says what is wrong with one that
+                cannot be read.
+            seed: For randomness; the same for the same place of a conversation in a run.
+
+        Returns:
+            The next messages, none of them the assistant's. An empty list ends the conversation.
+        """
+        ...
+
+
+class FinalText(str):
+    """Hold the student's last turn, with the conversation that led to it.
+
+    It is the plain text wherever a `str` is wanted: a verifier that looks at the answer needs
+    nothing else, and one that looks at the whole conversation reads `messages`.
+
+    Args:
+        text: The text of the last turn, without the token that ends it.
+        messages: The conversation after the prompt.
+
+    Attributes:
+        messages: The conversation after the prompt, the student's turns among them.
+    """
+
+    messages: tuple[dict[str, Any], ...]
+
+    def __new__(cls, text: str, messages: Sequence[Message]) -> FinalText:
+        """Make the text; see the class."""
+        made = super().__new__(cls, text)
+        made.messages = tuple(dict(message) for message in messages)
+        return made
+
+    def __getnewargs__(self) -> tuple[Any, ...]:  # so that copies keep the messages
+        return (str(self), self.messages)
+
+
+def messages_of(text: str) -> tuple[dict[str, Any], ...]:
+    """Return the conversation after the prompt that a completion is.
+
+    Args:
+        text: A text of `Rollout.texts`.
+
+    Returns:
+        The messages of a `FinalText`; of a plain text, one message of the assistant.
+    """
+    if isinstance(text, FinalText):
+        return text.messages
+    return ({"role": "assistant", "content": str(text)},)

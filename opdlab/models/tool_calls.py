@@ -1,0 +1,129 @@
+"""Read tool calls from the text that a model wrote, in the form of its family.
+
+The form is told by the chat template: Qwen2.5, Qwen3 and the Hermes models write JSON within
+`<tool_call>` tags, Llama 3.1 and later write one JSON object with `parameters`. A tokenizer with a
+`response_template` is read by transformers itself.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+from transformers import PreTrainedTokenizerBase
+
+from opdlab.data.conversation import Parser, ToolCall, Turn
+from opdlab.errors import InvalidValue
+
+_THOUGHT = re.compile(r"\s*(?:<think>)?(.*?)</think>\s*", re.DOTALL)
+_HERMES = re.compile(r"<tool_call>(.*?)(?:</tool_call>|\Z)", re.DOTALL)
+_LLAMA_START = "<|python_tag|>"
+
+
+def find_parser(tokenizer: PreTrainedTokenizerBase, options: Mapping[str, Any]) -> Parser:
+    """Find the parser of a model's own form of tool calls.
+
+    Args:
+        tokenizer: Brings the template.
+        options: The policy's arguments for the template.
+
+    Returns:
+        A function from the text of a turn to what it says.
+
+    Raises:
+        InvalidValue: The template is of no family that is known here.
+    """
+    if getattr(tokenizer, "response_template", None):
+        return _by_transformers(tokenizer)
+    templates = options.get("chat_template", tokenizer.chat_template)
+    source = " ".join(templates.values()) if isinstance(templates, Mapping) else str(templates)
+    if "<tool_call>" in source:
+        return parse_hermes
+    if '"parameters": ' in source and "tool_call" in source:
+        return parse_llama
+    if "tool_call" not in source:
+        return parse_hermes  # the template knows no calls: the most common form is as good as any
+    raise InvalidValue(
+        "The chat template writes tool calls in a form that opdlab does not read (it reads those of"
+        " Qwen2.5, Qwen3, Hermes and Llama 3.1, and tokenizers with a response_template). Give the"
+        " environment a parser: opdlab.tasks.Tools(…, parse=function), from a text to an"
+        " opdlab.data.conversation.Turn."
+    )
+
+
+def parse_hermes(text: str) -> Turn:
+    """Read a turn in which each call is a JSON object within `<tool_call>` tags.
+
+    Args:
+        text: The text of the turn.
+
+    Returns:
+        The calls and the text before them; a call that is no JSON object is an error.
+    """
+    thought, text = _split_thought(text)
+    found = list(_HERMES.finditer(text))
+    if not found:
+        return Turn(text, thought=thought)
+    calls = []
+    for match in found:
+        call = _read_call(match[1], "arguments")
+        if isinstance(call, str):
+            return Turn(text, thought=thought, error=call)
+        calls.append(call)
+    # Templates write a line break between a text and its first call.
+    return Turn(text[: found[0].start()].rstrip("\n"), tuple(calls), thought)
+
+
+def parse_llama(text: str) -> Turn:
+    """Read a turn that is one JSON object with `name` and `parameters`, as Llama 3.1 writes it.
+
+    Args:
+        text: The text of the turn.
+
+    Returns:
+        The call, or the text where it does not begin as an object.
+    """
+    body = text.strip().removeprefix(_LLAMA_START).strip()
+    if not body.startswith("{"):
+        return Turn(text)
+    call = _read_call(body, "parameters")
+    return Turn(text, error=call) if isinstance(call, str) else Turn("", (call,))
+
+
+def _split_thought(text: str) -> tuple[str, str]:
+    """The thought within `<think>` tags that begins a text, and the rest."""
+    match = _THOUGHT.match(text)
+    return (match[1].strip("\n"), text[match.end() :]) if match else ("", text)
+
+
+def _read_call(text: str, arguments: str) -> ToolCall | str:
+    """The call that a JSON object is, or what is wrong with it."""
+    try:
+        call = json.loads(text)
+    except (ValueError, RecursionError):
+        return "the tool call is not valid JSON"
+    if not isinstance(call, dict) or not isinstance(call.get("name"), str):
+        return "the tool call is no JSON object with a name"
+    given = call.get(arguments, {})
+    if not isinstance(given, dict):
+        return f"the {arguments} of the tool call are no JSON object"
+    return ToolCall(call["name"], given)
+
+
+def _by_transformers(tokenizer: PreTrainedTokenizerBase) -> Parser:
+    def parse(text: str) -> Turn:
+        try:
+            message = tokenizer.parse_response(text, prefix="")
+        except Exception as error:  # a template of the user's, on a text of the student's
+            return Turn(text, error=f"the turn cannot be parsed: {type(error).__name__}")
+        calls: Iterable[Any] = message.get("tool_calls") or ()
+        read = []
+        for call in calls:
+            inner = call.get("function", call)
+            read.append(ToolCall(str(inner.get("name", "")), dict(inner.get("arguments") or {})))
+        thought = message.get("thinking") or message.get("reasoning_content") or ""
+        return Turn(str(message.get("content") or ""), tuple(read), str(thought))
+
+    return parse
