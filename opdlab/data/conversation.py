@@ -7,7 +7,7 @@ that nothing has to be remembered between steps and a resumed run is the same ru
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Protocol, runtime_checkable
 
 from opdlab.data.prompt import Prompt
@@ -122,6 +122,52 @@ class FinalText(str):
 
     def __getnewargs__(self) -> tuple[Any, ...]:  # so that copies keep the messages
         return (str(self), self.messages)
+
+
+def before_turn(prompt: Prompt, text: str, turn: int) -> Prompt:
+    """Return what the student was asked before one of its turns.
+
+    Args:
+        prompt: The prompt of a completion.
+        text: The completion's text, of `Rollout.texts`.
+        turn: The number of the turn, from 0.
+
+    Returns:
+        The prompt with the conversation before that turn; the prompt itself for the first.
+    """
+    if turn == 0:
+        return prompt
+    messages = messages_of(text)
+    places = [i for i, message in enumerate(messages) if message["role"] == "assistant"]
+    before = [
+        {name: value for name, value in message.items() if name != "error"}
+        for message in messages[: places[turn]]
+    ]
+    return replace(prompt, messages=(*(prompt.messages or ()), *before))
+
+
+def transcript(text: str) -> str:
+    """Write a conversation out as one text, for readers without a chat template.
+
+    Args:
+        text: A text of `Rollout.texts`.
+
+    Returns:
+        Of a conversation of several turns, one part per message, each begun by its role; else the
+        text itself.
+    """
+    messages = messages_of(text)
+    if len(messages) < 2:
+        return str(text)
+    parts = []
+    for message in messages:
+        calls = [
+            f"{call['function']['name']}({dict(call['function']['arguments'])})"
+            for call in message.get("tool_calls", ())
+        ]
+        said = " ".join(one for one in (str(message["content"]), *calls) if one)
+        parts.append(f"{message['role']}: {said}")
+    return "\n".join(parts)
 
 
 def messages_of(text: str) -> tuple[dict[str, Any], ...]:

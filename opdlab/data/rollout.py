@@ -100,6 +100,21 @@ class Rollout:
         """`learn` without the padding, `[tokens]`, row after row."""
         return self.learn[self.mask]
 
+    @property
+    def left_in_turn(self) -> Tensor:
+        """Count the tokens from each one to the end of its turn, itself among them, `[B, T]`.
+
+        Only tokens that the loss sees count; 0 elsewhere. A window or chunk of `k` tokens stays
+        within a turn where this is at least `k`.
+        """
+        out = torch.zeros_like(self.ids)
+        behind = out[:, 0] if out.shape[1] else out
+        for t in reversed(range(self.ids.shape[1])):
+            if t + 1 < self.ids.shape[1]:
+                behind = torch.where(self.turn[:, t] == self.turn[:, t + 1], out[:, t + 1], 0)
+            out[:, t] = torch.where(self.learn[:, t], behind + 1, 0)
+        return out
+
     def completions(self) -> list[list[int]]:
         """List the token ids of each completion, without padding.
 

@@ -153,7 +153,7 @@ def exposure(
         ("forward_kl", mine["forward_kl"], own),
         ("on_teacher", theirs["forward_kl"], other),
     ):
-        count = rollout.mask.sum(0).cpu().numpy()
+        count = rollout.learn.sum(0).cpu().numpy()
         mean = value.sum(0).numpy() / np.where(count, count, 1)
         table[name] = _padded(np.where(count > 0, mean, np.nan), width, np.nan)
         table["teacher_tokens" if name == "on_teacher" else "tokens"] = _padded(count, width, 0)
@@ -322,13 +322,14 @@ def kls(student: Policy, teacher: Policy, rollout: Rollout) -> dict[str, Tensor]
         rollout: Texts of either side, `[B, T]`.
 
     Returns:
-        `forward_kl` and `reverse_kl`, `[B, T]` each in nats, on the CPU; zero in the padding.
+        `forward_kl` and `reverse_kl`, `[B, T]` each in nats, on the CPU; zero in the padding and on
+        tokens that nobody of the two wrote.
     """
     flat = measure_tokens(rollout, _measure_kls, {"student": student, "teacher": teacher})
     mask = rollout.mask.cpu()
     none = torch.zeros(mask.shape, dtype=torch.float64)
     return {
-        name: none.masked_scatter(mask, torch.tensor(value).double())
+        name: none.masked_scatter(mask, torch.tensor(value).double()) * rollout.learn.cpu()
         for name, value in flat.items()
     }
 

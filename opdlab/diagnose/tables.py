@@ -22,7 +22,7 @@ def make_token_table(
     task: Task | None = None,
     tokenizer: PreTrainedTokenizerBase | None = None,
 ) -> pd.DataFrame:
-    """Make a table with one row per token.
+    """Make a table with one row per token that the student wrote.
 
     Args:
         rollout: The texts.
@@ -37,7 +37,7 @@ def make_token_table(
     types = [[ALL] * length for length in lengths]
     if task is not None and task.types is not None and tokenizer is not None:
         types = task.token_types(rollout, tokenizer)
-    return pd.DataFrame(
+    table = pd.DataFrame(
         {
             "sample": np.repeat(np.arange(len(lengths)), lengths),
             "position": np.concatenate([np.arange(length) for length in lengths]),
@@ -46,6 +46,9 @@ def make_token_table(
             **columns,
         }
     )
+    # What a tool or a user said is no token of the student.
+    learned = rollout.learned.cpu().numpy()
+    return table if learned.all() else table[learned].reset_index(drop=True)
 
 
 def mean_by_type(tokens: pd.DataFrame, columns: Sequence[str]) -> pd.DataFrame:

@@ -48,8 +48,8 @@ def read_vitals(step: Step) -> Vitals:
     cut = torch.tensor([finish == "length" for finish in rollout.finish], device=own.device)
     out["length_p95"] = float(rollout.lengths[own].float().quantile(0.95))
     out["cut"] = float(cut[own].float().mean())
-    out["repetition"] = float(repetition(rollout.ids, rollout.lengths)[own].mean())
-    mine = rollout.mask & own[:, None]
+    out["repetition"] = float(repetition(*_learned_ids(rollout))[own].mean())
+    mine = rollout.learn & own[:, None]
     out["entropy"] = float(columns["student_entropy"][mine[rollout.mask]].mean())
     teacher = _find_teacher(step)
     if teacher:
@@ -60,6 +60,15 @@ def read_vitals(step: Step) -> Vitals:
         accepted = none.masked_scatter(rollout.mask, ratio)
         out |= _mean_acceptances(accepted, rollout, mine, is_told_more)
     return out
+
+
+def _learned_ids(rollout: Rollout) -> tuple[Tensor, Tensor]:
+    """The ids of the learned tokens, right-padded, and how many there are in each row."""
+    counts = rollout.learn.sum(1)
+    if bool((counts == rollout.lengths).all()):
+        return rollout.ids, rollout.lengths
+    order = (~rollout.learn).long().argsort(1, stable=True)
+    return rollout.ids.gather(1, order), counts
 
 
 def repetition(ids: Tensor, lengths: Tensor) -> Tensor:

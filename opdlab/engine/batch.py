@@ -515,6 +515,8 @@ def return_to_go(reward: Tensor, mask: Tensor, discount: float) -> Tensor:
     """
     out, carry = torch.zeros_like(reward), torch.zeros_like(reward[:, 0])
     for t in reversed(range(reward.shape[1])):
-        carry = reward[:, t] * mask[:, t] + discount * carry
+        # A token that does not count takes no time either: what a tool says, and how much, changes
+        # no weight.
+        carry = torch.where(mask[:, t], reward[:, t] + discount * carry, carry)
         out[:, t] = carry
     return out * mask

@@ -67,7 +67,7 @@ def forks(
     value = windows.scores(Batch(rollout, policies), score)
     room = windows.room(student, rollout, window)
     noise = torch.rand(value.shape, generator=torch.Generator().manual_seed(seed))
-    counts = windows.quota(rollout.lengths, share)
+    counts = windows.quota(rollout.learn.sum(1), share)
     groups = {
         name: windows.top(by, room, counts)
         for name, by in (("high", value), ("random", noise), ("low", -value))

@@ -31,7 +31,9 @@ from torch import Tensor
 
 from opdlab.data.alignment import decode_bytes, starts_character, text_of
 from opdlab.data.column import Column, Kind
+from opdlab.data.conversation import before_turn
 from opdlab.data.notes import Chunks
+from opdlab.data.prompt import Prompt
 from opdlab.data.seeds import seed_of
 from opdlab.engine.batch import Batch
 from opdlab.engine.rows import Rows
@@ -58,15 +60,17 @@ class Audit:
     Attributes:
         sample: Number of the completion.
         start: Its first token.
-        prefix: The text before it.
+        prompt: What the teacher is asked: the prompt, with the turns before the chunk's.
+        prefix: The text before it in its turn.
         text: Its text.
-        ends: Whether the completion ends in it.
+        ends: Whether its turn ends in it.
         size: Its bytes.
         mean_logp: Mean log-prob of its tokens under the student, in nats.
     """
 
     sample: int
     start: int
+    prompt: Prompt
     prefix: str
     text: str
     ends: bool
@@ -226,7 +230,8 @@ class OmniOPD:
     def schedule(self, batch: Batch) -> list[Audit]:
         """Choose the chunks of all completions, in order.
 
-        No chunk starts inside a character, since the teacher reads text.
+        No chunk starts inside a character, since the teacher reads text, and none crosses the end
+        of a turn.
 
         Args:
             batch: The step's rollout under all policies.
@@ -239,20 +244,30 @@ class OmniOPD:
         if self.select == "random":
             rank = batch.random(seed_of(self.seed, batch.step, SELECT))
         tokenizer = batch.policies["student"].tokenizer
+        left, turn = batch.rollout.left_in_turn.tolist(), batch.rollout.turn.tolist()
         out: list[Audit] = []
         for b, ids in enumerate(batch.rollout.completions()):
             pieces = decode_bytes(tokenizer, ids)
-            free = torch.tensor([starts_character(piece) for piece in pieces], device=rank.device)
+            fits = [
+                starts_character(piece) and left[b][t] >= self.length
+                for t, piece in enumerate(pieces)
+            ]
+            free = torch.tensor(fits, dtype=torch.bool, device=rank.device)
             allowed = rank[b, : len(ids)].masked_fill(~free, -math.inf)
             for t in select_chunks(allowed, self.length, self.chunks):
                 end = t + self.length
                 chunk = pieces[t:end]
+                text, number = batch.rollout.texts[b], turn[b][t]
+                first = next(i for i in range(len(ids)) if turn[b][i] == number)
+                is_last = end == len(ids)
                 audit = Audit(
                     sample=b,
                     start=t,
-                    prefix=text_of(pieces[:t]),
+                    prompt=before_turn(batch.rollout.prompts[b], text, number),
+                    prefix=text_of(pieces[first:t]),
                     text=text_of(chunk),
-                    ends=end == len(ids) and batch.rollout.finish[b] == "stop",
+                    ends=left[b][t] == self.length
+                    and (not is_last or batch.rollout.finish[b] == "stop"),
                     size=sum(map(len, chunk)),
                     mean_logp=logp[b, t:end].double().mean().item(),
                 )
@@ -277,7 +292,7 @@ class OmniOPD:
         if self.match_length:
             # Over all processes; the end of a text is a token too.
             limit = batch.largest(max((audit.size for audit in audits), default=0)) + 1
-        prompts = [batch.rollout.prompts[audit.sample] for audit in audits]
+        prompts = [audit.prompt for audit in audits]
         n = self.continuations
         texts = batch.write(
             "teacher.text",

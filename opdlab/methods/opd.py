@@ -143,7 +143,7 @@ class OPD:
             )
         advantage = reward - value if self.baseline else reward
         if self.discount:
-            advantage = advantage + return_to_go(value, batch.mask, self.discount) - value
+            advantage = advantage + return_to_go(value, batch.learn, self.discount) - value
         formula = "log T(y) − log S(y), y the sampled token"
         if self.baseline:
             formula += ", + KL(S || T)"

@@ -134,7 +134,7 @@ class OPDPlus:
             )
             reward, advantage = expected["reward"], advantage - expected["weight"]
         if self.discount:
-            advantage = advantage + return_to_go(reward, batch.mask, self.discount) - reward
+            advantage = advantage + return_to_go(reward, batch.learn, self.discount) - reward
         limit = torch.inf if self.clip is None else self.clip
         formula = "−f(u)" if self.stop_gradient else "−f(u) + u f′(u)"
         return {

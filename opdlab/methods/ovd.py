@@ -22,6 +22,7 @@ import torch
 from torch import Tensor
 
 from opdlab.data.column import Column, Kind
+from opdlab.data.conversation import transcript
 from opdlab.data.prompt import Prompt
 from opdlab.data.seeds import seed_of
 from opdlab.engine.batch import Batch
@@ -42,15 +43,15 @@ def question(prompt: Prompt, text: str) -> Prompt:
 
     Args:
         prompt: The prompt that was answered; of messages, the last one is asked about.
-        text: The answer.
+        text: The answer; of several turns, the whole conversation is shown.
 
     Returns:
         A prompt with one user message and the same `id`.
     """
     asked = prompt.text if prompt.messages is None else prompt.messages[-1]["content"]
     content = (
-        f"Question:\n{asked}\n\nAnswer:\n{text}\n\nHow good is the answer, from 0 (useless) to 9"
-        " (perfect)? Reply with the number."
+        f"Question:\n{asked}\n\nAnswer:\n{transcript(text)}\n\nHow good is the answer, from 0"
+        " (useless) to 9 (perfect)? Reply with the number."
     )
     return Prompt(messages=({"role": "user", "content": content},), id=prompt.id)
 

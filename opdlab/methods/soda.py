@@ -76,12 +76,13 @@ class SODA:
         _check_pairs(batch, half)
         log_ratio = batch.map(
             lambda rows: rows.logp - rows.logp_of("reference"), needs=("student", "reference")
-        ).sum(1)
+        )
+        log_ratio = (log_ratio * batch.learn).sum(1)
         sign = torch.cat([log_ratio.new_ones(half), -log_ratio.new_ones(half)])
         delta = (self.beta * (log_ratio[:half] - log_ratio[half:])).repeat(2)
         slope = -sign * self.beta * (-delta).sigmoid()
         # The engine takes the mean over the two sequences of a pair, and over a sequence's tokens.
-        undo_means = 2 * batch.rollout.lengths
+        undo_means = 2 * batch.learn.sum(1)
         return {
             "preferred": Column(
                 sign,

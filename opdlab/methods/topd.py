@@ -220,7 +220,7 @@ class TOPD:
 
     def _points(self, batch: Batch, score: Tensor, room: Tensor) -> list[Point]:
         """The candidates of this process; `max_points` counts those of all processes."""
-        counts = windows.quota(batch.rollout.lengths, self.share)
+        counts = windows.quota(batch.learn.sum(1), self.share)
         points = windows.top(score, room, counts, self.min_loss)
         if self.max_points is None:
             return points
@@ -283,7 +283,7 @@ class TOPD:
         for (b, t), number in zip(points, _numbers(batch, points), strict=True):
             if number not in chosen:
                 continue
-            median = loss[b, : int(batch.rollout.lengths[b])].quantile(0.5)
+            median = loss[b][batch.learn[b]].quantile(0.5)
             out[b, t] = (median / loss[b, t].clamp(min=1e-30)).clamp(max=1)
         return out
 

@@ -175,7 +175,7 @@ def costs(
 
 
 def room(policy: Any, rollout: Rollout, window: int) -> Tensor:
-    """Find the tokens at which a window fits and that are not special ones.
+    """Find the tokens at which a window fits into its turn and that are not special ones.
 
     Args:
         policy: The student.
@@ -189,8 +189,7 @@ def room(policy: Any, rollout: Rollout, window: int) -> Tensor:
     local = as_policy(policy)
     if local is not None:
         special |= local.weights.eos
-    last = rollout.lengths[:, None] - window
-    fits = torch.arange(rollout.ids.shape[1], device=rollout.ids.device) <= last
+    fits = rollout.left_in_turn >= window
     return fits & ~torch.isin(rollout.ids, torch.tensor(sorted(special), device=rollout.ids.device))
 
 
@@ -198,7 +197,7 @@ def quota(lengths: Tensor, share: float) -> list[int]:
     """Compute how many positions of each completion are taken: ceil(share N) of N tokens.
 
     Args:
-        lengths: Tokens of each completion, `[B]`.
+        lengths: Tokens of each completion that count, `[B]`.
         share: From 0 to 1.
 
     Returns:

@@ -129,7 +129,9 @@ def converse(
     _check_options(policy, config)
     _check_chats(prompts)
     prompts = with_tools(prompts, environment)
-    parse = environment.parse or find_parser(policy.tokenizer, policy.chat_template_kwargs)
+    parse = environment.parse or find_parser(
+        policy.tokenizer, policy.chat_template_kwargs, has_tools=bool(environment.tools)
+    )
     frame = Frame(policy)
     starts = policy.encode_all(prompts, config.max_new_tokens)
     rows = range(len(prompts)) if places is None else places
@@ -333,14 +335,15 @@ class Frame:
         with the reply and the opening of the next turn.
         """
         number = self._count_ends(said)
-        if number <= self._count_ends(asked) or not _starts_with(said, asked):
+        is_kept = _starts_with(said, asked) and _starts_with(whole, asked)
+        if is_kept and number <= self._count_ends(asked):
             raise OpdlabError(
                 f"The chat template of {self.policy.name} writes no end token behind the"
                 " assistant's turns, so a conversation cannot go on. Load the policy with a"
                 " template that does: Policy.load(…, chat_template=…)."
             )
         cut = self._behind_end(whole, number)
-        if cut is None or not _starts_with(whole, asked) or not self._keeps_replies(talk, whole):
+        if cut is None or not is_kept or not self._keeps_replies(talk, whole):
             raise OpdlabError(
                 f"The chat template of {self.policy.name} renders the beginning of prompt"
                 f" {name_of(talk.prompt)} in another way when the conversation goes on, so the"

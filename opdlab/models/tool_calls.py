@@ -22,12 +22,15 @@ _HERMES = re.compile(r"<tool_call>(.*?)(?:</tool_call>|\Z)", re.DOTALL)
 _LLAMA_START = "<|python_tag|>"
 
 
-def find_parser(tokenizer: PreTrainedTokenizerBase, options: Mapping[str, Any]) -> Parser:
+def find_parser(
+    tokenizer: PreTrainedTokenizerBase, options: Mapping[str, Any], has_tools: bool = True
+) -> Parser:
     """Find the parser of a model's own form of tool calls.
 
     Args:
         tokenizer: Brings the template.
         options: The policy's arguments for the template.
+        has_tools: Whether there are tools to call; without any, a turn is a thought and a text.
 
     Returns:
         A function from the text of a turn to what it says.
@@ -35,6 +38,8 @@ def find_parser(tokenizer: PreTrainedTokenizerBase, options: Mapping[str, Any]) 
     Raises:
         InvalidValue: The template is of no family that is known here.
     """
+    if not has_tools:
+        return parse_plain
     if getattr(tokenizer, "response_template", None):
         return _by_transformers(tokenizer)
     templates = options.get("chat_template", tokenizer.chat_template)
@@ -51,6 +56,19 @@ def find_parser(tokenizer: PreTrainedTokenizerBase, options: Mapping[str, Any]) 
         " environment a parser: opdlab.tasks.Tools(…, parse=function), from a text to an"
         " opdlab.data.conversation.Turn."
     )
+
+
+def parse_plain(text: str) -> Turn:
+    """Read a turn without calls.
+
+    Args:
+        text: The text of the turn.
+
+    Returns:
+        The thought within `<think>` tags that it begins with, and the rest.
+    """
+    thought, content = _split_thought(text)
+    return Turn(content, thought=thought)
 
 
 def parse_hermes(text: str) -> Turn:

@@ -462,8 +462,8 @@ def _calls(message: dict[str, Any]) -> dict[str, Any]:
         return message
     read = []
     for call in calls:
-        inner = dict(call.get("function", call)) if isinstance(call, Mapping) else {}
-        if not isinstance(inner.get("name"), str):
+        inner = call.get("function", call) if isinstance(call, Mapping) else {}
+        if not isinstance(inner, Mapping) or not isinstance(inner.get("name"), str):
             raise InvalidValue(
                 f"the tool call is {shortened(call)}. Use {{'type': 'function', 'function':"
                 " {'name': …, 'arguments': {…}}}"
@@ -476,9 +476,8 @@ def _calls(message: dict[str, Any]) -> dict[str, Any]:
                 raise InvalidValue(
                     f"the arguments of the tool call {inner['name']} are no JSON"
                 ) from None
-        rest = {name: call[name] for name in ("id",) if "function" in call and call.get(name)}
-        function = {"name": inner["name"], "arguments": _without_none(arguments)}
-        read.append({"type": "function", **rest, "function": function})
+        whole = {**_without_none(inner), "arguments": _without_none(arguments)}
+        read.append({**_without_none(call), "function": whole} if "function" in call else whole)
     return {**message, "tool_calls": read}
 
 

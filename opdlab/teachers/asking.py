@@ -12,6 +12,7 @@ instruct     the unfinished answer as a message of the assistant, then a plain r
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -58,16 +59,49 @@ def make_request(
         return "/completions", {
             "prompt": render_chat(prompt, template) + _harmless(prefix, template)
         }
-    messages = [dict(message) for message in prompt.messages]
+    messages = api_messages(prompt.messages)
+    told: dict[str, Any] = {"tools": list(prompt.tools)} if prompt.tools else {}
     if not prefix:
-        return "/chat/completions", {"messages": messages}
+        return "/chat/completions", {"messages": messages, **told}
     begun: dict[str, Any] = {"role": "assistant", "content": prefix}
     if way == "prefill":
-        fields = {"continue_final_message": True, "add_generation_prompt": False}
-        return "/chat/completions", {"messages": [*messages, begun], **fields}
+        told |= {"continue_final_message": True, "add_generation_prompt": False}
+        return "/chat/completions", {"messages": [*messages, begun], **told}
     if way == "prefix":
-        return "/chat/completions", {"messages": [*messages, begun | {"prefix": True}]}
-    return "/chat/completions", {"messages": [*messages, begun, {"role": "user", "content": GO_ON}]}
+        return "/chat/completions", {"messages": [*messages, begun | {"prefix": True}], **told}
+    asked = [*messages, begun, {"role": "user", "content": GO_ON}]
+    return "/chat/completions", {"messages": asked, **told}
+
+
+def api_messages(messages: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
+    """Write messages as servers read them: calls with ids, and arguments as JSON texts.
+
+    Args:
+        messages: The messages of a chat, tool calls and their results among them.
+
+    Returns:
+        New messages; those without calls are as they were.
+    """
+    written: list[dict[str, Any]] = []
+    waiting: list[str] = []  # ids of calls whose results are still to come
+    for number, message in enumerate(messages):
+        one = dict(message)
+        if one.get("tool_calls"):
+            calls = []
+            for place, call in enumerate(one["tool_calls"]):
+                inner = call.get("function", call)
+                given = inner.get("arguments", {})
+                text = given if isinstance(given, str) else json.dumps(given, ensure_ascii=False)
+                name = str(call.get("id") or f"call_{number}_{place}")
+                waiting.append(name)
+                function = {"name": inner["name"], "arguments": text}
+                calls.append({"id": name, "type": "function", "function": function})
+            one["tool_calls"] = calls
+        elif one["role"] == "tool" and waiting:
+            name = waiting.pop(0)
+            one.setdefault("tool_call_id", name)
+        written.append(one)
+    return written
 
 
 def render_chat(prompt: Prompt, template: PreTrainedTokenizerBase | None) -> str:
@@ -91,9 +125,13 @@ def render_chat(prompt: Prompt, template: PreTrainedTokenizerBase | None) -> str
             " no template is known. Give TextServer(…, template=AutoTokenizer.from_pretrained(…)),"
             " or another continue_by=."
         )
+    tools: dict[str, Any] = {"tools": list(prompt.tools)} if prompt.tools else {}
     text = str(
         template.apply_chat_template(
-            [dict(m) for m in prompt.messages or ()], tokenize=False, add_generation_prompt=True
+            [dict(m) for m in prompt.messages or ()],
+            tokenize=False,
+            add_generation_prompt=True,
+            **tools,
         )
     )
     return text.removeprefix(template.bos_token or "")

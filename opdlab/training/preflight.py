@@ -11,7 +11,7 @@ from typing import Any
 
 from opdlab.data.prompt import Prompt, name_of, own_hint
 from opdlab.engine.needs import HINT, Access, parse_need
-from opdlab.errors import ContextTooLong, MissingHint, MissingPolicy, OpdlabError
+from opdlab.errors import ContextTooLong, InvalidValue, MissingHint, MissingPolicy, OpdlabError
 from opdlab.methods import Method
 from opdlab.methods.contract import name_of as name_of_method
 from opdlab.methods.contract import student_share, tells_hints, writer_names
@@ -53,6 +53,14 @@ def check_run(run: RunState) -> None:
     share = student_share(method)
     writers = writer_names(method) if share < 1 else ()
     answers = check_answers(prompts) if "answer" in writers else None
+    if run.task.environment is not None and any(
+        parse_need(name).access is Access.SPANS for name in method.needs
+    ):
+        raise InvalidValue(
+            f"{name_of_method(method)} aligns one text with a teacher's tokens, and {run.task.name}"
+            " has an environment that replies between turns, in the student's own template. Use a"
+            " teacher with the student's tokens and OPD, or a task without environment."
+        )
     _check_sampling(run, writers)
     check_sampler(run, prompts)
     rehearse(method, run.policies, run.task, prompts[0])

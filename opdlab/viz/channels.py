@@ -8,6 +8,7 @@ themselves (`trace.describe`), and by their values where nobody described them.
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -24,6 +25,7 @@ from opdlab.viz.categories import (
     is_text,
 )
 from opdlab.viz.channel import Channel, ChannelKind, describe_channel
+from opdlab.viz.turns import learned_rows
 
 # Columns that every trace may have, and the numbers that it may have of each policy, such as
 # `<policy>_logp`: these are drawn in their own way.
@@ -74,8 +76,16 @@ def find_channels(trace: Trace) -> dict[str, Channel]:
     first, rest = compared[:1], compared[1:]
     alone = [_channels_of_policy(trace, name) for name in trace.policies]
     groups = [*first, *alone, *rest, _own_channels(trace)]
-    found = [channel for group in groups for channel in group]
+    found = [_without_replies(trace, channel) for group in groups for channel in group]
     return {channel.key: channel for channel in sorted(found, key=_is_minor)}
+
+
+def _without_replies(trace: Trace, channel: Channel) -> Channel:
+    """The channel with NaN where a tool or a user spoke: those numbers are not the student's."""
+    learned = learned_rows(trace)
+    if learned is None or channel.kind == "category":
+        return channel
+    return replace(channel, values=np.where(learned, np.asarray(channel.values, float), np.nan))
 
 
 def find_rivals(trace: Trace) -> list[str]:

@@ -20,6 +20,7 @@ from opdlab.viz.glyphs import group_pieces, show_piece
 from opdlab.viz.made_up import make_trace
 from opdlab.viz.token_lens import TokenLens
 from opdlab.viz.traits import Trait
+from opdlab.viz.turns import learned_rows
 from opdlab.viz.view import EXAMPLE_TOKENS, EXAMPLE_WORDS, View
 
 if TYPE_CHECKING:
@@ -181,10 +182,11 @@ class Compare(View):
             Markup with a strip for each trace; every foreign string in it is escaped.
         """
         chosen = self.channels[self.channel]
-        tokens = group_pieces(next(iter(self.traces.values())).tokens())
+        trace = next(iter(self.traces.values()))
+        tokens, own = group_pieces(trace.tokens()), learned_rows(trace)
         strips = [
             f'<div class="opd-versus"><b>{markup.escape(name)}</b></div>'
-            f"{markup.draw_strip_box(tokens, channel, self.limit)}"
+            f"{markup.draw_strip_box(tokens, channel, self.limit, learned=own)}"
             for name, channel in zip(self.names, chosen, strict=True)
         ]
         lines = (self._summary(), *self._kinds_in_words())

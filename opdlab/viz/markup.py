@@ -5,6 +5,7 @@ from __future__ import annotations
 import html
 import math
 from collections.abc import Iterator, Sequence
+from itertools import accumulate
 
 import numpy as np
 
@@ -35,6 +36,7 @@ KIND_ALPHA = 0.5
 INK |= {f"k{i}": (rgb, KIND_ALPHA) for i, rgb in enumerate(KINDS)}
 BARS = "▁▂▃▄▅▆▇█"
 LINES = ("solid", "dotted", "dashed", "double", "wavy")
+REPLY_STYLE = "opacity:0.6;font-style:italic"  # of what a tool or a user said
 STRIP_STYLE = "white-space:pre-wrap;font-family:monospace;line-height:1.9"
 WHOLE = 1200  # groups that the static strip holds whole
 _STEPS = 12  # cells of the legend on each side of zero
@@ -78,7 +80,12 @@ def strength_of(value: float, limit: float, kind: str = "amount") -> float:
     return min(1.0, abs(value) / limit if kind == "ordinal" else math.sqrt(abs(value) / limit))
 
 
-def draw_strip(groups: Sequence[Group], channel: Channel, limit: float) -> str:
+def draw_strip(
+    groups: Sequence[Group],
+    channel: Channel,
+    limit: float,
+    learned: Sequence[bool] | np.ndarray | None = None,
+) -> str:
     """Return the tokens as coloured HTML.
 
     Its text content is the text itself, apart from NUL, which HTML cannot hold. Of texts longer
@@ -88,23 +95,31 @@ def draw_strip(groups: Sequence[Group], channel: Channel, limit: float) -> str:
         groups: The tokens, as `group_pieces` gives them.
         channel: The channel that colours, one value per token.
         limit: The size that gets full colour.
+        learned: Which tokens the student wrote, `[n]`; the others are greyed. None: all.
 
     Returns:
         Markup of the tokens, escaped.
     """
     values, out, at = list(_strongest(groups, channel)), [], 0
+    rows = list(accumulate((group.tokens for group in groups), initial=0))
     shown = _shown(values)
     for i in [*shown, len(groups)]:
         if i > at:
             out.append(f'<span class="opd-soft"> … {i - at:,} more … </span>')
         if i < len(groups):
-            out.append(_glyph(groups[i], channel, values[i], limit))
+            glyph = _glyph(groups[i], channel, values[i], limit)
+            is_own = learned is None or learned[rows[i]]
+            out.append(glyph if is_own else f'<span style="{REPLY_STYLE}">{glyph}</span>')
         at = i + 1
     return "".join(out)
 
 
 def draw_strip_box(
-    groups: Sequence[Group], channel: Channel, limit: float, finish: str | None = None
+    groups: Sequence[Group],
+    channel: Channel,
+    limit: float,
+    finish: str | None = None,
+    learned: Sequence[bool] | np.ndarray | None = None,
 ) -> str:
     """Return `draw_strip` in its box, with the finish reason where one is given.
 
@@ -113,12 +128,13 @@ def draw_strip_box(
         channel: The channel that colours, one value per token.
         limit: The size that gets full colour.
         finish: The reason why the completion ended; None shows nothing.
+        learned: Which tokens the student wrote, `[n]`; the others are greyed. None: all.
 
     Returns:
         A `<div>` of class `opd-strip`.
     """
     ended = "" if finish is None else f' data-finish="{escape(finish)}"'
-    colours = draw_strip(groups, channel, limit)
+    colours = draw_strip(groups, channel, limit, learned)
     return f'<div class="opd-strip"{ended} dir="auto" style="{STRIP_STYLE}">{colours}</div>'
 
 

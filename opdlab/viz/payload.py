@@ -21,6 +21,7 @@ import numpy as np
 
 from opdlab.data.trace import Trace
 from opdlab.viz.glyphs import Group, clean_text, group_pieces, show_piece
+from opdlab.viz.turns import find_turns
 
 LONG = 2500  # tokens from which numbers travel in 8 bits
 WORD = 60  # characters of a token's name in lists; the text itself is never cut
@@ -90,6 +91,8 @@ def describe_text(trace: Trace) -> dict[str, Any]:
         - `index [n]`: each token's place in the vocabulary, which is `id`, `word` (the token as
           lists show it) and `glyph` (as the strip shows it).
         - `joined`: the groups of several tokens.
+        - `turns`: `(first row, rows, turn, whether the student wrote it)` of each stretch of a
+          conversation; only where there are several turns.
         - `texts`: for each completion `key` (equal for the same sample, prompt and tokens: it links
           views), `sample`, `first` row, `size`, `prompt` and `finish`.
     """
@@ -101,7 +104,9 @@ def describe_text(trace: Trace) -> dict[str, Any]:
     pieces = {int(i): trace.piece(int(i)) for i in seen}
     glyphs = [_describe_glyph(group_pieces([pieces[int(i)]])[0]) for i in seen[order]]
     words = [show_piece(pieces[int(i)]) for i in seen[order]]
+    turns = find_turns(trace)
     return {
+        **({"turns": turns} if turns else {}),
         "index": back[index].astype(int),
         "id": seen[order],
         "word": [

@@ -19,6 +19,7 @@ from opdlab.viz.glyphs import group_pieces, show_piece
 from opdlab.viz.made_up import make_trace
 from opdlab.viz.segments import find_segments
 from opdlab.viz.traits import Trait
+from opdlab.viz.turns import learned_rows
 from opdlab.viz.view import EXAMPLE_TOKENS, EXAMPLE_WORDS, View
 
 if TYPE_CHECKING:
@@ -264,12 +265,14 @@ class PrivilegeLens(View):
             escaped.
         """
         gap = self.channels["gap"]
+        tokens, own = group_pieces(self.trace.tokens()), learned_rows(self.trace)
+        strip = markup.draw_strip_box(tokens, gap, self.limit, learned=own)
         head = "".join(f"<th>{name}</th>" for name in ("type", "tokens", *PARTS))
         rows = "".join(_table_row(str(kind), row) for kind, row in self.table.iterrows())
         return (
             f"{markup.draw_title(self.title)}{markup.draw_prompt(self._prompt)}"
             f'<div class="opd-bar">{markup.draw_legend(gap, self.limit)}</div>'
-            f"{markup.draw_strip_box(group_pieces(self.trace.tokens()), gap, self.limit)}"
+            f"{strip}"
             f'<div class="opd-peaks">{markup.escape(self.sentence)}'
             f"<table><tr>{head}</tr>{rows}</table></div>"
         )

@@ -21,6 +21,7 @@ from opdlab.viz.glyphs import clean_text, show_piece
 from opdlab.viz.made_up import make_trace
 from opdlab.viz.timeline import find_rewards
 from opdlab.viz.traits import Trait
+from opdlab.viz.turns import describe_turns, find_turns, sum_by_turn
 from opdlab.viz.view import EXAMPLE_TOKENS, EXAMPLE_WORDS, View
 
 if TYPE_CHECKING:
@@ -30,7 +31,9 @@ BINS = 40  # bars of a sparkline
 ROOM = 20_000  # tokens that a page carries; the table itself always has all rollouts
 CUT = 160  # characters of a prompt, and of a completion's end, that the table carries
 LABELS = {"reverse_kl": "mean KL", "log_ratio": "mean log ratio", "peak": "largest"}
-COLUMNS = ("tokens", "reward", "reverse_kl", "log_ratio", "peak")
+LABELS_OF_SUMS = {"tokens": "tokens", "reverse_kl": "KL", "log_ratio": "log ratio"}
+COLUMNS = ("tokens", "turns", "reward", "reverse_kl", "log_ratio", "peak")
+MEANS = ("tokens", "turns", "reward", "reverse_kl")  # those of the summary
 
 
 class Rollouts(View):
@@ -129,11 +132,21 @@ class Rollouts(View):
     def table(self) -> pd.DataFrame:
         """One row for each rollout, by its number in the trace.
 
-        Columns: `prompt`, `text`, `tokens`, `finish`, `reward` where there are rewards, the means
-        of `reverse_kl` and `log_ratio` in nats, and `peak`, the largest |log ratio|.
+        Columns: `prompt`, `text`, `tokens`, `finish`, `turns` of conversations, `reward` where
+        there are rewards, the means of `reverse_kl` and `log_ratio` in nats, and `peak`, the
+        largest |log ratio|.
         """
         rows = [self._row(*span) for span in payload.find_spans(self.whole)]
         return pd.DataFrame(rows).set_index("sample")
+
+    @property
+    def turns(self) -> pd.DataFrame:
+        """One row per turn: `sample`, `turn` (from 0), `tokens`, and sums in nats over it.
+
+        Sums of `reverse_kl` and `log_ratio`, as far as they are known, over the student's own
+        tokens.
+        """
+        return sum_by_turn(self.whole, self._channels)
 
     def _row(self, sample: int, first: int, size: int) -> dict[str, Any]:
         meta = self.whole.meta
@@ -144,6 +157,8 @@ class Rollouts(View):
             "tokens": size,
             "finish": meta["finish"][sample],
         }
+        if self._turn_counts:
+            row["turns"] = self._turn_counts[sample]
         if self.rewards:
             row["reward"] = self.rewards.get(sample, np.nan)
         for key, channel in self._channels.items():
@@ -153,6 +168,12 @@ class Rollouts(View):
             if key == "log_ratio":
                 row["peak"] = float(np.nan_to_num(np.abs(values), nan=0.0, posinf=np.inf).max())
         return row
+
+    @cached_property
+    def _turn_counts(self) -> dict[int, int]:
+        """The student's turns of each rollout; empty where all have one."""
+        samples, found = self.whole.column("sample"), find_turns(self.whole)
+        return {int(samples[first]): turn + 1 for first, _, turn, is_own in found if is_own}
 
     @cached_property
     def trace(self) -> Trace:
@@ -199,11 +220,13 @@ class Rollouts(View):
         names = ["prompt", "…text", *map(label, keys), "log ratio"]
         head = "".join(f'<th scope="col">{name}</th>' for name in names)
         lines = "".join(self._table_row(int(i), row, keys) for i, row in table.head(20).iterrows())
+        by_turn = describe_turns(self.turns, LABELS_OF_SUMS)
         more = f" (the first 20 of {len(table)})" if len(table) > 20 else ""
         return (
             f"{markup.draw_title(self.title)}"
             f'<table class="opd-rollouts-still"><thead><tr>{head}</tr></thead>'
             f"<tbody>{lines}</tbody></table>{markup.draw_words(self._summary() + more)}"
+            f"{markup.draw_words(by_turn) if by_turn else ''}"
         )
 
     def _table_row(self, sample: int, row: pd.Series, keys: Sequence[str]) -> str:
@@ -256,7 +279,9 @@ class Rollouts(View):
         ]
         more = [f"… {len(self.table) - 8} more"] if len(self.table) > 8 else []
         title = self.title or f"{len(self.table)} completions"
-        return "\n".join([f"Rollouts: {title}, by {self.sort.lstrip('-')}", *lines, *more])
+        head = f"Rollouts: {title}, by {self.sort.lstrip('-')}"
+        by_turn = describe_turns(self.turns, LABELS_OF_SUMS)
+        return "\n".join([head, *lines, *more, *([by_turn] if by_turn else [])])
 
     @cached_property
     def _channels(self) -> dict[str, Channel]:
@@ -290,7 +315,7 @@ class Rollouts(View):
         finish = ", ".join(f"{n} {name}" for name, n in self.table["finish"].value_counts().items())
         means = [
             f"{label(k)} {markup.format_number(float(self.table[k].mean()))}"
-            for k in COLUMNS[:3]
+            for k in MEANS
             if k in self.table
         ]
         return f"{len(self.table)} rollouts: {finish}; mean {', '.join(means)}"
@@ -323,7 +348,7 @@ def _draw_cell(value: Any) -> str:
 
 
 def _list_means(row: pd.Series) -> str:
-    parts = [f"{label(k)} {markup.format_number(float(row[k]))}" for k in COLUMNS[:3] if k in row]
+    parts = [f"{label(k)} {markup.format_number(float(row[k]))}" for k in MEANS if k in row]
     return f"{', '.join(parts)}, {row['finish']}"
 
 

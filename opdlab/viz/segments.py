@@ -1,4 +1,4 @@
-"""Segments: which stretches of a completion are thought and which are its answer."""
+"""Segments: which stretches of a completion are thought, answer, or turns of a conversation."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ from itertools import accumulate, groupby
 
 from opdlab.data.trace import Trace
 from opdlab.viz import categories
+from opdlab.viz.turns import find_turns
 
 # Across tokens. Some templates have the first mark in the prompt, so the text begins inside.
 THINK = re.compile(rb"<think>|</think>")
@@ -17,8 +18,9 @@ THINK = re.compile(rb"<think>|</think>")
 def find_segments(trace: Trace) -> list[tuple[str, int, int]]:
     """Return `(name, first row, rows)` of each stretch of a completion, in order.
 
-    A column `segment` of names decides, else `<think>` and `</think>` in the text: "think" with
-    both marks, "answer" besides. Nothing where neither is there.
+    A column `segment` of names decides, else the turns of a conversation: "turn 1" and the "reply"
+    to it, and so on; else `<think>` and `</think>` in the text: "think" with both marks, "answer"
+    besides. Nothing where none of them is there.
 
     Args:
         trace: The trace of one completion.
@@ -28,6 +30,11 @@ def find_segments(trace: Trace) -> list[tuple[str, int, int]]:
     """
     if "segment" in trace.table.column_names and categories.is_text(trace.table["segment"].type):
         names = [name or "" for name in trace.table["segment"].to_pylist()]
+    elif turns := find_turns(trace):
+        return [
+            (f"turn {turn + 1}" if is_own else "reply", first, size)
+            for first, size, turn, is_own in turns
+        ]
     else:
         names = _name_tokens(trace.tokens())
     out, at = [], 0

@@ -20,6 +20,7 @@ from opdlab.viz.glyphs import group_pieces, show_piece
 from opdlab.viz.lines import Line, Plot
 from opdlab.viz.made_up import make_trace
 from opdlab.viz.traits import Trait
+from opdlab.viz.turns import learned_rows
 from opdlab.viz.view import EXAMPLE_TOKENS, EXAMPLE_WORDS, View
 
 if TYPE_CHECKING:
@@ -184,11 +185,13 @@ class TailAudit(View):
         """
         missed = self._missed(self.k)
         plots = "".join(plot.html() for plot in self._plots())
+        tokens, own = group_pieces(self.trace.tokens()), learned_rows(self.trace)
+        strip = markup.draw_strip_box(tokens, missed, missed.limit, learned=own)
         return (
             f"{markup.draw_title(self.title)}"
             f'<div class="opd-tail-plots">{plots}</div>'
             f'<div class="opd-bar">{markup.draw_legend(missed, missed.limit)}</div>'
-            f"{markup.draw_strip_box(group_pieces(self.trace.tokens()), missed, missed.limit)}"
+            f"{strip}"
             f"{markup.draw_words(self._summary())}"
         )
 

@@ -24,6 +24,7 @@ from opdlab.viz.glyphs import show_piece
 from opdlab.viz.lines import HUES, Line, Plot, find_range, thin
 from opdlab.viz.made_up import make_trace
 from opdlab.viz.traits import Trait
+from opdlab.viz.turns import describe_turns, sum_by_turn
 from opdlab.viz.view import EXAMPLE_TOKENS, EXAMPLE_WORDS, View
 
 if TYPE_CHECKING:
@@ -215,6 +216,20 @@ class Timeline(View):
         )
         return table.astype({"fork": float, "row": float}).set_index("sample")
 
+    @property
+    def turns(self) -> pd.DataFrame:
+        """One row per turn: `sample`, `turn` (from 0), `tokens`, and the sums in nats over it.
+
+        `log_ratio` and `kl` count the student's own tokens alone, so do the sums along a rollout.
+        """
+        keys = {"log_ratio": "log_ratio", "kl": "reverse_kl"}
+        found = {
+            name: self._channels[f"{self._prefix}{key}"]
+            for name, key in keys.items()
+            if f"{self._prefix}{key}" in self._channels
+        }
+        return sum_by_turn(self.trace, found)
+
     def static(self) -> str:
         """Return the picture as HTML without a script.
 
@@ -328,7 +343,11 @@ class Timeline(View):
     def _lines(self) -> list[str]:
         """The forks in words, and how common each kind is that a method names."""
         named = find_labelled_kinds(self.trace).values()
-        return [self._summary(), *map(markup.count_names, named)]
+        by_turn = describe_turns(
+            self.turns, {"tokens": "tokens", "log_ratio": "log ratio", "kl": "KL"}
+        )
+        said = [self._summary(), *map(markup.count_names, named)]
+        return [*said, by_turn] if by_turn else said
 
     def _summary(self) -> str:
         told = [

@@ -19,6 +19,7 @@ from opdlab.viz.glyphs import group_pieces, show_piece
 from opdlab.viz.made_up import make_trace
 from opdlab.viz.segments import find_segments
 from opdlab.viz.traits import Trait
+from opdlab.viz.turns import learned_rows
 from opdlab.viz.view import EXAMPLE_TOKENS, EXAMPLE_WORDS, View
 
 if TYPE_CHECKING:
@@ -180,11 +181,11 @@ class TokenLens(View):
             Markup with the coloured strip and its peaks; every foreign string in it is escaped.
         """
         chosen, limit = self.channels[self.channel], self.limits[self.channel]
-        tokens = group_pieces(self.trace.tokens())
+        tokens, own = group_pieces(self.trace.tokens()), learned_rows(self.trace)
         return (
             f"{markup.draw_title(self.title)}{markup.draw_prompt(self._prompt)}"
             f'<div class="opd-bar">{markup.draw_legend(chosen, limit)}</div>'
-            f"{markup.draw_strip_box(tokens, chosen, limit, self._finish)}"
+            f"{markup.draw_strip_box(tokens, chosen, limit, self._finish, own)}"
             f"{markup.draw_words(self._peaks())}"
         )
 

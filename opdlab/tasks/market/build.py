@@ -105,7 +105,16 @@ RECIPES = {
         ),
     ),
     "novice": Recipe(96, 3, 0.1, 2, (Phase(500, forget=True),)),
-    "clerk": Recipe(96, 3, 0.0, 4, (Phase(600, 2e-3),), batch=32, calls=True, start="student"),
+    "clerk": Recipe(
+        96,
+        3,
+        0.0,
+        4,
+        (Phase(600, 2e-3), Phase(700, 2e-3, seed=6), Phase(500, 1.5e-3, seed=7)),
+        batch=32,
+        calls=True,
+        start="student",
+    ),
     "trainee": Recipe(
         96, 3, 0.0, 4, (Phase(150, 1e-3, forget=True, seed=5),), batch=32, calls=True, start="clerk"
     ),

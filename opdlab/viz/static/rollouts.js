@@ -31,12 +31,13 @@ const ROWS_SHOWN = 9;
 const ROWS_BEFORE = 3; // drawn out of sight, so that scrolling shows no gap
 const ROWS_AFTER = 4;
 
-/** @typedef {"tokens" | "finish" | "reward" | "reverse_kl" | "log_ratio" | "peak"} Column */
+/** @typedef {"tokens" | "turns" | "finish" | "reward" | "reverse_kl" | "log_ratio" | "peak"} Column */
 
 /** The columns: heading, and width with it, px. @type {Record<Column, { head: string, width: number }>} */
 const COLUMNS = {
   tokens: { head: "tokens", width: 62 },
   finish: { head: "finish", width: 54 },
+  turns: { head: "turns", width: 52 },
   reward: { head: "reward", width: 64 },
   reverse_kl: { head: "mean KL", width: 75 },
   log_ratio: { head: "mean log ratio", width: 115 },

@@ -24,8 +24,8 @@ export const TALL_STRIP = 400; // tokens from which a strip scrolls in its own b
 
 /**
  * A glyph of the strip: the node that takes the colour, and the rows that it shows, counted from
- * the strip's first.
- * @typedef {{ ink: HTMLElement, base: string, first: number, size: number, look: string }} DrawnGlyph
+ * the strip's first. `isOwn`: the student wrote it.
+ * @typedef {{ ink: HTMLElement, base: string, first: number, size: number, look: string, isOwn: boolean }} DrawnGlyph
  *
  * What is drawn: the strip's node, a node per token, the glyphs, and the rows.
  * @typedef {object} Tokens
@@ -122,6 +122,40 @@ const blocksOf = (node, size) => {
 };
 
 /**
+ * Return the function that says which node a row goes into, and whether the student wrote it: of a
+ * conversation a band for each turn, with the text between two turns greyed; else as `blocksOf`.
+ * @param {Text} text
+ * @param {number} first
+ * @param {number} size
+ * @param {HTMLElement} node
+ * @returns {(row: number, endsLine: boolean) => { into: HTMLElement, isOwn: boolean }}
+ */
+const placesOf = (text, first, size, node) => {
+  const turns = (text.turns ?? []).filter(
+    ([start, rows]) => start < first + size && start + rows > first,
+  );
+  if (!turns.length) {
+    const blockFor = blocksOf(node, size);
+    return (_row, endsLine) => ({ into: blockFor(endsLine), isOwn: true });
+  }
+  /** @type {HTMLElement | null} */
+  let band = null;
+  let shown = -1; // the turn of the band
+  let at = -1; // the stretch that the last row was in
+  return (row) => {
+    while (at + 1 < turns.length && turns[at + 1][0] <= row) at += 1;
+    const [, , turn, isOwn] = turns[Math.max(at, 0)];
+    if (!band || turn !== shown) {
+      const look = turn % 2 ? "opd-turn opd-odd" : "opd-turn";
+      band = node.appendChild(put(make("div", look), { role: "none" }));
+      put(band, { "data-turn": `turn ${turn + 1}` });
+      shown = turn;
+    }
+    return { into: band, isOwn };
+  };
+};
+
+/**
  * Draw rows first … first + size. Several tokens that are one glyph (bytes of an emoji) lie as
  * cells under it.
  * @param {Text} text
@@ -155,18 +189,30 @@ const drawTokens = (text, first, size, node) => {
     }
     return { holder, ink };
   };
-  const blockFor = blocksOf(node, size);
+  const placeOf = placesOf(text, first, size, node);
   let endsLine = false;
   const glyphs = groupsOf(text, first, size).map((group) => {
     const { holder, ink } = group.size === 1 ? drawSingle(group) : drawSeveral(group);
-    blockFor(endsLine).append(holder);
+    const { into, isOwn } = placeOf(group.first, endsLine);
+    into.append(holder);
+    holder.classList.toggle("opd-reply", !isOwn);
     endsLine = ink.textContent.endsWith("\n");
     const base = ink.className;
-    return { ink, base, first: group.first - first, size: group.size, look: "" };
+    return { ink, base, first: group.first - first, size: group.size, look: "", isOwn };
   });
   if (!size) node.append(make("span", "opd-soft", "(no tokens)"));
   return { node, nodes, glyphs, first, size };
 };
+
+/**
+ * Tell whether a run of a category begins at a glyph.
+ * @param {DrawnGlyph} glyph
+ * @param {Channel} channel
+ * @param {number} value
+ * @param {number} before the value of the glyph before
+ */
+const beginsRun = ({ isOwn }, { kind }, value, before) =>
+  kind === "category" && isOwn && value >= 0 && value !== before;
 
 /**
  * Return the function that colours a strip by a channel.
@@ -176,7 +222,8 @@ const painter = ({ node, nodes, glyphs, first }) => {
   let wasCategory = false;
   /** @param {DrawnGlyph} glyph @param {Channel} channel @param {number} value */
   const colour = (glyph, channel, value) => {
-    const look = `${glyph.base} ${tintOf(value, channel)}`;
+    // Numbers on what a tool or a user said are not the student's.
+    const look = glyph.isOwn ? `${glyph.base} ${tintOf(value, channel)}` : glyph.base;
     if (look !== glyph.look) {
       glyph.ink.className = look;
       glyph.look = look;
@@ -195,7 +242,7 @@ const painter = ({ node, nodes, glyphs, first }) => {
       const value = shownOf(channel, from, from + glyph.size);
       colour(glyph, channel, value);
       // The letter of a category stands where a run of it begins.
-      if (isCategory && value >= 0 && value !== before) {
+      if (beginsRun(glyph, channel, value, before)) {
         put(glyph.ink, { "data-run": channel.marks?.[value] ?? value });
       } else if (isCategory || wasCategory) {
         glyph.ink.removeAttribute("data-run");

@@ -19,6 +19,7 @@
  * @property {(string | null)[]} word
  * @property {Glyph[]} glyph
  * @property {[row: number, size: number, glyph: Glyph][]} joined
+ * @property {[row: number, size: number, turn: number, isOwn: boolean][]} [turns] of conversations: the student's turns, and what was said between them
  * @property {Completion[]} texts
  *
  * Rows that share one glyph.
