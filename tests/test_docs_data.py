@@ -15,7 +15,7 @@ EXAMPLES = re.findall(r"^\| (.+?) \| `(\{.+\})` \|$", PAGE, re.MULTILINE)
 
 
 def test_the_table_has_examples_of_every_column():
-    assert len(EXAMPLES) == 8
+    assert len(EXAMPLES) == 9
     for column in (*ASKED, "completion"):
         assert any(f'"{column}":' in example for _, example in EXAMPLES), column
 

@@ -214,6 +214,7 @@
  * @property {string[]} end last words
  * @property {string[]} finish
  * @property {Numbers} [tokens]
+ * @property {Numbers} [turns] of conversations
  * @property {Numbers} [reward]
  * @property {Numbers} [reverse_kl]
  * @property {Numbers} [log_ratio]
