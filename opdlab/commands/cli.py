@@ -316,8 +316,8 @@ def doctor(
         student: A shipped model (student, novice, teacher, scribe), small (SmolLM2), a folder or a
             Hub name. Or, alone, the config file of a run, as for `opdlab distill`.
         teacher: Likewise. "small small" is SmolLM2 that learns from itself, given a rule.
-        task: market, market-secret, rule, gym:NAME or a JSONL file. By default the shipped models'
-            own task, and plain questions for other models. A config has its own.
+        task: market, market-secret, market-tools, rule, gym:NAME or a JSONL file. By default the
+            shipped models' own task, and plain questions for other models. A config has its own.
         prompts: Number of held-out prompts to ask at most.
         k: Samples of the student per prompt at most, for pass@k.
         seed: Seed of prompts and samples.

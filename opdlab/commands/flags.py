@@ -27,7 +27,7 @@ class Flags:
         teacher_url: An OpenAI-compatible server that teaches, such as http://127.0.0.1:8000/v1. Its
             key is read from OPDLAB_API_KEY.
         teacher_model: The model's name on that server.
-        task: market, market-secret, rule, gym:NAME or a JSONL file.
+        task: market, market-secret, market-tools, rule, gym:NAME or a JSONL file.
         method: A method by name, such as opd, opd-plus, topd or grpo; or FILE.py:NAME, a loss or
             method of your own, whose code is run.
         verify: How the answers of a JSONL file are judged: answer, exact, contains or json; or

@@ -156,7 +156,8 @@ class TaskTable:
     """The source of the prompts.
 
     Attributes:
-        name: market, market-secret, rule or gym:NAME; beside `records`, the name of the task.
+        name: market, market-secret, market-tools, rule or gym:NAME; beside `records`, the name of
+            the task.
         records: A JSONL file.
         test: Number or share of the records to hold out.
         verify: How answers are judged: a name of `opdlab.tasks.verifiers.VERIFIERS`.
