@@ -312,7 +312,7 @@ def _trace(session: Session, step: int, policy: Policy) -> None:
     """Let the student answer the probe prompts, and keep the graded texts."""
     run, began = session.run, time.perf_counter()
     room = run.settings.max_new_tokens
-    turns = session.task.sample_options
+    turns = run.task.sample_options
     rollout = policy.sample(session.probes, max_new_tokens=room, seed=PROBE_SEED, **turns)
     trace = _grade(session, rollout, policy)
     trace.save(session.files.trace(step))

@@ -67,7 +67,7 @@ def _learned_ids(rollout: Rollout) -> tuple[Tensor, Tensor]:
     counts = rollout.learn.sum(1)
     if bool((counts == rollout.lengths).all()):
         return rollout.ids, rollout.lengths
-    order = (~rollout.learn).long().argsort(1, stable=True)
+    order = (~rollout.learn).long().argsort(dim=1, stable=True)
     return rollout.ids.gather(1, order), counts
 
 

@@ -12,7 +12,7 @@ import threading
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from transformers.utils import get_json_schema
+from transformers.utils.chat_template_utils import get_json_schema
 
 from opdlab.data.conversation import Environment, Message, Parser
 from opdlab.data.prompt import Prompt

@@ -191,7 +191,8 @@ def encode(
     """
     rows = []
     for pieces in conversations:
-        ids, labels = [], []
+        ids: list[int] = []
+        labels: list[int] = []
         for piece in pieces:
             part = tokenizer(piece.text)["input_ids"]
             ids += part
