@@ -13,7 +13,7 @@ from __future__ import annotations
 import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
-from typing import TYPE_CHECKING, Any
+from typing import Any, Protocol
 from weakref import WeakSet
 
 import torch
@@ -28,17 +28,77 @@ from opdlab.data.seeds import seed_of
 from opdlab.data.tokens import completion_texts
 from opdlab.errors import InvalidValue, OpdlabError
 from opdlab.models.fingerprints import vocabulary_digest
+from opdlab.models.head import Head
 from opdlab.models.sampling import SampledTexts, SamplingLoop
 from opdlab.models.tool_calls import find_parser
+from opdlab.models.weights import Weights
 from opdlab.support.expect import shortened
-
-if TYPE_CHECKING:
-    from opdlab.models.policy import Policy
 
 TURNS = 4096  # most turns of a conversation, for seeds
 
 # Tokenizers whose users know that their template renders earlier turns in another way.
 _warned: WeakSet[PreTrainedTokenizerBase] = WeakSet()
+
+
+class Talker(Protocol):
+    """The part of a `Policy` that talks: it reads chats and writes turns."""
+
+    weights: Weights
+    chat_template_kwargs: dict[str, Any]
+
+    @property
+    def name(self) -> str:
+        """The model's name in errors."""
+        ...
+
+    @property
+    def tokenizer(self) -> PreTrainedTokenizerBase:
+        """The tokenizer of the weights."""
+        ...
+
+    @property
+    def adapter(self) -> str | None:
+        """Name of the adapter in use."""
+        ...
+
+    @property
+    def head(self) -> Head:
+        """The output head as the adapter leaves it."""
+        ...
+
+    def encode_all(self, prompts: Sequence[Prompt], room: int = 0) -> list[list[int]]:
+        """Encode prompts, and check that `room` new tokens fit behind each.
+
+        Args:
+            prompts: The prompts.
+            room: New tokens that must fit.
+
+        Returns:
+            Token ids of each prompt.
+        """
+        ...
+
+    def encode_unchecked(self, prompts: Sequence[Prompt]) -> list[list[int]]:
+        """Encode prompts, however long they are.
+
+        Args:
+            prompts: The prompts.
+
+        Returns:
+            Token ids of each prompt.
+        """
+        ...
+
+    def with_template(self, **chat_template_kwargs: Any) -> Talker:
+        """Make a view with more arguments for the chat template.
+
+        Args:
+            chat_template_kwargs: Arguments by name.
+
+        Returns:
+            The view.
+        """
+        ...
 
 
 @dataclass
@@ -89,7 +149,7 @@ class Talk:
 
 
 def converse(
-    policy: Policy,
+    policy: Talker,
     prompts: Sequence[Prompt],
     n: int,
     environment: Environment,
@@ -186,7 +246,7 @@ def check_environment(environment: Any) -> None:
         )
 
 
-def _check_options(policy: Policy, config: SamplingConfig) -> None:
+def _check_options(policy: Talker, config: SamplingConfig) -> None:
     if config.min_new_tokens:
         raise InvalidValue(
             "min_new_tokens cannot be kept in a conversation, whose turns end when the student ends"
@@ -237,7 +297,7 @@ def _write_next(loop: SamplingLoop, part: list[Talk], uniform: dict[int, Tensor]
     return loop.write([talk.start + talk.ids for talk in part], 1, numbers, room)
 
 
-def _take(written: SampledTexts, part: list[Talk], policy: Policy) -> None:
+def _take(written: SampledTexts, part: list[Talk], policy: Talker) -> None:
     """Put sampled turns into their conversations."""
     columns = (written.ids, written.logp, written.entropy)
     ids, logp, entropy = (values.tolist() for values in columns)
@@ -294,7 +354,7 @@ class Frame:
         policy: The policy that writes.
     """
 
-    def __init__(self, policy: Policy) -> None:
+    def __init__(self, policy: Talker) -> None:
         self.policy = policy
         # The same policy, whose template does not open an answer.
         self.closed = policy.with_template(add_generation_prompt=False)
@@ -410,7 +470,7 @@ def _rest(ids: list[int], start: list[int]) -> list[int]:
     return ids[len(start) :] if ids[: len(start)] == start else []
 
 
-def _make_rollout(policy: Policy, talks: list[Talk], n: int, writer: str) -> Rollout:
+def _make_rollout(policy: Talker, talks: list[Talk], n: int, writer: str) -> Rollout:
     device = policy.weights.device
     width = max(1, *(len(talk.ids) for talk in talks))
 
