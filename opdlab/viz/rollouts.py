@@ -146,7 +146,9 @@ class Rollouts(View):
         Sums of `reverse_kl` and `log_ratio`, as far as they are known, over the student's own
         tokens.
         """
-        return sum_by_turn(self.whole, self._channels)
+        return sum_by_turn(
+            self.whole, {key: channel.values for key, channel in self._channels.items()}
+        )
 
     def _row(self, sample: int, first: int, size: int) -> dict[str, Any]:
         meta = self.whole.meta

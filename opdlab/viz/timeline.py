@@ -224,7 +224,7 @@ class Timeline(View):
         """
         keys = {"log_ratio": "log_ratio", "kl": "reverse_kl"}
         found = {
-            name: self._channels[f"{self._prefix}{key}"]
+            name: self._channels[f"{self._prefix}{key}"].values
             for name, key in keys.items()
             if f"{self._prefix}{key}" in self._channels
         }

@@ -4,15 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from itertools import groupby
-from typing import TYPE_CHECKING
 
 import numpy as np
 import pandas as pd
 
 from opdlab.data.trace import Trace
-
-if TYPE_CHECKING:
-    from opdlab.viz.channel import Channel
 
 
 def learned_rows(trace: Trace) -> np.ndarray | None:
@@ -73,16 +69,16 @@ def describe_turns(table: pd.DataFrame, keys: Mapping[str, str]) -> str:
     return f"Sums by turn, mean of the rollouts that have it: {'; '.join(told)}"
 
 
-def sum_by_turn(trace: Trace, channels: Mapping[str, Channel]) -> pd.DataFrame:
+def sum_by_turn(trace: Trace, numbers: Mapping[str, np.ndarray]) -> pd.DataFrame:
     """Sum numbers over the student's tokens of each turn.
 
     Args:
         trace: The trace.
-        channels: Channels of numbers of the trace, by the names of the columns.
+        numbers: Numbers of every row, `[n]` each, by the names of the columns.
 
     Returns:
         One row per turn of each completion: `sample`, `turn` (from 0), `tokens`, and a sum for each
-        channel; values that are not finite add nothing. Of a trace of single turns, one row per
+        of the numbers; values that are not finite add nothing. Of a trace of single turns, one row per
         completion.
     """
     learned = learned_rows(trace)
@@ -94,8 +90,8 @@ def sum_by_turn(trace: Trace, channels: Mapping[str, Channel]) -> pd.DataFrame:
             "turn": turns,
             "tokens": 1,
             **{
-                key: np.nan_to_num(np.asarray(one.values, float), nan=0.0, posinf=0.0, neginf=0.0)
-                for key, one in channels.items()
+                key: np.nan_to_num(np.asarray(one, float), nan=0.0, posinf=0.0, neginf=0.0)
+                for key, one in numbers.items()
             },
         }
     )
