@@ -278,7 +278,7 @@ PLACES = [
         lambda w: w.distill(teacher=w.teacher.weights.model),
         "Make a policy of it: Policy.of(model, tokenizer).",
     ),
-    (lambda w: w.distill(teacher=3), "distill got teacher=3. That is a int."),
+    (lambda w: w.distill(teacher=3), "distill got teacher=3. That is an int."),
     (
         lambda w: w.distill(task=w.task.prompts(3)),
         "That is a list of Prompt objects. Use a task: opdlab.tasks.from_records(",
@@ -787,7 +787,7 @@ SAMPLING = [
     (
         {"num_beams": 3},
         "sample has no option 'num_beams'. It takes n, prefixes, batch_size, writer,"
-        " places, max_new_tokens, temperature, top_p, top_k, min_p, stop, seed, min_new_tokens.",
+        " places, environment, max_new_tokens, temperature, top_p, top_k, min_p, stop, seed, min_new_tokens.",
     ),
     (
         {"prefixes": [[1]]},

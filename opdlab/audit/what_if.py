@@ -21,9 +21,11 @@ from opdlab.engine.recording import gradient_shares
 from opdlab.engine.rows import Rows
 from opdlab.errors import NonFinite, OpdlabError, PartialDistribution, UnknownColumn
 from opdlab.methods.conversion import as_method
+from opdlab.support.validation import Unchecked, validate_arguments
 
 
-def what_if(trace: Trace, loss: Callable[[Rows], Tensor]) -> Trace:
+@validate_arguments
+def what_if(trace: Trace, loss: Unchecked[Callable[[Rows], Tensor]]) -> Trace:
     """Compute the columns `loss`, `grad_norm` and `share` of a trace under another loss.
 
     Runs on the kept top tokens plus one bucket for the tail, so an f-divergence reads as a lower

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -11,6 +11,7 @@ from torch import Tensor
 
 from opdlab.data.prompt import Prompt
 from opdlab.errors import InvalidValue
+from opdlab.support.expect import expect, refusal
 
 _PER_TOKEN = ("ids", "logp", "entropy", "learn", "turn")
 _PER_COMPLETION = ("prompts", "finish", "texts", "writer")
@@ -187,8 +188,13 @@ def concat_rollouts(parts: Sequence[Rollout]) -> Rollout:
         One rollout, as wide as the widest part.
 
     Raises:
-        InvalidValue: There are none.
+        InvalidValue: There are none, or one is no rollout.
     """
+    if isinstance(parts, Rollout) or not isinstance(parts, Iterable):
+        raise refusal("Rollout", parts, "concat_rollouts", "parts")
+    parts = [
+        expect(part, Rollout, "concat_rollouts", f"parts[{i}]") for i, part in enumerate(parts)
+    ]
     if not parts:
         raise InvalidValue("concat_rollouts got no rollouts. Give at least one.")
     width = max(part.ids.shape[1] for part in parts)

@@ -30,6 +30,7 @@ from opdlab.errors import (
     UnknownName,
 )
 from opdlab.support.expect import shortened
+from opdlab.support.validation import FilePath, Text, validate_arguments
 
 _META = b"opdlab"
 _CHECKSUM = b"opdlab.sha256"  # of metadata and table, in files from format 3 on
@@ -143,7 +144,8 @@ class Trace:
         """
         return str(self.meta["vocab"][str(token_id)]).encode("latin-1")
 
-    def column(self, name: str) -> np.ndarray:
+    @validate_arguments
+    def column(self, name: Text) -> np.ndarray:
         """Take a column as an array `[rows]` or `[rows, K]`.
 
         Args:
@@ -189,7 +191,8 @@ class Trace:
             table = table.append_column(name, column)
         return Trace(table, {**self.meta, "columns": described})
 
-    def save(self, path: str | os.PathLike[str]) -> Path:
+    @validate_arguments
+    def save(self, path: FilePath) -> Path:
         """Write Parquet, atomically: a reader sees the old file or the new one.
 
         Args:

@@ -26,6 +26,9 @@ import pandas as pd
 
 from opdlab.diagnose.tables import to_html
 from opdlab.diagnose.vitals import Vitals, read_vitals
+from opdlab.errors import InvalidValue
+from opdlab.support.expect import shortened
+from opdlab.support.validation import Unchecked, validate_arguments
 from opdlab.training.run import Run
 from opdlab.training.sampler_gap import BEYOND
 from opdlab.training.step import Step
@@ -183,7 +186,10 @@ class Health:
         return sum(seen[:steps]) / steps, sum(seen[-steps:]) / steps
 
 
-def health(run: Run | pd.DataFrame | None = None, limits: Limits | None = None) -> Health:
+@validate_arguments
+def health(
+    run: Unchecked[Run | pd.DataFrame | None] = None, limits: Limits | None = None
+) -> Health:
     """Make a watch for a run.
 
     Args:
@@ -192,10 +198,15 @@ def health(run: Run | pd.DataFrame | None = None, limits: Limits | None = None) 
 
     Returns:
         A watch to call with each step.
+
+    Raises:
+        InvalidValue: `run` has no history.
     """
     watch = Health(limits or Limits())
     if run is None:
         return watch
+    if not isinstance(run, pd.DataFrame) and not hasattr(run, "history"):
+        raise InvalidValue(f"health got run={shortened(run)}. Use a Run, or a run's `history`.")
     history = run if isinstance(run, pd.DataFrame) else run.history
     for step, row in enumerate(history.to_dict("records"), 1):
         known = {str(key): float(x) for key, x in row.items() if isinstance(x, numbers.Real)}

@@ -12,7 +12,7 @@ from opdlab.data.rollout import Rollout
 from opdlab.engine.batch import Batch
 from opdlab.engine.passes import compute
 from opdlab.engine.rows import Rows
-from opdlab.errors import OpdlabError
+from opdlab.errors import EmptyPrompts, OpdlabError
 from opdlab.models.policy import as_policy
 from opdlab.models.protocols import Grader, Sampler
 from opdlab.models.same_tokens import check_same_tokens
@@ -39,10 +39,14 @@ def choose_prompts(
 
     Raises:
         InvalidValue: `prompts` is neither a number nor a list of prompts.
+        EmptyPrompts: It is a list without prompts.
         OpdlabError: It is a number, and there is no task.
     """
     if isinstance(prompts, (Prompt, Iterable)):
-        return expect_prompts(prompts, "A diagnosis")
+        given = expect_prompts(prompts, "A diagnosis")
+        if not given:
+            raise EmptyPrompts("A diagnosis got no prompts. Give some, or a number of the task's.")
+        return given
     count: int = validate("A diagnosis", {"prompts": prompts}, {"prompts": Count})["prompts"]
     if task is None:
         raise OpdlabError(

@@ -299,10 +299,11 @@ class TopK:
     def __post_init__(self) -> None:
         object.__setattr__(self, "k", validate("TopK", {"k": self.k}, {"k": Whole})["k"])
         validate("TopK", {"by": self.by}, {"by": Text})
-        if self.k < 1 or self.tail not in ("bucket", "renormalize", "drop"):
+        tails = ("bucket", "renormalize", "drop")
+        if self.k < 1 or not (isinstance(self.tail, str) and self.tail in tails):
             raise InvalidValue(
-                f"TopK got k={self.k}, tail={self.tail!r}. Use k >= 1 and bucket, renormalize or"
-                " drop."
+                f"TopK got k={self.k}, tail={shortened(self.tail)}. Use k >= 1 and bucket,"
+                " renormalize or drop."
             )
         if self.tail == "drop":
             warnings.warn(
@@ -416,6 +417,11 @@ def as_float(logp: Tensor) -> Tensor:
     Returns:
         The tensor itself, or a float32 copy.
     """
+    if not isinstance(logp, Tensor):
+        raise InvalidValue(
+            f"A divergence got {shortened(logp)}. Give log-probs as a tensor [..., V], such as"
+            " rows.student."
+        )
     return logp if logp.dtype in (torch.float32, torch.float64) else logp.float()
 
 

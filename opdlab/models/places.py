@@ -13,6 +13,7 @@ from typing import Any
 
 from opdlab.errors import InvalidValue
 from opdlab.support.expect import shortened
+from opdlab.support.validation import WholeNumbers, validate
 
 
 def read_places(places: Any, prompts: int) -> list[int] | None:
@@ -30,7 +31,8 @@ def read_places(places: Any, prompts: int) -> list[int] | None:
     """
     if places is None:
         return None
-    numbers = [int(place) for place in places]
+    read = validate("sample", {"places": places}, {"places": WholeNumbers})
+    numbers = list(read["places"])
     if len(numbers) != prompts or any(place < 0 for place in numbers):
         raise InvalidValue(
             f"sample got places={shortened(numbers)} for {prompts} prompts. Use one number from 0"

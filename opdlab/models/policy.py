@@ -711,6 +711,7 @@ class Policy:
                 parts.append(last_hidden(model, starts[piece], bodies[piece], abilities))
         return torch.cat(parts)
 
+    @validate_arguments
     def log_probs(self, rollout: Rollout) -> Tensor:
         """Compute full log-probs `[tokens, V]` in float32, for looking at.
 

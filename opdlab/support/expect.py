@@ -221,7 +221,7 @@ def _describe(value: Any) -> str:
     if is_model(value):
         return "a model without its tokenizer"
     if type(value).__name__ in ("DataFrame", "Dataset", "DatasetDict", "IterableDataset"):
-        return f"a {type(value).__name__}"
+        return _with_article(type(value).__name__)
     if isinstance(value, (str, os.PathLike)):
         return "a text, a path or a name"
     if _is_pair(value):
@@ -238,7 +238,11 @@ def _describe(value: Any) -> str:
         return f"a teacher that is no local model ({type(value).__name__})"
     if inspect.isgenerator(value):
         return "a generator"
-    return "" if value is None else f"a {type(value).__name__}"
+    return "" if value is None else _with_article(type(value).__name__)
+
+
+def _with_article(name: str) -> str:
+    return f"{'an' if name[:1].lower() in 'aeiou' else 'a'} {name}"
 
 
 def _kind(value: Any) -> str:

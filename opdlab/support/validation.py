@@ -18,7 +18,7 @@ import numbers
 import os
 import types
 from collections.abc import Callable, Hashable, Mapping, Sequence
-from dataclasses import is_dataclass
+from dataclasses import dataclass, is_dataclass
 from typing import (
     Annotated,
     Any,
@@ -38,12 +38,12 @@ from pydantic import (
     BeforeValidator,
     ConfigDict,
     Field,
-    InstanceOf,
     PydanticUserError,
     SkipValidation,
     TypeAdapter,
     ValidationError,
 )
+from pydantic_core import CoreSchema, core_schema
 
 from opdlab.errors import InvalidValue, UnknownOption
 from opdlab.support.expect import advice, shortened
@@ -150,11 +150,45 @@ Flag = Annotated[bool, BeforeValidator(_read_flag), Field(strict=True, descripti
 Folder = Annotated[
     str | os.PathLike[str], Field(description="the path of a folder, as 'runs/first'")
 ]
+Text = Annotated[str, Field(strict=True, description="a text")]
+
+
+def _read_path(value: Any) -> Any:
+    """Refuse an empty path, which is the working directory."""
+    if not isinstance(value, (str, os.PathLike)) or not os.fspath(value):
+        raise ValueError("no path")
+    return value
+
+
+def _read_list(value: Any) -> Any:
+    """Read ranges, arrays, tensors and columns of tables as lists."""
+    if isinstance(value, range):
+        return list(value)
+    return value.tolist() if hasattr(value, "tolist") else value
+
+
+FilePath = Annotated[
+    str | os.PathLike[str],
+    BeforeValidator(_read_path),
+    Field(description="the path of a file, as 'runs/first.html'"),
+]
+Numbers = Annotated[
+    Sequence[Number], BeforeValidator(_read_list), Field(description="a list of numbers")
+]
+NumbersByRow = Annotated[
+    Mapping[int, Number], Field(description="a dict of numbers by completion, as {0: 1.0}")
+]
+Thresholds = Annotated[
+    Mapping[str, Finite], Field(description="a dict of numbers by column, as {'log_ratio': 1.0}")
+]
+WholeNumbers = Annotated[
+    Sequence[Whole], BeforeValidator(_read_list), Field(description="a list of whole numbers")
+]
+Texts = Annotated[Sequence[Text], Field(description="a list of texts")]
 ByName = Annotated[
     Mapping[str, Any], Field(description="a dict of policies by name, as {'reference': policy}")
 ]
 Unchecked = Annotated[_Value, SkipValidation]  # for arguments that the function itself looks at
-Text = Annotated[str, Field(strict=True, description="a text")]
 Addresses = Annotated[
     str | Sequence[str],
     Field(description="the address of a server, or a list of those of servers of one model"),
@@ -297,6 +331,29 @@ def _adapter(hint: Any) -> TypeAdapter[Any] | None:
         return None
 
 
+@dataclass(frozen=True)
+class _IsInstance:
+    """A check by `isinstance` alone; pydantic's `InstanceOf` also needs to know how to write one.
+
+    Attributes:
+        kind: The class.
+    """
+
+    kind: type
+
+    def __get_pydantic_core_schema__(self, source: Any, handler: Any) -> CoreSchema:
+        """Make the check, as pydantic asks for it.
+
+        Args:
+            source: The annotated type.
+            handler: Makes other checks.
+
+        Returns:
+            The check in pydantic's terms.
+        """
+        return core_schema.is_instance_schema(self.kind)
+
+
 def _by_instance(hint: Any) -> Any:
     """Let dataclasses and models in a hint be checked by `isinstance`.
 
@@ -304,8 +361,7 @@ def _by_instance(hint: Any) -> Any:
     """
     is_pydantic = isinstance(hint, type) and issubclass(hint, BaseModel)
     if is_pydantic or (isinstance(hint, type) and is_dataclass(hint)):
-        check: Any = InstanceOf
-        return check[hint]
+        return Annotated[Any, _IsInstance(hint)]
     if isinstance(hint, types.UnionType) or get_origin(hint) is Union:
         return Union[tuple(_by_instance(part) for part in get_args(hint))]  # noqa: UP007
     if get_origin(hint) in (list, tuple, dict, Sequence, Mapping):

@@ -16,8 +16,10 @@ from typing import Any
 import torch
 
 from opdlab.data.prompt import Prompt
-from opdlab.errors import OpdlabError
+from opdlab.errors import InvalidValue, OpdlabError
 from opdlab.models.policy import Policy
+from opdlab.support.expect import shortened
+from opdlab.support.validation import Text, validate_arguments
 from opdlab.tasks import Task, from_prompts, market, reasoning_gym
 from opdlab.tasks.market import model as market_model
 from opdlab.tasks.market.agent_task import AGENTS
@@ -29,11 +31,12 @@ HELD_OUT = 256  # of 1938 questions: more than the demo asks
 EXAMPLES = (("What is 4 + 9?", "13"), ("What is 20 - 8?", "12"), ("What is 31 + 6?", "37"))
 
 
+@validate_arguments
 def load(
-    profile: str = "market",
+    profile: Text = "market",
     *,
-    student: str | None = None,
-    teacher: str | None = None,
+    student: Text | None = None,
+    teacher: Text | None = None,
     **options: Any,
 ) -> tuple[Policy, Policy, Task]:
     """Load student, teacher and task of a profile.
@@ -56,23 +59,37 @@ def load(
 
     Raises:
         OpdlabError: There is no such profile, or its weights are not installed.
+        InvalidValue: The profile has no use for an option.
     """
     torch.set_num_threads(1 if profile == "market" else _THREADS)
     if profile == "market":
         task = market(**options)
         usual = AGENTS if task.environment is not None else ("student", "teacher")
-        return market_model(student or usual[0]), market_model(teacher or usual[1]), task
+        first = usual[0] if student is None else student
+        second = usual[1] if teacher is None else teacher
+        return market_model(first), market_model(second), task
     if profile == "small":
+        _refuse_options({"student": student, "teacher": teacher, **options})
         policy = smollm2()
         return policy, policy.frozen().seeing(rule_and_examples), rule_task()
     if profile == "gpu":
         task = reasoning_gym(options.pop("name", "chain_sum"), **options)
         return (
-            Policy.load(student or "Qwen/Qwen3-0.6B"),
-            Policy.load(teacher or "Qwen/Qwen3-4B"),
+            Policy.load("Qwen/Qwen3-0.6B" if student is None else student),
+            Policy.load("Qwen/Qwen3-4B" if teacher is None else teacher),
             task,
         )
     raise OpdlabError(f"There is no profile {profile!r}. Use market, small or gpu.")
+
+
+def _refuse_options(options: dict[str, Any]) -> None:
+    """Refuse what the profile small has no use for."""
+    for name, value in options.items():
+        if value is not None:
+            raise InvalidValue(
+                f"load got {name}={shortened(value)}, which the profile 'small' has no use for:"
+                " student and teacher are SmolLM2, and the task is its rule."
+            )
 
 
 def find_smollm2() -> Path | None:

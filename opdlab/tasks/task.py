@@ -13,7 +13,7 @@ from typing import Any, Literal
 from transformers import PreTrainedTokenizerBase
 
 from opdlab.data.conversation import Environment
-from opdlab.data.prompt import Prompt
+from opdlab.data.prompt import Prompt, expect_prompts
 from opdlab.data.rollout import Rollout
 from opdlab.data.seeds import seed_of
 from opdlab.data.tokens import token_bytes
@@ -21,7 +21,7 @@ from opdlab.errors import EmptyPrompts, InvalidValue, MissingPolicy, OpdlabError
 from opdlab.models.conversations import check_environment, with_tools
 from opdlab.models.policy import Policy, as_policy, find_too_long
 from opdlab.support.expect import shortened
-from opdlab.support.validation import Count, Text, Whole, validate
+from opdlab.support.validation import Count, Text, Texts, Whole, validate
 from opdlab.tasks.answers import same_answer
 from opdlab.tasks.epochs import epoch_order
 from opdlab.tasks.records import read_prompts
@@ -192,7 +192,17 @@ class Task:
 
         Returns:
             One score from 0 to 1 for each text.
+
+        Raises:
+            InvalidValue: There is not one text for each prompt.
         """
+        prompts = expect_prompts(prompts, "task.scores")
+        texts = list(validate("task.scores", {"texts": texts}, {"texts": Texts})["texts"])
+        if len(prompts) != len(texts):
+            raise InvalidValue(
+                f"task.scores got {len(texts)} texts for {len(prompts)} prompts. Give one text for"
+                " each prompt."
+            )
         return [self.score(prompt, text) for prompt, text in zip(prompts, texts, strict=True)]
 
     def _drawn(self, n: int, seed: int, split: Split) -> list[Prompt]:
@@ -340,7 +350,8 @@ def from_records(
             record's number and column.
         EmptyPrompts: Nothing is left to train on.
     """
-    keep = (keep,) if isinstance(keep, str) else tuple(keep)
+    columns = [keep] if isinstance(keep, str) else keep
+    keep = tuple(validate("from_records", {"keep": columns}, {"keep": Texts})["keep"])
     prompts = read_prompts(records, keep)
     if verify is None:
         _check_answers(prompts, name)
@@ -413,7 +424,7 @@ def from_prompts(
     return Task(
         name,
         _draw_from(pools, name),
-        verify or _by_answer(prompts, name),
+        _by_answer(prompts, name) if verify is None else verify,
         max_new_tokens,
         environment=environment,
         pool=pools,

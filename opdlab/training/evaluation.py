@@ -16,11 +16,13 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
+import pandas as pd
 import torch
 from accelerate import Accelerator
 
 from opdlab.data.prompt import Prompt
 from opdlab.data.sampling_config import SamplingConfig
+from opdlab.data.trace import Trace
 from opdlab.errors import InvalidValue, MissingPolicy, OpdlabError
 from opdlab.models.places import seeded
 from opdlab.models.policy import Policy
@@ -353,7 +355,8 @@ def _with_sampler(policy: Any, sampler: Any) -> Sampler:
 
 def _check_writes(policy: Any) -> None:
     """Refuse objects that cannot answer prompts."""
-    if isinstance(policy, type) or not isinstance(policy, (Sampler, Writer)):
+    is_table = isinstance(policy, (pd.DataFrame, Trace))  # these have a `sample` of another kind
+    if isinstance(policy, type) or is_table or not isinstance(policy, (Sampler, Writer)):
         raise InvalidValue(
             f"evaluate got policy={shortened(policy)}. Use a Policy (Policy.load, Policy.of(model,"
             " tokenizer)), or a teacher that writes, as opdlab.teachers.TextOnly or TextServer."

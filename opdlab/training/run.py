@@ -31,7 +31,7 @@ from opdlab.models.protocols import StudentSampler
 from opdlab.support.files import write_file
 from opdlab.support.interrupts import hold_interrupts
 from opdlab.support.progress import Progress
-from opdlab.support.validation import ByName, Flag, Folder, Unchecked, validate_arguments
+from opdlab.support.validation import ByName, Flag, Folder, Unchecked, Whole, validate_arguments
 from opdlab.tasks import Task
 from opdlab.teachers.contract import expect_teacher
 from opdlab.training import (
@@ -396,7 +396,8 @@ class Run(RunState):
             pass
         return self
 
-    def at(self, step: int) -> Policy:
+    @validate_arguments
+    def at(self, step: Whole) -> Policy:
         """Return the student as it was after `step`, from the snapshots kept by `snapshot_every`.
 
         Args:

@@ -20,8 +20,9 @@ from opdlab.models.policy import Policy, as_policy
 from opdlab.models.protocols import Checked, Grader
 from opdlab.models.same_tokens import check_same_tokens
 from opdlab.models.vocabulary import check_written_with
-from opdlab.support.expect import shortened
+from opdlab.support.expect import expect, shortened
 from opdlab.support.validation import Count, validate
+from opdlab.tasks import Task
 from opdlab.training.processes import AcceleratedProcesses, gather_trace
 from opdlab.training.resolution import grader_names, missing_policy_error, resolve_policies
 
@@ -79,6 +80,8 @@ def score(
             " student, teacher)."
         )
     k = validate("score", {"k": k}, {"k": Count})["k"]
+    if task is not None:
+        expect(task, Task, "score", "task")
     graders: dict[str, Any] = {"student": student}
     if teacher is not None:
         graders["teacher"] = teacher

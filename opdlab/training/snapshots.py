@@ -28,6 +28,14 @@ from opdlab.errors import OpdlabError
 from opdlab.models.policy import Policy
 from opdlab.models.same_tokens import check_same_tokens
 from opdlab.support.expect import expect
+from opdlab.support.validation import (
+    Count,
+    GeneratorSeed,
+    Temperature,
+    Unchecked,
+    WholeNumbers,
+    validate_arguments,
+)
 from opdlab.teachers.contract import expect_teacher
 from opdlab.training import checkpoint, run_folder
 from opdlab.training.run import Run
@@ -48,13 +56,14 @@ def steps(run: Run) -> list[int]:
     return sorted({*run.snapshots, *_saved(run)})
 
 
+@validate_arguments
 def rescore(
-    run: Run,
-    rollout: Rollout,
-    teacher: Policy | None = None,
+    run: Unchecked[Run],
+    rollout: Unchecked[Rollout],
+    teacher: Unchecked[Policy | None] = None,
     *,
-    at: Sequence[int] = (),
-    k: int = 8,
+    at: WholeNumbers = (),
+    k: Count = 8,
     **others: Policy,
 ) -> dict[int, Trace]:
     """Score the same rollout under the student of every kept step.
@@ -94,15 +103,16 @@ def rescore(
     return out
 
 
+@validate_arguments
 def rewrite(
-    run: Run,
-    prompts: Sequence[Prompt],
-    teacher: Policy | None = None,
+    run: Unchecked[Run],
+    prompts: Unchecked[Sequence[Prompt]],
+    teacher: Unchecked[Policy | None] = None,
     *,
-    at: Sequence[int] = (),
-    k: int = 8,
-    seed: int = 0,
-    temperature: float = 0.0,
+    at: WholeNumbers = (),
+    k: Count = 8,
+    seed: GeneratorSeed = 0,
+    temperature: Temperature = 0.0,
 ) -> dict[int, Trace]:
     """Let the student of every kept step write to the same prompts, and grade the texts.
 

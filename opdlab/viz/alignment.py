@@ -16,6 +16,7 @@ from opdlab.data.notes import Alignments
 from opdlab.data.trace import Trace
 from opdlab.errors import OpdlabError
 from opdlab.support.expect import expect
+from opdlab.support.validation import Text, validate_arguments
 from opdlab.viz import markup, payload
 from opdlab.viz.channel import Channel
 from opdlab.viz.glyphs import show_piece
@@ -86,12 +87,13 @@ class Alignment(View):
     takes = "one text in the tokens of two models, or a trace with noted spans"
     name, scripts, styles = "alignment", ("alignment.js",), ("alignment.css",)
 
+    @validate_arguments
     def __init__(
         self,
         ours: Sequence[bytes],
         theirs: Sequence[bytes],
         kl: Sequence[float] | None = None,
-        title: str = "",
+        title: Text = "",
         names: tuple[str, str] = ("student", "teacher"),
         cuts: Sequence[Sequence[int]] | None = None,
     ) -> None:

@@ -15,6 +15,7 @@ from opdlab.data.notes import Chunks
 from opdlab.data.trace import Trace
 from opdlab.errors import OpdlabError
 from opdlab.support.expect import expect
+from opdlab.support.validation import Text, Unchecked, validate_arguments
 from opdlab.viz import markup, payload
 from opdlab.viz.channel import Channel, describe_channel
 from opdlab.viz.glyphs import group_pieces, show_piece
@@ -64,7 +65,8 @@ class Audits(View):
     scripts = ("audits.js",)
     styles = ("dots.css", "audits.css")
 
-    def __init__(self, trace: Trace, title: str = "") -> None:
+    @validate_arguments
+    def __init__(self, trace: Unchecked[Trace], title: Text = "") -> None:
         super().__init__()
         expect(trace, Trace, type(self).__name__, "trace")
         self.trace, self.title = trace, title

@@ -12,6 +12,7 @@ import pandas as pd
 
 from opdlab.data.trace import Trace
 from opdlab.errors import OpdlabError, UnknownColumn
+from opdlab.support.validation import Text, Unchecked, Whole, validate_arguments
 from opdlab.viz import markup, payload
 from opdlab.viz.channel import Channel, describe_channel
 from opdlab.viz.channels import find_channels, find_labelled_kinds
@@ -60,12 +61,13 @@ class Compare(View):
     channel = Trait("log_ratio")
     pair = Trait([1, 0])
 
+    @validate_arguments
     def __init__(
         self,
-        traces: Mapping[str, Trace | TokenLens] | Sequence[TokenLens],
-        sample: int = 0,
-        channel: str = "log_ratio",
-        title: str = "",
+        traces: Unchecked[Mapping[str, Trace | TokenLens] | Sequence[TokenLens]],
+        sample: Whole = 0,
+        channel: Text = "log_ratio",
+        title: Text = "",
     ) -> None:
         super().__init__()
         self.sample, self.title, self.traces = sample, title, _name_traces(traces, sample)

@@ -18,6 +18,7 @@ from opdlab.data.tokens import token_bytes
 from opdlab.data.trace import Trace
 from opdlab.errors import MissingPolicy, OpdlabError
 from opdlab.support.expect import expect
+from opdlab.support.validation import ByName, Text, Unchecked, validate_arguments
 from opdlab.viz import markup, payload
 from opdlab.viz.channel import Channel, describe_channel
 from opdlab.viz.channels import find_channels
@@ -67,12 +68,13 @@ class Forks(View):
     name, scripts, styles = "forks", ("forks.js",), ("dots.css", "forks.css")
     threshold = Trait(0.0)
 
+    @validate_arguments
     def __init__(
         self,
-        trace: Trace,
-        policies: Mapping[str, Any] | None = None,
-        prompts: Sequence[Any] | None = None,
-        title: str = "",
+        trace: Unchecked[Trace],
+        policies: ByName | None = None,
+        prompts: Unchecked[Sequence[Any] | None] = None,
+        title: Text = "",
     ) -> None:
         super().__init__()
         expect(trace, Trace, type(self).__name__, "trace")

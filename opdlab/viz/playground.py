@@ -11,6 +11,7 @@ import pandas as pd
 from opdlab.data.trace import Trace
 from opdlab.errors import OpdlabError
 from opdlab.support.expect import expect
+from opdlab.support.validation import Text, Unchecked, Whole, validate_arguments
 from opdlab.viz import markup, payload
 from opdlab.viz.channel import Channel
 from opdlab.viz.channels import find_channels
@@ -80,8 +81,13 @@ class Playground(View):
     teacher = Trait([0.6, 0.3, 0.1])
     student = Trait([0.05, 0.15, 0.8])
 
+    @validate_arguments
     def __init__(
-        self, losses: Any = None, trace: Trace | None = None, sample: int = 0, title: str = ""
+        self,
+        losses: Any = None,
+        trace: Unchecked[Trace | None] = None,
+        sample: Whole = 0,
+        title: Text = "",
     ) -> None:
         from opdlab.viz.playground_losses import PlaygroundLosses
 

@@ -13,6 +13,7 @@ import pandas as pd
 from opdlab.data.trace import Trace
 from opdlab.errors import MissingPolicy, OpdlabError
 from opdlab.support.expect import expect
+from opdlab.support.validation import Text, Unchecked, Whole, validate_arguments
 from opdlab.viz import markup, payload
 from opdlab.viz.channel import Channel, describe_channel
 from opdlab.viz.glyphs import group_pieces, show_piece
@@ -70,15 +71,16 @@ class PrivilegeLens(View):
     styles = ("privilege.css",)
     undecided = Trait(0.69)
 
+    @validate_arguments
     def __init__(
         self,
-        trace: Trace,
-        student: str = "student",
-        informed: str = "teacher+hint",
-        plain: str = "teacher",
-        wrong: str | None = None,
-        sample: int = 0,
-        title: str = "",
+        trace: Unchecked[Trace],
+        student: Text = "student",
+        informed: Text = "teacher+hint",
+        plain: Text = "teacher",
+        wrong: Text | None = None,
+        sample: Whole = 0,
+        title: Text = "",
     ) -> None:
         super().__init__()
         expect(trace, Trace, type(self).__name__, "trace")

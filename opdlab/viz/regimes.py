@@ -12,6 +12,7 @@ import pandas as pd
 from opdlab.data.trace import Trace
 from opdlab.errors import OpdlabError, UnknownColumn
 from opdlab.support.expect import expect
+from opdlab.support.validation import Text, Thresholds, Unchecked, validate_arguments
 from opdlab.viz import markup, payload
 from opdlab.viz.axes import Axis, find_axes, find_sides
 from opdlab.viz.channel import Channel
@@ -71,14 +72,15 @@ class Regimes(View):
     hidden = Trait([])
     region = Trait([])
 
+    @validate_arguments
     def __init__(
         self,
-        trace: Trace,
-        x: str = "log_ratio",
-        y: str = "confidence",
-        thresholds: Mapping[str, float] | None = None,
-        by: str | None = None,
-        title: str = "",
+        trace: Unchecked[Trace],
+        x: Text = "log_ratio",
+        y: Text = "confidence",
+        thresholds: Thresholds | None = None,
+        by: Text | None = None,
+        title: Text = "",
     ) -> None:
         super().__init__()
         expect(trace, Trace, type(self).__name__, "trace")

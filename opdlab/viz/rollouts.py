@@ -14,6 +14,7 @@ import pyarrow.compute as pc
 from opdlab.data.trace import Trace
 from opdlab.errors import OpdlabError
 from opdlab.support.expect import expect
+from opdlab.support.validation import Numbers, NumbersByRow, Text, Unchecked, validate_arguments
 from opdlab.viz import markup, payload
 from opdlab.viz.channel import Channel, describe_channel
 from opdlab.viz.channels import find_channels
@@ -65,12 +66,13 @@ class Rollouts(View):
     rollout = Trait(-1)
     sort = Trait("")
 
+    @validate_arguments
     def __init__(
         self,
-        trace: Trace,
-        rewards: Sequence[float] | Mapping[int, float] | None = None,
-        sort: str = "",
-        title: str = "",
+        trace: Unchecked[Trace],
+        rewards: Numbers | NumbersByRow | None = None,
+        sort: Text = "",
+        title: Text = "",
     ) -> None:
         super().__init__()
         expect(trace, Trace, type(self).__name__, "trace")

@@ -11,6 +11,7 @@ import pandas as pd
 
 from opdlab.errors import OpdlabError
 from opdlab.support.expect import shortened
+from opdlab.support.validation import Text, validate_arguments
 from opdlab.viz import markup
 from opdlab.viz.channel import Channel
 from opdlab.viz.lines import Line, Plot, find_range, thin
@@ -99,7 +100,8 @@ class RunBoard(View):
     name, scripts, styles = "board", ("board.js",), ("lines.css", "board.css")
     hidden = Trait([])
 
-    def __init__(self, runs: Any, title: str = "", watch: Health | None = None) -> None:
+    @validate_arguments
+    def __init__(self, runs: Any, title: Text = "", watch: Health | None = None) -> None:
         from opdlab.diagnose.health import Health, health
 
         super().__init__()

@@ -10,6 +10,7 @@ import pandas as pd
 from opdlab.data.trace import Trace
 from opdlab.errors import InvalidValue, OpdlabError
 from opdlab.support.expect import shortened
+from opdlab.support.validation import Text, Unchecked, validate_arguments
 from opdlab.viz import markup
 from opdlab.viz.channel import Channel
 from opdlab.viz.channels import find_channels
@@ -59,14 +60,15 @@ class RunCard(View):
     takes = "a run or its history"
     name, scripts, styles = "run-card", (), ("lines.css", "run_card.css")
 
+    @validate_arguments
     def __init__(
         self,
         run: Any,
         before: Evaluation | None = None,
         after: Evaluation | None = None,
-        samples: Trace | Mapping[str, Trace] | None = None,
-        title: str = "",
-        note: str = "",
+        samples: Unchecked[Trace | Mapping[str, Trace] | None] = None,
+        title: Text = "",
+        note: Text = "",
     ) -> None:
         super().__init__()
         _check_evaluation("before", before)

@@ -13,6 +13,7 @@ import pyarrow as pa
 from opdlab.data.trace import Trace
 from opdlab.errors import InvalidValue, OpdlabError, UnknownColumn
 from opdlab.support.expect import shortened
+from opdlab.support.validation import Text, Unchecked, Whole, validate_arguments
 from opdlab.viz import markup, payload
 from opdlab.viz.channel import Channel, describe_channel
 from opdlab.viz.channels import find_channels, find_labelled_kinds
@@ -76,13 +77,14 @@ class Scrubber(View):
     against = Trait("previous")
     channel = Trait("log_ratio")
 
+    @validate_arguments
     def __init__(
         self,
-        traces: Mapping[int, Trace],
+        traces: Unchecked[Mapping[int, Trace]],
         history: pd.DataFrame | None = None,
-        sample: int = 0,
-        channel: str = "log_ratio",
-        title: str = "",
+        sample: Whole = 0,
+        channel: Text = "log_ratio",
+        title: Text = "",
     ) -> None:
         super().__init__()
         if not isinstance(traces, Mapping):

@@ -12,6 +12,7 @@ import pandas as pd
 from opdlab.data.trace import Trace
 from opdlab.errors import OpdlabError, UnknownColumn
 from opdlab.support.expect import expect
+from opdlab.support.validation import Text, Unchecked, Whole, validate_arguments
 from opdlab.viz import kept, markup, payload
 from opdlab.viz.channel import Channel
 from opdlab.viz.channels import find_rivals
@@ -65,14 +66,15 @@ class TailAudit(View):
     k = Trait(0)
     channel = Trait("missed")
 
+    @validate_arguments
     def __init__(
         self,
-        trace: Trace,
-        sample: int = 0,
-        k: int = 0,
-        by: str = "student",
-        against: str = "",
-        title: str = "",
+        trace: Unchecked[Trace],
+        sample: Whole = 0,
+        k: Whole = 0,
+        by: Text = "student",
+        against: Text = "",
+        title: Text = "",
     ) -> None:
         super().__init__()
         expect(trace, Trace, type(self).__name__, "trace")

@@ -17,6 +17,15 @@ import pyarrow.compute as pc
 from opdlab.data.trace import Trace
 from opdlab.errors import OpdlabError, UnknownColumn
 from opdlab.support.expect import expect
+from opdlab.support.validation import (
+    Finite,
+    Numbers,
+    NumbersByRow,
+    Text,
+    Unchecked,
+    WholeNumbers,
+    validate_arguments,
+)
 from opdlab.viz import markup, payload
 from opdlab.viz.channel import describe_channel
 from opdlab.viz.channels import find_channels, find_kinds, find_labelled_kinds, find_rivals
@@ -69,14 +78,15 @@ class Timeline(View):
     name, scripts, styles = "timeline", ("timeline.js",), ("lines.css", "timeline.css")
     threshold = Trait(3.0)
 
+    @validate_arguments
     def __init__(
         self,
-        trace: Trace,
-        samples: Sequence[int] | None = None,
-        rewards: Sequence[float] | Mapping[int, float] | None = None,
-        threshold: float = 3.0,
-        against: str = "",
-        title: str = "",
+        trace: Unchecked[Trace],
+        samples: WholeNumbers | None = None,
+        rewards: Numbers | NumbersByRow | None = None,
+        threshold: Finite = 3.0,
+        against: Text = "",
+        title: Text = "",
     ) -> None:
         super().__init__(threshold=float(threshold))
         expect(trace, Trace, type(self).__name__, "trace")

@@ -11,6 +11,7 @@ import pandas as pd
 from opdlab.data.trace import Trace
 from opdlab.errors import OpdlabError, UnknownColumn
 from opdlab.support.expect import expect
+from opdlab.support.validation import Text, Texts, Unchecked, Whole, validate_arguments
 from opdlab.viz import markup, payload
 from opdlab.viz.channels import describe_fitting, find_channels
 from opdlab.viz.duel import find_duel
@@ -66,14 +67,15 @@ class TokenLens(View):
     tracks = Trait([])
     pins = Trait([])
 
+    @validate_arguments
     def __init__(
         self,
-        trace: Trace,
-        sample: int = 0,
-        channel: str = "log_ratio",
-        title: str = "",
+        trace: Unchecked[Trace],
+        sample: Whole = 0,
+        channel: Text = "log_ratio",
+        title: Text = "",
         like: TokenLens | None = None,
-        tracks: Sequence[str] = (),
+        tracks: Texts = (),
     ) -> None:
         super().__init__()
         expect(trace, Trace, type(self).__name__, "trace")

@@ -78,8 +78,8 @@ def sum_by_turn(trace: Trace, numbers: Mapping[str, np.ndarray]) -> pd.DataFrame
 
     Returns:
         One row per turn of each completion: `sample`, `turn` (from 0), `tokens`, and a sum for each
-        of the numbers; values that are not finite add nothing. Of a trace of single turns, one row per
-        completion.
+        of the numbers; values that are not finite add nothing. Of a trace of single turns, one row
+        per completion.
     """
     learned = learned_rows(trace)
     is_own = np.ones(len(trace), bool) if learned is None else learned

@@ -51,7 +51,7 @@ def market(
                 " Leave them out."
             )
         return agent_task.market_with_tools()
-    if hint is not None and hint not in world.HINTS:
+    if hint is not None and not (isinstance(hint, str) and hint in world.HINTS):
         raise InvalidValue(
             f"market got hint={shortened(hint)}. Use one of {', '.join(world.HINTS)}, or None."
         )
