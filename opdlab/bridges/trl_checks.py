@@ -144,6 +144,8 @@ def check_with_data(trainer: Any, teacher: Any) -> None:
     for name in method.needs:
         if name not in policies:
             raise missing_policy_error(method, name)
+    if trainer.train_dataset is None:
+        raise InvalidValue("MethodTrainer got no train_dataset. Give one with a column 'prompt'.")
     prompts = first_prompts(trainer.train_dataset, LOOKED_AT)
     writers = writer_names(method) if student_share(method) < 1 else ()
     if "answer" in writers:

@@ -16,7 +16,7 @@ from typing import Annotated
 
 import tyro
 
-from opdlab.commands.flags import Flags
+from opdlab.commands.flags import Flags, WorkFlags
 from opdlab.errors import OpdlabError
 
 app = tyro.extras.SubcommandApp()
@@ -297,6 +297,10 @@ def gallery(
     print(f"page: {draw_gallery(out, world, pictures)}")
 
 
+PlannedWork = Annotated[WorkFlags, tyro.conf.OmitArgPrefixes]
+NO_WORK = WorkFlags()
+
+
 @app.command
 def doctor(
     student: Annotated[str, tyro.conf.Positional],
@@ -306,6 +310,10 @@ def doctor(
     k: int = 8,
     seed: int = 0,
     budget: float = 90.0,
+    plan: bool = False,
+    gpus: int = 1,
+    device: str = "h100",
+    work: PlannedWork = NO_WORK,
 ) -> None:
     """Say before any training whether distillation can work between two models, and why not.
 
@@ -322,7 +330,18 @@ def doctor(
         k: Samples of the student per prompt at most, for pass@k.
         seed: Seed of prompts and samples.
         budget: Seconds to keep to once the models are loaded; it asks as much as fits.
+        plan: Load no weights, and say what a step takes on several devices: memory, traffic, time.
+        gpus: Devices of the plan.
+        device: The devices of the plan: h200, h100, a100, l40s or 4090.
+        work: The step of the plan.
     """
+    if plan:
+        from opdlab.commands.plan import print_plan
+
+        print_plan(student, teacher, gpus, device, work)
+        return
+    if (gpus, device, work) != (1, "h100", NO_WORK):
+        raise OpdlabError("doctor got options of a plan without --plan. Add it, or leave them out.")
     from rich.console import Console
 
     from opdlab import diagnose

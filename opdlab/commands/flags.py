@@ -48,6 +48,29 @@ class Flags:
 
 
 @dataclass(frozen=True)
+class WorkFlags:
+    """Name the work of a step that `opdlab doctor --plan` sums up.
+
+    Attributes:
+        batch: Prompts of a step, over all devices.
+        n: Completions of each prompt.
+        prompt_tokens: Tokens of a prompt.
+        new_tokens: Tokens of a completion.
+        lora: Rank of the adapter; 0 trains all weights.
+        micro_batch: Completions in one backward pass of a device.
+        vllm: Whether vLLM writes, and not the student's own loop.
+    """
+
+    batch: int = 64
+    n: int = 1
+    prompt_tokens: int = 512
+    new_tokens: int = 1024
+    lora: int = 16
+    micro_batch: int = 4
+    vllm: bool = False
+
+
+@dataclass(frozen=True)
 class Given:
     """A config with what only a command line may add to it: code.
 

@@ -10,18 +10,27 @@ from opdlab.diagnose.exposure import Exposure, exposure
 from opdlab.diagnose.health import Alarm, Health, Limits, health
 from opdlab.diagnose.illusion import Illusion, illusion
 from opdlab.diagnose.overlap import Overlap, overlap
+from opdlab.diagnose.plan import DEVICES, Device, Efficiency, Plan, Plans, Work, plan
 from opdlab.diagnose.privilege import Privilege, information_floor, privilege
+from opdlab.diagnose.shapes import Shape, shape_of
 
 __all__ = [
+    "DEVICES",
     "Alarm",
     "Cost",
+    "Device",
     "Diagnosis",
+    "Efficiency",
     "Exposure",
     "Health",
     "Illusion",
     "Limits",
     "Overlap",
+    "Plan",
+    "Plans",
     "Privilege",
+    "Shape",
+    "Work",
     "cost",
     "doctor",
     "exposure",
@@ -29,5 +38,7 @@ __all__ = [
     "illusion",
     "information_floor",
     "overlap",
+    "plan",
     "privilege",
+    "shape_of",
 ]

@@ -149,6 +149,18 @@ def _check_options(name: str, given: Mapping[str, Any], known: tuple[str, ...]) 
             )
 
 
+def folder_of_model(name: str) -> str:
+    """Find where a model's configuration lies.
+
+    Args:
+        name: A shipped model, small (SmolLM2), a folder or a name on the Hub.
+
+    Returns:
+        The folder of a shipped model; the name itself for others.
+    """
+    return str(data() / name) if name in MODELS else name
+
+
 def load_model(name: str, **options: Any) -> Policy:
     """Load a model by its name.
 

