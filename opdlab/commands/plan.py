@@ -40,5 +40,5 @@ def print_plan(student: str, teacher: str | None, gpus: int, device: str, work: 
         micro_batch=work.micro_batch,
     )
     efficiency = Efficiency(overhead=WITH_VLLM) if work.vllm else Efficiency()
-    shapes = [shape_of(folder_of_model(name)) for name in (student, teacher)]
-    print(plan(*shapes, gpus=gpus, device=DEVICES[device], work=step, efficiency=efficiency))
+    learner, grader = (shape_of(folder_of_model(name)) for name in (student, teacher))
+    print(plan(learner, grader, gpus, DEVICES[device], step, efficiency))

@@ -31,7 +31,7 @@ _EXPERTS = {  # with 128 experts, 8 of them for each token
     "Qwen/Qwen3-235B-A22B": (4096, 94, 64, 4, 1536),
 }
 _SMALL = "small"  # SmolLM2-135M
-_COMMON = {"vocab_size": 151936, "head_dim": 128, "max_position_embeddings": 40960}
+_COMMON: dict[str, Any] = {"vocab_size": 151936, "head_dim": 128, "max_position_embeddings": 40960}
 KNOWN = (_SMALL, *_DENSE, *_EXPERTS)
 
 
