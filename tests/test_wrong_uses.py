@@ -787,7 +787,8 @@ SAMPLING = [
     (
         {"num_beams": 3},
         "sample has no option 'num_beams'. It takes n, prefixes, batch_size, writer,"
-        " places, environment, max_new_tokens, temperature, top_p, top_k, min_p, stop, seed, min_new_tokens.",
+        " places, environment, max_new_tokens, temperature, top_p, top_k, min_p, stop, seed,"
+        " min_new_tokens.",
     ),
     (
         {"prefixes": [[1]]},
