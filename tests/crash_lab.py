@@ -25,7 +25,7 @@ import torch
 
 import opdlab as opd
 from opdlab import errors
-from opdlab.training import checkpoint, phases, saving
+from opdlab.training import checkpoint, optimizer_files, phases, saving
 from opdlab.training import run as run_module
 
 STEPS = 4
@@ -52,7 +52,7 @@ PHASES: dict[str, tuple[Any, str]] = {
     "update": (run_module, "update_weights"),
     "snapshot": (saving, "keep_snapshot"),
     "save the weights": (checkpoint, "_write_weights"),
-    "save the optimizer": (checkpoint, "_optimizer_tensors"),
+    "save the optimizer": (optimizer_files, "_write_whole"),
     "save the snapshots": (checkpoint, "_write_snapshots"),
     "save the manifest": (checkpoint, "_checksums_of"),
     "flush": (checkpoint, "_flush_files"),
@@ -346,11 +346,11 @@ def read_only(lab: Lab, folder: Path, right: dict[str, Any]) -> dict[str, Any]:
         os.seteuid(65534)  # root may write anywhere
         whole, calls = checkpoint.write_checkpoint, [0]
 
-        def closing(run: Any, where: Path) -> Path:
+        def closing(run: Any, where: Path, *rest: Any) -> Path:
             calls[0] += 1
             if calls[0] == 3:
                 where.chmod(0o555)
-            return whole(run, where)
+            return whole(run, where, *rest)
 
         (folder / "run").mkdir(exist_ok=True)
         os.seteuid(0)

@@ -66,7 +66,9 @@ def recomputable_layers(model: PreTrainedModel) -> list[nn.Module]:
     found = [
         module
         for module in model.modules()
-        if isinstance(module, GradientCheckpointingLayer) or type(module).__name__ in unsplit
+        # FSDP2 puts its name before that of a class.
+        if isinstance(module, GradientCheckpointingLayer)
+        or type(module).__name__.removeprefix("FSDP") in unsplit
     ]
     inside = {id(part) for layer in found for part in layer.modules() if part is not layer}
     layers = [layer for layer in found if id(layer) not in inside]

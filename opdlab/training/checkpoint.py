@@ -3,7 +3,7 @@
     run/step-000020/
         adapter_model.safetensors, adapter_config.json       what PEFT reads, or, in full training,
         model.safetensors, config.json, tokenizer.json …     what transformers reads
-        optimizer.safetensors
+        optimizer.safetensors, or one for each process       opdlab.training.optimizer_files
         ema.safetensors                                      where a method needs `ema`
         method.safetensors                                   where a method keeps a state
         ahead.safetensors, ahead.json                        texts that were written ahead
@@ -23,7 +23,7 @@ import json
 import os
 import shutil
 import warnings
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -48,7 +48,7 @@ _EARLIER = "Resume from an earlier one: opdlab.resume(path, …, step=N)."
 FORMAT = 3
 
 
-def write_checkpoint(run: RunState, folder: Path) -> Path:
+def write_checkpoint(run: RunState, folder: Path, write_optimizer: Callable[[Path], None]) -> Path:
     """Save `run` as `folder/step-NNNNNN`.
 
     A crash at any moment leaves either the complete checkpoint or none under that name.
@@ -56,6 +56,7 @@ def write_checkpoint(run: RunState, folder: Path) -> Path:
     Args:
         run: The run, between two steps.
         folder: The run's folder; it is made if it is missing.
+        write_optimizer: Writes the optimizer's state, as `optimizer_files.collect` makes it.
 
     Returns:
         The path of the checkpoint.
@@ -70,7 +71,7 @@ def write_checkpoint(run: RunState, folder: Path) -> Path:
     partial.mkdir(parents=True)
     try:
         _write_weights(run, partial)
-        save_file(_optimizer_tensors(run), partial / "optimizer.safetensors")
+        write_optimizer(partial)
         for average in run.averages:
             save_file(_make_contiguous(trained_tensors(average)), partial / "ema.safetensors")
         method_state.write_state(run.method, partial)
@@ -221,22 +222,6 @@ def _names_beside(folder: Path) -> set[str]:
     return set(read_json(folder / "run.json").get("embeddings", ()))
 
 
-def plain_name(name: str, adapter: str | None) -> str:
-    """Strip the adapter from a parameter's name: `….lora_A.lora3.weight` gives `….lora_A.weight`.
-
-    Args:
-        name: The parameter's name in the model.
-        adapter: The adapter's name; None for a model without one.
-
-    Returns:
-        The name, which is the same whatever the adapter is called.
-    """
-    parts = name.removeprefix(adapter_files.PREFIX).replace(".base_layer.", ".").split(".")
-    if adapter in parts:
-        del parts[len(parts) - 1 - parts[::-1].index(adapter)]
-    return ".".join(parts)
-
-
 def _make_contiguous(values: Mapping[str, Tensor]) -> dict[str, Tensor]:
     return {name: value.detach().contiguous() for name, value in values.items()}
 
@@ -258,15 +243,6 @@ def _new_embeddings(run: RunState) -> dict[str, Tensor]:
     trained = weights.adapter_state(name)
     return {
         key: value for key, value in model_files.embeddings(weights).items() if key not in trained
-    }
-
-
-def _optimizer_tensors(run: RunState) -> dict[str, Tensor]:
-    names = {id(p): plain_name(name, run.student.adapter) for name, p in run.parameters.items()}
-    return {
-        f"{key}/{names[id(p)]}": value.detach().contiguous()
-        for p, state in run.optimizer.state.items()
-        for key, value in state.items()
     }
 
 
@@ -292,6 +268,7 @@ def _describe(run: RunState, folder: Path) -> dict[str, Any]:
         },
         "embeddings": sorted(_new_embeddings(run)),
         "processes": run.accelerator.num_processes,
+        "sharded": run.sharding is not None,
         "snapshots": _write_snapshots(run, folder / "snapshots"),
         "opdlab": VERSION,
         "torch": torch.__version__,

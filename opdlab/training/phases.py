@@ -37,6 +37,7 @@ from opdlab.models.places import seeded
 from opdlab.models.precision import autocast_backbones
 from opdlab.models.protocols import Sampler
 from opdlab.models.recomputation import recompute_layers
+from opdlab.models.shards import whole_tensor
 from opdlab.training import normalization, others, sampler_gap
 from opdlab.training.processes import AcceleratedProcesses, Share, sum_in_place
 from opdlab.training.resolution import move_average
@@ -213,22 +214,17 @@ def accumulate_gradient(run: RunState, planned: Planned, written: Rollout) -> Le
     if run.settings.importance_cap is not None:
         ratio = sampler_gap.importance(written, rollout.logp, run.settings)[rollout.mask]
         weight, corrected = weight * ratio, {"importance": ratio}
-    size = run.settings.micro_batch or len(rollout)
-    passes: list[Pass] = []
-    for start in range(0, len(rollout), size):
-        is_checked = run.loss_is_checked or any(one.is_checked for one in passes)
-        rows = range(start, min(start + size, len(rollout)))
-        passes.append(_backward(run, planned, rows, weight, check=not is_checked))
+    passes = _run_passes(run, planned, weight)
     columns = {name: torch.cat([one.columns[name] for one in passes]) for name in passes[0].columns}
     columns["loss"] = torch.cat([one.loss for one in passes])
     if corrected:  # the engine gives the norm of each token's gradient without its weight
         columns["grad_norm"] = columns["grad_norm"] * corrected["importance"]
     columns |= corrected | {"sampler_gap": sampler_gap.gap_of(written, columns["student_logp"])}
     reduce_gradients(run)
-    norm = torch.nn.utils.clip_grad_norm_(
-        run.parameters.values(), run.settings.clip or math.inf
-    ).item()
+    norm = _clip_gradients(run)
     if not math.isfinite(norm):
+        if run.sharding is not None:
+            run.sharding.end()
         raise NonFinite(
             f"Step {run.done + 1}: the gradient is {norm}. Lower the learning rate; the weights are"
             " as they were."
@@ -237,35 +233,66 @@ def accumulate_gradient(run: RunState, planned: Planned, written: Rollout) -> Le
     return Learned(columns, weight, norm, any(one.is_checked for one in passes), wanted)
 
 
+def _run_passes(run: RunState, planned: Planned, weight: Tensor) -> list[Pass]:
+    """Add the gradients of all micro-batches to the parameters.
+
+    With a sharded student every process runs as many passes as the one that has the most.
+    """
+    rollout, sharding = planned.batch.rollout, run.sharding
+    size = run.settings.micro_batch or len(rollout)
+    starts = range(0, len(rollout), size)
+    passes: list[Pass] = []
+    idle = 0 if sharding is None else sharding.begin(planned.batch, passes=len(starts))
+    for start in starts:
+        is_checked = run.loss_is_checked or any(one.is_checked for one in passes)
+        rows = range(start, min(start + size, len(rollout)))
+        passes.append(_backward(run, planned, rows, weight, check=not is_checked))
+    if sharding is not None:
+        with backbone_precision(run):
+            sharding.idle_passes(idle)
+    return passes
+
+
 def _backward(run: RunState, planned: Planned, rows: range, weight: Tensor, check: bool) -> Pass:
     """Add the gradient of some completions to the parameters."""
-    batch = planned.batch
-    rollout = batch.rollout
+    rollout, sharding = planned.batch.rollout, run.sharding
     part = rollout if len(rows) == len(rollout) else rollout.select(rows)
-    model = run.student.weights.model
+    student = run.student if sharding is None else sharding.student
     with (
         backbone_precision(run),
         torch.enable_grad(),
-        recompute_layers(model, run.settings.checkpointing),
+        recompute_layers(student.weights.model, run.settings.checkpointing),
     ):
-        hidden = run.student.hidden(part)
-    note = f"Raised by the loss of {type(run.method).__name__} in step {run.done + 1}."
+        hidden = student.hidden(part)
     # The student's adapter is in force in both passes: its head gets gradients in the first, layers
     # run again in the second.
-    with run.student.weights.using(run.student.adapter):
-        try:
-            with adding_note(note):
-                found = planned.gradient(
-                    weight,
-                    student=States(hidden, run.student.head, part.ids.device),
-                    rows=rows,
-                    watch=signals.watched,
-                    check=check,
-                )
-        except NonFinite as error:
-            raise NonFinite(_place_of(error, run, part)) from None
+    with student.weights.using(student.adapter):
+        head = student.head if sharding is None else sharding.head
+        states = States(hidden, head, part.ids.device)
+        if sharding is None:
+            found = _run_loss(run, planned, rows, weight, states, check)
+        else:
+            with sharding.failing_together():
+                found = _run_loss(run, planned, rows, weight, states, check)
         torch.autograd.backward(hidden, found.gradient.to(hidden.dtype))
     return found
+
+
+def _run_loss(
+    run: RunState, planned: Planned, rows: range, weight: Tensor, states: States, check: bool
+) -> Pass:
+    """Run the loss on some completions, and add its gradient to the head."""
+    try:
+        with adding_note(
+            f"Raised by the loss of {type(run.method).__name__} in step {run.done + 1}."
+        ):
+            return planned.gradient(
+                weight, student=states, rows=rows, watch=signals.watched, check=check
+            )
+    except NonFinite as error:
+        rollout = planned.batch.rollout
+        part = rollout if len(rows) == len(rollout) else rollout.select(rows)
+        raise NonFinite(_place_of(error, run, part)) from None
 
 
 def token_weights(run: RunState, rollout: Rollout) -> Tensor:
@@ -289,15 +316,25 @@ def reduce_gradients(run: RunState) -> None:
     """Add up the gradients of all processes; parameters without one get zeros.
 
     Args:
-        run: The run; the gradients of its parameters change in place.
+        run: The run; the gradients of its parameters change in place. Those of a sharded student
+            were added up when they were made.
     """
     gradients = []
     for parameter in run.parameters.values():
         if parameter.grad is None:
             parameter.grad = torch.zeros_like(parameter)
         gradients.append(parameter.grad)
-    if run.accelerator.num_processes > 1:
+    if run.accelerator.num_processes > 1 and run.sharding is None:
         sum_in_place(AcceleratedProcesses(run.accelerator), gradients)
+
+
+def _clip_gradients(run: RunState) -> float:
+    """Shorten the gradient to `Settings.clip`, and return its length before."""
+    parameters = list(run.parameters.values())
+    length = torch.nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None])
+    length = whole_tensor(length)  # over all shards
+    torch.nn.utils.clip_grads_with_norm_(parameters, run.settings.clip or math.inf, length)
+    return length.item()
 
 
 # Update.
@@ -316,6 +353,8 @@ def update_weights(run: RunState) -> float:
     for group in run.optimizer.param_groups:
         group["lr"] = rate
     run.optimizer.step()
+    if run.sharding is not None:
+        run.sharding.end()
     for policy in run.averages:
         move_average(policy, run.student, run.settings.ema_rate)
     run.done += 1

@@ -10,7 +10,7 @@ from __future__ import annotations
 import json
 import os
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -189,6 +189,41 @@ def _messages(tensors: Sequence[Tensor]) -> list[list[Tensor]]:
             size = tensor.nbytes
         groups[-1].append(tensor)
     return groups
+
+
+@contextmanager
+def failing_together(
+    processes: AcceleratedProcesses, settle: Callable[[], None] | None = None
+) -> Iterator[None]:
+    """Let an error in one process end a block in all of them, at the end of the block.
+
+    Otherwise the others would wait for it. All processes must come to the block.
+
+    Args:
+        processes: The processes.
+        settle: Called in every process before an error is raised.
+
+    Yields:
+        Nothing.
+
+    Raises:
+        OpdlabError: Another process failed.
+        Exception: This process's own error.
+    """
+    own: Exception | None = None
+    try:
+        yield
+    except Exception as error:
+        own = error
+    said = processes.gather_json("" if own is None else str(own) or repr(own))
+    if not any(said):
+        return
+    if settle is not None:
+        settle()
+    if own is not None:
+        raise own
+    number = next(i for i, one in enumerate(said) if one)
+    raise OpdlabError(f"Process {number} failed, so all stopped: {said[number]}")
 
 
 @dataclass(frozen=True)

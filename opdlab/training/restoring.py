@@ -10,12 +10,13 @@ from pathlib import Path
 from typing import Any
 
 from peft import PeftConfig
-from torch import Tensor
 
 from opdlab.errors import DamagedFile, OpdlabError
 from opdlab.models.adapters.files import json_default
-from opdlab.support.tensor_files import check_same_tensors, read_tensors
+from opdlab.models.shards import share_of
+from opdlab.support.tensor_files import check_same_tensors
 from opdlab.training import checkpoint, run_folder
+from opdlab.training.optimizer_files import SavedOptimizer, plain_name
 from opdlab.training.state import RunState
 
 # Settings of an adapter that change its numbers; what PEFT adds besides are names and bookkeeping.
@@ -129,20 +130,20 @@ def restore_optimizer(run: RunState, saved: SavedRun) -> None:
     Raises:
         DamagedFile: A parameter has no state, or one of another shape.
     """
-    path = saved.folder / "optimizer.safetensors"
-    flat = read_tensors(path)
-    if not flat and saved.step == 0:
+    optimizer = SavedOptimizer(saved.folder)
+    path = optimizer.path
+    if not optimizer.shapes and saved.step == 0:
         return
-    parameters = {
-        checkpoint.plain_name(name, run.student.adapter): p for name, p in run.parameters.items()
-    }
-    states: dict[str, dict[str, Tensor]] = {}
-    for key, value in flat.items():
+    parameters = {plain_name(name, run.student.adapter): p for name, p in run.parameters.items()}
+    states: dict[str, dict[str, str]] = {}  # of each parameter: the names of its tensors, by kind
+    for key in optimizer.shapes:
         kind, name = key.split("/", 1)
-        states.setdefault(name, {})[kind] = value
+        states.setdefault(name, {})[kind] = key
     states = _without_adapter(states, set(parameters))
     for kind in {kind for state in states.values() for kind in state}:
-        shaped = {name: state[kind] for name, state in states.items() if kind in state}
+        shaped = {
+            name: optimizer.shapes[state[kind]] for name, state in states.items() if kind in state
+        }
         there = (
             parameters
             if kind != "step"
@@ -154,9 +155,10 @@ def restore_optimizer(run: RunState, saved: SavedRun) -> None:
             f"{path} holds no optimizer state. Resume from an earlier checkpoint: step=N."
         )
     for name, p in parameters.items():
+        read = {kind: optimizer.read(key) for kind, key in states[name].items()}
         run.optimizer.state[p] = {
-            kind: value.to(p.device, value.dtype if kind == "step" else p.dtype)
-            for kind, value in states[name].items()
+            kind: value.to(p.device) if kind == "step" else share_of(value.to(p.device, p.dtype), p)
+            for kind, value in read.items()
         }
 
 
@@ -165,7 +167,7 @@ def _without_adapter(states: dict[str, Any], wanted: set[str]) -> dict[str, Any]
     if states.keys() == wanted or not states:
         return states
     for part in next(iter(states)).split("."):
-        renamed = {checkpoint.plain_name(name, part): state for name, state in states.items()}
+        renamed = {plain_name(name, part): state for name, state in states.items()}
         if renamed.keys() == wanted:
             return renamed
     return states

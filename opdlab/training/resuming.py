@@ -263,16 +263,18 @@ def _admit(run: Run, saved: SavedRun, given: Mapping[str, Any], allowed: Sequenc
                 " and draws other texts.",
                 stacklevel=6,
             )
-        elif (processes := saved.said["processes"]) != run.accelerator.num_processes:
-            warnings.warn(
-                f"The run was trained by {processes} process{'es' * (processes > 1)} and goes on"
-                f" with {run.accelerator.num_processes}. Each step keeps its prompts and its random"
-                " numbers, so the run is the same up to the rounding of sums; it is no longer"
-                " bit-identical.",
-                stacklevel=6,
-            )
     run.lineage = saved.lineage.child(saved.step)
     fit_adapter(run, saved)
+
+
+def _other_processes(run: Run, saved: SavedRun) -> str:
+    """Say how the processes of a run differ from those that saved it; "" where they do not."""
+    before, now = saved.said["processes"], run.accelerator.num_processes
+    if before != now:
+        return f"by {before} process{'es' * (before > 1)} and goes on with {now}"
+    ways = ("with whole weights", "with FSDP2")
+    was, goes_on = bool(saved.said.get("sharded")), run.sharding is not None
+    return f"{ways[was]} and goes on {ways[goes_on]}" if was != goes_on else ""
 
 
 def _admit_old(run: Run, saved: SavedRun) -> None:
@@ -323,6 +325,13 @@ def _snapshots(saved: SavedRun) -> dict[int, dict[str, Tensor]]:
 
 
 def _warn(run: Run, saved: SavedRun) -> None:
+    is_comparable = not saved.is_old and saved.batches == 1
+    if is_comparable and (differing := _other_processes(run, saved)):
+        warnings.warn(
+            f"The run was trained {differing}. Each step keeps its prompts and its random numbers,"
+            " so the run is the same up to the rounding of sums; it is no longer bit-identical.",
+            stacklevel=3,
+        )
     if forgotten := saved.said.get("forgotten"):
         warnings.warn(
             f"{type(run.method).__name__} had changed {', '.join(forgotten)} by step {saved.step}, "

@@ -70,6 +70,7 @@ from opdlab.training.resolution import check_overrides, resolve_policies, start_
 from opdlab.training.sampler_checks import expect_sampler
 from opdlab.training.sampler_gap import measure_gap
 from opdlab.training.settings import Settings, check_settings, make_settings
+from opdlab.training.sharding import check_sharding, shard_student
 from opdlab.training.state import RunState
 from opdlab.training.step import Step
 from opdlab.training.trackers import make_accelerator, start_trackers
@@ -261,6 +262,7 @@ class Run(RunState):
         warn_of_own_teacher(student, teacher, method.needs, policies)
         self.accelerator = make_accelerator(log_with, self.folder)
         check_batch(settings.batch, self.accelerator.num_processes)
+        check_sharding(student, self.accelerator)
         ahead.check_ahead(self)
         if self.accelerator.is_main_process:
             task.warn_of_repeats(settings.batch)
@@ -284,20 +286,30 @@ class Run(RunState):
             run_folder.check_owner(self.folder, self.lineage)
             if self._lock is not None:
                 remove_leftovers(self.folder)
-        if settings.lora is not None:
-            saving.check_parameters(student)
-        self.parameters = trainable.prepare_parameters(student, self.policies, settings)
-        if settings.lora is not None:
-            saving.check_parameters(student)
-        self.claim = Claim(student.weights, student.adapter)
-        self.averages = start_average(student, self.policies, policies)
-        self.optimizer = torch.optim.AdamW(
-            self.parameters.values(), lr=settings.lr, weight_decay=settings.weight_decay, fused=True
-        )
+        self._make_trainable(policies)
         if settings.snapshot_every:
             saving.keep_snapshot(self)  # step 0, the student before any update
         is_quiet = quiet or not self.accelerator.is_main_process
         self.progress = Progress(settings.steps, name_of(method), quiet=is_quiet)
+
+    def _make_trainable(self, policies: Mapping[str, Any]) -> None:
+        """Prepare the student's weights and the optimizer; `policies` are the user's."""
+        if self.settings.lora is not None:
+            saving.check_parameters(self.student)
+        self.parameters = trainable.prepare_parameters(self.student, self.policies, self.settings)
+        if self.settings.lora is not None:
+            saving.check_parameters(self.student)
+        self.claim = Claim(self.student.weights, self.student.adapter)
+        self.averages = start_average(self.student, self.policies, policies)
+        self.sharding = shard_student(self.student, self.accelerator)
+        if self.sharding is not None:
+            self.parameters = self.sharding.parameters
+        self.optimizer = torch.optim.AdamW(
+            self.parameters.values(),
+            lr=self.settings.lr,
+            weight_decay=self.settings.weight_decay,
+            fused=True,
+        )
 
     @property
     def history(self) -> pd.DataFrame:
@@ -337,6 +349,8 @@ class Run(RunState):
     def _step(self) -> Step:
         """One step: the phases of `opdlab.training.phases`, in order."""
         began = time.perf_counter()
+        if self.sharding is not None:
+            self.sharding.end()  # after a step that was interrupted
         self.optimizer.zero_grad()
         written = ahead.take_rollout(self, write_rollout)
         rollout = written.rollout

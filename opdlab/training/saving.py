@@ -5,6 +5,7 @@ A step is saved before it is evaluated, so that an interrupt during a long evalu
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -15,9 +16,10 @@ from opdlab.errors import OpdlabError
 from opdlab.models.fingerprints import base_tensors
 from opdlab.models.policy import Policy
 from opdlab.support.interrupts import hold_interrupts
-from opdlab.training import checkpoint, run_folder
+from opdlab.training import checkpoint, optimizer_files, run_folder
 from opdlab.training.evaluation import Evaluation
 from opdlab.training.folder_lock import FolderLock
+from opdlab.training.processes import AcceleratedProcesses, failing_together
 from opdlab.training.state import RunState
 
 
@@ -60,18 +62,20 @@ def is_saved(run: RunState) -> bool:
         run: The run.
 
     Returns:
-        True in the main process of a run with a folder, where `save_every` or the last step says
-        so.
+        True for a run with a folder, where `save_every` or the last step says so: in the main
+        process, and of a sharded run in all processes, since each holds a part.
     """
     s = run.settings
     due = run.done == s.steps or (s.save_every > 0 and run.done % s.save_every == 0)
-    return run.folder is not None and due and run.done > 0 and run.accelerator.is_main_process
+    takes_part = run.accelerator.is_main_process or run.sharding is not None
+    return run.folder is not None and due and run.done > 0 and takes_part
 
 
 def save_checkpoint(run: RunState, path: Any = None) -> Path:
     """Write a checkpoint into `path`, or into the run's folder.
 
-    Of several processes the main one writes. An interrupt waits until the checkpoint is complete.
+    Of several processes the main one writes; of a sharded run, every process must call it. An
+    interrupt waits until the checkpoint is complete.
 
     Args:
         run: The run.
@@ -87,11 +91,21 @@ def save_checkpoint(run: RunState, path: Any = None) -> Path:
     folder = run.folder if path is None else run_folder.check_folder(path, "save got path")
     if folder is None:
         raise OpdlabError("Where to? Give run.save(path), or distill(…, save=path).")
+    if run.sharding is not None:
+        with hold_interrupts():
+            write_optimizer = optimizer_files.collect(run, folder)
+            with failing_together(AcceleratedProcesses(run.accelerator)):
+                return _write(run, folder, write_optimizer)
+    return _write(run, folder, optimizer_files.collect(run, folder))
+
+
+def _write(run: RunState, folder: Path, write_optimizer: Callable[[Path], None]) -> Path:
+    """Write a checkpoint in the main process."""
     if not run.accelerator.is_main_process:
         return folder / f"step-{run.done:06d}"
     with hold_interrupts(), FolderLock(folder):
         try:
-            return checkpoint.write_checkpoint(run, folder)
+            return checkpoint.write_checkpoint(run, folder, write_optimizer)
         except (OSError, SafetensorError) as error:
             reason = getattr(error, "strerror", None) or error
             raise OpdlabError(

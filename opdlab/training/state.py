@@ -21,6 +21,7 @@ from opdlab.training.handover import Handover
 from opdlab.training.method_state import Memory
 from opdlab.training.run_folder import Lineage
 from opdlab.training.settings import Settings
+from opdlab.training.sharding import Sharding
 from opdlab.training.written import Written
 
 
@@ -38,6 +39,7 @@ class RunState:
         parameters: The parameters that train, by name.
         optimizer: AdamW over the parameters.
         accelerator: The processes and trackers of Accelerate.
+        sharding: The student's shards; None where each process holds all weights.
         done: Number of steps done.
         metrics: The metrics of each step done.
         snapshots: The student's adapter after some steps, by step.
@@ -63,6 +65,7 @@ class RunState:
     parameters: dict[str, torch.nn.Parameter]
     optimizer: torch.optim.AdamW
     accelerator: Accelerator
+    sharding: Sharding | None
     done: int
     metrics: list[dict[str, float]]
     snapshots: dict[int, dict[str, Tensor]]

@@ -19,6 +19,7 @@ from accelerate.tracking import LOGGER_TYPE_TO_CLASS, GeneralTracker, get_availa
 
 from opdlab.errors import InvalidValue, OpdlabError
 from opdlab.support.expect import shortened
+from opdlab.training.sharding import check_launcher
 
 
 def make_accelerator(log_with: Any, folder: Path | None) -> Accelerator:
@@ -34,9 +35,11 @@ def make_accelerator(log_with: Any, folder: Path | None) -> Accelerator:
         The accelerator.
 
     Raises:
-        InvalidValue: There is no such tracker, or its package is not installed.
+        InvalidValue: There is no such tracker, or its package is not installed; or the launcher
+            asks for something with which opdlab does not train.
     """
     check_trackers(log_with)
+    check_launcher()
     return Accelerator(
         log_with=log_with, project_dir=None if log_with is None else str(folder or Path("runs"))
     )

@@ -167,7 +167,7 @@ def test_a_full_disk_leaves_the_earlier_checkpoints(tmp_path, monkeypatch):
     def full(*_, **__):
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr("opdlab.training.checkpoint.save_file", full)
+    monkeypatch.setattr("opdlab.training.optimizer_files.save_file", full)
     next(run)
     with pytest.raises(
         errors.OpdlabError, match=r"step 2 could not be written .*No space left.*make room"

@@ -66,7 +66,9 @@ for own in (0.0, 0.2, 1.0):
 """
 
 
-def run_processes(script, processes: int, *arguments: object) -> subprocess.CompletedProcess[str]:
+def run_processes(
+    script, processes: int, *arguments: object, variables: dict[str, str] | None = None
+) -> subprocess.CompletedProcess[str]:
     command = [
         sys.executable,
         "-m",
@@ -75,7 +77,7 @@ def run_processes(script, processes: int, *arguments: object) -> subprocess.Comp
         f"--nproc-per-node={processes}",
         str(script),
     ]
-    env = {**os.environ, "OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true"}
+    env = {**os.environ, "OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true", **(variables or {})}
     return subprocess.run(
         [*command, *map(str, arguments)],
         capture_output=True,
@@ -86,8 +88,10 @@ def run_processes(script, processes: int, *arguments: object) -> subprocess.Comp
     )
 
 
-def launched(script, processes: int, *arguments: object) -> str:
-    done = run_processes(script, processes, *arguments)
+def launched(
+    script, processes: int, *arguments: object, variables: dict[str, str] | None = None
+) -> str:
+    done = run_processes(script, processes, *arguments, variables=variables)
     assert done.returncode == 0, done.stderr[-2000:]
     return done.stdout
 

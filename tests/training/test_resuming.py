@@ -73,7 +73,7 @@ def test_another_adapter_name_changes_nothing(saved, make_policy, tmp_path):
 
 
 def test_names_of_modules_and_adapters_that_coincide():
-    from opdlab.training.checkpoint import plain_name
+    from opdlab.training.optimizer_files import plain_name
 
     assert (
         plain_name("model.layers.0.q_proj.lora_A.model.weight", "model")
