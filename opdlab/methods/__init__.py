@@ -19,6 +19,7 @@ from opdlab.methods.soda import SODA
 from opdlab.methods.spans import SpanOPD
 from opdlab.methods.supervised import SFT, SequenceKD
 from opdlab.methods.topd import TOPD
+from opdlab.methods.turn_opd import TurnOPD
 
 __all__ = [
     "DOPD",
@@ -40,5 +41,6 @@ __all__ = [
     "SelfDistillation",
     "SequenceKD",
     "SpanOPD",
+    "TurnOPD",
     "method",
 ]

@@ -110,9 +110,9 @@ def with_tools(
     if templates and not re.search(r"\btools\b", source):
         raise InvalidValue(
             f"The prompt shows the tool {tools[0]['function']['name']!r}, but this tokenizer's chat"
-            " template does not read tools. Load the policy with a template that does"
-            " (Policy.load(…, chat_template=opdlab.models.CHATML_WITH_TOOLS) for models that know"
-            " <|im_start|>), or describe the tools in a system message and leave tools out."
+            " template does not read tools. Load the policy with a template that does, as"
+            " Policy.load(…, chat_template=opdlab.models.tool_templates.CHATML_WITH_TOOLS) for"
+            " models that know <|im_start|>."
         )
     return {**options, "tools": list(tools)}
 

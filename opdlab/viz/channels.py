@@ -294,7 +294,9 @@ def _own_channels(trace: Trace) -> list[Channel]:
     """Loss, share of the gradient, the plan's columns, and further columns by name."""
     have = trace.table.column_names
     known = [name for name in ("loss", "share", *trace.meta.get("plan", [])) if name in have]
-    added = [name for name in have if not _is_given(trace, name)]
+    # Strips show turns, and who wrote them, in a way of their own.
+    shown = {"turn", "learn"} if learned_rows(trace) is not None else set()
+    added = [name for name in have if not _is_given(trace, name) and name not in shown]
     found = (_channel_of_column(trace, name) for name in dict.fromkeys([*known, *added]))
     return [channel for channel in found if channel is not None]
 

