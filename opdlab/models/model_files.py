@@ -112,9 +112,10 @@ def has_new_embeddings(weights: Weights) -> bool:
     if not source:
         return False
     try:
-        saved = (
-            AutoConfig.from_pretrained(source, local_files_only=True).get_text_config().vocab_size
+        config = AutoConfig.from_pretrained(  # nosec B615  # only a file that is here already
+            source, local_files_only=True, trust_remote_code=False
         )
+        saved = config.get_text_config().vocab_size
     except (OSError, ValueError, AttributeError):
         return False
     return bool(saved != weights.embeddings.shape[0])

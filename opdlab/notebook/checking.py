@@ -114,9 +114,8 @@ class Exercise:
             try:
                 if self._is_same(function, mistake):
                     return sentence
-            except (
-                Exception
-            ):  # the function may stop on a case that the first difference came before
+            # The function may stop on a case that the first difference came before.
+            except Exception:  # nosec B112  # the next mistake is tried
                 continue
         return None
 

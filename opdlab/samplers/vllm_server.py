@@ -312,7 +312,7 @@ class VLLMServer:
             self._number += 1
             name = f"{self._serial}-{self._number}"
             folder = self._adapters.write(student, name)
-            os.chmod(folder, 0o755)  # for a server of another user
+            os.chmod(folder, 0o755)  # nosec B103  # read, not written, by a server of another user
             body = {"lora_name": name, "lora_path": str(folder)}
             try:
                 self._post("/v1/load_lora_adapter", body, lambda _: None, root=True)
@@ -380,8 +380,8 @@ class VLLMServer:
             "model": self._served,
             "prompt": start,
             "n": n,
-            "return_token_ids": True,
-            "return_tokens_as_token_ids": True,
+            "return_token_ids": True,  # nosec B105  # no password
+            "return_tokens_as_token_ids": True,  # nosec B105  # no password
             **fields,
         }
         read = partial(_read_choices, model=self._served, start=start, n=n)

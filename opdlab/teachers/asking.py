@@ -31,7 +31,7 @@ GO_ON = (
 )
 # Finish reasons of answers that are whole or cut. Together and older TGI say "eos" and "eos_token"
 # for "stop".
-FINISHED = {"stop": "stop", "eos": "stop", "eos_token": "stop", "length": "length"}
+FINISHED = {"stop": "stop", "eos": "stop", "eos_token": "stop", "length": "length"}  # nosec B105  # no password
 LONGEST_TOKEN = 1024  # characters
 SHORTEST_ECHO = 12  # characters: a shorter repetition may be the text itself
 

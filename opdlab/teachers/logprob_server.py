@@ -38,7 +38,7 @@ Grade = tuple[Tensor, Tensor, Tensor]
 # How the log-probs of a prompt can be asked for, best first: the field for k, and the others.
 WAYS: dict[str, tuple[str, dict[str, Any]]] = {
     "prompt_logprobs": ("prompt_logprobs", {}),
-    "echo by id": ("logprobs", {"echo": True, "return_tokens_as_token_ids": True}),
+    "echo by id": ("logprobs", {"echo": True, "return_tokens_as_token_ids": True}),  # nosec B105  # no password
     "echo": ("logprobs", {"echo": True}),
 }
 BYTES_A_GRADE = 256  # of a reply: a log-prob with its rank and its token's name

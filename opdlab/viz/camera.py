@@ -9,7 +9,7 @@ import base64
 import json
 import os
 import shutil
-import subprocess
+import subprocess  # nosec B404  # starts the browser, from a list and without a shell
 import sys
 import tempfile
 from collections.abc import Iterator
@@ -206,7 +206,7 @@ def _running(folder: Path) -> Iterator[_Pipe]:
     to_browser, from_browser = os.pipe(), os.pipe()
     inherit = (to_browser[0], from_browser[1])
     command = [sys.executable, "-c", _BECOME, *map(str, inherit), browser(), *flags]
-    process = subprocess.Popen(
+    process = subprocess.Popen(  # nosec B603  # Chromium with flags that no trace or user writes
         command,
         pass_fds=inherit,
         stdout=subprocess.DEVNULL,

@@ -63,13 +63,13 @@ def _fast(
     template: str = TEMPLATE,
 ) -> PreTrainedTokenizerFast:
     vocab = {piece: i for i, piece in enumerate([*specials, "<unk>", *pieces])}
-    tokenizer = Tokenizer(models.WordLevel(vocab, unk_token="<unk>"))
+    tokenizer = Tokenizer(models.WordLevel(vocab, unk_token="<unk>"))  # nosec B106  # a token of text
     tokenizer.pre_tokenizer, tokenizer.decoder = split, decoder
     # mypy knows no types of the constructor.
     make: Any = PreTrainedTokenizerFast
     made: PreTrainedTokenizerFast = make(
         tokenizer_object=tokenizer,
-        pad_token="<pad>",
+        pad_token="<pad>",  # nosec B106  # tokens of text
         eos_token="<eos>",
         unk_token="<unk>",
         additional_special_tokens=specials[2:],
