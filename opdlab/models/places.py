@@ -61,7 +61,7 @@ def seeded(
         return {"seed": seed}
     if takes_places(write):
         return {"seed": seed, "places": list(places)}
-    return {"seed": random.Random(f"{seed} in process {process}").randrange(2**48)}  # nosec B311  # draws data, no secret
+    return {"seed": random.Random(f"{seed} in process {process}").randrange(2**48)}
 
 
 def takes_places(write: Callable[..., Any]) -> bool:

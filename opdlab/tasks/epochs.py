@@ -85,7 +85,7 @@ class EpochOrder:
         return free + [index for index in order if index not in chosen]
 
     def _shuffled(self, epoch: int) -> list[int]:
-        return random.Random(f"{self.seed}/{epoch}").sample(range(self.count), self.count)  # nosec B311  # draws data, no secret
+        return random.Random(f"{self.seed}/{epoch}").sample(range(self.count), self.count)
 
 
 @lru_cache(maxsize=16)

@@ -86,7 +86,7 @@ def split_prompts(
             f"{name} has {len(questions)} prompts and {kept} are kept for testing. Give more, or a"
             " smaller test=."
         )
-    order = random.Random(0).sample(range(len(questions)), len(questions))  # nosec B311  # draws data, no secret
+    order = random.Random(0).sample(range(len(questions)), len(questions))
     held = {questions[i] for i in order[:kept]}
     return {
         "train": [prompt for prompt in prompts if question_of(prompt) not in held],

@@ -441,7 +441,7 @@ def _draw_from(
         if not pool:
             raise EmptyPrompts(f"{name} keeps no prompts for testing. Make it with test=….")
         if split == "test":
-            return random.Random(f"{seed}/0").sample(pool, len(pool))[:n]  # nosec B311  # draws data, no secret
+            return random.Random(f"{seed}/0").sample(pool, len(pool))[:n]
         return [pool[i] for i in epoch_order(len(pool), 1, seed).first(n)]
 
     return draw

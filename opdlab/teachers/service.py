@@ -530,7 +530,7 @@ def _pause(i: int) -> float:
 
     They are somewhat random, so that many requests do not come back at once.
     """
-    return min(8.0, 0.5 * 2.0**i) * random.uniform(0.75, 1.0)  # nosec B311  # spreads retries, no secret
+    return min(8.0, 0.5 * 2.0**i) * random.uniform(0.75, 1.0)
 
 
 def split_urls(url: str | Sequence[str]) -> tuple[str, tuple[str, ...]]:

@@ -58,7 +58,7 @@ def market(
     kind = hint or ("secret" if secret else "worked")
 
     def draw(n: int, seed: int, split: Split) -> list[Prompt]:
-        rng = random.Random(f"market/{split}/{seed}")  # nosec B311  # draws data, no secret
+        rng = random.Random(f"market/{split}/{seed}")
         problems: list[world.Problem] = []
         held: set[str] = set()
         while len(problems) < n:

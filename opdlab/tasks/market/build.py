@@ -276,11 +276,11 @@ def train(name: str, recipe: Recipe, out: Path) -> str:
     """
     torch.set_num_threads(1)
     tokenizer = _tokenizer(recipe)
-    model, rng, loss = make_model(recipe, tokenizer), random.Random(recipe.seed), math.nan  # nosec B311  # draws data, no secret
+    model, rng, loss = make_model(recipe, tokenizer), random.Random(recipe.seed), math.nan
     if recipe.start:
         build_agent.begin_with(out / recipe.start, model, tokenizer)
     for phase in recipe.phases:
-        rng = rng if phase.seed is None else random.Random(phase.seed)  # nosec B311  # draws data, no secret
+        rng = rng if phase.seed is None else random.Random(phase.seed)
         loss = fit(name, model, tokenizer, recipe, phase, rng)
     model.save_pretrained(out / name)
     tokenizer.save_pretrained(out / name)

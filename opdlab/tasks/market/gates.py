@@ -141,7 +141,7 @@ def load(folder: Path) -> Loaded:
 
 
 def _problems(n: int, seed: int, secret: bool) -> list[world.Problem]:
-    rng = random.Random(seed)  # nosec B311  # draws data, no secret
+    rng = random.Random(seed)
     return [world.generate(rng, secret) for _ in range(n)]
 
 
