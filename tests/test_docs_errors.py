@@ -134,6 +134,7 @@ def draw(world: World) -> str:
 def cell(text: object) -> str:
     """A text as code in a table of Markdown, without what differs from machine to machine."""
     line = re.sub(r" at 0x[0-9a-f]+", "", str(text)).replace("|", "\\|")
+    line = re.sub(r"\.\.\.x[0-9a-f]{6,}>", "...>", line)  # the end of a shortened address
     line = re.sub(r"\b(Policy|Task)\([^()]*?\.\.\.[^)]*\)", r"\1(…)", line)
     return f"`{line}`" if "`" not in line else f"`` {line} ``"
 
