@@ -1,7 +1,29 @@
 """The errors that opdlab raises on purpose.
 
-Each message says what is wrong, with the values, and then what to do.
+Each message says what is wrong, with the values, and then what to do. Foreign words in it cannot
+steer a terminal.
 """
+
+# Characters that a terminal obeys or that turn the order of others: C0 and C1 controls but for line
+# breaks and tabs, and the marks of writing direction.
+_STEERING = [
+    *(code for code in range(32) if code not in (9, 10)),
+    *range(127, 160),
+    *(0x061C, 0x200E, 0x200F, *range(0x2028, 0x202F), *range(0x2066, 0x206A)),
+]
+_AS_ESCAPES = {code: ascii(chr(code))[1:-1] for code in _STEERING}
+
+
+def printable(text: str) -> str:
+    """Make a foreign text fit for a terminal.
+
+    Args:
+        text: The text.
+
+    Returns:
+        The text, with characters that a terminal would obey written as Python's escapes.
+    """
+    return text.translate(_AS_ESCAPES)
 
 
 class OpdlabError(Exception):
@@ -10,6 +32,10 @@ class OpdlabError(Exception):
     It is the base of all errors here: `except opdlab.OpdlabError` catches them. It is raised itself
     where no other class fits.
     """
+
+    def __str__(self) -> str:
+        """The message, fit for a terminal."""
+        return printable(super().__str__())
 
 
 class InvalidValue(OpdlabError, ValueError):

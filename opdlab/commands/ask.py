@@ -20,7 +20,7 @@ from opdlab.commands.report import trained_place
 from opdlab.commands.run_files import RunFiles
 from opdlab.data.prompt import Prompt
 from opdlab.data.sampling_config import SamplingConfig
-from opdlab.errors import InvalidValue, MissingPolicy, OpdlabError
+from opdlab.errors import InvalidValue, MissingPolicy, OpdlabError, printable
 from opdlab.models.policy import Policy, as_policy
 from opdlab.models.protocols import Grader, Writer
 from opdlab.models.text_rollouts import rollout_from_texts
@@ -181,7 +181,7 @@ def sample(
     if not output.is_json:
         table = Table("who", "prompt", "text", *(["score"] if _has_scores(rows) else []))
         for row in rows:
-            cells = [escape(_printable(str(row[key]))) for key in ("who", "prompt", "text")]
+            cells = [escape(printable(str(row[key]))) for key in ("who", "prompt", "text")]
             scores = [f"{row['score']:.2f}"] if _has_scores(rows) else []
             table.add_row(*cells, *scores)
         output.console.print(table)
@@ -228,10 +228,6 @@ def _describe(who: str, prompt: Prompt, text: str, task: Task | None) -> dict[st
         "answer": prompt.answer,
         "score": task.score(prompt, text) if is_judged and task is not None else None,
     }
-
-
-def _printable(text: str) -> str:
-    return "".join(letter if letter.isprintable() or letter == "\n" else " " for letter in text)
 
 
 def score(

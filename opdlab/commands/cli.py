@@ -342,13 +342,12 @@ def doctor(
         return
     if (gpus, device, work) != (1, "h100", NO_WORK):
         raise OpdlabError("doctor got options of a plan without --plan. Add it, or leave them out.")
-    from rich.console import Console
-
     from opdlab import diagnose
     from opdlab.commands.doctor import load_named_pair, load_planned_pair
+    from opdlab.support.consoles import make_console
 
     _hide_loading_bars()
-    progress = Console(stderr=True)
+    progress = make_console(stderr=True)
     began = time.monotonic()
     named = student if teacher is None else f"{student} and {teacher}"
     progress.print(f"opdlab doctor: loading {named} …", markup=False)
@@ -363,7 +362,7 @@ def doctor(
     found = diagnose.doctor(
         first, second, world, prompts=prompts, k=k, seed=seed, budget=budget, **settings
     )
-    Console().print(found)
+    make_console().print(found)
     if found.verdict == "stop":
         sys.exit(1)
 

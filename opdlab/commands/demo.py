@@ -25,6 +25,7 @@ from opdlab.methods import Method
 from opdlab.methods.by_name import find_method
 from opdlab.models.policy import Policy, sample
 from opdlab.models.same_tokens import check_same_tokens
+from opdlab.support.consoles import make_console
 from opdlab.support.validation import Count, validate
 from opdlab.tasks import Task
 from opdlab.tasks.profiles import find_smollm2, load
@@ -130,7 +131,7 @@ def demo(
         OpdlabError: There is no such profile or method, or the pair cannot work.
     """
     began = time.perf_counter()
-    console = Console()
+    console = make_console()
     prepared = _prepare(
         _Asked(profile, student, teacher, steps, seed, out, prompts, settings or {}),
         _Served(method, teacher_url, teacher_model),

@@ -30,7 +30,7 @@ from opdlab.data.prompt import Prompt
 from opdlab.data.rollout import Rollout
 from opdlab.data.trace import Trace
 from opdlab.diagnose.health import Health, health
-from opdlab.errors import TokenizerMismatch
+from opdlab.errors import TokenizerMismatch, printable
 from opdlab.methods.contract import name_of
 from opdlab.models.policy import Policy, as_policy
 from opdlab.models.protocols import Grader
@@ -283,7 +283,7 @@ def follow(session: Session) -> None:
     for step in session.run:
         for alarm in session.watch(step):
             session.measured.alarms.append(alarm)
-            print(f"! {alarm}", file=sys.stderr)
+            print(printable(f"! {alarm}"), file=sys.stderr)
         if every and step.number % every == 0:
             _trace(session, step.number, session.run.student)
         if time.monotonic() >= session.next_board:

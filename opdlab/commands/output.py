@@ -10,6 +10,8 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
+from opdlab.errors import printable
+
 if TYPE_CHECKING:
     from rich.console import Console
 
@@ -29,9 +31,9 @@ class Output:
     @property
     def console(self) -> Console:
         """The console for people."""
-        from rich.console import Console
+        from opdlab.support.consoles import make_console
 
-        return Console(stderr=self.is_json)
+        return make_console(stderr=self.is_json)
 
     def say(self, text: str) -> None:
         """Print a line for people, as plain text.
@@ -39,7 +41,7 @@ class Output:
         Args:
             text: The line.
         """
-        print(text, file=sys.stderr if self.is_json else sys.stdout, flush=True)
+        print(printable(text), file=sys.stderr if self.is_json else sys.stdout, flush=True)
 
     @contextmanager
     def printing(self) -> Iterator[Output]:

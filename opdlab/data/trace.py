@@ -7,6 +7,7 @@ columns of the plan. `opdlab.what_if` asks again under another loss without runn
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 from collections.abc import Mapping
@@ -239,7 +240,7 @@ class Trace:
             meta = _read_meta(table)
             _check_meta(meta, table)
         except FileNotFoundError:
-            raise
+            raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT), str(path)) from None
         except _DAMAGE as error:
             raise DamagedFile(
                 f"{path} is not an opdlab trace ({error}). It may be cut short: write it again with"

@@ -10,12 +10,13 @@ import html
 from collections.abc import Sequence
 from typing import Literal
 
-from rich.console import Console, Group, RenderableType
+from rich.console import Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
 from opdlab.diagnose.checks import Check, State
 from opdlab.models.same_tokens import RenderedChat
+from opdlab.support.consoles import make_console
 
 Verdict = Literal["go", "prepare", "stop"]
 
@@ -154,7 +155,7 @@ def render_text(drawing: RenderableType, width: int = 100) -> str:
     Returns:
         The text, without spaces or empty lines at its end.
     """
-    console = Console(width=width, color_system=None, force_terminal=False)
+    console = make_console(width=width, color_system=None, force_terminal=False)
     with console.capture() as captured:
         console.print(drawing)
     return captured.get().rstrip()

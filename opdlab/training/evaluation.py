@@ -23,7 +23,7 @@ from accelerate import Accelerator
 from opdlab.data.prompt import Prompt
 from opdlab.data.sampling_config import SamplingConfig
 from opdlab.data.trace import Trace
-from opdlab.errors import InvalidValue, MissingPolicy, OpdlabError
+from opdlab.errors import InvalidValue, MissingPolicy, OpdlabError, printable
 from opdlab.models.places import seeded
 from opdlab.models.policy import Policy
 from opdlab.models.protocols import Sampler, Writer
@@ -204,7 +204,8 @@ class Evaluation:
         counted = f"{prompts:.0f} prompt{'s' * (prompts != 1)}"
         if self.requested > prompts:
             counted += f": all there are of {self.requested} asked for"
-        return f"{self.name}: accuracy {accuracy:.3g} [{low:.3g}, {high:.3g}]{facts} ({counted})"
+        said = f"accuracy {accuracy:.3g} [{low:.3g}, {high:.3g}]{facts} ({counted})"
+        return f"{printable(self.name)}: {said}"
 
     def _require_samples(self, what: str) -> None:
         if not self.sampled.shape[1]:

@@ -9,13 +9,14 @@ HTML output (the default), as a live widget from `.live()`, and by the tests. Ho
 
 from __future__ import annotations
 
+import functools
 import os
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from opdlab.data.trace import Trace
-from opdlab.errors import OpdlabError
+from opdlab.errors import OpdlabError, printable
 from opdlab.viz import embed, payload
 from opdlab.viz.markup import escape
 from opdlab.viz.traits import Trait, find_traits
@@ -56,6 +57,16 @@ def renderer() -> str:
         OpdlabError: OPDLAB_RENDERER names no renderer.
     """
     return _renderer[0] if _renderer else _known_renderer(os.environ.get("OPDLAB_RENDERER", "html"))
+
+
+def _as_printable(say: Callable[[Any], str]) -> Callable[[Any], str]:
+    """Wrap a `__repr__`."""
+
+    @functools.wraps(say)
+    def say_printable(view: Any) -> str:
+        return printable(say(view))
+
+    return say_printable
 
 
 class View:
@@ -100,6 +111,12 @@ class View:
             setattr(self, name, value)
 
     # A subclass declares itself.
+
+    def __init_subclass__(cls, **options: Any) -> None:
+        """Make what a view says in a terminal printable: titles and tokens come from elsewhere."""
+        super().__init_subclass__(**options)
+        if "__repr__" in vars(cls):
+            cls.__repr__ = _as_printable(cls.__repr__)  # type: ignore[method-assign]
 
     @classmethod
     def fits(cls, given: object, sample: int = 0) -> bool:
