@@ -87,7 +87,8 @@ def shape_of(source: str) -> Shape:
         InvalidValue: There is no configuration, or it is not that of a causal language model.
     """
     try:
-        config = _known_config(source) or AutoConfig.from_pretrained(source)
+        known = _known_config(source)
+        config = known or AutoConfig.from_pretrained(source)  # nosec B615  # shapes alone
         return shape_of_config(config, Path(source).name)
     except (OSError, ValueError, KeyError) as error:
         raise InvalidValue(
