@@ -57,6 +57,7 @@ notebooks: $(ENV)/test.done  ## run the notebooks again and freeze their outputs
 
 models: $(ENV)/base.done  ## rebuild the shipped models (about 25 minutes on 2 idle cores, by summed CPU seconds)
 	@$(BIN)/python -m opdlab.tasks.market.build
+	@$(BIN)/python -m opdlab.tasks.market.skills
 
 families: $(ENV)/test.done  ## check a hundred tiny model families; writes docs/families.md
 	@OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 $(BIN)/python tests/families/table.py --out docs/families.md

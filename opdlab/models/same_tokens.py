@@ -12,6 +12,14 @@ from opdlab.errors import OpdlabError, TokenizerMismatch
 from opdlab.models.policy import Policy
 from opdlab.models.templates import render_chat
 
+# What trains where student and teacher do not read the same tokens.
+OTHER_WAYS = (
+    "opdlab.teachers.ByteTeacher(teacher) (whole distributions, by bytes), the method SpanOPD()"
+    " (sampled tokens, by bytes), or a method that learns from texts alone (OmniOPD(),"
+    " SequenceKD())."
+)
+WAYS = f"Use a teacher of the same family, or one of these: {OTHER_WAYS}"
+
 
 @dataclass(frozen=True)
 class RenderedChat:
@@ -47,8 +55,7 @@ def check_same_tokens(student: Policy, teacher: Policy, name: str = "teacher") -
     for i, (ours, theirs) in compare_vocabularies(student, teacher).items():
         raise TokenizerMismatch(
             f"The {name}'s tokenizer differs from the student's: id {i} is {theirs!r} there and"
-            f" {ours!r} here. A token-level loss would compare unrelated tokens. Use a teacher of"
-            " the same family, or one that only writes."
+            f" {ours!r} here. A token-level loss would compare unrelated tokens. {WAYS}"
         )
     if student.weights.eos != teacher.weights.eos:
         raise TokenizerMismatch(
@@ -138,9 +145,9 @@ def _template_error(
     return TokenizerMismatch(
         f"The {name}'s chat template differs from the student's from character {at} on:"
         f" {chat.teacher[at : at + 40]!r} there, {chat.student[at : at + 40]!r} here.{given} To"
-        f" score the student's form, load the {name} with tokenizer=student.tokenizer and the same"
-        " chat_template_kwargs (both of Policy.load); to let each read its own template, use the"
-        " method SpanOPD()."
+        f" score the student's form, load the {name} with tokenizer=student.tokenizer (or"
+        " chat_template=student.tokenizer.chat_template) and the same chat_template_kwargs, all of"
+        f" Policy.load. To let each read its own template: {OTHER_WAYS}"
     )
 
 

@@ -14,6 +14,7 @@ from opdlab.models.policy import Policy
 from opdlab.tasks import Task, from_records, market, reasoning_gym
 from opdlab.tasks.market import MODELS, data
 from opdlab.tasks.market.agent_task import AGENTS
+from opdlab.tasks.market.world import SKILLS
 from opdlab.tasks.profiles import load, rule_task, smollm2
 from opdlab.tasks.verifiers import VERIFIERS
 
@@ -95,7 +96,7 @@ def load_task(name: str | None, options: Mapping[str, Any] | None = None) -> Tas
         return None
     given = dict(options or {})
     if name in ("market", "market-secret"):
-        _check_options(name, given, ("hint", "wrong"))
+        _check_options(name, given, ("hint", "wrong", "alike"))
         return market(secret=name != "market", **given)
     if name == "market-tools":
         _check_options(name, given, ())
@@ -166,7 +167,8 @@ def load_model(name: str, **options: Any) -> Policy:
 
     Args:
         name: A shipped model, small (SmolLM2), a folder or a name on the Hub.
-        options: Arguments of `Policy.load`.
+        options: Arguments of `Policy.load`. The shipped student has the shipped adapters "addition"
+            and "subtraction".
 
     Returns:
         The policy.
@@ -176,6 +178,8 @@ def load_model(name: str, **options: Any) -> Policy:
     """
     if name == SMALL:
         return smollm2(**options)
+    if name == "student" and options.get("adapter") in SKILLS:
+        options["adapter"] = data() / options["adapter"]
     if name in MODELS:  # models of this size are slower on a GPU
         return Policy.load(data() / name, **{"device": "cpu", **options})
     try:

@@ -7,6 +7,7 @@ texts are `WrittenText`s, which say whether the text was finished or cut.
 
 from opdlab.data.written_text import WrittenText
 from opdlab.teachers.budget import Budget, Usage
+from opdlab.teachers.byte_teacher import ByteTeacher
 from opdlab.teachers.cache import Cache, rescue
 from opdlab.teachers.contract import Checked, Grader, Writer
 from opdlab.teachers.logprob_server import LogprobServer
@@ -16,11 +17,18 @@ from opdlab.teachers.text_server import TextServer
 
 # mypy reads these lines: a class that does not fit its protocol is an error.
 _WRITERS: tuple[type[Writer], ...] = (TextOnly, TextServer, LogprobServer, MultiTeacher)
-_CHECKED: tuple[type[Checked], ...] = (TextOnly, TextServer, LogprobServer, MultiTeacher)
-_GRADERS: tuple[type[Grader], ...] = (LogprobServer, MultiTeacher)
+_CHECKED: tuple[type[Checked], ...] = (
+    TextOnly,
+    TextServer,
+    LogprobServer,
+    MultiTeacher,
+    ByteTeacher,
+)
+_GRADERS: tuple[type[Grader], ...] = (LogprobServer, MultiTeacher, ByteTeacher)
 
 __all__ = [
     "Budget",
+    "ByteTeacher",
     "Cache",
     "LogprobServer",
     "MultiTeacher",

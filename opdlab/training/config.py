@@ -59,7 +59,8 @@ class ModelTable:
     Attributes:
         source: A shipped model (student, novice, teacher, scribe), small (SmolLM2), a folder or a
             name on the Hub.
-        kind: "local", or "text" for a local teacher that only writes, whose tokens may differ.
+        kind: "local"; or, for a teacher whose tokens may differ, "text" for one that only writes,
+            and "bytes" for one that is read by bytes (`opdlab.teachers.ByteTeacher`).
         context: A text or chat messages that only this model sees.
         hint: Whether the model sees each prompt's own hint.
         revision: As `Policy.load` takes it, and so are all that follow.
@@ -78,7 +79,7 @@ class ModelTable:
     """
 
     source: Text
-    kind: Literal["local", "text"] = "local"
+    kind: Literal["local", "text", "bytes"] = "local"
     context: str | list[Any] | None = None
     hint: Flag = False
     revision: Text | None = None

@@ -28,7 +28,7 @@ from opdlab.tasks.by_name import (
     load_task,
 )
 from opdlab.tasks.profiles import rule_and_examples
-from opdlab.teachers import Budget, LogprobServer, MultiTeacher, TextOnly, TextServer
+from opdlab.teachers import Budget, ByteTeacher, LogprobServer, MultiTeacher, TextOnly, TextServer
 from opdlab.training import checkpoint, run_folder, run_identity
 from opdlab.training.config import (
     Config,
@@ -219,6 +219,8 @@ def load_teacher(
     policy = load_policy(table, loaded)
     if table == config.teacher == config.student == ModelTable(SMALL):
         policy = policy.seeing(rule_and_examples)  # as everywhere, SmolLM2 teaches itself the rule
+    if table.kind == "bytes":
+        return ByteTeacher(policy)
     return TextOnly(policy) if table.kind == "text" else policy
 
 

@@ -25,13 +25,14 @@ from opdlab.support.expect import shortened
 from opdlab.tasks import Task
 from opdlab.tasks.by_name import load_records, load_task
 from opdlab.tasks.market import MODELS, data
+from opdlab.tasks.market.world import SKILLS
 from opdlab.tasks.profiles import (
     SMALL_OPTIONS,
     find_smollm2,
     rule_and_examples,
     rule_messages,
 )
-from opdlab.teachers import LogprobServer, MultiTeacher, TextServer
+from opdlab.teachers import ByteTeacher, LogprobServer, MultiTeacher, TextServer
 from opdlab.training.config import (
     Config,
     ManyTable,
@@ -150,6 +151,13 @@ def _describe_many(teacher: MultiTeacher) -> ManyTable:
 
 
 def _describe_one(model: Any) -> ModelTable | ServerTable:
+    if isinstance(model, ByteTeacher):
+        if (model.floor, model.lookahead) != (ByteTeacher.FLOOR, None):
+            raise OpdlabError(
+                f"is {shortened(model)}, and a config knows a ByteTeacher with its defaults alone."
+                " Keep the Python that makes the run."
+            )
+        return _describe_policy(model.policy, "bytes")
     behind = model_behind(model)
     if behind is not None:
         return _describe_policy(behind, "text")
@@ -195,6 +203,9 @@ def _short_name(source: str, options: dict[str, Any]) -> str:
     for name in MODELS:
         if source == str(data() / name):
             found, defaults = name, {"device": "cpu"}
+            for skill in SKILLS:
+                if options.get("adapter") == str(data() / skill):
+                    options["adapter"] = skill
     if source == str(find_smollm2()):
         found, defaults = "small", SMALL_OPTIONS
     for key, value in defaults.items():

@@ -224,16 +224,18 @@ def _describe_field(value: Any) -> Any:
 
 
 def model_behind(teacher: Any) -> Policy | None:
-    """Find the local model of a teacher that only writes.
+    """Find the local model of a teacher that is read in another way.
 
     Args:
         teacher: Any teacher.
 
     Returns:
-        The model of a `TextOnly`; None for everything else.
+        The model of a `TextOnly` or a `ByteTeacher`; None for everything else.
     """
-    from opdlab.teachers import text_only
+    from opdlab.teachers import byte_teacher, text_only
 
+    if isinstance(teacher, byte_teacher.ByteTeacher):
+        return teacher.policy
     return text_only._MODELS.get(teacher) if isinstance(teacher, text_only.TextOnly) else None
 
 

@@ -24,7 +24,11 @@ MODELS = ("student", "novice", "teacher", "scribe", *AGENTS)
 
 @validate_arguments
 def market(
-    secret: Flag = False, hint: Any = None, wrong: Flag = False, tools: Flag = False
+    secret: Flag = False,
+    hint: Any = None,
+    wrong: Flag = False,
+    tools: Flag = False,
+    alike: Flag = False,
 ) -> Task:
     """Make the task of short shop problems (see `world`).
 
@@ -37,6 +41,8 @@ def market(
         wrong: Whether to give every prompt another problem's hint.
         tools: Whether to make the world of `agent` in place of this one: conversations in which
             prices are known to a tool alone. It has no secrets and no hints.
+        alike: Whether both moves of a problem shall be of one kind. `prompt.metadata["skill"]` then
+            says which, "addition" or "subtraction", as `teachers` are called.
 
     Returns:
         A task that draws fresh problems without end, with a recipe for the shipped models.
@@ -45,9 +51,9 @@ def market(
         InvalidValue: There is no such hint, or `tools` stands beside another variant.
     """
     if tools:
-        if secret or hint is not None or wrong:
+        if secret or hint is not None or wrong or alike:
             raise InvalidValue(
-                "market got tools=True beside secret, hint or wrong, which its other world has."
+                "market got tools=True beside secret, hint, wrong or alike, of its other world."
                 " Leave them out."
             )
         return agent_task.market_with_tools()
@@ -63,17 +69,24 @@ def market(
         held: set[str] = set()
         while len(problems) < n:
             problem = world.in_split(world.generate(rng, secret), split)
+            if alike and world.skill_of(problem) is None:
+                continue
             if split == "test" and problem.prompt() in held:
                 continue
             held.add(problem.prompt())
             problems.append(problem)
         hinted = [world.generate(rng, secret) for _ in range(n)] if wrong else problems
-        return [
+        prompts = [
             _prompt(p, h.hint(kind), f"{split}-{seed}-{i}")
             for i, (p, h) in enumerate(zip(problems, hinted, strict=True))
         ]
+        if not alike:
+            return prompts
+        skills = map(world.skill_of, problems)
+        return [replace(p, metadata={"skill": s}) for p, s in zip(prompts, skills, strict=True)]
 
     settings = {"secret": secret, "hint": hint, "wrong": wrong}
+    settings |= {"alike": True} if alike else {}
     return Task(
         "market",
         draw,
@@ -156,6 +169,24 @@ def model(name: str, device: str = "cpu") -> Policy:
             f"The market world ships {', '.join(MODELS)}, not {shortened(name)}. Use one of those."
         )
     return Policy.load(data() / name, device=device)
+
+
+def teachers(student: Policy) -> dict[str, Policy]:
+    """Load two teachers with one half of the skill each, as adapters on the student's weights.
+
+    Args:
+        student: The shipped student, or a view of it.
+
+    Returns:
+        "addition" carries and forgets to borrow; "subtraction" borrows and forgets to carry.
+    """
+    device = student.weights.device
+    return {
+        skill: Policy.load(
+            data() / "student", adapter=data() / skill, device=device, prefer_shared=student
+        )
+        for skill in world.SKILLS
+    }
 
 
 def data() -> Path:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import random
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -56,10 +57,23 @@ def greedy_accuracy(loaded: Loaded, n: int, seed: int) -> float:
     Returns:
         The share, from 0 to 1.
     """
-    problems = _problems(n, seed, secret=False)
+    return share_right(loaded, _problems(n, seed, secret=False))
+
+
+def share_right(loaded: Loaded, problems: Sequence[world.Problem]) -> float:
+    """Measure the share of problems whose greedy completion has the right total.
+
+    Args:
+        loaded: The model to measure.
+        problems: The problems.
+
+    Returns:
+        The share, from 0 to 1.
+    """
     texts = _write_greedily(loaded, [_encode_chat(loaded, problem) for problem in problems])
     pairs = zip(problems, texts, strict=True)
-    return sum(world.total(text) == problem.results()[-1] for problem, text in pairs) / n
+    right = sum(world.total(text) == problem.results()[-1] for problem, text in pairs)
+    return right / len(problems)
 
 
 def measure(folder: Path, n: int = 400, seed: int = 12345) -> dict[str, float]:

@@ -1,4 +1,6 @@
-"""Two teachers for one student: adapters on the shipped student that know one half of its skill.
+"""Rebuild two teachers for one student: adapters on it that have one half of the skill each.
+
+    python -m opdlab.tasks.market.skills [--out data/market]
 
     addition      carries in every sum, and still forgets to borrow
     subtraction   borrows in every difference, and still forgets to carry
@@ -9,56 +11,23 @@ as the models are (`build.py`): on the world's texts, by cross-entropy, from fix
 
 from __future__ import annotations
 
+import json
 import random
 import time
 from pathlib import Path
 
 import torch
+import tyro
 from peft import LoraConfig, get_peft_model
 from transformers import LlamaForCausalLM
 
-from opdlab.tasks.market import build, tokenizers, world
+from opdlab.tasks.market import build, gates, tokenizers, world
 
-SKILLS = {"addition": world.GAIN, "subtraction": world.LOSS}
 RANK = 8
 STEPS = 300
 LR = 5e-3
 BATCH = 64
 STYLE = 0.1  # as the student: the chance of saying "total"
-
-
-def skill_of(problem: world.Problem) -> str | None:
-    """Name the skill that a problem asks for.
-
-    Args:
-        problem: Any problem.
-
-    Returns:
-        "addition", "subtraction", or None where its two moves need one each.
-    """
-    verbs = [verb for verb, _ in problem.moves]
-    for skill, own in SKILLS.items():
-        if all(verb in own for verb in verbs):
-            return skill
-    return None
-
-
-def results(problem: world.Problem, skill: str) -> list[int]:
-    """Return the results of someone who has one of the two skills.
-
-    Args:
-        problem: Any problem.
-        skill: The skill; moves of the other kind are made without carrying.
-
-    Returns:
-        Two numbers.
-    """
-    out = [problem.have]
-    for verb, n in problem.moves:
-        change = n if verb in world.GAIN else -n
-        right = out[-1] + change
-        out.append(right if verb in SKILLS[skill] else world.without_carry(out[-1], change))
-    return out[1:]
 
 
 def train(skill: str, out: Path, steps: int = STEPS) -> str:
@@ -73,7 +42,7 @@ def train(skill: str, out: Path, steps: int = STEPS) -> str:
         A line with the number of parameters, the last loss and the CPU seconds.
     """
     torch.set_num_threads(1)
-    seed = 10 + list(SKILLS).index(skill)
+    seed = 10 + list(world.SKILLS).index(skill)
     torch.manual_seed(seed)
     base = LlamaForCausalLM.from_pretrained(out / "student")  # nosec B615  # a folder of this build
     tokenizer = tokenizers.words()
@@ -96,6 +65,10 @@ def train(skill: str, out: Path, steps: int = STEPS) -> str:
     model.peft_config["default"].base_model_name_or_path = "student"
     model.save_pretrained(str(out / skill))
     (out / skill / "README.md").unlink(missing_ok=True)  # PEFT's card has a template's holes
+    path = out / skill / "adapter_config.json"
+    said = json.loads(path.read_text(encoding="utf-8"))
+    said["target_modules"] = sorted(said["target_modules"])  # a set, in another order each time
+    path.write_text(json.dumps(said, indent=2, sort_keys=True) + "\n", encoding="utf-8")
     size = sum(value.numel() for value in trained)
     return f"{skill}: {size:,} parameters, loss {loss:.4f}, {time.process_time():.0f} CPU s"
 
@@ -104,7 +77,75 @@ def _draw(rng: random.Random, skill: str) -> build.Text:
     """A problem whose running amounts stay in range for someone with this skill alone."""
     while True:
         problem = world.generate(rng)
-        written = results(problem, skill)
+        written = world.half_skilled(problem, skill)
         if min(written) >= 0 and max(written) <= 99:
             word = world.STYLE[rng.random() >= STYLE]
             return build.Text("", problem.prompt(), problem.solution(word, written))
+
+
+def measure(folder: Path, n: int = 200, seed: int = 4321) -> dict[tuple[str, str], float]:
+    """Measure the greedy accuracy of both adapters on problems of each skill.
+
+    Args:
+        folder: The folder of the models.
+        n: Problems for each measurement.
+        seed: Seed of the problems.
+
+    Returns:
+        Shares from 0 to 1, by adapter and skill.
+    """
+    out = {}
+    rng = random.Random(seed)
+    asked: dict[str, list[world.Problem]] = {skill: [] for skill in world.SKILLS}
+    while any(len(found) < n for found in asked.values()):
+        problem = world.generate(rng)
+        skill = world.skill_of(problem)
+        if skill is not None and len(asked[skill]) < n:
+            asked[skill].append(problem)
+    for name in world.SKILLS:
+        loaded = gates.load(folder / "student")
+        loaded.model.load_adapter(str(folder / name))
+        for skill, problems in asked.items():
+            out[name, skill] = gates.share_right(loaded, problems)
+    return out
+
+
+def check(folder: Path) -> str:
+    """Measure the adapters and return a table of their gates.
+
+    Args:
+        folder: The folder of the models.
+
+    Returns:
+        One line per gate.
+
+    Raises:
+        SystemExit: A gate is missed.
+    """
+    lines, is_missed = [], False
+    for (name, skill), value in measure(folder).items():
+        least, most = (0.97, 1.0) if name == skill else (0.0, 0.3)
+        ok = least <= value <= most
+        is_missed |= not ok
+        said = "ok  " if ok else "MISS"
+        lines.append(f"{said} {value:.3f} in [{least}, {most}]  {name} on {skill}")
+    if is_missed:
+        raise SystemExit("\n".join(lines) + "\nThe adapters miss a gate and must not be shipped.")
+    return "\n".join(lines)
+
+
+def main(out: Path = Path("data/market"), smoke: bool = False) -> None:
+    """Build both adapters, then print their gates.
+
+    Args:
+        out: The folder of the models, which has the student.
+        smoke: Whether to make only two steps, without gates.
+    """
+    for skill in world.SKILLS:
+        print(train(skill, out, 2 if smoke else STEPS), flush=True)
+    if not smoke:
+        print(check(out))
+
+
+if __name__ == "__main__":
+    tyro.cli(main)

@@ -24,6 +24,8 @@ from opdlab.errors import InvalidValue
 NAMES = "ana ben cleo dan eva finn gia hugo ida jan kim leo".split()
 ITEMS = "apples pears plums figs nuts eggs cups pens bags hats keys cards".split()
 GAIN, LOSS = ("buys", "finds"), ("sells", "eats")
+# The two halves of the skill, each with the verbs that need it.
+SKILLS = {"addition": GAIN, "subtraction": LOSS}
 LETTERS = "k m p q r t v z".split()  # receipt and lot symbols: uniform, so chance is 1/8
 # Two words for the same thing: the teacher says the first, the student the second.
 STYLE = ("total", "sum")
@@ -279,6 +281,37 @@ def without_carry(amount: int, change: int) -> int:
     """
     sign, n = (1, change) if change > 0 else (-1, -change)
     return (amount // 10 + sign * (n // 10)) % 10 * 10 + (amount % 10 + sign * (n % 10)) % 10
+
+
+def skill_of(problem: Problem) -> str | None:
+    """Name the skill that a problem asks for.
+
+    Args:
+        problem: Any problem.
+
+    Returns:
+        One of `SKILLS`; None where the two moves need one each.
+    """
+    verbs = [verb for verb, _ in problem.moves]
+    return next((name for name, own in SKILLS.items() if set(verbs) <= set(own)), None)
+
+
+def half_skilled(problem: Problem, skill: str) -> list[int]:
+    """Return the two results of someone who has one of the two skills.
+
+    Args:
+        problem: Any problem.
+        skill: One of `SKILLS`; moves of the other kind are made without carrying.
+
+    Returns:
+        Two numbers.
+    """
+    out = [problem.have]
+    for verb, n in problem.moves:
+        change = n if verb in GAIN else -n
+        is_known = verb in SKILLS[skill]
+        out.append(out[-1] + change if is_known else without_carry(out[-1], change))
+    return out[1:]
 
 
 def token_types(words: list[str]) -> list[str]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import os
 import random
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -14,7 +15,18 @@ import torch
 from torch.nn.functional import cross_entropy
 
 import opdlab as opd
-from opdlab.tasks.market import MODELS, build, data, gates, tokenizers
+from opdlab.tasks.market import (
+    MODELS,
+    build,
+    data,
+    gates,
+    market,
+    skills,
+    teachers,
+    tokenizers,
+    world,
+)
+from opdlab.training.config import parse_toml
 
 
 @pytest.fixture(scope="module")
@@ -66,6 +78,44 @@ def test_the_build_is_deterministic(tmp_path):
         )
     assert sums[0] == sums[1]
     assert len(set(sums[0].values())) == len(MODELS)
+
+
+def test_the_adapters_have_half_of_the_skill():
+    for (adapter, skill), value in skills.measure(data(), n=60).items():
+        assert value >= 0.95 if adapter == skill else value <= 0.35
+    for name in world.SKILLS:
+        files = list((data() / name).iterdir())
+        assert {f.name for f in files} == {"adapter_config.json", "adapter_model.safetensors"}
+        assert sum(f.stat().st_size for f in files) < 200_000
+
+
+def test_the_teachers_are_adapters_on_the_student():
+    student = opd.load("market")[0]
+    made = teachers(student)
+    assert all(policy.weights is student.weights for policy in made.values())
+    task = market(alike=True)
+    prompts = task.prompts(40)
+    kinds = [prompt.metadata["skill"] for prompt in prompts]
+    assert set(kinds) == set(made)
+    many = opd.MultiTeacher(made, route="skill")
+    run = opd.distill(student, many, task, steps=1, batch=4, quiet=True)
+    tables = parse_toml(run.to_config())
+    assert tables["task"] == {"name": "market", "alike": True}
+    assert tables["teacher"]["members"]["addition"] == {"source": "student", "adapter": "addition"}
+    again = opd.from_config(run.to_config(), quiet=True)
+    assert next(again).metrics["loss"] == next(run).metrics["loss"]
+
+
+def test_the_build_of_the_adapters_is_deterministic(tmp_path):
+    sums = []
+    for run in ("a", "b"):
+        shutil.copytree(data() / "student", tmp_path / run / "student")
+        for skill in world.SKILLS:
+            skills.train(skill, tmp_path / run, steps=2)
+        files = sorted(path for path in (tmp_path / run).rglob("adapter_*"))
+        sums.append([hashlib.sha256(path.read_bytes()).hexdigest() for path in files])
+    assert sums[0] == sums[1]
+    assert len(set(sums[0])) == 3  # two adapters, one configuration
 
 
 def test_planted_mistakes_carry_no_loss():
