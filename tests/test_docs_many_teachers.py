@@ -23,7 +23,13 @@ def test_the_blocks_run():
     for block in blocks("python"):
         exec(block, names)  # noqa: S102 (the page is ours)
         plans.append(set(names["run"].last.plan))
-    assert plans == [set(), set(), set(), {"grpo_advantage", "grpo_sampler_logp"}, {"told", "scale"}]
+    assert plans == [
+        set(),
+        set(),
+        set(),
+        {"grpo_advantage", "grpo_sampler_logp"},
+        {"told", "scale"},
+    ]
 
 
 def test_the_configs_run(tmp_path):

@@ -22,6 +22,7 @@ what follows are our readings [O].
 
 from __future__ import annotations
 
+import warnings
 from bisect import bisect_right
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -94,7 +95,7 @@ class ByteTeacher:
         self._student: Policy | None = None
         self._maps: dict[tuple[bool, bool], ByteMap] = {}
         self._bytes: dict[bool, list[bytes]] = {}
-        self._sums, self._left_out = Sums(), 0
+        self._sums, self._left_out, self._has_warned = Sums(), 0, False
 
     @property
     def name(self) -> str:
@@ -130,13 +131,21 @@ class ByteTeacher:
             The grades of `rollout.tokens` tokens, rows in order.
 
         Raises:
-            OpdlabError: `check` was not called, or the teacher can spell none of the completions.
+            OpdlabError: `check` was not called.
         """
         student = self._require_student()
         readings = [self._read(rollout, b, student) for b in range(len(rollout))]
         known = [one for one in readings if one is not None]
         rest = [b for b, one in enumerate(readings) if one is None]
         self._sums, self._left_out = Sums(), len(rest)
+        if not known and not self._has_warned:
+            self._has_warned = True
+            warnings.warn(
+                f"The teacher's tokenizer spells none of these {len(rest)} completions as they were"
+                f" written, as {rollout.texts[0][:60]!r}, so nothing is learnt from them. Use a"
+                " teacher that knows these characters, or OmniOPD().",
+                stacklevel=2,
+            )
         parts: list[Graded] = []
         rows = []
         if known:

@@ -157,7 +157,7 @@ def test_with_the_same_tokens_it_is_the_teacher():
     rollout = student.sample(TASK.prompts(3), max_new_tokens=24, seed=0)
     found = graded(student, teacher, rollout)
     torch.testing.assert_close(
-        found.logp().exp(), teacher.grade(rollout).logp().exp(), rtol=1e-3, atol=1e-5
+        found.logp().exp(), teacher.grade(rollout).logp().exp(), rtol=1e-3, atol=1e-4
     )
     index = torch.tensor([4, 0, 9])
     torch.testing.assert_close(found.part(index).logp(), found.logp()[index])
@@ -165,14 +165,14 @@ def test_with_the_same_tokens_it_is_the_teacher():
 
 @pytest.mark.parametrize("name", ["forward_kl", "reverse_kl", "jensen_shannon"])
 def test_every_divergence_trains(name):
-    student = model("scribe")
-    teacher = ByteTeacher(model("teacher"))
+    student = model("student")
+    teacher = ByteTeacher(model("scribe"))
     run = opd.distill(
         student, teacher, TASK, method=opd.OPD(name), steps=2, batch=2, quiet=True, lr=1e-3
     ).train()
-    assert run.history["loss"].between(0, 50).all()
+    assert run.history["loss"].between(0.01, 50).all()
     said = teacher.report()
-    assert said["exact"] == 1.0
+    assert 0 < said["exact"] < 1
     assert said["left_out"] == 0
     rollout = rollout_of(student, ["4 7 + 3"])
     teacher.check(student, list(rollout.prompts), 24)
@@ -197,10 +197,19 @@ def test_completions_that_cannot_be_read_teach_nothing():
     assert teacher.report()["left_out"] == 1
 
 
+def test_a_teacher_that_can_spell_nothing_is_said_once():
+    student, teacher = model("scribe"), ByteTeacher(model("teacher"))
+    rollout = rollout_of(student, ["47+38=85"])
+    teacher.check(student, list(rollout.prompts), 24)
+    with pytest.warns(UserWarning, match="spells none of these 1 completions"):
+        logp = teacher.grade(rollout).logp()
+    assert torch.equal(logp, student.grade(rollout).logp())
+
+
 def test_teachers_of_different_tokens_teach_one_student():
-    student = model("scribe")
-    members = {"words": ByteTeacher(model("teacher")), "told": model("scribe").seeing("a")}
-    many = opd.MultiTeacher(members, route=lambda p: "words" if "apples" in str(p) else "told")
+    student = model("student")
+    members = {"scribe": ByteTeacher(model("scribe")), "words": model("teacher")}
+    many = opd.MultiTeacher(members, route=lambda p: "words" if "buys" in str(p) else "scribe")
     run = opd.distill(student, many, TASK, steps=1, batch=6, quiet=True).train()
     assert run.history["loss"].notna().all()
 
@@ -208,9 +217,9 @@ def test_teachers_of_different_tokens_teach_one_student():
 def test_a_config_names_it():
     config = """
 [student]
-source = "scribe"
+source = "student"
 [teacher]
-source = "teacher"
+source = "scribe"
 kind = "bytes"
 [task]
 name = "market"
