@@ -359,7 +359,8 @@ def write_toml(config: Config) -> str:
         tables["policies"] = {name: _plain_table(one) for name, one in config.policies.items()}
     if config.task is not None:
         task = _plain_table(config.task)
-        tables["task"] = {**task, **task.pop("options", {})}
+        options = task.pop("options", {})
+        tables["task"] = {**task, **options}
     if config.method is not None:
         tables["method"] = {"name": config.method.name, **config.method.options}
     if config.sampler is not None:

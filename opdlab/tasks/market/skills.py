@@ -61,12 +61,11 @@ def train(skill: str, out: Path, steps: int = STEPS) -> str:
         optimizer.zero_grad()
         if step % 50 == 49:
             print(f"{skill} {step + 1}/{steps} loss {loss:.4f}", flush=True)
-    # The path of this machine would be no name anywhere else.
-    model.peft_config["default"].base_model_name_or_path = "student"
     model.save_pretrained(str(out / skill))
     (out / skill / "README.md").unlink(missing_ok=True)  # PEFT's card has a template's holes
     path = out / skill / "adapter_config.json"
     said = json.loads(path.read_text(encoding="utf-8"))
+    said["base_model_name_or_path"] = "student"  # the path of this machine is no name elsewhere
     said["target_modules"] = sorted(said["target_modules"])  # a set, in another order each time
     path.write_text(json.dumps(said, indent=2, sort_keys=True) + "\n", encoding="utf-8")
     size = sum(value.numel() for value in trained)
