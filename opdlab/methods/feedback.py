@@ -71,7 +71,8 @@ class SDPO:
         divergence: A name of `opdlab.losses.DIVERGENCES`.
         options: Keywords of the divergence, as in `OPD`.
         top_k: A coarse support to compare on, as in `OPD`.
-        anchor: The teacher: "live", "ema" (which moves by `Settings.ema_rate`) or "frozen".
+        anchor: The teacher: "ema" (which moves by `Settings.ema_rate`; the authors use 0.05),
+            "frozen" or "live". On the shipped world "live" unlearns the language.
         attempts: "all" tells every attempt, "failed" only those below `threshold`.
         solutions: Whether a right attempt of the same prompt, another than the one that is told, is
             part of the feedback.
@@ -87,7 +88,7 @@ class SDPO:
     divergence: str = "jensen_shannon"
     options: dict[str, Any] = field(default_factory=dict)
     top_k: TopK | None = None
-    anchor: Anchor = "live"
+    anchor: Anchor = "ema"
     attempts: Literal["all", "failed"] = "all"
     solutions: Flag = True
     threshold: PositiveShare = 1.0

@@ -70,7 +70,7 @@ def plan(method, task, step: int = 0):
 def test_sdpo_tells_each_attempt_its_own_feedback_and_another_right_one():
     method = opd.SDPO(solution_form="right: {}", feedback_form="wrong: {}")
     batch, columns, hinted = plan(method, world())
-    batch.states("student+hint")
+    batch.states(method.needs[0])
     assert hinted.hints[:N] == [
         "right: try 2\nwrong: no: try 0",
         "right: try 0\nwrong: no: try 1",
@@ -90,7 +90,7 @@ def test_sdpo_tells_each_attempt_its_own_feedback_and_another_right_one():
 )
 def test_sdpo_is_the_mean_divergence_of_told_attempts(method, divergence):
     rollout, weight = attempts()
-    policies = {"student": STUDENT, "student+hint": Hinted()}
+    policies = {"student": STUDENT, method.needs[0]: Hinted()}
     got = exact.gradient_on(method, policies, rollout, weight, task=world())
     told = torch.tensor([1.0] * 7 + [0.0], dtype=torch.float64)
 
