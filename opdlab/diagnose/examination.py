@@ -252,6 +252,7 @@ def _ask(
             max_new_tokens=scope.length,
             seed=seed,
             batch_size=max(1, TEXTS_AT_ONCE // scope.k),
+            **pair.task.sample_options,
         )
     evidence.written.append(rollout)
     if pair.is_comparable and scope.graded:
@@ -294,7 +295,9 @@ def _ask_teacher(
     if pair.is_comparable and begun is not None and seen < FIRST_AT_MOST and allowance.done:
         with allowance.stage("both grade its first tokens", [student, teacher]):
             _compare_first(pair, keep_first(begun), evidence)
-    if scope.asks_teacher and scope.asks_half and evidence.answer_limit is None:
+    # Nobody replies to a text that goes on from the middle of a conversation.
+    asks_half = scope.asks_half and task.environment is None
+    if scope.asks_teacher and asks_half and evidence.answer_limit is None:
         firsts = rollout.select(range(0, len(rollout), scope.k))
         evidence.half = evidence.half or max(1, int(firsts.lengths.float().median()) // 2)
         with allowance.stage("the teacher goes on from the student's half", [teacher], length):
@@ -316,7 +319,8 @@ def _context_left(teacher: Policy, prompts: Sequence[Prompt]) -> int | None:
 def _answer(pair: Pair, prompts: list[Prompt], length: int) -> tuple[Rollout | None, Sequence[str]]:
     """The teacher's likeliest answers, as a rollout where the student has the same ids."""
     if pair.has_same_ids:
-        rollout = sample(pair.teacher, prompts, max_new_tokens=length, temperature=0)
+        turns = pair.task.sample_options
+        rollout = sample(pair.teacher, prompts, max_new_tokens=length, temperature=0, **turns)
         return rollout, rollout.texts
     written = as_writer(pair.teacher).write(prompts, 1, max_new_tokens=length, temperature=0.0)
     return None, [row[0] for row in written]

@@ -128,8 +128,8 @@ def exposure(
         max_new_tokens: Length limit; by default the task's.
 
     Returns:
-        The table by position, the probe if the task has a verifier (else None), and the number of
-        questions.
+        The table by position, the probe if the task has a verifier and no environment (else None),
+        and the number of questions.
 
     Raises:
         InvalidValue: One of the two is no policy.
@@ -171,7 +171,7 @@ def exposure(
     ]
     probe = (
         continuation(own, student, teacher, task, at)
-        if task is not None and task.verify is not None
+        if task is not None and task.verify is not None and task.environment is None
         else None
     )
     return Exposure(table, probe, len(set(questions)))
@@ -261,8 +261,14 @@ def continuation(
 
     Raises:
         MissingPolicy: The task has no verifier.
-        OpdlabError: A length is negative.
+        OpdlabError: A length is negative, or the task has an environment: a text that goes on from
+            the middle of a conversation has nobody to reply to it.
     """
+    if task.environment is not None:
+        raise OpdlabError(
+            f"{task.name} has an environment, and a probe that goes on from the middle of a"
+            " conversation has nobody to reply to it. Leave the probe out."
+        )
     if task.verify is None:
         raise MissingPolicy(
             f"{task.name} has no verifier, so nothing can be scored. Make the task with verify=…."
