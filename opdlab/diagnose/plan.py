@@ -40,7 +40,7 @@ from opdlab.diagnose.shapes import Shape
 from opdlab.diagnose.tables import to_html
 from opdlab.engine.passes import CHUNK_BYTES
 from opdlab.errors import InvalidValue
-from opdlab.support.validation import Count, Positive, Text, validate_fields
+from opdlab.support.validation import Count, Positive, Text, validate_arguments, validate_fields
 
 GIB = 2**30
 PLACEMENTS = ("copies", "sharded", "servers", "servers, sharded")
@@ -194,10 +194,11 @@ class Plan:
         return self.new_tokens / self.step
 
 
+@validate_arguments
 def plan(
     student: Shape,
     teacher: Shape,
-    gpus: int = 1,
+    gpus: Count = 1,
     device: Device = DEVICES["h100"],
     work: Work | None = None,
     efficiency: Efficiency | None = None,
@@ -216,13 +217,13 @@ def plan(
         One plan for each placement that needs no more devices than there are.
 
     Raises:
-        InvalidValue: There are no devices, or fewer prompts than devices.
+        InvalidValue: An argument is not what it must be, or there are fewer prompts than devices.
     """
     work, efficiency = work or Work(), efficiency or Efficiency()
-    if gpus < 1 or work.batch < gpus:
+    if work.batch < gpus:
         raise InvalidValue(
-            f"plan got gpus={gpus} for a batch of {work.batch} prompts. Use at least one device,"
-            " and a prompt for each."
+            f"plan got gpus={gpus} for a batch of {work.batch} prompts. Use a prompt for each"
+            " device at least."
         )
     least = _devices_to_serve(teacher, device, work)
     found = []

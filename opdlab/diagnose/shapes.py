@@ -15,6 +15,7 @@ import torch
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig
 
 from opdlab.errors import InvalidValue
+from opdlab.support.validation import Text, validate_arguments
 
 # Shapes that plans are often made for, as their configurations on the Hub say; these need no file.
 # hidden size, layers, heads, key-value heads, intermediate size, and whether the head is tied
@@ -73,8 +74,8 @@ class Shape:
         return self.vocab * self.hidden
 
 
-@cache
-def shape_of(source: str) -> Shape:
+@validate_arguments
+def shape_of(source: Text) -> Shape:
     """Find the shape of a model by its configuration; no weights are loaded.
 
     Args:
@@ -86,6 +87,11 @@ def shape_of(source: str) -> Shape:
     Raises:
         InvalidValue: There is no configuration, or it is not that of a causal language model.
     """
+    return _shape_of(source)
+
+
+@cache
+def _shape_of(source: str) -> Shape:
     try:
         known = _known_config(source)
         config = known or AutoConfig.from_pretrained(source)  # nosec B615  # shapes alone

@@ -154,6 +154,12 @@ def test_all_weights_cost_sixteen_bytes_each():
 def test_bad_plans_are_refused():
     with pytest.raises(InvalidValue, match="a prompt for each"):
         planned(gpus=8, batch=4)
+    with pytest.raises(InvalidValue, match="plan got gpus=0"):
+        planned(gpus=0)
+    with pytest.raises(InvalidValue, match="plan got student='small'"):
+        plan("small", shape_of(SMALL))
+    with pytest.raises(InvalidValue, match="shape_of got source=3"):
+        shape_of(3)
     with pytest.raises(InvalidValue, match="Work got new=0"):
         Work(new=0)
     with pytest.raises(InvalidValue, match="Efficiency got passes="):
