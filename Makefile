@@ -55,7 +55,7 @@ rehearse: $(ENV)/test.done $(ENV)/small.done  ## run the notebooks as on a GPU, 
 notebooks: $(ENV)/test.done  ## run the notebooks again and freeze their outputs
 	@OPDLAB_PROFILE=cpu $(BIN)/opdlab freeze notebooks/*.ipynb --execute
 
-models: $(ENV)/base.done  ## rebuild the shipped models (about 25 minutes on 2 idle cores, by summed CPU seconds)
+models: $(ENV)/base.done  ## rebuild the shipped models (about 30 minutes on 2 idle cores, by summed CPU seconds)
 	@$(BIN)/python -m opdlab.tasks.market.build
 	@$(BIN)/python -m opdlab.tasks.market.skills
 

@@ -1,4 +1,4 @@
-"""Rebuild the shipped models, in about 45 minutes on 2 cores.
+"""Rebuild the shipped models, in about 30 minutes on 2 cores.
 
     python -m opdlab.tasks.market.build [--out data/market]
 
