@@ -207,6 +207,9 @@ def read_dtype(dtype: Any) -> torch.dtype | None:
 def read_device(device: Any) -> torch.device:
     """Read the name of a device that is there; by default a GPU, or the CPU without one.
 
+    Of several processes on a machine each gets a GPU of its own by default, the one that Accelerate
+    gives it too.
+
     Args:
         device: As the user gave it: a torch.device, a name such as "cuda:1", or None.
 
@@ -217,7 +220,12 @@ def read_device(device: Any) -> torch.device:
         InvalidValue: There is no such device.
     """
     if device is None:
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        if not torch.cuda.is_available():
+            return torch.device("cpu")
+        process = os.environ.get("LOCAL_RANK")  # set by torchrun, accelerate launch and Ray
+        if process is None:
+            return torch.device("cuda")
+        return torch.device("cuda", int(process) % torch.cuda.device_count())
     try:
         place = torch.device(device)
     except (RuntimeError, TypeError) as error:

