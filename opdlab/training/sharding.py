@@ -19,7 +19,7 @@ import torch
 from accelerate import Accelerator
 from accelerate.utils import FullyShardedDataParallelPlugin, fsdp2_prepare_model
 from torch import Tensor, nn
-from torch.distributed.fsdp import CPUOffloadPolicy, StateDictType
+from torch.distributed.fsdp import CPUOffloadPolicy, FSDPModule, StateDictType
 
 from opdlab.engine.batch import Batch
 from opdlab.errors import InvalidValue
@@ -61,7 +61,8 @@ def find_plugin(accelerator: Accelerator) -> FullyShardedDataParallelPlugin | No
         Accelerate's options, the run's own copy; None where the weights stay whole in each process.
 
     Raises:
-        InvalidValue: It asks for the first FSDP, or for an option that would be ignored.
+        InvalidValue: It asks for the first FSDP, or for an option that would be ignored, or PyTorch
+            is too old.
     """
     # On CPUs Accelerate leaves FSDP out without a word, though it works there too.
     state: Any = accelerator.state
@@ -70,6 +71,11 @@ def find_plugin(accelerator: Accelerator) -> FullyShardedDataParallelPlugin | No
         plugin = FullyShardedDataParallelPlugin()
     if plugin is None:
         return None
+    if not hasattr(FSDPModule, "set_reduce_scatter_unused_params"):
+        raise InvalidValue(
+            f"The launcher asks for FSDP, and that of PyTorch {torch.__version__} lacks what opdlab"
+            " needs. Use PyTorch 2.13 or later, or start the processes without FSDP."
+        )
     if plugin.fsdp_version != 2:
         raise InvalidValue(
             f"The launcher asks for FSDP {plugin.fsdp_version}, and opdlab shards with FSDP2. Put"
