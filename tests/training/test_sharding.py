@@ -53,6 +53,16 @@ def assert_same_weights(ours: Path, theirs: Path) -> None:
             torch.testing.assert_close(left[key], value, rtol=1e-3, atol=0.05 * sharded_runs.LR)
 
 
+def assert_same_averages(ours: Path, theirs: Path) -> None:
+    """Compare the optimizers' averages of gradients, and of their squares, of two checkpoints."""
+    left, right = SavedOptimizer(ours), SavedOptimizer(theirs)
+    assert left.shapes.keys() == right.shapes.keys()
+    for key in right.shapes:
+        want = right.read(key)
+        least = 1e-3 * float(want.abs().max())
+        torch.testing.assert_close(left.read(key), want, rtol=1e-3, atol=least)
+
+
 @pytest.mark.parametrize("name", NAMES)
 def test_a_sharded_run_ends_with_the_weights_of_a_whole_one(folders, name):
     assert said(folders[2])[name]["sharded"]
@@ -66,13 +76,10 @@ def test_a_sharded_run_ends_with_the_weights_of_a_whole_one(folders, name):
 @pytest.mark.parametrize("name", NAMES)
 def test_the_optimizer_of_a_sharded_run_has_the_averages_of_a_whole_one(folders, name):
     """They are sums of gradients, of the embeddings that are tied to the head too."""
-    one, two = (SavedOptimizer(folders[n] / name / "step-000002") for n in (1, 2))
-    assert one.shapes.keys() == two.shapes.keys()
-    assert any("embed_tokens" in key for key in one.shapes) == name.startswith("full")
-    for key in one.shapes:
-        want = one.read(key)
-        least = 1e-3 * float(want.abs().max())
-        torch.testing.assert_close(two.read(key), want, rtol=1e-3, atol=least)
+    one, two = (folders[n] / name / "step-000002" for n in (1, 2))
+    assert_same_averages(two, one)
+    keys = SavedOptimizer(one).shapes
+    assert any("embed_tokens" in key for key in keys) == name.startswith("full")
 
 
 def test_the_launcher_chooses_the_files_of_the_optimizer(folders):
@@ -162,4 +169,6 @@ def test_a_real_model_trains_and_is_taken_up(tmp_path):
     saved = tmp_path / "sharded" / "step-000002"
     assert json.loads((saved / "run.json").read_text())["sharded"]
     assert_close(json.loads((saved / "history.json").read_text()), whole.metrics, "history")
-    assert_same_weights(saved, tmp_path / "whole" / "step-000002")
+    # Of a gradient that is all rounding Adam makes a whole step, and here are many weights, so the
+    # gradients are compared, those of the second step being made by the weights of the first.
+    assert_same_averages(saved, tmp_path / "whole" / "step-000002")
