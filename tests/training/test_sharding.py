@@ -53,13 +53,16 @@ def assert_same_weights(ours: Path, theirs: Path) -> None:
             torch.testing.assert_close(left[key], value, rtol=1e-3, atol=0.05 * sharded_runs.LR)
 
 
-def assert_same_averages(ours: Path, theirs: Path) -> None:
-    """Compare the optimizers' averages of gradients, and of their squares, of two checkpoints."""
+def assert_same_averages(ours: Path, theirs: Path, part: float = 1e-3) -> None:
+    """Compare the optimizers' averages of gradients, and of their squares, of two checkpoints.
+
+    They may differ by a `part` of the largest number in each tensor.
+    """
     left, right = SavedOptimizer(ours), SavedOptimizer(theirs)
     assert left.shapes.keys() == right.shapes.keys()
     for key in right.shapes:
         want = right.read(key)
-        least = 1e-3 * float(want.abs().max())
+        least = part * float(want.abs().max())
         torch.testing.assert_close(left.read(key), want, rtol=1e-3, atol=least)
 
 
@@ -166,9 +169,13 @@ def test_a_real_model_trains_and_is_taken_up(tmp_path):
     script = Path(sharded_small.__file__)
     launched(script, 2, tmp_path / "sharded", variables=FSDP2)
     whole = sharded_small.main(tmp_path / "whole")
-    saved = tmp_path / "sharded" / "step-000002"
-    assert json.loads((saved / "run.json").read_text())["sharded"]
-    assert_close(json.loads((saved / "history.json").read_text()), whole.metrics, "history")
-    # Of a gradient that is all rounding Adam makes a whole step, and here are many weights, so the
-    # gradients are compared, those of the second step being made by the weights of the first.
-    assert_same_averages(saved, tmp_path / "whole" / "step-000002")
+    first, second = (
+        [tmp_path / way / f"step-00000{step}" for way in ("sharded", "whole")] for step in (1, 2)
+    )
+    assert json.loads((second[0] / "run.json").read_text())["sharded"]
+    assert_close(json.loads((second[0] / "history.json").read_text()), whole.metrics, "history")
+    # Adam makes a whole step of a gradient that is all rounding, and among so many weights some
+    # are. So gradients are compared: those of the first step, made with the same weights, and
+    # those after the run was taken up, made with nearly the same ones.
+    assert_same_averages(*first)
+    assert_same_averages(*second, part=1e-2)
