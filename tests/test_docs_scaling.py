@@ -11,6 +11,7 @@ import re
 import shlex
 import subprocess
 import sys
+from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
@@ -66,8 +67,10 @@ def test_the_page_has_these_commands():
         "accelerate launch --num_processes 2 train.py runs/first",
         "torchrun --standalone --nproc-per-node 2 train.py runs/first",
         "accelerate launch --config_file examples/fsdp2.yaml train.py runs/first",
+        'pip install "ray[train]"',
+        "python train_ray.py runs/first",
     ]
-    assert set(SCRIPTS) == {"train.py"}
+    assert set(SCRIPTS) == {"train.py", "train_ray.py"}
 
 
 @pytest.mark.parametrize(("number", "is_sharded"), [(1, "false"), (2, "true")])
@@ -77,3 +80,10 @@ def test_a_command_trains(folder, number, is_sharded):
     saved = (folder / "runs" / "first" / "step-000002" / "run.json").read_text()
     assert '"processes": 2' in saved
     assert f'"sharded": {is_sharded}' in saved
+
+
+@pytest.mark.skipif(find_spec("ray") is None, reason="ray is not installed")
+def test_ray_trains(folder):
+    run(folder, COMMANDS[4])
+    saved = (folder / "runs" / "first" / "step-000002" / "run.json").read_text()
+    assert '"processes": 2' in saved
