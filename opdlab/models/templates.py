@@ -6,11 +6,13 @@ forms of the chat before they raise an error.
 
 from __future__ import annotations
 
+import inspect
 import re
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from itertools import groupby
 from typing import Any
 
+import transformers
 from transformers import PreTrainedTokenizerBase
 
 from opdlab.data.prompt import Prompt
@@ -66,6 +68,12 @@ def render_chat(
     return render_first_form(tokenizer, chat, options)[1]
 
 
+def can_sanitize(tokenizer: PreTrainedTokenizerBase) -> bool:
+    """Tell whether transformers can read spelled special tokens letter by letter: from 5.20 on."""
+    parameters = inspect.signature(tokenizer.apply_chat_template).parameters
+    return "sanitize_control_tokens" in parameters
+
+
 def check_template_options(tokenizer: PreTrainedTokenizerBase, options: Any) -> dict[str, Any]:
     """Check the arguments for a chat template when a policy is made, before they are used.
 
@@ -106,6 +114,11 @@ def check_template_options(tokenizer: PreTrainedTokenizerBase, options: Any) -> 
                 f"chat_template_kwargs has {name}, which this tokenizer's chat template does not"
                 " read. Leave it out."
             )
+    if "sanitize_control_tokens" in options and not can_sanitize(tokenizer):
+        raise InvalidValue(
+            "chat_template_kwargs has sanitize_control_tokens, which transformers"
+            f" {transformers.__version__} does not know. Install transformers 5.20 or newer."
+        )
     turns = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]
     probe = turns if options.get("continue_final_message") else turns[:1]
     try:

@@ -11,6 +11,7 @@ from tokenizers.processors import TemplateProcessing
 from opdlab import Policy, Prompt, distill, tasks
 from opdlab.errors import InvalidValue, OpdlabError, TokenizerMismatch
 from opdlab.models.same_tokens import check_same_tokens
+from opdlab.models.templates import can_sanitize
 from opdlab.models.text_rollouts import rollout_from_texts
 from opdlab.teachers import TextOnly
 
@@ -292,11 +293,12 @@ def test_a_chat_that_was_rendered_before_warns_of_nothing(make_policy, words):
 def test_spelled_tokens_are_read_letter_by_letter_on_request(make_policy, bytes_bpe):
     tokenizer = copy.deepcopy(bytes_bpe)
     tokenizer.chat_template = "{% for m in messages %}{{ m.content }}<|end|>{% endfor %}"
-    policy = Policy.of(
-        make_policy(0, tokenizer).weights.model,
-        tokenizer,
-        chat_template_kwargs={"sanitize_control_tokens": True},
-    )
+    model, options = make_policy(0, tokenizer).weights.model, {"sanitize_control_tokens": True}
+    if not can_sanitize(tokenizer):  # before transformers 5.20: refused, not ignored
+        with pytest.raises(InvalidValue, match=r"Install transformers 5\.20 or newer"):
+            Policy.of(model, tokenizer, chat_template_kwargs=options)
+        return
+    policy = Policy.of(model, tokenizer, chat_template_kwargs=options)
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         ids = policy.encode(Prompt(messages=({"role": "user", "content": "a <|end|> b"},)))
