@@ -86,6 +86,10 @@ def calls(tmp_path_factory) -> dict[str, tuple[Callable[..., Any], dict[str, Any
             opd.losses.reverse_kl,
             {"student": torch.zeros(1, 2), "teacher": torch.zeros(1, 2)},
         ),
+        "MultiTeacher": (opd.teachers.MultiTeacher, {"members": {"a": teacher, "b": teacher}}),
+        "ByteTeacher": (opd.teachers.ByteTeacher, {"policy": teacher}),
+        "SDPO": (opd.SDPO, {}),
+        "TurnOPD": (opd.TurnOPD, {}),
         "TokenLens": (viz.TokenLens, of_trace),
         "Timeline": (viz.Timeline, of_trace),
         "Regimes": (viz.Regimes, of_trace),
@@ -105,6 +109,7 @@ NAMES = [
     *("trace.column", "trace.save", "trace.sample", "run.at", "run.save_adapter"),
     *("snapshots.rescore", "snapshots.rewrite", "diagnose.health", "diagnose.overlap"),
     *("TextServer", "LogprobServer", "VLLMServer", "VLLM", "Budget", "TopK", "reverse_kl"),
+    *("MultiTeacher", "ByteTeacher", "SDPO", "TurnOPD"),
     *("TokenLens", "Timeline", "Regimes", "Rollouts", "TailAudit", "Playground", "Compare"),
     *("Scrubber", "RunBoard", "RunCard"),
 ]

@@ -26,7 +26,6 @@ from torch import Tensor
 from opdlab.data.column import Column, Kind
 from opdlab.engine.batch import Batch
 from opdlab.engine.rows import Rows
-from opdlab.errors import InvalidValue
 from opdlab.losses import reverse_kl
 from opdlab.support.validation import Positive, PositiveShare, validate_fields
 
@@ -54,8 +53,6 @@ class TurnOPD:
     needs: ClassVar[tuple[str, ...]] = ("teacher",)
 
     def __post_init__(self) -> None:
-        if self.unit not in ("turn", "token"):
-            raise InvalidValue(f"TurnOPD got unit={self.unit!r}. Use turn or token.")
         validate_fields(self)
 
     def plan(self, batch: Batch) -> dict[str, Column]:

@@ -107,7 +107,7 @@ class MultiTeacher:
                     f"MultiTeacher got another MultiTeacher as {name!r}. Give all teachers in one."
                 )
             expect_teacher(member, "MultiTeacher", f"members[{name!r}]")
-        if mixture not in get_args(Mixture):
+        if not (isinstance(mixture, str) and mixture in get_args(Mixture)):
             raise InvalidValue(
                 f"MultiTeacher got mixture={shortened(mixture)}. Use arithmetic or geometric."
             )
