@@ -18,7 +18,9 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 
+from opdlab.models.policy import Policy
 from opdlab.tasks.market import world
+from opdlab.tasks.market.agent_task import market_with_tools
 
 BANDS = {  # name -> (least, most)
     "teacher greedy accuracy": (0.97, 1.0),
@@ -30,6 +32,8 @@ BANDS = {  # name -> (least, most)
     "teacher entropy / uniform, noise tokens": (0.95, 1.05),
     "student entropy / uniform, secret tokens, no hint": (0.95, 1.05),
     "student entropy / uniform, noise tokens": (0.95, 1.05),
+    "clerk greedy success": (0.9, 1.0),
+    "trainee greedy success": (0.05, 0.4),
 }
 
 
@@ -115,7 +119,29 @@ def measure(folder: Path, n: int = 400, seed: int = 12345) -> dict[str, float]:
             )
             entropy = -(rows.exp() * rows).sum(-1).mean().item()
             out[f"{name} entropy / uniform, {label}"] = entropy / math.log(len(world.LETTERS))
+    for name in ("clerk", "trainee"):
+        out[f"{name} greedy success"] = measure_success(folder / name, n, seed)
     return out
+
+
+def measure_success(folder: Path, n: int, seed: int) -> float:
+    """Measure the share of errands that a model settles rightly with the tool's help.
+
+    Args:
+        folder: A folder with one model that talks to the tool.
+        n: Number of errands; at most 100 are drawn.
+        seed: Decides which errands are drawn.
+
+    Returns:
+        The share, from 0 to 1.
+    """
+    task = market_with_tools()
+    errands = task.prompts(min(n, 100), seed=seed, split="test")
+    rollout = Policy.load(folder, device="cpu").sample(
+        errands, max_new_tokens=task.max_new_tokens, temperature=0, **task.sample_options
+    )
+    scores = task.scores(errands, rollout.texts)
+    return sum(scores) / len(scores)
 
 
 def check(folder: Path) -> str:
