@@ -69,6 +69,7 @@ def test_the_page_has_these_commands():
         "accelerate launch --config_file examples/fsdp2.yaml train.py runs/first",
         'pip install "ray[train]"',
         "python train_ray.py runs/first",
+        "opdlab doctor Qwen/Qwen3-1.7B Qwen/Qwen3-235B-A22B --gpus 64 --plan --batch 512 --vllm",
     ]
     assert set(SCRIPTS) == {"train.py", "train_ray.py"}
 

@@ -52,7 +52,10 @@ def load_planned_pair(source: str, task: str | None) -> Planned:
         raise OpdlabError(f"doctor got a task beside {source}, which has its own. Leave it out.")
     config = read_config(read_toml(source), Path(source).expanduser().parent, source)
     if config.teacher is None:
-        raise OpdlabError(f"{source} has no [teacher], so there is no pair to look at.")
+        raise OpdlabError(
+            f"{source} has no [teacher], so there is no pair to look at. A method that is its own"
+            " teacher needs no doctor: begin with `opdlab distill`."
+        )
     parts = load_parts(config)
     # What recipes of method and task say counts for the cost of a step too.
     settings = vars(make_settings(config.settings, parts.method, parts.task))

@@ -226,11 +226,17 @@ class Batch:
             The task's words; None where it has none.
 
         Raises:
-            BadVerifier: The task's feedback is neither a text nor None.
+            BadVerifier: The task's feedback fails, or is neither a text nor None.
         """
         if self.task is None or self.task.feedback is None:
             return None
-        said = self.task.feedback(prompt, text)
+        try:
+            said = self.task.feedback(prompt, text)
+        except Exception as error:
+            raise BadVerifier(
+                f"The task's feedback failed on prompt {name_of(prompt)}: {type(error).__name__}:"
+                f" {error}. Mend it, or let it return None where nothing is to be said."
+            ) from error
         if not isinstance(said, str | None):
             raise BadVerifier(
                 f"The task's feedback returned a {type(said).__name__} for prompt"

@@ -10,6 +10,7 @@ the prompt and earlier replies must be rendered as they were.
 
 from __future__ import annotations
 
+import copy
 import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
@@ -20,7 +21,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
-from opdlab.data.conversation import Environment, FinalText, Parser
+from opdlab.data.conversation import Environment, FinalText, Parser, ToolCall, Turn
 from opdlab.data.prompt import Prompt, name_of, read_messages
 from opdlab.data.rollout import Rollout
 from opdlab.data.sampling_config import SamplingConfig
@@ -313,18 +314,40 @@ def _take(written: SampledTexts, part: list[Talk], policy: Talker) -> None:
         talk.text = text
 
 
+def _read_turn(parse: Parser, text: str) -> Turn:
+    """Read a turn; a parser of the user's own that fails gives a turn with an error."""
+    try:
+        turn = parse(text)
+    except OpdlabError:
+        raise
+    except Exception as error:
+        return Turn(text, error=f"the turn cannot be parsed: {type(error).__name__}")
+    if not isinstance(turn, Turn) or not all(isinstance(one, ToolCall) for one in turn.calls):
+        raise InvalidValue(
+            f"The parser of the environment returned {shortened(turn)}. Return an"
+            " opdlab.data.conversation.Turn, whose calls are ToolCall(name, arguments)."
+        )
+    return turn
+
+
 def _answer(
     part: list[Talk], environment: Environment, parse: Parser, config: SamplingConfig
 ) -> None:
     """Let the environment reply to each turn; conversations without a reply end."""
     for talk in part:
-        said = parse(talk.text)
+        said = _read_turn(parse, talk.text)
         talk.messages.append(said.message())
         if talk.finish:
             continue
         seed = seed_of(config.seed, talk.place % 2**32, talk.turns)
         try:
-            given = environment.reply(talk.prompt, tuple(talk.messages), seed)
+            # A copy, since what was written must stay what it was.
+            given = environment.reply(talk.prompt, copy.deepcopy(tuple(talk.messages)), seed)
+            if given is None:
+                raise OpdlabError(
+                    f"The environment {type(environment).__name__} replied None on prompt"
+                    f" {name_of(talk.prompt)}. Return a list of messages; [] ends the conversation."
+                )
             reply = read_messages(given, "the reply") if len(given) else ()
         except OpdlabError:
             raise

@@ -69,6 +69,16 @@ class Tools(Environment):
         self.functions = {str(function.__name__): function for function in functions}
         if not functions or len(self.functions) < len(functions):
             raise InvalidValue("Tools needs functions, each with a name of its own.")
+        if waiting := [one for one in functions if inspect.iscoroutinefunction(one)]:
+            raise InvalidValue(
+                f"Tools got the coroutine {waiting[0].__name__}, which nothing awaits. Give a plain"
+                " function, as one that calls asyncio.run."
+            )
+        if parse is not None and not callable(parse):
+            raise InvalidValue(
+                f"Tools got parse={shortened(parse)}. Use a function from a text to an"
+                " opdlab.data.conversation.Turn, or None."
+            )
         self.max_turns, self.seconds = limits["max_turns"], limits["seconds"]
         self.parse = parse
 
@@ -101,6 +111,14 @@ class Tools(Environment):
         return f"Tools({', '.join(self.functions)})"
 
 
+def _describe(error: BaseException) -> str:
+    """A user's error in words; its own words may fail, too."""
+    try:
+        return f"{type(error).__name__}: {error}"
+    except Exception:
+        return type(error).__name__
+
+
 def run_call(function: Callable[..., Any], arguments: dict[str, Any], seconds: float) -> str:
     """Call a function, and tell the result or the error as a text.
 
@@ -124,7 +142,7 @@ def run_call(function: Callable[..., Any], arguments: dict[str, Any], seconds: f
             text = value if isinstance(value, str) else json.dumps(value, default=str)
             text.encode()  # half of a surrogate pair is no text
         except BaseException as error:  # whatever a user's function may raise, sys.exit() too
-            text = f"Error: {type(error).__name__}: {error}".encode(errors="replace").decode()
+            text = f"Error: {_describe(error)}".encode(errors="replace").decode()
         result.append(text)
 
     thread = threading.Thread(target=call, daemon=True)

@@ -197,6 +197,8 @@ class Task:
             InvalidValue: There is not one text for each prompt.
         """
         prompts = expect_prompts(prompts, "task.scores")
+        if isinstance(texts, Iterator):
+            texts = list(texts)
         texts = list(validate("task.scores", {"texts": texts}, {"texts": Texts})["texts"])
         if len(prompts) != len(texts):
             raise InvalidValue(

@@ -17,6 +17,7 @@ and NeMo-RL have it); mixtures are our reading of "all with weights":
 from __future__ import annotations
 
 import math
+import numbers
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -168,7 +169,13 @@ class MultiTeacher:
                 f" from_records(…, keep={self.route!r}), or give MultiTeacher route= a function."
             )
         else:
-            said = self.route(prompt)
+            try:
+                said = self.route(prompt)
+            except Exception as error:
+                raise InvalidValue(
+                    f"The route of MultiTeacher failed on prompt {name_of(prompt)}:"
+                    f" {type(error).__name__}: {error}. Let it take a prompt and give a name."
+                ) from error
             what, way = f"the route {shortened(said)}", "Let the route give one of these names."
         if isinstance(said, Mapping):
             return self._read_weights(said, f"the route of prompt {name_of(prompt)}")
@@ -183,10 +190,12 @@ class MultiTeacher:
         """Weights by name as numbers that sum to 1."""
         values = list(weights.values())
         is_right = set(weights) <= set(self.members) and all(
-            isinstance(one, int | float) and not isinstance(one, bool) and 0 <= one < math.inf
+            isinstance(one, numbers.Real)
+            and not isinstance(one, bool)
+            and 0 <= float(one) < math.inf
             for one in values
         )
-        if not is_right or not any(values):
+        if not is_right or not 0 < sum(values) < math.inf:
             raise InvalidValue(
                 f"MultiTeacher got {where}={shortened(dict(weights))}. Give numbers of at least 0,"
                 f" not all 0, for some of {', '.join(self.members)}."

@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 import time
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -124,6 +125,8 @@ def test_a_run_that_was_stopped_is_taken_up_and_ends_equal(home, tmp_path, numbe
         stderr=subprocess.PIPE,
         text=True,
         cwd=tmp_path,
+        # A job in the background ignores Ctrl-C, and so would the run that its tests start.
+        preexec_fn=partial(signal.signal, signal.SIGINT, signal.SIG_DFL),  # noqa: PLW1509
     )
     wait_for_step(tmp_path / "run", 2, process)
     assert 'name="opd-refresh"' in (tmp_path / "run" / "board.html").read_text(encoding="utf-8")

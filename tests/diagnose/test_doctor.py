@@ -247,7 +247,7 @@ def test_names_of_models_and_tasks(tmp_path):
     assert load_task("rule").name == "rule"
     with pytest.raises(
         OpdlabError,
-        match=r"There is no task 'x'\. Use market, market-secret, rule, gym:NAME or a JSONL file",
+        match=r"There is no task 'x'\. Use market, market-secret, market-tools, rule, gym:NAME",
     ):
         load_pair("student", "teacher", "x")
     with pytest.raises(

@@ -219,6 +219,7 @@ def test_a_response_template_is_read_by_transformers(load):
     tokenizer = load("qwen3").tokenizer
     tokenizer.response_template = {
         "defaults": {"role": "assistant"},
+        "start_anchor": "<|im_start|>assistant\n",
         "fields": {
             "content": {},
             "tool_calls": {

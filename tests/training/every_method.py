@@ -81,6 +81,7 @@ def methods() -> dict[str, tuple[object, dict[str, object]]]:
         "EOPD": (opd.EOPD(), {}),
         "GOPD": (opd.GOPD(), {}),
         "Combined": (opd.Combined(opd.OPD(), opd.GRPO(), Own(), weights=(1, 0.5, 2)), {"n": 4}),
+        "TurnOPD": (opd.TurnOPD(), {}),
         "SDPO": (opd.SDPO(solution_form="hint {}", feedback_form="hint {}"), {"n": 2}),
         "RLSD": (opd.RLSD(anchor="frozen"), {"n": 4}),
         "SDAR": (opd.SDAR(), {"n": 4}),
