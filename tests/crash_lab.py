@@ -174,7 +174,8 @@ def contents(folder: Path) -> dict[str, Any]:
         kept[name] = (final / f"{name}.safetensors").read_bytes()
     for path in sorted((folder / "run" / "snapshots").iterdir()):
         kept[path.name] = path.read_bytes()
-    for path in sorted((folder / "traces").iterdir()):
+    # A kill within a save leaves a hidden partial file beside the trace, never a broken trace.
+    for path in sorted((folder / "traces").glob("*.parquet")):
         trace = opd.Trace.load(path)
         kept[f"trace {path.name}"] = (trace.meta, trace.table.to_pydict())
     return kept
