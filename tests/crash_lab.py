@@ -182,8 +182,13 @@ def contents(folder: Path) -> dict[str, Any]:
 
 
 def left_behind(folder: Path) -> list[str]:
-    """Hidden files and folders that no run needs."""
-    return sorted(str(path.relative_to(folder)) for path in folder.rglob(".*"))
+    """Hidden files and folders that no run needs.
+
+    The traces here are the user's own files, outside of the run's folder: a save that is killed
+    leaves a partial file there, which no run takes up.
+    """
+    found = [path for path in folder.rglob(".*") if path.parent != folder / "traces"]
+    return sorted(str(path.relative_to(folder)) for path in found)
 
 
 def differences(folder: Path, right: dict[str, Any]) -> list[str]:
