@@ -173,7 +173,7 @@ class MethodTrainer(DistillationTrainer):  # type: ignore[misc, unused-ignore]
         return {**generated, "num_items_in_batch": total, ROW: row}
 
     def _share(self, prompts: int) -> Share:
-        """Which prompts of a step the student answers, drawn as `opdlab.distill` draws them."""
+        """Draw which prompts of a step the student answers, as `opdlab.distill` draws them."""
         count = self.accelerator.num_processes
         own = others.count_of_student(
             self.method, prompts * count, self.args.seed, self.state.global_step

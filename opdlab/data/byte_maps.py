@@ -1,4 +1,4 @@
-"""Where the probability of one tokenizer's tokens goes among another's, by the bytes of their text.
+"""Map the tokens of one tokenizer to those of another, by the bytes of their text.
 
     s        what the text goes on with, as far as a token of theirs tells it
     greedy   the longest of our tokens that s begins with: the one that reads the text's next bytes
@@ -24,7 +24,7 @@ KEPT = 256  # tables that a map keeps; each has one entry for each of their toke
 
 @dataclass(frozen=True)
 class Table:
-    """What becomes of each of their tokens.
+    """Give each token of the teacher's a token of the student's.
 
     Attributes:
         target: `[V]`, the id of our greedy token; `residual` where no token of ours fits,

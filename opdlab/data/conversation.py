@@ -30,7 +30,7 @@ class ToolCall:
 
 @dataclass(frozen=True)
 class Turn:
-    """What a student's turn says, read by a parser.
+    """Hold a student's turn in parts, as a parser read it.
 
     Attributes:
         content: The text beside the calls.

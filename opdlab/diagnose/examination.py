@@ -77,7 +77,7 @@ class Pair:
 
     @property
     def teacher_is_told_more(self) -> bool:
-        """Whether the teacher reads more than the prompt."""
+        """True if the teacher reads more than the prompt."""
         return self.teacher.context is not None
 
     @cached_property

@@ -145,7 +145,7 @@ class Work:
 
 @dataclass(frozen=True)
 class Plan:
-    """What a step costs in one placement, for the busiest device that trains.
+    """State the cost of a step in one placement, for the busiest device that trains.
 
     Attributes:
         placement: One of `PLACEMENTS`.
@@ -179,7 +179,7 @@ class Plan:
 
     @property
     def fits(self) -> bool:
-        """Whether the devices have the memory."""
+        """True if the devices have the memory."""
         need, have = self.available_for_serving
         return self.peak <= self.available and need <= have
 

@@ -92,7 +92,7 @@ class Combined:
 
     @property
     def verifies(self) -> bool:
-        """Whether one of the methods learns from the verifier."""
+        """True if one of the methods learns from the verifier."""
         return any(map(needs_verifier, self.methods))
 
     @property
@@ -102,7 +102,7 @@ class Combined:
 
     @property
     def tells(self) -> bool:
-        """Whether one of the methods gives the hints itself."""
+        """True if one of the methods gives the hints itself."""
         return any(map(tells_hints, self.methods))
 
     @property

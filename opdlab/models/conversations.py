@@ -445,7 +445,7 @@ class Frame:
         return behind
 
     def _keeps_replies(self, talk: Talk, whole: list[int]) -> bool:
-        """Whether earlier replies stand where they stood, and as they stood."""
+        """Check that earlier replies stand where they stood, and as they stood."""
         for number, ids in talk.replies:
             at = self._behind_end(whole, number)
             if at is None or whole[at : at + len(ids)] != ids:
@@ -481,7 +481,7 @@ def _until_reply(talk: Talk) -> Prompt:
 
 
 def _starts_with(ids: list[int], start: list[int]) -> bool:
-    """Whether ids go on from others; the last may have grown into a longer token."""
+    """Check that ids go on from others; the last may have grown into a longer token."""
     return ids[: len(start) - 1] == start[:-1]
 
 

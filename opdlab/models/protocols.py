@@ -41,7 +41,7 @@ class TopGrader(Protocol):
 
     @property
     def k(self) -> int | None:
-        """How many tokens; None where it gives whole distributions after all."""
+        """Number of likeliest tokens; None where it gives whole distributions after all."""
         ...
 
     def grade(self, rollout: Rollout) -> Graded:
