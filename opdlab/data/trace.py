@@ -31,6 +31,7 @@ from opdlab.errors import (
     UnknownName,
 )
 from opdlab.support.expect import shortened
+from opdlab.support.files import replacing
 from opdlab.support.validation import FilePath, Text, validate_arguments
 
 _META = b"opdlab"
@@ -203,16 +204,11 @@ class Trace:
             The path.
         """
         path = Path(path)
-        path.parent.mkdir(parents=True, exist_ok=True)
-        partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
-        try:
-            meta = json.dumps(self.meta).encode()
-            checksum = checksum_of(self.table, meta).encode()
-            table = self.table.replace_schema_metadata({_META: meta, _CHECKSUM: checksum})
+        meta = json.dumps(self.meta).encode()
+        checksum = checksum_of(self.table, meta).encode()
+        table = self.table.replace_schema_metadata({_META: meta, _CHECKSUM: checksum})
+        with replacing(path) as partial:
             pq.write_table(table, partial, compression="zstd", write_page_checksum=True)
-            os.replace(partial, path)
-        finally:
-            partial.unlink(missing_ok=True)
         return path
 
     @classmethod

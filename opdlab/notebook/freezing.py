@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from opdlab.errors import OpdlabError
+from opdlab.support.files import write_file
 
 LIMIT = 1_000_000  # bytes of a committed notebook
 CHART = "application/vnd.plotly.v1+json"
@@ -145,9 +146,7 @@ def freeze(path: str | os.PathLike[str]) -> int:
     size = len(text.encode())
     if size > LIMIT:
         raise OpdlabError(f"{path} would be {size:,} bytes, more than {LIMIT:,}. Show less in it.")
-    partial = path.with_name(f".{path.name}.partial")
-    partial.write_text(text, encoding="utf-8")
-    os.replace(partial, path)
+    write_file(path, text.encode())
     return size
 
 

@@ -36,6 +36,7 @@ from opdlab.errors import DamagedFile, OpdlabError
 from opdlab.models import model_files
 from opdlab.models.adapters import files as adapter_files
 from opdlab.models.policy import Policy
+from opdlab.support.files import write_file
 from opdlab.support.tensor_files import check_same_tensors, copy_tensors, read_tensors
 from opdlab.support.version import VERSION
 from opdlab.training import ahead, method_state, run_folder
@@ -106,13 +107,9 @@ def update_history(run: RunState, step: Path) -> None:
     manifest = _read_manifest(step)
     new = hashlib.sha256(history).hexdigest()
     both = [*manifest["history.json"], new]  # several old ones: an earlier update was cut short
-    _replace_file(
-        step / "manifest.json", json.dumps({**manifest, "history.json": both}, indent=1).encode()
-    )
-    _replace_file(step / "history.json", history)
-    _replace_file(
-        step / "manifest.json", json.dumps({**manifest, "history.json": new}, indent=1).encode()
-    )
+    _replace_json(step / "manifest.json", {**manifest, "history.json": both})
+    write_file(step / "history.json", history, flush=True)
+    _replace_json(step / "manifest.json", {**manifest, "history.json": new})
 
 
 def find_checkpoint(path: Path, step: int | None = None) -> Path:
@@ -287,7 +284,7 @@ def _write_snapshots(run: RunState, folder: Path) -> dict[str, dict[str, str]]:
         path = folder / f"step-{step:06d}-{checksum[:12]}.safetensors"
         if not path.exists():
             folder.mkdir(exist_ok=True)
-            _replace_file(path, data)
+            write_file(path, data, flush=True)
         found[str(step)] = {"file": path.name, "checksum": checksum}
     return found
 
@@ -357,6 +354,11 @@ def _write_json(path: Path, value: Any) -> None:
     )
 
 
+def _replace_json(path: Path, value: Any) -> None:
+    """Replace a JSON file that a reader may look at, and flush it to the disk."""
+    write_file(path, json.dumps(value, indent=1).encode(), flush=True)
+
+
 def read_json(path: Path) -> Any:
     """Read a JSON file.
 
@@ -375,19 +377,6 @@ def read_json(path: Path) -> Any:
         raise DamagedFile(
             f"{path} cannot be read ({error}). Resume from an earlier checkpoint: step=N."
         ) from error
-
-
-def _replace_file(path: Path, data: bytes) -> None:
-    """Write a file beside its name and rename it."""
-    partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
-    try:
-        with partial.open("wb") as file:
-            file.write(data)
-            file.flush()
-            os.fsync(file.fileno())
-        partial.replace(path)
-    finally:
-        partial.unlink(missing_ok=True)
 
 
 def _flush_files(folder: Path) -> None:

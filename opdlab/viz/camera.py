@@ -20,6 +20,7 @@ from select import select
 from typing import Any
 
 from opdlab.errors import OpdlabError
+from opdlab.support.files import write_file
 from opdlab.viz import embed
 
 NAMES = (
@@ -139,10 +140,7 @@ def shoot(
         shot = tab("Page.captureScreenshot", format="png", captureBeyondViewport=True, clip=clip)[
             "data"
         ]
-    unfinished = path.with_name(f".{path.name}.{os.getpid()}.partial")
-    unfinished.write_bytes(base64.b64decode(shot))
-    os.replace(unfinished, path)
-    return path
+    return write_file(path, base64.b64decode(shot))
 
 
 class _Pipe:

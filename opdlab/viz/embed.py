@@ -11,6 +11,8 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
+from opdlab.support.files import write_file
+
 STYLES = ("opd.css",)  # of every view; its own come after
 MOUNT = "mount.js"  # the last module of every page
 # spaces that a style sheet can do without
@@ -215,15 +217,7 @@ def write(path: str | os.PathLike[str], text: str) -> Path:
     Returns:
         The path.
     """
-    path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
-    try:
-        partial.write_text(text, encoding="utf-8", newline="\n")
-        os.replace(partial, path)
-    finally:
-        partial.unlink(missing_ok=True)
-    return path
+    return write_file(Path(path), text.encode())
 
 
 def _plain(data: Any) -> Any:

@@ -106,15 +106,15 @@ def test_every_state_of_the_manifest_fits_the_files(make_policy, tmp_path, monke
 
     made = run(make_policy, tmp_path, steps=1).train()
     made.metrics[-1]["accuracy"] = 0.5
-    replace, left = checkpoint._replace_file, [0]
+    replace, left = checkpoint.write_file, [0]
 
-    def limited(path, data):
+    def limited(path, data, flush):
         left[0] -= 1
         if left[0] < 0:
             raise KeyboardInterrupt
-        replace(path, data)
+        replace(path, data, flush)
 
-    monkeypatch.setattr(checkpoint, "_replace_file", limited)
+    monkeypatch.setattr(checkpoint, "write_file", limited)
     for allowed in (1, 2, 3):
         left[0] = allowed
         try:
