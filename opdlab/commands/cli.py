@@ -1,4 +1,4 @@
-"""Run opdlab from a terminal: `opdlab demo`, `doctor`, `show`, `gallery`, `lab` and `freeze`.
+"""Run opdlab from a terminal: `opdlab demo`, `doctor`, `show`, `trace`, `gallery`, `lab`, ….
 
 Each command imports what it needs when it runs, so `opdlab --help` is quick and `opdlab show` works
 without the libraries that models need.
@@ -12,7 +12,7 @@ import time
 import webbrowser
 from collections.abc import Callable
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Literal
 
 import tyro
 
@@ -275,6 +275,37 @@ def show(
     print(f"page: {path}")
     if open:
         webbrowser.open(Path(path).resolve().as_uri())
+
+
+@app.command
+def trace(
+    file: Annotated[Path, tyro.conf.Positional],
+    question: Annotated[
+        Literal["describe", "worst", "where", "compare"], tyro.conf.Positional
+    ] = "describe",
+    about: Annotated[tuple[str, ...], tyro.conf.Positional] = (),
+    by: str = "",
+    n: int = 10,
+    context: int = 8,
+    json: bool = False,
+) -> None:
+    """Ask a saved trace: its worst tokens, the tokens where something holds, or another trace.
+
+    Args:
+        file: A Parquet file written by `trace.save`.
+        question: describe (what it holds), worst (the tokens of largest size), where (those for
+            which conditions hold), or compare (with another trace).
+        about: The conditions of where, such as "reverse_kl > 1", or the other file of compare.
+        by: The channel of worst and compare; the first by default. describe lists them.
+        n: The largest number of tokens that are listed.
+        context: Tokens of text before and after each.
+        json: Print the answer as JSON, alone on stdout; docs/trace.md describes its fields.
+    """
+    from opdlab.commands.output import Output
+    from opdlab.commands.trace import ask_trace
+
+    with Output(json).printing() as output:
+        ask_trace(file, question, about, output, by=by, n=n, context=context)
 
 
 @app.command

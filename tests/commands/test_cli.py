@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 import subprocess
 import sys
@@ -142,3 +143,23 @@ def test_two_steps_of_the_small_demo(tmp_path):
     assert before < 0.2 < teacher
     assert (tmp_path / "index.html").exists()
     assert 0 <= after <= 1
+
+
+def test_trace_answers_people_and_programs(tmp_path):
+    first, second = tmp_path / "a.parquet", tmp_path / "b.parquet"
+    trace = make_trace([b"one", b" \x1b[2Jtwo", b" three"])
+    trace.save(first)
+    trace.with_columns(teacher_reverse_kl=[0.0, 9.0, 0.0]).save(second)
+    done = opdlab("trace", str(first), "worst", "--by", "reverse_kl", "--n", "1", "--json")
+    assert done.returncode == 0, done.stderr
+    said = json.loads(done.stdout)
+    largest = trace.column("teacher_reverse_kl").max()
+    assert said["tokens"][0]["values"]["reverse_kl"] == largest
+    done = opdlab("trace", str(first), "compare", str(second), "--by", "reverse_kl")
+    assert done.returncode == 0, done.stderr
+    assert "\x1b" not in done.stdout
+    assert "position 1" in done.stdout
+    wrong = opdlab("trace", str(first), "where")
+    assert wrong.returncode == 1
+    assert wrong.stderr.count("\n") == 1
+    assert "Add one" in wrong.stderr
