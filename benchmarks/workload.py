@@ -7,7 +7,6 @@ depend on what the weights say. Completions are forced to full length, so all si
 
 from __future__ import annotations
 
-import ctypes
 import os
 import time
 from collections.abc import Iterator
@@ -19,6 +18,8 @@ from typing import Any
 import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+
+from opdlab.support.memory import PeakMemory
 
 VOCAB, BATCH, PROMPT, COMPLETION, RANK = 32_000, 8, 64, 128, 16
 STUDENT: dict[str, Any] = {
@@ -33,7 +34,6 @@ TEACHER: dict[str, Any] = {
     "num_hidden_layers": 8,
     "num_attention_heads": 10,
 }  # 59 M
-STATUS = Path("/proc/self/status")
 
 
 def device() -> torch.device:
@@ -152,28 +152,8 @@ def clock() -> float:
 
 def memory_now() -> float:
     """Return the memory in use now, in MiB, and set the high-water mark back to it."""
-    if device().type == "cuda":
-        torch.cuda.reset_peak_memory_stats()
-        return torch.cuda.memory_allocated() / 2**20
-    if not STATUS.exists():
-        return float("nan")
-    if hasattr(libc := ctypes.CDLL(None), "malloc_trim"):
-        # In glibc, memory that was freed earlier goes back to the system and is no longer in use.
-        libc.malloc_trim(0)
-    Path("/proc/self/clear_refs").write_text("5")  # Linux: VmHWM becomes VmRSS
-    return _status("VmRSS") - _status("RssFile")
+    return PeakMemory(device()).reset() / 2**20
 
 
 def _peak() -> float:
-    if device().type == "cuda":
-        return torch.cuda.max_memory_allocated() / 2**20
-    return _status("VmHWM") - _status("RssFile") if STATUS.exists() else float("nan")
-
-
-def _status(key: str) -> float:
-    """Read a line of the process's status, in MiB.
-
-    RssFile is program code of libraries, which is not counted as memory.
-    """
-    line = next(line for line in STATUS.read_text().splitlines() if line.startswith(key + ":"))
-    return int(line.split()[1]) / 1024
+    return PeakMemory(device()).read() / 2**20

@@ -19,7 +19,7 @@ from .data.prompt import Prompt
 from .data.rollout import Rollout, concat_rollouts
 from .data.sampling_config import SamplingConfig
 from .data.trace import Trace
-from .diagnose import doctor
+from .diagnose import doctor, profile
 from .engine import signals
 from .errors import OpdlabError
 from .losses import TopK
@@ -112,6 +112,7 @@ __all__ = [
     "methods",
     "notebook",
     "omniopd",
+    "profile",
     "resume",
     "rollout_from_texts",
     "sample",

@@ -182,6 +182,8 @@ def _cost(found: Found) -> dict[str, float]:
     sums = {
         "training_s": "seconds",
         "sampling_s": "generate_s",
+        "grading_s": "grade_s",
+        "learning_s": "learn_s",
         "tokens": "tokens",
     }
     cost = {name: float(history[key].sum()) for name, key in sums.items() if key in history}
@@ -350,8 +352,9 @@ def _progress(data: dict[str, Any]) -> str:
 
 def _say_cost(cost: dict[str, float]) -> str:
     parts = [f"cost: {cost.get('training_s', 0):.0f} s of training"]
-    if "sampling_s" in cost:
-        parts.append(f"of which {cost['sampling_s']:.0f} s sampling")
+    phases = {"sampling_s": "sampling", "grading_s": "grading", "learning_s": "learning"}
+    if spent := [f"{cost[key]:.0f} s {word}" for key, word in phases.items() if key in cost]:
+        parts.append(f"of which {', '.join(spent)}")
     if "tokens" in cost:
         parts.append(f"{cost['tokens']:,.0f} tokens written")
     if "evaluating_s" in cost:

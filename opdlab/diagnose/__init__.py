@@ -12,6 +12,7 @@ from opdlab.diagnose.illusion import Illusion, illusion
 from opdlab.diagnose.overlap import Overlap, overlap
 from opdlab.diagnose.plan import DEVICES, Device, Efficiency, Plan, Plans, Work, plan
 from opdlab.diagnose.privilege import Privilege, information_floor, privilege
+from opdlab.diagnose.profile import PhaseCost, Profile, Rates, profile
 from opdlab.diagnose.shapes import Shape, shape_of
 
 __all__ = [
@@ -26,9 +27,12 @@ __all__ = [
     "Illusion",
     "Limits",
     "Overlap",
+    "PhaseCost",
     "Plan",
     "Plans",
     "Privilege",
+    "Profile",
+    "Rates",
     "Shape",
     "Work",
     "cost",
@@ -40,5 +44,6 @@ __all__ = [
     "overlap",
     "plan",
     "privilege",
+    "profile",
     "shape_of",
 ]

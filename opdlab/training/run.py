@@ -11,7 +11,6 @@ Accelerate's, adapters PEFT's.
 from __future__ import annotations
 
 import os
-import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
@@ -51,6 +50,7 @@ from opdlab.training.folder_lock import FolderLock, remove_leftovers
 from opdlab.training.handover import Handover
 from opdlab.training.metrics import measure_first_mass, measure_step, measure_teachers
 from opdlab.training.own_teacher import warn_of_own_teacher
+from opdlab.training.phase_clock import PhaseClock
 from opdlab.training.phases import (
     accumulate_gradient,
     grade,
@@ -254,7 +254,7 @@ class Run(RunState):
         self.done, self.metrics, self.snapshots = 0, [], {}
         self.ahead: list[Written] = []
         self.last: Step | None = None
-        self.loss_is_checked = False
+        self.loss_is_checked = self.is_profiled = False
         self.folder = run_folder.check_folder(save)
         self.lineage = run_folder.Lineage()
         self.policies = resolve_policies(student, teacher, method.needs, policies)
@@ -348,17 +348,17 @@ class Run(RunState):
 
     def _step(self) -> Step:
         """One step: the phases of `opdlab.training.phases`, in order."""
-        began = time.perf_counter()
+        clock = PhaseClock(self.student.weights.device, self.is_profiled)
         if self.sharding is not None:
             self.sharding.end()  # after a step that was interrupted
         self.optimizer.zero_grad()
         written = ahead.take_rollout(self, write_rollout)
         rollout = written.rollout
         awaited = ahead.work_ahead(self, written)
-        wrote = time.perf_counter()
+        clock.end("generate")
         planned = plan_step(self, rollout, awaited)
         grade(self, planned)
-        graded = time.perf_counter()
+        clock.end("grade")
         learned = accumulate_gradient(self, planned, rollout)
         measured = measure_step(planned.batch, learned.columns, learned.weight)
         measured |= measure_gap(planned.batch, learned.columns["sampler_gap"])
@@ -374,9 +374,8 @@ class Run(RunState):
         ):  # an interrupt waits until the weights have moved and the step is kept
             metrics["lr"] = update_weights(self)
             ahead.forget_done(self)
-            ended = time.perf_counter()
-            metrics |= {"generate_s": wrote - began, "grade_s": graded - wrote}
-            metrics |= {"learn_s": ended - graded, "seconds": ended - began}
+            clock.end("learn")
+            metrics |= clock.read()
             self.metrics.append(metrics)
             if self.settings.snapshot_every and self.done % self.settings.snapshot_every == 0:
                 saving.keep_snapshot(self)

@@ -53,6 +53,7 @@ class RunState:
         handover: Brings the student's weights to the sampler; None without one.
         loss_is_checked: Whether the loss was found to treat each row alone.
         ahead: Texts that were written before their step; see `opdlab.training.ahead`.
+        is_profiled: Whether steps measure the memory of their phases; see `opdlab.profile`.
     """
 
     student: Policy
@@ -79,3 +80,4 @@ class RunState:
     handover: Handover | None
     loss_is_checked: bool
     ahead: list[Written]
+    is_profiled: bool
