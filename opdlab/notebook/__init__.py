@@ -8,6 +8,7 @@ from opdlab.notebook.checking import Exercise, author, exercise
 from opdlab.notebook.freezing import LIMIT, execute, freeze, hash_source
 from opdlab.notebook.session import Context, setup
 from opdlab.notebook.survey import compose, compose_all, survey
+from opdlab.notebook.trusting import trust
 
 __all__ = [
     "LIMIT",
@@ -22,4 +23,5 @@ __all__ = [
     "hash_source",
     "setup",
     "survey",
+    "trust",
 ]

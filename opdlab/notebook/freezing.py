@@ -13,13 +13,12 @@ from pathlib import Path
 from typing import Any
 
 from opdlab.errors import OpdlabError
+from opdlab.notebook import stills
 from opdlab.support.files import write_file
 
 LIMIT = 1_000_000  # bytes of a committed notebook
 CHART = "application/vnd.plotly.v1+json"
 _KEPT_TYPES = ("text/html", "text/plain", "image/png", CHART)
-# JupyterLab shows a picture unscaled until the mouse is over it, and cuts off a wider one.
-_PICTURE_WIDTH = 760  # pixels
 
 # A finished progress bar, ours in HTML and tqdm's as text.
 _OWN_PROGRESS = re.compile(r"\s*<code>.*?</code> <progress.*")
@@ -114,7 +113,8 @@ def freeze(path: str | os.PathLike[str]) -> int:
 
     It drops widgets and their state, timings, addresses and stderr, numbers the tables of pandas
     (which names them at random), replaces the home and working folders in outputs, adds a picture
-    to charts (which GitHub and nbconvert cannot draw), and stores the checksum of the code.
+    to charts (which GitHub and nbconvert cannot draw) and to views (whose scripts do not run in a
+    notebook that is not trusted), and stores the checksum of the code.
 
     Args:
         path: An .ipynb file that has run to its end.
@@ -123,8 +123,8 @@ def freeze(path: str | os.PathLike[str]) -> int:
         The size of the file, in bytes.
 
     Raises:
-        OpdlabError: The file is not a notebook, holds an error, is larger than 1 MB, or has charts
-            that cannot be drawn here, for which Chromium is needed.
+        OpdlabError: The file is not a notebook, holds an error, is larger than 1 MB, or has
+            pictures that cannot be drawn here, for which Chromium and Pillow are needed.
     """
     path = Path(path)
     book = read_notebook(path)
@@ -175,6 +175,9 @@ def _freeze_output(output: Output) -> Output | None:
     if "text/plain" in data:
         text = re.sub(r" at 0x[0-9a-f]+>", ">", "".join(data["text/plain"]))
         data["text/plain"] = text.splitlines(keepends=True)
+    if "text/html" in data and "text/plain" in data:
+        html, words = ("".join(data[kind]) for kind in ("text/html", "text/plain"))
+        data["text/html"] = stills.add_still(html, words).splitlines(keepends=True)
     if CHART in data and "image/png" not in data:
         data["image/png"] = _draw_chart(data[CHART])
     return {**output, "data": data, "metadata": {}} if data else None
@@ -233,5 +236,5 @@ def _draw_chart(figure: Mapping[str, Any]) -> str:
     document = embed.document("chart", head, chart + embed.plain_module("charts.js"))
     with tempfile.TemporaryDirectory(prefix="opdlab-") as folder:
         target = Path(folder) / "chart.png"
-        picture = camera.shoot(document, target, width=_PICTURE_WIDTH, density=1, least=1)
+        picture = camera.shoot(document, target, width=stills.WIDTH, density=1, least=1)
         return base64.b64encode(picture.read_bytes()).decode()

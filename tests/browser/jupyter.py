@@ -131,9 +131,9 @@ class Lab:
             self.window.wait_for_function(IDLE, timeout=600_000)
         return self.window
 
-    def open_afresh(self, name: str, *, dark: bool = False) -> Page:
-        """The notebook in a window of its own, as one finds it that opens JupyterLab at it; its
-        kernel may not be ready.
+    def open_afresh(self, name: str, *, dark: bool = False, front_end: str = "lab/tree") -> Page:
+        """The notebook in a window of its own, as one finds it that opens JupyterLab at it, or
+        Notebook 7 (`front_end="notebooks"`); its kernel may not be ready.
         """
         self.theme.write_text(
             json.dumps({"theme": "JupyterLab Dark" if dark else "JupyterLab Light"})
@@ -142,7 +142,7 @@ class Lab:
         self.contexts.append(context)
         page = context.new_page()
         page.on("request", self._note)
-        page.goto(f"http://127.0.0.1:{self.port}/lab/tree/{name}?reset")
+        page.goto(f"http://127.0.0.1:{self.port}/{front_end}/{name}?reset")
         page.wait_for_selector(".jp-Notebook .jp-Cell", timeout=600_000)
         return page
 

@@ -52,7 +52,7 @@ def address(tmp_path):
             server.wait()
 
 
-def test_it_opens_at_the_index(address, browser):
+def test_it_opens_at_the_index_and_trusts_the_series(address, browser):
     page = browser.new_page()
     page.goto(address)
     page.wait_for_selector(
@@ -64,4 +64,7 @@ def test_it_opens_at_the_index(address, browser):
     assert (
         page.request.get(link.evaluate("(a) => a.href")).json()["nbformat"] == 4
     )  # it leads to the notebook
+    page.goto(address.replace("README.md", "00_start.ipynb"))
+    # The series is trusted: the view that the script draws, and not its still picture.
+    page.wait_for_selector(".jp-OutputArea-output .opd-lens[data-mounted]", timeout=600_000)
     page.close()
