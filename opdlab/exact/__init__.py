@@ -7,7 +7,7 @@ The methods that run here are those that train models, with the same plan and lo
 engine.
 """
 
-from opdlab.exact import privilege
+from opdlab.exact import privilege, worlds
 from opdlab.exact.chain import Chain
 from opdlab.exact.gradients import differences, gradient, gradient_on, loss_pass
 from opdlab.exact.laws import expectation, law, visits
@@ -27,4 +27,5 @@ __all__ = [
     "loss_pass",
     "privilege",
     "visits",
+    "worlds",
 ]

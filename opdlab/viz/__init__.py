@@ -9,6 +9,7 @@ from opdlab.viz.audits import Audits
 from opdlab.viz.compare import Compare
 from opdlab.viz.curves import curves
 from opdlab.viz.forks import Forks
+from opdlab.viz.method_map import MethodMap
 from opdlab.viz.page import page
 from opdlab.viz.playground import Playground
 from opdlab.viz.privilege_lens import PrivilegeLens
@@ -37,6 +38,7 @@ VIEWS: tuple[type[View], ...] = (
     Playground,
     TailAudit,
     Alignment,
+    MethodMap,
 )
 
 __all__ = [
@@ -45,6 +47,7 @@ __all__ = [
     "Audits",
     "Compare",
     "Forks",
+    "MethodMap",
     "Playground",
     "PrivilegeLens",
     "Regimes",

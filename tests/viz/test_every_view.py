@@ -16,6 +16,7 @@ from opdlab import viz
 from opdlab.errors import OpdlabError
 from opdlab.viz import payload
 from opdlab.viz.markup import BARS
+from opdlab.viz.method_map import example_results
 from opdlab.viz.table import table_of_views
 
 PIECES = [text.encode() for text in NASTY]
@@ -42,6 +43,7 @@ def test_a_view_says_what_it_answers_and_what_it_takes(name):
         "RunBoard": pd.DataFrame({"loss": [1.0]}),
         "RunCard": pd.DataFrame({"loss": [1.0]}),
         "Playground": "forward_kl",
+        "MethodMap": example_results(),
     }
     example = view.example()
     assert type(example) is view

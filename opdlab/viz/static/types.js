@@ -230,6 +230,29 @@
  * @property {Spark} spark
  *
  * @typedef {{ k: number[], student_mass: number[], rival_mass: number[], bucket: number[], exact: number[], read: number[] }} TailCurve
+ * A knob, an arm, a metric or a budget of a map.
+ * @typedef {{ name: string, label: string, description: string }} NamedOne
+ *
+ * `settings` are those of each knob. Numbers run over metrics, budgets, settings of the knobs that are no axis, and cells;
+ * differences over `pairs` before, own scores over arms.
+ * @typedef {object} MapPayload
+ * @property {string} title
+ * @property {string} premise
+ * @property {NamedOne[]} knobs
+ * @property {NamedOne[]} arms
+ * @property {NamedOne[]} metrics
+ * @property {NamedOne[]} budgets
+ * @property {string[][]} settings
+ * @property {[arm: string, against: string][]} pairs
+ * @property {number[]} limits difference of full colour of each metric
+ * @property {number} seeds
+ * @property {Numbers} mean
+ * @property {Numbers} low
+ * @property {Numbers} high
+ * @property {Numbers} side 1, 0 or -1
+ * @property {Numbers} own
+ * @property {Numbers} half
+ *
  * @typedef {object} TailPayload
  * @property {string} title
  * @property {string} finish
@@ -305,6 +328,7 @@
  * @property {TimelinePayload} timeline
  * @property {RolloutsPayload} rollouts
  * @property {TailPayload} tail
+ * @property {MapPayload} map
  * @property {BoardPayload} board
  * @property {AlignmentPayload} alignment
  * @property {PlaygroundPayload} playground
@@ -344,6 +368,10 @@
  * @property {number} mass
  * @property {number[]} teacher
  * @property {number[]} student
+ * @property {string} arm
+ * @property {string} metric
+ * @property {string} budget
+ * @property {number[]} at
  *
  * The part of the state that a token strip needs.
  * @typedef {object} StripState
