@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import numpy as np
 import torch
@@ -48,6 +49,36 @@ def what_if(trace: Trace, loss: Unchecked[Callable[[Rows], Tensor]]) -> Trace:
         NonFinite: It is NaN or infinite at a token.
         PartialDistribution: It reads a policy whose top tokens the trace does not have.
     """
+    value, _, slope = _differentiate(trace, loss)
+    norm = slope.norm(dim=-1).numpy()
+    return trace.with_columns(loss=value.numpy(), **gradient_shares(norm))
+
+
+@validate_arguments
+def with_gradients(trace: Trace, loss: Unchecked[Callable[[Rows], Tensor]]) -> Trace:
+    """Add the gradient of each token's loss on the kept top tokens, before and after the softmax.
+
+    Runs as `what_if` does, on the kept top tokens plus one bucket for all others. The sums of
+    `logit_gradient` over a row are 0, since a constant on all logits changes nothing.
+
+    Args:
+        trace: A trace with the top tokens of the student and of the policies that the loss reads.
+        loss: A function of rows, a method or the class of one.
+
+    Returns:
+        The trace with `logit_gradient` (in the student's logits, before the softmax) and
+        `logp_gradient` (in its log-probs, after the softmax), `[n, S + 1]` each: a value for each
+        id of `support`, and the bucket last.
+
+    Raises:
+        OpdlabError: As for `what_if`.
+    """
+    _, after, before = _differentiate(trace, loss)
+    return trace.with_columns(logit_gradient=before.numpy(), logp_gradient=after.numpy())
+
+
+def _differentiate(trace: Trace, loss: Any) -> tuple[Tensor, Tensor, Tensor]:
+    """The loss `[n]`, and its gradient in the student's log-probs and logits, `[n, S + 1]` each."""
     function = as_method(loss, "what_if").loss
     if "support" not in trace.table.column_names:
         raise OpdlabError(
@@ -63,21 +94,23 @@ def what_if(trace: Trace, loss: Unchecked[Callable[[Rows], Tensor]]) -> Trace:
         name: _with_tail(trace.column(f"{name}_top"), trace.column(f"{name}_tail"))
         for name in known
     }
-    logits = logp["student"].requires_grad_()
+    logits = logp["student"]
     plan = {
         k: torch.tensor(trace.column(k))
         for k in trace.meta.get("plan", [])
         if trace.column(k).dtype != object
     }
     token = torch.zeros(len(trace), dtype=torch.long)
-    rows = Rows({**logp, "student": logits.detach().log_softmax(-1)}, token, plan)
+    rows = Rows({**logp, "student": logits.log_softmax(-1)}, token, plan)
     try:
         check_rows_are_independent(
             function, rows.select(spread_index(len(rows), CHECKED_ROWS, token.device))
         )
-        student = logits.log_softmax(-1)
+        student = logits.log_softmax(-1).requires_grad_()
         value = call_loss(function, Rows({**logp, "student": student}, token, plan))
-        slope = gradient_of_loss(value, torch.ones_like(value), logits)
+        after = gradient_of_loss(value, torch.ones_like(value), student)
+        # Through the softmax: a logit moves its own log-prob, and all others by its probability.
+        slope = after - student.detach().exp() * after.sum(-1, keepdim=True)
     except UnknownColumn as error:
         if missing := sorted(set(trace.policies) - set(known)):
             raise PartialDistribution(
@@ -93,13 +126,14 @@ def what_if(trace: Trace, loss: Unchecked[Callable[[Rows], Tensor]]) -> Trace:
             f"The loss is {value[at].item():.4g} at row {at} of the trace, or its gradient is not"
             f" finite.{cause}"
         )
-    norm = slope.norm(dim=-1).numpy()
-    return trace.with_columns(loss=value.detach().numpy(), **gradient_shares(norm))
+    return value.detach(), after, slope
 
 
 def _with_tail(top: np.ndarray, tail: np.ndarray) -> Tensor:
     """Log-probs on the kept tokens and the tail, `[n, S + 1]`.
 
-    Finite, as a policy's are: a repeat or an empty tail has e^-200.
+    Finite, as a policy's are: a repeat or an empty tail has e^-200. Rounding may leave a tail just
+    below 0, which is empty, too.
     """
-    return torch.cat([torch.tensor(top), torch.tensor(tail).log()[:, None]], -1).clamp_min(-200.0)
+    others = torch.tensor(tail).clamp_min(0.0).log()[:, None]
+    return torch.cat([torch.tensor(top), others], -1).clamp_min(-200.0)

@@ -27,6 +27,7 @@ def record_trace(
     step: int = -1,
     planned: Planned | None = None,
     described: Mapping[str, Description] | None = None,
+    formula: str = "",
 ) -> Trace:
     """Make a trace of a rollout.
 
@@ -40,6 +41,7 @@ def record_trace(
         planned: The rollout after a method's plan: its columns, their descriptions and its notes
             are kept.
         described: Descriptions of some of `columns`, by name.
+        formula: The formula of the method's loss (`opdlab.data.formula`); "" for none.
 
     Returns:
         The trace, one row per completion token.
@@ -81,6 +83,7 @@ def record_trace(
         "vocab": {str(i): piece.decode("latin-1") for i, piece in pieces},
         "method": name,
         "notes": {name: dict(notes)} if notes else {},
+        "formula": formula,
     }
     return Trace(pa.table(data), meta)
 

@@ -16,6 +16,7 @@ from opdlab.engine.planned import Planned, run_plan
 from opdlab.engine.recording import record_trace
 from opdlab.errors import MissingPolicy, OpdlabError
 from opdlab.methods.conversion import as_method
+from opdlab.methods.formulas import formula_of
 from opdlab.models.policy import Policy, as_policy
 from opdlab.models.protocols import Checked, Grader
 from opdlab.models.same_tokens import check_same_tokens
@@ -108,7 +109,8 @@ def score(
     numbers = compute(signals.full(k, allow_partial=True), states, batch.token)
     if planned is not None:
         numbers["loss"] = planned.losses()
-    trace = record_trace(rollout, graders, numbers, planned=planned)
+    formula = "" if planned is None else formula_of(planned.method)
+    trace = record_trace(rollout, graders, numbers, planned=planned, formula=formula)
     return gather_trace(trace, row, everyone)
 
 

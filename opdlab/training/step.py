@@ -11,6 +11,7 @@ from opdlab.data.rollout import Rollout
 from opdlab.data.trace import Trace
 from opdlab.engine.planned import Planned
 from opdlab.engine.recording import record_trace
+from opdlab.methods.formulas import formula_of
 from opdlab.training.processes import AcceleratedProcesses, gather_trace
 from opdlab.training.resolution import grader_names
 from opdlab.training.sampler_gap import DESCRIPTIONS
@@ -70,6 +71,7 @@ class Step:
             step=self.number,
             planned=self.planned,
             described={name: DESCRIPTIONS[name] for name in DESCRIPTIONS if name in self.columns},
+            formula=formula_of(self.planned.method),
         )
 
     def gather_trace(self) -> Trace:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
@@ -16,11 +17,14 @@ LEAST = 1e-3  # a token that no policy gives as much is not shown by itself
 ENTRIES, FEWER = 9000, 4000
 
 
-def find_duel(trace: Trace) -> dict[str, Any] | None:
+def find_duel(
+    trace: Trace, beside: Mapping[str, np.ndarray] | None = None
+) -> dict[str, Any] | None:
     """Return the top candidates of every policy at each token, as the page reads them.
 
     Args:
         trace: The trace of one completion, or of several.
+        beside: Further numbers of every kept token by name, `[n, S + 1]`, the last for all others.
 
     Returns:
         None for a trace that kept no top tokens, else:
@@ -32,6 +36,7 @@ def find_duel(trace: Trace) -> dict[str, Any] | None:
         - `p[policy]`: their probabilities.
         - `other[policy]`: the mass not shown, for each token that has candidates.
         - `rank[policy] [n]`: the rank of the sampled token.
+        - `beside[name]` and `beside_other[name]`: the further numbers, as `p` and `other`.
     """
     have = set(trace.table.column_names)
     policies = [name for name in trace.policies if f"{name}_top" in have]
@@ -55,7 +60,21 @@ def find_duel(trace: Trace) -> dict[str, Any] | None:
         "p": {name: _compact_share(x[real]) for name, x in picked.items()},
         "other": {name: _compact_share(x[kept]) for name, x in other.items()},
         "rank": {name: trace.column(f"{name}_rank") for name in policies if f"{name}_rank" in have},
+        **_find_beside(beside or {}, shown, real),
     }
+
+
+def _find_beside(
+    beside: Mapping[str, np.ndarray], shown: np.ndarray, real: np.ndarray
+) -> dict[str, dict[str, np.ndarray]]:
+    """Further numbers of the rows that are shown, and their sums over all others."""
+    rows, others = {}, {}
+    for name, values in beside.items():
+        picked = np.take_along_axis(values[:, :-1], shown, 1)
+        rows[name] = picked[real].astype(np.float32)
+        rest = values.sum(1) - (picked * real).sum(1)
+        others[name] = rest[real.any(1)].astype(np.float32)
+    return {"beside": rows, "beside_other": others} if beside else {}
 
 
 def _find_probabilities(

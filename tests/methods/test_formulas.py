@@ -1,0 +1,92 @@
+"""The declared formula of every method is the loss that the method trains, number by number."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+
+import opdlab as opd
+from opdlab.data.formula import read_formula
+from opdlab.engine.rows import Rows
+from opdlab.errors import InvalidValue
+from opdlab.losses import DIVERGENCES
+from opdlab.methods.formulas import divergence_formula, formula_of
+
+
+@pytest.fixture(scope="module")
+def rows() -> Rows:
+    torch.manual_seed(0)
+    n, size = 50, 12
+    logp = {name: torch.randn(n, size).log_softmax(-1) for name in ("student", "teacher")}
+    columns = {
+        "advantage": torch.randn(n),
+        "sampler_logp": logp["student"][:, 0] + 0.3 * torch.randn(n),
+        "gated": torch.arange(n) % 2,
+        "turn_weight": torch.rand(n),
+        "pair_loss": torch.rand(n),
+        "slope": torch.randn(n),
+    }
+    return Rows(logp, torch.zeros(n, dtype=torch.long), columns)
+
+
+def evaluate(text: str, rows: Rows) -> np.ndarray:
+    columns = {name: one.numpy() for name, one in rows.columns.items()}
+    columns |= {f"{name}_logp": rows.logp_of(name).numpy() for name in ("student", "teacher")}
+    distributions = {name: one.exp().double().numpy() for name, one in rows.distributions.items()}
+    return read_formula(text).evaluate(columns, distributions)
+
+
+@pytest.mark.parametrize("name", DIVERGENCES)
+def test_a_divergence_is_its_formula(name, rows):
+    own = DIVERGENCES[name].parameter
+    for options in [{}, *([{own.name: 0.3}] if own else [])]:
+        want = DIVERGENCES[name](rows.student, rows.teacher, **options)
+        found = evaluate(divergence_formula(name, options), rows)
+        np.testing.assert_allclose(found, want.numpy(), rtol=2e-5, atol=2e-6)
+
+
+@pytest.mark.parametrize(
+    "method",
+    [
+        opd.OPD(),
+        opd.OPD("generalized_jsd", {"beta": 0.9}),
+        opd.OPD(estimator="sampled"),
+        opd.OPDPlus("forward_kl"),
+        opd.EOPD(k=12),
+        opd.EOPD(k=12, weight=0.4),
+        opd.GRPO(clip=0.1),
+        opd.OVD(),
+        opd.TurnOPD(),
+        opd.SFT(),
+        opd.SequenceKD(),
+        opd.SODA(),
+        opd.SpanOPD(),
+    ],
+    ids=repr,
+)
+def test_a_method_is_its_formula(method, rows):
+    found = evaluate(formula_of(method), rows)
+    np.testing.assert_allclose(found, method.loss(rows).numpy(), rtol=2e-5, atol=2e-6)
+
+
+def test_methods_without_a_formula_and_those_of_a_user():
+    assert formula_of(opd.OPD(top_k=8)) == ""
+    assert formula_of(lambda rows: rows.student.sum(-1)) == ""
+
+    class Mine:
+        needs = ("teacher",)
+        formula = "student_logp - teacher_logp"
+
+        def loss(self, rows):
+            return rows.logp - rows.logp_of("teacher")
+
+    assert formula_of(Mine()) == "student_logp - teacher_logp"
+    Mine.formula = "import os"
+    with pytest.raises(InvalidValue, match=r"^Mine\.formula"):
+        formula_of(Mine())
+
+
+def test_a_hinted_teacher_stands_in_quotes():
+    text = divergence_formula("reverse_kl", {}, "teacher+hint")
+    assert read_formula(text).policies == ["student", "teacher+hint"]
