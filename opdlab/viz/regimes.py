@@ -14,7 +14,8 @@ from opdlab.errors import OpdlabError, UnknownColumn
 from opdlab.support.expect import expect
 from opdlab.support.validation import Text, Thresholds, Unchecked, validate_arguments
 from opdlab.viz import markup, payload
-from opdlab.viz.axes import Axis, find_axes, find_sides
+from opdlab.viz.amounts import find_amounts
+from opdlab.viz.axes import Axis, find_axes
 from opdlab.viz.channel import Channel
 from opdlab.viz.channels import find_rivals
 from opdlab.viz.glyphs import show_piece
@@ -180,7 +181,7 @@ class Regimes(View):
     @property
     def quadrants(self) -> pd.DataFrame:
         """The tokens shown in each quadrant, and their shares of tokens, KL and gradient, in %."""
-        return _count_quadrants(self._select_shown(), self._amounts())
+        return _count_quadrants(self._select_shown(), find_amounts(self.trace))
 
     @property
     def picked(self) -> pd.DataFrame:
@@ -219,7 +220,7 @@ class Regimes(View):
             {"key": g.key, "names": g.names, "hues": g.hues, "index": g.index}
             for g in self.groupings.values()
         ]
-        amounts = {key: values.astype(drawn) for key, values in self._amounts().items()}
+        amounts = {key: values.astype(drawn) for key, values in find_amounts(self.trace).items()}
         return {
             "title": self.title,
             "text": payload.describe_text(self.trace),
@@ -278,19 +279,6 @@ class Regimes(View):
     def _select_shown(self) -> pd.DataFrame:
         df = self.df
         return df[~df["kind"].isin(self.hidden)] if self.hidden else df
-
-    def _amounts(self) -> dict[str, np.ndarray]:
-        """The KL to the teacher and the gradient of each token, where the trace has them."""
-        out, have = {}, self.trace.table.column_names
-        sides = find_sides(self.trace)
-        if sides and f"{sides[0]}_reverse_kl" in have:
-            kl = self.trace.column(f"{sides[0]}_reverse_kl").astype(float)
-            largest = kl[np.isfinite(kl)].max(initial=1.0)
-            # An infinite KL counts as the largest finite one, so that it is not all there is.
-            out["kl"] = np.clip(np.nan_to_num(kl, posinf=largest), 0, None)
-        if "share" in have:
-            out["gradient"] = self.trace.column("share").astype(float)
-        return out
 
 
 def _count_quadrants(df: pd.DataFrame, amounts: Mapping[str, np.ndarray]) -> pd.DataFrame:

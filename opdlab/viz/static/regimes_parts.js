@@ -158,7 +158,7 @@ export const quadrantTable = ({ text, amounts }, state, choose) => {
 // ── The list ─────────────────────────────────────────────────────────────────────────────────────
 
 /** @param {string} look @param {Group[]} groups */
-const glyphCell = (look, groups) => {
+export const glyphCell = (look, groups) => {
   const cell = put(make("span", look), { dir: "auto" });
   const holder = cell.appendChild(make("span"));
   for (const { glyph } of groups) drawGlyph(glyph, holder);
