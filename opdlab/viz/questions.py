@@ -222,21 +222,38 @@ def _numeric_channel(trace: Trace, by: str) -> Channel:
     return numeric[key]
 
 
-def _holds(trace: Trace, channels: Mapping[str, Channel], condition: str) -> np.ndarray:
-    """Which tokens a condition holds for, `[n]`."""
+def read_condition(condition: str, where: str = "where") -> tuple[str, str, str]:
+    """Part a condition into a channel's key, a comparison and a value.
+
+    Args:
+        condition: Such as "reverse_kl > 1" or "type = number".
+        where: The function that was called, for the error.
+
+    Returns:
+        The key, one of `>=`, `<=`, `!=`, `==`, `=`, `>`, `<`, and the value as text.
+
+    Raises:
+        InvalidValue: It cannot be read.
+    """
     found = _CONDITION.fullmatch(condition)
     if not found:
         raise InvalidValue(
-            f"where got the condition {shortened(condition)}. Use a channel, a comparison and a"
+            f"{where} got the condition {shortened(condition)}. Use a channel, a comparison and a"
             " value: 'reverse_kl > 1' or 'type = number'."
         )
     key, sign, value = found.groups()
+    return key, sign, value
+
+
+def _holds(trace: Trace, channels: Mapping[str, Channel], condition: str) -> np.ndarray:
+    """Which tokens a condition holds for, `[n]`."""
+    key, sign, value = read_condition(condition)
     compare = _COMPARISONS[sign]
     if key == "token":
         texts = [piece.decode("utf-8", "replace").strip() for piece in trace.tokens()]
         return _same(np.array(texts, object), value, sign, condition)
     if key in _PLACES:
-        return np.asarray(compare(trace.column(key), _number(value, condition)), bool)
+        return np.asarray(compare(trace.column(key), read_number(value, condition)), bool)
     if key not in channels:
         raise UnknownColumn(
             f"The trace has no channel {shortened(key)}. It has token, sample, position,"
@@ -245,7 +262,9 @@ def _holds(trace: Trace, channels: Mapping[str, Channel], condition: str) -> np.
     channel = channels[key]
     if channel.names:
         return _same(np.array(_names(channel), object), value, sign, condition)
-    return np.asarray(compare(np.asarray(channel.values, float), _number(value, condition)), bool)
+    return np.asarray(
+        compare(np.asarray(channel.values, float), read_number(value, condition)), bool
+    )
 
 
 def _same(values: np.ndarray, value: str, sign: str, condition: str) -> np.ndarray:
@@ -258,15 +277,28 @@ def _same(values: np.ndarray, value: str, sign: str, condition: str) -> np.ndarr
     return ~equal if sign == "!=" else equal
 
 
-def _number(value: str, condition: str) -> float:
+def read_number(value: str, condition: str, where: str = "where") -> float:
+    """Read the value of a condition as a number.
+
+    Args:
+        value: Its text; "inf" and "-inf" are numbers.
+        condition: The whole condition, for the error.
+        where: The function that was called, for the error.
+
+    Returns:
+        The number.
+
+    Raises:
+        InvalidValue: It is none.
+    """
     try:
         number = float(value.replace("−", "-"))
     except ValueError:
         number = math.nan
     if math.isnan(number):
         raise InvalidValue(
-            f"where got the condition {shortened(condition)}, whose value is no number. Use one, as"
-            " in 'reverse_kl > 1'."
+            f"{where} got the condition {shortened(condition)}, whose value is no number. Use one,"
+            " as in 'reverse_kl > 1'."
         )
     return number
 
