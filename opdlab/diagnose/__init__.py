@@ -3,6 +3,7 @@
 Each result has a `table` and a plain `sentence`.
 """
 
+from opdlab.diagnose.branching import branch
 from opdlab.diagnose.cost import Cost, cost
 from opdlab.diagnose.diagnosis import Diagnosis
 from opdlab.diagnose.doctor import doctor
@@ -35,6 +36,7 @@ __all__ = [
     "Rates",
     "Shape",
     "Work",
+    "branch",
     "cost",
     "doctor",
     "exposure",
