@@ -370,7 +370,7 @@ def _write_page(found: Found, data: dict[str, Any]) -> None:
     watch = health(found.history)
     watch.alarms = list(_alarms(found))
     name = str(data["method"])
-    board: View = viz.RunBoard({name: found.history}, watch=watch)
+    board: View = viz.RunBoard({name: found.history}, watch=watch, traces=found.files.traces())
     texts = [("How to load what was trained", data["load"])]
     if found.config:
         texts.append(("The config", found.config))

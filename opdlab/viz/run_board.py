@@ -11,9 +11,10 @@ import pandas as pd
 
 from opdlab.errors import OpdlabError
 from opdlab.support.expect import shortened
-from opdlab.support.validation import Text, validate_arguments
+from opdlab.support.validation import Text, Unchecked, validate_arguments
 from opdlab.viz import markup
 from opdlab.viz.channel import Channel
+from opdlab.viz.kept_steps import KeptSteps
 from opdlab.viz.lines import Line, Plot, find_range, thin
 from opdlab.viz.traits import Trait
 from opdlab.viz.view import EXAMPLE_TOKENS, EXAMPLE_WORDS, View
@@ -85,11 +86,16 @@ class RunBoard(View):
             need no training.
         title: The title above.
         watch: A watch of your own (`diagnose.health`), of a single run.
+        traces: Kept rollouts by step, as `{20: step.trace()}` or the paths of their files
+            (`opdlab distill` keeps them every `trace_every` steps). A click on a curve opens those
+            of the nearest step: by prompt, with rewards, then token by token.
 
     Attributes:
         runs: The runs by name.
         watches: The watch of each run, by name.
         hidden: Names of runs that are not drawn.
+        step: The step whose rollouts are open; -1 for none.
+        kept: The traces by step.
 
     Raises:
         OpdlabError: There is nothing to show, or the watch is none of a single run.
@@ -99,13 +105,20 @@ class RunBoard(View):
     takes = "a run or its history, or several by name"
     name, scripts, styles = "board", ("board.js",), ("lines.css", "board.css")
     hidden = Trait([])
+    step = Trait(-1)
 
     @validate_arguments
-    def __init__(self, runs: Any, title: Text = "", watch: Health | None = None) -> None:
+    def __init__(
+        self,
+        runs: Any,
+        title: Text = "",
+        watch: Health | None = None,
+        traces: Unchecked[Mapping[int, Any] | None] = None,
+    ) -> None:
         from opdlab.diagnose.health import Health, health
 
         super().__init__()
-        self.title = title
+        self.title, self.kept = title, KeptSteps.read(traces)
         self.runs: dict[str, Any] = (
             dict(runs) if isinstance(runs, Mapping) else {_name_of_run(runs): runs}
         )
@@ -224,6 +237,7 @@ class RunBoard(View):
             "hues": self._hues(),
             "plots": [plot.data() for plot in self.plots],
             "alarms": listed,
+            **self.kept.data(),
         }
 
     def static(self) -> str:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import pandas as pd
 import pytest
 from viz.test_run_board import troubled
+from viz.traces import NASTY, made, several
 
 from opdlab.viz import RunBoard, page
 
@@ -66,4 +67,40 @@ def test_dark_and_narrow_it_fits(open_page, tmp_path, axe):
         viewport={"width": 480, "height": 900},
     )
     assert view.evaluate("document.documentElement.scrollWidth") <= 480
+    axe(view)
+
+
+@pytest.mark.parametrize("scheme", ["light", "dark"])
+def test_a_click_on_a_step_opens_its_rollouts(open_page, tmp_path, axe, scheme):
+    words = [*map(str.encode, NASTY[:5]), b" a"]
+    kept = {
+        step: several(*[made(words, seed=step + i, prompt=NASTY[0]) for i in range(2)])
+        for step in (1, 20)
+    }
+    board = RunBoard(troubled(), title=NASTY[2], traces=kept)
+    view = open_page(
+        board.to_html(tmp_path / "p.html"),
+        color_scheme=scheme,
+        viewport={"width": 480, "height": 1400},
+    )
+    lines = view.locator(".opd-kept-line")
+    assert lines.count() == 0
+    area = view.locator(".opd-lp-area").first
+    box = area.bounding_box()
+    area.click(position={"x": 0.6 * box["width"], "y": 20})
+    assert view.get_by_role("button", name="20", exact=True).get_attribute("aria-pressed") == "true"
+    assert lines.count() == 2
+    lines.nth(1).click()
+    strip = view.locator(".opd-kept-strip .opd-strip")
+    assert strip.locator("[role=option]").count() == len(words)
+    strip.press("End")
+    ratio = kept[20].column("teacher_logp") - kept[20].column("student_logp")
+    told = view.locator(".opd-kept-told").text_content()
+    assert f"{abs(ratio[-1]):.3g}"[:3] in told
+    slider = view.get_by_role("slider")
+    slider.press("Home")
+    slider.press("Enter")
+    assert view.get_by_role("button", name="1", exact=True).get_attribute("aria-pressed") == "true"
+    assert strip.count() == 0
+    assert view.evaluate("window.broken") is None
     axe(view)

@@ -1,10 +1,22 @@
 // RunBoard: small plots on one axis of steps; a slider (or the pointer) reads all at one step.
 
-/** @import { BoardPayload, Line, Plot, State } from "./types.js" */
+/** @import { BoardPayload, KeptRollout, Line, Plot, State } from "./types.js" */
 /** @import { DrawnPlot } from "./lines.js" */
 
-import { clamp, closest, define, make, makeButton, number, put, titleOf } from "./core.js";
+import {
+  clamp,
+  closest,
+  define,
+  make,
+  makeButton,
+  measure,
+  number,
+  put,
+  titleOf,
+  wordAt,
+} from "./core.js";
 import { linePlot, valueAt } from "./lines.js";
+import { peaksIn, tokenStrip } from "./strip.js";
 
 /**
  * Return the lines that are read at a step: not dots, and of a faint line beside its smoothed one
@@ -77,6 +89,100 @@ const plotGrid = (data) => {
   return { node, draw, read };
 };
 
+// ── The rollouts of a step ───────────────────────────────────────────────────────────────────────
+
+/**
+ * Return the kept step that is nearest to a step; undefined where none was kept.
+ * @template {{ step: number }} Kept
+ * @param {Kept[]} kept
+ * @param {number} step
+ */
+export const nearestKept = (kept, step) =>
+  [...kept].sort((a, b) => Math.abs(a.step - step) - Math.abs(b.step - step))[0];
+
+/**
+ * Return the rollouts of a step by prompt, in order.
+ * @param {KeptRollout[]} rollouts
+ */
+export const byPrompt = (rollouts) => {
+  /** @type {Map<string, KeptRollout[]>} */
+  const groups = new Map();
+  for (const one of rollouts) {
+    const group = groups.get(one.prompt) ?? [];
+    group.push(one);
+    groups.set(one.prompt, group);
+  }
+  return [...groups];
+};
+
+/** @param {KeptRollout} rollout @param {(rollout: KeptRollout) => void} open */
+const rolloutLine = (rollout, open) => {
+  const { reward, tokens, kl, end, finish, first } = rollout;
+  const node = makeButton("opd-kept-line");
+  node.disabled = first < 0;
+  if (first < 0) node.title = "This page has no room for its tokens.";
+  const said = reward === null ? "" : number(reward);
+  node.append(
+    make("span", "opd-kept-reward", said),
+    put(make("span", "opd-kept-end", end), { dir: "auto" }),
+    make("span", "opd-kept-number", `${tokens} tokens${finish === "length" ? ", cut off" : ""}`),
+    make("span", "opd-kept-number", kl === null ? "" : `KL ${number(kl)}`),
+  );
+  node.addEventListener("click", () => open(rollout));
+  return node;
+};
+
+/** @param {BoardPayload} data @param {State} state */
+const keptPanel = ({ text, channel, kept = [] }, state) => {
+  const node = make("div", "opd-kept");
+  const steps = put(make("div", "opd-buttons"), { role: "group", "aria-label": "Kept rollouts" });
+  const list = make("div", "opd-kept-list");
+  const strip = make("div", "opd-kept-strip");
+  const told = put(make("div", "opd-soft opd-kept-told"), { role: "status" });
+  node.append(steps, list, strip, told);
+  steps.append(make("span", "opd-soft", "rollouts of step "));
+  const buttons = kept.map(({ step }) => {
+    const button = makeButton("", String(step));
+    button.addEventListener("click", () => state.set("step", step));
+    steps.append(button);
+    return { step, button };
+  });
+  const showToken = () => {
+    const row = state.get("selected");
+    const isHere = text && channel && row >= 0 && row < text.index.length;
+    told.textContent =
+      isHere && strip.firstChild
+        ? `${wordAt(text, row)}: ${channel.label} ${measure(channel.values[row], channel)}`
+        : "";
+  };
+  /** @param {KeptRollout} rollout */
+  const open = ({ first, size, finish }) => {
+    if (!text) return;
+    // The strip of the last rollout still hears the state, but is no part of the page.
+    const drawn = tokenStrip({ text, first, size, finish, state });
+    const peaks = channel ? peaksIn(channel, first, size) : [];
+    strip.replaceChildren(drawn.node);
+    if (channel) drawn.paint({ ...channel, peaks });
+    state.set("selected", peaks[0] ?? first);
+    showToken();
+  };
+  const show = () => {
+    const now = kept.find(({ step }) => step === state.get("step"));
+    for (const { step, button } of buttons) put(button, { "aria-pressed": step === now?.step });
+    list.replaceChildren();
+    strip.replaceChildren();
+    for (const [prompt, rollouts] of byPrompt(now?.rollouts ?? [])) {
+      list.append(put(make("div", "opd-kept-prompt", prompt), { dir: "auto" }));
+      list.append(...rollouts.map((rollout) => rolloutLine(rollout, open)));
+    }
+    showToken();
+  };
+  state.on("step", show);
+  state.on("selected", showToken);
+  show();
+  return node;
+};
+
 define("board", ({ box, data, state }) => {
   const [first, last] = data.plots.length ? data.plots[0].x : [0, 0];
   const buttons = data.runs.length > 1 ? runButtons(data, state) : [];
@@ -116,11 +222,23 @@ define("board", ({ box, data, state }) => {
     go(Math.round(first + (last - first) * share));
   });
   grid.node.addEventListener("pointerleave", () => go(NaN));
+  const { kept = [] } = data;
+  const openAt = (/** @type {number} */ to) => {
+    const nearest = nearestKept(kept, to);
+    if (nearest) state.set("step", nearest.step);
+  };
+  grid.node.addEventListener("click", (event) => {
+    if (closest(event, ".opd-lp-area") && !Number.isNaN(step)) openAt(step);
+  });
+  slider.addEventListener("keydown", ({ key }) => {
+    if (key === "Enter") openAt(Number(slider.value));
+  });
 
   const bar = make("div", "opd-board-bar");
   bar.append(...buttons, slider, at);
   box.append(...titleOf(data), make("div", "opd-said", data.said));
   if (data.plots.length) box.append(bar, grid.node);
+  if (kept.length) box.append(keptPanel(data, state));
   if (data.alarms.length) box.append(alarmList(data));
   slider.value = String(last);
   state.on("hidden", draw);
