@@ -91,6 +91,10 @@ def calls(tmp_path_factory) -> dict[str, tuple[Callable[..., Any], dict[str, Any
         "SDPO": (opd.SDPO, {}),
         "TurnOPD": (opd.TurnOPD, {}),
         "TokenLens": (viz.TokenLens, of_trace),
+        "Equation": (viz.Equation, of_trace),
+        "Disagreements": (viz.Disagreements, of_trace),
+        "TwoRules": (viz.TwoRules, of_trace),
+        "Marks": (viz.Marks, of_trace),
         "Timeline": (viz.Timeline, of_trace),
         "Regimes": (viz.Regimes, of_trace),
         "Rollouts": (viz.Rollouts, of_trace),
@@ -111,7 +115,7 @@ NAMES = [
     *("TextServer", "LogprobServer", "VLLMServer", "VLLM", "Budget", "TopK", "reverse_kl"),
     *("MultiTeacher", "ByteTeacher", "SDPO", "TurnOPD"),
     *("TokenLens", "Timeline", "Regimes", "Rollouts", "TailAudit", "Playground", "Compare"),
-    *("Scrubber", "RunBoard", "RunCard"),
+    *("Scrubber", "RunBoard", "RunCard", "Equation", "Disagreements", "TwoRules", "Marks"),
 ]
 
 

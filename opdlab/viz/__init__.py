@@ -6,9 +6,13 @@ here; the gallery, the overview, the table in the README and the tests of all vi
 
 from opdlab.viz.alignment import Alignment
 from opdlab.viz.audits import Audits
+from opdlab.viz.branches import Branches
 from opdlab.viz.compare import Compare
 from opdlab.viz.curves import curves
+from opdlab.viz.disagreements import Disagreements
+from opdlab.viz.equation import Equation
 from opdlab.viz.forks import Forks
+from opdlab.viz.marks import Marks
 from opdlab.viz.method_map import MethodMap
 from opdlab.viz.page import page
 from opdlab.viz.playground import Playground
@@ -21,17 +25,23 @@ from opdlab.viz.scrubber import Scrubber
 from opdlab.viz.tail_audit import TailAudit
 from opdlab.viz.timeline import Timeline
 from opdlab.viz.token_lens import TokenLens
+from opdlab.viz.two_rules import TwoRules
 from opdlab.viz.view import View, set_renderer
 
 VIEWS: tuple[type[View], ...] = (
     TokenLens,
+    Equation,
     Compare,
     Rollouts,
     Timeline,
     Regimes,
+    TwoRules,
+    Disagreements,
     PrivilegeLens,
     Forks,
+    Branches,
     Audits,
+    Marks,
     Scrubber,
     RunBoard,
     RunCard,
@@ -45,8 +55,12 @@ __all__ = [
     "VIEWS",
     "Alignment",
     "Audits",
+    "Branches",
     "Compare",
+    "Disagreements",
+    "Equation",
     "Forks",
+    "Marks",
     "MethodMap",
     "Playground",
     "PrivilegeLens",
@@ -58,6 +72,7 @@ __all__ = [
     "TailAudit",
     "Timeline",
     "TokenLens",
+    "TwoRules",
     "View",
     "curves",
     "page",

@@ -51,13 +51,17 @@ ALL = EXAMPLES | FORMS
 # How many strips of the tokens a view shows at least, where it shows any.
 STRIPS = {
     "TokenLens": 1,
+    "Equation": 1,
     "Compare": 3,
     "Rollouts": 1,
     "Timeline": 1,
     "PrivilegeLens": 1,
     "Forks": 1,
     "Audits": 1,
+    "Branches": 1,
+    "Marks": 1,
     "Scrubber": 1,
     "RunCard": 1,
     "TailAudit": 1,
+    "TwoRules": 1,
 }

@@ -39,9 +39,10 @@ def test_a_view_without_a_scene_shows_its_example():
 
 def test_show_draws_what_a_trace_has(tmp_path, open_page):
     alone = overview(made([b"a", b" b"], ("student",)))
-    assert [type(view) for _, view in alone] == [viz.TokenLens]
+    assert [type(view) for _, view in alone] == [viz.TokenLens, viz.TwoRules]
     hinted = overview(made([b"a", b" b", b"c"], ("student", "teacher", "teacher+hint")))
     kinds = [type(view) for _, view in hinted]
-    assert kinds == [viz.TokenLens, viz.Timeline, viz.Regimes, viz.PrivilegeLens, viz.TailAudit]
+    regimes = [viz.Regimes, viz.TwoRules, viz.Disagreements]
+    assert kinds == [viz.TokenLens, viz.Timeline, *regimes, viz.PrivilegeLens, viz.TailAudit]
     tab = open_page(viz.page(tmp_path / "all.html", title="all", lenses=hinted))
     assert tab.locator(".opd").count() == len(kinds)

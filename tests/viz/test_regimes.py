@@ -204,6 +204,8 @@ def test_a_name_alone_means_nothing():
             "TokenLens",
             "Timeline",
             "Regimes",
+            "TwoRules",
+            "Disagreements",
             "TailAudit",
         ]
 

@@ -84,6 +84,8 @@
  * @property {Record<string, Numbers>} p
  * @property {Record<string, Numbers>} other
  * @property {Record<string, Numbers>} rank
+ * @property {Record<string, Numbers>} [beside] further numbers of each row
+ * @property {Record<string, Numbers>} [beside_other] and of all that is not listed
  *
  * Named parts of a text: [name, first row, rows].
  * @typedef {[name: string, first: number, size: number][]} Segments
@@ -103,6 +105,43 @@
  * @property {string[]} left channels that the page has no room for
  * @property {Segments} segments
  *
+ * A part of a formula (`opdlab.data.formula`): ["name", name], ["number", value], or a sign or function with its arguments.
+ * @typedef {[kind: string, ...rest: any[]]} FormulaPart
+ *
+ * @typedef {object} EquationPayload
+ * @property {string} title
+ * @property {string} prompt
+ * @property {string} finish
+ * @property {string[]} policies
+ * @property {Text} text
+ * @property {Duel | null} duel
+ * @property {string} method
+ * @property {string} formula
+ * @property {FormulaPart} tree empty where there is no formula
+ * @property {Numbers} values of the formula, per row
+ * @property {Channel[]} channels
+ * @property {string} shown key of the channel that colours
+ *
+ * Places where the student wrote one token and the teacher wanted the other; `share` is of the payload's amount.
+ * @typedef {object} DisagreementGroup
+ * @property {string} before tokens that stand before all of them
+ * @property {string} student
+ * @property {string} teacher
+ * @property {number} count
+ * @property {number} completions
+ * @property {number} preference in nats
+ * @property {number} share
+ *
+ * @typedef {object} DisagreementsPayload
+ * @property {string} title
+ * @property {Text} text
+ * @property {string} teacher
+ * @property {string} amount
+ * @property {DisagreementGroup[]} groups
+ * @property {number} left groups that the page has no room for
+ * @property {number} places
+ * @property {Numbers} row of all places, group after group
+ *
  * @typedef {object} Axis
  * @property {string} key
  * @property {string} label
@@ -114,6 +153,41 @@
  * @property {string} less
  * @property {string} more
  * @property {Numbers} values
+ *
+ * A rule on tokens: a number with a threshold, or a name.
+ * @typedef {{ key: string, sign: string, value: number | string }} Rule
+ *
+ * @typedef {object} RulesPayload
+ * @property {string} title
+ * @property {string} prompt
+ * @property {string} finish
+ * @property {Text} text of all completions
+ * @property {number} first row of the completion that is drawn
+ * @property {number} size
+ * @property {Axis[]} axes
+ * @property {{ key: string, label: string, names: string[], values: Numbers }[]} kinds
+ * @property {Numbers} own 1 for tokens that the student wrote
+ * @property {Record<string, Numbers>} amounts
+ *
+ * A label on tokens of a completion (`opdlab.data.labels.Mark`).
+ * @typedef {{ sample: number, position: number, length: number, label: string, comment: string }} Mark
+ *
+ * @typedef {object} MarksPayload
+ * @property {string} title
+ * @property {string} prompt
+ * @property {string} finish
+ * @property {Text} text
+ * @property {number} sample
+ * @property {boolean} is_kept whether Python has a file for them
+ * @property {{ format: number, tokens: string }} file what a file of labels begins with
+ * @property {[label: number, comment: number]} longest characters
+ *
+ * Trees at tokens (`opdlab.data.branches`): branches, and the texts that policies wrote on from them.
+ * @typedef {{ text: string, kl: number | null, score: number | null, finish: string }} GrownText
+ * @typedef {{ name: string, score: number | null, kl: number | null, texts: GrownText[] }} GrownWriter
+ * @typedef {{ token: string, by: string, p: Record<string, number>, writers: GrownWriter[] }} GrownBranch
+ * @typedef {{ row: number, branches: GrownBranch[] }} GrownTree
+ * @typedef {{ title: string, prompt: string, finish: string, text: Text, channel: Channel, asks: boolean, trees: GrownTree[] }} BranchesPayload
  *
  * @typedef {{ key: string, names: string[], hues: string[], index: Numbers }} Sort
  * @typedef {{ title: string, text: Text, axes: Axis[], sorts: Sort[], amounts: Record<string, Numbers> }} RegimesPayload
@@ -269,7 +343,27 @@
  * @property {Numbers} rival percent covered, flat
  *
  * @typedef {[sign: string, run: string, step: number, signature: string, sentence: string, remedy: string]} Alarm
- * @typedef {{ title: string, said: string, runs: string[], hues: Record<string, string>, plots: Plot[], alarms: Alarm[] }} BoardPayload
+ * A rollout of a kept step; `first` is -1 where the page has no room for its tokens.
+ * @typedef {object} KeptRollout
+ * @property {string} prompt
+ * @property {string} end last words
+ * @property {string} finish
+ * @property {number} tokens
+ * @property {number | null} reward
+ * @property {number | null} kl
+ * @property {number} first row in the payload's text
+ * @property {number} size
+ *
+ * @typedef {object} BoardPayload
+ * @property {string} title
+ * @property {string} said
+ * @property {string[]} runs
+ * @property {Record<string, string>} hues
+ * @property {Plot[]} plots
+ * @property {Alarm[]} alarms
+ * @property {Text} [text] tokens of kept rollouts
+ * @property {Channel | null} [channel] that colours them
+ * @property {{ step: number, rollouts: KeptRollout[] }[]} [kept]
  *
  * @typedef {{ word: string[], at: Numbers, wide: Numbers, size: Numbers }} AlignedTokens
  * @typedef {object} AlignmentPayload
@@ -319,6 +413,11 @@
 /**
  * @typedef {object} Payloads
  * @property {LensPayload} lens
+ * @property {EquationPayload} equation
+ * @property {DisagreementsPayload} disagreements
+ * @property {RulesPayload} rules
+ * @property {MarksPayload} marks
+ * @property {BranchesPayload} branches
  * @property {RegimesPayload} regimes
  * @property {ForksPayload} forks
  * @property {AuditsPayload} audits
@@ -354,6 +453,10 @@
  * @property {string[]} hidden
  * @property {number[]} region
  * @property {number} undecided
+ * @property {number} group
+ * @property {Rule} a
+ * @property {Rule} b
+ * @property {Mark[]} marks
  * @property {number} rollout
  * @property {string} sort
  * @property {number} step
