@@ -13,7 +13,6 @@ import numpy as np
 import pandas as pd
 
 from opdlab.data.branches import Branch, Tree, WrittenOn, load_trees, save_trees
-from opdlab.data.rollout import Rollout
 from opdlab.data.trace import Trace
 from opdlab.errors import InvalidValue, OpdlabError
 from opdlab.support.expect import expect, shortened
@@ -28,6 +27,8 @@ from opdlab.viz.view import EXAMPLE_TOKENS, EXAMPLE_WORDS, View
 
 if TYPE_CHECKING:
     from typing_extensions import Self
+
+    from opdlab.data.rollout import Rollout
 
 NAMES = {"student": "the student's token", "teacher": "the teacher's token", "asked": "asked for"}
 LONGEST = 4000  # characters of a text that a page carries
@@ -79,7 +80,7 @@ class Branches(View):
         super().__init__()
         expect(trace, Trace, type(self).__name__, "trace")
         if rollout is not None:
-            expect(rollout, Rollout, type(self).__name__, "rollout")
+            _expect_rollout(rollout, type(self).__name__)
         self.trace = select_completion(trace, sample)
         self.sample, self.n, self.title = sample, n, title
         self.policies, self.rollout, self.task = dict(policies or {}), rollout, task
@@ -329,6 +330,13 @@ class Branches(View):
                 f" the {row['writer']} goes on: {row['texts']} texts{score}{kl}"
             )
         return lines
+
+
+def _expect_rollout(value: Any, where: str) -> None:
+    """Refuse what is no rollout; only a view that may ask a model imports the class."""
+    from opdlab.data.rollout import Rollout
+
+    expect(value, Rollout, where, "rollout")
 
 
 def _short(text: WrittenOn) -> dict[str, Any]:
