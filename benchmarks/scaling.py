@@ -30,7 +30,6 @@ import opdlab as opd
 from opdlab.diagnose.cost import BESIDE_TENSORS
 from opdlab.diagnose.plan import Device, Efficiency, Work, operations_of_token, plan
 from opdlab.diagnose.shapes import Shape, shape_of_config
-from opdlab.engine.passes import CHUNK_BYTES
 from opdlab.tasks.market import model
 from opdlab.training import phases, processes, run
 
@@ -142,7 +141,7 @@ def predict(shape: Shape, alone: dict[str, Any], count: int) -> dict[str, Any]:
     length = work.prompt + work.new
     graded = BATCH * length * operations_of_token(shape, length / 2) + 2 * shape.head * BATCH * NEW
     compute = graded / alone["seconds"]["grade"]
-    device = Device("this CPU", 1e12, compute, 1e10, 1e9, beside=0.0, chunk=CHUNK_BYTES["cpu"])
+    device = Device("this CPU", 1e12, compute, 1e10, 1e9, beside=0.0, kind="cpu")
     free = Efficiency(passes=1.0, writing=1.0, overhead=0.0, links=1.0)
     (bare, *_) = plan(shape, shape, 1, device, work, free).plans
     left = max(0.0, alone["seconds"]["write"] - bare.seconds["write"])

@@ -32,7 +32,7 @@ from opdlab.data.rollout import Rollout
 from opdlab.data.sampling_config import SamplingConfig
 from opdlab.diagnose.tables import to_html
 from opdlab.engine import signals
-from opdlab.engine.passes import CHUNK_BYTES, gradient
+from opdlab.engine.passes import bytes_of_pass, gradient
 from opdlab.engine.rows import Rows
 from opdlab.losses.divergences import reverse_kl
 from opdlab.models.graded import States
@@ -44,8 +44,6 @@ LONG_ENOUGH = 0.5  # seconds of a measurement that need not be repeated on more
 # What the process keeps beside its tensors on a CPU: buffers of libraries, and freed memory
 # that was not given back. Measured on three sizes and on a real pair (`benchmarks/README.md`).
 BESIDE_TENSORS = (0.12, 60 * 2**20)  # share of the tensors, and bytes
-# [chunk, V] float32 tensors alive at once in the engine with two policies, counted in a profile
-BUFFERS = 10
 
 
 @dataclass(frozen=True, eq=False)
@@ -196,7 +194,6 @@ def _memory(
     padded = sizes.prompt + sizes.long
     if settings.checkpointing:
         kept = layers * width + 2 * kept / layers
-    chunk = max(CHUNK_BYTES.get(student.weights.device.type, CHUNK_BYTES["cuda"]), 32 * 4 * vocab)
     new = sizes.rows * sizes.mean
     tensors = {
         "weights": _count_bytes(parameters.values()),
@@ -204,7 +201,7 @@ def _memory(
         "writing": sizes.rows * (padded * _cache_per_token(student) + 4 * 4 * vocab),
         "activations": sizes.micro * padded * kept,
         "states": new * (2 * width + 4 * config.hidden_size),
-        "head": BUFFERS * min(chunk, 4 * vocab * new),
+        "head": bytes_of_pass(new, vocab, student.weights.device.type),
     }
     share, least = BESIDE_TENSORS if student.weights.device.type == "cpu" else (0.0, 0)
     return {**tensors, "allocator": share * _tensors_at_peak(tensors) + least}

@@ -35,10 +35,10 @@ from typing import Annotated
 import pandas as pd
 from pydantic import Field
 
-from opdlab.diagnose.cost import ADAM, BUFFERS
+from opdlab.diagnose.cost import ADAM
 from opdlab.diagnose.shapes import Shape
 from opdlab.diagnose.tables import to_html
-from opdlab.engine.passes import CHUNK_BYTES
+from opdlab.engine.passes import bytes_of_pass
 from opdlab.errors import InvalidValue
 from opdlab.support.validation import Count, Positive, Text, validate_arguments, validate_fields
 
@@ -82,7 +82,8 @@ class Device:
         bandwidth: Bytes per second of its memory.
         link: Bytes per second to another device, each way.
         beside: Bytes in use beside tensors.
-        chunk: Bytes of a chunk of log-probs in the engine.
+        kind: What PyTorch calls it, "cuda" or "cpu": it decides how many tokens the engine takes at
+            once.
         per_node: Devices of one machine; links between machines are `between`.
         between: Bytes per second to a device of another machine.
     """
@@ -93,7 +94,7 @@ class Device:
     bandwidth: Positive
     link: Positive
     beside: float = BESIDE
-    chunk: float = CHUNK_BYTES["cuda"]
+    kind: Text = "cuda"
     per_node: Count = 8
     between: Positive = 50e9
 
@@ -309,7 +310,6 @@ class _Sum:
         length = work.prompt + work.new
         kept = saved_per_token(student, work)
         new = self.rows * work.new
-        chunk = max(self.device.chunk, 32 * 4 * student.vocab)
         largest = student.inside / student.layers
         return {
             "student": own * student.parameters / self.parts,
@@ -320,7 +320,7 @@ class _Sum:
             "cache": self.rows * length * student.cache * width,
             "activations": min(work.micro_batch, self.rows) * length * kept,
             "states": new * (width * (student.hidden + self.teacher.hidden) + 4 * student.hidden),
-            "head": BUFFERS * min(chunk, 4 * student.vocab * new),
+            "head": bytes_of_pass(new, student.vocab, self.device.kind),
             "beside": self.device.beside,
         }
 

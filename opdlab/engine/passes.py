@@ -5,6 +5,10 @@ time, the loss (any function of `Rows`) runs on the chunk's log-probs, and its g
 back through softmax and head at once, so `[tokens, V]` never exists. One backward pass through the
 backbone, from the gradients collected here, completes the step. The result is that of autograd on
 full logits, whatever the chunk size.
+
+A chunk is as large as makes the products with the head fast. What runs between them (softmax, loss,
+and its gradient) runs on a block of the chunk at a time, small enough that the ten or so tensors of
+a loss stay in the processor's cache. So a pass holds one `[chunk, V]` tensor per policy.
 """
 
 from __future__ import annotations
@@ -27,9 +31,15 @@ from opdlab.engine.not_finite import explain
 from opdlab.engine.rows import LogProbs, Rows
 from opdlab.errors import MissingPolicy, NonFinite
 from opdlab.models.graded import Graded, States, log_softmax_in_place
+from opdlab.models.head import Head
 
 # Bytes of one [chunk, V] float32 buffer: rows enough for a fast product, few enough for a laptop.
 CHUNK_BYTES = {"cpu": 16 << 20, "cuda": 256 << 20}
+# Bytes of one [block, V] float32 tensor, and the fewest tokens of a block: each block costs a call
+# of the loss, some tenths of a millisecond.
+BLOCK_BYTES = {"cpu": 2 << 20, "cuda": 64 << 20}
+FEWEST_OF_BLOCK = 8
+BUFFERS = 10  # [block, V] tensors that are alive at once in a block
 
 Loss = Callable[[Rows], Tensor]
 
@@ -89,6 +99,41 @@ def chunks(
     budget = CHUNK_BYTES.get(device.type, CHUNK_BYTES["cuda"])
     size = chunk or max(32, budget // (4 * vocab_size))
     return [slice(i, min(i + size, tokens)) for i in range(0, max(tokens, 1), size)]
+
+
+def blocks(tokens: int, vocab_size: int, device: torch.device) -> list[slice]:
+    """Cut the tokens of a chunk into blocks whose `[block, V]` tensors stay in a cache.
+
+    Args:
+        tokens: Number of tokens of the chunk; 0 gives one empty slice.
+        vocab_size: V.
+        device: The device whose cache counts.
+
+    Returns:
+        Slices in order that cover all tokens of the chunk.
+    """
+    budget = BLOCK_BYTES.get(device.type, BLOCK_BYTES["cuda"])
+    size = max(FEWEST_OF_BLOCK, budget // (4 * vocab_size))
+    return [slice(i, min(i + size, tokens)) for i in range(0, max(tokens, 1), size)]
+
+
+def bytes_of_pass(tokens: float, vocab_size: int, kind: str, policies: int = 2) -> float:
+    """Count the bytes that a pass over `tokens` tokens holds at once, beside its states.
+
+    Args:
+        tokens: Number of tokens.
+        vocab_size: V.
+        kind: The kind of device, such as "cpu" or "cuda".
+        policies: Number of policies that the loss reads.
+
+    Returns:
+        Bytes of a `[chunk, V]` tensor per policy, and of the `[block, V]` tensors of a loss and
+        its gradient, of which a profile counted about ten.
+    """
+    row = 4 * vocab_size
+    chunk = max(32 * row, CHUNK_BYTES.get(kind, CHUNK_BYTES["cuda"]))
+    block = max(FEWEST_OF_BLOCK * row, BLOCK_BYTES.get(kind, BLOCK_BYTES["cuda"]))
+    return policies * min(chunk, tokens * row) + BUFFERS * min(block, tokens * row)
 
 
 def student_states(states: Mapping[str, Graded]) -> States:
@@ -152,7 +197,9 @@ def compute(
     results = []
     with torch.no_grad():
         for piece in chunks(len(token), first.vocab_size, token.device, chunk):
-            results.append(function(_rows(states, token, columns or {}, piece)))
+            rows = _rows(states, token, columns or {}, piece)
+            for block in blocks(len(rows), first.vocab_size, token.device):
+                results.append(function(rows.select(block)))
     tables = [result for result in results if isinstance(result, Mapping)]
     if tables:
         return {name: torch.cat([table[name] for table in tables]) for name in tables[0]}
@@ -175,8 +222,8 @@ def gradient(
     length of d(loss)/d(hidden) of each token alone.
 
     Args:
-        loss: A function of rows. It is called once for each chunk, and a few times more where it is
-            checked.
+        loss: A function of rows. It is called once for each block of a chunk, and a few times more
+            where it is checked.
         states: Hidden states or top log-probs by policy; `student` is the one that learns.
         token: The sampled ids `[N]`.
         weight: Each token's share of the mean, `[N]`.
@@ -203,11 +250,7 @@ def gradient(
         part = {name: graded.part(piece) for name, graded in states.items()}
         rest = {name: column[piece] for name, column in columns.items()}
         out[piece], numbers = _one_chunk(loss, part, token[piece], weight[piece], rest, watch)
-        # Copied into one tensor: small ones kept between the large buffers would leave holes in the
-        # heap.
-        for name, value in numbers.items():
-            whole = found.setdefault(name, value.new_empty(len(token), *value.shape[1:]))
-            whole[piece] = value
+        _keep(found, numbers, piece, len(token))
     result = Pass(found.pop("loss"), out, found, is_checked)
     _check_finite(result, states, token, columns)
     return result
@@ -239,6 +282,18 @@ def _check_loss(
     return check_rows_are_independent(loss, _rows(states, token, columns, index))
 
 
+def _keep(
+    found: dict[str, Tensor], numbers: Mapping[str, Tensor], piece: slice, tokens: int
+) -> None:
+    """Copy numbers of some tokens into tensors of all `tokens`, which are made when first needed.
+
+    Small tensors kept between the large ones would leave holes in the heap.
+    """
+    for name, value in numbers.items():
+        whole = found.setdefault(name, value.new_empty(tokens, *value.shape[1:]))
+        whole[piece] = value
+
+
 def _one_chunk(
     loss: Loss,
     states: Mapping[str, Graded],
@@ -249,29 +304,54 @@ def _one_chunk(
 ) -> tuple[Tensor, dict[str, Tensor]]:
     """Gradient `[n, H]` and numbers of one chunk.
 
-    A function of its own, so that its `[n, V]` buffers are freed before the next chunk.
+    A function of its own, so that its `[n, V]` tensors are freed before the next chunk.
     """
     student = student_states(states)
     with torch.no_grad():
         others: dict[str, LogProbs] = {
             name: graded.logp() for name, graded in states.items() if name != "student"
         }
-        logits = student.head(student.hidden)
-        # The backward pass of a capped head reads its logits again, so these are not overwritten.
-        leaf = log_softmax_in_place(logits) if student.head.cap is None else logits.log_softmax(-1)
-        seen = watch(Rows({"student": leaf, **others}, token, columns)) if watch else {}
+        logits = student.head(student.hidden)  # [n, V]; the gradient takes its place
+    rows = Rows({"student": logits, **others}, token, columns)
+    found: dict[str, Tensor] = {}
+    for block in blocks(len(token), student.vocab_size, token.device):
+        through, numbers = _one_block(loss, rows.select(block), weight[block], student.head, watch)
+        # Kept first, since a number may be a view of the log-probs, whose memory is used again.
+        _keep(found, numbers, block, len(token))
+        logits[block] = through
+    with torch.no_grad():
+        out = student.head.backward(logits, student.hidden)
+        share = out.norm(dim=-1) / weight.abs().clamp(min=1e-30)
+    return out, {**found, "grad_norm": torch.where(weight == 0, 0.0, share)}
+
+
+def _one_block(
+    loss: Loss,
+    rows: Rows,
+    weight: Tensor,
+    head: Head,
+    watch: Callable[[Rows], dict[str, Tensor]] | None,
+) -> tuple[Tensor, dict[str, Tensor]]:
+    """Gradient for the logits `[n, V]`, and the numbers of one block.
+
+    The student's rows are logits here; without a cap they are overwritten by log-probs.
+    """
+    logits = rows["student"]
+    with torch.no_grad():
+        # A capped head reads its logits again on the way back.
+        leaf = log_softmax_in_place(logits) if head.cap is None else logits.log_softmax(-1)
+        seen = Rows({**rows.distributions, "student": leaf}, rows.token, rows.columns)
+        numbers = watch(seen) if watch else {}
+        p = seen.probabilities("student")
     leaf = leaf.detach().requires_grad_()
     with torch.enable_grad():
-        value = call_loss(loss, Rows({"student": leaf, **others}, token, columns))
+        seen = Rows({**rows.distributions, "student": leaf}, rows.token, rows.columns)
+        value = call_loss(loss, seen)
         slope = gradient_of_loss(value, weight, leaf)
     with torch.no_grad():
-        # Back through the softmax, in memory of our own: the tensors of the loss are not ours to
-        # write to.
-        p = leaf.exp()
-        slope = torch.addcmul(slope, p, -slope.sum(-1, keepdim=True), out=p)
-        out = student.head.backward(slope, logits, student.hidden)
-        share = out.norm(dim=-1) / weight.abs().clamp(min=1e-30)
-    return out, {"loss": value.detach(), "grad_norm": torch.where(weight == 0, 0.0, share), **seen}
+        # Back through the softmax. The tensors of the loss are not ours to write to.
+        through = torch.addcmul(slope, p, -slope.sum(-1, keepdim=True), out=p)
+        return head.through_cap(through, logits), {"loss": value.detach(), **numbers}
 
 
 def _check_finite(

@@ -22,7 +22,8 @@ class Rows:
 
     A loss treats each row alone and writes to none of them. Chunks have any size, so what needs
     several tokens (a mean, a quantile, a softmax over tokens) belongs in the plan. A loss draws no
-    random numbers, and may be called more than once on a chunk.
+    random numbers, and may be called more than once on a chunk. The log-probs are there until the
+    function returns, since the engine uses their memory again; copy what is to be kept.
 
     Args:
         logp: Log-probs by policy, kept as `distributions`.
@@ -43,11 +44,25 @@ class Rows:
         columns: Mapping[str, Tensor] | None = None,
     ) -> None:
         self.distributions, self.token, self.columns = dict(logp), token, dict(columns or {})
+        self._probabilities: dict[str, Tensor] = {}
 
     @property
     def logp(self) -> Tensor:
         """The student's log-prob of the sampled token, `[n]`."""
         return self.logp_of("student")
+
+    def probabilities(self, policy: str) -> Tensor:
+        """Compute a policy's probabilities, once for all who ask.
+
+        Args:
+            policy: The policy's name.
+
+        Returns:
+            `[n, V]`, the exponential of its log-probs.
+        """
+        if policy not in self._probabilities:
+            self._probabilities[policy] = self[policy].exp()
+        return self._probabilities[policy]
 
     def logp_of(self, policy: str) -> Tensor:
         """Read a policy's log-prob of the sampled token.
@@ -91,11 +106,11 @@ class Rows:
             coarse = support.coarse(self[policy], ids)
         return support.coarse(self["student"], ids), coarse
 
-    def select(self, index: Tensor) -> Rows:
+    def select(self, index: Tensor | slice) -> Rows:
         """Select the rows at some indices, in that order.
 
         Args:
-            index: Indices `[m]` of rows; an index may stand there twice.
+            index: Indices `[m]` of rows; an index may stand there twice. A slice copies nothing.
 
         Returns:
             The `m` rows.

@@ -15,7 +15,14 @@ from torch import Tensor
 
 from opdlab.engine.rows import LogProbs, Rows
 from opdlab.errors import PartialDistribution, UnknownName
-from opdlab.losses.divergences import TopK, entropy, forward_kl, generalized_jsd, reverse_kl
+from opdlab.losses.divergences import (
+    TopK,
+    entropy,
+    expectation,
+    forward_kl,
+    generalized_jsd,
+    reverse_kl,
+)
 from opdlab.models.graded import Graded, TopLogprobs
 from opdlab.models.routed import known_top
 
@@ -35,13 +42,14 @@ def cheap(rows: Rows) -> dict[str, Tensor]:
     """
     out = {f"{name}_logp": rows.logp_of(name) for name in rows.distributions}
     if "student" in rows.distributions:
-        out["student_entropy"] = entropy(rows["student"])
+        out["student_entropy"] = -expectation(rows.probabilities("student"), rows["student"])
     for name in _others(rows):
         known = rows.distributions[name]
         if isinstance(known, TopLogprobs):
             out[f"{name}_coarse_reverse_kl"] = reverse_kl(*rows.on(name, TopK(known.k, by=name)))
         else:
-            out[f"{name}_reverse_kl"] = reverse_kl(rows["student"], rows[name])
+            gap = rows["student"] - rows[name]
+            out[f"{name}_reverse_kl"] = expectation(rows.probabilities("student"), gap)
     return out
 
 

@@ -272,8 +272,27 @@ def entropy(logp: Tensor) -> Tensor:
         `[...]`, from 0 to log V.
     """
     logp = as_float(logp)
-    value: Tensor = torch.linalg.vecdot(logp.exp(), _finite(logp))  # 0 * -inf is 0 here
-    return -value
+    return -expectation(logp.exp(), logp)
+
+
+def expectation(p: Tensor, values: Tensor) -> Tensor:
+    """Return sum p * values, where a token without mass adds nothing, whatever its value.
+
+    Args:
+        p: Probabilities `[..., V]`.
+        values: Numbers `[..., V]`, which may be infinite or NaN where `p` is 0.
+
+    Returns:
+        `[...]`. It is infinite or NaN where a token with mass has such a value: a teacher with
+        broken weights must not look like one that agrees.
+    """
+    value: Tensor = torch.linalg.vecdot(p, values)
+    # Usually all values are finite, and masking them would double the time. On a GPU the question
+    # would wait for the device.
+    if value.device.type == "cpu" and bool(torch.isfinite(value).all()):
+        return value
+    masked: Tensor = torch.linalg.vecdot(p, values.masked_fill(p == 0, 0.0))
+    return masked
 
 
 @dataclass(frozen=True)
@@ -352,12 +371,11 @@ class _KL(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, a: Tensor, b: Tensor) -> Tensor:
-        p = a.exp()
-        # A token without mass under `a` adds nothing, whatever `b` says; e^-20000 is no mass in
-        # floats. +inf is a true value elsewhere, and NaN stays NaN: a teacher with broken weights
-        # must not look like one that agrees.
-        gap = (a - b).masked_fill_(p == 0, 0.0)
+        p, gap = a.exp(), a - b
         value: Tensor = torch.linalg.vecdot(p, gap)
+        if value.device.type != "cpu" or not bool(torch.isfinite(value).all()):  # see `expectation`
+            # e^-20000 is no mass in floats, and the slope there is 0 too.
+            value = torch.linalg.vecdot(p, gap.masked_fill_(p == 0, 0.0))
         # The slope p (gap + 1), in the memory of gap.
         slope = torch.addcmul(p, p, gap, out=gap) if ctx.needs_input_grad[0] else None
         ctx.save_for_backward(slope, p if ctx.needs_input_grad[1] else None)

@@ -132,16 +132,28 @@ class Head:
             logits = logits * self.scale
         return logits if self.cap is None else torch.tanh(logits / self.cap) * self.cap
 
+    def through_cap(self, slope: Tensor, logits: Tensor) -> Tensor:
+        """Carry a gradient back through the tanh that some families cap their logits with.
+
+        Args:
+            slope: Gradient for the capped logits, `[n, V]`; it is overwritten.
+            logits: The capped logits, `[n, V]`.
+
+        Returns:
+            Gradient for the logits before the cap, `[n, V]`.
+        """
+        return slope if self.cap is None else slope.mul_(1 - (logits / self.cap) ** 2)
+
     @torch.no_grad()
-    def backward(self, slope: Tensor, logits: Tensor, hidden: Tensor) -> Tensor:
+    def backward(self, slope: Tensor, hidden: Tensor) -> Tensor:
         """Carry a gradient back through the head.
 
         A trainable head gets its own gradient added on the way: straight into `.grad`, without a
         copy the size of the head.
 
         Args:
-            slope: Gradient for the logits, `[n, V]`; it is overwritten.
-            logits: The logits `[n, V]`, which the cap needs.
+            slope: Gradient for the logits before the cap (`through_cap`), `[n, V]`; it is
+                overwritten.
             hidden: The hidden states `[n, H]`.
 
         Returns:
@@ -149,8 +161,6 @@ class Head:
             where the states and the head are.
         """
         device = hidden.device
-        if self.cap is not None:
-            slope *= 1 - (logits / self.cap) ** 2
         slope = slope if self.scale == 1.0 else slope.mul_(self.scale)
         with without_autocast(self.weight.device):
             slope, hidden = slope.to(self.weight.device), hidden.to(self.weight.device)

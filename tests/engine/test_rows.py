@@ -7,6 +7,7 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from opdlab import TopK
+from opdlab.engine import passes
 from opdlab.engine.passes import chunks, compute, gradient
 from opdlab.engine.rows import Rows
 from opdlab.errors import BadLoss, MissingPolicy, NonFinite, UnknownColumn
@@ -130,6 +131,56 @@ def test_equals_autograd_on_full_logits(loss, head, chunk):
     close(own.weight.grad, want[1])
     if own.bias is not None:
         close(own.bias.grad, want[2])
+
+
+@pytest.fixture
+def blocks_of_two(monkeypatch):
+    """Blocks of two tokens, on a vocabulary that would fit into one block."""
+    monkeypatch.setattr(passes, "FEWEST_OF_BLOCK", 2)
+    monkeypatch.setitem(passes.BLOCK_BYTES, "cpu", 1)
+    assert len(passes.blocks(7, V, torch.device("cpu"))) == 4
+
+
+@pytest.mark.parametrize("head", HEADS)
+@pytest.mark.parametrize("loss", LOSSES)
+@pytest.mark.usefixtures("blocks_of_two")
+def test_blocks_of_a_chunk_change_nothing(loss, head):
+    test_equals_autograd_on_full_logits(loss, head, 7)
+
+
+@pytest.mark.usefixtures("blocks_of_two")
+def test_numbers_may_be_views_of_the_log_probs():
+    """The engine uses the memory of the log-probs again once a block is done."""
+    states, token, weight, columns = make_case()
+    logp = full_logits(states["student"]).log_softmax(-1)
+    got = gradient(
+        lambda rows: rows.student[:, 0],
+        states,
+        token,
+        weight,
+        columns,
+        watch=lambda rows: {"first": rows.student[:, 1], "teacher": rows.teacher[:, 2]},
+    )
+    torch.testing.assert_close(got.loss, logp[:, 0])
+    torch.testing.assert_close(got.columns["first"], logp[:, 1])
+    teacher = full_logits(states["teacher"]).log_softmax(-1)
+    torch.testing.assert_close(got.columns["teacher"], teacher[:, 2])
+
+
+@pytest.mark.usefixtures("blocks_of_two")
+def test_a_function_of_rows_is_computed_in_blocks():
+    states, token, _, columns = make_case()
+    sizes = []
+
+    def measure(rows):
+        sizes.append(len(rows))
+        return {"entropy": entropy(rows.student), "advantage": rows.advantage}
+
+    got = compute(measure, states, token, columns)
+    assert max(sizes) == 2
+    logp = full_logits(states["student"]).log_softmax(-1)
+    torch.testing.assert_close(got["entropy"], entropy(logp))
+    torch.testing.assert_close(got["advantage"], columns["advantage"])
 
 
 def test_gradients_of_a_trainable_head_add_up():
