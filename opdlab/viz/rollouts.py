@@ -269,6 +269,7 @@ class Rollouts(View):
                 **{k: table[k].to_numpy(np.float32) for k in COLUMNS if k in table},
             },
             "prompts": [_start(p) for p in prompts],
+            "by_turn": describe_turns(self.turns, LABELS_OF_SUMS),
             "spark": {
                 "kind": ratio.kind,
                 "limit": ratio.limit,

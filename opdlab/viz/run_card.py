@@ -78,6 +78,11 @@ class RunCard(View):
                 "A RunCard compares two evaluations, and got one. Give both before= and after=, or"
                 " neither."
             )
+        if not self.fits(run):
+            raise OpdlabError(
+                f"RunCard got a {type(run).__name__} as its run. Give a run, or the data frame"
+                " run.history; a trace goes into samples=."
+            )
         self.board, self.title, self.note = RunBoard(run), title, note
         if self.board.df.empty:
             raise OpdlabError(

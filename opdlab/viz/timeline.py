@@ -33,7 +33,7 @@ from opdlab.viz.glyphs import show_piece
 from opdlab.viz.lines import HUES, Line, Plot, find_range, thin
 from opdlab.viz.made_up import make_trace
 from opdlab.viz.traits import Trait
-from opdlab.viz.turns import describe_turns, sum_by_turn
+from opdlab.viz.turns import describe_turns, find_turns, sum_by_turn
 from opdlab.viz.view import EXAMPLE_TOKENS, EXAMPLE_WORDS, View
 
 if TYPE_CHECKING:
@@ -281,7 +281,27 @@ class Timeline(View):
             "head": self._names["cumulative_log_ratio"],
             "rewards": known if self.rewards else None,
             "kinds": [describe_channel(c, c.limit) for c in find_kinds(self.trace).values()],
+            "turns": self._describe_turns(),
         }
+
+    def _describe_turns(self) -> list[dict[str, float]]:
+        """The student's turns with their rows and sums; empty where all rollouts have one."""
+        table = self.turns
+        if not len(table) or not table["turn"].max():
+            return []
+        samples = self.trace.column("sample")
+        rows = {
+            (int(samples[first]), turn): (first, size)
+            for first, size, turn, is_own in find_turns(self.trace)
+            if is_own
+        }
+        out = []
+        for one in table.to_dict("records"):
+            first, size = rows[int(one["sample"]), int(one["turn"])]
+            sums = {name: float(one[name]) for name in ("log_ratio", "kl") if name in one}
+            turn = {"turn": int(one["turn"]), "tokens": int(one["tokens"])}
+            out.append({"first": first, "size": size, **turn, **sums})
+        return out
 
     def __repr__(self) -> str:
         lost, lines = -self._paths["cumulative_log_ratio"].astype(float).clip(max=0), []

@@ -141,3 +141,25 @@ def test_many_rollouts_have_a_plot_each(open_page, tmp_path, axe, scheme, width)
     own.nth(7).get_by_role("button").click()
     assert view.locator(".opd-timeline-text .opd-brushed").all_text_contents() == [" b", " c", " d"]
     axe(view)
+
+
+def test_the_turns_of_a_conversation_have_their_sums(open_page, tmp_path, axe):
+    learn, turn = [True, True, False, False, True, True], [0, 0, 0, 0, 1, 1]
+    gaps = np.array([-1, -1, -9, -9, 0.25, 0.5])
+    trace = made(WORDS).with_columns(
+        student_logp=np.zeros(6), teacher_logp=gaps, learn=np.array(learn), turn=np.array(turn)
+    )
+    line = Timeline(trace)
+    (first, second) = line.data()["turns"]
+    assert (first["first"], first["tokens"], first["log_ratio"]) == (0, 2, -2)
+    assert (second["first"], second["tokens"], second["log_ratio"]) == (4, 2, 0.75)
+    view = open_page(page(tmp_path / "t.html", title="t", lenses=[("", line)]))
+    turns = view.get_by_role("group", name="Turns").get_by_role("button")
+    told = turns.all_text_contents()
+    assert [text.split("tokens")[0] for text in told] == ["turn 12 ", "turn 22 "]
+    assert "log ratio +0.75" in told[1]
+    turns.nth(1).click()
+    assert "position 4" in view.locator(".opd-timeline-told").text_content()
+    assert turns.nth(1).get_attribute("aria-pressed") == "true"
+    assert turns.nth(0).get_attribute("aria-pressed") == "false"
+    axe(view)

@@ -119,3 +119,8 @@ def test_what_is_not_enough_is_said():
         RunCard(troubled(), BEFORE)
     with pytest.raises(OpdlabError, match=r"no steps yet"):
         RunCard(pd.DataFrame())
+
+
+def test_what_is_no_run_is_named():
+    with pytest.raises(OpdlabError, match=r"RunCard got a dict as its run.*samples="):
+        RunCard({})

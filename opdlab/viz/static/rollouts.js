@@ -534,7 +534,8 @@ define("rollouts", ({ box, data, state }) => {
     open(sample);
   };
   listenToGrid(grid, table, state, placeOf);
-  box.append(...titleOf(data), filter.node, grid.node, ...place.nodes);
+  const sums = data.by_turn ? [make("div", "opd-soft opd-rollouts-turns", data.by_turn)] : [];
+  box.append(...titleOf(data), filter.node, grid.node, ...sums, ...place.nodes);
   state.on("sort", sort);
   state.on("rollout", choose);
   state.on("selected", (row) => {

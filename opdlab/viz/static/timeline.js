@@ -232,6 +232,43 @@ const stripHolder = (data, state, model) => {
   return { node, open };
 };
 
+/**
+ * Make the list of the turns of the rollout looked at, each with its sums. A turn's button leads to
+ * its first token.
+ * @param {TimelinePayload} data
+ * @param {State} state
+ */
+const turnList = ({ text, turns }, state) => {
+  const node = put(make("div", "opd-timeline-turns"), { role: "group", "aria-label": "Turns" });
+  node.hidden = !turns.length;
+  /** @type {{ choose: HTMLElement, first: number, size: number }[]} */
+  let shown = [];
+  /** @param {number} k */
+  const open = (k) => {
+    const { first, size } = text.texts[k];
+    const own = turns.filter((turn) => turn.first >= first && turn.first < first + size);
+    shown = own.map((turn) => {
+      const choose = makeButton("");
+      choose.append(make("b", "", `turn ${turn.turn + 1}`));
+      choose.append(make("span", "opd-soft", `${turn.tokens} tokens`));
+      if (turn.log_ratio !== undefined) {
+        choose.append(make("span", "", `log ratio ${number(turn.log_ratio, true)}`));
+      }
+      if (turn.kl !== undefined) choose.append(make("span", "", `KL ${number(turn.kl)}`));
+      choose.addEventListener("click", () => state.set("selected", turn.first));
+      return { choose, first: turn.first, size: turn.size };
+    });
+    node.replaceChildren(...shown.map(({ choose }) => choose));
+  };
+  /** @param {number} row */
+  const press = (row) => {
+    for (const { choose, first, size } of shown) {
+      put(choose, { "aria-pressed": row >= first && row < first + size });
+    }
+  };
+  return { node, open, press };
+};
+
 // The numbers of the token looked at.
 /** @param {TimelinePayload} data @param {Model} model @param {number} row @param {number} k */
 const factsOf = ({ text, paths, kinds }, model, row, k) => {
@@ -394,6 +431,7 @@ const makeParts = (data, state) => {
     model,
     plots,
     list,
+    turns: turnList(data, state),
     legend,
     marks: plots.map((one) => plotMarks(one, data, state, model)),
     strips: stripHolder(data, state, model),
@@ -404,7 +442,8 @@ const makeParts = (data, state) => {
 };
 
 /** @param {ReturnType<typeof makeParts>} parts @param {TimelinePayload} data */
-const drawers = ({ model, plots, marks, list, strips, legend, field, told, spoken }, data) => {
+const drawers = (parts, data) => {
+  const { model, plots, marks, list, turns, strips, legend, field, told, spoken } = parts;
   const { text, paths } = data;
   const channel = channelOf(data);
   const showForks = () => {
@@ -424,6 +463,7 @@ const drawers = ({ model, plots, marks, list, strips, legend, field, told, spoke
   const openRollout = (k) => {
     strips.open(k);
     list.press(k);
+    turns.open(k);
     for (const { drawn, shown } of plots) {
       drawn.canvas.querySelectorAll(".opd-l").forEach((line, j) => {
         line.classList.toggle("opd-timeline-on", shown[j] === k);
@@ -437,6 +477,7 @@ const drawers = ({ model, plots, marks, list, strips, legend, field, told, spoke
     const k = model.rolloutOf(row);
     if (k < 0) return;
     openRollout(k);
+    turns.press(row);
     showToken(row);
     const position = model.positionOf(row, k);
     const sum = number(paths.cumulative_log_ratio[row], true);
@@ -457,12 +498,12 @@ const drawers = ({ model, plots, marks, list, strips, legend, field, told, spoke
 define("timeline", ({ box, data, state }) => {
   const { texts } = data.text;
   const parts = makeParts(data, state);
-  const { list, legend, strips, field, told, spoken } = parts;
+  const { list, turns, legend, strips, field, told, spoken } = parts;
   const draw = drawers(parts, data);
   const pictures = arrangePlots(data, parts.plots, list.buttons);
   box.append(...titleOf(data), ...texts.slice(0, 1).map(({ prompt }) => promptBox(prompt)));
   box.append(makeBar(field.node, legend), ...(data.own.length ? [] : [list.node]), pictures);
-  box.append(told, strips.node, spoken);
+  box.append(told, turns.node, strips.node, spoken);
   if (!texts.length) {
     strips.node.append(make("span", "opd-soft", "(no tokens)"));
     return;

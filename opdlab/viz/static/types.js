@@ -269,6 +269,8 @@
  * @property {Fate | null} fate
  * @property {{ previous: Difference[], first: Difference[] } | null} words
  *
+ * The rows and sums of a student's turn.
+ * @typedef {{ first: number, size: number, turn: number, tokens: number, log_ratio?: number, kl?: number }} Turn
  * @typedef {object} TimelinePayload
  * @property {string} title
  * @property {string} against
@@ -281,6 +283,7 @@
  * @property {Plot[]} plots of all rollouts
  * @property {[label: string, told: string]} head
  * @property {number[] | null} rewards
+ * @property {Turn[]} turns of conversations
  *
  * @typedef {object} RolloutTable
  * @property {Numbers} sample
@@ -301,6 +304,7 @@
  * @property {Channel[]} channels
  * @property {RolloutTable} table
  * @property {string[]} prompts
+ * @property {string} by_turn mean sums of each turn, in words; "" without turns
  * @property {Spark} spark
  *
  * @typedef {{ k: number[], student_mass: number[], rival_mass: number[], bucket: number[], exact: number[], read: number[] }} TailCurve
