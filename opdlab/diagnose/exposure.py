@@ -264,6 +264,29 @@ def continuation(
         OpdlabError: A length is negative, or the task has an environment: a text that goes on from
             the middle of a conversation has nobody to reply to it.
     """
+    usual = int(rollout.lengths.float().median())
+    lengths = [round(usual * i / 5) for i in range(5)] if at is None else at
+    _check_probe(task, lengths)
+    rows = []
+    for length in sorted(set(lengths)):
+        bodies = rollout.completions()
+        longer = rollout.select([i for i, body in enumerate(bodies) if len(body) > length])
+        if not len(longer):
+            continue
+        left = max(1, round(room * (task.max_new_tokens - length)))
+        prompts = list(longer.prompts)
+        begun = [body[:length] for body in longer.completions()]
+        continued = _continue(student, teacher, prompts, begun, left)
+        means = {
+            "teacher": np.mean(task.scores(prompts, continued)),
+            "student": np.mean(task.scores(prompts, list(longer.texts))),
+        }
+        rows.append({"length": length, "texts": len(longer), **means})
+    return pd.DataFrame(rows, columns=["length", "texts", "teacher", "student"])
+
+
+def _check_probe(task: Task, lengths: Sequence[int]) -> None:
+    """Refuse what a teacher cannot go on from, or nobody can score."""
     if task.environment is not None:
         raise OpdlabError(
             f"{task.name} has an environment, and a probe that goes on from the middle of a"
@@ -273,31 +296,11 @@ def continuation(
         raise MissingPolicy(
             f"{task.name} has no verifier, so nothing can be scored. Make the task with verify=…."
         )
-    usual = int(rollout.lengths.float().median())
-    bodies, rows = rollout.completions(), []
-    lengths = [round(usual * i / 5) for i in range(5)] if at is None else at
-    for length in sorted(set(lengths)):
+    for length in lengths:
         if length < 0:
             raise OpdlabError(
                 f"continuation got a prefix of {length} tokens. Use lengths of 0 and more."
             )
-        which = [i for i, body in enumerate(bodies) if len(body) > length]
-        if not which:
-            continue
-        left = max(1, round(room * (task.max_new_tokens - length)))
-        prompts = [rollout.prompts[i] for i in which]
-        begun = [bodies[i][:length] for i in which]
-        continued = _continue(student, teacher, prompts, begun, left)
-        written = [rollout.texts[i] for i in which]
-        rows.append(
-            {
-                "length": length,
-                "texts": len(which),
-                "teacher": np.mean(task.scores(prompts, continued)),
-                "student": np.mean(task.scores(prompts, written)),
-            }
-        )
-    return pd.DataFrame(rows, columns=["length", "texts", "teacher", "student"])
 
 
 def _continue(

@@ -37,6 +37,9 @@ from opdlab.methods.contract import (
 from opdlab.methods.conversion import as_method
 from opdlab.support.expect import shortened
 
+# Beyond, the square of a gradient, which the optimizer keeps, may leave the range of float32.
+LARGEST_WEIGHT = 1e6
+
 
 @dataclass(frozen=True, init=False)
 class Combined:
@@ -49,8 +52,8 @@ class Combined:
 
     Args:
         methods: Two or more methods, classes of methods or loss functions.
-        weights: The weight of each method's loss, 1 each by default. A method of weight 0 is
-            planned and measured, and trains nothing.
+        weights: The weight of each method's loss, 1 each by default; at most a million. A method
+            of weight 0 is planned and measured, and trains nothing.
 
     Attributes:
         methods: The methods, in order.
@@ -190,10 +193,17 @@ def _read_weights(weights: Any, count: int) -> tuple[float, ...]:
         isinstance(one, numbers.Real) and not isinstance(one, bool) and math.isfinite(one)
         for one in weights
     )
+    advice = f"as weights={(1.0,) * (count - 1) + (0.5,)}."
     if not numbers_given or len(weights) != count or not any(weights):
         raise InvalidValue(
             f"Combined got weights={shortened(weights)} for {count} methods. Give one finite"
-            f" number for each, not all of them 0, as weights={(1.0,) * (count - 1) + (0.5,)}."
+            f" number for each, not all of them 0, {advice}"
+        )
+    if max(map(abs, weights)) > LARGEST_WEIGHT:
+        raise InvalidValue(
+            f"Combined got weights={shortened(weights)}. Use numbers from -{LARGEST_WEIGHT:g} to"
+            f" {LARGEST_WEIGHT:g}: with larger ones losses and gradients leave the range of"
+            f" float32. Their ratio is what counts, since the learning rate scales all, {advice}"
         )
     return tuple(map(float, weights))
 

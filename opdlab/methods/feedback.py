@@ -31,6 +31,7 @@ verl, ms-swift), or a translation of the paper. [O] is our reading.
 
 from __future__ import annotations
 
+import warnings
 from dataclasses import dataclass, field
 from typing import Any, ClassVar, Literal
 
@@ -56,6 +57,13 @@ from opdlab.support.validation import (
     Share,
     Text,
     validate_fields,
+)
+
+NOTHING_TOLD = (
+    "SDPO had nothing to tell about any attempt of a step, so the step trained nothing: the task's"
+    " feedback was empty, no other attempt of a prompt was right, or (attempts='failed') all were."
+    " The column told says which attempts were told something. Look at task.feedback, and use more"
+    " attempts (n=)."
 )
 
 
@@ -142,6 +150,8 @@ class SDPO:
         told = torch.tensor([hint is not None for hint in hints], device=batch.mask.device)
         by_token = told[:, None].expand(batch.mask.shape).float()
         share = batch.mean(by_token).to(by_token)
+        if not share:  # in any process
+            warnings.warn(NOTHING_TOLD, stacklevel=2)
         scale = torch.where(by_token > 0, 1 / share.clamp(min=1e-30), 0.0)
         return {
             "told": Column(
@@ -194,14 +204,11 @@ def feedback_hints(batch: Batch, method: SDPO) -> list[str | None]:
     return hints
 
 
-@dataclass(frozen=True)
-class RLSD:
-    """Let the verifier say whether a token is pushed up or down, and the hinted student how far.
+@dataclass(frozen=True, kw_only=True)
+class HintedReward:
+    """Compute GRPO's advantage and what a hint says about each token; RLSD and SDAR build on it.
 
     Attributes:
-        mix: λ at the first step.
-        decay: Steps over which λ falls to 0, which is plain GRPO; 0 keeps it.
-        weight_clip: ε, how far a weight may leave 1.
         anchor: The student that sees each prompt's hint, as in `SelfDistillation`.
         scale: As in `GRPO`.
         clip: As in `GRPO`.
@@ -210,9 +217,6 @@ class RLSD:
         InvalidValue: A value is out of its range.
     """
 
-    mix: Share = 0.5
-    decay: CountOrZero = 50
-    weight_clip: PositiveShare = 0.2
     anchor: Anchor = "live"
     scale: Flag = True
     clip: PositiveShare = 0.2
@@ -229,6 +233,48 @@ class RLSD:
         """The hinted student."""
         return (ANCHORS[self.anchor],)
 
+    def plan_reward(self, batch: Batch) -> dict[str, Column]:
+        """Compute the advantage of each attempt, and how far the hint supports each token.
+
+        Args:
+            batch: The step's rollout, with a verifier.
+
+        Returns:
+            `advantage [B]`; `evidence` (Δ, how much likelier the hint makes a sampled token) and
+            `sampler_logp`, in nats, `[B, T]` each.
+        """
+        (hinted,) = self.needs
+        theirs: Tensor = batch.map(lambda rows: rows.logp_of(hinted), needs=(hinted,))
+        evidence = Column(
+            (theirs - batch.rollout.logp) * batch.mask,
+            "log-prob with the hint − without",
+            unit="nats",
+            kind=Kind.SIGNED,
+            compares=(hinted, "student"),
+            less="the hint speaks against it",
+            more="the hint speaks for it",
+        )
+        return {**GRPO(self.scale, self.clip).plan(batch), "evidence": evidence}
+
+
+@dataclass(frozen=True)
+class RLSD(HintedReward):
+    """Let the verifier say whether a token is pushed up or down, and the hinted student how far.
+
+    Attributes:
+        mix: λ at the first step.
+        decay: Steps over which λ falls to 0, which is plain GRPO; 0 keeps it.
+        weight_clip: ε, how far a weight may leave 1.
+        anchor, scale, clip: See `HintedReward`.
+
+    Raises:
+        InvalidValue: A value is out of its range.
+    """
+
+    mix: Share = 0.5
+    decay: CountOrZero = 50
+    weight_clip: PositiveShare = 0.2
+
     def plan(self, batch: Batch) -> dict[str, Column]:
         """Compute GRPO's advantage, weighted token by token.
 
@@ -238,18 +284,14 @@ class RLSD:
         Returns:
             `advantage`, `evidence` (Δ) and `sampler_logp` (nats), `[B, T]` each.
         """
-        columns = GRPO(self.scale, self.clip).plan(batch)
-        advantage = columns["advantage"].values[:, None]
-        evidence = _evidence(batch, self.needs[0])
+        columns = self.plan_reward(batch)
+        advantage, evidence = columns["advantage"].values[:, None], columns["evidence"].values
         weight = (advantage.sign() * evidence).exp()
         mix = self.mix * max(0.0, 1 - batch.step / self.decay) if self.decay else self.mix
         clipped = weight.clamp(1 - self.weight_clip, 1 + self.weight_clip)
         formula = "GRPO's advantage × (1 − λ + λ clip(exp(sign Δ)))"
-        return {
-            "advantage": advantage_column(advantage * (1 - mix + mix * clipped), formula, unit=""),
-            "evidence": _evidence_column(evidence, self.needs[0]),
-            "sampler_logp": columns["sampler_logp"],
-        }
+        weighted = advantage * (1 - mix + mix * clipped)
+        return {**columns, "advantage": advantage_column(weighted, formula, unit="")}
 
     def loss(self, rows: Rows) -> Tensor:
         """Compute GRPO's clipped loss with the weighted advantage.
@@ -264,15 +306,13 @@ class RLSD:
 
 
 @dataclass(frozen=True)
-class SDAR:
+class SDAR(HintedReward):
     """Add a gated term to GRPO: sampled tokens that the hinted student finds likelier go up more.
 
     Attributes:
         weight: λ, the weight of the term.
         sharpness: β; the gate is σ(β Δ).
-        anchor: The student that sees each prompt's hint, as in `SelfDistillation`.
-        scale: As in `GRPO`.
-        clip: As in `GRPO`.
+        anchor, scale, clip: See `HintedReward`.
 
     Raises:
         InvalidValue: A value is out of its range.
@@ -280,21 +320,6 @@ class SDAR:
 
     weight: Amount = 0.1
     sharpness: Positive = 5.0
-    anchor: Anchor = "live"
-    scale: Flag = True
-    clip: PositiveShare = 0.2
-
-    verifies: ClassVar[bool] = True
-    least_n: ClassVar[int] = 2
-
-    def __post_init__(self) -> None:
-        check_anchor(self, self.anchor)
-        validate_fields(self)
-
-    @property
-    def needs(self) -> tuple[str, ...]:
-        """The hinted student."""
-        return (ANCHORS[self.anchor],)
 
     def plan(self, batch: Batch) -> dict[str, Column]:
         """Compute GRPO's advantage, and the gate of every token.
@@ -305,13 +330,9 @@ class SDAR:
         Returns:
             `advantage [B]`, and `gate`, `evidence` (Δ) and `sampler_logp` (nats), `[B, T]` each.
         """
-        evidence = _evidence(batch, self.needs[0])
-        gate = (self.sharpness * evidence).sigmoid()
-        return {
-            **GRPO(self.scale, self.clip).plan(batch),
-            "gate": Column(gate, "σ(β Δ): 1 where the hint supports the token"),
-            "evidence": _evidence_column(evidence, self.needs[0]),
-        }
+        columns = self.plan_reward(batch)
+        gate = (self.sharpness * columns["evidence"].values).sigmoid()
+        return {**columns, "gate": Column(gate, "σ(β Δ): 1 where the hint supports the token")}
 
     def loss(self, rows: Rows) -> Tensor:
         """Compute GRPO's loss and the gated term.
@@ -324,21 +345,3 @@ class SDAR:
         """
         gap = rows.logp_of(self.needs[0]) - rows.logp
         return clipped_loss(rows, self.clip) + self.weight * rows.gate * gap
-
-
-def _evidence(batch: Batch, hinted: str) -> Tensor:
-    """Δ, how much likelier the hint makes each sampled token, in nats, `[B, T]`."""
-    theirs: Tensor = batch.map(lambda rows: rows.logp_of(hinted), needs=(hinted,))
-    return (theirs - batch.rollout.logp) * batch.mask
-
-
-def _evidence_column(evidence: Tensor, hinted: str) -> Column:
-    return Column(
-        evidence,
-        "log-prob with the hint − without",
-        unit="nats",
-        kind=Kind.SIGNED,
-        compares=(hinted, "student"),
-        less="the hint speaks against it",
-        more="the hint speaks for it",
-    )

@@ -41,7 +41,7 @@ from opdlab.models.policy import Policy, as_policy
 from opdlab.models.routed import join_graded
 from opdlab.models.translated import Node, Path, Sums, Translated
 from opdlab.support.expect import shortened
-from opdlab.support.validation import Amount, Share, validate
+from opdlab.support.validation import Share, ShareBelowOne, validate
 
 DEEPEST = 64  # tokens of the teacher that are asked for in a row, for one token of the student
 
@@ -66,7 +66,7 @@ class ByteTeacher:
 
     Args:
         policy: The teacher.
-        floor: Probability that is spread evenly over the student's tokens.
+        floor: Probability that is spread evenly over the student's tokens, below 1.
         lookahead: Ask the teacher again where a token of it that leaves the student's open has at
             least this probability; None asks never.
 
@@ -90,7 +90,9 @@ class ByteTeacher:
                 " reads whole distributions."
             )
         given = {"floor": floor, "lookahead": lookahead}
-        checked = validate("ByteTeacher", given, {"floor": Amount, "lookahead": Share | None})
+        checked = validate(
+            "ByteTeacher", given, {"floor": ShareBelowOne, "lookahead": Share | None}
+        )
         self.policy, self.floor, self.lookahead = policy, checked["floor"], checked["lookahead"]
         self._student: Policy | None = None
         self._maps: dict[tuple[bool, bool], ByteMap] = {}

@@ -122,6 +122,8 @@ def test_what_does_not_fit_is_refused():
     for weights in ((1,), (1, float("nan")), (0, 0), (True, 1), "11", 3):
         with pytest.raises(InvalidValue, match="one finite number for each"):
             opd.Combined(opd.OPD(), opd.GRPO(), weights=weights)
+    with pytest.raises(InvalidValue, match=r"from -1e\+06 to 1e\+06: .* range of float32"):
+        opd.Combined(opd.OPD(), opd.GRPO(), weights=(1e308, 1e308))
     with pytest.raises(InvalidValue, match=r"share of 1 .* SFT, which wants 0 and 'answer'"):
         opd.Combined(opd.OPD(), opd.SFT())
     with pytest.raises(InvalidValue, match="Combined got 3"):

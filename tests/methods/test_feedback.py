@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from dataclasses import replace
 
 import pytest
@@ -109,6 +110,16 @@ def test_without_feedback_a_right_attempt_is_all_that_is_told():
     assert columns["told"].values.tolist() == [1, 1, 1, 1, 0, 0, 0, 0]
     with pytest.raises(MissingPolicy, match="nothing to tell"):
         plan(opd.SDPO(solutions=False), world(said=False))
+
+
+def test_a_step_without_any_feedback_is_warned_of():
+    empty = replace(world(), feedback=lambda prompt, text: " ", verify=lambda prompt, text: 0.0)
+    with pytest.warns(UserWarning, match="nothing to tell about any attempt of a step"):
+        _, columns, _ = plan(opd.SDPO(), empty)
+    assert (columns["scale"].values == 0).all()
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        plan(opd.SDPO(), world())
 
 
 def test_rlsd_is_grpo_with_the_weight_of_its_formula():

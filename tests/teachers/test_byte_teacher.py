@@ -238,6 +238,8 @@ def test_what_does_not_fit_is_refused():
         ByteTeacher("teacher")
     with pytest.raises(InvalidValue):
         ByteTeacher(model("scribe"), floor=-1)
+    with pytest.raises(InvalidValue, match=r"floor=1\.0"):
+        ByteTeacher(model("scribe"), floor=1.0)
     with pytest.raises(OpdlabError, match="Call check"):
         ByteTeacher(model("scribe")).grade(rollout_of(model("student"), ["4"]))
 
