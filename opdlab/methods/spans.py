@@ -27,6 +27,7 @@ a text was cut off, that its last teacher's token might have been a longer one.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any, ClassVar, Literal
 
@@ -46,7 +47,8 @@ from opdlab.methods.policy_gradient import (
     policy_gradient_loss,
     sampler_column,
 )
-from opdlab.models.policy import as_policy
+from opdlab.models.policy import Policy, as_policy
+from opdlab.models.protocols import SoleTeachers
 from opdlab.support.validation import Text, validate
 
 SHOWN = 16  # completions whose alignment is kept in the notes of a step
@@ -85,6 +87,10 @@ class Reading:
 class SpanOPD:
     """Learn from the log-probs of a teacher with another tokenizer.
 
+    Of several teachers (`MultiTeacher`) each reads the completions of its own prompts in its own
+    tokens. A mixture of teachers for one prompt is refused: their tokens cut a text into different
+    spans, so there is no span whose probabilities could be mixed.
+
     A completion that the teacher's tokenizer cannot spell, or with special tokens amid its text, is
     not trained on, and counted. The notes hold the share of bytes in 1:1 spans, the sampled KL per
     UTF-8 byte and the spans of some completions.
@@ -122,7 +128,8 @@ class SpanOPD:
             OpdlabError: The teacher's tokenizer spells none of the completions.
             MissingPolicy: The teacher has no tokenizer.
         """
-        readings = _read(batch)
+        teachers = _teachers(batch)
+        readings = _read(batch, teachers)
         logp = batch.map(lambda rows: rows.logp, needs=("student",))
         advantage, one_to_one, span_kl = (torch.zeros_like(logp) for _ in range(3))
         number = torch.full_like(logp, -1)
@@ -130,7 +137,7 @@ class SpanOPD:
         is_read = torch.zeros_like(batch.mask)
         is_read[[reading.sample for reading in readings], 0] = True
         place = batch.number(is_read)[:, 0].tolist()  # of each text among those of all processes
-        for reading, theirs in zip(readings, _teacher_logp(batch, readings), strict=True):
+        for reading, theirs in zip(readings, _teacher_logp(batch, readings, teachers), strict=True):
             b = reading.sample
             r = torch.stack(
                 [logp[b, ours].sum() - theirs[other].sum() for ours, other in reading.parts]
@@ -215,18 +222,32 @@ def _summarize(batch: Batch, readings: Sequence[Reading], span_kl: Tensor) -> di
     }
 
 
-def _read(batch: Batch) -> list[Reading]:
-    """The completions that the teacher's tokenizer spells byte for byte.
+def _teachers(batch: Batch) -> list[tuple[str, Policy]]:
+    """The teacher of each completion, with its name; "" where all have the same.
+
+    Raises MissingPolicy where one has no tokenizer here.
+    """
+    prompts, teacher = batch.rollout.prompts, batch.policies["teacher.spans"]
+    if isinstance(teacher, SoleTeachers):
+        found = [teacher.sole_teacher(prompt) for prompt in prompts]
+    else:
+        found = [("", teacher)] * len(prompts)
+    for _, one in found:
+        if as_policy(one) is None:
+            raise MissingPolicy(
+                f"SpanOPD reads the text in the teacher's own tokens, but {type(one).__name__} has"
+                " no tokenizer here. Load the teacher with Policy.load(…), or use OmniOPD."
+            )
+    return found
+
+
+def _read(batch: Batch, teachers: Sequence[tuple[str, Policy]]) -> list[Reading]:
+    """The completions that their teacher's tokenizer spells byte for byte.
 
     Raises OpdlabError where there is none.
     """
-    student, teacher = batch.policies["student"], batch.policies["teacher.spans"]
-    if not hasattr(teacher, "tokenizer"):
-        raise MissingPolicy(
-            f"SpanOPD reads the text in the teacher's own tokens, but {type(teacher).__name__} has"
-            " no tokenizer here. Load the teacher with Policy.load(…), or use OmniOPD."
-        )
-    readings = [_read_one(batch, b, student, teacher) for b in range(len(batch.rollout))]
+    student = batch.policies["student"]
+    readings = [_read_one(batch, b, student, teacher) for b, (_, teacher) in enumerate(teachers)]
     out = [reading for reading in readings if reading is not None and reading.parts]
     spelled, asked = batch.sum(batch.row.new_tensor([len(out), len(readings)])).tolist()
     if not spelled:  # in any process
@@ -264,14 +285,29 @@ def _read_one(batch: Batch, b: int, student: Any, teacher: Any) -> Reading | Non
     return Reading(b, length, text, theirs, pieces, aligned, ended and bool(_ends(teacher)))
 
 
-def _teacher_logp(batch: Batch, readings: Sequence[Reading]) -> list[Tensor]:
-    """Log-probs of each text in the teacher's tokens, and of its end.
+def _teacher_logp(
+    batch: Batch, readings: Sequence[Reading], teachers: Sequence[tuple[str, Policy]]
+) -> list[Tensor]:
+    """Log-probs of each text in its teacher's tokens, and of its end; each teacher reads its own.
+
+    Empty where another process has all readings.
+    """
+    group = batch.policies["teacher.spans"]
+    found: dict[int, Tensor] = {}
+    for name in dict.fromkeys(teachers[reading.sample][0] for reading in readings):
+        own = [reading for reading in readings if teachers[reading.sample][0] == name]
+        policy = teachers[own[0].sample][1]
+        with group.charging(name) if isinstance(group, SoleTeachers) else nullcontext():
+            graded = _logp_of_one(batch, own, policy)
+        found |= {reading.sample: logp for reading, logp in zip(own, graded, strict=True)}
+    return [found[reading.sample] for reading in readings]
+
+
+def _logp_of_one(batch: Batch, readings: Sequence[Reading], teacher: Policy) -> list[Tensor]:
+    """Log-probs of texts in one teacher's tokens, and of their end.
 
     Any of the tokens that end the teacher's texts will do.
     """
-    if not readings:  # another process has some
-        return []
-    teacher = batch.policies["teacher.spans"]
     stops = sorted(_ends(teacher))
     bodies = [r.ids + stops[:1] * r.ends for r in readings]
     rollout = _rollout([batch.rollout.prompts[r.sample] for r in readings], bodies, batch.rollout)

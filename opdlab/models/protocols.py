@@ -7,6 +7,7 @@ grade. Any object with these methods takes part: nothing needs to inherit from t
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
 from typing import TYPE_CHECKING, Protocol, runtime_checkable
 
 from opdlab.data.prompt import Prompt
@@ -154,6 +155,33 @@ class StudentSampler(Sampler, Protocol):
 
     def close(self) -> None:
         """Give back memory, files and connections. A run does not call it: its owner does."""
+        ...
+
+
+@runtime_checkable
+class SoleTeachers(Protocol):
+    """Several teachers, of which each prompt has one that reads texts in its own tokens."""
+
+    def sole_teacher(self, prompt: Prompt) -> tuple[str, Policy]:
+        """Return the teacher of a prompt.
+
+        Args:
+            prompt: The prompt.
+
+        Returns:
+            Its name, and the teacher.
+        """
+        ...
+
+    def charging(self, name: str) -> AbstractContextManager[None]:
+        """Charge the time of a block to a teacher.
+
+        Args:
+            name: The teacher's name.
+
+        Returns:
+            The context of the block.
+        """
         ...
 
 

@@ -16,11 +16,12 @@ and NeMo-RL have it); mixtures are our reading of "all with weights":
 
 from __future__ import annotations
 
+import hashlib
 import math
 import numbers
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from typing import Any, get_args
 
@@ -39,6 +40,7 @@ from opdlab.models.protocols import Checked, Grader, TopGrader, Writer
 from opdlab.models.routed import Mixture, Routed
 from opdlab.models.same_tokens import check_same_tokens
 from opdlab.support.expect import shortened
+from opdlab.support.validation import Unchecked, validate_arguments
 from opdlab.teachers.contract import expect_teacher
 from opdlab.teachers.logprob_server import LogprobServer
 from opdlab.teachers.text_only import as_writer
@@ -46,6 +48,7 @@ from opdlab.teachers.text_server import TextServer
 from opdlab.teachers.writing import options_for
 
 Route = str | Mapping[str, float] | Callable[[Prompt], Any]
+REMEMBERED = 100_000  # prompts whose teachers are kept, to notice a function that changes its mind
 # What a run notes of each teacher in its history, as "maths/rows". `reverse_kl` is in nats per
 # token (`coarse_reverse_kl` of top log-probs), `reward` the mean score, `paid` tokens of a server.
 NUMBERS = ("rows", "tokens", "reverse_kl", "reward", "grade_s", "paid")
@@ -86,11 +89,12 @@ class MultiTeacher:
         MissingPolicy: Teachers with top log-probs alone cannot be mixed.
     """
 
+    @validate_arguments
     def __init__(
         self,
-        members: Mapping[str, Any],
-        route: Route = "teacher",
-        mixture: Mixture = "arithmetic",
+        members: Unchecked[Mapping[str, Any]],
+        route: Unchecked[Route] = "teacher",
+        mixture: Unchecked[Mixture] = "arithmetic",
     ) -> None:
         if not isinstance(members, Mapping) or len(members) < 2:
             raise InvalidValue(
@@ -118,6 +122,8 @@ class MultiTeacher:
                 " of the prompt, or weights by teacher."
             )
         self.members, self.route, self.mixture = dict(members), route, mixture
+        self._routed: dict[bytes, list[float]] = {}
+        self._reads_bytes = False
         self._meters = {name: Meter() for name in members}
         if isinstance(route, Mapping):
             self._read_weights(route, "route")
@@ -154,9 +160,35 @@ class MultiTeacher:
         rows, known = [], dict[int, list[float]]()
         for prompt in prompts:  # the completions of one prompt stand side by side
             if id(prompt) not in known:
-                known[id(prompt)] = self._weights_of_one(prompt)
+                known[id(prompt)] = self._same_weights(prompt)
             rows.append(known[id(prompt)])
         return torch.tensor(rows, dtype=torch.float64).view(len(prompts), len(self.members))
+
+    def _same_weights(self, prompt: Prompt) -> list[float]:
+        """The weights of a prompt; refuses a function that gives others than it gave before."""
+        weights = self._weights_of_one(prompt)
+        if not callable(self.route):
+            return weights
+        said = repr((prompt.id, prompt.text, prompt.messages, prompt.hint, dict(prompt.metadata)))
+        key = hashlib.blake2b(said.encode(errors="replace"), digest_size=16).digest()
+        before = self._routed.pop(key, None)  # put back behind the others, as the latest
+        if before is None:
+            before = self._weights_of_one(prompt)
+            while len(self._routed) >= REMEMBERED:
+                del self._routed[next(iter(self._routed))]
+        self._routed[key] = before
+        if before != weights:
+            raise InvalidValue(
+                f"The route of MultiTeacher gives prompt {name_of(prompt)} other teachers than"
+                f" before: {self._name_weights(weights)} and {self._name_weights(before)}. A run"
+                " that is resumed, or takes a step again, would be graded by others. Let the"
+                " function follow from the prompt alone, without randomness or a counter."
+            )
+        return weights
+
+    def _name_weights(self, weights: Sequence[float]) -> str:
+        named = zip(self.members, weights, strict=True)
+        return ", ".join(f"{name} {weight:g}" for name, weight in named if weight)
 
     def _weights_of_one(self, prompt: Prompt) -> list[float]:
         if isinstance(self.route, Mapping):
@@ -224,6 +256,59 @@ class MultiTeacher:
         column = self.weights_of(prompts)[:, list(self.members).index(name)].tolist()
         return [prompt for prompt, weight in zip(prompts, column, strict=True) if weight]
 
+    def by_bytes(self) -> MultiTeacher:
+        """Make a view whose teachers read texts in their own tokens, as for `SpanOPD`.
+
+        Returns:
+            The view, in which each prompt has one teacher (`sole_teacher`).
+
+        Raises:
+            MissingPolicy: A teacher is no local model, or all prompts have several teachers.
+        """
+        if isinstance(self.route, Mapping) and sum(map(bool, self.route.values())) > 1:
+            raise _no_common_spans()
+
+        def local(member: Any) -> Any:
+            if as_policy(member) is None:
+                raise MissingPolicy(
+                    f"{type(member).__name__} has no tokenizer here, and reading a text in its own"
+                    " tokens needs one. Load it with Policy.load(…), or use OmniOPD."
+                )
+            return member
+
+        view = self.map(local)
+        view._reads_bytes = True
+        return view
+
+    def sole_teacher(self, prompt: Prompt) -> tuple[str, Policy]:
+        """Return the teacher of a prompt that has one.
+
+        Args:
+            prompt: The prompt.
+
+        Returns:
+            Its name, and the teacher.
+
+        Raises:
+            MissingPolicy: Several teachers share the prompt.
+        """
+        weights = self._same_weights(prompt)
+        if sum(map(bool, weights)) > 1:
+            raise _no_common_spans()
+        name = [*self.members][weights.index(max(weights))]
+        return name, self.members[name]
+
+    def charging(self, name: str) -> AbstractContextManager[None]:
+        """Charge the time of a block to a teacher, for the report.
+
+        Args:
+            name: The teacher's name.
+
+        Returns:
+            The context of the block.
+        """
+        return self._metered(name)
+
     # What a teacher does.
 
     def check(self, student: Policy, prompts: Sequence[Prompt], max_new_tokens: int) -> None:
@@ -239,12 +324,16 @@ class MultiTeacher:
             TokenizerMismatch: A teacher that grades has other tokens than the student.
             OpdlabError: A teacher cannot read one of its prompts. The message names the teacher.
         """
+        if self._reads_bytes:
+            for prompt in prompts:
+                self.sole_teacher(prompt)
         for name, member in self.members.items():
             own = self.prompts_of(name, prompts)
             local = as_policy(member)
             with _naming(name), self._metered(name):
                 if local is not None:
-                    check_same_tokens(student, local, name)
+                    if not self._reads_bytes:
+                        check_same_tokens(student, local, name)
                     if own:
                         local.encode_all(own, room=max_new_tokens)
                 elif isinstance(member, Checked):
@@ -364,7 +453,7 @@ class MultiTeacher:
             with _naming(name):
                 made[name] = change(member)
         view = MultiTeacher(made, self.route, self.mixture)
-        view._meters = self._meters
+        view._meters, view._routed = self._meters, self._routed
         return view
 
     def seeing(self, context: Any = None) -> MultiTeacher:
@@ -450,6 +539,14 @@ class MultiTeacher:
 
     def __repr__(self) -> str:
         return f"MultiTeacher({self.members}, route={self.route!r}, mixture={self.mixture!r})"
+
+
+def _no_common_spans() -> MissingPolicy:
+    return MissingPolicy(
+        "Several teachers share a prompt, and each cuts a text into spans of its own tokens, so"
+        " there is no span whose probabilities could be mixed. Route each prompt to one teacher, or"
+        " mix them as ByteTeacher(policy), which tells its distributions in the student's tokens."
+    )
 
 
 def tokens_paid(teacher: Any) -> int:

@@ -209,7 +209,8 @@ def _with_access(policy: Any, need: Need) -> Any:
     Where only texts are needed, a local model is reduced to its texts.
     """
     if isinstance(policy, MultiTeacher):
-        return policy.map(lambda member: _with_access(member, need))
+        view = policy.map(lambda member: _with_access(member, need))
+        return view.by_bytes() if need.access is Access.SPANS else view
     if need.access is Access.TEXT:
         writer = as_writer(policy)
         if not isinstance(writer, Writer):

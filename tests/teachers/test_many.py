@@ -10,7 +10,14 @@ import torch
 
 import opdlab as opd
 from opdlab import MultiTeacher, TopK, exact
-from opdlab.errors import InvalidValue, MissingPolicy, OpdlabError, PartialDistribution
+from opdlab.engine.batch import Batch
+from opdlab.errors import (
+    InvalidValue,
+    MissingPolicy,
+    OpdlabError,
+    PartialDistribution,
+    UnknownOption,
+)
 from opdlab.losses import DIVERGENCES
 from opdlab.models.graded import TopLogprobs
 from opdlab.tasks.market import model
@@ -245,6 +252,60 @@ def test_what_does_not_fit_is_refused():
     shared = MultiTeacher(both, route={"maths": 1, "style": 1})
     with pytest.raises(MissingPolicy, match="one text has one author"):
         shared.write(prompts(2), max_new_tokens=2)
+
+
+def test_teachers_of_other_tokens_read_their_own_prompts_by_spans():
+    student, teacher, _ = trio()
+    scribe = model("scribe")
+    many = MultiTeacher({"maths": teacher, "style": scribe}, route="subject").by_bytes()
+    rollout = student.sample(prompts(4), max_new_tokens=12, seed=2)
+    method = opd.SpanOPD()
+
+    def plan(one, rows):
+        batch = Batch(rollout.select(rows), {"student": student, "teacher.spans": one})
+        return method.plan(batch)["advantage"].values
+
+    whole = plan(many, range(4))
+    for single, rows in ((teacher, [0, 2]), (scribe, [1, 3])):
+        assert [p.metadata["subject"] for p in rollout.select(rows).prompts] == [
+            {id(teacher): "maths", id(scribe): "style"}[id(single)]
+        ] * 2
+        alone = plan(single, rows)
+        torch.testing.assert_close(whole[rows][:, : alone.shape[1]], alone)
+    assert (whole != 0).any(1).all()
+    given = MultiTeacher({"maths": teacher, "style": scribe}, route="subject")
+    run = opd.distill(student, given, task(), method=opd.SpanOPD(), steps=1, **SIZES).train()
+    report = given.report(run.history)
+    assert (report["rows"] > 0).all()
+    assert (report["grade_s"] > 0).all()
+    mixed = MultiTeacher({"maths": teacher, "style": scribe}, {"maths": 1, "style": 1})
+    with pytest.raises(MissingPolicy, match="no span whose probabilities could be mixed"):
+        opd.distill(student, mixed, task(), method=opd.SpanOPD(), steps=1, **SIZES)
+    half = MultiTeacher(
+        {"maths": teacher, "style": scribe}, lambda prompt: {"maths": 0.5, "style": 0.5}
+    )
+    with pytest.raises(MissingPolicy, match="no span whose probabilities could be mixed"):
+        opd.distill(student, half, task(), method=opd.SpanOPD(), steps=1, **SIZES)
+
+
+def test_a_route_that_changes_its_mind_is_refused():
+    student, teacher, novice = trio()
+    both = {"maths": teacher, "style": novice}
+    turn = iter(range(10_000))
+    counts = MultiTeacher(both, lambda prompt: ["maths", "style"][next(turn) % 2])
+    with pytest.raises(InvalidValue, match=r"other teachers than before: (maths|style) 1 and"):
+        opd.distill(student, counts, task(), steps=1, **SIZES)
+    now = {"name": "maths"}
+    later = MultiTeacher(both, lambda prompt: now["name"])
+    run = opd.distill(student, later, task(), steps=1, **SIZES)
+    now["name"] = "style"
+    with pytest.raises(InvalidValue, match="without randomness or a counter"):
+        next(run)
+
+
+def test_unknown_arguments_are_refused_in_words():
+    with pytest.raises(UnknownOption, match=r"MultiTeacher: got an unexpected keyword .*weights"):
+        MultiTeacher({}, weights=(1, 2))
 
 
 def test_a_failing_teacher_is_named():
