@@ -8,11 +8,14 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any, Protocol, runtime_checkable
+from typing import Any, Literal, Protocol, runtime_checkable
 
 from opdlab.data.prompt import Prompt
 
 Message = Mapping[str, Any]
+# What cuts a conversation: the student's last turn ran out of tokens, the environment's reply did
+# not fit with another token behind it, or the student had no turn left. "" for nothing.
+Cut = Literal["", "tokens", "reply", "turns"]
 
 
 @dataclass(frozen=True)
@@ -107,21 +110,26 @@ class FinalText(str):
     Args:
         text: The text of the last turn, without the token that ends it.
         messages: The conversation after the prompt.
+        cut: What has cut the conversation; "" where it ended by itself.
 
     Attributes:
         messages: The conversation after the prompt, the student's turns among them.
+        cut: "tokens" where the student's last turn was cut, "reply" where the environment's reply
+            did not fit and was left out, "turns" where the student had no turn left, else "".
     """
 
     messages: tuple[dict[str, Any], ...]
+    cut: Cut
 
-    def __new__(cls, text: str, messages: Sequence[Message]) -> FinalText:
+    def __new__(cls, text: str, messages: Sequence[Message], cut: Cut = "") -> FinalText:
         """Make the text; see the class."""
         made = super().__new__(cls, text)
         made.messages = tuple(dict(message) for message in messages)
+        made.cut = cut
         return made
 
     def __getnewargs__(self) -> tuple[Any, ...]:  # so that copies keep the messages
-        return (str(self), self.messages)
+        return (str(self), self.messages, self.cut)
 
 
 def before_turn(prompt: Prompt, text: str, turn: int) -> Prompt:

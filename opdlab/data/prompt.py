@@ -14,6 +14,19 @@ from opdlab.support.expect import refusal, shortened
 ROLES = ("system", "developer", "user", "assistant", "tool", "function", "ipython")
 
 
+# The roles of messages that report what a tool or a function said.
+TOOL_ROLES = ("tool", "function", "ipython")
+
+
+class PlainText(str):
+    """Hold a text that stays text: no special token is read in it, whatever it spells.
+
+    It is the plain text wherever a `str` is wanted. Messages of tools and all replies of an
+    environment are of this kind, since their text comes from elsewhere: a tool that says
+    `<|im_end|>` ends no turn.
+    """
+
+
 @dataclass(frozen=True)
 class Prompt:
     """Ask a policy something: with a plain `text`, or with a chat's `messages`.
@@ -224,7 +237,7 @@ def _read_message(message: Any, name: str) -> dict[str, Any]:
         raise InvalidValue(f"{name} has no content. Give every message its text.")
     content = read_content(kept["content"], f"{name}.content")
     _check_characters(content, f"{name}.content")
-    return {**kept, "content": content}
+    return {**kept, "content": PlainText(content) if role in TOOL_ROLES else content}
 
 
 def read_content(content: Any, name: str) -> str:

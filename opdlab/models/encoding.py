@@ -16,8 +16,9 @@ from weakref import WeakSet
 
 from transformers import PreTrainedTokenizerBase
 
-from opdlab.data.prompt import Prompt, name_of
+from opdlab.data.prompt import PlainText, Prompt, name_of
 from opdlab.errors import InvalidValue, OpdlabError
+from opdlab.models.plain_text import find_marks
 from opdlab.models.templates import (
     Chat,
     apply_template,
@@ -174,6 +175,10 @@ def _encode_chats(
     eos: Collection[int],
 ) -> list[list[int]]:
     chats = [[dict(message) for message in prompt.messages or ()] for prompt in prompts]
+    sanitizes = bool(options.get("sanitize_control_tokens"))
+    marks = None if sanitizes else find_marks(tokenizer, chats, options)
+    if marks is not None:
+        chats = [marks.mark(chat) for chat in chats]
     if not takes_system(tokenizer, prompts, options):
         chats = [put_system_in_user(chat) for chat in chats]
     try:  # all at once, which saves half of the time
@@ -186,17 +191,21 @@ def _encode_chats(
             for prompt, chat in zip(prompts, chats, strict=True)
         ]
         chats, texts = [chat for chat, _ in rendered], [text for _, text in rendered]
-    if options.get("sanitize_control_tokens"):
+    if sanitizes:
         arguments = {**template_arguments(options), "return_dict": False}
         return [[*map(int, tokenizer.apply_chat_template(chat, **arguments))] for chat in chats]
-    rows = [list(row) for row in tokenizer(texts, add_special_tokens=False)["input_ids"]]
+    if marks is not None:
+        rows = [marks.encode(tokenizer, text) for text in texts]
+    else:
+        rows = [list(row) for row in tokenizer(texts, add_special_tokens=False)["input_ids"]]
     if tokenizer not in _warned:
         known = {
             str(tokenizer.convert_ids_to_tokens(i)): i
             for i in _find_ends(tokenizer, eos) | _find_template_tokens(tokenizer)
         }
         for prompt in prompts:
-            said = "\n".join(message["content"] for message in prompt.messages or ())
+            contents = [message["content"] for message in prompt.messages or ()]
+            said = "\n".join(one for one in contents if not isinstance(one, PlainText))
             _warn_of_special_tokens(
                 tokenizer, prompt, [i for token, i in known.items() if token in said]
             )

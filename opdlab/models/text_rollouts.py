@@ -7,17 +7,26 @@ from collections.abc import Sequence
 import torch
 
 from opdlab.data.prompt import Prompt, expect_prompts
-from opdlab.data.rollout import Rollout
+from opdlab.data.rollout import Rollout, concat_rollouts
 from opdlab.data.written_text import finish_of
 from opdlab.models.fingerprints import vocabulary_digest
 from opdlab.models.policy import Policy
 from opdlab.models.templates import end_token
+from opdlab.models.text_conversations import is_conversation, rollout_from_conversations
 
 
 def rollout_from_texts(
-    policy: Policy, prompts: Sequence[Prompt], texts: Sequence[str], writer: str = "answer"
+    policy: Policy,
+    prompts: Sequence[Prompt],
+    texts: Sequence[str],
+    writer: str = "answer",
+    limit: int | None = None,
 ) -> Rollout:
     """Make a rollout of given texts, for supervised training and for looking.
+
+    A `FinalText` of several messages, or with calls of tools, is a conversation in the ids of the
+    policy's chat template, and all its assistant's turns are learned. Other texts are encoded as
+    they are, behind the prompt.
 
     A finished text ends with a token of the policy's own EOS set. A text that its writer had to cut
     (a `WrittenText` with finish "length") is left open, and counts as cut. Where a text itself
@@ -28,13 +37,31 @@ def rollout_from_texts(
         prompts: The prompt of each text.
         texts: One text per prompt; plain strings count as finished.
         writer: Who wrote them, for the trace.
+        limit: The most tokens of a conversation after its prompt; None for no limit.
 
     Returns:
         A rollout with one completion per prompt; `logp` and `entropy` are zero, since nobody
         sampled.
     """
-    tokenizer, eos = policy.tokenizer, policy.weights.eos
     prompts = expect_prompts(prompts, "rollout_from_texts")
+    talked = {row: text for row, text in enumerate(texts) if is_conversation(text)}
+    plain = {row: text for row, text in enumerate(texts) if row not in talked}
+    if not talked:
+        return _rollout_of_texts(policy, prompts, texts, writer)
+    asked = [prompts[row] for row in talked]
+    parts = [rollout_from_conversations(policy, asked, [*talked.values()], writer, limit)]
+    if plain:
+        asked = [prompts[row] for row in plain]
+        parts.append(_rollout_of_texts(policy, asked, [*plain.values()], writer))
+    place = {row: at for at, row in enumerate([*talked, *plain])}
+    return concat_rollouts(parts).select([place[row] for row in range(len(texts))])
+
+
+def _rollout_of_texts(
+    policy: Policy, prompts: Sequence[Prompt], texts: Sequence[str], writer: str
+) -> Rollout:
+    """The rollout of texts of one turn each."""
+    tokenizer, eos = policy.tokenizer, policy.weights.eos
     chats = [prompt.messages is not None for prompt in prompts]
     ends = {}
     for is_chat in set(chats):

@@ -8,6 +8,7 @@ The form is told by the chat template: Qwen2.5, Qwen3 and the Hermes models writ
 from __future__ import annotations
 
 import json
+import math
 import re
 from collections.abc import Iterable, Mapping
 from typing import Any
@@ -110,6 +111,39 @@ def parse_llama(text: str) -> Turn:
     return Turn(text, error=call) if isinstance(call, str) else Turn("", (call,))
 
 
+def parse_any(text: str) -> Turn:
+    """Read a turn of a model whose template is not known, as one behind a server.
+
+    Args:
+        text: The text of the turn.
+
+    Returns:
+        The turn in the form that it looks like: with `<tool_call>` tags, as one JSON object with
+        `parameters`, or without a call.
+    """
+    _, said = _split_thought(text)
+    body = said.strip().removeprefix(_LLAMA_START).strip()
+    is_object = body.startswith("{") and '"parameters"' in body
+    return parse_llama(text) if is_object and "<tool_call>" not in said else parse_hermes(text)
+
+
+def write_hermes(content: str, calls: Iterable[ToolCall]) -> str:
+    """Write a turn with calls as `parse_hermes` reads it.
+
+    Args:
+        content: The text beside the calls.
+        calls: The calls.
+
+    Returns:
+        The text of the turn.
+    """
+    parts = [content] if content else []
+    for call in calls:
+        said = {"name": call.name, "arguments": dict(call.arguments)}
+        parts.append(f"<tool_call>\n{json.dumps(said, ensure_ascii=False)}\n</tool_call>")
+    return "\n".join(parts)
+
+
 def _split_thought(text: str) -> tuple[str, str]:
     """The thought within `<think>` tags that begins a text, and the rest."""
     match = _THOUGHT.match(text)
@@ -119,7 +153,7 @@ def _split_thought(text: str) -> tuple[str, str]:
 def _read_call(text: str, arguments: str) -> ToolCall | str:
     """The call that a JSON object is, or what is wrong with it."""
     try:
-        call = json.loads(text)
+        call = json.loads(text, parse_constant=_refuse_constant, parse_float=_read_float)
     except (ValueError, RecursionError):
         return "the tool call is not valid JSON"
     if not isinstance(call, dict) or not isinstance(call.get("name"), str):
@@ -128,6 +162,19 @@ def _read_call(text: str, arguments: str) -> ToolCall | str:
     if not isinstance(given, dict):
         return f"the {arguments} of the tool call are no JSON object"
     return ToolCall(call["name"], given)
+
+
+def _refuse_constant(name: str) -> Any:
+    """Refuse what Python's parser reads and JSON does not have: NaN and Infinity."""
+    raise ValueError(name)
+
+
+def _read_float(text: str) -> float:
+    """A number with a point or an exponent; one beyond a float's range would become Infinity."""
+    value = float(text)
+    if not math.isfinite(value):
+        raise ValueError(text)
+    return value
 
 
 def _by_transformers(tokenizer: PreTrainedTokenizerBase) -> Parser:

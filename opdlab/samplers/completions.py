@@ -1,4 +1,4 @@
-"""Turn what an engine has written into a rollout, with the same meaning as `Policy.sample`.
+"""Read what an engine has written, with the same meaning as `Policy.sample`.
 
 Token ids and log-probs are taken as they come back: nothing is tokenised again.
 """
@@ -7,13 +7,11 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
-from opdlab.data.prompt import Prompt
-from opdlab.data.rollout import Rollout
 from opdlab.data.sampling_config import SamplingConfig
 from opdlab.errors import SamplerError
 from opdlab.models.forward import last_hidden
@@ -42,38 +40,52 @@ class Completion:
     finish: str
 
 
-def rollout_of(
+@dataclass(frozen=True)
+class Order:
+    """What an engine is asked to write after one prompt.
+
+    Attributes:
+        start: Token ids of the prompt, with what is written already behind it.
+        n: The number of texts.
+        room: The most tokens of each.
+        seed: The seed of the texts.
+    """
+
+    start: list[int]
+    n: int
+    room: int
+    seed: int
+
+
+def read_texts(
     student: Policy,
-    prompts: Sequence[Prompt],
-    n: int,
     completions: Sequence[Completion],
+    rooms: Sequence[int],
     config: SamplingConfig,
-    writer: str,
-) -> Rollout:
-    """Make a rollout of completions.
+) -> SampledTexts:
+    """Read completions as texts that the student's own loop might have written.
 
     Args:
         student: The policy whose tokens they are.
-        prompts: The prompts, one for every `n` completions.
-        n: Completions of each prompt.
-        completions: Completion `j` of prompt `i` at `i * n + j`.
+        completions: The completions.
+        rooms: The most tokens of each.
         config: The sampling settings.
-        writer: Who writes, for the trace.
 
     Returns:
-        The completions, without entropies, which engines do not give.
+        The texts, without entropies, which engines do not give.
 
     Raises:
         SamplerError: A completion is none that these settings allow.
     """
     device = student.weights.device
-    written = SampledTexts.empty(len(completions), config.max_new_tokens, device)
-    for row, completion in enumerate(completions):
-        length, has_ended = measure(student, completion, config)
+    written = SampledTexts.empty(len(completions), max(rooms), device)
+    for row, (completion, room) in enumerate(zip(completions, rooms, strict=True)):
+        fitting = replace(config, max_new_tokens=room)
+        length, has_ended = measure(student, completion, fitting)
         written.ids[row, :length] = torch.tensor(completion.ids[:length], device=device)
         written.logp[row, :length] = torch.tensor(completion.logp[:length], device=device)
         written.lengths[row], written.stopped[row] = length, has_ended
-    return student.make_rollout(prompts, n, written, writer)
+    return written
 
 
 def measure(student: Policy, completion: Completion, config: SamplingConfig) -> tuple[int, bool]:

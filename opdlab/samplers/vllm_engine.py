@@ -15,6 +15,7 @@ import shutil
 import tempfile
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext, suppress
+from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypedDict
@@ -22,6 +23,7 @@ from typing import TYPE_CHECKING, Any, TypedDict
 import numpy as np
 import torch
 
+from opdlab.data.conversation import Environment
 from opdlab.data.prompt import Prompt, expect_prompts
 from opdlab.data.rollout import Rollout
 from opdlab.data.sampling_config import SamplingConfig, SamplingOptions
@@ -35,11 +37,12 @@ from opdlab.samplers.completions import (
     OTHER_MODEL,
     TRIED,
     Completion,
+    Order,
     mean_gap,
     probe_ids,
-    rollout_of,
 )
-from opdlab.samplers.fields import fields_of, seed_of_prompt
+from opdlab.samplers.fields import fields_of
+from opdlab.samplers.requests import Request, order_of_trial, sample_with
 from opdlab.support.validation import (
     Count,
     Flag,
@@ -191,7 +194,7 @@ class VLLM:
     def _check_agrees(self, student: Policy) -> None:
         """Refuse an engine whose log-probs are those of another model."""
         start = probe_ids(student)
-        gap = mean_gap(student, start, self._write([start], 2, TRIED))
+        gap = mean_gap(student, start, self._write([order_of_trial(start, TRIED)], TRIED))
         if gap > OTHER_MODEL:
             raise SamplerError(
                 f"vLLM's log-probs differ from the student's by {gap:.2g} nats per token: it holds"
@@ -235,6 +238,7 @@ class VLLM:
         batch_size: Count | None = None,
         writer: Text = "student",
         places: Unchecked[Sequence[int] | None] = None,
+        environment: Unchecked[Environment | None] = None,
         **options: Unpack[SamplingOptions],
     ) -> Rollout:
         """Write `n` completions of each prompt; see `Policy.sample`.
@@ -246,6 +250,7 @@ class VLLM:
             batch_size: Prompts given to vLLM at once; all by default, since it batches by itself.
             writer: Who writes, for the trace.
             places: Where each prompt stands in the batch of all processes; see `Policy.sample`.
+            environment: Replies between the student's turns; see `Policy.sample`.
             options: Fields of `SamplingConfig`.
 
         Returns:
@@ -260,29 +265,34 @@ class VLLM:
                 "This sampler holds no student yet. Call sampler.start(student), or give it to"
                 " distill or evaluate."
             )
-        student, prompts = self._student, expect_prompts(prompts, "sample")
         config = SamplingConfig.of(
-            "sample", options, beside=("n", "prefixes", "batch_size", "writer", "places")
+            "sample",
+            options,
+            beside=("n", "prefixes", "batch_size", "writer", "places", "environment"),
         )
-        starts = student.starts(prompts, config.max_new_tokens, prefixes)
+        prompts = expect_prompts(prompts, "sample")
+        request = Request(
+            prompts,
+            n,
+            config,
+            prefixes=prefixes,
+            environment=environment,
+            batch_size=batch_size,
+            writer=writer,
+            places=read_places(places, len(prompts)),
+        )
         limit = self._engine.llm_engine.model_config.max_model_len
-        _check_room(starts, config.max_new_tokens, limit)
-        numbers = read_places(places, len(prompts)) or list(range(len(prompts)))
-        size = batch_size or len(starts)
-        written: list[Completion] = []
-        for first in range(0, len(starts), size):
-            part = slice(first, first + size)
-            written += self._write_or_restart(starts[part], n, config, numbers[part])
-        return rollout_of(student, prompts, n, written, config, writer)
+        check_room = partial(_check_room, limit=limit)
+        return sample_with(self._write_or_restart, check_room, self._student, request)
 
     # The engine.
 
     def _write_or_restart(
-        self, starts: list[list[int]], n: int, config: SamplingConfig, numbers: Sequence[int]
+        self, orders: Sequence[Order], config: SamplingConfig
     ) -> list[Completion]:
         """Write; an engine that fails is started anew once, with the student's present weights."""
         try:
-            return self._write(starts, n, config, numbers)
+            return self._write(orders, config)
         except ValueError:  # refused, by us or by vLLM
             raise
         except Exception as error:
@@ -291,7 +301,7 @@ class VLLM:
         try:
             self.close()
             self.start(student)
-            return self._write(starts, n, config, numbers)
+            return self._write(orders, config)
         except Exception as error:
             raise SamplerError(
                 f"vLLM failed ({_words(reason)}), was started again, and failed again"
@@ -299,19 +309,18 @@ class VLLM:
                 " with it, in this process or by opdlab.resume."
             ) from error
 
-    def _write(
-        self, starts: list[list[int]], n: int, config: SamplingConfig, numbers: Sequence[int] = (0,)
-    ) -> list[Completion]:
+    def _write(self, orders: Sequence[Order], config: SamplingConfig) -> list[Completion]:
         from vllm import SamplingParams
 
         assert self._student is not None
         fields = fields_of(config, self._student)
         parameters = [
-            SamplingParams(**fields, n=n, seed=seed_of_prompt(config, number)) for number in numbers
+            SamplingParams(**{**fields, "max_tokens": order.room}, n=order.n, seed=order.seed)
+            for order in orders
         ]
         with _keeping_torch(), self._compiling(), self._awake():
             answers = self._engine.generate(
-                [{"prompt_token_ids": start} for start in starts],
+                [{"prompt_token_ids": order.start} for order in orders],
                 parameters,
                 lora_request=self._request,
                 use_tqdm=False,

@@ -17,6 +17,7 @@ from contextlib import suppress
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
+from opdlab.data.conversation import Environment
 from opdlab.data.prompt import Prompt, expect_prompts
 from opdlab.data.rollout import Rollout
 from opdlab.data.sampling_config import SamplingConfig, SamplingOptions
@@ -28,11 +29,12 @@ from opdlab.samplers.completions import (
     OTHER_MODEL,
     TRIED,
     Completion,
+    Order,
     mean_gap,
     probe_ids,
-    rollout_of,
 )
-from opdlab.samplers.fields import fields_of, seed_of_prompt
+from opdlab.samplers.fields import fields_of
+from opdlab.samplers.requests import Request, order_of_trial, sample_with
 from opdlab.support.validation import (
     Count,
     CountOrZero,
@@ -188,6 +190,7 @@ class VLLMServer:
         batch_size: Count | None = None,
         writer: Text = "student",
         places: Unchecked[Sequence[int] | None] = None,
+        environment: Unchecked[Environment | None] = None,
         **options: Unpack[SamplingOptions],
     ) -> Rollout:
         """Write `n` completions of each prompt; see `Policy.sample`.
@@ -199,6 +202,7 @@ class VLLMServer:
             batch_size: Prompts sent at once; `concurrency` of them by default.
             writer: Who writes, for the trace.
             places: Where each prompt stands in the batch of all processes; see `Policy.sample`.
+            environment: Replies between the student's turns; see `Policy.sample`.
             options: Fields of `SamplingConfig`.
 
         Returns:
@@ -213,19 +217,23 @@ class VLLMServer:
                 "This sampler holds no student yet. Call sampler.start(student), or give it to"
                 " distill or evaluate."
             )
-        student, prompts = self._student, expect_prompts(prompts, "sample")
         config = SamplingConfig.of(
-            "sample", options, beside=("n", "prefixes", "batch_size", "writer", "places")
+            "sample",
+            options,
+            beside=("n", "prefixes", "batch_size", "writer", "places", "environment"),
         )
-        starts = student.starts(prompts, config.max_new_tokens, prefixes)
-        self._check_room(starts, config.max_new_tokens)
-        numbers = read_places(places, len(prompts)) or list(range(len(prompts)))
-        size = batch_size or len(starts)
-        written: list[Completion] = []
-        for first in range(0, len(starts), size):
-            part = slice(first, first + size)
-            written += self._patiently(partial(self._write, starts[part], n, config, numbers[part]))
-        return rollout_of(student, prompts, n, written, config, writer)
+        prompts = expect_prompts(prompts, "sample")
+        request = Request(
+            prompts,
+            n,
+            config,
+            prefixes=prefixes,
+            environment=environment,
+            batch_size=batch_size,
+            writer=writer,
+            places=read_places(places, len(prompts)),
+        )
+        return sample_with(self._write_patiently, self._check_room, self._student, request)
 
     # Talking to the server.
 
@@ -339,7 +347,7 @@ class VLLMServer:
     def _check_agrees(self, student: Policy) -> None:
         """Compare the server's log-probs with the student's own, on a prompt of many tokens."""
         start = probe_ids(student)
-        gap = mean_gap(student, start, self._write([start], 2, TRIED))
+        gap = mean_gap(student, start, self._write([order_of_trial(start, TRIED)], TRIED))
         if gap > OTHER_MODEL:
             raise SamplerError(
                 f"{self.service.url} gives log-probs that differ from the student's by {gap:.2g}"
@@ -347,7 +355,7 @@ class VLLMServer:
                 " own base model."
             )
         hot = SamplingConfig(max_new_tokens=TRIED.max_new_tokens, temperature=2.0)
-        gap = mean_gap(student, start, self._write([start], 2, hot))
+        gap = mean_gap(student, start, self._write([order_of_trial(start, hot)], hot))
         if gap > OTHER_MODEL / 2:
             raise SamplerError(
                 f"{self.service.url} gives log-probs after temperature and filters. Start vLLM with"
@@ -363,17 +371,25 @@ class VLLMServer:
                 f" with {longest + room} or more, or ask for fewer new tokens."
             )
 
-    def _write(
-        self, starts: list[list[int]], n: int, config: SamplingConfig, numbers: Sequence[int] = (0,)
-    ) -> list[Completion]:
+    def _write_patiently(self, orders: Sequence[Order], config: SamplingConfig) -> list[Completion]:
+        """Write; a server that went away is waited for, and gets the adapter anew."""
+        written: list[Completion] = self._patiently(partial(self._write, orders, config))
+        return written
+
+    def _write(self, orders: Sequence[Order], config: SamplingConfig) -> list[Completion]:
         """Ask for all completions, several prompts at once."""
         assert self._student is not None
         fields = fields_of(config, self._student)
         jobs = [
-            partial(self._ask, start, n, {**fields, "seed": seed_of_prompt(config, number)})
-            for start, number in zip(starts, numbers, strict=True)
+            partial(
+                self._ask,
+                order.start,
+                order.n,
+                {**fields, "max_tokens": order.room, "seed": order.seed},
+            )
+            for order in orders
         ]
-        return [one for row in self.service.many(jobs, unit=n) for one in row]
+        return [one for row in self.service.many(jobs, unit=orders[0].n) for one in row]
 
     def _ask(self, start: list[int], n: int, fields: Mapping[str, Any]) -> list[Completion]:
         body = {

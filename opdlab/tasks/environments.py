@@ -31,8 +31,9 @@ class Tools(Environment):
     Here `price` is a function with type hints and a Google docstring that describes each argument.
     They make the schemas that the student's chat template shows, as in transformers. Each call of a
     turn is answered by a message of the role `tool`: with what the function returned (texts as they
-    are, everything else as JSON), or with the error where it raised one, took too long, does not
-    exist or cannot be read. A turn without calls ends the conversation.
+    are, everything else as JSON, in which NaN and Infinity are errors), or with the error where it
+    raised one, took too long, does not exist or cannot be read. A turn without calls ends the
+    conversation.
 
     Functions must give the same for the same arguments: a conversation is sampled again when an
     interrupted run resumes.
@@ -111,6 +112,19 @@ class Tools(Environment):
         return f"Tools({', '.join(self.functions)})"
 
 
+def _write_json(value: Any) -> str:
+    """A result as chat templates write it with `tojson`: letters of all languages as they are.
+
+    Raises ValueError for NaN and Infinity, which JSON does not have and other readers refuse.
+    """
+    try:
+        return json.dumps(value, default=str, ensure_ascii=False, allow_nan=False)
+    except ValueError as error:
+        if "JSON compliant" not in str(error):
+            raise
+        raise ValueError("the result holds NaN or Infinity, which JSON does not have") from None
+
+
 def _describe(error: BaseException) -> str:
     """A user's error in words; its own words may fail, too."""
     try:
@@ -139,7 +153,7 @@ def run_call(function: Callable[..., Any], arguments: dict[str, Any], seconds: f
     def call() -> None:
         try:
             value = function(**arguments)
-            text = value if isinstance(value, str) else json.dumps(value, default=str)
+            text = value if isinstance(value, str) else _write_json(value)
             text.encode()  # half of a surrogate pair is no text
         except BaseException as error:  # whatever a user's function may raise, sys.exit() too
             text = f"Error: {_describe(error)}".encode(errors="replace").decode()

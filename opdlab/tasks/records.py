@@ -16,17 +16,21 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from decimal import Decimal
 from pathlib import Path
-from typing import Any, Protocol, runtime_checkable
+from typing import Any, Literal, Protocol, runtime_checkable
 
 import pandas as pd
 
+from opdlab.data.conversation import FinalText, ToolCall
 from opdlab.data.prompt import Prompt, read_hint, read_messages, read_tools
 from opdlab.errors import InvalidValue, OpdlabError
+from opdlab.models.tool_calls import write_hermes
 from opdlab.support.expect import shortened
 
 # Columns that hold the question and the answer; the first that is there counts.
 ASKED = ("prompt", "messages", "conversations", "text")
 ANSWERED = ("answer", "completion")
+# Which of a chat's turns of the assistant are its answer; see `opdlab.tasks.from_records`.
+AnswerTurns = Literal["last", "reply", "all"]
 _SHAREGPT_ROLES = {
     "human": "user",
     "user": "user",
@@ -47,7 +51,9 @@ _OTHER_FILES = {
 }
 
 
-def read_prompts(records: Any, keep: Sequence[str] = ()) -> list[Prompt]:
+def read_prompts(
+    records: Any, keep: Sequence[str] = (), turns: AnswerTurns = "last"
+) -> list[Prompt]:
     """Read all prompts of a data set.
 
     Args:
@@ -55,9 +61,10 @@ def read_prompts(records: Any, keep: Sequence[str] = ()) -> list[Prompt]:
             DataFrame, a dict of columns, a list of texts or of `Prompt`s, or the path of a JSONL
             file, which may be gzipped.
         keep: Columns whose values become the prompts' `metadata`; every record needs them.
+        turns: Which turns of the assistant are a chat's answer; see `from_records`.
 
     Returns:
-        One prompt per record, in order.
+        One prompt per record, in order. An answer of several turns is a `FinalText`.
 
     Raises:
         InvalidValue: They are something else, or a record cannot be understood. The message names
@@ -69,7 +76,7 @@ def read_prompts(records: Any, keep: Sequence[str] = ()) -> list[Prompt]:
     unread: dict[str, None] = {}
     answers_twice = 0
     for number, record in enumerate(_records(records)):
-        reader = _Record(record, number, keep)
+        reader = _Record(record, number, keep, turns)
         prompt = reader.prompt()
         if prompt.id in numbers_of_ids:
             raise InvalidValue(
@@ -258,12 +265,15 @@ class _Record:
         columns: Its values by column.
         number: Its number, for errors.
         keep: Columns that become the prompt's metadata.
+        turns: Which turns of the assistant are a chat's answer.
         present: The columns that are not missing.
         read: Names of the columns that were read, or need not be.
         leaves_turn_out: Whether an assistant's last message gave way to a column with the answer.
     """
 
-    def __init__(self, record: Any, number: int, keep: Sequence[str] = ()) -> None:
+    def __init__(
+        self, record: Any, number: int, keep: Sequence[str] = (), turns: AnswerTurns = "last"
+    ) -> None:
         if isinstance(record, (str, Prompt)):
             record = {"prompt": record}
         if not isinstance(record, Mapping):
@@ -272,7 +282,7 @@ class _Record:
                 " '…'}, or a text."
             )
         self.columns = {str(name): value for name, value in record.items()}
-        self.number, self.keep = number, keep
+        self.number, self.keep, self.turns = number, keep, turns
         self.present = {
             name: value for name, value in self.columns.items() if not _is_missing(value)
         }
@@ -334,6 +344,11 @@ class _Record:
     def _of_chat(self, column: str, answer: str | None, rest: dict[str, Any]) -> Prompt:
         """The prompt of a chat, whose last message may be the assistant's answer."""
         messages = self._of(column, _messages)
+        cut = _find_answer(messages, self.turns)
+        if cut is not None:
+            said = messages[cut:]
+            text = _text_of_turn(said[-1]) if answer is None else answer
+            return self._make(column, messages=messages[:cut], answer=FinalText(text, said), **rest)
         last = messages[-1]
         if len(messages) > 1 and last["role"] == "assistant" and not last.get("tool_calls"):
             self.leaves_turn_out = answer is not None
@@ -343,7 +358,8 @@ class _Record:
             raise self._wrong(
                 column,
                 "the chat ends with a tool call. End it before that turn (the student makes the"
-                " call itself, with an environment), or after the answer",
+                " call itself, with an environment), or after the answer; to train on the call, say"
+                " turns='all'",
             )
         if messages[-1]["role"] == "assistant":
             raise self._wrong(
@@ -402,6 +418,26 @@ def _messages(chat: Any) -> tuple[dict[str, Any], ...]:
     if isinstance(chat, (list, tuple)):
         chat = [_turn(_with_plain_numbers(turn), number) for number, turn in enumerate(chat)]
     return tuple(_calls(message) for message in read_messages(chat))
+
+
+def _find_answer(messages: Sequence[Mapping[str, Any]], turns: AnswerTurns) -> int | None:
+    """Where the answer of several turns begins; None where the last message alone is one."""
+    roles = [message["role"] for message in messages]
+    if turns == "last" or roles[-1] != "assistant":
+        return None
+    users = [place for place, role in enumerate(roles) if role == "user"]
+    start = users[-1] + 1 if turns == "reply" and users else 0
+    found = roles.index("assistant", start)
+    return found if found > 0 else None
+
+
+def _text_of_turn(message: Mapping[str, Any]) -> str:
+    """The text of an assistant's turn; its calls as Hermes models write them."""
+    calls = []
+    for call in message.get("tool_calls") or ():
+        inner = call.get("function", call)
+        calls.append(ToolCall(inner["name"], inner.get("arguments") or {}))
+    return write_hermes(str(message["content"]), calls) if calls else str(message["content"])
 
 
 def _with_plain_numbers(value: Any) -> Any:

@@ -8,7 +8,7 @@ import random
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 from transformers import PreTrainedTokenizerBase
 
@@ -18,13 +18,13 @@ from opdlab.data.rollout import Rollout
 from opdlab.data.seeds import seed_of
 from opdlab.data.tokens import token_bytes
 from opdlab.errors import EmptyPrompts, InvalidValue, MissingPolicy, OpdlabError
-from opdlab.models.conversations import check_environment, with_tools
 from opdlab.models.policy import Policy, as_policy, find_too_long
+from opdlab.models.replies import check_environment, with_tools
 from opdlab.support.expect import shortened
 from opdlab.support.validation import Count, Text, Texts, Whole, validate
 from opdlab.tasks.answers import same_answer
 from opdlab.tasks.epochs import epoch_order
-from opdlab.tasks.records import read_prompts
+from opdlab.tasks.records import AnswerTurns, read_prompts
 from opdlab.tasks.scoring import check_callable, score_text
 from opdlab.tasks.splits import check_disjoint, distinct, question_of, split_prompts
 from opdlab.tasks.verifiers import VERIFIERS
@@ -323,6 +323,7 @@ def from_records(
     max_new_tokens: int = 256,
     keep: str | Sequence[str] = (),
     environment: Environment | None = None,
+    turns: AnswerTurns | None = None,
 ) -> Task:
     """Make a task of a data set.
 
@@ -343,6 +344,11 @@ def from_records(
         keep: Columns whose values become each prompt's `metadata`, such as the subject by which a
             `MultiTeacher` chooses its teacher.
         environment: Replies between the student's turns; see `Task`.
+        turns: Which of a chat's turns of the assistant are its answer, which `SFT` trains on; what
+            stands before them is the prompt. "last" is the last message alone (the default without
+            an environment), "reply" everything behind the last message of a user, calls of tools
+            and their results among it (the default with one), "all" everything from the
+            assistant's first turn on.
 
     Returns:
         A task that lists its prompts.
@@ -354,7 +360,9 @@ def from_records(
     """
     columns = [keep] if isinstance(keep, str) else keep
     keep = tuple(validate("from_records", {"keep": columns}, {"keep": Texts})["keep"])
-    prompts = read_prompts(records, keep)
+    if turns is not None and not (isinstance(turns, str) and turns in get_args(AnswerTurns)):
+        raise InvalidValue(f"from_records got turns={shortened(turns)}. Use last, reply or all.")
+    prompts = read_prompts(records, keep, turns or ("last" if environment is None else "reply"))
     if verify is None:
         _check_answers(prompts, name)
     task = from_prompts(
@@ -365,7 +373,10 @@ def from_records(
         max_new_tokens=max_new_tokens,
         environment=environment,
     )
-    return replace(task, origin=_origin(records, task, test, verify, keep))
+    origin = _origin(records, task, test, verify, keep)
+    if origin and turns is not None:
+        origin["turns"] = turns
+    return replace(task, origin=origin)
 
 
 def _origin(

@@ -18,8 +18,11 @@ from typing import Any
 
 from transformers import PreTrainedTokenizerBase
 
-from opdlab.data.prompt import Prompt
+from opdlab.data.conversation import ToolCall
+from opdlab.data.prompt import PlainText, Prompt
 from opdlab.errors import InvalidValue, OpdlabError
+from opdlab.models.plain_text import without_control_tokens
+from opdlab.models.tool_calls import write_hermes
 from opdlab.teachers.redaction import plain
 from opdlab.teachers.reply import Fault, raise_error_of
 
@@ -128,7 +131,7 @@ def render_chat(prompt: Prompt, template: PreTrainedTokenizerBase | None) -> str
     tools: dict[str, Any] = {"tools": list(prompt.tools)} if prompt.tools else {}
     text = str(
         template.apply_chat_template(
-            [dict(m) for m in prompt.messages or ()],
+            [_as_text(message, template) for message in prompt.messages or ()],
             tokenize=False,
             add_generation_prompt=True,
             **tools,
@@ -137,10 +140,22 @@ def render_chat(prompt: Prompt, template: PreTrainedTokenizerBase | None) -> str
     return text.removeprefix(template.bos_token or "")
 
 
+def _as_text(message: Mapping[str, Any], template: PreTrainedTokenizerBase) -> dict[str, Any]:
+    """A message whose text, if a tool or an environment said it, names no control token."""
+    content = message["content"]
+    if not isinstance(content, PlainText):
+        return dict(message)
+    return {**message, "content": without_control_tokens(content, template)}
+
+
 def _harmless(text: str, template: PreTrainedTokenizerBase | None) -> str:
     """The text without the names of special tokens: a student may write `<eos>` by letters."""
-    for special in template.all_special_tokens if template is not None else ():
-        text = text.replace(special, "")
+    special = template.all_special_tokens if template is not None else ()
+    before = ""
+    while text != before:  # leaving one out may make another
+        before = text
+        for one in special:
+            text = text.replace(one, "")
     return text
 
 
@@ -289,11 +304,15 @@ def _choice(choice: Any, usage: Any, n: int, most: int) -> dict[str, Any]:
         if isinstance(said, dict)
         else None
     )
+    if isinstance(said, dict) and said.get("tool_calls"):
+        text = _read_calls(said)
     reason = plain(choice.get("finish_reason") if isinstance(choice, dict) else None)
     written = usage.get("completion_tokens") if isinstance(usage, dict) else None
     count = written if type(written) is int and written >= 0 else None
     if isinstance(choice, dict) and isinstance(text, str):
-        finish = read_finish(choice)
+        has_calls = isinstance(said, dict) and bool(said.get("tool_calls"))
+        ends_with_calls = has_calls and choice.get("finish_reason") == "tool_calls"
+        finish = "stop" if ends_with_calls else read_finish(choice)
     else:
         raise Fault(
             f"a text is missing (finish_reason {reason}). Where the model thinks first, switch that"
@@ -316,6 +335,23 @@ def _choice(choice: Any, usage: Any, n: int, most: int) -> dict[str, Any]:
     if broken is not None:
         raise Fault(f"a text holds {text[broken]!a}, half of a character")
     return {"text": text, "finish": finish}
+
+
+def _read_calls(said: Mapping[str, Any]) -> str:
+    """The calls that a server has read out of a text, written as a text again."""
+    calls = []
+    for call in said["tool_calls"] if isinstance(said["tool_calls"], list) else ():
+        inner = call.get("function") if isinstance(call, dict) else None
+        name = inner.get("name") if isinstance(inner, dict) else None
+        given = inner.get("arguments") or {} if isinstance(inner, dict) else None
+        try:
+            arguments = json.loads(given) if isinstance(given, str) else given
+        except ValueError:
+            arguments = None
+        if not isinstance(name, str) or not isinstance(arguments, dict):
+            raise Fault(f"a tool call cannot be read: {plain(call)}")
+        calls.append(ToolCall(name, arguments))
+    return write_hermes(str(said.get("content") or ""), calls)
 
 
 def _without_half_character(text: str) -> str:

@@ -164,6 +164,7 @@ class TaskTable:
         verify: How answers are judged: a name of `opdlab.tasks.verifiers.VERIFIERS`.
         max_new_tokens: Length limit of an answer.
         keep: Columns of the records that become the prompts' metadata.
+        turns: Which of a chat's turns of the assistant are its answer; see `from_records`.
         options: Further arguments of a named task: `hint` and `wrong` of the market, the
             configuration of a task of reasoning-gym.
     """
@@ -174,6 +175,7 @@ class TaskTable:
     verify: Text | None = None
     max_new_tokens: Count | None = None
     keep: str | list[str] | None = None
+    turns: Literal["last", "reply", "all"] | None = None
     options: dict[str, Any] = field(default_factory=dict)
 
 

@@ -140,7 +140,7 @@ def load_config_task(config: Config, verify: Any = None) -> Task:
     """
     table = config.task
     if table is not None and table.records is not None:
-        names = ("name", "test", "verify", "max_new_tokens", "keep")
+        names = ("name", "test", "verify", "max_new_tokens", "keep", "turns")
         options = {k: v for k in names if (v := getattr(table, k)) is not None}
         if verify is not None:
             from opdlab.tasks import from_records

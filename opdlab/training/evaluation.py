@@ -40,6 +40,7 @@ from opdlab.support.validation import (
     validate_arguments,
 )
 from opdlab.tasks import Task
+from opdlab.teachers.conversing import write_conversations
 from opdlab.teachers.writing import write_texts
 from opdlab.training.handover import Handover
 from opdlab.training.intervals import Difference, Interval, paired, wilson
@@ -321,7 +322,13 @@ def _write(
         rollout = policy.sample(prompts, n, batch_size=batch_size, **options)
         is_cut = [float(finish == "length") for finish in rollout.finish]
         return _Texts(rollout.texts, rollout.lengths.tolist(), is_cut)
-    written = write_texts(policy, prompts, n, config, places, process)
+    written: Sequence[Sequence[str]]
+    if task.environment is None:
+        written = write_texts(policy, prompts, n, config, places, process)
+    else:
+        written = write_conversations(
+            policy, prompts, n, task.environment, config, places=places, process=process
+        )
     texts = [text for row in written for text in row]
     return _Texts(texts, [np.nan] * len(texts), [np.nan] * len(texts))
 

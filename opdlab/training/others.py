@@ -18,6 +18,7 @@ from opdlab.models.places import seeded
 from opdlab.models.policy import Policy
 from opdlab.models.protocols import Sampler
 from opdlab.models.text_rollouts import rollout_from_texts
+from opdlab.teachers.conversing import write_conversations
 from opdlab.teachers.writing import write_texts
 from opdlab.training.preflight import check_answers
 
@@ -80,7 +81,22 @@ def write_by(
         options: dict[str, Any] = {**config.options(), **random, **(extra or {})}
         written = writer.sample(prompts, n, writer=name, **options)
         return written.to(student.weights.device)  # a teacher may be on another device
-    texts = write_texts(writer, prompts, n, config, places, process)
+    environment = (extra or {}).get("environment")
+    texts: Sequence[Sequence[str]]
+    if environment is None:
+        texts = write_texts(writer, prompts, n, config, places, process)
+    else:
+        texts = write_conversations(
+            writer,
+            prompts,
+            n,
+            environment,
+            config,
+            places=places,
+            process=process,
+            count=lambda chats: [len(ids) for ids in student.encode_unchecked(chats)],
+        )
     repeated = [prompt for prompt in prompts for _ in range(n)]
-    rollout = rollout_from_texts(student, repeated, [text for row in texts for text in row], name)
+    flat = [text for row in texts for text in row]
+    rollout = rollout_from_texts(student, repeated, flat, name, limit=config.max_new_tokens)
     return replace(rollout, n=n)

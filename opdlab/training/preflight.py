@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from opdlab.data.conversation import FinalText
 from opdlab.data.prompt import Prompt, name_of, own_hint
 from opdlab.engine.needs import HINT, Access, parse_need
 from opdlab.errors import ContextTooLong, InvalidValue, MissingHint, MissingPolicy, OpdlabError
@@ -53,6 +54,8 @@ def check_run(run: RunState) -> None:
     share = student_share(method)
     writers = writer_names(method) if share < 1 else ()
     answers = check_answers(prompts) if "answer" in writers else None
+    if answers is not None and run.task.environment is not None:
+        _check_conversations(prompts, run.task)
     if run.task.environment is not None and any(
         parse_need(name).access is Access.SPANS for name in method.needs
     ):
@@ -171,6 +174,18 @@ def check_answers(prompts: Sequence[Prompt]) -> list[str]:
             " SFT needs an `answer` in every record: give one, or leave these records out."
         )
     return [prompt.answer or "" for prompt in prompts]
+
+
+def _check_conversations(prompts: Sequence[Prompt], task: Task) -> None:
+    """Refuse answers without the turns that lead to them."""
+    bare = [prompt for prompt in prompts if not isinstance(prompt.answer, FinalText)]
+    if bare:
+        raise InvalidValue(
+            f"Prompt {name_of(bare[0])} has a bare answer{_others(bare, prompts)}, and {task.name}"
+            " has an environment: trained on it, the student would learn to answer without asking."
+            " Give records whose messages hold the whole conversation, to from_records(…,"
+            " environment=…), or leave the environment out."
+        )
 
 
 def check_prompts(

@@ -9,7 +9,7 @@ from typing import Any
 from opdlab.data.prompt import Prompt
 from opdlab.errors import InvalidValue
 from opdlab.methods.contract import name_of, student_share
-from opdlab.models.protocols import Checked, StudentSampler
+from opdlab.models.protocols import Checked, Sampler, StudentSampler
 from opdlab.support.expect import shortened
 from opdlab.tasks import Task
 from opdlab.training.state import RunState
@@ -45,22 +45,25 @@ def expect_sampler(value: Any, where: str) -> StudentSampler:
 def check_turns(writer: Any, task: Task, where: str) -> None:
     """Check that a writer can talk to a task's environment.
 
+    A teacher that only writes texts writes a turn at a time (`opdlab.teachers.conversing`).
+
     Args:
         writer: Whoever writes the conversations.
         task: The task.
         where: The function that was called, for the error.
 
     Raises:
-        InvalidValue: The task has an environment, and the writer writes single turns only.
+        InvalidValue: The task has an environment, and the writer's `sample` takes none.
     """
-    if task.environment is None:
+    if task.environment is None or not isinstance(writer, Sampler):
         return
-    sample = getattr(writer, "sample", None)
-    if sample is None or "environment" not in inspect.signature(sample).parameters:
+    parameters = inspect.signature(writer.sample).parameters
+    if "environment" not in parameters:
         raise InvalidValue(
             f"{where} got {shortened(writer)} for {task.name}, whose environment replies between"
-            " turns. That writer writes one turn only: use a Policy and its own loop (leave"
-            " sampler= out), or a task without environment."
+            " turns. Its sample() has no argument environment, so it writes one turn only. Use"
+            " opdlab.samplers.VLLM(…) or VLLMServer(url), the student's own loop (leave sampler="
+            " out), or a task without environment."
         )
 
 

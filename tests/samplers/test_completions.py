@@ -17,8 +17,9 @@ from opdlab.errors import InvalidValue, OpdlabError, SamplerError, UnknownOption
 from opdlab.models.protocols import StudentSampler
 from opdlab.samplers import VLLM, VLLMServer
 from opdlab.samplers.adapter_files import AdapterFiles, check_adapter
-from opdlab.samplers.completions import Completion, mean_gap, measure, probe_ids, rollout_of
+from opdlab.samplers.completions import Completion, mean_gap, measure, probe_ids
 from opdlab.samplers.fields import SEEDS, fields_of, seed_of_prompt
+from opdlab.samplers.requests import Request, sample_with
 from opdlab.samplers.vllm_engine import EngineOptions
 from opdlab.tasks.market import model
 
@@ -36,6 +37,12 @@ def completions_of(rollout: opd.Rollout) -> list[Completion]:
             rollout.completions(), rollout.logp.tolist(), rollout.finish, strict=True
         )
     ]
+
+
+def rollout_of(student, prompts, n, completions, config, writer) -> opd.Rollout:
+    """What a sampler makes of an engine's completions."""
+    request = Request(prompts, n, config, writer=writer)
+    return sample_with(lambda orders, _: completions, lambda *_: None, student, request)
 
 
 @pytest.mark.parametrize("options", [{"max_new_tokens": 9}, {"max_new_tokens": 40}])

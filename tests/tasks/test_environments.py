@@ -78,6 +78,28 @@ def test_calls_are_answered_in_order_texts_as_they_are_and_the_rest_as_json():
     assert answer(Tools(dict_of), ("dict_of", {"key": "a"})) == ['{"a": [1, null]}']
 
 
+def report(kind: str) -> dict:
+    """Report something.
+
+    Args:
+        kind: Of what kind.
+    """
+    return {"café ☕": {"nan": [float("nan")], "inf": float("inf"), "plain": "日本"}[kind]}
+
+
+def test_json_is_that_of_chat_templates_and_numbers_that_it_lacks_are_errors():
+    from transformers.utils.chat_template_utils import _compile_jinja_template
+
+    plain = _compile_jinja_template("{{ value | tojson }}").render(value=report("plain"))
+    assert answer(Tools(report), ("report", {"kind": "plain"})) == [plain]
+    assert "☕" in plain
+    for kind in ("nan", "inf"):
+        (said,) = answer(Tools(report), ("report", {"kind": kind}))
+        assert (
+            said == "Error: ValueError: the result holds NaN or Infinity, which JSON does not have"
+        )
+
+
 def dict_of(key: str) -> dict:
     """Make a dict.
 

@@ -86,8 +86,20 @@ def test_an_environment_that_forgets_to_return_is_told_so(market):
         def reply(self, prompt, messages, seed):
             return None
 
-    with pytest.raises(OpdlabError, match=r"\[\] ends the conversation"):
+    with pytest.raises(OpdlabError, match=r"replied None on prompt .*\[\] ends the conversation"):
         write(market, Forgets())
+
+
+@pytest.mark.parametrize("given", [[{"role": "judge", "content": "no"}], [3], "no", 3])
+def test_a_reply_that_is_none_names_environment_and_prompt(market, given):
+    class Mutters(Environment):
+        def reply(self, prompt, messages, seed):
+            return given
+
+    with pytest.raises(
+        OpdlabError, match=r"environment Mutters replied on prompt .* after turn 0 with something"
+    ):
+        write(market, Mutters())
 
 
 def test_an_error_without_words_is_told_by_its_name():

@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 
 from opdlab import Prompt
 from opdlab.errors import OpdlabError
+from opdlab.models.tool_calls import parse_any
 from opdlab.teachers import asking
 from opdlab.teachers.reply import Fault, raise_error_of
 
@@ -141,6 +142,27 @@ def test_a_cut_text_ends_before_the_character_that_was_cut(half):
         assert asking.read_choices(reply(said(f"ab{half}", "stop")), 5) == [
             {"text": f"ab{half}", "finish": "stop"}
         ]
+
+
+def test_calls_that_a_server_has_read_become_a_text_again():
+    call = {
+        "id": "c",
+        "type": "function",
+        "function": {"name": "price", "arguments": '{"item": "é"}'},
+    }
+    choice = {"message": {"content": None, "tool_calls": [call]}, "finish_reason": "tool_calls"}
+    (read,) = asking.read_choices(reply(choice), 50)
+    assert read["finish"] == "stop"
+    turn = parse_any(read["text"])
+    assert [(one.name, dict(one.arguments)) for one in turn.calls] == [("price", {"item": "é"})]
+    beside = {"content": "So:", "tool_calls": [call, call]}
+    (read,) = asking.read_choices(reply({**choice, "message": beside}), 50)
+    assert (parse_any(read["text"]).content, len(parse_any(read["text"]).calls)) == ("So:", 2)
+    for wrong in ([3], [{"function": {"name": "price", "arguments": "{"}}], "price"):
+        with pytest.raises(Fault):
+            asking.read_choices(
+                reply({**choice, "message": {"content": None, "tool_calls": wrong}}), 50
+            )
 
 
 @pytest.mark.parametrize(
