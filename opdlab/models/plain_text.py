@@ -32,7 +32,7 @@ def find_control_tokens(
 
     Returns:
         Ids by spelling: of special tokens, and of added tokens that the chat template writes, as
-        `<tool_call>`.
+        `<tool_call>`. The token of unknown text is none of them, since text may become it.
     """
     templates = options.get("chat_template", tokenizer.chat_template)
     source = " ".join(templates.values()) if isinstance(templates, Mapping) else str(templates)
@@ -40,9 +40,12 @@ def find_control_tokens(
     return {
         token.content: number
         for number, token in tokenizer.added_tokens_decoder.items()
-        if token.special
-        or token.content in special
-        or (token.content in source and not token.content.isspace())
+        if number != tokenizer.unk_token_id
+        and (
+            token.special
+            or token.content in special
+            or (token.content in source and not token.content.isspace())
+        )
     }
 
 

@@ -108,7 +108,8 @@ def calls() -> PreTrainedTokenizerFast:
     """
     words = [*world.NAMES, *world.ITEMS, *_AGENT_WORDS]
     pieces = [*_CALL_PIECES, *string.digits, *words, *(f" {word}" for word in words)]
-    fixed = sorted({*_CALL_PIECES, "total:", "total?", "stall#"}, key=len, reverse=True)
+    whole = {*_CALL_PIECES, "total:", "total?", "stall#"}
+    fixed = sorted(whole, key=lambda piece: (-len(piece), piece))  # longest first, in one order
     pattern = "|".join(
         [*(f" ?{re.escape(one)}" for one in fixed), " ?[A-Za-z]+", r"[0-9]", r"[\s\S]"]
     )
