@@ -185,3 +185,10 @@ def test_the_parts_of_a_batch_give_its_gradient():
         torch.testing.assert_close(
             [p.grad for p in model.parameters()], list(want), rtol=1e-3, atol=1e-6
         )
+
+
+@pytest.mark.parametrize("name", ["clerk", "trainee"])
+def test_the_shipped_tokenizer_is_the_one_that_a_build_writes(name, tmp_path):
+    tokenizers.calls().save_pretrained(tmp_path)
+    built = (tmp_path / "tokenizer.json").read_bytes()
+    assert built == (data() / name / "tokenizer.json").read_bytes()
