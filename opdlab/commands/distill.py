@@ -26,6 +26,7 @@ from opdlab.commands import report
 from opdlab.commands.flags import DEFAULT_FOLDER, Given
 from opdlab.commands.output import Output
 from opdlab.commands.run_files import Measured, RunFiles
+from opdlab.data.column import Column
 from opdlab.data.prompt import Prompt
 from opdlab.data.rollout import Rollout
 from opdlab.data.trace import Trace
@@ -329,7 +330,12 @@ def _grade(session: Session, rollout: Rollout, policy: Policy) -> Trace:
     can_grade = isinstance(run.teacher, Grader) if local is None else _shares_tokens(policy, local)
     if run.teacher is not None and can_grade:
         graders.setdefault("teacher", run.teacher)
-    return score(rollout, policy, **graders)
+    trace = score(rollout, policy, **graders)
+    if run.task.verify is None:
+        return trace
+    rewards = run.task.scores(rollout.prompts, rollout.texts)
+    reward = [rewards[sample] for sample in trace.column("sample").tolist()]
+    return trace.with_columns(reward=Column(reward, "the verifier's score of the completion"))
 
 
 def _strips(trace: Trace) -> list[trackers.Strip]:
