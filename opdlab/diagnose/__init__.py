@@ -3,6 +3,7 @@
 Each result has a `table` and a plain `sentence`.
 """
 
+from opdlab.diagnose.attribution import attribute, depth
 from opdlab.diagnose.branching import branch
 from opdlab.diagnose.cost import Cost, cost
 from opdlab.diagnose.diagnosis import Diagnosis
@@ -36,8 +37,10 @@ __all__ = [
     "Rates",
     "Shape",
     "Work",
+    "attribute",
     "branch",
     "cost",
+    "depth",
     "doctor",
     "exposure",
     "health",

@@ -27,6 +27,7 @@ from opdlab.viz.timeline import Timeline
 from opdlab.viz.token_lens import TokenLens
 from opdlab.viz.two_rules import TwoRules
 from opdlab.viz.view import View, set_renderer
+from opdlab.viz.why import Why
 
 VIEWS: tuple[type[View], ...] = (
     TokenLens,
@@ -40,6 +41,7 @@ VIEWS: tuple[type[View], ...] = (
     PrivilegeLens,
     Forks,
     Branches,
+    Why,
     Audits,
     Marks,
     Scrubber,
@@ -74,6 +76,7 @@ __all__ = [
     "TokenLens",
     "TwoRules",
     "View",
+    "Why",
     "curves",
     "page",
     "set_renderer",

@@ -64,4 +64,5 @@ STRIPS = {
     "RunCard": 1,
     "TailAudit": 1,
     "TwoRules": 1,
+    "Why": 1,
 }

@@ -23,6 +23,7 @@ import {
 } from "../../opdlab/viz/static/regimes_model.js";
 import { nextApart, rowsOfRule, setsOf, setTable } from "../../opdlab/viz/static/two_rules.js";
 import { matchesOf, searchIndex } from "../../opdlab/viz/static/tools.js";
+import { largestInWords } from "../../opdlab/viz/static/why.js";
 
 const axis = (values) => ({ scale: "linear", soft: 1, ends: [0, 10], values });
 
@@ -230,4 +231,9 @@ test("a step of a curve leads to the nearest kept one, by prompt", () => {
       ["b", 1],
     ],
   );
+});
+
+test("the largest weights are told in words", () => {
+  const side = { largest: [1, 0], pieces: ["a", "b"], parts: ["hint", "last"], weights: [0.5, -2] };
+  assert.equal(largestInWords(side), "b (last) −2, a (hint) +0.5");
 });

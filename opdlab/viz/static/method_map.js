@@ -35,7 +35,9 @@ const atChoice = (data, state) => {
   };
   const choices = data.metrics.length * data.budgets.length * settings;
   const pair = () =>
-    data.pairs.findIndex(([arm, other]) => arm === state.get("arm") && other === state.get("against"));
+    data.pairs.findIndex(
+      ([arm, other]) => arm === state.get("arm") && other === state.get("against"),
+    );
   /** @param {"mean" | "low" | "high" | "side"} name @param {number} cell */
   const difference = (name, cell) =>
     pair() < 0 ? NaN : data[name][(pair() * choices + choice()) * size + cell];
@@ -224,7 +226,12 @@ define("map", ({ box, data, state }) => {
     if (button) state.set("selected", Number(button.getAttribute("data-cell")));
   });
   map.node.addEventListener("keydown", (event) => {
-    const steps = { ArrowLeft: -1, ArrowRight: 1, ArrowUp: -now.columns.length, ArrowDown: now.columns.length };
+    const steps = {
+      ArrowLeft: -1,
+      ArrowRight: 1,
+      ArrowUp: -now.columns.length,
+      ArrowDown: now.columns.length,
+    };
     const step = steps[/** @type {keyof typeof steps} */ (event.key)];
     const to = state.get("selected") + step;
     if (!step || to < 0 || to >= now.size) return;
@@ -234,7 +241,15 @@ define("map", ({ box, data, state }) => {
   });
   holder.append(map.node);
   const premise = make("div", "opd-soft", data.premise);
-  box.append(...titleOf(data), premise, chosen.node, said, holder, make("div", "opd-peaks", legend), detail.node);
+  box.append(
+    ...titleOf(data),
+    premise,
+    chosen.node,
+    said,
+    holder,
+    make("div", "opd-peaks", legend),
+    detail.node,
+  );
   /** @type {(keyof Traits)[]} */
   const traits = ["arm", "against", "metric", "budget", "at", "selected"];
   for (const trait of traits) state.on(trait, redraw);

@@ -189,6 +189,20 @@
  * @typedef {{ row: number, branches: GrownBranch[] }} GrownTree
  * @typedef {{ title: string, prompt: string, finish: string, text: Text, channel: Channel, asks: boolean, trees: GrownTree[] }} BranchesPayload
  *
+ * What a policy read before a token, weighed (`opdlab.data.reasons.Reading`).
+ * @typedef {object} WeighedSide
+ * @property {string} name
+ * @property {number} logp
+ * @property {number} limit weight of full colour
+ * @property {string[]} pieces
+ * @property {string[]} parts
+ * @property {number[]} weights
+ * @property {Record<string, number>} shares
+ * @property {number[]} largest places of the largest weights
+ *
+ * @typedef {{ row: number, token: string, sides: WeighedSide[], depth: Plot | null }} ReasonAt
+ * @typedef {{ title: string, prompt: string, finish: string, text: Text, channel: Channel, asks: boolean, reasons: ReasonAt[] }} WhyPayload
+ *
  * @typedef {{ key: string, names: string[], hues: string[], index: Numbers }} Sort
  * @typedef {{ title: string, text: Text, axes: Axis[], sorts: Sort[], amounts: Record<string, Numbers> }} RegimesPayload
  *
@@ -422,6 +436,7 @@
  * @property {RulesPayload} rules
  * @property {MarksPayload} marks
  * @property {BranchesPayload} branches
+ * @property {WhyPayload} why
  * @property {RegimesPayload} regimes
  * @property {ForksPayload} forks
  * @property {AuditsPayload} audits
