@@ -14,6 +14,9 @@ right-or-wrong answers to
   between, the sums of the gains and of the losses take their place, again on the wide side.
 - A paired difference of numbers without bounds: Student's t.
 
+An evaluation is of one policy, the result of one seed: these intervals say nothing about other
+seeds. `opdlab.training.crossed` has intervals over prompts and seeds.
+
 No difference is called clear from fewer than six prompts that changed: with five, even the best
 case, all changing the same way, has a chance of 2 / 2^5 = 0.06 under the exact sign test.
 """
@@ -211,4 +214,5 @@ def _boundary(holds: Callable[[float], bool], inside: float, outside: float) -> 
 
 
 def _counted(prompts: int) -> str:
-    return f"{prompts} prompt{'s' * (prompts != 1)}"
+    """The counts that an interval rests on: an evaluation is of one policy, so of one seed."""
+    return f"{prompts} prompt{'s' * (prompts != 1)}, 1 seed"

@@ -229,7 +229,8 @@ class RunCard(View):
             return f"{said} (steps {first} and {last})"
         low, high = (markup.format_number(x, sign=True) for x in (self.gain.low, self.gain.high))
         mean = markup.format_number(self.gain.mean, sign=True)
-        return f"{said}, {mean} [{low}, {high}], 95 % paired over {self.gain.prompts} prompts"
+        counted = f"{self.gain.prompts} prompts, 1 seed"
+        return f"{said}, {mean} [{low}, {high}], 95 % paired over {counted}"
 
     def _draw_accuracy(self) -> str:
         """A scale from 0 to 1: hollow before, filled after, with the interval of the gain."""

@@ -28,10 +28,8 @@ def test_wilson_equals_scipy(right, prompts):
     got = wilson(right / prompts, prompts)
     assert (got.low, got.high) == pytest.approx((want.low, want.high), abs=1e-12)
     assert got.high - got.low > 0.001
-    assert (
-        repr(got)
-        == f"[{got.low:.3f}, {got.high:.3f}] (95 % Wilson, {prompts} prompt{'s' * (prompts > 1)})"
-    )
+    counted = f"{prompts} prompt{'s' * (prompts > 1)}, 1 seed"
+    assert repr(got) == f"[{got.low:.3f}, {got.high:.3f}] (95 % Wilson, {counted})"
 
 
 def test_wilson_has_a_width_at_0_and_1():

@@ -39,7 +39,7 @@ def test_the_gain_is_the_paired_difference():
     gain = AFTER - BEFORE
     assert (
         f"accuracy 0.250 → 0.750, +0.5 [+{gain.low:.3g}, +{gain.high:.3g}], 95 % paired over 40"
-        " prompts" in repr(card)
+        " prompts, 1 seed" in repr(card)
     )
     places = re.findall(r'class="opd-(way|whisker|was|is)" style="left:([\d.]+)%', card.html())
     want = {"way": 25, "whisker": 25 + 100 * gain.low, "was": 25, "is": 75}
