@@ -13,6 +13,7 @@ from opdlab.methods.grpo import GRPO
 from opdlab.methods.omniopd import OmniOPD
 from opdlab.methods.opd import OPD
 from opdlab.methods.opd_plus import OPDPlus
+from opdlab.methods.opsa import OPSA
 from opdlab.methods.ovd import OVD
 from opdlab.methods.self_distillation import SelfDistillation
 from opdlab.methods.soda import SODA
@@ -27,6 +28,7 @@ __all__ = [
     "GOPD",
     "GRPO",
     "OPD",
+    "OPSA",
     "OVD",
     "RLSD",
     "SDAR",

@@ -81,6 +81,7 @@ METHODS = {
     "SODA": (opd.SODA(), "model"),
     "SpanOPD": (opd.SpanOPD(), "model"),
     "EOPD": (opd.EOPD(), "model"),
+    "OPSA": (opd.OPSA(), None),
     "GOPD": (opd.GOPD(), "model"),
     "gated": (gated, "model"),
     "own plan": (Audited(), "model"),

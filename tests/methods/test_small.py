@@ -37,6 +37,7 @@ METHODS = {
     "context distillation": opd.SelfDistillation.context_distillation(256),
     "GOPD": opd.GOPD(),
     "EOPD": opd.EOPD(),
+    "OPSA": opd.OPSA(),
     "OmniOPD": opd.OmniOPD(length=2, chunks=1, continuations=1),
     "SODA": opd.SODA(),
     "OVD": opd.OVD(ask=repeat, ballots=4, temperature=1.0),

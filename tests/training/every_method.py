@@ -79,6 +79,7 @@ def methods() -> dict[str, tuple[object, dict[str, object]]]:
         "OVD": (opd.OVD(), {"n": 2}),
         "SpanOPD": (opd.SpanOPD(), {}),
         "EOPD": (opd.EOPD(), {}),
+        "OPSA": (opd.OPSA(), {}),
         "GOPD": (opd.GOPD(), {}),
         "Combined": (opd.Combined(opd.OPD(), opd.GRPO(), Own(), weights=(1, 0.5, 2)), {"n": 4}),
         "TurnOPD": (opd.TurnOPD(), {}),
