@@ -41,6 +41,7 @@ from opdlab.training import (
     run_folder,
     run_identity,
     saving,
+    start_distance,
     trainable,
 )
 from opdlab.training.config import write_toml
@@ -53,6 +54,7 @@ from opdlab.training.own_teacher import warn_of_own_teacher
 from opdlab.training.phase_clock import PhaseClock
 from opdlab.training.phases import (
     accumulate_gradient,
+    backbone_precision,
     grade,
     plan_step,
     update_weights,
@@ -231,6 +233,8 @@ class Run(RunState):
         progress: The line that shows where the run is.
         described: The models as they were given, for `to_config`.
         log_with: The trackers as they were given.
+        start: The student before training, where `start_kl` is asked for and needs it.
+        is_reference_start: Whether the method's reference is the student before training.
     """
 
     def __init__(
@@ -286,6 +290,8 @@ class Run(RunState):
             run_folder.check_owner(self.folder, self.lineage)
             if self._lock is not None:
                 remove_leftovers(self.folder)
+        self.start = start_distance.keep_start(student, self.policies, policies, settings)
+        self.is_reference_start = start_distance.has_reference(self.policies, policies)
         self._make_trainable(policies)
         if settings.snapshot_every:
             saving.keep_snapshot(self)  # step 0, the student before any update
@@ -302,6 +308,7 @@ class Run(RunState):
         self.claim = Claim(self.student.weights, self.student.adapter)
         self.averages = start_average(self.student, self.policies, policies)
         self.sharding = shard_student(self.student, self.accelerator)
+        start_distance.check_shards(self.settings, is_sharded=self.sharding is not None)
         if self.sharding is not None:
             self.parameters = self.sharding.parameters
         self.optimizer = torch.optim.AdamW(
@@ -316,7 +323,8 @@ class Run(RunState):
         """One row for each step, as a data frame.
 
         Columns are `loss`, `reverse_kl`, `entropy`, `length`, `cut`, `reward`, `grad_norm`,
-        `lr`, `seconds` and others.
+        `lr`, `seconds` and others; `start_kl` where the method reads the reference, or by
+        `Settings.start_kl`.
         """
         return pd.DataFrame(self.metrics)
 
@@ -365,6 +373,10 @@ class Run(RunState):
         if learned.wanted is not None:
             measured |= measure_first_mass(planned.batch, learned.wanted)
         measured |= measure_teachers(planned.batch, learned.columns)
+        with backbone_precision(self):
+            measured |= start_distance.measure_start(
+                planned.batch, learned.columns, self.start, reference=self.is_reference_start
+            )
         metrics = {"step": float(self.done + 1), **measured, "grad_norm": learned.grad_norm}
         if self.settings.generate_ahead:
             metrics["staleness"] = float(self.done - written.updates)

@@ -73,6 +73,9 @@ class Settings:
         generate_ahead: Whether the student writes the next step's texts while the teacher's server
             grades this step's, so that a step's texts are one update old. `history` has the column
             `staleness`. For teachers that grade on a server; see `opdlab.training.ahead`.
+        start_kl: Whether `history` has `start_kl`, the KL from the student before training, also
+            where the method reads no reference. It costs one more pass without gradient; see
+            `opdlab.training.start_distance`.
 
     Raises:
         InvalidValue: A value that cannot be right, alone or beside another.
@@ -102,6 +105,7 @@ class Settings:
     importance_cap: AmountOrInfinity | None = None
     importance_over: Literal["token", "prefix", "sequence"] = "token"
     generate_ahead: Flag = False
+    start_kl: Flag = False
 
     def __post_init__(self) -> None:
         validate_fields(self)
@@ -232,7 +236,7 @@ def check_settings(
         **task.recipe,
         **recipe_of(method),
     }
-    for setting, why in _without_effect(settings, method, name, saves).items():
+    for setting, why in settings_without_effect(settings, method, saves=saves).items():
         if setting in given and getattr(settings, setting) != recipe[setting]:
             raise InvalidValue(
                 f"distill got {setting}={getattr(settings, setting)!r}, which would change nothing:"
@@ -240,9 +244,20 @@ def check_settings(
             )
 
 
-def _without_effect(settings: Settings, method: Method, name: str, saves: bool) -> dict[str, str]:
-    """Settings that change nothing in this run, each with the reason and the way out."""
-    ignored = {}
+def settings_without_effect(
+    settings: Settings, method: Method, *, saves: bool = True
+) -> dict[str, str]:
+    """List the settings that change nothing in a run.
+
+    Args:
+        settings: The settings of the run.
+        method: The method that trains.
+        saves: Whether the run has a folder to save in.
+
+    Returns:
+        The reason, and the way out, by the name of the setting.
+    """
+    name, ignored = _name_of(method), {}
     if student_share(method) == 0 and set(writer_names(method)) == {"answer"}:
         why = f"{name} trains on the reference answers, and nothing is sampled. Leave it out."
         ignored = {"temperature": why, "top_p": why, "n": why, "importance_cap": why}
