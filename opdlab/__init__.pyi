@@ -22,6 +22,9 @@ from .data.trace import Trace
 from .diagnose import doctor, profile
 from .engine import signals
 from .errors import OpdlabError
+from .evidence.controls import Controls
+from .evidence.credit import Credit, credit
+from .evidence.running import controls
 from .losses import TopK
 from .methods import (
     DOPD,
@@ -29,6 +32,7 @@ from .methods import (
     GOPD,
     GRPO,
     OPD,
+    OPSA,
     OVD,
     RLSD,
     SDAR,
@@ -69,6 +73,7 @@ __all__ = [
     "GOPD",
     "GRPO",
     "OPD",
+    "OPSA",
     "OVD",
     "RLSD",
     "SDAR",
@@ -77,6 +82,8 @@ __all__ = [
     "SODA",
     "TOPD",
     "Combined",
+    "Controls",
+    "Credit",
     "MultiTeacher",
     "OPDPlus",
     "OmniOPD",
@@ -97,6 +104,8 @@ __all__ = [
     "TurnOPD",
     "audit",
     "concat_rollouts",
+    "controls",
+    "credit",
     "diagnose",
     "distill",
     "doctor",

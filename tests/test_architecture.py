@@ -36,6 +36,7 @@ FLOORS = [
     "exact",  # toy models that can be enumerated
     "audit",  # which gradient a loss trains
     "diagnose",  # doctor, health, exposure, privilege, cost
+    "evidence",  # what caused a gain: controls of a run, effects of single tokens
     "viz",  # views
     "notebook",  # set-up, exercises, freezing
     "bridges",  # TRL

@@ -89,6 +89,8 @@ def calls(tmp_path_factory) -> dict[str, tuple[Callable[..., Any], dict[str, Any
         "MultiTeacher": (opd.teachers.MultiTeacher, {"members": {"a": teacher, "b": teacher}}),
         "ByteTeacher": (opd.teachers.ByteTeacher, {"policy": teacher}),
         "SDPO": (opd.SDPO, {}),
+        "OPSA": (opd.OPSA, {}),
+        "credit": (opd.credit, letters()),
         "TurnOPD": (opd.TurnOPD, {}),
         "TokenLens": (viz.TokenLens, of_trace),
         "Equation": (viz.Equation, of_trace),
@@ -104,6 +106,21 @@ def calls(tmp_path_factory) -> dict[str, tuple[Callable[..., Any], dict[str, Any
         "Scrubber": (viz.Scrubber, {"traces": {0: trace, 1: trace}}),
         "RunBoard": (viz.RunBoard, {"runs": run}),
         "RunCard": (viz.RunCard, {"run": run}),
+        "Arms": (viz.Arms, {"controls": viz.Arms.example().controls}),
+    }
+
+
+def letters() -> dict[str, Any]:
+    """Two exact tables, a text of the first, and a task of letters."""
+    student = opd.exact.Table.random(3, 2, seed=0)
+    teacher = opd.exact.Table.random(3, 2, student.prompts, seed=1)
+    right = lambda prompt, text: float("b" in text)
+    task = opd.Task("letters", lambda n, seed, split: [student.prompts[0]] * n, right, 2)
+    return {
+        "texts": student.sample(student.prompts, seed=0),
+        "student": student,
+        "teacher": teacher,
+        "task": task,
     }
 
 
@@ -113,9 +130,9 @@ NAMES = [
     *("trace.column", "trace.save", "trace.sample", "run.at", "run.save_adapter"),
     *("snapshots.rescore", "snapshots.rewrite", "diagnose.health", "diagnose.overlap"),
     *("TextServer", "LogprobServer", "VLLMServer", "VLLM", "Budget", "TopK", "reverse_kl"),
-    *("MultiTeacher", "ByteTeacher", "SDPO", "TurnOPD"),
+    *("MultiTeacher", "ByteTeacher", "SDPO", "TurnOPD", "OPSA", "credit"),
     *("TokenLens", "Timeline", "Regimes", "Rollouts", "TailAudit", "Playground", "Compare"),
-    *("Scrubber", "RunBoard", "RunCard", "Equation", "Disagreements", "TwoRules", "Marks"),
+    *("Scrubber", "RunBoard", "RunCard", "Equation", "Disagreements", "TwoRules", "Marks", "Arms"),
 ]
 
 

@@ -31,6 +31,7 @@ from opdlab.data.prompt import Prompt
 from opdlab.data.rollout import Rollout
 from opdlab.data.trace import Trace
 from opdlab.diagnose.health import Health, health
+from opdlab.engine.recording import rollout_from_trace
 from opdlab.errors import TokenizerMismatch, printable
 from opdlab.methods.contract import name_of
 from opdlab.models.policy import Policy, as_policy
@@ -369,7 +370,7 @@ def finish(session: Session) -> None:
         _trace(session, run.done, run.student)
     first = files.traces().get(0)
     if first is not None:
-        again = report.rollout_of(Trace.load(first), session.probes)
+        again = rollout_from_trace(Trace.load(first), session.probes)
         _grade(session, again, run.student).save(files.before_again)
     if run.student.adapter is not None and run.accelerator.is_main_process:
         run.save_adapter(files.adapter, evaluations=session.measured.evaluations)

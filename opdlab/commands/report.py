@@ -14,17 +14,15 @@ from typing import Any
 
 import numpy as np
 import pandas as pd
-import torch
 from rich.console import Console
 from rich.table import Table
 
 from opdlab import viz
 from opdlab.commands.run_files import Measured, RunFiles
-from opdlab.data.prompt import Prompt
-from opdlab.data.rollout import Rollout
 from opdlab.data.trace import Trace
 from opdlab.diagnose.health import health
-from opdlab.errors import OpdlabError
+from opdlab.errors import InvalidValue, OpdlabError
+from opdlab.evidence.controls import Controls
 from opdlab.support.version import VERSION
 from opdlab.training import checkpoint
 from opdlab.training.evaluation import Evaluation
@@ -43,6 +41,7 @@ class Found:
         history: One row for each step until then.
         measured: Evaluations, alarms and costs.
         config: The text of the config, or "".
+        controls: The controls in the folder `controls`, or None.
     """
 
     files: RunFiles
@@ -50,6 +49,7 @@ class Found:
     history: pd.DataFrame
     measured: Measured
     config: str
+    controls: Controls | None = None
 
     @property
     def done(self) -> int:
@@ -86,7 +86,29 @@ def find_run(folder: Path) -> Found:
     config = files.config.read_text(encoding="utf-8") if files.config.exists() else ""
     history = pd.DataFrame(checkpoint.read_json(there / "history.json"))
     saved = checkpoint.read_json(there / "run.json")
-    return Found(files, saved, history, files.read_measured(), config)
+    controls = read_controls(files.controls) if files.controls.exists() else None
+    return Found(files, saved, history, files.read_measured(), config, controls)
+
+
+def read_controls(file: Path) -> Controls:
+    """Read what `opdlab.controls` kept.
+
+    Args:
+        file: Its `controls.json`.
+
+    Returns:
+        The controls.
+
+    Raises:
+        OpdlabError: The file holds something else.
+    """
+    try:
+        return Controls.from_json(json.loads(file.read_bytes()))
+    except (ValueError, InvalidValue) as error:
+        raise OpdlabError(
+            f"{file} is no result of opdlab.controls ({error}). Remove it, or run the controls"
+            " again."
+        ) from None
 
 
 def write_report(folder: Path) -> dict[str, Any]:
@@ -151,6 +173,7 @@ def summarise(found: Found) -> dict[str, Any]:
             for one in _alarms(found)
         ],
         "cost": _cost(found),
+        "controls": None if found.controls is None else repr(found.controls).splitlines()[0],
         "files": _list_files(files),
         "load": loading_code(found),
     }
@@ -244,47 +267,6 @@ def loading_code(found: Found) -> str:
     return "\n".join(lines)
 
 
-def rollout_of(trace: Trace, prompts: Sequence[Prompt]) -> Rollout:
-    """Make the rollout that a trace was graded from.
-
-    Args:
-        trace: The trace, with one completion for each prompt.
-        prompts: The prompts, in order.
-
-    Returns:
-        The completions token by token.
-
-    Raises:
-        OpdlabError: The trace is of other prompts.
-    """
-    if len(trace.meta["texts"]) != len(prompts):
-        raise OpdlabError(
-            f"The trace has {len(trace.meta['texts'])} texts for {len(prompts)} prompts."
-            " Give the prompts that it was written for."
-        )
-    samples = trace.column("sample")
-    lengths = torch.tensor([int((samples == i).sum()) for i in range(len(prompts))])
-    width = int(lengths.max())
-    shape = (len(prompts), width)
-    ids = torch.zeros(shape, dtype=torch.long)
-    logp, entropy = torch.zeros(shape), torch.zeros(shape)
-    for i, length in enumerate(lengths.tolist()):
-        rows = samples == i
-        ids[i, :length] = torch.tensor(trace.column("token_id")[rows])
-        logp[i, :length] = torch.tensor(trace.column("student_logp")[rows])
-        entropy[i, :length] = torch.tensor(trace.column("student_entropy")[rows])
-    return Rollout(
-        prompts=tuple(prompts),
-        ids=ids,
-        lengths=lengths,
-        logp=logp,
-        entropy=entropy,
-        finish=tuple(trace.meta["finish"]),
-        texts=tuple(trace.meta["texts"]),
-        writer=("student",) * len(prompts),
-    )
-
-
 def summary_rows(data: dict[str, Any]) -> list[tuple[str, str, str, str]]:
     """Make the rows of the summary.
 
@@ -305,7 +287,7 @@ def summary_rows(data: dict[str, Any]) -> list[tuple[str, str, str, str]]:
     if data["gain"]:
         gain = data["gain"]
         shown = f"{gain['mean']:+.3f} [{gain['low']:+.3f}, {gain['high']:+.3f}]"
-        rows.append(("gain, 95 % interval, paired", "", shown, ""))
+        rows.append(("gain, 95 % interval, paired, 1 seed", "", shown, ""))
     return [(label, one, two, three) for label, one, two, three in rows]
 
 
@@ -382,10 +364,17 @@ def _write_page(found: Found, data: dict[str, Any]) -> None:
         found.files.report,
         title=f"{found.files.folder.name}: what the run changed",
         summary=summary_rows(data),
-        lenses=[("The run", board), *_strips(found)],
+        lenses=[("The run", board), *_controls(found), *_strips(found)],
         note=note,
         texts=texts,
     )
+
+
+def _controls(found: Found) -> list[tuple[str, View]]:
+    """The card of the controls, if there are any."""
+    if found.controls is None:
+        return []
+    return [("How much of the gain is due to the teacher?", viz.Arms(found.controls))]
 
 
 def _strips(found: Found) -> list[tuple[str, View]]:

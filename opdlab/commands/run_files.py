@@ -85,6 +85,11 @@ class RunFiles:
         """The texts from before training, graded after it."""
         return self.folder / "traces" / "before-again.parquet"
 
+    @property
+    def controls(self) -> Path:
+        """The result of `opdlab.controls(…, folder="RUN/controls")`, if there is one."""
+        return self.folder / "controls" / "controls.json"
+
     def trace(self, step: int) -> Path:
         """Return the place of the trace after a step.
 

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
 import pyarrow as pa
+import torch
 from torch import Tensor
 
 from opdlab.data.column import Description
@@ -16,6 +17,7 @@ from opdlab.data.rollout import Rollout
 from opdlab.data.tokens import token_bytes
 from opdlab.data.trace import FORMAT, Trace
 from opdlab.engine.planned import Planned
+from opdlab.errors import OpdlabError
 
 
 def record_trace(
@@ -86,6 +88,47 @@ def record_trace(
         "formula": formula,
     }
     return Trace(pa.table(data), meta)
+
+
+def rollout_from_trace(trace: Trace, prompts: Sequence[Prompt]) -> Rollout:
+    """Make the rollout that a trace was graded from.
+
+    Args:
+        trace: The trace, with one completion for each prompt.
+        prompts: The prompts, in order.
+
+    Returns:
+        The completions token by token.
+
+    Raises:
+        OpdlabError: The trace is of other prompts.
+    """
+    if len(trace.meta["texts"]) != len(prompts):
+        raise OpdlabError(
+            f"The trace has {len(trace.meta['texts'])} texts for {len(prompts)} prompts."
+            " Give the prompts that it was written for."
+        )
+    samples = trace.column("sample")
+    lengths = torch.tensor([int((samples == i).sum()) for i in range(len(prompts))])
+    width = int(lengths.max())
+    shape = (len(prompts), width)
+    ids = torch.zeros(shape, dtype=torch.long)
+    logp, entropy = torch.zeros(shape), torch.zeros(shape)
+    for i, length in enumerate(lengths.tolist()):
+        rows = samples == i
+        ids[i, :length] = torch.tensor(trace.column("token_id")[rows])
+        logp[i, :length] = torch.tensor(trace.column("student_logp")[rows])
+        entropy[i, :length] = torch.tensor(trace.column("student_entropy")[rows])
+    return Rollout(
+        prompts=tuple(prompts),
+        ids=ids,
+        lengths=lengths,
+        logp=logp,
+        entropy=entropy,
+        finish=tuple(trace.meta["finish"]),
+        texts=tuple(trace.meta["texts"]),
+        writer=("student",) * len(prompts),
+    )
 
 
 def name_of_planner(method: Any) -> str:

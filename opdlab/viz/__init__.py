@@ -5,6 +5,7 @@ here; the gallery, the overview, the table in the README and the tests of all vi
 """
 
 from opdlab.viz.alignment import Alignment
+from opdlab.viz.arms import Arms
 from opdlab.viz.audits import Audits
 from opdlab.viz.branches import Branches
 from opdlab.viz.compare import Compare
@@ -47,6 +48,7 @@ VIEWS: tuple[type[View], ...] = (
     Scrubber,
     RunBoard,
     RunCard,
+    Arms,
     Playground,
     TailAudit,
     Alignment,
@@ -56,6 +58,7 @@ VIEWS: tuple[type[View], ...] = (
 __all__ = [
     "VIEWS",
     "Alignment",
+    "Arms",
     "Audits",
     "Branches",
     "Compare",

@@ -44,6 +44,7 @@ def test_a_view_says_what_it_answers_and_what_it_takes(name):
         "RunCard": pd.DataFrame({"loss": [1.0]}),
         "Playground": "forward_kl",
         "MethodMap": example_results(),
+        "Arms": viz.Arms.example().controls,
     }
     example = view.example()
     assert type(example) is view
