@@ -50,13 +50,28 @@ def survey() -> pd.DataFrame:
         part (`row_from`, `loss_from`, `slots_from`), and `date` from the arXiv id. Unknown entries
         are None.
     """
+    frame = pd.DataFrame([_flatten(row) for row in _load()["methods"]])
+    frame = frame.set_index("name").astype(object)
+    frame["date"] = pd.to_datetime("20" + frame["arxiv"].str[:4], format="%Y%m")
+    return frame.where(frame.notna(), None)
+
+
+def findings() -> pd.DataFrame:
+    """Load what later papers claim about on-policy distillation itself.
+
+    Returns:
+        One row per paper, by arXiv id. Columns: `claim`, in our words and not checked by us, and
+        `here`, what of opdlab asks the same question.
+    """
+    return pd.DataFrame(_load()["findings"]).set_index("arxiv")
+
+
+def _load() -> dict[str, Any]:
     package = Path(__file__).parents[1]
     inside = package / "shipped" / "survey.json"
     path = inside if inside.exists() else package.parent / "data" / "survey.json"
-    rows = json.loads(path.read_text(encoding="utf-8"))["methods"]
-    frame = pd.DataFrame([_flatten(row) for row in rows]).set_index("name").astype(object)
-    frame["date"] = pd.to_datetime("20" + frame["arxiv"].str[:4], format="%Y%m")
-    return frame.where(frame.notna(), None)
+    stored: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+    return stored
 
 
 def _flatten(row: Mapping[str, Any]) -> dict[str, Any]:

@@ -11,7 +11,7 @@ import pytest
 
 import opdlab as opd
 from opdlab.losses.divergences import TopK
-from opdlab.notebook.survey import SLOTS, compose, compose_all, survey
+from opdlab.notebook.survey import SLOTS, compose, compose_all, findings, survey
 
 ROWS = json.loads((Path(__file__).parents[2] / "data" / "survey.json").read_text(encoding="utf-8"))[
     "methods"
@@ -171,3 +171,19 @@ def test_the_papers_of_opdlab_s_methods_make_them():
         opd.SpanOPD,
     ]
     assert not {"MiniLLM", "PowerOPD", "KETCHUP", "TIP"} & set(ready)
+
+
+def test_findings_name_their_papers():
+    table = findings()
+    assert table.index.is_unique
+    assert all(re.fullmatch(r"26(0[1-9]|1[0-2])\.\d{5}", one) for one in table.index)
+    assert table["claim"].str.len().between(20, 100).all()
+    assert (table["here"].str.len() > 5).all()
+    assert {"2608.31046", "2609.35259", "2609.32722", "2608.09228"} <= set(table.index)
+
+
+def test_methods_later_than_the_survey_come_from_the_catalogue():
+    later = survey().query("axis == 'after v4'")
+    assert len(later) > 70
+    assert (later["row_from"] == "later list").all()
+    assert {"OPSA", "MOPD", "TurnOPD", "BPM"} <= set(later.index)
