@@ -202,13 +202,17 @@ class Credit:
     def _find(self, truth: str) -> npt.NDArray[np.bool_]:
         table = self.df
         if truth == "matters":
-            return table["matters"].to_numpy(bool)
-        if truth == "harms":
-            return (table["matters"] & (table["effect"] < 0)).to_numpy(bool)
-        if "type" in table and truth in set(table["type"]):
-            return (table["type"] == truth).to_numpy(bool)
-        known = ["matters", "harms", *sorted(set(self.types))]
-        raise InvalidValue(f"ranking got truth={shortened(truth)}. Use one of {', '.join(known)}.")
+            found = table["matters"]
+        elif truth == "harms":
+            found = table["matters"] & (table["effect"] < 0)
+        elif "type" in table and truth in set(table["type"]):
+            found = table["type"] == truth
+        else:
+            known = ["matters", "harms", *sorted(set(self.types))]
+            raise InvalidValue(
+                f"ranking got truth={shortened(truth)}. Use one of {', '.join(known)}."
+            )
+        return np.asarray(found, np.bool_)
 
 
 @validate_arguments
