@@ -29,7 +29,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
-from typing import Any, ClassVar, Literal
+from typing import Any, ClassVar, Literal, Protocol, runtime_checkable
 
 import torch
 from torch import Tensor
@@ -47,11 +47,21 @@ from opdlab.methods.policy_gradient import (
     policy_gradient_loss,
     sampler_column,
 )
-from opdlab.models.policy import Policy, as_policy
+from opdlab.models.policy import as_policy
 from opdlab.models.protocols import SoleTeachers
 from opdlab.support.validation import Text, validate
 
 SHOWN = 16  # completions whose alignment is kept in the notes of a step
+
+
+@runtime_checkable
+class Reader(Protocol):
+    """A teacher that reads texts in tokens of its own."""
+
+    @property
+    def tokenizer(self) -> Any:
+        """Cuts a text into the teacher's tokens."""
+        ...
 
 
 @dataclass(frozen=True)
@@ -222,7 +232,7 @@ def _summarize(batch: Batch, readings: Sequence[Reading], span_kl: Tensor) -> di
     }
 
 
-def _teachers(batch: Batch) -> list[tuple[str, Policy]]:
+def _teachers(batch: Batch) -> list[tuple[str, Any]]:
     """The teacher of each completion, with its name; "" where all have the same.
 
     Raises MissingPolicy where one has no tokenizer here.
@@ -233,7 +243,7 @@ def _teachers(batch: Batch) -> list[tuple[str, Policy]]:
     else:
         found = [("", teacher)] * len(prompts)
     for _, one in found:
-        if as_policy(one) is None:
+        if not isinstance(one, Reader):
             raise MissingPolicy(
                 f"SpanOPD reads the text in the teacher's own tokens, but {type(one).__name__} has"
                 " no tokenizer here. Load the teacher with Policy.load(…), or use OmniOPD."
@@ -241,7 +251,7 @@ def _teachers(batch: Batch) -> list[tuple[str, Policy]]:
     return found
 
 
-def _read(batch: Batch, teachers: Sequence[tuple[str, Policy]]) -> list[Reading]:
+def _read(batch: Batch, teachers: Sequence[tuple[str, Any]]) -> list[Reading]:
     """The completions that their teacher's tokenizer spells byte for byte.
 
     Raises OpdlabError where there is none.
@@ -286,7 +296,7 @@ def _read_one(batch: Batch, b: int, student: Any, teacher: Any) -> Reading | Non
 
 
 def _teacher_logp(
-    batch: Batch, readings: Sequence[Reading], teachers: Sequence[tuple[str, Policy]]
+    batch: Batch, readings: Sequence[Reading], teachers: Sequence[tuple[str, Any]]
 ) -> list[Tensor]:
     """Log-probs of each text in its teacher's tokens, and of its end; each teacher reads its own.
 
@@ -303,7 +313,7 @@ def _teacher_logp(
     return [found[reading.sample] for reading in readings]
 
 
-def _logp_of_one(batch: Batch, readings: Sequence[Reading], teacher: Policy) -> list[Tensor]:
+def _logp_of_one(batch: Batch, readings: Sequence[Reading], teacher: Any) -> list[Tensor]:
     """Log-probs of texts in one teacher's tokens, and of their end.
 
     Any of the tokens that end the teacher's texts will do.

@@ -14,9 +14,10 @@ import opdlab as opd
 from opdlab.data.conversation import Environment, Turn
 from opdlab.models.plain_text import find_control_tokens
 from opdlab.models.sampling import SampledTexts, SamplingLoop
+from opdlab.models.text_rollouts import rollout_from_texts
 from opdlab.models.tool_calls import find_parser, parse_hermes, parse_llama
 from opdlab.models.tool_templates import CHATML_WITH_TOOLS
-from opdlab.tasks import Tools
+from opdlab.tasks import Tools, from_records
 from opdlab.tasks.profiles import find_smollm2, smollm2
 
 PRICES = {"figs": 38, "hats": 19, "café ☕": 7}
@@ -141,6 +142,31 @@ def test_a_conversation_with_calls_has_the_ids_of_the_template_turn_by_turn(name
     assert decoded == [f"{text}<|im_end|>" for text in texts]
     graded = policy.log_probs(rollout)
     assert graded.shape[0] == rollout.tokens
+
+
+@pytest.mark.parametrize("name", ["qwen2_5", "qwen3"])
+def test_a_conversation_of_a_data_set_has_the_ids_of_the_template(name, load):
+    policy = load(name)
+    reasoning = {"reasoning_content": "I must ask."} if name == "qwen3" else {}
+    said = [
+        {"role": "assistant", "content": "", "tool_calls": [call("figs")], **reasoning},
+        {"role": "tool", "name": "price", "content": "38"},
+        {"role": "assistant", "content": "Two more.", "tool_calls": [call("hats")], **reasoning},
+        {"role": "tool", "name": "price", "content": "19"},
+        {"role": "assistant", "content": "They cost 38 and 19.", **reasoning},
+    ]
+    record = {"messages": [*ASKED, *said], "tools": list(TOOLS.tools)}
+    (prompt,) = from_records([record], test=0, turns="all").pool["train"]
+    rollout = rollout_from_texts(policy, [prompt], [prompt.answer])
+    whole = policy.encode(prompt) + rollout.completions()[0]
+    tools = {"tools": list(TOOLS.tools)}
+    assert whole == rendered(policy, record["messages"], False, **tools)[:-1]
+    between = rollout.ids[0][~rollout.learn[0] & rollout.mask[0]]
+    opened = "<|im_end|>\n<|im_start|>assistant\n"
+    assert policy.tokenizer.decode(between) == "".join(
+        f"\n<|im_start|>user\n<tool_response>\n{result}\n</tool_response>{opened}"
+        for result in (38, 19)
+    )
 
 
 def test_thinking_that_is_switched_off_stays_as_it_was_sampled(load, script):
