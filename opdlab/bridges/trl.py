@@ -12,17 +12,18 @@
     opdlab    the policies grade them, the method plans, once for the whole step of all processes
     TRL       takes one batch after the other and runs the student's backbone on it
     opdlab    runs the loss on the hidden states, one chunk of tokens at a time
-    TRL       backward pass, accumulation, DDP, optimizer
+    TRL       backward pass, accumulation, DDP or FSDP2, optimizer
 
 So a step has the loss and the gradient of `opdlab.distill` on the same completions. The engine's
-gradients are handed back to autograd, so gradient accumulation, mixed precision and DDP work as for
-any other loss. `opdlab.bridges.trl_checks` refuses what cannot be had there.
+gradients are handed back to autograd, so gradient accumulation, mixed precision, DDP and FSDP2 work
+as for any other loss (`opdlab.bridges.trl_shards`). `opdlab.bridges.trl_checks` refuses what cannot
+be had there.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -32,6 +33,7 @@ from transformers import TrainerCallback
 
 from opdlab.bridges.trl_checks import check_method, check_trainer, check_with_data
 from opdlab.bridges.trl_data import PromptsAsRead, pad_inputs, read_prompts, read_rollout
+from opdlab.bridges.trl_shards import WholeStudent, shard_on_cpu
 from opdlab.data.prompt import Prompt
 from opdlab.data.rollout import Rollout, concat_rollouts
 from opdlab.data.sampling_config import SamplingConfig
@@ -43,6 +45,7 @@ from opdlab.engine.planned import Planned, run_plan
 from opdlab.errors import InvalidValue
 from opdlab.methods.contract import recipe_of, writer_names
 from opdlab.methods.conversion import as_method
+from opdlab.models import adapters
 from opdlab.models.graded import States
 from opdlab.models.head import Head
 from opdlab.models.precision import autocast_backbones
@@ -50,6 +53,7 @@ from opdlab.training import others
 from opdlab.training.normalization import token_weights
 from opdlab.training.processes import AcceleratedProcesses, Share
 from opdlab.training.resolution import move_average, resolve_policies, start_average
+from opdlab.training.sharding import weights_read_later
 from opdlab.training.trainable import separate_policies
 
 try:
@@ -124,18 +128,26 @@ class MethodTrainer(DistillationTrainer):  # type: ignore[misc, unused-ignore]
             )
         self._loss_is_checked = False
         self._now: _Step | None = None
+        self._whole: WholeStudent | None = None  # of a student in shards
         super().__init__(**arguments)
         check_trainer(self)
         self._make_policies(teacher, policies or {})
         check_with_data(self, teacher)
         if self.averages:
             self.add_callback(_MovesAverage(self, ema_rate))
+        if self._whole is not None:
+            self.add_callback(_KeepsWhole(self._whole))
 
     def _make_policies(self, teacher: Any, overrides: Mapping[str, Any]) -> None:
         """Make policies of TRL's models, which stay as trainable as they are."""
         model = self.accelerator.unwrap_model(self.model)
+        seen = model
+        if self.is_fsdp_enabled:  # then TRL leaves the model where it was loaded
+            model.to(self.accelerator.device)
+            self._whole = WholeStudent(model)
+            seen = self._whole.model
         with _keeping_mode(model):
-            student = PromptsAsRead.of(model, self.processing_class)
+            student = PromptsAsRead.of(seen, self.processing_class)
             if self.teacher_model is not None:
                 bare = self.accelerator.unwrap_model(self.teacher_model)
                 teacher = PromptsAsRead.of(bare, self.processing_class)
@@ -147,18 +159,35 @@ class MethodTrainer(DistillationTrainer):  # type: ignore[misc, unused-ignore]
             self.averages = start_average(student, self.policies, overrides)
         self.student: PromptsAsRead = student
 
+    def create_accelerator_and_postprocess(self) -> None:
+        """Make the processes, which shard on CPUs too where they are asked to."""
+        super().create_accelerator_and_postprocess()
+        self.is_fsdp_enabled |= shard_on_cpu(self.accelerator, self.args.fsdp_plugin_args)
+
     # A step begins: completions, grades, plan.
 
     def _generate_and_score_completions(self, inputs: list[dict[str, Any]]) -> dict[str, Any]:
         """Generate the completions of a step, where TRL asks for it, and let the method plan."""
+        if self._whole is None:
+            return self._begin_step(inputs)
+        self._whole.gather()
+        with self._whole.standing_in(self):
+            found = self._begin_step(inputs)
+        if self.is_in_train and self._now is not None:
+            self._whole.release(keep=weights_read_later(self._now.planned.batch))
+        return found
+
+    def _begin_step(self, inputs: list[dict[str, Any]]) -> dict[str, Any]:
+        """Generate, grade and plan, with whole weights."""
         prompts = read_prompts(inputs)
         share = self._share(len(prompts))
         own = len(share.student)
         parts: list[Rollout] = []
         generated: dict[str, Any] = {}
         self.student.read.clear()
+        if share.all_student:  # in all processes or in none, since TRL counts over all of them
+            generated = super()._generate_and_score_completions(inputs[: max(own, 1)])
         if own:
-            generated = super()._generate_and_score_completions(inputs[:own])
             parts.append(read_rollout(self.student, prompts[:own], generated))
         model = self.accelerator.unwrap_model(self.model)
         with _keeping_mode(model), autocast_backbones(self.args.bf16):
@@ -234,7 +263,7 @@ class MethodTrainer(DistillationTrainer):  # type: ignore[misc, unused-ignore]
         rows = inputs[ROW].tolist()
         mask = inputs["completion_mask"].bool()
         hidden = self._hidden_states(unwrapped_student, inputs)[mask]  # [tokens, H]
-        head = self.student.head
+        head = self._head_in_graph(unwrapped_student)
         own = _with_own_leaves(head)
         with torch.autocast(hidden.device.type, enabled=False), torch.enable_grad():
             found = self._now.planned.gradient(
@@ -258,6 +287,16 @@ class MethodTrainer(DistillationTrainer):  # type: ignore[misc, unused-ignore]
         hidden: Tensor = self._get_last_hidden_state(model, ids, mask, length)
         return hidden
 
+    def _head_in_graph(self, model: Any) -> Head:
+        """The student's head as TRL's backward pass knows it.
+
+        That of shards is whole between a pass of the backbone and its way back.
+        """
+        if self._whole is None:
+            return self.student.head
+        weights = self.student.weights
+        return Head.read(adapters.unwrap(model), weights.vocab_size, self.student.adapter)
+
     # What TRL's checkpoints do not hold.
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
@@ -280,8 +319,23 @@ class _MovesAverage(TrainerCallback):  # type: ignore[misc, unused-ignore]
 
     def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         """Move it by one update."""
-        for average in self._trainer.averages:
-            move_average(average, self._trainer.student, self._rate)
+        trainer = self._trainer
+        has_adapter = trainer.student.adapter is not None
+        whole = trainer._whole
+        with nullcontext() if whole is None else whole.filled(trained_only=has_adapter):
+            for average in trainer.averages:
+                move_average(average, trainer.student, self._rate)
+
+
+class _KeepsWhole(TrainerCallback):  # type: ignore[misc, unused-ignore]
+    """Leaves a sharded student whole for those who use the policies after training."""
+
+    def __init__(self, whole: WholeStudent) -> None:
+        self._whole = whole
+
+    def on_train_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        """Fill the weights."""
+        self._whole.gather()
 
 
 @contextmanager

@@ -8,6 +8,7 @@ from typing import Any
 from transformers import PreTrainedTokenizerBase
 
 from opdlab.bridges.trl_data import first_prompts
+from opdlab.bridges.trl_shards import check_shards
 from opdlab.engine.needs import Access, parse_need
 from opdlab.errors import InvalidValue, OpdlabError
 from opdlab.methods import Method
@@ -26,6 +27,7 @@ from opdlab.teachers.contract import expect_teacher
 from opdlab.training.preflight import check_answers, check_prompts, check_writers
 from opdlab.training.rehearsal import rehearse
 from opdlab.training.resolution import check_overrides, missing_policy_error
+from opdlab.training.sharding import EXAMPLE
 
 LOOKED_AT = 128  # prompts of the dataset that are checked before the run
 
@@ -109,15 +111,14 @@ def check_trainer(trainer: Any) -> None:
             " distributions as they are. Set it to 1."
         )
     plugin = getattr(trainer.accelerator.state, "deepspeed_plugin", None)
-    is_zero3 = plugin is not None and plugin.zero_stage == 3
-    if trainer.is_fsdp_enabled or is_zero3:
-        how = "DeepSpeed ZeRO-3" if is_zero3 else "FSDP"
+    if plugin is not None and plugin.zero_stage == 3:
         raise OpdlabError(
-            f"{how} gives each process a part of the student's weights, and the policies of a"
-            " method (hinted views, reference, moving average) read them outside of TRL's forward"
-            " pass, where no process has them whole. Use DDP here, or opdlab.distill, which trains"
-            " sharded weights."
+            "DeepSpeed ZeRO-3 gives each process a part of the student's weights, and the policies"
+            " of a method (hinted views, reference, moving average) read them outside of TRL's"
+            f" forward pass, where no process has them whole. Use FSDP2 ({EXAMPLE}) or DDP."
         )
+    if trainer.is_fsdp_enabled:
+        check_shards(trainer.accelerator, trainer.model)
     if trainer.args.fp16:
         raise OpdlabError(
             "TRL's fp16=True computes in float16, in which opdlab's policies are not graded. Use"

@@ -46,7 +46,7 @@ class Shards:
     def __init__(
         self, model: PreTrainedModel, adapter: str | None, shard: Callable[[nn.Module], Any]
     ) -> None:
-        self.model = copy_modules(model, adapter)
+        self.model = _twin_of(model, adapter)
         self._whole = dict(self.model.named_parameters())  # the model's own, by name
         shard(self.model)
         for module in fsdp_modules(self.model):
@@ -96,18 +96,22 @@ class Shards:
         root.reset_iter_state()
 
 
-def copy_modules(model: PreTrainedModel, adapter: str | None) -> PreTrainedModel:
+def copy_modules(model: nn.Module) -> Any:
     """Copy the modules of a model, without copying a parameter or a buffer.
 
     Args:
         model: The model.
-        adapter: The adapter that the copy keeps, trainable; None for a model without adapters.
 
     Returns:
         Modules of their own with the same parameters.
     """
     shared = {id(value): value for value in (*model.parameters(), *model.buffers())}
-    twin = copy.deepcopy(model, shared)
+    return copy.deepcopy(model, shared)
+
+
+def _twin_of(model: PreTrainedModel, adapter: str | None) -> PreTrainedModel:
+    """Copy the modules of a model with one adapter, trainable, or with none."""
+    twin: PreTrainedModel = copy_modules(model)
     for name in adapters.names(twin):
         if name != adapter:
             adapters.remove(twin, name)

@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import copy
 import os
-from collections.abc import Collection
 from contextlib import AbstractContextManager
 from typing import Any
 
@@ -51,18 +50,17 @@ def check_launcher() -> None:
             )
 
 
-def find_plugin(accelerator: Accelerator) -> FullyShardedDataParallelPlugin | None:
-    """Find what the launcher asks of FSDP2.
+def read_plugin(accelerator: Accelerator) -> FullyShardedDataParallelPlugin | None:
+    """Read what the launcher asks of FSDP2, whatever its options are.
 
     Args:
         accelerator: The processes.
 
     Returns:
-        Accelerate's options, the run's own copy; None where the weights stay whole in each process.
+        Accelerate's options; None where the weights stay whole in each process.
 
     Raises:
-        InvalidValue: It asks for the first FSDP, or for an option that would be ignored, or PyTorch
-            is too old.
+        InvalidValue: It asks for the first FSDP, or PyTorch is too old.
     """
     # On CPUs Accelerate leaves FSDP out without a word, though it works there too.
     state: Any = accelerator.state
@@ -81,6 +79,26 @@ def find_plugin(accelerator: Accelerator) -> FullyShardedDataParallelPlugin | No
             f"The launcher asks for FSDP {plugin.fsdp_version}, and opdlab shards with FSDP2. Put"
             f" fsdp_version: 2 into the config, as {EXAMPLE} does."
         )
+    found: FullyShardedDataParallelPlugin = plugin
+    return found
+
+
+def find_plugin(accelerator: Accelerator) -> FullyShardedDataParallelPlugin | None:
+    """Find what the launcher asks of FSDP2, and refuse what `distill` would ignore.
+
+    Args:
+        accelerator: The processes.
+
+    Returns:
+        Accelerate's options, the run's own copy; None where the weights stay whole in each process.
+
+    Raises:
+        InvalidValue: It asks for the first FSDP, or for an option that would be ignored, or PyTorch
+            is too old.
+    """
+    plugin = read_plugin(accelerator)
+    if plugin is None:
+        return None
     refused = {
         "fsdp_cpu_ram_efficient_loading": (
             plugin.cpu_ram_efficient_loading,
@@ -174,9 +192,7 @@ class Sharding:
         Returns:
             How many idle passes it must make besides, so that all processes make as many.
         """
-        graded = [batch.states(name) for name in batch.distributions if name != "student"]
-        heads = [head for states in graded for head in _heads_of(states)]
-        self.shards.release(keep=[value for head in heads for value in _tensors_of(head)])
+        self.shards.release(keep=weights_read_later(batch))
         return int(max(self._processes.gather_json(passes))) - passes
 
     def end(self) -> None:
@@ -214,6 +230,20 @@ class Sharding:
         self.end()
 
 
+def weights_read_later(batch: Batch) -> list[Tensor]:
+    """List the weights that are still read once all policies have graded: those of their heads.
+
+    Args:
+        batch: A step's batch, whose policies have graded.
+
+    Returns:
+        The weights; the student's own head is not among them, unless another policy shares it.
+    """
+    graded = [batch.states(name) for name in batch.distributions if name != "student"]
+    heads = [head for states in graded for head in _heads_of(states)]
+    return [value for head in heads for value in _weights_of(head)]
+
+
 def _heads_of(graded: Graded) -> list[Head]:
     """The heads that the log-probs of these grades are still to be made with."""
     if isinstance(graded, States):
@@ -222,7 +252,7 @@ def _heads_of(graded: Graded) -> list[Head]:
     return [head for part in parts for head in _heads_of(part)]
 
 
-def _tensors_of(head: Head) -> Collection[Tensor]:
+def _weights_of(head: Head) -> list[Tensor]:
     lora = () if head.lora is None else (head.lora.up, head.lora.down)
     return [value for value in (head.weight, head.bias, *lora) if value is not None]
 

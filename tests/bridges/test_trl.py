@@ -6,9 +6,11 @@ import json
 import os
 import subprocess
 import sys
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from importlib.metadata import version
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
@@ -60,7 +62,7 @@ class Audited:
     def plan(self, batch):
         logp = batch.rollout.logp
         unsure = logp < batch.gather(logp).quantile(0.5) - 1e-3
-        return {"weight": unsure * batch.random(batch.step)}
+        return {"weight": (0.1 + unsure) * batch.random(batch.step)}
 
     def loss(self, rows):
         return rows.weight * reverse_kl(rows.student, rows.teacher)
@@ -331,18 +333,84 @@ def test_a_moving_average_moves_once_an_update(bridge, tmp_path):
         again.train(resume_from_checkpoint=True)
 
 
-def test_two_processes_have_the_gradient_of_one(bridge, tmp_path):
-    """DDP over gloo: the plan's statistics are over the step of both."""
-    command = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
+@dataclass(frozen=True)
+class Case:
+    """A run in two processes.
+
+    Attributes:
+        method: The method.
+        lora: Whether a LoRA trains, and not all weights.
+        teacher: As in `arguments`.
+        options: Of TRL's config.
+        is_tied: Whether the head and the embeddings are one matrix.
+    """
+
+    method: Any
+    lora: bool = True
+    teacher: str | None = "model"
+    options: dict[str, Any] = field(default_factory=dict)
+    is_tied: bool = True
+
+
+CASES = {
+    "plan": Case(gated, options={"gradient_checkpointing": True}),
+    "all weights": Case(
+        gated, lora=False, is_tied=False, options={"save_strategy": "steps", "save_steps": 1}
+    ),
+    "views": Case(opd.DOPD()),
+    "average of all weights": Case(opd.SelfDistillation(anchor="ema"), lora=False, teacher=None),
+    "one by the student": Case(opd.OPD(on_policy=0.125)),  # so one process of two has none
+    "bf16": Case(gated, lora=False, options={"bf16": True}),
+}
+TORCHRUN = ("torch.distributed.run", "--standalone", "--nproc-per-node=2")
+CONFIG = str(HERE.parents[1] / "examples" / "fsdp2.yaml")
+LAUNCH = ("accelerate.commands.accelerate_cli", "launch", "--config_file", CONFIG)
+
+
+def in_two_processes(launcher, folder, *names):
     env = os.environ | {"OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true"}
     env["PYTHONPATH"] = os.pathsep.join([str(HERE), str(HERE.parents[1])])
-    subprocess.run(
-        [sys.executable, *command, str(HERE / "two_trl_processes.py"), str(tmp_path)],
-        env=env,
-        check=True,
-        timeout=3000,
-    )
-    parts = [json.loads((tmp_path / f"rollout-{rank}.json").read_text()) for rank in range(2)]
+    script = str(HERE / "two_trl_processes.py")
+    command = [sys.executable, "-m", *launcher, script, str(folder), *names]
+    subprocess.run(command, env=env, check=True, timeout=3000)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def whole(bridge, tmp_path_factory):
+    """The runs of two processes with DDP."""
+    return in_two_processes(TORCHRUN, tmp_path_factory.mktemp("whole"), *CASES)
+
+
+@pytest.fixture(scope="module")
+def sharded(bridge, tmp_path_factory):
+    """The runs of two processes with FSDP2, over gloo."""
+    return in_two_processes(LAUNCH, tmp_path_factory.mktemp("sharded"), *CASES)
+
+
+def assert_close_to(largest_share, found, wanted):
+    """Compare tensors by name, to a share of the largest number of all."""
+    assert found.keys() == wanted.keys()
+    assert len(found) > 8
+    largest = max(value.abs().max().item() for value in wanted.values())
+    assert largest > 0
+    for name, value in wanted.items():
+        torch.testing.assert_close(
+            found[name],
+            value,
+            rtol=1e-3,
+            atol=largest_share * largest,
+            msg=lambda said, name=name: f"{name}: {said}",
+        )
+
+
+def read(folder, kind, rank=0):
+    return json.loads((folder / f"{kind}-{rank}.json").read_text())
+
+
+def test_two_processes_have_the_gradient_of_one(bridge, whole, tmp_path):
+    """DDP over gloo: the plan's statistics are over the step of both."""
+    parts = [read(whole / "plan", "rollout", rank) for rank in range(2)]
     trainer = bridge.MethodTrainer(
         gated,
         **arguments(tmp_path, per_device_train_batch_size=4, gradient_accumulation_steps=2),
@@ -354,17 +422,35 @@ def test_two_processes_have_the_gradient_of_one(bridge, tmp_path):
     assert parts[0]["completions"] != parts[1]["completions"]
     trainer._generate_single_turn = lambda *_, **__: bodies
     _, found = gradients(trainer, rows)
-    saved = torch.load(tmp_path / "gradients.pt", weights_only=True)
-    assert len(saved) == len(found) > 8
-    largest = max(gradient.abs().max().item() for gradient in found.values())
-    for name, gradient in found.items():
-        torch.testing.assert_close(
-            saved[name],
-            gradient,
-            rtol=1e-3,
-            atol=1e-4 * largest,
-            msg=lambda said, name=name: f"{name}: {said}",
-        )
+    assert_close_to(1e-4, torch.load(whole / "plan" / "gradients.pt", weights_only=True), found)
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_shards_have_the_losses_gradients_and_weights_of_ddp(name, whole, sharded):
+    """Over two updates, each of two accumulated batches."""
+    ours, theirs = sharded / name, whole / name
+    for rank in range(2):
+        assert read(ours, "rollout", rank) == read(theirs, "rollout", rank)
+    assert read(ours, "said")["sharded"]
+    assert not read(theirs, "said")["sharded"]
+    losses = read(ours, "said")["losses"]
+    assert losses == pytest.approx(read(theirs, "said")["losses"], rel=1e-4, abs=1e-6)
+    for file in ("gradients.pt", "weights.pt"):
+        found, want = (torch.load(folder / file, weights_only=True) for folder in (ours, theirs))
+        assert_close_to(1e-4, found, want)
+
+
+def test_a_sharded_run_is_taken_up(sharded):
+    folder = sharded / "all weights"
+    found, wanted = (
+        torch.load(folder / file, weights_only=True) for file in ("resumed.pt", "weights.pt")
+    )
+    assert_close_to(1e-4, found, wanted)
+
+
+def test_shards_take_less_memory(whole, sharded):
+    name = "all weights"
+    assert read(sharded / name, "said")["bytes"] < 0.75 * read(whole / name, "said")["bytes"]
 
 
 REFUSED = [
@@ -395,15 +481,36 @@ def test_refuses_both_kinds_of_teacher(bridge, tmp_path):
         bridge.MethodTrainer(opd.OPD(), teacher=shipped("teacher"), **given)
 
 
-def test_refuses_sharded_weights(bridge, tmp_path, monkeypatch):
-    from trl import DistillationTrainer
+@pytest.mark.parametrize(
+    ("variables", "said"),
+    [
+        ({"FSDP_VERSION": "1"}, "FSDP 1, and opdlab shards with FSDP2"),
+        ({"FSDP_CPU_RAM_EFFICIENT_LOADING": "true"}, "load empty weights"),
+        ({"FSDP_OFFLOAD_PARAMS": "true"}, "policies gather the shards on the device"),
+    ],
+)
+def test_refuses_options_of_fsdp(variables, said, bridge, monkeypatch):
+    from accelerate import Accelerator
 
-    begin = DistillationTrainer.__init__
+    from opdlab.bridges.trl_shards import check_shards
 
-    def sharded(self, *args, **options):
-        begin(self, *args, **options)
-        self.is_fsdp_enabled = True
+    for name in os.environ:
+        if name.startswith(("FSDP_", "ACCELERATE_USE_")):
+            monkeypatch.delenv(name)
+    for name, value in {"FSDP_VERSION": "2", "ACCELERATE_USE_FSDP": "true", **variables}.items():
+        monkeypatch.setenv(name, value)
+    with pytest.raises(opd.OpdlabError, match=said):
+        check_shards(Accelerator(), shipped("student").weights.model)
 
-    monkeypatch.setattr(DistillationTrainer, "__init__", sharded)
-    with pytest.raises(opd.OpdlabError, match="FSDP gives each process a part"):
-        bridge.MethodTrainer(opd.OPD(), **arguments(tmp_path))
+
+def test_refuses_zero_3(bridge):
+    from opdlab.bridges.trl_checks import check_trainer
+
+    state = SimpleNamespace(deepspeed_plugin=SimpleNamespace(zero_stage=3))
+    trainer = SimpleNamespace(
+        processing_class=shipped("student").tokenizer,
+        temperature=1.0,
+        accelerator=SimpleNamespace(state=state),
+    )
+    with pytest.raises(opd.OpdlabError, match=r"ZeRO-3 gives each process a part.*fsdp2\.yaml"):
+        check_trainer(trainer)
