@@ -36,7 +36,7 @@ from opdlab.errors import InvalidValue, MissingPolicy, OpdlabError
 from opdlab.models.graded import Graded
 from opdlab.models.places import takes_places
 from opdlab.models.policy import Policy, as_policy
-from opdlab.models.protocols import Checked, Grader, TopGrader, Writer
+from opdlab.models.protocols import Checked, Grader, RemoteGrader, TopGrader, Writer
 from opdlab.models.routed import Mixture, Routed
 from opdlab.models.same_tokens import check_same_tokens
 from opdlab.support.expect import shortened
@@ -353,35 +353,84 @@ class MultiTeacher:
             InvalidValue: A prompt has no teacher.
             OpdlabError: A teacher failed. The message names it.
         """
-        device = rollout.ids.device
+        return self.begin(rollout)()
+
+    def begin(self, rollout: Rollout) -> Callable[[], Routed]:
+        """Let the local teachers grade, and prepare what the servers are to grade.
+
+        Args:
+            rollout: `B` completions, in tokens that all teachers share.
+
+        Returns:
+            A function that has the servers grade, one after the other, and gives what `grade`
+            gives. It may run in another thread: no local model works in it.
+
+        Raises:
+            InvalidValue: A prompt has no teacher.
+            OpdlabError: A teacher failed. The message names it.
+        """
         weights = self.weights_of(rollout.prompts)  # [B, M]
-        row = torch.arange(len(rollout)).repeat_interleave(rollout.lengths.cpu())  # [tokens]
-        parts: list[Graded] = []
-        place = torch.full((len(row), 0), -1)
-        names = []
-        for m, (name, member) in enumerate(self.members.items()):
-            own = weights[:, m].nonzero()[:, 0]
+        begun: dict[str, Callable[[], Graded]] = {}
+        rows = {name: weights[:, m].nonzero()[:, 0] for m, name in enumerate(self.members)}
+        for name, own in rows.items():
             if not len(own):
                 continue
+            part = rollout.select(own.tolist())
             with _naming(name), self._metered(name):
-                parts.append(self._grader(name, member).grade(rollout.select(own.tolist())))
-            column = torch.full((len(row),), -1)
-            tokens = torch.isin(row, own)
-            column[tokens] = torch.arange(int(tokens.sum()))
-            place = torch.cat([place, column[:, None]], 1)
-            names.append(m)
-        by_token = weights[row][:, names].float()
-        vocab_size = max((part.vocab_size for part in parts), default=0)
+                grader = self._grader(name, self.members[name])
+                if isinstance(grader, RemoteGrader):
+                    begun[name] = grader.begin(part)
+                else:
+                    begun[name] = _already(grader.grade(part))
+
+        def finish() -> Routed:
+            parts = {}
+            for name, wait in begun.items():
+                with _naming(name), self._metered(name):
+                    parts[name] = wait()
+            return self._join(rollout, weights, rows, parts)
+
+        return finish
+
+    @property
+    def asks_servers(self) -> bool:
+        """Whether one of the teachers grades on another machine."""
+        return any(isinstance(member, RemoteGrader) for member in self.members.values())
+
+    def _join(
+        self,
+        rollout: Rollout,
+        weights: Tensor,
+        rows: Mapping[str, Tensor],
+        parts: Mapping[str, Graded],
+    ) -> Routed:
+        """Put the grades of all teachers together.
+
+        Args:
+            rollout: `B` completions.
+            weights: The weight of each teacher for each of them, `[B, M]`.
+            rows: The numbers of the completions that each teacher has graded.
+            parts: Their grades, of those teachers that have graded some.
+        """
+        device = rollout.ids.device
+        row = torch.arange(len(rollout)).repeat_interleave(rollout.lengths.cpu())  # [tokens]
+        place = torch.full((len(row), len(parts)), -1)
+        for m, name in enumerate(parts):
+            tokens = torch.isin(row, rows[name])
+            place[tokens, m] = torch.arange(int(tokens.sum()))
+        names = list(self.members)
+        by_token = weights[row][:, [names.index(name) for name in parts]].float()
+        vocab_size = max((part.vocab_size for part in parts.values()), default=0)
         k = None if self.k is None else min(self.k, vocab_size)
         return Routed(
-            tuple(parts),
+            tuple(parts.values()),
             place.to(device),
             by_token.to(device),
             rollout.ids[rollout.mask],
             vocab_size,
             k,
             self.mixture,
-            tuple(list(self.members)[m] for m in names),
+            tuple(parts),
         )
 
     def write(
@@ -567,6 +616,11 @@ def _mean(values: pd.Series[float], weights: pd.Series[float]) -> float:
     there = values.notna() & (weights > 0)
     total = float(weights[there].sum())
     return float((values[there] * weights[there]).sum()) / total if total else math.nan
+
+
+def _already(graded: Graded) -> Callable[[], Graded]:
+    """Make a function that gives grades which are there."""
+    return lambda: graded
 
 
 @contextmanager

@@ -123,6 +123,21 @@ def share_of_step(run: RunState, step: int) -> Share:
     return Share.of(prompts, own, accelerator.process_index, accelerator.num_processes)
 
 
+def rows_of_step(run: RunState, step: int) -> list[int]:
+    """Number this process's completions in the whole step.
+
+    Args:
+        run: The run.
+        step: Number of the step, from 0.
+
+    Returns:
+        The numbers, in the order of this process's rollout.
+    """
+    n = run.settings.n
+    n_others = [1 if name == "answer" else n for name in writer_names(run.method)]
+    return share_of_step(run, step).rows(n, n_others)
+
+
 def _seeded(
     run: RunState, writer: Sampler, config: SamplingConfig, places: range
 ) -> dict[str, Any]:
@@ -168,9 +183,7 @@ def plan_step(
         trainer's log-probs in place of the sampler's.
     """
     processes = AcceleratedProcesses(run.accelerator)
-    n = run.settings.n
-    n_others = [1 if name == "answer" else n for name in writer_names(run.method)]
-    row = torch.tensor(share_of_step(run, run.done).rows(n, n_others))
+    row = torch.tensor(rows_of_step(run, run.done))
     batch = Batch(rollout, run.policies, run.task, run.done, processes, row, awaited)
     with backbone_precision(run):
         if run.settings.importance_cap is not None:

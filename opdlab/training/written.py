@@ -16,11 +16,14 @@ class Written:
     Attributes:
         step: Number of the step that they are for, from 0.
         updates: Updates that the student had made when it wrote them.
-        rollout: The texts.
+        rollout: The texts of this process.
+        everyone: Those of all processes, in the order of the step, which checkpoints hold; without
+            `generate_ahead` those of this process.
         grades: The grades that servers are at work on, by policy.
     """
 
     step: int
     updates: int
     rollout: Rollout
+    everyone: Rollout
     grades: dict[str, Future[Graded]] = field(default_factory=dict)

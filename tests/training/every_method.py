@@ -16,9 +16,13 @@ from pathlib import Path
 import torch
 
 import opdlab as opd
+from opdlab.models.graded import TopLogprobs
+from opdlab.teachers.text_only import as_writer
 
 torch.set_num_threads(1)
 LR = 1e-3
+TOP = opd.TopK(6, by="teacher")
+AHEAD = "ahead, many teachers"  # the run of texts written ahead that is taken up
 
 
 class Judge:
@@ -27,6 +31,32 @@ class Judge:
     def write(self, prompts, n=1, *, max_new_tokens=64, temperature=1.0, seed=0):
         texts = [str(prompt.messages[-1]["content"]) for prompt in prompts]
         return [[f"I say {len(text) % 10}."] * n for text in texts]
+
+
+class Elsewhere:
+    """A teacher as if on a server: it gives its likeliest tokens, in another thread."""
+
+    k = 6
+
+    def __init__(self, policy: opd.Policy) -> None:
+        self.policy = policy
+
+    def grade(self, rollout):
+        return self.begin(rollout)()
+
+    def begin(self, rollout):
+        with torch.no_grad():
+            logp = self.policy.grade(rollout).logp()
+
+        def work() -> TopLogprobs:
+            top, token = logp.topk(self.k), rollout.ids[rollout.mask]
+            own = logp.gather(1, token[:, None])[:, 0]
+            return TopLogprobs(top.indices, top.values, own, token, logp.shape[1])
+
+        return work
+
+    def write(self, prompts, n=1, **options):
+        return as_writer(self.policy).write(prompts, n, **options)
 
 
 @dataclass(frozen=True)
@@ -87,6 +117,11 @@ def methods() -> dict[str, tuple[object, dict[str, object]]]:
         "RLSD": (opd.RLSD(anchor="frozen"), {"n": 4}),
         "SDAR": (opd.SDAR(), {"n": 4}),
         "many teachers": (opd.OPD("forward_kl"), {}),
+        "ahead": (opd.OPD(top_k=TOP), {"generate_ahead": True, "importance_cap": 2.0}),
+        "ahead, many teachers": (
+            opd.OPD(on_policy=0.6, top_k=TOP),
+            {"generate_ahead": True, "n": 2},
+        ),
         "own plan": (Own(), {}),
     }
 
@@ -94,9 +129,15 @@ def methods() -> dict[str, tuple[object, dict[str, object]]]:
 def main(folder: Path, other: Path | None) -> None:
     """Train with every method, evaluate, score and resume."""
     base, teacher, task = opd.load("market")
-    several = opd.MultiTeacher({"one": teacher, "other": base.frozen().seeing("7 + 6 = 1 3")}, shop)
+    told = base.frozen().seeing("7 + 6 = 1 3")
+    teachers = {
+        "OVD": Judge(),
+        "many teachers": opd.MultiTeacher({"one": teacher, "other": told}, shop),
+        "ahead": Elsewhere(teacher),
+        "ahead, many teachers": opd.MultiTeacher({"one": Elsewhere(teacher), "other": told}, shop),
+    }
     for name, (method, settings) in methods().items():
-        chosen = {"OVD": Judge(), "many teachers": several}.get(name, teacher)
+        chosen = teachers.get(name, teacher)
         options = {"steps": 2, "batch": 5, "max_new_tokens": 12, "seed": 3, "lr": LR}
         options |= {"quiet": True, "save": folder / name, "save_every": 1, **settings}
         run = opd.distill(base.frozen(), chosen, task, method=method, **options)
@@ -118,6 +159,10 @@ def main(folder: Path, other: Path | None) -> None:
     if other is not None:
         there = {"save": folder / "resumed", "quiet": True}
         opd.resume(other / "OPD full", base.frozen(), teacher, task, step=1, **there).train()
+        there["save"] = folder / "resumed ahead"
+        opd.resume(
+            other / AHEAD, base.frozen(), teachers[AHEAD], task, step=1, allow="teacher", **there
+        ).train()
 
 
 if __name__ == "__main__":

@@ -192,6 +192,53 @@ def test_it_is_refused_where_nothing_would_be_faster():
             )
 
 
+def members(*made: Elsewhere) -> opd.MultiTeacher:
+    """Teachers of about half of the prompts each."""
+
+    def route(prompt: opd.Prompt) -> str:
+        return "one" if str(prompt.messages[0]["content"]) < "f" else "other"
+
+    return opd.MultiTeacher(dict(zip(("one", "other"), made, strict=True)), route)
+
+
+def test_several_teachers_write_ahead_as_one(undisturbed):
+    """Both are the same model, so all numbers are those of one teacher."""
+    one, other = Elsewhere(), Elsewhere()
+    run = make(members(one, other), generate_ahead=True).train()
+    assert is_same(weights(run), weights(undisturbed))
+    assert min(len(one.begun), len(other.begun)) >= 1
+    assert all(name.startswith("grade_") for name in one.threads | other.threads)
+    pd.testing.assert_frame_equal(numbers(run)[list(numbers(undisturbed))], numbers(undisturbed))
+
+
+def test_a_local_teacher_among_several_grades_in_this_thread(undisturbed):
+    far, near = Elsewhere(), model("teacher")
+    run = make(members(far, near), generate_ahead=True).train()
+    plain = make(members(Elsewhere(), near), steps=1).train()
+    assert numbers(run)["loss"].iloc[0] == numbers(plain)["loss"].iloc[0]
+    assert list(run.history["staleness"]) == [0, 1, 1, 1]
+    assert is_same(weights(run), weights(undisturbed))
+
+
+def test_texts_of_a_step_that_failed_are_saved_too(undisturbed, tmp_path):
+    teacher = Elsewhere()
+    run = make(teacher, generate_ahead=True, save=tmp_path)
+    next(run)
+    teacher.faults = 1
+    with pytest.raises(errors.TeacherError, match="made to fail"):
+        next(run)
+    run.save()
+    again = opd.resume(tmp_path, model("student"), Elsewhere(), TASK, quiet=True, allow="teacher")
+    again.train()
+    assert is_same(weights(again), weights(undisturbed))
+
+
+def test_several_teachers_in_this_process_are_refused():
+    near = model("teacher")
+    with pytest.raises(errors.InvalidValue, match="reads grades tokens on a server"):
+        make(members(near, near.frozen()), generate_ahead=True)
+
+
 def test_more_steps_than_the_run_had_are_announced(tmp_path):
     make(generate_ahead=True, save=tmp_path, steps=1).train()
     student = model("student")

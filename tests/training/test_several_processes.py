@@ -129,6 +129,27 @@ def test_one_process_takes_up_a_run_of_two(folders, tmp_path):
     same_weights(folders[1] / "OPD full" / "step-000002", tmp_path / "step-000002")
 
 
+@pytest.mark.parametrize("processes", [2, 3])
+def test_more_processes_take_up_texts_that_one_wrote_ahead(folders, processes):
+    before = folders[1] / every_method.AHEAD
+    assert (before / "step-000001" / "ahead.safetensors").exists()
+    same_weights(before / "step-000002", folders[processes] / "resumed ahead" / "step-000002")
+
+
+@pytest.mark.parametrize("method", ["ahead", every_method.AHEAD])
+@pytest.mark.parametrize("processes", [2, 3])
+def test_texts_written_ahead_are_saved_as_one_process_saves_them(folders, method, processes):
+    one, many = (folders[n] / method / "step-000001" for n in (1, processes))
+    left, right = (load_file(folder / "ahead.safetensors") for folder in (one, many))
+    assert left.keys() == right.keys()
+    for name, value in left.items():
+        torch.testing.assert_close(right[name], value, rtol=1e-4, atol=1e-5)
+    said = [json.loads((folder / "ahead.json").read_text()) for folder in (one, many)]
+    assert said[0] == said[1]
+    history = json.loads((many.parent / "step-000002" / "history.json").read_text())
+    assert [row["staleness"] for row in history] == [0, 1]
+
+
 def test_the_methods_of_the_library_are_all_here():
     here = {type(method).__name__ for method, _ in every_method.methods().values()}
     library = {name for name in opd.methods.__all__ if hasattr(getattr(opd.methods, name), "loss")}
