@@ -48,6 +48,15 @@ def teacher_server(tmp_path_factory) -> Iterator[Server]:
     server.kill()
 
 
+@pytest.fixture(scope="session")
+def second_teacher_server(tmp_path_factory) -> Iterator[Server]:
+    """The same teacher once more."""
+    server = vllm_server("teacher", tmp_path_factory.mktemp("servers"))
+    server.start()
+    yield server
+    server.kill()
+
+
 @pytest.fixture
 def key(monkeypatch) -> str:
     monkeypatch.setenv("OPDLAB_API_KEY", KEY)

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import random
 import threading
+import time
 import urllib.request
 
 import pytest
@@ -96,17 +98,25 @@ def test_full_training_and_large_ranks_are_refused(student_server, key):
         next(run_with(VLLMServer(student_server.url), lora=32))
 
 
-def test_a_server_that_is_killed_and_started_again(student_server, key):
+def test_a_server_that_is_killed_at_a_random_moment_and_started_again(student_server, key):
     """It has lost the adapter; the run waits, hands it over again, and goes on."""
     with VLLMServer(student_server.url, retries=1, timeout=60) as sampler:
         run = run_with(sampler, steps=4)
         next(run)
-        student_server.kill()
-        again = threading.Timer(2.0, student_server.start, kwargs={"wait": False})
+        moment = random.SystemRandom().uniform(0, run.metrics[-1]["seconds"])
+
+        def restart() -> None:
+            student_server.kill()
+            time.sleep(2)
+            student_server.start(wait=False)
+
+        again = threading.Timer(moment, restart)
         again.start()
         run.train()
         again.join()
-        assert run.done == 4
+        student_server.wait()  # where the run was quicker
+        assert run.done == 4, moment
+        assert len(run.history) == 4
         assert run.history["sampler_gap"].max() < 1e-5
 
 

@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import time
+import warnings
+
 import pytest
+import torch
 
 import opdlab as opd
 from opdlab.errors import OpdlabError, TeacherError
@@ -62,3 +66,43 @@ def test_too_many_log_probs_are_refused_before_the_run(teacher_server):
 def test_a_wrong_model_is_refused(teacher_server):
     with pytest.raises(TeacherError, match="404"):
         first_step(TextServer(teacher_server.url, "nobody", quiet=True), opd.SequenceKD())
+
+
+def weights(run):
+    return torch.cat([parameter.detach().flatten() for parameter in run.parameters.values()])
+
+
+@pytest.mark.parametrize("ahead", [False, True])
+def test_one_of_two_servers_is_killed_and_started_again(
+    ahead, teacher_server, second_teacher_server
+):
+    """The other answers in its place, and the run is that of one server: grades do not depend on
+    which server gives them. Started again, it takes its share once more.
+    """
+    method = opd.OPD("forward_kl", top_k=TopK(20, by="teacher"))
+
+    def run_on(urls, steps=8, **options):
+        student, _, task = opd.load("market")
+        served = LogprobServer(urls, k=20, cache=None, quiet=True, **options)
+        chosen = {"steps": steps, "batch": 6, "quiet": True, "generate_ahead": ahead}
+        return opd.distill(student, served, task, method=method, **chosen), served
+
+    alone, _ = run_on(teacher_server.url)
+    want = weights(alone.train())
+    run, served = run_on([teacher_server.url, second_teacher_server.url], retries=3)
+    first, second = served.text.service.servers.all
+    next(run)
+    second_teacher_server.kill()
+    with warnings.catch_warnings(record=True) as said:
+        warnings.simplefilter("always")
+        for _ in range(4):
+            next(run)
+        assert run.done == 5
+        assert second.failures >= 1
+        assert first.failures == 0
+        second_teacher_server.start()
+        time.sleep(max(0.0, second.until - time.monotonic()))
+        run.train()
+    assert second.failures == 0, "it was not tried again"
+    assert any("does not answer" in str(one.message) for one in said)
+    torch.testing.assert_close(weights(run), want, rtol=1e-4, atol=0.05 * run.settings.lr)
