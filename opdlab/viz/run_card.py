@@ -118,7 +118,7 @@ class RunCard(View):
             The view.
         """
         samples = {words: make_trace(tokens, prompt=words, finish=words)}
-        return cls({words: example_history()}, samples=samples, title=words, note=words)
+        return cls(example_history(), samples=samples, title=words, note=words)
 
     @property
     def df(self) -> pd.DataFrame:
