@@ -11,12 +11,15 @@ from pathlib import Path
 from typing import Any
 
 from opdlab.data.column import Column
+from opdlab.data.labels import Labels
 from opdlab.data.rollout import Rollout
 from opdlab.data.trace import Trace
+from opdlab.diagnose.attribution import attribute, depth
+from opdlab.diagnose.branching import branch
 from opdlab.engine.batch import Batch
 from opdlab.engine.planned import run_plan
 from opdlab.errors import OpdlabError
-from opdlab.methods import DOPD, TOPD, OmniOPD
+from opdlab.methods import DOPD, OPD, TOPD, OmniOPD
 from opdlab.models.policy import Policy
 from opdlab.tasks import Task
 from opdlab.tasks.market import model
@@ -30,8 +33,12 @@ from opdlab.viz import (
     VIEWS,
     Alignment,
     Audits,
+    Branches,
     Compare,
+    Disagreements,
+    Equation,
     Forks,
+    Marks,
     Playground,
     PrivilegeLens,
     Regimes,
@@ -42,7 +49,9 @@ from opdlab.viz import (
     TailAudit,
     Timeline,
     TokenLens,
+    TwoRules,
     View,
+    Why,
     page,
 )
 from opdlab.viz.overview import overview
@@ -112,7 +121,15 @@ def market_views(quick: bool = False) -> Iterator[View]:
     trace = with_types(score(rollout, start, teacher), task, rollout, student)
     rewards = task.scores(rollout.prompts, rollout.texts)
     wrong = rewards.index(0.0) if 0.0 in rewards else 0
-    yield TokenLens(trace, wrong, title="Written by the student, graded by the teacher")
+    lens = TokenLens(trace, wrong, title="Written by the student, graded by the teacher")
+    yield lens
+    yield Equation(trace, OPD("generalized_jsd"), wrong, title="The loss of one token")
+    yield Disagreements(trace)
+    tree = branch(rollout, start, teacher, wrong, lens.selected, task=task, quiet=True)
+    yield Branches(trace, [tree], sample=wrong, title="The teacher's token, forced")
+    labels = Labels(trace)
+    labels.add(wrong, lens.selected, "slip", "Here the answer goes wrong.")
+    yield Marks(trace, labels, wrong)
     yield Rollouts(trace, rewards=rewards)
     yield TailAudit(trace, wrong)
     divergences = ["forward_kl", "reverse_kl", "jensen_shannon"]
@@ -125,6 +142,8 @@ def market_views(quick: bool = False) -> Iterator[View]:
     yield Timeline(graded, rewards=task.scores(several.prompts, several.texts))
     secret = secret_trace()
     yield Regimes(secret)
+    yield TwoRules(secret, "route = HT teacher leads", "type = secret")
+    yield why_a_secret()
     yield PrivilegeLens(secret, wrong="teacher+wrong", title="A skill, or a leaked answer?")
     yield Forks(first_step(start, teacher, task, TOPD(share=0.1), batch=24))
     chunks = OmniOPD(length=1, chunks=4, continuations=4, similarity="rouge1", match_length=True)
@@ -210,6 +229,23 @@ def secret_trace() -> Trace:
         name: Column(values, planned.descriptions[name]) for name, values in planned.columns.items()
     }
     return trace.with_columns(**columns)
+
+
+def why_a_secret() -> Why:
+    """Ask why a hinted teacher wants a secret letter, and in which layer the hint acts.
+
+    Returns:
+        The view, at the first secret token of a completion.
+    """
+    student, teacher, task = load("market", secret=True)
+    hinted = teacher.seeing()
+    prompts = task.prompts(2, split="test")
+    rollout = student.sample(prompts, max_new_tokens=task.max_new_tokens, seed=0)
+    trace = with_types(score(rollout, student, hinted), task, rollout, student)
+    at = trace.sample(0).table["type"].to_pylist().index("secret")
+    layers = depth(rollout, teacher, hinted, 0, at)
+    reasons = (attribute(rollout, student, hinted, 0, at), layers)
+    return Why(trace, reasons, title="Where the hint leaks")
 
 
 def first_step(student: Policy, teacher: Any, task: Task, method: Any, batch: int) -> Trace:

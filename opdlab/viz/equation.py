@@ -47,6 +47,7 @@ class Equation(View):
     Attributes:
         trace: The rows of the completion.
         formula: The formula, or None.
+        method: The method's name; "" where nobody knows it.
 
     Raises:
         OpdlabError: The trace has no such completion or no numbers.
@@ -68,9 +69,9 @@ class Equation(View):
         expect(trace, Trace, type(self).__name__, "trace")
         self.sample, self.title = sample, title
         rows = select_completion(trace, sample)
-        text = trace.meta.get("formula", "")
+        text, self.method = trace.meta.get("formula", ""), str(trace.meta.get("method") or "")
         if method is not None:
-            rows, text = _differentiate(rows, method)
+            rows, text, self.method = _differentiate(rows, method)
         self.trace = rows
         self.formula = _read(text)
         self.channels = _find_inputs(rows, self.formula)
@@ -159,7 +160,7 @@ class Equation(View):
             "policies": self.trace.policies,
             "text": payload.describe_text(self.trace),
             "duel": find_duel(self.trace, gradients),
-            "method": str(self.trace.meta.get("method") or ""),
+            "method": self.method,
             "formula": self.formula.text if self.formula else "",
             "tree": self.formula.tree if self.formula else [],
             "values": self.values.astype(np.float32),
@@ -233,17 +234,20 @@ def _read(text: Any) -> Formula | None:
         return None
 
 
-def _differentiate(trace: Trace, method: Any) -> tuple[Trace, str]:
-    """The trace with the loss of a method and its gradient, and the method's formula."""
+def _differentiate(trace: Trace, method: Any) -> tuple[Trace, str, str]:
+    """The trace with the loss of a method and its gradient, the method's formula and its name."""
     from opdlab.audit.what_if import what_if, with_gradients
+    from opdlab.methods.contract import name_of
     from opdlab.methods.conversion import as_method
     from opdlab.methods.formulas import formula_of
 
-    text = formula_of(as_method(method, "Equation"))
+    chosen = as_method(method, "Equation")
+    text, name = formula_of(chosen), name_of(chosen)
     if not len(trace):
-        return trace, text
+        return trace, text, name
     found = with_gradients(trace, method)
-    return (found if "loss" in found.table.column_names else what_if(found, method)), text
+    is_recorded = "loss" in found.table.column_names
+    return (found if is_recorded else what_if(found, method)), text, name
 
 
 def _probabilities(trace: Trace) -> dict[str, np.ndarray]:

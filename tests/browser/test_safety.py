@@ -69,6 +69,7 @@ TAGS = {
     "details",
     "summary",
     "textarea",
+    "datalist",
     "code",
     "h3",
     "h4",

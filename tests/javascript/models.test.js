@@ -6,7 +6,7 @@ import { crowdedColumns, roundTicks } from "../../opdlab/viz/static/dots.js";
 import { byPrompt, nearestKept } from "../../opdlab/viz/static/board.js";
 import { resultOf, signOfScore } from "../../opdlab/viz/static/branches.js";
 import { orderOfGroups, rowsOfGroups } from "../../opdlab/viz/static/disagreements.js";
-import { namesOf, verdictOf, writeFormula } from "../../opdlab/viz/static/equation.js";
+import { exactNumber, namesOf, verdictOf, writeFormula } from "../../opdlab/viz/static/equation.js";
 import { agreementOf, toggled } from "../../opdlab/viz/static/lens.js";
 import { changeSince } from "../../opdlab/viz/static/scrubber.js";
 import { channelOfMarks, chosenRange, markAt, withMark } from "../../opdlab/viz/static/marks.js";
@@ -137,6 +137,10 @@ test("a formula keeps the brackets that it needs", () => {
   const terms = (term) => ["0.5", "0.2"].map((p) => writeFormula(term, (n) => (n === "p" ? p : n)));
   assert.equal(writeFormula(sum, nameOf, terms), "[0.5 · a + 0.2 · a + …]");
   assert.deepEqual(namesOf(sum), ["p", "a"]);
+  assert.deepEqual(
+    [0, 0.25, -1.7e-5].map((x) => exactNumber(x)),
+    ["0", "0.25", "−1.7e−5"],
+  );
   assert.equal(verdictOf(1, 1.0001, false), "as recorded");
   assert.match(verdictOf(1, 2, false), /not the same/);
   assert.match(verdictOf(1, 2, true), /whole vocabulary/);

@@ -32,6 +32,17 @@ const SIGNS = { "+": " + ", "-": " − ", "*": " · ", "/": " / ", ">=": " ≥ "
 const MOST_TERMS = 3; // of a sum that are written out
 const CLOSE = 2e-3; // how far two numbers of three digits may be apart, relative to their size
 
+/**
+ * Return a number with three digits; one near zero keeps its size, as in 1.7e−5.
+ * @param {number} value
+ * @param {boolean} [signed]
+ */
+export const exactNumber = (value, signed = false) => {
+  const isSmall = value !== 0 && Math.abs(value) < 0.0005;
+  if (!isSmall) return number(value, signed);
+  return (signed && value > 0 ? "+" : "") + value.toExponential(1).replaceAll("-", "−");
+};
+
 /** @param {FormulaPart} part */
 const strengthOf = ([kind]) => STRENGTH[kind] ?? (COMPARISONS.includes(kind) ? 1 : 9);
 
@@ -46,7 +57,7 @@ const strengthOf = ([kind]) => STRENGTH[kind] ?? (COMPARISONS.includes(kind) ? 1
 export const writeFormula = (part, nameOf, termsOf = null) => {
   const [kind, ...rest] = part;
   if (kind === "name") return nameOf(String(rest[0]));
-  if (kind === "number") return number(Number(rest[0]));
+  if (kind === "number") return exactNumber(Number(rest[0]));
   const inner = /** @type {FormulaPart[]} */ (rest);
   const terms = kind === "sum" && termsOf ? termsOf(inner[0]) : [];
   if (terms.length) return `[${[...terms, "…"].join(" + ")}]`;
@@ -115,7 +126,7 @@ const sumTerms = ({ duel }) => {
     return Array.from({ length: size }, (_, k) => {
       const place = index.start[row] + k;
       const text = writeFormula(term, (name) =>
-        name in duel.p ? number(duel.p[name][place]) : at(name),
+        name in duel.p ? exactNumber(duel.p[name][place]) : at(name),
       );
       return text;
     });
@@ -145,14 +156,16 @@ const formulaLines = (data) => {
   const show = (row) => {
     const at = (/** @type {string} */ name) => {
       const channel = byKey.get(name);
-      return channel ? number(channel.values[row]) : name;
+      return channel ? exactNumber(channel.values[row]) : name;
     };
     const termsOf = (/** @type {FormulaPart} */ term) => termsAt(term, row, at);
     filled.math.textContent = known ? writeFormula(tree, at, termsOf) : "";
     const recorded = loss ? loss.values[row] : NaN;
     const value = values[row];
     const shown = Number.isNaN(value) ? recorded : value;
-    result.math.textContent = Number.isNaN(shown) ? "not kept in this trace" : number(shown, true);
+    result.math.textContent = Number.isNaN(shown)
+      ? "not kept in this trace"
+      : exactNumber(shown, true);
     const said = verdictOf(value, recorded, isSum);
     if (said) result.math.append(make("span", "opd-soft", `   ${said}`));
   };
@@ -203,7 +216,7 @@ const slopeRow = () => {
       side.fill.style.width = `${50 * size}%`;
       side.fill.style.left = slopes[i] < 0 ? `${50 - 50 * size}%` : "50%";
       put(side.fill, { "data-sign": Math.sign(slopes[i]) });
-      side.value.textContent = number(slopes[i], true);
+      side.value.textContent = exactNumber(slopes[i], true);
     });
   };
   return { node, fill };

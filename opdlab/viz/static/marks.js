@@ -91,7 +91,10 @@ export const chosenRange = (brush, selected) => {
 
 /** @param {MarksPayload} data */
 const formParts = ({ longest }) => {
-  const node = put(make("form", "opd-form"), { "aria-label": "Label of the chosen tokens" });
+  const node = put(make("div", "opd-form"), {
+    role: "group",
+    "aria-label": "Label of the chosen tokens",
+  });
   const place = make("div", "opd-place");
   const known = put(make("datalist"), { id: unique() });
   const label = put(make("input"), { maxlength: longest[0], list: known.id, autocomplete: "off" });
@@ -170,7 +173,13 @@ const markList = ({ text, sample }, state, choose) => {
 const keptLine = ({ file, is_kept: isKept }, state) => {
   const node = make("div", "opd-said opd-soft");
   const told = make("span");
-  const offer = put(make("a", "", "Save as a file"), { download: "trace.labels.json" });
+  const offer = makeButton("opd-mark-button", "Save as a file");
+  offer.addEventListener("click", () => {
+    const content = JSON.stringify({ ...file, marks: state.get("marks") }, null, 1);
+    const link = put(make("a"), { download: "trace.labels.json" }); // never a part of the page
+    link.href = `data:application/json;charset=utf-8,${encodeURIComponent(content)}`;
+    link.click();
+  });
   node.append(told, offer);
   const draw = () => {
     const marks = state.get("marks");
@@ -180,8 +189,6 @@ const keptLine = ({ file, is_kept: isKept }, state) => {
       : "kept by Python, not in a file";
     told.textContent = `${count}; ${state.live ? where : "this page forgets them when it is closed"}`;
     offer.hidden = state.live;
-    const content = JSON.stringify({ ...file, marks }, null, 1);
-    offer.href = `data:application/json;charset=utf-8,${encodeURIComponent(content)}`;
   };
   return { node, draw };
 };
@@ -217,10 +224,6 @@ const labelForm = (data, state, leave) => {
     spoken.textContent = `labelled ${label}`;
     leave();
   };
-  form.node.addEventListener("submit", (event) => {
-    event.preventDefault();
-    apply();
-  });
   form.label.addEventListener("keydown", (event) => {
     if (event.key === "Escape") leave();
     else if (event.key === "Enter") apply();

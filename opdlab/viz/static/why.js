@@ -118,7 +118,8 @@ define("why", ({ box, data, state }) => {
   const mark = () => {
     channel.peaks = [...byRow.keys()].sort((a, b) => a - b);
     strip.paint(channel);
-    count.textContent = `${byRow.size} tokens asked about; n and p go to them`;
+    const tokens = byRow.size === 1 ? "token" : "tokens";
+    count.textContent = `${byRow.size} ${tokens} asked about; n and p go to them`;
     map?.draw([channel], { peaks: channel.peaks, found: [], chosen: state.get("selected") });
   };
   /** @param {number} row */
