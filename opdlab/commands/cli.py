@@ -444,6 +444,22 @@ def freeze(
         print(f"{path}: {notebook.freeze(path):,} bytes")
 
 
+@app.command
+def html(
+    notebooks: Annotated[tuple[Path, ...], tyro.conf.Positional], out: Path = Path("pages")
+) -> None:
+    """Write notebooks as HTML files that fetch nothing, formulas included.
+
+    Args:
+        notebooks: The files, with their outputs. Folded code is left out.
+        out: The folder to write them to.
+    """
+    from opdlab import notebook
+
+    for path in notebooks:
+        print(notebook.to_html(path, out / f"{path.stem}.html"))
+
+
 def main() -> None:
     """Run the command line; what the user can mend is one line on stderr, with exit code 1."""
     try:

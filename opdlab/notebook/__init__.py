@@ -5,6 +5,7 @@ is needed to use opdlab.
 """
 
 from opdlab.notebook.checking import Exercise, author, exercise
+from opdlab.notebook.exporting import to_html
 from opdlab.notebook.freezing import LIMIT, execute, freeze, hash_source
 from opdlab.notebook.session import Context, setup
 from opdlab.notebook.survey import compose, compose_all, survey
@@ -23,5 +24,6 @@ __all__ = [
     "hash_source",
     "setup",
     "survey",
+    "to_html",
     "trust",
 ]
