@@ -257,6 +257,8 @@ def show(
 ) -> None:
     """Draw a saved trace as a page with every view that fits it, and open the page.
 
+    Labels in the file beside it are drawn, too.
+
     Args:
         trace: A Parquet file written by `trace.save`.
         sample: The completion that the close views show.
@@ -264,13 +266,13 @@ def show(
         open: Whether to open the page in a browser.
     """
     from opdlab import viz
-    from opdlab.data.trace import Trace
+    from opdlab.data.labels import load_labelled
     from opdlab.viz.overview import overview
 
     path = viz.page(
         out or trace.with_suffix(".html"),
         title=trace.name,
-        lenses=overview(Trace.load(trace), sample),
+        lenses=overview(load_labelled(trace), sample),
     )
     print(f"page: {path}")
     if open:

@@ -19,6 +19,7 @@ from rich.table import Table
 
 from opdlab import viz
 from opdlab.commands.run_files import Measured, RunFiles
+from opdlab.data.labels import load_labelled
 from opdlab.data.trace import Trace
 from opdlab.diagnose.health import health
 from opdlab.errors import InvalidValue, OpdlabError
@@ -378,12 +379,12 @@ def _controls(found: Found) -> list[tuple[str, View]]:
 
 
 def _strips(found: Found) -> list[tuple[str, View]]:
-    """The text that the teacher disagreed with most, before and after training."""
+    """The text that the teacher disagreed with most, before and after training, with its labels."""
     traces = found.files.traces()
     if not traces:
         return []
     first, last = min(traces), max(traces)
-    before = Trace.load(traces[first])
+    before = load_labelled(traces[first])
     sample = _most_disputed(before)
     views: list[tuple[str, View]] = [
         (f"After step {first}: a text that the student wrote", viz.TokenLens(before, sample))
@@ -391,10 +392,10 @@ def _strips(found: Found) -> list[tuple[str, View]]:
         else ("Before: a text that the student wrote", viz.TokenLens(before, sample))
     ]
     if found.files.before_again.exists():
-        again = Trace.load(found.files.before_again)
+        again = load_labelled(found.files.before_again)
         views.append(("After: the same text, graded again", viz.TokenLens(again, sample)))
     if last != first:
-        now = Trace.load(traces[last])
+        now = load_labelled(traces[last])
         caption = f"After step {last}: what the student writes now for the same prompt"
         views.append((caption, viz.TokenLens(now, sample)))
     return views

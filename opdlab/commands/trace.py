@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from opdlab.commands.output import Output
-from opdlab.data.trace import Trace
+from opdlab.data.labels import load_labelled
 from opdlab.errors import InvalidValue
 from opdlab.viz import questions
 from opdlab.viz.markup import format_number
@@ -45,7 +45,7 @@ def ask_trace(
         )
     if by and question in ("describe", "where"):
         raise InvalidValue(f"opdlab trace {question} goes by no channel. Leave --by out.")
-    trace = Trace.load(file)
+    trace = load_labelled(file)
     if question == "describe":
         answer = questions.describe(trace)
     elif question == "worst":
@@ -60,7 +60,7 @@ def ask_trace(
                 f"opdlab trace compare got {len(about)} other files. Give one: opdlab trace"
                 " before.parquet compare after.parquet."
             )
-        answer = questions.compare(trace, Trace.load(about[0]), by, n, context)
+        answer = questions.compare(trace, load_labelled(about[0]), by, n, context)
     output.result = answer
     if not output.is_json:
         for line in _lines(answer):

@@ -121,8 +121,7 @@ class Labels:
             OpdlabError: As for `Trace.load` and `Labels`.
         """
         trace = Trace.load(trace_path)
-        path = Path(trace_path)
-        return cls(trace, path.with_name(path.stem + SUFFIX))
+        return cls(trace, path_beside(trace_path))
 
     def __len__(self) -> int:
         return len(self._marks)
@@ -328,6 +327,35 @@ class Labels:
         self._check_tokens(str(content.get("tokens")), str(path))
         self._check(marks)
         return marks
+
+
+def load_labelled(trace_path: str | os.PathLike[str]) -> Trace:
+    """Read a trace with the labels in the file beside it, where there is one.
+
+    Args:
+        trace_path: The trace's file.
+
+    Returns:
+        The trace; with the column `label` if somebody labelled it.
+
+    Raises:
+        OpdlabError: As for `Labels.beside`.
+    """
+    trace, path = Trace.load(trace_path), path_beside(trace_path)
+    return Labels(trace, path).add_to(trace) if path.exists() else trace
+
+
+def path_beside(trace_path: str | os.PathLike[str]) -> Path:
+    """Name the file of the labels of a saved trace.
+
+    Args:
+        trace_path: The trace's file.
+
+    Returns:
+        The same name with the ending `.labels.json`, in the same folder.
+    """
+    path = Path(trace_path)
+    return path.with_name(path.stem + SUFFIX)
 
 
 def _read_mark(given: Any) -> Mark:

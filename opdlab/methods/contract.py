@@ -36,10 +36,11 @@ DEFAULT_NEEDS = ("teacher",)  # the needs of a bare function that states none
 class Method(Protocol):
     """The parts of every method: the distributions that it reads, and a loss.
 
-    A method may also be a `HasPlan`, `HasShare`, `HasWriter`, `HasRecipe` or `HasParts`. It may
-    have `verifies = True` (it learns from the task's verifier), `least_n` (samples per prompt that
-    it compares at least), and `state_dict()` with `load_state_dict(state)` where it keeps something
-    from step to step (`opdlab.training.method_state`).
+    A method may also be a `HasPlan`, `HasShare`, `HasWriter`, `HasRecipe`, `HasParts` or
+    `HasFormula`. It may have `verifies = True` (it learns from the task's verifier), `least_n`
+    (samples per prompt that it compares at least), and `state_dict()` with
+    `load_state_dict(state)` where it keeps something from step to step
+    (`opdlab.training.method_state`).
     """
 
     @property
@@ -139,6 +140,16 @@ class HasForms(Protocol):
         Returns:
             A new method.
         """
+        ...
+
+
+@runtime_checkable
+class HasFormula(Protocol):
+    """A method that declares the formula of its loss, for traces and pictures."""
+
+    @property
+    def formula(self) -> str:
+        """One line over the columns of a trace (`opdlab.data.formula`)."""
         ...
 
 

@@ -12,6 +12,7 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 from opdlab.data.formula import read_formula
+from opdlab.methods.contract import HasFormula
 from opdlab.methods.eopd import EOPD
 from opdlab.methods.gopd import GOPD
 from opdlab.methods.grpo import GRPO
@@ -39,10 +40,9 @@ def formula_of(method: Any) -> str:
     Raises:
         InvalidValue: The method declares something that is no formula.
     """
-    declared = getattr(method, "formula", None)
-    if declared is not None:
-        name = type(method).__name__
-        return read_formula(declared() if callable(declared) else declared, f"{name}.formula").text
+    # An attribute of that name that is no text is something of the method's own.
+    if isinstance(method, HasFormula) and isinstance(method.formula, str):
+        return read_formula(method.formula, f"{type(method).__name__}.formula").text
     write = _FORMULAS.get(type(method))
     return write(method) if write else ""
 

@@ -16,6 +16,7 @@ from opdlab.errors import ContextTooLong, InvalidValue, MissingHint, MissingPoli
 from opdlab.methods import Method
 from opdlab.methods.contract import name_of as name_of_method
 from opdlab.methods.contract import student_share, tells_hints, writer_names
+from opdlab.methods.formulas import formula_of
 from opdlab.models.policy import Policy, as_policy, find_too_long
 from opdlab.models.protocols import Checked, Sampler, Writer
 from opdlab.models.same_tokens import check_same_tokens
@@ -44,9 +45,11 @@ def check_run(run: RunState) -> None:
         TokenizerMismatch: A policy that grades does not share the student's tokens.
         MissingHint: A policy reads hints, and a prompt has none.
         ContextTooLong: A prompt does not fit a policy's context.
+        InvalidValue: The method declares something that is no formula.
         OpdlabError: The method trains on answers, and a prompt has none.
     """
     settings, method = run.settings, run.method
+    formula_of(method)  # one that cannot be read is refused here, not by the first trace
     for name in method.needs:
         if name not in run.policies:
             raise missing_policy_error(method, name)

@@ -355,7 +355,7 @@ def _plot(layers: Depth) -> Plot:
     top = float(finite.max()) if len(finite) and finite.max() > 0 else 1.0
     return Plot(
         "depth",
-        "KL(student || teacher) after each layer, nats",
+        "KL of the two models after each layer, nats",
         [Line("KL", x, y, "amount")],
         told="0: embeddings",
         x=(0.0, float(len(y) - 1)),

@@ -8,7 +8,9 @@ import os
 import pytest
 from viz.traces import NASTY, made, several
 
-from opdlab.data.labels import LONGEST_COMMENT, LONGEST_LABEL, MOST, Labels
+from opdlab.commands.output import Output
+from opdlab.commands.trace import ask_trace
+from opdlab.data.labels import LONGEST_COMMENT, LONGEST_LABEL, MOST, Labels, load_labelled
 from opdlab.data.trace import Trace
 from opdlab.errors import DamagedFile, InvalidValue, OpdlabError
 from opdlab.viz import Marks, Regimes, questions
@@ -54,6 +56,14 @@ def test_labels_are_a_column_that_views_and_questions_read(trace):
     assert questions.where(named, ["label = slip"])["count"] == 2
     assert Marks.of_trace(named).labels.as_json() == labels.as_json()
     assert Labels(trace).add_to(trace).column("label").tolist() == [-1] * 8
+
+
+def test_the_command_line_reads_labels_beside_a_trace(trace, path):
+    assert load_labelled(path).table.equals(trace.table)
+    Labels.beside(path).add(0, 1, "slip")
+    output = Output(is_json=True)
+    ask_trace(path, "where", ["label = slip"], output)
+    assert output.result["count"] == 1
 
 
 def test_a_save_that_fails_changes_nothing(trace, path, monkeypatch):

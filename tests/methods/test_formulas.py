@@ -82,9 +82,14 @@ def test_methods_without_a_formula_and_those_of_a_user():
             return rows.logp - rows.logp_of("teacher")
 
     assert formula_of(Mine()) == "student_logp - teacher_logp"
+    Mine.formula = lambda self: 3  # something of the method's own
+    assert formula_of(Mine()) == ""
     Mine.formula = "import os"
     with pytest.raises(InvalidValue, match=r"^Mine\.formula"):
         formula_of(Mine())
+    student, teacher, task = opd.load("market")
+    with pytest.raises(InvalidValue, match=r"^Mine\.formula"):  # before anything is written
+        opd.distill(student, teacher, task, method=Mine(), steps=1, quiet=True)
 
 
 def test_a_hinted_teacher_stands_in_quotes():
