@@ -14,7 +14,9 @@ import torch
 
 import opdlab as opd
 from opdlab import viz
+from opdlab.data.labels import Labels
 from opdlab.errors import OpdlabError
+from opdlab.viz import questions
 
 JUNK = {
     "None": None,
@@ -97,6 +99,23 @@ def calls(tmp_path_factory) -> dict[str, tuple[Callable[..., Any], dict[str, Any
         "Disagreements": (viz.Disagreements, of_trace),
         "TwoRules": (viz.TwoRules, of_trace),
         "Marks": (viz.Marks, of_trace),
+        "diagnose.branch": (
+            opd.diagnose.branch,
+            {**pair, "rollout": rollout, "sample": 0, "position": 0, "n": 1, "max_new_tokens": 1},
+        ),
+        "diagnose.attribute": (
+            opd.diagnose.attribute,
+            {
+                "student": student,
+                "teacher": teacher,
+                "rollout": rollout,
+                "sample": 0,
+                "position": 0,
+            },
+        ),
+        "Labels": (Labels, of_trace),
+        "questions.worst": (questions.worst, of_trace),
+        "questions.where": (questions.where, {**of_trace, "conditions": ["student_logp < 0"]}),
         "Timeline": (viz.Timeline, of_trace),
         "Regimes": (viz.Regimes, of_trace),
         "Rollouts": (viz.Rollouts, of_trace),
@@ -133,6 +152,7 @@ NAMES = [
     *("MultiTeacher", "ByteTeacher", "SDPO", "TurnOPD", "OPSA", "credit"),
     *("TokenLens", "Timeline", "Regimes", "Rollouts", "TailAudit", "Playground", "Compare"),
     *("Scrubber", "RunBoard", "RunCard", "Equation", "Disagreements", "TwoRules", "Marks", "Arms"),
+    *("diagnose.branch", "diagnose.attribute", "Labels", "questions.worst", "questions.where"),
 ]
 
 

@@ -80,6 +80,34 @@ def find_channels(trace: Trace) -> dict[str, Channel]:
     return {channel.key: channel for channel in sorted(found, key=_is_minor)}
 
 
+def find_log_probs(trace: Trace) -> dict[str, Channel]:
+    """Return the log-probs of the sampled tokens, which no strip shows by themselves.
+
+    Args:
+        trace: The trace.
+
+    Returns:
+        A channel `<policy>_logp` of each policy that has them, by key.
+    """
+    have = trace.table.column_names
+    return {
+        f"{name}_logp": _without_replies(
+            trace,
+            Channel(
+                f"{name}_logp",
+                f"log-prob, {name}",
+                _numbers(trace, f"{name}_logp"),
+                less="unlikely",
+                more="likely",
+                against="" if name == "student" else name,
+                formula=f"log-prob of the sampled token under {name}",
+            ),
+        )
+        for name in trace.policies
+        if f"{name}_logp" in have
+    }
+
+
 def _without_replies(trace: Trace, channel: Channel) -> Channel:
     """The channel with NaN where a tool or a user spoke: those numbers are not the student's."""
     learned = learned_rows(trace)

@@ -15,7 +15,7 @@ from opdlab.support.expect import expect
 from opdlab.support.validation import Text, Unchecked, Whole, validate_arguments
 from opdlab.viz import markup, payload
 from opdlab.viz.channel import Channel, describe_channel
-from opdlab.viz.channels import find_channels
+from opdlab.viz.channels import find_channels, find_log_probs
 from opdlab.viz.duel import find_duel
 from opdlab.viz.given import select_completion
 from opdlab.viz.glyphs import group_pieces, show_piece
@@ -265,18 +265,7 @@ def _probabilities(trace: Trace) -> dict[str, np.ndarray]:
 
 def _find_inputs(trace: Trace, formula: Formula | None) -> dict[str, Channel]:
     """The numbers of each token: those that the formula reads first, then all channels."""
-    have = trace.table.column_names
-    found: dict[str, Channel] = {}
-    for name in trace.policies:
-        if f"{name}_logp" in have:
-            found[f"{name}_logp"] = Channel(
-                f"{name}_logp",
-                f"log-prob, {name}",
-                trace.column(f"{name}_logp").astype(float),
-                against="" if name == "student" else name,
-                formula=f"log-prob of the sampled token under {name}",
-            )
-    found |= find_channels(trace)
+    found = find_log_probs(trace) | find_channels(trace)
     names = [name for name in (formula.names if formula else []) if name in found]
     return {key: found[key] for key in dict.fromkeys([*names, *found])}
 

@@ -19,7 +19,7 @@ from opdlab.errors import InvalidValue, OpdlabError, UnknownColumn
 from opdlab.support.expect import expect, shortened
 from opdlab.support.validation import Count, CountOrZero, Text, Texts, Unchecked, validate_arguments
 from opdlab.viz.channel import Channel
-from opdlab.viz.channels import find_channels
+from opdlab.viz.channels import find_channels, find_log_probs
 
 SCHEMA = "opdlab.trace/1"
 _CONDITION = re.compile(r"\s*(\S(?:.*?\S)?)\s*(>=|<=|!=|==|=|>|<)\s*(.*?)\s*", re.DOTALL)
@@ -62,7 +62,7 @@ def describe(trace: Unchecked[Trace]) -> dict[str, Any]:
             }
             for i in range(len(trace.meta["texts"]))
         ],
-        "channels": [_describe_channel(channel) for channel in find_channels(trace).values()],
+        "channels": [_describe_channel(channel) for channel in _find_numbers(trace).values()],
     }
 
 
@@ -123,7 +123,7 @@ def where(
         UnknownColumn: There is no such channel.
     """
     expect(trace, Trace, "where", "trace")
-    channels = find_channels(trace)
+    channels = _find_numbers(trace)
     chosen = np.ones(len(trace), bool)
     for condition in conditions:
         chosen &= _holds(trace, channels, condition)
@@ -168,7 +168,7 @@ def compare(
     """
     expect(trace, Trace, "compare", "trace")
     expect(other, Trace, "compare", "other")
-    first, second = find_channels(trace), find_channels(other)
+    first, second = _find_numbers(trace), _find_numbers(other)
     is_same = _places(trace) == _places(other)
     means = [
         {
@@ -206,9 +206,14 @@ def _head(question: str) -> dict[str, Any]:
     return {"schema": SCHEMA, "question": question}
 
 
+def _find_numbers(trace: Trace) -> dict[str, Channel]:
+    """All channels, and the log-probs that they are made of."""
+    return find_channels(trace) | find_log_probs(trace)
+
+
 def _numeric_channel(trace: Trace, by: str) -> Channel:
     """The channel of a key, or the first; one of names has no size."""
-    numeric = {key: one for key, one in find_channels(trace).items() if not one.names}
+    numeric = {key: one for key, one in _find_numbers(trace).items() if not one.names}
     if not numeric:
         raise OpdlabError(
             "The trace has no numbers to sort by. Make it with opdlab.score(…), or take one of"
@@ -359,7 +364,7 @@ def _describe_tokens(
     """A record for each row: its place, its text with that around it, and every channel there."""
     if not len(rows):
         return []
-    channels, pieces = find_channels(trace), trace.tokens()
+    channels, pieces = _find_numbers(trace), trace.tokens()
     samples, positions = trace.column("sample"), trace.column("position")
     token_ids = trace.column("token_id")
     names = {key: _names(channel) for key, channel in channels.items() if channel.names}
