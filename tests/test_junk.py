@@ -15,6 +15,7 @@ import torch
 import opdlab as opd
 from opdlab import viz
 from opdlab.data.labels import Labels
+from opdlab.data.map_results import MapResults
 from opdlab.errors import OpdlabError
 from opdlab.viz import questions
 
@@ -53,6 +54,7 @@ def calls(tmp_path_factory) -> dict[str, tuple[Callable[..., Any], dict[str, Any
     run = opd.distill(student, teacher, task, steps=1, batch=2, quiet=True, snapshot_every=1)
     run.train()
     folder = tmp_path_factory.mktemp("files")
+    viz.MethodMap.example().results.save(folder / "map.json")
     of_trace = {"trace": trace}
     url = {"url": "http://127.0.0.1:9/v1", "model": "m"}
     pair = {"student": student, "teacher": teacher, "task": task}
@@ -125,6 +127,8 @@ def calls(tmp_path_factory) -> dict[str, tuple[Callable[..., Any], dict[str, Any
         "Scrubber": (viz.Scrubber, {"traces": {0: trace, 1: trace}}),
         "RunBoard": (viz.RunBoard, {"runs": run}),
         "RunCard": (viz.RunCard, {"run": run}),
+        "MethodMap": (viz.MethodMap, {"results": viz.MethodMap.example().results}),
+        "MapResults.load": (MapResults.load, {"path": folder / "map.json"}),
         "Arms": (viz.Arms, {"controls": viz.Arms.example().controls}),
     }
 
@@ -153,6 +157,7 @@ NAMES = [
     *("TokenLens", "Timeline", "Regimes", "Rollouts", "TailAudit", "Playground", "Compare"),
     *("Scrubber", "RunBoard", "RunCard", "Equation", "Disagreements", "TwoRules", "Marks", "Arms"),
     *("diagnose.branch", "diagnose.attribute", "Labels", "questions.worst", "questions.where"),
+    *("MethodMap", "MapResults.load"),
 ]
 
 

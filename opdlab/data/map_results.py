@@ -163,10 +163,16 @@ class MapResults:
         Raises:
             InvalidValue: The file holds something else.
         """
+        if not isinstance(path, (str, os.PathLike)):
+            raise InvalidValue(
+                f"MapResults.load got {shortened(path)}. Give the path of a file of results, as"
+                " benchmarks/results/maps/support.json."
+            )
         try:
-            return cls.from_json(json.loads(Path(path).read_text(encoding="utf-8")))
-        except (ValueError, UnicodeDecodeError) as error:
+            data = json.loads(Path(path).read_text(encoding="utf-8"))
+        except (OSError, ValueError) as error:
             raise InvalidValue(f"{Path(path).name} holds no results of a map: {error}") from None
+        return cls.from_json(data)
 
     @classmethod
     def from_json(cls, data: Any) -> MapResults:

@@ -118,6 +118,22 @@ class MethodMap(View):
     @property
     def selection(self) -> Selection:
         """What is drawn at present."""
+        for what, named in (
+            ("arm", self.results.arms),
+            ("against", self.results.arms),
+            ("metric", self.results.metrics),
+            ("budget", self.results.budgets),
+        ):
+            _known(named, getattr(self, what), what)
+        others = list(self.picture.settings.values())[2:]
+        if len(self.at) != len(others) or not all(
+            isinstance(place, int) and 0 <= place < len(found)
+            for place, found in zip(self.at, others, strict=True)
+        ):
+            raise InvalidValue(
+                f"MethodMap.at is {self.at}. Give a place for each of the other knobs: numbers from"
+                f" 0, below {[len(found) for found in others]}."
+            )
         return Selection(self.arm, self.against, self.metric, self.budget, tuple(self.at))
 
     @property

@@ -80,3 +80,9 @@ def test_a_file_of_something_else_is_refused(tmp_path):
     path.write_text("{")
     with pytest.raises(InvalidValue, match=r"map\.json holds no results"):
         MapResults.load(path)
+
+
+def test_what_is_no_file_is_refused(tmp_path):
+    for given in (tmp_path / "nowhere.json", tmp_path, 3, None):
+        with pytest.raises(InvalidValue):
+            MapResults.load(given)

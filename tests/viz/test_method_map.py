@@ -103,6 +103,22 @@ def test_what_is_not_there_is_refused(options, words):
         MethodMap(**({"results": RESULTS} | options))
 
 
+@pytest.mark.parametrize(
+    ("trait", "value", "words"),
+    [
+        ("arm", "x", "no arm 'x'"),
+        ("budget", "x", "no budget"),
+        ("at", [], "at is"),
+        ("at", [5], "at is"),
+    ],
+)
+def test_a_choice_that_is_not_there_is_refused_when_it_is_drawn(trait, value, words):
+    view = MethodMap(RESULTS)
+    setattr(view, trait, value)
+    with pytest.raises(InvalidValue, match=words):
+        _ = view.df
+
+
 def test_a_map_without_records_says_how_to_measure_it():
     with pytest.raises(InvalidValue, match=r"benchmarks\.maps --only example"):
         MethodMap(MapResults.from_json(RESULTS.as_json() | {"records": []}))
