@@ -6,7 +6,12 @@ import { crowdedColumns, roundTicks } from "../../opdlab/viz/static/dots.js";
 import { byPrompt, nearestKept } from "../../opdlab/viz/static/board.js";
 import { resultOf, signOfScore } from "../../opdlab/viz/static/branches.js";
 import { orderOfGroups, rowsOfGroups } from "../../opdlab/viz/static/disagreements.js";
-import { exactNumber, namesOf, verdictOf, writeFormula } from "../../opdlab/viz/static/equation.js";
+import {
+  agreementText,
+  exactNumber,
+  namesOf,
+  writeFormula,
+} from "../../opdlab/viz/static/equation.js";
 import { agreementOf, toggled } from "../../opdlab/viz/static/lens.js";
 import { changeSince } from "../../opdlab/viz/static/scrubber.js";
 import { channelOfMarks, chosenRange, markAt, withMark } from "../../opdlab/viz/static/marks.js";
@@ -141,10 +146,10 @@ test("a formula keeps the brackets that it needs", () => {
     [0, 0.25, -1.7e-5].map((x) => exactNumber(x)),
     ["0", "0.25", "−1.7e−5"],
   );
-  assert.equal(verdictOf(1, 1.0001, false), "as recorded");
-  assert.match(verdictOf(1, 2, false), /not the same/);
-  assert.match(verdictOf(1, 2, true), /whole vocabulary/);
-  assert.equal(verdictOf(NaN, 2, false), "");
+  assert.equal(agreementText(1, 1.0001, false), "as recorded");
+  assert.match(agreementText(1, 2, false), /not the same/);
+  assert.match(agreementText(1, 2, true), /whole vocabulary/);
+  assert.equal(agreementText(NaN, 2, false), "");
 });
 
 test("groups of disagreements keep their rows in any order", () => {

@@ -96,7 +96,7 @@ export const isClose = (left, right) =>
  * @param {number} recorded
  * @param {boolean} isSum sums over the kept tokens alone read as lower bounds
  */
-export const verdictOf = (value, recorded, isSum) => {
+export const agreementText = (value, recorded, isSum) => {
   if (Number.isNaN(value) || Number.isNaN(recorded)) return "";
   if (isClose(value, recorded)) return "as recorded";
   const said = `recorded: ${number(recorded, true)}`;
@@ -166,7 +166,7 @@ const formulaLines = (data) => {
     result.math.textContent = Number.isNaN(shown)
       ? "not kept in this trace"
       : exactNumber(shown, true);
-    const said = verdictOf(value, recorded, isSum);
+    const said = agreementText(value, recorded, isSum);
     if (said) result.math.append(make("span", "opd-soft", `   ${said}`));
   };
   return { node, show };
