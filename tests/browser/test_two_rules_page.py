@@ -63,3 +63,18 @@ def test_lines_and_names_change_the_sets(open_page, tmp_path, axe, scheme):
     assert at == apart[0]
     assert page.evaluate("window.broken") is None
     axe(page)
+
+
+def test_ten_thousand_tokens_follow_a_line_quickly(open_page, tmp_path):
+    trace = made([f" w{i % 50}".encode() for i in range(10_000)])
+    page = open_page(TwoRules(trace).to_html(tmp_path / "long.html"))
+    before = counts(page)
+    ms = page.evaluate("""() => {
+      const line = document.querySelector(".opd-handle"), begin = performance.now();
+      line.dispatchEvent(new KeyboardEvent("keydown", { key: "End", bubbles: true }));
+      document.querySelector(".opd-strip").getBoundingClientRect();
+      return performance.now() - begin;
+    }""")
+    assert counts(page) != before
+    assert sum(counts(page)) == 10_000
+    assert ms < 1500
