@@ -1,6 +1,7 @@
 """The names that a notebook uses; `__init__.py` imports each when it is first used."""
 
 from . import (
+    conformance,
     diagnose,
     engine,
     errors,
@@ -15,6 +16,7 @@ from . import (
 )
 from .audit import audit
 from .audit.what_if import what_if
+from .conformance import conform
 from .data.prompt import Prompt
 from .data.rollout import Rollout, concat_rollouts
 from .data.sampling_config import SamplingConfig
@@ -104,6 +106,8 @@ __all__ = [
     "TurnOPD",
     "audit",
     "concat_rollouts",
+    "conform",
+    "conformance",
     "controls",
     "credit",
     "diagnose",

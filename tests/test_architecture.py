@@ -35,6 +35,7 @@ FLOORS = [
     "training",  # settings, run, checkpoints, evaluation
     "exact",  # toy models that can be enumerated
     "audit",  # which gradient a loss trains
+    "conformance",  # certificates for the losses of other code bases; a zoo of mistakes
     "diagnose",  # doctor, health, exposure, privilege, cost
     "evidence",  # what caused a gain: controls of a run, effects of single tokens
     "viz",  # views

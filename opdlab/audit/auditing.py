@@ -66,8 +66,8 @@ def audit(
         )
         best, reads_as, estimate = (
             found[0],
-            _reads_as(seen, subject, world),
-            _estimate(seen, subject, world),
+            find_value(seen, subject, world),
+            find_estimate(seen, subject, world),
         )
         trains = best.divergence if best.exact and best.cosine > 0 and not seen.is_zero else None
         flags = checks.direction(seen, best, reads_as, trains)
@@ -81,9 +81,9 @@ def audit(
     said = f"{estimate.k} {uses[estimate.use]}" if estimate else None
     return Audit(
         subject.name,
-        _verdict(subject, seen, best, estimate),
+        describe(subject, seen, best, estimate),
         flags,
-        _table(found),
+        make_table(found),
         trains,
         reads_as,
         said,
@@ -91,10 +91,19 @@ def audit(
     )
 
 
-def _estimate(
+def find_estimate(
     seen: Observation, subject: Subject, world: Mapping[str, exact.Table]
 ) -> Estimate | None:
-    """The estimate of the KL, and its use, that the loss is in value and gradient at each token."""
+    """Find the estimate of the KL, and its use, that a loss is in value and gradient at each token.
+
+    Args:
+        seen: The loss on the world.
+        subject: The loss.
+        world: A table for every policy.
+
+    Returns:
+        The estimate, or None.
+    """
     if subject.writer != "student" or len(subject.targets) != 1 or not seen.rms:
         return None
     pair = {"student": world["student"], "teacher": world[subject.targets[0]]}
@@ -110,21 +119,44 @@ def _is_near(one: Tensor, other: Tensor) -> bool:
     return torch.allclose(one, other, rtol=1e-6, atol=1e-12)
 
 
-def _reads_as(seen: Observation, subject: Subject, world: Mapping[str, exact.Table]) -> str | None:
-    """The divergence that its mean value is, at every prefix."""
+def find_value(
+    seen: Observation, subject: Subject, world: Mapping[str, exact.Table], rtol: float = 1e-6
+) -> str | None:
+    """Find the divergence that a loss's mean value is, at every prefix.
+
+    Args:
+        seen: The loss on the world.
+        subject: The loss.
+        world: A table for every policy.
+        rtol: How far two values may be apart, relative to the second.
+
+    Returns:
+        Its name, or None.
+    """
     for target in subject.targets:
         for name, known in FIXED.items():
             if torch.allclose(
                 known.value(world["student"].logp, world[target].logp),
                 seen.value,
-                rtol=1e-6,
-                atol=1e-9,
+                rtol=rtol,
+                atol=1e-3 * rtol,
             ):
                 return name
     return None
 
 
-def _verdict(subject: Subject, seen: Observation, best: Match, estimate: Estimate | None) -> str:
+def describe(subject: Subject, seen: Observation, best: Match, estimate: Estimate | None) -> str:
+    """Say in a sentence what a loss trains.
+
+    Args:
+        subject: The loss.
+        seen: The loss on the world.
+        best: The divergence whose gradient is closest.
+        estimate: The estimate of the KL that it is, or None.
+
+    Returns:
+        The sentence.
+    """
     lead = ""
     if estimate:
         lead = (
@@ -156,7 +188,15 @@ def _whom(target: str) -> str:
     return said if base == target else f"{said}, told the hint"
 
 
-def _table(found: list[Match]) -> pd.DataFrame:
+def make_table(found: list[Match]) -> pd.DataFrame:
+    """Make the table of an audit.
+
+    Args:
+        found: The comparisons, the closest first.
+
+    Returns:
+        One row per divergence, target and credit.
+    """
     return pd.DataFrame(
         {
             "divergence": m.label,

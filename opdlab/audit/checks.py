@@ -75,7 +75,8 @@ def equality(subject: Subject, seen: Observation) -> Flags:
             f"It moves a student that equals its target, up to a reverse KL of {gap:.2f} nats."
         )
     }
-    if drains(arrived, subject):
+    p_same = subject.world(same=True)["student"].logp.exp()
+    if drains(arrived.gradient, p_same):
         fell = p < 0.98 * q
         kept = (p[fell].sum() / q[fell].sum()).item()
         inverse = " (1/e)" if abs(kept - math.exp(-1)) < 0.01 else ""
@@ -87,21 +88,20 @@ def equality(subject: Subject, seen: Observation) -> Flags:
     return flags
 
 
-def drains(arrived: Observation, subject: Subject) -> bool:
+def drains(gradient: Tensor, p: Tensor) -> bool:
     """Tell whether the loss only lowers p(S) at equality, S the likeliest tokens of every prefix.
 
     The slope of p(S) is p_v (1[v in S] - p(S)) in logit v: over p_v it takes two values, a positive
     one on S.
 
     Args:
-        arrived: The loss at equality.
-        subject: The loss.
+        gradient: The expected gradient `[..., V]` where all policies are equal.
+        p: Their probabilities `[..., V]`.
 
     Returns:
-        True if its gradient has this form at every prefix.
+        True if the gradient has this form at every prefix.
     """
-    p = subject.world(same=True)["student"].logp.exp()
-    each = arrived.gradient / p
+    each = gradient / p
     high, low = (end(-1, keepdim=True) for end in (each.amax, each.amin))
     inside = each > (high + low) / 2
     two = torch.minimum(high - each, each - low) <= 1e-6 * (high - low)

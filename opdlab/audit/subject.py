@@ -143,7 +143,7 @@ def subject_of(
         OpdlabError: The loss has no expectation over the student's tokens.
     """
     method: Any = as_method(loss, where, needs)
-    name = _name(method)
+    name = name_with_options(method)
     share, writers = student_share(method), writer_names(method)
     if other := [n for n in method.needs if parse_need(n).access is not Access.LOGITS]:
         raise OpdlabError(
@@ -182,8 +182,15 @@ def _plans(subject: Subject) -> bool:
     return bool(subject.method.plan(Batch(rollout, {name: world[name] for name in names})))
 
 
-def _name(method: Any) -> str:
-    """The class with what differs from its defaults, or the name of the function."""
+def name_with_options(method: Any) -> str:
+    """Name a method by its class with what differs from the defaults, or by its function.
+
+    Args:
+        method: The method.
+
+    Returns:
+        A name such as "OPD(divergence='forward_kl')".
+    """
     if is_dataclass(method) and not isinstance(method, FunctionMethod):
         given = [
             f"{f.name}={getattr(method, f.name)!r}"

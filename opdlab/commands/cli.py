@@ -1,4 +1,4 @@
-"""Run opdlab from a terminal: `opdlab demo`, `doctor`, `show`, `trace`, `gallery`, `lab`, ….
+"""Run opdlab from a terminal: `opdlab demo`, `doctor`, `conform`, `show`, `trace`, `gallery`, ….
 
 Each command imports what it needs when it runs, so `opdlab --help` is quick and `opdlab show` works
 without the libraries that models need.
@@ -397,6 +397,63 @@ def doctor(
     )
     make_console().print(found)
     if found.verdict == "stop":
+        sys.exit(1)
+
+
+Pairs = Annotated[tuple[str, ...], tyro.conf.arg(metavar="NAME=VALUE")]
+
+
+@app.command
+def conform(
+    target: Annotated[str, tyro.conf.Positional],
+    kind: str | None = None,
+    trains: str | None = None,
+    reduction: str | None = None,
+    keyword: Pairs = (),
+    option: Pairs = (),
+    spec: str | None = None,
+    out: Path | None = None,
+    seed: int = 0,
+    seconds: float = 300.0,
+    json: bool = False,
+) -> None:
+    """Certify a loss: which gradient it trains, and what it does with masks, counts and extremes.
+
+    The exit code is 1 if it does not conform. FILE.py is run as code, so name only files that you
+    trust.
+
+    Args:
+        target: FILE.py:FUNCTION; or zoo (known mistakes), trl or liger (the installed losses).
+        kind: What the function takes: logits (the default), log_probs, sampled, top_k, hidden or
+            sequences.
+        trains: The divergence that it claims, such as reverse_kl.
+        reduction: none, sum, token, sequence or text_sum.
+        keyword: The function's own name of a quantity, as count=num_items_in_batch. Quantities are
+            tokens, count, temperature, sampler and the divergence's parameter.
+        option: A further keyword with a number or a text, as k=3.
+        spec: Name of an opdlab.conformance.Spec in the same file, in place of the flags above.
+        out: Folder for conformance.json, junit.xml and badge.svg.
+        seed: Seed of the toy models.
+        seconds: The longest time for each loss.
+        json: Print the report as JSON, alone on stdout.
+    """
+    from opdlab.commands import conform as commands
+    from opdlab.commands.flags import read_number, read_pairs
+    from opdlab.commands.output import Output
+
+    given = {
+        "kind": kind,
+        "trains": trains,
+        "reduction": reduction,
+        "keywords": read_pairs(keyword, "--keyword"),
+        "options": {
+            name: read_number(value) for name, value in read_pairs(option, "--option").items()
+        },
+    }
+    fields = {name: value for name, value in given.items() if value}
+    with Output(json).printing() as output:
+        passes = commands.run(target, output, fields, spec, out, seed, seconds)
+    if not passes:
         sys.exit(1)
 
 

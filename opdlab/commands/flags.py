@@ -208,3 +208,44 @@ def load_function(name: str, flag: str) -> Any:
     if not hasattr(module, attribute):
         raise OpdlabError(f"{flag} got {name!r}, and {file} defines no {attribute}.")
     return getattr(module, attribute)
+
+
+def read_pairs(pairs: tuple[str, ...], flag: str) -> dict[str, str]:
+    """Read NAME=VALUE pairs.
+
+    Args:
+        pairs: The pairs.
+        flag: The flag, for errors.
+
+    Returns:
+        The values by name.
+
+    Raises:
+        OpdlabError: One is no pair.
+    """
+    from opdlab.errors import OpdlabError
+
+    found = {}
+    for pair in pairs:
+        name, sign, value = pair.partition("=")
+        if not sign or not name:
+            raise OpdlabError(f"{flag} got {pair!r}. Give NAME=VALUE.")
+        found[name] = value
+    return found
+
+
+def read_number(text: str) -> int | float | bool | str:
+    """Read a number, true or false where a text is one.
+
+    Args:
+        text: The text.
+
+    Returns:
+        The number or truth value, or the text itself.
+    """
+    for kind in (int, float):
+        try:
+            return kind(text)
+        except ValueError:
+            continue
+    return {"true": True, "false": False}.get(text.lower(), text)
