@@ -44,6 +44,10 @@ JUNK = {
 }
 
 
+def _right_loss(student, teacher, mask):
+    return opd.losses.reverse_kl(student.log_softmax(-1), teacher.log_softmax(-1))
+
+
 @pytest.fixture(scope="module")
 def calls(tmp_path_factory) -> dict[str, tuple[Callable[..., Any], dict[str, Any]]]:
     """Functions that look or prepare, with arguments that are right."""
@@ -92,6 +96,10 @@ def calls(tmp_path_factory) -> dict[str, tuple[Callable[..., Any], dict[str, Any
         ),
         "MultiTeacher": (opd.teachers.MultiTeacher, {"members": {"a": teacher, "b": teacher}}),
         "ByteTeacher": (opd.teachers.ByteTeacher, {"policy": teacher}),
+        "conform": (opd.conform, {"loss": _right_loss, "seconds": 1e-3}),
+        "Spec": (opd.conformance.Spec, {}),
+        "for_trl": (opd.conformance.for_trl, {"method": opd.OPD()}),
+        "for_verl": (opd.conformance.for_verl, {"method": opd.OPDPlus()}),
         "SDPO": (opd.SDPO, {}),
         "OPSA": (opd.OPSA, {}),
         "credit": (opd.credit, letters()),
@@ -154,6 +162,8 @@ NAMES = [
     *("snapshots.rescore", "snapshots.rewrite", "diagnose.health", "diagnose.overlap"),
     *("TextServer", "LogprobServer", "VLLMServer", "VLLM", "Budget", "TopK", "reverse_kl"),
     *("MultiTeacher", "ByteTeacher", "SDPO", "TurnOPD", "OPSA", "credit"),
+    *("MultiTeacher", "ByteTeacher", "SDPO", "TurnOPD"),
+    *("conform", "Spec", "for_trl", "for_verl"),
     *("TokenLens", "Timeline", "Regimes", "Rollouts", "TailAudit", "Playground", "Compare"),
     *("Scrubber", "RunBoard", "RunCard", "Equation", "Disagreements", "TwoRules", "Marks", "Arms"),
     *("diagnose.branch", "diagnose.attribute", "Labels", "questions.worst", "questions.where"),

@@ -1,4 +1,4 @@
-"""Certify losses by name: a function in a file, the zoo of mistakes, or those of an installed peer."""
+"""Certify losses by name: a function in a file, the zoo, or those of an installed peer."""
 
 from __future__ import annotations
 

@@ -111,11 +111,13 @@ def token_losses(
         given = {"student": _Given(LogProbs(student.detach())), "teacher": _Given(teacher)}
         with torch.no_grad():
             columns = run_plan(method, Batch(rollout, given)).columns
-    values = (
-        call_loss(method.loss, Rows(rows, token, dict(columns)))
-        if len(token)
-        else student[:, :1].sum(-1)
-    )
+    given_rows = Rows(rows, token, dict(columns))
+    if not len(token):
+        values = student[:, :1].sum(-1)  # none, with a gradient where the student has one
+    elif student.requires_grad:
+        values = call_loss(method.loss, given_rows)
+    else:
+        values = method.loss(given_rows)  # an evaluation
     return torch.zeros(mask.shape, dtype=values.dtype, device=values.device).masked_scatter(
         mask, values
     )
@@ -262,7 +264,29 @@ def for_verl(method: Unchecked[Any]) -> PlainLoss:
     top_k = getattr(chosen, "top_k", None)
     if isinstance(top_k, TopK) and top_k.by == "teacher":
         return _verl_top_k(chosen)
+    if not _reads_sampled_only(chosen):
+        raise OpdlabError(
+            f"for_verl got {name_of(chosen)}, which reads more than the sampled token alone. verl"
+            " gives its losses the teacher's top tokens or the sampled token: use"
+            " OPD(top_k=TopK(k, by='teacher')), OPD(estimator='sampled') or OPDPlus()."
+        )
     return _verl_sampled(chosen)
+
+
+def _reads_sampled_only(method: Any) -> bool:
+    """Try a method on distributions that agree on the sampled tokens and nowhere else."""
+    generator = torch.Generator().manual_seed(0)
+    own, other = (torch.randn((6, 4), generator=generator).double() for _ in range(2))
+    tokens, mask = torch.zeros((2, 3), dtype=torch.long), torch.ones((2, 3), dtype=torch.bool)
+    found = []
+    for order in ([0, 1, 2, 3], [0, 3, 1, 2]):
+        leaf = own.log_softmax(-1).requires_grad_()
+        teacher = LogProbs(other.log_softmax(-1)[:, order])
+        losses = token_losses(method, leaf, teacher, tokens, mask)
+        (slope,) = torch.autograd.grad(losses.sum(), leaf)
+        found.append((losses.detach(), slope))
+    (losses, slope), (again, _) = found
+    return torch.allclose(losses, again) and not bool(slope[:, 1:].any())
 
 
 def _verl_top_k(method: Any) -> PlainLoss:
@@ -277,7 +301,9 @@ def _verl_top_k(method: Any) -> PlainLoss:
         logp = student_logits.log_softmax(-1)
         ids = teacher_topk_ids.flatten(0, 1)
         top = teacher_topk_log_probs.flatten(0, 1).detach()
-        grades = TopLogprobs(ids, top, ids[:, 0], top[:, 0], student_logits.shape[-1])
+        grades = TopLogprobs(
+            ids, top, sampled=top[:, 0], token=ids[:, 0], vocab_size=student_logits.shape[-1]
+        )
         losses = token_losses(method, logp[every], grades, teacher_topk_ids[..., 0], every)
         own = logp.gather(-1, teacher_topk_ids)
         return {
@@ -296,8 +322,7 @@ def _verl_sampled(method: Any) -> PlainLoss:
         mask = data["response_mask"].bool()
         own = model_output["log_probs"]
         other = data["teacher_logprobs"].reshape(mask.shape).detach()
-        # Two outcomes: the sampled token, and all others. A method that reads the distribution
-        # would see just these, so methods that do are refused by the check below.
+        # Two outcomes, the sampled token and all others: the method reads the first alone.
         student, teacher = _two_outcomes(own[mask]), _two_outcomes(other[mask])
         losses = token_losses(
             method, student, LogProbs(teacher), torch.zeros_like(mask, dtype=torch.long), mask

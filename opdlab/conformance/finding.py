@@ -40,6 +40,7 @@ MISTAKES = {
     "shift_by_one": "Each row of logits is compared at the wrong token: not shifted, or twice.",
     "prompt_in_loss": "Tokens of the prompt have a gradient.",
     "padding_in_loss": "Tokens of the padding have a gradient.",
+    "one_eos_of_several": "A text is taken to end at one EOS id, and the model has several.",
     "nan_in_padding": "NaN in the padding reaches the loss: a mask that multiplies cannot stop it.",
     "mask_ignored": "Tokens that do not count (such as a tool's) have a gradient.",
     "tokens_dropped": "Some tokens that count have no gradient.",

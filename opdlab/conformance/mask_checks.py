@@ -42,7 +42,8 @@ def _is_near(one: Seen, other: Seen) -> bool:
 
 
 def _lengths(gradient: Tensor) -> Tensor:
-    return torch.linalg.vector_norm(gradient, dim=-1)
+    length: Tensor = torch.linalg.vector_norm(gradient, dim=-1)
+    return length
 
 
 def _largest(seen: Seen) -> float:
@@ -85,6 +86,13 @@ def check_padding(probe: Probe) -> Finding:
     elsewhere = [seen.elsewhere[name].amax() for name in ("padding",) if name in seen.elsewhere]
     strays = torch.stack([outside.amax(), *elsewhere])
     if float(strays.amax()) > WORTH * _largest(seen):
+        if _only_behind_other_ends(probe, seen):
+            return failed(
+                "padding",
+                "one_eos_of_several",
+                "What stands behind a text has a gradient, unless the first of its EOS ids ends"
+                " it.",
+            )
         return failed("padding", "padding_in_loss", "Tokens of the padding have a gradient.")
     if not bool(torch.isfinite(seen.gradient[texts.mask]).all()):
         return failed("padding", "not_finite", "The gradient of an ordinary batch is not finite.")
@@ -108,6 +116,18 @@ def check_padding(probe: Probe) -> Finding:
             "Numbers in the padding change nothing, but NaN there reaches the loss.",
         )
     return passed("padding", "Nothing in the padding changes value or gradient, NaN neither.")
+
+
+def _only_behind_other_ends(probe: Probe, seen: Seen) -> bool:
+    """Tell whether only texts that the first EOS id does not end have a gradient behind them."""
+    texts = probe.texts
+    if "padding" not in seen.elsewhere:
+        return False
+    last = texts.ids.gather(1, texts.lengths[:, None] - 1)[:, 0]
+    by_first = last == texts.eos_ids[0]
+    behind = seen.elsewhere["padding"].amax(-1) > WORTH * _largest(seen)
+    shorter = texts.lengths < texts.ids.shape[1]
+    return not bool((behind & by_first).any()) and bool((behind & ~by_first & shorter).any())
 
 
 def _filled(texts: Texts, number: float) -> Texts:

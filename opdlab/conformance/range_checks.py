@@ -12,7 +12,7 @@ from torch import Tensor
 
 from opdlab.audit.references import Value
 from opdlab.conformance.claim_checks import label_of
-from opdlab.conformance.contract import Quantity
+from opdlab.conformance.contract import Kind, Quantity
 from opdlab.conformance.finding import Finding
 from opdlab.conformance.probe import Probe, cautioned, failed, passed, skipped
 from opdlab.conformance.reading import Reading, read
@@ -28,6 +28,7 @@ SIDES = {  # of student and teacher
     "teacher": (1.0, TEMPERATURE),
     "neither": (1.0, 1.0),
 }
+INFINITE = "Its value is infinite"
 ENDS = ((0.0, 1e-3), (1.0, 1 - 1e-3))
 
 
@@ -156,6 +157,9 @@ def check_extremes(probe: Probe) -> Finding:
         return passed("extremes", "Value and gradient are finite at logits of ±1e4 in float32.")
     if _is_infinite_itself(probe, texts):
         return cautioned("extremes", "", f"{found}, as the divergence itself in float32.")
+    if probe.spec.kind is Kind.TOP_K and found == INFINITE:
+        said = f"{found}: top log-probs in float32 do not tell how small the mass outside is."
+        return cautioned("extremes", "", said)
     return failed("extremes", "not_finite", f"{found}.")
 
 
@@ -193,7 +197,7 @@ def _finite(probe: Probe, texts: Texts) -> str | None:
     mask = texts.mask
     value = seen.value if not seen.value.dim() else seen.value[mask]
     if not bool(torch.isfinite(value).all()):
-        return "Its value is NaN or infinite"
+        return "Its value is NaN" if bool(torch.isnan(value).any()) else INFINITE
     if not bool(torch.isfinite(seen.gradient[mask]).all()):
         return "Its value is finite, and its gradient is NaN or infinite"
     return None

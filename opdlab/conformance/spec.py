@@ -73,7 +73,8 @@ class Spec:
             ("writer", ("student", "teacher")),
             ("dtype", ("float64", "float32")),
         ):
-            if (value := getattr(self, name)) not in known:
+            value = getattr(self, name)
+            if not isinstance(value, str) or value not in known:
                 raise InvalidValue(
                     f"Spec got {name}={shortened(value)}. Use {known[0]!r} or {known[1]!r}."
                 )

@@ -87,7 +87,7 @@ MASKS = (
         "one of several EOS ids",
         one_eos_of_two,
         REVERSE,
-        "padding_in_loss",
+        "one_eos_of_several",
         "huggingface/trl#7039.",
     ),
     Case(
