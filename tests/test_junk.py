@@ -162,7 +162,6 @@ NAMES = [
     *("snapshots.rescore", "snapshots.rewrite", "diagnose.health", "diagnose.overlap"),
     *("TextServer", "LogprobServer", "VLLMServer", "VLLM", "Budget", "TopK", "reverse_kl"),
     *("MultiTeacher", "ByteTeacher", "SDPO", "TurnOPD", "OPSA", "credit"),
-    *("MultiTeacher", "ByteTeacher", "SDPO", "TurnOPD"),
     *("conform", "Spec", "for_trl", "for_verl"),
     *("TokenLens", "Timeline", "Regimes", "Rollouts", "TailAudit", "Playground", "Compare"),
     *("Scrubber", "RunBoard", "RunCard", "Equation", "Disagreements", "TwoRules", "Marks", "Arms"),

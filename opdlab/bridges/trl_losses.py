@@ -215,7 +215,7 @@ def universal_logits(
     Returns:
         The loss.
     """
-    config = SimpleNamespace(
+    config = SimpleNamespace(  # nosec B106  # a merging strategy is no password
         uld_crossentropy_weight=0.0,
         uld_distillation_weight=1.0,
         uld_student_temperature=temperature,

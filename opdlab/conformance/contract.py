@@ -164,7 +164,8 @@ class Reduction(Enum):
 
     NONE = "none"  # it does not reduce: [B, T]
     SUM = "sum"
-    TOKEN = "token"  # the mean over all tokens of the batch
+    # The mean over all tokens of the batch.
+    TOKEN = "token"  # nosec B105  # no password
     SEQUENCE = "sequence"  # the mean over texts of the mean over their tokens
     TEXT_SUM = "text_sum"  # the mean over texts of the sum over their tokens
 

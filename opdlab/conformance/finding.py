@@ -9,7 +9,7 @@ from enum import Enum
 class Status(Enum):
     """How a question was answered."""
 
-    PASS = "pass"
+    PASS = "pass"  # nosec B105  # no password
     FAIL = "fail"
     CAUTION = "caution"  # true and worth knowing, but no reason to fail
     SKIP = "skip"  # not asked: it does not apply, or an earlier failure stands before it
