@@ -42,7 +42,7 @@ def _why_zero(reading: Reading) -> Diagnosis:
     spread = reading.credit.amax(-1) - reading.credit.amin(-1)
     if bool((spread <= WORTH * reading.credit.abs().amax(-1)).all()):
         return (
-            "advantage_without_token",
+            "blind_advantage",
             "All tokens that could follow a prefix are pushed alike, so the expected gradient is"
             " zero: the advantage does not depend on the sampled token.",
         )

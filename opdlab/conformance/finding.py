@@ -50,7 +50,7 @@ MISTAKES = {
     "batch_coupling": "The gradient of a text depends on the other texts of its batch.",
     "k1_as_loss": "log p - log q is differentiated as it stands. Its expected gradient is zero.",
     "k3_as_loss": "u - 1 - log u is differentiated as it stands. It trains the forward KL.",
-    "advantage_without_token": "The advantage is the same for all tokens that could follow a"
+    "blind_advantage": "The advantage is the same for all tokens that could follow a"
     " prefix, such as a detached KL of the position. Its expected gradient is zero.",
     "zero_gradient": "The expected gradient is zero.",
     "missing_pathwise_term": "A number of the sampled token is used as a fixed reward, which drops"

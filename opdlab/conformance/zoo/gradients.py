@@ -124,7 +124,7 @@ GRADIENTS = (
         "top-k KL as a detached advantage",
         position_advantage,
         Spec(trains="reverse_kl", keywords=TOKENS, scale=None),
-        "advantage_without_token",
+        "blind_advantage",
         "radixark/miles#2362, #2352, #2410.",
     ),
     Case(
