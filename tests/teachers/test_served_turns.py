@@ -14,7 +14,7 @@ from opdlab import OPD, TopK
 from opdlab.data.conversation import before_turn
 from opdlab.tasks import market
 from opdlab.tasks.market import model
-from opdlab.teachers import LogprobServer, TextOnly, asking
+from opdlab.teachers import LogprobServer, TextOnly, TextServer, asking
 
 
 @pytest.fixture(scope="module")
@@ -90,3 +90,16 @@ def test_what_a_tool_says_names_no_control_token_in_a_chat_that_is_rendered_here
     )
     text = asking.render_chat(prompt, clerk.tokenizer)
     assert text == "<user>figs<tool>38<eos><assistant>"
+
+
+def test_a_server_of_texts_plays_what_the_clerk_plays(url, clerk):
+    options = {"method": opd.SequenceKD(), "steps": 1, "batch": 4, "temperature": 0.0}
+    options |= {"quiet": True, "seed": 2}
+    server = TextServer(url, continue_by="completion", cache=None, quiet=True)
+    served_, local = (
+        next(opd.distill(model("trainee"), teacher, market(tools=True), **options)).rollout
+        for teacher in (server, clerk)
+    )
+    assert int(served_.turn.max()) >= 1
+    assert served_.completions() == local.completions()
+    assert torch.equal(served_.learn, local.learn)
