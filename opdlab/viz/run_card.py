@@ -78,7 +78,7 @@ class RunCard(View):
                 "A RunCard compares two evaluations, and got one. Give both before= and after=, or"
                 " neither."
             )
-        if not self.fits(run):
+        if not RunBoard.fits(run):
             raise OpdlabError(
                 f"RunCard got a {type(run).__name__} as its run. Give a run, or the data frame"
                 " run.history; a trace goes into samples=."

@@ -122,5 +122,5 @@ def test_what_is_not_enough_is_said():
 
 
 def test_what_is_no_run_is_named():
-    with pytest.raises(OpdlabError, match=r"RunCard got a dict as its run.*samples="):
-        RunCard({})
+    with pytest.raises(OpdlabError, match=r"RunCard got a Trace as its run.*samples="):
+        RunCard(made([b"a"]))
