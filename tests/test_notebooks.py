@@ -19,6 +19,10 @@ NOTEBOOKS = sorted(FOLDER.glob("*.ipynb"))
 
 WIDGET = "application/vnd.jupyter.widget-view+json"
 FOLDER_OF_A_MACHINE = re.compile(r"/(?:home|root|work|Users|tmp)/")
+TASK = re.compile(r"^\| .+ \| (\d+) \| ([●○]{3}) \|$", re.MULTILINE)
+TOTAL = re.compile(r"\*\*What you will do\*\*(?: \((\d+) minutes with the exercises\))?")
+POINTS = re.compile(r"^\| .+ \| (\d+) \|$", re.MULTILINE)
+WITH_PROJECT = ("01", "13", "24", "32", "41", "50")  # 01, and the last ones of the series' parts
 LINK = re.compile(r"\]\(([^)#\s]+)\)")
 STUB = re.compile(r'exercise\("([^"]+)"\)\ndef (\w+)\(.*\):\n    raise NotImplementedError')
 SOLUTION = re.compile(r"<summary>Solution</summary>\s*```python\n(.*?)```\s*</details>", re.DOTALL)
@@ -80,6 +84,42 @@ def test_follows_the_skeleton(path, book, code, text):
     lines = [line for source in text for line in source.splitlines()]
     headings = [line for line in lines if line.startswith("#")]
     assert len(headings) == len(set(headings))
+
+
+def test_the_result_stands_before_the_code(book):
+    """`tests/browser/measure_pages.py` measures the pages themselves."""
+    kinds = [cell.cell_type for cell in book.cells]
+    assert kinds[:3] == ["markdown", "code", "markdown"]
+    assert "## The result first" in book.cells[2].source
+    setup = book.cells[1]
+    assert "opd.notebook.setup(" in setup.source
+    assert setup.metadata.jupyter.source_hidden  # the imports are folded
+    first = next(i for i, cell in enumerate(book.cells) if TOTAL.search(cell.source))
+    shown = [cell for cell in book.cells[3:first] if cell.cell_type == "code"]
+    assert any(output.get("data") for cell in shown for output in cell.outputs)
+
+
+def test_says_what_there_is_to_do_with_minutes_and_difficulty(text):
+    (plan,) = [source for source in text if TOTAL.search(source)]
+    tasks = TASK.findall(plan)
+    assert len(tasks) >= 5
+    minutes = sum(int(number) for number, _ in tasks)
+    said = TOTAL.search(plan)
+    assert said[1] is None or int(said[1]) == minutes
+    assert "●○○" in [difficulty for _, difficulty in tasks]  # an easy beginning
+    assert "glossary.md" in plan
+
+
+def test_asks_for_a_prediction_before_a_result(text):
+    assert any("**Predict first" in source for source in text)
+
+
+def test_parts_of_the_series_end_with_a_project_and_its_rubric(path, text):
+    projects = [source for source in text if "## Project · " in source]
+    assert len(projects) == (path.stem[:2] in WITH_PROJECT)
+    for project in projects:
+        rubric = project[project.index("## Project · ") :].partition("\n## What this shows")[0]
+        assert sum(int(points) for points in POINTS.findall(rubric)) == 10
 
 
 def test_links_lead_somewhere(text):

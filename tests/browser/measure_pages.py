@@ -9,6 +9,8 @@ from __future__ import annotations
 
 import sys
 import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -55,11 +57,14 @@ class PageSize:
         return self.code / self.height
 
 
-def show_whole_notebooks(lab: Lab) -> None:
-    """Let JupyterLab put all cells on the page, seen or not, and keep long outputs whole."""
+@contextmanager
+def whole_notebooks(lab: Lab) -> Iterator[None]:
+    """Let JupyterLab put all cells on the page, seen or not."""
     settings = lab.theme.parents[1] / "notebook-extension" / "tracker.jupyterlab-settings"
     settings.parent.mkdir(exist_ok=True)
     settings.write_text('{"windowingMode": "none"}')
+    yield
+    settings.unlink()
 
 
 def measure(lab: Lab, path: Path) -> PageSize:
@@ -96,15 +101,12 @@ def main(names: list[str]) -> None:
         browser = playwright.chromium.launch(executable_path=chromium, args=["--no-sandbox"])
         lab = Lab(Path(folder), browser)
         try:
-            show_whole_notebooks(lab)
             print("notebook                 picture at  code  height")
-            for path in paths:
-                size = measure(lab, path)
-                print(
-                    f"{path.stem:24s} {size.picture:7.0f} px {size.share_of_code:5.0%}"
-                    f" {size.height:7.0f} px",
-                    flush=True,
-                )
+            with whole_notebooks(lab):
+                for path in paths:
+                    size = measure(lab, path)
+                    at, share = f"{size.picture:7.0f} px", f"{size.share_of_code:5.0%}"
+                    print(f"{path.stem:24s} {at} {share} {size.height:7.0f} px", flush=True)
         finally:
             lab.close()
             browser.close()

@@ -13,6 +13,7 @@ from pathlib import Path
 import bleach
 import pytest
 from browser.jupyter import SPEC, Lab
+from browser.measure_pages import whole_notebooks
 
 pytestmark = pytest.mark.browser
 NOTEBOOKS = Path(__file__).parents[2] / "notebooks"
@@ -59,11 +60,8 @@ def foreign(lab: Lab) -> Iterator[list[str]]:
                     views.setdefault(kind[1], {**cell, "source": "", "outputs": [output]})
     book = {"cells": list(views.values()), "metadata": SPEC, "nbformat": 4, "nbformat_minor": 5}
     (lab.root / "foreign_views.ipynb").write_text(json.dumps(book))
-    settings = lab.theme.parents[1] / "notebook-extension" / "tracker.jupyterlab-settings"
-    settings.parent.mkdir(exist_ok=True)
-    settings.write_text('{"windowingMode": "none"}')  # all cells are on the page, seen or not
-    yield list(views)
-    settings.unlink()
+    with whole_notebooks(lab):
+        yield list(views)
 
 
 @pytest.mark.parametrize("dark", [False, True], ids=["light", "dark"])
