@@ -2,9 +2,10 @@
 
     share = (G - max(0, F)) / G
 
-`G` is the gain of the run with its teacher, in accuracy on held-out prompts. `F` is the gain of the
-best arm that trains without a teacher. Not to train at all is such an arm too, which gains 0, so
-the share is at most 1. It is below 0 where a teacher-free arm gains more than the teacher does.
+`G` is the gain of the run with its teacher, in accuracy on held-out prompts (of greedy completions,
+or of samples). `F` is the gain of the best arm that trains without a teacher. Not to train at all
+is such an arm too, which gains 0, so the share is at most 1. It is below 0 where a teacher-free arm
+gains more than the teacher does.
 
 The interval is Fieller's, over prompts and seeds (`opdlab.training.crossed`), and it takes account
 of the choice of the best arm. Its lower end is the least of the arms' lower ends: the share is
@@ -131,6 +132,7 @@ class Controls:
         arms: The arms that have finished, by name.
         left_out: Arms without a result, each with the reason.
         facts: The task, the method, the models and the settings in words.
+        by: "greedy" compares greedy completions, "samples" the mean scores of samples.
     """
 
     before: Scores
@@ -138,6 +140,24 @@ class Controls:
     arms: Mapping[str, ArmResult]
     left_out: Mapping[str, str]
     facts: Mapping[str, Any]
+    by: str = "greedy"
+
+    @property
+    def start(self) -> Scores:
+        """`[P]`, the scores before training that gains are measured from."""
+        return self.before if self.by == "greedy" else self.before_sampled
+
+    def scores(self, name: str) -> Scores:
+        """Return the scores of an arm that are compared.
+
+        Args:
+            name: The arm.
+
+        Returns:
+            `[S, P]`, of greedy completions or of samples, as `by` says.
+        """
+        arm = self._arm(name)
+        return arm.greedy if self.by == "greedy" else arm.sampled
 
     @property
     def prompts(self) -> int:
@@ -150,7 +170,7 @@ class Controls:
         return self.arms[TEACHER].seeds if TEACHER in self.arms else ()
 
     def gain(self, name: str = TEACHER) -> CrossedInterval:
-        """Compute the gain of an arm over the start, in greedy accuracy.
+        """Compute the gain of an arm over the start, in accuracy.
 
         Args:
             name: The arm.
@@ -158,7 +178,7 @@ class Controls:
         Returns:
             The mean over prompts and seeds, with its 95 % interval.
         """
-        return crossed_mean(self._arm(name).greedy - self.before)
+        return crossed_mean(self.scores(name) - self.start)
 
     def difference(self, name: str, other: str = TEACHER) -> CrossedInterval:
         """Compute how much more one arm gains than another, paired over prompts and seeds.
@@ -171,7 +191,7 @@ class Controls:
             The mean over the seeds that both have, with its 95 % interval.
         """
         ours, theirs = self._pair(name, other)
-        return crossed_mean(ours.greedy - theirs.greedy)
+        return crossed_mean(self._of(ours) - self._of(theirs))
 
     @property
     def share(self) -> Share:
@@ -191,7 +211,7 @@ class Controls:
         upper = 1 - (1 - LEVEL) / len(free)
         found = {
             name: crossed_ratio(
-                part.greedy - self.before, run.greedy - self.before, lower=upper, upper=LEVEL
+                self._of(part) - self.start, self._of(run) - self.start, lower=upper, upper=LEVEL
             )
             for name, (part, run) in pairs.items()
         }
@@ -228,15 +248,16 @@ class Controls:
         """One row for each arm, the best first, and one for the start.
 
         Columns: `arm`, `what`, `accuracy`, `gain`, `low`, `high` (of the gain, 95 %), `share` (of
-        the teacher's gain), `sampled` (mean score of samples, where drawn), `prompts`, `seeds`,
+        the teacher's gain), `greedy`, `sampled` (where drawn), `prompts`, `seeds`,
         `tokens` (learned from, per run), `seconds` (of training, per run).
         """
-        whole = float((self.arms[TEACHER].greedy - self.before).mean())
+        whole = float((self.scores(TEACHER) - self.start).mean())
         rows = [
             {
                 "arm": START,
                 "what": "the student before training",
-                "accuracy": float(self.before.mean()),
+                "accuracy": float(self.start.mean()),
+                "greedy": float(self.before.mean()),
                 "sampled": float(self.before_sampled.mean()),
                 "prompts": self.prompts,
             }
@@ -247,11 +268,12 @@ class Controls:
                 {
                     "arm": name,
                     "what": arm.label,
-                    "accuracy": float(arm.greedy.mean()),
+                    "accuracy": float(self.scores(name).mean()),
                     "gain": gain.mean,
                     "low": gain.low,
                     "high": gain.high,
                     "share": gain.mean / whole if self.share_is_defined else math.nan,
+                    "greedy": float(arm.greedy.mean()),
                     "sampled": float(arm.sampled.mean()),
                     "prompts": gain.prompts,
                     "seeds": gain.seeds,
@@ -277,6 +299,7 @@ class Controls:
         share = self.share if any(arm.is_teacher_free for arm in self.arms.values()) else None
         return {
             "facts": dict(self.facts),
+            "by": self.by,
             "share": None if share is None else repr(share),
             "before": self.before.tolist(),
             "before_sampled": _listed(self.before_sampled),
@@ -325,7 +348,8 @@ class Controls:
             }
             before = np.asarray(stored["before"], float)
             sampled = np.asarray(_numbers(stored["before_sampled"]), float)
-            return cls(before, sampled, arms, dict(stored["left_out"]), dict(stored["facts"]))
+            facts, by = dict(stored["facts"]), str(stored.get("by", "greedy"))
+            return cls(before, sampled, arms, dict(stored["left_out"]), facts, by)
         except (KeyError, TypeError, ValueError, AttributeError) as error:
             raise InvalidValue(
                 f"This is no result of opdlab.controls ({type(error).__name__}: {error}). Give what"
@@ -340,7 +364,7 @@ class Controls:
                 gain = f"  {row['gain']:+.3f} [{row['low']:+.3f}, {row['high']:+.3f}]"
             lines.append(f"{row['arm']:<20}{row['accuracy']:.3f}{gain:<26}  {row['what']}")
         counted = say_counts(self.prompts, len(self.seeds))
-        lines += ["", f"Accuracy and gain over the start; 95 % intervals, {counted}."]
+        lines += ["", f"Accuracy ({self.by}) and gain over the start; 95 %, {counted}."]
         lines += [f"Left out: {name}, since {why}." for name, why in self.left_out.items()]
         return "\n".join(lines)
 
@@ -357,6 +381,9 @@ class Controls:
                 f"There is no arm {shortened(name)}; there are {', '.join(self.arms)}."
             )
         return self.arms[name]
+
+    def _of(self, arm: ArmResult) -> Scores:
+        return arm.greedy if self.by == "greedy" else arm.sampled
 
     def _pair(self, name: str, other: str) -> tuple[ArmResult, ArmResult]:
         """Two arms with the seeds that both have."""

@@ -7,14 +7,13 @@ with what is missing, and refuses files of other controls.
 
 from __future__ import annotations
 
-import gc
 import json
 import time
 import warnings
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 
@@ -50,6 +49,7 @@ def controls(
     seeds: Count = 3,
     prompts: Count = 200,
     samples: CountOrZero = 0,
+    by: Literal["greedy", "samples"] = "greedy",
     weaker: Any = None,
     folder: Folder | None = None,
     quiet: Flag = False,
@@ -75,6 +75,8 @@ def controls(
         seeds: Number of seeds, from 0. One seed says nothing about others.
         prompts: Held-out prompts of the evaluation.
         samples: Samples of each prompt, in addition to the greedy completion; 0 for none.
+        by: The accuracy that is compared: of greedy completions, or the mean over the samples. A
+            gain in samples may need no knowledge, only that the student becomes surer.
         weaker: A teacher that knows less, for the arm "weaker".
         folder: Keeps finished runs, and the result as controls.json.
         quiet: Whether to show no progress.
@@ -104,6 +106,8 @@ def controls(
                 f"controls got {name}={shortened(settings[name])}, which it sets itself: it runs"
                 " several seeds, and evaluates and keeps each run at its end. Leave it out."
             )
+    if by == "samples" and not samples:
+        raise InvalidValue("controls got by='samples' with samples=0. Draw some, as samples=4.")
     for given in (teacher, weaker):
         if given is not None:
             expect_teacher(given, "controls")
@@ -113,7 +117,7 @@ def controls(
     work = _Work(subject, treatments, make_settings(settings, chosen, task, "controls"))
     place = None if folder is None else Path(folder)
     before = evaluate(_fresh(work), task, n=prompts, k=samples, quiet=True)
-    return _run_all(work, left_out, seeds, before, place, quiet)
+    return _run_all(work, left_out, seeds, before, place, by, quiet)
 
 
 @dataclass(frozen=True)
@@ -166,6 +170,7 @@ def _run_all(
     seeds: int,
     before: Evaluation,
     folder: Path | None,
+    by: str,
     quiet: bool,
 ) -> Controls:
     jobs = [(name, seed) for seed in range(seeds) for name in work.treatments]
@@ -187,7 +192,7 @@ def _run_all(
         )
     finally:
         bar.close()
-    result = _collect(work, left_out, before, finished)
+    result = replace(_collect(work, left_out, before, finished), by=by)
     if folder is not None:
         write_file(folder / RESULT, json.dumps(result.to_json()).encode())
     return result
@@ -197,14 +202,22 @@ def _run_one(
     work: _Work, name: str, seed: int, before: Evaluation, folder: Path | None
 ) -> _Finished:
     """Train one arm with one seed and evaluate it, or load what was kept."""
-    done = _train(work, name, seed, before, folder)
-    gc.collect()  # a run refers to itself, and its adapter goes with it
-    work.subject.student.weights.tidy()
-    return done
-
-
-def _train(work: _Work, name: str, seed: int, before: Evaluation, folder: Path | None) -> _Finished:
     student = _fresh(work)
+    try:
+        return _train(work, name, seed, student, before, folder)
+    finally:
+        if student.adapter is not None and work.settings.lora is not None:
+            student.weights.delete_adapter(student.adapter)  # the base is the next run's too
+
+
+def _train(
+    work: _Work,
+    name: str,
+    seed: int,
+    student: Policy,
+    before: Evaluation,
+    folder: Path | None,
+) -> _Finished:
     run = _prepare(work, work.treatments[name], student, seed)
     file = None if folder is None else folder / "runs" / f"{name}-{seed}.json"
     identity = digest(json.dumps([run.identity, asdict(run.settings), list(before.key)]))

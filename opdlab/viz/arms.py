@@ -197,8 +197,10 @@ class Arms(View):
 
     def _list_counts(self) -> str:
         prompts, seeds = self.controls.prompts, len(self.controls.seeds)
+        is_greedy = self.controls.by == "greedy"
+        how = "Greedy accuracy" if is_greedy else "Accuracy of samples"
         return (
-            f"Greedy accuracy after training, from 0 to 1. Marks: one per seed. Bars: 95 %"
+            f"{how} after training, from 0 to 1. Marks: one per seed. Bars: 95 %"
             f" intervals of the gain over the start, over {prompts} prompts and {seeds} seed"
             f"{'s' * (seeds != 1)}. Dashed: the start."
         )
@@ -214,13 +216,13 @@ class Arms(View):
 
     def _draw_row(self, row: dict[str, Any]) -> str:
         """One arm: its words, the scale, the numbers."""
-        start = float(self.controls.before.mean())
+        start = float(self.controls.start.mean())
         line = f'<i class="opd-arm-start" style="left:{_place(start)}"></i>'
         side = self._side(str(row["arm"]))
         if row["arm"] != START:
             low, high = start + row["low"], start + row["high"]
             line += f'<i class="opd-arm-whisker" style="{_between(low, high)}"></i>'
-            scores = self.controls.arms[str(row["arm"])].greedy.mean(1)
+            scores = self.controls.scores(str(row["arm"])).mean(1)
             line += "".join(
                 f'<i class="opd-arm-seed" style="left:{_place(float(one))}"></i>' for one in scores
             )

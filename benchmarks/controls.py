@@ -1,0 +1,128 @@
+"""Controls on a world with a known answer, and training on the tokens that rules choose.
+
+    python -m benchmarks.controls [--only market rules] [--seeds 10]
+
+`market`: the student cannot carry, so the gain must be the teacher's. `rules` trains OPD on the 5 %
+of the tokens that each rule of `opdlab.evidence.rules` puts highest, at equal updates. Every run is
+kept in `runs/bench-controls` as it comes, so the command goes on where it was stopped; the results
+are `results/controls.json`. `--show` prints them.
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import tyro
+from rich.console import Console
+
+import opdlab as opd
+from opdlab.evidence.rules import RULES, TopTokens
+from opdlab.tasks.market import model
+from opdlab.training.crossed import crossed_mean
+
+RESULTS = Path(__file__).parent / "results" / "controls.json"
+KEPT = Path("runs/bench-controls")
+VERDICT_ARMS = ["no_teacher", "no_teacher_adaptive", "shuffled"]
+SETTINGS: dict[str, dict[str, Any]] = {
+    "market": {"steps": 40, "batch": 32},
+}
+PROMPTS = 100
+FIRST = 3  # seeds of all arms; the arms that decide the verdict have more
+
+
+def world(name: str, seeds: int, arms: list[str] | None) -> opd.Controls:
+    """Run the controls of one world.
+
+    Args:
+        name: "market".
+        seeds: Number of seeds.
+        arms: Names of arms; all that apply by default.
+
+    Returns:
+        The controls.
+    """
+    student, teacher, task = opd.load(name)
+    weaker = model("novice") if name == "market" and arms is None else None
+    options = {**SETTINGS[name], "prompts": PROMPTS, "folder": KEPT / name}
+    return opd.controls(student, teacher, task, arms=arms, seeds=seeds, weaker=weaker, **options)
+
+
+def rules(seeds: int) -> dict[str, Any]:
+    """Train OPD on the tokens that each rule chooses, on the market.
+
+    Args:
+        seeds: Number of seeds.
+
+    Returns:
+        Accuracies by rule, with the interval of the gain.
+    """
+    student, teacher, task = opd.load("market")
+    before = opd.evaluate(student, task, n=PROMPTS, quiet=True)
+    out: dict[str, Any] = {"before": before.accuracy}
+    methods = {"all tokens": opd.OPD(), **{name: TopTokens(name) for name in RULES}}
+    for name, method in methods.items():
+        file = KEPT / "rules" / f"{name.replace(' ', '-')}.json"
+        known = json.loads(file.read_text()) if file.exists() else []
+        for seed in range(len(known), seeds):
+            pupil = student.frozen()
+            opd.distill(
+                pupil, teacher, task, method=method, seed=seed, quiet=True, **SETTINGS["market"]
+            ).train()
+            known.append(opd.evaluate(pupil, task, n=PROMPTS, quiet=True).greedy.tolist())
+            file.parent.mkdir(parents=True, exist_ok=True)
+            file.write_text(json.dumps(known))
+        gain = crossed_mean(np.asarray(known, float) - before.greedy)
+        out[name] = {
+            "accuracy": float(np.mean(known)),
+            "gain": gain.mean,
+            "low": gain.low,
+            "high": gain.high,
+            "prompts": gain.prompts,
+            "seeds": gain.seeds,
+        }
+    return out
+
+
+def summary(found: opd.Controls) -> dict[str, Any]:
+    """Describe controls, with the verdict of each seed alone."""
+    share = found.share
+    return {
+        **found.to_json(),
+        "verdict": share.verdict.value,
+        "interval": [share.value, share.low, share.high],
+        "by_seed": {seed: found.at_seed(seed).share.verdict.value for seed in found.seeds},
+    }
+
+
+def main(only: tuple[str, ...] = ("market", "rules"), seeds: int = 10, show: bool = False) -> None:
+    """Run what is missing and print the results.
+
+    Args:
+        only: Which parts.
+        seeds: Seeds of the arms that decide the verdicts.
+        show: Whether to print the results so far and run nothing.
+    """
+    torch.set_num_threads(1)
+    done: dict[str, Any] = json.loads(RESULTS.read_text()) if RESULTS.exists() else {}
+    for name in only if not show else ():
+        if name == "rules":
+            done[name] = rules(min(seeds, FIRST))
+        else:
+            done[name] = summary(world(name, seeds, VERDICT_ARMS))
+            done[f"{name}, all arms"] = summary(world(name, min(seeds, FIRST), None))
+        RESULTS.write_text(json.dumps(done) + "\n")
+    console = Console()
+    for name, part in done.items():
+        console.print(f"[b]{name}[/b]")
+        if name == "rules":
+            console.print(part)
+        else:
+            console.print(opd.Controls.from_json(part), part["by_seed"], markup=False)
+
+
+if __name__ == "__main__":
+    tyro.cli(main)
