@@ -200,7 +200,7 @@ def load_function(name: str, flag: str) -> Any:
     sys.modules.setdefault(path.stem, module)  # dataclasses look their module up
     try:
         spec.loader.exec_module(module)
-    except Exception as error:
+    except (Exception, SystemExit) as error:  # an exit(0) would look like a success
         raise OpdlabError(
             f"{flag} got {name!r}, whose code fails: {type(error).__name__}: {error}. Run the file"
             " by itself first."

@@ -136,7 +136,7 @@ class Caller:
         try:
             with torch.enable_grad():
                 value = self.loss(*arguments, **keywords)
-        except Exception as error:
+        except (Exception, SystemExit) as error:  # an exit(0) would look like a pass in CI
             raise BadLoss(_explain(error, arguments, keywords)) from error
         if [one._version for one in given] != versions:
             raise BadLoss(
@@ -254,7 +254,7 @@ def _checked(value: Any, texts: Texts) -> Tensor:
     return value.reshape(()) if tuple(value.shape) == (1,) and texts.mask.shape != (1,) else value
 
 
-def _explain(error: Exception, arguments: list[Any], keywords: Mapping[str, Any]) -> str:
+def _explain(error: BaseException, arguments: list[Any], keywords: Mapping[str, Any]) -> str:
     """Say what a loss raised, and what it was called with."""
     shapes = [
         str(list(one.shape)) if isinstance(one, Tensor) else type(one).__name__ for one in arguments

@@ -64,7 +64,7 @@ GATES = ("call", "alignment")
 # What a failure explains, so that its consequences are not counted again.
 EXPLAINED = {
     "prompt": ("mask", "scale", "reduction", "accumulation", "processes", "rows"),
-    "padding": ("mask", "scale", "reduction", "accumulation", "processes", "rows"),
+    "padding": ("mask", "eos", "scale", "reduction", "accumulation", "processes", "rows"),
     "mask": ("reduction", "accumulation", "processes"),
     "eos": ("truncation", "reduction", "accumulation", "processes"),
     "truncation": ("rows", "reduction", "accumulation", "processes"),
@@ -151,8 +151,12 @@ def _case(loss: Any, spec: Any, name: str | None) -> Case:
 
 @contextmanager
 def _kept_generators(seed: int) -> Iterator[None]:
-    """Give a loss that draws random numbers the same ones each time, and leave the user's alone."""
+    """Give a loss that draws random numbers the same ones each time, and leave the user's alone.
+
+    PyTorch's settings for the whole process are put back as well.
+    """
     kept = random.getstate(), np.random.get_state()
+    dtype, threads = torch.get_default_dtype(), torch.get_num_threads()
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         random.seed(seed)
@@ -160,6 +164,9 @@ def _kept_generators(seed: int) -> Iterator[None]:
         try:
             yield
         finally:
+            torch.set_default_dtype(dtype)
+            if torch.get_num_threads() != threads:
+                torch.set_num_threads(threads)
             random.setstate(kept[0])
             np.random.set_state(kept[1])
 

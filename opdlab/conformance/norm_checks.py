@@ -13,6 +13,7 @@ from opdlab.conformance.probe import Probe, failed, passed, skipped
 from opdlab.conformance.reading import WORTH
 from opdlab.conformance.texts import Texts
 
+NO_GRADIENT = "No token has a gradient."
 CLOSE = 1e-4  # of a token's weight
 NAMES = {
     Reduction.NONE: "does not reduce",
@@ -109,6 +110,8 @@ def find_reduction(probe: Probe) -> Reduction | None:
     if ratios is None:
         return None
     alive = probe.alone[texts.mask].norm(dim=-1) > 1e-9
+    if not bool(alive.any()):
+        return None
     for reduction in (Reduction.TOKEN, Reduction.SEQUENCE, Reduction.TEXT_SUM, Reduction.SUM):
         wanted = token_weights(texts, reduction)[texts.mask][alive]
         if float((ratios - wanted).abs().amax()) <= CLOSE * float(wanted.amax()):
@@ -159,6 +162,8 @@ def check_reduction(probe: Probe) -> Finding:
             "With three more columns of padding, its gradient changes.",
         )
     found, wanted = find_reduction(probe), probe.spec.reduction
+    if found is None and not bool(probe.batch.gradient.any()):
+        return skipped("reduction", NO_GRADIENT)
     if found is None:
         return failed(
             "reduction", "wrong_normaliser", "The tokens of a batch weigh as under no known mean."
@@ -188,6 +193,8 @@ def _check_split(probe: Probe, check: str, processes: int) -> Finding:
     if reduction in (Reduction.NONE, Reduction.SUM):
         return skipped(check, f"It {NAMES[reduction]}, and its trainer divides.")
     texts, whole = probe.texts, probe.batch.gradient.double()
+    if not bool(whole.any()):
+        return skipped(check, NO_GRADIENT)
     has_count = probe.spec.takes(Quantity.COUNT)
     count = texts.count / processes
     parts = [

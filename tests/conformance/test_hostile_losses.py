@@ -1,6 +1,7 @@
 """Losses that are none, and losses that behave badly: each gets a report, none a raw error."""
 
 import random
+import sys
 import time
 
 import pytest
@@ -30,9 +31,15 @@ HOSTILE = {
     "not differentiable": lambda s, t, m: reverse_kl(s, t).detach(),
     "numpy": lambda s, t, m: s.detach().numpy().sum(),
     "raises": raises,
+    "exits": lambda s, t, m: sys.exit(0),
+    "never ends by itself": lambda s, t, m: _again(_again),
     "too few arguments": lambda s: s,
     "a second backward": lambda s, t, m: _backward(reverse_kl(s, t).sum()),
 }
+
+
+def _again(function):
+    return function(function)
 
 
 def _backward(loss):
@@ -53,6 +60,21 @@ def test_what_is_no_loss_is_said_to_be_none(name):
 def test_nan_is_said_to_be_nan():
     report = conform(lambda s, t, m: reverse_kl(s, t) * torch.nan, Spec("log_probs"))
     assert report.mistakes[0] == "not_finite"
+
+
+def test_a_loss_that_is_zero_everywhere_is_said_to_be_zero():
+    report = conform(lambda s, t, m: (s * 0).sum())
+    assert report.mistakes[0] == "zero_gradient"
+    assert report["reduction"].status.value == report["accumulation"].status.value == "skip"
+
+
+def test_settings_of_the_process_are_put_back():
+    def careless(student, teacher, mask):
+        torch.set_default_dtype(torch.float16)
+        return reverse_kl(student, teacher)
+
+    conform(careless, Spec("log_probs"))
+    assert torch.get_default_dtype() == torch.float32
 
 
 def test_inputs_that_change_are_noticed():
