@@ -46,11 +46,12 @@ def widest_prompt(student: Tensor, teacher: Tensor, sequences: Sequences) -> Ten
 
 def one_eos_of_two(student: Tensor, teacher: Tensor, sequences: Sequences) -> Tensor:
     """End a text at the first of several EOS ids, and count what stands behind the others."""
-    begin = sequences.prompt_width
-    ids = sequences.ids[:, begin:]
-    is_end = ids == sequences.eos_ids[0] if sequences.eos_ids else torch.zeros_like(ids).bool()
-    counts = is_end.cumsum(-1) - is_end.long() == 0
-    return _mean(_token_losses(student, teacher)[:, begin - 1 : -1], counts)
+    wanted = sequences.labels != -100
+    first = wanted.long().argmax(-1, keepdim=True)
+    inside = (torch.arange(wanted.shape[1]) >= first) & wanted.any(-1, keepdim=True)
+    is_end = inside & torch.isin(sequences.ids, torch.tensor(sequences.eos_ids[:1]))
+    counts = inside & (is_end.cumsum(-1) - is_end.long() == 0)
+    return _mean(_token_losses(student, teacher)[:, :-1], counts[:, 1:])
 
 
 def padding_too(student: Tensor, teacher: Tensor, mask: Tensor) -> Tensor:
