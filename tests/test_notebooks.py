@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import json
 import re
 import runpy
@@ -28,8 +29,9 @@ STUB = re.compile(r'exercise\("([^"]+)"\)\ndef (\w+)\(.*\):\n    raise NotImplem
 SOLUTION = re.compile(r"<summary>Solution</summary>\s*```python\n(.*?)```\s*</details>", re.DOTALL)
 INDEX_ROW = re.compile(r"^\| \d\d \| \[\w+\]\((\w+\.ipynb)\) \|", re.MULTILINE)
 
-# The imports that a folded solution may rely on.
-PRELUDE = "import math\n\nimport numpy as np\nimport torch\n\nimport opdlab as opd\n\n"
+MINUTES = re.compile(
+    r"^\| \d\d \| \[(\w+)\]\(.+ \| (\d+)(, and a project)? \|[^|]+\|$", re.MULTILINE
+)
 
 
 @pytest.fixture(params=NOTEBOOKS, ids=lambda path: path.stem)
@@ -141,11 +143,32 @@ def test_folded_solutions_are_right(code, text, tmp_path):
     solutions = SOLUTION.findall("\n".join(text))
     stubs = STUB.findall("\n".join(code))
     assert len(solutions) == len(stubs)
+    imports = _list_imports(code)
     for solution, (key, name) in zip(solutions, stubs, strict=True):
         file = tmp_path / f"{key}.py"
-        file.write_text(PRELUDE + solution, encoding="utf-8")
+        # Only the notebook's own imports: a reader pastes the solution there.
+        file.write_text(imports + solution, encoding="utf-8")
         function = runpy.run_path(str(file))[name]
         assert checking.find_exercise(key).judge(function) is None, key
+
+
+def _list_imports(code):
+    statements = [statement for source in code for statement in ast.parse(source).body]
+    imports = [one for one in statements if isinstance(one, ast.Import | ast.ImportFrom)]
+    return "".join(f"{ast.unparse(one)}\n" for one in imports)
+
+
+def test_the_index_says_the_minutes_of_the_notebook(path, text):
+    """Without those of the project, which the index only mentions."""
+    index = (FOLDER / "README.md").read_text(encoding="utf-8")
+    said = {
+        name: (int(minutes), bool(project)) for name, minutes, project in MINUTES.findall(index)
+    }
+    (plan,) = [source for source in text if TOTAL.search(source)]
+    tasks = [line for line in plan.splitlines() if TASK.match(line)]
+    lessons = [line for line in tasks if not line.startswith("| Project")]
+    minutes = sum(int(TASK.match(line)[1]) for line in lessons)
+    assert said[path.stem] == (minutes, len(lessons) < len(tasks))
 
 
 def test_the_index_lists_all():
