@@ -33,7 +33,7 @@ EXERCISES: dict[str, tuple[str, ...]] = {
     "ipykernel": ("tests/notebook/test_session.py",),
     "ipywidgets": ("tests/viz/test_view.py",),
     "jupyterlab": ("tests/notebook/test_freezing.py",),
-    "latex2mathml": ("tests/notebook/test_exporting.py",),
+    "latex2mathml": ("tests/notebook/test_offline_pages.py",),
     "lazy-loader": ("tests/test_package.py",),
     "numpy": ("tests/training/test_intervals.py", "tests/exact/test_exact_gradients.py"),
     "openai": ("tests/teachers/test_text_server.py", "tests/teachers/test_transport.py"),

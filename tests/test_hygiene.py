@@ -38,6 +38,12 @@ def test_nothing_unpickles_or_runs_text():
         assert not found, (path.name, found)
 
 
+def test_no_two_files_of_tests_have_one_name():
+    """Pytest imports a file by its name alone, and drops the second of two from a whole run."""
+    names = [path.name for path in sorted((ROOT / "tests").rglob("test_*.py"))]
+    assert not {name for name in names if names.count(name) > 1}
+
+
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
 def test_links_of_the_docs_lead_somewhere(page):
     text = re.sub(r"```.*?```", "", page.read_text(encoding="utf-8"), flags=re.DOTALL)
