@@ -93,7 +93,7 @@ class Observation:
 
     @property
     def is_zero(self) -> bool:
-        """Whether the expected gradient is zero but for rounding."""
+        """Tell whether the expected gradient is zero but for rounding."""
         return self.length <= max(ZERO * self.rms, ROUNDING)
 
 

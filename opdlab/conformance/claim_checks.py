@@ -1,4 +1,4 @@
-"""What does the loss train, is it what it claims, and if not, which known mistake is it?"""
+"""Ask what the loss trains, whether that is its claim, and which known mistake it is if not."""
 
 from __future__ import annotations
 
@@ -180,7 +180,7 @@ def _support_of(probe: Probe) -> Diagnosis | None:
 
 
 def _same_where(one: torch.Tensor, other: torch.Tensor, where: torch.Tensor) -> bool:
-    """Whether two gradients `[X, S, V]` have one direction and one ratio at some prefixes."""
+    """Tell whether two gradients `[X, S, V]` have one direction and one ratio at some prefixes."""
     a, b = one[where], other[where]
     if not len(a) or not bool(b.norm()) or not bool(a.norm()):
         return False
@@ -232,7 +232,7 @@ def check_scale(probe: Probe) -> Finding:
 
 
 def check_bias(probe: Probe) -> Finding:
-    """How far is the mean of its gradient from that of the divergence, and how noisy is it?"""
+    """Compare the mean of its gradient with that of the divergence, and measure its noise."""
     spec, reading = probe.spec, probe.far
     if spec.trains is None:
         return skipped("bias", "The spec names no divergence.")
@@ -306,7 +306,7 @@ def check_value(probe: Probe) -> Finding:
 
 
 def check_tail(probe: Probe) -> Finding:
-    """What happens to the mass outside the top tokens?"""
+    """Ask what happens to the mass outside the top tokens."""
     top_k = probe.spec.top_k
     if top_k is None:
         return skipped("tail", "It is on the whole vocabulary.")

@@ -1,4 +1,4 @@
-"""How a loss of another code base is called: one protocol for each kind of loss.
+"""Describe how to call a loss of another code base: one protocol for each kind of loss.
 
 Tensors are padded on the right: `B` texts of at most `T` completion tokens, `V` tokens in all.
 `mask` is True where a token counts. A loss returns one number, or `[B, T]` numbers that its trainer
@@ -17,7 +17,7 @@ Returned = Tensor | tuple[Any, ...]
 
 
 class Kind(Enum):
-    """What a loss takes before its keywords."""
+    """Name the input that a loss takes before its keywords."""
 
     LOGITS = "logits"
     LOG_PROBS = "log_probs"
@@ -160,7 +160,7 @@ Loss = LogitsLoss | SampledLoss | TopKLoss | HiddenLoss | SequencesLoss
 
 
 class Reduction(Enum):
-    """How a loss comes from the losses of the tokens."""
+    """Name the way from the losses of the tokens to the loss."""
 
     NONE = "none"  # it does not reduce: [B, T]
     SUM = "sum"
@@ -171,7 +171,7 @@ class Reduction(Enum):
 
 
 class Quantity(Enum):
-    """What a loss may take by a keyword of its own name."""
+    """Name a number or tensor that a loss may take by a keyword of its own."""
 
     TOKENS = "tokens"  # ids [B, T] of the completion tokens
     COUNT = "count"  # tokens that count in all micro-batches, over the number of processes

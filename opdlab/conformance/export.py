@@ -47,7 +47,7 @@ class LogProbs:
 
     @property
     def vocab_size(self) -> int:
-        """How many tokens the distributions are over."""
+        """Return the number of tokens that the distributions are over."""
         return self.values.shape[-1]
 
     def part(self, piece: slice | Tensor) -> LogProbs:

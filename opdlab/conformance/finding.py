@@ -7,7 +7,7 @@ from enum import Enum
 
 
 class Status(Enum):
-    """How a question was answered."""
+    """Name the answer to a question."""
 
     PASS = "pass"  # nosec B105  # no password
     FAIL = "fail"

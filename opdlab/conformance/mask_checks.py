@@ -1,4 +1,4 @@
-"""Which tokens does the loss see? Alignment, prompts, padding, EOS, cut texts, tools' tokens."""
+"""Ask which tokens the loss sees: alignment, prompts, padding, EOS, cut texts, tools' tokens."""
 
 from __future__ import annotations
 
@@ -224,6 +224,6 @@ def _alive_alone(probe: Probe) -> Tensor:
 
 
 def _dropped(length: Tensor, wanted: Tensor) -> int:
-    """How many of the wanted tokens have no gradient."""
+    """Count the wanted tokens that have no gradient."""
     least = WORTH * float(length[wanted].amax()) * 1e-3 if bool(wanted.any()) else 0.0
     return int((length[wanted] <= least).sum())

@@ -1,4 +1,4 @@
-"""What the loss divides by: within a batch, over micro-batches, and over processes."""
+"""Ask what the loss divides by: within a batch, over micro-batches, and over processes."""
 
 from __future__ import annotations
 
@@ -79,7 +79,7 @@ def uneven_but_first(texts: Texts) -> Texts:
 
 
 def _ratios(gradient: Tensor, base: Tensor, mask: Tensor) -> Tensor | None:
-    """How many times each token's gradient is that of `base`; None if directions differ."""
+    """Divide each token's gradient by that of `base`; None if directions differ."""
     one, other = gradient[mask], base[mask]
     alive = other.norm(dim=-1) > 1e-9
     one, other = one[alive], other[alive]
@@ -152,7 +152,7 @@ def _reduction_of_texts(probe: Probe) -> Reduction | None:
 
 
 def check_reduction(probe: Probe) -> Finding:
-    """What does it divide a batch by, and is that what the spec says?"""
+    """Ask what it divides a batch by, and whether the spec says so."""
     wider = probe.caller(probe.texts.padded(3)).gradient[:, : probe.texts.ids.shape[1]]
     ratios = _ratios(wider.double(), probe.batch.gradient.double(), probe.texts.mask)
     if ratios is None or float((ratios - 1).abs().amax()) > CLOSE:

@@ -31,7 +31,7 @@ class Probe:
 
     @property
     def spec(self) -> Spec:
-        """How it is called, and what it claims."""
+        """Return the spec: the way to call the loss, and its claims."""
         return self.caller.spec
 
     @cached_property

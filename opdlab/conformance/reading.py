@@ -1,4 +1,4 @@
-"""What a loss trains, exactly: its gradient at every token after every prefix of a toy world.
+"""Read what a loss trains, exactly: its gradient at every token and prefix of a toy world.
 
 Each token is a text of its own here, so masks and normalisers play no part. Probabilities of
 prefixes and tokens come from the tables. The comparison with known divergences is that of
@@ -128,12 +128,12 @@ class Reading:
 
     @property
     def is_zero(self) -> bool:
-        """Whether the expected gradient is zero but for rounding."""
+        """Tell whether the expected gradient is zero but for rounding."""
         return self.seen.length <= max(1e-6 * self.seen.rms, 1e-12)
 
     @property
     def verdict(self) -> str:
-        """What the loss trains, in a sentence."""
+        """Say in a sentence what the loss trains."""
         return describe(self.subject, self.seen, self.matches[0], self.estimate)
 
     @property

@@ -27,7 +27,7 @@ COLOURS = {Status.PASS: BLUE, Status.FAIL: ORANGE}
 
 @dataclass(frozen=True, eq=False)
 class Conformance:
-    """What was found about a loss.
+    """Hold the findings about a loss.
 
     Attributes:
         name: The loss.
@@ -48,7 +48,7 @@ class Conformance:
 
     @property
     def passes(self) -> bool:
-        """Whether no question failed."""
+        """Tell whether no question failed."""
         return not self.of(Status.FAIL)
 
     @property
@@ -81,7 +81,7 @@ class Conformance:
 
     @property
     def summary(self) -> str:
-        """How many questions passed, in words."""
+        """Count the passed questions, in words."""
         passed, failed = len(self.of(Status.PASS)), len(self.of(Status.FAIL))
         cautions = len(self.of(Status.CAUTION))
         words = [f"{passed} passed", f"{failed} failed"]

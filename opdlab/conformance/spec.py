@@ -1,4 +1,4 @@
-"""What a loss says of itself: how it is called, and what it claims to train."""
+"""Describe a loss: how to call it, and what it claims to train."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ Parameters = Annotated[Mapping[Text, Any], Field(description="a dict of numbers 
 
 @dataclass(frozen=True)
 class Spec:
-    """How a loss is called, and what it claims.
+    """Describe how to call a loss, and what it claims.
 
     What is left at None is found out and reported, and is no reason to fail.
 
@@ -168,7 +168,7 @@ class Spec:
 
     @property
     def reads_tokens(self) -> bool:
-        """Whether the loss knows which tokens were sampled."""
+        """Tell whether the loss knows which tokens were sampled."""
         return self.kind in (Kind.SAMPLED, Kind.SEQUENCES) or self.takes(Quantity.TOKENS)
 
 

@@ -49,7 +49,7 @@ class Texts:
 
     @property
     def count(self) -> int:
-        """How many tokens count."""
+        """Count the tokens that are not masked."""
         return int(self.mask.sum())
 
     def part(self, rows: slice) -> Texts:

@@ -59,7 +59,7 @@ class MapRecord:
 
     @property
     def key(self) -> tuple[Any, ...]:
-        """What the record is of: the values of its knobs by name, its seed and its arm."""
+        """Return what identifies the record: its knobs by name, its seed and its arm."""
         return (*sorted(self.knobs.items()), self.seed, self.arm)
 
 

@@ -25,7 +25,7 @@ LARGEST_FILE = 256 << 20  # bytes
 
 @dataclass(frozen=True)
 class Reading:
-    """What a policy read before it gave a token its probability.
+    """Hold what a policy read before it gave a token its probability.
 
     Attributes:
         logp: The token's log-prob, in nats.
@@ -91,7 +91,7 @@ class Reason:
 
 @dataclass(frozen=True)
 class Depth:
-    """Where in depth two models of one architecture part, at one token (the logit lens).
+    """Hold where in depth two models of one architecture part, at one token (the logit lens).
 
     Attributes:
         sample: Number of the completion.

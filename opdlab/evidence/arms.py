@@ -45,7 +45,7 @@ class Subject:
 
 @dataclass(frozen=True)
 class Treatment:
-    """What an arm changes.
+    """Describe what an arm changes.
 
     Attributes:
         method: The method that trains.
@@ -184,7 +184,7 @@ ARMS = {
 
 
 def _teachers_of(subject: Subject) -> list[Need]:
-    """What the method learns from: the names that grade tokens, but the reference alone."""
+    """List what the method learns from: the names that grade tokens, but the reference alone."""
     needs = [
         need
         for need in parse_needs(subject.method.needs)

@@ -38,7 +38,7 @@ MOST = 0.5  # of the gain: more than that is called "the teacher's", less "not t
 
 
 class Verdict(Enum):
-    """What the controls say."""
+    """Name the conclusion of the controls."""
 
     TEACHER = "the gain is the teacher's"
     NOT_TEACHER = "the gain does not need the teacher"
@@ -286,7 +286,7 @@ class Controls:
 
     @property
     def share_is_defined(self) -> bool:
-        """Whether the gain with the teacher is clearly above zero."""
+        """Tell whether the gain with the teacher is clearly above zero."""
         gain = self.gain()
         return gain.is_clear and gain.low > 0
 

@@ -411,7 +411,7 @@ def _rollout_of(texts: Any, prompts: Sequence[Prompt] | None) -> Rollout:
 
 
 def _difference(value: Value) -> tuple[Values, Values, Values]:
-    """What each token changes, `[B, T]`, with Newcombe's interval."""
+    """Estimate what each token changes, `[B, T]`, with Newcombe's interval."""
     p, q = value.mean[:, 1:], value.mean[:, :-1]
     low = p - q - np.hypot(p - value.low[:, 1:], value.high[:, :-1] - q)
     high = p - q + np.hypot(value.high[:, 1:] - p, q - value.low[:, :-1])

@@ -122,7 +122,7 @@ def controls(
 
 @dataclass(frozen=True)
 class _Work:
-    """What all runs share."""
+    """Hold what all runs share."""
 
     subject: Subject
     treatments: Mapping[str, Treatment]
@@ -271,7 +271,7 @@ def _fresh(work: _Work) -> Policy:
 
 
 def _load(file: Path, identity: str) -> _Finished | None:
-    """What a file kept; None if it cannot be read, so that the run is made again."""
+    """Read what a file kept; None if it cannot be read, so that the run is made again."""
     try:
         stored = json.loads(file.read_bytes())
         numbers = {field.name: stored[field.name] for field in fields(_Finished)}

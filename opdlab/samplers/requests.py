@@ -6,16 +6,18 @@ tokenised again, between the turns of a conversation either.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 from opdlab.data.conversation import Environment
-from opdlab.data.prompt import Prompt
+from opdlab.data.prompt import Prompt, expect_prompts
 from opdlab.data.rollout import Rollout
 from opdlab.data.sampling_config import SamplingConfig
 from opdlab.data.seeds import seed_of
-from opdlab.errors import InvalidValue
+from opdlab.errors import InvalidValue, SamplerError
 from opdlab.models.conversations import converse
+from opdlab.models.places import read_places
 from opdlab.models.policy import Policy
 from opdlab.models.replies import check_chats, with_tools
 from opdlab.models.sampling import SampledTexts
@@ -28,7 +30,7 @@ Write = Callable[[Sequence[Order], SamplingConfig], list[Completion]]
 
 @dataclass(frozen=True)
 class Request:
-    """What a sampler is asked for.
+    """Hold what a sampler is asked for.
 
     Attributes:
         prompts: The prompts.
@@ -51,10 +53,75 @@ class Request:
     writer: str = "student"
     places: Sequence[int] | None = None
 
+    @classmethod
+    def of(
+        cls,
+        prompts: Sequence[Prompt],
+        n: int,
+        options: Mapping[str, Any],
+        *,
+        prefixes: Sequence[Sequence[int]] | None,
+        environment: Environment | None,
+        batch_size: int | None,
+        writer: str,
+        places: Sequence[int] | None,
+    ) -> Request:
+        """Check the arguments of `sample` and make a request of them.
+
+        Args:
+            prompts: A single prompt counts as a list of one.
+            n: Completions of each prompt.
+            options: Fields of `SamplingConfig`, as the user gave them.
+            prefixes: Token ids already written after each prompt.
+            environment: Replies between the student's turns.
+            batch_size: Prompts given to the engine at once.
+            writer: Who writes.
+            places: Where each prompt stands in the batch of all processes.
+
+        Returns:
+            The request.
+
+        Raises:
+            OpdlabError: An argument is not what it must be.
+        """
+        beside = ("n", "prefixes", "batch_size", "writer", "places", "environment")
+        config = SamplingConfig.of("sample", options, beside=beside)
+        prompts = expect_prompts(prompts, "sample")
+        return cls(
+            prompts,
+            n,
+            config,
+            prefixes=prefixes,
+            environment=environment,
+            batch_size=batch_size,
+            writer=writer,
+            places=read_places(places, len(prompts)),
+        )
+
     @property
     def numbers(self) -> list[int]:
         """The place of each prompt, which its seed follows from."""
         return list(range(len(self.prompts)) if self.places is None else self.places)
+
+
+def expect_student(student: Policy | None) -> Policy:
+    """Return the student that a sampler holds.
+
+    Args:
+        student: The student; None before `start`.
+
+    Returns:
+        The student.
+
+    Raises:
+        SamplerError: There is none.
+    """
+    if student is None:
+        raise SamplerError(
+            "This sampler holds no student yet. Call sampler.start(student), or give it to"
+            " distill or evaluate."
+        )
+    return student
 
 
 def sample_with(

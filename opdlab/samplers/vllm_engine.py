@@ -24,13 +24,12 @@ import numpy as np
 import torch
 
 from opdlab.data.conversation import Environment
-from opdlab.data.prompt import Prompt, expect_prompts
+from opdlab.data.prompt import Prompt
 from opdlab.data.rollout import Rollout
 from opdlab.data.sampling_config import SamplingConfig, SamplingOptions
 from opdlab.engine.needs import did_you_mean
 from opdlab.errors import ContextTooLong, InvalidValue, OpdlabError, SamplerError, UnknownOption
 from opdlab.models import fingerprints, model_files
-from opdlab.models.places import read_places
 from opdlab.models.policy import Policy
 from opdlab.samplers.adapter_files import AdapterFiles, check_adapter
 from opdlab.samplers.completions import (
@@ -42,7 +41,7 @@ from opdlab.samplers.completions import (
     probe_ids,
 )
 from opdlab.samplers.fields import fields_of
-from opdlab.samplers.requests import Request, order_of_trial, sample_with
+from opdlab.samplers.requests import Request, expect_student, order_of_trial, sample_with
 from opdlab.support.validation import (
     Count,
     Flag,
@@ -260,30 +259,20 @@ class VLLM:
             SamplerError: `start` was not called, or vLLM failed twice.
             ContextTooLong: A prompt with its completion does not fit the engine.
         """
-        if self._student is None:
-            raise SamplerError(
-                "This sampler holds no student yet. Call sampler.start(student), or give it to"
-                " distill or evaluate."
-            )
-        config = SamplingConfig.of(
-            "sample",
-            options,
-            beside=("n", "prefixes", "batch_size", "writer", "places", "environment"),
-        )
-        prompts = expect_prompts(prompts, "sample")
-        request = Request(
+        student = expect_student(self._student)
+        request = Request.of(
             prompts,
             n,
-            config,
+            options,
             prefixes=prefixes,
             environment=environment,
             batch_size=batch_size,
             writer=writer,
-            places=read_places(places, len(prompts)),
+            places=places,
         )
         limit = self._engine.llm_engine.model_config.max_model_len
         check_room = partial(_check_room, limit=limit)
-        return sample_with(self._write_or_restart, check_room, self._student, request)
+        return sample_with(self._write_or_restart, check_room, student, request)
 
     # The engine.
 

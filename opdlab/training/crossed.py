@@ -140,7 +140,7 @@ def crossed_ratio(
     means = float(parts.mean()), float(wholes.mean())
 
     def is_plausible(r: float) -> bool:
-        """Whether the mean of `part - r whole` may be zero, at the level that is asked for now."""
+        """Tell whether the mean of `part - r whole` may be zero, at the level asked for now."""
         own = squares[0] - 2 * r * squares[1] + r**2 * squares[2]
         error, freedom = _standard_error(own, *parts.shape)
         return abs(means[0] - r * means[1]) <= _quantile(asked, freedom) * error

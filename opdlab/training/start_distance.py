@@ -1,4 +1,4 @@
-"""How far the student has gone from where it started: KL(p ‖ p_start), nats per token.
+"""Measure how far the student has gone from its start: KL(p ‖ p_start), nats per token.
 
 Where the method reads the reference, which is the student before training, the divergence is known
 on the whole vocabulary, and costs nothing. Elsewhere `Settings.start_kl` asks for it. It then costs

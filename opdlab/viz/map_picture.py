@@ -43,13 +43,13 @@ class Cell:
 
     @property
     def is_clear(self) -> bool:
-        """Whether the difference has a side."""
+        """Tell whether the difference has a side."""
         return self.side != 0
 
 
 @dataclass(frozen=True)
 class Selection:
-    """What a picture shows: names, and the places of the settings of the knobs that are no axis."""
+    """Hold what a picture shows: names, and the settings of the knobs that are no axis."""
 
     arm: str
     against: str

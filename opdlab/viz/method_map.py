@@ -117,7 +117,7 @@ class MethodMap(View):
 
     @property
     def selection(self) -> Selection:
-        """What is drawn at present."""
+        """Return what is drawn at present."""
         for what, named in (
             ("arm", self.results.arms),
             ("against", self.results.arms),

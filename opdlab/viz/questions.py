@@ -251,7 +251,7 @@ def read_condition(condition: str, where: str = "where") -> tuple[str, str, str]
 
 
 def _holds(trace: Trace, channels: Mapping[str, Channel], condition: str) -> np.ndarray:
-    """Which tokens a condition holds for, `[n]`."""
+    """Mark the tokens that a condition holds for, `[n]`."""
     key, sign, value = read_condition(condition)
     compare = _COMPARISONS[sign]
     if key == "token":

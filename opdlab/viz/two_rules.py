@@ -150,7 +150,7 @@ class TwoRules(View):
 
     @property
     def sets(self) -> np.ndarray:
-        """Which of `SETS` every row of the trace belongs to, `[n]`."""
+        """Return the set of `SETS` that every row of the trace belongs to, `[n]`."""
         return np.asarray(self._holds(self.a) + 2 * self._holds(self.b))
 
     @property
@@ -302,7 +302,7 @@ class TwoRules(View):
         return {"key": key, "sign": f"{sign[0]}=", "value": read_number(value, text, "TwoRules")}
 
     def _holds(self, rule: Rule) -> np.ndarray:
-        """Whether a rule touches each row; a missing number is not touched."""
+        """Mark the rows that a rule touches; a missing number is not touched."""
         key, value = rule["key"], rule["value"]
         if key in self.kinds:
             names = self.kinds[key].names

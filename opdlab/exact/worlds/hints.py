@@ -76,7 +76,7 @@ class HintWorld:
 
     @cached_property
     def shares(self) -> Tensor:
-        """How often each kind of token is met, `[tokens]`; they sum to 1."""
+        """Return the share of each kind of token, `[tokens]`; they sum to 1."""
         skill = (1 - self.secrets) / (SKILLS + 1)
         each = [skill] * SKILLS + [self.secrets / SECRETS] * SECRETS + [skill]
         return torch.tensor(each, dtype=torch.float64)

@@ -162,7 +162,7 @@ class RoadWorld:
 
     @staticmethod
     def _after(at: Tensor, right: Tensor) -> Tensor:
-        """Where texts are after a step: the right token leads to the road from everywhere."""
+        """Move texts by a step: the right token leads to the road from everywhere."""
         on = (at * right).sum(-1)
         return torch.stack([on, 1 - on], -1)
 

@@ -59,7 +59,7 @@ class RuleWorld:
 
     @cached_property
     def follows(self) -> Tensor:
-        """Whether the answer of each prompt follows its rule, `[2 prompts]`."""
+        """Mark prompts whose answer follows their rule, `[2 prompts]`."""
         half = torch.arange(self.prompts) < round(self.rule * self.prompts)
         order = [torch.randperm(self.prompts, generator=self._random(i)) for i in (0, 1)]
         return torch.cat([half[order[0]], half[order[1]]])

@@ -1,15 +1,15 @@
 // Branches: a strip whose tokens with trees are marked, and the tree of the chosen token. A live page
 // asks Python to grow the tree of any token.
 
-/** @import { BranchesPayload, GrownBranch, GrownTree, GrownWriter, State } from "./types.js" */
+/** @import { BranchesPayload, GrownBranch, GrownTree, GrownWriter } from "./types.js" */
 
+import { askingLine } from "./asking.js";
 import {
   define,
   drawLegend,
   liveRegion,
   make,
   makeBar,
-  makeButton,
   number,
   percent,
   promptBox,
@@ -124,28 +124,10 @@ const treePanel = ({ text, asks, trees }, /** @type {boolean} */ isLive) => {
   return { node, show };
 };
 
-/**
- * The button of a live page that grows the tree of the chosen token.
- * @param {State} state
- * @param {(tree: GrownTree) => void} add
- */
-const askingLine = (state, add) => {
-  const node = make("div", "opd-asking");
-  const button = makeButton("opd-force", "Force the teacher’s token here, and let both go on");
-  const told = put(make("span", "opd-soft"), { role: "status" });
-  button.addEventListener("click", async () => {
-    button.disabled = true;
-    told.textContent = "student and teacher are writing …";
-    try {
-      add(await state.ask({ row: state.get("selected") }));
-      told.textContent = "";
-    } catch (error) {
-      told.textContent = error instanceof Error ? error.message : String(error);
-    }
-    button.disabled = false;
-  });
-  node.append(button, told);
-  return node;
+const ASKING = {
+  name: "opd-force",
+  words: "Force the teacher’s token here, and let both go on",
+  meanwhile: "student and teacher are writing …",
 };
 
 define("branches", ({ box, data, state }) => {
@@ -173,7 +155,7 @@ define("branches", ({ box, data, state }) => {
     panel.show(byRow.get(row), row);
   };
   if (state.live && data.asks) {
-    const asking = askingLine(state, (tree) => {
+    const asking = askingLine(state, ASKING, (tree) => {
       byRow.set(tree.row, tree);
       mark();
       look(state.get("selected"));

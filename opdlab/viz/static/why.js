@@ -1,15 +1,15 @@
 // Why: for the chosen token, the weight of all that teacher and student read, and the KL by layer.
 // A live page asks Python for further tokens.
 
-/** @import { ReasonAt, State, WeighedSide, WhyPayload } from "./types.js" */
+/** @import { ReasonAt, WeighedSide, WhyPayload } from "./types.js" */
 
+import { askingLine } from "./asking.js";
 import {
   define,
   drawLegend,
   liveRegion,
   make,
   makeBar,
-  makeButton,
   number,
   percent,
   promptBox,
@@ -83,24 +83,10 @@ const whyPanel = ({ text, asks, reasons }, isLive) => {
   return { node, show };
 };
 
-/** @param {State} state @param {(reason: ReasonAt) => void} add */
-const askingLine = (state, add) => {
-  const node = make("div", "opd-asking");
-  const button = makeButton("opd-ask-why", "Ask why, at this token");
-  const told = put(make("span", "opd-soft"), { role: "status" });
-  button.addEventListener("click", async () => {
-    button.disabled = true;
-    told.textContent = "asking …";
-    try {
-      add(await state.ask({ row: state.get("selected") }));
-      told.textContent = "";
-    } catch (error) {
-      told.textContent = error instanceof Error ? error.message : String(error);
-    }
-    button.disabled = false;
-  });
-  node.append(button, told);
-  return node;
+const ASKING = {
+  name: "opd-ask-why",
+  words: "Ask why, at this token",
+  meanwhile: "asking …",
 };
 
 define("why", ({ box, data, state }) => {
@@ -127,7 +113,7 @@ define("why", ({ box, data, state }) => {
     if (row >= 0 && row < strip.size) panel.show(byRow.get(row), row);
   };
   if (state.live && data.asks) {
-    const asking = askingLine(state, (reason) => {
+    const asking = askingLine(state, ASKING, (reason) => {
       byRow.set(reason.row, reason);
       mark();
       look(state.get("selected"));
