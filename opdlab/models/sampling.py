@@ -26,6 +26,7 @@ from opdlab.models.head import Head
 from opdlab.models.precision import without_autocast
 from opdlab.models.weights import Weights
 from opdlab.support.expect import shortened
+from opdlab.support.memory import refuse_beyond_memory
 
 DECODED_BEFORE_STOP = 8  # tokens
 
@@ -171,13 +172,32 @@ class SamplingLoop:
         Returns:
             The texts, `[len(starts) * n, max_new_tokens]`.
         """
+        size = min(batch_size or len(starts), len(starts))
+        self._refuse_too_many(len(starts), n, size)
         uniform = self.draw_uniform(len(starts), n, places)
-        size = batch_size or len(starts)
         parts = []
         for i in range(0, len(starts), size):
             part = uniform[i : i + size].flatten(0, 1)
             parts.append(self.write(starts[i : i + size], n, part))
         return SampledTexts.concat(parts)
+
+    def _refuse_too_many(self, prompts: int, n: int, size: int) -> None:
+        """Refuse texts that cannot fit the memory, `n` for each prompt, `size` prompts at once.
+
+        Counted are the numbers that are kept for each token of all texts (a random number, its id,
+        log-prob and entropy), and the logits of one token of the texts that are written at once.
+        """
+        kept = 24.0 * prompts * n * self.config.max_new_tokens
+        at_once = 4.0 * size * n * self.weights.vocab_size
+        at_once_is_all = kept < at_once and size > 1
+        refuse_beyond_memory(
+            f"Sampling {prompts * n:,} texts of up to {self.config.max_new_tokens:,} tokens",
+            kept + at_once,
+            self.weights.device,
+            "Hold fewer prompts at once with batch_size=, or ask for fewer texts."
+            if at_once_is_all
+            else "Ask for fewer or shorter texts at a time.",
+        )
 
     def draw_uniform(self, count: int, n: int, places: Sequence[int] | None = None) -> Tensor:
         """Draw the numbers from 0 to 1 that decide every token.

@@ -34,6 +34,7 @@ from opdlab.models.quantization import dequantized, is_quantized, set_evaluation
 from opdlab.models.requirements import check_model, check_rotary, check_tokenizer
 from opdlab.models.self_check import find_abilities
 from opdlab.models.vocabulary import check_tokens, find_eos
+from opdlab.support.memory import refuse_beyond_memory
 from opdlab.support.validation import Count, Seed, validate
 
 
@@ -237,6 +238,7 @@ class Weights:
             ]
             options["exclude_modules"] = left_out or None
         config = make_config(rank, alpha, targets, options)
+        self._refuse_too_large(config)
         name = self._add(name, lambda new: self._make(new, config, seed))
         if targets == "all-linear":
             warn_about_unreached_weights(self.model)
@@ -253,7 +255,22 @@ class Weights:
         Returns:
             The adapter's name.
         """
+        self._refuse_too_large(config)
         return self._add(name, lambda new: self._make(new, config, seed))
+
+    def _refuse_too_large(self, config: LoraConfig) -> None:
+        """Refuse a rank at which the adapter of one layer alone cannot fit the memory."""
+        sides = [
+            layer.in_features + layer.out_features
+            for layer in self.model.modules()
+            if isinstance(layer, torch.nn.Linear)
+        ]
+        refuse_beyond_memory(
+            f"A LoRA of rank {config.r:,}",
+            4.0 * config.r * min(sides, default=0),
+            self.device,
+            "Ranks of 8 to 128 are common.",
+        )
 
     def load_adapter(self, folder: Path, name: str = "") -> str:
         """Put an adapter from a folder on the model; what is in force stays so.

@@ -1,4 +1,4 @@
-"""The most memory that was in use since a moment, on a GPU or in this process."""
+"""The memory that work used, and whether work can fit the machine at all."""
 
 from __future__ import annotations
 
@@ -6,7 +6,10 @@ import ctypes
 import math
 from pathlib import Path
 
+import psutil
 import torch
+
+from opdlab.errors import InvalidValue
 
 _STATUS = Path("/proc/self/status")
 _CLEAR = Path("/proc/self/clear_refs")
@@ -49,6 +52,40 @@ class PeakMemory:
             return _read("VmHWM") - _read("RssFile")
         except OSError:
             return math.nan
+
+
+def refuse_beyond_memory(what: str, least: float, device: torch.device, advice: str) -> None:
+    """Refuse work that cannot fit the memory of the machine, whatever else runs on it.
+
+    Args:
+        what: What was asked for, as the beginning of the error's sentence.
+        least: Bytes that it needs at the very least.
+        device: Where it would be held.
+        advice: What to do instead.
+
+    Raises:
+        InvalidValue: `least` is more than the device has in all, with swap on a CPU.
+    """
+    whole = total_memory(device)
+    if least > whole:
+        raise InvalidValue(
+            f"{what} needs at least {least / 2**30:,.0f} GiB of memory, and"
+            f" {'the GPU' if device.type == 'cuda' else 'this machine'} has"
+            f" {whole / 2**30:,.0f}. {advice}"
+        )
+
+
+def total_memory(device: torch.device) -> float:
+    """Return the bytes that a device has in all, free or not; infinity where it does not say.
+
+    Args:
+        device: A GPU, or the CPU, whose memory counts with its swap.
+    """
+    if device.type == "cuda":
+        return float(torch.cuda.get_device_properties(device).total_memory)
+    if device.type != "cpu":
+        return math.inf
+    return float(psutil.virtual_memory().total + psutil.swap_memory().total)
 
 
 def _give_freed_memory_back() -> None:

@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, Literal, get_args
 
+import torch
 from transformers import PreTrainedTokenizerBase
 
 from opdlab.data.conversation import Environment
@@ -21,6 +22,7 @@ from opdlab.errors import EmptyPrompts, InvalidValue, MissingPolicy, OpdlabError
 from opdlab.models.policy import Policy, as_policy, find_too_long
 from opdlab.models.replies import check_environment, with_tools
 from opdlab.support.expect import shortened
+from opdlab.support.memory import refuse_beyond_memory
 from opdlab.support.validation import Count, Text, Texts, Whole, validate
 from opdlab.tasks.answers import same_answer
 from opdlab.tasks.epochs import epoch_order
@@ -30,6 +32,7 @@ from opdlab.tasks.splits import check_disjoint, distinct, question_of, split_pro
 from opdlab.tasks.verifiers import VERIFIERS
 
 Split = Literal["train", "test"]
+LEAST_BYTES_OF_PROMPT = 400  # a Prompt in Python's memory, its texts not counted
 
 
 @dataclass(frozen=True)
@@ -209,6 +212,12 @@ class Task:
 
     def _drawn(self, n: int, seed: int, split: Split) -> list[Prompt]:
         """The prompts that `draw` gives, checked against its contract."""
+        refuse_beyond_memory(
+            f"Asking {self.name} for {n:,} prompts",
+            n * LEAST_BYTES_OF_PROMPT,
+            torch.device("cpu"),
+            "Ask for fewer.",
+        )
         given = self.draw(n, seed, split)
         asked = f"{self.name} was asked for {n} {split} prompts and its draw"
         if isinstance(given, Prompt | str | bytes | Mapping) or not isinstance(given, Iterable):
