@@ -53,7 +53,9 @@ class Context:
 
 
 def setup(minutes: Mapping[str, float] | None = None) -> Context:
-    """Print versions, device, profile and expected time, and silence the loading bars.
+    """Print versions, device, profile and expected time; set the look of charts.
+
+    Loading bars are silenced, and Plotly draws in the template "opdlab" unless told otherwise.
 
     The environment variable `OPDLAB_PROFILE` sets the profile; without it, it is "gpu" where there
     is a GPU, else "cpu".
@@ -67,6 +69,7 @@ def setup(minutes: Mapping[str, float] | None = None) -> Context:
     Raises:
         OpdlabError: `OPDLAB_PROFILE` is not a profile.
     """
+    import plotly.io
     import transformers
 
     import opdlab.viz.plotly_template  # registers the Plotly template "opdlab"
@@ -74,6 +77,7 @@ def setup(minutes: Mapping[str, float] | None = None) -> Context:
     profile = os.environ.get("OPDLAB_PROFILE", "gpu" if torch.cuda.is_available() else "cpu")
     if profile not in PROFILES:
         raise OpdlabError(f"OPDLAB_PROFILE is {profile!r}. Use ci, cpu or gpu.")
+    plotly.io.templates.default = "opdlab"
     transformers.utils.logging.disable_progress_bar()
     warnings.filterwarnings("ignore", message=".*IProgress not found.*")
     device = "cuda" if profile == "gpu" and torch.cuda.is_available() else "cpu"

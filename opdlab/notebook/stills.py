@@ -18,7 +18,7 @@ from opdlab.viz.markup import escape
 
 # JupyterLab shows a picture unscaled until the mouse is over it, and cuts off a wider one.
 WIDTH = 760  # CSS pixels
-_COLOURS = 48  # of the picture; a third of the bytes of the full range, and no visible loss
+_COLOURS = 64  # of the picture; a third of the bytes of the full range, and no visible loss
 _LOOK = (
     "<style>body{margin:0;background:Canvas}.opd{max-width:none!important}"
     ".opd-block{content-visibility:visible!important}</style>"
@@ -95,5 +95,7 @@ def _with_fewer_colours(png: bytes) -> bytes:
         ) from error
     picture = Image.open(io.BytesIO(png)).convert("RGB")
     small = io.BytesIO()
-    picture.quantize(_COLOURS, dither=Image.Dither.NONE).save(small, "PNG", optimize=True)
+    # Median cut, the default, would give two kinds of few pixels the same colour.
+    octree = Image.Quantize.FASTOCTREE
+    picture.quantize(_COLOURS, octree, dither=Image.Dither.NONE).save(small, "PNG", optimize=True)
     return small.getvalue()

@@ -308,7 +308,8 @@ class RunBoard(View):
             if key in table and name not in self.hidden
             for line in _lines(name, table, key, hue if len(tables) == 1 else self._hues()[name])
         ]
-        low, high = find_range([line.y for line in lines], zero=True)
+        # From zero, except lengths: a text that grows by a tenth is news.
+        low, high = find_range([line.y for line in lines], zero=key != "length")
         told = (
             "; ".join(_describe_course(line) for line in lines if line.kind == "line")
             if len(tables) == 1

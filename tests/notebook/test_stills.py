@@ -7,10 +7,11 @@ import io
 import re
 import shutil
 
+import numpy as np
 import pytest
 
 from opdlab import viz
-from opdlab.notebook.stills import add_still
+from opdlab.notebook.stills import _with_fewer_colours, add_still
 
 needs_chromium = pytest.mark.skipif(not shutil.which("chromium"), reason="needs Chromium")
 
@@ -49,3 +50,20 @@ def test_a_view_without_a_script_is_seen_where_styles_are_kept():
     box = html.partition('<div class="opd-box">')[2].removesuffix("</div></div></div>")
     assert f'<div class="opd-when-styled" hidden="hidden">{box}</div>' in stilled
     assert ".opd-when-bare{display:none}" in stilled
+
+
+def test_rare_colours_stay_apart():
+    """Few pixels of one kind of token must not get the colour of another kind."""
+    from PIL import Image
+
+    rng = np.random.default_rng(0)
+    pixels = np.full((200, 200, 3), 255, np.uint8)
+    pixels[:100] = rng.integers(90, 256, (100, 200, 1))  # text and its soft edges, in greys
+    kinds = [(0, 158, 115), (60, 190, 200), (176, 160, 0), (120, 180, 60)]
+    for i, kind in enumerate(kinds):
+        pixels[150, 4 * i : 4 * i + 2] = kind
+    png = io.BytesIO()
+    Image.fromarray(pixels).save(png, "PNG")
+    small = Image.open(io.BytesIO(_with_fewer_colours(png.getvalue()))).convert("RGB")
+    found = np.array([small.getpixel((4 * i, 150)) for i in range(len(kinds))])
+    assert np.abs(found - kinds).max() < 20

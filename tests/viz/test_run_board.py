@@ -234,3 +234,11 @@ def test_what_is_no_run_is_refused():
     with pytest.raises(OpdlabError, match=r"shows 2 runs"):
         RunBoard({"a": troubled(), "b": troubled()}).train()
     assert "0 steps" in repr(RunBoard(pd.DataFrame()))
+
+
+def test_lengths_are_not_drawn_from_zero():
+    """A growth of the texts by a tenth must be seen."""
+    history = pd.DataFrame({"loss": [2.0, 1.0], "length": [22.0, 24.0]})
+    plots = {plot.key: plot for plot in RunBoard(history).plots}
+    assert plots["length"].y == (22.0, 24.0)
+    assert plots["loss"].y[0] == 0.0

@@ -1,0 +1,372 @@
+"""Pictures that several notebooks draw: arms with their seeds, the survey as a map, and the loop.
+
+They are here so that the notebooks show the technique and not the plotting.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import pandas as pd
+
+from opdlab.errors import OpdlabError
+from opdlab.viz import embed
+from opdlab.viz.plotly_template import AMOUNT, GREY, STUDENT, TEACHER
+
+if TYPE_CHECKING:
+    import plotly.graph_objects as go
+
+GREEN = "#009E73"
+PINK = "#CC79A7"
+HUES = (TEACHER, STUDENT, GREEN, AMOUNT, PINK, GREY)
+
+# Who teaches, by the survey's column `access`.
+TEACHERS = {
+    "white-box": ("another model, with probabilities", TEACHER),
+    "teacher-free": ("the student itself", STUDENT),
+    "black-box": ("another model that only writes", GREEN),
+}
+# The survey's axes in plain words, in its order.
+AXES = {
+    "4.1 fixed divergence": "one fixed divergence",
+    "4.2 adaptive divergence": "a divergence that adapts",
+    "4.3 with reinforcement": "a reward beside the teacher",
+    "5.1.1 external, white-box": "which outside teacher",
+    "5.1.2 external, black-box": "a teacher that only writes",
+    "5.2.1 self, privileged information": "itself, with a hint",
+    "5.2.2 self, pure": "itself, as it was",
+    "5.2.3 self, external feedback": "itself, with feedback",
+    "6.1 weights of tokens and samples": "which tokens count",
+    "6.2 curriculum": "which prompts, and when",
+    "6.3 compute": "less compute",
+    "after v4": "later, not yet sorted",
+}
+_ACROSS = 4  # dots beside each other in a month
+
+
+def summarize_seeds(values: pd.DataFrame) -> pd.DataFrame:
+    """Summarise an arm's seeds by their mean and its 95 % interval (Student's t).
+
+    Args:
+        values: One row per arm and one column per seed.
+
+    Returns:
+        One row per arm, with `mean`, `low` and `high` (NaN with fewer than two seeds) and `seeds`,
+        the list of the values.
+    """
+    from scipy.stats import t
+
+    n = values.count(axis=1)
+    half = t.ppf(0.975, (n - 1).clip(lower=1)) * values.std(axis=1) / n**0.5
+    mean = values.mean(axis=1)
+    seeds = [row[~np.isnan(row)].tolist() for row in values.to_numpy(float)]
+    table = {"mean": mean, "low": mean - half, "high": mean + half}
+    return pd.DataFrame(table).assign(seeds=seeds)
+
+
+def draw_arms(
+    panels: Mapping[str, pd.DataFrame],
+    title: str,
+    axis: str,
+    limits: tuple[float, float] | None = None,
+    colours: Sequence[str] = HUES,
+    mark: float | Sequence[float] | None = None,
+) -> go.Figure:
+    """Draw one row per arm: a small dot for each seed, the mean, and its interval as a line.
+
+    Args:
+        panels: Tables with the columns `mean`, `low`, `high` and perhaps `seeds`, by the title of
+            their panel; all have the same arms in the same order. One panel may have "" as title.
+        title: The title of the figure.
+        axis: What the numbers are, with their unit.
+        limits: The ends of the axis; the intervals are cut there. By default as the data need.
+        colours: One colour per arm; repeated if there are more arms.
+        mark: A value to mark by a dotted line, such as that before training; or one for each panel.
+
+    Returns:
+        A Plotly figure.
+
+    Raises:
+        OpdlabError: There is no panel, or the panels have different arms.
+    """
+    from plotly.subplots import make_subplots
+
+    arms = [list(table.index) for table in panels.values()]
+    if not arms or any(one != arms[0] for one in arms):
+        raise OpdlabError("draw_arms needs panels with the same arms in the same order.")
+    figure = make_subplots(
+        1, len(panels), shared_yaxes=True, subplot_titles=list(panels), horizontal_spacing=0.04
+    )
+    for column, table in enumerate(panels.values(), 1):
+        for trace in _arm_traces(table, limits, colours):
+            figure.add_trace(trace, row=1, col=column)
+    marks = [mark] * len(panels) if mark is None or isinstance(mark, float) else mark
+    for column, value in enumerate(marks, 1):
+        if value is not None:
+            figure.add_vline(x=value, line_dash="dot", line_color=GREY, line_width=1, col=column)
+    figure.update_xaxes(range=limits, title=axis if len(panels) == 1 else "", showgrid=True)
+    if len(panels) > 1:
+        figure.update_xaxes(title=axis, col=len(panels) // 2 + 1)
+    figure.update_yaxes(
+        tickvals=list(range(len(arms[0]))),
+        ticktext=[str(arm) for arm in arms[0]],
+        range=[len(arms[0]) - 0.4, -0.6],
+        showgrid=False,
+        nticks=None,
+    )
+    height = 120 + 38 * len(arms[0])
+    top = 64 if any(panels) else 40
+    return figure.update_layout(
+        template="opdlab", title=title, height=height, margin_t=top, showlegend=False
+    )
+
+
+def _arm_traces(
+    table: pd.DataFrame, limits: tuple[float, float] | None, colours: Sequence[str]
+) -> list[go.Scatter]:
+    """The interval, the mean and the seeds of every arm; seeds lie below, so nothing hides them."""
+    import plotly.graph_objects as go
+
+    lowest, highest = limits or (-np.inf, np.inf)
+    traces = []
+    for place, (arm, row) in enumerate(table.iterrows()):
+        colour = colours[place % len(colours)]
+        ends = [max(row["low"], lowest), min(row["high"], highest)]
+        said = f"{arm}: {row['mean']:.3f} [{row['low']:.3f}, {row['high']:.3f}]"
+        line = {"color": colour, "width": 4}
+        shown = {"cliponaxis": False}  # also a mark on the very edge
+        traces.append(go.Scatter(x=ends, y=[place, place], mode="lines", line=line, opacity=0.4))
+        marker = {"color": colour, "size": 11, "line": {"color": "white", "width": 1}}
+        traces.append(
+            go.Scatter(
+                x=[row["mean"]], y=[place], mode="markers", marker=marker, hovertext=[said],
+                hoverinfo="text", **shown,
+            )
+        )  # fmt: skip
+        seeds = row["seeds"] if "seeds" in table else []
+        dots = {"color": colour, "size": 6, "symbol": "circle-open", "line": {"width": 1.5}}
+        below = [place + 0.28] * len(seeds)
+        traces.append(go.Scatter(x=seeds, y=below, mode="markers", marker=dots, **shown))
+    return traces
+
+
+# How the events of runs are drawn: an alarm of the name that the run is about, others, a fall.
+EVENTS: dict[str, dict[str, Any]] = {
+    "its own alarm": {"symbol": "diamond", "color": TEACHER, "size": 11},
+    "another alarm": {"symbol": "diamond-open", "color": GREY, "size": 8},
+    "the score has fallen": {"symbol": "x", "color": STUDENT, "size": 9},
+}
+
+
+def draw_events(
+    ends: Mapping[tuple[str, int], int],
+    events: Sequence[tuple[str, int, int, str]],
+    labels: Mapping[str, str],
+    title: str,
+) -> go.Figure:
+    """Draw runs as lines over their steps, and what happened on them as marks.
+
+    Args:
+        ends: The last step of each run, by its case and seed. Runs of a case stand together.
+        events: (case, seed, step, kind) each; `kind` is a key of `EVENTS`.
+        labels: What stands beside each case.
+        title: The title of the figure.
+
+    Returns:
+        A Plotly figure.
+    """
+    import plotly.graph_objects as go
+
+    seeds: dict[str, list[int]] = {}
+    for case, seed in ends:
+        seeds.setdefault(case, []).append(seed)
+    heights = {
+        (case, seed): lane + (i - (len(seeds[case]) - 1) / 2) * 0.25
+        for lane, case in enumerate(seeds)
+        for i, seed in enumerate(seeds[case])
+    }
+    figure = go.Figure()
+    line = {"color": "rgba(128,128,128,0.45)", "width": 1}
+    for run, end in ends.items():
+        y = [heights[run]] * 2
+        figure.add_scatter(x=[1, end], y=y, mode="lines", line=line, showlegend=False)
+    for kind, marker in EVENTS.items():
+        found = [(heights[case, seed], step) for case, seed, step, what in events if what == kind]
+        y, x = ([place for place, _ in found], [step for _, step in found])
+        figure.add_scatter(x=x, y=y, mode="markers", marker=marker, name=kind)
+    ticks = {"tickvals": list(range(len(seeds))), "ticktext": [labels[case] for case in seeds]}
+    figure.update_yaxes(**ticks, nticks=None, range=[len(seeds) - 0.4, -0.6], showgrid=False)
+    return figure.update_layout(
+        template="opdlab",
+        title=title,
+        height=140 + 62 * len(seeds),
+        xaxis_title="step",
+        legend={"orientation": "h", "y": -0.2},
+    )
+
+
+def draw_survey(field: pd.DataFrame, ready: Collection[str], title: str) -> go.Figure:
+    """Draw the survey's methods by date and by what they change.
+
+    Args:
+        field: `opd.notebook.survey()`.
+        ready: Names of the methods that opdlab can run. Their dots are filled, and their names
+            stand beside the lane.
+        title: The title of the figure.
+
+    Returns:
+        A Plotly figure.
+    """
+    import plotly.graph_objects as go
+
+    shown = field.sort_values("date").reset_index()
+    years, months = shown["date"].dt.strftime("%Y"), shown["date"].dt.strftime("%b")
+    shown["when"] = months.where(years == "2026", years)
+    columns = {when: i for i, when in enumerate(dict.fromkeys(shown["when"]))}
+    rank = shown.groupby(["axis", "when"]).cumcount()
+    tops, bottom = _lane_tops(shown["axis"], rank)
+    shown["x"] = shown["when"].map(columns) + (rank % _ACROSS - (_ACROSS - 1) / 2) * 0.21
+    shown["y"] = shown["axis"].map(tops) + rank // _ACROSS
+    figure = go.Figure()
+    for access, (label, colour) in TEACHERS.items():
+        part = shown[shown["access"] == access]
+        runs = part["name"].isin(list(ready))
+        marker = {
+            "size": 7,
+            "color": [colour if run else "rgba(0,0,0,0)" for run in runs],
+            "line": {"color": colour, "width": 1.3},
+        }
+        figure.add_scatter(
+            x=part["x"], y=part["y"], mode="markers", marker=marker, showlegend=False,
+            text=part["name"] + "<br>" + part["line"], hoverinfo="text",
+        )  # fmt: skip
+        key = {"size": 8, "color": colour}
+        figure.add_scatter(x=[None], y=[None], mode="markers", marker=key, name=label)
+    named = shown[shown["name"].isin(list(ready))].groupby("axis")["name"].agg(" · ".join)
+    notes = {tops[axis]: _wrap(names) for axis, names in named.items()} | {
+        -1.4: "● runs in opdlab:"
+    }
+    for place, text in notes.items():
+        figure.add_annotation(
+            text=text, x=1.01, xref="paper", y=place, xanchor="left", yanchor="middle",
+            showarrow=False, align="left", font_size=10,
+        )  # fmt: skip
+    ticks = {"tickvals": list(tops.values()), "ticktext": [AXES[axis] for axis in tops]}
+    figure.update_yaxes(**ticks, nticks=None, range=[bottom, -3])
+    figure.update_xaxes(tickvals=list(columns.values()), ticktext=list(columns), tickangle=0)
+    figure.update_xaxes(title="first version on arXiv (months are of 2026)")
+    legend = {"orientation": "h", "y": -0.13, "x": 0.5, "xanchor": "center"}
+    margin = {"l": 20, "r": 150, "t": 44}
+    return figure.update_layout(
+        template="opdlab", title=title, height=680, legend=legend, margin=margin
+    )
+
+
+def _lane_tops(axes: pd.Series, rank: pd.Series) -> tuple[dict[str, float], float]:
+    """The place of each lane, high enough for its largest month, and the place below all."""
+    tops, place = {}, 0.0
+    for axis in AXES:
+        tops[axis] = place
+        place += 2.0 + (rank[axes == axis].max() // _ACROSS)
+    return tops, place
+
+
+def _wrap(names: str, width: int = 24) -> str:
+    """Break a list of names into lines."""
+    lines = [""]
+    for name in names.split(" · "):
+        if lines[-1] and len(lines[-1]) + len(name) > width:
+            lines.append("")
+        lines[-1] += f" · {name}" if lines[-1] else name
+    return "<br>".join(lines)
+
+
+class Drawing:
+    """An SVG as the output of a cell; freezing adds a picture for pages that strip SVG.
+
+    Args:
+        svg: The markup. It may use the colours of the views, such as `var(--opd-teacher-hue)`.
+        words: What the drawing says, as text.
+    """
+
+    def __init__(self, svg: str, words: str) -> None:
+        self.svg, self.words = svg, words
+
+    def __repr__(self) -> str:
+        return self.words
+
+    def _repr_mimebundle_(self, include: Any = None, exclude: Any = None) -> dict[str, str]:
+        html = (
+            f'<div class="opd">{embed.style(*embed.STYLES)}'
+            f'<div class="opd-view"><div class="opd-box">{self.svg}</div></div></div>'
+        )
+        return {"text/html": html, "text/plain": self.words}
+
+
+_LOOP_WORDS = """\
+Three steps, again and again:
+1 the student writes            3 8 + 2 3 = 5 1
+2 the teacher grades each token only the 5 is graded down: the teacher wanted a 6 there
+3 the student learns            the probability of 5 falls, that of 6 rises"""
+
+
+def draw_loop() -> Drawing:
+    """Draw the loop of on-policy distillation with an example.
+
+    Returns:
+        An output for a notebook: the student writes, the teacher grades, the student learns.
+    """
+    student, teacher = "var(--opd-student-hue)", "var(--opd-teacher-hue)"
+    heads = ("1 · The student writes", "2 · The teacher grades", "3 · The student learns")
+    hues = (student, teacher, student)
+    parts = [_draw_box(20 + 248 * i, head, hues[i]) for i, head in enumerate(heads)]
+    parts += [_draw_arrow(f"M{244 + 248 * i} 74 h16") for i in range(2)]
+    parts.append(_draw_arrow("M628 132 v22 h-496 v-18"))
+    parts.append(_draw_text(380, 172, "new texts with the new weights, in every step", 11))
+    text = "3 8 + 2 3 = 5 1".split()
+    for i, token in enumerate(text):
+        parts.append(_draw_token(38 + 23 * i, 86, token))
+        parts.append(_draw_token(286 + 23 * i, 78, token, student if i == 6 else ""))
+    parts.append(_draw_text(434, 112, "wanted: 6", 12, teacher))
+    for x, token, sign, hue in ((582, "5", "less", student), (674, "6", "more", teacher)):
+        parts.append(_draw_token(x - 34, 86, token, hue))
+        parts.append(_draw_text(x + 12, 86, sign, 13))
+    body = "".join(parts)
+    svg = (
+        '<svg viewBox="0 0 760 186" role="img" style="display:block;width:100%;max-width:760px"'
+        f' fill="currentColor"><title>{_LOOP_WORDS.splitlines()[0]}</title>'
+        '<defs><marker id="opd-tip" viewBox="0 0 8 8" refX="7" refY="4" markerWidth="7"'
+        ' markerHeight="7" orient="auto"><path d="M0 0 L8 4 L0 8 z"/></marker></defs>'
+        f"{body}</svg>"
+    )
+    return Drawing(svg, _LOOP_WORDS)
+
+
+def _draw_box(x: int, head: str, hue: str) -> str:
+    return (
+        f'<rect x="{x}" y="16" width="222" height="116" rx="8" fill="none" stroke="{hue}"'
+        f' stroke-width="1.5"/>{_draw_text(x + 111, 42, head, 14, hue)}'
+    )
+
+
+def _draw_text(x: int, y: int, text: str, size: int, hue: str = "") -> str:
+    fill = f' fill="{hue}"' if hue else ""
+    return f'<text x="{x}" y="{y}" text-anchor="middle" font-size="{size}"{fill}>{text}</text>'
+
+
+def _draw_token(x: int, y: int, token: str, hue: str = "") -> str:
+    back = (
+        f'<rect x="{x}" y="{y - 15}" width="20" height="22" rx="3" fill="{hue}" opacity="0.45"/>'
+        if hue
+        else ""
+    )
+    return f'{back}<g font-family="monospace">{_draw_text(x + 10, y, token, 14)}</g>'
+
+
+def _draw_arrow(path: str) -> str:
+    return (
+        f'<path d="{path}" fill="none" stroke="currentColor" stroke-width="1.3" opacity="0.6"'
+        ' marker-end="url(#opd-tip)"/>'
+    )

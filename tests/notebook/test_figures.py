@@ -1,0 +1,89 @@
+"""The pictures of the notebooks: what they must show, whatever the layout."""
+
+import numpy as np
+import pandas as pd
+import pytest
+from scipy import stats
+
+import opdlab as opd
+from opdlab.errors import OpdlabError
+from opdlab.notebook import figures, stills
+
+
+def test_seeds_are_summarised_by_students_t():
+    values = pd.DataFrame([[0.90, 0.94, 0.95], [0.5, 0.5, 0.5]], index=["a", "b"])
+    table = figures.summarize_seeds(values)
+    low, high = stats.t.interval(0.95, 2, np.mean(values.loc["a"]), stats.sem(values.loc["a"]))
+    assert np.allclose(table.loc["a", ["mean", "low", "high"]].astype(float), [0.93, low, high])
+    assert table.loc["a", "seeds"] == [0.90, 0.94, 0.95]
+    assert table.loc["b", "low"] == table.loc["b", "high"] == 0.5
+
+
+def test_one_seed_has_no_interval():
+    table = figures.summarize_seeds(pd.DataFrame([[0.4]], index=["a"]))
+    assert table["mean"].item() == 0.4
+    assert np.isnan(table["low"].item())
+
+
+def test_arms_show_every_seed_and_cut_intervals_at_the_limits():
+    values = pd.DataFrame([[0.8, 0.9, 1.0], [0.2, 0.3, 0.1]], index=["a", "b"])
+    table = figures.summarize_seeds(values)
+    figure = figures.draw_arms({"left": table, "right": table}, "title", "share", (0, 1))
+    drawn = np.sort(np.concatenate([trace.x for trace in figure.data if len(trace.x) == 3]))
+    assert np.allclose(drawn, np.sort(np.tile(values.to_numpy().ravel(), 2)))
+    ends = [trace.x for trace in figure.data if trace.mode == "lines"]
+    assert max(max(end) for end in ends) == 1  # the interval of "a" reaches beyond
+    assert [note.text for note in figure.layout.annotations] == ["left", "right"]
+
+
+def test_arms_refuse_panels_that_differ():
+    one, other = (
+        figures.summarize_seeds(pd.DataFrame([[0.1, 0.2]], index=[name])) for name in "ab"
+    )
+    with pytest.raises(OpdlabError, match="same arms"):
+        figures.draw_arms({"x": one, "y": other}, "title", "share")
+    with pytest.raises(OpdlabError, match="same arms"):
+        figures.draw_arms({}, "title", "share")
+
+
+def test_the_map_has_every_method_and_fills_those_that_run():
+    field = opd.notebook.survey()
+    ready = opd.notebook.compose_all(field)
+    figure = figures.draw_survey(field, ready, "title")
+    dots = [trace for trace in figure.data if trace.x[0] is not None]
+    assert sum(len(trace.x) for trace in dots) == len(field)
+    places = {(x, y) for trace in dots for x, y in zip(trace.x, trace.y, strict=True)}
+    assert len(places) == len(field)  # no dot hides another
+    filled = sum(colour != "rgba(0,0,0,0)" for trace in dots for colour in trace.marker.color)
+    assert filled == len(ready)
+    assert set(field["axis"]) == set(figures.AXES)
+
+
+def test_the_loop_keeps_a_picture_where_scripts_and_svg_are_stripped():
+    bundle = figures.draw_loop()._repr_mimebundle_()
+    assert "The student learns" in bundle["text/html"]
+    assert "the student learns" in bundle["text/plain"]
+    assert stills._STATIC.search(bundle["text/html"])  # freezing finds the place for its picture
+
+
+def test_events_stand_on_the_line_of_their_run():
+    ends = {("loops", 0): 12, ("loops", 1): 12, ("drift", 0): 20}
+    events = [("loops", 1, 9, "its own alarm"), ("drift", 0, 5, "the score has fallen")]
+    figure = figures.draw_events(ends, events, {"loops": "a", "drift": "b"}, "title")
+    lines = [trace for trace in figure.data if trace.mode == "lines"]
+    assert [trace.x[1] for trace in lines] == [12, 12, 20]
+    marks = {trace.name: trace for trace in figure.data if trace.mode == "markers"}
+    assert marks["its own alarm"].y[0] == lines[1].y[0]
+    assert marks["its own alarm"].x[0] == 9
+    assert marks["the score has fallen"].y[0] == lines[2].y[0]
+    assert len(marks["another alarm"].x) == 0
+
+
+@pytest.mark.parametrize(("mark", "expected"), [(0.3, [0.3, 0.3]), ([0.1, 0.2], [0.1, 0.2])])
+def test_each_panel_has_its_mark(mark, expected):
+    table = figures.summarize_seeds(pd.DataFrame([[0.1, 0.2]], index=["a"]))
+    figure = figures.draw_arms({"x": table, "y": table}, "title", "share", mark=mark)
+    assert [(line.x0, line.xref) for line in figure.layout.shapes] == [
+        (expected[0], "x"),
+        (expected[1], "x2"),
+    ]
