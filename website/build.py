@@ -149,8 +149,8 @@ def _write_generated(site: Site, title: str) -> list[dict[str, Any]]:
 
 
 def _copy_files(site: Site) -> None:
-    for name, target in ASSETS.items():
-        shutil.copy(HERE / name, site.source / target)
+    for name, page_name in ASSETS.items():
+        shutil.copy(HERE / name, site.source / page_name)
     for picture in sorted(site.links.pictures):
         target = site.source / "pictures" / picture
         target.parent.mkdir(parents=True, exist_ok=True)

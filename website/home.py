@@ -10,7 +10,8 @@ from website.fragments import Fragments
 from website.links import ROOT, Links
 
 _TRACE = ROOT / "notebooks" / "data" / "pair" / "paragraphs.parquet"
-_SAMPLE, _TOKEN = 2, 5  # the paragraph of the README's picture, and the token at which it goes wrong
+# The paragraph of the README's picture, and the token at which it goes wrong.
+_SAMPLE, _TOKEN = 2, 5
 _LENS = "{{lens}}"
 
 

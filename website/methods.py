@@ -83,7 +83,7 @@ def render_method(method: MethodPage, use: Mapping[str, str]) -> str:
     equations, prose = split_docstring(inspect.getdoc(module) or "")
     file = module_name.replace(".", "/") + ".py"
     parts = [
-        "---\nhide:\n  - toc\n---",
+        "---\nhide:\n  - navigation\n  - toc\n---",
         f"# {name}",
         prose[0] if prose else method.summary,
         f"Its code is in [`{file}`]({file})." + (f" {use[name]}" if use.get(name) else ""),

@@ -20,7 +20,7 @@ _ESCAPES = re.compile(r"\x1b\[[\d;]*m")  # colours of a terminal
 _TABLE = re.compile(r"<table\b(?:(?!<table\b).)*?</table>", re.DOTALL)
 _VIEW = '<div class="opd opd-'
 _NOTE = (
-    "!!! note \"The frozen notebook\"\n    Pictures respond here. To run it, type `make lab`, or"
+    '!!! note "The frozen notebook"\n    Pictures respond here. To run it, type `make lab`, or'
     " download [{name}]({name}).\n"
 )
 

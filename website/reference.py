@@ -109,8 +109,14 @@ def render_folder(folder: str, names: Sequence[Name], elsewhere: Mapping[str, st
     if others:
         links = ", ".join(_link(name, elsewhere) for name in others)
         parts.append(f"On pages of their own: {links}.")
-    parts += [f"::: {name.path}" for name in names if name.path not in elsewhere]
+    parts += [_describe_here(name) for name in names if name.path not in elsewhere]
     return "\n\n".join(parts) + "\n"
+
+
+def _describe_here(name: Name) -> str:
+    """Write what mkdocstrings reads: the object, and the heading that users know it by."""
+    heading = name.shown.removeprefix("opdlab.")
+    return f"::: {name.path}\n    options:\n      heading: {name.shown}\n      toc_label: {heading}"
 
 
 def render_index(names: Sequence[Name], elsewhere: Mapping[str, str]) -> str:
