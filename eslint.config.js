@@ -1,4 +1,4 @@
-// Rules for the scripts of the pages (opdlab/viz/static) and their tests. Types are checked by tsc.
+// Rules for the scripts of the pages (opdlab/viz/static), of the site, and their tests. Types are checked by tsc.
 import js from "@eslint/js";
 
 // Single letters that a reader knows: indices, coordinates, and the symbols of a printed equation.
@@ -47,6 +47,7 @@ const BROWSER = [
   "HTMLElement",
   "location",
   "matchMedia",
+  "MessageEvent",
   "Node",
   "Plotly",
   "requestAnimationFrame",
@@ -56,6 +57,8 @@ const BROWSER = [
   "sessionStorage",
   "setInterval",
   "setTimeout",
+  "structuredClone",
+  "URL",
   "TextDecoder",
   "window",
   "Element",
@@ -70,6 +73,8 @@ export default [
       "!opdlab/viz/",
       "!opdlab/viz/static/",
       "!opdlab/viz/static/*.js",
+      "!website/",
+      "!website/*.js",
       "!tests/",
       "!tests/javascript/",
       "!tests/javascript/*.js",
