@@ -106,7 +106,8 @@ def draw_arms(
     for column, value in enumerate(marks, 1):
         if value is not None:
             figure.add_vline(x=value, line_dash="dot", line_color=GREY, line_width=1, col=column)
-    figure.update_xaxes(range=limits, title=axis if len(panels) == 1 else "", showgrid=True)
+    ends = limits and [limits[0] - 0.02 * np.ptp(limits), limits[1] + 0.02 * np.ptp(limits)]
+    figure.update_xaxes(range=ends, title=axis if len(panels) == 1 else "", showgrid=True)
     if len(panels) > 1:
         figure.update_xaxes(title=axis, col=len(panels) // 2 + 1)
     figure.update_yaxes(
@@ -352,7 +353,8 @@ def _draw_box(x: int, head: str, hue: str) -> str:
 
 
 def _draw_text(x: int, y: int, text: str, size: int, hue: str = "") -> str:
-    fill = f' fill="{hue}"' if hue else ""
+    readable = f"color-mix(in srgb, {hue} 75%, var(--opd-text))"  # also on a dark page
+    fill = f' style="fill:{readable}"' if hue else ""
     return f'<text x="{x}" y="{y}" text-anchor="middle" font-size="{size}"{fill}>{text}</text>'
 
 
