@@ -107,9 +107,10 @@ def draw_arms(
         if value is not None:
             figure.add_vline(x=value, line_dash="dot", line_color=GREY, line_width=1, col=column)
     ends = limits and [limits[0] - 0.02 * np.ptp(limits), limits[1] + 0.02 * np.ptp(limits)]
-    figure.update_xaxes(range=ends, title=axis if len(panels) == 1 else "", showgrid=True)
-    if len(panels) > 1:
-        figure.update_xaxes(title=axis, col=len(panels) // 2 + 1)
+    figure.update_xaxes(range=ends, showgrid=True)
+    figure.add_annotation(  # one for all panels, in the middle below them
+        text=axis, x=0.5, xref="paper", y=0, yref="paper", yshift=-40, showarrow=False, font_size=12
+    )  # fmt: skip
     figure.update_yaxes(
         tickvals=list(range(len(arms[0]))),
         ticktext=[str(arm) for arm in arms[0]],
@@ -117,10 +118,10 @@ def draw_arms(
         showgrid=False,
         nticks=None,
     )
-    height = 120 + 38 * len(arms[0])
+    height = 130 + 38 * len(arms[0])
     top = 64 if any(panels) else 40
     return figure.update_layout(
-        template="opdlab", title=title, height=height, margin_t=top, showlegend=False
+        template="opdlab", title=title, height=height, margin_t=top, margin_b=60, showlegend=False
     )
 
 

@@ -33,7 +33,7 @@ def test_arms_show_every_seed_and_cut_intervals_at_the_limits():
     assert np.allclose(drawn, np.sort(np.tile(values.to_numpy().ravel(), 2)))
     ends = [trace.x for trace in figure.data if trace.mode == "lines"]
     assert max(max(end) for end in ends) == 1  # the interval of "a" reaches beyond
-    assert [note.text for note in figure.layout.annotations] == ["left", "right"]
+    assert [note.text for note in figure.layout.annotations] == ["left", "right", "share"]
 
 
 def test_arms_refuse_panels_that_differ():
