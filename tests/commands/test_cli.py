@@ -98,7 +98,7 @@ def test_errors_are_one_line_and_say_what_to_do(tmp_path):
     assert done.returncode == 1
     assert (
         done.stderr.strip().splitlines()[-1]
-        == "opdlab: There is no profile 'huge'. Use market, small or gpu."
+        == "opdlab: There is no profile 'huge'. Use market, sharpening, small or gpu."
     )
 
 

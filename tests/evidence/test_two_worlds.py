@@ -1,4 +1,4 @@
-"""On the market, whose student cannot carry, the gain is the teacher's: measured and recorded."""
+"""The two verdicts, live and recorded: in `market` the gain is the teacher's, in the other not."""
 
 from __future__ import annotations
 
@@ -19,6 +19,16 @@ def test_the_gain_is_the_teachers():
     assert found.gain().low > 0.3
     assert found.gain("no_teacher").high < 0.1
     assert found.share.verdict is Verdict.TEACHER
+
+
+def test_the_gain_needs_no_teacher():
+    """One seed, with the settings of `benchmarks.controls`."""
+    student, teacher, task = opd.load("sharpening")
+    options = {"seeds": 1, "prompts": 60, "samples": 4, "by": "samples", "quiet": True}
+    found = opd.controls(student, teacher, task, arms=["no_teacher"], **options)
+    assert found.gain().low > 0.2
+    assert found.gain("no_teacher").low > 0.1
+    assert found.share.value < 0.5
 
 
 def test_the_recorded_runs_agree_seed_by_seed():
