@@ -33,6 +33,8 @@ from opdlab.models.shards import Shards
 from opdlab.training.processes import AcceleratedProcesses, failing_together
 
 EXAMPLE = "examples/fsdp2.yaml"
+# Whether this PyTorch's FSDP2 has what opdlab needs of it (2.13 and later).
+IS_SUPPORTED = hasattr(FSDPModule, "set_reduce_scatter_unused_params")
 
 
 def check_launcher() -> None:
@@ -69,7 +71,7 @@ def read_plugin(accelerator: Accelerator) -> FullyShardedDataParallelPlugin | No
         plugin = FullyShardedDataParallelPlugin()
     if plugin is None:
         return None
-    if not hasattr(FSDPModule, "set_reduce_scatter_unused_params"):
+    if not IS_SUPPORTED:
         raise InvalidValue(
             f"The launcher asks for FSDP, and that of PyTorch {torch.__version__} lacks what opdlab"
             " needs. Use PyTorch 2.13 or later, or start the processes without FSDP."

@@ -21,9 +21,10 @@ from opdlab.losses.divergences import reverse_kl
 from opdlab.tasks import market
 from opdlab.tasks.market import model as shipped
 from opdlab.teachers import TextOnly
-from opdlab.training import phases
+from opdlab.training import phases, sharding
 
 HERE = Path(__file__).parent
+needs_fsdp = pytest.mark.skipif(not sharding.IS_SUPPORTED, reason="FSDP needs PyTorch 2.13")
 
 
 def test_says_how_to_get_trl(monkeypatch):
@@ -426,6 +427,7 @@ def test_two_processes_have_the_gradient_of_one(bridge, whole, tmp_path):
     assert_close_to(1e-4, torch.load(whole / "views" / "gradients.pt", weights_only=True), found)
 
 
+@needs_fsdp
 @pytest.mark.parametrize("name", CASES)
 def test_shards_have_the_losses_gradients_and_weights_of_ddp(name, whole, sharded):
     """Over two updates, each of two accumulated batches."""
@@ -441,6 +443,7 @@ def test_shards_have_the_losses_gradients_and_weights_of_ddp(name, whole, sharde
         assert_close_to(1e-4, found, want)
 
 
+@needs_fsdp
 def test_a_sharded_run_is_taken_up(sharded):
     folder = sharded / "views"
     found, wanted = (
@@ -449,6 +452,7 @@ def test_a_sharded_run_is_taken_up(sharded):
     assert_close_to(1e-4, found, wanted)
 
 
+@needs_fsdp
 def test_shards_take_less_memory(whole, sharded):
     name = "average of all weights"
     assert read(sharded / name, "said")["bytes"] < 0.75 * read(whole / name, "said")["bytes"]
@@ -482,6 +486,7 @@ def test_refuses_both_kinds_of_teacher(bridge, tmp_path):
         bridge.MethodTrainer(opd.OPD(), teacher=shipped("teacher"), **given)
 
 
+@needs_fsdp
 @pytest.mark.parametrize(
     ("variables", "said"),
     [

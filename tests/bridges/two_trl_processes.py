@@ -76,7 +76,7 @@ def run(folder: Path, name: str) -> None:
         trainer.student.sample(market().prompts(1), max_new_tokens=2)
     if is_main:
         torch.save(state, folder / "weights.pt")
-    if "save_steps" in CASES[name].options:
+    if is_sharded and "save_steps" in CASES[name].options:
         again = make(folder / "again", name)
         again.train(resume_from_checkpoint=str(folder / "checkpoint-1"))
         state = weights(again)
