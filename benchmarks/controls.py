@@ -27,7 +27,7 @@ from opdlab.training.crossed import crossed_mean
 
 RESULTS = Path(__file__).parent / "results" / "controls.json"
 KEPT = Path("runs/bench-controls")
-VERDICT_ARMS = ["no_teacher", "no_teacher_adaptive"]
+VERDICT_ARMS = ["no_teacher"]
 SETTINGS: dict[str, dict[str, Any]] = {
     "market": {"steps": 40, "batch": 32},
     "sharpening": {"by": "samples", "samples": 4},

@@ -5,10 +5,18 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
+import pytest
+
 import opdlab as opd
 from opdlab.evidence.controls import Verdict
 
 RESULTS = Path(__file__).parents[2] / "benchmarks" / "results" / "controls.json"
+VERDICTS = {"market": Verdict.TEACHER, "sharpening": Verdict.NOT_TEACHER}
+
+
+@pytest.fixture(scope="module")
+def recorded():
+    return json.loads(RESULTS.read_text(encoding="utf-8"))
 
 
 def test_the_gain_is_the_teachers():
@@ -31,12 +39,20 @@ def test_the_gain_needs_no_teacher():
     assert found.share.value < 0.5
 
 
-def test_the_recorded_runs_agree_seed_by_seed():
-    stored = json.loads(RESULTS.read_text(encoding="utf-8"))["market"]
-    found = opd.Controls.from_json(stored)
-    assert found.share.verdict is Verdict.TEACHER
-    assert found.share.low > 0.9
-    seeds = [seed for seed in found.seeds if seed in found.arms["no_teacher"].seeds]
-    assert len(seeds) >= 3
-    verdicts = [found.at_seed(seed).share.verdict for seed in seeds]
-    assert verdicts.count(Verdict.TEACHER) >= 0.9 * len(seeds)
+@pytest.mark.parametrize("world", VERDICTS)
+def test_the_recorded_verdicts(recorded, world):
+    found = opd.Controls.from_json(recorded[world])
+    assert found.prompts == 100
+    assert len(found.seeds) >= 4
+    assert found.arms["no_teacher"].seeds == found.seeds
+    assert found.share.verdict is VERDICTS[world]
+    assert recorded[world]["verdict"] == VERDICTS[world].value
+
+
+@pytest.mark.parametrize("world", VERDICTS)
+def test_the_recorded_verdicts_seed_by_seed(recorded, world):
+    """No seed alone gives the other verdict, and at least three in four give this one."""
+    found = opd.Controls.from_json(recorded[world])
+    verdicts = [found.at_seed(seed).share.verdict for seed in found.seeds]
+    assert set(verdicts) <= {VERDICTS[world], Verdict.UNCLEAR}
+    assert verdicts.count(VERDICTS[world]) >= 0.75 * len(verdicts)
