@@ -42,7 +42,7 @@ class Abilities:
             (sampling).
         caches: Going on from a cache whose rows are repeated and picked (sampling).
         shares_prefix: Going on with several tokens from a cache of what all prompts begin with
-            (scoring).
+            (scoring, training, and sampling after prompts of one length).
     """
 
     batches: bool = True

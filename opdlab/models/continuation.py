@@ -13,7 +13,14 @@ from torch import Tensor
 from transformers import DynamicCache, PreTrainedModel
 
 from opdlab.models.abilities import Abilities
-from opdlab.models.forward import hidden_at, pick_rows, repeat_cache, run_backbone
+from opdlab.models.forward import (
+    count_shared,
+    hidden_at,
+    pick_rows,
+    repeat_cache,
+    run_backbone,
+    run_shared,
+)
 from opdlab.models.placement import input_device
 
 
@@ -59,19 +66,21 @@ def begin(
         The texts, with the `states` after their prompts computed.
     """
     if abilities.caches:
-        return Cached(model, starts, n)
+        return Cached(model, starts, n, shares_prefix=abilities.shares_prefix)
     return Recomputed(model, [list(start) for start in starts for _ in range(n)], abilities)
 
 
 class Cached:
     """Go on from a cache, one token at a time.
 
-    Each prompt is run once, left-padded, and its `n` texts share its cache.
+    Each prompt is run once, left-padded, and its `n` texts share its cache. Where all prompts are
+    of one length, what they begin with is run once for all.
 
     Args:
         model: The model, with the adapter in force that shall write.
         starts: Token ids of each prompt.
         n: Texts per prompt.
+        shares_prefix: Whether the model may go on from a cache with several tokens.
 
     Attributes:
         states: The hidden state where each text's next token is predicted, `[B, H]`.
@@ -80,7 +89,14 @@ class Cached:
         mask: 1 for tokens and 0 for padding, `[B, T]`; None where nothing is padded.
     """
 
-    def __init__(self, model: PreTrainedModel, starts: list[list[int]], n: int) -> None:
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        starts: list[list[int]],
+        n: int,
+        *,
+        shares_prefix: bool = False,
+    ) -> None:
         self.model, device = model, input_device(model)
         width = max(map(len, starts))
         ids = torch.tensor([[0] * (width - len(s)) + s for s in starts], device=device)
@@ -88,10 +104,17 @@ class Cached:
         mask = (torch.arange(width, device=device) >= width - lengths[:, None]).long()
         positions = (mask.cumsum(1) - 1).clamp(min=0)
         self.mask = None if bool(mask.all()) else mask
-        self.cache = DynamicCache(config=model.config)
-        states = run_backbone(model, ids, positions=positions, mask=self.mask, cache=self.cache)[
-            :, -1
-        ]
+        shared = count_shared(starts) if shares_prefix and self.mask is None else 0
+        with torch.no_grad():  # texts have no gradient
+            cache = run_shared(model, starts, shared)
+        self.cache = DynamicCache(config=model.config) if cache is None else cache
+        states = run_backbone(
+            model,
+            ids[:, shared:],
+            positions=positions[:, shared:],
+            mask=self.mask,
+            cache=self.cache,
+        )[:, -1]
         if n > 1:
             repeat_cache(self.cache, len(starts), n, device)
         self.states = states.repeat_interleave(n, 0)

@@ -15,11 +15,17 @@ from typing import Any, cast
 import torch
 from torch import Tensor
 from transformers import DynamicCache, PreTrainedModel
+from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 
 from opdlab.models.abilities import Abilities
 from opdlab.models.placement import input_device
+from opdlab.models.recomputation import recomputes_layers
 
-SHORTEST_SHARED_PREFIX = 16  # tokens; sharing fewer does not pay for another pass
+# Layers of a cache that append new tensors to old ones. Others write in place, which would destroy
+# what a backward pass needs.
+APPENDING = (DynamicLayer, DynamicSlidingWindowLayer)
+
+SHORTEST_SHARED_PREFIX = 8  # tokens; sharing fewer does not pay for another pass
 
 
 def find_backbone(model: PreTrainedModel) -> Any:
@@ -91,8 +97,9 @@ def last_hidden(
 ) -> Tensor:
     """Run prompts with their completions.
 
-    Without a gradient, a beginning that all prompts share (a rule, examples, a system message) is
-    run once and not once per row.
+    A beginning that all prompts share (a rule, examples, a system message) is run once and not once
+    per row; the gradient of all rows flows back through it. Layers that run again in the backward
+    pass cannot go on from a cache, so it is run per row there.
 
     Args:
         model: The model.
@@ -107,8 +114,8 @@ def last_hidden(
     rows = [start + body for start, body in zip(starts, bodies, strict=True)]
     # The state at a token predicts the next one, so the states begin at the prompt's last token.
     spans = [range(len(start) - 1, len(row) - 1) for start, row in zip(starts, rows, strict=True)]
-    may_share = abilities.shares_prefix and not torch.is_grad_enabled()
-    shared = _count_shared(starts) if may_share else 0
+    recomputes = torch.is_grad_enabled() and recomputes_layers(model)
+    shared = count_shared(starts) if abilities.shares_prefix and not recomputes else 0
     return hidden_at(model, rows, spans, abilities, shared)
 
 
@@ -169,20 +176,43 @@ def _one_batch(
 ) -> Tensor:
     """Run rows side by side; see `hidden_at`."""
     device = input_device(model)
+    cache = run_shared(model, rows, shared)
+    if cache is None:
+        shared = 0
     # Right-padded: under causal attention padding cannot touch a real token, so no mask is needed.
     width = max(map(len, rows)) - shared
     batch = torch.tensor(
         [row[shared:] + [0] * (width + shared - len(row)) for row in rows], device=device
     )
     positions = torch.arange(shared, shared + width, device=device)[None]
-    cache = None
-    if shared:
-        cache = DynamicCache(config=model.config)
-        run_backbone(model, torch.tensor([rows[0][:shared]], device=device), cache=cache)
-        repeat_cache(cache, 1, len(rows), device)
     states = run_backbone(model, batch, positions=positions, cache=cache)
     where = [i * width + t - shared for i, span in enumerate(spans) for t in span]
     return states.flatten(0, 1)[torch.tensor(where, device=states.device, dtype=torch.long)]
+
+
+def run_shared(
+    model: PreTrainedModel, rows: Sequence[list[int]], shared: int
+) -> DynamicCache | None:
+    """Run the tokens that all rows begin with, once.
+
+    Args:
+        model: The model.
+        rows: Token ids of each row.
+        shared: How many tokens all rows begin with.
+
+    Returns:
+        A cache of them, repeated for each row; None where there are none, or where a gradient is
+        asked for that cannot flow through the model's cache.
+    """
+    if not shared:
+        return None
+    device = input_device(model)
+    cache = DynamicCache(config=model.config)
+    run_backbone(model, torch.tensor([rows[0][:shared]], device=device), cache=cache)
+    if torch.is_grad_enabled() and not all(type(layer) in APPENDING for layer in cache.layers):
+        return None
+    repeat_cache(cache, 1, len(rows), device)
+    return cache
 
 
 def repeat_cache(cache: DynamicCache, rows: int, repeats: int, device: torch.device) -> None:
@@ -209,10 +239,14 @@ def pick_rows(cache: DynamicCache, rows: Tensor) -> None:
     cache.reorder_cache(cast(torch.LongTensor, rows))
 
 
-def _count_shared(starts: list[list[int]]) -> int:
+def count_shared(starts: Sequence[list[int]]) -> int:
     """Count the tokens that all prompts begin with, leaving at least one of each prompt.
 
-    Returns 0 where sharing would not pay for another pass.
+    Args:
+        starts: Token ids of each prompt.
+
+    Returns:
+        The number of tokens; 0 where sharing them would not pay for another pass.
     """
     room = min(map(len, starts)) - 1
     tokens = next(

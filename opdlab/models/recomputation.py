@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import partial
 from typing import Any
+from weakref import WeakSet
 
 from torch import nn
 from torch.utils.checkpoint import checkpoint
@@ -18,6 +19,8 @@ from transformers import PreTrainedModel
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 from opdlab.errors import InvalidValue
+
+_recomputing: WeakSet[PreTrainedModel] = WeakSet()
 
 
 @contextmanager
@@ -42,11 +45,26 @@ def recompute_layers(model: PreTrainedModel, enabled: bool = True) -> Iterator[N
         # An attribute of the instance hides the method of its class; hooks stay outside and run
         # once.
         layer.forward = partial(_run_again, layer.forward)
+    if layers:
+        _recomputing.add(model)
     try:
         yield
     finally:
+        _recomputing.discard(model)
         for layer in layers:
             del layer.forward
+
+
+def recomputes_layers(model: PreTrainedModel) -> bool:
+    """Tell whether the layers of `model` run again in the backward pass of what is run now.
+
+    Args:
+        model: The model.
+
+    Returns:
+        True within `recompute_layers`.
+    """
+    return model in _recomputing
 
 
 def recomputable_layers(model: PreTrainedModel) -> list[nn.Module]:

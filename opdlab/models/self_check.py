@@ -20,7 +20,7 @@ from transformers import DynamicCache, PreTrainedModel
 from opdlab.errors import UnsupportedModel
 from opdlab.models.abilities import PLAIN, Abilities
 from opdlab.models.continuation import Cached
-from opdlab.models.forward import SHORTEST_SHARED_PREFIX, hidden_at
+from opdlab.models.forward import hidden_at
 from opdlab.models.head import Head, cannot_run
 from opdlab.models.placement import input_device
 from opdlab.models.quantization import rounds_coarsely
@@ -28,6 +28,7 @@ from opdlab.models.vocabulary import pick_ordinary_tokens
 
 _FINE = {torch.float32, torch.float64}
 TOY_SIZE = 20_000_000  # parameters; smaller models are checked on longer texts
+LENGTH, TOY_LENGTH = 12, 21  # tokens of a text
 
 
 @dataclass(frozen=True)
@@ -140,7 +141,7 @@ class _Check:
         # Long enough to leave the windows and blocks of toy models; those of real ones are out of
         # reach either way.
         toy = sum(parameter.numel() for parameter in model.parameters()) < TOY_SIZE
-        length = SHORTEST_SHARED_PREFIX + 5 if toy else 12
+        length = TOY_LENGTH if toy else LENGTH
         length = length if longest is None else min(length, longest)
         self.alike = max(1, length - 5)  # tokens that the first two texts share
         self.steps = min(5 if toy else 3, length - self.alike)  # tokens that are sampled

@@ -12,6 +12,7 @@ from __future__ import annotations
 import copy
 import os
 from contextlib import AbstractContextManager
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -172,6 +173,8 @@ class Sharding:
         self.shards = Shards(weights.model, student.adapter, shard)
         beside: Any = copy.copy(weights)
         beside.model, beside._dropped = self.shards.model, []
+        # All processes take the same passes, whatever their prompts begin with.
+        beside.abilities = replace(weights.abilities, shares_prefix=False)
         self.student = student._view(weights=beside)
         self.parameters: dict[str, Any] = {
             name: value for name, value in self.shards.parameters.items() if value.requires_grad

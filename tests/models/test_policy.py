@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import copy
 import re
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 
 import pytest
@@ -18,6 +20,7 @@ from opdlab.errors import (
     MissingHint,
     TokenizerMismatch,
 )
+from opdlab.models.recomputation import recompute_layers
 from opdlab.models.same_tokens import check_same_tokens
 from opdlab.models.text_rollouts import rollout_from_texts
 
@@ -428,22 +431,84 @@ def test_a_prompt_is_a_text_or_a_chat(both):
         Prompt(**both)
 
 
-def test_a_shared_beginning_is_run_once_and_changes_no_number(make_policy):
-    policy = make_policy().seeing("ana has 4 7 apples buys 3 8 sells 1 9 . total ? " * 3)
-    asked = [Prompt(text=text) for text in ("ben has 1 2", "cleo", "dan has 3 4 5 6 nuts")]
-    rollout = policy.sample(asked, n=2, max_new_tokens=6)
+@contextmanager
+def counting_tokens(policy: Policy) -> Iterator[list[int]]:
+    """The tokens of each pass through the backbone."""
     seen: list[int] = []
     watch = policy.weights.model.get_input_embeddings().register_forward_hook(
         lambda module, ids, out: seen.append(ids[0].numel())
     )
-    with torch.no_grad():
-        once = policy.hidden(rollout)
-    passes = seen.copy()
-    with torch.enable_grad():
-        whole = policy.hidden(rollout)
+    yield seen
     watch.remove()
-    torch.testing.assert_close(once, whole.detach(), rtol=1e-4, atol=1e-5)
-    assert sum(passes) < 0.5 * seen[-1]  # tokens through the backbone
+
+
+def without_sharing(policy: Policy) -> Policy:
+    """The same policy, which runs what its prompts share for each of them."""
+    policy.weights.abilities = replace(policy.weights.abilities, shares_prefix=False)
+    return policy
+
+
+SHARED = "ana has 4 7 apples buys 3 8 sells 1 9 . total ? " * 3
+
+
+def test_a_shared_beginning_is_run_once_and_changes_no_number(make_policy):
+    policy = make_policy().seeing(SHARED)
+    asked = [Prompt(text=text) for text in ("ben has 1 2", "cleo", "dan has 3 4 5 6 nuts")]
+    rollout = policy.sample(asked, n=2, max_new_tokens=6)
+    with torch.no_grad(), counting_tokens(policy) as once:
+        shared = policy.hidden(rollout)
+    without_sharing(policy)
+    with torch.no_grad(), counting_tokens(policy) as whole:
+        apart = policy.hidden(rollout)
+    torch.testing.assert_close(shared, apart, rtol=1e-4, atol=1e-5)
+    assert sum(once) < 0.5 * sum(whole)
+
+
+@pytest.mark.parametrize("family", ["llama", "gemma3_text", "qwen3"])
+def test_the_gradient_flows_back_through_a_shared_beginning(make_policy, family):
+    asked = [Prompt(text=text) for text in ("ben has 1 2", "cleo", "dan has 3 4 5 6 nuts")]
+    found, tokens = [], []
+    for change in (lambda policy: policy, without_sharing):
+        policy = change(make_policy(family=family))
+        seeing = policy.seeing(SHARED)
+        rollout = seeing.sample(asked, n=2, max_new_tokens=6, seed=3)
+        weights = dict(policy.weights.model.base_model.named_parameters())
+        for weight in weights.values():
+            weight.requires_grad_()
+        with torch.enable_grad(), counting_tokens(policy) as seen:
+            hidden = seeing.hidden(rollout)
+            loss = (hidden * torch.arange(hidden.numel()).view_as(hidden).cos()).sum()
+        found.append(torch.autograd.grad(loss, list(weights.values())))
+        tokens.append(sum(seen))
+    for shared, apart in zip(*found, strict=True):
+        torch.testing.assert_close(shared, apart, rtol=1e-3, atol=1e-3 * float(apart.abs().max()))
+    assert tokens[0] < 0.5 * tokens[1]
+
+
+def test_layers_that_run_again_do_not_go_on_from_a_cache(make_policy):
+    policy = make_policy()
+    seeing = policy.seeing(SHARED)
+    rollout = seeing.sample([Prompt("cleo"), Prompt("ben")], max_new_tokens=4)
+    weight = policy.weights.model.get_input_embeddings().weight.requires_grad_()
+    found = []
+    for enabled in (True, False):
+        with recompute_layers(policy.weights.model, enabled), torch.enable_grad():
+            hidden = seeing.hidden(rollout)
+        found.append(torch.autograd.grad(hidden.square().sum(), weight)[0])
+    torch.testing.assert_close(*found, rtol=1e-3, atol=1e-4)
+
+
+def test_sampling_runs_a_shared_beginning_once(make_policy):
+    policy = make_policy().seeing(SHARED)
+    asked = [Prompt(text=text) for text in ("ben has 1 2", "cleo has 3 4")]
+    with counting_tokens(policy) as once:
+        shared = policy.sample(asked, n=2, max_new_tokens=3, seed=1)
+    without_sharing(policy)
+    with counting_tokens(policy) as whole:
+        apart = policy.sample(asked, n=2, max_new_tokens=3, seed=1)
+    assert shared.texts == apart.texts
+    torch.testing.assert_close(shared.logp, apart.logp, rtol=1e-4, atol=1e-5)
+    assert sum(once) < 0.7 * sum(whole)
 
 
 # Subclasses.
