@@ -49,7 +49,7 @@ class Scale:
     steps: int = 12
     batch: int = 8
     prompts: int = small_world.TEST
-    settings: Mapping[str, Any] = field(default_factory=lambda: {"lr": 1e-3, "lora": 8})
+    settings: Mapping[str, Any] = field(default_factory=lambda: {"lr": 2e-3, "lora": 8})
 
     @property
     def of_controls(self) -> dict[str, Any]:
