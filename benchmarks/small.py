@@ -14,8 +14,8 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -46,14 +46,26 @@ PLAIN = "opd"  # the method whose teacher's tokens are the budget of all
 class Scale:
     """How large the runs are."""
 
-    steps: int = 12
+    steps: int = 24
     batch: int = 8
     prompts: int = small_world.TEST
-    settings: Mapping[str, Any] = field(default_factory=lambda: {"lr": 2e-3, "lora": 8})
+    samples: int = 1
+    settings: Mapping[str, Any] = field(
+        default_factory=lambda: {"lr": 2e-3, "schedule": "cosine", "lora": 8}
+    )
 
     @property
     def of_controls(self) -> dict[str, Any]:
-        return {"steps": self.steps, "batch": self.batch, "prompts": self.prompts, **self.settings}
+        evaluation = {"prompts": self.prompts, "samples": self.samples}
+        return {"steps": self.steps, "batch": self.batch, **evaluation, **self.settings}
+
+    def score(self, policy: Any, task: Any) -> dict[str, list[float]]:
+        """Return the scores of the held-out prompts: greedy, and the mean over samples."""
+        found = opd.evaluate(policy, task, n=self.prompts, k=self.samples, quiet=True)
+        return {
+            "greedy": [float(score) for score in found.greedy],
+            "sampled": [float(score) for score in found.sampled.mean(1)],
+        }
 
 
 QUICK = Scale(steps=2, batch=4, prompts=8)
@@ -103,12 +115,12 @@ ENTRIES: dict[str, Entry] = {
     "soda": Entry("SODA", opd.SODA()),
 }
 ARMS = [
-    "no_teacher",
     "no_teacher_adaptive",
-    "own_texts",
-    "shuffled",
-    "teacher_texts",
     "other_direction",
+    "teacher_texts",
+    "shuffled",
+    "own_texts",
+    "no_teacher",
     "sign",
 ]
 
@@ -175,7 +187,7 @@ def run_one(
         **scale.settings,
     )
     try:
-        identity = digest(json.dumps([run.identity, asdict(run.settings), scale.prompts]))
+        identity = digest(json.dumps([run.identity, asdict(run.settings), asdict(scale)]))
         file = folder / "runs" / f"{name}-{seed}.json"
         if file.exists():
             return read_kept(file, identity)
@@ -208,22 +220,17 @@ def train(run: Any, world: World, scale: Scale, budget: float | None) -> dict[st
         is_last = run.done == scale.steps
         if budget and at_budget is None and sum(spent.values()) >= budget and not is_last:
             since = time.process_time()
-            at_budget = {"updates": run.done, "greedy": scores_of(run.student, world, scale)}
+            at_budget = {"updates": run.done, **scale.score(run.student, world.task)}
             evaluating += time.process_time() - since
     seconds = time.process_time() - began - evaluating
     return {
-        "greedy": scores_of(run.student, world, scale),
+        **scale.score(run.student, world.task),
         "updates": run.done,
         "teacher": spent,
         "texts": scale.steps * scale.batch,
         "cpu_seconds": round(seconds, 1),
         "at_budget": at_budget,
     }
-
-
-def scores_of(policy: Any, world: World, scale: Scale) -> list[float]:
-    found = opd.evaluate(policy, world.task, n=scale.prompts, quiet=True)
-    return [float(score) for score in found.greedy]
 
 
 def from_controls(controls: opd.Controls, name: str, scale: Scale) -> dict[str, Any]:
@@ -238,6 +245,7 @@ def from_controls(controls: opd.Controls, name: str, scale: Scale) -> dict[str, 
         tokens = 0 if entry.teacher == "none" else int(arm.tokens[i])
         out[str(seed)] = {
             "greedy": arm.greedy[i].tolist(),
+            "sampled": arm.sampled[i].tolist(),
             "updates": scale.steps,
             "teacher": {"graded": 0 if writes else tokens, "written": tokens if writes else 0},
             "texts": scale.steps * scale.batch,
@@ -261,30 +269,30 @@ def run_controls(world: World, seeds: int, scale: Scale, folder: Path) -> opd.Co
     )
 
 
-def summarise(name: str, runs: Mapping[str, Any], before: list[float]) -> dict[str, Any]:
-    """Describe a method: its runs, the gain, and the gain at plain OPD's teacher's tokens."""
-    start = np.asarray(before)
-
-    def gain_of(scores: list[list[float]]) -> dict[str, Any]:
-        table = np.asarray(scores)
-        gain = crossed_mean(table - start)
-        return {
-            "accuracy": float(table.mean()),
+def gains(runs: Sequence[Mapping[str, Any]], before: Mapping[str, Any]) -> dict[str, Any]:
+    """Compute accuracy and gain, greedy and of samples, over prompts and seeds."""
+    out = {}
+    for kind in ("greedy", "sampled"):
+        scores = np.asarray([run[kind] for run in runs])
+        gain = crossed_mean(scores - np.asarray(before[kind]))
+        out[kind] = {
+            "accuracy": float(scores.mean()),
             "gain": gain.mean,
             "low": gain.low,
             "high": gain.high,
             "prompts": gain.prompts,
             "seeds": gain.seeds,
         }
+    return out
 
-    out = {"label": ENTRIES[name].label, **gain_of([run["greedy"] for run in runs.values()])}
+
+def summarise(name: str, runs: Mapping[str, Any], before: Mapping[str, Any]) -> dict[str, Any]:
+    """Describe a method: its runs, the gain, and the gain at plain OPD's teacher's tokens."""
+    out = {"label": ENTRIES[name].label, **gains(list(runs.values()), before)}
     early = [run["at_budget"] for run in runs.values()]
     if all(early):
         updates = float(np.mean([one["updates"] for one in early]))
-        out["equal_teacher_tokens"] = {
-            "updates": updates,
-            **gain_of([one["greedy"] for one in early]),
-        }
+        out["equal_teacher_tokens"] = {"updates": updates, **gains(early, before)}
     for kind in ("graded", "written"):
         out[f"teacher_{kind}"] = float(np.mean([run["teacher"][kind] for run in runs.values()]))
     seconds = [run["cpu_seconds"] for run in runs.values()]
@@ -302,7 +310,7 @@ class Bench:
     path: Path
     seeds: int
     facts: dict[str, Any]
-    before: list[float]
+    before: dict[str, list[float]]
     controls: opd.Controls | None = None
     runs: dict[str, dict[str, Any]] = field(default_factory=dict)
 
@@ -328,8 +336,8 @@ class Bench:
         self.runs.setdefault(name, {})[str(seed)] = found
         self.write()
         print(
-            f"{name} {seed}: {np.mean(found['greedy']):.3f}, {found['teacher']},"
-            f" {found['cpu_seconds']} CPU s",
+            f"{name} {seed}: greedy {np.mean(found['greedy']):.3f}, samples"
+            f" {np.mean(found['sampled']):.3f}, {found['teacher']}, {found['cpu_seconds']} CPU s",
             flush=True,
         )
 
@@ -357,60 +365,92 @@ class Bench:
 
 
 def describe_controls(found: opd.Controls) -> dict[str, Any]:
-    share = found.share
-    return {
-        **found.to_json(),
-        "verdict": share.verdict.value,
-        "interval": [share.value, share.low, share.high],
-    }
+    """Describe controls, with the verdicts by greedy completions and by samples."""
+    out = found.to_json()
+    for by in ("greedy", "samples"):
+        share = replace(found, by=by).share
+        out[f"by_{by}"] = {
+            "verdict": share.verdict.value,
+            "share": repr(share),
+            "interval": [share.value, share.low, share.high],
+        }
+    return out
 
 
-def describe_world(world: World, scale: Scale) -> tuple[dict[str, Any], list[float]]:
-    """Evaluate student and teacher on the held-out prompts, in all and by grade."""
+def describe_world(
+    world: World, scale: Scale, folder: Path
+) -> tuple[dict[str, Any], dict[str, list[float]]]:
+    """Evaluate student and teacher on the held-out prompts, once for all runs in the folder.
+
+    Returns:
+        The facts of the world, with accuracies in all and by grade; and the student's scores.
+    """
+    file, key = folder / "world.json", [*map(str, (world.student, world.teacher)), asdict(scale)]
+    kept = json.loads(file.read_text()) if file.exists() else {}
+    if kept.get("key") == key:
+        return kept["facts"], kept["before"]
     facts: dict[str, Any] = dict(world.facts)
-    student: list[float] = []
-    for name, policy in (("student", world.student), ("teacher", world.teacher)):
-        found = opd.evaluate(policy, world.task, n=scale.prompts, quiet=True)
-        scores = [float(score) for score in found.greedy]
-        asked = world.task.prompts(scale.prompts, seed=0, split="test")
-        by_grade: dict[str, list[float]] = {}
-        for prompt, score in zip(asked, scores, strict=True):
-            by_grade.setdefault(str(prompt.metadata["grade"]), []).append(score)
+    grades = [
+        str(prompt.metadata["grade"])
+        for prompt in world.task.prompts(scale.prompts, seed=0, split="test")
+    ]
+    scores = {
+        name: scale.score(policy, world.task)
+        for name, policy in (("student", world.student), ("teacher", world.teacher))
+    }
+    for name, found in scores.items():
+        by_grade = {
+            grade: [one for one, of in zip(found["greedy"], grades, strict=True) if of == grade]
+            for grade in sorted(set(grades))
+        }
         facts[name] = {
-            "accuracy": float(np.mean(scores)),
+            "accuracy": float(np.mean(found["greedy"])),
+            "sampled": float(np.mean(found["sampled"])),
             "by_grade": {
                 grade: {"accuracy": float(np.mean(of)), "prompts": len(of)}
-                for grade, of in sorted(by_grade.items())
+                for grade, of in by_grade.items()
             },
         }
-        student = student or scores
-    return facts, student
+    write_file(file, json.dumps({"key": key, "facts": facts, "before": scores["student"]}).encode())
+    return facts, scores["student"]
 
 
 def print_results(stored: Mapping[str, Any]) -> None:
     """Print the table of methods, the controls, and what has not run."""
-    columns = ("method", "accuracy", "gain", "prompts, seeds", "at equal tokens")
-    table = Table(*columns, "graded", "written", "CPU s")
+
+    def cells(of: Mapping[str, Any]) -> list[str]:
+        return [
+            f"{of[kind]['accuracy']:.3f}, {of[kind]['gain']:+.3f}"
+            f" [{of[kind]['low']:+.3f}, {of[kind]['high']:+.3f}]"
+            for kind in ("greedy", "sampled")
+        ]
+
+    columns = ("method", "updates", "seeds", "greedy", "samples", "graded", "written", "CPU s")
+    table = Table(*columns, title="Accuracy and gain", title_justify="left")
     world = stored["world"]
     for name in ("student", "teacher"):
-        table.add_row(name, f"{world[name]['accuracy']:.3f}", *[""] * 6)
+        found = world[name]
+        table.add_row(name, "", "", f"{found['accuracy']:.3f}", f"{found['sampled']:.3f}")
     for one in stored["methods"].values():
-        equal = one.get("equal_teacher_tokens")
         seconds = one["cpu_seconds"]
         table.add_row(
             one["label"],
-            f"{one['accuracy']:.3f}",
-            f"{one['gain']:+.3f} [{one['low']:+.3f}, {one['high']:+.3f}]",
-            f"{one['prompts']}, {one['seeds']}",
-            "" if equal is None else f"{equal['accuracy']:.3f} ({equal['updates']:.0f} updates)",
+            str(stored["settings"]["steps"]),
+            str(one["greedy"]["seeds"]),
+            *cells(one),
             f"{one['teacher_graded']:.0f}",
             f"{one['teacher_written']:.0f}",
             "" if seconds is None else f"{seconds:.0f}",
         )
-    console = Console(width=150)
+        if "equal_teacher_tokens" in one:
+            equal = one["equal_teacher_tokens"]
+            label = "  at as many teacher's tokens as OPD"
+            table.add_row(label, f"{equal['updates']:.0f}", "", *cells(equal))
+    console = Console(width=160)
     console.print(table)
     if stored["controls"] is not None:
         console.print(repr(opd.Controls.from_json(stored["controls"])), markup=False)
+        console.print("By samples:", stored["controls"]["by_samples"]["share"], markup=False)
     console.print(f"Not run: {stored['not_run'] or 'nothing'}", markup=False)
 
 
@@ -443,7 +483,7 @@ def main(
     scale = QUICK if quick else Scale()
     place = folder / "quick" if quick else folder
     world = small_world.load_world(place, model=model)
-    facts, before = describe_world(world, scale)
+    facts, before = describe_world(world, scale, place)
     path = place / RESULTS.name if is_trial else RESULTS
     bench = Bench(world, scale, place, path, 1 if quick else seeds, facts, before)
     bench.go_on(only)

@@ -62,9 +62,12 @@ def recomputes_layers(model: PreTrainedModel) -> bool:
         model: The model.
 
     Returns:
-        True within `recompute_layers`.
+        True within `recompute_layers`, and where transformers does it in its own way.
     """
-    return model in _recomputing
+    by_transformers = model.training and any(
+        getattr(module, "gradient_checkpointing", False) for module in model.modules()
+    )
+    return model in _recomputing or by_transformers
 
 
 def recomputable_layers(model: PreTrainedModel) -> list[nn.Module]:

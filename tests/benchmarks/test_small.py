@@ -46,14 +46,17 @@ def test_a_right_text_is_the_number_alone(text, score):
     assert small_world.is_right(Prompt("20 - 29 =", answer=" -9."), text) == score
 
 
-def test_the_splits_share_no_question(pool):
-    validation, rest = pool[:10], pool[10:]
-    task = small_world.make_task(rest, test=20)
-    held_out = {prompt.text for prompt in task.prompts(20, split="test")}
-    trained = {prompt.text for prompt in task.prompts(200, split="train")}
-    assert len(held_out) == 20
-    assert not held_out & trained
-    assert not {prompt.text for prompt in validation} & (held_out | trained)
+def test_the_world_holds_out_sums_that_nobody_trains_on(pool):
+    held_out = small_world.questions(drawn=600, kept=40, split="test")
+    task = small_world.make_task(pool, held_out)
+    asked = task.prompts(len(held_out), split="test")
+    trained = task.prompts(200, split="train")
+    assert 10 < len(asked) == len({prompt.text for prompt in asked})
+    assert len({prompt.text for prompt in trained}) > 10
+    assert all(" + " in str(prompt.text) for prompt in (*asked, *trained))
+    assert any(" - " in str(prompt.text) for prompt in pool)  # the teacher's own task has both
+    assert not {prompt.text for prompt in asked} & {prompt.text for prompt in pool}
+    assert task.prompts(8, seed=1) == task.prompts(8, seed=1) != task.prompts(8, seed=2)
 
 
 def test_the_command_runs_to_its_end_and_skips_what_is_kept(tiny, tmp_path, capsys):
@@ -65,7 +68,11 @@ def test_the_command_runs_to_its_end_and_skips_what_is_kept(tiny, tmp_path, caps
     assert set(stored["controls"]["arms"]) == {"teacher", *small.ARMS}
     runs = {name: one["runs"]["0"] for name, one in stored["methods"].items()}
     assert {name: run["updates"] for name, run in runs.items()} == dict.fromkeys(METHODS, 2)
-    assert all(len(run["greedy"]) == 8 for run in runs.values())
+    assert all(len(run["greedy"]) == len(run["sampled"]) == 8 for run in runs.values())
+    before = np.mean(stored["before"]["greedy"])
+    for name, one in stored["methods"].items():
+        gain = np.mean(runs[name]["greedy"]) - before
+        assert one["greedy"]["gain"] == pytest.approx(gain)
     plain = runs["opd"]["teacher"]
     assert plain["graded"] > 0
     assert plain["written"] == 0
@@ -96,18 +103,24 @@ def test_a_name_that_does_not_exist_is_refused():
 
 
 def test_the_gain_counts_seeds_and_prompts_and_equal_tokens():
-    before = [0.0, 1.0, 0.0, 0.0]
+    before = {"greedy": [0.0, 1.0, 0.0, 0.0], "sampled": [0.0, 0.0, 0.0, 0.0]}
     run = {
         "greedy": [1.0, 1.0, 0.0, 1.0],
+        "sampled": [0.0, 1.0, 0.0, 0.0],
         "teacher": {"graded": 10, "written": 4},
         "cpu_seconds": 2.0,
-        "at_budget": {"updates": 5, "greedy": [1.0, 1.0, 0.0, 0.0]},
+        "at_budget": {
+            "updates": 5,
+            "greedy": [1.0, 1.0, 0.0, 0.0],
+            "sampled": [0.0, 0.0, 0.0, 1.0],
+        },
     }
     other = {**run, "greedy": [0.0, 1.0, 0.0, 1.0]}
     found = small.summarise("topd", {"0": run, "1": other}, before)
-    assert found["accuracy"] == pytest.approx(np.mean([0.75, 0.5]))
-    assert found["gain"] == pytest.approx(np.mean([0.5, 0.25]))
-    assert (found["prompts"], found["seeds"]) == (4, 2)
-    assert found["equal_teacher_tokens"]["accuracy"] == 0.5
+    assert found["greedy"]["accuracy"] == pytest.approx(np.mean([0.75, 0.5]))
+    assert found["greedy"]["gain"] == pytest.approx(np.mean([0.5, 0.25]))
+    assert found["sampled"]["gain"] == pytest.approx(0.25)
+    assert (found["greedy"]["prompts"], found["greedy"]["seeds"]) == (4, 2)
+    assert found["equal_teacher_tokens"]["greedy"]["accuracy"] == 0.5
     assert found["equal_teacher_tokens"]["updates"] == 5
     assert (found["teacher_graded"], found["teacher_written"]) == (10, 4)

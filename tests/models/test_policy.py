@@ -485,14 +485,18 @@ def test_the_gradient_flows_back_through_a_shared_beginning(make_policy, family)
     assert tokens[0] < 0.5 * tokens[1]
 
 
-def test_layers_that_run_again_do_not_go_on_from_a_cache(make_policy):
+@pytest.mark.parametrize("way", ["of opdlab", "of transformers"])
+def test_layers_that_run_again_do_not_go_on_from_a_cache(make_policy, way):
     policy = make_policy()
-    seeing = policy.seeing(SHARED)
+    model, seeing = policy.weights.model, policy.seeing(SHARED)
     rollout = seeing.sample([Prompt("cleo"), Prompt("ben")], max_new_tokens=4)
-    weight = policy.weights.model.get_input_embeddings().weight.requires_grad_()
+    weight = model.get_input_embeddings().weight.requires_grad_()
     found = []
-    for enabled in (True, False):
-        with recompute_layers(policy.weights.model, enabled), torch.enable_grad():
+    for enabled in (False, True):
+        if enabled and way == "of transformers":
+            model.train()
+            model.gradient_checkpointing_enable()
+        with recompute_layers(model, enabled and way == "of opdlab"), torch.enable_grad():
             hidden = seeing.hidden(rollout)
         found.append(torch.autograd.grad(hidden.square().sum(), weight)[0])
     torch.testing.assert_close(*found, rtol=1e-3, atol=1e-4)
