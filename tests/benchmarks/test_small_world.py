@@ -91,6 +91,15 @@ def test_the_command_runs_to_its_end_and_skips_what_is_kept(tiny, tmp_path, caps
     again = json.loads((tmp_path / "quick" / "small.json").read_text())
     assert again["methods"] == stored["methods"]
 
+    small.main(only=("soda",), **options)  # what ran before stays in the results
+    more = json.loads((tmp_path / "quick" / "small.json").read_text())
+    assert {name: one for name, one in more["methods"].items() if name != "soda"} == again[
+        "methods"
+    ]
+    assert more["controls"] == again["controls"]
+    written = more["methods"]["soda"]["runs"]["0"]["teacher"]["written"]
+    assert 0 < written <= 2 * 4 * small_world.MAX_NEW_TOKENS
+
     kept = tmp_path / "quick" / "runs" / "sft-0.json"
     kept.write_text(json.dumps({**json.loads(kept.read_text()), "identity": "other"}))
     with pytest.raises(SystemExit, match=r"sft-0\.json is of another world"):
