@@ -108,6 +108,7 @@ ENTRIES: dict[str, Entry] = {
     "opsa_slow": Entry(
         "fixed penalty, no teacher, a tenth of the rate", opd.OPSA(adaptive=False), "none", rate=0.1
     ),
+    "opd_slow": Entry("OPD, reverse KL, a tenth of the rate", opd.OPD(), rate=0.1),
     "grpo": Entry("GRPO, 4 samples a prompt", opd.GRPO(), "none", samples=4),
     "privileged": Entry("OPD, the teacher told the sum", opd.OPD(), "hinted"),
     "dopd": Entry("DOPD", opd.DOPD()),
