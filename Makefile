@@ -6,10 +6,11 @@ ENV := .venv
 BIN := $(ENV)/bin
 VLLM := .venv-vllm
 OLD_TRL := .venv-trl
+MARIMO := .venv-marimo
 TOOLS := .venv-release
 SOURCES := pyproject.toml constraints.txt
 
-.PHONY: demo serve gallery lab docs test rehearse docs test-vllm test-trl stress notebooks models families bench pair locked lock audit release test-versions clean
+.PHONY: demo serve gallery lab docs test rehearse docs test-vllm test-trl test-frontends stress notebooks models families bench pair locked lock audit release test-versions clean
 .DEFAULT_GOAL := demo
 
 demo: $(ENV)/$(if $(filter small,$(PROFILE)),small,base).done  ## distil a student and write runs/demo/index.html
@@ -50,6 +51,11 @@ test-vllm: $(VLLM)/vllm.done  ## real servers of vLLM and llama.cpp on this CPU,
 test-trl: $(ENV)/test.done $(OLD_TRL)/trl.done  ## the bridge to TRL with the newest TRL that it works with, and with the oldest
 	@OMP_NUM_THREADS=1 $(BIN)/python -m pytest -p no:cacheprovider tests/bridges
 	@PYTHONPATH=$(CURDIR) OMP_NUM_THREADS=1 $(OLD_TRL)/bin/python -m pytest -p no:cacheprovider tests/bridges
+
+test-frontends: $(ENV)/test.done $(MARIMO)/marimo.done  ## views in nbconvert, sandboxed frames, JupyterLab, Notebook 7 and marimo
+	@OMP_NUM_THREADS=1 $(BIN)/python -m pytest -p no:cacheprovider \
+	  tests/browser/test_front_ends.py tests/browser/test_lab.py tests/browser/test_untrusted.py
+	@PYTHONPATH=$(CURDIR) OMP_NUM_THREADS=1 $(MARIMO)/bin/python -m pytest -p no:cacheprovider tests/with_marimo
 
 rehearse: $(ENV)/test.done $(ENV)/small.done  ## run the notebooks as on a GPU, on tiny models of an imitated Hub
 	@OPDLAB_PROFILE=gpu OMP_NUM_THREADS=1 $(BIN)/python -m tests.imitation_hub \
@@ -94,7 +100,7 @@ test-versions: $(TOOLS)/tools.done  ## the lowest and the newest versions of all
 	@PATH=$(CURDIR)/$(TOOLS)/bin:$$PATH $(TOOLS)/bin/python release/versions.py $(ARGS)
 
 clean:
-	rm -rf $(ENV) $(VLLM) $(OLD_TRL) $(TOOLS) .venv-lowest .venv-newest .venv-clean node_modules build dist runs .mypy_cache .ruff_cache .pytest_cache
+	rm -rf $(ENV) $(VLLM) $(OLD_TRL) $(MARIMO) $(TOOLS) .venv-lowest .venv-newest .venv-clean node_modules build dist runs .mypy_cache .ruff_cache .pytest_cache
 
 # Setting up: each extra is installed once and leaves a mark. Versions are pinned in constraints.txt.
 $(ENV)/bin/python:
@@ -140,6 +146,15 @@ $(OLD_TRL)/trl.done: $(ENV)/test.done
 	@$(OLD_TRL)/bin/python -m pip install --disable-pip-version-check -q --no-deps trl==1.10.0
 	@$(BIN)/python -c "import sysconfig; print(sysconfig.get_path('purelib'))" \
 		> $$($(OLD_TRL)/bin/python -c "import sysconfig; print(sysconfig.get_path('purelib'))")/rest.pth
+	@touch $@
+
+# marimo, over the packages of the other environment.
+$(MARIMO)/marimo.done: $(ENV)/test.done tests/with_marimo/requirements.txt
+	@echo "opdlab: installing marimo into $(MARIMO)"
+	@$(PYTHON) -m venv $(MARIMO)
+	@$(MARIMO)/bin/python -m pip install --disable-pip-version-check -q -r tests/with_marimo/requirements.txt
+	@$(BIN)/python -c "import sysconfig; print(sysconfig.get_path('purelib'))" \
+		> $$($(MARIMO)/bin/python -c "import sysconfig; print(sysconfig.get_path('purelib'))")/rest.pth
 	@touch $@
 
 # Everything at once with hashes, before `make test`: its own installs then find all there is to find.

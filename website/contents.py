@@ -17,6 +17,7 @@ CHAPTERS: dict[str, dict[str, str]] = {
         "README.md": "Overview",
         "docs/command_line.md": "One command",
         "docs/views.md": "Look closer",
+        "docs/front_ends.md": "Front ends",
         "docs/glossary.md": "Glossary",
     },
     "Guides": {

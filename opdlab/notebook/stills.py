@@ -14,7 +14,7 @@ from pathlib import Path
 
 from opdlab.errors import OpdlabError
 from opdlab.viz import camera, embed
-from opdlab.viz.markup import escape
+from opdlab.viz.markup import BARE_NOTE, escape
 
 # JupyterLab shows a picture unscaled until the mouse is over it, and cuts off a wider one.
 WIDTH = 760  # CSS pixels
@@ -54,7 +54,7 @@ def add_still(html: str, words: str) -> str:
     is_drawn = bool(_DRAWN.search(html))
     if _MARK in html or not (is_drawn or _STATIC.search(html)):
         return html
-    still = _make_still(html, words.strip())
+    still = _make_still(html, words.strip(), note=BARE_NOTE if is_drawn else "")
     if is_drawn:  # the script replaces the picture
         return _DRAWN.sub(lambda _: still, html, count=1)
 
@@ -65,14 +65,14 @@ def add_still(html: str, words: str) -> str:
     return _STATIC.sub(swap, html, count=1)
 
 
-def _make_still(html: str, words: str) -> str:
-    """Return a view's picture in light and dark, and its words to unfold."""
+def _make_still(html: str, words: str, note: str) -> str:
+    """Return a view's picture in light and dark, a note, and the view's words to unfold."""
     light, dark = _draw(html, dark=False), _draw(html, dark=True)
     # Front ends that drop <picture> and <source> keep the light picture, which is on its own paper.
     return (
         f'{_MARK}<source media="(prefers-color-scheme: dark)" srcset="{dark}">'
         f'<img src="{light}" alt="{escape(words.partition(chr(10))[0])}"></picture>'
-        f"<details><summary>In words</summary><pre>{escape(words)}</pre></details>"
+        f"{note}<details><summary>In words</summary><pre>{escape(words)}</pre></details>"
     )
 
 

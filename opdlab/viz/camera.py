@@ -92,6 +92,7 @@ def shoot(
     width: int = 1200,
     density: float = 2.0,
     least: int = 600,
+    clear: bool = False,
 ) -> Path:
     """Write a PNG of a whole HTML document, as high as it is.
 
@@ -102,6 +103,7 @@ def shoot(
         width: The width of the window in CSS pixels.
         density: Pixels of the picture for each CSS pixel.
         least: The height of the window in CSS pixels.
+        clear: Whether the picture is transparent where the document paints nothing.
 
     Returns:
         The path.
@@ -131,6 +133,9 @@ def shoot(
             deviceScaleFactor=density,
             mobile=False,
         )
+        if clear:
+            nothing = {"r": 0, "g": 0, "b": 0, "a": 0}
+            tab("Emulation.setDefaultBackgroundColorOverride", color=nothing)
         tab("Page.enable")
         tab("Page.navigate", url=page.as_uri())
         ask.wait("Page.loadEventFired")

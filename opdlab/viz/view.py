@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 from opdlab.data.trace import Trace
 from opdlab.errors import OpdlabError, printable
-from opdlab.viz import embed, payload
+from opdlab.viz import embed, markup, payload
 from opdlab.viz.markup import escape
 from opdlab.viz.traits import Trait, find_traits
 
@@ -210,10 +210,12 @@ class View:
             script: False leaves out all scripts and data: a still picture.
 
         Returns:
-            The fragment, with the picture of `static` in it for where no script runs.
+            The fragment, with the picture of `static` in it for where no script runs, which says
+            so: a script that runs replaces both.
         """
         style = embed.style(*embed.STYLES, *self.styles) if assets else ""
         module = embed.module(self.scripts) if assets and script else ""
+        note = markup.BARE_NOTE if self.scripts else ""
         block = ""
         if script:
             packed = payload.to_base64(payload.pack(self.data()))
@@ -221,7 +223,7 @@ class View:
             block = embed.script_json(content, "opd-data")
         return (
             f'<div class="opd opd-{self.name}">{style}'
-            f'<div class="opd-view"><div class="opd-box">{self.static()}</div></div>'
+            f'<div class="opd-view"><div class="opd-box">{self.static()}{note}</div></div>'
             f"{block}</div>{module}"
         )
 

@@ -5,6 +5,7 @@ train and are interrupted.
 from __future__ import annotations
 
 import json
+import re
 
 import nbformat
 import pytest
@@ -76,6 +77,28 @@ def test_values_go_to_python_and_back(lab):
         output["data"]["text/html"]
     )  # for GitHub, nbconvert, and whoever has no kernel
     assert "TokenLens: completion 0, 4 tokens" in "".join(output["data"]["text/plain"])
+
+
+def test_notebook_7_shows_outputs_and_live_views_and_python_hears_of_them(lab):
+    lab.write("seven.ipynb", MADE, "lens", "lens.live()", "print('chosen', lens.selected)")
+    page = lab.open_afresh("seven.ipynb", front_end="notebooks")
+    cells = page.locator(".jp-CodeCell")
+    for _ in range(60):  # what is asked before the kernel is there is lost
+        cells.nth(0).locator(".cm-content").click()
+        page.keyboard.press("Shift+Enter")
+        page.wait_for_timeout(2000)
+        if re.search(r"\d", cells.nth(0).locator(".jp-InputPrompt").text_content() or ""):
+            break
+    for _ in range(2):
+        page.keyboard.press("Shift+Enter")
+    strips = page.locator(".jp-OutputArea-output .opd-lens .opd-strip[role=listbox]")
+    strips.nth(1).wait_for()
+    strips.nth(0).locator("[data-i='3']").click()
+    assert strips.nth(1).locator("[aria-selected='true']").get_attribute("data-i") == "3"
+    cells.nth(3).locator(".cm-content").click()
+    page.keyboard.press("Shift+Enter")
+    page.get_by_text("chosen 3", exact=True).wait_for()
+    page.context.close()
 
 
 def test_an_output_is_interactive_beside_the_live_widget_and_linked_to_it(lab):
