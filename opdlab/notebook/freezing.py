@@ -21,7 +21,7 @@ CHART = "application/vnd.plotly.v1+json"
 _KEPT_TYPES = ("text/html", "text/plain", "image/png", CHART)
 
 # Grey that is read on white (4.5 to 1) as on the dark pages of Jupyter and GitHub (4.1 to 1).
-_CHART_TEXT = "#767676"
+CHART_TEXT = "#767676"
 # A finished progress bar, ours in HTML and tqdm's as text.
 _OWN_PROGRESS = re.compile(r"\s*<code>.*?</code> <progress.*")
 _TQDM_PROGRESS = re.compile(r".*\d+%\|.*\| \d+/\d+ \[.*\]\s*")
@@ -231,7 +231,7 @@ def _draw_chart(figure: Mapping[str, Any]) -> str:
             "A chart needs WebGL, which plotly.express uses from 1000 points on. Give it "
             "render_mode='svg', or fewer points."
         )
-    style = f"body{{margin:0;--opd-chart-text:{_CHART_TEXT}}}figure{{margin:0}}"
+    style = f"body{{margin:0;--opd-chart-text:{CHART_TEXT}}}figure{{margin:0}}"
     head = f"<style>{style}</style><script>{get_plotlyjs()}</script>"
     data = embed.script_json(figure, "opd-figure")
     chart = f'<figure class="opd-chart"><div></div>{data}</figure>'

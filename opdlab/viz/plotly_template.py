@@ -33,6 +33,7 @@ def _template() -> go.layout.Template:
             "xaxis": axis | {"showgrid": False, "showline": True},
             "yaxis": axis | {"nticks": 5},
             "margin": {"l": 44, "r": 12, "t": 32, "b": 40},
+            "shapedefaults": {"line": {"color": GREY}},
             "hovermode": "closest",
             "hoverlabel": {"font": {"size": 12}},
         }

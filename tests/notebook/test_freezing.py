@@ -12,7 +12,7 @@ import pytest
 
 import opdlab as opd
 from opdlab import notebook
-from opdlab.notebook.freezing import CHART
+from opdlab.notebook.freezing import CHART, CHART_TEXT
 
 BLUE = (0x00, 0x72, 0xB2)
 
@@ -145,6 +145,19 @@ def test_a_missing_notebook_is_refused(tmp_path):
         notebook.freeze(tmp_path / "missing.ipynb")
 
 
+@pytest.mark.parametrize(("paper", "least"), [("#ffffff", 4.5), ("#111111", 4.0)])
+def test_the_text_of_charts_is_read_on_white_and_on_dark_pages(paper, least):
+    def luminance(colour: str) -> float:
+        parts = [int(colour[i : i + 2], 16) / 255 for i in (1, 3, 5)]
+        linear = [
+            part / 12.92 if part <= 0.04045 else ((part + 0.055) / 1.055) ** 2.4 for part in parts
+        ]
+        return 0.2126 * linear[0] + 0.7152 * linear[1] + 0.0722 * linear[2]
+
+    dim, bright = sorted([luminance(paper), luminance(CHART_TEXT)])
+    assert (bright + 0.05) / (dim + 0.05) >= least
+
+
 @pytest.mark.browser
 @pytest.mark.skipif(not shutil.which("chromium"), reason="needs Chromium")
 def test_freeze_adds_a_picture_to_charts(tmp_path):
@@ -154,13 +167,16 @@ def test_freeze_adds_a_picture_to_charts(tmp_path):
         "data": [{"type": "bar", "x": [1], "y": [1], "marker": {"color": "#0072B2"}}],
         "layout": {"height": 200, "margin": {"l": 40, "r": 0, "t": 0, "b": 20}},
     }
+    figure["layout"]["paper_bgcolor"] = "rgba(0,0,0,0)"  # as in opdlab's template
     shown = f"display({{{CHART!r}: {figure!r}}}, raw=True)"
     path = write_notebook(tmp_path, f"from IPython.display import display\n{shown}")
     notebook.execute(path)
     size = notebook.freeze(path)
     data = read_cells(path)[0].outputs[0]["data"]
-    picture = Image.open(io.BytesIO(base64.b64decode(data["image/png"]))).convert("RGB")
+    picture = Image.open(io.BytesIO(base64.b64decode(data["image/png"]))).convert("RGBA")
     assert picture.size == (760, 200)
+    assert picture.getpixel((2, 2))[3] == 0  # the page's own paper, light or dark
+    picture = picture.convert("RGB")
     colours = picture.getcolors(1 << 20)
     assert sum(count for count, colour in colours if colour == BLUE) > 0.5 * 760 * 200
     assert dict(data[CHART]) == figure
