@@ -42,8 +42,8 @@ WHOLE = 1200  # groups that the static strip holds whole
 # Below the static half of a view that a script would draw. A script that runs replaces it, and the
 # style sheet shows it only after a while, so that nobody sees it who has scripts.
 BARE_NOTE = (
-    '<p class="opd-bare">A still picture: no script runs here. The view responds in a trusted'
-    " notebook, in a page of its own, and as a live view.</p>"
+    '<div class="opd-bare">A still picture: no script runs here. The view responds in a trusted'
+    " notebook, in a page of its own, and as a live view.</div>"
 )
 _STEPS = 12  # cells of the legend on each side of zero
 
