@@ -22,6 +22,7 @@ from opdlab.training.resolution import resolve_policies
 
 DIRECTIONS = {"reverse_kl": "forward_kl", "forward_kl": "reverse_kl"}
 FASTER = 3.0  # the factor of the learning rate, and what it is divided by
+GENTLER = 10.0  # what it is divided by for a student that no teacher holds
 
 
 @dataclass(frozen=True)
@@ -94,6 +95,11 @@ def _no_teacher(subject: Subject) -> Treatment:
 
 def _no_teacher_adaptive(subject: Subject) -> Treatment:
     return Treatment(OPSA(), None, subject.task)
+
+
+def _no_teacher_slow(subject: Subject) -> Treatment:
+    """The method's own rate was chosen with a teacher, and may be too high without one."""
+    return replace(_no_teacher(subject), rate=1 / GENTLER)
 
 
 def _own_texts(subject: Subject) -> Treatment:
@@ -169,6 +175,12 @@ ARMS = {
             "no teacher: the same, by entropy",
             True,
             _no_teacher_adaptive,
+        ),
+        Arm(
+            "no_teacher_slow",
+            "no teacher: the penalty, a tenth of the rate",
+            True,
+            _no_teacher_slow,
         ),
         Arm("own_texts", "no teacher: SFT on its own texts", True, _own_texts),
         Arm("shuffled", "the teacher's grades of other texts", False, _shuffled),

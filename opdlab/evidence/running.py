@@ -70,8 +70,8 @@ def controls(
         task: The task; it needs a verifier.
         method: The method; OPD by default.
         arms: Names of arms beside "teacher", which always runs: no_teacher, no_teacher_adaptive
-            (`OPSA`), own_texts, shuffled, sign, weaker, other_hint, other_direction, teacher_texts,
-            lr_up, lr_down. By default all that apply.
+            (`OPSA`), no_teacher_slow, own_texts, shuffled, sign, weaker, other_hint,
+            other_direction, teacher_texts, lr_up, lr_down. By default all that apply.
         seeds: Number of seeds, from 0. One seed says nothing about others.
         prompts: Held-out prompts of the evaluation.
         samples: Samples of each prompt, in addition to the greedy completion; 0 for none.

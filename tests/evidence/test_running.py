@@ -81,7 +81,12 @@ def test_arms_share_settings_but_for_the_rate(world):
     student, teacher, task = world
     subject = running.Subject(student, teacher, task, opd.OPD())
     work = running._Work(subject, {}, opd.Settings(steps=3, batch=2, lr=1e-3, max_new_tokens=6))
-    for name, rate in (("teacher", 1e-3), ("no_teacher", 1e-3), ("lr_up", 3e-3)):
+    for name, rate in (
+        ("teacher", 1e-3),
+        ("no_teacher", 1e-3),
+        ("no_teacher_slow", 1e-4),
+        ("lr_up", 3e-3),
+    ):
         run = running._prepare(work, ARMS[name].treat(subject), student.frozen(), seed=4)
         assert (run.settings.steps, run.settings.batch, run.settings.seed) == (3, 2, 4)
         assert run.settings.lr == pytest.approx(rate)
