@@ -211,8 +211,10 @@ class Arms(View):
     def _say_gain(self, row: dict[str, Any]) -> str:
         if row["arm"] == START:
             return ""
-        low, high = (markup.format_number(row[end], sign=True) for end in ("low", "high"))
-        return f"{markup.format_number(row['gain'], sign=True)} [{low}, {high}]"
+        gain, low, high = (
+            f"{row[name]:+.3f}".replace("-", "−") for name in ("gain", "low", "high")
+        )
+        return f"{gain} [{low}, {high}]"
 
     def _draw_row(self, row: dict[str, Any]) -> str:
         """One arm: its words, the scale, the numbers."""
