@@ -1,12 +1,13 @@
 """Controls on two worlds with a known answer, and training on the tokens that rules choose.
 
-    python -m benchmarks.controls [--only sharpening market rules] [--seeds 10]
+    python -m benchmarks.controls [--only sharpening market ranking rules] [--seeds 10]
 
 `market`: the student cannot carry, so the gain must be the teacher's. `sharpening`: the student can
-do all and breaks off now and then, so the gain needs no teacher. `rules` trains OPD on the 5 %
-of the tokens that each rule of `opdlab.evidence.rules` puts highest, at equal updates. Every run is
-kept in `runs/bench-controls` as it comes, so the command goes on where it was stopped; the results
-are `results/controls.json`. `--show` prints them.
+do all and breaks off now and then, so the gain needs no teacher. `ranking` measures which tokens
+of the market decide the outcome, and how well each rule of `opdlab.evidence.rules` finds them.
+`rules` trains OPD on the 5 % of the tokens that each rule puts highest, at equal updates. Every run
+is kept in `runs/bench-controls` as it comes, so the command goes on where it was stopped; the
+results are `results/controls.json`. `--show` prints them.
 """
 
 from __future__ import annotations
@@ -22,6 +23,7 @@ from rich.console import Console
 
 import opdlab as opd
 from opdlab.evidence.rules import RULES, TopTokens
+from opdlab.support.files import write_file
 from opdlab.tasks.market import model
 from opdlab.training.crossed import crossed_mean
 
@@ -32,6 +34,7 @@ SETTINGS: dict[str, dict[str, Any]] = {
     "market": {"steps": 40, "batch": 32},
     "sharpening": {"by": "samples", "samples": 4},
 }
+RULES_SETTINGS = {"steps": 12, "batch": 32}  # fewer steps: the rule "distance" is slow
 PROMPTS = 100
 FIRST = 3  # seeds of all arms; the arms that decide the verdict have more
 
@@ -53,6 +56,31 @@ def world(name: str, seeds: int, arms: list[str] | None) -> opd.Controls:
     return opd.controls(student, teacher, task, arms=arms, seeds=seeds, weaker=weaker, **options)
 
 
+def ranking(texts: int = 48, n: int = 16) -> dict[str, Any]:
+    """Measure the credit of each token of held-out texts, and how well the rules find it.
+
+    Args:
+        texts: Number of texts, each of its own prompt.
+        n: Texts that student and teacher write on with from each place.
+
+    Returns:
+        The ranking's rows by what is to be found.
+    """
+    file = KEPT / "ranking.json"
+    if not file.exists():
+        student, teacher, task = opd.load("market")
+        rollout = student.sample(
+            task.prompts(texts, split="test"), max_new_tokens=task.max_new_tokens
+        )
+        found = opd.credit(rollout, student, teacher, task, n=n)
+        rows = {
+            truth: found.ranking(truth).to_dict("records")
+            for truth in ("matters", "harms", "skill")
+        }
+        write_file(file, json.dumps({"texts": texts, "n": n, **rows}).encode())
+    return dict(json.loads(file.read_text()))
+
+
 def rules(seeds: int) -> dict[str, Any]:
     """Train OPD on the tokens that each rule chooses, on the market.
 
@@ -72,7 +100,7 @@ def rules(seeds: int) -> dict[str, Any]:
         for seed in range(len(known), seeds):
             pupil = student.frozen()
             opd.distill(
-                pupil, teacher, task, method=method, seed=seed, quiet=True, **SETTINGS["market"]
+                pupil, teacher, task, method=method, seed=seed, quiet=True, **RULES_SETTINGS
             ).train()
             known.append(opd.evaluate(pupil, task, n=PROMPTS, quiet=True).greedy.tolist())
             file.parent.mkdir(parents=True, exist_ok=True)
@@ -102,7 +130,9 @@ def summary(found: opd.Controls) -> dict[str, Any]:
 
 
 def main(
-    only: tuple[str, ...] = ("sharpening", "market", "rules"), seeds: int = 10, show: bool = False
+    only: tuple[str, ...] = ("sharpening", "market", "ranking", "rules"),
+    seeds: int = 10,
+    show: bool = False,
 ) -> None:
     """Run what is missing and print the results.
 
@@ -114,7 +144,9 @@ def main(
     torch.set_num_threads(1)
     done: dict[str, Any] = json.loads(RESULTS.read_text()) if RESULTS.exists() else {}
     for name in only if not show else ():
-        if name == "rules":
+        if name == "ranking":
+            done[name] = ranking()
+        elif name == "rules":
             done[name] = rules(min(seeds, FIRST))
         else:
             done[name] = summary(world(name, seeds, VERDICT_ARMS))
@@ -123,7 +155,7 @@ def main(
     console = Console()
     for name, part in done.items():
         console.print(f"[b]{name}[/b]")
-        if name == "rules":
+        if name in ("ranking", "rules"):
             console.print(part)
         else:
             console.print(opd.Controls.from_json(part), part["by_seed"], markup=False)
