@@ -58,7 +58,8 @@ class Step:
     def trace(self) -> Trace:
         """Make a `Trace` of the step's tokens, those of this process.
 
-        It has no top tokens; `opdlab.score` on `step.rollout` adds them.
+        It has no top tokens. `opdlab.score` on `step.rollout` has them, for the weights of now:
+        after the step's update, these give other losses than the step had.
 
         Returns:
             The trace, with the columns and notes of the method's plan.
