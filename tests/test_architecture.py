@@ -42,6 +42,7 @@ FLOORS = [
     "notebook",  # set-up, exercises, freezing
     "bridges",  # TRL
     "commands",  # command line, demo, gallery
+    "__main__",  # python -m opdlab
 ]
 
 
