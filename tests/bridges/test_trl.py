@@ -299,7 +299,8 @@ def test_trains_as_trl_does_where_trl_has_the_loss(bridge, tmp_path):
 
     histories = []
     for make in (lambda **a: bridge.MethodTrainer(opd.OPD(), **a), DistillationTrainer):
-        trainer = make(**arguments(tmp_path, beta=1.0))
+        # Adam makes a whole step of a gradient that is all rounding; this goes by its size.
+        trainer = make(**arguments(tmp_path, beta=1.0, optim="sgd", learning_rate=1.0))
         trainer.train()
         histories.append([row for row in trainer.state.log_history if "loss" in row])
     assert len(histories[0]) == 2
@@ -308,9 +309,8 @@ def test_trains_as_trl_does_where_trl_has_the_loss(bridge, tmp_path):
     for ours, theirs in zip(*(rows if has_kernel else rows[:1] for rows in histories), strict=True):
         assert ours["loss"] == pytest.approx(theirs["loss"], rel=1e-3, abs=2e-5)
         assert ours["entropy"] == pytest.approx(theirs["entropy"], rel=1e-3)
-        # The texts of the second step differ in rounding by the processor: 2e-3 without AVX-512.
         assert ours["grad_norm"] == pytest.approx(
-            theirs["grad_norm"], rel=5e-3 if has_kernel else 0.2
+            theirs["grad_norm"], rel=1e-3 if has_kernel else 0.2
         )
 
 
