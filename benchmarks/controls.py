@@ -113,16 +113,29 @@ def rules(seeds: int) -> dict[str, Any]:
             known.append(opd.evaluate(pupil, task, n=PROMPTS, quiet=True).greedy.tolist())
             file.parent.mkdir(parents=True, exist_ok=True)
             file.write_text(json.dumps(known))
-        gain = crossed_mean(np.asarray(known, float) - before.greedy)
-        out[name] = {
-            "accuracy": float(np.mean(known)),
-            "gain": gain.mean,
-            "low": gain.low,
-            "high": gain.high,
-            "prompts": gain.prompts,
-            "seeds": gain.seeds,
-        }
+        out[name] = describe_gain(np.asarray(known, float), before.greedy)
     return out
+
+
+def describe_gain(scores: np.ndarray, before: np.ndarray) -> dict[str, float]:
+    """Describe the gain of runs over their start, as the result files write it.
+
+    Args:
+        scores: Of held-out prompts after training, `[seeds, prompts]`.
+        before: Of the same prompts before training, `[prompts]`.
+
+    Returns:
+        The accuracy, the gain with its 95 % interval, and the numbers of prompts and seeds.
+    """
+    gain = crossed_mean(scores - before)
+    return {
+        "accuracy": float(scores.mean()),
+        "gain": gain.mean,
+        "low": gain.low,
+        "high": gain.high,
+        "prompts": gain.prompts,
+        "seeds": gain.seeds,
+    }
 
 
 def summary(found: opd.Controls) -> dict[str, Any]:

@@ -27,6 +27,7 @@ from rich.table import Table
 
 import opdlab as opd
 from benchmarks import small_world
+from benchmarks.controls import describe_gain
 from benchmarks.run import about_machine
 from benchmarks.small_world import World
 from opdlab.data.notes import Chunks, Windows, read_note
@@ -35,7 +36,6 @@ from opdlab.evidence.rules import TopTokens
 from opdlab.methods.contract import student_share, writer_names
 from opdlab.models.fingerprints import digest
 from opdlab.support.files import write_file
-from opdlab.training.crossed import crossed_mean
 
 RESULTS = Path(__file__).parent / "results" / "small.json"
 CONTROLS = "controls"
@@ -44,7 +44,7 @@ PLAIN = "opd"  # the method whose teacher's tokens are the budget of all
 
 @dataclass(frozen=True)
 class Scale:
-    """How large the runs are."""
+    """Say how large the runs are."""
 
     steps: int = 24
     batch: int = 8
@@ -278,19 +278,10 @@ def run_controls(world: World, seeds: int, scale: Scale, folder: Path) -> opd.Co
 
 def gains(runs: Sequence[Mapping[str, Any]], before: Mapping[str, Any]) -> dict[str, Any]:
     """Compute accuracy and gain, greedy and of samples, over prompts and seeds."""
-    out = {}
-    for kind in ("greedy", "sampled"):
-        scores = np.asarray([run[kind] for run in runs])
-        gain = crossed_mean(scores - np.asarray(before[kind]))
-        out[kind] = {
-            "accuracy": float(scores.mean()),
-            "gain": gain.mean,
-            "low": gain.low,
-            "high": gain.high,
-            "prompts": gain.prompts,
-            "seeds": gain.seeds,
-        }
-    return out
+    return {
+        kind: describe_gain(np.asarray([run[kind] for run in runs]), np.asarray(before[kind]))
+        for kind in ("greedy", "sampled")
+    }
 
 
 def summarise(name: str, runs: Mapping[str, Any], before: Mapping[str, Any]) -> dict[str, Any]:

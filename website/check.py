@@ -16,7 +16,7 @@ _STYLE = re.compile(r"@import\s+[\"']?([^\"';)]+)|url\(\s*[\"']?([^\"')]+)")
 
 
 class Page(HTMLParser):
-    """What a built page fetches, links to, and can be linked to.
+    """Read what a built page fetches, links to, and can be linked to.
 
     Attributes:
         fetched: The addresses that a browser fetches by itself.

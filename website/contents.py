@@ -1,4 +1,4 @@
-"""What the site holds: the files of the repository that become pages, chapter by chapter."""
+"""List the files of the repository that become pages of the site, chapter by chapter."""
 
 from __future__ import annotations
 

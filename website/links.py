@@ -20,7 +20,7 @@ class BrokenLinkError(ValueError):
 
 
 class Links:
-    """Where the files of the repository are in the site.
+    """Turn links between files of the repository into links between pages of the site.
 
     Args:
         pages: The page of each file, both as paths: `{"README.md": "overview.md"}`.

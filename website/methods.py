@@ -28,7 +28,7 @@ _ADVICE = (
 
 @dataclass(frozen=True)
 class MethodPage:
-    """What a page says about a method.
+    """Hold what a page says about a method.
 
     Attributes:
         name: The name of its class.

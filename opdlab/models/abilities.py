@@ -30,7 +30,7 @@ _COSTS = {
 
 @dataclass(frozen=True)
 class Abilities:
-    """Which shortcuts give a model the numbers of plain passes.
+    """Record which shortcuts give a model the numbers of plain passes.
 
     A plain pass is one row, without padding or cache. `opdlab.models.self_check.find_abilities`
     finds out; a shortcut that is not right is not taken.

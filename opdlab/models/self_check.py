@@ -33,7 +33,7 @@ LENGTH, TOY_LENGTH = 12, 21  # tokens of a text
 
 @dataclass(frozen=True)
 class Tolerance:
-    """How far logits may lie from those of plain passes.
+    """Say how far logits may lie from those of plain passes.
 
     Rounding moves all positions a little; a wrong state moves all of them a lot. A near tie in a
     router or an index may move single ones far, hence two limits. Distances are shares of the
@@ -164,7 +164,7 @@ class _Check:
         self.spread = spread.pow(2).mean().sqrt().clamp(min=torch.finfo(torch.float32).tiny)
 
     def holds(self, test: Callable[[], bool]) -> bool:
-        """Whether a shortcut gives the right numbers; not where the model cannot take it at all."""
+        """Tell whether the model can take a shortcut and it gives the right numbers."""
         try:
             return test()
         except Exception:  # whatever a family does about an argument that it does not know

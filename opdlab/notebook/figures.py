@@ -110,7 +110,7 @@ def draw_arms(
     figure.update_xaxes(range=ends, showgrid=True)
     figure.add_annotation(  # one for all panels, in the middle below them
         text=axis, x=0.5, xref="paper", y=0, yref="paper", yshift=-40, showarrow=False, font_size=12
-    )  # fmt: skip
+    )
     figure.update_yaxes(
         tickvals=list(range(len(arms[0]))),
         ticktext=[str(arm) for arm in arms[0]],
@@ -143,10 +143,15 @@ def _arm_traces(
         marker = {"color": colour, "size": 11, "line": {"color": "white", "width": 1}}
         traces.append(
             go.Scatter(
-                x=[row["mean"]], y=[place], mode="markers", marker=marker, hovertext=[said],
-                hoverinfo="text", **shown,
+                x=[row["mean"]],
+                y=[place],
+                mode="markers",
+                marker=marker,
+                hovertext=[said],
+                hoverinfo="text",
+                **shown,
             )
-        )  # fmt: skip
+        )
         seeds = row["seeds"] if "seeds" in table else []
         dots = {"color": colour, "size": 6, "symbol": "circle-open", "line": {"width": 1.5}}
         below = [place + 0.28] * len(seeds)
@@ -241,9 +246,14 @@ def draw_survey(field: pd.DataFrame, ready: Collection[str], title: str) -> go.F
             "line": {"color": colour, "width": 1.3},
         }
         figure.add_scatter(
-            x=part["x"], y=part["y"], mode="markers", marker=marker, showlegend=False,
-            text=part["name"] + "<br>" + part["line"], hoverinfo="text",
-        )  # fmt: skip
+            x=part["x"],
+            y=part["y"],
+            mode="markers",
+            marker=marker,
+            showlegend=False,
+            text=part["name"] + "<br>" + part["line"],
+            hoverinfo="text",
+        )
         key = {"size": 8, "color": colour}
         figure.add_scatter(x=[None], y=[None], mode="markers", marker=key, name=label)
     named = shown[shown["name"].isin(list(ready))].groupby("axis")["name"].agg(" · ".join)
@@ -252,9 +262,16 @@ def draw_survey(field: pd.DataFrame, ready: Collection[str], title: str) -> go.F
     }
     for place, text in notes.items():
         figure.add_annotation(
-            text=text, x=1.01, xref="paper", y=place, xanchor="left", yanchor="middle",
-            showarrow=False, align="left", font_size=10,
-        )  # fmt: skip
+            text=text,
+            x=1.01,
+            xref="paper",
+            y=place,
+            xanchor="left",
+            yanchor="middle",
+            showarrow=False,
+            align="left",
+            font_size=10,
+        )
     ticks = {"tickvals": list(tops.values()), "ticktext": [AXES[axis] for axis in tops]}
     figure.update_yaxes(**ticks, nticks=None, range=[bottom, -3])
     figure.update_xaxes(tickvals=list(columns.values()), ticktext=list(columns), tickangle=0)

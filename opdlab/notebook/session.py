@@ -30,7 +30,7 @@ class Context:
 
     @property
     def gpu(self) -> bool:
-        """Whether there is a GPU to use."""
+        """Tell whether there is a GPU to use."""
         return self.device.startswith("cuda")
 
     def pick(self, **sizes: Any) -> Any:

@@ -391,7 +391,7 @@ def from_records(
 def _origin(
     records: Any, task: Task, test: int | float, verify: Any, keep: Sequence[str]
 ) -> dict[str, Any]:
-    """How a config writes a task of records; empty unless they are a file, judged by name."""
+    """Describe a task of records as a config does; empty unless it is a file, judged by name."""
     named = [name for name, function in VERIFIERS.items() if function is verify]
     is_own = task.environment is not None or (verify is not None and not named)
     if not isinstance(records, (str, os.PathLike)) or is_own:
