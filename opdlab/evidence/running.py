@@ -90,16 +90,7 @@ def controls(
         MissingPolicy: The task has no verifier, or the method lacks a policy.
         OpdlabError: There is no task.
     """
-    if task is None:
-        raise OpdlabError(
-            "controls needs a task with a verifier. Use opdlab.tasks.market(), from_records(…) or"
-            " reasoning_gym(…)."
-        )
-    if task.verify is None:
-        raise MissingPolicy(
-            f"controls compares accuracies, and {task.name} has no verifier. Use a task with"
-            " verify=."
-        )
+    task = _expect_verifier(task)
     for name in ("seed", "evaluate_every", "save_every", "snapshot_every"):
         if name in settings:
             raise InvalidValue(
@@ -118,6 +109,21 @@ def controls(
     place = None if folder is None else Path(folder)
     before = evaluate(_fresh(work), task, n=prompts, k=samples, quiet=True)
     return _run_all(work, left_out, seeds, before, place, by, quiet)
+
+
+def _expect_verifier(task: Task | None) -> Task:
+    """Return the task if there is one whose answers can be scored."""
+    if task is None:
+        raise OpdlabError(
+            "controls needs a task with a verifier. Use opdlab.tasks.market(), from_records(…) or"
+            " reasoning_gym(…)."
+        )
+    if task.verify is None:
+        raise MissingPolicy(
+            f"controls compares accuracies, and {task.name} has no verifier. Use a task with"
+            " verify=."
+        )
+    return task
 
 
 @dataclass(frozen=True)

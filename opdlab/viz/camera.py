@@ -12,7 +12,7 @@ import shutil
 import subprocess  # nosec B404  # starts the browser, from a list and without a shell
 import sys
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
@@ -121,21 +121,7 @@ def shoot(
         target = ask("Target.createTarget", url="about:blank")["targetId"]
         session = ask("Target.attachToTarget", targetId=target, flatten=True)["sessionId"]
         tab = partial(ask, session=session)
-        theme = {"name": "prefers-color-scheme", "value": "dark" if dark else "light"}
-        tab(
-            "Emulation.setEmulatedMedia",
-            features=[theme, {"name": "prefers-reduced-motion", "value": "reduce"}],
-        )
-        tab(
-            "Emulation.setDeviceMetricsOverride",
-            width=width,
-            height=least,
-            deviceScaleFactor=density,
-            mobile=False,
-        )
-        if clear:
-            nothing = {"r": 0, "g": 0, "b": 0, "a": 0}
-            tab("Emulation.setDefaultBackgroundColorOverride", color=nothing)
+        _set_up(tab, dark=dark, width=width, height=least, density=density, clear=clear)
         tab("Page.enable")
         tab("Page.navigate", url=page.as_uri())
         ask.wait("Page.loadEventFired")
@@ -146,6 +132,27 @@ def shoot(
             "data"
         ]
     return write_file(path, base64.b64decode(shot))
+
+
+def _set_up(
+    tab: Callable[..., Any], *, dark: bool, width: int, height: int, density: float, clear: bool
+) -> None:
+    """Give a tab its theme, its size in CSS pixels, and its background."""
+    theme = {"name": "prefers-color-scheme", "value": "dark" if dark else "light"}
+    tab(
+        "Emulation.setEmulatedMedia",
+        features=[theme, {"name": "prefers-reduced-motion", "value": "reduce"}],
+    )
+    tab(
+        "Emulation.setDeviceMetricsOverride",
+        width=width,
+        height=height,
+        deviceScaleFactor=density,
+        mobile=False,
+    )
+    if clear:
+        nothing = {"r": 0, "g": 0, "b": 0, "a": 0}
+        tab("Emulation.setDefaultBackgroundColorOverride", color=nothing)
 
 
 class _Pipe:

@@ -163,3 +163,11 @@ def test_trace_answers_people_and_programs(tmp_path):
     assert wrong.returncode == 1
     assert wrong.stderr.count("\n") == 1
     assert "Add one" in wrong.stderr
+
+
+def test_it_runs_as_a_module():
+    done = subprocess.run(
+        [sys.executable, "-m", "opdlab", "--help"], capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0
+    assert done.stdout.startswith("usage: opdlab ")
