@@ -52,6 +52,13 @@ def test_what_fits_no_machine_is_refused_in_words(world, call):
     assert re.search(r"(fewer|common|batch_size)", str(caught.value))
 
 
+def test_all_held_out_prompts_may_be_asked_for_by_any_number():
+    task = opd.tasks.from_records([{"prompt": str(i), "answer": str(i)} for i in range(10)], test=4)
+    assert len(task.prompts(MANY, split="test")) == 4
+    with pytest.raises(InvalidValue, match="needs at least"):
+        task.prompts(MANY)  # the training prompts are drawn again and again
+
+
 def test_the_limit_is_the_whole_memory_and_not_what_is_free_now():
     whole = memory.total_memory(torch.device("cpu"))
     assert 2**28 < whole < math.inf

@@ -184,18 +184,20 @@ class SamplingLoop:
     def _refuse_too_many(self, prompts: int, n: int, size: int) -> None:
         """Refuse texts that cannot fit the memory, `n` for each prompt, `size` prompts at once.
 
-        Counted are the numbers that are kept for each token of all texts (a random number, its id,
-        log-prob and entropy), and the logits of one token of the texts that are written at once.
+        Counted are the numbers that are kept for each token of all texts (id, log-prob and entropy,
+        and on the CPU a random number), and the logits of one token of the texts that are written
+        at once.
         """
-        kept = 24.0 * prompts * n * self.config.max_new_tokens
+        device, tokens = self.weights.device, prompts * n * self.config.max_new_tokens
+        kept = (24.0 if device.type == "cpu" else 16.0) * tokens
         at_once = 4.0 * size * n * self.weights.vocab_size
-        at_once_is_all = kept < at_once and size > 1
+        batches_help = size > 1 and at_once > kept
         refuse_beyond_memory(
             f"Sampling {prompts * n:,} texts of up to {self.config.max_new_tokens:,} tokens",
             kept + at_once,
-            self.weights.device,
+            device,
             "Hold fewer prompts at once with batch_size=, or ask for fewer texts."
-            if at_once_is_all
+            if batches_help
             else "Ask for fewer or shorter texts at a time.",
         )
 
