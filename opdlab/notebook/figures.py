@@ -102,7 +102,7 @@ def draw_arms(
     for column, table in enumerate(panels.values(), 1):
         for trace in _arm_traces(table, limits, colours):
             figure.add_trace(trace, row=1, col=column)
-    marks = [mark] * len(panels) if mark is None or isinstance(mark, float) else mark
+    marks = [mark] * len(panels) if mark is None or isinstance(mark, (int, float)) else mark
     for column, value in enumerate(marks, 1):
         if value is not None:
             figure.add_vline(x=value, line_dash="dot", line_color=GREY, line_width=1, col=column)

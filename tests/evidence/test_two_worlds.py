@@ -12,6 +12,8 @@ from opdlab.evidence.controls import Verdict
 
 RESULTS = Path(__file__).parents[2] / "benchmarks" / "results" / "controls.json"
 VERDICTS = {"market": Verdict.TEACHER, "sharpening": Verdict.NOT_TEACHER}
+SHARES = {"market": (0.9, 1.0), "sharpening": (-0.5, 0.5)}  # the interval lies within
+ALONE = {"market": 0.9, "sharpening": 0.75}  # of the seeds give the verdict alone
 
 
 @pytest.fixture(scope="module")
@@ -47,12 +49,14 @@ def test_the_recorded_verdicts(recorded, world):
     assert found.arms["no_teacher"].seeds == found.seeds
     assert found.share.verdict is VERDICTS[world]
     assert recorded[world]["verdict"] == VERDICTS[world].value
+    least, most = SHARES[world]
+    assert least <= found.share.low <= found.share.high <= most
 
 
 @pytest.mark.parametrize("world", VERDICTS)
 def test_the_recorded_verdicts_seed_by_seed(recorded, world):
-    """No seed alone gives the other verdict, and at least three in four give this one."""
+    """No seed alone gives the other verdict, and nearly all give this one."""
     found = opd.Controls.from_json(recorded[world])
     verdicts = [found.at_seed(seed).share.verdict for seed in found.seeds]
     assert set(verdicts) <= {VERDICTS[world], Verdict.UNCLEAR}
-    assert verdicts.count(VERDICTS[world]) >= 0.75 * len(verdicts)
+    assert verdicts.count(VERDICTS[world]) >= ALONE[world] * len(verdicts)
