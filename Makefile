@@ -10,7 +10,7 @@ MARIMO := .venv-marimo
 TOOLS := .venv-release
 SOURCES := pyproject.toml constraints.txt
 
-.PHONY: demo serve gallery lab docs test rehearse docs test-vllm test-trl test-frontends stress notebooks models families bench pair locked lock audit release test-versions clean
+.PHONY: demo serve gallery lab docs test rehearse test-vllm test-trl test-frontends stress notebooks models families bench pair locked lock audit release test-versions clean
 .DEFAULT_GOAL := demo
 
 demo: $(ENV)/$(if $(filter small,$(PROFILE)),small,base).done  ## distil a student and write runs/demo/index.html
