@@ -1,4 +1,4 @@
-"""Pictures that several notebooks draw: arms with their seeds, the survey as a map, and the loop.
+"""Pictures of the notebooks: arms with their seeds, cosines, the survey as a map, and the loop.
 
 They are here so that the notebooks show the technique and not the plotting.
 """
@@ -28,20 +28,28 @@ TEACHERS = {
     "teacher-free": ("the student itself", STUDENT),
     "black-box": ("another model that only writes", GREEN),
 }
-# The survey's axes in plain words, in its order.
-AXES = {
-    "4.1 fixed divergence": "one fixed divergence",
-    "4.2 adaptive divergence": "a divergence that adapts",
-    "4.3 with reinforcement": "a reward beside the teacher",
-    "5.1.1 external, white-box": "which outside teacher",
-    "5.1.2 external, black-box": "a teacher that only writes",
-    "5.2.1 self, privileged information": "itself, with a hint",
-    "5.2.2 self, pure": "itself, as it was",
-    "5.2.3 self, external feedback": "itself, with feedback",
-    "6.1 weights of tokens and samples": "which tokens count",
-    "6.2 curriculum": "which prompts, and when",
-    "6.3 compute": "less compute",
-    "after v4": "later, not yet sorted",
+# The lanes of the map, each with the survey's axes that it holds, from top to bottom.
+LANES = {
+    "<b>the loss</b><br>divergence, reward": (
+        "4.1 fixed divergence",
+        "4.2 adaptive divergence",
+        "4.3 with reinforcement",
+    ),
+    "<b>another teacher</b><br>which one, how it is read": (
+        "5.1.1 external, white-box",
+        "5.1.2 external, black-box",
+    ),
+    "<b>itself as teacher</b><br>hint, feedback, past": (
+        "5.2.1 self, privileged information",
+        "5.2.2 self, pure",
+        "5.2.3 self, external feedback",
+    ),
+    "<b>what counts</b><br>tokens, prompts, cost": (
+        "6.1 weights of tokens and samples",
+        "6.2 curriculum",
+        "6.3 compute",
+    ),
+    "<b>later</b><br>not yet sorted": ("after v4",),
 }
 _ACROSS = 4  # dots beside each other in a month
 
@@ -214,13 +222,89 @@ def draw_events(
     )
 
 
-def draw_survey(field: pd.DataFrame, ready: Collection[str], title: str) -> go.Figure:
-    """Draw the survey's methods by date and by what they change.
+def draw_cosines(
+    cosines: pd.DataFrame, verdicts: Sequence[str], title: str, axis: str
+) -> go.Figure:
+    """Draw, for each loss, the cosines of its gradient with those of some divergences.
+
+    The names of the divergences stand beside the dots of the first row.
+
+    Args:
+        cosines: One row per loss, one column per divergence, from left to right in the first row;
+            NaN in a row without a gradient.
+        verdicts: What each loss trains; it stands at the right of its row.
+        title: The title of the figure.
+        axis: What the numbers are.
+
+    Returns:
+        A Plotly figure.
+
+    Raises:
+        OpdlabError: There are not as many verdicts as losses.
+    """
+    import plotly.graph_objects as go
+
+    if len(verdicts) != len(cosines):
+        raise OpdlabError(
+            f"draw_cosines has {len(cosines)} losses and {len(verdicts)} verdicts. Give one each."
+        )
+    figure, rows = go.Figure(), list(range(len(cosines)))
+    for place, (_, row) in enumerate(cosines.iterrows()):
+        if row.isna().all():
+            figure.add_annotation(text="no gradient on average", x=0, y=place, showarrow=False)
+            continue
+        line = {"color": "rgba(128,128,128,0.4)", "width": 2}
+        figure.add_scatter(
+            x=[row.min(), row.max()], y=[place] * 2, mode="lines", line=line, hoverinfo="skip"
+        )
+    sides = ["top left", *["top right"] * (cosines.shape[1] - 1)]
+    for name, side, colour, symbol in zip(
+        cosines, sides, (STUDENT, TEACHER, AMOUNT), ("diamond", "circle", "square"), strict=False
+    ):
+        figure.add_scatter(
+            x=cosines[name],
+            y=rows,
+            mode="markers+text",
+            marker={"color": colour, "size": 13, "symbol": symbol},
+            text=[name, *[""] * (len(rows) - 1)],
+            textposition=side,
+            textfont_color=colour,
+            name=name,
+            cliponaxis=False,
+            hovertemplate="%{y}: %{x:.2f}",
+        )
+    for y, verdict in [(-1.1, "it trains"), *enumerate(verdicts)]:
+        figure.add_annotation(
+            text=verdict, x=1.1, xref="paper", y=y, xanchor="left", align="left",
+            showarrow=False,
+        )  # fmt: skip
+    guides = {-1: "the opposite", 0: "unrelated", 1: "the same"}
+    figure.update_xaxes(
+        range=[-1.08, 1.08],
+        tickvals=list(guides),
+        ticktext=[f"{at}<br>{words}" for at, words in guides.items()],
+        showgrid=True,
+        title=axis,
+    )
+    figure.update_yaxes(
+        tickvals=rows,
+        ticktext=[str(name) for name in cosines.index],
+        nticks=None,
+        range=[len(rows) - 0.5, -1.4],
+        showgrid=False,
+    )
+    margin = {"r": 190, "t": 36, "b": 66}
+    return figure.update_layout(
+        template="opdlab", title=title, height=120 + 40 * len(rows), showlegend=False, margin=margin
+    )
+
+
+def draw_survey(field: pd.DataFrame, named: Collection[str], title: str) -> go.Figure:
+    """Draw the survey's methods by date and by what they change, with the names of some.
 
     Args:
         field: `opd.notebook.survey()`.
-        ready: Names of the methods that opdlab can run. Their dots are filled, and their names
-            stand beside the lane.
+        named: Names of the methods whose dots are filled and carry their name.
         title: The title of the figure.
 
     Returns:
@@ -228,78 +312,105 @@ def draw_survey(field: pd.DataFrame, ready: Collection[str], title: str) -> go.F
     """
     import plotly.graph_objects as go
 
+    lane_of = {axis: lane for lane, axes in LANES.items() for axis in axes}
     shown = field.sort_values("date").reset_index()
+    shown["lane"] = shown["axis"].map(lane_of)
+    shown["is_named"] = shown["name"].isin(list(named))
     years, months = shown["date"].dt.strftime("%Y"), shown["date"].dt.strftime("%b")
     shown["when"] = months.where(years == "2026", years)
     columns = {when: i for i, when in enumerate(dict.fromkeys(shown["when"]))}
-    rank = shown.groupby(["axis", "when"]).cumcount()
-    tops, bottom = _lane_tops(shown["axis"], rank)
+    # Named dots lie on top of their column, next to the names above the lane.
+    shown = shown.sort_values("is_named", ascending=False, kind="stable")
+    rank = shown.groupby(["lane", "when"]).cumcount()
     shown["x"] = shown["when"].map(columns) + (rank % _ACROSS - (_ACROSS - 1) / 2) * 0.21
-    shown["y"] = shown["axis"].map(tops) + rank // _ACROSS
+    labels = _place_names(shown[shown["is_named"]])
+    above = shown["name"].map(labels).groupby(shown["lane"]).max().fillna(-1) + 1
+    tops, bottom = _lane_tops(shown["lane"], rank, above.to_dict())
+    shown["y"] = shown["lane"].map(tops) + rank // _ACROSS
     figure = go.Figure()
-    for access, (label, colour) in TEACHERS.items():
+    for access, (_, colour) in TEACHERS.items():
         part = shown[shown["access"] == access]
-        runs = part["name"].isin(list(ready))
-        marker = {
-            "size": 7,
-            "color": [colour if run else "rgba(0,0,0,0)" for run in runs],
-            "line": {"color": colour, "width": 1.3},
-        }
+        fills = [colour if is_named else "rgba(0,0,0,0)" for is_named in part["is_named"]]
+        marker = {"size": 8, "color": fills, "line": {"color": colour, "width": 1.2}}
         figure.add_scatter(
             x=part["x"],
             y=part["y"],
             mode="markers",
             marker=marker,
-            showlegend=False,
             text=part["name"] + "<br>" + part["line"],
             hoverinfo="text",
         )
-        key = {"size": 8, "color": colour}
-        figure.add_scatter(x=[None], y=[None], mode="markers", marker=key, name=label)
-    named = shown[shown["name"].isin(list(ready))].groupby("axis")["name"].agg(" · ".join)
-    notes = {tops[axis]: _wrap(names) for axis, names in named.items()} | {
-        -1.4: "● runs in opdlab:"
-    }
-    for place, text in notes.items():
-        figure.add_annotation(
-            text=text,
-            x=1.01,
-            xref="paper",
-            y=place,
-            xanchor="left",
-            yanchor="middle",
-            showarrow=False,
-            align="left",
-            font_size=10,
-        )
-    ticks = {"tickvals": list(tops.values()), "ticktext": [AXES[axis] for axis in tops]}
-    figure.update_yaxes(**ticks, nticks=None, range=[bottom, -3])
-    figure.update_xaxes(tickvals=list(columns.values()), ticktext=list(columns), tickangle=0)
-    figure.update_xaxes(title="first version on arXiv (months are of 2026)")
-    legend = {"orientation": "h", "y": -0.13, "x": 0.5, "xanchor": "center"}
-    margin = {"l": 20, "r": 150, "t": 44}
+    for row in shown[shown["is_named"]].itertuples():
+        _add_name(figure, row.name, row.x, row.y, row.y - 1.1 - labels[row.name])
+    _label_map(figure, shown, columns, tops, bottom)
+    margin = {"l": 20, "r": 8, "t": 80, "b": 40}
     return figure.update_layout(
-        template="opdlab", title=title, height=680, legend=legend, margin=margin
+        template="opdlab", title=title, height=570, showlegend=False, margin=margin
     )
 
 
-def _lane_tops(axes: pd.Series, rank: pd.Series) -> tuple[dict[str, float], float]:
-    """The place of each lane, high enough for its largest month, and the place below all."""
+def _place_names(named: pd.DataFrame) -> dict[str, int]:
+    """Find a row above its lane for each name, 0 next to the dots, so that no two names touch."""
+    rows: dict[str, int] = {}
+    for _, lane in named.groupby("lane"):
+        ends: list[float] = []  # the last column that a row's names reach
+        for name, x in lane.sort_values("x")[["name", "x"]].itertuples(index=False):
+            half = 0.09 * len(_shorten(name)) + 0.1  # in columns
+            free = (i for i, end in enumerate(ends) if end <= x - half)
+            row = next(free, len(ends))
+            ends[row : row + 1] = [x + half]
+            rows[name] = row
+    return rows
+
+
+def _shorten(name: str) -> str:
+    """A name without what stands in brackets or behind a slash."""
+    return name.partition(" (")[0].partition(" / ")[0]
+
+
+def _lane_tops(
+    lanes: pd.Series, rank: pd.Series, above: Mapping[str, float]
+) -> tuple[dict[str, float], float]:
+    """The place of each lane's first row of dots, below its rows of names, and the place below."""
     tops, place = {}, 0.0
-    for axis in AXES:
-        tops[axis] = place
-        place += 2.0 + (rank[axes == axis].max() // _ACROSS)
+    for lane in LANES:
+        tops[lane] = place + 1.0 * above[lane]
+        place = tops[lane] + 2.2 + (rank[lanes == lane].max() // _ACROSS)
     return tops, place
 
 
-def _wrap(names: str, width: int = 24) -> str:
-    """Break a list of names into lines."""
-    lines = [""]
-    for name in names.split(" · "):
-        if lines[-1] and len(lines[-1]) + len(name) > width:
-            lines.append("")
-        lines[-1] += f" · {name}" if lines[-1] else name
-    return "<br>".join(lines)
+def _add_name(figure: go.Figure, name: str, x: float, dot: float, text: float) -> None:
+    """Write a method's name above its dot, with a line between them."""
+    line = {"color": GREY, "width": 0.7}
+    figure.add_shape(type="line", x0=x, x1=x, y0=dot - 0.35, y1=text + 0.4, line=line)
+    figure.add_annotation(text=_shorten(name), x=x, y=text, showarrow=False, font_size=11)
+
+
+def _label_map(
+    figure: go.Figure,
+    shown: pd.DataFrame,
+    columns: Mapping[str, int],
+    tops: Mapping[str, float],
+    bottom: float,
+) -> None:
+    """Write the axes and the key of the map."""
+    counts = shown["lane"].value_counts()
+    ticks = {
+        "tickvals": list(tops.values()),
+        "ticktext": [f"{lane}<br>{counts[lane]} methods" for lane in tops],
+    }
+    first = -1.2
+    figure.update_yaxes(**ticks, nticks=None, range=[bottom, first], showgrid=False)
+    figure.update_xaxes(tickvals=list(columns.values()), ticktext=list(columns), tickangle=0)
+    figure.update_xaxes(title="first version on arXiv: by years, then by the months of 2026")
+    teachers = " &nbsp; ".join(
+        f'<span style="color:{colour}">●</span> {label}' for label, colour in TEACHERS.values()
+    )
+    key = f"Who teaches: {teachers}<br>Filled dots with a name run in opdlab."
+    figure.add_annotation(
+        text=key, x=0, xref="paper", xanchor="left", xshift=-140, y=1, yref="paper", yshift=30,
+        align="left", showarrow=False, font_size=11,
+    )  # fmt: skip
 
 
 class Drawing:

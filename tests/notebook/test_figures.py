@@ -1,5 +1,7 @@
 """The pictures of the notebooks: what they must show, whatever the layout."""
 
+from itertools import pairwise
+
 import numpy as np
 import pandas as pd
 import pytest
@@ -56,7 +58,36 @@ def test_the_map_has_every_method_and_fills_those_that_run():
     assert len(places) == len(field)  # no dot hides another
     filled = sum(colour != "rgba(0,0,0,0)" for trace in dots for colour in trace.marker.color)
     assert filled == len(ready)
-    assert set(field["axis"]) == set(figures.AXES)
+    assert set(field["axis"]) == {axis for axes in figures.LANES.values() for axis in axes}
+
+
+def test_the_map_names_what_runs_and_no_two_names_touch():
+    ready = opd.notebook.compose_all(opd.notebook.survey())
+    figure = figures.draw_survey(opd.notebook.survey(), ready, "title")
+    names = [note for note in figure.layout.annotations if note.xref != "paper"]
+    assert {note.text for note in names} == {name.split(" (")[0].split(" / ")[0] for name in ready}
+    at = sorted((note.y, note.x - 0.08 * len(note.text), note.text) for note in names)
+    for (y, x, text), (next_y, next_x, _) in pairwise(at):
+        assert next_y > y or next_x > x + 0.16 * len(text)
+
+
+def test_cosines_name_divergences_once_and_say_where_there_is_no_gradient():
+    cosines = pd.DataFrame(
+        {"forward KL": [0.8, np.nan], "reverse KL": [1.0, np.nan]}, index=["a", "b"]
+    )
+    figure = figures.draw_cosines(cosines, ["the reverse KL", "nothing"], "title", "cosine")
+    said = {note.text: note.y for note in figure.layout.annotations}
+    assert said == {
+        "it trains": -1.1,
+        "the reverse KL": 0,
+        "nothing": 1,
+        "no gradient on average": 1,
+    }
+    dots = {trace.name: trace for trace in figure.data if trace.text}
+    assert {name: dots[name].x[0] for name in dots} == {"forward KL": 0.8, "reverse KL": 1.0}
+    assert [list(trace.text) for trace in dots.values()] == [["forward KL", ""], ["reverse KL", ""]]
+    with pytest.raises(OpdlabError, match="2 losses and 1 verdicts"):
+        figures.draw_cosines(cosines, ["the reverse KL"], "title", "cosine")
 
 
 def test_the_loop_keeps_a_picture_where_scripts_and_svg_are_stripped():
