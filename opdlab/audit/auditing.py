@@ -38,8 +38,9 @@ def audit(
 ) -> Audit:
     """Find out which gradient a loss trains.
 
-    A plan sees all texts in one batch, each once, so a plan that compares texts (means, quantiles)
-    compares all of them.
+    A plan sees all texts in one batch, each once. So a plan that compares texts (means, quantiles)
+    compares all of them, likely or not; the flag `compares` says so. `exact.gradient(…, n=…)` has
+    the gradient in batches as training draws them.
 
     Args:
         loss: A method, or anything else that `as_method` takes, such as a function of rows.
@@ -75,6 +76,7 @@ def audit(
             checks.equality(subject, seen)
             | checks.form(subject, world, seen, forms)
             | checks.jumps(subject, world, sweep)
+            | checks.compares(subject, world)
         )
     noise = math.inf if seen.is_zero else seen.rms / seen.length
     uses = {"reward": "in the reward", "loss": "as a loss"}

@@ -13,6 +13,7 @@ from torch import Tensor
 from opdlab import exact
 from opdlab.audit.references import FIXED, Match
 from opdlab.audit.subject import ROUNDING, Observation, Subject, observe
+from opdlab.exact.comparing import find_compared
 from opdlab.methods.contract import HasForms
 
 Tables = Mapping[str, exact.Table]
@@ -53,6 +54,31 @@ def direction(seen: Observation, best: Match, reads_as: str | None, trains: str 
             " logs is not what it trains."
         )
     return flags
+
+
+def compares(subject: Subject, world: Tables) -> Flags:
+    """Check whether the plan gives a text other columns beside other texts.
+
+    Args:
+        subject: The loss.
+        world: A table for every policy.
+
+    Returns:
+        The flag `compares`, if it is raised, with a sentence.
+    """
+    by = world[subject.writer]
+    policies = {name: world[name] for name in dict.fromkeys(["student", *subject.needs])}
+    rollout = exact.everything(by.prompts, by.vocab, by.length, by=by)
+    column = find_compared(subject.method, policies, rollout)
+    if column is None:
+        return {}
+    return {
+        "compares": (
+            f"Its column {column!r} depends on the whole batch, and the batch here holds every text"
+            " once, likely or not. exact.gradient(…, n=…) has the gradient in batches as training"
+            " draws them."
+        )
+    }
 
 
 def equality(subject: Subject, seen: Observation) -> Flags:

@@ -7,7 +7,9 @@ sampling, as in training. Central differences of any objective are the other sid
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -17,35 +19,101 @@ from opdlab.data.rollout import Rollout
 from opdlab.engine.batch import Batch
 from opdlab.engine.passes import Pass
 from opdlab.engine.planned import run_plan
+from opdlab.errors import InvalidValue
+from opdlab.exact.comparing import find_compared
 from opdlab.exact.laws import law
 from opdlab.exact.table import Table, everything
+from opdlab.methods.contract import name_of
 from opdlab.methods.conversion import as_method
+from opdlab.support.validation import Count, validate
 
 if TYPE_CHECKING:
     from opdlab.tasks import Task
 
+LARGEST = 20_000  # batches that are gone through, a plan and a loss pass each
+
 
 def gradient(
-    method: Any, policies: Mapping[str, Any], *, writer: str = "student", task: Task | None = None
+    method: Any,
+    policies: Mapping[str, Any],
+    *,
+    writer: str = "student",
+    n: int | None = None,
+    task: Task | None = None,
 ) -> Tensor:
     """Compute the expected gradient of `sum_t loss_t` for the student's logits.
 
-    Each prompt counts once. The plan sees all completions in one batch, so it must give a row what
-    it would give that row alone. For a plan that compares rows (group means, quantiles), sum
-    `gradient_on` over the batches that may occur.
+    Each prompt counts once. A plan that compares completions (`batch.mean`, quantiles, the mean
+    reward of a group) gives a completion other columns in other batches, so its gradient depends on
+    the batch: give `n`.
 
     Args:
         method: Anything that `as_method` takes.
         policies: Tables by name: "student", and those that the method needs.
         writer: The policy that writes the completions.
+        n: Completions of each prompt in a step, drawn independently. The expectation then runs over
+            all such batches, `N^n` for one prompt with `N` possible completions, and a completion's
+            `sum_t loss_t` counts 1 / n. None runs the plan once, on every completion together.
         task: For methods that learn from a verifier.
 
     Returns:
         `[X, S, V]`, like the student's logits.
+
+    Raises:
+        InvalidValue: The plan compares completions and `n` is not given, or there are too many
+            batches.
     """
     by: Table = policies[writer]
     rollout = everything(by.prompts, by.vocab, by.length, eos=by.eos, by=by)
-    return gradient_on(method, policies, rollout, law(by, rollout).detach(), task=task)
+    chance = law(by, rollout).detach()
+    if n is not None:
+        return _over_batches(method, policies, rollout, chance, n, task)
+    chosen: Any = as_method(method, "exact.gradient")
+    _check_plan(chosen, policies, rollout, task)
+    return gradient_on(chosen, policies, rollout, chance, task=task)
+
+
+def _over_batches(
+    method: Any,
+    policies: Mapping[str, Any],
+    rollout: Rollout,
+    chance: Tensor,
+    n: int,
+    task: Task | None,
+) -> Tensor:
+    """The expected gradient over all batches of `n` completions of each prompt."""
+    n = validate("exact.gradient", {"n": n}, {"n": Count})["n"]
+    each = rollout.n  # completions that a prompt may get
+    prompts = len(rollout) // each
+    if each ** (n * prompts) > LARGEST:
+        raise InvalidValue(
+            f"exact.gradient got n={n} for {prompts} prompts with {each} completions each, which"
+            f" makes {each}^{n * prompts} batches; at most {LARGEST} are gone through. Use fewer"
+            " tokens, shorter texts or one prompt."
+        )
+    groups = [itertools.product(range(x * each, (x + 1) * each), repeat=n) for x in range(prompts)]
+    total = torch.zeros_like(policies["student"].logits)
+    for batch in itertools.product(*groups):
+        rows = list(itertools.chain(*batch))
+        weight = (chance[rows].prod() / n).expand(len(rows))
+        part = replace(rollout.select(rows), n=n)
+        total += gradient_on(method, policies, part, weight, task=task)
+    return total
+
+
+def _check_plan(
+    method: Any, policies: Mapping[str, Any], rollout: Rollout, task: Task | None
+) -> None:
+    """Refuse a plan that gives a completion other columns beside other completions."""
+    column = find_compared(method, policies, rollout, task)
+    if column is None:
+        return
+    raise InvalidValue(
+        f"exact.gradient got {name_of(method)}, whose plan compares completions: the column"
+        f" {column!r} of a text is another beside other texts. So its gradient depends on the"
+        " batch. Give n=2 (or more), the completions of each prompt in a step, to take the"
+        " expectation over all such batches; exact.gradient_on has the gradient of one batch."
+    )
 
 
 def gradient_on(

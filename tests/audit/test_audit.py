@@ -66,7 +66,7 @@ SUBJECTS = {
     "averaged": (SelfDistillation.sdft(), "reverse_kl", set()),
     "extrapolated 1": (GOPD(1.0), "reverse_kl", set()),
     "extrapolated": (GOPD(), None, set()),
-    "routed": (DOPD(), None, set()),
+    "routed": (DOPD(), None, {"compares"}),  # its means run over the batch
     "gated": (EOPD(), None, set()),
     "log-probs": (d.reverse_kl, "reverse_kl", set()),
     "squared": (

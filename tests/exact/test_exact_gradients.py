@@ -4,12 +4,16 @@ down.
 
 from __future__ import annotations
 
-from dataclasses import replace
+import itertools
+import math
+from dataclasses import dataclass, replace
+from typing import ClassVar
 
 import pytest
 import torch
 
 from opdlab import GRPO, OPD, SequenceKD, Task, TopK, exact
+from opdlab.errors import InvalidValue
 from opdlab.losses import DIVERGENCES
 from opdlab.losses.divergences import reverse_kl
 
@@ -143,6 +147,111 @@ def test_plans_that_compare_rows_are_summed_over_batches():
         total,
         exact.differences(lambda table: -0.5 * (exact.law(table, texts) * rewards).sum(), student),
     )
+
+
+@dataclass(frozen=True)
+class Relative:
+    """Reverse KL, weighted by the teacher's entropy over its mean in the step."""
+
+    needs: ClassVar[tuple[str, ...]] = ("teacher",)
+
+    def plan(self, batch):
+        entropy = batch.signals["teacher_entropy"]
+        return {"weight": entropy / batch.mean(entropy)}
+
+    def loss(self, rows):
+        return rows.weight * reverse_kl(rows.student, rows.teacher)
+
+
+def relative_by_hand(tables, n):
+    """The expected gradient of `Relative`, by autograd over all batches of `n` texts."""
+    student, teacher = tables["student"], tables["teacher"]
+    texts = exact.everything(student.prompts, 3, student.length, eos=student.eos)
+    law = exact.law(student, texts).tolist()
+    entropy = -(teacher.logp.exp() * teacher.logp).sum(-1)
+    leaf = student.logits.clone().requires_grad_()
+    logp = leaf.log_softmax(-1)
+    kl = (logp.exp() * (logp - teacher.logp)).sum(-1)
+    total = 0.0
+    for batch in itertools.product(range(len(texts)), repeat=n):
+        where = student.where(texts.select(batch))  # the prefix of every token of the batch
+        weight = entropy[where] / entropy[where].mean()
+        total = total + math.prod(law[i] for i in batch) * (weight * kl[where]).sum() / n
+    return torch.autograd.grad(total, leaf)[0]
+
+
+@pytest.mark.parametrize("n", [1, 2])
+def test_a_batch_mean_is_that_of_each_batch_that_may_occur(n):
+    tables = pair({"vocab": 3, "length": 2, "eos": 0}, 9)
+    found = exact.gradient(Relative(), tables, n=n)
+    near(found, relative_by_hand(tables, n))
+    assert (found - exact.gradient(Relative(), tables, n=3 - n)).abs().max() > 1e-3
+
+
+def test_a_plan_that_compares_texts_is_refused_without_n():
+    """The plan would see every text once, likely or not: a few per cent beside the truth."""
+    tables = pair({"vocab": 3, "length": 2}, 9)
+    with pytest.raises(InvalidValue, match="'weight' of a text is another beside other texts"):
+        exact.gradient(Relative(), tables)
+    together = exact.everything(tables["student"].prompts, 3, 2, by=tables["student"])
+    law = exact.law(tables["student"], together)
+    want = relative_by_hand(tables, 2)
+    apart = (exact.gradient_on(Relative(), tables, together, law) - want).norm() / want.norm()
+    assert 0.01 < apart < 0.3
+
+
+def test_large_batches_come_to_the_mean_over_the_students_tokens():
+    """Many texts in one batch: `batch.mean` weighs a prefix by how often it is visited."""
+    tables, many = pair({"vocab": 3, "length": 2, "eos": 0}, 9), 20_000
+    student, teacher = tables["student"], tables["teacher"]
+    rollout = student.sample(student.prompts, many, seed=1)
+    share = torch.full((many,), 1 / many, dtype=torch.float64)
+    got = exact.gradient_on(Relative(), tables, rollout, share)
+    visits = exact.visits(student)
+    entropy = -(teacher.logp.exp() * teacher.logp).sum(-1)
+    weight = visits * entropy / ((visits * entropy).sum() / visits.sum())
+    value = lambda table: (weight * reverse_kl(table.logp, teacher.logp)).sum()
+    want = exact.differences(value, student)
+    assert (got - want).norm() / want.norm() < 0.02
+
+
+@pytest.mark.parametrize("n", [1, 2])
+def test_batches_change_nothing_for_a_plan_by_row(n):
+    tables = pair({"vocab": 3, "length": 2}, 10)
+    for method in (OPD(), OPD(estimator="sampled", discount=1.0)):
+        near(exact.gradient(method, tables, n=n), exact.gradient(method, tables))
+
+
+def test_batches_of_several_prompts():
+    student, teacher = (exact.Table.random(2, 1, 2, seed=seed) for seed in (0, 1))
+    tables = {"student": student, "teacher": teacher}
+    near(exact.gradient(OPD(), tables, n=2), exact.gradient(OPD(), tables))
+    assert exact.gradient(Relative(), tables, n=1).abs().max() > 1e-3
+
+
+def test_a_group_of_grpo_is_n_completions():
+    tables = {"student": exact.Table.random(3, 2, seed=6)}
+    reward = lambda text: (ord(text[0]) - 96 + (text[1] == "a")) / 4
+    task = Task("letters", lambda n, seed, split: [], lambda prompt, text: reward(text))
+    texts = exact.everything(tables["student"].prompts, 3, 2, by=tables["student"])
+    rewards = torch.tensor([reward(text) for text in texts.texts], dtype=torch.float64)
+    near(
+        exact.gradient(GRPO(scale=False), tables, n=2, task=task),
+        exact.differences(
+            lambda table: -0.5 * (exact.law(table, texts) * rewards).sum(), tables["student"]
+        ),
+    )
+    with pytest.raises(InvalidValue, match="GRPO, whose plan compares completions"):
+        exact.gradient(GRPO(), tables, task=task)
+
+
+def test_sizes_of_batches_that_cannot_be():
+    tables = pair({"vocab": 3, "length": 3}, 1)
+    with pytest.raises(InvalidValue, match="27\\^4 batches"):
+        exact.gradient(OPD(), tables, n=4)
+    for n in (0, 1.5, True):
+        with pytest.raises(InvalidValue):
+            exact.gradient(OPD(), tables, n=n)
 
 
 def test_differences_are_second_order():
