@@ -15,10 +15,10 @@ ROOT = Path(__file__).parents[1]
 # Blocks of each page.
 GUIDES = {
     "quickstart": 3,
-    "own_loss": 3,
+    "own_loss": 5,
     "own_task": 3,
     "black_box": 4,
-    "privileged": 4,
+    "privileged": 6,
     "alarms": 1,
     "from_trl": 1,
 }
@@ -57,6 +57,32 @@ def test_the_blocks_of_a_guide_run_in_order(page, tmp_path, monkeypatch):
         assert names["train_own"](*folders, records).done == 2
     if page == "own_loss":
         assert (tmp_path / "open.html").exists()
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_the_tables_of_the_privileged_page_are_what_its_blocks_print(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    run_blocks(read_blocks("docs/privileged.md")[:4], {})
+    printed = capsys.readouterr().out.splitlines()
+    text = (ROOT / "docs" / "privileged.md").read_text(encoding="utf-8")
+    tables = re.findall(r"```text\n(.*?)```", text, re.DOTALL)
+    assert len(tables) == 2
+    for line in "".join(tables).splitlines():
+        words = line.split()
+        assert any(is_near(one.split(), words) for one in printed), line
+
+
+def is_near(words: list[str], others: list[str]) -> bool:
+    """Whether two lines have the same words, and numbers that differ by rounding at most."""
+    if len(words) != len(others):
+        return False
+    number = re.compile(r"-?\d+(\.\d+)?")
+    return all(
+        abs(float(one) - float(other)) < 0.015
+        if number.fullmatch(one) and number.fullmatch(other)
+        else one == other
+        for one, other in zip(words, others, strict=True)
+    )
 
 
 def test_the_block_on_long_prompts_runs():

@@ -4,18 +4,23 @@ from __future__ import annotations
 
 import ast
 import importlib
+import importlib.util
 import inspect
 import pkgutil
 import re
+import sys
 import textwrap
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 from opdlab import methods
+from opdlab.methods.contract import FunctionMethod
+from website.links import ROOT
 
 _ARXIV = re.compile(r"arXiv (\d{4}\.\d{5})")
-_SECTION = re.compile(r"^(Args|Attributes|Returns|Raises):", re.MULTILINE)
 # The steps of a method, in the order in which a training step calls them.
 _STEPS = ("plan_reward", "plan", "ask", "reward", "weight", "loss")
 _ADVICE = (
@@ -31,14 +36,16 @@ class MethodPage:
     """Hold what a page says about a method.
 
     Attributes:
-        name: The name of its class.
-        path: The import path of the class.
+        name: The name of its class, or of its function.
+        path: The import path of the class or function.
         summary: Its first sentence.
+        folder: The folder of a file of a user's own; None for methods of the package.
     """
 
     name: str
     path: str
     summary: str
+    folder: Path | None = None
 
     @property
     def page(self) -> str:
@@ -54,11 +61,56 @@ def find_methods() -> list[MethodPage]:
     """
     found = []
     for module in pkgutil.iter_modules(methods.__path__, "opdlab.methods."):
-        for name, value in vars(importlib.import_module(module.name)).items():
-            if _is_method(value) and value.__module__ == module.name:
-                summary = (inspect.getdoc(value) or "").partition("\n\n")[0].replace("\n", " ")
-                found.append(MethodPage(name, f"{module.name}.{name}", summary))
+        found += _list_methods(importlib.import_module(module.name))
     return sorted(found, key=lambda one: one.name.lower())
+
+
+def read_methods(file: Path) -> list[MethodPage]:
+    """Find the methods in a file of a user's own, which may be anywhere.
+
+    The file is imported under its own name. Methods are classes with `needs` and `loss`, and
+    functions under `@opdlab.method`.
+
+    Args:
+        file: The file.
+
+    Returns:
+        Its methods, in their order in the file.
+
+    Raises:
+        SystemExit: There is no such file, its name is none for a module, or it has no method.
+    """
+    name = file.stem
+    if not file.is_file() or file.suffix != ".py" or not name.isidentifier():
+        raise SystemExit(f"opdlab: {file} is no Python file. Name one such as my_method.py.")
+    path = file.resolve()
+    known = importlib.util.find_spec(name)
+    if known is not None and known.origin != str(path):
+        raise SystemExit(f"opdlab: there is another module {name!r}. Rename {file}.")
+    if str(path.parent) not in sys.path:
+        sys.path.append(str(path.parent))  # last: its neighbours replace nothing
+    sys.modules.pop(name, None)
+    importlib.invalidate_caches()
+    module = importlib.import_module(name)
+    found = _list_methods(module, path.parent)
+    if not found:
+        raise SystemExit(
+            f"opdlab: {file} has no method. Give it a class with needs and loss, or put"
+            " @opdlab.method(needs=…) above a function of rows."
+        )
+    return found
+
+
+def _list_methods(module: ModuleType, folder: Path | None = None) -> list[MethodPage]:
+    """The methods that a module defines."""
+    found = []
+    for name, value in vars(module).items():
+        own = value.function if isinstance(value, FunctionMethod) else value
+        is_here = getattr(own, "__module__", None) == module.__name__
+        if is_here and not name.startswith("_") and (own is not value or _is_method(value)):
+            summary = (inspect.getdoc(own) or "").partition("\n\n")[0].replace("\n", " ")
+            found.append(MethodPage(name, f"{module.__name__}.{name}", summary, folder))
+    return found
 
 
 def _is_method(value: object) -> bool:
@@ -80,19 +132,34 @@ def render_method(method: MethodPage, use: Mapping[str, str]) -> str:
     """
     module_name, _, name = method.path.rpartition(".")
     module = importlib.import_module(module_name)
+    value = getattr(module, name)
     equations, prose = split_docstring(inspect.getdoc(module) or "")
-    file = module_name.replace(".", "/") + ".py"
     parts = [
         "---\nhide:\n  - navigation\n  - toc\n---",
         f"# {name}",
         prose[0] if prose else method.summary,
-        f"Its code is in [`{file}`]({file})." + (f" {use[name]}" if use.get(name) else ""),
-        draw_pair(equations, find_steps(getattr(module, name))),
+        _name_file(method) + (f" {use[name]}" if use.get(name) else ""),
+        draw_pair(equations, find_steps(value)),
         *prose[1:],
-        f"## Parameters\n\n::: {method.path}\n    options:\n      members: []\n"
-        "      show_root_heading: false\n      show_root_toc_entry: false",
     ]
-    return "\n\n".join(parts) + "\n"
+    if isinstance(value, type):
+        parts.append(
+            f"## Parameters\n\n::: {method.path}\n    options:\n      members: []\n"
+            "      show_root_heading: false\n      show_root_toc_entry: false"
+        )
+    return "\n\n".join(part for part in parts if part) + "\n"
+
+
+def _name_file(method: MethodPage) -> str:
+    """Say where the code is, with a link to a file of the repository."""
+    file = method.path.rpartition(".")[0].replace(".", "/") + ".py"
+    if method.folder is None:
+        return f"Its code is in [`{file}`]({file})."
+    path = method.folder / file
+    if path.is_relative_to(ROOT):
+        inside = path.relative_to(ROOT).as_posix()
+        return f"Its code is in [`{inside}`]({inside})."
+    return f"Its code is in `{file}`."
 
 
 def split_docstring(text: str) -> tuple[list[str], list[str]]:
@@ -105,7 +172,7 @@ def split_docstring(text: str) -> tuple[list[str], list[str]]:
         The equations without their indentation, and the paragraphs in Markdown.
     """
     equations, prose = [], []
-    for block in re.split(r"\n{2,}", text.strip("\n")):
+    for block in filter(str.strip, re.split(r"\n{2,}", text.strip("\n"))):
         if all(line.startswith("    ") for line in block.splitlines()):
             equations.append(textwrap.dedent(block))
         else:
@@ -113,14 +180,21 @@ def split_docstring(text: str) -> tuple[list[str], list[str]]:
     return equations, prose
 
 
-def find_steps(cls: type) -> list[str]:
-    """Return the source of a method's steps, without docstrings, each dedented."""
-    steps = []
-    for name in _STEPS:
-        step = inspect.getattr_static(cls, name, None)
-        if inspect.isfunction(step):
-            steps.append(without_docstring(inspect.getsource(step)))
-    return steps
+def find_steps(method: Any) -> list[str]:
+    """Return the source of a method's steps, without docstrings, each dedented.
+
+    Args:
+        method: A class, or a function that was made a method.
+
+    Returns:
+        A text for each step, in the order in which a training step calls them.
+    """
+    if isinstance(method, FunctionMethod):
+        steps = [method.planner, method.function]
+    else:
+        steps = [inspect.getattr_static(method, name, None) for name in _STEPS]
+    named = [one for one in steps if inspect.isfunction(one) and one.__name__ != "<lambda>"]
+    return [without_docstring(inspect.getsource(step)) for step in named]
 
 
 def without_docstring(source: str) -> str:

@@ -12,7 +12,7 @@ import pytest
 ROOT = Path(__file__).parents[2]
 sys.path.insert(0, str(ROOT))  # website/ is part of the repository, not of the package
 
-from website import check, contents, methods, notebooks, reference  # noqa: E402
+from website import build, check, contents, methods, notebooks, reference  # noqa: E402
 from website.links import BrokenLinkError, Links  # noqa: E402
 
 LINKS = Links(contents.list_pages())
@@ -86,6 +86,104 @@ def test_a_method_has_a_page_with_its_equation_beside_its_code():
     grpo = methods.render_method(found["GRPO"], uses)
     assert "[arXiv 2402.03300](https://arxiv.org/abs/2402.03300)" in grpo
     assert '"""' not in page  # docstrings are prose, and stand below
+
+
+OWN = '''"""Reverse KL where the teacher is <unsure>.
+
+    loss_t = H(q_t) KL(p_t || q_t)
+
+p is the student and q the teacher.
+"""
+
+import opdlab as opd
+
+
+class Careful:
+    """Reverse KL times the teacher's entropy."""
+
+    needs = ("teacher",)
+
+    def plan(self, batch):
+        return {"weight": batch.signals["teacher_entropy"]}
+
+    def loss(self, rows):
+        return rows.weight * opd.losses.reverse_kl(rows.student, rows.teacher)
+
+
+@opd.method(needs=("teacher",))
+def plain(rows):
+    """The forward KL."""
+    return opd.losses.forward_kl(rows.student, rows.teacher)
+'''
+
+
+@pytest.fixture
+def own_file(tmp_path, monkeypatch):
+    monkeypatch.setattr(sys, "path", [*sys.path])
+    path = tmp_path / "careful_losses.py"
+    path.write_text(OWN)
+    yield path
+    sys.modules.pop("careful_losses", None)
+
+
+def test_a_file_of_a_users_own_has_pages(own_file):
+    found = methods.read_methods(own_file)
+    assert [method.name for method in found] == ["Careful", "plain"]
+    page = methods.render_method(found[0], {})
+    assert page.index("loss_t = H(q_t)") < page.index("def plan(") < page.index("def loss(")
+    assert "Its code is in `careful_losses.py`." in page  # no link: it is not in the repository
+    assert "::: careful_losses.Careful" in page
+    page = methods.render_method(found[1], {})
+    assert "def plain(rows):" in page
+    assert ":::" not in page  # a function under @method has no parameters
+    own_file.write_text(OWN.split('"""', 2)[2])
+    page = methods.render_method(methods.read_methods(own_file)[1], {})
+    assert "None of its own." in page  # the equation is that of the file
+    assert "\n\nThe forward KL.\n\n" in page
+
+
+def test_the_method_of_the_guide_has_a_page(tmp_path, monkeypatch):
+    monkeypatch.setattr(sys, "path", [*sys.path])
+    guide = (ROOT / "docs" / "own_loss.md").read_text(encoding="utf-8")
+    (block,) = re.findall(r'```python\n(""".*?)```', guide, re.DOTALL)
+    (tmp_path / "relative.py").write_text(block)
+    site = build.write_site(tmp_path / "site", ["Relative"], [tmp_path / "relative.py"])
+    text = (site.source / "methods" / "relative.md").read_text(encoding="utf-8")
+    assert text.index("w_t = H(q_t) / mean H(q)") < text.index("batch.mean(entropy)")
+    sys.modules.pop("relative")
+
+
+@pytest.mark.parametrize(
+    ("name", "text", "fault"),
+    [
+        ("nothing.py", None, "is no Python file"),
+        ("my-loss.py", OWN, "is no Python file"),
+        ("torch.py", OWN, "another module 'torch'"),
+        ("empty.py", "x = 1", "has no method"),
+    ],
+)
+def test_files_without_methods_are_refused(name, text, fault, tmp_path):
+    if text is not None:
+        (tmp_path / name).write_text(text)
+    with pytest.raises(SystemExit, match=fault):
+        methods.read_methods(tmp_path / name)
+
+
+def test_single_pages_are_written_and_others_refused(own_file, tmp_path):
+    site = build.write_site(tmp_path / "one", ["Careful", "OPD"], [own_file])
+    assert site.pages == ["methods/careful.md", "methods/opd.md"]
+    text = (site.source / "methods" / "careful.md").read_text()
+    assert "loss_t = H(q_t)" in text
+    assert not (site.source / "methods" / "index.md").exists()
+    kept = tmp_path / "one" / "site"
+    kept.mkdir()
+    for wrong in ("Nothing", "docs/nothing.md", "careful_losses.py"):
+        with pytest.raises(SystemExit, match=f"--only {wrong} is no page"):
+            build.write_site(tmp_path / "one", [wrong], [own_file])
+    assert kept.exists()  # a slip removes no site
+    own_file.write_text(OWN.replace("Careful", "OPD"))
+    with pytest.raises(SystemExit, match="there is a method OPD already"):
+        build.write_site(tmp_path / "one", ["OPD"], [own_file])
 
 
 def test_every_public_name_has_an_entry():
