@@ -100,6 +100,8 @@ def _differentiate(trace: Trace, loss: Any) -> tuple[Tensor, Tensor, Tensor]:
         for k in trace.meta.get("plan", [])
         if trace.column(k).dtype != object
     }
+    if "target" in plan and "target_weight" in plan:  # token ids of soft targets
+        plan["target"] = _place_on(torch.tensor(trace.column("support")), plan["target"])
     token = torch.zeros(len(trace), dtype=torch.long)
     rows = Rows({**logp, "student": logits.log_softmax(-1)}, token, plan)
     try:
@@ -127,6 +129,13 @@ def _differentiate(trace: Trace, loss: Any) -> tuple[Tensor, Tensor, Tensor]:
             f" finite.{cause}"
         )
     return value.detach(), after, slope
+
+
+def _place_on(support: Tensor, ids: Tensor) -> Tensor:
+    """Places of token ids `[n, M]` among the kept tokens, and the tail's for others."""
+    is_here = support[:, None, :] == ids[:, :, None]  # [n, M, S]
+    place = is_here.int().argmax(-1)
+    return torch.where(is_here.any(-1), place, support.shape[1])
 
 
 def _with_tail(top: np.ndarray, tail: np.ndarray) -> Tensor:

@@ -5,7 +5,8 @@
 
 Names are columns of a trace. Inside `sum(…)`, which runs over the vocabulary, the name of a policy
 is its probability of each token; names that are no identifiers stand in quotes, as
-`"teacher+hint"`. There are + - * /, comparisons, exp, log, sqrt, abs, min, max and
+`"teacher+hint"`, and `target` is the soft target in the columns `target` and `target_weight`, the
+mass that it gives to each token. There are + - * /, comparisons, exp, log, sqrt, abs, min, max and
 where(condition, then, otherwise). `0 * log(0)` counts as 0 inside of a sum.
 """
 

@@ -15,6 +15,7 @@ from opdlab.data.rollout import Rollout
 from opdlab.engine.batch import Batch
 from opdlab.engine.rows import Rows
 from opdlab.errors import PartialDistribution
+from opdlab.methods.formulas import POLICY_GRADIENT
 from opdlab.methods.policy_gradient import advantage_column, policy_gradient_loss, sampler_column
 from opdlab.models.graded import States, TopLogprobs
 from opdlab.models.protocols import Checked, Grader
@@ -30,6 +31,7 @@ class OwnTexts:
     """
 
     needs: ClassVar[tuple[str, ...]] = ()
+    formula: ClassVar[str] = "-student_logp"
 
     def loss(self, rows: Rows) -> Tensor:
         """Compute the cross-entropy of each token.
@@ -52,6 +54,8 @@ class SignOnly:
     """
 
     needs: tuple[str, ...] = ("teacher",)
+
+    formula: ClassVar[str] = POLICY_GRADIENT
 
     def plan(self, batch: Batch) -> dict[str, Column]:
         """Compute the signs.

@@ -104,6 +104,7 @@ class TopTokens:
     share: PositiveShare = 0.05
 
     needs: ClassVar[tuple[str, ...]] = ("teacher",)
+    formula: ClassVar[str] = "where(chosen == 1, sum(student * log(student / teacher)), 0)"
 
     def __post_init__(self) -> None:
         validate_fields(self)

@@ -1,27 +1,35 @@
 """The formulas of methods, as traces keep them and pictures fill them in.
 
 A method of a user's own declares one as an attribute, `formula = "sum(student * log(student /
-teacher))"` (`opdlab.data.formula` says what it may hold). Methods without a formula, and forms that
-no line of columns describes, have none: pictures then show what went into the loss and what came
-out.
+teacher))"` (`opdlab.data.formula` says what it may hold). Forms that no line of columns describes
+have none: functions of a user's own without that attribute, and losses that put together all tokens
+outside of a top k. Pictures then show what went into the loss and what came out.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+import ast
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from opdlab.data.formula import read_formula
+from opdlab.methods.combined import Combined
 from opdlab.methods.contract import HasFormula
+from opdlab.methods.dopd import DOPD, TEACHER, Route
 from opdlab.methods.eopd import EOPD
+from opdlab.methods.feedback import RLSD, SDAR, SDPO
 from opdlab.methods.gopd import GOPD
 from opdlab.methods.grpo import GRPO
+from opdlab.methods.omniopd import OmniOPD
 from opdlab.methods.opd import OPD
 from opdlab.methods.opd_plus import OPDPlus
+from opdlab.methods.opsa import OPSA
 from opdlab.methods.ovd import OVD
+from opdlab.methods.self_distillation import ANCHORS, SelfDistillation
 from opdlab.methods.soda import SODA
 from opdlab.methods.spans import SpanOPD
 from opdlab.methods.supervised import SFT, SequenceKD
+from opdlab.methods.topd import TOPD
 from opdlab.methods.turn_opd import TurnOPD
 
 POLICY_GRADIENT = "-advantage * exp(student_logp - sampler_logp)"
@@ -58,7 +66,7 @@ def divergence_formula(name: str, options: Mapping[str, Any], teacher: str = "te
     Returns:
         One line; "" for a divergence that is not in the table.
     """
-    p, q = "student", teacher if teacher.isidentifier() else f'"{teacher}"'
+    p, q = "student", _quoted(teacher)
 
     def kl(a: str, b: str) -> str:
         return f"sum({a} * log({a} / {b}))"
@@ -70,9 +78,12 @@ def divergence_formula(name: str, options: Mapping[str, Any], teacher: str = "te
     beta = float(options.get("beta", 0.5))
     middle = mix(q, p, 0.5)
     if name == "generalized_jsd":
-        if options.get("normalize"):
-            return ""  # another form at each end
+        is_normal = bool(options.get("normalize"))
+        if is_normal and beta in (0, 1):
+            return kl(p, q) if beta else kl(q, p)
         m = mix(q, p, beta)
+        if is_normal:  # divided by beta (1 - beta)
+            return f"{kl(q, m)} / {1 - beta:g} + {kl(p, m)} / {beta:g}"
         return f"{beta:g} * {kl(q, m)} + {1 - beta:g} * {kl(p, m)}"
     if name == "alpha_divergence" and alpha not in (0, 1):
         power = f"exp({alpha:g} * log({q}) + {1 - alpha:g} * log({p}))"
@@ -100,7 +111,7 @@ def _opd(method: OPD) -> str:
     return "" if method.top_k else divergence_formula(method.divergence, method.options)
 
 
-def _clipped(method: GRPO | OVD) -> str:
+def _clipped(method: GRPO | OVD | RLSD | SDAR) -> str:
     ratio, clip = "exp(student_logp - sampler_logp)", float(method.clip)
     held = f"min(max({ratio}, {1 - clip:g}), {1 + clip:g})"
     return f"-min({ratio} * advantage, {held} * advantage)"
@@ -109,6 +120,90 @@ def _clipped(method: GRPO | OVD) -> str:
 def _eopd(method: EOPD) -> str:
     weight = "" if method.weight == 1 else f"{method.weight:g} * "
     return f"{_SUM} + {weight}gated * sum(teacher * log(teacher / student))"
+
+
+def _self_distillation(method: SelfDistillation) -> str:
+    if method.top_k:
+        return ""
+    teacher = ANCHORS[method.anchor]
+    if method.clip is None:
+        return divergence_formula(method.divergence, method.options, teacher)
+    q = _quoted(teacher)
+    return f"sum(min({q} * log({q} / student), {method.clip:g}))"
+
+
+def _sdpo(method: SDPO) -> str:
+    if method.top_k:
+        return ""
+    told = divergence_formula(method.divergence, method.options, ANCHORS[method.anchor])
+    return f"scale * ({told})" if told else ""
+
+
+def _sdar(method: SDAR) -> str:
+    told = _quoted(f"{ANCHORS[method.anchor]}_logp")
+    return f"{_clipped(method)} + {method.weight:g} * gate * ({told} - student_logp)"
+
+
+def _dopd(method: DOPD) -> str:
+    """The regimes, one inside the other; the top K is written as all tokens."""
+    if method.tail != "bucket":
+        return ""
+    teacher, anchor = TEACHER, ANCHORS[method.anchor]
+    if not method.adaptive:
+        return divergence_formula("reverse_kl", {}, teacher)
+    to_teacher = divergence_formula("reverse_kl", {}, teacher)
+    to_anchor = divergence_formula("reverse_kl", {}, anchor)
+    both = f"({divergence_formula('jensen_shannon', {}, teacher)})"
+    last = {"self": f"{method.light:g} * {to_anchor}", "teacher": both, "none": "0"}[method.hs]
+    return (
+        f"where(route == {Route.LH:d}, {method.light:g} * {to_teacher},"
+        f" where(route == {Route.LL:d}, {method.weak:g} * {to_anchor},"
+        f" where(route == {Route.HT:d}, {both}, {last})))"
+    )
+
+
+def _topd(method: TOPD) -> str:
+    local = f"downweight * {_SUM}" if method.downweight else _SUM
+    return f"{local} - {method.weight:g} * sum(target * log(student))" if method.weight else local
+
+
+def _omniopd(method: OmniOPD) -> str:
+    anchor = f"{method.beta:g} * sum(reference * log(reference / student))"
+    return f"where(audited > 0, -weight * student_logp, {anchor})"
+
+
+def _combined(method: Combined) -> str:
+    """The weighted sum of the parts' formulas, each reading its own columns."""
+    terms = []
+    for (name, part), weight in zip(method.parts.items(), method.weights, strict=True):
+        text = formula_of(part) if weight else ""
+        if weight and not text:
+            return ""
+        if weight:
+            own = _rename_columns(text, name, ("student", *part.needs))
+            terms.append(f"{weight:g} * ({own})" if weight != 1 else f"({own})")
+    return " + ".join(terms)
+
+
+def _rename_columns(text: str, owner: str, policies: Sequence[str]) -> str:
+    """Put a method's name before the columns of its plan; those of the policies stay."""
+
+    def rename(name: str) -> str:
+        is_policy = name in policies or any(name.startswith(f"{one}_") for one in policies)
+        return name if is_policy else f"{owner}_{name}"
+
+    tree = ast.parse(text, mode="eval")
+    functions = {id(node.func) for node in ast.walk(tree) if isinstance(node, ast.Call)}
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Name) and id(node) not in functions:
+            node.id = rename(node.id)
+        elif isinstance(node, ast.Constant) and isinstance(node.value, str):
+            node.value = rename(node.value)
+    return ast.unparse(tree)
+
+
+def _quoted(name: str) -> str:
+    return name if name.isidentifier() else f'"{name}"'
 
 
 def _constant(text: str) -> Callable[[Any], str]:
@@ -130,4 +225,13 @@ _FORMULAS: dict[type, Callable[[Any], str]] = {
     SFT: _constant("-student_logp"),
     SequenceKD: _constant("-student_logp"),
     SODA: _constant("pair_loss"),
+    OPSA: _constant(POLICY_GRADIENT),
+    SelfDistillation: _self_distillation,
+    SDPO: _sdpo,
+    RLSD: _clipped,
+    SDAR: _sdar,
+    DOPD: _dopd,
+    TOPD: _topd,
+    OmniOPD: _omniopd,
+    Combined: _combined,
 }

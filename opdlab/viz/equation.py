@@ -27,6 +27,7 @@ if TYPE_CHECKING:
     from typing_extensions import Self
 
 GRADIENTS = ("logit_gradient", "logp_gradient")
+TARGET = "target"  # the name of a soft target in a formula, and of its column of token ids
 
 
 class Equation(View):
@@ -35,7 +36,8 @@ class Equation(View):
     The formula is that of the trace (`score(…, method=…)` and `step.trace()` keep it), or that of
     `method`. A method without one gets the general form: what went into its loss, and what came
     out. Sums run over the kept top tokens and one bucket for all others, so a divergence reads as a
-    lower bound of the recorded one.
+    lower bound of the recorded one. A trace of a run with `trace_k=…` explains an update by itself:
+    it has the gradients too.
 
     Args:
         trace: The trace.
@@ -150,16 +152,17 @@ class Equation(View):
             Plain data and numpy arrays, as `static/equation.js` reads them.
         """
         have = self.trace.table.column_names
-        gradients = {
-            name: self.trace.column(name).astype(float) for name in GRADIENTS if name in have
-        }
+        beside = {name: self.trace.column(name).astype(float) for name in GRADIENTS if name in have}
+        if self.formula and TARGET in self.formula.policies:
+            target = _target_on(self.trace)
+            beside |= {} if target is None else {TARGET: target}
         return {
             "title": self.title,
             "prompt": str(self.trace.meta["prompts"][self.sample]),
             "finish": str(self.trace.meta["finish"][self.sample]),
             "policies": self.trace.policies,
             "text": payload.describe_text(self.trace),
-            "duel": find_duel(self.trace, gradients),
+            "duel": find_duel(self.trace, beside),
             "method": self.method,
             "formula": self.formula.text if self.formula else "",
             "tree": self.formula.tree if self.formula else [],
@@ -260,6 +263,23 @@ def _probabilities(trace: Trace) -> dict[str, np.ndarray]:
             # As in `what_if`: of an empty bucket, rounding leaves nothing that a KL would count.
             tail = np.clip(trace.column(f"{name}_tail").astype(float), np.exp(-200), 1)
             out[name] = np.concatenate([top, tail[:, None]], 1)
+    target = _target_on(trace)
+    return out if target is None else {**out, TARGET: target}
+
+
+def _target_on(trace: Trace) -> np.ndarray | None:
+    """The mass of a soft target on the kept tokens and in the bucket of all others."""
+    if not {"support", TARGET, f"{TARGET}_weight"} <= set(trace.table.column_names):
+        return None
+    support, ids = trace.column("support"), trace.column(TARGET)
+    weight = trace.column(f"{TARGET}_weight").astype(float)
+    if not (len(trace) and ids.ndim == weight.ndim == support.ndim == 2):
+        return None
+    out = np.zeros((len(trace), support.shape[1] + 1))
+    for place in range(ids.shape[1]):
+        is_here = support == ids[:, place, None]
+        out[:, :-1] += is_here * weight[:, place, None]
+        out[:, -1] += np.where(is_here.any(1), 0.0, weight[:, place])
     return out
 
 

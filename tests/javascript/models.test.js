@@ -10,6 +10,7 @@ import {
   agreementText,
   exactNumber,
   namesOf,
+  takenBranches,
   writeFormula,
 } from "../../opdlab/viz/static/equation.js";
 import { agreementOf, toggled } from "../../opdlab/viz/static/lens.js";
@@ -139,6 +140,25 @@ test("a formula keeps the brackets that it needs", () => {
   assert.equal(writeFormula(["exp", ["neg", name("a")]], nameOf), "exp(−a)");
   const sum = ["sum", ["*", name("p"), name("a")]];
   assert.equal(writeFormula(sum, nameOf), "Σ [p · a]");
+  const rule = ["where", ["==", name("a"), ["number", 2]], name("b"), ["neg", sum]];
+  assert.equal(
+    writeFormula(
+      takenBranches(rule, () => 2),
+      nameOf,
+    ),
+    "b",
+  );
+  assert.equal(
+    writeFormula(
+      takenBranches(rule, () => 1),
+      nameOf,
+    ),
+    "−Σ [p · a]",
+  );
+  assert.deepEqual(
+    takenBranches(rule, () => NaN),
+    rule,
+  );
   const terms = (term) => ["0.5", "0.2"].map((p) => writeFormula(term, (n) => (n === "p" ? p : n)));
   assert.equal(writeFormula(sum, nameOf, terms), "[0.5 · a + 0.2 · a + …]");
   assert.deepEqual(namesOf(sum), ["p", "a"]);
@@ -148,7 +168,7 @@ test("a formula keeps the brackets that it needs", () => {
   );
   assert.equal(agreementText(1, 1.0001, false), "as recorded");
   assert.match(agreementText(1, 2, false), /not the same/);
-  assert.match(agreementText(1, 2, true), /whole vocabulary/);
+  assert.match(agreementText(1, 2, true), /kept tokens/);
   assert.equal(agreementText(NaN, 2, false), "");
 });
 

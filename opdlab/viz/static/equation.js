@@ -86,6 +86,38 @@ export const namesOf = ([kind, ...rest]) => {
   return [.../** @type {FormulaPart[]} */ (rest)].flatMap(namesOf);
 };
 
+/** @type {Record<string, (a: number, b: number) => boolean>} */
+const HOLDS = {
+  ">": (a, b) => a > b,
+  ">=": (a, b) => a >= b,
+  "<": (a, b) => a < b,
+  "<=": (a, b) => a <= b,
+  "==": (a, b) => a === b,
+  "!=": (a, b) => a !== b,
+};
+
+/**
+ * Return a formula with that branch only of each `where` which a token takes.
+ * @param {FormulaPart} part
+ * @param {(name: string) => number} valueOf NaN for a name without a number; both branches stay then
+ * @returns {FormulaPart}
+ */
+export const takenBranches = (part, valueOf) => {
+  const [kind, ...rest] = part;
+  if (kind === "name" || kind === "number") return part;
+  const inner = /** @type {FormulaPart[]} */ (rest);
+  if (kind === "where") {
+    const [sign, ...sides] = inner[0];
+    const [a, b] = /** @type {FormulaPart[]} */ (sides).map((side) => {
+      if (side[0] === "number") return Number(side[1]);
+      return side[0] === "name" ? valueOf(String(side[1])) : NaN;
+    });
+    const isKnown = String(sign) in HOLDS && !Number.isNaN(a) && !Number.isNaN(b);
+    if (isKnown) return takenBranches(inner[HOLDS[String(sign)](a, b) ? 1 : 2], valueOf);
+  }
+  return [kind, ...inner.map((one) => takenBranches(one, valueOf))];
+};
+
 /** @param {number} left @param {number} right */
 export const isClose = (left, right) =>
   Math.abs(left - right) <= CLOSE * Math.max(1, Math.abs(left), Math.abs(right));
@@ -100,7 +132,7 @@ export const agreementText = (value, recorded, isSum) => {
   if (Number.isNaN(value) || Number.isNaN(recorded)) return "";
   if (isClose(value, recorded)) return "as recorded";
   const said = `recorded: ${number(recorded, true)}`;
-  return isSum ? `${said}, over the whole vocabulary` : `${said}: not the same`;
+  return isSum ? `${said}; sums here run over the kept tokens` : `${said}: not the same`;
 };
 
 // ── Parts ────────────────────────────────────────────────────────────────────────────────────────
@@ -125,10 +157,10 @@ const sumTerms = ({ duel }) => {
     const size = Math.min(duel.count[row], MOST_TERMS);
     return Array.from({ length: size }, (_, k) => {
       const place = index.start[row] + k;
-      const text = writeFormula(term, (name) =>
-        name in duel.p ? exactNumber(duel.p[name][place]) : at(name),
-      );
-      return text;
+      return writeFormula(term, (name) => {
+        const known = duel.p[name] ?? duel.beside?.[name];
+        return known ? exactNumber(known[place]) : at(name);
+      });
     });
   };
 };
@@ -159,7 +191,8 @@ const formulaLines = (data) => {
       return channel ? exactNumber(channel.values[row]) : name;
     };
     const termsOf = (/** @type {FormulaPart} */ term) => termsAt(term, row, at);
-    filled.math.textContent = known ? writeFormula(tree, at, termsOf) : "";
+    const numberOf = (/** @type {string} */ name) => byKey.get(name)?.values[row] ?? NaN;
+    filled.math.textContent = known ? writeFormula(takenBranches(tree, numberOf), at, termsOf) : "";
     const recorded = loss ? loss.values[row] : NaN;
     const value = values[row];
     const shown = Number.isNaN(value) ? recorded : value;
@@ -233,8 +266,10 @@ const gradientTable = ({ duel, text }) => {
   const heading = "slope of the loss on each token; a step goes against it";
   node.append(make("div", "opd-heading", heading));
   const { beside, beside_other: besideOther } = duel ?? {};
-  if (!duel || !beside || !besideOther) {
-    node.append(make("div", "opd-soft", "Not kept. viz.Equation(trace, method=…) computes it."));
+  if (!duel || !beside || !besideOther || !ORDER.some((name) => name in beside)) {
+    const advice =
+      "Not kept. Runs with trace_k=8 keep it; viz.Equation(trace, method=…) computes it.";
+    node.append(make("div", "opd-soft", advice));
     return { node, show: () => {} };
   }
   const head = make("div", "opd-slope opd-soft");
