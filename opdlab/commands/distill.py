@@ -32,11 +32,12 @@ from opdlab.data.rollout import Rollout
 from opdlab.data.trace import Trace
 from opdlab.diagnose.health import Health, health
 from opdlab.engine.recording import rollout_from_trace
-from opdlab.errors import TokenizerMismatch, printable
+from opdlab.errors import InvalidValue, TokenizerMismatch, printable
 from opdlab.methods.contract import name_of
 from opdlab.models.policy import Policy, as_policy
 from opdlab.models.protocols import Grader
 from opdlab.models.same_tokens import check_same_tokens
+from opdlab.support.expect import shortened
 from opdlab.teachers import LogprobServer, MultiTeacher, TextOnly, TextServer
 from opdlab.training import trackers
 from opdlab.training.config import Config, write_toml
@@ -45,6 +46,7 @@ from opdlab.training.evaluation import Evaluation, evaluate
 from opdlab.training.resolution import grader_names
 from opdlab.training.run import Run
 from opdlab.training.scoring import score
+from opdlab.training.step import Step
 from opdlab.viz import View, embed
 
 SAVE_EVERY = 10  # steps between two checkpoints where the config does not say
@@ -96,8 +98,9 @@ def distill(
     parts = load_parts(config, given.method, given.verify)
     run = prepare_run(config, parts, accept_changes=accept_changes)
     session = _open_session(run, parts, config, output)
-    if not run.accelerator.is_main_process:  # the others only train
-        run.train()
+    if not run.accelerator.is_main_process:  # the others only train, and send their traces
+        for step in run:
+            _trace_of_update(session, step)
         return
     try:
         with _stopping_on_term():
@@ -115,6 +118,12 @@ def distill(
 def _with_defaults(given: Given, fresh: bool) -> Config:
     """The config with a folder and with checkpoints."""
     config = given.config
+    if config.settings.get("trace_k") and not config.run.trace_every:
+        raise InvalidValue(
+            f"distill got settings.trace_k={shortened(config.settings['trace_k'])}, which would"
+            " change nothing: top tokens are kept in the traces of steps, and run.trace_every is 0."
+            " Give it too, as --set run.trace_every=20."
+        )
     folder = Path(config.run.folder or Path(DEFAULT_FOLDER, given.name).absolute())
     if fresh:
         folder = next(path for path in _names(folder) if _is_free(path))
@@ -286,10 +295,20 @@ def follow(session: Session) -> None:
         for alarm in session.watch(step):
             session.measured.alarms.append(alarm)
             print(printable(f"! {alarm}"), file=sys.stderr)
+        update = _trace_of_update(session, step)
+        if update is not None:
+            update.save(session.files.update(step.number))
         if every and step.number % every == 0:
             _trace(session, step.number, session.run.student)
         if time.monotonic() >= session.next_board:
             _draw_board(session)
+
+
+def _trace_of_update(session: Session, step: Step) -> Trace | None:
+    """The step's own texts, losses and top tokens where they are kept; in every process."""
+    every = session.config.run.trace_every
+    is_kept = every and step.number % every == 0 and session.run.settings.trace_k
+    return step.gather_trace() if is_kept else None
 
 
 def _draw_board(session: Session, refreshes: bool = True) -> None:

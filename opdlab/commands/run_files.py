@@ -3,6 +3,7 @@
     config.toml                 the config, file and flags together
     board.html                  the run board; it loads itself again while the run goes on
     traces/step-000020.parquet  what the student wrote then, graded
+    traces/update-000020.parquet  with trace_k: what the step was trained on, with its losses
     measured.json               evaluations, alarms and cost so far
     adapter/                    the trained adapter
     report.html, report.json    what the run changed
@@ -100,6 +101,17 @@ class RunFiles:
             The file's path.
         """
         return self.folder / "traces" / f"step-{step:06d}.parquet"
+
+    def update(self, step: int) -> Path:
+        """Return the place of the trace of a step's own texts, with the losses that moved it.
+
+        Args:
+            step: The step, from 1.
+
+        Returns:
+            The file's path.
+        """
+        return self.folder / "traces" / f"update-{step:06d}.parquet"
 
     def traces(self) -> dict[int, Path]:
         """List the traces that there are.

@@ -42,6 +42,7 @@ FEWEST_OF_BLOCK = 8
 BUFFERS = 10  # [block, V] tensors that are alive at once in a block
 
 Loss = Callable[[Rows], Tensor]
+Slopes = Callable[[Mapping[str, Tensor], Tensor, Tensor], dict[str, Tensor]]
 
 
 @dataclass
@@ -215,6 +216,7 @@ def gradient(
     watch: Callable[[Rows], dict[str, Tensor]] | None = None,
     chunk: int | None = None,
     check: bool = True,
+    slopes: Slopes | None = None,
 ) -> Pass:
     """Compute the gradient of `sum(weight * loss(rows))` for the student's hidden states.
 
@@ -233,6 +235,8 @@ def gradient(
         check: Whether to compare the loss of a few rows as a whole and in parts first, so that a
             loss that reads other rows of its chunk is refused. Not needed where an earlier pass of
             the same loss `is_checked`.
+        slopes: Numbers to keep of the gradient of each token's own loss: a function of what `watch`
+            gave, and of the gradient in the student's log-probs and in its logits, `[n, V]` each.
 
     Returns:
         Loss, gradient and numbers of every token.
@@ -249,7 +253,9 @@ def gradient(
     for piece in chunks(len(token), student.vocab_size, token.device, chunk):
         part = {name: graded.part(piece) for name, graded in states.items()}
         rest = {name: column[piece] for name, column in columns.items()}
-        out[piece], numbers = _one_chunk(loss, part, token[piece], weight[piece], rest, watch)
+        out[piece], numbers = _one_chunk(
+            loss, part, token[piece], weight[piece], rest, watch, slopes
+        )
         _keep(found, numbers, piece, len(token))
     result = Pass(found.pop("loss"), out, found, is_checked)
     _check_finite(result, states, token, columns)
@@ -301,6 +307,7 @@ def _one_chunk(
     weight: Tensor,
     columns: Mapping[str, Tensor],
     watch: Callable[[Rows], dict[str, Tensor]] | None,
+    slopes: Slopes | None,
 ) -> tuple[Tensor, dict[str, Tensor]]:
     """Gradient `[n, H]` and numbers of one chunk.
 
@@ -315,7 +322,9 @@ def _one_chunk(
     rows = Rows({"student": logits, **others}, token, columns)
     found: dict[str, Tensor] = {}
     for block in blocks(len(token), student.vocab_size, token.device):
-        through, numbers = _one_block(loss, rows.select(block), weight[block], student.head, watch)
+        through, numbers = _one_block(
+            loss, rows.select(block), weight[block], student.head, watch, slopes
+        )
         # Kept first, since a number may be a view of the log-probs, whose memory is used again.
         _keep(found, numbers, block, len(token))
         logits[block] = through
@@ -331,6 +340,7 @@ def _one_block(
     weight: Tensor,
     head: Head,
     watch: Callable[[Rows], dict[str, Tensor]] | None,
+    slopes: Slopes | None,
 ) -> tuple[Tensor, dict[str, Tensor]]:
     """Gradient for the logits `[n, V]`, and the numbers of one block.
 
@@ -351,6 +361,10 @@ def _one_block(
     with torch.no_grad():
         # Back through the softmax. The tensors of the loss are not ours to write to.
         through = torch.addcmul(slope, p, -slope.sum(-1, keepdim=True), out=p)
+        if slopes is not None:
+            # Of each token's own loss, without its weight in the step; 0 where it has none.
+            share = torch.where(weight == 0, 0.0, 1 / weight)[:, None].to(slope.dtype)
+            numbers |= slopes(numbers, slope * share, through * share)
         return head.through_cap(through, logits), {"loss": value.detach(), **numbers}
 
 

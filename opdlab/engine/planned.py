@@ -21,7 +21,7 @@ from opdlab.data.notes import Note
 from opdlab.engine.batch import Batch
 from opdlab.engine.columns import flatten, is_same, plain_data
 from opdlab.engine.loss_contract import adding_note, call_loss
-from opdlab.engine.passes import Pass, compute, gradient
+from opdlab.engine.passes import Pass, Slopes, compute, gradient
 from opdlab.engine.rows import Rows
 from opdlab.errors import BadPlan
 from opdlab.models.graded import Graded, States
@@ -102,6 +102,7 @@ class Planned:
         rows: Sequence[int] | None = None,
         watch: Callable[[Rows], dict[str, Tensor]] | None = None,
         check: bool = True,
+        slopes: Slopes | None = None,
     ) -> Pass:
         """Loss and gradient of some completions, over the tokens that the loss sees.
 
@@ -113,6 +114,7 @@ class Planned:
             watch: Numbers to note in the same pass, on detached rows.
             check: Whether to check that the loss treats each row alone (see
                 `opdlab.engine.passes.gradient`).
+            slopes: Numbers to keep of the gradient of each token's own loss (see there).
 
         Returns:
             Loss, gradient and numbers of every token of these completions. Tokens that the loss
@@ -130,7 +132,14 @@ class Planned:
         token, learned = self.batch.token[piece], rollout.learned[piece]
         if bool(learned.all()):
             return gradient(
-                self.method.loss, states, token, weight[piece], columns, watch=watch, check=check
+                self.method.loss,
+                states,
+                token,
+                weight[piece],
+                columns,
+                watch=watch,
+                check=check,
+                slopes=slopes,
             )
         index = learned.nonzero()[:, 0]
         found = gradient(
@@ -141,6 +150,7 @@ class Planned:
             {name: column[index] for name, column in columns.items()},
             watch=watch,
             check=check,
+            slopes=slopes,
         )
         return found.spread(index, len(token))
 

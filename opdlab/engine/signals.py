@@ -99,9 +99,8 @@ def full(k: int = TOP, allow_partial: bool = False) -> Callable[[Rows], dict[str
 
     def measure(rows: Rows) -> dict[str, Tensor]:
         out = cheap(rows)
-        width = min(k, rows["student"].shape[-1])
-        tops = {name: _likeliest(logp, width) for name, logp in rows.distributions.items()}
-        support = _without_repeats(torch.cat([rows.token[:, None], *tops.values()], -1))
+        tops = _likeliest_of_each(rows, k)
+        support = _support(rows, tops)
         out["support"] = support
         for name, logp in rows.distributions.items():
             if not (allow_partial and isinstance(logp, TopLogprobs)):
@@ -120,20 +119,49 @@ def _numbers_of(rows: Rows, name: str, support: Tensor) -> dict[str, Tensor]:
     Raises PartialDistribution where only some log-probs are known.
     """
     logp = rows[name]
-    place, is_repeat = support.clamp(min=0), support < 0
-    rest = logp.scatter(-1, place, -torch.inf)
-    # Repeats were written to id 0: put its value back, unless it is in the support itself.
-    rest[:, 0] = torch.where((support == 0).any(-1), -torch.inf, logp[:, 0])
     out = {
         f"{name}_entropy": entropy(logp),
         f"{name}_rank": _rank(rows, name),
-        f"{name}_top": logp.gather(-1, place).masked_fill(is_repeat, -torch.inf),
-        f"{name}_tail": rest.logsumexp(-1).exp(),
+        **top_on(support, name, logp),
     }
     if name != "student":
         out[f"{name}_forward_kl"] = forward_kl(rows["student"], logp)
         out[f"{name}_jsd"] = generalized_jsd(rows["student"], logp)
     return out
+
+
+def top_on(support: Tensor, name: str, logp: Tensor) -> dict[str, Tensor]:
+    """Compute a policy's log-probs on the kept tokens, and its mass elsewhere.
+
+    Args:
+        support: Ids of the kept tokens, `[n, S]`; -1 for none.
+        name: The policy.
+        logp: Its log-probs, `[n, V]`.
+
+    Returns:
+        `<name>_top [n, S]`, -inf where there is no token, and `<name>_tail [n]`.
+    """
+    place, is_repeat = support.clamp(min=0), support < 0
+    rest = logp.scatter(-1, place, -torch.inf)
+    # Repeats were written to id 0: put its value back, unless it is in the support itself.
+    rest[:, 0] = torch.where((support == 0).any(-1), -torch.inf, logp[:, 0])
+    return {
+        f"{name}_top": logp.gather(-1, place).masked_fill(is_repeat, -torch.inf),
+        f"{name}_tail": rest.logsumexp(-1).exp(),
+    }
+
+
+def support_of(rows: Rows, k: int) -> Tensor:
+    """Choose the tokens that a trace keeps: the sampled one, then the likeliest of each policy.
+
+    Args:
+        rows: Tokens under all policies.
+        k: Top tokens of each policy; at most the vocabulary.
+
+    Returns:
+        Ids `[n, S]`; repeats are -1.
+    """
+    return _support(rows, _likeliest_of_each(rows, k))
 
 
 class Signals(Mapping[str, Tensor]):
@@ -275,6 +303,16 @@ def _likeliest(logp: LogProbs, k: int) -> Tensor:
     if isinstance(logp, TopLogprobs):
         return logp.ids[:, :k]
     return logp.topk(k, -1).indices
+
+
+def _likeliest_of_each(rows: Rows, k: int) -> dict[str, Tensor]:
+    """Ids `[n, k]` of the likeliest tokens, by policy."""
+    width = min(k, rows["student"].shape[-1])
+    return {name: _likeliest(logp, width) for name, logp in rows.distributions.items()}
+
+
+def _support(rows: Rows, tops: Mapping[str, Tensor]) -> Tensor:
+    return _without_repeats(torch.cat([rows.token[:, None], *tops.values()], -1))
 
 
 def _others(rows: Rows) -> list[str]:

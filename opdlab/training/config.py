@@ -187,6 +187,8 @@ class RunTable:
         folder: The run's folder.
         trackers: Names of Accelerate's trackers, such as tensorboard, trackio or wandb.
         trace_every: Steps between two traces; 0 traces the student before and after training only.
+            With `settings.trace_k`, the step's own texts are traced too, with the losses that moved
+            the student.
         trace_prompts: Held-out prompts in a trace.
         eval_prompts: Held-out prompts of the evaluations before and after; 0 for none.
         eval_samples: Samples for each of them, besides the greedy answer.

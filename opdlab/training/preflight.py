@@ -45,7 +45,8 @@ def check_run(run: RunState) -> None:
         TokenizerMismatch: A policy that grades does not share the student's tokens.
         MissingHint: A policy reads hints, and a prompt has none.
         ContextTooLong: A prompt does not fit a policy's context.
-        InvalidValue: The method declares something that is no formula.
+        InvalidValue: The method declares something that is no formula, or `trace_k` is larger than
+            the vocabulary.
         OpdlabError: The method trains on answers, and a prompt has none.
     """
     settings, method = run.settings, run.method
@@ -53,6 +54,12 @@ def check_run(run: RunState) -> None:
     for name in method.needs:
         if name not in run.policies:
             raise missing_policy_error(method, name)
+    if settings.trace_k > run.student.weights.vocab_size:
+        raise InvalidValue(
+            f"distill got trace_k={settings.trace_k} for a student of"
+            f" {run.student.weights.vocab_size} tokens. Use as many at most; 8 show what a policy"
+            " wants at a token."
+        )
     prompts = prompts_to_check(run.task, settings)
     share = student_share(method)
     writers = writer_names(method) if share < 1 else ()

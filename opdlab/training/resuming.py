@@ -29,7 +29,15 @@ from opdlab.training.run import Run, prepare
 from opdlab.training.settings import Settings
 
 # Settings that change what is kept and how much memory is used, but no number.
-FREE = ("steps", "micro_batch", "checkpointing", "evaluate_every", "snapshot_every", "save_every")
+FREE = (
+    "steps",
+    "micro_batch",
+    "checkpointing",
+    "evaluate_every",
+    "snapshot_every",
+    "save_every",
+    "trace_k",
+)
 
 # What `distill` takes besides settings and what every resumed run is given.
 _OPTIONS = ("policies", "save", "log_with", "quiet", "sampler")

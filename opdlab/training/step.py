@@ -25,7 +25,8 @@ class Step:
         number: The step, from 1.
         metrics: Means and counts over the whole step, by name.
         planned: The batch with what the method planned for it.
-        columns: `loss`, `grad_norm` and further numbers of every token, `[tokens]` each.
+        columns: `loss`, `grad_norm` and further numbers of every token, `[tokens]` each; with
+            `Settings.trace_k` also the top tokens, `[tokens, S]`.
         processes: The processes that share the step; None for this one alone.
     """
 
@@ -58,8 +59,9 @@ class Step:
     def trace(self) -> Trace:
         """Make a `Trace` of the step's tokens, those of this process.
 
-        It has no top tokens. `opdlab.score` on `step.rollout` has them, for the weights of now:
-        after the step's update, these give other losses than the step had.
+        With `Settings.trace_k` it has the top tokens of every policy and the slopes of the loss on
+        them, from before the update; else it has none. `opdlab.score` on `step.rollout` has top
+        tokens for the weights of now, which give other losses than the step had.
 
         Returns:
             The trace, with the columns and notes of the method's plan.

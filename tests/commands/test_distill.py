@@ -33,6 +33,7 @@ divergence = "forward_kl"
 steps = 6
 batch = 8
 save_every = 2
+trace_k = 4
 
 [run]
 folder = "run"
@@ -78,9 +79,23 @@ def test_json_is_all_that_stdout_has_and_equals_the_report(home):
     assert printed["cost"]["tokens"] > 0
 
 
+def test_top_tokens_without_traces_are_refused(tmp_path):
+    (tmp_path / "config.toml").write_text(CONFIG.replace("trace_every = 3\n", ""))
+    done = opdlab("distill", "config.toml", cwd=tmp_path)
+    assert done.returncode == 1
+    assert "trace_k=4, which would change nothing" in done.stderr
+    assert not (tmp_path / "run").exists()
+
+
 def test_traces_are_of_the_same_prompts_at_each_step(home):
     traces = {path.stem: opd.Trace.load(path) for path in (home / "run" / "traces").iterdir()}
+    updates = [traces.pop(f"update-{step:06d}") for step in (3, 6)]
     assert sorted(traces) == ["before-again", "step-000000", "step-000003", "step-000006"]
+    for update in updates:  # of the texts of a training step: eight prompts, losses, top tokens
+        assert len(update.meta["prompts"]) == 8
+        assert {"loss", "student_top", "logit_gradient"} <= set(update.table.column_names)
+        view = opd.viz.Equation(update)
+        assert abs(view.values - view.trace.column("loss")).max() < 0.3  # four tokens of each
     first = traces["step-000000"]
     assert all(trace.meta["prompts"] == first.meta["prompts"] for trace in traces.values())
     again = traces["before-again"]

@@ -64,6 +64,7 @@ class Own:
     """A user's own plan: the loss counts where the student is less sure than the median."""
 
     needs = ("teacher",)
+    formula = "weight * sum(student * log(student / teacher))"
 
     def plan(self, batch):
         everyone = batch.gather(batch.rollout.logp)
@@ -88,7 +89,7 @@ def methods() -> dict[str, tuple[object, dict[str, object]]]:
     audits = {"chunks": 4, "continuations": 4, "length": 1, "similarity": "rouge1"}
     top = {"window": 3, "share": 0.3}
     return {
-        "OPD full": (opd.OPD(), {}),
+        "OPD full": (opd.OPD(), {"trace_k": 3}),
         "OPD top-k": (opd.OPD("forward_kl", top_k=8), {}),
         "OPD sampled": (opd.OPD(estimator="sampled", baseline="value", discount=0.9), {}),
         "OPD mixed": (opd.OPD(on_policy=0.5), {"n": 2, "micro_batch": 3}),
@@ -98,7 +99,7 @@ def methods() -> dict[str, tuple[object, dict[str, object]]]:
             opd.TOPD(**top, max_points=5, threshold="low_loss_q3", downweight="high_ot"),
             {},
         ),
-        "DOPD": (opd.DOPD(), {}),
+        "DOPD": (opd.DOPD(), {"trace_k": 3, "micro_batch": 2}),
         "OmniOPD": (opd.OmniOPD(**audits, match_length=True), {}),
         "OmniOPD random": (opd.OmniOPD(**audits, select="random"), {}),
         "SelfDistillation": (opd.SelfDistillation(anchor="ema"), {}),
@@ -116,26 +117,31 @@ def methods() -> dict[str, tuple[object, dict[str, object]]]:
         "SDPO": (opd.SDPO(solution_form="hint {}", feedback_form="hint {}"), {"n": 2}),
         "RLSD": (opd.RLSD(anchor="frozen"), {"n": 4}),
         "SDAR": (opd.SDAR(), {"n": 4}),
-        "many teachers": (opd.OPD("forward_kl"), {}),
+        "many teachers": (opd.OPD("forward_kl"), {"trace_k": 3}),
         "ahead": (opd.OPD(top_k=TOP), {"generate_ahead": True, "importance_cap": 2.0}),
         "ahead, many teachers": (
             opd.OPD(on_policy=0.6, top_k=TOP),
-            {"generate_ahead": True, "n": 2},
+            {"generate_ahead": True, "n": 2, "trace_k": 3},
         ),
         "own plan": (Own(), {}),
+    }
+
+
+def other_teachers(base: opd.Policy, teacher: opd.Policy) -> dict[str, object]:
+    """The teachers of those methods that do not learn from the shipped one itself."""
+    told = base.frozen().seeing("7 + 6 = 1 3")
+    return {
+        "OVD": Judge(),
+        "many teachers": opd.MultiTeacher({"one": teacher, "other": told}, shop),
+        "ahead": Elsewhere(teacher),
+        "ahead, many teachers": opd.MultiTeacher({"one": Elsewhere(teacher), "other": told}, shop),
     }
 
 
 def main(folder: Path, other: Path | None) -> None:
     """Train with every method, evaluate, score and resume."""
     base, teacher, task = opd.load("market")
-    told = base.frozen().seeing("7 + 6 = 1 3")
-    teachers = {
-        "OVD": Judge(),
-        "many teachers": opd.MultiTeacher({"one": teacher, "other": told}, shop),
-        "ahead": Elsewhere(teacher),
-        "ahead, many teachers": opd.MultiTeacher({"one": Elsewhere(teacher), "other": told}, shop),
-    }
+    teachers = other_teachers(base, teacher)
     for name, (method, settings) in methods().items():
         chosen = teachers.get(name, teacher)
         options = {"steps": 2, "batch": 5, "max_new_tokens": 12, "seed": 3, "lr": LR}
