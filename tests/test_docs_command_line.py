@@ -7,11 +7,11 @@ import json
 import os
 import re
 import subprocess
-import sys
 from dataclasses import fields
 from pathlib import Path
 
 import pytest
+from warm_start import python
 
 from opdlab.methods.by_name import find_method
 from opdlab.samplers import VLLMServer
@@ -36,7 +36,7 @@ def test_the_blocks_run_in_order(tmp_path):
     programs = tmp_path / "bin"
     programs.mkdir()
     opdlab = programs / "opdlab"
-    opdlab.write_text(f'#!/bin/sh\nexec "{sys.executable}" -m opdlab.commands.cli "$@"\n')
+    opdlab.write_text(f'#!/bin/sh\nexec "{python()}" -m opdlab.commands.cli "$@"\n')
     opdlab.chmod(0o755)
     surroundings = {**os.environ, "PATH": f"{programs}{os.pathsep}{os.environ['PATH']}"}
     printed = []
@@ -44,7 +44,7 @@ def test_the_blocks_run_in_order(tmp_path):
         if kind == "toml":
             (tmp_path / "first.toml").write_text(text, encoding="utf-8")
             continue
-        command = ["sh", "-ec", text] if kind == "sh" else [sys.executable, "-c", text]
+        command = ["sh", "-ec", text] if kind == "sh" else [python(), "-c", text]
         done = subprocess.run(
             command,
             capture_output=True,

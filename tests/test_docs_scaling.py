@@ -11,13 +11,13 @@ import os
 import re
 import shlex
 import subprocess
-import sys
 import textwrap
 from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
 import slurm
+from warm_start import python
 
 HOME = Path(__file__).parent.parent
 PAGE = (HOME / "docs" / "scaling.md").read_text(encoding="utf-8")
@@ -67,9 +67,10 @@ def run(folder: Path, command: str) -> str:
         "accelerate": "accelerate.commands.accelerate_cli",
     }
     program, *arguments = shlex.split(command)
-    start = [sys.executable] if program == "python" else [sys.executable, "-m", modules[program]]
+    start = [python()] if program == "python" else [python(), "-m", modules[program]]
     paths = os.pathsep.join(filter(None, [str(HOME), os.environ.get("PYTHONPATH")]))
     env = {**os.environ, "OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true", "PYTHONPATH": paths}
+    env["PYTHON_EXEC"] = python()  # what torchrun and accelerate start
     done = subprocess.run(
         [*start, *arguments],
         cwd=folder,
@@ -128,7 +129,7 @@ def job(folder) -> Path:
     (folder / "job.sh").write_text(text)
     (folder / "job.sh").chmod(0o755)
     (folder / "bin").mkdir()
-    torchrun = f'#!/bin/sh\nexec "{sys.executable}" -m torch.distributed.run "$@"\n'
+    torchrun = f'#!/bin/sh\nexec "{python()}" -m torch.distributed.run "$@"\n'
     for name, program in {"torchrun": torchrun}.items():
         (folder / "bin" / name).write_text(program)
         (folder / "bin" / name).chmod(0o755)

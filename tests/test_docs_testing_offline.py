@@ -5,8 +5,9 @@ from __future__ import annotations
 import os
 import re
 import subprocess
-import sys
 from pathlib import Path
+
+from warm_start import python
 
 ROOT = Path(__file__).parent.parent
 PAGE = (ROOT / "docs" / "testing_offline.md").read_text(encoding="utf-8")
@@ -18,7 +19,7 @@ def test_the_command_runs(tmp_path):
     (tmp_path / ".venv" / "bin").mkdir(parents=True)
     for name, words in {"python": "", "opdlab": "-m opdlab.commands.cli "}.items():
         program = tmp_path / ".venv" / "bin" / name
-        program.write_text(f'#!/bin/sh\nexec "{sys.executable}" {words}"$@"\n')
+        program.write_text(f'#!/bin/sh\nexec "{python()}" {words}"$@"\n')
         program.chmod(0o755)
     (block,) = BLOCKS
     done = subprocess.run(

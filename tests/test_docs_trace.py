@@ -5,8 +5,9 @@ from __future__ import annotations
 import os
 import re
 import subprocess
-import sys
 from pathlib import Path
+
+from warm_start import python
 
 from opdlab.viz import questions
 from opdlab.viz.made_up import make_trace
@@ -19,12 +20,12 @@ def test_the_blocks_run_in_order(tmp_path):
     programs = tmp_path / "bin"
     programs.mkdir()
     opdlab = programs / "opdlab"
-    opdlab.write_text(f'#!/bin/sh\nexec "{sys.executable}" -m opdlab.commands.cli "$@"\n')
+    opdlab.write_text(f'#!/bin/sh\nexec "{python()}" -m opdlab.commands.cli "$@"\n')
     opdlab.chmod(0o755)
     path = f"{programs}{os.pathsep}{os.environ['PATH']}"
     assert [kind for kind, _ in BLOCKS] == ["python", "sh", "python"]
     for kind, text in BLOCKS:
-        command = ["sh", "-ec", text] if kind == "sh" else [sys.executable, "-c", text]
+        command = ["sh", "-ec", text] if kind == "sh" else [python(), "-c", text]
         done = subprocess.run(
             command,
             capture_output=True,

@@ -6,10 +6,10 @@ import json
 import os
 import pty
 import subprocess
-import sys
 from pathlib import Path
 
 import pytest
+from warm_start import python
 
 # What a terminal obeys, in the forms that it takes; each sets a title, clears the screen, moves,
 # asks for an answer, opens a link, turns the order of letters, or rings.
@@ -142,7 +142,7 @@ def test_there_are_two_hundred():
 
 def test_what_prints_shows_orders_as_text(tmp_path):
     (tmp_path / "strings.json").write_text(json.dumps(STRINGS), encoding="utf-8")
-    said = on_a_terminal([sys.executable, "-c", PRINTING, "strings.json"], tmp_path)
+    said = on_a_terminal([python(), "-c", PRINTING, "strings.json"], tmp_path)
     assert "end of the strings" in said, said[-2000:]
     for order in FORBIDDEN:
         assert order not in said, said[max(0, said.find(order) - 200) : said.find(order) + 50]
@@ -156,7 +156,7 @@ def test_the_command_line_shows_orders_as_text(tmp_path, words):
     lines = [{"prompt": f"3 + 4 ={order}", "answer": order} for order in ORDERS[:7]]
     text = "".join(json.dumps(line) + "\n" for line in lines)
     (tmp_path / "questions.jsonl").write_text(text, encoding="utf-8")
-    command = [sys.executable, "-m", "opdlab.commands.cli", "sample", "--student", "student"]
+    command = [python(), "-m", "opdlab.commands.cli", "sample", "--student", "student"]
     said = on_a_terminal(
         [*command, "--teacher", "teacher", *words, "--prompts", "3", "--max-new-tokens", "8"],
         tmp_path,

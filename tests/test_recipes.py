@@ -6,10 +6,10 @@ import os
 import re
 import shutil
 import subprocess
-import sys
 from pathlib import Path
 
 import pytest
+from warm_start import python
 
 ROOT = Path(__file__).parents[1]
 TEXT = (ROOT / "CONTRIBUTING.md").read_text(encoding="utf-8")
@@ -70,7 +70,7 @@ def repository(tmp_path_factory):
 def run(repository, *command):
     environment = {**os.environ, "PYTHONPATH": str(repository)}
     done = subprocess.run(
-        [sys.executable, "-m", *command],
+        [python(), "-m", *command],
         cwd=repository,
         env=environment,
         capture_output=True,

@@ -14,6 +14,7 @@ from typing import Any
 
 import pytest
 import torch
+from warm_start import python
 
 import opdlab as opd
 from opdlab.data.seeds import seed_of
@@ -373,8 +374,9 @@ LAUNCH = ("accelerate.commands.accelerate_cli", "launch", "--config_file", CONFI
 def in_two_processes(launcher, folder, *names):
     env = os.environ | {"OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true"}
     env["PYTHONPATH"] = os.pathsep.join([str(HERE), str(HERE.parents[1])])
+    env["PYTHON_EXEC"] = python()  # what torchrun starts
     script = str(HERE / "two_trl_processes.py")
-    command = [sys.executable, "-m", *launcher, script, str(folder), *names]
+    command = [python(), "-m", *launcher, script, str(folder), *names]
     subprocess.run(command, env=env, check=True, timeout=3000)
     return folder
 

@@ -9,6 +9,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from warm_start import python
 
 import opdlab as opd
 from opdlab.commands.demo import demo
@@ -17,7 +18,7 @@ from opdlab.viz.made_up import make_trace
 
 def opdlab(*words: str, timeout: int = 2500) -> subprocess.CompletedProcess[str]:
     return subprocess.run(
-        [sys.executable, "-m", "opdlab.commands.cli", *words],
+        [python(), "-m", "opdlab.commands.cli", *words],
         capture_output=True,
         text=True,
         timeout=timeout,

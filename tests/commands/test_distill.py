@@ -6,13 +6,13 @@ import json
 import re
 import signal
 import subprocess
-import sys
 import time
 from functools import partial
 from pathlib import Path
 
 import pytest
 from safetensors.torch import load_file
+from warm_start import python
 
 import opdlab as opd
 from opdlab.commands.report import find_run, write_report
@@ -45,7 +45,7 @@ trace_prompts = 2
 
 def opdlab(*words: object, cwd: Path, **options: object) -> subprocess.CompletedProcess[str]:
     return subprocess.run(
-        [sys.executable, "-m", "opdlab.commands.cli", *map(str, words)],
+        [python(), "-m", "opdlab.commands.cli", *map(str, words)],
         capture_output=True,
         text=True,
         timeout=2500,
@@ -135,7 +135,7 @@ def wait_for_step(folder: Path, step: int, process: subprocess.Popen[str]) -> No
 def test_a_run_that_was_stopped_is_taken_up_and_ends_equal(home, tmp_path, number):
     command = ["distill", home / "config.toml", "--out", tmp_path / "run"]
     process = subprocess.Popen(
-        [sys.executable, "-m", "opdlab.commands.cli", *map(str, command)],
+        [python(), "-m", "opdlab.commands.cli", *map(str, command)],
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,

@@ -5,20 +5,30 @@ from __future__ import annotations
 import json
 import os
 import subprocess
-import sys
 import time
 from pathlib import Path
 
 from safetensors.torch import load_file
+from warm_start import python
 
 EXAMPLES = Path(__file__).parents[2] / "examples"
-CLI = [sys.executable, "-m", "opdlab.commands.cli"]
+CLI = ["-m", "opdlab.commands.cli"]
 
 
 def distill(example: str, folder: Path, *changes: str, env=None) -> dict[str, object]:
     """Run `opdlab distill` to its end and return what it prints as JSON."""
     done = subprocess.run(
-        [*CLI, "distill", EXAMPLES / example, "--out", folder, "--json", "--set", *changes],
+        [
+            python(),
+            *CLI,
+            "distill",
+            EXAMPLES / example,
+            "--out",
+            folder,
+            "--json",
+            "--set",
+            *changes,
+        ],
         capture_output=True,
         text=True,
         timeout=2500,
@@ -36,7 +46,15 @@ def test_the_jsonl_example_killed_and_taken_up_ends_as_without_the_kill(tmp_path
     whole = distill("jsonl.toml", tmp_path / "whole", *changes)
     assert whole["is_finished"]
     assert whole["accuracy"]["before"]["prompts"] == 4
-    command = [*CLI, "distill", EXAMPLES / "jsonl.toml", "--out", tmp_path / "run", "--set"]
+    command = [
+        python(),
+        *CLI,
+        "distill",
+        EXAMPLES / "jsonl.toml",
+        "--out",
+        tmp_path / "run",
+        "--set",
+    ]
     process = subprocess.Popen(
         [*command, *changes], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, cwd=tmp_path
     )

@@ -5,10 +5,10 @@ from __future__ import annotations
 import json
 import os
 import subprocess
-import sys
 from pathlib import Path
 
 import torch
+from warm_start import python
 
 STUDENT, TEACHER = "Qwen/Qwen3-0.6B", "Qwen/Qwen3-4B"
 PLAIN = """
@@ -32,7 +32,7 @@ def run(*words: str, cwd: Path, hub) -> subprocess.CompletedProcess[str]:
     package, given = str(Path(__file__).parents[2]), os.environ.get("PYTHONPATH", "")
     paths = os.pathsep.join(path for path in (package, given) if path)
     return subprocess.run(
-        [sys.executable, *words],
+        [python(), *words],
         capture_output=True,
         text=True,
         timeout=2900,

@@ -5,12 +5,12 @@ from __future__ import annotations
 import json
 import re
 import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
+from warm_start import python
 
 import opdlab as opd
 from opdlab.diagnose.cost import _saved_per_token, cost
@@ -168,7 +168,7 @@ def test_bad_plans_are_refused():
 
 def opdlab(*words: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run(
-        [sys.executable, "-m", "opdlab.commands.cli", *words],
+        [python(), "-m", "opdlab.commands.cli", *words],
         capture_output=True,
         text=True,
         timeout=2500,

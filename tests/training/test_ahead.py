@@ -75,6 +75,12 @@ def is_same(a: list[torch.Tensor], b: list[torch.Tensor]) -> bool:
     return all(torch.equal(x, y) for x, y in zip(a, b, strict=True))
 
 
+def assert_close(a: list[torch.Tensor], b: list[torch.Tensor]) -> None:
+    """Compare weights of runs whose teachers graded other batches: to a hundredth of a step."""
+    for x, y in zip(a, b, strict=True):
+        torch.testing.assert_close(x, y, rtol=0.0, atol=0.01 * 1e-2)
+
+
 @pytest.fixture(scope="module")
 def undisturbed() -> opd.Run:
     return make(generate_ahead=True).train()
@@ -202,10 +208,12 @@ def members(*made: Elsewhere) -> opd.MultiTeacher:
 
 
 def test_several_teachers_write_ahead_as_one(undisturbed):
-    """Both are the same model, so all numbers are those of one teacher."""
+    """Both are the same model, so all numbers are those of one teacher, up to rounding: each grades
+    its own rows, and products of fewer rows are rounded otherwise.
+    """
     one, other = Elsewhere(), Elsewhere()
     run = make(members(one, other), generate_ahead=True).train()
-    assert is_same(weights(run), weights(undisturbed))
+    assert_close(weights(run), weights(undisturbed))
     assert min(len(one.begun), len(other.begun)) >= 1
     assert all(name.startswith("grade_") for name in one.threads | other.threads)
     pd.testing.assert_frame_equal(numbers(run)[list(numbers(undisturbed))], numbers(undisturbed))
@@ -217,7 +225,7 @@ def test_a_local_teacher_among_several_grades_in_this_thread(undisturbed):
     plain = make(members(Elsewhere(), near), steps=1).train()
     assert numbers(run)["loss"].iloc[0] == numbers(plain)["loss"].iloc[0]
     assert list(run.history["staleness"]) == [0, 1, 1, 1]
-    assert is_same(weights(run), weights(undisturbed))
+    assert_close(weights(run), weights(undisturbed))
 
 
 def test_texts_of_a_step_that_failed_are_saved_too(undisturbed, tmp_path):

@@ -7,7 +7,6 @@ from __future__ import annotations
 import json
 import signal
 import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -15,6 +14,7 @@ import torch
 from peft import PeftModel
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
+from warm_start import python
 
 import opdlab as opd
 from opdlab import errors
@@ -82,7 +82,7 @@ for step in run:
 )
 def test_killed_and_resumed_is_bit_identical(whole, tmp_path, where):
     done = subprocess.run(
-        [sys.executable, "-c", CHILD, str(tmp_path), where],
+        [python(), "-c", CHILD, str(tmp_path), where],
         capture_output=True,
         text=True,
         timeout=2000,

@@ -7,12 +7,12 @@ from __future__ import annotations
 import os
 import re
 import subprocess
-import sys
 
 import pandas as pd
 import pytest
 import torch
 from safetensors.torch import load_file
+from warm_start import python
 
 import opdlab as opd
 
@@ -70,14 +70,15 @@ def run_processes(
     script, processes: int, *arguments: object, variables: dict[str, str] | None = None
 ) -> subprocess.CompletedProcess[str]:
     command = [
-        sys.executable,
+        python(),
         "-m",
         "torch.distributed.run",
         "--standalone",
         f"--nproc-per-node={processes}",
         str(script),
     ]
-    env = {**os.environ, "OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true", **(variables or {})}
+    env = {**os.environ, "OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true"}
+    env |= {"PYTHON_EXEC": python(), **(variables or {})}  # what torchrun starts
     return subprocess.run(
         [*command, *map(str, arguments)],
         capture_output=True,

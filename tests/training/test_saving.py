@@ -15,6 +15,7 @@ import torch
 from peft import LoraConfig, PeftModel
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
+from warm_start import python
 
 import opdlab as opd
 from opdlab import errors
@@ -153,7 +154,7 @@ print("not reached")
 
 def test_a_termination_waits_too_and_then_ends_the_process():
     done = subprocess.run(
-        [sys.executable, "-c", TERMINATED], capture_output=True, text=True, timeout=300, check=False
+        [python(), "-c", TERMINATED], capture_output=True, text=True, timeout=300, check=False
     )
     assert (done.returncode, done.stdout) == (-signal.SIGTERM, "finished\n")
 

@@ -5,10 +5,10 @@ from __future__ import annotations
 import json
 import os
 import subprocess
-import sys
 from pathlib import Path
 
 import pytest
+from warm_start import python
 
 CONFIG = """
 [student]
@@ -47,7 +47,7 @@ def distil(folder: Path, trackers: list[str]) -> dict[str, str]:
         "CUDA_VISIBLE_DEVICES": "",
     }
     done = subprocess.run(
-        [sys.executable, "-m", "opdlab.commands.cli", "distill", "config.toml", "--json"],
+        [python(), "-m", "opdlab.commands.cli", "distill", "config.toml", "--json"],
         capture_output=True,
         text=True,
         timeout=2500,
@@ -76,7 +76,7 @@ def test_tensorboard_and_trackio(tmp_path):
     assert all(line.startswith("    ") or line in ("", "---") for line in shown.splitlines())
 
     done = subprocess.run(
-        [sys.executable, "-c", READ_TRACKIO],
+        [python(), "-c", READ_TRACKIO],
         capture_output=True,
         text=True,
         timeout=2500,

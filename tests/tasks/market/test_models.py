@@ -13,6 +13,7 @@ from pathlib import Path
 import pytest
 import torch
 from torch.nn.functional import cross_entropy
+from warm_start import python
 
 import opdlab as opd
 from opdlab.tasks.market import (
@@ -52,7 +53,7 @@ def test_the_build_is_deterministic(tmp_path):
     sums = []
     for run in ("a", "b"):
         command = [
-            sys.executable,
+            python(),
             "-m",
             "opdlab.tasks.market.build",
             "--out",
