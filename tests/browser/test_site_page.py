@@ -16,7 +16,7 @@ sys.path.insert(0, str(ROOT))  # website/ is part of the repository, not of the 
 from website import build  # noqa: E402
 
 pytestmark = pytest.mark.browser
-PAGES = ("docs/glossary.md", "notebooks/00_start.ipynb")
+PAGES = ("docs/glossary.md", "notebooks/00_start.ipynb", "DOPD")
 PAPER = "node => getComputedStyle(node).backgroundColor"
 
 
@@ -75,6 +75,18 @@ def test_a_page_has_no_serious_problem_and_fits_its_screen(visit, axe, width):
     page.wait_for_selector(".opd-lens[data-mounted]")
     assert page.evaluate("document.documentElement.scrollWidth") <= width
     axe(page, within="body")
+
+
+@pytest.mark.parametrize(("width", "is_beside"), [(480, False), (1200, True)])
+@pytest.mark.parametrize("scheme", ["light", "dark"])
+def test_a_method_has_equation_and_code_side_by_side(visit, axe, width, is_beside, scheme):
+    view = {"width": width, "height": 800}
+    page = visit("methods/dopd.html", viewport=view, color_scheme=scheme)
+    equation, code = (page.locator(".site-pair > div").nth(i).bounding_box() for i in (0, 1))
+    assert (code["x"] >= equation["x"] + equation["width"]) == is_beside
+    assert (code["y"] >= equation["y"] + equation["height"]) == (not is_beside)
+    assert page.evaluate("document.documentElement.scrollWidth") <= width
+    axe(page, within="article")
 
 
 def test_the_search_finds_reverse_kl_without_a_server(visit):
