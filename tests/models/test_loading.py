@@ -233,7 +233,8 @@ def changed(adapter, tmp_path, **fields):
         ({"peft_type": "IA3"}, "of the kind IA3, and opdlab works with LoRA"),
     ],
 )
-def test_adapters_that_cannot_be_used_are_told(fields, said, adapter, tmp_path):
+def test_adapters_that_cannot_be_used_are_told(fields, said, adapter, tmp_path, monkeypatch):
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)  # it is asked in vain
     with pytest.raises(InvalidValue, match=said):
         Policy.load(changed(adapter[0], tmp_path, **fields), device="cpu")
 
