@@ -11,13 +11,14 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import TYPE_CHECKING, Any, Protocol, overload, runtime_checkable
 
 from torch import Tensor
 
 from opdlab.data.column import Column
+from opdlab.data.formula import read_formula
 from opdlab.engine.batch import Batch
 from opdlab.engine.needs import parse_needs
 from opdlab.errors import InvalidValue
@@ -161,11 +162,13 @@ class FunctionMethod:
         function: The loss, `rows -> [n]`.
         needs: The policies that it reads.
         planner: Its plan, `batch -> columns`, or None.
+        formula: The formula of the loss (`opdlab.data.formula`); "" for none.
     """
 
     function: Loss
     needs: tuple[str, ...]
     planner: Planner | None = None
+    formula: str = ""
 
     def plan(self, batch: Batch) -> Columns:
         """Call the planner.
@@ -195,12 +198,12 @@ class FunctionMethod:
 
 
 @overload
-def method(needs: Loss, plan: Planner | None = None) -> FunctionMethod: ...
+def method(needs: Loss, plan: Planner | None = None, formula: str = "") -> FunctionMethod: ...
 @overload
 def method(
-    needs: Sequence[str] = DEFAULT_NEEDS, plan: Planner | None = None
+    needs: Sequence[str] = DEFAULT_NEEDS, plan: Planner | None = None, formula: str = ""
 ) -> Callable[[Loss], FunctionMethod]: ...
-def method(needs: Any = DEFAULT_NEEDS, plan: Planner | None = None) -> Any:
+def method(needs: Any = DEFAULT_NEEDS, plan: Planner | None = None, formula: str = "") -> Any:
     """Make a method of a loss function, as a decorator with or without arguments.
 
         @opdlab.method(needs=("teacher", "reference"))
@@ -209,20 +212,25 @@ def method(needs: Any = DEFAULT_NEEDS, plan: Planner | None = None) -> Any:
     Args:
         needs: The names of the policies that the loss reads; one name may be given alone.
         plan: The method's plan, a function of the batch.
+        formula: The formula of the loss, one line over the columns of a trace
+            (`opdlab.data.formula`), for `viz.Equation`. The computation is the function's alone.
 
     Returns:
         A method, or a decorator that makes one.
 
     Raises:
-        InvalidValue: A name cannot be read, or a function does not take what it is given.
+        InvalidValue: A name or the formula cannot be read, or a function does not take what it is
+            given.
     """
+    if formula:
+        read_formula(formula, "opdlab.method's formula")
     if callable(needs):
-        return method_of_function(needs, DEFAULT_NEEDS, plan)
+        return _with_formula(method_of_function(needs, DEFAULT_NEEDS, plan), formula)
     names = (needs,) if isinstance(needs, str) else needs
     parse_needs(names, "opdlab.method")
 
     def decorate(function: Loss) -> FunctionMethod:
-        return method_of_function(function, names, plan)
+        return _with_formula(method_of_function(function, names, plan), formula)
 
     return decorate
 
@@ -337,7 +345,7 @@ def method_of_function(function: Any, needs: Sequence[str], plan: Planner | None
     name = name_of(function)
     names = tuple(str(need) for need in parse_needs(needs, name))
     if isinstance(function, FunctionMethod):
-        return FunctionMethod(function.function, names, plan or function.planner)
+        return replace(function, needs=names, planner=plan or function.planner)
     if plan is not None:
         if not callable(plan):
             raise InvalidValue(
@@ -349,6 +357,10 @@ def method_of_function(function: Any, needs: Sequence[str], plan: Planner | None
         return FunctionMethod(partial(_loss_of_pair, function), names, plan)
     check_takes_one(function, name, "rows")
     return FunctionMethod(function, names, plan)
+
+
+def _with_formula(method: FunctionMethod, formula: str) -> FunctionMethod:
+    return replace(method, formula=formula or method.formula)
 
 
 def _loss_of_pair(pair: Callable[..., Tensor], rows: Rows) -> Tensor:

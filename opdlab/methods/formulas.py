@@ -1,9 +1,10 @@
 """The formulas of methods, as traces keep them and pictures fill them in.
 
 A method of a user's own declares one as an attribute, `formula = "sum(student * log(student /
-teacher))"` (`opdlab.data.formula` says what it may hold). Forms that no line of columns describes
-have none: functions of a user's own without that attribute, and losses that put together all tokens
-outside of a top k. Pictures then show what went into the loss and what came out.
+teacher))"`, or as an argument of `opdlab.method` (`opdlab.data.formula` says what it may hold).
+Forms that no line of columns describes have none: functions of a user's own that declare none, and
+losses that put together all tokens outside of a top k. Pictures then show what went into the loss
+and what came out.
 """
 
 from __future__ import annotations
@@ -14,7 +15,7 @@ from typing import Any
 
 from opdlab.data.formula import read_formula
 from opdlab.methods.combined import Combined
-from opdlab.methods.contract import HasFormula
+from opdlab.methods.contract import FunctionMethod, HasFormula
 from opdlab.methods.dopd import DOPD, TEACHER, Route
 from opdlab.methods.eopd import EOPD
 from opdlab.methods.feedback import RLSD, SDAR, SDPO
@@ -49,6 +50,8 @@ def formula_of(method: Any) -> str:
         InvalidValue: The method declares something that is no formula.
     """
     # An attribute of that name that is no text is something of the method's own.
+    if isinstance(method, FunctionMethod) and not method.formula:
+        return ""
     if isinstance(method, HasFormula) and isinstance(method.formula, str):
         return read_formula(method.formula, f"{type(method).__name__}.formula").text
     write = _FORMULAS.get(type(method))

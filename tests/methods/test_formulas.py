@@ -92,6 +92,24 @@ def test_methods_without_a_formula_and_those_of_a_user():
         opd.distill(student, teacher, task, method=Mine(), steps=1, quiet=True)
 
 
+def test_a_function_declares_its_formula_to_the_decorator():
+    text = "student_logp - teacher_logp"
+
+    @opd.method(formula=text)
+    def gap(rows):
+        return rows.logp - rows.logp_of("teacher")
+
+    assert formula_of(gap) == formula_of(opd.method(gap)) == text
+    assert formula_of(opd.method(lambda rows: rows.logp)) == ""
+    student, teacher, task = opd.load("market")
+    rollout = student.sample(task.prompts(2), max_new_tokens=6)
+    view = opd.viz.Equation(opd.score(rollout, student, teacher, method=gap))
+    assert view.formula.text == text
+    np.testing.assert_allclose(view.values, view.trace.column("loss"), atol=1e-5)
+    with pytest.raises(InvalidValue, match=r"^opdlab\.method's formula"):
+        opd.method(formula="student_logp -")
+
+
 def test_a_hinted_teacher_stands_in_quotes():
     text = divergence_formula("reverse_kl", {}, "teacher+hint")
     assert read_formula(text).policies == ["student", "teacher+hint"]
