@@ -27,10 +27,10 @@ from opdlab.data.sampling_config import SamplingConfig
 from opdlab.data.seeds import seed_of
 from opdlab.engine import signals
 from opdlab.engine.batch import Batch
+from opdlab.engine.kept_tokens import KeptTokens
 from opdlab.engine.loss_contract import adding_note
 from opdlab.engine.passes import Pass
 from opdlab.engine.planned import Planned, run_plan
-from opdlab.engine.top_tokens import TopTokens
 from opdlab.errors import NonFinite
 from opdlab.methods.contract import writer_names
 from opdlab.models.graded import Graded, States
@@ -52,7 +52,7 @@ class Learned:
     Attributes:
         columns: `loss`, `grad_norm`, `sampler_gap` and the numbers of `signals.cheap` of every
             token, `[tokens]` each; `importance` where the gap is corrected. With
-            `Settings.trace_k` also what `TopTokens` keeps, `[tokens, S]`.
+            `Settings.trace_k` also what `KeptTokens` keeps, `[tokens, S]`.
         weight: Each token's share in the loss of the step, over all processes, `[tokens]`; times
             its importance where the gap is corrected.
         grad_norm: Length of the gradient of all parameters, before clipping.
@@ -232,7 +232,7 @@ def accumulate_gradient(run: RunState, planned: Planned, written: Rollout) -> Le
     passes = _run_passes(run, planned, weight)
     columns = {name: torch.cat([one.columns[name] for one in passes]) for name in passes[0].columns}
     if run.settings.trace_k:
-        columns = TopTokens(run.settings.trace_k).blank(columns, rollout.learned)
+        columns = KeptTokens(run.settings.trace_k).blank(columns, rollout.learned)
     columns["loss"] = torch.cat([one.loss for one in passes])
     if corrected:  # the engine gives the norm of each token's gradient without its weight
         columns["grad_norm"] = columns["grad_norm"] * corrected["importance"]
@@ -316,7 +316,7 @@ def _watch(k: int) -> dict[str, Any]:
     """What a loss pass notes beside loss and gradient: with `k`, top tokens and slopes on them."""
     if not k:
         return {"watch": signals.watched}
-    top = TopTokens(k)
+    top = KeptTokens(k)
     return {
         "watch": lambda rows: signals.watched(rows) | top.measure(rows),
         "slopes": top.slopes,

@@ -79,7 +79,7 @@ class Settings:
         trace_k: Top tokens of each policy that a step keeps for `step.trace()`, from before its
             update, with the slopes of the loss on them; 0 keeps none, and more than the vocabulary
             are refused. Changes no number of training. It costs 424 bytes per token with 8 and
-            two policies (`opdlab.engine.top_tokens`).
+            two policies (`opdlab.engine.kept_tokens`).
 
     Raises:
         InvalidValue: A value that cannot be right, alone or beside another.

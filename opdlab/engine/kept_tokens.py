@@ -18,7 +18,7 @@ from opdlab.models.graded import TopLogprobs
 
 
 @dataclass(frozen=True)
-class TopTokens:
+class KeptTokens:
     """Keep the likeliest tokens of every policy, and the slopes of the loss on them.
 
     With `P` policies, `S = 1 + k P` tokens are kept at most, in `16 S + 4 P (S + 1) + 8` bytes per
