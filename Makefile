@@ -36,7 +36,7 @@ test: $(ENV)/test.done $(ENV)/small.done  ## style, types, unit tests (Python an
 	@$(BIN)/ruff check .
 	@$(BIN)/ruff format --check .
 	@$(BIN)/mypy
-	@OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile
+	@OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 3 --dist loadfile
 	@OPDLAB_PROFILE=ci OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --nbmake --nbmake-timeout=900 notebooks
 
 MINUTES ?= 10
@@ -107,7 +107,8 @@ $(ENV)/bin/python:
 	@echo "opdlab: making $(ENV) with $$($(PYTHON) --version)"
 	@$(PYTHON) -m venv $(ENV)
 
-HASHED := --disable-pip-version-check -q --require-hashes --no-deps
+# Files are compiled when they are first imported, which most never are.
+HASHED := --disable-pip-version-check -q --require-hashes --no-deps --no-compile
 
 define install
 	@echo "opdlab: installing $(1) (the first time this downloads about 1 GB and takes some minutes)"

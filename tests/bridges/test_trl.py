@@ -373,7 +373,7 @@ LAUNCH = ("accelerate.commands.accelerate_cli", "launch", "--config_file", CONFI
 
 def in_two_processes(launcher, folder, *names):
     env = os.environ | {"OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true"}
-    env["PYTHONPATH"] = os.pathsep.join([str(HERE), str(HERE.parents[1])])
+    env["PYTHONPATH"] = os.pathsep.join(map(str, (HERE, HERE.parent, HERE.parents[1])))
     env["PYTHON_EXEC"] = python()  # what torchrun starts
     script = str(HERE / "two_trl_processes.py")
     command = [python(), "-m", *launcher, script, str(folder), *names]

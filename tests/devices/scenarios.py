@@ -94,10 +94,11 @@ COMPARED = ("loss", "reverse_kl", "entropy", "length", "cut", "reward", "tokens"
 
 
 def train(places: tuple[str, str], method: object, **settings: object) -> opd.Run:
-    """A run of two steps; `run.history` has its numbers."""
+    """A run, of two steps for plain OPD and one for the others; `run.history` has its numbers."""
     student, teacher = load("student", places[0]), load("teacher", places[1])
     task = opd.load("market")[2]
-    options = {"steps": 2, "batch": 2, "max_new_tokens": 8, "lr": 1e-3, **settings}
+    steps = 2 if type(method) is opd.OPD else 1
+    options = {"steps": steps, "batch": 2, "max_new_tokens": 8, "lr": 1e-3, **settings}
     if isinstance(method, opd.SFT):
         del options["max_new_tokens"]  # nothing is sampled
     run = opd.distill(student, teacher, task, method=method, quiet=True, **options)

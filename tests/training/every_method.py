@@ -9,6 +9,7 @@ run in `OTHER`, by another number of processes.
 from __future__ import annotations
 
 import json
+import os
 import sys
 from dataclasses import dataclass
 from pathlib import Path
@@ -138,11 +139,31 @@ def other_teachers(base: opd.Policy, teacher: opd.Policy) -> dict[str, object]:
     }
 
 
+# What the number of processes decides: means and quantiles of a plan, who writes, groups, averages,
+# several teachers, texts written ahead. Three processes run these, two run all.
+IN_THREE = (
+    "OPD full",
+    "OPD mixed",
+    "OmniOPD random",
+    "SelfDistillation",
+    "GRPO",
+    "TurnOPD",
+    "Combined",
+    "many teachers",
+    "ahead",
+    AHEAD,
+    "own plan",
+)
+
+
 def main(folder: Path, other: Path | None) -> None:
     """Train with every method, evaluate, score and resume."""
+    is_three = os.environ.get("WORLD_SIZE") == "3"
     base, teacher, task = opd.load("market")
     teachers = other_teachers(base, teacher)
     for name, (method, settings) in methods().items():
+        if is_three and name not in IN_THREE:
+            continue
         chosen = teachers.get(name, teacher)
         options = {"steps": 2, "batch": 5, "max_new_tokens": 12, "seed": 3, "lr": LR}
         options |= {"quiet": True, "save": folder / name, "save_every": 1, **settings}
