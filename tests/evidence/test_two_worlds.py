@@ -60,3 +60,18 @@ def test_the_recorded_verdicts_seed_by_seed(recorded, world):
     verdicts = [found.at_seed(seed).share.verdict for seed in found.seeds]
     assert set(verdicts) <= {VERDICTS[world], Verdict.UNCLEAR}
     assert verdicts.count(VERDICTS[world]) >= ALONE[world] * len(verdicts)
+
+
+def test_the_recorded_rules(recorded):
+    """Rules find the tokens that decide better than chance, and training on them beats chance."""
+    ranking, rules = recorded["ranking"], recorded["rules"]
+    for world, truth in (("sharpening", "matters"), ("sharpening", "harms"), ("market", "skill")):
+        rows = {row["rule"]: row for row in ranking[world]["rules"][truth]}
+        chance = rows.pop("random")
+        assert abs(chance["auroc"] - 0.5) < 0.1
+        assert all(row["low"] > 0.5 for row in rows.values())
+        assert rows["gap"]["auroc"] == max(row["auroc"] for row in rows.values())
+    scores = {name: one["accuracy"] for name, one in rules.items() if name != "before"}
+    assert min(scores, key=scores.__getitem__) == "random"
+    assert max(scores, key=scores.__getitem__) == "all tokens"
+    assert {one["seeds"] for name, one in rules.items() if name != "before"} == {3}
