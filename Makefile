@@ -30,12 +30,11 @@ docs: $(ENV)/docs.done  ## the documentation site, into build/docs/site, without
 	@OMP_NUM_THREADS=1 $(BIN)/python -m website.build $(ARGS)
 
 test: $(ENV)/test.done $(ENV)/small.done  ## style, types, unit tests (Python and JavaScript), browser tests, notebooks
-	@sh tests/browser/install.sh
-	@sh tests/javascript/check.sh
-	@$(BIN)/python -m tests.imitation_hub.tokenizer_files
 	@$(BIN)/ruff check .
 	@$(BIN)/ruff format --check .
-	@$(BIN)/mypy
+	@# mypy beside what mostly waits for the network
+	@$(BIN)/mypy & types=$$!; sh tests/browser/install.sh && sh tests/javascript/check.sh \
+	  && $(BIN)/python -m tests.imitation_hub.tokenizer_files; others=$$?; wait $$types && exit $$others
 	@OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 3 --dist loadfile
 	@OPDLAB_PROFILE=ci OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --nbmake --nbmake-timeout=900 notebooks
 
