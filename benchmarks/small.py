@@ -6,8 +6,9 @@ The world is that of `benchmarks/small_world.py`. Every method makes as many upd
 texts. Where a method has the teacher read or write more than plain OPD does, it is also evaluated
 at the update at which it has spent as many teacher's tokens as plain OPD in all. Each finished run
 is kept in `runs/bench-small/runs`, so the command goes on where it was stopped, and everything so
-far is written to `results/small.json`, with what has not run. `--show` prints that file. `--quick`
-makes two updates a run, with one seed, in a folder of its own.
+far is written to `results/small.json`, with what has not run. A run of a method that this file has
+for the same world and settings is not made again; remove the file to make all anew. `--show` prints
+it. `--quick` makes two updates a run, with one seed, in a folder of its own.
 """
 
 from __future__ import annotations
@@ -328,7 +329,7 @@ class Bench:
                     self.add(name, seed)
 
     def take_up(self) -> None:
-        """Take over the results of methods that are not run now, if they are of the same world."""
+        """Take over the results that are written already, if they are of the same world."""
         stored = json.loads(self.path.read_text()) if self.path.exists() else {}
         same = stored.get("settings") == asdict(self.scale)
         if not same or stored.get("before") != self.before:
@@ -339,6 +340,9 @@ class Bench:
             self.controls = opd.Controls.from_json(stored["controls"])
 
     def add(self, name: str, seed: int) -> None:
+        """Run a method with a seed, unless its result is known."""
+        if str(seed) in self.runs.get(name, {}):
+            return
         plain = self.runs.get(PLAIN, {}).get(str(seed))
         budget = None if plain is None else sum(plain["teacher"].values())
         found = run_one(self.world, name, seed, self.scale, self.folder, budget)
