@@ -76,9 +76,17 @@ def is_same(a: list[torch.Tensor], b: list[torch.Tensor]) -> bool:
 
 
 def assert_close(a: list[torch.Tensor], b: list[torch.Tensor]) -> None:
-    """Compare weights of runs whose teachers graded other batches: to a hundredth of a step."""
-    for x, y in zip(a, b, strict=True):
-        torch.testing.assert_close(x, y, rtol=0.0, atol=0.01 * 1e-2)
+    """Compare weights of runs whose teachers graded other batches: all moved alike.
+
+    Products of other batches are rounded otherwise, and Adam makes whole steps of a gradient that
+    is all rounding. So single weights may differ, all weights together by a hundredth of the way
+    that they went.
+    """
+    before = weights(make())
+    apart = sum((x - y).square().sum() for x, y in zip(a, b, strict=True))
+    way = sum((x - y).square().sum() for x, y in zip(b, before, strict=True))
+    assert way > 0
+    assert apart <= 0.01**2 * way
 
 
 @pytest.fixture(scope="module")
@@ -216,7 +224,8 @@ def test_several_teachers_write_ahead_as_one(undisturbed):
     assert_close(weights(run), weights(undisturbed))
     assert min(len(one.begun), len(other.begun)) >= 1
     assert all(name.startswith("grade_") for name in one.threads | other.threads)
-    pd.testing.assert_frame_equal(numbers(run)[list(numbers(undisturbed))], numbers(undisturbed))
+    found = numbers(run)[list(numbers(undisturbed))]
+    pd.testing.assert_frame_equal(found, numbers(undisturbed), rtol=1e-3, atol=1e-6)
 
 
 def test_a_local_teacher_among_several_grades_in_this_thread(undisturbed):
