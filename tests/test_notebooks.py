@@ -21,16 +21,20 @@ NOTEBOOKS = sorted(FOLDER.glob("*.ipynb"))
 WIDGET = "application/vnd.jupyter.widget-view+json"
 FOLDER_OF_A_MACHINE = re.compile(r"/(?:home|root|work|Users|tmp)/")
 TASK = re.compile(r"^\| .+ \| (\d+) \| ([●○]{3}) \|$", re.MULTILINE)
-TOTAL = re.compile(r"\*\*What you will do\*\*(?: \((\d+) minutes with the exercises\))?")
+TOTAL = re.compile(
+    r"\*\*What you will do\*\*"
+    r"(?: \((\d+) minutes(?: with the exercises|, and a project of (\d+))\))?"
+)
 POINTS = re.compile(r"^\| .+ \| (\d+) \|$", re.MULTILINE)
-WITH_PROJECT = ("01", "13", "24", "32", "41", "50")  # 01, and the last ones of the series' parts
+WITH_PROJECT = ("01", "13", "24", "32", "41", "50")
 LINK = re.compile(r"\]\(([^)#\s]+)\)")
 STUB = re.compile(r'exercise\("([^"]+)"\)\ndef (\w+)\(.*\):\n    raise NotImplementedError')
 SOLUTION = re.compile(r"<summary>Solution</summary>\s*```python\n(.*?)```\s*</details>", re.DOTALL)
 INDEX_ROW = re.compile(r"^\| \d\d \| \[\w+\]\((\w+\.ipynb)\) \|", re.MULTILINE)
 
 MINUTES = re.compile(
-    r"^\| \d\d \| \[(\w+)\]\(.+ \| (\d+)(, and a project)? \|[^|]+\|$", re.MULTILINE
+    r"^\| \d\d \| \[(\w+)\]\(.+ \| (\d+)(, and a project)?(?: of (\d+))? \|[^|]+\|$",
+    re.MULTILINE,
 )
 
 
@@ -107,7 +111,7 @@ def test_says_what_there_is_to_do_with_minutes_and_difficulty(text):
     assert len(tasks) >= 5
     minutes = sum(int(number) for number, _ in tasks)
     said = TOTAL.search(plan)
-    assert said[1] is None or int(said[1]) == minutes
+    assert said[1] is None or int(said[1]) + int(said[2] or 0) == minutes
     assert "●○○" in [difficulty for _, difficulty in tasks]  # an easy beginning
     assert "glossary.md" in plan
 
@@ -116,7 +120,7 @@ def test_asks_for_a_prediction_before_a_result(text):
     assert any("**Predict first" in source for source in text)
 
 
-def test_parts_of_the_series_end_with_a_project_and_its_rubric(path, text):
+def test_projects_have_a_rubric(path, text):
     projects = [source for source in text if "## Project · " in source]
     assert len(projects) == (path.stem[:2] in WITH_PROJECT)
     for project in projects:
@@ -159,16 +163,16 @@ def _list_imports(code):
 
 
 def test_the_index_says_the_minutes_of_the_notebook(path, text):
-    """Without those of the project, which the index only mentions."""
+    """Those of a project stand apart, in the notebook as in the index."""
     index = (FOLDER / "README.md").read_text(encoding="utf-8")
-    said = {
-        name: (int(minutes), bool(project)) for name, minutes, project in MINUTES.findall(index)
-    }
+    found = {name: said for name, *said in MINUTES.findall(index)}
+    minutes, project, of_project = found[path.stem]
     (plan,) = [source for source in text if TOTAL.search(source)]
     tasks = [line for line in plan.splitlines() if TASK.match(line)]
     lessons = [line for line in tasks if not line.startswith("| Project")]
-    minutes = sum(int(TASK.match(line)[1]) for line in lessons)
-    assert said[path.stem] == (minutes, len(lessons) < len(tasks))
+    assert int(minutes) == sum(int(TASK.match(line)[1]) for line in lessons)
+    assert bool(project) == (len(lessons) < len(tasks))
+    assert not of_project or TOTAL.search(plan)[2] == of_project
 
 
 def test_the_index_lists_all():
