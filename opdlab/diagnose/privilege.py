@@ -60,6 +60,9 @@ SHOWN = (
     "entropy",
     "teacher_weight",
 )
+# How the effects of the own and of another prompt's hint are read, in nats per token.
+MOVED = 0.05  # less hardly moves a policy
+MUCH = 2.0  # times as far is much farther
 
 
 @dataclass(frozen=True, eq=False)
@@ -70,7 +73,9 @@ class Privilege:
         tokens: One row per token, with every number of `split_gap`.
         controls: The effect of other hints, by type: how far each kind of hint moves the teacher
             and the hinted student (forward KL from the same policy without a hint), and the gap
-            under it.
+            under it. `another's` near `own`: the teacher repeats its hint, right or wrong.
+            `another's` much larger: the teacher did not need its hint, and follows one that is
+            wrong; it grades for copying. `sentence` says which it is.
         leak: Share of prompts whose rendering for the deployed student changes with the hint. At
             anything but 0, the student reads a hint that it will not have.
     """
@@ -106,7 +111,37 @@ class Privilege:
             f" {m['capability']:+.3f}, information {m['information']:+.3f} (interaction"
             f" {m['interaction']:+.3f}). KL(T_xp || S_x) is {m['forward_kl']:.3f}; what the hint"
             f" tells the teacher, {m['floor']:.3f}{under}. DOPD would give the teacher a weight of"
-            f" {m['teacher_weight']:.2f}. {leak}"
+            f" {m['teacher_weight']:.2f}.{self._read_control()} {leak}"
+        )
+
+    def _read_control(self) -> str:
+        """What another prompt's hint does to the teacher, in words; "" where none was tried.
+
+        A type of tokens is named only where it shows a teacher that follows wrong hints and the
+        mean over all tokens does not.
+        """
+        if self.controls.empty or "another's" not in self.controls.index.unique("hint"):
+            return ""
+        moves = self.controls["teacher_moves"].unstack("hint")
+        kinds = [kind for kind in moves.index if _follows_wrong_hints(moves.loc[kind])]
+        kind = max(kinds, key=lambda one: moves.loc[one, "another's"], default="all")
+        kind = "all" if "all" in kinds else kind
+        own, others = moves.loc[kind, "own"], moves.loc[kind, "another's"]
+        if kind in kinds:
+            reading = (
+                "it did not need its hint, and follows one that is wrong. It grades for copying:"
+                " one wrong hint teaches an error"
+            )
+        elif max(own, others) < MOVED:
+            reading = "hints hardly move it"
+        elif others > own / MUCH:
+            reading = "it repeats its hint, right or wrong"
+        else:
+            reading = "it uses a hint where it fits the prompt"
+        where = "" if kind == "all" else f" (tokens of type {kind})"
+        return (
+            f" Its own hint moves the teacher by {own:.3f}, another prompt's by"
+            f" {others:.3f}{where}: {reading}."
         )
 
     def __str__(self) -> str:
@@ -183,6 +218,12 @@ def privilege(
     tokens = make_token_table(rollout, columns, task, student.tokenizer)
     moved = _try_other_hints(rollout, policies, tokens) if controls else pd.DataFrame()
     return Privilege(tokens, moved, _find_leak(student, rollout))
+
+
+def _follows_wrong_hints(moves: pd.Series) -> bool:
+    """Whether another prompt's hint moves the teacher, and much farther than its own."""
+    own, others = float(moves["own"]), float(moves["another's"])
+    return others >= MOVED and others > MUCH * own
 
 
 def split_gap(rows: Rows, limits: tuple[float, float], method: DOPD) -> dict[str, Tensor]:

@@ -13,9 +13,9 @@ import pandas as pd
 import pytest
 import torch
 
-from opdlab import DOPD, Policy, Prompt, exact, tasks
+from opdlab import DOPD, Policy, Prompt, exact, load, tasks
 from opdlab.diagnose import information_floor, privilege
-from opdlab.diagnose.privilege import split_gap
+from opdlab.diagnose.privilege import SHOWN, Privilege, split_gap
 from opdlab.diagnose.tables import to_html
 from opdlab.engine.rows import Rows
 from opdlab.errors import MissingHint, MissingPolicy
@@ -244,6 +244,40 @@ def test_controls_try_another_prompts_hint_and_none(pair):
         "all", level="type"
     )
     assert constant.index.tolist() == ["own", "none"]  # a text for all has no other
+
+
+@pytest.mark.parametrize(
+    ("own", "others", "reading"),
+    [
+        ([0.02, 0.02], [1.12, 1.6], "another prompt's by 1.120: it did not need its hint, and"),
+        ([0.6, 2.0], [0.7, 2.1], "another prompt's by 0.700: it repeats its hint, right or wrong."),
+        ([0.6, 2.0], [0.1, 0.3], "another prompt's by 0.100: it uses a hint where it fits"),
+        ([0.001, 0.0], [0.002, 0.0], "another prompt's by 0.002: hints hardly move it."),
+        # One type follows wrong hints, and the mean over all tokens does not say so.
+        ([1.0, 0.0], [1.0, 0.8], "another prompt's by 0.800 (tokens of type copy): it did not"),
+    ],
+)
+def test_the_sentence_reads_the_control(own, others, reading):
+    kinds = ["all", "copy"]
+    index = pd.MultiIndex.from_product(
+        [kinds, ["own", "another's", "none"]], names=["type", "hint"]
+    )
+    moves = [value for pair in zip(own, others, [0.0, 0.0], strict=True) for value in pair]
+    tokens = pd.DataFrame(0.0, index=[0], columns=[*SHOWN])
+    found = Privilege(tokens, pd.DataFrame({"teacher_moves": moves}, index=index), 0.0)
+    assert reading in found.sentence
+    without = Privilege(tokens, found.controls.drop("another's", level="hint"), 0.0)
+    for nothing in (without, Privilege(tokens, pd.DataFrame(), 0.0)):
+        assert "Its own hint" not in nothing.sentence
+
+
+def test_a_teacher_that_follows_wrong_hints_is_named():
+    """The teacher of the plain market knows the answer, and leaves it where a hint says so."""
+    found = privilege(*load("market"), prompts=4)
+    moves = found.controls["teacher_moves"]["all"]
+    assert moves["own"] < 0.1
+    assert moves["another's"] > 0.5
+    assert "It grades for copying" in found.sentence
 
 
 def test_a_student_that_reads_hints_is_reported_as_a_leak(pair, prompts):
