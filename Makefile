@@ -36,7 +36,7 @@ test: $(ENV)/test.done $(ENV)/small.done  ## style, types, unit tests (Python an
 	@$(BIN)/mypy & types=$$!; sh tests/browser/install.sh && sh tests/javascript/check.sh \
 	  && $(BIN)/python -m tests.imitation_hub.tokenizer_files; others=$$?; wait $$types && exit $$others
 	@OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 3 --dist loadfile
-	@OPDLAB_PROFILE=ci OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --nbmake --nbmake-timeout=900 notebooks
+	@OPDLAB_PROFILE=ci OMP_NUM_THREADS=1 $(BIN)/python -m tests.warm_start $(BIN)/python -m pytest -n 2 --nbmake --nbmake-timeout=900 notebooks
 
 MINUTES ?= 10
 stress: $(ENV)/test.done  ## the tests of robustness in their long form: MINUTES of fuzzing each, 1,000 damages, 30 kills
