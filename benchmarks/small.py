@@ -340,8 +340,9 @@ class Bench:
             self.controls = opd.Controls.from_json(stored["controls"])
 
     def add(self, name: str, seed: int) -> None:
-        """Run a method with a seed, unless its result is known."""
-        if str(seed) in self.runs.get(name, {}):
+        """Run a method with a seed, or load what was kept, unless only its result is left."""
+        is_kept = (self.folder / "runs" / f"{name}-{seed}.json").exists()
+        if str(seed) in self.runs.get(name, {}) and not is_kept:
             return
         plain = self.runs.get(PLAIN, {}).get(str(seed))
         budget = None if plain is None else sum(plain["teacher"].values())

@@ -100,6 +100,12 @@ def test_the_command_runs_to_its_end_and_skips_what_is_kept(tiny, tmp_path, caps
     written = more["methods"]["soda"]["runs"]["0"]["teacher"]["written"]
     assert 0 < written <= 2 * 4 * small_world.MAX_NEW_TOKENS
 
+    lost = tmp_path / "quick" / "runs" / "soda-0.json"
+    lost.unlink()
+    small.main(only=("soda",), **options)  # its result is enough
+    assert json.loads((tmp_path / "quick" / "small.json").read_text())["methods"] == more["methods"]
+    assert not lost.exists()
+
     kept = tmp_path / "quick" / "runs" / "sft-0.json"
     kept.write_text(json.dumps({**json.loads(kept.read_text()), "identity": "other"}))
     with pytest.raises(SystemExit, match=r"sft-0\.json is of another world"):

@@ -1,0 +1,120 @@
+"""Write the tables of the real model into benchmarks/README.md, from results/small.json.
+
+    python -m benchmarks.small_tables
+
+Each table stands between two comments, `<!-- small: NAME -->` and `<!-- end -->`.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+import opdlab as opd
+from benchmarks.controls import describe_gain
+
+HERE = Path(__file__).parent
+PAGE, RESULT = HERE / "README.md", HERE / "results" / "small.json"
+
+ARMS = {
+    "teacher": "the method with its teacher",
+    "no_teacher": "no teacher: penalty on unlikely tokens",
+    "no_teacher_adaptive": "no teacher: the same, by entropy",
+    "shuffled": "the teacher's grades of other texts",
+    "sign": "only the sign of the teacher's grades",
+    "other_direction": "the other direction of the KL",
+    "teacher_texts": "SFT on the teacher's texts",
+    "own_texts": "no teacher: SFT on its own texts",
+}
+
+
+def methods_table(data: Mapping[str, Any]) -> str:
+    """Accuracy and gain of all methods, the best first, and at as many teacher's tokens as OPD."""
+    lines = [
+        "| method | seeds | greedy | gain | samples | gain | teacher's tokens | CPU s |",
+        "| --- | --- | --- | --- | --- | --- | --- | --- |",
+    ]
+    for name, label in (("student", "the student before training"), ("teacher", "the teacher")):
+        found = data["world"][name]
+        lines.append(f"| {label} | | {found['accuracy']:.3f} | | {found['sampled']:.3f} | | | |")
+    methods = sorted(data["methods"].values(), key=lambda one: -one["greedy"]["accuracy"])
+    for one in methods:
+        counts = {kind: one[f"teacher_{kind}"] for kind in ("graded", "written")}
+        tokens = ", ".join(f"{count:.0f} {kind}" for kind, count in counts.items() if count)
+        seconds = "" if one["cpu_seconds"] is None else f"{one['cpu_seconds']:.0f}"
+        lines.append(
+            _row(one["label"], f"{one['greedy']['seeds']}", one, tokens or "none", seconds)
+        )
+        if "equal_teacher_tokens" in one:
+            equal = one["equal_teacher_tokens"]
+            label = f"… after {equal['updates']:.0f} updates, as many tokens as OPD"
+            lines.append(_row(label, "", equal, "", ""))
+    return "\n".join(lines)
+
+
+def _row(label: str, seeds: str, of: Mapping[str, Any], tokens: str, seconds: str) -> str:
+    numbers = []
+    for kind in ("greedy", "sampled"):
+        numbers += [f"{of[kind]['accuracy']:.3f}", _gain(of[kind])]
+    return f"| {label} | {seeds} | {' | '.join(numbers)} | {tokens} | {seconds} |"
+
+
+def _gain(of: Mapping[str, Any]) -> str:
+    return f"{of['gain']:+.3f} [{of['low']:+.3f}, {of['high']:+.3f}]".replace("-", "−")
+
+
+def controls_table(data: Mapping[str, Any]) -> str:
+    """Accuracy and gain of the controls' arms, the best first."""
+    controls = opd.Controls.from_json(data["controls"])
+    before = {kind: np.asarray(data["before"][kind]) for kind in ("greedy", "sampled")}
+    rows = [
+        (
+            before["greedy"].mean(),
+            f"| the student before training | | {before['greedy'].mean():.3f} | |"
+            f" {before['sampled'].mean():.3f} |",
+        )
+    ]
+    for name, arm in controls.arms.items():
+        gain = describe_gain(np.asarray(arm.greedy), before["greedy"])
+        rows.append(
+            (
+                gain["accuracy"],
+                f"| {ARMS[name]} | {len(arm.seeds)} | {gain['accuracy']:.3f} | {_gain(gain)} |"
+                f" {np.mean(arm.sampled):.3f} |",
+            )
+        )
+    head = "| arm | seeds | greedy | gain | samples |\n| --- | --- | --- | --- | --- |"
+    return "\n".join([head, *(row for _, row in sorted(rows, key=lambda row: -row[0]))])
+
+
+TABLES: dict[str, Callable[[Mapping[str, Any]], str]] = {
+    "methods": methods_table,
+    "controls": controls_table,
+}
+
+
+def fill(page: str, data: Mapping[str, Any]) -> str:
+    """Replace every table of the page.
+
+    Args:
+        page: The text of benchmarks/README.md.
+        data: What results/small.json holds.
+
+    Returns:
+        The page with the tables of these results.
+    """
+    for name, make in TABLES.items():
+        place = re.compile(rf"(<!-- small: {name} -->\n).*?(\n<!-- end -->)", re.DOTALL)
+        table = make(data)
+        page = place.sub(lambda found, table=table: f"{found[1]}\n{table}\n{found[2]}", page)
+    return page
+
+
+if __name__ == "__main__":
+    filled = fill(PAGE.read_text("utf-8"), json.loads(RESULT.read_text("utf-8")))
+    PAGE.write_text(filled, "utf-8")
