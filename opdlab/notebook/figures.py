@@ -22,6 +22,15 @@ GREEN = "#009E73"
 PINK = "#CC79A7"
 HUES = (TEACHER, STUDENT, GREEN, AMOUNT, PINK, GREY)
 
+# Names that several notebooks draw, each with one colour in all of them.
+COLOURS = {
+    "reverse KL": STUDENT,
+    "forward KL": GREEN,
+    "Jensen-Shannon": AMOUNT,
+    "own texts": STUDENT,
+    "teacher's texts": TEACHER,
+}
+
 # Who teaches, by the survey's column `access`.
 TEACHERS = {
     "white-box": ("another model, with probabilities", TEACHER),
@@ -258,9 +267,10 @@ def draw_cosines(
             x=[row.min(), row.max()], y=[place] * 2, mode="lines", line=line, hoverinfo="skip"
         )
     sides = ["top left", *["top right"] * (cosines.shape[1] - 1)]
-    for name, side, colour, symbol in zip(
+    for name, side, hue, symbol in zip(
         cosines, sides, (STUDENT, TEACHER, AMOUNT), ("diamond", "circle", "square"), strict=False
     ):
+        colour = COLOURS.get(name, hue)
         figure.add_scatter(
             x=cosines[name],
             y=rows,
