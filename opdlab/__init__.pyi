@@ -23,6 +23,7 @@ from .data.sampling_config import SamplingConfig
 from .data.trace import Trace
 from .diagnose import doctor, profile
 from .engine import signals
+from .engine.recording import rollout_from_trace
 from .errors import OpdlabError
 from .evidence.controls import Controls
 from .evidence.credit import Credit, credit
@@ -128,6 +129,7 @@ __all__ = [
     "profile",
     "resume",
     "rollout_from_texts",
+    "rollout_from_trace",
     "sample",
     "samplers",
     "score",

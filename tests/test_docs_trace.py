@@ -23,7 +23,7 @@ def test_the_blocks_run_in_order(tmp_path):
     opdlab.write_text(f'#!/bin/sh\nexec "{python()}" -m opdlab.commands.cli "$@"\n')
     opdlab.chmod(0o755)
     path = f"{programs}{os.pathsep}{os.environ['PATH']}"
-    assert [kind for kind, _ in BLOCKS] == ["python", "sh", "python"]
+    assert [kind for kind, _ in BLOCKS] == ["python", "sh", "python", "python"]
     for kind, text in BLOCKS:
         command = ["sh", "-ec", text] if kind == "sh" else [python(), "-c", text]
         done = subprocess.run(

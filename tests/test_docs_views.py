@@ -15,9 +15,9 @@ BLOCKS = re.findall(r"```python\n(.*?)```", PAGE, re.DOTALL)
 def test_the_blocks_run_in_order(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     names: dict[str, object] = {"__name__": "docs"}
-    assert len(BLOCKS) == 10
+    assert len(BLOCKS) == 11
     for block in BLOCKS:
         exec(block, names)  # noqa: S102 (the page is ours)
-    pages = {"equation", "update", "marks", "regimes", "branches", "board", "why"}
+    pages = {"equation", "update", "changed", "marks", "regimes", "branches", "board", "why"}
     assert {path.stem for path in tmp_path.glob("*.html")} == pages
     assert (tmp_path / "trace.labels.json").exists()

@@ -1,7 +1,7 @@
 """Build the documentation site: write its pages, let Zensical render them, check the result.
 
     python -m website.build                                   # all pages, into build/docs/site
-    python -m website.build --only docs/trl.md OPD            # some pages, faster
+    python -m website.build --only docs/trl.md OPD            # some pages, into build/docs/only
     python -m website.build --methods my_loss.py --only Mine  # the page of a method of your own
 
 Nothing is fetched. A link that leads nowhere, a page that would fetch something, or any warning of
@@ -82,7 +82,7 @@ def write_site(folder: Path, only: Sequence[str] = (), own: Sequence[Path] = ())
     """Write the sources of the site.
 
     Args:
-        folder: A folder for sources and pages; what is in it is removed.
+        folder: A folder for sources and pages, which replace those of an earlier build.
         only: Files and names of methods whose pages are written; all by default. The home page is
             always there.
         own: Files with methods of a user's own, which get pages too.
@@ -100,8 +100,10 @@ def write_site(folder: Path, only: Sequence[str] = (), own: Sequence[Path] = ())
         for source, page in contents.list_pages().items()
         if not only or source in files
     }
-    shutil.rmtree(folder, ignore_errors=True)
-    folder.mkdir(parents=True)
+    # Only what a build writes: the folder may hold that of single pages, or a user's own files.
+    for part in ("source", "site", "fragments"):
+        shutil.rmtree(folder / part, ignore_errors=True)
+    folder.mkdir(parents=True, exist_ok=True)
     site = Site(folder, Links(pages))
     site.modules += [method.folder for method in found if method.folder is not None]
     site.write("index.md", *home.render_home(site.links))
@@ -232,7 +234,7 @@ def build(folder: Path, only: Sequence[str] = (), own: Sequence[Path] = ()) -> S
     """Write, render and check the site.
 
     Args:
-        folder: A folder for sources and pages; what is in it is removed.
+        folder: A folder for sources and pages, which replace those of an earlier build.
         only: Files and names of methods whose pages are built; all by default.
         own: Files with methods of a user's own, which get pages too.
 
@@ -250,6 +252,12 @@ def build(folder: Path, only: Sequence[str] = (), own: Sequence[Path] = ()) -> S
     return site
 
 
+def find_folder(only: Sequence[str]) -> Path:
+    """Return the folder of a site: single pages have their own, so that the whole site stays."""
+    whole = ROOT / "build" / "docs"
+    return whole / "only" if only else whole
+
+
 def main() -> None:
     """Build the site as the command line says."""
     parser = argparse.ArgumentParser(
@@ -257,7 +265,11 @@ def main() -> None:
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.add_argument("--out", type=Path, default=ROOT / "build" / "docs")
+    parser.add_argument(
+        "--out",
+        type=Path,
+        help="the folder; by default build/docs, and build/docs/only for single pages",
+    )
     parser.add_argument(
         "--only", nargs="+", default=(), metavar="PAGE", help="files or names of methods"
     )
@@ -265,7 +277,8 @@ def main() -> None:
         "--methods", nargs="+", type=Path, default=(), metavar="FILE", help="your own methods"
     )
     given = parser.parse_args()
-    site = build(given.out.resolve(), given.only, given.methods)
+    folder = given.out or find_folder(given.only)
+    site = build(folder.resolve(), given.only, given.methods)
     count = len(list(site.built.rglob("*.html")))
     print(f"opdlab: {count} pages; open {site.built / 'index.html'}")
     for page in site.pages if given.only else []:

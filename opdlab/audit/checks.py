@@ -13,6 +13,7 @@ from torch import Tensor
 from opdlab import exact
 from opdlab.audit.references import FIXED, Match
 from opdlab.audit.subject import ROUNDING, Observation, Subject, observe
+from opdlab.errors import NonFinite
 from opdlab.exact.comparing import find_compared
 from opdlab.methods.contract import HasForms
 
@@ -90,8 +91,18 @@ def equality(subject: Subject, seen: Observation) -> Flags:
 
     Returns:
         The flags `not_zero_at_equality` and `leaves_support`, those that are raised.
+
+    Raises:
+        NonFinite: The loss is NaN or infinite where all policies are equal.
     """
-    arrived = observe(subject.method, subject, subject.world(same=True))
+    try:
+        arrived = observe(subject.method, subject, subject.world(same=True))
+    except NonFinite as error:
+        raise NonFinite(
+            f"{error} This is in audit's world where the student equals the teacher, so that every"
+            " difference between them is 0; the loss is finite where they differ. A mean or a sum"
+            " of differences is 0 there: divide by it only after .clamp_min(1e-6)."
+        ) from error
     if arrived.length <= max(1e-7 * max(seen.rms, arrived.rms), ROUNDING):
         return {}
     q, p = descended(subject)

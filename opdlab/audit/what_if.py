@@ -30,9 +30,10 @@ def what_if(trace: Trace, loss: Unchecked[Callable[[Rows], Tensor]]) -> Trace:
     """Compute the columns `loss`, `grad_norm` and `share` of a trace under another loss.
 
     Runs on the kept top tokens plus one bucket for the tail, so an f-divergence reads as a lower
-    bound of the full one (exact where the tails are empty). `grad_norm` is with respect to the
-    logits of that support. `rows.token` is 0 everywhere: the sampled token stands first in the
-    support.
+    bound of the full one (exact where the tails are empty). `grad_norm` is the length of the
+    gradient with respect to the logits of that support; in a trace of training it is with respect
+    to the hidden state, so the two do not compare. `rows.token` is 0 everywhere: the sampled token
+    stands first in the support.
 
     Args:
         trace: A trace with the top tokens of the student and of the policies that the loss reads.

@@ -12,7 +12,7 @@ from rich.table import Table
 from opdlab.commands.flags import is_code, load_function
 from opdlab.commands.output import Output
 from opdlab.conformance.case import Case
-from opdlab.conformance.conforming import conform
+from opdlab.conformance.conforming import conform, is_method
 from opdlab.conformance.report import MARKS, Conformance, save_all
 from opdlab.conformance.spec import Spec
 from opdlab.conformance.zoo import CASES
@@ -129,6 +129,17 @@ def _case_of_file(target: str, spec: dict[str, Any], spec_name: str | None) -> C
         if spec or spec_name:
             raise OpdlabError(f"{target} is a case with its own spec. Leave its flags out.")
         return loss
+    if is_method(loss):
+        made = f"{name}()" if isinstance(loss, type) else name
+        raise OpdlabError(
+            f"conform got {target}, which is an opdlab method. This command certifies losses"
+            f" of other code bases; use opdlab.audit in Python: opdlab.audit({made})."
+        )
+    if not callable(loss) or isinstance(loss, type):
+        raise OpdlabError(
+            f"conform got {target}, which is {shortened(loss)}. Name a function of the student's"
+            " and the teacher's logits and a mask."
+        )
     if spec_name is None:
         return Case(name, loss, Spec(**spec))
     if spec:

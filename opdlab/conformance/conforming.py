@@ -123,6 +123,19 @@ def conform(
         return _report(probe, findings, time.monotonic() - began)
 
 
+def is_method(loss: Any) -> bool:
+    """Tell whether this is one of opdlab's kind of methods, or the class of one.
+
+    Args:
+        loss: Anything.
+
+    Returns:
+        Whether it has `needs` and a loss of rows.
+    """
+    is_class = isinstance(loss, type) and hasattr(loss, "needs") and hasattr(loss, "loss")
+    return isinstance(loss, Method) or is_class
+
+
 def _case(loss: Any, spec: Any, name: str | None) -> Case:
     """Make a case of what a user gave."""
     if spec is not None and not isinstance(spec, Spec):
@@ -133,8 +146,7 @@ def _case(loss: Any, spec: Any, name: str | None) -> Case:
         if spec is not None:
             raise InvalidValue("conform got a case and a spec. A case has its own; leave it out.")
         return loss if name is None else Case(name, loss.loss, loss.spec)
-    is_method = isinstance(loss, Method) or (isinstance(loss, type) and hasattr(loss, "needs"))
-    if is_method:
+    if is_method(loss):
         if spec is not None:
             raise InvalidValue(
                 "conform got a method and a spec. A method brings its own; leave it out, or export"

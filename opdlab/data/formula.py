@@ -3,11 +3,13 @@
     -advantage * exp(student_logp - sampler_logp)
     sum(student * log(student / teacher))
 
-Names are columns of a trace. Inside `sum(…)`, which runs over the vocabulary, the name of a policy
-is its probability of each token; names that are no identifiers stand in quotes, as
-`"teacher+hint"`, and `target` is the soft target in the columns `target` and `target_weight`, the
-mass that it gives to each token. There are + - * /, comparisons, exp, log, sqrt, abs, min, max and
-where(condition, then, otherwise). `0 * log(0)` counts as 0 inside of a sum.
+Names are columns of a trace, or fields of the method that are numbers, which a trace keeps as the
+method's values. Inside `sum(…)`, which runs over the vocabulary, the name of a policy is its
+probability of each token; names that are no identifiers stand in quotes, as `"teacher+hint"`, and
+`target` is the soft target in the columns `target` and `target_weight`, the mass that it gives to
+each token. There are + - * /, comparisons, exp, log, sqrt, abs, min, max and
+where(condition, then, otherwise). There is no power: write a product. `0 * log(0)` counts as 0
+inside of a sum.
 """
 
 from __future__ import annotations
@@ -35,6 +37,19 @@ _COMPARE: dict[type, str] = {
     ast.Eq: "==",
     ast.NotEq: "!=",
 }
+# What is in other languages and not in formulas, and what to write in its place.
+_SIGNS: dict[type, tuple[str, str]] = {
+    ast.BitXor: ("^", "For a power write a product, as x * x."),
+    ast.Pow: ("**", "For a power write a product, as x * x, or exp(p * log(x))."),
+    ast.FloorDiv: ("//", "Divide by /."),
+    ast.Mod: ("%", ""),
+    ast.MatMult: ("@", "Products of single numbers are *."),
+}
+_ALLOWED = (
+    "A formula has names, numbers, + - * /, comparisons, exp(x), log(x), sqrt(x), abs(x), sum(x),"
+    " min(x, y), max(x, y) and where(condition, then, otherwise)."
+)
+_SHOWN = 100  # characters of a formula's part that an error quotes
 _TAKES = {"exp": 1, "log": 1, "sqrt": 1, "abs": 1, "sum": 1, "min": 2, "max": 2, "where": 3}
 _ACTS: dict[str, Callable[..., Any]] = {
     "+": np.add,
@@ -130,6 +145,36 @@ def read_formula(text: Any, where: str = "formula") -> Formula:
     return Formula(text.strip(), tree)
 
 
+def fill_names(text: str, values: Mapping[str, float]) -> str:
+    """Put numbers in the place of names.
+
+    Args:
+        text: A formula that can be read.
+        values: The numbers by name.
+
+    Returns:
+        The formula; the same text where it has none of the names.
+    """
+    tree = ast.parse(text.strip(), mode="eval")
+
+    class Fill(ast.NodeTransformer):
+        is_changed = False
+
+        def visit_Call(self, node: ast.Call) -> ast.AST:  # Python's name
+            node.args = [self.visit(one) for one in node.args]  # the function's name stays
+            return node
+
+        def visit_Name(self, node: ast.Name) -> ast.AST:  # Python's name
+            if node.id not in values:
+                return node
+            self.is_changed = True
+            return ast.copy_location(ast.Constant(float(f"{values[node.id]:.12g}")), node)
+
+    fill = Fill()
+    filled = fill.visit(tree)
+    return ast.unparse(filled) if fill.is_changed else text
+
+
 def _read(node: ast.AST, where: str, is_in_sum: bool) -> Part:
     """A node of Python's tree as a part; all but a few kinds are refused."""
     if isinstance(node, ast.Name):
@@ -152,10 +197,25 @@ def _read(node: ast.AST, where: str, is_in_sum: bool) -> Part:
         name = node.func.id
         if _TAKES.get(name) == len(node.args) and not (name == "sum" and is_in_sum):
             return [name, *(_read(one, where, is_in_sum or name == "sum") for one in node.args)]
-    raise InvalidValue(
-        f"{where} has a part that no formula has: {shortened(ast.unparse(node))}. Use names,"
-        f" numbers, + - * /, comparisons, and {', '.join(_TAKES)}."
-    )
+    raise InvalidValue(f"{where} has {_name_part(node)} {_ALLOWED}")
+
+
+def _name_part(node: ast.AST) -> str:
+    """Name a part that no formula has, and say what to write in its place."""
+    said = " ".join(ast.unparse(node).split())
+    quoted = f"`{said if len(said) <= _SHOWN else said[: _SHOWN - 1] + '…'}`"
+    if isinstance(node, ast.BinOp):
+        sign, advice = _SIGNS.get(type(node.op), ("", ""))
+        if sign:
+            return f"the sign {sign} in {quoted}, which no formula has. {advice}".rstrip()
+    if isinstance(node, ast.Call) and isinstance(node.func, ast.Name):
+        name = node.func.id
+        if name in _TAKES and _TAKES[name] != len(node.args):
+            return f"{quoted}, but {name} takes {_TAKES[name]} and not {len(node.args)} values."
+        if name == "sum":
+            return f"{quoted} inside of another sum."
+        return f"the function {name} in {quoted}, which no formula has."
+    return f"{quoted}, which no formula has."
 
 
 def _names(part: Part, inside: bool, is_in_sum: bool = False) -> list[str]:

@@ -57,9 +57,12 @@ class Trace:
 
     Attributes:
         table: One row per token. `sample` counts the completions, `position` their tokens.
-        meta: Plain data beside the table: `format`; by sample `prompts`, `texts` and `finish`;
-            `vocab` (the bytes of each token id, as Latin-1 text); `policies`; `plan` (names of the
-            plan's columns); `columns` (their descriptions); `method` and `notes` (by method).
+        meta: Plain data beside the table: `format`; by sample `prompts` (the text, or the last
+            message of a chat, as pictures show it), `texts` and `finish`; `rollout` (the prompts as
+            policies read them: `opdlab.rollout_from_trace` makes a rollout of it, to grade the
+            texts again); `vocab` (the bytes of each token id, as Latin-1 text); `policies`; `plan`
+            (names of the plan's columns); `columns` (their descriptions); `method` and `notes` (by
+            method).
     """
 
     table: pa.Table

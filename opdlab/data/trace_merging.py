@@ -11,6 +11,7 @@ import pyarrow as pa
 
 from opdlab.data.notes import TYPE
 from opdlab.data.trace import Trace
+from opdlab.data.trace_prompts import merge_descriptions
 
 _META = b"opdlab trace"
 
@@ -71,6 +72,9 @@ def merge_traces(parts: Sequence[Trace], rows: Sequence[Sequence[int]]) -> Trace
     meta = dict(parts[0].meta)
     for name in ("texts", "finish", "prompts"):
         meta[name] = _in_order([part.meta[name] for part in parts], rows)
+    described = [part.meta.get("rollout") or {} for part in parts]
+    if all(described):
+        meta["rollout"] = merge_descriptions(described, rows)
     vocab = {token: piece for part in parts for token, piece in part.meta["vocab"].items()}
     meta["vocab"] = dict(sorted(vocab.items(), key=lambda item: int(item[0])))
     meta["notes"] = {

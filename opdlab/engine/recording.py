@@ -12,12 +12,17 @@ from torch import Tensor
 
 from opdlab.data.column import Description
 from opdlab.data.notes import Windows, read_note
-from opdlab.data.prompt import Prompt
+from opdlab.data.prompt import Prompt, expect_prompts
 from opdlab.data.rollout import Rollout
 from opdlab.data.tokens import token_bytes
 from opdlab.data.trace import FORMAT, Trace
+from opdlab.data.trace_prompts import describe_rollout, read_prompts
 from opdlab.engine.planned import Planned
 from opdlab.errors import OpdlabError
+from opdlab.support.expect import expect
+from opdlab.support.validation import Unchecked, validate_arguments
+
+_FROM_TRACE = "rollout_from_trace"
 
 
 def record_trace(
@@ -86,49 +91,83 @@ def record_trace(
         "method": name,
         "notes": {name: dict(notes)} if notes else {},
         "formula": formula,
+        "rollout": describe_rollout(rollout),
     }
     return Trace(pa.table(data), meta)
 
 
-def rollout_from_trace(trace: Trace, prompts: Sequence[Prompt]) -> Rollout:
-    """Make the rollout that a trace was graded from.
+@validate_arguments
+def rollout_from_trace(
+    trace: Unchecked[Trace], prompts: Unchecked[Sequence[Prompt] | None] = None
+) -> Rollout:
+    """Make the rollout that a trace was graded from, to grade it again.
+
+    A trace keeps its prompts as policies read them (chats with their messages and tools, hints), so
+    `opdlab.score` of this rollout gives the recorded log-probs again. `trace.meta["prompts"]` holds
+    only the last message of each chat, for pictures: prompts made of these texts are others.
 
     Args:
-        trace: The trace, with one completion for each prompt.
-        prompts: The prompts, in order.
+        trace: The trace. Of one that lacks the rows of some completions, as `trace.sample(i)`, the
+            rollout has the others alone.
+        prompts: A prompt for each text of the trace, in order, instead of those that it keeps.
+            Needed for traces that keep none (written by opdlab before it kept them, or put together
+            for a picture), and to have what a trace does not keep: answers and metadata.
 
     Returns:
-        The completions token by token.
+        The completions token by token. `logp` and `entropy` are those that the trace has of the
+        student, zero where it has none.
 
     Raises:
-        OpdlabError: The trace is of other prompts.
+        OpdlabError: The trace keeps no prompts, or those given are not as many as its texts.
     """
-    if len(trace.meta["texts"]) != len(prompts):
+    expect(trace, Trace, _FROM_TRACE, "trace")
+    described = trace.meta.get("rollout") or {}
+    try:
+        asked = read_prompts(described) if prompts is None else expect_prompts(prompts, _FROM_TRACE)
+        texts, finish = tuple(trace.meta["texts"]), tuple(trace.meta["finish"])
+        writer = tuple(described.get("writer") or ["student"] * len(texts))
+        n, vocabulary = int(described.get("n", 1)), described.get("vocabulary")
+    except (LookupError, TypeError, ValueError, AttributeError) as error:
+        if isinstance(error, OpdlabError):
+            raise
         raise OpdlabError(
-            f"The trace has {len(trace.meta['texts'])} texts for {len(prompts)} prompts."
-            " Give the prompts that it was written for."
+            "The trace does not keep its prompts as policies read them. Give prompts=, the prompts"
+            " that it was written for, in the order of its texts."
+        ) from None
+    if not len(texts) == len(asked) == len(writer):
+        raise OpdlabError(
+            f"The trace has {len(texts)} texts for {len(asked)} prompts. Give the prompts that it"
+            " was written for, one for each text."
         )
+    columns = trace.table.column_names
     samples = trace.column("sample")
-    lengths = torch.tensor([int((samples == i).sum()) for i in range(len(prompts))])
-    width = int(lengths.max())
-    shape = (len(prompts), width)
-    ids = torch.zeros(shape, dtype=torch.long)
-    logp, entropy = torch.zeros(shape), torch.zeros(shape)
-    for i, length in enumerate(lengths.tolist()):
-        rows = samples == i
-        ids[i, :length] = torch.tensor(trace.column("token_id")[rows])
-        logp[i, :length] = torch.tensor(trace.column("student_logp")[rows])
-        entropy[i, :length] = torch.tensor(trace.column("student_entropy")[rows])
-    return Rollout(
-        prompts=tuple(prompts),
-        ids=ids,
+    lengths = torch.tensor([int((samples == i).sum()) for i in range(len(asked))])
+    mask = torch.arange(int(lengths.max()) if len(asked) else 0) < lengths[:, None]
+
+    def unfold(name: str, kind: torch.dtype) -> Tensor:
+        """A column as `[B, T]`: the rows stand in the order of the completions."""
+        out = torch.zeros(mask.shape, dtype=kind)
+        if name in columns:
+            order = np.argsort(samples, kind="stable")
+            out[mask] = torch.from_numpy(trace.column(name)[order].copy()).to(kind)
+        return out
+
+    rollout = Rollout(
+        prompts=tuple(asked),
+        ids=unfold("token_id", torch.long),
         lengths=lengths,
-        logp=logp,
-        entropy=entropy,
-        finish=tuple(trace.meta["finish"]),
-        texts=tuple(trace.meta["texts"]),
-        writer=("student",) * len(prompts),
+        logp=unfold("student_logp", torch.float32),
+        entropy=unfold("student_entropy", torch.float32),
+        finish=finish,
+        texts=texts,
+        writer=writer,
+        n=n,
+        vocabulary=vocabulary,
+        learn=unfold("learn", torch.bool) if "learn" in columns else mask,
+        turn=unfold("turn", torch.long),
     )
+    present = [i for i, length in enumerate(lengths.tolist()) if length]
+    return rollout if len(present) == len(asked) else rollout.select(present)
 
 
 def name_of_planner(method: Any) -> str:

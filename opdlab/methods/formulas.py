@@ -10,12 +10,14 @@ and what came out.
 from __future__ import annotations
 
 import ast
-from collections.abc import Callable, Mapping, Sequence
+import warnings
+from collections.abc import Callable, Collection, Mapping, Sequence
+from math import isfinite
 from typing import Any
 
-from opdlab.data.formula import read_formula
+from opdlab.data.formula import Formula, fill_names, read_formula
 from opdlab.methods.combined import Combined
-from opdlab.methods.contract import FunctionMethod, HasFormula
+from opdlab.methods.contract import FunctionMethod, HasFormula, name_of
 from opdlab.methods.dopd import DOPD, TEACHER, Route
 from opdlab.methods.eopd import EOPD
 from opdlab.methods.feedback import RLSD, SDAR, SDPO
@@ -34,14 +36,19 @@ from opdlab.methods.topd import TOPD
 from opdlab.methods.turn_opd import TurnOPD
 
 POLICY_GRADIENT = "-advantage * exp(student_logp - sampler_logp)"
+# Columns that only traces of training have.
+_LATER = ("sampler_logp", "sampler_gap", "loss", "grad_norm", "share")
 _SUM = "sum(student * log(student / teacher))"
 
 
-def formula_of(method: Any) -> str:
+def formula_of(method: Any, columns: Collection[str] | None = None) -> str:
     """Return the formula of a method's loss.
 
     Args:
         method: A method; its own attribute `formula` goes before opdlab's table.
+        columns: The columns of the trace that keeps the formula. A name that is none of them and a
+            field of the method becomes the field's number, and a name that is neither is warned of.
+            None where they are not known yet.
 
     Returns:
         One line; "" where it has none.
@@ -53,9 +60,39 @@ def formula_of(method: Any) -> str:
     if isinstance(method, FunctionMethod) and not method.formula:
         return ""
     if isinstance(method, HasFormula) and isinstance(method.formula, str):
-        return read_formula(method.formula, f"{type(method).__name__}.formula").text
+        formula = read_formula(method.formula, f"{name_of(method)}.formula")
+        return formula.text if columns is None else _fill(formula, method, columns)
+    if isinstance(method, Combined):
+        return _combined(method, columns)
     write = _FORMULAS.get(type(method))
     return write(method) if write else ""
+
+
+def _fill(formula: Formula, method: Any, columns: Collection[str]) -> str:
+    """Fill in the fields of the method; warn of names that stand for nothing."""
+    policies = {"student", *getattr(method, "needs", ())}
+    used = dict.fromkeys([*formula.names, *formula.policies])
+    fields = {name: getattr(method, name, None) for name in used if name not in columns}
+    values = {
+        name: float(value)
+        for name, value in fields.items()
+        if isinstance(value, (int, float)) and not isinstance(value, bool) and isfinite(value)
+    }
+    inside = {name for name in formula.policies if name in policies or name == "target"}
+    for name in [*fields]:
+        if name in formula.names and name in policies:
+            said = f"reads {name!r}, which is a policy, outside of sum(…). Its log-prob of the"
+            said += f" sampled token is {name}_logp"
+        elif name not in values and name not in inside and name not in _LATER:
+            said = f"reads {name!r}, which is no column of the trace, no policy and no field of the"
+            said += " method that is a number."
+        else:
+            continue
+        warnings.warn(
+            f"{name_of(method)}.formula {said}. Pictures of this loss show no value.",
+            stacklevel=3,
+        )
+    return fill_names(formula.text, {n: v for n, v in values.items() if n not in policies})
 
 
 def divergence_formula(name: str, options: Mapping[str, Any], teacher: str = "teacher") -> str:
@@ -175,16 +212,17 @@ def _omniopd(method: OmniOPD) -> str:
     return f"where(audited > 0, -weight * student_logp, {anchor})"
 
 
-def _combined(method: Combined) -> str:
+def _combined(method: Combined, columns: Collection[str] | None = None) -> str:
     """The weighted sum of the parts' formulas, each reading its own columns."""
     terms = []
     for (name, part), weight in zip(method.parts.items(), method.weights, strict=True):
-        text = formula_of(part) if weight else ""
+        own = columns and {*columns, *(one.removeprefix(f"{name}_") for one in columns)}
+        text = formula_of(part, own) if weight else ""
         if weight and not text:
             return ""
         if weight:
-            own = _rename_columns(text, name, ("student", *part.needs))
-            terms.append(f"{weight:g} * ({own})" if weight != 1 else f"({own})")
+            renamed = _rename_columns(text, name, ("student", *part.needs))
+            terms.append(f"{weight:g} * ({renamed})" if weight != 1 else f"({renamed})")
     return " + ".join(terms)
 
 

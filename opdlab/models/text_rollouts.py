@@ -32,6 +32,8 @@ def rollout_from_texts(
     (a `WrittenText` with finish "length") is left open, and counts as cut. Where a text itself
     spells a token of the EOS set, it ends there.
 
+    To grade the texts of a trace again, use `rollout_from_trace`.
+
     Args:
         policy: Its tokenizer makes the tokens.
         prompts: The prompt of each text.

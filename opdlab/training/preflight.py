@@ -6,11 +6,12 @@ go on stops there again.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from opdlab.data.conversation import FinalText
 from opdlab.data.prompt import Prompt, name_of, own_hint
+from opdlab.engine.columns import OF_POLICIES, OF_TRACES
 from opdlab.engine.needs import HINT, Access, parse_need
 from opdlab.errors import ContextTooLong, InvalidValue, MissingHint, MissingPolicy, OpdlabError
 from opdlab.methods import Method
@@ -50,7 +51,10 @@ def check_run(run: RunState) -> None:
         OpdlabError: The method trains on answers, and a prompt has none.
     """
     settings, method = run.settings, run.method
-    formula_of(method)  # one that cannot be read is refused here, not by the first trace
+    # A formula that cannot be read is refused here, not by the first trace. Without a plan, its
+    # columns are known, and names that are none of them are warned of.
+    has_plan = getattr(method, "planner", getattr(method, "plan", None)) is not None
+    formula_of(method, None if has_plan else _usual_columns(run.policies))
     for name in method.needs:
         if name not in run.policies:
             raise missing_policy_error(method, name)
@@ -90,6 +94,11 @@ def check_run(run: RunState) -> None:
         check_prompts(local, prompts, settings.max_new_tokens)
     if settings.evaluate_every and run.task.pool.get("test"):
         check_prompts({"student": run.student}, run.task.pool["test"], run.task.max_new_tokens)
+
+
+def _usual_columns(policies: Iterable[str]) -> list[str]:
+    """The columns of a trace that no plan made."""
+    return [*OF_TRACES, *(f"{name}_{one}" for name in policies for one in OF_POLICIES)]
 
 
 def _check_sampling(run: RunState, writers: Sequence[str]) -> None:

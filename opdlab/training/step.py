@@ -25,8 +25,8 @@ class Step:
         number: The step, from 1.
         metrics: Means and counts over the whole step, by name.
         planned: The batch with what the method planned for it.
-        columns: `loss`, `grad_norm` and further numbers of every token, `[tokens]` each; with
-            `Settings.trace_k` also the top tokens, `[tokens, S]`.
+        columns: `loss`, `grad_norm` (the length of d loss / d hidden) and further numbers of every
+            token, `[tokens]` each; with `Settings.trace_k` also the top tokens, `[tokens, S]`.
         processes: The processes that share the step; None for this one alone.
     """
 
@@ -74,7 +74,7 @@ class Step:
             step=self.number,
             planned=self.planned,
             described={name: DESCRIPTIONS[name] for name in DESCRIPTIONS if name in self.columns},
-            formula=formula_of(self.planned.method),
+            formula=formula_of(self.planned.method, [*self.columns, *self.planned.columns]),
         )
 
     def gather_trace(self) -> Trace:

@@ -245,12 +245,13 @@ def _differentiate(trace: Trace, method: Any) -> tuple[Trace, str, str]:
     from opdlab.methods.formulas import formula_of
 
     chosen = as_method(method, "Equation")
-    text, name = formula_of(chosen), name_of(chosen)
+    name = name_of(chosen)
     if not len(trace):
-        return trace, text, name
+        return trace, formula_of(chosen), name
     found = with_gradients(trace, method)
-    is_recorded = "loss" in found.table.column_names
-    return (found if is_recorded else what_if(found, method)), text, name
+    if "loss" not in found.table.column_names:
+        found = what_if(found, method)
+    return found, formula_of(chosen, found.table.column_names), name
 
 
 def _probabilities(trace: Trace) -> dict[str, np.ndarray]:

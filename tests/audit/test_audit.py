@@ -31,7 +31,7 @@ from opdlab import (
 )
 from opdlab import losses as d
 from opdlab.audit import as_loss, in_reward, k2, k3
-from opdlab.errors import OpdlabError, UnknownColumn
+from opdlab.errors import NonFinite, OpdlabError, UnknownColumn
 from opdlab.losses import DIVERGENCES
 
 
@@ -368,3 +368,20 @@ def test_names():
         "k3",
     }
     assert opd.audit is names.audit
+
+
+def test_a_loss_that_is_not_finite_at_equality_is_told_where():
+    """A weight over its mean is 0 / 0 where the student equals the teacher, as it rarely is."""
+
+    class Surprise:
+        needs = ("teacher",)
+
+        def plan(self, batch):
+            gap = (batch.signals["teacher_entropy"] - batch.signals["student_entropy"]).abs()
+            return {"weight": gap / batch.mean(gap)}
+
+        def loss(self, rows):
+            return rows.weight * d.reverse_kl(rows.student, rows.teacher)
+
+    with pytest.raises(NonFinite, match=r"where the student equals the teacher.*clamp_min"):
+        audit(Surprise())

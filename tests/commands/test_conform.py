@@ -22,6 +22,17 @@ def mine(student, teacher, mask, *, count, weight=1):
 
 SPEC = Spec(trains="reverse_kl", reduction="token", keywords={"count": "count"})
 CASE = Case("mine", mine, SPEC)
+
+
+class Method:
+    needs = ("teacher",)
+
+    def loss(self, rows):
+        return rows.logp
+
+
+METHOD = Method()
+NUMBER = 3
 """
 
 
@@ -60,6 +71,10 @@ def test_a_function_with_flags_with_a_spec_and_as_a_case(file, tmp_path):
         ("FILE:CASE", {"spec_name": "SPEC"}, "Leave its flags out"),
         ("FILE:mine", {"spec_name": "CASE"}, "Make it an opdlab.conformance.Spec"),
         ("FILE:mine", {"spec_name": "SPEC", "spec": {"kind": "logits"}}, "one of the two"),
+        ("FILE:Method", {}, r"is an opdlab method.*use opdlab.audit in Python: .*Method\(\)"),
+        ("FILE:METHOD", {}, r"is an opdlab method.*opdlab.audit\(METHOD\)"),
+        ("FILE:Spec", {}, "Name a function"),
+        ("FILE:NUMBER", {}, "which is 3. Name a function"),
         ("FILE:none", {}, "defines no none"),
         ("no.py:mine", {}, "there is no file"),
     ],

@@ -7,7 +7,7 @@ import json
 import numpy as np
 import pytest
 
-from opdlab.data.formula import read_formula
+from opdlab.data.formula import fill_names, read_formula
 from opdlab.errors import InvalidValue, UnknownColumn
 
 
@@ -68,6 +68,35 @@ def test_anything_else_is_refused(text):
         read_formula(text, "Mine.formula")
     assert str(caught.value).startswith("Mine.formula")
     assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        (
+            "(a - b) ^ 2",
+            "the sign ^ in `a - b ^ 2`, which no formula has. For a power write a prod",
+        ),
+        ("a ** 2", "the sign ** in `a ** 2`, which no formula has. For a power write a product"),
+        ("f(a)", "the function f in `f(a)`, which no formula has."),
+        ("exp(a, b)", "`exp(a, b)`, but exp takes 1 and not 2 values."),
+        ("sum(sum(a))", "`sum(a)` inside of another sum."),
+        ("a + not_a_name.field", "`not_a_name.field`, which no formula has."),
+    ],
+)
+def test_a_part_that_is_refused_is_quoted_with_what_to_write(text, said):
+    with pytest.raises(InvalidValue) as caught:
+        read_formula(text, "Mine.formula")
+    assert said in str(caught.value)
+    assert ".." not in str(caught.value)
+    assert str(caught.value).endswith("where(condition, then, otherwise).")
+
+
+def test_numbers_take_the_place_of_names():
+    filled = fill_names("mix * exp(-a) + where(a > mix, exp, 1)", {"mix": -0.25, "exp": 2.0})
+    want = -0.25 * np.exp(-3.0) + 2.0
+    assert read_formula(filled).evaluate({"a": np.array([3.0])}, {})[0] == pytest.approx(want)
+    assert fill_names("a  +  b", {"c": 1.0}) == "a  +  b"
 
 
 def test_a_name_that_is_not_there_is_said():

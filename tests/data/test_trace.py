@@ -17,7 +17,7 @@ from opdlab.data.notes import Windows
 from opdlab.data.rollout import Rollout, concat_rollouts
 from opdlab.engine.batch import Batch
 from opdlab.engine.planned import Planned, run_plan
-from opdlab.engine.recording import record_trace
+from opdlab.engine.recording import record_trace, rollout_from_trace
 from opdlab.errors import (
     BadLoss,
     DamagedFile,
@@ -409,3 +409,69 @@ def test_a_prompt_in_parts_shows_its_text(rollout, student):
         replace(rollout, prompts=(Prompt(messages=parts),) * len(rollout)), {"student": student}, {}
     )
     assert trace.meta["prompts"] == ["add 2 and 3"] * len(rollout)
+
+
+TOOL = {"type": "function", "function": {"name": "add", "parameters": {"type": "object"}}}
+
+
+def test_a_trace_gives_its_rollout_back(student, teacher, prompts, tmp_path):
+    """Also of chats, whose last message alone is among the prompts that pictures show."""
+    chat = Prompt(
+        messages=({"role": "system", "content": "say"}, {"role": "user", "content": "ben has 2"}),
+        hint=[{"role": "user", "content": "total 4"}],
+        answer="4",
+        id="chat",
+    )
+    rollout = student.sample([*prompts, chat], n=2, max_new_tokens=6, seed=1)
+    graders = {"teacher+hint": teacher.seeing()}
+    recorded = score(rollout, student, teacher, **graders)
+    trace = Trace.load(recorded.save(tmp_path / "trace.parquet"))
+    again = rollout_from_trace(trace)
+    assert again.completions() == rollout.completions()
+    for name in ("finish", "texts", "writer", "n", "vocabulary"):
+        assert getattr(again, name) == getattr(rollout, name), name
+    bare = [replace(one, answer=None) for one in rollout.prompts]  # answers are not kept
+    assert list(again.prompts) == bare
+    scored = score(again, student, teacher, **graders)
+    for name in ("student_logp", "teacher_logp", "teacher+hint_logp"):
+        np.testing.assert_array_equal(scored.column(name), trace.column(name))
+    assert len(trace.meta["rollout"]["prompts"]) == len(prompts) + 1  # each once
+    one = rollout_from_trace(trace.sample(3))
+    assert one.completions() == [rollout.completions()[3]]
+    assert one.prompts == (bare[3],)
+    given = rollout_from_trace(trace, rollout.prompts)
+    assert given.prompts[-1].answer == "4"
+
+
+def test_a_rollout_of_several_turns_comes_back_with_them(rollout, student):
+    learn, turn = rollout.mask.clone(), torch.zeros_like(rollout.ids)
+    learn[:, 1], turn[:, 2:] = False, 1
+    turned = replace(rollout, learn=learn & rollout.mask, turn=turn * rollout.mask)
+    again = rollout_from_trace(score(turned, student))
+    assert torch.equal(again.learn, turned.learn)
+    assert torch.equal(again.turn, turned.turn)
+
+
+@pytest.mark.parametrize(
+    "described", [None, [1], {"prompts": [{}], "of": [0]}, {"prompts": [], "of": "ab"}]
+)
+def test_a_trace_without_its_prompts_asks_for_them(trace, described, prompts):
+    bare = Trace(trace.table, {**trace.meta, "rollout": described})
+    with pytest.raises(OpdlabError):
+        rollout_from_trace(bare)
+    with pytest.raises(OpdlabError, match=r"8 texts for 4 prompts"):
+        rollout_from_trace(trace, prompts)
+
+
+def test_the_tools_of_a_chat_come_back(student):
+    prompt = Prompt(messages=({"role": "user", "content": "ben"},), tools=[TOOL])
+    rollout = rollout_from_texts(student, [Prompt("ben")], ["ana"])
+    trace = record_trace(replace(rollout, prompts=(prompt,)), {"student": student}, {})
+    assert rollout_from_trace(trace).prompts == (prompt,)
+
+
+def test_prompts_that_json_cannot_hold_are_not_kept(student):
+    odd = Prompt(messages=({"role": "user", "content": "ben", "seen": {1, 2}},))
+    trace = record_trace(rollout_from_texts(student, [odd], ["ana"]), {"student": student}, {})
+    with pytest.raises(OpdlabError, match=r"does not keep its prompts.*Give prompts="):
+        rollout_from_trace(trace)

@@ -45,6 +45,15 @@ def trace(rows: list[int], total: float | None = None) -> Trace:
             }
         },
     }
+    asked = [f"prompt {row // 2}" for row in rows]
+    different = list(dict.fromkeys(asked))
+    meta["rollout"] = {
+        "prompts": [{"text": text} for text in different],
+        "of": [different.index(text) for text in asked],
+        "writer": ["student" if row else "teacher" for row in rows],
+        "n": 1,
+        "vocabulary": None,
+    }
     return Trace(pa.table(data), meta)
 
 

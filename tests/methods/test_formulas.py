@@ -113,3 +113,45 @@ def test_a_function_declares_its_formula_to_the_decorator():
 def test_a_hinted_teacher_stands_in_quotes():
     text = divergence_formula("reverse_kl", {}, "teacher+hint")
     assert read_formula(text).policies == ["student", "teacher+hint"]
+
+
+class _Mixed:
+    """A loss with fields: one that its formula reads, and one that a column of its plan hides."""
+
+    needs = ("teacher",)
+    formula = "mix * weight * sum(student * log(student / teacher))"
+
+    def __init__(self) -> None:
+        self.mix, self.weight = 0.25, 9.0
+
+    def plan(self, batch):
+        return {"weight": batch.signals["teacher_entropy"]}
+
+    def loss(self, rows):
+        return self.mix * rows.weight * opd.losses.reverse_kl(rows.student, rows.teacher)
+
+
+@pytest.mark.parametrize(
+    "method", [_Mixed(), opd.Combined(_Mixed(), opd.OPD(), weights=[2.0, 1.0])]
+)
+def test_fields_of_the_method_are_filled_in(student, teacher, prompts, method):
+    rollout = student.sample(prompts, max_new_tokens=4, seed=0)
+    trace = opd.score(rollout, student, teacher, method=method, k=student.weights.vocab_size)
+    assert "0.25" in trace.meta["formula"]
+    assert "9.0" not in trace.meta["formula"]
+    values = opd.viz.Equation(trace).values
+    np.testing.assert_allclose(values, trace.sample(0).column("loss"), rtol=1e-3, atol=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("formula", "said"),
+    [
+        ("mixx * student_logp", "reads 'mixx', which is no column of the trace"),
+        ("sum(student * nobody)", "reads 'nobody', which is no column"),
+        ("2 * student", "reads 'student', which is a policy, outside of sum"),
+    ],
+)
+def test_names_that_stand_for_nothing_are_warned_of(formula, said):
+    method = opd.method(formula=formula)(lambda rows: rows.logp)
+    with pytest.warns(UserWarning, match=said):
+        formula_of(method, ["student_logp", "loss"])

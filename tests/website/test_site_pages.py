@@ -142,6 +142,24 @@ def test_a_file_of_a_users_own_has_pages(own_file):
     assert "\n\nThe forward KL.\n\n" in page
 
 
+def test_single_pages_leave_the_whole_site_as_it_is(tmp_path, monkeypatch):
+    with monkeypatch.context() as changed:
+        changed.setattr(build, "ROOT", tmp_path)
+        whole, alone = build.find_folder([]), build.find_folder(["OPD"])
+    assert whole == tmp_path / "build" / "docs"
+    assert alone == whole / "only"
+    kept = [whole / "site" / "index.html", alone / "site" / "index.html"]
+    for path in kept:
+        path.parent.mkdir(parents=True)
+        path.write_text("built")
+    build.write_site(alone, ["docs/site.md"])
+    assert [path.exists() for path in kept] == [True, False]
+    alone.joinpath("mine.txt").write_text("a file of a user's own")
+    build.write_site(whole, ["docs/site.md"])
+    assert not kept[0].exists()
+    assert alone.joinpath("mine.txt").exists()
+
+
 def test_the_method_of_the_guide_has_a_page(tmp_path, monkeypatch):
     monkeypatch.setattr(sys, "path", [*sys.path])
     guide = (ROOT / "docs" / "own_loss.md").read_text(encoding="utf-8")
