@@ -163,11 +163,11 @@ def author(key: str) -> str:
     """Say who wrote the function that the notebook uses after an exercise.
 
     Args:
-        key: The exercise, e.g. "20.1". Its cell must have run.
+        key: The exercise, e.g. "22.3". Its cell must have run.
 
     Returns:
         "yours" if the reader's own answer passed, else "the reference solution's". Both fit into
-        "loss of the first update: {author} 0.39, the library's 0.39".
+        "trajectory term: {author} 1.004, the library's 1.004".
 
     Raises:
         OpdlabError: The exercise has not run in this session.

@@ -1,89 +1,94 @@
-"""Notebook 20: the loss of one update of OPD, the signal of GRPO, and an interval over seeds."""
+"""Notebook 20: the costs of a run, the signal of GRPO, and an interval over seeds."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from types import SimpleNamespace
-from typing import Any, cast
+from typing import cast
 
 import torch
 from torch import Tensor
 
 from opdlab.engine.batch import Batch
-from opdlab.losses.divergences import forward_kl, reverse_kl
 from opdlab.methods.grpo import GRPO
-from opdlab.notebook.cases import NO_GRADIENT
-from opdlab.notebook.checking import Exercise, WrongAnswer
+from opdlab.notebook.checking import Exercise
 
 NORMAL_QUANTILE = 1.959964  # of 0.975
 
 
-def loss(logits: Tensor, teacher: Tensor, mask: Tensor) -> Tensor:
-    """Solve 20.1: the mean reverse KL over all tokens.
+def costs(method: str, texts: int, length: int, updates: int) -> tuple[int, int, int]:
+    """Solve 20.1: the costs of a run.
 
     Args:
-        logits: The student's logits, `[B, T, V]`.
-        teacher: Log-probs, `[B, T, V]`.
-        mask: True for tokens and false for padding, `[B, T]`.
+        method: "SFT", "sequence KD", "OPD" or "GRPO".
+        texts: Texts of an update.
+        length: Tokens of a text.
+        updates: Updates of the run.
 
     Returns:
-        The mean, one number in nats per token.
+        Tokens that the student writes, tokens that the teacher writes, and passes of the teacher
+        one after the other.
     """
-    student = logits.log_softmax(-1)
-    kl = (student.exp() * (student - teacher)).sum(-1)
-    return kl[mask].mean()
+    tokens = texts * length * updates
+    student = tokens if method in ("OPD", "GRPO") else 0
+    teacher = tokens if method == "sequence KD" else 0
+    passes = {"OPD": updates, "sequence KD": length * updates}.get(method, 0)
+    return student, teacher, passes
 
 
-def _reference_loss(logits: Tensor, teacher: Tensor, mask: Tensor) -> Tensor:
-    return reverse_kl(logits.log_softmax(-1), teacher)[mask].mean()
+# Who writes, and who reads what the other wrote.
+_ROLES = {
+    "SFT": ("nobody", "nobody"),
+    "sequence KD": ("teacher", "nobody"),
+    "OPD": ("student", "teacher"),
+    "GRPO": ("student", "nobody"),
+}
 
 
-def _cases_of_loss() -> list[tuple[Tensor, Tensor, Tensor]]:
-    generator, cases = torch.Generator().manual_seed(0), []
-    for lengths in ([3, 6, 1], [5, 2, 4, 6]):
-        shape = len(lengths), 6, 5
-        logits = torch.randn(shape, generator=generator, dtype=torch.float64)
-        teacher = torch.randn(shape, generator=generator, dtype=torch.float64)
-        mask = torch.arange(6) < torch.tensor(lengths)[:, None]
-        cases.append((logits.requires_grad_(), teacher.log_softmax(-1), mask))
-    return cases
+def _reference_costs(method: str, texts: int, length: int, updates: int) -> tuple[int, int, int]:
+    """Count the run token by token."""
+    writer, reader = _ROLES[method]
+    wrote, passes = {"student": 0, "teacher": 0, "nobody": 0}, 0
+    for _ in range(updates):
+        for _ in range(length):
+            wrote[writer] += texts
+            passes += writer == "teacher"
+        passes += reader == "teacher"
+    return wrote["student"], wrote["teacher"], passes
 
 
-def _observe_loss(
-    function: Callable[..., Tensor], logits: Tensor, teacher: Tensor, mask: Tensor
-) -> dict[str, Any]:
-    """The loss and its gradient in the logits."""
-    value = function(logits, teacher, mask)
-    if value is None:
-        return {"loss": None, "gradient": None}
-    if isinstance(value, Tensor) and not value.requires_grad:
-        raise WrongAnswer(NO_GRADIENT)
-    if not isinstance(value, Tensor):
-        return {"loss": value, "gradient": torch.zeros_like(logits)}
-    is_number = value.dim() == 0
-    return {
-        "loss": value,
-        "gradient": torch.autograd.grad(value, logits)[0] if is_number else None,
-    }
+def _cases_of_costs() -> list[tuple[str, int, int, int]]:
+    sizes = {"SFT": (4, 22, 3), "sequence KD": (8, 5, 7), "OPD": (6, 11, 4), "GRPO": (3, 7, 5)}
+    return [(method, *size) for method, size in sizes.items()]
 
 
-def _mean_of_texts(logits: Tensor, teacher: Tensor, mask: Tensor) -> Tensor:
-    kl = reverse_kl(logits.log_softmax(-1), teacher) * mask
-    return (kl.sum(1) / mask.sum(1)).mean()
+def _written_in_one_pass(
+    method: str, texts: int, length: int, updates: int
+) -> tuple[int, int, int]:
+    student, teacher, passes = costs(method, texts, length, updates)
+    return student, teacher, updates if method == "sequence KD" else passes
 
 
-def _with_detached_weight(logits: Tensor, teacher: Tensor, mask: Tensor) -> Tensor:
-    student = logits.log_softmax(-1)
-    return (student.exp().detach() * (student - teacher)).sum(-1)[mask].mean()
+def _read_token_by_token(
+    method: str, texts: int, length: int, updates: int
+) -> tuple[int, int, int]:
+    student, teacher, passes = costs(method, texts, length, updates)
+    return student, teacher, length * updates if method == "OPD" else passes
 
 
-def _padding_counted(logits: Tensor, teacher: Tensor, mask: Tensor) -> Tensor:
-    return reverse_kl(logits.log_softmax(-1), teacher).mean()
+def _one_text_after_the_other(
+    method: str, texts: int, length: int, updates: int
+) -> tuple[int, int, int]:
+    student, teacher, passes = costs(method, texts, length, updates)
+    return student, teacher, passes * texts
 
 
-def _forward_loss(logits: Tensor, teacher: Tensor, mask: Tensor) -> Tensor:
-    return forward_kl(logits.log_softmax(-1), teacher)[mask].mean()
+def _reading_counted_as_writing(
+    method: str, texts: int, length: int, updates: int
+) -> tuple[int, int, int]:
+    student, teacher, passes = costs(method, texts, length, updates)
+    return student, student if method == "OPD" else teacher, passes
 
 
 def advantage(rewards: Tensor, n: int) -> Tensor:
@@ -166,22 +171,24 @@ def _interval_of_single_runs(values: Sequence[float]) -> tuple[float, float]:
 EXERCISES = (
     Exercise(
         "20.1",
-        request="return the mean reverse KL over all tokens, a number",
-        confirmation="that is the loss of one update of OPD",
-        reference=_reference_loss,
-        solution=loss,
-        cases=_cases_of_loss,
-        observe=_observe_loss,
+        request="return the tokens of the student, those of the teacher, and the teacher's passes",
+        confirmation="that is what each of the six methods costs",
+        reference=_reference_costs,
+        solution=costs,
+        cases=_cases_of_costs,
         mistakes={
             (
-                "that is a mean over texts of means over their tokens. Count all tokens alike."
-            ): _mean_of_texts,
+                "writing takes one pass for each token of a text, since each token needs the one "
+                "before it."
+            ): _written_in_one_pass,
+            "reading takes one pass for all tokens of the texts.": _read_token_by_token,
             (
-                "the weight is detached, so the gradients of all tokens cancel. Let the student's "
-                "probabilities carry gradient."
-            ): _with_detached_weight,
-            "padding is counted: take the tokens of the mask only.": _padding_counted,
-            ("that is the forward KL. Use the student's probabilities as weights."): _forward_loss,
+                "the texts of an update go through the teacher together. Do not multiply its "
+                "passes by their number."
+            ): _one_text_after_the_other,
+            (
+                "OPD's teacher reads the student's tokens, and writes none."
+            ): _reading_counted_as_writing,
         },
     ),
     Exercise(
