@@ -14,10 +14,10 @@ from opdlab.notebook.checking import Exercise
 
 
 def regret(error: float, back: float, horizon: int) -> float:
-    """Solve 10.1: the expected number of steps that end off track.
+    """Solve 10.1: the expected number of steps that end off the road.
 
     Args:
-        error: The chance to leave the track in a step.
+        error: The chance to leave the road in a step.
         back: The chance to come back in a step.
         horizon: Number of steps.
 
@@ -152,7 +152,7 @@ def _writers_swapped(student: Table, teacher: Table) -> Tensor:
 EXERCISES = (
     Exercise(
         "10.1",
-        request="return the expected number of steps that end off track",
+        request="return the expected number of steps that end off the road",
         confirmation="the cost equals that of the library's chain",
         reference=_reference_regret,
         solution=regret,
@@ -160,7 +160,7 @@ EXERCISES = (
         mistakes={
             "nobody ever comes back in it: the probability `back` is not used.": _never_back,
             (
-                "that is the probability of being off track after the last step. Add up all steps."
+                "that is the probability of being off the road after the last step. Add them up."
             ): _off_after_the_last_step,
             (
                 "the cost is taken before each step and not after it, so the last step is free."
