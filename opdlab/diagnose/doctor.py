@@ -294,6 +294,8 @@ def recommend(checks: Sequence[Check]) -> str:
         return 'method=opd.OPD("forward_kl")'
     if "warn" in (states.get("overlap"), states.get("student"), states.get("stopping")):
         return 'method=opd.OPD("forward_kl", on_policy=0.5)'
+    if states.get("in reach") == "note":
+        return 'method=opd.OPD("forward_kl")'
     if states.get("overlap") == "ok":
         return 'method=opd.OPD("reverse_kl")'
     return ""

@@ -34,6 +34,7 @@ from opdlab.models.policy import Policy
 
 FIRST = 4  # tokens of the teacher that are looked at
 TINY, LIMIT = 1e-4, "1e-4"  # probability under which a token is as good as never sampled
+RARE, RARE_LIMIT = 1e-2, "1e-2"  # probability under which reverse KL pulls on a token weakly
 OUT_OF_REACH = 1e-6  # the probability at which a method's pull is measured
 PULLS = ("reverse_kl", "jensen_shannon", "forward_kl", "jeffreys")  # divergences that are compared
 ENOUGH_PULL = 0.1  # share of forward KL's pull that a divergence needs to be named as a cure
@@ -67,6 +68,11 @@ class FirstTokens:
         return self.probability < TINY
 
     @property
+    def is_rare(self) -> bool:
+        """True if the student seldom writes such a token, and reverse KL pulls on it weakly."""
+        return self.probability < RARE and "reverse_kl" not in self.cures
+
+    @property
     def pulls(self) -> dict[str, float]:
         """Each divergence's median pull on the tokens of `least`."""
         return {name: float(self.least[name].median()) for name in PULLS}
@@ -81,7 +87,8 @@ class FirstTokens:
         """Say what was found.
 
         Returns:
-            "warn" if the tokens are out of the student's reach, else "ok".
+            "warn" if the tokens are out of the student's reach, "note" if the student writes them
+            so seldom that reverse KL hardly pulls on them, else "ok".
         """
         least, pulls = self.least, self.pulls
         example = str(least["text"].mode().iloc[0])
@@ -90,8 +97,16 @@ class FirstTokens:
             f"the student gives the least likely of the teacher's first {FIRST} tokens probability"
             f" {self.probability:.2g} (median over {count} prompts)"
         )
-        if not self.is_out_of_reach:
+        if not self.is_out_of_reach and not self.is_rare:
             return Check(NAME, "ok", found)
+        if not self.is_out_of_reach:
+            share = pulls["reverse_kl"] / pulls["forward_kl"]
+            found += (
+                f", under {RARE_LIMIT}, as {example!r}; reverse KL pulls on it {share:.1%} as hard as"
+                " forward KL"
+            )
+            remedy = "Begin with forward KL; under reverse KL such a beginning is learned late."
+            return Check(NAME, "note", found, remedy)
         shown = ", ".join(f"{DIVERGENCES[name].label} {pulls[name]:.1g}" for name in PULLS)
         found += (
             f", under {LIMIT} on {below} of {count}, as {example!r}: it will not write them, and"
