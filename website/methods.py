@@ -133,14 +133,15 @@ def render_method(method: MethodPage, use: Mapping[str, str]) -> str:
     module_name, _, name = method.path.rpartition(".")
     module = importlib.import_module(module_name)
     value = getattr(module, name)
-    equations, prose = split_docstring(inspect.getdoc(module) or "")
+    blocks = split_docstring(inspect.getdoc(module) or "")
+    first, beside, below = arrange(blocks)
     parts = [
         "---\nhide:\n  - navigation\n  - toc\n---",
         f"# {name}",
-        prose[0] if prose else method.summary,
+        first or method.summary,
         _name_file(method) + (f" {use[name]}" if use.get(name) else ""),
-        draw_pair(equations, find_steps(value)),
-        *prose[1:],
+        draw_pair(beside, find_steps(value)),
+        *below,
     ]
     if isinstance(value, type):
         parts.append(
@@ -162,22 +163,55 @@ def _name_file(method: MethodPage) -> str:
     return f"Its code is in `{file}`."
 
 
-def split_docstring(text: str) -> tuple[list[str], list[str]]:
+@dataclass(frozen=True)
+class Block:
+    """A paragraph of a docstring, as Markdown.
+
+    Attributes:
+        text: The text.
+        is_equation: Whether it is an equation, which is indented in the docstring.
+    """
+
+    text: str
+    is_equation: bool = False
+
+
+def split_docstring(text: str) -> list[Block]:
     """Split a module's docstring into its equations, which are indented, and its prose.
 
     Args:
         text: The docstring, without common indentation.
 
     Returns:
-        The equations without their indentation, and the paragraphs in Markdown.
+        Its paragraphs in order.
     """
-    equations, prose = [], []
+    blocks = []
     for block in filter(str.strip, re.split(r"\n{2,}", text.strip("\n"))):
         if all(line.startswith("    ") for line in block.splitlines()):
-            equations.append(textwrap.dedent(block))
+            blocks.append(Block(f"```text\n{textwrap.dedent(block)}\n```", is_equation=True))
         else:
-            prose.append(_ARXIV.sub(r"[arXiv \1](https://arxiv.org/abs/\1)", block))
-    return equations, prose
+            blocks.append(Block(_ARXIV.sub(r"[arXiv \1](https://arxiv.org/abs/\1)", block)))
+    return blocks
+
+
+def arrange(blocks: Sequence[Block]) -> tuple[str, list[str], list[str]]:
+    """Arrange a docstring on a page: nothing between two equations is torn from them.
+
+    Args:
+        blocks: The paragraphs of the docstring.
+
+    Returns:
+        The first paragraph of prose; what stands beside the code (the equations, the prose between
+        them, and the end of a sentence that they interrupt); and the prose below.
+    """
+    first = blocks[0].text if blocks and not blocks[0].is_equation else ""
+    rest = list(blocks[1:] if first else blocks)
+    places = [place for place, block in enumerate(rest) if block.is_equation]
+    end = places[-1] + 1 if places else 0
+    if end and end < len(rest) and rest[end].text[0].islower():
+        end += 1
+    texts = [block.text for block in rest]
+    return first, texts[:end], texts[end:]
 
 
 def find_steps(method: Any) -> list[str]:
@@ -208,9 +242,9 @@ def without_docstring(source: str) -> str:
     return "\n".join(lines).strip()
 
 
-def draw_pair(equations: list[str], steps: list[str]) -> str:
+def draw_pair(equations: Sequence[str], steps: Sequence[str]) -> str:
     """Draw equations and code side by side, below each other on a narrow screen."""
-    left = "\n\n".join(f"```text\n{equation}\n```" for equation in equations)
+    left = "\n\n".join(equations)
     right = "```python\n" + "\n\n\n".join(steps) + "\n```"
     return (
         '<div class="site-pair" markdown>\n<div markdown>\n**Equation**\n\n'

@@ -63,8 +63,16 @@ def _draw_formulas(markdown: str, fragments: Fragments) -> str:
     drawn: dict[str, str] = {}
     text = take_formulas(markdown, drawn)
     return _DRAWN.sub(
-        lambda found: fragments.add(drawn[found[0]]) if found[0] in drawn else found[0], text
+        lambda found: fragments.add(_widen(drawn[found[0]])) if found[0] in drawn else found[0],
+        text,
     )
+
+
+def _widen(markup: str) -> str:
+    """Give a formula on a line of its own an element in which it can be scrolled."""
+    if not (markup.startswith("<math") and 'display="block"' in markup.partition(">")[0]):
+        return markup
+    return f'<span class="site-math" tabindex="0">{markup}</span>'
 
 
 def _render_code(text: str, cell: Mapping[str, Any], fragments: Fragments) -> list[str]:

@@ -238,7 +238,7 @@ class View:
         """
         from opdlab.viz.page import page
 
-        return page(path, title=self.title or self.name, lenses=[("", self)])
+        return page(path, title=self._page_title, lenses=[("", self)])
 
     def to_png(self, path: str | os.PathLike[str], dark: bool = False, width: int = 1200) -> Path:
         """Draw the view with the Chromium or Chrome of this machine.
@@ -261,10 +261,13 @@ class View:
             ".opd{max-width:none!important}"
             ".opd-block{content-visibility:visible!important}"
         )
-        page = embed.document(
-            escape(self.title or self.name), f"<style>{look}</style>", self.html()
-        )
+        page = embed.document(escape(self._page_title), f"<style>{look}</style>", self.html())
         return camera.shoot(page, path, dark=dark, width=width)
+
+    @property
+    def _page_title(self) -> str:
+        """The title of a page with this view alone: its own, else its class and what it answers."""
+        return self.title or ": ".join(filter(None, (type(self).__name__, self.caption)))
 
     def live(self) -> LiveView:
         """Return the same picture as a widget; its traits are this view's attributes.

@@ -131,3 +131,12 @@ def test_a_failed_write_leaves_the_old_page(tmp_path):
         embed.write(path, "new \ud800")
     assert path.read_text() == "old"
     assert list(tmp_path.iterdir()) == [path]
+
+
+def test_a_view_saved_without_a_title_has_its_question_for_one(tmp_path):
+    lens = TokenLens.of_trace(made([b"a", b"b"]))
+    text = lens.to_html(tmp_path / "lens.html").read_text(encoding="utf-8")
+    assert f"<title>TokenLens: {TokenLens.caption}</title>" in text
+    lens.title = "Mine"
+    text = lens.to_html(tmp_path / "lens.html").read_text(encoding="utf-8")
+    assert "<title>Mine</title>" in text

@@ -88,6 +88,25 @@ def test_a_method_has_a_page_with_its_equation_beside_its_code():
     assert '"""' not in page  # docstrings are prose, and stand below
 
 
+def test_prose_and_equations_of_a_page_stay_in_their_order():
+    found = {method.name: method for method in methods.find_methods()}
+    dopd = methods.render_method(found["DOPD"], {})
+    sampled, equation, code = map(dopd.index, ("student sampled:", "A_n = |", "def plan("))
+    assert sampled < equation < code < dopd.index("In words: LH")
+    opd_page = methods.render_method(found["OPD"], {})
+    words = (
+        "with the detached advantage",
+        "A_t = log q(y_t)",
+        "which is the gradient",
+        "def loss(",
+    )
+    places = [opd_page.index(one) for one in words]
+    assert places == sorted(places)
+    for method in found.values():  # no sentence ends in a colon with nothing behind it
+        page = methods.render_method(method, {})
+        assert not re.search(r"[^*]:\n+(<|#|$)", page), method.name
+
+
 OWN = '''"""Reverse KL where the teacher is <unsure>.
 
     loss_t = H(q_t) KL(p_t || q_t)
