@@ -36,32 +36,54 @@ ARMS = {
 def methods_table(data: Mapping[str, Any]) -> str:
     """Accuracy and gain of all methods, the best first, and at as many teacher's tokens as OPD."""
     lines = [
-        "| method | seeds | greedy | gain | samples | gain | teacher's tokens | CPU s |",
-        "| --- | --- | --- | --- | --- | --- | --- | --- |",
+        "| method | seeds | greedy | gain | minus OPD | samples | gain | minus OPD"
+        " | teacher's tokens | CPU s |",
+        "| --- | --- | --- | --- | --- | --- | --- | --- | --- | --- |",
     ]
     for name, label in (("student", "the student before training"), ("teacher", "the teacher")):
         found = data["world"][name]
-        lines.append(f"| {label} | | {found['accuracy']:.3f} | | {found['sampled']:.3f} | | | |")
+        lines.append(
+            f"| {label} | | {found['accuracy']:.3f} | | | {found['sampled']:.3f} | | | | |"
+        )
+    plain = data["methods"]["opd"]["runs"]
     methods = sorted(data["methods"].values(), key=lambda one: -one["greedy"]["accuracy"])
     for one in methods:
         counts = {kind: one[f"teacher_{kind}"] for kind in ("graded", "written")}
         tokens = ", ".join(f"{count:.0f} {kind}" for kind, count in counts.items() if count)
         seconds = "" if one["cpu_seconds"] is None else f"{one['cpu_seconds']:.0f}"
-        lines.append(
-            _row(one["label"], f"{one['greedy']['seeds']}", one, tokens or "none", seconds)
-        )
+        gaps = {kind: _difference(one["runs"], plain, kind) for kind in ("greedy", "sampled")}
+        if one["runs"] == plain:
+            gaps = dict.fromkeys(gaps, "")
+        seeds = f"{one['greedy']['seeds']}"
+        lines.append(_row(one["label"], seeds, one, gaps, tokens or "none", seconds))
         if "equal_teacher_tokens" in one:
             equal = one["equal_teacher_tokens"]
             label = f"… after {equal['updates']:.0f} updates, as many tokens as OPD"
-            lines.append(_row(label, "", equal, "", ""))
+            early = {seed: run["at_budget"] for seed, run in one["runs"].items()}
+            gaps = {kind: _difference(early, plain, kind) for kind in ("greedy", "sampled")}
+            lines.append(_row(label, seeds, equal, gaps, "", ""))
     return "\n".join(lines)
 
 
-def _row(label: str, seeds: str, of: Mapping[str, Any], tokens: str, seconds: str) -> str:
+def _row(
+    label: str,
+    seeds: str,
+    of: Mapping[str, Any],
+    gaps: Mapping[str, str],
+    tokens: str,
+    seconds: str,
+) -> str:
     numbers = []
     for kind in ("greedy", "sampled"):
-        numbers += [f"{of[kind]['accuracy']:.3f}", _gain(of[kind])]
+        numbers += [f"{of[kind]['accuracy']:.3f}", _gain(of[kind]), gaps[kind]]
     return f"| {label} | {seeds} | {' | '.join(numbers)} | {tokens} | {seconds} |"
+
+
+def _difference(runs: Mapping[str, Any], plain: Mapping[str, Any], kind: str) -> str:
+    """Accuracy minus that of plain OPD, over the seeds that both have, prompt by prompt."""
+    both = [seed for seed in runs if seed in plain]
+    gaps = np.asarray([np.subtract(runs[seed][kind], plain[seed][kind]) for seed in both])
+    return _gain(describe_gain(gaps, np.zeros(gaps.shape[1])))
 
 
 def _gain(of: Mapping[str, Any]) -> str:
