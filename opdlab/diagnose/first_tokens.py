@@ -102,8 +102,8 @@ class FirstTokens:
         if not self.is_out_of_reach:
             share = pulls["reverse_kl"] / pulls["forward_kl"]
             found += (
-                f", under {RARE_LIMIT}, as {example!r}; reverse KL pulls on it {share:.1%} as hard as"
-                " forward KL"
+                f", under {RARE_LIMIT}, as {example!r}; reverse KL pulls on it {share:.1%} as hard"
+                " as forward KL"
             )
             remedy = "Begin with forward KL; under reverse KL such a beginning is learned late."
             return Check(NAME, "note", found, remedy)
