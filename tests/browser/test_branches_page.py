@@ -32,3 +32,15 @@ def test_the_tree_of_a_token_is_drawn(open_page, tmp_path, axe, scheme):
     assert branches.count() == 2
     assert shown.evaluate("window.broken") is None
     axe(shown, ".opd-branches")
+
+
+def test_a_token_that_is_chosen_already_can_be_chosen_for_the_other_views(open_page, tmp_path):
+    """Each view begins at a token of its own choice; a click says which one is meant."""
+    view = Branches.example(WORDS, NASTY[0])
+    lens = TokenLens(view.trace)
+    shown = open_page(page(tmp_path / "p.html", title="p", lenses=[("", view), ("", lens)]))
+    chosen = shown.locator(".opd-lens .opd-strip [aria-selected='true']")
+    other = shown.locator(".opd-branches .opd-strip [aria-selected='true']")
+    assert chosen.get_attribute("data-i") != other.get_attribute("data-i")
+    chosen.click()
+    assert chosen.get_attribute("data-i") == other.get_attribute("data-i")

@@ -131,7 +131,8 @@ const pageLink = (texts, { get, set, on }) => {
     if (get(name) !== undefined) on(name, (value) => announce(name, value));
   }
   document.addEventListener(LINK, follow);
-  return () => document.removeEventListener(LINK, follow);
+  const leave = () => document.removeEventListener(LINK, follow);
+  return { announce, leave };
 };
 
 /**
@@ -156,15 +157,19 @@ export const connect = (model, texts, badge) => {
   const on = (name, act) => listen(`change:${name}`, () => act(get(name)));
   /** @type {State["set"]} */
   const set = (name, value) => {
-    if (equal(get(name), value)) return;
+    if (equal(get(name), value)) {
+      // Chosen again: nothing changes here, but other views may show another token.
+      if (name === "selected") page.announce(name, value);
+      return;
+    }
     model.set(name, value);
     python.saveSoon();
   };
 
-  const leavePage = pageLink(texts, { get, set, on });
+  const page = pageLink(texts, { get, set, on });
   if (python.isLive) listen("msg:custom", python.hear);
   const close = () => {
-    leavePage();
+    page.leave();
     for (const act of undo) act();
     python.close();
   };
