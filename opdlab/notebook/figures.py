@@ -353,6 +353,9 @@ def draw_survey(field: pd.DataFrame, named: Collection[str], title: str) -> go.F
     for row in shown[shown["is_named"]].itertuples():
         _add_name(figure, row.name, row.x, row.y, row.y - 1.1 - labels[row.name])
     _label_map(figure, shown, columns, tops, bottom)
+    *_, unsorted = LANES
+    top = tops[unsorted] - above[unsorted] - 1.3
+    figure.add_hrect(top, bottom, fillcolor=GREY, opacity=0.12, line_width=0, layer="below")
     margin = {"l": 20, "r": 8, "t": 80, "b": 40}
     return figure.update_layout(
         template="opdlab", title=title, height=570, showlegend=False, margin=margin
