@@ -37,6 +37,15 @@ run = opdlab.distill(student, teacher, task, method=method, steps=1, batch=4, lr
 step = run.train().last
 forks = viz.Forks(step.trace(), policies=step.policies, prompts=step.rollout.prompts)
 regimes = viz.Regimes(step.trace())"""
+BRANCHES = """import opdlab
+from opdlab import viz
+student, teacher, task = opdlab.load('market')
+rollout = student.sample(task.prompts(2, split='test'), max_new_tokens=24, seed=0)
+trace = opdlab.score(rollout, student, teacher)
+lens = viz.TokenLens(trace)
+both = {'student': student, 'teacher': teacher}
+branches = viz.Branches(trace, policies=both, rollout=rollout, task=task, n=2)
+worst = int(trace.sample(0).column('teacher_reverse_kl').argmax())"""
 OWN_LOSS = """from opdlab import viz
 scale = [1.0]
 def mine(rows):
@@ -292,3 +301,22 @@ def test_lines_reach_python_and_policies_write_at_a_click(lab):
         "len(regimes.region), len(regimes.picked) == regimes.quadrants['tokens']['high x, low y']",
         "4 True",
     )
+
+
+def test_a_forced_token_grows_a_tree_where_the_kernel_lives(lab):
+    """Chosen in the lens, forced in the branches: both models go on from both tokens."""
+    lab.write("grow.ipynb", BRANCHES, "lens.live()", "branches.live()")
+    page = lab.open("grow.ipynb")
+    lab.run(page)
+    worst = lab.python(page, "print(worst)")
+    root = page.locator(".jp-OutputArea-output .opd-branches")
+    force = root.get_by_role("button", name="Force the teacher")
+    force.wait_for()  # views hear of a choice once they are there
+    page.locator(f".jp-OutputArea-output .opd-lens .opd-strip [data-i='{worst}']").click()
+    root.get_by_text(f"at position {worst}").wait_for()
+    force.click()
+    lab.until(page, "list(branches.trees)", f"[{worst}]")
+    root.get_by_text("the teacher’s token", exact=True).wait_for()
+    grown = "[len(texts) for one in branches.trees[worst].branches for texts in one.texts.values()]"
+    assert lab.python(page, f"print({grown})") == "[2, 2, 2, 2]"
+    assert root.get_by_text("the teacher goes on").count() == 2
