@@ -8,13 +8,13 @@ Each table stands between two comments, `<!-- pair: NAME -->` and `<!-- end -->`
 from __future__ import annotations
 
 import json
-import re
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
-HERE = Path(__file__).parent
-PAGE, RESULT = HERE / "README.md", HERE / "results" / "pair.json"
+from benchmarks.page_tables import PAGE, fill
+
+RESULT = Path(__file__).parent / "results" / "pair.json"
 
 LABELS = {
     "form_forward": "form, forward KL",
@@ -86,12 +86,8 @@ TABLES: dict[str, Callable[[Mapping[str, Any]], str]] = {
 
 def main() -> None:
     """Replace every table in the page."""
-    data, page = json.loads(RESULT.read_text("utf-8")), PAGE.read_text("utf-8")
-    for name, make in TABLES.items():
-        place = re.compile(rf"(<!-- pair: {name} -->\n).*?(\n<!-- end -->)", re.DOTALL)
-        table = make(data)
-        page = place.sub(lambda found, table=table: f"{found[1]}\n{table}\n{found[2]}", page)
-    PAGE.write_text(page, "utf-8")
+    data = json.loads(RESULT.read_text("utf-8"))
+    PAGE.write_text(fill(PAGE.read_text("utf-8"), "pair", TABLES, data), "utf-8")
 
 
 if __name__ == "__main__":

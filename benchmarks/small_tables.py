@@ -8,7 +8,6 @@ Each table stands between two comments, `<!-- small: NAME -->` and `<!-- end -->
 from __future__ import annotations
 
 import json
-import re
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -17,9 +16,9 @@ import numpy as np
 
 import opdlab as opd
 from benchmarks.controls import describe_gain
+from benchmarks.page_tables import PAGE, fill
 
-HERE = Path(__file__).parent
-PAGE, RESULT = HERE / "README.md", HERE / "results" / "small.json"
+RESULT = Path(__file__).parent / "results" / "small.json"
 
 ARMS = {
     "teacher": "the method with its teacher",
@@ -120,23 +119,11 @@ TABLES: dict[str, Callable[[Mapping[str, Any]], str]] = {
 }
 
 
-def fill(page: str, data: Mapping[str, Any]) -> str:
-    """Replace every table of the page.
-
-    Args:
-        page: The text of benchmarks/README.md.
-        data: What results/small.json holds.
-
-    Returns:
-        The page with the tables of these results.
-    """
-    for name, make in TABLES.items():
-        place = re.compile(rf"(<!-- small: {name} -->\n).*?(\n<!-- end -->)", re.DOTALL)
-        table = make(data)
-        page = place.sub(lambda found, table=table: f"{found[1]}\n{table}\n{found[2]}", page)
-    return page
+def fill_page(page: str, data: Mapping[str, Any]) -> str:
+    """Return benchmarks/README.md with the tables of these results."""
+    return fill(page, "small", TABLES, data)
 
 
 if __name__ == "__main__":
-    filled = fill(PAGE.read_text("utf-8"), json.loads(RESULT.read_text("utf-8")))
+    filled = fill_page(PAGE.read_text("utf-8"), json.loads(RESULT.read_text("utf-8")))
     PAGE.write_text(filled, "utf-8")

@@ -73,7 +73,7 @@ def test_the_tables_of_the_privileged_page_are_what_its_blocks_print(tmp_path, m
 
 
 def is_near(words: list[str], others: list[str]) -> bool:
-    """Whether two lines have the same words, and numbers that differ by rounding at most."""
+    """Tell whether two lines have the same words, and numbers that differ by rounding at most."""
     if len(words) != len(others):
         return False
     number = re.compile(r"-?\d+(\.\d+)?")

@@ -73,8 +73,8 @@ def merge_traces(parts: Sequence[Trace], rows: Sequence[Sequence[int]]) -> Trace
     for name in ("texts", "finish", "prompts"):
         meta[name] = _in_order([part.meta[name] for part in parts], rows)
     described = [part.meta.get("rollout") or {} for part in parts]
-    if all(described):
-        meta["rollout"] = merge_descriptions(described, rows)
+    if "rollout" in meta:  # nothing if a part lacks it: that of the first part is not the whole's
+        meta["rollout"] = merge_descriptions(described, rows) if all(described) else {}
     vocab = {token: piece for part in parts for token, piece in part.meta["vocab"].items()}
     meta["vocab"] = dict(sorted(vocab.items(), key=lambda item: int(item[0])))
     meta["notes"] = {

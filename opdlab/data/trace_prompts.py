@@ -1,6 +1,6 @@
-"""What a trace keeps of its rollout beside the tokens, so that policies can read it again.
+"""Keep the prompts of a rollout in its trace, so that policies can read them again.
 
-The metadata `rollout` hold each different prompt once, as policies read it: its text or messages,
+The metadata `rollout` holds each different prompt once, as policies read it: its text or messages,
 its tools, its hint and its id. Answers and other metadata of prompts are not kept.
 """
 

@@ -115,7 +115,7 @@ class Privilege:
         )
 
     def _read_control(self) -> str:
-        """What another prompt's hint does to the teacher, in words; "" where none was tried.
+        """Say what another prompt's hint does to the teacher; "" where none was tried.
 
         A type of tokens is named only where it shows a teacher that follows wrong hints and the
         mean over all tokens does not.
@@ -221,7 +221,7 @@ def privilege(
 
 
 def _follows_wrong_hints(moves: pd.Series) -> bool:
-    """Whether another prompt's hint moves the teacher, and much farther than its own."""
+    """Tell whether another prompt's hint moves the teacher much farther than its own."""
     own, others = float(moves["own"]), float(moves["another's"])
     return others >= MOVED and others > MUCH * own
 

@@ -121,24 +121,8 @@ def rollout_from_trace(
         OpdlabError: The trace keeps no prompts, or those given are not as many as its texts.
     """
     expect(trace, Trace, _FROM_TRACE, "trace")
-    described = trace.meta.get("rollout") or {}
-    try:
-        asked = read_prompts(described) if prompts is None else expect_prompts(prompts, _FROM_TRACE)
-        texts, finish = tuple(trace.meta["texts"]), tuple(trace.meta["finish"])
-        writer = tuple(described.get("writer") or ["student"] * len(texts))
-        n, vocabulary = int(described.get("n", 1)), described.get("vocabulary")
-    except (LookupError, TypeError, ValueError, AttributeError) as error:
-        if isinstance(error, OpdlabError):
-            raise
-        raise OpdlabError(
-            "The trace does not keep its prompts as policies read them. Give prompts=, the prompts"
-            " that it was written for, in the order of its texts."
-        ) from None
-    if not len(texts) == len(asked) == len(writer):
-        raise OpdlabError(
-            f"The trace has {len(texts)} texts for {len(asked)} prompts. Give the prompts that it"
-            " was written for, one for each text."
-        )
+    origin = _read_origin(trace, prompts)
+    asked = origin["prompts"]
     columns = trace.table.column_names
     samples = trace.column("sample")
     lengths = torch.tensor([int((samples == i).sum()) for i in range(len(asked))])
@@ -153,21 +137,45 @@ def rollout_from_trace(
         return out
 
     rollout = Rollout(
-        prompts=tuple(asked),
+        **origin,
         ids=unfold("token_id", torch.long),
         lengths=lengths,
         logp=unfold("student_logp", torch.float32),
         entropy=unfold("student_entropy", torch.float32),
-        finish=finish,
-        texts=texts,
-        writer=writer,
-        n=n,
-        vocabulary=vocabulary,
         learn=unfold("learn", torch.bool) if "learn" in columns else mask,
         turn=unfold("turn", torch.long),
     )
     present = [i for i, length in enumerate(lengths.tolist()) if length]
     return rollout if len(present) == len(asked) else rollout.select(present)
+
+
+def _read_origin(trace: Trace, prompts: Sequence[Prompt] | None) -> dict[str, Any]:
+    """Read the fields of a rollout that its trace keeps in the metadata."""
+    described = trace.meta.get("rollout") or {}
+    try:
+        asked = read_prompts(described) if prompts is None else expect_prompts(prompts, _FROM_TRACE)
+        texts = tuple(trace.meta["texts"])
+        origin: dict[str, Any] = {
+            "prompts": tuple(asked),
+            "texts": texts,
+            "finish": tuple(trace.meta["finish"]),
+            "writer": tuple(described.get("writer") or ["student"] * len(texts)),
+            "n": int(described.get("n", 1)),
+            "vocabulary": described.get("vocabulary"),
+        }
+    except (LookupError, TypeError, ValueError, AttributeError) as error:
+        if isinstance(error, OpdlabError):
+            raise
+        raise OpdlabError(
+            "The trace does not keep its prompts as policies read them. Give prompts=, the prompts"
+            " that it was written for, in the order of its texts."
+        ) from None
+    if not len(texts) == len(asked) == len(origin["writer"]):
+        raise OpdlabError(
+            f"The trace has {len(texts)} texts for {len(asked)} prompts. Give the prompts that it"
+            " was written for, one for each text."
+        )
+    return origin
 
 
 def name_of_planner(method: Any) -> str:

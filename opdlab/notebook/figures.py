@@ -283,11 +283,27 @@ def draw_cosines(
             cliponaxis=False,
             hovertemplate="%{y}: %{x:.2f}",
         )
+    _label_cosines(figure, [str(name) for name in cosines.index], verdicts, axis)
+    margin = {"r": 190, "t": 36, "b": 66}
+    return figure.update_layout(
+        template="opdlab", title=title, height=120 + 40 * len(rows), showlegend=False, margin=margin
+    )
+
+
+def _label_cosines(
+    figure: go.Figure, losses: Sequence[str], verdicts: Sequence[str], axis: str
+) -> None:
+    """Name the losses at the left, their verdicts at the right, and what cosines mean below."""
     for y, verdict in [(-1.1, "it trains"), *enumerate(verdicts)]:
         figure.add_annotation(
-            text=verdict, x=1.1, xref="paper", y=y, xanchor="left", align="left",
+            text=verdict,
+            x=1.1,
+            xref="paper",
+            y=y,
+            xanchor="left",
+            align="left",
             showarrow=False,
-        )  # fmt: skip
+        )
     guides = {-1: "the opposite", 0: "unrelated", 1: "the same"}
     figure.update_xaxes(
         range=[-1.08, 1.08],
@@ -297,15 +313,11 @@ def draw_cosines(
         title=axis,
     )
     figure.update_yaxes(
-        tickvals=rows,
-        ticktext=[str(name) for name in cosines.index],
+        tickvals=list(range(len(losses))),
+        ticktext=losses,
         nticks=None,
-        range=[len(rows) - 0.5, -1.4],
+        range=[len(losses) - 0.5, -1.4],
         showgrid=False,
-    )
-    margin = {"r": 190, "t": 36, "b": 66}
-    return figure.update_layout(
-        template="opdlab", title=title, height=120 + 40 * len(rows), showlegend=False, margin=margin
     )
 
 
@@ -421,9 +433,18 @@ def _label_map(
     )
     key = f"Who teaches: {teachers}<br>Filled dots with a name run in opdlab."
     figure.add_annotation(
-        text=key, x=0, xref="paper", xanchor="left", xshift=-140, y=1, yref="paper", yshift=30,
-        align="left", showarrow=False, font_size=11,
-    )  # fmt: skip
+        text=key,
+        x=0,
+        xref="paper",
+        xanchor="left",
+        xshift=-140,
+        y=1,
+        yref="paper",
+        yshift=30,
+        align="left",
+        showarrow=False,
+        font_size=11,
+    )
 
 
 class Drawing:

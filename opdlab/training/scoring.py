@@ -109,9 +109,8 @@ def score(
     numbers = compute(signals.full(k, allow_partial=True), states, batch.token)
     if planned is not None:
         numbers["loss"] = planned.losses()
-    formula = ""
-    if planned is not None:
-        formula = formula_of(planned.method, [*numbers, *planned.columns])
+    columns = [] if planned is None else [*numbers, *planned.columns]
+    formula = "" if planned is None else formula_of(planned.method, columns)
     trace = record_trace(rollout, graders, numbers, planned=planned, formula=formula)
     return gather_trace(trace, row, everyone)
 

@@ -12,7 +12,7 @@ def test_the_page_has_the_recorded_numbers():
     data = json.loads(small_tables.RESULT.read_text(encoding="utf-8"))
     for name in small_tables.TABLES:
         assert f"<!-- small: {name} -->" in page
-    assert small_tables.fill(page, data) == page
+    assert small_tables.fill_page(page, data) == page
 
 
 def test_every_method_has_three_seeds_and_every_arm():

@@ -67,3 +67,10 @@ def test_the_parts_of_processes_give_the_trace_of_one():
     whole.meta["notes"]["Mine"].pop("sizes")
     assert merged.meta == whole.meta
     assert sizes == {"process 0": 2, "process 1": 2, "process 2": 1}
+
+
+def test_prompts_of_which_a_part_lacks_its_own_are_not_kept():
+    rows = [[0, 3], [1, 4], [2]]
+    parts = [trace_from_bytes(trace_to_bytes(trace(part))) for part in rows]
+    parts[1].meta["rollout"] = {}  # JSON could not hold them
+    assert merge_traces(parts, rows).meta["rollout"] == {}

@@ -1,5 +1,5 @@
-"""Where a hinted teacher's lead comes from: against the exact tabular world, closed forms, and real
-policies by hand.
+"""Check the split of a hinted teacher's lead against the exact tabular world, closed forms, and
+real policies by hand.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""What a user with a GPU runs, rehearsed on tiny models under the real names: demo and notebook."""
+"""Rehearse what a user with a GPU runs, demo and notebook, on tiny models under the real names."""
 
 from __future__ import annotations
 
