@@ -25,6 +25,7 @@ SIDES = {  # of an arm: its colour, a sign, and what it means
     "student": ("◆", "without a teacher"),
     "amount": ("■", "with part of the teacher, or another rate"),
 }
+TICKS = (0.0, 0.5, 1.0)
 
 
 class Arms(View):
@@ -37,9 +38,13 @@ class Arms(View):
     Args:
         controls: The result of `opdlab.controls`.
         title: The title above.
+        share: Whether the line above the arms says how much of the gain is due to the teacher.
+            False suits controls that compare other things, such as placebos.
 
     Attributes:
         controls: The result.
+        title: The title above.
+        says_share: Whether the share is said.
 
     Raises:
         OpdlabError: It is something else.
@@ -50,12 +55,12 @@ class Arms(View):
     name, scripts, styles = "arms", (), ("run_card.css", "arms.css")
 
     @validate_arguments
-    def __init__(self, controls: Unchecked[Controls], title: Text = "") -> None:
+    def __init__(self, controls: Unchecked[Controls], title: Text = "", share: bool = True) -> None:
         super().__init__()
         from opdlab.evidence.controls import Controls
 
         expect(controls, Controls, type(self).__name__, "controls")
-        self.controls, self.title = controls, title
+        self.controls, self.title, self.says_share = controls, title, share
 
     @classmethod
     def fits(cls, given: object, sample: int = 0) -> bool:
@@ -156,17 +161,21 @@ class Arms(View):
             Markup with the whole picture; every foreign string in it is escaped.
         """
         rows = "".join(self._draw_row(row) for row in self.df.to_dict("records"))
+        drawn = {self._side(name) for name in self.controls.arms}
         keys = "".join(
             f'<span class="opd-item opd-arm-{side}"><i>{sign}</i>{told}</span>'
             for side, (sign, told) in SIDES.items()
+            if side in drawn
         )
+        headline = markup.escape(self._headline())
         left_out = self._list_left_out()
         return (
             f"{markup.draw_title(self.title)}"
-            f'<div class="opd-card-gain"><b>{markup.escape(self._headline())}</b></div>'
-            f'<div class="opd-bar"><span>{markup.escape(self._list_facts())}</span>'
+            + f'<div class="opd-card-gain"><b>{headline}</b></div>' * self.says_share
+            + f'<div class="opd-bar"><span>{markup.escape(self._list_facts())}</span>'
             f'<span class="opd-legend opd-key">{keys}</span></div>'
-            f'<div class="opd-arms" role="table" aria-label="Accuracy by arm">{rows}</div>'
+            f'<div class="opd-arms" role="table" aria-label="Accuracy by arm">{rows}'
+            f"{_draw_ticks()}</div>"
             f'<div class="opd-soft opd-arms-foot">{markup.escape(self._list_counts())}</div>'
             + (
                 f'<div class="opd-soft opd-arms-foot">{markup.escape(left_out)}</div>'
@@ -175,7 +184,9 @@ class Arms(View):
         )
 
     def __repr__(self) -> str:
-        lines = [f"Arms: {self.title or self._list_facts()}", self._headline()]
+        lines = [f"Arms: {self.title or self._list_facts()}"]
+        if self.says_share:
+            lines.append(self._headline())
         for row in self.df.to_dict("records"):
             bar = markup.draw_bar(row["accuracy"])
             lines.append(f"{bar} {row['accuracy']:.3f} {self._say_gain(row):<27} {row['what']}")
@@ -196,14 +207,22 @@ class Arms(View):
         return " · ".join(one for one in said if one)
 
     def _list_counts(self) -> str:
-        prompts, seeds = self.controls.prompts, len(self.controls.seeds)
+        prompts = self.controls.prompts
         is_greedy = self.controls.by == "greedy"
         how = "Greedy accuracy" if is_greedy else "Accuracy of samples"
         return (
-            f"{how} after training, from 0 to 1. Marks: one per seed. Bars: 95 %"
-            f" intervals of the gain over the start, over {prompts} prompts and {seeds} seed"
-            f"{'s' * (seeds != 1)}. Dashed: the start."
+            f"{how} after training, from 0 to 1. Hollow: one per seed; filled: their mean."
+            " Bars: 95 % intervals of the gain over the start, over"
+            f" {prompts} prompt{'s' * (prompts != 1)} and {self._say_seeds()}. Dashed: the start."
         )
+
+    def _say_seeds(self) -> str:
+        """The number of seeds of an arm; from the least to the most where arms differ."""
+        counts = [len(arm.seeds) for arm in self.controls.arms.values()]
+        least, most = min(counts), max(counts)
+        if least != most:
+            return f"{least} to {most} seeds"
+        return f"{most} seed{'s' * (most != 1)}"
 
     def _list_left_out(self) -> str:
         return " ".join(f"Left out: {n}, since {why}." for n, why in self.controls.left_out.items())
@@ -242,6 +261,17 @@ class Arms(View):
         if name in (TEACHER, START):
             return "teacher"
         return "student" if self.controls.arms[name].is_teacher_free else "amount"
+
+
+def _draw_ticks() -> str:
+    """A last row with the numbers of the scale."""
+    ticks = "".join(
+        f'<i class="opd-arms-tick" style="left:{_place(one)}">{one:g}</i>' for one in TICKS
+    )
+    return (
+        '<div class="opd-arm opd-arms-ticks" aria-hidden="true"><span></span>'
+        f'<span class="opd-arms-scale">{ticks}</span><span></span></div>'
+    )
 
 
 def _place(value: float) -> str:
