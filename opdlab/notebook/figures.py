@@ -176,6 +176,70 @@ def _arm_traces(
     return traces
 
 
+# The values of an arm that `draw_changes` marks: their name, symbol, size and colour.
+_CHANGE_MARKS: dict[str, tuple[str, str, int, str]] = {
+    "before": ("before training", "circle-open", 13, GREY),
+    "hinted": ("with the hint", "line-ns-open", 13, AMOUNT),
+    "after": ("after training, without it", "circle", 13, TEACHER),
+}
+
+
+def draw_changes(changes: pd.DataFrame, title: str, axis: str, colours: Sequence[str]) -> go.Figure:
+    """Draw one row per arm: a line from before training to after it, and small circles for seeds.
+
+    Args:
+        changes: One row per arm with shares `before` training, of the `hinted` student, and `after`
+            training without the hint, and `seeds`, the list of each seed's share after training.
+        title: The title of the figure.
+        axis: What the numbers are.
+        colours: The colour of each arm's line.
+
+    Returns:
+        A Plotly figure.
+
+    Raises:
+        OpdlabError: There are not as many colours as arms.
+    """
+    import plotly.graph_objects as go
+
+    if len(colours) != len(changes):
+        raise OpdlabError(
+            f"draw_changes has {len(changes)} arms and {len(colours)} colours. Give one each."
+        )
+    figure, rows = go.Figure(), list(range(len(changes)))
+    for place, (before, after), colour in zip(
+        rows, changes[["before", "after"]].to_numpy(), colours, strict=True
+    ):
+        line = {"color": colour, "width": 5}
+        figure.add_scatter(
+            x=[before, after], y=[place] * 2, mode="lines", line=line, showlegend=False
+        )
+    shown = {"mode": "markers", "cliponaxis": False}
+    for column, (name, symbol, size, colour) in _CHANGE_MARKS.items():
+        marker = {"symbol": symbol, "size": size, "color": colour}
+        marker["line"] = {"width": 3, "color": colour}
+        figure.add_scatter(x=changes[column], y=rows, name=name, marker=marker, **shown)
+    values = [value for seeds in changes["seeds"] for value in seeds]
+    below = [row + 0.3 for row, seeds in zip(rows, changes["seeds"], strict=True) for _ in seeds]
+    dots = {"symbol": "circle-open", "size": 6, "color": TEACHER, "line": {"width": 1.5}}
+    figure.add_scatter(x=values, y=below, name="the same, one seed", marker=dots, **shown)
+    figure.update_xaxes(range=[-0.04, 1.04], title=axis)
+    figure.update_yaxes(
+        tickvals=rows,
+        ticktext=[str(arm) for arm in changes.index],
+        range=[len(rows) - 0.4, -0.6],
+        nticks=None,
+        showgrid=False,
+    )
+    return figure.update_layout(
+        template="opdlab",
+        title=title,
+        height=150 + 40 * len(rows),
+        margin_t=60,
+        legend={"orientation": "h", "y": -0.27},
+    )
+
+
 # How the events of runs are drawn: an alarm of the name that the run is about, others, a fall.
 EVENTS: dict[str, dict[str, Any]] = {
     "its own alarm": {"symbol": "diamond", "color": TEACHER, "size": 11},
