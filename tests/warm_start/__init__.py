@@ -16,6 +16,7 @@ import shlex
 import subprocess
 import sys
 import tempfile
+import warnings
 from pathlib import Path
 
 HERE = Path(__file__).parent
@@ -26,7 +27,9 @@ def python() -> str:
     """Start the server of this process, if none runs yet.
 
     Returns:
-        The path of a program that takes the arguments of `python`.
+        The path of a program that takes the arguments of `python`. It is `sys.executable`, with a
+        warning, where a library starts threads when it is loaded, as some old versions do: such a
+        process cannot be forked.
     """
     folder = tempfile.TemporaryDirectory(prefix="opdlab-warm-")
     socket, program = Path(folder.name) / "socket", Path(folder.name) / "python"
@@ -36,7 +39,13 @@ def python() -> str:
         stdout=subprocess.PIPE,
     )
     assert server.stdout is not None
-    assert server.stdout.readline() == b"ready\n", "the server did not start"
+    said = server.stdout.readline()
+    if said == b"threads\n":
+        warnings.warn("A library has threads, so that processes start cold.", stacklevel=2)
+        server.communicate()
+        folder.cleanup()
+        return sys.executable
+    assert said == b"ready\n", "the server did not start"
     client = [sys.executable, "-I", "-S", str(HERE / "client.py"), str(socket), sys.executable]
     program.write_text(f'#!/bin/sh\nexec {shlex.join(client)} "$@"\n', encoding="utf-8")
     program.chmod(0o755)

@@ -187,17 +187,18 @@ def run_and_end(request: dict[str, Any]) -> None:
     os._exit(int(status or 0) & 0xFF)
 
 
-def check_threads() -> None:
-    """Raise where this process has threads that a fork would lose."""
+def other_threads() -> set[str]:
+    """The names of threads of this process that a fork would lose, beside this one."""
     others = [task for task in os.scandir("/proc/self/task") if int(task.name) != os.getpid()]
     names = {Path(task, "comm").read_text().strip() for task in others}
-    names.discard("jemalloc_bg_thd")  # pyarrow's allocator starts its thread again after a fork
-    if names:
-        raise RuntimeError(f"a process with threads must not be forked: {names}")
+    return names - {"jemalloc_bg_thd"}  # pyarrow's allocator starts its thread again after a fork
 
 
 def main() -> dict[str, Any]:
-    """Load the libraries and serve."""
+    """Load the libraries and serve.
+
+    Says "ready" first, or "threads" and ends where a library has started threads of its own.
+    """
     for name in LOADED:
         importlib.import_module(name)
     import opdlab
@@ -205,7 +206,9 @@ def main() -> dict[str, Any]:
     for name in opdlab.__all__:
         getattr(opdlab, name)
     server = Server(sys.argv[1])
-    check_threads()
+    if other_threads():
+        print("threads", flush=True)
+        sys.exit()
     gc.collect()
     gc.freeze()
     print("ready", flush=True)
