@@ -199,6 +199,8 @@ def main() -> dict[str, Any]:
 
     Says "ready" first, or "threads" and ends where a library has started threads of its own.
     """
+    # Without this PyTorch 2.6 starts threads for compiling when it is loaded.
+    os.environ["TORCHINDUCTOR_COMPILE_THREADS"] = "1"
     for name in LOADED:
         importlib.import_module(name)
     import opdlab
