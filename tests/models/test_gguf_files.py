@@ -8,6 +8,7 @@ import os
 from importlib.util import find_spec
 from pathlib import Path
 
+import gguf
 import numpy as np
 import pytest
 import torch
@@ -15,8 +16,6 @@ import torch
 from opdlab import Policy, Prompt
 from opdlab.errors import InvalidValue
 from opdlab.models import gguf_files
-
-gguf = pytest.importorskip("gguf")
 
 
 @pytest.fixture(scope="module")
@@ -27,7 +26,7 @@ def file(tmp_path_factory):
     writer.add_name("Tiny")
     hidden, heads, layers, inner = 32, 4, 2, 64
     alphabet = sorted({chr(b) for b in range(33, 127)} | {"Ġ", "Ċ"})
-    tokens = ["<|endoftext|>", *alphabet, "ab"]
+    tokens = ["<|endoftext|>", *alphabet, "ab", "cd"]
     writer.add_context_length(128)
     writer.add_embedding_length(hidden)
     writer.add_block_count(layers)
@@ -40,8 +39,8 @@ def file(tmp_path_factory):
     writer.add_tokenizer_model("gpt2")
     writer.add_tokenizer_pre("gpt-2")
     writer.add_token_list(tokens)
-    writer.add_token_types([3] + [1] * (len(alphabet) + 1))
-    writer.add_token_merges(["a b"])
+    writer.add_token_types([3] + [1] * (len(alphabet) + 2))
+    writer.add_token_merges(["a b", "c d"])  # of one merge transformers before 5.18 makes a text
     writer.add_eos_token_id(0)
     writer.add_bos_token_id(0)
     random = np.random.default_rng(0)
