@@ -120,7 +120,7 @@ def compose(
         raise _missing("target", target, "teacher", *ANCHORS)
     if estimator in ("full", "top-k"):
         return _on_distributions(SHARES[prefix], divergence, estimator)
-    return _on_sampled_tokens(SHARES[prefix], divergence, estimator)
+    return _on_sampled_tokens(prefix, divergence, estimator)
 
 
 def compose_all(frame: pd.DataFrame) -> dict[str, Any]:
@@ -159,15 +159,16 @@ def _on_distributions(share: float, divergence: str, estimator: str) -> Any:
     return methods.OPD(name, on_policy=share)
 
 
-def _on_sampled_tokens(share: float, divergence: str, estimator: str) -> Any:
+def _on_sampled_tokens(prefix: str, divergence: str, estimator: str) -> Any:
     """A divergence estimated from the tokens that the student sampled."""
     sampled = ("sampled", "sampled, baseline", "return")
     if estimator not in sampled:
         raise _missing("estimator", estimator, "full", "top-k", *sampled)
-    if share < 1:
+    if prefix != "student":
         raise OpdlabError(
-            f"The estimator {estimator!r} grades tokens that the student sampled. Use "
-            "prefix='student', or estimator='full'."
+            f"opdlab has the estimator {estimator!r} for the prefix 'student' only, not for "
+            f"{prefix!r}. It grades tokens that the student sampled. Use prefix='student', or "
+            "estimator='full'."
         )
     if divergence == "reverse_kl" and estimator == "return":
         return methods.OPD(estimator="sampled", discount=1.0)

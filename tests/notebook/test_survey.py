@@ -132,7 +132,8 @@ def test_choices_make_methods(choices, method):
         ({"estimator": "guess"}, "no estimator 'guess'"),
         (
             {"prefix": "mixed", "estimator": "sampled"},
-            r"grades tokens that the student sampled\. Use prefix='student'",
+            r"^opdlab has the estimator 'sampled' for the prefix 'student' only, not for 'mixed'\. "
+            r".*the student sampled\. Use prefix='student'",
         ),
         (
             {"estimator": "return", "divergence": "pearson"},
