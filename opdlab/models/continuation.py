@@ -21,6 +21,7 @@ from opdlab.models.forward import (
     run_backbone,
     run_shared,
 )
+from opdlab.models.growing_cache import let_grow
 from opdlab.models.placement import input_device
 
 
@@ -117,6 +118,7 @@ class Cached:
         )[:, -1]
         if n > 1:
             repeat_cache(self.cache, len(starts), n, device)
+        let_grow(self.cache)
         self.states = states.repeat_interleave(n, 0)
         self.position = lengths.repeat_interleave(n)
         self.mask = None if self.mask is None else self.mask.repeat_interleave(n, 0)

@@ -23,6 +23,9 @@ from opdlab.models.forward import run_backbone
 from opdlab.models.placement import fetch, input_device
 from opdlab.models.precision import without_autocast
 
+# Of a product on a CPU with few rows (`_multiply`).
+FEWEST_TO_PAD, PADDED_ROWS, LARGE_MATRIX = 6, 16, 2**22
+
 _FACTORS = ("logit_scale", "lm_head_multiplier", "output_multiplier")
 _DIVISORS = ("logits_scaling", "logits_mup_width_multiplier")
 _CAPS = ("final_logit_softcapping", "logits_soft_cap", "output_logit_soft_cap")
@@ -121,7 +124,7 @@ class Head:
         weight = self.weight[: self.vocab_size]
         with without_autocast(weight.device):
             hidden = hidden.to(weight.device)
-            logits = functional.linear(hidden.to(weight.dtype), weight, bias)
+            logits = _multiply(hidden.to(weight.dtype), weight, bias)
             logits = logits if logits.dtype in (torch.float32, torch.float64) else logits.float()
             if self.lora is not None:
                 up, down = self.lora.up[: self.vocab_size], self.lora.down
@@ -225,6 +228,19 @@ class Head:
             " constant, with a tanh cap. Please report the model; until then use one with a plain"
             " linear head."
         )
+
+
+def _multiply(hidden: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    """Compute `hidden @ weight.T + bias`, `[n, V]`, with rows of zeros beside few rows on a CPU.
+
+    MKL reads a large float32 matrix again for every three of up to 15 rows, and once for 16: the
+    products of 8 and 12 rows take 1.6 and 2 times as long as that of 16.
+    """
+    rows = len(hidden)
+    pays = weight.device.type == "cpu" and weight.dtype == torch.float32
+    if pays and FEWEST_TO_PAD <= rows < PADDED_ROWS and weight.numel() >= LARGE_MATRIX:
+        hidden = functional.pad(hidden, (0, 0, 0, PADDED_ROWS - rows))
+    return functional.linear(hidden, weight, bias)[:rows]
 
 
 def cannot_run(model: PreTrainedModel, error: Exception) -> UnsupportedModel:

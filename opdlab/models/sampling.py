@@ -339,16 +339,19 @@ def draw(
     Raises:
         OpdlabError: The logits hold no distribution (NaN, +inf).
     """
-    norm = logits.logsumexp(-1, keepdim=True)
-    p = (logits - norm).exp_()
-    finite = logits.clamp(min=torch.finfo(logits.dtype).min)  # 0 * -inf would be NaN
+    p = logits.softmax(-1)
+    # The likeliest token has the probability exp(max - norm): no second pass of exponentials.
+    norm = logits.amax(-1, keepdim=True) - p.amax(-1, keepdim=True).log()
     with without_autocast(logits.device):  # which would round vecdot to bfloat16
-        entropy = norm[:, 0] - torch.linalg.vecdot(p, finite)
-    if not bool(torch.isfinite(norm).all()):
-        raise OpdlabError(
-            "The model's logits hold NaN or infinity while sampling. Check its weights, dtype and"
-            " learning rate."
-        )
+        entropy = norm[:, 0] - torch.linalg.vecdot(p, logits)
+        if not bool(torch.isfinite(entropy).all()):  # 0 * -inf is NaN
+            if not bool(torch.isfinite(norm).all()):
+                raise OpdlabError(
+                    "The model's logits hold NaN or infinity while sampling. Check its weights,"
+                    " dtype and learning rate."
+                )
+            finite = logits.clamp(min=torch.finfo(logits.dtype).min)
+            entropy = norm[:, 0] - torch.linalg.vecdot(p, finite)
     allowed = logits if without is None else logits.index_fill(-1, without, -torch.inf)
     if config.temperature == 0:
         token = allowed.argmax(-1)

@@ -6,7 +6,7 @@ import pytest
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from opdlab.models.head import Head
+from opdlab.models.head import FEWEST_TO_PAD, LARGE_MATRIX, PADDED_ROWS, Head
 
 FAMILIES = {
     "llama": {},
@@ -98,3 +98,22 @@ def test_gradients_are_float32_unless_all_is_float64(kinds):
     hidden, weight = torch.ones(2, 3, dtype=kinds[0]), torch.ones(5, 3, dtype=kinds[1])
     head = Head(weight, None, vocab_size=5)
     assert head.backward(torch.ones(2, 5, dtype=kinds[1]), hidden).dtype == torch.float32
+
+
+@pytest.mark.parametrize("rows", [0, 1, FEWEST_TO_PAD, PADDED_ROWS - 1, PADDED_ROWS])
+def test_few_rows_of_a_large_head_are_those_of_many(rows):
+    """Rows of zeros beside them change nothing, forwards and backwards."""
+    generator = torch.Generator().manual_seed(0)
+    vocab, width = LARGE_MATRIX // 512, 512
+    weight = torch.randn(vocab, width, generator=generator)
+    bias = torch.randn(vocab, generator=generator)
+    hidden = torch.randn(PADDED_ROWS, width, generator=generator)
+    head, few = Head(weight, bias, vocab), hidden[:rows].clone().requires_grad_()
+    got = head(few)
+    assert got.shape == (rows, vocab)
+    want = few.double() @ weight.double().T + bias
+    torch.testing.assert_close(got.double(), want, rtol=1e-5, atol=1e-4)
+    if rows >= FEWEST_TO_PAD:  # the same product
+        assert torch.equal(got, head(hidden)[:rows])
+    got.sum().backward()
+    torch.testing.assert_close(few.grad, weight.sum(0).expand(rows, width), rtol=1e-3, atol=1e-2)
