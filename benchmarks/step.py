@@ -1,7 +1,8 @@
 """Measure a whole training step: generate, score, learn; with all weights, or with a LoRA.
 
 `opdlab.distill` and `trl.DistillationTrainer` train with the reverse KL on the full vocabulary, one
-update per step, without gradient checkpointing. `python -m benchmarks.step CASE TOKENIZER_FOLDER`
+update per step, without gradient checkpointing. The third side makes the bare matrix products of
+such a step (without the small ones of a LoRA). `python -m benchmarks.step CASE TOKENIZER_FOLDER`
 measures one case and prints a JSON line.
 """
 
@@ -18,9 +19,11 @@ from typing import Any
 import torch
 from transformers import LlamaForCausalLM, PreTrainedTokenizerFast
 
+from benchmarks.products import Products
 from benchmarks.workload import (
     BATCH,
     COMPLETION,
+    PROMPT,
     RANK,
     STUDENT,
     TEACHER,
@@ -36,7 +39,7 @@ STEPS = 4  # the first is a warm-up: it counts for memory, not for seconds
 CASES = {
     f"{side}/{weights}": (side, weights)
     for weights in ("all weights", "LoRA")
-    for side in ("opdlab", "trl")
+    for side in ("products", "opdlab", "trl")
 }
 
 
@@ -171,6 +174,48 @@ def trl_side(
     return train
 
 
+class BareStep:
+    """The matrix products of a step; see `benchmarks.products`."""
+
+    def __init__(self, student: Products, teacher: Products, lora: bool) -> None:
+        self.student, self.teacher, self.trains = student, teacher, not lora
+
+    def generate(self) -> None:
+        self.student.generate(BATCH, BATCH, PROMPT, COMPLETION)
+
+    def learn(self) -> None:
+        rows, graded = BATCH * (PROMPT + COMPLETION), BATCH * COMPLETION
+        for products in (self.teacher, self.student):
+            products.forward(rows)
+            products.head_forward(graded)
+        self.student.head_backward(graded, self.trains)
+        self.student.backward(rows, self.trains)
+
+
+def products_side(
+    student: LlamaForCausalLM,
+    teacher: LlamaForCausalLM,
+    tokenizer: PreTrainedTokenizerFast,
+    lora: bool,
+    watch: Stopwatch,
+) -> Trainer:
+    step = BareStep(Products.of(student), Products.of(teacher), lora)
+    watch.watch(step, "generate")
+
+    def train() -> list[float]:
+        for _ in range(STEPS):
+            watch.start()
+            step.generate()
+            step.learn()
+            watch.stop()
+        return []
+
+    return train
+
+
+SIDES = {"opdlab": opdlab_side, "trl": trl_side, "products": products_side}
+
+
 def measure(name: str, tokenizer: PreTrainedTokenizerFast) -> dict[str, object]:
     """Measure one case in this process.
 
@@ -179,7 +224,7 @@ def measure(name: str, tokenizer: PreTrainedTokenizerFast) -> dict[str, object]:
         start.
     """
     side, weights = CASES[name]
-    prepare = opdlab_side if side == "opdlab" else trl_side
+    prepare = SIDES[side]
     student = build_model(STUDENT, tokenizer, 0)
     teacher = build_model(TEACHER, tokenizer, 1)
     watch = Stopwatch()
