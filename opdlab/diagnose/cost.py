@@ -17,6 +17,7 @@ loading, the optimizer's own time, methods other than OPD.
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
@@ -116,13 +117,15 @@ def cost(student: Policy, teacher: Policy, rollout: Rollout, settings: Settings)
     """
     rows = settings.batch * settings.n
     lengths = rollout.lengths.float()
+    prompt, long = _longest(student, rollout), float(lengths.quantile(0.95))
+    micro = settings.per_backward(rows, math.ceil(prompt + long), student.weights.device)
     sizes = _Sizes(
         rows=rows,
-        micro=min(settings.micro_batch or rows, rows),
-        prompt=_longest(student, rollout),
+        micro=min(micro, rows),
+        prompt=prompt,
         teacher_prompt=_longest(teacher, rollout),
         mean=float(lengths.mean()),
-        long=float(lengths.quantile(0.95)),
+        long=long,
     )
     return Cost(
         _memory(student, teacher, rollout, settings, sizes),

@@ -35,6 +35,7 @@ from opdlab.errors import NonFinite
 from opdlab.methods.contract import writer_names
 from opdlab.models.graded import Graded, States
 from opdlab.models.places import seeded
+from opdlab.models.policy import Policy
 from opdlab.models.precision import autocast_backbones
 from opdlab.models.protocols import Sampler
 from opdlab.models.recomputation import recompute_layers
@@ -256,7 +257,9 @@ def _run_passes(run: RunState, planned: Planned, weight: Tensor) -> list[Pass]:
     With a sharded student every process runs as many passes as the one that has the most.
     """
     rollout, sharding = planned.batch.rollout, run.sharding
-    size = run.settings.micro_batch or len(rollout)
+    size = run.settings.per_backward(
+        len(rollout), _longest(run.student, rollout), run.student.weights.device
+    )
     starts = range(0, len(rollout), size)
     passes: list[Pass] = []
     idle = 0 if sharding is None else sharding.begin(planned.batch, passes=len(starts))
@@ -268,6 +271,15 @@ def _run_passes(run: RunState, planned: Planned, weight: Tensor) -> list[Pass]:
         with backbone_precision(run):
             sharding.idle_passes(idle)
     return passes
+
+
+def _longest(student: Policy, rollout: Rollout) -> int:
+    """Count the tokens of the longest prompt with its completion."""
+    prompts = student.encode_all(rollout.prompts)
+    return max(
+        len(prompt) + length
+        for prompt, length in zip(prompts, rollout.lengths.tolist(), strict=True)
+    )
 
 
 def _backward(run: RunState, planned: Planned, rows: range, weight: Tensor, check: bool) -> Pass:

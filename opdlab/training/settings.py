@@ -7,6 +7,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass, fields
 from typing import Any, Literal
 
+import torch
+
 from opdlab.data.sampling_config import SamplingConfig
 from opdlab.engine.needs import did_you_mean
 from opdlab.errors import InvalidValue, MissingPolicy
@@ -32,6 +34,8 @@ from opdlab.support.validation import (
 )
 from opdlab.tasks import Task
 
+CPU_TOKENS_PER_BACKWARD = 1024
+
 
 @dataclass(frozen=True)
 class Settings:
@@ -49,8 +53,9 @@ class Settings:
         lora: Rank of the adapter on all linear layers; None trains all weights.
         normalize: The loss is a mean over "token" (all tokens alike), "sequence" (each completion
             alike) or "constant" (each completion, divided by `max_new_tokens`).
-        micro_batch: Completions in one backward pass of a process; all of its share by default.
-            Changes memory and no number.
+        micro_batch: Completions in one backward pass of a process; by default all of its share, and
+            on a CPU as many as have up to 1,024 tokens with their prompts. Changes memory and no
+            number.
         temperature: Used for sampling. Values other than 1 make the data off-policy; 0 takes the
             likeliest token each time, so it allows one completion for each prompt only.
         top_p: Used for sampling. Values other than 1 make the data off-policy.
@@ -173,6 +178,26 @@ class Settings:
             top_p=self.top_p,
             seed=seed,
         )
+
+    def per_backward(self, completions: int, longest: int, device: torch.device) -> int:
+        """Return how many completions one backward pass has.
+
+        Args:
+            completions: Completions of this process in the step, `B`.
+            longest: Tokens of the longest of them, with its prompt.
+            device: Where the student is.
+
+        Returns:
+            `micro_batch` if it is set; otherwise `B`, and on a CPU as many as have up to
+            `CPU_TOKENS_PER_BACKWARD` tokens, the same in each pass. More of them make no product
+            faster there, and each holds the activations of all layers.
+        """
+        if self.micro_batch is not None:
+            return self.micro_batch
+        if device.type != "cpu":
+            return completions
+        passes = math.ceil(completions / max(1, CPU_TOKENS_PER_BACKWARD // longest))
+        return math.ceil(completions / max(1, passes))
 
 
 def make_settings(

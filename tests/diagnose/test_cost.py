@@ -100,9 +100,13 @@ def test_the_cache_is_counted_exactly(shipped, predicted):
 def test_parts_scale_as_they_should(shipped, predicted):
     student, teacher, rollout = shipped
     double = cost(student, teacher, rollout, replace(PLAN, batch=64))
-    for part in ("activations", "states", "writing"):
+    for part in ("states", "writing"):
         assert double.memory[part] == pytest.approx(2 * predicted.memory[part])
-    assert double.memory["weights"] == predicted.memory["weights"]
+    # On a CPU the backward passes are no larger, unless that is asked for.
+    for part in ("weights", "activations"):
+        assert double.memory[part] == predicted.memory[part]
+    wide = cost(student, teacher, rollout, replace(PLAN, batch=64, micro_batch=64))
+    assert wide.memory["activations"] == pytest.approx(4 * predicted.memory["activations"])
     thrifty = cost(student, teacher, rollout, replace(PLAN, checkpointing=True))
     assert thrifty.memory["activations"] < predicted.memory["activations"]
     assert predicted.peak < double.peak < 2 * predicted.peak

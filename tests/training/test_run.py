@@ -83,6 +83,38 @@ def test_micro_batches_change_memory_and_not_the_update(normalize):
             torch.testing.assert_close(other[name], grad, rtol=1e-4, atol=1e-7)
 
 
+@pytest.mark.parametrize(
+    ("completions", "longest", "size"),
+    [(8, 192, 4), (5, 512, 2), (3, 5000, 1), (16, 42, 16), (25, 42, 13), (0, 42, 0)],
+)
+def test_on_a_cpu_a_backward_pass_has_at_most_1024_tokens(completions, longest, size):
+    cpu, gpu = torch.device("cpu"), torch.device("cuda")
+    assert Settings().per_backward(completions, longest, cpu) == size
+    assert size <= 1 or size * longest <= 1024
+    assert Settings().per_backward(completions, longest, gpu) == completions
+    assert Settings(micro_batch=3).per_backward(completions, longest, cpu) == 3
+
+
+def test_passes_that_are_made_smaller_change_no_update(monkeypatch):
+    seen, backward = [], phases._backward
+
+    def watched(run, planned, rows, *rest, **options):
+        seen.append(len(rows))
+        return backward(run, planned, rows, *rest, **options)
+
+    monkeypatch.setattr(phases, "_backward", watched)
+    updates = []
+    for size in (None, 64):
+        run = small(*opd.load("market"), steps=1, batch=64, micro_batch=size)
+        next(run)
+        updates.append({name: p.grad.clone() for name, p in run.parameters.items()})
+    *parts, whole = seen
+    assert whole == sum(parts) == 64
+    assert len(parts) > 1
+    for name, grad in updates[0].items():
+        torch.testing.assert_close(updates[1][name], grad, rtol=1e-4, atol=1e-7)
+
+
 def test_normalisation_is_the_mean_it_says(market):
     run = small(*market, steps=1)
     step = next(run)
