@@ -20,6 +20,7 @@ from transformers import PreTrainedTokenizerBase
 from opdlab.data.sampling_config import SamplingConfig
 from opdlab.data.tokens import completion_texts
 from opdlab.errors import InvalidValue, OpdlabError
+from opdlab.models.adapters.merging import merged_for_writing
 from opdlab.models.continuation import begin
 from opdlab.models.forward import group_rows
 from opdlab.models.head import Head
@@ -232,6 +233,12 @@ class SamplingLoop:
         Returns:
             The texts, `[len(starts) * n, T]`.
         """
+        with merged_for_writing(self.weights.model, uniform.shape[1]):
+            return self._write_groups(starts, n, uniform, room)
+
+    def _write_groups(
+        self, starts: list[list[int]], n: int, uniform: Tensor, room: Tensor | None
+    ) -> SampledTexts:
         abilities = self.weights.abilities
         mixed = abilities.pads_left or not abilities.caches  # without a cache, `hidden_at` pads
         groups = group_rows([len(start) for start in starts], mixed=mixed)

@@ -275,11 +275,8 @@ def _run_passes(run: RunState, planned: Planned, weight: Tensor) -> list[Pass]:
 
 def _longest(student: Policy, rollout: Rollout) -> int:
     """Count the tokens of the longest prompt with its completion."""
-    prompts = student.encode_all(rollout.prompts)
-    return max(
-        len(prompt) + length
-        for prompt, length in zip(prompts, rollout.lengths.tolist(), strict=True)
-    )
+    prompts, bodies = student.encode_all(rollout.prompts), rollout.completions()
+    return max(len(start) + len(body) for start, body in zip(prompts, bodies, strict=True))
 
 
 def _backward(run: RunState, planned: Planned, rows: range, weight: Tensor, check: bool) -> Pass:

@@ -102,9 +102,9 @@ def test_parts_scale_as_they_should(shipped, predicted):
     double = cost(student, teacher, rollout, replace(PLAN, batch=64))
     for part in ("states", "writing"):
         assert double.memory[part] == pytest.approx(2 * predicted.memory[part])
-    # On a CPU the backward passes are no larger, unless that is asked for.
-    for part in ("weights", "activations"):
-        assert double.memory[part] == predicted.memory[part]
+    assert double.memory["weights"] == predicted.memory["weights"]
+    # On a CPU there are more backward passes, of 22 texts in place of 16, unless one is asked for.
+    assert double.memory["activations"] == pytest.approx(22 / 16 * predicted.memory["activations"])
     wide = cost(student, teacher, rollout, replace(PLAN, batch=64, micro_batch=64))
     assert wide.memory["activations"] == pytest.approx(4 * predicted.memory["activations"])
     thrifty = cost(student, teacher, rollout, replace(PLAN, checkpointing=True))
