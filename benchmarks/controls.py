@@ -3,8 +3,8 @@
     python -m benchmarks.controls [--only sharpening market ranking rules] [--seeds 10]
 
 `market`: the student cannot carry, so the gain must be the teacher's. `sharpening`: the student can
-do all and breaks off now and then, so the gain needs no teacher. `ranking` measures which tokens
-decide the outcome in both, and how well each rule of `opdlab.evidence.rules` finds them.
+do all and breaks off now and then, so most of the gain needs no teacher. `ranking` measures which
+tokens decide the outcome in both, and how well each rule of `opdlab.evidence.rules` finds them.
 `rules` trains OPD on the 5 % of the tokens that each rule puts highest, at equal updates. Every run
 is kept in `runs/bench-controls` as it comes, so the command goes on where it was stopped; the
 results are `results/controls.json`. `--show` prints them.

@@ -23,7 +23,7 @@ RESULT = Path(__file__).parent / "results" / "small.json"
 ARMS = {
     "teacher": "the method with its teacher",
     "no_teacher": "no teacher: penalty on unlikely tokens",
-    "no_teacher_adaptive": "no teacher: the same, by entropy",
+    "no_teacher_adaptive": "no teacher: penalty that grows with entropy",
     "shuffled": "the teacher's grades of other texts",
     "sign": "only the sign of the teacher's grades",
     "other_direction": "the other direction of the KL",

@@ -172,7 +172,7 @@ ARMS = {
         Arm("no_teacher", "no teacher: penalty on unlikely tokens", True, _no_teacher),
         Arm(
             "no_teacher_adaptive",
-            "no teacher: the same, by entropy",
+            "no teacher: penalty that grows with entropy",
             True,
             _no_teacher_adaptive,
         ),

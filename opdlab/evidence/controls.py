@@ -12,6 +12,10 @@ of the choice of the best arm. Its lower end is the least of the arms' lower end
 that of one of them, whichever it is. Its upper end is the least of their upper ends, each at a
 level that allows for their number (Bonferroni). A gain that is not clearly above zero cannot be
 divided: the share is then undefined, and the verdict says so.
+
+The verdict compares the interval with one half. All above: most of the gain is the teacher's. All
+below: most of it needs no teacher, so less than half is the teacher's, which need not be none.
+Otherwise these runs cannot tell.
 """
 
 from __future__ import annotations
@@ -34,15 +38,15 @@ from opdlab.training.intervals import LEVEL
 Scores = npt.NDArray[np.float64]
 TEACHER = "teacher"
 START = "start"
-MOST = 0.5  # of the gain: more than that is called "the teacher's", less "not the teacher's"
+MOST = 0.5  # of the gain: an interval above it is "most of the gain", one below it less than most
 
 
 class Verdict(Enum):
     """Name the conclusion of the controls."""
 
-    TEACHER = "the gain is the teacher's"
-    NOT_TEACHER = "the gain does not need the teacher"
-    UNCLEAR = "these runs cannot tell"
+    TEACHER = "most of the gain is the teacher's"
+    NOT_TEACHER = "most of the gain needs no teacher"
+    UNCLEAR = "these runs cannot tell whether most of the gain is the teacher's"
     NO_GAIN = "there is no clear gain to explain"
 
 
@@ -55,7 +59,7 @@ class Share:
         low: The lower end of its 95 % interval; -inf where nothing can be excluded.
         high: The upper end, at most 1.
         against: The name of the best teacher-free arm; "" where not to train is as good.
-        verdict: What follows.
+        verdict: What follows from comparing the interval with one half.
         prompts: Number of distinct prompts.
         seeds: Number of seeds.
     """

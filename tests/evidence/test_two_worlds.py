@@ -1,4 +1,6 @@
-"""The two verdicts, live and recorded: in `market` the gain is the teacher's, in the other not."""
+"""The two verdicts, live and recorded: most of the gain in `market` is the teacher's, and in the
+other world most of it needs no teacher.
+"""
 
 from __future__ import annotations
 
