@@ -1,10 +1,9 @@
-"""The time of `import opdlab.viz` beside that of what a picture needs.
+"""The CPU seconds until opdlab can work, beside those of the libraries that it cannot do without.
 
-`python -m benchmarks.imports [--repeats 9]`
+`python -m benchmarks.imports [--repeats 5]`
 
-A picture needs pyarrow, pandas and Plotly; opdlab is to add at most half of their time, and no
-model stack. Each import runs in a process of its own; the sides alternate, after one round that
-only warms the file cache. Writes every repetition to `results/imports.json`.
+Each statement runs in a process of its own; the statements alternate, after one round that only
+warms the file cache. Writes every repetition to `results/imports.json`.
 """
 
 from __future__ import annotations
@@ -13,25 +12,45 @@ import json
 import statistics
 import subprocess
 import sys
-from datetime import date
 from pathlib import Path
 
 import tyro
 from rich.console import Console
 from rich.table import Table
 
+from benchmarks.run import about_machine
+
 RESULTS = Path(__file__).parent / "results" / "imports.json"
+MODELS = "import torch\nfrom transformers import AutoModelForCausalLM, AutoTokenizer, DynamicCache"
 SIDES = {
-    "pyarrow, pandas, plotly": "import pyarrow, pandas, plotly.graph_objects",
+    "torch": "import torch",
+    "torch and the model classes of transformers": MODELS,
+    "those and PEFT": f"{MODELS}\nimport peft",
+    "opdlab.distill": "import opdlab\nopdlab.distill",
+    "pyarrow, pandas, Plotly": "import pyarrow, pandas, plotly.graph_objects",
     "opdlab.viz": "import opdlab.viz",
+    "bare Python": "pass",
+    "opdlab --help": (
+        "import contextlib, io\n"
+        "sys.argv = ['opdlab', '--help']\n"
+        "from opdlab.commands.cli import main\n"
+        "with contextlib.suppress(SystemExit), contextlib.redirect_stdout(io.StringIO()):\n"
+        "    main()"
+    ),
 }
-TARGET = 1.5  # times the time of the first side
-# Times the statement, and counts what it loaded and the memory that the process then has.
+# What is compared with what, and the most that it may take of it.
+TARGETS = {
+    "opdlab.viz": ("pyarrow, pandas, Plotly", 1.5),
+    "opdlab.distill": ("torch", 2.0),
+}
+# The least that can be had: what is compared needs these libraries.
+FLOORS = {"opdlab.distill": "those and PEFT"}
+# Runs the statement, and counts what it loaded and the memory that the process then has.
 TIMED = """
 import json, sys, time
-start = time.perf_counter()
+start = time.process_time()
 {statement}
-seconds = time.perf_counter() - start
+seconds = time.process_time() - start
 try:
     status = open("/proc/self/status").read()
     memory = int(status.split("VmRSS:")[1].split()[0]) / 1024
@@ -42,17 +61,17 @@ print(json.dumps({{"seconds": seconds, "modules": len(sys.modules), "MiB": memor
 
 
 def measure(statement: str) -> dict[str, float]:
-    """Run an import in a fresh interpreter."""
+    """Run a statement in a fresh interpreter."""
     code = TIMED.format(statement=statement)
     run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-    return json.loads(run.stdout)
+    return json.loads(run.stdout.splitlines()[-1])
 
 
-def main(repeats: int = 9) -> None:
+def main(repeats: int = 5) -> None:
     """Measure, print, and write `results/imports.json`.
 
     Args:
-        repeats: runs of each side.
+        repeats: Runs of each side.
     """
     for statement in SIDES.values():
         measure(statement)
@@ -60,34 +79,29 @@ def main(repeats: int = 9) -> None:
     for _ in range(repeats):
         for name, statement in SIDES.items():
             runs[name].append(measure(statement))
-    table = Table("import", "best s", "median s", "modules", "MiB")
-    best, median = {}, {}
+    table = Table("what", "best CPU s", "median", "modules", "MiB")
+    best = {}
     for name, found in runs.items():
         seconds = [run["seconds"] for run in found]
-        best[name], median[name] = min(seconds), statistics.median(seconds)
-        last = found[-1]
+        best[name] = min(seconds)
         table.add_row(
             name,
-            f"{best[name]:.3f}",
-            f"{median[name]:.3f}",
-            str(last["modules"]),
-            f"{last['MiB']:.0f}",
+            f"{best[name]:.2f}",
+            f"{statistics.median(seconds):.2f}",
+            str(found[-1]["modules"]),
+            f"{found[-1]['MiB']:.0f}",
         )
-    base, ours = SIDES
-    ratio = {"best": best[ours] / best[base], "median": median[ours] / median[base]}
     console = Console()
     console.print(table)
-    console.print(
-        f"opdlab.viz takes {ratio['best']:.2f} times as long at best, {ratio['median']:.2f} in the"
-        f" median; at most {TARGET} is the target."
-    )
-    result = {
-        "date": f"{date.today()}",
-        "python": sys.version.split()[0],
-        "target": TARGET,
-        "ratio": ratio,
-        "runs": runs,
-    }
+    ratios = {}
+    for name, (base, target) in TARGETS.items():
+        ratios[name] = {"to": base, "ratio": best[name] / best[base], "target": target}
+        console.print(f"{name}: {best[name] / best[base]:.2f} times {base}; target {target}")
+        if name in FLOORS:
+            floor = best[FLOORS[name]]
+            ratios[name] |= {"floor": floor / best[base], "to_floor": best[name] / floor}
+            console.print(f"    {best[name] / floor:.2f} times what {FLOORS[name]} take")
+    result = about_machine() | {"ratios": ratios, "runs": runs}
     RESULTS.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
 
 

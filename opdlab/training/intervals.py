@@ -28,12 +28,12 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
-from scipy import stats
+from scipy import special
 
 from opdlab.errors import EmptyPrompts, InvalidValue, NonFinite
 
 LEVEL = 0.95
-Z = float(stats.norm.ppf(0.5 + LEVEL / 2))
+Z = float(special.ndtri(0.5 + LEVEL / 2))
 LEAST_CHANGED = (
     6  # prompts that must change before a difference can be clear: 2 / 2^6 < 0.05 < 2 / 2^5
 )
@@ -147,7 +147,7 @@ def paired(after: Sequence[float] | np.ndarray, before: Sequence[float] | np.nda
         low, high = tango(change)
     elif np.ptp(change) > 1e-9 * max(np.abs(new).max(), np.abs(old).max()):  # more than rounding
         half = float(
-            stats.t.ppf(0.5 + LEVEL / 2, len(change) - 1)
+            special.stdtrit(len(change) - 1, 0.5 + LEVEL / 2)
             * change.std(ddof=1)
             / math.sqrt(len(change))
         )

@@ -12,10 +12,11 @@ import pandas as pd
 from opdlab.errors import OpdlabError
 from opdlab.support.expect import shortened
 from opdlab.support.validation import Text, Unchecked, validate_arguments
-from opdlab.viz import markup
+from opdlab.viz import markup, phase_bars
 from opdlab.viz.channel import Channel
 from opdlab.viz.kept_steps import KeptSteps
 from opdlab.viz.lines import Line, Plot, find_range, thin
+from opdlab.viz.phase_bars import PhaseBar, bars_of
 from opdlab.viz.traits import Trait
 from opdlab.viz.view import EXAMPLE_TOKENS, EXAMPLE_WORDS, View
 
@@ -23,6 +24,7 @@ if TYPE_CHECKING:
     from typing_extensions import Self
 
     from opdlab.diagnose.health import Alarm, Health
+    from opdlab.diagnose.profile import Profile
 
 KEYS = {
     "loss": ("loss", "student"),
@@ -89,6 +91,8 @@ class RunBoard(View):
         traces: Kept rollouts by step, as `{20: step.trace()}` or the paths of their files
             (`opdlab distill` keeps them every `trace_every` steps). A click on a curve opens those
             of the nearest step: by prompt, with rewards, then token by token.
+        profile: What `opdlab.profile(run)` found, of a single run: the bars that say where a step's
+            time goes then have the limit of the device on them, and the memory.
 
     Attributes:
         runs: The runs by name.
@@ -98,7 +102,7 @@ class RunBoard(View):
         kept: The traces by step.
 
     Raises:
-        OpdlabError: There is nothing to show, or the watch is none of a single run.
+        OpdlabError: There is nothing to show, or the watch or the profile is none of a single run.
     """
 
     caption = "How is the run going, and what goes wrong?"
@@ -114,8 +118,10 @@ class RunBoard(View):
         title: Text = "",
         watch: Health | None = None,
         traces: Unchecked[Mapping[int, Any] | None] = None,
+        profile: Unchecked[Profile | None] = None,
     ) -> None:
         from opdlab.diagnose.health import Health, health
+        from opdlab.diagnose.profile import Profile
 
         super().__init__()
         self.title, self.kept = title, KeptSteps.read(traces)
@@ -139,6 +145,13 @@ class RunBoard(View):
                 f" run{'s' * (len(self.runs) > 1)}. Give the watch of one run,"
                 " diagnose.health(run), or leave it out: each run gets its own."
             )
+        if profile is not None and (len(self.runs) > 1 or not isinstance(profile, Profile)):
+            raise OpdlabError(
+                f"RunBoard got profile={shortened(profile)} for {len(self.runs)}"
+                f" run{'s' * (len(self.runs) > 1)}. Give the profile of one run,"
+                " opdlab.profile(run), or leave it out."
+            )
+        self.profile = profile
         self.watches = {
             name: watch if watch is not None and len(self.runs) == 1 else health(run)
             for name, run in self.runs.items()
@@ -220,6 +233,12 @@ class RunBoard(View):
         ]
         return [self._plot(key, tables, ends) for key in keys]
 
+    @property
+    def phases(self) -> list[PhaseBar]:
+        """Where a step's time goes; empty for several runs, and where a history does not say."""
+        (name, *more) = self.runs
+        return [] if more else bars_of(self._rows(name), self.profile)
+
     def data(self) -> dict[str, Any]:
         """Return all that the script draws.
 
@@ -236,6 +255,7 @@ class RunBoard(View):
             "runs": list(self.runs),
             "hues": self._hues(),
             "plots": [plot.data() for plot in self.plots],
+            "phases": phase_bars.data_of(self.phases),
             "alarms": listed,
             **self.kept.data(),
         }
@@ -261,7 +281,7 @@ class RunBoard(View):
         listed = f'<ol class="opd-alarms">{alarms}</ol>' if alarms else ""
         return (
             f'{markup.draw_title(self.title)}<div class="opd-said">{said}</div>'
-            f'<div class="opd-plots">{plots}</div>{listed}'
+            f'<div class="opd-plots">{plots}</div>{phase_bars.draw(self.phases)}{listed}'
         )
 
     def __repr__(self) -> str:
@@ -273,6 +293,8 @@ class RunBoard(View):
                     name = f", {line.name}" if len(self.runs) > 1 else ""
                     bars = markup.draw_sparkline(height, 32)
                     lines.append(f"{bars} {plot.label}{name} {_describe_course(line)}")
+        if self.phases:
+            lines.append(phase_bars.describe(self.phases))
         for name, alarm in self.alarms:
             lines.append(f"! {self._name_alarm(name, alarm)}: {alarm.sentence}")
         return "\n".join(lines)

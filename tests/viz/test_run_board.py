@@ -242,3 +242,59 @@ def test_lengths_are_not_drawn_from_zero():
     plots = {plot.key: plot for plot in RunBoard(history).plots}
     assert plots["length"].y == (22.0, 24.0)
     assert plots["loss"].y[0] == 0.0
+
+
+def with_seconds(*steps: tuple[float, float, float]) -> pd.DataFrame:
+    table = pd.DataFrame(steps, columns=["generate_s", "grade_s", "learn_s"])
+    return table.assign(step=range(1, len(steps) + 1), loss=1.0)
+
+
+def test_bars_say_where_the_time_of_a_step_goes():
+    board = RunBoard(with_seconds((9, 9, 9), (2, 1, 1), (4, 1, 1)))  # the first step is slower
+    assert [(bar.label, bar.seconds) for bar in board.phases] == [
+        ("sampling", 3.0),
+        ("grading", 1.0),
+        ("learning", 1.0),
+    ]
+    assert board.data()["phases"] == [
+        ["sampling 3 s", 0.6, 0.0],
+        ["grading 1 s", 0.2, 0.0],
+        ["learning 1 s", 0.2, 0.0],
+    ]
+    assert "flex-grow:0.6000" in board.static()
+    assert "a step: sampling 3 s; grading 1 s; learning 1 s" in repr(board)
+
+
+@pytest.mark.parametrize(
+    "history",
+    [troubled(), with_seconds(), with_seconds((np.nan, np.nan, np.nan)), with_seconds((0, 0, 0))],
+)
+def test_there_are_no_bars_where_nobody_knows_the_seconds(history):
+    board = RunBoard(history)
+    assert board.phases == board.data()["phases"] == []
+    assert "opd-phases" not in board.static()
+
+
+def test_several_runs_have_no_bars():
+    runs = {name: with_seconds((2, 1, 1)) for name in ("one", "two")}
+    assert RunBoard(runs).phases == []
+
+
+def test_a_profile_puts_the_limit_on_the_bars(run):
+    found = opd.profile(run, steps=1)
+    board = RunBoard(run, profile=found)
+    for bar, phase in zip(board.phases, found.phases, strict=True):
+        assert (bar.seconds, bar.limit, bar.bytes) == (phase.seconds, phase.limit, phase.bytes)
+        assert 0 < bar.reach <= 1
+        assert "limit" in bar.words
+    assert [reach for _, _, reach in board.data()["phases"]] == [b.reach for b in board.phases]
+
+
+@pytest.mark.parametrize(
+    ("runs", "profile"), [({"a": troubled(), "b": troubled()}, None), (troubled(), "fast")]
+)
+def test_a_profile_is_that_of_one_run(run, runs, profile):
+    with pytest.raises(
+        OpdlabError, match=r"RunBoard got profile=.* for \d runs?\. Give the profile"
+    ):
+        RunBoard(runs, profile=profile or opd.profile(run, steps=0))

@@ -89,6 +89,27 @@ const plotGrid = (data) => {
   return { node, draw, read };
 };
 
+/**
+ * Draw where a step's time goes: a bar for each phase, as long as its share, with the limit in it.
+ * @param {BoardPayload} data
+ * @returns {Element[]} a heading and the bars; none where the time is not known
+ */
+const phaseBars = ({ phases = [] }) => {
+  if (!phases.length) return [];
+  const node = make("div", "opd-phases");
+  for (const [words, share, reach] of phases) {
+    const phase = make("div", "opd-phase");
+    phase.style.flexGrow = String(share);
+    const bar = make("div", "opd-phase-bar");
+    const limit = make("div");
+    limit.style.width = `${100 * reach}%`;
+    bar.append(limit);
+    phase.append(bar, words);
+    node.append(phase);
+  }
+  return [make("div", "opd-soft", "where the time of a step goes"), node];
+};
+
 // ── The rollouts of a step ───────────────────────────────────────────────────────────────────────
 
 /**
@@ -238,6 +259,7 @@ define("board", ({ box, data, state }) => {
   bar.append(...buttons, slider, at);
   box.append(...titleOf(data), make("div", "opd-said", data.said));
   if (data.plots.length) box.append(bar, grid.node);
+  box.append(...phaseBars(data));
   if (kept.length) box.append(keptPanel(data, state));
   if (data.alarms.length) box.append(alarmList(data));
   slider.value = String(last);

@@ -378,6 +378,7 @@
  * @property {string[]} runs
  * @property {Record<string, string>} hues
  * @property {Plot[]} plots
+ * @property {[string, number, number][]} [phases] words, share of the step, and the limit's share of the bar
  * @property {Alarm[]} alarms
  * @property {Text} [text] tokens of kept rollouts
  * @property {Channel | null} [channel] that colours them
