@@ -97,7 +97,7 @@ def draw_arms(
         panels: Tables with the columns `mean`, `low`, `high` and perhaps `seeds`, by the title of
             their panel; all have the same arms in the same order. One panel may have "" as title.
         title: The title of the figure.
-        axis: What the numbers are, with their unit.
+        axis: What the numbers are, with their unit; `<br>` begins a second line.
         limits: The ends of the axis; the intervals are cut there. By default as the data need.
         colours: One colour per arm; repeated if there are more arms.
         mark: A value to mark by a dotted line, such as that before training; or one for each panel.
@@ -126,7 +126,15 @@ def draw_arms(
     ends = limits and [limits[0] - 0.02 * np.ptp(limits), limits[1] + 0.02 * np.ptp(limits)]
     figure.update_xaxes(range=ends, showgrid=True)
     figure.add_annotation(  # one for all panels, in the middle below them
-        text=axis, x=0.5, xref="paper", y=0, yref="paper", yshift=-40, showarrow=False, font_size=12
+        text=axis,
+        x=0.5,
+        xref="paper",
+        y=0,
+        yref="paper",
+        yanchor="top",
+        yshift=-21,
+        showarrow=False,
+        font_size=12,
     )
     figure.update_yaxes(
         tickvals=list(range(len(arms[0]))),
@@ -135,10 +143,14 @@ def draw_arms(
         showgrid=False,
         nticks=None,
     )
-    height = 130 + 38 * len(arms[0])
-    top = 64 if any(panels) else 40
+    more_lines = 16 * axis.count("<br>")
     return figure.update_layout(
-        template="opdlab", title=title, height=height, margin_t=top, margin_b=60, showlegend=False
+        template="opdlab",
+        title=title,
+        height=130 + 38 * len(arms[0]) + more_lines,
+        margin_t=64 if any(panels) else 40,
+        margin_b=60 + more_lines,
+        showlegend=False,
     )
 
 
@@ -176,23 +188,26 @@ def _arm_traces(
     return traces
 
 
-# The values of an arm that `draw_changes` marks: their name, symbol, size and colour.
-_CHANGE_MARKS: dict[str, tuple[str, str, int, str]] = {
-    "before": ("before training", "circle-open", 13, GREY),
-    "hinted": ("with the hint", "line-ns-open", 13, AMOUNT),
-    "after": ("after training, without it", "circle", 13, TEACHER),
+# The values of an arm that `draw_changes` marks: their name, symbol and colour, None for the arm's.
+_CHANGE_MARKS: dict[str, tuple[str, str, str | None]] = {
+    "before": ("before training", "circle-open", GREY),
+    "hinted": ("with the hint", "line-ns-open", AMOUNT),
+    "after": ("after training, without it", "circle", None),
 }
 
 
 def draw_changes(changes: pd.DataFrame, title: str, axis: str, colours: Sequence[str]) -> go.Figure:
-    """Draw one row per arm: a line from before training to after it, and small circles for seeds.
+    """Draw one row per arm: the part of a hint's effect that training kept, and the part lost.
+
+    A strong line leads from before training to after it, and a pale line on to the score with the
+    hint, if that is higher. Small circles are single seeds.
 
     Args:
         changes: One row per arm with shares `before` training, of the `hinted` student, and `after`
             training without the hint, and `seeds`, the list of each seed's share after training.
         title: The title of the figure.
         axis: What the numbers are.
-        colours: The colour of each arm's line.
+        colours: The colour of each arm's lines and of its dots after training.
 
     Returns:
         A Plotly figure.
@@ -207,22 +222,25 @@ def draw_changes(changes: pd.DataFrame, title: str, axis: str, colours: Sequence
             f"draw_changes has {len(changes)} arms and {len(colours)} colours. Give one each."
         )
     figure, rows = go.Figure(), list(range(len(changes)))
-    for place, (before, after), colour in zip(
-        rows, changes[["before", "after"]].to_numpy(), colours, strict=True
+    for place, (before, hinted, after), colour in zip(
+        rows, changes[["before", "hinted", "after"]].to_numpy(), colours, strict=True
     ):
         line = {"color": colour, "width": 5}
-        figure.add_scatter(
-            x=[before, after], y=[place] * 2, mode="lines", line=line, showlegend=False
-        )
+        drawn = {"y": [place] * 2, "mode": "lines", "line": line, "showlegend": False}
+        figure.add_scatter(x=[before, after], **drawn)
+        if hinted > after:
+            figure.add_scatter(x=[after, hinted], opacity=0.3, **drawn)
     shown = {"mode": "markers", "cliponaxis": False}
-    for column, (name, symbol, size, colour) in _CHANGE_MARKS.items():
-        marker = {"symbol": symbol, "size": size, "color": colour}
-        marker["line"] = {"width": 3, "color": colour}
+    for column, (name, symbol, own_colour) in _CHANGE_MARKS.items():
+        hue = list(colours) if own_colour is None else own_colour
+        line = {"width": 3, "color": hue}
+        marker = {"symbol": symbol, "size": 13, "color": hue, "line": line}
         figure.add_scatter(x=changes[column], y=rows, name=name, marker=marker, **shown)
-    values = [value for seeds in changes["seeds"] for value in seeds]
-    below = [row + 0.3 for row, seeds in zip(rows, changes["seeds"], strict=True) for _ in seeds]
-    dots = {"symbol": "circle-open", "size": 6, "color": TEACHER, "line": {"width": 1.5}}
-    figure.add_scatter(x=values, y=below, name="the same, one seed", marker=dots, **shown)
+    below = [place + 0.3 for place in rows]
+    seeds = pd.DataFrame({"x": list(changes["seeds"]), "y": below, "hue": list(colours)})
+    seeds = seeds.explode("x")  # one row per seed
+    dots = {"symbol": "circle-open", "size": 6, "color": seeds["hue"], "line": {"width": 1.5}}
+    figure.add_scatter(x=seeds["x"], y=seeds["y"], name="the same, one seed", marker=dots, **shown)
     figure.update_xaxes(range=[-0.04, 1.04], title=axis)
     figure.update_yaxes(
         tickvals=rows,

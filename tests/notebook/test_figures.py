@@ -50,14 +50,20 @@ def test_arms_refuse_panels_that_differ():
 
 def test_changes_show_the_means_and_every_seed_below_its_row():
     changes = pd.DataFrame(
-        {"before": [0.3, 0.0], "hinted": [1.0, 0.9], "after": [0.8, 0.1]}, index=["a", "b"]
+        {"before": [0.3, 0.0], "hinted": [1.0, 0.1], "after": [0.8, 0.1]}, index=["a", "b"]
     ).assign(seeds=[[0.7, 0.9], [0.1]])
     figure = figures.draw_changes(changes, "title", "share", ["red", "grey"])
     lines = [trace for trace in figure.data if trace.mode == "lines"]
-    assert [(*line.x, line.line.color) for line in lines] == [(0.3, 0.8, "red"), (0, 0.1, "grey")]
+    kept = [(*line.x, line.line.color) for line in lines if line.opacity is None]
+    assert kept == [(0.3, 0.8, "red"), (0, 0.1, "grey")]
+    # only the first arm lost a part of its hint's effect
+    lost = [(*line.x, line.line.color) for line in lines if line.opacity is not None]
+    assert lost == [(0.8, 1.0, "red")]
     *means, seeds = [trace for trace in figure.data if trace.mode == "markers"]
-    assert [tuple(mean.x) for mean in means] == [(0.3, 0.0), (1.0, 0.9), (0.8, 0.1)]
-    assert seeds.x == (0.7, 0.9, 0.1)
+    assert [tuple(mean.x) for mean in means] == [(0.3, 0.0), (1.0, 0.1), (0.8, 0.1)]
+    assert means[-1].marker.color == ("red", "grey")  # as the arm
+    assert list(seeds.marker.color) == ["red", "red", "grey"]
+    assert list(seeds.x) == [0.7, 0.9, 0.1]
     assert np.floor(seeds.y).tolist() == [0, 0, 1]  # the row that they belong to
     assert min(seeds.y) > 0  # beside the means, which hide nothing
     with pytest.raises(OpdlabError, match="2 arms and 1 colours"):
