@@ -25,6 +25,7 @@ def main() -> None:
     server.connect(address)
     request = {"arguments": arguments, "folder": os.getcwd(), "variables": variables}
     request["at_loading"] = at_loading(variables)
+    request["ignores_interrupts"] = signal.getsignal(signal.SIGINT) == signal.SIG_IGN
     line = json.dumps(request).encode()
     socket.send_fds(server, [len(line).to_bytes(8, "big")], [0, 1, 2])
     server.sendall(line)

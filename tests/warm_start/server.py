@@ -100,6 +100,9 @@ class Server:
         else:
             os.setpgid(0, 0)
             self.leave(client, files)
+            # The server ignores Ctrl-C where the tests run in the background; its callers need not.
+            ignores = request["ignores_interrupts"]
+            signal.signal(signal.SIGINT, signal.SIG_IGN if ignores else signal.default_int_handler)
             return request
         for file in files:
             os.close(file)
