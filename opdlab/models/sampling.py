@@ -347,8 +347,9 @@ def draw(
         OpdlabError: The logits hold no distribution (NaN, +inf).
     """
     p = logits.softmax(-1)
-    # The likeliest token has the probability exp(max - norm): no second pass of exponentials.
-    norm = logits.amax(-1, keepdim=True) - p.amax(-1, keepdim=True).log()
+    # The likeliest token has the log-prob `top - norm`: no second pass of exponentials.
+    top, log_top = logits.amax(-1, keepdim=True), p.amax(-1, keepdim=True).log()
+    norm = top - log_top
     with without_autocast(logits.device):  # which would round vecdot to bfloat16
         entropy = norm[:, 0] - torch.linalg.vecdot(p, logits)
         if not bool(torch.isfinite(entropy).all()):  # 0 * -inf is NaN
@@ -366,7 +367,9 @@ def draw(
         if config.temperature != 1 or without is not None:
             p = (allowed / config.temperature).softmax(-1)
         token = _invert(_keep_likeliest(p, config), uniform)
-    return token, logits.gather(-1, token[:, None])[:, 0] - norm[:, 0], entropy
+    # Not less `norm`, which is rounded to the size of the logits: a sure token's log-prob is tiny.
+    logp = logits.gather(-1, token[:, None]) - top + log_top
+    return token, logp[:, 0], entropy
 
 
 def _invert(p: Tensor, uniform: Tensor) -> Tensor:

@@ -195,6 +195,13 @@ def test_numbers_at_huge_logits():
     torch.testing.assert_close(own, torch.tensor([0.0, math.log(2)]), atol=2e-3, rtol=0)
 
 
+def test_a_sure_tokens_log_prob_is_exact_beside_large_logits():
+    """Logits of some thousands are rounded to 1e-4; their differences are not."""
+    logits = torch.tensor([[4000.0, 3990.0, 0.0]])
+    _, logp, _ = draw(logits, torch.tensor([0.1]), SamplingConfig())
+    assert logp.item() == pytest.approx(-math.log1p(math.exp(-10)), rel=1e-3)
+
+
 def test_the_nucleus_holds_in_the_loop(student):
     rollout = student.sample([Prompt("ana has")], n=300, max_new_tokens=4, top_p=0.6, seed=2)
     ordered, ids = student.log_probs(rollout).exp().sort(-1, descending=True)
