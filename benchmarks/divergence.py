@@ -24,6 +24,7 @@ from opdlab.models.graded import States
 from opdlab.models.head import Head
 
 TOKENS, ITERATIONS = 1024, 4  # the first iteration is a warm-up
+LARGE_VOCAB = 151_936  # that of Qwen
 
 LOSSES: dict[str, Callable[[Rows], Tensor]] = {
     "own function": lambda rows: (rows.student.exp() * (rows.student - rows.teacher)).sum(-1),
@@ -45,6 +46,7 @@ class Case:
         tokens: Number of tokens.
         watch: Whether opdlab also notes log-probs, entropy and reverse KL per token, as a training
             step does.
+        vocab: Number of tokens of the vocabulary.
     """
 
     side: str
@@ -52,6 +54,7 @@ class Case:
     trainable: bool = True
     tokens: int = TOKENS
     watch: bool = False
+    vocab: int = VOCAB
 
     @property
     def name(self) -> str:
@@ -61,6 +64,7 @@ class Case:
             "trainable" if self.trainable else "frozen",
             str(self.tokens),
             *["watched"] * self.watch,
+            *[f"V={self.vocab}"] * (self.vocab != VOCAB),
         ]
         return "/".join(parts)
 
@@ -81,6 +85,10 @@ CASES = {
             for side in ("opdlab", "trl")
         ),
         *(Case(side, tokens=n) for n in (256, 4096) for side in ("opdlab", "trl")),
+        *(
+            Case(side, trainable=False, tokens=4096, vocab=LARGE_VOCAB)
+            for side in ("products", "opdlab")
+        ),
     ]
 }
 
@@ -100,8 +108,8 @@ class Problem:
         student_width, teacher_width = STUDENT["hidden_size"], TEACHER["hidden_size"]
         student = torch.randn(case.tokens, student_width, device=device())
         teacher = torch.randn(case.tokens, teacher_width, device=device())
-        student_head = 0.02 * torch.randn(VOCAB, student_width, device=device())
-        teacher_head = 0.02 * torch.randn(VOCAB, teacher_width, device=device())
+        student_head = 0.02 * torch.randn(case.vocab, student_width, device=device())
+        teacher_head = 0.02 * torch.randn(case.vocab, teacher_width, device=device())
         return cls(
             student.requires_grad_(),
             teacher,
@@ -122,8 +130,8 @@ class Problem:
 
     def _opdlab(self, case: Case) -> Tensor:
         states = {
-            "student": States(self.student, Head(self.student_head, None, VOCAB)),
-            "teacher": States(self.teacher, Head(self.teacher_head, None, VOCAB)),
+            "student": States(self.student, Head(self.student_head, None, case.vocab)),
+            "teacher": States(self.teacher, Head(self.teacher_head, None, case.vocab)),
         }
         token = torch.zeros(case.tokens, dtype=torch.long, device=device())
         weight = torch.full((case.tokens,), 1 / case.tokens, device=device())
@@ -173,7 +181,7 @@ def measure(name: str) -> dict[str, object]:
     """
     case = CASES[name]
     problem, costs, value = Problem.of(case), [], float("nan")
-    for _ in range(ITERATIONS):
+    for _ in range(ITERATIONS if case.vocab == VOCAB else 2):
         with measured() as cost:
             value = problem.solve(case)
         costs.append(cost)

@@ -1,6 +1,6 @@
 """Measure opdlab against TRL.
 
-    python -m benchmarks.run [--only divergence|step] [--repeats 3] [--name …]
+    python -m benchmarks.run [--only divergence|generation|step] [--repeats 3] [--name …]
 
 Every measurement is a process of its own with one thread. Repetitions go around all cases, so the
 sides alternate and a disturbance of the machine hits all of them. The tables are printed, and every
@@ -27,7 +27,7 @@ import tyro
 from rich.console import Console
 from rich.table import Table
 
-from benchmarks import divergence, step, workload
+from benchmarks import divergence, generation, step, workload
 
 Results = dict[str, list[dict[str, Any]]]  # by case, one record per repetition
 
@@ -38,7 +38,6 @@ QUIET = {
     "TRL_EXPERIMENTAL_SILENCE": "1",
     "TOKENIZERS_PARALLELISM": "false",
 }
-OURS, THEIRS = "divergence/opdlab/reverse_kl", "divergence/trl/reverse_kl"
 
 
 def best(results: Results, case: str) -> float:
@@ -54,44 +53,107 @@ def peak(results: Results, case: str) -> float:
     return max(record["peak_mib"] for record in results[case])
 
 
-def ratio(number: Callable[[Results, str], float], weights: str) -> Callable[[Results], float]:
-    return lambda results: (
-        number(results, f"step/opdlab/{weights}") / number(results, f"step/trl/{weights}")
-    )
+Number = Callable[[Results, str], float]
 
 
-# Each target, for a CPU: its name, the unit, the number, and the most that it may be. The limit of
-# 1.25 stands for "independent of the number of tokens".
-TARGETS: list[tuple[str, str, Callable[[Results], float], float]] = [
-    ("divergence, trainable head", "CPU s", lambda r: best(r, f"{OURS}/trainable/1024"), 1.8),
-    ("divergence, trainable head", "MiB", lambda r: peak(r, f"{OURS}/trainable/1024"), 350),
-    ("divergence, frozen head", "CPU s", lambda r: best(r, f"{OURS}/frozen/1024"), 1.2),
-    ("divergence, frozen head", "MiB", lambda r: peak(r, f"{OURS}/frozen/1024"), 270),
-    (
-        "4096 tokens against 1024",
-        "x memory",
-        lambda r: peak(r, f"{OURS}/trainable/4096") / peak(r, f"{OURS}/trainable/1024"),
-        1.25,
-    ),
-    ("step against TRL, all weights", "x CPU s", ratio(best, "all weights"), 0.75),
-    ("step against TRL, all weights", "x memory", ratio(peak, "all weights"), 0.5),
-    ("step against TRL, LoRA", "x CPU s", ratio(best, "LoRA"), 0.75),
-    ("step against TRL, LoRA", "x memory", ratio(peak, "LoRA"), 0.5),
-]
+def ratio(number: Number, ours: str, theirs: str) -> Callable[[Results], float]:
+    """Divide a number of one case by that of another."""
+    return lambda results: number(results, ours) / number(results, theirs)
+
+
+def generating(results: Results, case: str) -> float:
+    return split(results, case)[0]
+
+
+def everything_else(results: Results, case: str) -> float:
+    return split(results, case)[1]
+
+
+def targets() -> list[tuple[str, str, Callable[[Results], float], float]]:
+    """List the targets for a CPU: a name, the unit, the number, and the most that it may be."""
+    loss = "divergence/{}/reverse_kl/{}/1024"
+    large = f"divergence/{{}}/reverse_kl/frozen/4096/V={divergence.LARGE_VOCAB}"
+    found: list[tuple[str, str, Callable[[Results], float], float]] = []
+    for head in ("frozen", "trainable"):
+        ours, watched = loss.format("opdlab", head), f"{loss.format('opdlab', head)}/watched"
+        found += [
+            (
+                f"divergence, {head} head",
+                "x products",
+                ratio(best, ours, loss.format("products", head)),
+                1.1,
+            ),
+            (f"the same, watched, {head} head", "x CPU s", ratio(best, watched, ours), 1.05),
+            (f"the same, watched, {head} head", "x memory", ratio(peak, watched, ours), 1.1),
+        ]
+    found += [
+        (
+            "divergence, 4,096 x 151,936",
+            "x products",
+            ratio(best, large.format("opdlab"), large.format("products")),
+            1.1,
+        ),
+        ("divergence, 4,096 x 151,936", "MiB", lambda r: peak(r, large.format("opdlab")), 300),
+    ]
+    for shape in ("eight prompts", "one prompt", "eight prompts/LoRA"):
+        ours = f"generation/opdlab/{shape}"
+        if "LoRA" not in shape:
+            found.append(
+                (
+                    f"writing, {shape}",
+                    "x products",
+                    ratio(best, ours, f"generation/products/{shape}"),
+                    1.2,
+                )
+            )
+        found.append(
+            (
+                f"writing, {shape}",
+                "x transformers",
+                ratio(best, ours, f"generation/transformers/{shape}"),
+                0.4,
+            )
+        )
+    for weights in ("all weights", "LoRA"):
+        ours, theirs = (f"step/{side}/{weights}" for side in ("opdlab", "trl"))
+        found += [
+            (f"step, {weights}", "x TRL's CPU s", ratio(best, ours, theirs), 0.5),
+            (f"step, {weights}", "x TRL's memory", ratio(peak, ours, theirs), 0.3),
+            (f"  its generation, {weights}", "x TRL's CPU s", ratio(generating, ours, theirs), 0.5),
+            (
+                f"  everything else, {weights}",
+                "x TRL's CPU s",
+                ratio(everything_else, ours, theirs),
+                0.5,
+            ),
+            (
+                f"  (the products alone, {weights})",
+                "x TRL's CPU s",
+                ratio(best, f"step/products/{weights}", theirs),
+                0.5,
+            ),
+        ]
+    return found
 
 
 def main(
-    only: Literal["divergence", "step"] | None = None, repeats: int = 3, name: str = ""
+    only: Literal["divergence", "generation", "step"] | None = None,
+    repeats: int = 3,
+    name: str = "",
 ) -> None:
     """Run the cases, print the tables and write results/<name>.json.
 
     Args:
-        only: Half of the cases; all by default.
+        only: A third of the cases; all by default.
         repeats: Repetitions of each case.
         name: Name of the results; the kind of device and the date by default.
     """
     console, results = Console(width=110), Results()
-    tables: dict[str, Iterable[str]] = {"divergence": divergence.CASES, "step": step.CASES}
+    tables: dict[str, Iterable[str]] = {
+        "divergence": divergence.CASES,
+        "generation": generation.CASES,
+        "step": step.CASES,
+    }
     cases = [
         f"{part}/{case}" for part, table in tables.items() if only in (None, part) for case in table
     ]
@@ -111,7 +173,7 @@ def main(
             # Written after each round, so that an interrupt loses one round at most.
             written = about() | {"repeats": i + 1, "cases": results}
             path.write_text(json.dumps(written, indent=1) + "\n")
-    for part in ("divergence", "step"):
+    for part in tables:
         if any(case.startswith(part) for case in results):
             console.print(show(part, results))
     if workload.device().type == "cpu":
@@ -216,7 +278,7 @@ def judge(results: Results) -> Table:
     table = Table("target", "unit", title="targets", title_justify="left")
     for column in ("measured", "at most", ""):
         table.add_column(column, justify="right")
-    for label, unit, number, limit in TARGETS:
+    for label, unit, number, limit in targets():
         try:
             value = number(results)
         except KeyError:  # the case was not run
