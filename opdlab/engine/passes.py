@@ -34,11 +34,13 @@ from opdlab.models.graded import Graded, States, log_softmax_in_place
 from opdlab.models.head import Head
 
 # Bytes of one [chunk, V] float32 buffer: rows enough for a fast product, few enough for a laptop.
+# The fewest rows of a chunk: every chunk reads the whole head, which is large where V is.
 CHUNK_BYTES = {"cpu": 16 << 20, "cuda": 256 << 20}
+FEWEST_OF_CHUNK = 96
 # Bytes of one [block, V] float32 tensor, and the fewest tokens of a block: each block costs a call
 # of the loss, some tenths of a millisecond.
 BLOCK_BYTES = {"cpu": 2 << 20, "cuda": 64 << 20}
-FEWEST_OF_BLOCK = 8
+FEWEST_OF_BLOCK = 4
 BUFFERS = 10  # [block, V] tensors that are alive at once in a block
 
 Loss = Callable[[Rows], Tensor]
@@ -98,7 +100,7 @@ def chunks(
         Slices in order that cover all tokens.
     """
     budget = CHUNK_BYTES.get(device.type, CHUNK_BYTES["cuda"])
-    size = chunk or max(32, budget // (4 * vocab_size))
+    size = chunk or max(FEWEST_OF_CHUNK, budget // (4 * vocab_size))
     return [slice(i, min(i + size, tokens)) for i in range(0, max(tokens, 1), size)]
 
 
@@ -132,7 +134,7 @@ def bytes_of_pass(tokens: float, vocab_size: int, kind: str, policies: int = 2) 
         its gradient, of which a profile counted about ten.
     """
     row = 4 * vocab_size
-    chunk = max(32 * row, CHUNK_BYTES.get(kind, CHUNK_BYTES["cuda"]))
+    chunk = max(FEWEST_OF_CHUNK * row, CHUNK_BYTES.get(kind, CHUNK_BYTES["cuda"]))
     block = max(FEWEST_OF_BLOCK * row, BLOCK_BYTES.get(kind, BLOCK_BYTES["cuda"]))
     return policies * min(chunk, tokens * row) + BUFFERS * min(block, tokens * row)
 

@@ -8,7 +8,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from opdlab import TopK
 from opdlab.engine import passes
-from opdlab.engine.passes import chunks, compute, gradient
+from opdlab.engine.passes import FEWEST_OF_CHUNK, chunks, compute, gradient
 from opdlab.engine.rows import Rows
 from opdlab.errors import BadLoss, MissingPolicy, NonFinite, UnknownColumn
 from opdlab.losses.divergences import entropy, forward_kl, jensen_shannon, reverse_kl
@@ -254,9 +254,10 @@ def test_no_tokens_give_empty_results_of_the_same_kind():
 
 def test_chunks_cover_every_token_once_within_the_budget():
     cpu = torch.device("cpu")
-    pieces = chunks(1000, 50_000, cpu)
-    assert [i for p in pieces for i in range(p.start, p.stop)] == list(range(1000))
-    assert all((p.stop - p.start) * 50_000 * 4 <= 16 << 20 for p in pieces)
+    for vocab, most in ((40_000, (16 << 20) // (4 * 40_000)), (152_000, FEWEST_OF_CHUNK)):
+        pieces = chunks(1000, vocab, cpu)
+        assert [i for p in pieces for i in range(p.start, p.stop)] == list(range(1000))
+        assert {p.stop - p.start for p in pieces[:-1]} == {most}
 
 
 class Sizes(TorchDispatchMode):
