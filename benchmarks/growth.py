@@ -263,7 +263,9 @@ def draw(results: dict[str, list[dict[str, float]]]) -> None:
     for suffix, dark in (("", False), ("_dark", True)):
         figure = make_subplots(rows=2, cols=4, subplot_titles=titles, horizontal_spacing=0.055)
         for i, found in enumerate(results.values()):
-            sizes = [row["size"] for row in found]
+            sizes, place = [row["size"] for row in found], {"row": i // 4 + 1, "col": i % 4 + 1}
+            words = [f"{size / 1000:.0f}k" if size >= 8000 else f"{size:,.0f}" for size in sizes]
+            figure.update_xaxes(type="log", tickvals=sizes, ticktext=words, **place)
             for column, label, colour, dash in (
                 ("seconds", "opdlab", "#D55E00", "solid"),
                 ("products", "bare matrix products", "#0072B2", "dot"),
@@ -275,17 +277,16 @@ def draw(results: dict[str, list[dict[str, float]]]) -> None:
                     mode="lines+markers",
                     line={"color": colour, "dash": dash},
                     showlegend=i == 0,
-                    row=i // 4 + 1,
-                    col=i % 4 + 1,
+                    **place,
                 )
-        figure.update_xaxes(type="log", dtick="D2").update_yaxes(type="log", dtick="D2")
+        figure.update_yaxes(type="log", tickvals=[0.1, 0.2, 0.5, 1, 2, 5])
         figure.update_yaxes(title="CPU seconds", col=1)
         figure.update_layout(
             template="plotly_dark" if dark else "plotly_white",
             width=1200,
-            height=620,
-            legend={"orientation": "h", "y": -0.08},
-            margin={"l": 60, "r": 10, "t": 40, "b": 60},
+            height=600,
+            legend={"orientation": "h", "y": 1.14},
+            margin={"l": 60, "r": 10, "t": 80, "b": 30},
         )
         html = figure.to_html(include_plotlyjs=True, config={"staticPlot": True})
         path = PICTURE.with_name(f"{PICTURE.stem}{suffix}.png")
