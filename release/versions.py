@@ -41,7 +41,11 @@ EXERCISES: dict[str, tuple[str, ...]] = {
     "numpy": ("tests/training/test_intervals.py", "tests/exact/test_exact_gradients.py"),
     "openai": ("tests/teachers/test_text_server.py", "tests/teachers/test_transport.py"),
     "pandas": ("tests/data/test_trace.py",),
-    "peft": ("tests/models/test_adapters.py", "tests/models/test_loading.py"),
+    "peft": (
+        "tests/models/test_adapters.py",
+        "tests/models/test_loading.py",
+        "tests/models/test_merging.py",
+    ),
     "plotly": ("tests/viz/test_page.py", "tests/viz/test_run_board.py"),
     "pot": ("tests/methods/test_windows.py",),
     "pyarrow": ("tests/data/test_trace.py", "tests/data/test_trace_formats.py"),
@@ -58,6 +62,8 @@ EXERCISES: dict[str, tuple[str, ...]] = {
     "trackio": ("tests/training/test_trackers.py",),
     "transformers": (
         "tests/models/test_policy.py",
+        "tests/models/test_sampling.py",
+        "tests/models/test_growing_cache.py",
         "tests/models/test_templates.py",
         "tests/models/test_loading.py",
         "tests/teachers/test_serve.py",
