@@ -317,12 +317,12 @@ def find_mismatch(watch: Health) -> str | None:
     if stop < watch.limits.stop and stop < everywhere / 2:
         return (
             f"Where the student stops, the teacher accepts it with probability {stop:.2f}"
-            f" ({everywhere:.2f} elsewhere)."
+            f" ({everywhere:.2f} over all tokens)."
         )
     if first < watch.limits.first and first < everywhere / 2:
         return (
             f"The teacher accepts the student's first token with probability {first:.2f}"
-            f" ({everywhere:.2f} elsewhere)."
+            f" ({everywhere:.2f} over all tokens)."
         )
     return None
 
