@@ -61,7 +61,7 @@ SIZES: dict[int, dict[str, Any]] = {
 
 @dataclass(frozen=True)
 class Work:
-    """What is measured.
+    """Hold what is run at one size, and the least of it.
 
     Attributes:
         size: The size, as it stands on the axis.

@@ -75,7 +75,7 @@ class Difference:
 
     @property
     def clear(self) -> bool:
-        """Whether zero lies outside the interval, which takes at least six prompts."""
+        """Tell whether zero lies outside the interval, which takes at least six prompts."""
         return self.prompts >= LEAST_CHANGED and (self.low > 0 or self.high < 0)
 
     def __repr__(self) -> str:

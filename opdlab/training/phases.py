@@ -322,7 +322,7 @@ def _run_loss(
 
 
 def _watch(k: int) -> dict[str, Any]:
-    """What a loss pass notes beside loss and gradient: with `k`, top tokens and slopes on them."""
+    """Return what a loss pass notes beside loss and gradient: with `k`, also top tokens."""
     if not k:
         return {"watch": signals.watched}
     top = KeptTokens(k)

@@ -1,4 +1,4 @@
-"""Where the time of a step goes: one bar for each phase, with the least that its work can take."""
+"""Show where the time of a step goes: a bar for each phase, with the least its work can take."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ class PhaseBar:
 
     @property
     def words(self) -> str:
-        """What is written on the bar, as "sampling 0.41 s, limit 0.22 s, 1.2 GiB"."""
+        """Return the text under the bar, as "sampling 0.41 s, limit 0.22 s, 1.2 GiB"."""
         said = f"{self.label} {markup.format_number(self.seconds)} s"
         if math.isfinite(self.limit):
             said += f", limit {markup.format_number(self.limit)} s"
@@ -47,7 +47,7 @@ class PhaseBar:
 
     @property
     def reach(self) -> float:
-        """The limit's share of the bar, from 0 to 1; 0 where it is not known."""
+        """Return the limit's share of the bar, from 0 to 1; 0 where it is not known."""
         known = math.isfinite(self.limit) and self.seconds > 0
         return min(1.0, self.limit / self.seconds) if known else 0.0
 

@@ -235,7 +235,7 @@ class RunBoard(View):
 
     @property
     def phases(self) -> list[PhaseBar]:
-        """Where a step's time goes; empty for several runs, and where a history does not say."""
+        """Return a bar for each phase of a step; none for several runs, or without seconds."""
         (name, *more) = self.runs
         return [] if more else bars_of(self._rows(name), self.profile)
 

@@ -323,7 +323,7 @@ def test_an_end_at_the_limit_is_an_end(student):
 
 
 def first_end(policy: Policy, body: list[int], stops: tuple[str, ...]) -> int:
-    """How many tokens of a completion there are when its text first holds one of `stops`."""
+    """Count the tokens of a completion up to where its text first holds one of `stops`."""
     for length in range(1, len(body) + 1):
         text = policy.tokenizer.decode(body[:length])
         if any(stop in text for stop in stops):
