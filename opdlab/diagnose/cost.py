@@ -33,7 +33,8 @@ from opdlab.data.rollout import Rollout
 from opdlab.data.sampling_config import SamplingConfig
 from opdlab.diagnose.tables import to_html
 from opdlab.engine import signals
-from opdlab.engine.passes import bytes_of_pass, gradient
+from opdlab.engine.chunking import bytes_of_pass
+from opdlab.engine.passes import gradient
 from opdlab.engine.rows import Rows
 from opdlab.losses.divergences import reverse_kl
 from opdlab.models.graded import States
@@ -204,8 +205,11 @@ def _memory(
         "writing": sizes.rows * (padded * _cache_per_token(student) + 4 * 4 * vocab),
         "activations": sizes.micro * padded * kept,
         "states": new * (2 * width + 4 * config.hidden_size),
-        "head": bytes_of_pass(new, vocab, student.weights.device.type),
     }
+    # What is free when the loss runs; both models are there already.
+    free = available(student) - _count_bytes(model.parameters())
+    free -= sum(tensors[name] for name in ("training", "activations", "states"))
+    tensors["head"] = bytes_of_pass(new, vocab, student.weights.device.type, free=free)
     share, least = BESIDE_TENSORS if student.weights.device.type == "cpu" else (0.0, 0)
     return {**tensors, "allocator": share * _tensors_at_peak(tensors) + least}
 

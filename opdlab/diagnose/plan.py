@@ -38,7 +38,7 @@ from pydantic import Field
 from opdlab.diagnose.cost import ADAM
 from opdlab.diagnose.shapes import Shape
 from opdlab.diagnose.tables import to_html
-from opdlab.engine.passes import bytes_of_pass
+from opdlab.engine.chunking import bytes_of_pass
 from opdlab.errors import InvalidValue
 from opdlab.support.validation import Count, Positive, Text, validate_arguments, validate_fields
 
@@ -311,7 +311,7 @@ class _Sum:
         kept = saved_per_token(student, work)
         new = self.rows * work.new
         largest = student.inside / student.layers
-        return {
+        memory = {
             "student": own * student.parameters / self.parts,
             "teacher": 0.0 if self.serving else width * self.teacher.parameters / self.parts,
             "training": (ADAM + (not trains_all)) * 4 * self.trained / self.parts,
@@ -320,9 +320,12 @@ class _Sum:
             "cache": self.rows * length * student.cache * width,
             "activations": min(work.micro_batch, self.rows) * length * kept,
             "states": new * (width * (student.hidden + self.teacher.hidden) + 4 * student.hidden),
-            "head": bytes_of_pass(new, student.vocab, self.device.kind),
+            "head": 0.0,
             "beside": self.device.beside,
         }
+        free = self.device.memory - sum(memory.values()) + memory["cache"]  # freed after writing
+        memory["head"] = bytes_of_pass(new, student.vocab, self.device.kind, free=free)
+        return memory
 
     def seconds(self) -> dict[str, float]:
         """Seconds by part."""

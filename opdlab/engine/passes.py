@@ -8,7 +8,8 @@ full logits, whatever the chunk size.
 
 A chunk is as large as makes the products with the head fast. What runs between them (softmax, loss,
 and its gradient) runs on a block of the chunk at a time, small enough that the ten or so tensors of
-a loss stay in the processor's cache. So a pass holds one `[chunk, V]` tensor per policy.
+a loss stay in the processor's cache (`opdlab.engine.chunking`). So a pass holds one `[chunk, V]`
+tensor per policy.
 """
 
 from __future__ import annotations
@@ -21,6 +22,7 @@ from typing import overload
 import torch
 from torch import Tensor
 
+from opdlab.engine.chunking import Budget, blocks, budget_of, chunks
 from opdlab.engine.loss_contract import (
     call_loss,
     check_rows_are_independent,
@@ -32,16 +34,6 @@ from opdlab.engine.rows import LogProbs, Rows
 from opdlab.errors import MissingPolicy, NonFinite
 from opdlab.models.graded import Graded, States, log_softmax_in_place
 from opdlab.models.head import Head
-
-# Bytes of one [chunk, V] float32 buffer: rows enough for a fast product, few enough for a laptop.
-# The fewest rows of a chunk: every chunk reads the whole head, which is large where V is.
-CHUNK_BYTES = {"cpu": 16 << 20, "cuda": 256 << 20}
-FEWEST_OF_CHUNK = 96
-# Bytes of one [block, V] float32 tensor, and the fewest tokens of a block: each block costs a call
-# of the loss, some tenths of a millisecond.
-BLOCK_BYTES = {"cpu": 2 << 20, "cuda": 64 << 20}
-FEWEST_OF_BLOCK = 4
-BUFFERS = 10  # [block, V] tensors that are alive at once in a block
 
 Loss = Callable[[Rows], Tensor]
 Slopes = Callable[[Mapping[str, Tensor], Tensor, Tensor], dict[str, Tensor]]
@@ -83,60 +75,6 @@ class Pass:
 
         columns = {name: place(column) for name, column in self.columns.items()}
         return Pass(place(self.loss), place(self.gradient), columns, self.is_checked)
-
-
-def chunks(
-    tokens: int, vocab_size: int, device: torch.device, chunk: int | None = None
-) -> list[slice]:
-    """Cut tokens into chunks such that one `[chunk, V]` buffer keeps to the memory budget.
-
-    Args:
-        tokens: Number of tokens; 0 gives one empty slice.
-        vocab_size: V.
-        device: The device whose memory budget counts.
-        chunk: Tokens in one chunk, in place of the budget's.
-
-    Returns:
-        Slices in order that cover all tokens.
-    """
-    budget = CHUNK_BYTES.get(device.type, CHUNK_BYTES["cuda"])
-    size = chunk or max(FEWEST_OF_CHUNK, budget // (4 * vocab_size))
-    return [slice(i, min(i + size, tokens)) for i in range(0, max(tokens, 1), size)]
-
-
-def blocks(tokens: int, vocab_size: int, device: torch.device) -> list[slice]:
-    """Cut the tokens of a chunk into blocks whose `[block, V]` tensors stay in a cache.
-
-    Args:
-        tokens: Number of tokens of the chunk; 0 gives one empty slice.
-        vocab_size: V.
-        device: The device whose cache counts.
-
-    Returns:
-        Slices in order that cover all tokens of the chunk.
-    """
-    budget = BLOCK_BYTES.get(device.type, BLOCK_BYTES["cuda"])
-    size = max(FEWEST_OF_BLOCK, budget // (4 * vocab_size))
-    return [slice(i, min(i + size, tokens)) for i in range(0, max(tokens, 1), size)]
-
-
-def bytes_of_pass(tokens: float, vocab_size: int, kind: str, policies: int = 2) -> float:
-    """Count the bytes that a pass over `tokens` tokens holds at once, beside its states.
-
-    Args:
-        tokens: Number of tokens.
-        vocab_size: V.
-        kind: The kind of device, such as "cpu" or "cuda".
-        policies: Number of policies that the loss reads.
-
-    Returns:
-        Bytes of a `[chunk, V]` tensor per policy, and of the `[block, V]` tensors of a loss and
-        its gradient, of which a profile counted about ten.
-    """
-    row = 4 * vocab_size
-    chunk = max(FEWEST_OF_CHUNK * row, CHUNK_BYTES.get(kind, CHUNK_BYTES["cuda"]))
-    block = max(FEWEST_OF_BLOCK * row, BLOCK_BYTES.get(kind, BLOCK_BYTES["cuda"]))
-    return policies * min(chunk, tokens * row) + BUFFERS * min(block, tokens * row)
 
 
 def student_states(states: Mapping[str, Graded]) -> States:
@@ -196,12 +134,12 @@ def compute(
     Returns:
         `[N, ...]`, or a dict of them.
     """
-    first = next(iter(states.values()))
-    results = []
+    vocab_size = next(iter(states.values())).vocab_size
+    budget, results = budget_of(token.device), []
     with torch.no_grad():
-        for piece in chunks(len(token), first.vocab_size, token.device, chunk):
+        for piece in chunks(len(token), vocab_size, budget, chunk):
             rows = _rows(states, token, columns or {}, piece)
-            for block in blocks(len(rows), first.vocab_size, token.device):
+            for block in blocks(len(rows), vocab_size, budget):
                 results.append(function(rows.select(block)))
     tables = [result for result in results if isinstance(result, Mapping)]
     if tables:
@@ -249,14 +187,17 @@ def gradient(
             token.
     """
     student, columns = student_states(states), columns or {}
-    is_checked = not check or _check_loss(loss, states, token, columns, chunk)
+    budget = budget_of(token.device)
+    is_checked = not check or _check_loss(
+        loss, states, token, columns, chunks(len(token), student.vocab_size, budget, chunk)[0]
+    )
     found: dict[str, Tensor] = {}
     out = torch.empty_like(student.hidden, dtype=student.head.precision(student.hidden))
-    for piece in chunks(len(token), student.vocab_size, token.device, chunk):
+    for piece in chunks(len(token), student.vocab_size, budget, chunk):
         part = {name: graded.part(piece) for name, graded in states.items()}
         rest = {name: column[piece] for name, column in columns.items()}
         out[piece], numbers = _one_chunk(
-            loss, part, token[piece], weight[piece], rest, watch, slopes
+            loss, part, token[piece], weight[piece], rest, watch, slopes, budget
         )
         _keep(found, numbers, piece, len(token))
     result = Pass(found.pop("loss"), out, found, is_checked)
@@ -281,11 +222,12 @@ def _check_loss(
     states: Mapping[str, Graded],
     token: Tensor,
     columns: Mapping[str, Tensor],
-    chunk: int | None,
+    first: slice,
 ) -> bool:
-    """Check a loss on a few rows spread over the tokens; false where they could not tell."""
-    vocab_size = student_states(states).vocab_size
-    first = chunks(len(token), vocab_size, token.device, chunk)[0]
+    """Check a loss on a few rows spread over the tokens, no more than are in the first chunk.
+
+    False where they could not tell.
+    """
     index = spread_index(len(token), first.stop, token.device)
     return check_rows_are_independent(loss, _rows(states, token, columns, index))
 
@@ -310,6 +252,7 @@ def _one_chunk(
     columns: Mapping[str, Tensor],
     watch: Callable[[Rows], dict[str, Tensor]] | None,
     slopes: Slopes | None,
+    budget: Budget,
 ) -> tuple[Tensor, dict[str, Tensor]]:
     """Gradient `[n, H]` and numbers of one chunk.
 
@@ -323,7 +266,7 @@ def _one_chunk(
         logits = student.head(student.hidden)  # [n, V]; the gradient takes its place
     rows = Rows({"student": logits, **others}, token, columns)
     found: dict[str, Tensor] = {}
-    for block in blocks(len(token), student.vocab_size, token.device):
+    for block in blocks(len(token), student.vocab_size, budget):
         through, numbers = _one_block(
             loss, rows.select(block), weight[block], student.head, watch, slopes
         )

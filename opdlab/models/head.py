@@ -22,11 +22,7 @@ from opdlab.errors import InvalidValue, UnsupportedModel
 from opdlab.models.forward import run_backbone
 from opdlab.models.placement import fetch, input_device
 from opdlab.models.precision import without_autocast
-
-# Of a product on a CPU with few rows (`_multiply`).
-LARGE_MATRIX = 2**22
-FEWEST_TO_PAD, PADDED_ROWS = 6, 16
-FEWEST_TO_TURN, MOST_TO_TURN = 2, 8
+from opdlab.models.products import project, project_back
 
 _FACTORS = ("logit_scale", "lm_head_multiplier", "output_multiplier")
 _DIVISORS = ("logits_scaling", "logits_mup_width_multiplier")
@@ -119,15 +115,15 @@ class Head:
     def __call__(self, hidden: Tensor) -> Tensor:
         """Compute logits `[n, V]` of hidden states `[n, H]`.
 
-        They are float32 (or float64), in the head's own precision until after the product, and on
-        the device of the hidden states, wherever the head is.
+        They are float32 (or float64), on the device of the hidden states, wherever the head is. A
+        head in bfloat16 gives the float32 sums of its products where the device can
+        (`opdlab.models.products`).
         """
         bias, device = None if self.bias is None else self.bias[: self.vocab_size], hidden.device
         weight = self.weight[: self.vocab_size]
         with without_autocast(weight.device):
             hidden = hidden.to(weight.device)
-            logits = _multiply(hidden.to(weight.dtype), weight, bias)
-            logits = logits if logits.dtype in (torch.float32, torch.float64) else logits.float()
+            logits = project(hidden, weight, bias)
             if self.lora is not None:
                 up, down = self.lora.up[: self.vocab_size], self.lora.down
                 inner = functional.linear(hidden.to(down.dtype), down)
@@ -172,12 +168,12 @@ class Head:
             through_lora = None
             if self.lora is not None:
                 through_lora = self._backward_lora(self.lora, slope, hidden)
+            out = project_back(slope, self.weight[: self.vocab_size]).to(self.precision(hidden))
             slope = slope.to(self.weight.dtype)
             if self.weight.requires_grad:
                 _grad(self.weight)[: self.vocab_size].addmm_(slope.T, hidden.to(slope.dtype))
             if self.bias is not None and self.bias.requires_grad:
                 _grad(self.bias)[: self.vocab_size].add_(slope.sum(0))
-            out = (slope @ self.weight[: self.vocab_size]).to(self.precision(hidden))
             return (out if through_lora is None else out.add_(through_lora)).to(device)
 
     def _backward_lora(self, lora: LowRank, slope: Tensor, hidden: Tensor) -> Tensor:
@@ -230,31 +226,6 @@ class Head:
             " constant, with a tanh cap. Please report the model; until then use one with a plain"
             " linear head."
         )
-
-
-def _multiply(hidden: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-    """Compute `hidden @ weight.T + bias`, `[n, V]`, in the way that is fast for few rows on a CPU.
-
-    MKL reads a large float32 matrix several times for a few rows. Which other way reads it once
-    depends on the processor, and is chosen by its kind, so that a run repeats bit for bit.
-
-    - With AVX-512, 16 rows read it once, and 6 to 15 rows as often as there are threes of them.
-      Rows of zeros beside them help (8 rows of 32,000 tokens: 11.8 to 7.1 ms on an Intel Xeon).
-    - Without it, padding takes longer, and `weight @ hidden.T` is faster for up to 8 rows (14.8 to
-      8.2 ms on an AMD EPYC).
-    """
-    rows = len(hidden)
-    is_float = weight.device.type == "cpu" and weight.dtype == torch.float32
-    if not is_float or weight.numel() < LARGE_MATRIX:
-        return functional.linear(hidden, weight, bias)
-    if torch.backends.cpu.get_cpu_capability() == "AVX512":
-        if FEWEST_TO_PAD <= rows < PADDED_ROWS:
-            padded = functional.pad(hidden, (0, 0, 0, PADDED_ROWS - rows))
-            return functional.linear(padded, weight, bias)[:rows]
-    elif FEWEST_TO_TURN <= rows <= MOST_TO_TURN:
-        logits = (weight @ hidden.T).T.contiguous()
-        return logits if bias is None else logits.add_(bias)
-    return functional.linear(hidden, weight, bias)
 
 
 def cannot_run(model: PreTrainedModel, error: Exception) -> UnsupportedModel:

@@ -7,8 +7,8 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from opdlab import TopK
-from opdlab.engine import passes
-from opdlab.engine.passes import FEWEST_OF_CHUNK, chunks, compute, gradient
+from opdlab.engine import chunking
+from opdlab.engine.passes import compute, gradient
 from opdlab.engine.rows import Rows
 from opdlab.errors import BadLoss, MissingPolicy, NonFinite, UnknownColumn
 from opdlab.losses.divergences import entropy, forward_kl, jensen_shannon, reverse_kl
@@ -136,9 +136,9 @@ def test_equals_autograd_on_full_logits(loss, head, chunk):
 @pytest.fixture
 def blocks_of_two(monkeypatch):
     """Blocks of two tokens, on a vocabulary that would fit into one block."""
-    monkeypatch.setattr(passes, "FEWEST_OF_BLOCK", 2)
-    monkeypatch.setitem(passes.BLOCK_BYTES, "cpu", 1)
-    assert len(passes.blocks(7, V, torch.device("cpu"))) == 4
+    monkeypatch.setattr(chunking, "FEWEST_OF_BLOCK", 2)
+    monkeypatch.setattr(chunking, "CPU", chunking.Budget(chunking.CPU.chunk, 1))
+    assert len(chunking.blocks(7, V, chunking.budget_of(torch.device("cpu")))) == 4
 
 
 @pytest.mark.parametrize("head", HEADS)
@@ -250,14 +250,6 @@ def test_no_tokens_give_empty_results_of_the_same_kind():
     assert got.gradient.shape == (0, H)
     assert {k: v.shape for k, v in got.columns.items()} == {"grad_norm": (0,), "entropy": (0,)}
     assert compute(lambda rows: {"all": rows.student}, states, token)["all"].shape == (0, V)
-
-
-def test_chunks_cover_every_token_once_within_the_budget():
-    cpu = torch.device("cpu")
-    for vocab, most in ((40_000, (16 << 20) // (4 * 40_000)), (152_000, FEWEST_OF_CHUNK)):
-        pieces = chunks(1000, vocab, cpu)
-        assert [i for p in pieces for i in range(p.start, p.stop)] == list(range(1000))
-        assert {p.stop - p.start for p in pieces[:-1]} == {most}
 
 
 class Sizes(TorchDispatchMode):

@@ -6,7 +6,8 @@ import pytest
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from opdlab.models.head import LARGE_MATRIX, MOST_TO_TURN, PADDED_ROWS, Head
+from opdlab.models.head import Head
+from opdlab.models.products import LARGE_MATRIX, MOST_TO_TURN, PADDED_ROWS
 
 FAMILIES = {
     "llama": {},
