@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 
 _COSTS = {
     "batches": (
@@ -43,6 +43,8 @@ class Abilities:
         caches: Going on from a cache whose rows are repeated and picked (sampling).
         shares_prefix: Going on with several tokens from a cache of what all prompts begin with
             (scoring, training, and sampling after prompts of one length).
+        splits_cache: Attending to a prompt and to a text in two parts, so that the keys and values
+            of a prompt are kept once for all its texts (sampling).
     """
 
     batches: bool = True
@@ -50,9 +52,17 @@ class Abilities:
     pads_left: bool = True
     caches: bool = True
     shares_prefix: bool = True
+    splits_cache: bool = True
 
 
-PLAIN = Abilities(batches=False, pads=False, pads_left=False, caches=False, shares_prefix=False)
+PLAIN = Abilities(
+    batches=False,
+    pads=False,
+    pads_left=False,
+    caches=False,
+    shares_prefix=False,
+    splits_cache=False,
+)
 
 
 def warn_about_missing(abilities: Abilities, model: str) -> None:
@@ -62,7 +72,7 @@ def warn_about_missing(abilities: Abilities, model: str) -> None:
         abilities: The shortcuts that are right for the model.
         model: The name of its class.
     """
-    missing = [field.name for field in fields(Abilities) if not getattr(abilities, field.name)]
+    missing = [name for name in _COSTS if not getattr(abilities, name)]
     if not abilities.batches:
         missing = ["batches"] + (["caches"] if not abilities.caches else [])
     if missing:

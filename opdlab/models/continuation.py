@@ -1,11 +1,13 @@
 """Run unfinished texts, one token after the other.
 
-`begin` chooses how: from a cache where the model can, otherwise by running every text anew for each
-token, which is slow and always right.
+`begin` chooses how: from a cache where the model can, which holds a prompt once for all its texts
+where the model can do that too; otherwise by running every text anew for each token, which is slow
+and always right.
 """
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import Protocol
 
 import torch
@@ -15,6 +17,7 @@ from transformers import DynamicCache, PreTrainedModel
 from opdlab.models.abilities import Abilities
 from opdlab.models.forward import (
     count_shared,
+    find_backbone,
     hidden_at,
     pick_rows,
     repeat_cache,
@@ -22,6 +25,7 @@ from opdlab.models.forward import (
     run_shared,
 )
 from opdlab.models.growing_cache import let_grow
+from opdlab.models.parted_cache import PartedLayer, attention_to_parts, split_cache
 from opdlab.models.placement import input_device
 
 
@@ -34,11 +38,22 @@ class Continuation(Protocol):
 
     states: Tensor
 
+    def choose(self, going: Tensor) -> Tensor:
+        """Choose the texts to keep, so that those that go on are among them.
+
+        Args:
+            going: Whether each text goes on, `[B]`.
+
+        Returns:
+            Their numbers, in order.
+        """
+        ...
+
     def keep(self, rows: Tensor) -> None:
         """Go on with some of the texts only.
 
         Args:
-            rows: Their numbers `[B']`, in the order that they shall have.
+            rows: Their numbers `[B']`, in order.
         """
         ...
 
@@ -66,22 +81,73 @@ def begin(
     Returns:
         The texts, with the `states` after their prompts computed.
     """
-    if abilities.caches:
-        return Cached(model, starts, n, shares_prefix=abilities.shares_prefix)
-    return Recomputed(model, [list(start) for start in starts for _ in range(n)], abilities)
+    if not abilities.caches:
+        return Recomputed(model, [list(start) for start in starts for _ in range(n)], abilities)
+    read = read_prompts(model, starts, shares_prefix=abilities.shares_prefix)
+    if n > 1 and abilities.splits_cache and (layers := split_cache(read.cache, read.mask)):
+        return Parted(model, read, layers, n)
+    return Cached(model, read, n)
 
 
-class Cached:
-    """Go on from a cache, one token at a time.
+@dataclass
+class PromptsRead:
+    """Prompts after a pass of a model.
 
-    Each prompt is run once, left-padded, and its `n` texts share its cache. Where all prompts are
-    of one length, what they begin with is run once for all.
+    Attributes:
+        cache: Keys, values and recurrent states of the prompts.
+        states: The hidden state at the end of each prompt, `[P, H]`.
+        lengths: Tokens of each prompt, `[P]`.
+        mask: 1 for tokens and 0 for padding on the left, `[P, S]`; None where nothing is padded.
+    """
+
+    cache: DynamicCache
+    states: Tensor
+    lengths: Tensor
+    mask: Tensor | None
+
+
+def read_prompts(
+    model: PreTrainedModel, starts: list[list[int]], *, shares_prefix: bool = False
+) -> PromptsRead:
+    """Run each prompt once, left-padded.
+
+    Where all prompts are of one length, what they begin with is run once for all.
 
     Args:
         model: The model, with the adapter in force that shall write.
         starts: Token ids of each prompt.
-        n: Texts per prompt.
         shares_prefix: Whether the model may go on from a cache with several tokens.
+
+    Returns:
+        The prompts' cache and last states.
+    """
+    device, width = input_device(model), max(map(len, starts))
+    ids = torch.tensor([[0] * (width - len(s)) + s for s in starts], device=device)
+    lengths = torch.tensor([len(s) for s in starts], device=device)
+    mask = (torch.arange(width, device=device) >= width - lengths[:, None]).long()
+    positions = (mask.cumsum(1) - 1).clamp(min=0)
+    is_padded = any(len(start) < width for start in starts)
+    shared = count_shared(starts) if shares_prefix and not is_padded else 0
+    with torch.no_grad():  # texts have no gradient
+        cache = run_shared(model, starts, shared)
+    cache = DynamicCache(config=model.config) if cache is None else cache
+    states = run_backbone(
+        model,
+        ids[:, shared:],
+        positions=positions[:, shared:],
+        mask=mask if is_padded else None,
+        cache=cache,
+    )[:, -1]
+    return PromptsRead(cache, states, lengths, mask if is_padded else None)
+
+
+class Cached:
+    """Go on from a cache that holds each text with its prompt, one token at a time.
+
+    Args:
+        model: The model, with the adapter in force that shall write.
+        read: The prompts; their cache is used and changed.
+        n: Texts per prompt.
 
     Attributes:
         states: The hidden state where each text's next token is predicted, `[B, H]`.
@@ -90,61 +156,95 @@ class Cached:
         mask: 1 for tokens and 0 for padding, `[B, T]`; None where nothing is padded.
     """
 
-    def __init__(
-        self,
-        model: PreTrainedModel,
-        starts: list[list[int]],
-        n: int,
-        *,
-        shares_prefix: bool = False,
-    ) -> None:
-        self.model, device = model, input_device(model)
-        width = max(map(len, starts))
-        ids = torch.tensor([[0] * (width - len(s)) + s for s in starts], device=device)
-        lengths = torch.tensor([len(s) for s in starts], device=device)
-        mask = (torch.arange(width, device=device) >= width - lengths[:, None]).long()
-        positions = (mask.cumsum(1) - 1).clamp(min=0)
-        self.mask = None if bool(mask.all()) else mask
-        shared = count_shared(starts) if shares_prefix and self.mask is None else 0
-        with torch.no_grad():  # texts have no gradient
-            cache = run_shared(model, starts, shared)
-        self.cache = DynamicCache(config=model.config) if cache is None else cache
-        states = run_backbone(
-            model,
-            ids[:, shared:],
-            positions=positions[:, shared:],
-            mask=self.mask,
-            cache=self.cache,
-        )[:, -1]
+    def __init__(self, model: PreTrainedModel, read: PromptsRead, n: int) -> None:
+        self.model, self.cache = model, read.cache
         if n > 1:
-            repeat_cache(self.cache, len(starts), n, device)
+            repeat_cache(self.cache, len(read.states), n, read.states.device)
         let_grow(self.cache)
-        self.states = states.repeat_interleave(n, 0)
-        self.position = lengths.repeat_interleave(n)
-        self.mask = None if self.mask is None else self.mask.repeat_interleave(n, 0)
+        self.states = read.states.repeat_interleave(n, 0)
+        self.position = read.lengths.repeat_interleave(n)
+        self.mask = None if read.mask is None else read.mask.repeat_interleave(n, 0)
+
+    def choose(self, going: Tensor) -> Tensor:
+        """Choose the texts that go on; see `Continuation`."""
+        return going.nonzero()[:, 0]
 
     def keep(self, rows: Tensor) -> None:
-        """Go on with some of the texts only.
-
-        Args:
-            rows: Their numbers `[B']`, in the order that they shall have.
-        """
+        """Go on with some of the texts only; see `Continuation`."""
         pick_rows(self.cache, rows)
         self.states, self.position = self.states[rows], self.position[rows]
         self.mask = None if self.mask is None else self.mask[rows]
 
     def append(self, tokens: Tensor) -> None:
-        """Add a token to each text and compute the new `states`.
-
-        Args:
-            tokens: One token id per text, `[B]`.
-        """
+        """Add a token to each text and compute the new `states`; see `Continuation`."""
         if self.mask is not None:
             self.mask = torch.cat([self.mask, self.mask.new_ones(len(tokens), 1)], 1)
         ids, positions = tokens[:, None], self.position[:, None]
         self.states = run_backbone(
             self.model, ids, positions=positions, mask=self.mask, cache=self.cache
         )[:, -1]
+        self.position = self.position + 1
+
+
+class Parted:
+    """Go on from a cache that holds each prompt once for its `n` texts, one token at a time.
+
+    Args:
+        model: The model, with the adapter in force that shall write.
+        read: The prompts.
+        layers: The layers of their cache, which is split (`split_cache`).
+        n: Texts per prompt.
+
+    Attributes:
+        states: The hidden state where each text's next token is predicted, `[P * n, H]`.
+        cache: Keys and values of prompts and texts.
+        position: Position of the next token of each text, `[P * n]`.
+        n: Texts per prompt.
+    """
+
+    def __init__(
+        self, model: PreTrainedModel, read: PromptsRead, layers: list[PartedLayer], n: int
+    ) -> None:
+        self.model, self.cache, self.layers, self.n = model, read.cache, layers, n
+        self.states = read.states.repeat_interleave(n, 0)
+        self.position = read.lengths.repeat_interleave(n)
+
+    def choose(self, going: Tensor) -> Tensor:
+        """Choose equally many texts of each prompt that has texts which go on.
+
+        Args:
+            going: Whether each text goes on, `[P * n]`.
+
+        Returns:
+            The numbers of the texts: all that go on, and beside them some that have ended.
+        """
+        by_prompt = going.view(-1, self.n)
+        most = int(by_prompt.sum(1).max())
+        first = by_prompt.long().sort(dim=1, descending=True, stable=True).indices[:, :most]
+        chosen = torch.zeros_like(by_prompt).scatter_(1, first, value=True)
+        chosen &= by_prompt.any(1, keepdim=True)
+        return chosen.flatten().nonzero()[:, 0]
+
+    def keep(self, rows: Tensor) -> None:
+        """Go on with some of the texts only, equally many of each prompt that has any left.
+
+        Args:
+            rows: Their numbers, in order, as from `choose`.
+        """
+        prompts, counts = torch.unique_consecutive(rows // self.n, return_counts=True)
+        self.n = int(counts[0])
+        assert bool((counts == self.n).all()), "equally many texts of each prompt"
+        for layer in self.layers:
+            layer.keep(prompts, rows)
+        self.states, self.position = self.states[rows], self.position[rows]
+
+    def append(self, tokens: Tensor) -> None:
+        """Add a token to each text and compute the new `states`; see `Continuation`."""
+        ids, positions = tokens[:, None], self.position[:, None]
+        with attention_to_parts(find_backbone(self.model)):
+            self.states = run_backbone(self.model, ids, positions=positions, cache=self.cache)[
+                :, -1
+            ]
         self.position = self.position + 1
 
 
@@ -165,21 +265,17 @@ class Recomputed:
         self.model, self.rows, self.abilities = model, rows, abilities
         self.states = self._run()
 
-    def keep(self, rows: Tensor) -> None:
-        """Go on with some of the texts only.
+    def choose(self, going: Tensor) -> Tensor:
+        """Choose the texts that go on; see `Continuation`."""
+        return going.nonzero()[:, 0]
 
-        Args:
-            rows: Their numbers `[B']`, in the order that they shall have.
-        """
+    def keep(self, rows: Tensor) -> None:
+        """Go on with some of the texts only; see `Continuation`."""
         self.rows = [self.rows[i] for i in rows.tolist()]
         self.states = self.states[rows]
 
     def append(self, tokens: Tensor) -> None:
-        """Add a token to each text and compute the new `states`.
-
-        Args:
-            tokens: One token id per text, `[B]`.
-        """
+        """Add a token to each text and compute the new `states`; see `Continuation`."""
         self.rows = [[*row, token] for row, token in zip(self.rows, tokens.tolist(), strict=True)]
         self.states = self._run()
 

@@ -289,9 +289,10 @@ class SamplingLoop:
                 break
             # Shrinking the batch copies the cache, so it is done only when it pays.
             if left <= 0.75 * len(going):
-                keep = going.nonzero()[:, 0]
-                texts.keep(keep)
-                live, token, going = live[keep], token[keep], going[keep]
+                keep = texts.choose(going)
+                if len(keep) <= 0.75 * len(going):
+                    texts.keep(keep)
+                    live, token, going = live[keep], token[keep], going[keep]
             texts.append(token)
         inside = torch.arange(steps, device=device) < out.lengths[:, None]
         for values in (out.ids, out.logp, out.entropy):

@@ -19,9 +19,10 @@ from transformers import DynamicCache, PreTrainedModel
 
 from opdlab.errors import UnsupportedModel
 from opdlab.models.abilities import PLAIN, Abilities
-from opdlab.models.continuation import Cached
+from opdlab.models.continuation import Cached, Parted, read_prompts
 from opdlab.models.forward import hidden_at
 from opdlab.models.head import Head, cannot_run
+from opdlab.models.parted_cache import split_cache
 from opdlab.models.placement import input_device
 from opdlab.models.quantization import rounds_coarsely
 from opdlab.models.vocabulary import pick_ordinary_tokens
@@ -103,7 +104,8 @@ def _find(check: _Check) -> Abilities:
     }
     found = {name: check.holds(test) for name, test in shortcuts.items()}
     if all(found.values()):
-        return everything
+        splits = check.holds(lambda: check.samples(padded=True, split=True))
+        return replace(everything, splits_cache=splits)
     check.refuse_if_not_causal()
     batches = found["pads"] or check.holds(
         lambda: check.scores(replace(PLAIN, batches=True), equal=True)
@@ -115,6 +117,9 @@ def _find(check: _Check) -> Abilities:
         pads_left=batches and found["pads_left"],
         caches=batches and caches,
         shares_prefix=batches and found["pads"] and found["shares_prefix"],
+        splits_cache=batches
+        and caches
+        and check.holds(lambda: check.samples(padded=found["pads_left"], split=True)),
     )
 
 
@@ -189,17 +194,20 @@ class _Check:
         ]
         return self._agree(got, torch.cat(want))
 
-    def samples(self, *, padded: bool) -> bool:
+    def samples(self, *, padded: bool, split: bool = False) -> bool:
         """Compare two samples each of two prompts with plain passes.
 
         One sample of each prompt is dropped after the first token.
+
+        Args:
+            padded: Take prompts of different length.
+            split: Keep each prompt once for its samples.
         """
         short = len(self.rows[2]) - self.steps
         prompts = [self.alike if padded else short, short]
         texts = [self.rows[0], self.rows[2]]
-        batch = Cached(
-            self.model, [text[:length] for text, length in zip(texts, prompts, strict=True)], n=2
-        )
+        starts = [text[:length] for text, length in zip(texts, prompts, strict=True)]
+        batch = self._begin_two(starts, split=split)
         # The family may keep its states elsewhere; with small weights no number would show it.
         if not _is_filled(batch.cache):
             return False
@@ -216,6 +224,16 @@ class _Check:
             states.append(batch.states)
             want += [plain[i][prompts[i] + step] for i in live]
         return self._agree(self._logits(torch.cat(states)), torch.stack(want))
+
+    def _begin_two(self, starts: list[list[int]], *, split: bool) -> Cached | Parted:
+        """Begin two texts after each prompt."""
+        read = read_prompts(self.model, starts)
+        if not split:
+            return Cached(self.model, read, 2)
+        layers = split_cache(read.cache, read.mask)
+        if not layers:
+            raise NotImplementedError("layers that do more than append")
+        return Parted(self.model, read, layers, 2)
 
     def refuse_if_not_causal(self) -> None:
         """Raise UnsupportedModel if later tokens of a text change the numbers of earlier ones."""
