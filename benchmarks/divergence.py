@@ -11,6 +11,7 @@ import json
 import sys
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -40,7 +41,7 @@ class Case:
     """One measurement.
 
     Attributes:
-        side: Who computes: "opdlab", "trl", "full logits" or "products".
+        side: Who computes: "opdlab", "trl", "liger", "full logits" or "products".
         loss: A name in `LOSSES`.
         trainable: Whether the student's head gets a gradient.
         tokens: Number of tokens.
@@ -103,13 +104,18 @@ class Problem:
     teacher_head: Tensor
 
     @classmethod
-    def of(cls, case: Case) -> Problem:
+    def of(
+        cls,
+        case: Case,
+        widths: tuple[int, int] = (STUDENT["hidden_size"], TEACHER["hidden_size"]),
+        dtype: torch.dtype = torch.float32,
+    ) -> Problem:
         torch.manual_seed(0)
-        student_width, teacher_width = STUDENT["hidden_size"], TEACHER["hidden_size"]
-        student = torch.randn(case.tokens, student_width, device=device())
-        teacher = torch.randn(case.tokens, teacher_width, device=device())
-        student_head = 0.02 * torch.randn(case.vocab, student_width, device=device())
-        teacher_head = 0.02 * torch.randn(case.vocab, teacher_width, device=device())
+        options: dict[str, Any] = {"device": device(), "dtype": dtype}
+        student, teacher = (torch.randn(case.tokens, width, **options) for width in widths)
+        student_head, teacher_head = (
+            0.02 * torch.randn(case.vocab, width, **options) for width in widths
+        )
         return cls(
             student.requires_grad_(),
             teacher,
@@ -125,6 +131,7 @@ class Problem:
             "trl": self._trl,
             "full logits": self._full,
             "products": self._products,
+            "liger": self._liger,
         }
         return solvers[case.side](case).item()
 
@@ -138,7 +145,7 @@ class Problem:
         result = gradient(
             LOSSES[case.loss], states, token, weight, watch=signals.cheap if case.watch else None
         )
-        self.student.grad = result.gradient
+        self.student.grad = result.gradient.to(self.student.dtype)  # as a step does
         return result.loss.mean()
 
     def _trl(self, case: Case) -> Tensor:
@@ -150,9 +157,20 @@ class Problem:
         loss.backward()
         return loss
 
+    def _liger(self, case: Case) -> Tensor:
+        from liger_kernel.chunked_loss import LigerFusedLinearJSDLoss
+
+        made = LigerFusedLinearJSDLoss(
+            weight_hard_loss=0.0, weight_soft_loss=1.0, beta=BETA[case.loss]
+        )
+        label = torch.zeros(case.tokens, dtype=torch.long, device=device())
+        loss: Tensor = made(self.student, self.student_head, self.teacher, self.teacher_head, label)
+        loss.backward()
+        return loss
+
     def _full(self, case: Case) -> Tensor:
-        student = (self.student @ self.student_head.T).log_softmax(-1)
-        teacher = (self.teacher @ self.teacher_head.T).log_softmax(-1)
+        student = (self.student @ self.student_head.T).float().log_softmax(-1)
+        teacher = (self.teacher @ self.teacher_head.T).float().log_softmax(-1)
         loss = (student.exp() * (student - teacher)).sum(-1).mean()
         loss.backward()
         return loss
@@ -162,26 +180,32 @@ class Problem:
         """Both heads forward and the student's backward, in chunks; no softmax, no loss."""
         head = self.student_head
         head.grad = torch.zeros_like(head) if case.trainable else None
-        for i in range(0, case.tokens, 128):
-            logits = self.student[i : i + 128] @ head.T
-            other = self.teacher[i : i + 128] @ self.teacher_head.T
+        size = 128 if device().type == "cpu" else 2048
+        for i in range(0, case.tokens, size):
+            logits = self.student[i : i + size] @ head.T
+            other = self.teacher[i : i + size] @ self.teacher_head.T
             if head.grad is not None:
-                head.grad.addmm_(logits.T, self.student[i : i + 128])
+                head.grad.addmm_(logits.T, self.student[i : i + size])
             logits @ head
             del other
         return torch.tensor(float("nan"))
 
 
 def measure(name: str) -> dict[str, object]:
-    """Measure one case in this process.
+    """Measure one case in this process; see `measure_case`."""
+    case = CASES[name]
+    return measure_case(case, Problem.of(case), ITERATIONS if case.vocab == VOCAB else 2)
+
+
+def measure_case(case: Case, problem: Problem, iterations: int) -> dict[str, object]:
+    """Solve a problem several times.
 
     Returns:
         The seconds of every iteration, the largest peak, and the divergence, on which all sides
         should agree.
     """
-    case = CASES[name]
-    problem, costs, value = Problem.of(case), [], float("nan")
-    for _ in range(ITERATIONS if case.vocab == VOCAB else 2):
+    costs, value = [], float("nan")
+    for _ in range(iterations):
         with measured() as cost:
             value = problem.solve(case)
         costs.append(cost)

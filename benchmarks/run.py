@@ -16,7 +16,7 @@ import statistics
 import subprocess
 import sys
 import tempfile
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from datetime import date
 from importlib.metadata import version
 from pathlib import Path
@@ -69,11 +69,15 @@ def everything_else(results: Results, case: str) -> float:
     return split(results, case)[1]
 
 
-def targets() -> list[tuple[str, str, Callable[[Results], float], float]]:
-    """List the targets for a CPU: a name, the unit, the number, and the most that it may be."""
+# A name, the unit, the number, and the most that it may be.
+Target = tuple[str, str, Callable[[Results], float], float]
+
+
+def targets() -> list[Target]:
+    """List the targets for a CPU."""
     loss = "divergence/{}/reverse_kl/{}/1024"
     large = f"divergence/{{}}/reverse_kl/frozen/4096/V={divergence.LARGE_VOCAB}"
-    found: list[tuple[str, str, Callable[[Results], float], float]] = []
+    found: list[Target] = []
     for head in ("frozen", "trainable"):
         ours, watched = loss.format("opdlab", head), f"{loss.format('opdlab', head)}/watched"
         found += [
@@ -273,12 +277,12 @@ def split(results: Results, case: str) -> tuple[float, float]:
     return generate, total - generate
 
 
-def judge(results: Results) -> Table:
-    """Compare the results with the targets."""
+def judge(results: Results, rows: Sequence[Target] | None = None) -> Table:
+    """Compare the results with the targets; those for a CPU by default."""
     table = Table("target", "unit", title="targets", title_justify="left")
     for column in ("measured", "at most", ""):
         table.add_column(column, justify="right")
-    for label, unit, number, limit in targets():
+    for label, unit, number, limit in targets() if rows is None else rows:
         try:
             value = number(results)
         except KeyError:  # the case was not run

@@ -14,10 +14,11 @@ import random
 import sys
 import tempfile
 from collections.abc import Callable
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from transformers import LlamaForCausalLM, PreTrainedTokenizerFast
+from transformers import LlamaForCausalLM, PreTrainedModel, PreTrainedTokenizerFast
 
 from benchmarks.products import Products
 from benchmarks.workload import (
@@ -27,6 +28,7 @@ from benchmarks.workload import (
     RANK,
     STUDENT,
     TEACHER,
+    Cost,
     build_model,
     clock,
     device,
@@ -71,21 +73,41 @@ class Stopwatch:
         self.generate.append(self._inner)
 
 
-Trainer = Callable[[], list[float]]  # trains `STEPS` steps and returns their losses
+Trainer = Callable[[], list[float]]  # trains `steps` steps and returns their losses
+
+
+@dataclass(frozen=True)
+class Size:
+    """The size of a run.
+
+    Attributes:
+        steps: Steps, with the warm-up.
+        batch: Texts of a step.
+        completion: Tokens of a text.
+        ours: Further settings of `opdlab.distill`.
+        theirs: Further fields of `trl.DistillationConfig`.
+    """
+
+    steps: int = STEPS
+    batch: int = BATCH
+    completion: int = COMPLETION
+    ours: dict[str, Any] = field(default_factory=dict)
+    theirs: dict[str, Any] = field(default_factory=dict)
 
 
 def opdlab_side(
-    student: LlamaForCausalLM,
-    teacher: LlamaForCausalLM,
+    student: PreTrainedModel,
+    teacher: PreTrainedModel,
     tokenizer: PreTrainedTokenizerFast,
     lora: bool,
     watch: Stopwatch,
+    size: Size = Size(),
 ) -> Trainer:
     from opdlab import Policy, distill
     from opdlab.data.prompt import Prompt
     from opdlab.tasks import Task
 
-    texts = prompts(tokenizer, BATCH * STEPS)
+    texts = prompts(tokenizer, size.batch * size.steps)
     task = Task(
         "benchmark",
         lambda n, seed, split: [Prompt(text) for text in random.Random(seed).sample(texts, n)],
@@ -96,31 +118,33 @@ def opdlab_side(
         learner,
         guide,
         task,
-        steps=STEPS,
-        batch=BATCH,
-        max_new_tokens=COMPLETION,
+        steps=size.steps,
+        batch=size.batch,
+        max_new_tokens=size.completion,
         lora=RANK if lora else None,
         quiet=True,
+        **size.ours,
     )
-    watch.watch(learner, "sample")
+    watch.watch(size.ours.get("sampler", learner), "sample")
 
     def train() -> list[float]:
-        for _ in range(STEPS):
+        for _ in range(size.steps):
             watch.start()
             step = next(run)
             watch.stop()
-            assert step.rollout.tokens == BATCH * COMPLETION
+            assert step.rollout.tokens == size.batch * size.completion
         return run.history["loss"].tolist()
 
     return train
 
 
 def trl_side(
-    student: LlamaForCausalLM,
-    teacher: LlamaForCausalLM,
+    student: PreTrainedModel,
+    teacher: PreTrainedModel,
     tokenizer: PreTrainedTokenizerFast,
     lora: bool,
     watch: Stopwatch,
+    size: Size = Size(),
 ) -> Trainer:
     from datasets import Dataset
     from peft import LoraConfig
@@ -134,23 +158,24 @@ def trl_side(
         def on_step_end(self, *_: Any, **__: Any) -> None:
             watch.stop()
 
-    config = DistillationConfig(
-        output_dir=os.path.join(tempfile.gettempdir(), "opdlab-benchmark"),
-        use_cpu=device().type == "cpu",
-        bf16=False,
-        per_device_train_batch_size=BATCH,
-        max_steps=STEPS,
-        max_completion_length=COMPLETION,
-        beta=1.0,
-        learning_rate=1e-4,
-        generation_kwargs={"min_new_tokens": COMPLETION},
-        lr_scheduler_type="constant",
-        gradient_checkpointing=False,
-        report_to=[],
-        save_strategy="no",
-        logging_steps=1,
-        disable_tqdm=True,
-    )
+    options: dict[str, Any] = {
+        "output_dir": os.path.join(tempfile.gettempdir(), "opdlab-benchmark"),
+        "use_cpu": device().type == "cpu",
+        "bf16": False,
+        "per_device_train_batch_size": size.batch,
+        "max_steps": size.steps,
+        "max_completion_length": size.completion,
+        "beta": 1.0,
+        "learning_rate": 1e-4,
+        "generation_kwargs": {"min_new_tokens": size.completion},
+        "lr_scheduler_type": "constant",
+        "gradient_checkpointing": False,
+        "report_to": [],
+        "save_strategy": "no",
+        "logging_steps": 1,
+        "disable_tqdm": True,
+    }
+    config = DistillationConfig(**options | size.theirs)
     adapter = (
         LoraConfig(r=RANK, lora_alpha=2 * RANK, target_modules="all-linear", task_type="CAUSAL_LM")
         if lora
@@ -161,7 +186,7 @@ def trl_side(
         teacher_model=teacher,
         args=config,
         processing_class=tokenizer,
-        train_dataset=Dataset.from_dict({"prompt": prompts(tokenizer, BATCH * STEPS)}),
+        train_dataset=Dataset.from_dict({"prompt": prompts(tokenizer, size.batch * size.steps)}),
         peft_config=adapter,
         callbacks=[Steps()],
     )
@@ -231,9 +256,12 @@ def measure(name: str, tokenizer: PreTrainedTokenizerFast) -> dict[str, object]:
     train = prepare(student, teacher, tokenizer, weights == "LoRA", watch)
     with measured() as cost:
         losses = train()
+    return {"side": side, "weights": weights, **record_of(watch, cost, losses)}
+
+
+def record_of(watch: Stopwatch, cost: Cost, losses: list[float]) -> dict[str, object]:
+    """Put together what was measured, without the first step."""
     return {
-        "side": side,
-        "weights": weights,
         "seconds": watch.steps[1:],
         "generate": watch.generate[1:],
         "peak_mib": cost.peak_mib,
