@@ -40,7 +40,7 @@ from opdlab.engine.passes import gradient
 from opdlab.engine.rows import Rows
 from opdlab.models.graded import States
 from opdlab.models.head import Head
-from opdlab.models.sampling import SampledTexts
+from opdlab.models.sampled_texts import SampledTexts
 from opdlab.tasks import Task
 from opdlab.viz import camera
 

@@ -20,9 +20,9 @@ from opdlab.data.rollout import Rollout
 from opdlab.data.sampling_config import SamplingConfig
 from opdlab.errors import OpdlabError
 from opdlab.exact.letters import Letters
+from opdlab.models.drawing import draw, refuse_broken
 from opdlab.models.graded import States
 from opdlab.models.head import Head
-from opdlab.models.sampling import draw
 
 LARGEST = 200_000  # completions that are listed at once
 
@@ -260,8 +260,9 @@ class Table:
             logits = self.logits.detach()[
                 [places[i] for i in going], [self.start(begun[i] + bodies[i]) for i in going]
             ]
-            tokens = draw(logits, uniform[going, t], config)[0]
-            for i, token in zip(going, tokens.tolist(), strict=True):
+            drawn = draw(logits, uniform[going, t], config)
+            refuse_broken(~torch.isfinite(drawn.entropy).all())
+            for i, token in zip(going, drawn.token.tolist(), strict=True):
                 bodies[i].append(token)
         whole = make_rollout(
             asked,

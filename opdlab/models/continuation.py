@@ -25,8 +25,16 @@ from opdlab.models.forward import (
     run_shared,
 )
 from opdlab.models.growing_cache import let_grow
-from opdlab.models.parted_cache import PartedLayer, attention_to_parts, split_cache
+from opdlab.models.parted_cache import (
+    FixedLayer,
+    PartedLayer,
+    Room,
+    attention_to_parts,
+    split_cache,
+)
 from opdlab.models.placement import input_device
+
+ROOM = 256  # tokens, for which `InPlace` makes room at once
 
 
 class Continuation(Protocol):
@@ -34,9 +42,14 @@ class Continuation(Protocol):
 
     Attributes:
         states: The hidden state where each text's next token is predicted, `[B, H]`.
+        stays_in_place: Whether `append` changes tensors in place only, without waiting for the
+            device, so that its kernels can be replayed.
+        layout: A number that changes when the tensors are replaced by others.
     """
 
     states: Tensor
+    stays_in_place: bool
+    layout: int
 
     def choose(self, going: Tensor) -> Tensor:
         """Choose the texts to keep, so that those that go on are among them.
@@ -57,6 +70,10 @@ class Continuation(Protocol):
         """
         ...
 
+    def make_room(self) -> None:
+        """Make room for the next token, before `append`."""
+        ...
+
     def append(self, tokens: Tensor) -> None:
         """Add a token to each text and compute the new `states`.
 
@@ -67,7 +84,12 @@ class Continuation(Protocol):
 
 
 def begin(
-    model: PreTrainedModel, starts: list[list[int]], n: int, abilities: Abilities
+    model: PreTrainedModel,
+    starts: list[list[int]],
+    n: int,
+    abilities: Abilities,
+    *,
+    replay: bool = False,
 ) -> Continuation:
     """Begin `n` texts after each prompt: text `i * n + j` goes on from `starts[i]`.
 
@@ -77,6 +99,7 @@ def begin(
             pad (`Abilities.pads_left`).
         n: Texts per prompt.
         abilities: The shortcuts that may be taken.
+        replay: Whether the texts should stay in place where the model can do that.
 
     Returns:
         The texts, with the `states` after their prompts computed.
@@ -84,8 +107,12 @@ def begin(
     if not abilities.caches:
         return Recomputed(model, [list(start) for start in starts for _ in range(n)], abilities)
     read = read_prompts(model, starts, shares_prefix=abilities.shares_prefix)
-    if n > 1 and abilities.splits_cache and (layers := split_cache(read.cache, read.mask)):
-        return Parted(model, read, layers, n)
+    if abilities.splits_cache and (n > 1 or replay):
+        layers = split_cache(read.cache, read.mask)
+        if layers and replay:
+            return InPlace(model, read, layers, n)
+        if layers:
+            return Parted(model, read, layers, n)
     return Cached(model, read, n)
 
 
@@ -156,6 +183,8 @@ class Cached:
         mask: 1 for tokens and 0 for padding, `[B, T]`; None where nothing is padded.
     """
 
+    stays_in_place, layout = False, 0
+
     def __init__(self, model: PreTrainedModel, read: PromptsRead, n: int) -> None:
         self.model, self.cache = model, read.cache
         if n > 1:
@@ -174,6 +203,9 @@ class Cached:
         pick_rows(self.cache, rows)
         self.states, self.position = self.states[rows], self.position[rows]
         self.mask = None if self.mask is None else self.mask[rows]
+
+    def make_room(self) -> None:
+        """Do nothing: room is made as it is needed."""
 
     def append(self, tokens: Tensor) -> None:
         """Add a token to each text and compute the new `states`; see `Continuation`."""
@@ -201,6 +233,8 @@ class Parted:
         position: Position of the next token of each text, `[P * n]`.
         n: Texts per prompt.
     """
+
+    stays_in_place, layout = False, 0
 
     def __init__(
         self, model: PreTrainedModel, read: PromptsRead, layers: list[PartedLayer], n: int
@@ -238,6 +272,9 @@ class Parted:
             layer.keep(prompts, rows)
         self.states, self.position = self.states[rows], self.position[rows]
 
+    def make_room(self) -> None:
+        """Do nothing: room is made as it is needed."""
+
     def append(self, tokens: Tensor) -> None:
         """Add a token to each text and compute the new `states`; see `Continuation`."""
         ids, positions = tokens[:, None], self.position[:, None]
@@ -246,6 +283,58 @@ class Parted:
                 :, -1
             ]
         self.position = self.position + 1
+
+
+class InPlace(Parted):
+    """Go on as `Parted` does, with all tensors in place.
+
+    The keys and values of the texts have room for tokens to come, which attention leaves out. More
+    room is made from time to time, since attention reads all of it.
+
+    Args:
+        model: The model, with the adapter in force that shall write.
+        read: The prompts.
+        layers: The layers of their cache, which is split (`split_cache`); they are replaced.
+        n: Texts per prompt.
+
+    Attributes:
+        room: The room for tokens, of all layers.
+    """
+
+    stays_in_place = True
+
+    def __init__(
+        self, model: PreTrainedModel, read: PromptsRead, layers: list[PartedLayer], n: int
+    ) -> None:
+        super().__init__(model, read, layers, n)
+        self.room, self._tokens = Room(ROOM, self.states.device), 0
+        fixed = [FixedLayer(layer, self.room, len(self.states)) for layer in layers]
+        self.fixed = fixed
+        self.layers, self.cache.layers = [*fixed], [*fixed]
+
+    def keep(self, rows: Tensor) -> None:
+        """Go on with some of the texts only; see `Parted`."""
+        super().keep(rows)
+        self.layout += 1
+
+    def make_room(self) -> None:
+        """Make room for the next token; see `Continuation`."""
+        self._tokens += 1
+        if self._tokens > self.room.tokens:
+            self.room.grow(ROOM)
+            for layer in self.fixed:
+                layer.grow(ROOM)
+            self.layout += 1
+
+    def append(self, tokens: Tensor) -> None:
+        """Add a token to each text and compute the new `states`; see `Continuation`."""
+        self.room.begin_token()
+        states, position = self.states, self.position
+        super().append(tokens)
+        states.copy_(self.states)
+        position.copy_(self.position)
+        self.states, self.position = states, position
+        self.room.end_token()
 
 
 class Recomputed:
@@ -261,6 +350,8 @@ class Recomputed:
         rows: Token ids of each text, prompt included.
     """
 
+    stays_in_place, layout = False, 0
+
     def __init__(self, model: PreTrainedModel, rows: list[list[int]], abilities: Abilities) -> None:
         self.model, self.rows, self.abilities = model, rows, abilities
         self.states = self._run()
@@ -273,6 +364,9 @@ class Recomputed:
         """Go on with some of the texts only; see `Continuation`."""
         self.rows = [self.rows[i] for i in rows.tolist()]
         self.states = self.states[rows]
+
+    def make_room(self) -> None:
+        """Do nothing: room is made as it is needed."""
 
     def append(self, tokens: Tensor) -> None:
         """Add a token to each text and compute the new `states`; see `Continuation`."""

@@ -31,7 +31,8 @@ from opdlab.models.replies import (
     read_turn,
     with_tools,
 )
-from opdlab.models.sampling import SampledTexts, SamplingLoop
+from opdlab.models.sampled_texts import SampledTexts
+from opdlab.models.sampling import SamplingLoop
 from opdlab.models.talks import Talk, Talker, make_rollout
 from opdlab.models.tool_calls import find_parser
 

@@ -14,6 +14,7 @@ from typing import Any, NamedTuple, cast
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional
 from transformers import AttentionInterface, DynamicCache, PreTrainedModel
 from transformers.cache_utils import DynamicLayer
 
@@ -47,18 +48,16 @@ class PartedLayer(GrowingLayer):
     """The keys and values of one layer, prompts and texts apart.
 
     Args:
-        prompts: The layer after a pass over the prompts.
+        keys: The keys of the prompts, `[P, heads, S, D]`.
+        values: The values of the prompts, `[P, heads, S, D']`.
         padding: As in `Parts`.
     """
 
     _layer_type = None
 
-    def __init__(self, prompts: DynamicLayer, padding: Tensor | None) -> None:
+    def __init__(self, keys: Tensor, values: Tensor, padding: Tensor | None) -> None:
         super().__init__(DynamicLayer())
-        assert prompts.keys is not None
-        assert prompts.values is not None
-        self.padding = padding
-        self.prompt_keys, self.prompt_values = prompts.keys, prompts.values
+        self.prompt_keys, self.prompt_values, self.padding = keys, values, padding
         self.lazy_initialization(self.prompt_keys, self.prompt_values)  # no tokens of texts yet
 
     def update(  # type: ignore[override]  # `attend` takes parts in place of tensors
@@ -103,6 +102,92 @@ class PartedLayer(GrowingLayer):
             self.reorder_cache(cast(torch.LongTensor, texts))
 
 
+class Room:
+    """The room that the layers of a cache have for the tokens of the texts, and how much is used.
+
+    Its tensors change in place.
+
+    Args:
+        tokens: Tokens of each text that there is room for.
+        device: The device of the model.
+
+    Attributes:
+        tokens: Tokens of each text that there is room for.
+        place: The place of the token that is being added, `[1]`.
+        unwritten: True for the places after it, `[tokens]`.
+    """
+
+    def __init__(self, tokens: int, device: torch.device) -> None:
+        self.tokens = tokens
+        self.place = torch.zeros(1, dtype=torch.long, device=device)
+        self.unwritten = torch.ones(tokens, dtype=torch.bool, device=device)
+        self._places = torch.arange(tokens, device=device)
+
+    def begin_token(self) -> None:
+        """Mark the places after the token that is going to be added."""
+        torch.gt(self._places, self.place, out=self.unwritten)
+
+    def end_token(self) -> None:
+        """Go on to the next place."""
+        self.place.add_(1)
+
+    def grow(self, tokens: int) -> None:
+        """Make room for more tokens.
+
+        Args:
+            tokens: Tokens more of each text.
+        """
+        device, self.tokens = self.place.device, self.tokens + tokens
+        self.unwritten = torch.ones(self.tokens, dtype=torch.bool, device=device)
+        self._places = torch.arange(self.tokens, device=device)
+
+
+class FixedLayer(PartedLayer):
+    """A `PartedLayer` whose tokens of the texts are written in place, into a room of fixed size.
+
+    Args:
+        layer: The layer, before any text has tokens.
+        room: The room, of all layers.
+        texts: Number of texts.
+    """
+
+    _layer_type = None
+
+    def __init__(self, layer: PartedLayer, room: Room, texts: int) -> None:
+        super().__init__(layer.prompt_keys, layer.prompt_values, layer.padding)
+        self.room = room
+        # Zeros: a place without weight must not add 0 * NaN.
+        self.keys, self.values = (
+            states.new_zeros(texts, states.shape[1], room.tokens, states.shape[3])
+            for states in (self.prompt_keys, self.prompt_values)
+        )
+
+    def update(  # type: ignore[override]
+        self, key_states: Tensor, value_states: Tensor, *_: Any, **__: Any
+    ) -> tuple[Parts, Parts]:
+        """Add the keys and values of one new token per text; see `PartedLayer`."""
+        assert self.keys is not None
+        assert self.values is not None
+        self.keys.index_copy_(2, self.room.place, key_states)
+        self.values.index_copy_(2, self.room.place, value_states)
+        unwritten = self.room.unwritten
+        return (
+            Parts(self.prompt_keys, self.keys, self.padding, unwritten),
+            Parts(self.prompt_values, self.values, self.padding, unwritten),
+        )
+
+    def grow(self, tokens: int) -> None:
+        """Make room for more tokens.
+
+        Args:
+            tokens: Tokens more of each text.
+        """
+        assert self.keys is not None
+        assert self.values is not None
+        self.keys = functional.pad(self.keys, (0, 0, 0, tokens))
+        self.values = functional.pad(self.values, (0, 0, 0, tokens))
+
+
 def split_cache(cache: DynamicCache, mask: Tensor | None) -> list[PartedLayer]:
     """Turn a cache of prompts into one of prompts and their texts, if all its layers only append.
 
@@ -115,9 +200,9 @@ def split_cache(cache: DynamicCache, mask: Tensor | None) -> list[PartedLayer]:
     """
     padding, layers = None if mask is None else mask == 0, []
     for layer in cache.layers:
-        if type(layer) is not DynamicLayer or not layer.is_initialized:
+        if type(layer) is not DynamicLayer or layer.keys is None or layer.values is None:
             return []
-        layers.append(PartedLayer(layer, padding))
+        layers.append(PartedLayer(layer.keys, layer.values, padding))
     cache.layers = [*layers]
     return layers
 

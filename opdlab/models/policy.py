@@ -39,7 +39,8 @@ from opdlab.models.loading import find
 from opdlab.models.origin import Origin, Told, remember_loading
 from opdlab.models.places import read_places
 from opdlab.models.quantization import describe_quantization
-from opdlab.models.sampling import SampledTexts, SamplingLoop, read_prefixes
+from opdlab.models.sampled_texts import SampledTexts
+from opdlab.models.sampling import SamplingLoop, read_prefixes
 from opdlab.models.templates import check_template_options
 from opdlab.models.vocabulary import check_readable, check_written_with
 from opdlab.models.weights import AdapterInUse, Weights

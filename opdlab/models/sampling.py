@@ -19,17 +19,22 @@ from transformers import PreTrainedTokenizerBase
 
 from opdlab.data.sampling_config import SamplingConfig
 from opdlab.data.tokens import completion_texts
-from opdlab.errors import InvalidValue, OpdlabError
+from opdlab.errors import InvalidValue
 from opdlab.models.adapters.merging import merged_for_writing
-from opdlab.models.continuation import begin
+from opdlab.models.continuation import Continuation, begin
+from opdlab.models.drawing import draw, refuse_broken
 from opdlab.models.forward import group_rows
 from opdlab.models.head import Head
-from opdlab.models.precision import without_autocast
+from opdlab.models.replay import Repeat, can_replay
+from opdlab.models.sampled_texts import SampledTexts, TextsInProgress
 from opdlab.models.weights import Weights
 from opdlab.support.expect import shortened
 from opdlab.support.memory import refuse_beyond_memory
 
 DECODED_BEFORE_STOP = 8  # tokens
+
+SHRINK_AT = 0.75  # the share of the batch that goes on, at which the rest is dropped
+TOKENS_PER_LOOK = 16  # on a GPU, between two looks whether texts have ended
 
 
 def read_prefixes(prefixes: Any, prompts: int, vocab_size: int) -> list[list[int]]:
@@ -66,78 +71,6 @@ def read_prefixes(prefixes: Any, prompts: int, vocab_size: int) -> list[list[int
             )
         rows.append([int(token) for token in ids])
     return rows
-
-
-@dataclass(frozen=True)
-class SampledTexts:
-    """Texts that the loop has written, right-padded.
-
-    Attributes:
-        ids: Token ids `[B, T]`; zero in the padding, as `logp` and `entropy` are.
-        logp: Log-probs of the tokens at temperature 1, in nats, `[B, T]`.
-        entropy: Entropies at temperature 1, in nats, `[B, T]`.
-        lengths: Tokens of each text `[B]`; the EOS token counts.
-        stopped: Whether each text ended by itself, `[B]`; false where the limit cut it.
-    """
-
-    ids: Tensor
-    logp: Tensor
-    entropy: Tensor
-    lengths: Tensor
-    stopped: Tensor
-
-    @classmethod
-    def empty(cls, rows: int, steps: int, device: torch.device) -> SampledTexts:
-        """Make room for `rows` texts of at most `steps` tokens.
-
-        Args:
-            rows: Number of texts `B`.
-            steps: Most tokens per text `T`.
-            device: Where the tensors are.
-
-        Returns:
-            Texts of zeros that count as full and cut, until something is put there.
-        """
-        return cls(
-            ids=torch.zeros(rows, steps, dtype=torch.long, device=device),
-            logp=torch.zeros(rows, steps, device=device),
-            entropy=torch.zeros(rows, steps, device=device),
-            lengths=torch.full((rows,), steps, device=device),
-            stopped=torch.zeros(rows, dtype=torch.bool, device=device),
-        )
-
-    @classmethod
-    def concat(cls, parts: Sequence[SampledTexts]) -> SampledTexts:
-        """Put several batches together, rows in order.
-
-        Args:
-            parts: At least one, all of the same width `T`.
-
-        Returns:
-            One batch.
-        """
-        return cls(
-            *(torch.cat(column) for column in zip(*(p.tensors() for p in parts), strict=True))
-        )
-
-    def put(self, rows: Sequence[int], part: SampledTexts) -> None:
-        """Copy the texts of `part` to these rows.
-
-        Args:
-            rows: One row number per text of `part`.
-            part: Texts of the same width `T`.
-        """
-        where = torch.as_tensor(rows, device=self.ids.device)
-        for mine, theirs in zip(self.tensors(), part.tensors(), strict=True):
-            mine[where] = theirs
-
-    def tensors(self) -> tuple[Tensor, ...]:
-        """List all fields, in order.
-
-        Returns:
-            The tensors themselves.
-        """
-        return self.ids, self.logp, self.entropy, self.lengths, self.stopped
 
 
 @dataclass(frozen=True)
@@ -255,49 +188,53 @@ class SamplingLoop:
         self, starts: list[list[int]], n: int, uniform: Tensor, room: Tensor | None
     ) -> SampledTexts:
         """Write texts token by token, all of them side by side."""
-        device, (rows, steps) = self.weights.device, uniform.shape
-        uniform = uniform.to(device)
-        room = None if room is None else room.to(device)
-        texts = begin(self.weights.model, starts, n, self.weights.abilities)
-        out = SampledTexts.empty(rows, steps, device)
-        # The row of the result that each row of the batch writes, and whether its text goes on.
-        live = torch.arange(rows, device=device)
-        going = torch.ones(rows, dtype=torch.bool, device=device)
-        eos = torch.tensor(sorted(self.weights.eos), device=device)
-        for t in range(steps):
-            may_end = t + 1 > self.config.min_new_tokens or not len(eos)
-            token, logp, entropy = draw(
-                self.head(texts.states),
-                uniform[live, t],
-                self.config,
-                without=None if may_end else eos,
-            )
-            out.ids[live, t], out.logp[live, t], out.entropy[live, t] = token, logp, entropy
-            ended = torch.isin(token, eos)
-            if self.config.stop and t + 1 > self.config.min_new_tokens:
-                ended |= self._hold_stop(out.ids[live, : t + 1])
-            ended &= going
-            out.lengths[live[ended]] = t + 1
-            out.stopped[live[ended]] = True
-            going = going & ~ended
-            if room is not None:
-                is_full = going & (room[live] <= t + 1)
-                out.lengths[live[is_full]] = t + 1
-                going = going & ~is_full
-            left = int(going.sum())
-            if left == 0 or t + 1 == steps:
-                break
-            # Shrinking the batch copies the cache, so it is done only when it pays.
-            if left <= 0.75 * len(going):
-                keep = texts.choose(going)
-                if len(keep) <= 0.75 * len(going):
+        model, device, steps = self.weights.model, self.weights.device, uniform.shape[1]
+        progress = TextsInProgress(uniform, self.weights.eos, room, device)
+        # A stop text is looked for by the tokenizer, after every token.
+        replays = not self.config.stop and can_replay(model)
+        texts = begin(model, starts, n, self.weights.abilities, replay=replays)
+        waits = bool(self.config.stop) or not (replays or device.type == "cuda")
+        look_every = 1 if waits else TOKENS_PER_LOOK
+
+        def write_token(may_end: bool) -> None:
+            texts.append(progress.token)
+            self._draw_token(texts, progress, may_end)
+
+        repeat = Repeat(write_token) if texts.stays_in_place else None
+        self._draw_token(texts, progress, self._may_end(0))
+        for t in range(1, steps):
+            if t % look_every == 0:
+                refuse_broken(progress.is_broken)
+                going = progress.count_going()
+                if going == 0:
+                    break
+                # Shrinking the batch copies the cache, so it is done only when it pays.
+                most = SHRINK_AT * len(progress.live)
+                if going <= most and len(keep := texts.choose(progress.going)) <= most:
                     texts.keep(keep)
-                    live, token, going = live[keep], token[keep], going[keep]
-            texts.append(token)
-        inside = torch.arange(steps, device=device) < out.lengths[:, None]
-        for values in (out.ids, out.logp, out.entropy):
-            values *= inside
-        return out
+                    progress.keep(keep)
+            texts.make_room()
+            if repeat is None:
+                write_token(self._may_end(t))
+            else:
+                repeat(self._may_end(t), layout=texts.layout)
+        refuse_broken(progress.is_broken)
+        return progress.finish()
+
+    def _may_end(self, t: int) -> bool:
+        """Whether token `t` may end a text."""
+        return t + 1 > self.config.min_new_tokens
+
+    def _draw_token(self, texts: Continuation, progress: TextsInProgress, may_end: bool) -> None:
+        """Draw the next token of each text, and see which texts end with it."""
+        eos = progress.eos
+        without = None if may_end or not len(eos) else eos
+        uniform = progress.next_uniform()
+        progress.put(draw(self.head(texts.states), uniform, self.config, without))
+        ended = torch.isin(progress.token, eos)
+        if self.config.stop and may_end:
+            ended |= self._hold_stop(progress.written())
+        progress.end(ended)
 
     def _hold_stop(self, ids: Tensor) -> Tensor:
         """Tell which texts, given as ids `[n, t]`, hold a stop text now; `[n]`."""
@@ -327,72 +264,3 @@ def find_stop(
     texts = completion_texts(tokenizer, pieces, ())
     held = (t + 1 for t, text in enumerate(texts) if any(one in text for one in stop))
     return next(held, None)
-
-
-def draw(
-    logits: Tensor, uniform: Tensor, config: SamplingConfig, without: Tensor | None = None
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Sample by inverse CDF; a token without probability is never drawn.
-
-    Args:
-        logits: `[n, V]`.
-        uniform: Numbers from 0 to 1, `[n]`.
-        config: Temperature and which tokens are kept.
-        without: Ids of tokens that are not drawn; None for none.
-
-    Returns:
-        Token ids `[n]`, and their log-probs and the entropies at temperature 1 without any filter,
-        in nats.
-
-    Raises:
-        OpdlabError: The logits hold no distribution (NaN, +inf).
-    """
-    p = logits.softmax(-1)
-    # The likeliest token has the log-prob `top - norm`: no second pass of exponentials.
-    top, log_top = logits.amax(-1, keepdim=True), p.amax(-1, keepdim=True).log()
-    norm = top - log_top
-    with without_autocast(logits.device):  # which would round vecdot to bfloat16
-        entropy = norm[:, 0] - torch.linalg.vecdot(p, logits)
-        if not bool(torch.isfinite(entropy).all()):  # 0 * -inf is NaN
-            if not bool(torch.isfinite(norm).all()):
-                raise OpdlabError(
-                    "The model's logits hold NaN or infinity while sampling. Check its weights,"
-                    " dtype and learning rate."
-                )
-            finite = logits.clamp(min=torch.finfo(logits.dtype).min)
-            entropy = norm[:, 0] - torch.linalg.vecdot(p, finite)
-    allowed = logits if without is None else logits.index_fill(-1, without, -torch.inf)
-    if config.temperature == 0:
-        token = allowed.argmax(-1)
-    else:
-        if config.temperature != 1 or without is not None:
-            p = (allowed / config.temperature).softmax(-1)
-        token = _invert(_keep_likeliest(p, config), uniform)
-    # Not less `norm`, which is rounded to the size of the logits: a sure token's log-prob is tiny.
-    logp = logits.gather(-1, token[:, None]) - top + log_top
-    return token, logp[:, 0], entropy
-
-
-def _invert(p: Tensor, uniform: Tensor) -> Tensor:
-    """Find the first token at which the cumulative probability passes `uniform` of the whole."""
-    cdf = p.cumsum(-1)
-    whole = cdf[:, -1]
-    # Rounding must not reach the end.
-    last = whole.nextafter(torch.zeros_like(whole))
-    point = (uniform * whole).to(cdf.dtype).minimum(last)
-    return torch.searchsorted(cdf, point[:, None], right=True)[:, 0]
-
-
-def _keep_likeliest(p: Tensor, config: SamplingConfig) -> Tensor:
-    """Set the probability of filtered tokens to zero: first top_k, then top_p, then min_p."""
-    if 0 < config.top_k < p.shape[-1]:
-        ids = p.topk(config.top_k, -1).indices
-        p = torch.zeros_like(p).scatter_(-1, ids, p.gather(-1, ids))
-        p = p / p.sum(-1, keepdim=True)
-    if config.top_p < 1:
-        ordered, ids = p.sort(-1, descending=True)
-        ordered[ordered.cumsum(-1) - ordered >= config.top_p] = 0.0
-        p = torch.zeros_like(p).scatter_(-1, ids, ordered)
-    if config.min_p > 0:
-        p = p.masked_fill(p < config.min_p * p.amax(-1, keepdim=True), 0.0)
-    return p

@@ -16,7 +16,8 @@ from opdlab.data.sampling_config import SamplingConfig
 from opdlab.errors import SamplerError
 from opdlab.models.forward import last_hidden
 from opdlab.models.policy import Policy
-from opdlab.models.sampling import SampledTexts, find_stop
+from opdlab.models.sampled_texts import SampledTexts
+from opdlab.models.sampling import find_stop
 
 # The mean gap in nats per token at which engine and student hold different models. One model in
 # bfloat16 and in float32 is apart by a twentieth of it or less.

@@ -20,7 +20,7 @@ from opdlab.models.conversations import converse
 from opdlab.models.places import read_places
 from opdlab.models.policy import Policy
 from opdlab.models.replies import check_chats, with_tools
-from opdlab.models.sampling import SampledTexts
+from opdlab.models.sampled_texts import SampledTexts
 from opdlab.models.talks import Talk
 from opdlab.samplers.completions import Completion, Order, read_texts
 from opdlab.samplers.fields import SEEDS, seed_of_prompt

@@ -8,8 +8,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
+from opdlab.models import continuation
 from opdlab.models.abilities import Abilities
-from opdlab.models.continuation import Cached, Parted, begin, read_prompts
+from opdlab.models.continuation import Cached, InPlace, Parted, begin, read_prompts
 from opdlab.models.parted_cache import ATTENTION, split_cache
 
 SHORT, LONG = [3, 4, 5, 6], [7, 8, 9, 3, 4, 5, 6, 7]
@@ -58,6 +59,38 @@ def test_states_are_those_of_a_whole_cache(family, starts, make_model):
     for layer in parted.layers:
         assert layer.prompt_keys.shape[0] == max(1, len(starts) - 1)  # each prompt once
         assert layer.get_seq_length() == max(map(len, starts)) + 5
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("starts", [[LONG], [SHORT, LONG, SHORT[::-1]]])
+@pytest.mark.parametrize("n", [1, 3])
+@pytest.mark.parametrize("family", FAMILIES)
+def test_states_in_place_are_those_of_a_whole_cache(family, n, starts, make_model, monkeypatch):
+    monkeypatch.setattr(continuation, "ROOM", 3)
+    model = make_model(40, family=family, **FAMILIES[family]).eval()
+    whole = Cached(model, read_prompts(model, starts), n)
+    fixed = begin(model, starts, n, Abilities(), replay=True)
+    assert isinstance(fixed, InPlace)
+    generator = torch.Generator().manual_seed(0)
+    for step in range(8):
+        tokens = torch.randint(40, (len(whole.states),), generator=generator)
+        fixed.make_room()
+        held = fixed.layout, [fixed.states, fixed.position, *(x.keys for x in fixed.fixed)]
+        places = [values.data_ptr() for values in held[1]]
+        for texts in (whole, fixed):
+            texts.append(tokens)
+        assert_same(whole, fixed)
+        # A recorded kernel would find its tensors again, unless the layout says otherwise.
+        now = [fixed.states, fixed.position, *(x.keys for x in fixed.fixed)]
+        assert [values.data_ptr() for values in now] == places
+        assert fixed.layout == held[0]
+        if step == 1 and n > 1:
+            going = torch.tensor([True, True, False]).repeat(len(starts))
+            rows = fixed.choose(going)
+            whole.keep(rows)
+            fixed.keep(rows)
+            assert fixed.layout != held[0]
+    assert fixed.room.tokens == 9
 
 
 @torch.no_grad()

@@ -9,8 +9,8 @@ import opdlab as opd
 from opdlab import Policy
 from opdlab.data.sampling_config import SamplingConfig
 from opdlab.errors import InvalidValue
+from opdlab.models.drawing import draw
 from opdlab.models.precision import autocast_backbones
-from opdlab.models.sampling import draw
 
 TASK = opd.tasks.from_records(
     [

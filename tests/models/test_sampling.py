@@ -10,6 +10,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from scipy.stats import chisquare
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from opdlab import Policy, Prompt
 from opdlab.data.rollout import concat_rollouts
@@ -17,7 +18,8 @@ from opdlab.data.sampling_config import SamplingConfig
 from opdlab.data.written_text import WrittenText
 from opdlab.errors import InvalidValue, OpdlabError
 from opdlab.losses.divergences import entropy
-from opdlab.models.sampling import draw
+from opdlab.models import continuation, sampling
+from opdlab.models.drawing import draw
 from opdlab.models.text_rollouts import rollout_from_texts
 
 FAMILIES = {
@@ -534,6 +536,80 @@ def test_an_empty_completion_is_handled(make_model, make_tokenizer):
 def test_bad_settings_are_refused(student, bad):
     with pytest.raises(OpdlabError, match=rf"sample got {next(iter(bad))}=.*Use "):
         student.sample([Prompt("ana")], **bad)
+
+
+@pytest.fixture
+def as_on_a_gpu(monkeypatch):
+    """The loop as it runs on a GPU: in place, with a look at the ends from time to time."""
+    monkeypatch.setattr(sampling, "can_replay", lambda model: True)
+    monkeypatch.setattr(sampling, "TOKENS_PER_LOOK", 3)
+    monkeypatch.setattr(continuation, "ROOM", 4)
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"n": 3},
+        {"n": 1, "temperature": 0.0},
+        {"n": 2, "temperature": 0.7, "top_p": 0.8, "top_k": 9, "min_p": 0.02},
+        {"n": 2, "min_new_tokens": 4},
+        {"n": 2, "stop": "ana"},
+    ],
+)
+def test_the_loop_of_a_gpu_writes_the_same_texts(options, make_policy, prompts, request):
+    policy = make_policy(0, eos=list(range(3, 20)))  # texts end all the time
+    options = {"max_new_tokens": 15, "seed": 4, **options}
+    want = policy.sample(prompts, **options)
+    request.getfixturevalue("as_on_a_gpu")
+    got = policy.sample(prompts, **options)
+    assert len(want.lengths.unique()) > 2
+    for name in ("ids", "mask", "lengths"):
+        assert torch.equal(getattr(got, name), getattr(want, name)), name
+    assert got.finish == want.finish
+    torch.testing.assert_close(got.logp, want.logp, rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(got.entropy, want.entropy, rtol=1e-4, atol=1e-4)
+
+
+class CountWaits(TorchDispatchMode):
+    """Count the operations for which a processor waits for a GPU."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.names: list[str] = []
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        name = function.overloadpacket.__name__
+        by_mask = name in ("index", "index_put", "index_put_") and any(
+            index is not None and index.dtype == torch.bool for index in args[1]
+        )
+        if by_mask or name in ("_local_scalar_dense", "nonzero", "masked_select", "unique"):
+            self.names.append(name)
+        return function(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("options", [{}, {"temperature": 0.5, "top_p": 0.9, "top_k": 5}])
+def test_the_loop_of_a_gpu_does_not_wait_for_each_token(
+    options, make_policy, prompts, as_on_a_gpu, monkeypatch
+):
+    monkeypatch.setattr(sampling, "TOKENS_PER_LOOK", 8)
+    # On a GPU `draw` asks no question; here it may, once per token (see there).
+    policy, waits = make_policy(0, eos=[]), []
+    for tokens in (17, 33):
+        with CountWaits() as count:
+            policy.sample(prompts[:1], 2, max_new_tokens=tokens, **options)
+        waits.append(len(count.names) - tokens)
+    assert waits[1] - waits[0] <= 2 * 3  # two looks more, of three questions at most
+
+
+@pytest.mark.parametrize("number", [math.nan, math.inf])
+def test_broken_logits_raise_also_where_nobody_looks_at_each_token(
+    number, make_policy, as_on_a_gpu
+):
+    policy = make_policy(0)
+    with torch.no_grad():
+        policy.weights.head.weight[3, 3] = number
+    with pytest.raises(OpdlabError, match=r"logits hold NaN or infinity.*learning rate"):
+        policy.sample([Prompt("ana has")], max_new_tokens=7)
 
 
 @pytest.mark.parametrize("number", [math.nan, math.inf])

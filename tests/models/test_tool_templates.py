@@ -13,7 +13,8 @@ from transformers import AutoTokenizer
 import opdlab as opd
 from opdlab.data.conversation import Environment, Turn
 from opdlab.models.plain_text import find_control_tokens
-from opdlab.models.sampling import SampledTexts, SamplingLoop
+from opdlab.models.sampled_texts import SampledTexts
+from opdlab.models.sampling import SamplingLoop
 from opdlab.models.text_rollouts import rollout_from_texts
 from opdlab.models.tool_calls import find_parser, parse_hermes, parse_llama
 from opdlab.models.tool_templates import CHATML_WITH_TOOLS
