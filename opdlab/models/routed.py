@@ -37,6 +37,9 @@ class Routed:
         mixture: How distributions of one token are mixed: "arithmetic" (the weighted mean of
             probabilities) or "geometric" (of log-probs, normalised).
         names: The graders' names, in the order of `parts`, for errors.
+
+    `place` and `weight` are kept on the CPU: each chunk asks which tokens a part has graded, and on
+    a GPU every such question would wait for all work that was begun.
     """
 
     parts: tuple[Graded, ...]
@@ -48,6 +51,10 @@ class Routed:
     mixture: Mixture = "arithmetic"
     names: tuple[str, ...] = ()
 
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "place", self.place.cpu())
+        object.__setattr__(self, "weight", self.weight.cpu())
+
     def part(self, piece: slice | Tensor) -> Routed:
         """Take the grades of some tokens.
 
@@ -57,10 +64,11 @@ class Routed:
         Returns:
             The grades of these tokens.
         """
+        here = piece.cpu() if isinstance(piece, Tensor) else piece
         return Routed(
             self.parts,
-            self.place[piece],
-            self.weight[piece],
+            self.place[here],
+            self.weight[here],
             self.token[piece],
             self.vocab_size,
             self.k,
@@ -98,14 +106,17 @@ class Routed:
                 # A weight of 1 leaves the numbers as they are, bit for bit.
                 out[rows] = torch.logaddexp(out[rows], weight.log() + logp)
         if out is None:
-            return self.weight.new_zeros(len(self.token), self.vocab_size)
+            return self._zeros(len(self.token), self.vocab_size)
         is_mixed = bool((self.weight.max(1).values < 1).any()) if len(out) else False
         return out.log_softmax(-1) if self.mixture == "geometric" and is_mixed else out
+
+    def _zeros(self, *shape: int) -> Tensor:
+        return torch.zeros(shape, dtype=self.weight.dtype, device=self.token.device)
 
     def _top(self, k: int) -> TopLogprobs:
         n = len(self.token)
         ids = self.token.new_zeros(n, k)
-        top, sampled = self.weight.new_zeros(n, k), self.weight.new_zeros(n)
+        top, sampled = self._zeros(n, k), self._zeros(n)
         for m in range(len(self.parts)):
             rows, logp = self._graded(m)
             if isinstance(logp, TopLogprobs):
@@ -136,12 +147,11 @@ def join_graded(parts: Sequence[Graded], rows: Sequence[Sequence[int]], rollout:
     for m, own in enumerate(rows):
         tokens = torch.isin(row, torch.tensor(own))
         place[tokens, m] = torch.arange(int(tokens.sum()))
-    device = rollout.ids.device
     k = [known for part in parts if (known := known_top(part)) is not None]
     return Routed(
         tuple(parts),
-        place.to(device),
-        (place >= 0).float().to(device),
+        place,
+        (place >= 0).float(),
         rollout.ids[rollout.mask],
         max(part.vocab_size for part in parts),
         min(k, default=None),

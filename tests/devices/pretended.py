@@ -33,6 +33,11 @@ INDEXING = (
 )
 
 
+# What a program on the CPU cannot go on without: the numbers of a card, or how many there are.
+ASKING = (ATEN.nonzero.default, ATEN.masked_select.default, ATEN.equal.default)
+WAITS: list[str] = []  # the operations so far that waited for a card
+
+
 class MixedDevices(RuntimeError):
     """An operation got tensors of different devices."""
 
@@ -82,6 +87,8 @@ class Cards(TorchDispatchMode):
 def run(operation: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     """Check the devices of an operation's tensors and compute it on the CPU."""
     tensors = [one for one in tree_leaves((args, kwargs)) if isinstance(one, Tensor)]
+    if waits(operation, args, kwargs, tensors):
+        WAITS.append(str(operation))
     if operation is ATEN._local_scalar_dense.default:  # `.item()`, which copies by itself
         return operation(_inner(args[0]))
     device = _device_of(operation, args, kwargs, tensors)
@@ -93,6 +100,23 @@ def run(operation: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     # What is written in place stays the same tensor.
     known = {id(one.inner): one for one in tensors if isinstance(one, OnCard)}
     return tree_map(lambda one: _place(one, device, known), out)
+
+
+def waits(
+    operation: Any, args: tuple[Any, ...], kwargs: dict[str, Any], tensors: list[Tensor]
+) -> bool:
+    """Tell whether a program waits here until a card has done all that it was given."""
+    if not any(one.device.type == "card" for one in tensors):
+        return False
+    if operation is ATEN._local_scalar_dense.default or operation in ASKING:
+        return True
+    if operation is ATEN._to_copy.default:
+        return kwargs.get("device") is not None and torch.device(kwargs["device"]).type == "cpu"
+    if operation is ATEN.copy_.default:
+        return args[0].device.type == "cpu"
+    # Where a mask is true must be counted first.
+    is_mask = (one.dtype == torch.bool for one in tree_leaves(args[1:2]) if isinstance(one, Tensor))
+    return operation in INDEXING and any(is_mask)
 
 
 def _device_of(

@@ -7,11 +7,17 @@ import functools
 import numpy as np
 import pytest
 import torch
-from pretended import MixedDevices, OnCard, cards, register
+from pretended import WAITS, MixedDevices, OnCard, cards, register
 
 import opdlab as opd
+from opdlab import losses
+from opdlab.engine import signals
+from opdlab.engine.kept_tokens import KeptTokens
+from opdlab.engine.passes import compute, gradient
 from opdlab.models import head
+from opdlab.models.graded import States, TopLogprobs
 from opdlab.models.policy import Policy
+from opdlab.models.routed import Routed
 from opdlab.tasks.market import model
 
 register()
@@ -160,3 +166,92 @@ def test_traces_and_evaluations(tmp_path):
         numbers.append([*trace.column("teacher_reverse_kl"), result.accuracy])
         trace.save(tmp_path / "trace.parquet")
     np.testing.assert_allclose(*numbers, rtol=1e-4, atol=1e-6)
+
+
+# Waiting. Each question to a card (`.item()`, a mask as an index, a copy to the CPU) waits until it
+# has done all that it was given, so a pass may ask a few, and no more of them for more chunks.
+
+
+def test_waits_are_counted():
+    here = torch.arange(4.0, device="card:0")
+    for ask in (
+        lambda: here.max().item(),
+        lambda: bool((here > 1).any()),
+        here.cpu,
+        lambda: here[here > 1],
+        here.nonzero,
+        lambda: here.masked_fill_(here > 2, 0)[here > 1],
+        here.tolist,
+    ):
+        WAITS.clear()
+        ask()
+        assert len(WAITS) == 1
+    WAITS.clear()
+    picked = here[torch.tensor([0, 1, 2])] + here[1:]
+    there = picked.to("card:1").masked_fill(here[1:].to("card:1") > 1, 0)
+    torch.where(there > 1, 0.0, there).sum()
+    torch.zeros(3).to("card:0")
+    assert WAITS == []
+
+
+TOKENS, VOCAB, WIDTH = 48, 30, 8
+TOP = opd.TopK(4, by="teacher")
+
+
+def on_a_card(*shape: int) -> torch.Tensor:
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(0)).to("card:0")
+
+
+def states() -> States:
+    return States(on_a_card(TOKENS, WIDTH), head.Head(on_a_card(VOCAB, WIDTH), None, VOCAB))
+
+
+def top() -> TopLogprobs:
+    logp = on_a_card(TOKENS, VOCAB).log_softmax(-1)
+    found, token = logp.topk(5), torch.zeros(TOKENS, dtype=torch.long, device="card:0")
+    return TopLogprobs(found.indices, found.values, logp[:, 0], token, VOCAB)
+
+
+def routed() -> Routed:
+    """Two graders that share the tokens, and one token that both have graded."""
+    place = torch.full((TOKENS, 2), -1)
+    place[:25, 0], place[24:, 1] = torch.arange(25), torch.arange(TOKENS - 24)
+    weight = (place >= 0).float() / (place >= 0).sum(1, keepdim=True)
+    parts = tuple(states().part(slice(0, n)) for n in (25, TOKENS - 24))
+    token = torch.zeros(TOKENS, dtype=torch.long, device="card:0")
+    return Routed(parts, place.to("card:0"), weight.to("card:0"), token, VOCAB)
+
+
+PASSES = {
+    "reverse_kl": (states, lambda rows: losses.reverse_kl(rows.student, rows.teacher)),
+    "forward_kl": (states, lambda rows: losses.forward_kl(rows.student, rows.teacher)),
+    "jensen_shannon": (states, lambda rows: losses.jensen_shannon(rows.student, rows.teacher)),
+    "sampled": (states, lambda rows: rows.logp * rows.logp_of("teacher").exp()),
+    "top tokens": (top, lambda rows: losses.reverse_kl(*rows.on("teacher", TOP))),
+    "several teachers": (routed, lambda rows: losses.reverse_kl(rows.student, rows.teacher)),
+}
+
+
+@pytest.mark.parametrize("name", PASSES)
+def test_a_pass_asks_the_card_no_more_for_more_chunks(name):
+    teacher, loss = PASSES[name]
+    graded = {"student": states(), "teacher": teacher()}
+    graded["student"].head.weight.requires_grad_()
+    token = torch.zeros(TOKENS, dtype=torch.long, device="card:0")
+    kept, counted = KeptTokens(2), {}
+    for chunk in (TOKENS, 4):
+        WAITS.clear()
+        gradient(
+            loss,
+            graded,
+            token,
+            torch.ones(TOKENS, device="card:0"),
+            watch=lambda rows: signals.watched(rows) | kept.measure(rows),
+            slopes=kept.slopes,
+            chunk=chunk,
+            check=False,
+        )
+        compute(lambda rows: rows.logp_of("teacher"), graded, token, chunk=chunk)
+        counted[chunk] = list(WAITS)
+    assert counted[TOKENS] == counted[4]
+    assert counted[4] == ["aten._local_scalar_dense.default"]  # is everything finite?
