@@ -8,7 +8,7 @@ products cannot do without.
 from __future__ import annotations
 
 import importlib.util
-import inspect
+import os
 import tempfile
 import time
 from collections.abc import Callable
@@ -26,7 +26,6 @@ from opdlab.diagnose.plan import operations_of_token
 from opdlab.diagnose.shapes import shape_of_config
 from opdlab.engine.passes import compute
 from opdlab.models.policy import Policy
-from opdlab.training.settings import Settings
 
 Record = dict[str, Any]
 
@@ -61,8 +60,7 @@ class Case:
         name: What is measured there.
         run: Measures it.
         about_s: Seconds that it may take on an H200, with the start of its process: a guess.
-        needs: What it cannot run without: names of modules, or "cuda", or "compile" for the setting
-            of that name.
+        needs: What it cannot run without: names of modules, or "cuda".
     """
 
     group: str
@@ -80,8 +78,6 @@ class Case:
         for need in self.needs:
             if need == "cuda":
                 is_there = torch.cuda.is_available()
-            elif need == "compile":
-                is_there = "compile" in inspect.signature(Settings).parameters
             else:
                 is_there = importlib.util.find_spec(need) is not None
             if not is_there:
@@ -218,7 +214,9 @@ def score(world: World, log_probs: bool) -> Record:
 
 
 def write(world: World, side: str) -> Record:
-    """Let the student write."""
+    """Let the student write; "opdlab, eager" starts every kernel from Python."""
+    if side == "opdlab, eager":
+        os.environ["OPDLAB_CUDA_GRAPHS"] = "0"  # this process has this case alone
     texts, tokens = world.size.texts
     model = world.student().eval()
     given = prompts(world.tokenizer, texts)
@@ -246,8 +244,6 @@ def _sample(policy: Policy, side: str, given: list[str], tokens: int) -> Callabl
     if side == "vllm":
         writer = make_vllm(len(given))
         writer.start(policy)
-    elif side == "opdlab, compiled":
-        options["compile"] = True
     asked = [Prompt(text) for text in given]
 
     def work() -> None:
@@ -286,8 +282,6 @@ def train(world: World, side: str, texts: int, tokens: int, micro_batch: int, st
             "vllm_max_model_length": 2048,
             "generation_kwargs": {"min_tokens": tokens},
         }
-    if side == "opdlab, compiled":
-        ours["compile"] = True
     size = step.Size(steps=steps, batch=texts, completion=tokens, ours=ours, theirs=theirs)
     watch = step.Stopwatch()
     prepare = step.opdlab_side if side.startswith("opdlab") else step.trl_side
@@ -319,7 +313,6 @@ def _all_mib() -> float:
 def steps() -> list[Case]:
     needs: dict[str, tuple[str, ...]] = {
         "opdlab": (),
-        "opdlab, compiled": ("compile", "cuda"),
         "TRL": ("trl",),
         "opdlab, vLLM": ("vllm", "cuda"),
         "TRL, vLLM": ("trl", "vllm", "cuda"),
@@ -327,8 +320,6 @@ def steps() -> list[Case]:
     found = []
     for few, seconds in ((True, 45), (False, 100)):
         for side, need in needs.items():
-            if few and "compile" in need:  # compiling would be most of it
-                continue
 
             def run(world: World, side: str = side, few: bool = few) -> Record:
                 texts, tokens = world.size.few if few else world.size.texts
@@ -365,10 +356,10 @@ CASES = {
         Case("writing", "opdlab", partial(write, side="opdlab"), 120),
         Case(
             "writing",
-            "opdlab, compiled",
-            partial(write, side="opdlab, compiled"),
+            "opdlab, eager",
+            partial(write, side="opdlab, eager"),
             120,
-            ("compile", "cuda"),
+            ("cuda",),
         ),
         Case("writing", "transformers", partial(write, side="transformers"), 140),
         Case("writing", "vllm", partial(write, side="vllm"), 120, ("vllm", "cuda")),
