@@ -53,6 +53,12 @@ def targets() -> list[Target]:
         ("scoring", "x products", times_the_products("scoring/states and log-probs"), most),
         ("writing", "x transformers", ratio(best, "writing/opdlab", "writing/transformers"), 1),
         (
+            "writing, CUDA graphs",
+            "x without",
+            ratio(best, "writing/opdlab", "writing/opdlab, eager"),
+            0.5,
+        ),
+        (
             "writing with vLLM",
             "x transformers",
             ratio(best, "writing/vllm", "writing/transformers"),
