@@ -137,6 +137,11 @@ def targets() -> list[Target]:
                 0.5,
             ),
         ]
+    ours, theirs = (f"step/{side}/{step.SELF}" for side in ("opdlab", "trl"))
+    found += [
+        (f"step, {step.SELF}, with the model", "x TRL's memory", ratio(peak, ours, theirs), 0.5),
+        (f"step, {step.SELF}", "x TRL's CPU s", ratio(best, ours, theirs), 0.5),
+    ]
     return found
 
 

@@ -2,8 +2,9 @@
 
 `opdlab.distill` and `trl.DistillationTrainer` train with the reverse KL on the full vocabulary, one
 update per step, without gradient checkpointing. The third side makes the bare matrix products of
-such a step (without the small ones of a LoRA). `python -m benchmarks.step CASE TOKENIZER_FOLDER`
-measures one case and prints a JSON line.
+such a step (without the small ones of a LoRA). A further case is self-distillation: the teacher is
+the base of the student's LoRA and sees a hint (`benchmarks.self_distillation`).
+`python -m benchmarks.step CASE TOKENIZER_FOLDER` measures one case and prints a JSON line.
 """
 
 from __future__ import annotations
@@ -38,11 +39,12 @@ from benchmarks.workload import (
 )
 
 STEPS = 4  # the first is a warm-up: it counts for memory, not for seconds
+SELF = "self-distillation"
 CASES = {
     f"{side}/{weights}": (side, weights)
     for weights in ("all weights", "LoRA")
     for side in ("products", "opdlab", "trl")
-}
+} | {f"{side}/{SELF}": (side, SELF) for side in ("opdlab", "trl")}
 
 
 class Stopwatch:
@@ -249,6 +251,10 @@ def measure(name: str, tokenizer: PreTrainedTokenizerFast) -> dict[str, object]:
         start.
     """
     side, weights = CASES[name]
+    if weights == SELF:
+        from benchmarks.self_distillation import measure_self_distillation
+
+        return measure_self_distillation(side, tokenizer)
     prepare = SIDES[side]
     student = build_model(STUDENT, tokenizer, 0)
     teacher = build_model(TEACHER, tokenizer, 1)

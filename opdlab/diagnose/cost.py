@@ -203,7 +203,7 @@ def _memory(
         "weights": _count_bytes(parameters.values()),
         "training": training,
         "writing": sizes.rows * (padded * _cache_per_token(student) + 4 * 4 * vocab),
-        "activations": sizes.micro * padded * kept,
+        "activations": _tokens_of_pass(student, settings, sizes) * kept,
         "states": new * (2 * width + 4 * config.hidden_size),
     }
     # What is free when the loss runs; both models are there already.
@@ -212,6 +212,15 @@ def _memory(
     tensors["head"] = bytes_of_pass(new, vocab, student.weights.device.type, free=free)
     share, least = BESIDE_TENSORS if student.weights.device.type == "cpu" else (0.0, 0)
     return {**tensors, "allocator": share * _tensors_at_peak(tensors) + least}
+
+
+def _tokens_of_pass(student: Policy, settings: Settings, sizes: _Sizes) -> float:
+    """Tokens of a backward pass, whose samples of a prompt may share it."""
+    tokens = sizes.micro * (sizes.prompt + sizes.long)
+    limit = settings.tokens_per_backward(student.weights.device)
+    if limit is None or settings.n == 1:
+        return tokens
+    return max(tokens, min(sizes.prompt + limit, sizes.prompt + sizes.rows * sizes.long))
 
 
 def _tensors_at_peak(memory: Mapping[str, float]) -> float:

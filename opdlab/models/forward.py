@@ -15,16 +15,15 @@ from typing import Any, cast
 import torch
 from torch import Tensor
 from transformers import DynamicCache, PreTrainedModel
-from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 
 from opdlab.models.abilities import Abilities
+from opdlab.models.micro_batches import Level, find_levels, pass_cost
 from opdlab.models.placement import input_device
-from opdlab.models.recomputation import recomputes_layers
+from opdlab.models.prefix_cache import begin_cache, carries_gradient, continue_cache
+from opdlab.models.recomputation import recomputes_in_transformers
 
-# Layers of a cache that append new tensors to old ones. Others write in place, which would destroy
-# what a backward pass needs.
-APPENDING = (DynamicLayer, DynamicSlidingWindowLayer)
-
+# Hidden states that a layer keeps of a token for its backward pass, at the least.
+STATES_PER_TOKEN = 16
 SHORTEST_SHARED_PREFIX = 8  # tokens; sharing fewer does not pay for another pass
 
 
@@ -97,9 +96,9 @@ def last_hidden(
 ) -> Tensor:
     """Run prompts with their completions.
 
-    A beginning that all prompts share (a rule, examples, a system message) is run once and not once
-    per row; the gradient of all rows flows back through it. Layers that run again in the backward
-    pass cannot go on from a cache, so it is run per row there.
+    Beginnings that several prompts share (a system message, examples, a prompt with several
+    samples) are run once and not once per row, where that saves more than it costs; the gradient of
+    all rows flows back through them.
 
     Args:
         model: The model.
@@ -114,9 +113,44 @@ def last_hidden(
     rows = [start + body for start, body in zip(starts, bodies, strict=True)]
     # The state at a token predicts the next one, so the states begin at the prompt's last token.
     spans = [range(len(start) - 1, len(row) - 1) for start, row in zip(starts, rows, strict=True)]
-    recomputes = torch.is_grad_enabled() and recomputes_layers(model)
-    shared = count_shared(starts) if abilities.shares_prefix and not recomputes else 0
-    return hidden_at(model, rows, spans, abilities, shared)
+    levels: list[Level] = []
+    if may_share(model, abilities):
+        levels = find_levels(starts, pass_cost(input_device(model).type))
+    if levels and not _is_worth_its_mask(levels, rows, model.config.get_text_config().hidden_size):
+        levels = []
+    return hidden_at(model, rows, spans, abilities, levels)
+
+
+def _is_worth_its_mask(
+    levels: Sequence[Level], rows: Sequence[list[int]], hidden_size: int
+) -> bool:
+    """Tell whether the states of the tokens that are not run are more than the attention's mask.
+
+    Whole texts need no mask, and those that go on from a cache need one: transformers makes one of
+    `[B, 1, T, P + T]`, and each layer may keep it for the backward pass.
+    """
+    length, width = levels[-1].length, max(map(len, rows))
+    mask = len(rows) * (width - length) * width
+    saved = (len(rows) - len(levels[-1].rows)) * length
+    return mask <= saved * STATES_PER_TOKEN * hidden_size
+
+
+def may_share(model: PreTrainedModel, abilities: Abilities) -> bool:
+    """Tell whether beginnings may be run once for several rows in the present grad mode.
+
+    Args:
+        model: The model.
+        abilities: The shortcuts that may be taken.
+
+    Returns:
+        False also where a gradient is asked for that does not flow through the model's cache, or
+        where transformers runs layers again, which goes without any cache.
+    """
+    if not abilities.shares_prefix:
+        return False
+    if not torch.is_grad_enabled():
+        return True
+    return carries_gradient(begin_cache(model)) and not recomputes_in_transformers(model)
 
 
 def hidden_at(
@@ -124,7 +158,7 @@ def hidden_at(
     rows: list[list[int]],
     spans: list[range],
     abilities: Abilities,
-    shared: int = 0,
+    levels: Sequence[Level] = (),
 ) -> Tensor:
     """Run rows of tokens, in as few batches as the model's abilities allow.
 
@@ -133,17 +167,18 @@ def hidden_at(
         rows: Token ids of each row.
         spans: The positions of each row whose states are wanted.
         abilities: The shortcuts that may be taken.
-        shared: How many tokens all rows begin with; they are run once.
+        levels: The beginnings that are run once, of at most as many tokens as stand before each
+            span. They count where all rows run in one batch.
 
     Returns:
         Hidden states `[positions, H]`, rows in order.
     """
     groups = group_rows([len(row) for row in rows], mixed=abilities.pads, batches=abilities.batches)
     if len(groups) == 1:
-        return _one_batch(model, rows, spans, shared)
+        return _one_batch(model, rows, spans, levels)
     parts: list[Tensor | None] = [None] * len(rows)
     for group in groups:
-        states = _one_batch(model, [rows[i] for i in group], [spans[i] for i in group], 0)
+        states = _one_batch(model, [rows[i] for i in group], [spans[i] for i in group], ())
         sizes = [len(spans[i]) for i in group]
         for i, part in zip(group, torch.split(states, sizes), strict=True):
             parts[i] = part
@@ -172,13 +207,11 @@ def group_rows(lengths: Sequence[int], *, mixed: bool, batches: bool = True) -> 
 
 
 def _one_batch(
-    model: PreTrainedModel, rows: list[list[int]], spans: list[range], shared: int
+    model: PreTrainedModel, rows: list[list[int]], spans: list[range], levels: Sequence[Level]
 ) -> Tensor:
     """Run rows side by side; see `hidden_at`."""
     device = input_device(model)
-    cache = run_shared(model, rows, shared)
-    if cache is None:
-        shared = 0
+    cache, shared = run_levels(model, rows, levels), levels[-1].length if levels else 0
     # Right-padded: under causal attention padding cannot touch a real token, so no mask is needed.
     width = max(map(len, rows)) - shared
     batch = torch.tensor(
@@ -190,10 +223,40 @@ def _one_batch(
     return states.flatten(0, 1)[torch.tensor(where, device=states.device, dtype=torch.long)]
 
 
+def run_levels(
+    model: PreTrainedModel, rows: Sequence[list[int]], levels: Sequence[Level]
+) -> DynamicCache | None:
+    """Run the beginnings of rows, each distinct one once.
+
+    Args:
+        model: The model.
+        rows: Token ids of each row.
+        levels: The beginnings, shortest first.
+
+    Returns:
+        The cache with which the rows go on, once; None where there are no levels.
+    """
+    if not levels:
+        return None
+    device = input_device(model)
+    cache, begun = begin_cache(model), 0
+    for level, following in zip(levels, [*levels[1:], None], strict=True):
+        ids = [rows[i][begun : level.length] for i in level.rows]
+        positions = torch.arange(begun, level.length, device=device)[None]
+        run_backbone(model, torch.tensor(ids, device=device), positions=positions, cache=cache)
+        begun = level.length
+        places = level.places
+        if following is not None:
+            places = tuple(places[i] for i in following.rows)
+        rows_of_cache = torch.tensor(places, device=device)
+        cache = continue_cache(cache, begun, rows_of_cache, is_last=following is None)
+    return cache
+
+
 def run_shared(
     model: PreTrainedModel, rows: Sequence[list[int]], shared: int
 ) -> DynamicCache | None:
-    """Run the tokens that all rows begin with, once.
+    """Run the tokens that all rows begin with, once, for rows that are written token by token.
 
     Args:
         model: The model.
@@ -201,16 +264,14 @@ def run_shared(
         shared: How many tokens all rows begin with.
 
     Returns:
-        A cache of them, repeated for each row; None where there are none, or where a gradient is
-        asked for that cannot flow through the model's cache.
+        A cache of them without gradient, repeated for each row; None where there are none.
     """
     if not shared:
         return None
     device = input_device(model)
     cache = DynamicCache(config=model.config)
-    run_backbone(model, torch.tensor([rows[0][:shared]], device=device), cache=cache)
-    if torch.is_grad_enabled() and not all(type(layer) in APPENDING for layer in cache.layers):
-        return None
+    with torch.no_grad():
+        run_backbone(model, torch.tensor([rows[0][:shared]], device=device), cache=cache)
     repeat_cache(cache, 1, len(rows), device)
     return cache
 

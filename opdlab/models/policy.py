@@ -36,6 +36,7 @@ from opdlab.models.head import Head
 from opdlab.models.hub import from_cache_if_unreachable
 from opdlab.models.load_options import LoadOptions
 from opdlab.models.loading import find
+from opdlab.models.micro_batches import Limits, arrange, in_order, pass_cost
 from opdlab.models.origin import Origin, Told, remember_loading
 from opdlab.models.places import read_places
 from opdlab.models.quantization import describe_quantization
@@ -52,6 +53,7 @@ if TYPE_CHECKING:
 
 PROMPTS_AT_ONCE = 4096  # prompts that are tokenized at once
 TOKENS_PER_PASS = 16_384  # padded tokens that a scoring pass holds at once
+CPU_TOKENS_PER_PASS = 2048  # the same on a CPU, where more of them make no product faster
 
 
 class Active(Enum):
@@ -700,17 +702,30 @@ class Policy:
         starts = self.encode_all(rollout.prompts)
         bodies = rollout.completions()
         self.limit.check_completions(rollout.prompts, starts, bodies)
-        rows = len(bodies)
-        if not torch.is_grad_enabled():  # a gradient needs all rows in one pass
-            longest = max(len(s) + len(b) for s, b in zip(starts, bodies, strict=True))
-            rows = max(1, TOKENS_PER_PASS // longest)
         abilities = self.weights.abilities
-        parts = []
+        # A gradient needs all rows in one pass.
+        passes = [list(range(len(bodies)))] if torch.is_grad_enabled() else []
+        passes = passes or self._scoring_passes(starts, bodies)
+        parts: list[Tensor] = []
         with self.weights.using(self.adapter) as model:
-            for i in range(0, len(bodies), rows):
-                piece = slice(i, i + rows)
-                parts.append(last_hidden(model, starts[piece], bodies[piece], abilities))
-        return torch.cat(parts)
+            for rows in passes:
+                few_starts, few = [starts[i] for i in rows], [bodies[i] for i in rows]
+                parts.append(last_hidden(model, few_starts, few, abilities))
+        return in_order(parts, passes, [*map(len, bodies)])
+
+    def _scoring_passes(self, starts: list[list[int]], bodies: list[list[int]]) -> list[list[int]]:
+        """Choose the rows of each pass without gradient."""
+        device = self.weights.device.type
+        limits = Limits(
+            tokens=min(
+                TOKENS_PER_PASS, CPU_TOKENS_PER_PASS if device == "cpu" else TOKENS_PER_PASS
+            ),
+            rows=None,
+            cost=pass_cost(device),
+            shares=self.weights.abilities.shares_prefix,
+        )
+        lengths = [len(start) + len(body) for start, body in zip(starts, bodies, strict=True)]
+        return arrange(starts, lengths, limits)
 
     @validate_arguments
     def log_probs(self, rollout: Rollout) -> Tensor:

@@ -11,7 +11,6 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import partial
 from typing import Any
-from weakref import WeakSet
 
 from torch import nn
 from torch.utils.checkpoint import checkpoint
@@ -19,8 +18,6 @@ from transformers import PreTrainedModel
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 from opdlab.errors import InvalidValue
-
-_recomputing: WeakSet[PreTrainedModel] = WeakSet()
 
 
 @contextmanager
@@ -45,29 +42,27 @@ def recompute_layers(model: PreTrainedModel, enabled: bool = True) -> Iterator[N
         # An attribute of the instance hides the method of its class; hooks stay outside and run
         # once.
         layer.forward = partial(_run_again, layer.forward)
-    if layers:
-        _recomputing.add(model)
     try:
         yield
     finally:
-        _recomputing.discard(model)
         for layer in layers:
             del layer.forward
 
 
-def recomputes_layers(model: PreTrainedModel) -> bool:
-    """Tell whether the layers of `model` run again in the backward pass of what is run now.
+def recomputes_in_transformers(model: PreTrainedModel) -> bool:
+    """Tell whether transformers runs the layers of `model` again in its own way.
+
+    It takes away the cache then.
 
     Args:
         model: The model.
 
     Returns:
-        True within `recompute_layers`, and where transformers does it in its own way.
+        True in train mode after `gradient_checkpointing_enable`.
     """
-    by_transformers = model.training and any(
+    return model.training and any(
         getattr(module, "gradient_checkpointing", False) for module in model.modules()
     )
-    return model in _recomputing or by_transformers
 
 
 def recomputable_layers(model: PreTrainedModel) -> list[nn.Module]:

@@ -22,6 +22,7 @@ from opdlab.models.abilities import PLAIN, Abilities
 from opdlab.models.continuation import Cached, Parted, read_prompts
 from opdlab.models.forward import hidden_at
 from opdlab.models.head import Head, cannot_run
+from opdlab.models.micro_batches import make_level
 from opdlab.models.parted_cache import split_cache
 from opdlab.models.placement import input_device
 from opdlab.models.quantization import rounds_coarsely
@@ -187,8 +188,9 @@ class _Check:
         if equal:
             rows = [row[: min(map(len, self.rows))] for row in rows]
         begin = self.alike if shared else 0
+        levels = [make_level(rows, begin)] if shared else []
         spans = [range(begin, len(row)) for row in rows]
-        got = self._logits(hidden_at(self.model, rows, spans, abilities, shared=begin))
+        got = self._logits(hidden_at(self.model, rows, spans, abilities, levels))
         want = [
             logits[span.start : span.stop] for logits, span in zip(self.plain, spans, strict=False)
         ]

@@ -33,9 +33,10 @@ from opdlab.engine.passes import Pass
 from opdlab.engine.planned import Planned, run_plan
 from opdlab.errors import NonFinite
 from opdlab.methods.contract import writer_names
+from opdlab.models.forward import may_share
 from opdlab.models.graded import Graded, States
+from opdlab.models.micro_batches import Limits, arrange, in_order, pass_cost
 from opdlab.models.places import seeded
-from opdlab.models.policy import Policy
 from opdlab.models.precision import autocast_backbones
 from opdlab.models.protocols import Sampler
 from opdlab.models.recomputation import recompute_layers
@@ -230,11 +231,18 @@ def accumulate_gradient(run: RunState, planned: Planned, written: Rollout) -> Le
     if run.settings.importance_cap is not None:
         ratio = sampler_gap.importance(written, rollout.logp, run.settings)[rollout.mask]
         weight, corrected = weight * ratio, {"importance": ratio}
-    passes = _run_passes(run, planned, weight)
-    columns = {name: torch.cat([one.columns[name] for one in passes]) for name in passes[0].columns}
+    passes, batches = _run_passes(run, planned, weight)
+    lengths = rollout.lengths.tolist()
+
+    def put_together(parts: list[Tensor]) -> Tensor:
+        return in_order(parts, batches, lengths)
+
+    columns = {
+        name: put_together([one.columns[name] for one in passes]) for name in passes[0].columns
+    }
     if run.settings.trace_k:
         columns = KeptTokens(run.settings.trace_k).blank(columns, rollout.learned)
-    columns["loss"] = torch.cat([one.loss for one in passes])
+    columns["loss"] = put_together([one.loss for one in passes])
     if corrected:  # the engine gives the norm of each token's gradient without its weight
         columns["grad_norm"] = columns["grad_norm"] * corrected["importance"]
     columns |= corrected | {"sampler_gap": sampler_gap.gap_of(written, columns["student_logp"])}
@@ -251,35 +259,59 @@ def accumulate_gradient(run: RunState, planned: Planned, written: Rollout) -> Le
     return Learned(columns, weight, norm, any(one.is_checked for one in passes), wanted)
 
 
-def _run_passes(run: RunState, planned: Planned, weight: Tensor) -> list[Pass]:
+def _run_passes(
+    run: RunState, planned: Planned, weight: Tensor
+) -> tuple[list[Pass], list[list[int]]]:
     """Add the gradients of all micro-batches to the parameters.
 
     With a sharded student every process runs as many passes as the one that has the most.
+
+    Returns:
+        What each pass found, and the rows that it had.
     """
-    rollout, sharding = planned.batch.rollout, run.sharding
-    size = run.settings.per_backward(
-        len(rollout), _longest(run.student, rollout), run.student.weights.device
-    )
-    starts = range(0, len(rollout), size)
+    sharding = run.sharding
+    batches = micro_batches(run, planned.batch.rollout)
     passes: list[Pass] = []
-    idle = 0 if sharding is None else sharding.begin(planned.batch, passes=len(starts))
-    for start in starts:
+    idle = 0 if sharding is None else sharding.begin(planned.batch, passes=len(batches))
+    for rows in batches:
         is_checked = run.loss_is_checked or any(one.is_checked for one in passes)
-        rows = range(start, min(start + size, len(rollout)))
         passes.append(_backward(run, planned, rows, weight, check=not is_checked))
     if sharding is not None:
         with backbone_precision(run):
             sharding.idle_passes(idle)
-    return passes
+    return passes, batches
 
 
-def _longest(student: Policy, rollout: Rollout) -> int:
-    """Count the tokens of the longest prompt with its completion."""
-    prompts, bodies = student.encode_all(rollout.prompts), rollout.completions()
-    return max(len(start) + len(body) for start, body in zip(prompts, bodies, strict=True))
+def micro_batches(run: RunState, rollout: Rollout) -> list[list[int]]:
+    """Choose the completions of each backward pass.
+
+    Completions of similar length stand together, so that there is little padding, and those of one
+    prompt, so that the prompt is run once.
+
+    Args:
+        run: The run; `Settings.micro_batch` decides where it is set.
+        rollout: The step's rollout in this process.
+
+    Returns:
+        Row numbers of each pass.
+    """
+    student = run.student if run.sharding is None else run.sharding.student
+    starts, bodies = run.student.encode_all(rollout.prompts), rollout.completions()
+    lengths = [len(start) + len(body) for start, body in zip(starts, bodies, strict=True)]
+    device = run.student.weights.device
+    weights = student.weights
+    limits = Limits(
+        tokens=run.settings.tokens_per_backward(device),
+        rows=run.settings.micro_batch,
+        cost=pass_cost(device.type),
+        shares=may_share(weights.model, weights.abilities),
+    )
+    return arrange(starts, lengths, limits)
 
 
-def _backward(run: RunState, planned: Planned, rows: range, weight: Tensor, check: bool) -> Pass:
+def _backward(
+    run: RunState, planned: Planned, rows: list[int], weight: Tensor, check: bool
+) -> Pass:
     """Add the gradient of some completions to the parameters."""
     rollout, sharding = planned.batch.rollout, run.sharding
     part = rollout if len(rows) == len(rollout) else rollout.select(rows)
@@ -305,7 +337,7 @@ def _backward(run: RunState, planned: Planned, rows: range, weight: Tensor, chec
 
 
 def _run_loss(
-    run: RunState, planned: Planned, rows: range, weight: Tensor, states: States, check: bool
+    run: RunState, planned: Planned, rows: list[int], weight: Tensor, states: States, check: bool
 ) -> Pass:
     """Run the loss on some completions, and add its gradient to the head."""
     try:
@@ -317,8 +349,7 @@ def _run_loss(
             )
     except NonFinite as error:
         rollout = planned.batch.rollout
-        part = rollout if len(rows) == len(rollout) else rollout.select(rows)
-        raise NonFinite(_place_of(error, run, part)) from None
+        raise NonFinite(_place_of(error, run, rollout, rows)) from None
 
 
 def _watch(k: int) -> dict[str, Any]:
@@ -411,8 +442,9 @@ def backbone_precision(run: RunState) -> AbstractContextManager[None]:
     return autocast_backbones(run.settings.precision == "bf16")
 
 
-def _place_of(error: NonFinite, run: RunState, part: Rollout) -> str:
-    """The step, prompt and token of an engine's error, in words."""
+def _place_of(error: NonFinite, run: RunState, rollout: Rollout, rows: list[int]) -> str:
+    """The step, prompt and token of an engine's error in a pass of some rows, in words."""
+    part = rollout.select(rows)
     row = int(part.learned.nonzero()[error.row, 0]) if error.row is not None else 0
     ends = part.lengths.cumsum(0)
     b = int((ends <= row).sum())
@@ -422,6 +454,6 @@ def _place_of(error: NonFinite, run: RunState, part: Rollout) -> str:
         "" if error.is_explained else " Lower the learning rate, or look at the loss on this token."
     )
     return (
-        f"Step {run.done + 1}, prompt {part.prompts[b].id or b!r}, token {t} ({token!r}): {error}"
-        f" The weights are as they were and earlier checkpoints are intact.{advice}"
+        f"Step {run.done + 1}, prompt {part.prompts[b].id or rows[b]!r}, token {t} ({token!r}):"
+        f" {error} The weights are as they were and earlier checkpoints are intact.{advice}"
     )

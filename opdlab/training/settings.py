@@ -179,8 +179,21 @@ class Settings:
             seed=seed,
         )
 
+    def tokens_per_backward(self, device: torch.device) -> int | None:
+        """Return how many tokens one backward pass has, beside a prompt that its rows share.
+
+        Args:
+            device: Where the student is.
+
+        Returns:
+            `CPU_TOKENS_PER_BACKWARD` on a CPU. None where there is no limit, and where
+            `micro_batch` is set.
+        """
+        is_limited = self.micro_batch is None and device.type == "cpu"
+        return CPU_TOKENS_PER_BACKWARD if is_limited else None
+
     def per_backward(self, completions: int, longest: int, device: torch.device) -> int:
-        """Return how many completions one backward pass has.
+        """Return how many completions of one length one backward pass has, without shared prompts.
 
         Args:
             completions: Completions of this process in the step, `B`.
@@ -194,9 +207,10 @@ class Settings:
         """
         if self.micro_batch is not None:
             return self.micro_batch
-        if device.type != "cpu":
+        tokens = self.tokens_per_backward(device)
+        if tokens is None:
             return completions
-        passes = math.ceil(completions / max(1, CPU_TOKENS_PER_BACKWARD // longest))
+        passes = math.ceil(completions / max(1, tokens // longest))
         return math.ceil(completions / max(1, passes))
 
 

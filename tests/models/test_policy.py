@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import copy
+import gc
 import re
+import weakref
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
@@ -20,6 +22,7 @@ from opdlab.errors import (
     MissingHint,
     TokenizerMismatch,
 )
+from opdlab.models.forward import last_hidden
 from opdlab.models.recomputation import recompute_layers
 from opdlab.models.same_tokens import check_same_tokens
 from opdlab.models.text_rollouts import rollout_from_texts
@@ -485,8 +488,102 @@ def test_the_gradient_flows_back_through_a_shared_beginning(make_policy, family)
     assert tokens[0] < 0.5 * tokens[1]
 
 
+LONG = [
+    "ana has 4 7 apples buys 3 8 sells 1 9 . " * 3 + "total ?",
+    "ben has 1 2 pears buys 3 sells 2 4 . ana has 3 . " * 2 + "total ?",
+    "cleo has 2 pears . " * 5,
+]
+
+
+def run_both_ways(make_policy, family, *, n, checkpointing, context=None):
+    """States, gradients and tokens run of a rollout, with and without sharing."""
+    found, tokens = [], []
+    for change in (lambda policy: policy, without_sharing):
+        policy = change(make_policy(family=family, **FAMILIES.get(family, {})))
+        seeing = policy.seeing(context) if context else policy
+        rollout = seeing.sample([Prompt(text) for text in LONG], n=n, max_new_tokens=6, seed=3)
+        policy.weights.model.double()
+        weights = list(policy.weights.model.base_model.parameters())
+        for weight in weights:
+            weight.requires_grad_()
+        with (
+            torch.enable_grad(),
+            counting_tokens(policy) as seen,
+            recompute_layers(policy.weights.model, checkpointing),
+        ):
+            hidden = seeing.hidden(rollout)
+        loss = (hidden * torch.arange(hidden.numel()).view_as(hidden).cos()).sum()
+        found.append([hidden.detach(), *torch.autograd.grad(loss, weights)])
+        with torch.no_grad():
+            found[-1].append(seeing.hidden(rollout))
+        tokens.append(sum(seen))
+    return found, tokens
+
+
+@pytest.mark.parametrize("checkpointing", [False, True])
+@pytest.mark.parametrize("family", ["llama", "gemma3_text", "gemma2", "qwen3"])
+def test_samples_of_different_prompts_share_their_own_prompt(make_policy, family, checkpointing):
+    found, tokens = run_both_ways(make_policy, family, n=4, checkpointing=checkpointing)
+    for shared, apart in zip(*found, strict=True):
+        torch.testing.assert_close(shared, apart, rtol=1e-5, atol=1e-5 * float(apart.abs().max()))
+    assert tokens[0] < 0.6 * tokens[1]
+
+
+@pytest.mark.parametrize("checkpointing", [False, True])
+def test_a_rule_and_the_prompts_behind_it_are_each_run_once(make_policy, checkpointing):
+    found, tokens = run_both_ways(
+        make_policy, "llama", n=3, checkpointing=checkpointing, context=SHARED
+    )
+    for shared, apart in zip(*found, strict=True):
+        torch.testing.assert_close(shared, apart, rtol=1e-5, atol=1e-5 * float(apart.abs().max()))
+    assert tokens[0] < 0.4 * tokens[1]
+
+
+def test_samples_of_a_prompt_run_it_once(make_policy):
+    policy = make_policy()
+    rollout = policy.sample([Prompt(text) for text in LONG[:2]], n=8, max_new_tokens=6, seed=3)
+    starts = policy.encode_all(rollout.prompts)
+    room = min(map(len, starts)) - 1
+    width = max(len(s) + len(b) for s, b in zip(starts, rollout.completions(), strict=True))
+    with torch.enable_grad(), counting_tokens(policy) as seen:
+        policy.hidden(rollout)
+    assert seen == [2 * room, 16 * (width - room)]
+
+
+@pytest.mark.parametrize(("completion", "is_shared"), [(8, True), (400, False)])
+def test_a_prompt_is_run_again_where_the_mask_would_be_larger(make_model, completion, is_shared):
+    model = make_model(40)
+    seen: list[int] = []
+    model.get_input_embeddings().register_forward_hook(
+        lambda module, ids, out: seen.append(ids[0].numel())
+    )
+    with torch.no_grad():
+        last_hidden(model, [[3] * 50] * 2, [[4] * completion] * 2)
+    assert seen == ([49, 2 * (completion + 1)] if is_shared else [2 * (completion + 50)])
+
+
+def test_a_graph_that_is_never_run_backward_is_freed(make_policy):
+    policy = make_policy().seeing(SHARED)
+    rollout = policy.sample([Prompt("cleo"), Prompt("ben")], n=2, max_new_tokens=4)
+    model = policy.weights.model
+    model.get_input_embeddings().weight.requires_grad_()
+    kept: list[weakref.ref[torch.Tensor]] = []
+    watch = model.get_input_embeddings().register_forward_hook(
+        lambda module, ids, out: kept.append(weakref.ref(out))
+    )
+    with recompute_layers(model), torch.enable_grad():
+        hidden = policy.hidden(rollout)
+    watch.remove()
+    assert len(kept) == 2
+    gc.disable()
+    del hidden
+    alive = [ref() is not None for ref in kept]
+    gc.enable()
+    assert alive == [False, False]
+
+
 @pytest.mark.parametrize("way", ["of opdlab", "of transformers"])
-def test_layers_that_run_again_do_not_go_on_from_a_cache(make_policy, way):
+def test_layers_that_run_again_change_no_gradient_of_a_shared_beginning(make_policy, way):
     policy = make_policy()
     model, seeing = policy.weights.model, policy.seeing(SHARED)
     rollout = seeing.sample([Prompt("cleo"), Prompt("ben")], max_new_tokens=4)

@@ -7,7 +7,7 @@ from __future__ import annotations
 import os
 import signal
 import threading
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import pytest
 import torch
@@ -113,6 +113,60 @@ def test_passes_that_are_made_smaller_change_no_update(monkeypatch):
     assert len(parts) > 1
     for name, grad in updates[0].items():
         torch.testing.assert_close(updates[1][name], grad, rtol=1e-4, atol=1e-7)
+
+
+def uneven(run) -> opd.Rollout:
+    """Three samples of each of five prompts, of very different lengths."""
+    rollout = phases.write_rollout(run)
+    lengths = torch.tensor([2, 9, 4, 8, 1, 7, 3, 9, 2, 8, 9, 1, 5, 2, 9])
+    return replace(rollout, lengths=lengths.clamp(max=rollout.ids.shape[1]), learn=None)
+
+
+@pytest.mark.parametrize("cost", [0, 4, 10**6])
+@pytest.mark.parametrize("micro_batch", [None, 2])
+def test_the_order_of_the_passes_changes_no_number(cost, micro_batch, monkeypatch):
+    found = []
+    for way in ("in order", "arranged"):
+        run = small(*opd.load("market"), steps=1, batch=5, n=3, micro_batch=micro_batch, clip=0)
+        if way == "in order":
+            monkeypatch.setattr(phases, "micro_batches", lambda run, rollout: [list(range(15))])
+        else:
+            monkeypatch.undo()
+            monkeypatch.setattr(
+                "opdlab.models.micro_batches.PASS_COST", {"cpu": cost, "cuda": cost}
+            )
+        rollout = uneven(run)
+        batches = phases.micro_batches(run, rollout)
+        assert sorted(row for rows in batches for row in rows) == list(range(15))
+        planned = phases.plan_step(run, rollout)
+        learned = phases.accumulate_gradient(run, planned, rollout)
+        found.append((learned.columns, {name: p.grad for name, p in run.parameters.items()}))
+    assert len(batches) > 1 or cost == 10**6
+    for whole, parts in zip(*found, strict=True):
+        assert whole.keys() == parts.keys()
+        for name, value in whole.items():
+            torch.testing.assert_close(parts[name], value, rtol=1e-4, atol=1e-6)
+
+
+def test_rows_of_different_length_are_hardly_padded(monkeypatch):
+    """The tokens that the student's backbone runs are about those that there are."""
+    monkeypatch.setattr("opdlab.models.micro_batches.PASS_COST", {"cpu": 2, "cuda": 2})
+    run = small(*opd.load("market"), steps=1, batch=15, max_new_tokens=24)
+    rollout = phases.write_rollout(run)
+    lengths = torch.arange(len(rollout)) % 3 * 9 + 3
+    rollout = replace(rollout, lengths=lengths.clamp(max=rollout.ids.shape[1]), learn=None)
+    seen: list[int] = []
+    run.student.weights.model.get_input_embeddings().register_forward_hook(
+        lambda module, ids, out: seen.append(ids[0].numel())
+    )
+    starts = run.student.encode_all(rollout.prompts)
+    real = sum(map(len, starts)) + rollout.tokens
+    padded = len(rollout) * (max(map(len, starts)) + int(lengths.max()))
+    planned = phases.plan_step(run, rollout)
+    seen.clear()
+    phases.accumulate_gradient(run, planned, rollout)
+    assert padded > 1.2 * real
+    assert sum(seen) < 1.1 * real
 
 
 def test_normalisation_is_the_mean_it_says(market):
