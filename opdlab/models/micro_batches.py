@@ -14,8 +14,8 @@ from itertools import pairwise
 import torch
 from torch import Tensor
 
-# Measured with models of 5 to 30 layers: a pass of one token takes as long as so many more tokens
-# in a larger one.
+# A pass takes as long as so many tokens in a larger one, however few it has. On a CPU 21 to 25 were
+# measured, with models of 5 and 8 layers, with and without gradient; for a GPU it is an estimate.
 PASS_COST = {"cpu": 32, "cuda": 2048}
 
 
