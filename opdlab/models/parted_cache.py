@@ -19,13 +19,11 @@ from transformers import AttentionInterface, DynamicCache, PreTrainedModel
 from transformers.cache_utils import DynamicLayer
 
 from opdlab.models.growing_cache import GrowingLayer
+from opdlab.models.products import gives_float32
 
 # The name under which transformers finds `attend`. Its masks are left out for names that it does
 # not know: a single new token may look at everything but padding, which `Parts` carries.
 ATTENTION = "opdlab_parts"
-
-# Whether products of half-precision matrices may be kept in float32 on a GPU, without a copy.
-HAS_WIDE_PRODUCTS = torch.__version__ >= "2.8"  # compared as versions
 
 
 class Parts(NamedTuple):
@@ -287,7 +285,7 @@ def _scores(query: Tensor, key: Tensor) -> Tensor:
     """
     if query.dtype in (torch.float32, torch.float64):
         return torch.matmul(query, key.transpose(-1, -2))
-    if query.is_cuda and HAS_WIDE_PRODUCTS:
+    if gives_float32(query.device, query.dtype):
         flat = query.flatten(0, 1), key.flatten(0, 1).transpose(-1, -2)
         wide: Tensor = torch.bmm(*flat, out_dtype=torch.float32)
         return wide.view(*query.shape[:3], -1)
