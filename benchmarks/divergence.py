@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import json
 import sys
-from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -17,21 +16,30 @@ import torch
 from torch import Tensor
 
 from benchmarks.workload import STUDENT, TEACHER, VOCAB, device, measured
-from opdlab import losses
+from opdlab import OPD
 from opdlab.engine import signals
+from opdlab.engine.closed_form import closed_form_of
 from opdlab.engine.passes import gradient
 from opdlab.engine.rows import Rows
+from opdlab.methods.contract import Method
+from opdlab.methods.conversion import as_method
 from opdlab.models.graded import States
 from opdlab.models.head import Head
 
 TOKENS, ITERATIONS = 1024, 4  # the first iteration is a warm-up
 LARGE_VOCAB = 151_936  # that of Qwen
 
-LOSSES: dict[str, Callable[[Rows], Tensor]] = {
-    "own function": lambda rows: (rows.student.exp() * (rows.student - rows.teacher)).sum(-1),
-    "reverse_kl": lambda rows: losses.reverse_kl(rows.student, rows.teacher),
-    "jensen_shannon": lambda rows: losses.jensen_shannon(rows.student, rows.teacher),
-    "forward_kl": lambda rows: losses.forward_kl(rows.student, rows.teacher),
+
+def own_function(rows: Rows) -> Tensor:
+    """The reverse KL as a user would write it."""
+    return (rows.student.exp() * (rows.student - rows.teacher)).sum(-1)
+
+
+METHODS: dict[str, Method] = {
+    "own function": as_method(own_function),
+    "reverse_kl": OPD("reverse_kl"),
+    "jensen_shannon": OPD("jensen_shannon"),
+    "forward_kl": OPD("forward_kl"),
 }
 BETA = {"forward_kl": 0.0, "jensen_shannon": 0.5, "reverse_kl": 1.0}  # TRL's names for them
 
@@ -42,7 +50,7 @@ class Case:
 
     Attributes:
         side: Who computes: "opdlab", "trl", "liger", "full logits" or "products".
-        loss: A name in `LOSSES`.
+        loss: A name in `METHODS`.
         trainable: Whether the student's head gets a gradient.
         tokens: Number of tokens.
         watch: Whether opdlab also notes log-probs, entropy and reverse KL per token, as a training
@@ -102,6 +110,7 @@ class Problem:
     teacher: Tensor
     student_head: Tensor
     teacher_head: Tensor
+    is_checked: bool = False  # as in a run, the first pass alone checks what the loss depends on
 
     @classmethod
     def of(
@@ -142,9 +151,17 @@ class Problem:
         }
         token = torch.zeros(case.tokens, dtype=torch.long, device=device())
         weight = torch.full((case.tokens,), 1 / case.tokens, device=device())
+        method = METHODS[case.loss]
         result = gradient(
-            LOSSES[case.loss], states, token, weight, watch=signals.cheap if case.watch else None
+            method.loss,
+            states,
+            token,
+            weight,
+            watch=signals.watched if case.watch else None,
+            check=not self.is_checked,
+            closed_form=closed_form_of(method),
         )
+        self.is_checked = True
         self.student.grad = result.gradient.to(self.student.dtype)  # as a step does
         return result.loss.mean()
 
@@ -153,7 +170,7 @@ class Problem:
 
         mask = torch.ones(1, case.tokens, device=device())
         states = self.student[None], self.teacher[None], self.student_head, self.teacher_head
-        loss = _chunked_divergence_loss(*states, mask, BETA[case.loss])[0]
+        loss: Tensor = _chunked_divergence_loss(*states, mask, BETA[case.loss])[0]
         loss.backward()
         return loss
 

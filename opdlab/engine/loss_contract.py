@@ -21,6 +21,7 @@ from opdlab.errors import BadLoss
 from opdlab.models.graded import TopLogprobs
 
 CHECKED_ROWS = 64  # enough for statistics of the rows to show, a small part of a step
+CHECKED_BYTES = 4 << 20  # of one [rows, V] float32 tensor; fewer rows where V is large
 ENOUGH_ROWS = 16  # with fewer, a statistic of the rows or a random number can go unseen
 # How far two evaluations of one row may be apart: relative to that row, and to the largest row of
 # all. Rounding differs with the number of rows, by about 1e-6 in float32; what other rows add to a
@@ -164,17 +165,37 @@ def _evaluate(loss: Loss, rows: Rows, weight: Tensor) -> tuple[Tensor, Tensor, t
     with torch.enable_grad():
         value = call_loss(loss, seen)
         graph = value.grad_fn
-        slope = gradient_of_loss(value, weight, leaf)
+        slope = gradient_of_loss((value * weight).sum(), leaf)
     return value.detach(), slope, _check_graph(graph, leaf)
 
 
-def gradient_of_loss(value: Tensor, weight: Tensor, student: Tensor) -> Tensor:
-    """Compute the gradient of `sum(weight * value)` with respect to the student's log-probs.
+def gradient_of_rows(loss: Loss, rows: Rows) -> tuple[Tensor, Tensor]:
+    """Compute the loss of each token, and the gradient of its own loss in the log-probs.
 
     Args:
-        value: The loss of each token, `[n]`.
-        weight: Each token's share of the mean, `[n]`.
-        student: The student's log-probs `[n, V]`, of which `value` was computed.
+        loss: Any function of rows.
+        rows: The tokens; the student's log-probs need not require a gradient, and are not copied.
+
+    Returns:
+        The loss, `[n]`, without gradient, and the gradient, `[n, V]`.
+
+    Raises:
+        BadLoss: The loss does not keep its contract.
+    """
+    leaf = rows["student"].detach().requires_grad_()
+    seen = Rows({**rows.distributions, "student": leaf}, rows.token, rows.columns)
+    with torch.enable_grad():
+        value = call_loss(loss, seen)
+        slope = gradient_of_loss(value.sum(), leaf)
+    return value.detach(), slope
+
+
+def gradient_of_loss(total: Tensor, student: Tensor) -> Tensor:
+    """Compute the gradient of a sum of losses with respect to the student's log-probs.
+
+    Args:
+        total: The sum over tokens, a single number.
+        student: The student's log-probs `[n, V]`, of which it was computed.
 
     Returns:
         `[n, V]`.
@@ -184,7 +205,7 @@ def gradient_of_loss(value: Tensor, weight: Tensor, student: Tensor) -> Tensor:
             place.
     """
     try:
-        (slope,) = torch.autograd.grad((value * weight).sum(), student, allow_unused=True)
+        (slope,) = torch.autograd.grad(total, student, allow_unused=True)
     except RuntimeError as error:
         if "inplace operation" not in str(error):
             raise

@@ -23,10 +23,12 @@ import torch
 from torch import Tensor
 
 from opdlab.engine.chunking import Budget, blocks, budget_of, chunks
+from opdlab.engine.closed_form import Formula, check_closed_form
 from opdlab.engine.loss_contract import (
-    call_loss,
+    CHECKED_BYTES,
+    ENOUGH_ROWS,
     check_rows_are_independent,
-    gradient_of_loss,
+    gradient_of_rows,
     spread_index,
 )
 from opdlab.engine.not_finite import explain
@@ -157,6 +159,7 @@ def gradient(
     chunk: int | None = None,
     check: bool = True,
     slopes: Slopes | None = None,
+    closed_form: Formula | None = None,
 ) -> Pass:
     """Compute the gradient of `sum(weight * loss(rows))` for the student's hidden states.
 
@@ -177,6 +180,9 @@ def gradient(
             the same loss `is_checked`.
         slopes: Numbers to keep of the gradient of each token's own loss: a function of what `watch`
             gave, and of the gradient in the student's log-probs and in its logits, `[n, V]` each.
+        closed_form: Gives what `loss` does together with its gradient, without autograd
+            (`opdlab.engine.closed_form`); None where nothing is known. With `slopes` the engine
+            needs the gradient in the log-probs, and goes through autograd anyway.
 
     Returns:
         Loss, gradient and numbers of every token.
@@ -188,16 +194,18 @@ def gradient(
     """
     student, columns = student_states(states), columns or {}
     budget = budget_of(token.device)
+    work = _Work(loss, None if slopes else closed_form, watch, slopes)
     is_checked = not check or _check_loss(
-        loss, states, token, columns, chunks(len(token), student.vocab_size, budget, chunk)[0]
+        work, states, token, columns, chunks(len(token), student.vocab_size, budget, chunk)[0]
     )
     found: dict[str, Tensor] = {}
+    memory: dict[str, Tensor] = {}
     out = torch.empty_like(student.hidden, dtype=student.head.precision(student.hidden))
     for piece in chunks(len(token), student.vocab_size, budget, chunk):
         part = {name: graded.part(piece) for name, graded in states.items()}
         rest = {name: column[piece] for name, column in columns.items()}
         out[piece], numbers = _one_chunk(
-            loss, part, token[piece], weight[piece], rest, watch, slopes, budget
+            work, part, token[piece], weight[piece], rest, budget, memory
         )
         _keep(found, numbers, piece, len(token))
     result = Pass(found.pop("loss"), out, found, is_checked)
@@ -218,7 +226,7 @@ def _rows(
 
 
 def _check_loss(
-    loss: Loss,
+    work: _Work,
     states: Mapping[str, Graded],
     token: Tensor,
     columns: Mapping[str, Tensor],
@@ -228,8 +236,12 @@ def _check_loss(
 
     False where they could not tell.
     """
-    index = spread_index(len(token), first.stop, token.device)
-    return check_rows_are_independent(loss, _rows(states, token, columns, index))
+    most = max(ENOUGH_ROWS, CHECKED_BYTES // (4 * student_states(states).vocab_size))
+    index = spread_index(len(token), min(first.stop, most), token.device)
+    rows = _rows(states, token, columns, index)
+    if work.closed_form is not None:
+        check_closed_form(work.loss, work.closed_form, rows.select(slice(0, ENOUGH_ROWS)))
+    return check_rows_are_independent(work.loss, rows)
 
 
 def _keep(
@@ -244,35 +256,51 @@ def _keep(
         whole[piece] = value
 
 
+@dataclass(frozen=True)
+class _Work:
+    """What is computed of every block of rows: the arguments of `gradient` by these names."""
+
+    loss: Loss
+    closed_form: Formula | None
+    watch: Callable[[Rows], dict[str, Tensor]] | None
+    slopes: Slopes | None
+
+
 def _one_chunk(
-    loss: Loss,
+    work: _Work,
     states: Mapping[str, Graded],
     token: Tensor,
     weight: Tensor,
     columns: Mapping[str, Tensor],
-    watch: Callable[[Rows], dict[str, Tensor]] | None,
-    slopes: Slopes | None,
     budget: Budget,
+    memory: dict[str, Tensor],
 ) -> tuple[Tensor, dict[str, Tensor]]:
     """Gradient `[n, H]` and numbers of one chunk.
 
-    A function of its own, so that its `[n, V]` tensors are freed before the next chunk.
+    Its `[n, V]` tensors, one for each policy, stay in `memory`, where the next chunk writes.
     """
     student = student_states(states)
     with torch.no_grad():
-        others: dict[str, LogProbs] = {
-            name: graded.logp() for name, graded in states.items() if name != "student"
-        }
-        logits = student.head(student.hidden)  # [n, V]; the gradient takes its place
+        logits = student.head(student.hidden, memory.get("student"))  # the gradient replaces them
+        memory.setdefault("student", logits)
+        others: dict[str, LogProbs] = {}
+        for name, graded in states.items():
+            if name == "student":
+                continue
+            if isinstance(graded, States):
+                others[name] = logp = graded.logp(memory.get(name))
+                memory.setdefault(name, logp)
+            else:
+                others[name] = graded.logp()
     rows = Rows({"student": logits, **others}, token, columns)
     found: dict[str, Tensor] = {}
     for block in blocks(len(token), student.vocab_size, budget):
-        through, numbers = _one_block(
-            loss, rows.select(block), weight[block], student.head, watch, slopes
-        )
+        learns = weight[block] != 0
+        through, numbers = _one_block(work, rows.select(block), learns, student.head)
         # Kept first, since a number may be a view of the log-probs, whose memory is used again.
         _keep(found, numbers, block, len(token))
-        logits[block] = through
+        with torch.no_grad():
+            torch.mul(through, weight[block, None], out=logits[block])
     with torch.no_grad():
         out = student.head.backward(logits, student.hidden)
         share = out.norm(dim=-1) / weight.abs().clamp(min=1e-30)
@@ -280,14 +308,9 @@ def _one_chunk(
 
 
 def _one_block(
-    loss: Loss,
-    rows: Rows,
-    weight: Tensor,
-    head: Head,
-    watch: Callable[[Rows], dict[str, Tensor]] | None,
-    slopes: Slopes | None,
+    work: _Work, rows: Rows, learns: Tensor, head: Head
 ) -> tuple[Tensor, dict[str, Tensor]]:
-    """Gradient for the logits `[n, V]`, and the numbers of one block.
+    """Gradient of each token's own loss for its logits `[n, V]`, and the numbers of one block.
 
     The student's rows are logits here; without a cap they are overwritten by log-probs.
     """
@@ -295,22 +318,20 @@ def _one_block(
     with torch.no_grad():
         # A capped head reads its logits again on the way back.
         leaf = log_softmax_in_place(logits) if head.cap is None else logits.log_softmax(-1)
-        seen = Rows({**rows.distributions, "student": leaf}, rows.token, rows.columns)
-        numbers = watch(seen) if watch else {}
-        p = seen.probabilities("student")
-    leaf = leaf.detach().requires_grad_()
-    with torch.enable_grad():
-        seen = Rows({**rows.distributions, "student": leaf}, rows.token, rows.columns)
-        value = call_loss(loss, seen)
-        slope = gradient_of_loss(value, weight, leaf)
+        rows = Rows({**rows.distributions, "student": leaf}, rows.token, rows.columns)
+        numbers = work.watch(rows) if work.watch else {}
+        known = work.closed_form(rows) if work.closed_form else None
+    if known is not None:
+        return head.through_cap(known.gradient, logits), {"loss": known.value, **numbers}
+    value, slope = gradient_of_rows(work.loss, rows)
     with torch.no_grad():
-        # Back through the softmax. The tensors of the loss are not ours to write to.
-        through = torch.addcmul(slope, p, -slope.sum(-1, keepdim=True), out=p)
-        if slopes is not None:
-            # Of each token's own loss, without its weight in the step; 0 where it has none.
-            share = torch.where(weight == 0, 0.0, 1 / weight)[:, None].to(slope.dtype)
-            numbers |= slopes(numbers, slope * share, through * share)
-        return head.through_cap(through, logits), {"loss": value.detach(), **numbers}
+        p = rows.probabilities("student")
+        # The tensors of the loss are not ours to write to.
+        through = torch.addcmul(slope, p, slope.sum(-1, keepdim=True), value=-1, out=p)
+        if work.slopes is not None:
+            # 0 where a token has no weight in the step.
+            numbers |= work.slopes(numbers, slope * learns[:, None], through * learns[:, None])
+        return head.through_cap(through, logits), {"loss": value, **numbers}
 
 
 def _check_finite(

@@ -19,6 +19,7 @@ from torch import Tensor
 from opdlab.data.column import Column, Description
 from opdlab.data.notes import Note
 from opdlab.engine.batch import Batch
+from opdlab.engine.closed_form import closed_form_of
 from opdlab.engine.columns import flatten, is_same, plain_data
 from opdlab.engine.loss_contract import adding_note, call_loss
 from opdlab.engine.passes import Pass, Slopes, compute, gradient
@@ -130,6 +131,7 @@ class Planned:
                 states[name] = self.batch.states(name).part(piece)
         columns = {name: column[piece] for name, column in self.columns.items()}
         token, learned = self.batch.token[piece], rollout.learned[piece]
+        closed_form = closed_form_of(self.method)
         if bool(learned.all()):
             return gradient(
                 self.method.loss,
@@ -140,6 +142,7 @@ class Planned:
                 watch=watch,
                 check=check,
                 slopes=slopes,
+                closed_form=closed_form,
             )
         index = learned.nonzero()[:, 0]
         found = gradient(
@@ -151,6 +154,7 @@ class Planned:
             watch=watch,
             check=check,
             slopes=slopes,
+            closed_form=closed_form,
         )
         return found.spread(index, len(token))
 

@@ -8,6 +8,7 @@ from typing import TypeAlias
 from torch import Tensor
 
 from opdlab.errors import UnknownColumn
+from opdlab.losses.closed_forms import Pair
 from opdlab.losses.divergences import TopK
 from opdlab.models.graded import TopLogprobs, whole_distribution_error
 
@@ -45,6 +46,7 @@ class Rows:
     ) -> None:
         self.distributions, self.token, self.columns = dict(logp), token, dict(columns or {})
         self._probabilities: dict[str, Tensor] = {}
+        self._pairs: dict[str, Pair] = {}
 
     @property
     def logp(self) -> Tensor:
@@ -63,6 +65,20 @@ class Rows:
         if policy not in self._probabilities:
             self._probabilities[policy] = self[policy].exp()
         return self._probabilities[policy]
+
+    def pair(self, policy: str) -> Pair:
+        """Put the student beside another policy, with what they share computed once for all.
+
+        Args:
+            policy: The policy's name.
+
+        Returns:
+            Their log-probs, the student's probabilities, and the reverse KL when first asked for.
+        """
+        if policy not in self._pairs:
+            p = self.probabilities("student")
+            self._pairs[policy] = Pair(self["student"], self[policy], p)
+        return self._pairs[policy]
 
     def logp_of(self, policy: str) -> Tensor:
         """Read a policy's log-prob of the sampled token.

@@ -27,6 +27,7 @@ from opdlab.models.graded import Graded, TopLogprobs
 from opdlab.models.routed import known_top
 
 TOP = 8  # tokens of each policy that `Signals` keeps
+PIECE = 256  # tokens of a piece of the vocabulary in `likeliest_token`
 
 
 def cheap(rows: Rows) -> dict[str, Tensor]:
@@ -48,8 +49,7 @@ def cheap(rows: Rows) -> dict[str, Tensor]:
         if isinstance(known, TopLogprobs):
             out[f"{name}_coarse_reverse_kl"] = reverse_kl(*rows.on(name, TopK(known.k, by=name)))
         else:
-            gap = rows["student"] - rows[name]
-            out[f"{name}_reverse_kl"] = expectation(rows.probabilities("student"), gap)
+            out[f"{name}_reverse_kl"] = rows.pair(name).reverse_kl
     return out
 
 
@@ -69,10 +69,37 @@ def watched(rows: Rows) -> dict[str, Tensor]:
         known = rows.distributions[others[0]]
         if isinstance(known, TopLogprobs):
             likeliest = known.ids[:, :1]
-        else:  # half the time of `topk(1)`, and less than that of `argmax`
-            likeliest = known.max(-1, keepdim=True).indices
+        else:
+            likeliest = likeliest_token(known)[:, None]
         out["wanted"] = rows["student"].gather(-1, likeliest)[:, 0].exp()
     return out
+
+
+def likeliest_token(logp: Tensor) -> Tensor:
+    """Find the likeliest token, the first of several, in a sixth of the time of `argmax` on a CPU.
+
+    Finding the largest value is fast, and keeping its place is slow. So the largest value of each
+    piece of the vocabulary is found first, then the place in the piece that has the largest of all.
+
+    Args:
+        logp: Log-probs `[n, V]`.
+
+    Returns:
+        Token ids, `[n]`.
+    """
+    pieces = logp.shape[-1] // PIECE
+    whole, rest = logp[:, : pieces * PIECE], logp[:, pieces * PIECE :]
+    if not pieces:
+        only: Tensor = rest.max(-1).indices
+        return only
+    parts = whole.unflatten(-1, (pieces, PIECE))
+    best = parts.amax(-1).max(-1)
+    inside = parts.gather(1, best.indices[:, None, None].expand(-1, 1, PIECE))[:, 0]
+    token: Tensor = best.indices * PIECE + inside.max(-1).indices
+    if not rest.shape[-1]:
+        return token
+    last = rest.max(-1)
+    return torch.where(last.values > best.values, pieces * PIECE + last.indices, token)
 
 
 def full(k: int = TOP, allow_partial: bool = False) -> Callable[[Rows], dict[str, Tensor]]:

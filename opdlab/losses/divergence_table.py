@@ -24,7 +24,7 @@ import torch
 from torch import Tensor
 
 from opdlab.errors import InvalidValue, UnknownOption
-from opdlab.losses import divergences
+from opdlab.losses import closed_forms, divergences
 from opdlab.losses.divergences import as_float
 from opdlab.support.expect import shortened
 
@@ -88,6 +88,8 @@ class Divergence:
             all logits. None: the sum of the generator over the vocabulary.
         parameter: The family's parameter, or None.
         form_of: The entry of which this is only another generator, or None.
+        closed_form: The same divergence with its gradient in the student's logits, a function of a
+            `closed_forms.Pair` with the keywords of `exact`. None: autograd finds the gradient.
     """
 
     name: str
@@ -96,6 +98,7 @@ class Divergence:
     exact: Callable[..., Tensor] | None = None
     parameter: Parameter | None = None
     form_of: str | None = None
+    closed_form: Callable[..., closed_forms.ClosedForm] | None = None
 
     def __call__(self, student: Tensor, teacher: Tensor, **options: Any) -> Tensor:
         """Return the divergence on the full vocabulary, in nats where it is a KL or a JSD.
@@ -403,20 +406,34 @@ _SKEW = Parameter(
 DIVERGENCES: dict[str, Divergence] = {
     entry.name: entry
     for entry in (
-        Divergence("forward_kl", "forward KL", _forward_kl, divergences.forward_kl),
-        Divergence("reverse_kl", "reverse KL", _reverse_kl, divergences.reverse_kl),
+        Divergence(
+            "forward_kl",
+            "forward KL",
+            _forward_kl,
+            divergences.forward_kl,
+            closed_form=closed_forms.forward_kl,
+        ),
+        Divergence(
+            "reverse_kl",
+            "reverse KL",
+            _reverse_kl,
+            divergences.reverse_kl,
+            closed_form=closed_forms.reverse_kl,
+        ),
         Divergence(
             "reverse_kl_k3",
             "reverse KL, k3 form",
             _reverse_kl_k3,
             divergences.reverse_kl,
             form_of="reverse_kl",
+            closed_form=closed_forms.reverse_kl,
         ),
         Divergence(
             "jensen_shannon",
             "Jensen-Shannon divergence",
             _jensen_shannon,
             divergences.jensen_shannon,
+            closed_form=closed_forms.jensen_shannon,
         ),
         Divergence(
             "generalized_jsd",
@@ -424,24 +441,39 @@ DIVERGENCES: dict[str, Divergence] = {
             _generalized_jsd,
             divergences.generalized_jsd,
             _BETA,
+            closed_form=closed_forms.generalized_jsd,
         ),
         Divergence(
-            "total_variation", "total variation", _total_variation, divergences.total_variation
+            "total_variation",
+            "total variation",
+            _total_variation,
+            divergences.total_variation,
+            closed_form=closed_forms.total_variation,
         ),
         Divergence(
             "squared_hellinger",
             "squared Hellinger distance",
             _squared_hellinger,
             divergences.squared_hellinger,
+            closed_form=closed_forms.squared_hellinger,
         ),
-        Divergence("pearson", "Pearson chi²", _pearson, divergences.pearson),
-        Divergence("neyman", "Neyman chi²", _neyman, divergences.neyman),
+        Divergence(
+            "pearson",
+            "Pearson chi²",
+            _pearson,
+            divergences.pearson,
+            closed_form=closed_forms.pearson,
+        ),
+        Divergence(
+            "neyman", "Neyman chi²", _neyman, divergences.neyman, closed_form=closed_forms.neyman
+        ),
         Divergence(
             "alpha_divergence",
             "alpha-divergence",
             _alpha_divergence,
             divergences.alpha_divergence,
             _ALPHA,
+            closed_form=closed_forms.alpha_divergence,
         ),
         Divergence(
             "skew_forward_kl",
@@ -449,6 +481,7 @@ DIVERGENCES: dict[str, Divergence] = {
             _skew_forward_kl,
             divergences.skew_forward_kl,
             _SKEW,
+            closed_form=closed_forms.skew_forward_kl,
         ),
         Divergence(
             "skew_reverse_kl",
@@ -456,8 +489,21 @@ DIVERGENCES: dict[str, Divergence] = {
             _skew_reverse_kl,
             divergences.skew_reverse_kl,
             _SKEW,
+            closed_form=closed_forms.skew_reverse_kl,
         ),
-        Divergence("jeffreys", "Jeffreys divergence", _jeffreys, divergences.jeffreys),
-        Divergence("le_cam", "Le Cam divergence", _le_cam, divergences.le_cam),
+        Divergence(
+            "jeffreys",
+            "Jeffreys divergence",
+            _jeffreys,
+            divergences.jeffreys,
+            closed_form=closed_forms.jeffreys,
+        ),
+        Divergence(
+            "le_cam",
+            "Le Cam divergence",
+            _le_cam,
+            divergences.le_cam,
+            closed_form=closed_forms.le_cam,
+        ),
     )
 }

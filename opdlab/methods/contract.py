@@ -39,9 +39,9 @@ class Method(Protocol):
 
     A method may also be a `HasPlan`, `HasShare`, `HasWriter`, `HasRecipe`, `HasParts` or
     `HasFormula`. It may have `verifies = True` (it learns from the task's verifier), `least_n`
-    (samples per prompt that it compares at least), and `state_dict()` with
-    `load_state_dict(state)` where it keeps something from step to step
-    (`opdlab.training.method_state`).
+    (samples per prompt that it compares at least), `closed_form(rows)` where it knows the gradient
+    of its loss (`opdlab.engine.closed_form`), and `state_dict()` with `load_state_dict(state)`
+    where it keeps something from step to step (`opdlab.training.method_state`).
     """
 
     @property

@@ -43,8 +43,9 @@ from opdlab.engine.batch import Batch
 from opdlab.engine.rows import Rows
 from opdlab.errors import InvalidValue, MissingPolicy
 from opdlab.losses import DIVERGENCES, TopK
+from opdlab.losses.closed_forms import ClosedForm
 from opdlab.methods.grpo import GRPO, clipped_loss
-from opdlab.methods.opd import check_divergence
+from opdlab.methods.opd import check_divergence, closed_form_of_divergence
 from opdlab.methods.policy_gradient import advantage_column
 from opdlab.methods.self_distillation import ANCHORS, Anchor, check_anchor
 from opdlab.support.expect import shortened
@@ -175,6 +176,20 @@ class SDPO:
             by = teacher if self.top_k.by == "teacher" else "student"
             pair = rows.on(teacher, TopK(self.top_k.k, by, self.top_k.tail))
         return rows.scale * DIVERGENCES[self.divergence](*pair, **self.options)
+
+    def closed_form(self, rows: Rows) -> ClosedForm | None:
+        """Compute the divergence with its gradient in the logits, on the full vocabulary.
+
+        Args:
+            rows: A chunk of `n` tokens, with the columns of `plan`, without gradient.
+
+        Returns:
+            What `loss` gives, and its gradient; None with `top_k`.
+        """
+        if self.top_k is not None:
+            return None
+        found = closed_form_of_divergence(self, rows.pair(*self.needs))
+        return None if found is None else found.times(rows.scale)
 
 
 def feedback_hints(batch: Batch, method: SDPO) -> list[str | None]:

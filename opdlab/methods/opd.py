@@ -27,6 +27,7 @@ from opdlab.engine.batch import Batch, return_to_go
 from opdlab.engine.rows import Rows
 from opdlab.errors import InvalidValue, UnknownOption
 from opdlab.losses import DIVERGENCES, TopK, reverse_kl
+from opdlab.losses.closed_forms import ClosedForm, Pair
 from opdlab.methods.policy_gradient import (
     advantage_column,
     policy_gradient_loss,
@@ -167,6 +168,33 @@ class OPD:
             return policy_gradient_loss(rows)
         pair = rows.on("teacher", self.top_k) if self.top_k else (rows.student, rows.teacher)
         return DIVERGENCES[self.divergence](*pair, **self.options)
+
+    def closed_form(self, rows: Rows) -> ClosedForm | None:
+        """Compute the divergence with its gradient in the logits, on the full vocabulary.
+
+        Args:
+            rows: A chunk of `n` tokens, without gradient.
+
+        Returns:
+            What `loss` gives, and its gradient; None with `top_k` or `estimator="sampled"`.
+        """
+        if self.estimator == "sampled" or self.top_k:
+            return None
+        return closed_form_of_divergence(self, rows.pair("teacher"))
+
+
+def closed_form_of_divergence(method: HasDivergence, pair: Pair) -> ClosedForm | None:
+    """Compute a method's divergence with its gradient in the student's logits.
+
+    Args:
+        method: The method.
+        pair: The student beside the teacher.
+
+    Returns:
+        Value and gradient; None for a divergence without a closed form.
+    """
+    formula = DIVERGENCES[method.divergence].closed_form
+    return None if formula is None else formula(pair, **method.options)
 
 
 def check_divergence(method: HasDivergence) -> None:

@@ -19,7 +19,8 @@ from torch import Tensor
 from opdlab.engine.rows import Rows
 from opdlab.errors import InvalidValue
 from opdlab.losses import DIVERGENCES, TopK
-from opdlab.methods.opd import check_divergence
+from opdlab.losses.closed_forms import ClosedForm
+from opdlab.methods.opd import check_divergence, closed_form_of_divergence
 from opdlab.support.expect import shortened
 from opdlab.support.validation import Finite, validate_fields
 
@@ -135,6 +136,19 @@ class SelfDistillation:
         if self.clip is not None:
             return clipped_forward_kl(*pair, clip=self.clip)
         return DIVERGENCES[self.divergence](*pair, **self.options)
+
+    def closed_form(self, rows: Rows) -> ClosedForm | None:
+        """Compute the divergence with its gradient in the logits, on the full vocabulary.
+
+        Args:
+            rows: A chunk of `n` tokens, without gradient.
+
+        Returns:
+            What `loss` gives, and its gradient; None with `top_k` or `clip`.
+        """
+        if self.top_k is not None or self.clip is not None:
+            return None
+        return closed_form_of_divergence(self, rows.pair(*self.needs))
 
 
 def clipped_forward_kl(student: Tensor, teacher: Tensor, clip: float) -> Tensor:

@@ -81,14 +81,17 @@ class States:
             piece = piece.to(self.hidden.device)
         return States(self.hidden[piece].detach(), self.head, self.device)
 
-    def logp(self) -> Tensor:
+    def logp(self, memory: Tensor | None = None) -> Tensor:
         """Compute log-probs `[n, V]`.
+
+        Args:
+            memory: Log-probs of an earlier call that are no longer needed (see `Head`).
 
         Returns:
             In nats, in the precision of the head's logits: float32, or float64. They are on
             `device`, so that those of a teacher elsewhere can be compared with the student's.
         """
-        return log_softmax_in_place(self.head(self.hidden)).to(self.device)
+        return log_softmax_in_place(self.head(self.hidden, memory)).to(self.device)
 
 
 # Float32 log-probs show the mass that the top tokens leave over to about this much.

@@ -112,18 +112,26 @@ class Head:
         lora = [] if self.lora is None else [self.lora.up, self.lora.down]
         return [p for p in (self.weight, self.bias, *lora) if p is not None and p.requires_grad]
 
-    def __call__(self, hidden: Tensor) -> Tensor:
+    def __call__(self, hidden: Tensor, memory: Tensor | None = None) -> Tensor:
         """Compute logits `[n, V]` of hidden states `[n, H]`.
 
         They are float32 (or float64), on the device of the hidden states, wherever the head is. A
         head in bfloat16 gives the float32 sums of its products where the device can
         (`opdlab.models.products`).
+
+        Args:
+            hidden: The hidden states, `[n, H]`.
+            memory: Logits of an earlier call, at least `n` rows, that are no longer needed. They
+                may be overwritten: new pages of memory cost a tenth of a product.
+
+        Returns:
+            `[n, V]`, in `memory` where that is possible.
         """
         bias, device = None if self.bias is None else self.bias[: self.vocab_size], hidden.device
         weight = self.weight[: self.vocab_size]
         with without_autocast(weight.device):
             hidden = hidden.to(weight.device)
-            logits = project(hidden, weight, bias)
+            logits = project(hidden, weight, bias, memory)
             if self.lora is not None:
                 up, down = self.lora.up[: self.vocab_size], self.lora.down
                 inner = functional.linear(hidden.to(down.dtype), down)

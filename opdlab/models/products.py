@@ -35,13 +35,17 @@ CAST_BYTES = 4 << 20  # stays in a cache
 FULL = (torch.float32, torch.float64)
 
 
-def project(hidden: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+def project(
+    hidden: Tensor, weight: Tensor, bias: Tensor | None = None, memory: Tensor | None = None
+) -> Tensor:
     """Compute `hidden @ weight.T + bias`.
 
     Args:
         hidden: `[n, H]`, on the device of `weight`; it is cast to its dtype.
         weight: `[V, H]`.
         bias: `[V]`, or None.
+        memory: At least `n` rows of `[V]` that may be overwritten with the result, where it is a
+            matrix of the same type on the same device and no gradient is wanted.
 
     Returns:
         `[n, V]` in float32, or in float64 where `weight` is. It carries a gradient where one is
@@ -49,6 +53,11 @@ def project(hidden: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tenso
     """
     hidden = hidden.to(weight.dtype)
     if weight.dtype in FULL:
+        if memory is not None and _fits(memory, hidden, weight):
+            into = memory[: len(hidden)]
+            if bias is None:
+                return torch.mm(hidden, weight.T, out=into)
+            return torch.addmm(bias, hidden, weight.T, out=into)
         return _multiply(hidden, weight, bias)
     product: Tensor = _Product.apply(hidden, weight)  # type: ignore[no-untyped-call]
     return product if bias is None else product.add_(bias)
@@ -133,6 +142,13 @@ def _blocks(weight: Tensor) -> list[slice]:
     """Cut the rows of a matrix such that the float32 copy of one part stays small."""
     size = max(1, CAST_BYTES // (4 * weight.shape[1]))
     return [slice(i, min(i + size, len(weight))) for i in range(0, len(weight), size)]
+
+
+def _fits(memory: Tensor, hidden: Tensor, weight: Tensor) -> bool:
+    """Tell whether the logits of many rows can stand in some memory."""
+    is_alike = (memory.dtype, memory.device) == (weight.dtype, weight.device)
+    is_large = PADDED_ROWS <= len(hidden) <= len(memory)  # few rows have ways of their own
+    return is_alike and is_large and not torch.is_grad_enabled()
 
 
 def _multiply(hidden: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:

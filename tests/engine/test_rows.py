@@ -183,6 +183,23 @@ def test_a_function_of_rows_is_computed_in_blocks():
     torch.testing.assert_close(got["advantage"], columns["advantage"])
 
 
+def test_the_memory_of_a_chunk_is_used_again():
+    """New pages cost a tenth of a product, so a chunk's logits take the place of the last ones."""
+    states, _, _, _ = make_case(40)
+    head, hidden = states["student"].head, states["student"].hidden
+    with torch.no_grad():
+        first = head(hidden)
+        want = head(hidden[:20])
+        again = head(hidden[:20], first)
+        assert again.data_ptr() == first.data_ptr()
+        assert torch.equal(again, want)
+        assert head(hidden, first[:20]).data_ptr() != first.data_ptr()  # too small
+        torch.testing.assert_close(head(hidden, first.float()), head(hidden))  # of another type
+        biased = make_case(40, bias=True)[0]["student"]
+        want = full_logits(biased)
+        torch.testing.assert_close(biased.head(biased.hidden, torch.empty_like(first)), want)
+
+
 def test_gradients_of_a_trainable_head_add_up():
     states, token, weight, columns = make_case(bias=True)
     own = states["student"].head

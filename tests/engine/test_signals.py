@@ -64,6 +64,17 @@ def test_support_and_tail_hold_all_mass(seed, vocab, k):
     assert torch.equal(got["support"][:, 0], rows.token)
 
 
+@pytest.mark.parametrize("vocab", [1, 7, 255, 256, 257, 600, 768])
+def test_the_likeliest_token_is_the_first_of_the_largest(vocab):
+    noise = torch.Generator().manual_seed(vocab)
+    distinct = torch.randn(40, vocab, generator=noise)
+    ties = torch.randint(3, (40, vocab), generator=noise).float()
+    ruled_out = torch.full((1, vocab), -torch.inf)
+    for logp in (distinct, ties, ruled_out, distinct[:0]):
+        first = [row.tolist().index(row.max()) for row in logp]
+        assert signals.likeliest_token(logp).tolist() == first
+
+
 def test_ranks_count_from_one():
     rows = make_rows()
     got = signals.full(2)(rows)
