@@ -15,7 +15,7 @@ ROOT = Path(__file__).parents[1]
 # Blocks of each page.
 GUIDES = {
     "quickstart": 3,
-    "own_loss": 8,
+    "own_loss": 9,
     "own_task": 3,
     "black_box": 4,
     "privileged": 9,
