@@ -111,7 +111,7 @@ def _differentiate(trace: Trace, loss: Any) -> tuple[Tensor, Tensor, Tensor]:
         )
         student = logits.log_softmax(-1).requires_grad_()
         value = call_loss(function, Rows({**logp, "student": student}, token, plan))
-        after = gradient_of_loss(value.sum(), student)
+        after = gradient_of_loss(value, torch.ones_like(value), student)
         # Through the softmax: a logit moves its own log-prob, and all others by its probability.
         slope = after - student.detach().exp() * after.sum(-1, keepdim=True)
     except UnknownColumn as error:

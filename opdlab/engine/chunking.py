@@ -112,9 +112,7 @@ def chunks(tokens: int, vocab_size: int, budget: Budget, chunk: int | None = Non
     Returns:
         Slices in order that cover all tokens.
     """
-    rows = budget.chunk // (4 * vocab_size)
-    rows -= rows % MULTIPLE_OF_CHUNK
-    return _slices(tokens, chunk or max(FEWEST_OF_CHUNK, rows))
+    return _slices(tokens, chunk or _rows_of_chunk(vocab_size, budget))
 
 
 def blocks(tokens: int, vocab_size: int, budget: Budget) -> list[slice]:
@@ -129,6 +127,11 @@ def blocks(tokens: int, vocab_size: int, budget: Budget) -> list[slice]:
         Slices in order that cover all tokens of the chunk.
     """
     return _slices(tokens, max(FEWEST_OF_BLOCK, budget.block // (4 * vocab_size)))
+
+
+def _rows_of_chunk(vocab_size: int, budget: Budget) -> int:
+    rows = budget.chunk // (4 * vocab_size)
+    return max(FEWEST_OF_CHUNK, rows - rows % MULTIPLE_OF_CHUNK)
 
 
 def _slices(tokens: int, size: int) -> list[slice]:
@@ -152,6 +155,6 @@ def bytes_of_pass(
         its gradient, of which a profile counted about ten.
     """
     row, budget = 4 * vocab_size, budget_of_kind(kind, free)
-    chunk = max(FEWEST_OF_CHUNK * row, budget.chunk)
+    chunk = _rows_of_chunk(vocab_size, budget) * row
     block = max(FEWEST_OF_BLOCK * row, budget.block)
     return policies * min(chunk, tokens * row) + BUFFERS * min(block, tokens * row)

@@ -19,8 +19,8 @@ from opdlab.engine.rows import Rows
 from opdlab.errors import BadLoss
 from opdlab.losses.closed_forms import ClosedForm, through_softmax
 
-# How far a formula may be from autograd. Beside large logits, float32 probabilities sum to 1 only to
-# some 1e-5, and the two spread that error over the tokens in different ways.
+# How far a formula may be from autograd. Beside large logits, float32 probabilities sum to 1 with an
+# error of some 1e-5, which the two spread over the tokens in different ways.
 RELATIVE, ABSOLUTE = 1e-3, 1e-4
 
 Formula = Callable[[Rows], ClosedForm | None]
@@ -78,7 +78,7 @@ def check_closed_form(loss: Callable[[Rows], Tensor], formula: Formula, rows: Ro
         found = formula(rows)
     if found is None:
         return
-    value, slope = gradient_of_rows(loss, rows)
+    value, slope = gradient_of_rows(loss, rows, torch.ones_like(found.value))
     expected = through_softmax(slope, rows.probabilities("student"))
     length = expected.norm(dim=-1)
     apart = (found.value - value).abs() > RELATIVE * value.abs() + ABSOLUTE

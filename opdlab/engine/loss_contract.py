@@ -165,16 +165,17 @@ def _evaluate(loss: Loss, rows: Rows, weight: Tensor) -> tuple[Tensor, Tensor, t
     with torch.enable_grad():
         value = call_loss(loss, seen)
         graph = value.grad_fn
-        slope = gradient_of_loss((value * weight).sum(), leaf)
+        slope = gradient_of_loss(value, weight, leaf)
     return value.detach(), slope, _check_graph(graph, leaf)
 
 
-def gradient_of_rows(loss: Loss, rows: Rows) -> tuple[Tensor, Tensor]:
-    """Compute the loss of each token, and the gradient of its own loss in the log-probs.
+def gradient_of_rows(loss: Loss, rows: Rows, weight: Tensor) -> tuple[Tensor, Tensor]:
+    """Compute the loss of each token, and the gradient of `sum(weight * loss)` in the log-probs.
 
     Args:
         loss: Any function of rows.
         rows: The tokens; the student's log-probs need not require a gradient, and are not copied.
+        weight: Each token's share of the mean, `[n]`.
 
     Returns:
         The loss, `[n]`, without gradient, and the gradient, `[n, V]`.
@@ -186,16 +187,17 @@ def gradient_of_rows(loss: Loss, rows: Rows) -> tuple[Tensor, Tensor]:
     seen = Rows({**rows.distributions, "student": leaf}, rows.token, rows.columns)
     with torch.enable_grad():
         value = call_loss(loss, seen)
-        slope = gradient_of_loss(value.sum(), leaf)
+        slope = gradient_of_loss(value, weight, leaf)
     return value.detach(), slope
 
 
-def gradient_of_loss(total: Tensor, student: Tensor) -> Tensor:
-    """Compute the gradient of a sum of losses with respect to the student's log-probs.
+def gradient_of_loss(value: Tensor, weight: Tensor, student: Tensor) -> Tensor:
+    """Compute the gradient of `sum(weight * value)` with respect to the student's log-probs.
 
     Args:
-        total: The sum over tokens, a single number.
-        student: The student's log-probs `[n, V]`, of which it was computed.
+        value: The loss of each token, `[n]`.
+        weight: Each token's share of the mean, `[n]`.
+        student: The student's log-probs `[n, V]`, of which `value` was computed.
 
     Returns:
         `[n, V]`.
@@ -205,7 +207,7 @@ def gradient_of_loss(total: Tensor, student: Tensor) -> Tensor:
             place.
     """
     try:
-        (slope,) = torch.autograd.grad(total, student, allow_unused=True)
+        (slope,) = torch.autograd.grad((value * weight).sum(), student, allow_unused=True)
     except RuntimeError as error:
         if "inplace operation" not in str(error):
             raise

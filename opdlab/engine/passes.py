@@ -295,12 +295,10 @@ def _one_chunk(
     rows = Rows({"student": logits, **others}, token, columns)
     found: dict[str, Tensor] = {}
     for block in blocks(len(token), student.vocab_size, budget):
-        learns = weight[block] != 0
-        through, numbers = _one_block(work, rows.select(block), learns, student.head)
+        through, numbers = _one_block(work, rows.select(block), weight[block], student.head)
         # Kept first, since a number may be a view of the log-probs, whose memory is used again.
         _keep(found, numbers, block, len(token))
-        with torch.no_grad():
-            torch.mul(through, weight[block, None], out=logits[block])
+        logits[block] = through
     with torch.no_grad():
         out = student.head.backward(logits, student.hidden)
         share = out.norm(dim=-1) / weight.abs().clamp(min=1e-30)
@@ -308,9 +306,9 @@ def _one_chunk(
 
 
 def _one_block(
-    work: _Work, rows: Rows, learns: Tensor, head: Head
+    work: _Work, rows: Rows, weight: Tensor, head: Head
 ) -> tuple[Tensor, dict[str, Tensor]]:
-    """Gradient of each token's own loss for its logits `[n, V]`, and the numbers of one block.
+    """Gradient for the logits `[n, V]`, and the numbers of one block.
 
     The student's rows are logits here; without a cap they are overwritten by log-probs.
     """
@@ -321,16 +319,18 @@ def _one_block(
         rows = Rows({**rows.distributions, "student": leaf}, rows.token, rows.columns)
         numbers = work.watch(rows) if work.watch else {}
         known = work.closed_form(rows) if work.closed_form else None
-    if known is not None:
-        return head.through_cap(known.gradient, logits), {"loss": known.value, **numbers}
-    value, slope = gradient_of_rows(work.loss, rows)
+        if known is not None:
+            through = known.gradient.mul_(weight[:, None])
+            return head.through_cap(through, logits), {"loss": known.value, **numbers}
+    value, slope = gradient_of_rows(work.loss, rows, weight)
     with torch.no_grad():
+        # Back through the softmax. The tensors of the loss are not ours to write to.
         p = rows.probabilities("student")
-        # The tensors of the loss are not ours to write to.
-        through = torch.addcmul(slope, p, slope.sum(-1, keepdim=True), value=-1, out=p)
+        through = torch.addcmul(slope, p, -slope.sum(-1, keepdim=True), out=p)
         if work.slopes is not None:
-            # 0 where a token has no weight in the step.
-            numbers |= work.slopes(numbers, slope * learns[:, None], through * learns[:, None])
+            # Of each token's own loss, without its weight in the step; 0 where it has none.
+            share = torch.where(weight == 0, 0.0, 1 / weight)[:, None].to(slope.dtype)
+            numbers |= work.slopes(numbers, slope * share, through * share)
         return head.through_cap(through, logits), {"loss": value, **numbers}
 
 

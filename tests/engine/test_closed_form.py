@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from opdlab import EOPD, OPD, SDPO, SelfDistillation
-from opdlab.engine import passes, signals
+from opdlab.engine import chunking, signals
 from opdlab.engine.closed_form import HasClosedForm, closed_form_of
 from opdlab.engine.kept_tokens import KeptTokens
 from opdlab.engine.passes import gradient
@@ -43,8 +43,8 @@ def make_case(method, dtype=torch.float64, **head):
 @pytest.mark.parametrize("head", HEADS)
 @pytest.mark.parametrize("name", METHODS)
 def test_it_gives_what_autograd_gives(name, head, chunk, monkeypatch):
-    monkeypatch.setattr(passes, "FEWEST_OF_BLOCK", 2)
-    monkeypatch.setitem(passes.BLOCK_BYTES, "cpu", 1)
+    monkeypatch.setattr(chunking, "FEWEST_OF_BLOCK", 2)
+    monkeypatch.setattr(chunking, "CPU", chunking.Budget(chunking.CPU.chunk, 1))
     method = METHODS[name]
     states, token, weight, columns = make_case(method, **HEADS[head])
     matrix = states["student"].head.weight.requires_grad_()
