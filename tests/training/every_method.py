@@ -111,7 +111,9 @@ def methods() -> dict[str, tuple[object, dict[str, object]]]:
         "OVD": (opd.OVD(), {"n": 2}),
         "SpanOPD": (opd.SpanOPD(), {}),
         "EOPD": (opd.EOPD(), {}),
-        "OPSA": (opd.OPSA(), {}),
+        # At seed 3 one gradient is so close to 0 that its sign is rounding on some processors, and
+        # Adam's first step moves its weight by a whole `lr` either way.
+        "OPSA": (opd.OPSA(), {"seed": 4}),
         "GOPD": (opd.GOPD(), {}),
         "Combined": (opd.Combined(opd.OPD(), opd.GRPO(), Own(), weights=(1, 0.5, 2)), {"n": 4}),
         "TurnOPD": (opd.TurnOPD(), {}),
