@@ -53,8 +53,7 @@ class Case:
         loss: A name in `METHODS`.
         trainable: Whether the student's head gets a gradient.
         tokens: Number of tokens.
-        watch: Whether opdlab also notes log-probs, entropy and reverse KL per token, as a training
-            step does.
+        watch: Whether opdlab also notes what a training step watches (`signals.watched`).
         vocab: Number of tokens of the vocabulary.
     """
 

@@ -19,8 +19,8 @@ from opdlab.engine.rows import Rows
 from opdlab.errors import BadLoss
 from opdlab.losses.closed_forms import ClosedForm, through_softmax
 
-# How far a formula may be from autograd. Beside large logits, float32 probabilities sum to 1 with an
-# error of some 1e-5, which the two spread over the tokens in different ways.
+# How far a formula may be from autograd. Beside large logits, float32 probabilities sum to 1 with
+# an error of some 1e-5, which the two spread over the tokens in different ways.
 RELATIVE, ABSOLUTE = 1e-3, 1e-4
 
 Formula = Callable[[Rows], ClosedForm | None]
