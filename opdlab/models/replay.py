@@ -7,6 +7,7 @@ once.
 
 from __future__ import annotations
 
+import functools
 import os
 import warnings
 from collections.abc import Callable, Hashable
@@ -14,6 +15,8 @@ from collections.abc import Callable, Hashable
 import torch
 from torch import Tensor
 from transformers import PreTrainedModel
+
+from opdlab.models.quantization import is_quantized
 
 SWITCH = "OPDLAB_CUDA_GRAPHS"  # 0 turns them off
 WARM_UPS = 2  # calls before a recording, in which libraries choose kernels and take their memory
@@ -27,12 +30,14 @@ def can_replay(model: PreTrainedModel) -> bool:
 
     Returns:
         True if all its weights are plain tensors on one GPU, and the environment variable
-        `OPDLAB_CUDA_GRAPHS` is not 0. Sharded models talk to other processes in each pass.
+        `OPDLAB_CUDA_GRAPHS` is not 0. Sharded models talk to other processes in each pass, and
+        layers in 8 bits wait for the device to look for outliers.
     """
     weights = list(model.parameters())
     is_plain = all(weight.is_cuda and type(weight.data) is Tensor for weight in weights)
     is_at_one_place = len({weight.device for weight in weights}) == 1
-    return is_plain and is_at_one_place and os.environ.get(SWITCH, "1") != "0"
+    is_on = os.environ.get(SWITCH, "1") != "0"
+    return is_on and is_plain and is_at_one_place and not is_quantized(model)
 
 
 class Repeat:
@@ -43,14 +48,15 @@ class Repeat:
 
     Args:
         function: The function. Its arguments decide which kernels there are.
+        device: Where its tensors are, which need not be PyTorch's current GPU.
     """
 
-    def __init__(self, function: Callable[..., None]) -> None:
-        self.function = function
+    def __init__(self, function: Callable[..., None], device: torch.device) -> None:
+        self.function, self.device = function, device
         self.graph: torch.cuda.CUDAGraph | None = None
         self.calls = 0  # since the kernels last changed
         self.recorded_for: tuple[Hashable, ...] = ()
-        self.can_record = torch.cuda.is_available()
+        self.can_record = device.type == "cuda"
 
     def __call__(self, *arguments: Hashable, layout: int = 0) -> None:
         """Call the function, or replay what it did.
@@ -72,20 +78,26 @@ class Repeat:
         self.calls += 1
 
     def _warm_up(self, arguments: tuple[Hashable, ...]) -> None:
-        """Call the function on a stream of its own, as a recording does."""
-        stream, before = torch.cuda.Stream(), torch.cuda.current_stream()
+        """Call the function on the stream of recordings."""
+        stream, before = _stream(self.device), torch.cuda.current_stream(self.device)
         stream.wait_stream(before)
-        with torch.cuda.stream(stream):
-            self.function(*arguments)
-        before.wait_stream(stream)
+        try:
+            with torch.cuda.stream(stream):
+                self.function(*arguments)
+        finally:  # also after an interrupt: memory that the kernels write must not be reused before
+            before.wait_stream(stream)
 
     def _record(self, arguments: tuple[Hashable, ...]) -> torch.cuda.CUDAGraph | None:
         """Record a call without running it; None where that is not possible."""
         try:
-            graph = torch.cuda.CUDAGraph()
-            # Other threads may use the GPU meanwhile.
-            with torch.cuda.graph(graph, capture_error_mode="thread_local"):
-                self.function(*arguments)
+            # Not PyTorch's own stream, which is on the GPU of the first recording in a process:
+            # kernels on another GPU would run once and be missing from the graph.
+            stream = _stream(self.device)
+            with torch.cuda.stream(stream):  # `graph` does not leave it where a recording fails
+                graph = torch.cuda.CUDAGraph()
+                # Other threads may use the GPU meanwhile.
+                with torch.cuda.graph(graph, stream=stream, capture_error_mode="thread_local"):
+                    self.function(*arguments)
         except RuntimeError as error:
             self.can_record = False
             reason = " ".join(str(error).split())[:200]
@@ -96,3 +108,12 @@ class Repeat:
             )
             return None
         return graph
+
+
+@functools.cache
+def _stream(device: torch.device) -> torch.cuda.Stream:
+    """The stream of warm-ups and recordings on a GPU.
+
+    It is one for all, since PyTorch keeps memory for each stream on which matrices are multiplied.
+    """
+    return torch.cuda.Stream(device)

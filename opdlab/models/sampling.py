@@ -200,7 +200,7 @@ class SamplingLoop:
             texts.append(progress.token)
             self._draw_token(texts, progress, may_end)
 
-        repeat = Repeat(write_token) if texts.stays_in_place else None
+        repeat = Repeat(write_token, device) if texts.stays_in_place else None
         self._draw_token(texts, progress, self._may_end(0))
         for t in range(1, steps):
             if t % look_every == 0:
