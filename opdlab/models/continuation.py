@@ -34,7 +34,9 @@ from opdlab.models.parted_cache import (
 )
 from opdlab.models.placement import input_device
 
-ROOM = 256  # tokens, for which `InPlace` makes room at once
+ROOM = 256  # tokens, for which `InPlace` makes room at once, or fewer for shorter texts
+
+UNLIMITED = 2**40  # tokens
 
 
 class Continuation(Protocol):
@@ -89,6 +91,7 @@ def begin(
     n: int,
     abilities: Abilities,
     *,
+    limits: Tensor | None = None,
     replay: bool = False,
 ) -> Continuation:
     """Begin `n` texts after each prompt: text `i * n + j` goes on from `starts[i]`.
@@ -99,21 +102,25 @@ def begin(
             pad (`Abilities.pads_left`).
         n: Texts per prompt.
         abilities: The shortcuts that may be taken.
+        limits: The most tokens of each text, `[len(starts) * n]`; None for no limit. A text that is
+            full may get more tokens, whose states mean nothing: they lie at its last position, and
+            not beyond the model's context.
         replay: Whether the texts should stay in place where the model can do that.
 
     Returns:
         The texts, with the `states` after their prompts computed.
     """
     if not abilities.caches:
-        return Recomputed(model, [list(start) for start in starts for _ in range(n)], abilities)
+        rows = [list(start) for start in starts for _ in range(n)]
+        return Recomputed(model, rows, abilities, limits)
     read = read_prompts(model, starts, shares_prefix=abilities.shares_prefix)
     if abilities.splits_cache and (n > 1 or replay):
         layers = split_cache(read.cache, read.mask)
         if layers and replay:
-            return InPlace(model, read, layers, n)
+            return InPlace(model, read, layers, n, limits)
         if layers:
-            return Parted(model, read, layers, n)
-    return Cached(model, read, n)
+            return Parted(model, read, layers, n, limits)
+    return Cached(model, read, n, limits)
 
 
 @dataclass
@@ -168,6 +175,12 @@ def read_prompts(
     return PromptsRead(cache, states, lengths, mask if is_padded else None)
 
 
+def _last_positions(read: PromptsRead, n: int, limits: Tensor | None) -> Tensor:
+    """The position of the last token of each text when it is full."""
+    lengths = read.lengths.repeat_interleave(n)
+    return lengths + (UNLIMITED if limits is None else limits.to(lengths.device)) - 1
+
+
 class Cached:
     """Go on from a cache that holds each text with its prompt, one token at a time.
 
@@ -175,23 +188,28 @@ class Cached:
         model: The model, with the adapter in force that shall write.
         read: The prompts; their cache is used and changed.
         n: Texts per prompt.
+        limits: As in `begin`.
 
     Attributes:
         states: The hidden state where each text's next token is predicted, `[B, H]`.
         cache: Keys, values and recurrent states of all texts.
         position: Position of the next token of each text, `[B]`.
+        last: The last position of each text, `[B]`.
         mask: 1 for tokens and 0 for padding, `[B, T]`; None where nothing is padded.
     """
 
     stays_in_place, layout = False, 0
 
-    def __init__(self, model: PreTrainedModel, read: PromptsRead, n: int) -> None:
+    def __init__(
+        self, model: PreTrainedModel, read: PromptsRead, n: int, limits: Tensor | None = None
+    ) -> None:
         self.model, self.cache = model, read.cache
         if n > 1:
             repeat_cache(self.cache, len(read.states), n, read.states.device)
         let_grow(self.cache)
         self.states = read.states.repeat_interleave(n, 0)
-        self.position = read.lengths.repeat_interleave(n)
+        self.last = _last_positions(read, n, limits)
+        self.position = read.lengths.repeat_interleave(n).minimum(self.last)
         self.mask = None if read.mask is None else read.mask.repeat_interleave(n, 0)
 
     def choose(self, going: Tensor) -> Tensor:
@@ -202,6 +220,7 @@ class Cached:
         """Go on with some of the texts only; see `Continuation`."""
         pick_rows(self.cache, rows)
         self.states, self.position = self.states[rows], self.position[rows]
+        self.last = self.last[rows]
         self.mask = None if self.mask is None else self.mask[rows]
 
     def make_room(self) -> None:
@@ -215,7 +234,7 @@ class Cached:
         self.states = run_backbone(
             self.model, ids, positions=positions, mask=self.mask, cache=self.cache
         )[:, -1]
-        self.position = self.position + 1
+        self.position = (self.position + 1).minimum(self.last)
 
 
 class Parted:
@@ -226,22 +245,30 @@ class Parted:
         read: The prompts.
         layers: The layers of their cache, which is split (`split_cache`).
         n: Texts per prompt.
+        limits: As in `begin`.
 
     Attributes:
         states: The hidden state where each text's next token is predicted, `[P * n, H]`.
         cache: Keys and values of prompts and texts.
         position: Position of the next token of each text, `[P * n]`.
+        last: The last position of each text, `[P * n]`.
         n: Texts per prompt.
     """
 
     stays_in_place, layout = False, 0
 
     def __init__(
-        self, model: PreTrainedModel, read: PromptsRead, layers: list[PartedLayer], n: int
+        self,
+        model: PreTrainedModel,
+        read: PromptsRead,
+        layers: list[PartedLayer],
+        n: int,
+        limits: Tensor | None = None,
     ) -> None:
         self.model, self.cache, self.layers, self.n = model, read.cache, layers, n
         self.states = read.states.repeat_interleave(n, 0)
-        self.position = read.lengths.repeat_interleave(n)
+        self.last = _last_positions(read, n, limits)
+        self.position = read.lengths.repeat_interleave(n).minimum(self.last)
 
     def choose(self, going: Tensor) -> Tensor:
         """Choose equally many texts of each prompt that has texts which go on.
@@ -271,6 +298,7 @@ class Parted:
         for layer in self.layers:
             layer.keep(prompts, rows)
         self.states, self.position = self.states[rows], self.position[rows]
+        self.last = self.last[rows]
 
     def make_room(self) -> None:
         """Do nothing: room is made as it is needed."""
@@ -282,7 +310,7 @@ class Parted:
             self.states = run_backbone(self.model, ids, positions=positions, cache=self.cache)[
                 :, -1
             ]
-        self.position = self.position + 1
+        self.position = (self.position + 1).minimum(self.last)
 
 
 class InPlace(Parted):
@@ -296,6 +324,7 @@ class InPlace(Parted):
         read: The prompts.
         layers: The layers of their cache, which is split (`split_cache`); they are replaced.
         n: Texts per prompt.
+        limits: As in `begin`.
 
     Attributes:
         room: The room for tokens, of all layers.
@@ -304,10 +333,16 @@ class InPlace(Parted):
     stays_in_place = True
 
     def __init__(
-        self, model: PreTrainedModel, read: PromptsRead, layers: list[PartedLayer], n: int
+        self,
+        model: PreTrainedModel,
+        read: PromptsRead,
+        layers: list[PartedLayer],
+        n: int,
+        limits: Tensor | None = None,
     ) -> None:
-        super().__init__(model, read, layers, n)
-        self.room, self._tokens = Room(ROOM, self.states.device), 0
+        super().__init__(model, read, layers, n, limits)
+        tokens = ROOM if limits is None else min(ROOM, int(limits.max()))
+        self.room, self._tokens = Room(tokens, self.states.device), 0
         fixed = [FixedLayer(layer, self.room, len(self.states)) for layer in layers]
         self.fixed = fixed
         self.layers, self.cache.layers = [*fixed], [*fixed]
@@ -344,16 +379,26 @@ class Recomputed:
         model: The model, with the adapter in force that shall write.
         rows: Token ids of each text so far.
         abilities: The shortcuts that may be taken within a pass.
+        limits: As in `begin`.
 
     Attributes:
         states: The hidden state where each text's next token is predicted, `[B, H]`.
         rows: Token ids of each text, prompt included.
+        most: The most tokens of each text, prompt included.
     """
 
     stays_in_place, layout = False, 0
 
-    def __init__(self, model: PreTrainedModel, rows: list[list[int]], abilities: Abilities) -> None:
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        rows: list[list[int]],
+        abilities: Abilities,
+        limits: Tensor | None = None,
+    ) -> None:
         self.model, self.rows, self.abilities = model, rows, abilities
+        more = [UNLIMITED] * len(rows) if limits is None else limits.tolist()
+        self.most = [len(row) + limit for row, limit in zip(rows, more, strict=True)]
         self.states = self._run()
 
     def choose(self, going: Tensor) -> Tensor:
@@ -362,7 +407,8 @@ class Recomputed:
 
     def keep(self, rows: Tensor) -> None:
         """Go on with some of the texts only; see `Continuation`."""
-        self.rows = [self.rows[i] for i in rows.tolist()]
+        kept = rows.tolist()
+        self.rows, self.most = [self.rows[i] for i in kept], [self.most[i] for i in kept]
         self.states = self.states[rows]
 
     def make_room(self) -> None:
@@ -370,7 +416,9 @@ class Recomputed:
 
     def append(self, tokens: Tensor) -> None:
         """Add a token to each text and compute the new `states`; see `Continuation`."""
-        self.rows = [[*row, token] for row, token in zip(self.rows, tokens.tolist(), strict=True)]
+        for row, most, token in zip(self.rows, self.most, tokens.tolist(), strict=True):
+            if len(row) < most:
+                row.append(token)
         self.states = self._run()
 
     def _run(self) -> Tensor:

@@ -102,7 +102,7 @@ class TextsInProgress:
         step: Number of tokens that have been drawn, `[1]`.
         live: The row of `out` that each text of the batch writes, `[B]`.
         going: Whether each text of the batch goes on, `[B]`.
-        is_broken: Whether any logits held no distribution, a single value.
+        is_broken: Whether any logits of texts that go on held no distribution, a single value.
     """
 
     def __init__(
@@ -146,7 +146,7 @@ class TextsInProgress:
         ):
             column.index_put_(place, values.to(column.dtype))
         self.token.copy_(drawn.token)
-        self.is_broken.logical_or_(~torch.isfinite(drawn.entropy).all())
+        self.is_broken.logical_or_((self.going & ~torch.isfinite(drawn.entropy)).any())
         self.step.add_(1)
 
     def end(self, ended: Tensor) -> None:
@@ -193,7 +193,7 @@ class TextsInProgress:
         Returns:
             The texts.
         """
-        inside = torch.arange(self.steps, device=self.step.device) < self.out.lengths[:, None]
+        behind = torch.arange(self.steps, device=self.step.device) >= self.out.lengths[:, None]
         for values in (self.out.ids, self.out.logp, self.out.entropy):
-            values *= inside
+            values.masked_fill_(behind, 0)  # whatever is there, NaN too
         return self.out

@@ -192,7 +192,9 @@ class SamplingLoop:
         progress = TextsInProgress(uniform, self.weights.eos, room, device)
         # A stop text is looked for by the tokenizer, after every token.
         replays = not self.config.stop and can_replay(model)
-        texts = begin(model, starts, n, self.weights.abilities, replay=replays)
+        texts = begin(
+            model, starts, n, self.weights.abilities, limits=progress.limits, replay=replays
+        )
         waits = bool(self.config.stop) or not (replays or device.type == "cuda")
         look_every = 1 if waits else TOKENS_PER_LOOK
 
@@ -231,7 +233,8 @@ class SamplingLoop:
         without = None if may_end or not len(eos) else eos
         uniform = progress.next_uniform()
         progress.put(draw(self.head(texts.states), uniform, self.config, without))
-        ended = torch.isin(progress.token, eos)
+        # Not `isin`, which waits for the device where there are many of them.
+        ended = (progress.token[:, None] == eos).any(1)
         if self.config.stop and may_end:
             ended |= self._hold_stop(progress.written())
         progress.end(ended)

@@ -19,7 +19,10 @@ from opdlab.data.written_text import WrittenText
 from opdlab.errors import InvalidValue, OpdlabError
 from opdlab.losses.divergences import entropy
 from opdlab.models import continuation, sampling
-from opdlab.models.drawing import draw
+from opdlab.models.abilities import Abilities
+from opdlab.models.drawing import Drawn, draw
+from opdlab.models.sampled_texts import TextsInProgress
+from opdlab.models.sampling import SamplingLoop
 from opdlab.models.text_rollouts import rollout_from_texts
 
 FAMILIES = {
@@ -599,6 +602,45 @@ def test_the_loop_of_a_gpu_does_not_wait_for_each_token(
             policy.sample(prompts[:1], 2, max_new_tokens=tokens, **options)
         waits.append(len(count.names) - tokens)
     assert waits[1] - waits[0] <= 2 * 3  # two looks more, of three questions at most
+
+
+@pytest.mark.parametrize("n", [1, 2])
+@pytest.mark.parametrize("way", ["cache", "gpu", "no cache"])
+def test_a_full_text_does_not_leave_the_context(way, n, make_policy, request, monkeypatch):
+    """It stays in the batch for a while, beside texts with more room; positions end at 24."""
+    if way == "gpu":
+        request.getfixturevalue("as_on_a_gpu")
+    policy = make_policy(
+        0,
+        eos=[],
+        family="gpt2",
+        **{**FAMILIES["gpt2"], "n_positions": 24},
+        max_position_embeddings=24,
+    )
+    if way == "no cache":
+        monkeypatch.setattr(policy.weights, "abilities", Abilities(caches=False))
+    loop = SamplingLoop(policy.weights, policy.head, SamplingConfig(max_new_tokens=20))
+    starts = [[5] * 20, *([7, i, 9, 4] for i in range(4))]
+    room = torch.tensor([4, 20, 20, 20, 20]).repeat_interleave(n)
+    uniform = torch.rand(5 * n, 20, generator=torch.Generator().manual_seed(0)).double()
+    with torch.no_grad():
+        texts = loop.write(starts, n, uniform, room)
+        assert texts.lengths.tolist() == room.tolist()
+        alone = loop.write(starts[:1], n, uniform[:n, :4])
+    assert torch.equal(texts.ids[:n, :4], alone.ids)
+
+
+def test_a_text_that_has_ended_breaks_nothing():
+    texts = TextsInProgress(torch.rand(2, 3), [1], None, torch.device("cpu"))
+    one = torch.ones(2)
+    texts.put(Drawn(torch.tensor([1, 5]), one, one))
+    texts.end(torch.tensor([True, False]))
+    broken = torch.tensor([math.nan, 1.0])
+    texts.put(Drawn(torch.tensor([0, 5]), broken, broken))
+    assert not texts.is_broken
+    assert texts.finish().entropy.tolist() == [[1, 0, 0], [1, 1, 0]]
+    texts.put(Drawn(torch.tensor([0, 5]), broken, broken.flip(0)))
+    assert texts.is_broken
 
 
 @pytest.mark.parametrize("number", [math.nan, math.inf])
