@@ -25,6 +25,10 @@ from opdlab.models.products import gives_float32
 # not know: a single new token may look at everything but padding, which `Parts` carries.
 ATTENTION = "opdlab_parts"
 
+# What some families hand to attention beside a mask, and two parts do not follow: windows, sinks,
+# biases, a choice of keys. Most matter in long texts only, which no check of a few tokens sees.
+REFUSED = ("sliding_window", "s_aux", "sinks", "position_bias", "indices", "block_indices")
+
 
 class Parts(NamedTuple):
     """The keys, or the values, of a layer.
@@ -245,7 +249,7 @@ def attend(
         attention_mask: A mask that the model makes by itself, which is refused.
         scaling: Factor of the scores; D ** -0.5 by default.
         softcap: Scores stay between -softcap and softcap, by a tanh; None for no cap.
-        options: What else a family hands over; `s_aux` (attention sinks) is refused.
+        options: What else a family hands over; those of `REFUSED` must be None.
 
     Returns:
         `[P * n, 1, query heads, D']`, and None for the weights, which are not kept.
@@ -254,8 +258,9 @@ def attend(
         NotImplementedError: The family attends in a way that two parts do not have.
     """
     is_split = isinstance(key, Parts) and isinstance(value, Parts) and query.shape[2] == 1
-    if not is_split or attention_mask is not None or options.get("s_aux") is not None:
-        raise NotImplementedError("one new token per text, without a mask and without sinks")
+    has_more = any(options.get(name) is not None for name in REFUSED)
+    if not is_split or attention_mask is not None or has_more:
+        raise NotImplementedError(f"one new token per text, no mask, and none of {REFUSED}")
     prompts, heads, width = key.prompt.shape[0], key.text.shape[1], key.prompt.shape[2]
     n, group = len(query) // prompts, query.shape[1] // heads  # query heads per key head
     scale = query.shape[-1] ** -0.5 if scaling is None else scaling

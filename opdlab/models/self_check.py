@@ -19,7 +19,7 @@ from transformers import DynamicCache, PreTrainedModel
 
 from opdlab.errors import UnsupportedModel
 from opdlab.models.abilities import PLAIN, Abilities
-from opdlab.models.continuation import Cached, Parted, read_prompts
+from opdlab.models.continuation import Cached, InPlace, read_prompts
 from opdlab.models.forward import hidden_at
 from opdlab.models.head import Head, cannot_run
 from opdlab.models.micro_batches import make_level
@@ -215,19 +215,20 @@ class _Check:
             return False
         plain = [self.plain[0], self.plain[2]]
         live = [0, 0, 1, 1]  # the text of each row of the batch
-        states = [batch.states]
+        states = [batch.states.clone()]
         want = [plain[i][prompts[i] - 1] for i in live]
         for step in range(self.steps):
             if step == 1:
                 batch.keep(torch.tensor([1, 2], device=input_device(self.model)))
                 live = [0, 1]
             tokens = [texts[i][prompts[i] + step] for i in live]
+            batch.make_room()
             batch.append(torch.tensor(tokens, device=input_device(self.model)))
-            states.append(batch.states)
+            states.append(batch.states.clone())  # they may change in place
             want += [plain[i][prompts[i] + step] for i in live]
         return self._agree(self._logits(torch.cat(states)), torch.stack(want))
 
-    def _begin_two(self, starts: list[list[int]], *, split: bool) -> Cached | Parted:
+    def _begin_two(self, starts: list[list[int]], *, split: bool) -> Cached | InPlace:
         """Begin two texts after each prompt."""
         read = read_prompts(self.model, starts)
         if not split:
@@ -235,7 +236,9 @@ class _Check:
         layers = split_cache(read.cache, read.mask)
         if not layers:
             raise NotImplementedError("layers that do more than append")
-        return Parted(self.model, read, layers, 2)
+        # In place, the cache says that it is as long as its room. A family that takes positions
+        # from there is right in `Parted` and wrong here, and wrong where kernels are replayed.
+        return InPlace(self.model, read, layers, 2)
 
     def refuse_if_not_causal(self) -> None:
         """Raise UnsupportedModel if later tokens of a text change the numbers of earlier ones."""

@@ -11,7 +11,7 @@ from torch import Tensor
 from opdlab.models import continuation
 from opdlab.models.abilities import Abilities
 from opdlab.models.continuation import Cached, InPlace, Parted, begin, read_prompts
-from opdlab.models.parted_cache import ATTENTION, split_cache
+from opdlab.models.parted_cache import ATTENTION, REFUSED, Parts, attend, split_cache
 
 SHORT, LONG = [3, 4, 5, 6], [7, 8, 9, 3, 4, 5, 6, 7]
 FAMILIES = {
@@ -151,3 +151,21 @@ def test_layers_of_other_kinds_are_left_as_they_are(make_model):
         assert split_cache(read.cache, read.mask) == []
         assert read.cache.layers == layers
         assert isinstance(begin(model, [SHORT], 2, Abilities()), Cached)
+
+
+@pytest.mark.parametrize("name", REFUSED)
+def test_attention_of_other_kinds_is_refused(name):
+    """Windows and chosen keys show in long texts only, which no check of a few tokens sees."""
+    query = torch.zeros(2, 4, 1, 8)
+    parts = Parts(torch.zeros(1, 2, 3, 8), torch.zeros(2, 2, 1, 8))
+    attend(torch.nn.Identity(), query, parts, parts, None, **{name: None})
+    with pytest.raises(NotImplementedError):
+        attend(torch.nn.Identity(), query, parts, parts, None, **{name: 5})
+
+
+def test_short_texts_get_little_room(make_model):
+    with torch.no_grad():
+        limits = torch.tensor([7, 3])
+        texts = begin(make_model(40), [SHORT], 2, Abilities(), limits=limits, replay=True)
+    assert isinstance(texts, InPlace)
+    assert texts.room.tokens == 7

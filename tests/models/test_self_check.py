@@ -74,6 +74,15 @@ def test_all_shortcuts_are_kept_where_they_are_right(family, make_policy):
     assert_right(policy)
 
 
+def test_positions_that_are_read_from_the_cache_are_not_recorded(make_model):
+    """BART's decoder takes them from the length of the cache, which a recording would hold fast."""
+    sizes = {"d_model": 32, "decoder_ffn_dim": 64, "decoder_layers": 2, "init_std": 0.4}
+    model = make_model(40, family="bart", **sizes, decoder_attention_heads=4, forced_eos_token_id=1)
+    abilities = find_abilities(model.eval(), Head.of(model, 40))
+    assert abilities.caches
+    assert not abilities.splits_cache
+
+
 def test_a_recurrent_state_cannot_be_padded_on_the_left_nor_entered_with_several_tokens(
     make_policy,
 ):
