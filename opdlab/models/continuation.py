@@ -366,6 +366,7 @@ class InPlace(Parted):
         self.room.begin_token()
         states, position = self.states, self.position
         super().append(tokens)
+        # The new numbers go where the old ones were: a replayed kernel finds them there.
         states.copy_(self.states)
         position.copy_(self.position)
         self.states, self.position = states, position

@@ -178,6 +178,17 @@ class FixedLayer(PartedLayer):
             Parts(self.prompt_values, self.values, self.padding, unwritten),
         )
 
+    def get_seq_length(self) -> int:
+        """Count the places of each text, also those that are not written yet.
+
+        How many are written is known to the device alone. Families that take positions from here
+        are found by the self-check.
+
+        Returns:
+            The tokens of the prompts, padding included, and the room.
+        """
+        return self.prompt_keys.shape[2] + self.room.tokens
+
     def grow(self, tokens: int) -> None:
         """Make room for more tokens.
 

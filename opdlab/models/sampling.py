@@ -153,7 +153,7 @@ class SamplingLoop:
         return uniform if places is None else uniform[list(places)]
 
     def write(
-        self, starts: list[list[int]], n: int, uniform: Tensor, room: Tensor | None = None
+        self, starts: list[list[int]], n: int, uniform: Tensor, limits: Tensor | None = None
     ) -> SampledTexts:
         """Write texts, prompts of different length apart where the model cannot pad them.
 
@@ -161,42 +161,42 @@ class SamplingLoop:
             starts: Token ids of each prompt.
             n: Texts per prompt.
             uniform: The numbers from 0 to 1 that decide every token, `[len(starts) * n, T]`.
-            room: The most tokens of each text, `[len(starts) * n]`, from 1 to T; T by default.
+            limits: The most tokens of each text, `[len(starts) * n]`, from 1 to T; T by default.
 
         Returns:
             The texts, `[len(starts) * n, T]`.
         """
         with merged_for_writing(self.weights.model, uniform.shape[1]):
-            return self._write_groups(starts, n, uniform, room)
+            return self._write_groups(starts, n, uniform, limits)
 
     def _write_groups(
-        self, starts: list[list[int]], n: int, uniform: Tensor, room: Tensor | None
+        self, starts: list[list[int]], n: int, uniform: Tensor, limits: Tensor | None
     ) -> SampledTexts:
         abilities = self.weights.abilities
         mixed = abilities.pads_left or not abilities.caches  # without a cache, `hidden_at` pads
         groups = group_rows([len(start) for start in starts], mixed=mixed)
         if len(groups) == 1:
-            return self._write_batch(starts, n, uniform, room)
+            return self._write_batch(starts, n, uniform, limits)
         out = SampledTexts.empty(uniform.shape[0], uniform.shape[1], self.weights.device)
         for group in groups:
             rows = [i * n + j for i in group for j in range(n)]
-            part = None if room is None else room[rows]
+            part = None if limits is None else limits[rows]
             out.put(rows, self._write_batch([starts[i] for i in group], n, uniform[rows], part))
         return out
 
     def _write_batch(
-        self, starts: list[list[int]], n: int, uniform: Tensor, room: Tensor | None
+        self, starts: list[list[int]], n: int, uniform: Tensor, limits: Tensor | None
     ) -> SampledTexts:
         """Write texts token by token, all of them side by side."""
         model, device, steps = self.weights.model, self.weights.device, uniform.shape[1]
-        progress = TextsInProgress(uniform, self.weights.eos, room, device)
+        progress = TextsInProgress(uniform, self.weights.eos, limits, device)
         # A stop text is looked for by the tokenizer, after every token.
         replays = not self.config.stop and can_replay(model)
         texts = begin(
             model, starts, n, self.weights.abilities, limits=progress.limits, replay=replays
         )
-        waits = bool(self.config.stop) or not (replays or device.type == "cuda")
-        look_every = 1 if waits else TOKENS_PER_LOOK
+        looks_each_token = bool(self.config.stop) or not (replays or device.type == "cuda")
+        look_every = 1 if looks_each_token else TOKENS_PER_LOOK
 
         def write_token(may_end: bool) -> None:
             texts.append(progress.token)
