@@ -181,8 +181,8 @@ def gradient(
         slopes: Numbers to keep of the gradient of each token's own loss: a function of what `watch`
             gave, and of the gradient in the student's log-probs and in its logits, `[n, V]` each.
         closed_form: Gives what `loss` does together with its gradient, without autograd
-            (`opdlab.engine.closed_form`); None where nothing is known. With `slopes` the engine
-            needs the gradient in the log-probs, and goes through autograd anyway.
+            (`opdlab.engine.closed_form`); None where nothing is known. `slopes` also get the
+            gradient in the log-probs, for which the engine goes through autograd beside it.
 
     Returns:
         Loss, gradient and numbers of every token.
@@ -194,7 +194,7 @@ def gradient(
     """
     student, columns = student_states(states), columns or {}
     budget = budget_of(token.device)
-    work = _Work(loss, None if slopes else closed_form, watch, slopes)
+    work = _Work(loss, closed_form, watch, slopes)
     is_checked = not check or _check_loss(
         work, states, token, columns, chunks(len(token), student.vocab_size, budget, chunk)[0]
     )
@@ -319,17 +319,20 @@ def _one_block(
         rows = Rows({**rows.distributions, "student": leaf}, rows.token, rows.columns)
         numbers = work.watch(rows) if work.watch else {}
         known = work.closed_form(rows) if work.closed_form else None
-        if known is not None:
+        if known is not None and work.slopes is None:
             through = known.gradient.mul_(weight[:, None])
             return head.through_cap(through, logits), {"loss": known.value, **numbers}
     value, slope = gradient_of_rows(work.loss, rows, weight)
     with torch.no_grad():
-        # Back through the softmax. The tensors of the loss are not ours to write to.
-        p = rows.probabilities("student")
-        through = torch.addcmul(slope, p, -slope.sum(-1, keepdim=True), out=p)
+        if known is not None:  # the step is the same whether somebody asks for slopes or not
+            value, through = known.value, known.gradient.mul_(weight[:, None])
+        else:
+            # Back through the softmax. The tensors of the loss are not ours to write to.
+            p = rows.probabilities("student")
+            through = torch.addcmul(slope, p, -slope.sum(-1, keepdim=True), out=p)
         if work.slopes is not None:
             # Of each token's own loss, without its weight in the step; 0 where it has none.
-            share = torch.where(weight == 0, 0.0, 1 / weight)[:, None].to(slope.dtype)
+            share = torch.where(weight == 0, 0.0, 1 / weight)[:, None].to(through.dtype)
             numbers |= work.slopes(numbers, slope * share, through * share)
         return head.through_cap(through, logits), {"loss": value, **numbers}
 

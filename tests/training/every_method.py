@@ -111,9 +111,10 @@ def methods() -> dict[str, tuple[object, dict[str, object]]]:
         "OVD": (opd.OVD(), {"n": 2}),
         "SpanOPD": (opd.SpanOPD(), {}),
         "EOPD": (opd.EOPD(), {}),
-        # At seed 3 one gradient is so close to 0 that its sign is rounding on some processors, and
-        # Adam's first step moves its weight by a whole `lr` either way.
-        "OPSA": (opd.OPSA(), {"seed": 4}),
+        # Some of its gradients are so close to 0 that their sign is rounding on some processors.
+        # Adam's first step moves a weight by a whole `lr` either way: a small one, so that the
+        # second step is still the same to 1e-4.
+        "OPSA": (opd.OPSA(), {"lr": 0.2 * LR}),
         "GOPD": (opd.GOPD(), {}),
         "Combined": (opd.Combined(opd.OPD(), opd.GRPO(), Own(), weights=(1, 0.5, 2)), {"n": 4}),
         "TurnOPD": (opd.TurnOPD(), {}),
