@@ -36,7 +36,7 @@ Group = Literal["limits", "loss", "scoring", "writing", "step", "check"]
 
 @dataclass
 class Found:
-    """What was measured so far, as it stands in the file.
+    """Keep what was measured so far, as it stands in the file.
 
     Attributes:
         path: The file.

@@ -1,4 +1,4 @@
-"""What is measured on a GPU: limits of the card, the loss, scoring, writing, and whole steps.
+"""Measure on a GPU: limits of the card, the loss, scoring, writing, and whole steps.
 
 A case is measured in a process of its own and gives a record: `seconds` of each repetition after a
 warm-up, `peak_mib`, and for some `operations`, the multiplications and additions that its matrix
@@ -32,7 +32,7 @@ Record = dict[str, Any]
 
 @dataclass(frozen=True)
 class World:
-    """What a case is given.
+    """Hold the sizes and the tokenizer of a case, and build its models.
 
     Attributes:
         size: The sizes.

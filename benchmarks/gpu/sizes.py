@@ -25,7 +25,7 @@ CONTEXT = PROMPT  # tokens before a text
 
 @dataclass(frozen=True)
 class Size:
-    """What the cases are measured with.
+    """Set the sizes of models, texts and repetitions that all cases share.
 
     Attributes:
         vocab: Number of tokens.

@@ -1,4 +1,4 @@
-"""What is expected on a GPU, as numbers that may be at most so large, and the tables."""
+"""Compare the numbers of a GPU with what is expected, and draw the tables."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ def rate(results: Results, case: str) -> float:
 
 
 def times_the_products(case: str) -> Callable[[Results], float]:
-    """How often the time that a case's products take at the card's measured rate."""
+    """Divide the time of a case by that of its products at the card's measured rate."""
     return lambda results: rate(results, "limits/square product") / rate(results, case)
 
 

@@ -258,7 +258,7 @@ def _keep(
 
 @dataclass(frozen=True)
 class _Work:
-    """What is computed of every block of rows: the arguments of `gradient` by these names."""
+    """Bundle what is computed of every block of rows: arguments of `gradient` by these names."""
 
     loss: Loss
     closed_form: Formula | None

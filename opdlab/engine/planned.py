@@ -131,32 +131,24 @@ class Planned:
                 states[name] = self.batch.states(name).part(piece)
         columns = {name: column[piece] for name, column in self.columns.items()}
         token, learned = self.batch.token[piece], rollout.learned[piece]
-        closed_form = closed_form_of(self.method)
-        if bool(learned.all()):
-            return gradient(
-                self.method.loss,
-                states,
-                token,
-                weight[piece],
-                columns,
-                watch=watch,
-                check=check,
-                slopes=slopes,
-                closed_form=closed_form,
-            )
-        index = learned.nonzero()[:, 0]
+        weight = weight[piece]
+        index = None if bool(learned.all()) else learned.nonzero()[:, 0]
+        if index is not None:
+            states = {name: graded.part(index) for name, graded in states.items()}
+            columns = {name: column[index] for name, column in columns.items()}
+            token, weight = token[index], weight[index]
         found = gradient(
             self.method.loss,
-            {name: graded.part(index) for name, graded in states.items()},
-            token[index],
-            weight[piece][index],
-            {name: column[index] for name, column in columns.items()},
+            states,
+            token,
+            weight,
+            columns,
             watch=watch,
             check=check,
             slopes=slopes,
-            closed_form=closed_form,
+            closed_form=closed_form_of(self.method),
         )
-        return found.spread(index, len(token))
+        return found if index is None else found.spread(index, len(learned))
 
 
 def run_plan(method: Any, batch: Batch) -> Planned:

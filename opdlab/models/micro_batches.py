@@ -178,7 +178,7 @@ def arrange(starts: Sequence[list[int]], lengths: Sequence[int], limits: Limits)
 
 @dataclass(frozen=True)
 class _Load:
-    """What the rows of a pass cost together.
+    """Add up the cost of the rows of a pass.
 
     Attributes:
         common: Tokens that all rows of the step begin with, if beginnings are shared.

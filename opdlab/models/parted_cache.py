@@ -310,7 +310,7 @@ def _scores(query: Tensor, key: Tensor) -> Tensor:
 
 
 def _hidden_from_texts(key: Parts, n: int) -> Tensor | None:
-    """Where a text may not look, `[P * n, 1, 1, S + T]`; None where it may look everywhere."""
+    """Find the places that are hidden from each text, `[P * n, 1, 1, S + T]`; None for none."""
     if key.padding is None and key.unwritten is None:
         return None
     prompts, width, tokens = key.prompt.shape[0], key.prompt.shape[2], key.text.shape[2]

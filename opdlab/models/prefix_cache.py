@@ -18,7 +18,7 @@ from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 
 
 class _FixedBeginning:
-    """What both kinds of layers do; see the module.
+    """Put new tokens behind a beginning that never changes, for both kinds of layers.
 
     Attributes:
         before: Keys and values of the beginnings, `[D, heads, P, size]` each; None for none.

@@ -224,7 +224,7 @@ class SamplingLoop:
         return progress.finish()
 
     def _may_end(self, t: int) -> bool:
-        """Whether token `t` may end a text."""
+        """Tell whether token `t` may end a text."""
         return t + 1 > self.config.min_new_tokens
 
     def _draw_token(self, texts: Continuation, progress: TextsInProgress, may_end: bool) -> None:

@@ -28,7 +28,7 @@ TRIED = SamplingConfig(max_new_tokens=16)
 
 @dataclass(frozen=True)
 class Completion:
-    """What an engine wrote after one prompt.
+    """Hold the text that an engine wrote after one prompt.
 
     Attributes:
         ids: Token ids; the one that ended the text counts.
