@@ -75,6 +75,11 @@ Target = tuple[str, str, Callable[[Results], float], float]
 
 def targets() -> list[Target]:
     """List the targets for a CPU."""
+    return [*targets_of_loss(), *targets_of_writing(), *targets_of_steps()]
+
+
+def targets_of_loss() -> list[Target]:
+    """List the targets of a divergence with its gradient."""
     loss = "divergence/{}/reverse_kl/{}/1024"
     large = f"divergence/{{}}/reverse_kl/frozen/4096/V={divergence.LARGE_VOCAB}"
     found: list[Target] = []
@@ -99,6 +104,12 @@ def targets() -> list[Target]:
         ),
         ("divergence, 4,096 x 151,936", "MiB", lambda r: peak(r, large.format("opdlab")), 300),
     ]
+    return found
+
+
+def targets_of_writing() -> list[Target]:
+    """List the targets of writing alone."""
+    found: list[Target] = []
     for shape in ("eight prompts", "one prompt", "eight prompts/LoRA"):
         ours = f"generation/opdlab/{shape}"
         if "LoRA" not in shape:
@@ -118,6 +129,12 @@ def targets() -> list[Target]:
                 0.4,
             )
         )
+    return found
+
+
+def targets_of_steps() -> list[Target]:
+    """List the targets of whole steps."""
+    found: list[Target] = []
     for weights in ("all weights", "LoRA"):
         ours, theirs = (f"step/{side}/{weights}" for side in ("opdlab", "trl"))
         found += [
